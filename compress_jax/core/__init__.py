@@ -1,0 +1,52 @@
+"""The core: compressions and their combinators, names of leaves, packed nodes, coverage. It imports nothing else of ours."""
+
+from compress_jax.core.combine import at, between, chain, every, rules
+from compress_jax.core.compression import Compression, CompressionState, identity
+from compress_jax.core.coverage import Coverage, Row, coverage
+from compress_jax.core.errors import (
+    ArtifactError,
+    CheckpointError,
+    CompressError,
+    ConfigError,
+    DataError,
+    NoMatchError,
+    NonFiniteError,
+    ShapeError,
+    StateError,
+)
+from compress_jax.core.leafwise import leafwise
+from compress_jax.core.optax_adapter import as_optax
+from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, nbytes, unpack
+from compress_jax.core.straight_through import straight_through
+
+__all__ = [
+    "ArtifactError",
+    "CheckpointError",
+    "Clustered",
+    "CompressError",
+    "Compression",
+    "CompressionState",
+    "ConfigError",
+    "Coverage",
+    "DataError",
+    "LowRank",
+    "NoMatchError",
+    "NonFiniteError",
+    "Quantized",
+    "Row",
+    "ShapeError",
+    "Sparse",
+    "StateError",
+    "as_optax",
+    "at",
+    "between",
+    "chain",
+    "coverage",
+    "every",
+    "identity",
+    "leafwise",
+    "nbytes",
+    "rules",
+    "straight_through",
+    "unpack",
+]

@@ -1,0 +1,83 @@
+"""Unsigned integers of 1 to 16 bits, stored in exactly that many bits."""
+
+import math
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+
+def bits_for(levels: int) -> int:
+    """Return the number of bits that tell ``levels`` values apart, at least 1.
+
+    Args:
+      levels: how many distinct codes there are, at least 1.
+
+    Returns:
+      ``max(1, ceil(log2(levels)))``.
+
+    Example:
+      >>> bits_for(2), bits_for(16), bits_for(17)
+      (1, 4, 5)
+    """
+    return max(1, (levels - 1).bit_length())
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Bits:
+    """An array of unsigned integers packed into bytes without gaps, least significant bit first.
+
+    Attributes:
+      data: uint8 ``[ceil(n * bits / 8)]``, where n is the product of `shape`.
+      bits: the width of one integer, 1 to 16.
+      shape: the shape of the array of integers, in C order.
+
+    Example:
+      >>> packed = Bits.pack(jnp.array([[1, 2, 3], [4, 5, 6]]), bits=3)
+      >>> packed.nbytes, packed.unpack().tolist()
+      (3, [[1, 2, 3], [4, 5, 6]])
+    """
+
+    data: jax.Array
+    bits: int = field(metadata={"static": True})
+    shape: tuple[int, ...] = field(metadata={"static": True})
+
+    @classmethod
+    def pack(cls, values: jax.Array, bits: int) -> "Bits":
+        """Pack integers that all lie in ``[0, 2**bits)``; what lies outside loses its upper bits.
+
+        Args:
+          values: integers (or booleans) of any shape.
+          bits: the width of one integer, 1 to 16.
+
+        Returns:
+          The packed integers.
+
+        Raises:
+          ValueError: if ``bits`` is not in 1..16.
+        """
+        if not 1 <= bits <= 16:
+            raise ValueError(f"bits must be 1 to 16, got {bits}")
+        flat = jnp.ravel(values).astype(jnp.uint16)
+        planes = (flat[:, None] >> jnp.arange(bits, dtype=jnp.uint16)) & jnp.uint16(1)
+        data = jnp.packbits(planes.astype(jnp.uint8).ravel(), bitorder="little")
+        return cls(data, bits, jnp.shape(values))
+
+    def unpack(self) -> jax.Array:
+        """Return the integers: uint8 if they fit, else uint16, of shape `shape`."""
+        n = math.prod(self.shape)
+        dtype = self.dtype
+        planes = jnp.unpackbits(self.data, count=n * self.bits, bitorder="little").reshape(n, self.bits)
+        weights = jnp.left_shift(jnp.ones((), dtype), jnp.arange(self.bits, dtype=dtype))
+        return (planes.astype(dtype) * weights[None, :]).sum(axis=1, dtype=dtype).reshape(self.shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The dtype `unpack` returns."""
+        return jnp.dtype(jnp.uint8 if self.bits <= 8 else jnp.uint16)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed data."""
+        return self.data.nbytes

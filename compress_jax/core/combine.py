@@ -1,0 +1,274 @@
+"""Combinators: compressions in sequence, on chosen leaves, at chosen steps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.errors import StateError
+from compress_jax.core.packed import Clustered, Quantized, is_packed, nbytes, to_dense
+from compress_jax.core.paths import Patterns, flatten, match
+
+
+def chain(*compressions: Compression) -> Compression:
+    """Apply compressions one after the other, each on the view of the one before.
+
+    ``view = view_n(... view_1(params))``, so in ``chain(prune, quantize)`` the quantizer sees pruned weights, and
+    gradients flow through both. `pack` stores each leaf in the smallest form that reproduces the view bit for bit: for
+    pruned and quantized weights, the codes of the surviving ones.
+
+    Args:
+      *compressions: in order of application.
+
+    Returns:
+      The Compression; its state holds theirs under ``"0"``, ``"1"``, ...
+
+    Example:
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> halve, negate = leafwise(lambda x, l, f: x / 2), leafwise(lambda x, l, f: -x)
+      >>> both = chain(halve, negate)
+      >>> params = {"w": jnp.array([2.0])}
+      >>> both.view(params, both.init(params))["w"].tolist()
+      [-1.0]
+    """
+
+    def init(params: Params) -> CompressionState:
+        states = []
+        for c in compressions:
+            states.append(c.init(params))
+            params = c.view(params, states[-1])
+        return _joined(states)
+
+    def views(params: Params, state: CompressionState) -> list[Params]:
+        seen = [params]
+        for c, s in zip(compressions, _parts(state, len(compressions)), strict=True):
+            seen.append(c.view(seen[-1], s))
+        return seen
+
+    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        states = []
+        for c, s in zip(compressions, _parts(state, len(compressions)), strict=True):
+            states.append(c.update(params, s, **inputs))
+            params = c.view(params, states[-1])
+        return _joined(states)
+
+    def pack(params: Params, state: CompressionState) -> Params:
+        *inputs, final = views(params, state)
+        stages = zip(compressions, inputs, _parts(state, len(compressions)), strict=True)
+        forms = [flatten(c.pack(seen, s))[0] for c, seen, s in stages]
+        leaves, rebuild = flatten(final)
+        return rebuild({path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()})
+
+    def skipped(params: Params) -> dict[str, str]:
+        reasons = [c.skipped(params) for c in compressions]
+        everywhere = [path for path in flatten(params)[0] if all(path in r for r in reasons)]
+        return {path: "; ".join(dict.fromkeys(r[path] for r in reasons)) for path in everywhere}
+
+    return Compression(init, lambda params, state: views(params, state)[-1], update, pack, skipped)
+
+
+def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
+    """Return the smallest of some packed forms, or of their restrictions to the nonzeros, that is exactly ``dense``."""
+    nodes = [form for form in forms if is_packed(form)]
+    sparse = [node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Clustered))]
+    exact = [node for node in [*nodes, *sparse] if bool((to_dense(node) == dense).all())]
+    return min([*exact, dense], key=nbytes)
+
+
+def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
+    """Give each leaf to the first rule whose pattern matches its name; leaves that none matches stay as they are.
+
+    Args:
+      pairs: ``(glob or tuple of globs, compression)``, first match wins.
+
+    Returns:
+      The Compression; its state holds the rules' states under ``"0"``, ``"1"``, ...
+
+    Raises:
+      NoMatchError: in `init` and `skipped`, if a pattern matches no leaf at all.
+
+    Example:
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> mixed = rules([("head/*", leafwise(lambda x, l, f: x)), ("**/kernel", leafwise(lambda x, l, f: -x))])
+      >>> params = {"body": {"kernel": jnp.ones(1)}, "head": {"kernel": jnp.ones(1)}}
+      >>> mixed.view(params, mixed.init(params))
+      {'body': {'kernel': Array([-1.], dtype=float32)}, 'head': {'kernel': Array([1.], dtype=float32)}}
+    """
+
+    def split(params: Params) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
+        leaves, rebuild = flatten(params)
+        parts, left = [], dict(leaves)
+        for pattern, _ in pairs:
+            chosen = [path for path in match(pattern, leaves) if path in left]
+            parts.append({path: left.pop(path) for path in chosen})
+        return parts, left, rebuild
+
+    def merged(params: Params, state: CompressionState, method: str) -> Params:
+        parts, left, rebuild = split(params)
+        states = _parts(state, len(pairs))
+        for (_, c), part, s in zip(pairs, parts, states, strict=True):
+            left.update(getattr(c, method)(part, s))
+        return rebuild(left)
+
+    def init(params: Params) -> CompressionState:
+        parts, _, _ = split(params)
+        return _joined([c.init(part) for (_, c), part in zip(pairs, parts, strict=True)])
+
+    def update(params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any) -> CompressionState:
+        parts, _, _ = split(params)
+        gradients = flatten(grads)[0] if grads is not None else None
+        states = []
+        for (_, c), part, s in zip(pairs, parts, _parts(state, len(pairs)), strict=True):
+            own = None if gradients is None else {path: gradients[path] for path in part}
+            states.append(c.update(part, s, grads=own, **inputs))
+        return _joined(states)
+
+    def skipped(params: Params) -> dict[str, str]:
+        parts, left, _ = split(params)
+        reasons = dict.fromkeys(left, "no pattern matches it")
+        for (_, c), part in zip(pairs, parts, strict=True):
+            reasons.update(c.skipped(part))
+        return {path: reasons[path] for path in flatten(params)[0] if path in reasons}
+
+    return Compression(
+        init,
+        lambda params, state: merged(params, state, "view"),
+        update,
+        lambda params, state: merged(params, state, "pack"),
+        skipped,
+    )
+
+
+def at(pattern: Patterns, compression: Compression) -> Compression:
+    """Apply a compression to the leaves whose names match a glob, and to no other.
+
+    Args:
+      pattern: a glob such as ``"**/kernel"``, or a tuple of globs.
+      compression: what to apply there.
+
+    Returns:
+      The Compression.
+
+    Raises:
+      NoMatchError: in `init`, if the pattern matches no leaf; the message lists the leaves.
+
+    Example:
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> c = at("**/kernel", leafwise(lambda x, l, f: 2 * x))
+      >>> c.skipped({"dense": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}})
+      {'dense/bias': 'no pattern matches it'}
+    """
+    return rules([(pattern, compression)])
+
+
+def every(n: int, compression: Compression) -> Compression:
+    """Update the state only at steps divisible by ``n``; the view is that of the compression at all times.
+
+    Args:
+      n: the period in steps, at least 1.
+      compression: whose `update` is costly (a mask, a scale search).
+
+    Returns:
+      The Compression.
+
+    Raises:
+      ValueError: if ``n`` is less than 1.
+
+    Example:
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> count = leafwise(lambda x, l, f: x, init=lambda x, key: (None, 0), update=lambda x, l, f, **_: (None, f + 1))
+      >>> c, params = every(2, count), {"w": jnp.ones(1)}
+      >>> state = c.init(params)
+      >>> for step in range(4): state = c.update(params, state, step=jnp.array(step))
+      >>> int(state.fixed["w"])
+      2
+    """
+    if n < 1:
+        raise ValueError(f"every(n) needs a period of at least 1 step, got {n}")
+
+    def update(params: Params, state: CompressionState, *, step: Any, **inputs: Any) -> CompressionState:
+        skip, act = (lambda: state), (lambda: compression.update(params, state, step=step, **inputs))
+        return _switch(jnp.asarray(step) % n == 0, [skip, act])
+
+    return compression._replace(update=update)
+
+
+def between(start: int, stop: int | None, compression: Compression) -> Compression:
+    """Switch a compression on at one step and freeze its state at another.
+
+    Before ``start`` the view is the params themselves. At ``start`` the state is made anew by `init` from the weights of
+    that moment; it is updated at the steps in ``(start, stop)`` and stays as it is from ``stop`` on.
+
+    Args:
+      start: first step at which the compression acts.
+      stop: first step at which its state is frozen; None for never.
+      compression: what to switch on.
+
+    Returns:
+      The Compression; ``fixed`` holds ``{"active": bool, "of": the compression's own}``. `pack` before ``start`` leaves
+      the params as they are.
+
+    Raises:
+      ValueError: if ``stop`` is not after ``start``.
+
+    Example:
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> c, params = between(10, None, leafwise(lambda x, l, f: 0 * x)), {"w": jnp.ones(1)}
+      >>> state = c.init(params)
+      >>> later = c.update(params, state, step=jnp.array(10))
+      >>> c.view(params, state)["w"].tolist(), c.view(params, later)["w"].tolist()
+      ([1.0], [0.0])
+    """
+    if stop is not None and stop <= start:
+        raise ValueError(f"between(start, stop) needs stop after start, got {start} and {stop}")
+
+    def inner(state: CompressionState) -> CompressionState:
+        return CompressionState(state.learned, state.fixed["of"])
+
+    def wrapped(state: CompressionState, active: Any) -> CompressionState:
+        return CompressionState(state.learned, {"active": jnp.asarray(active), "of": state.fixed})
+
+    def init(params: Params) -> CompressionState:
+        return wrapped(compression.init(params), start <= 0)
+
+    def view(params: Params, state: CompressionState) -> Params:
+        seen = compression.view(params, inner(state))
+        return jax.tree.map(lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params)
+
+    def update(params: Params, state: CompressionState, *, step: Any, **inputs: Any) -> CompressionState:
+        step, own = jnp.asarray(step), inner(state)
+        phase = (step >= start).astype(int) + (step > start) + (0 if stop is None else (step >= stop))
+        keep, begin = (lambda: own), (lambda: compression.init(params))
+        follow = lambda: compression.update(params, own, step=step, **inputs)  # noqa: E731
+        return wrapped(_switch(phase, [keep, begin, follow, keep]), step >= start)
+
+    def pack(params: Params, state: CompressionState) -> Params:
+        return compression.pack(params, inner(state)) if bool(state.fixed["active"]) else params
+
+    return Compression(init, view, update, pack, compression.skipped)
+
+
+def _switch(index: jax.Array, branches: Sequence[Callable[[], CompressionState]]) -> CompressionState:
+    """Run one branch: a plain choice if the index is known, else `lax.switch`, whose branches must agree in type."""
+    if not isinstance(index, Tracer):
+        return branches[int(index)]()
+    return jax.lax.switch(
+        index.astype(jnp.int32), [lambda branch=branch: jax.tree.map(jnp.asarray, branch()) for branch in branches]
+    )
+
+
+def _joined(states: Sequence[CompressionState]) -> CompressionState:
+    return CompressionState(
+        learned={str(i): s.learned for i, s in enumerate(states)}, fixed={str(i): s.fixed for i, s in enumerate(states)}
+    )
+
+
+def _parts(state: CompressionState, n: int) -> list[CompressionState]:
+    keys = [str(i) for i in range(n)]
+    learned, fixed = state
+    if not (isinstance(fixed, Mapping) and set(fixed) == set(keys) == set(learned)):
+        raise StateError(f"this state is not that of a chain or rules of {n} compressions; it has parts {list(fixed)}")
+    return [CompressionState(learned[k], fixed[k]) for k in keys]

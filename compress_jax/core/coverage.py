@@ -1,0 +1,120 @@
+"""What a compression does to each leaf, and why it leaves some alone: no silent no-op, ever."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.errors import NoMatchError
+from compress_jax.core.packed import is_packed, nbytes, to_dense
+from compress_jax.core.paths import flatten
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf of a coverage table.
+
+    Attributes:
+      path: the name of the leaf.
+      shape: of the array.
+      form: how it is stored: ``"Quantized"``, ``"Sparse"``, ..., or ``"dense"``.
+      bits: stored bits for each entry, scales, masks and codebooks included.
+      sparsity: share of entries that are exactly zero, 0 to 1.
+      nbytes: stored bytes.
+      reason: why the leaf was left alone; empty if it was compressed.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    form: str
+    bits: float
+    sparsity: float
+    nbytes: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The table of all leaves; prints as text, and its totals are attributes.
+
+    Attributes:
+      rows: one for each leaf, in tree order.
+    """
+
+    rows: tuple[Row, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes of all leaves."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def bits(self) -> float:
+        """Stored bits for each entry, over all leaves."""
+        entries = sum(math.prod(row.shape) for row in self.rows)
+        return 8 * self.nbytes / max(entries, 1)
+
+    def __getitem__(self, path: str) -> Row:
+        """Return the row of a leaf by name."""
+        for row in self.rows:
+            if row.path == path:
+                return row
+        raise NoMatchError(f"no leaf is named {path!r}; there are: {', '.join(row.path for row in self.rows)}")
+
+    def __str__(self) -> str:
+        """Return the table as aligned text."""
+        head = ("path", "shape", "form", "bits", "sparsity", "bytes", "why left alone")
+        body = [
+            (
+                r.path,
+                "x".join(map(str, r.shape)),
+                r.form,
+                f"{r.bits:.2f}",
+                f"{r.sparsity:.1%}",
+                f"{r.nbytes:,}",
+                r.reason,
+            )
+            for r in self.rows
+        ]
+        total = ("total", "", "", f"{self.bits:.2f}", "", f"{self.nbytes:,}", "")
+        table = [head, *body, total]
+        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def coverage(compression: Compression | None, params: Params, state: CompressionState | None = None) -> Coverage:
+    """Return what a compression does to each leaf, as a table.
+
+    Args:
+      compression: the compression, or None if ``params`` is already packed.
+      params: the params (or packed params).
+      state: its state; by default that of ``compression.init(params)``.
+
+    Returns:
+      The table, one row a leaf. ``print`` shows it.
+
+    Example:
+      >>> from compress_jax.core.combine import at
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
+      >>> table = coverage(at("**/kernel", leafwise(lambda x, learned, fixed: 2 * x)), params)
+      >>> table["dense/bias"].reason, table.nbytes
+      ('no pattern matches it', 24)
+    """
+    if compression is None:
+        return Coverage(tuple(_row(path, x, "", compressing=False) for path, x in flatten(params)[0].items()))
+    reasons = compression.skipped(params)
+    packed = compression.pack(params, compression.init(params) if state is None else state)
+    return Coverage(tuple(_row(path, x, reasons.get(path, ""), compressing=True) for path, x in flatten(packed)[0].items()))
+
+
+def _row(path: str, node: Any, reason: str, *, compressing: bool) -> Row:
+    dense = jnp.asarray(to_dense(node))
+    size, form = dense.size, type(node).__name__ if is_packed(node) else "dense"
+    stored = nbytes(node) if is_packed(node) else dense.nbytes
+    if compressing and form == "dense":
+        reason = reason or "no packed form of it is smaller"
+    zeros = float((dense == 0).mean()) if size and jnp.issubdtype(dense.dtype, jnp.number) else 0.0
+    return Row(path, tuple(dense.shape), form, 8 * stored / max(size, 1), zeros, stored, reason)

@@ -1,0 +1,148 @@
+"""From functions over one array to a Compression over a tree, so that an algorithm's file holds only its mathematics."""
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.errors import NonFiniteError, StateError
+from compress_jax.core.paths import flatten
+
+LeafState = tuple[Any, Any]
+
+
+def check_finite(path: str, x: Any) -> None:
+    """Raise if a concrete array holds NaN or infinity; say nothing about traced ones, whose values are not known yet.
+
+    Args:
+      path: the name of the leaf, for the message.
+      x: the array.
+
+    Raises:
+      NonFiniteError: naming the path and how many entries are bad.
+
+    Example:
+      >>> check_finite("dense/kernel", jnp.ones(3))
+    """
+    if isinstance(x, Tracer):
+        return
+    with jax.ensure_compile_time_eval():  # a concrete array may be closed over by a traced branch
+        bad = int((~jnp.isfinite(x)).sum())
+    if not bad:
+        return
+    raise NonFiniteError(
+        f"leaf {path!r} of shape {jnp.shape(x)} has {bad} NaN or infinite entries; nothing computed from them would mean "
+        "anything. Look at the training loss before this step, or restore an earlier checkpoint."
+    )
+
+
+def why_not_float(path: str, x: Any) -> str | None:
+    """Say why a leaf cannot be compressed by any algorithm here, or return None if it can."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        return f"{getattr(x, 'dtype', type(x).__name__)} is not a floating-point dtype"
+    return "it has no entries" if x.size == 0 else None
+
+
+def fold_path(key: jax.Array | None, path: str) -> jax.Array | None:
+    """Derive a leaf's own PRNG key from its name, so that adding a leaf does not change the others' randomness."""
+    return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def leafwise(
+    view: Callable[..., Any],
+    *,
+    init: Callable[..., LeafState] | None = None,
+    update: Callable[..., LeafState] | None = None,
+    pack: Callable[..., Any] | None = None,
+    why_not: Callable[[str, Any], str | None] | None = None,
+    key: jax.Array | None = None,
+) -> Compression:
+    """Lift functions over one array to a Compression over every floating-point leaf of a tree.
+
+    Args:
+      view: ``(x, learned, fixed) -> x`` of the same shape and dtype.
+      init: ``(x, key) -> (learned, fixed)``, either of them None if there is nothing to keep. Default: no state.
+      update: ``(x, learned, fixed, *, step, grad, stats, key) -> (learned, fixed)``. Default: the state stays.
+      pack: ``(x, learned, fixed) -> packed node or array``. Default: the view, dense.
+      why_not: ``(path, x) -> reason`` to leave a leaf alone, or None to take it.
+      key: typed PRNG key for ``init``; each leaf gets its own, derived from its path.
+
+    Returns:
+      The Compression. Outside ``jit`` it refuses leaves with NaN or infinity.
+
+    Example:
+      >>> halved = leafwise(lambda x, learned, fixed: x / 2)
+      >>> params = {"kernel": jnp.ones(2), "steps": jnp.array(7)}
+      >>> halved.view(params, halved.init(params))["kernel"].tolist(), halved.skipped(params)
+      ([0.5, 0.5], {'steps': 'int32 is not a floating-point dtype'})
+    """
+
+    def reason(path: str, x: Any) -> str | None:
+        return why_not_float(path, x) or (why_not(path, x) if why_not else None)
+
+    def taken(params: Params) -> dict[str, Any]:
+        leaves = {path: x for path, x in flatten(params)[0].items() if reason(path, x) is None}
+        for path, x in leaves.items():
+            check_finite(path, x)
+        return leaves
+
+    def replaced(params: Params, fn: Callable[..., Any], state: CompressionState) -> Params:
+        leaves, rebuild = flatten(params)
+        new = {path: fn(x, *_of(state, path, needed=init is not None)) for path, x in taken(params).items()}
+        return rebuild({**leaves, **new})
+
+    def init_all(params: Params) -> CompressionState:
+        if init is None:
+            return CompressionState({}, {})
+        return _collect({path: init(x, fold_path(key, path)) for path, x in taken(params).items()})
+
+    def update_all(
+        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+    ) -> CompressionState:
+        if update is None:
+            return state
+        gradients = flatten(grads)[0] if grads is not None else {}
+        return _collect(
+            {
+                path: update(
+                    x,
+                    *_of(state, path, needed=init is not None),
+                    step=step,
+                    grad=gradients.get(path),
+                    stats=(stats or {}).get(path),
+                    key=fold_path(key, path),
+                )
+                for path, x in taken(params).items()
+            }
+        )
+
+    return Compression(
+        init=init_all,
+        view=lambda params, state: replaced(params, view, state),
+        update=update_all,
+        pack=lambda params, state: replaced(params, pack or view, state),
+        skipped=lambda params: {path: why for path, x in flatten(params)[0].items() if (why := reason(path, x))},
+    )
+
+
+def _collect(states: dict[str, LeafState]) -> CompressionState:
+    """Turn ``{path: (learned, fixed)}`` into a CompressionState without the Nones."""
+    return CompressionState(
+        learned={path: learned for path, (learned, _) in states.items() if learned is not None},
+        fixed={path: fixed for path, (_, fixed) in states.items() if fixed is not None},
+    )
+
+
+def _of(state: CompressionState, path: str, *, needed: bool) -> LeafState:
+    """Return a leaf's ``(learned, fixed)``."""
+    if needed and path not in state.learned and path not in state.fixed:
+        known = ", ".join({**state.fixed, **state.learned}) or "none"
+        raise StateError(
+            f"the compression state has nothing for leaf {path!r} (it has: {known}); "
+            "was it made by `init` of this compression, on params with these names?"
+        )
+    return state.learned.get(path), state.fixed.get(path)

@@ -1,0 +1,113 @@
+"""Leaves have names: ``{"dense": {"kernel": w}}`` holds ``dense/kernel``, and globs choose among such names."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+
+from compress_jax.core.errors import NoMatchError
+from compress_jax.core.packed import is_packed
+
+Patterns = str | tuple[str, ...]
+
+
+def name(key_path: tuple[Any, ...]) -> str:
+    """Return the name of a JAX key path, keys joined by ``/``.
+
+    The ``.value`` that ``flax.nnx`` variables add at the end is dropped, so that a Linen dict, an NNX state and a plain
+    dict of the same model have the same names.
+
+    Args:
+      key_path: a key path as ``jax.tree_util.tree_flatten_with_path`` gives it.
+
+    Returns:
+      The name, such as ``"dense/kernel"``.
+
+    Example:
+      >>> name((jax.tree_util.DictKey("dense"), jax.tree_util.DictKey("kernel")))
+      'dense/kernel'
+    """
+    if len(key_path) > 1 and key_path[-1] == jax.tree_util.GetAttrKey("value"):
+        key_path = key_path[:-1]
+    return jax.tree_util.keystr(key_path, simple=True, separator="/")
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+    """Flatten a tree into ``{name: leaf}`` and the function that puts such a dict back into the tree's form.
+
+    Packed nodes count as leaves, as they stand where an array stood.
+
+    Args:
+      tree: any pytree of arrays or packed nodes.
+
+    Returns:
+      ``(leaves, rebuild)``: leaves by name in tree order; ``rebuild(leaves)`` gives back a tree of the same structure.
+
+    Example:
+      >>> leaves, rebuild = flatten({"dense": {"kernel": 1.0, "bias": 0.0}})
+      >>> leaves
+      {'dense/bias': 0.0, 'dense/kernel': 1.0}
+      >>> rebuild({**leaves, "dense/bias": 5.0})
+      {'dense': {'bias': 5.0, 'kernel': 1.0}}
+    """
+    pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
+    leaves = {name(path): leaf for path, leaf in pairs}
+    if len(leaves) != len(pairs):
+        raise ValueError("two leaves of this tree have the same name; rename a key that contains '/'")
+
+    def rebuild(new: Mapping[str, Any]) -> Any:
+        return treedef.unflatten([new[key] for key in leaves])
+
+    return leaves, rebuild
+
+
+def _regex(pattern: str) -> re.Pattern[str]:
+    """Translate a glob: ``**`` crosses ``/`` (and may be empty), ``*`` and ``?`` do not, ``[a-c]`` is a set."""
+    tokens = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\[[^\]]+\])", pattern)
+    translated = (tokens.get(part) or (part if part[:1] == "[" and part[-1:] == "]" else re.escape(part)) for part in parts)
+    return re.compile("".join(translated).replace("[!", "[^"))
+
+
+def matches(pattern: Patterns, path: str) -> bool:
+    """Tell whether a name matches a glob, or any of a tuple of globs.
+
+    Args:
+      pattern: a glob: ``*`` and ``?`` stay within one key, ``**`` spans any number of keys, none included.
+      path: a name such as ``"block_0/dense/kernel"``.
+
+    Returns:
+      True if the whole name matches.
+
+    Example:
+      >>> matches("**/kernel", "kernel"), matches("*/kernel", "a/b/kernel"), matches(("a/*", "b/**"), "b/c/d")
+      (True, False, True)
+    """
+    patterns = (pattern,) if isinstance(pattern, str) else pattern
+    return any(_regex(each).fullmatch(path) for each in patterns)
+
+
+def match(pattern: Patterns, paths: Iterable[str]) -> list[str]:
+    """Return the names that match a glob, in order; matching none is an error that lists what there is.
+
+    Args:
+      pattern: a glob or a tuple of globs, see `matches`.
+      paths: the names to choose from.
+
+    Returns:
+      The matching names.
+
+    Raises:
+      NoMatchError: if no name matches.
+
+    Example:
+      >>> match("**/kernel", ["dense/bias", "dense/kernel"])
+      ['dense/kernel']
+    """
+    paths = list(paths)
+    found = [path for path in paths if matches(pattern, path)]
+    if not found:
+        listing = "\n  ".join(paths) or "(none: the tree has no leaves)"
+        raise NoMatchError(f"pattern {pattern!r} matches no leaf. The leaves are:\n  {listing}")
+    return found

@@ -1,0 +1,41 @@
+"""Straight-through estimators: the value of a step function with the derivative of the identity."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """Give ``fn(x, *rest)`` the derivative of the identity in ``x`` and none in ``rest``.
+
+    The value is exactly that of ``fn``; only its derivative is replaced, ``d fn(x, *rest) = dx``. The common
+    ``x + stop_gradient(fn(x) - x)`` is not equal to ``fn(x)`` in floating point, so what is trained with it is not what
+    is shipped.
+
+    Args:
+      fn: a function of an array ``x`` and any further arrays, returning an array of the shape and dtype of ``x``.
+
+    Returns:
+      The function with the straight-through derivative.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rounded = straight_through(jnp.round)
+      >>> x = jnp.array([0.4, 1.6])
+      >>> rounded(x), jax.grad(lambda x: rounded(x).sum())(x)
+      (Array([0., 2.], dtype=float32), Array([1., 1.], dtype=float32))
+
+    References:
+      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.
+    """
+
+    @jax.custom_jvp
+    def through(x: jax.Array, *rest: Any) -> jax.Array:
+        return fn(x, *rest)
+
+    @through.defjvp
+    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+        return through(*primals), tangents[0]
+
+    return through
