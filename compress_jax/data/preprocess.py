@@ -1,0 +1,114 @@
+"""Cleaning and normalising a split: pure functions from arrays to arrays."""
+
+import numpy as np
+
+Split = dict[str, np.ndarray]
+
+_CHUNK = 4096  # examples at a time, so that no float64 copy of a whole split is ever made
+
+
+def clean(split: Split, *, drop_duplicates: bool = False) -> tuple[Split, dict[str, int]]:
+    """Drop the examples that would spoil training: non-finite ones and, if asked, exact repeats.
+
+    Args:
+      split: arrays ``[n, ...]``, all with the same n.
+      drop_duplicates: whether to drop examples equal in every array to an earlier one.
+
+    Returns:
+      The split in its old order, and how many examples were dropped for each reason.
+
+    Example:
+      >>> split = {"image": np.array([[1.0], [np.nan], [1.0]], np.float32), "label": np.array([3, 3, 3])}
+      >>> kept, dropped = clean(split, drop_duplicates=True)
+      >>> kept["image"].tolist(), dropped
+      ([[1.0]], {'non_finite': 1, 'duplicate': 1})
+    """
+    finite = np.ones(len(next(iter(split.values()))), bool)
+    for array in split.values():
+        if np.issubdtype(array.dtype, np.floating):
+            finite &= np.isfinite(array.reshape(len(array), -1)).all(axis=1)
+    keep = finite & _first(split) if drop_duplicates else finite
+    kept = split if keep.all() else {key: array[keep] for key, array in split.items()}
+    return kept, {"non_finite": int(np.sum(~finite)), "duplicate": int(np.sum(finite & ~keep))}
+
+
+def _first(split: Split) -> np.ndarray:
+    """Return for each example whether no earlier one equals it byte for byte."""
+    seen: set[bytes] = set()
+    first = np.zeros(len(next(iter(split.values()))), bool)
+    for row in range(len(first)):
+        content = b"".join(array[row].tobytes() for array in split.values())
+        first[row] = content not in seen
+        seen.add(content)
+    return first
+
+
+def scale_to_unit(split: Split, *, maximum: float = 255.0) -> Split:
+    r"""Scale images to :math:`x / \text{maximum}`, as float32.
+
+    Args:
+      split: ``image`` of any dtype with values 0 to ``maximum``; other keys are kept as they are.
+      maximum: the largest value a pixel can have (not the largest that occurs: that would differ between splits).
+
+    Returns:
+      The split with float32 ``image`` in [0, 1].
+
+    Example:
+      >>> scale_to_unit({"image": np.array([[0, 255]], np.uint8)})["image"].tolist()
+      [[0.0, 1.0]]
+    """
+    images = split["image"].astype(np.float32)
+    images /= np.float32(maximum)  # in place, on our own copy: half the memory
+    return {**split, "image": images}
+
+
+def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    r"""Measure each channel: :math:`\mu_c = \frac1N\sum x_c,\ \sigma_c^2 = \frac1N\sum (x_c - \mu_c)^2`.
+
+    To be called on the training split only. Sums are float64, in two passes.
+
+    Args:
+      split: ``image`` is ``[n, ..., channels]``.
+
+    Returns:
+      Mean and standard deviation, float32 ``[channels]``. Where a channel is constant the deviation is 1, so that
+      dividing by it is harmless.
+
+    Raises:
+      ValueError: if the split is empty.
+
+    Example:
+      >>> mean, std = statistics({"image": np.array([[[1.0], [3.0]]], np.float32)})
+      >>> mean.tolist(), std.tolist()
+      ([2.0], [1.0])
+    """
+    images = split["image"]
+    if images.size == 0:
+        raise ValueError("the statistics of an empty split are undefined")
+    rows, axes = images.size // images.shape[-1], tuple(range(images.ndim - 1))
+    chunks = range(0, len(images), _CHUNK)
+    mean = sum(images[i : i + _CHUNK].sum(axes, dtype=np.float64) for i in chunks) / rows
+    variance = sum(((images[i : i + _CHUNK] - mean) ** 2).sum(axes) for i in chunks) / rows
+    std = np.sqrt(np.where(variance > 0, variance, 1.0))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def normalise(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
+    r"""Shift and scale images to :math:`(x - \mu_c) / \sigma_c`.
+
+    Args:
+      split: float32 ``image`` ``[n, ..., channels]``; other keys are kept as they are.
+      mean: float32 ``[channels]``, from `statistics` of the training split.
+      std: float32 ``[channels]``, positive.
+
+    Returns:
+      The split with its new ``image``.
+
+    Example:
+      >>> split = {"image": np.array([[[1.0], [3.0]]], np.float32)}
+      >>> normalise(split, *statistics(split))["image"].ravel().tolist()
+      [-1.0, 1.0]
+    """
+    images = split["image"] - mean
+    images /= std
+    return {**split, "image": images}

@@ -1,0 +1,143 @@
+"""The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
+
+Format, version 1. A safetensors container whose ``__metadata__`` has four strings: ``format`` = ``"compress_jax"``;
+``version`` = ``"1"``; ``content`` = JSON with ``tree`` (see `compress_jax.export.structure`) and ``metadata`` (free-form:
+model, data, config, accuracy); ``sha256`` = hex digest of ``content`` and then of every tensor's bytes in the order of their
+sorted names. Codes of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors. Nothing in the
+file is ever executed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from compress_jax.core.errors import ArtifactError
+from compress_jax.export.structure import Tensors, decode, encode
+
+FORMAT, VERSION = "compress_jax", 1
+
+
+def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | None = None) -> int:
+    """Write packed params to one file, atomically: a full disk or a kill leaves an old file as it was.
+
+    Args:
+      path: the file to write.
+      packed: params as `Compression.pack` returns them (plain arrays are fine too).
+      metadata: anything JSON can hold: names of model and data, config, accuracy.
+
+    Returns:
+      Bytes written.
+
+    Raises:
+      ArtifactError: if a leaf or the metadata cannot be written, or the disk is full or not writable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> written = save(file, {"kernel": jnp.arange(3.0)}, {"model": "tiny"})
+      >>> written == file.stat().st_size, load(file)
+      (True, ({'kernel': Array([0., 1., 2.], dtype=float32)}, {'model': 'tiny'}))
+    """
+    tree, tensors = encode(packed)
+    try:
+        content = json.dumps({"tree": tree, "metadata": metadata or {}}, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the metadata cannot be written as JSON: {error}") from error
+    header = {"format": FORMAT, "version": str(VERSION), "content": content, "sha256": _digest(content, tensors)}
+    data = safetensors.numpy.save(tensors, header)
+    write_atomically(Path(path), data)
+    return len(data)
+
+
+def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+    """Read a file that `save` wrote.
+
+    Args:
+      path: the file.
+
+    Returns:
+      ``(packed, metadata)``; ``compress_jax.unpack(packed)`` gives bit for bit the params that were evaluated.
+
+    Raises:
+      ArtifactError: if there is no such file, or it is damaged, foreign, or of a newer version.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    header, tensors = _parse(path, data)
+    if header.get("format") != FORMAT:
+        raise ArtifactError(f"{path} is a safetensors file, but not one that compress_jax wrote; load it with safetensors")
+    if not header.get("version", "").isdigit() or int(header["version"]) > VERSION:
+        raise ArtifactError(
+            f"{path} has format version {header.get('version')}, and this version of compress_jax reads up to {VERSION}; "
+            "upgrade compress_jax to read it"
+        )
+    if _digest(header.get("content", ""), tensors) != header.get("sha256"):
+        raise ArtifactError(f"{path} is damaged: its checksum does not match its content. Copy or write it again")
+    content = json.loads(header["content"])
+    return decode(content["tree"], tensors), content["metadata"]
+
+
+def _parse(path: Path, data: bytes) -> tuple[dict[str, str], Tensors]:
+    """Split a safetensors file into its string metadata and its tensors."""
+    try:
+        tensors = safetensors.numpy.load(data)
+        size = int.from_bytes(data[:8], "little")
+        return json.loads(data[8 : 8 + size]).get("__metadata__", {}), tensors
+    except (SafetensorError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is truncated, damaged or not an artifact at all: its {len(data)} bytes are no safetensors file: {error}"
+        ) from error
+
+
+def _digest(content: str, tensors: Tensors) -> str:
+    digest = hashlib.sha256(content.encode())
+    for name in sorted(tensors):
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file beside its place, force it to disk, then rename it: it is there whole or not at all.
+
+    Args:
+      path: the file; its directory is made.
+      data: its content.
+
+    Raises:
+      ArtifactError: if the disk is full or not writable; what was there before is unchanged.
+
+    Example:
+      >>> file = Path(tempfile.mkdtemp()) / "results.json"
+      >>> write_atomically(file, b"{}")
+      >>> file.read_bytes()
+      b'{}'
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+        kept = "; the file that was there is unchanged" if path.exists() else ""
+        raise ArtifactError(f"cannot write {path} ({len(data):,} bytes): {why}{kept}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                temporary.unlink()

@@ -1,0 +1,130 @@
+"""What a config returns: data, teacher, student, the compressions to try, and what the result must satisfy."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Literal
+
+import jax
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ConfigError
+from compress_jax.data import Data
+
+PerExampleLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@dataclass(frozen=True)
+class Training:
+    """How one network is trained.
+
+    Attributes:
+      optimizer: any optax optimizer of the weights.
+      steps: number of steps.
+      batch_size: examples a step.
+      augment: ``(key, batch) -> batch`` inside the step, or None.
+      learned: optimizer of what the compression learns (centroids, factors); by default the same as of the weights.
+      save_every: steps between checkpoints.
+    """
+
+    optimizer: optax.GradientTransformation
+    steps: int
+    batch_size: int = 128
+    augment: Callable[[jax.Array, Any], Any] | None = None
+    learned: optax.GradientTransformation | None = None
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model and where its weights come from: training, or an artifact of an earlier run.
+
+    Attributes:
+      model: Linen module called as ``model(x, train=...)``.
+      training: how to train it; None if it is restored.
+      artifact: file that holds its trained variables; None if it is trained.
+    """
+
+    model: nn.Module
+    training: Training | None = None
+    artifact: str | PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        """Check that the weights come from exactly one place."""
+        if (self.training is None) == (self.artifact is None):
+            raise ConfigError("a Network needs either training=... or artifact=..., and not both")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make the student smaller: a compression, and the training that goes on under it.
+
+    Attributes:
+      name: short; it names a directory.
+      compression: any Compression; ``chain`` makes one of several.
+      training: from the trained student's weights on.
+    """
+
+    name: str
+    compression: Compression
+    training: Training
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """What the compressed student must satisfy, on validation data and on disk.
+
+    Attributes:
+      max_drop: largest loss of validation accuracy below the reference (the teacher, or without one the student in
+        float32), as a fraction: 0.01 is one point.
+      min_ratio: smallest ratio of the float32 student's bytes on disk to the artifact's.
+      max_bytes: largest artifact, in bytes on disk.
+    """
+
+    max_drop: float = 0.01
+    min_ratio: float = 1.0
+    max_bytes: float = math.inf
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All of one run, as real objects.
+
+    Attributes:
+      name: shown in logs and kept in the artifact.
+      data: the splits.
+      student: the network to compress.
+      candidates: ways to compress it, from mild to strong (or the reverse, see ``order``).
+      requirement: what must be met.
+      teacher: a frozen network to learn from; None to learn from labels alone.
+      loss: ``(student_logits, teacher_logits, labels) -> loss of each example``; None means cross entropy with the labels.
+      order: ``"mild_first"`` goes on to stronger candidates while they pass, ``"strong_first"`` goes on to milder ones
+        until one passes, ``"all"`` tries every one. The smallest artifact that passed is the result.
+      seed: of initialisation, data order and augmentation.
+      mesh: devices to train on, with an axis ``"data"``; by default all there are.
+    """
+
+    name: str
+    data: Data
+    student: Network
+    candidates: tuple[Candidate, ...]
+    requirement: Requirement = Requirement()
+    teacher: Network | None = None
+    loss: PerExampleLoss | None = None
+    order: Literal["mild_first", "strong_first", "all"] = "mild_first"
+    seed: int = 0
+    mesh: Mesh | None = None
+
+    def __post_init__(self) -> None:
+        """Check what can be checked before anything is trained."""
+        names = [candidate.name for candidate in self.candidates]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"an experiment needs at least one candidate, with names that differ; got {names}")
+        if self.order not in ("mild_first", "strong_first", "all"):
+            raise ConfigError(f"order must be 'mild_first', 'strong_first' or 'all', got {self.order!r}")
+        if self.loss is not None and self.teacher is None:
+            raise ConfigError("loss compares the student with a teacher, but the experiment has no teacher")

@@ -1,0 +1,117 @@
+"""The loop: train, compress, evaluate; requirements met? If not, choose again. Short, so that you can fork it."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress_jax.core.compression import Compression
+from compress_jax.export import write_atomically
+from compress_jax.search import stages
+from compress_jax.search.experiment import Candidate, Experiment
+from compress_jax.search.judge import Assessment, choose, finished, judge
+
+TEACHER, STUDENT, ARTIFACT, RESULTS = "teacher.safetensors", "student.safetensors", "artifact.safetensors", "results.json"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run found.
+
+    Attributes:
+      rows: teacher, student, and every candidate tried, in order.
+      chosen: the row of the artifact that was written.
+      artifact: the file.
+    """
+
+    rows: tuple[Assessment, ...]
+    chosen: Assessment
+    artifact: Path
+
+    @property
+    def met(self) -> bool:
+        """Whether the artifact meets the requirement; if not, it is only the best there was."""
+        return bool(self.chosen.accepted)
+
+
+def compress(
+    experiment: Experiment, workdir: str | Path, *, about: dict[str, Any] | None = None, say: Callable[[str], None] = print
+) -> Result:
+    """Find the smallest student that meets the requirement, and leave it in ``workdir`` as one file.
+
+    Data -> teacher -> student -> candidate: train under its compression, write, read back, evaluate on validation data,
+    judge -> accepted or refused, with the reason -> next candidate. Test data is touched once, for the three networks of
+    the final table. Started again after any kind of stop, it continues and ends with the same numbers.
+
+    Args:
+      experiment: what to do.
+      workdir: where everything goes; made if missing.
+      about: kept in the artifacts' metadata, as JSON takes it (config and arguments, say).
+      say: receives one line for each decision.
+
+    Returns:
+      The rows, the chosen one, and the file.
+
+    Raises:
+      Interrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
+      CompressError: as its pieces do.
+    """
+    workdir, about = Path(workdir).absolute(), about or {}
+    teacher = None
+    rows: list[Assessment] = []
+    if experiment.teacher is not None:
+        teacher = stages.obtain(experiment, experiment.teacher, "teacher", workdir / "teacher", None)
+        model, file = experiment.teacher.model, workdir / TEACHER
+        rows.append(stages.assess(experiment, model, "teacher", teacher, teacher, file, about))
+        say(f"teacher: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
+    student = stages.obtain(experiment, experiment.student, "student", workdir / "student", teacher)
+    model = experiment.student.model
+    rows.append(stages.assess(experiment, model, "student", student, student, workdir / STUDENT, about))
+    say(f"student in float32: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
+
+    reference, base, tried = rows[0], rows[-1], []
+    for candidate in experiment.candidates:
+        row = _try(experiment, candidate, student, teacher, workdir, about)
+        row = judge(row, base.nbytes, reference.validation, experiment.requirement)
+        tried.append(row)
+        say(f"{candidate.name}: {'accepted' if row.accepted else 'refused'}: {row.reason}")
+        if finished(experiment.order, tried):
+            break
+    return _conclude(experiment, rows, tried, workdir)
+
+
+def _try(
+    experiment: Experiment, candidate: Candidate, student: Any, teacher: Any, workdir: Path, about: dict[str, Any]
+) -> Assessment:
+    """Train the student under one compression and measure what comes out."""
+    model, directory, c = experiment.student.model, workdir / "candidates" / candidate.name, candidate.compression
+    stage = f"candidate {candidate.name}"
+    state = stages.train(experiment, model, student, c, candidate.training, stage, directory, teacher)
+    packed = {"params": c.pack(state.params, state.compression), **state.model_state}
+    about = {**about, "left_alone": _by_reason(c, state.params)}
+    return stages.assess(experiment, model, candidate.name, packed, state.variables(c), directory / ARTIFACT, about)
+
+
+def _by_reason(compression: Compression, params: Any) -> dict[str, list[str]]:
+    """Return the leaves a compression leaves alone, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in compression.skipped(params).items():
+        reasons.setdefault(reason, []).append(path)
+    return reasons
+
+
+def _conclude(experiment: Experiment, rows: list[Assessment], tried: Sequence[Assessment], workdir: Path) -> Result:
+    """Copy the chosen artifact, measure the final table on test data, and write it down."""
+    chosen, artifact = choose(tried), workdir / ARTIFACT
+    write_atomically(artifact, (workdir / "candidates" / chosen.name / ARTIFACT).read_bytes())
+    student = experiment.student.model
+    measured = {chosen.name: stages.measure_on_test(experiment, student, artifact)}
+    measured["student"] = stages.measure_on_test(experiment, student, workdir / STUDENT)
+    if experiment.teacher is not None:
+        measured["teacher"] = stages.measure_on_test(experiment, experiment.teacher.model, workdir / TEACHER)
+    table = [replace(row, test=measured.get(row.name)) for row in [*rows, *tried]]
+    summary = {"experiment": experiment.name, "chosen": chosen.name, "met": bool(chosen.accepted)}
+    text = json.dumps({**summary, "rows": [row.as_dict() for row in table]}, indent=1)
+    write_atomically(workdir / RESULTS, f"{text}\n".encode())
+    return Result(tuple(table), next(row for row in table if row.name == chosen.name), artifact)

@@ -1,0 +1,150 @@
+"""The pieces of the loop: train a network, train it under a compression, write it to disk and measure what was written."""
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType
+
+from compress_jax.core.compression import Compression, identity
+from compress_jax.core.errors import CompressError
+from compress_jax.core.packed import unpack
+from compress_jax.core.paths import flatten
+from compress_jax.data import batches
+from compress_jax.export import load, save
+from compress_jax.search.experiment import Experiment, Network, Training
+from compress_jax.search.judge import Assessment
+from compress_jax.train import (
+    TrainState,
+    accuracy,
+    create,
+    distilled,
+    fit,
+    jit_step,
+    label_optimizer,
+    logits,
+    make_step,
+    place,
+    supervised,
+)
+
+Variables = dict[str, Any]
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """Return the PRNG key of a stage: a function of the seed and its name, not of what ran before it."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+
+
+def obtain(experiment: Experiment, network: Network, stage: str, directory: Path, teacher: Variables | None) -> Variables:
+    """Train a network in float32, or restore it.
+
+    Args:
+      experiment: for data, loss and seed.
+      network: what to train or restore.
+      stage: ``"teacher"`` or ``"student"``.
+      directory: where its checkpoints and metrics go; a finished stage found there is not trained again.
+      teacher: variables of the frozen teacher, or None to train on labels.
+
+    Returns:
+      ``{"params": ..., "batch_stats": ...}``.
+    """
+    if network.artifact is not None:
+        return unpack(load(network.artifact)[0])
+    assert network.training is not None
+    example = jnp.zeros((1, *experiment.data.train["image"].shape[1:]))
+    variables = jax.jit(network.model.init)(stage_key(experiment.seed, f"{stage}/init"), example)
+    state = train(experiment, network.model, variables, identity(), network.training, stage, directory, teacher)
+    return state.variables()
+
+
+def train(
+    experiment: Experiment,
+    model: Any,
+    variables: Variables,
+    compression: Compression,
+    training: Training,
+    stage: str,
+    directory: Path,
+    teacher: Variables | None,
+) -> TrainState:
+    """Train a model seen through a compression, from given variables on; continue if the directory holds a checkpoint.
+
+    Args:
+      experiment: for data, loss, seed and mesh.
+      model: the Linen module.
+      variables: where to begin.
+      compression: what the forward pass sees the params through.
+      training: optimizer, steps, batches.
+      stage: names the randomness and the progress bar.
+      directory: where checkpoints and metrics go.
+      teacher: variables of the frozen teacher, or None to train on labels.
+
+    Returns:
+      The state after the last step.
+    """
+    optimizer = label_optimizer(training.optimizer, training.learned or training.optimizer)
+    state = create(variables, compression, optimizer, stage_key(experiment.seed, stage))
+    step = make_step(_loss(experiment, model, training, teacher), optimizer, compression)
+    mesh = experiment.mesh or jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    feed = batches(experiment.data.train, training.batch_size, seed=zlib.crc32(f"{experiment.seed}/{stage}".encode()))
+    return fit(
+        jit_step(step, mesh, state),
+        place(state, mesh),
+        feed,
+        steps=training.steps,
+        directory=directory,
+        save_every=training.save_every,
+        title=stage,
+        teacher=teacher,
+    )
+
+
+def _loss(experiment: Experiment, model: Any, training: Training, teacher: Variables | None) -> Any:
+    if teacher is None or experiment.teacher is None or experiment.loss is None:
+        return supervised(model, augment=training.augment)
+    return distilled(model, experiment.teacher.model.apply, experiment.loss, augment=training.augment)
+
+
+def assess(
+    experiment: Experiment, model: Any, name: str, packed: Any, seen: Variables, file: Path, about: dict[str, Any]
+) -> Assessment:
+    """Write a network to disk, read it back, prove that it is the one that was trained, and measure it on validation.
+
+    Args:
+      experiment: for the data.
+      model: the Linen module.
+      name: of the row.
+      packed: variables with packed leaves.
+      seen: the variables training saw; the file must give the same logits, bit for bit.
+      file: the artifact to write.
+      about: metadata to keep in it, as JSON takes it.
+
+    Returns:
+      The row, not judged yet.
+
+    Raises:
+      CompressError: if what was written is not what was trained.
+    """
+    split = experiment.data.validation
+    trained = logits(model.apply, seen, split)
+    validation = float((trained.argmax(-1) == split["label"]).mean())
+    metadata = {"experiment": experiment.name, "name": name, "model": repr(model), **about}
+    metadata |= {"data": experiment.data.name, "data_sha256": experiment.data.fingerprint, "validation": validation}
+    nbytes = save(file, packed, metadata)
+    if not np.array_equal(logits(model.apply, unpack(load(file)[0]), split), trained):
+        raise CompressError(f"{file} does not give the logits the trained model gives; please report this with its config")
+    return Assessment(name, count(seen["params"]), nbytes, validation)
+
+
+def measure_on_test(experiment: Experiment, model: Any, file: Path) -> float:
+    """Return the accuracy of an artifact, read from disk, on the test split."""
+    return accuracy(model.apply, unpack(load(file)[0]), experiment.data.test)
+
+
+def count(params: Any) -> int:
+    """Return the number of entries of all params."""
+    return sum(leaf.size for leaf in flatten(params)[0].values())

@@ -1,0 +1,43 @@
+"""Training: one pure step over one state, on one device or many, and the loop that records, saves and resumes."""
+
+from compress_jax.train._progress import progress
+from compress_jax.train.checkpoint import Checkpoints
+from compress_jax.train.evaluate import accuracy, logits, padded_batches
+from compress_jax.train.interrupt import Interrupted, watch_signals
+from compress_jax.train.loop import Feed, fit
+from compress_jax.train.losses import cross_entropy, distilled, supervised
+from compress_jax.train.metrics import JsonLines, Recorder, TensorBoard
+from compress_jax.train.parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
+from compress_jax.train.state import TrainState, create, label_optimizer
+from compress_jax.train.step import Loss, Metrics, Step, make_step
+
+__all__ = [
+    "Checkpoints",
+    "Feed",
+    "Interrupted",
+    "JsonLines",
+    "Loss",
+    "Metrics",
+    "Recorder",
+    "Step",
+    "TensorBoard",
+    "TrainState",
+    "accuracy",
+    "create",
+    "cross_entropy",
+    "distilled",
+    "fit",
+    "jit_step",
+    "label_optimizer",
+    "logits",
+    "make_step",
+    "padded_batches",
+    "place",
+    "pmap_step",
+    "progress",
+    "replicate",
+    "shardings",
+    "supervised",
+    "unreplicate",
+    "watch_signals",
+]

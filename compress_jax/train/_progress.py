@@ -1,0 +1,78 @@
+"""How far the run is: a live bar on a terminal, a line now and then anywhere else."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@contextlib.contextmanager
+def progress(
+    title: str, steps: int, start: int = 0, *, console: Console | None = None, seconds: float = 10.0
+) -> Iterator[Report]:
+    """Show progress on standard error while the ``with`` block runs.
+
+    Args:
+      title: what is being done.
+      steps: the number of steps in all.
+      start: how many were done before.
+      console: where to show it; standard error by default.
+      seconds: the least time between two lines where there is no terminal.
+
+    Yields:
+      ``report(step, values)``; empty values leave those shown before.
+
+    Example:
+      >>> import sys
+      >>> with progress("training", 4, console=Console(file=sys.stdout), seconds=0.0) as report:
+      ...     report(4, {"loss": 0.25})
+      training 4/4: loss 0.25
+    """
+    if console is None:
+        console = Console(stderr=True)
+    if console.is_terminal:
+        with _bar(title, steps, start, console) as report:
+            yield report
+    else:
+        yield _lines(title, steps, console, seconds)
+
+
+@contextlib.contextmanager
+def _bar(title: str, steps: int, start: int, console: Console) -> Iterator[Report]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[values]}"),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(title, total=steps, completed=start, values="")
+
+        def report(step: int, values: Mapping[str, float]) -> None:
+            fields = {"values": _text(values)} if values else {}
+            bar.update(task, completed=step, **fields)  # pyright: ignore[reportArgumentType]
+
+        yield report
+
+
+def _lines(title: str, steps: int, console: Console, seconds: float) -> Report:
+    last = time.monotonic()
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if values and (step == steps or now - last >= seconds):
+            console.print(f"{title} {step}/{steps}: {_text(values)}", highlight=False, soft_wrap=True)
+            last = now
+
+    return report
+
+
+def _text(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,143 @@
+"""Losses of classifiers, as the training step takes them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from compress_jax.train.step import Loss, Metrics
+
+Augment = Callable[[jax.Array, Any], Any]
+
+
+def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
+    """Return the cross entropy of each example, in float32.
+
+    ``-sum_c q_c log softmax(z)_c`` with ``q = (1 - smoothing) onehot(label) + smoothing / classes``.
+
+    Args:
+      logits: ``[..., classes]``.
+      labels: integers ``[...]``.
+      smoothing: share of the probability spread evenly over all classes, 0 to 1.
+
+    Returns:
+      ``[...]``, in nats.
+
+    Example:
+      >>> cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).tolist()
+      [0.6931471824645996]
+
+    References:
+      Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7 (smoothing).
+    """
+    if jnp.finfo(logits.dtype).bits < 32:
+        logits = logits.astype(jnp.float32)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if smoothing == 0.0:
+        return loss
+    return (1.0 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
+
+
+def supervised(
+    model: nn.Module,
+    *,
+    smoothing: float = 0.0,
+    augment: Augment | None = None,
+    inputs: str = "image",
+    labels: str = "label",
+) -> Loss:
+    """Return the loss that trains a classifier on labels: mean cross entropy, with metric ``accuracy``.
+
+    Args:
+      model: Linen module called as ``model(x, train=...)``; dropout gets the step's key.
+      smoothing: of the labels, see `cross_entropy`.
+      augment: ``(key, batch) -> batch``, applied in training only.
+      inputs: the batch's entry that is given to the model.
+      labels: the batch's entry with integer labels ``[batch]``.
+
+    Returns:
+      A `Loss`; it ignores the teacher.
+
+    Example:
+      >>> from compress_jax.models import LeNet300100
+      >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> params = model.init(jax.random.key(0), batch["image"])["params"]
+      >>> value, (model_state, metrics) = supervised(model)(params, {}, batch, jax.random.key(1), None)
+      >>> value.shape, model_state, sorted(metrics)
+      ((), {}, ['accuracy'])
+    """
+
+    def per_example(x: jax.Array, student: jax.Array, teacher: Any, targets: jax.Array) -> jax.Array:
+        return cross_entropy(student, targets, smoothing)
+
+    return _classifier(model, per_example, augment, inputs, labels)
+
+
+def distilled(
+    model: nn.Module,
+    teacher_apply: Callable[[Any, jax.Array], jax.Array],
+    loss_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    *,
+    augment: Augment | None = None,
+    inputs: str = "image",
+    labels: str = "label",
+) -> Loss:
+    """Return the loss that trains a student on its teacher's logits for the same, equally augmented, inputs.
+
+    Args:
+      model: the student, a Linen module called as ``model(x, train=...)``.
+      teacher_apply: ``(teacher, x) -> logits``, in eval mode; ``teacher`` is the tree given to the step.
+      loss_fn: ``(student_logits, teacher_logits, labels) -> loss of each example``.
+      augment: ``(key, batch) -> batch``, applied in training only.
+      inputs: the batch's entry that is given to both models.
+      labels: the batch's entry with integer labels ``[batch]``.
+
+    Returns:
+      A `Loss` with metric ``accuracy``. No gradient reaches the teacher.
+
+    Example:
+      >>> from compress_jax.models import LeNet300100
+      >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> variables = model.init(jax.random.key(0), batch["image"])
+      >>> loss = distilled(model, model.apply, lambda s, t, y: jnp.square(s - t).mean(-1))
+      >>> value, _ = loss(variables["params"], {}, batch, jax.random.key(1), variables)
+      >>> float(value)
+      0.0
+    """
+
+    def per_example(x: jax.Array, student: jax.Array, teacher: Any, targets: jax.Array) -> jax.Array:
+        return loss_fn(student, jax.lax.stop_gradient(teacher_apply(teacher, x)), targets)
+
+    return _classifier(model, per_example, augment, inputs, labels)
+
+
+def _classifier(
+    model: nn.Module, per_example: Callable[..., jax.Array], augment: Augment | None, inputs: str, labels: str
+) -> Loss:
+    """Return the loss ``mean(per_example(x, logits, teacher, labels))``."""
+
+    def loss(
+        params: Any, model_state: Any, batch: Any, key: jax.Array, teacher: Any, train: bool = True
+    ) -> tuple[jax.Array, tuple[Any, Metrics]]:
+        augment_key, dropout_key = jax.random.split(key)
+        if train and augment is not None:
+            batch = augment(augment_key, batch)
+        x, targets = batch[inputs], batch[labels]
+        logits, model_state = _forward(model, {"params": params, **model_state}, x, dropout_key, train)
+        value = per_example(x, logits, teacher, targets).mean()
+        accuracy = (logits.argmax(axis=-1) == targets).mean(dtype=jnp.float32)
+        return value, (model_state, {"accuracy": accuracy})
+
+    return loss
+
+
+def _forward(model: nn.Module, variables: Any, x: jax.Array, key: jax.Array, train: bool) -> tuple[jax.Array, Any]:
+    """Return logits and the model state after them, which is the one before in eval mode."""
+    state = {name: collection for name, collection in variables.items() if name != "params"}
+    if not train:
+        return jnp.asarray(model.apply(variables, x, train=False)), state
+    logits, updated = model.apply(variables, x, train=True, mutable=list(state), rngs={"dropout": key})
+    return logits, {**state, **updated}

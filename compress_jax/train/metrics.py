@@ -1,0 +1,104 @@
+"""Metrics on disk, as JSON lines and for TensorBoard, behind one small interface."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+
+class Recorder(Protocol):
+    """What metrics are written to."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep the values of one step."""
+        ...
+
+    def close(self) -> None:
+        """Finish; nothing may be written afterwards."""
+        ...
+
+
+class JsonLines:
+    r"""A file with one JSON object a line, ``{"step": 10, "train/loss": 0.5}``; not-finite values are null.
+
+    Each line goes to the operating system at once, in a single append, so that a killed process loses none. Nothing but
+    the values is written (no time), so a resumed run leaves the very file an uninterrupted one does.
+
+    Args:
+      path: the file; its directory is made.
+      resume_step: the step the run continues from. Lines of later steps, which will come again, and a line cut short by a
+        kill are dropped.
+
+    Example:
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "metrics.jsonl"
+      >>> writer = JsonLines(path)
+      >>> writer.write(10, {"train/loss": 0.5})
+      >>> writer.close()
+      >>> path.read_text()
+      '{"step": 10, "train/loss": 0.5}\n'
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int = 0):
+        """Open the file for appending, after dropping what will come again."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(path, resume_step)
+        self._file = path.open("ab", buffering=0)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line."""
+        numbers = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._file.write((json.dumps({"step": step, **finite}) + "\n").encode())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Event files for TensorBoard in a directory; values of steps after ``resume_step`` are hidden when resuming.
+
+    Args:
+      directory: where the event files go.
+      resume_step: the step the run continues from.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], resume_step: int = 0):
+        """Start a new event file."""
+        purge = resume_step + 1 if resume_step else None
+        self._writer = SummaryWriter(str(directory), purge_step=purge)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one scalar for each value."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, np.float32(value), step)
+
+    def close(self) -> None:
+        """Write out what is buffered and close the file."""
+        self._writer.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep the whole lines of steps up to ``step``; replace the file in one move, or leave it alone if nothing goes."""
+    if not path.exists():
+        return
+    old = path.read_bytes()
+    kept = b"".join(line for line in old.splitlines(keepends=True) if _keep(line, step))
+    if kept != old:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(kept)
+        os.replace(temporary, path)
+
+
+def _keep(line: bytes, step: int) -> bool:
+    try:
+        return line.endswith(b"\n") and json.loads(line)["step"] <= step
+    except (ValueError, KeyError, TypeError):
+        return False

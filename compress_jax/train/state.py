@@ -1,0 +1,120 @@
+"""Everything a training run is, as one tree of arrays."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from compress_jax.core.compression import Compression, CompressionState
+
+
+class TrainState(NamedTuple):
+    """The state of training: what a checkpoint holds and what one step turns into the next.
+
+    Attributes:
+      step: int32 ``[]``, number of steps taken.
+      params: the model's parameters, dense and full precision.
+      learned: the part of the compression that the optimizer trains beside the params.
+      fixed: the part of the compression that is never differentiated.
+      model_state: the model's other collections, ``{"batch_stats": ...}`` or ``{}``.
+      opt_state: of the optimizer over ``{"params": params, "learned": learned}``.
+      key: typed PRNG key of the run; the key of a step is derived from it and the step's number.
+    """
+
+    step: jax.Array
+    params: Any
+    learned: Any
+    fixed: Any
+    model_state: Any
+    opt_state: Any
+    key: jax.Array
+
+    @property
+    def trainable(self) -> dict[str, Any]:
+        """What the optimizer sees: ``{"params": params, "learned": learned}``."""
+        return {"params": self.params, "learned": self.learned}
+
+    @property
+    def compression(self) -> CompressionState:
+        """The compression's state, both parts."""
+        return CompressionState(self.learned, self.fixed)
+
+    def variables(self, compression: Compression | None = None) -> dict[str, Any]:
+        """Return what ``model.apply`` takes: the params as the compression shows them, and the model state.
+
+        Args:
+          compression: the compression to look through; None for the dense params.
+
+        Returns:
+          ``{"params": view, **model_state}``.
+        """
+        params = self.params if compression is None else compression.view(self.params, self.compression)
+        return {"params": params, **self.model_state}
+
+
+def create(
+    variables: Mapping[str, Any],
+    compression: Compression,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+) -> TrainState:
+    """Return the state before the first step.
+
+    Every array is copied: steps donate the state's memory, and the caller's variables must survive that.
+
+    Args:
+      variables: what ``model.init`` returned, or a trained ``{"params": ..., "batch_stats": ...}``.
+      compression: the compression to train under; ``cj.core.identity()`` for none.
+      optimizer: over ``{"params": ..., "learned": ...}``; see `label_optimizer`.
+      key: typed PRNG key, from ``jax.random.key(seed)``.
+
+    Returns:
+      A TrainState at step 0.
+
+    Raises:
+      ValueError: if variables has no ``"params"``.
+      TypeError: if key is not a typed PRNG key.
+
+    Example:
+      >>> from compress_jax.core.compression import identity
+      >>> variables = {"params": {"kernel": jnp.ones((2, 3))}}
+      >>> state = create(variables, identity(), optax.sgd(0.1), jax.random.key(0))
+      >>> int(state.step), sorted(state.trainable)
+      (0, ['learned', 'params'])
+    """
+    if "params" not in variables:
+        raise ValueError(f"variables must hold 'params', as model.init returns them; got the keys {sorted(variables)}")
+    if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
+        raise TypeError("key must be a typed PRNG key: jax.random.key(seed), not jax.random.PRNGKey(seed)")
+    params, model_state = variables["params"], {name: c for name, c in variables.items() if name != "params"}
+    learned, fixed = compression.init(params)
+    opt_state = optimizer.init({"params": params, "learned": learned})
+    state = TrainState(jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+
+def label_optimizer(
+    params: optax.GradientTransformation, learned: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Train the params and the compression's learned arrays each by an optimizer of its own.
+
+    Scales, centroids and thresholds want other learning rates than weights, and no weight decay.
+
+    Args:
+      params: optimizer of the model's parameters.
+      learned: optimizer of the compression's learned arrays.
+
+    Returns:
+      One optimizer over ``{"params": ..., "learned": ...}``.
+
+    Example:
+      >>> optimizer = label_optimizer(optax.sgd(0.1), optax.sgd(0.01))
+      >>> trainable = {"params": {"kernel": jnp.ones(1)}, "learned": {"kernel": jnp.ones(1)}}
+      >>> updates, _ = optimizer.update(trainable, optimizer.init(trainable), trainable)
+      >>> float(updates["params"]["kernel"][0]), float(updates["learned"]["kernel"][0])
+      (-0.10000000149011612, -0.009999999776482582)
+    """
+    labels = {"params": "params", "learned": "learned"}
+    return optax.partition({"params": params, "learned": learned}, labels)

@@ -1,0 +1,63 @@
+"""Deep Compression of LeNet-300-100: prune, then share weights through a trained codebook.
+
+    compress-jax run configs/deep_compression.py
+"""
+
+import math
+
+import optax
+
+import compress_jax as cj
+from compress_jax.data import load
+from compress_jax.models import LeNet300100
+from compress_jax.search import Candidate, Experiment, Network, Requirement, Training
+
+
+def config(
+    data: str = "fashion_mnist",
+    epochs: int = 30,
+    candidate_epochs: int = 40,
+    sparsity: tuple[float, ...] = (0.90, 0.92, 0.94),
+    clusters: int = 16,
+    max_drop: float = 0.002,
+    min_ratio: float = 25.0,
+    seed: int = 0,
+) -> Experiment:
+    """Prune LeNet-300-100 ever more while it keeps its accuracy, with weights shared from half-way on.
+
+    Args:
+      data: ``fashion_mnist`` or ``mnist``.
+      epochs: passes over the training images for the float32 network.
+      candidate_epochs: passes under each compression.
+      sparsity: shares of weights to prune, one candidate each, from mild to strong.
+      clusters: values that the surviving weights of one layer share.
+      max_drop: validation accuracy that may be lost below the float32 network's; 0.002 is a fifth of a point.
+      min_ratio: how many times smaller than float32 the artifact must be.
+      seed: of everything random.
+    """
+    images = load(data)
+    steps_per_epoch = len(images.train["label"]) // 128
+
+    def training(epochs: int, peak: float) -> Training:
+        steps = epochs * steps_per_epoch
+        schedule = optax.cosine_onecycle_schedule(steps, peak, pct_start=0.1)
+        return Training(
+            optax.adamw(schedule, weight_decay=1e-4), steps, learned=optax.adam(optax.cosine_decay_schedule(1e-4, steps))
+        )
+
+    def candidate(share: float) -> Candidate:
+        steps = candidate_epochs * steps_per_epoch
+        prune = cj.every(10, cj.prune.magnitude(cj.prune.cubic(share, begin=0, end=steps // 2)))
+        share_weights = cj.between(steps * 3 // 4, None, cj.cluster.kmeans(clusters))
+        compression = cj.at("**/kernel", cj.chain(prune, share_weights))
+        return Candidate(f"prune-{100 * share:g}-share-{math.log2(clusters):g}-bit", compression, training(candidate_epochs, 1e-3))
+
+    return Experiment(
+        name="deep_compression",
+        data=images,
+        student=Network(LeNet300100(), training(epochs, 2e-3)),
+        candidates=tuple(candidate(share) for share in sparsity),
+        requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio),
+        order="mild_first",
+        seed=seed,
+    )

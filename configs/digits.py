@@ -1,0 +1,63 @@
+"""UCI digits, the quickstart: train a teacher and a student, then prune and quantize the student until it is small enough.
+
+    compress-jax run configs/digits.py
+"""
+
+import jax
+import optax
+
+import compress_jax as cj
+from compress_jax.data import load, random_crop_flip
+from compress_jax.models import LeNet300100, ResNet
+from compress_jax.search import Candidate, Experiment, Network, Requirement, Training
+
+
+def config(
+    teacher_steps: int = 600,
+    student_steps: int = 2000,
+    candidate_steps: int = 1500,
+    temperature: float = 4.0,
+    max_drop: float = 0.01,
+    min_ratio: float = 20.0,
+    seed: int = 0,
+) -> Experiment:
+    """Compress LeNet-300-100 for 8x8 digits to a twentieth of its size.
+
+    Args:
+      teacher_steps: training steps of the teacher, a ResNet-8.
+      student_steps: training steps of the float32 student, LeNet-300-100.
+      candidate_steps: training steps under each compression.
+      temperature: of the teacher's probabilities.
+      max_drop: validation accuracy that may be lost below the teacher's; 0.01 is one point.
+      min_ratio: how many times smaller than the float32 student the artifact must be.
+      seed: of everything random.
+    """
+    data = load("digits")
+    black = -data.mean / data.std
+
+    def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {**batch, "image": random_crop_flip(key, batch["image"], pad=1, fill=black, flip=False)}
+
+    def training(steps: int, peak: float) -> Training:
+        schedule = optax.cosine_onecycle_schedule(steps, peak)
+        return Training(optax.adamw(schedule, weight_decay=1e-4), steps, batch_size=64, augment=augment)
+
+    def pruned(sparsity: float) -> cj.Compression:
+        return cj.prune.magnitude(cj.prune.cubic(sparsity, begin=0, end=candidate_steps // 2))
+
+    def candidate(sparsity: float, bits: int) -> Candidate:
+        compression = cj.chain(pruned(sparsity), cj.quantize.uniform(bits, scale="mse"))
+        name = f"prune-{sparsity:.0%}-int{bits}".replace("%", "")
+        return Candidate(name, cj.at("**/kernel", compression), training(candidate_steps, 2e-3))
+
+    return Experiment(
+        name="digits",
+        data=data,
+        teacher=Network(ResNet(depth=8, width=16), training(teacher_steps, 5e-3)),
+        student=Network(LeNet300100(), training(student_steps, 3e-3)),
+        loss=cj.distill.hinton(alpha=0.1, temperature=temperature),
+        candidates=(candidate(0.80, 4), candidate(0.88, 4), candidate(0.92, 4)),
+        requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio),
+        order="mild_first",
+        seed=seed,
+    )
