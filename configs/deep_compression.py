@@ -1,9 +1,7 @@
 """Deep Compression of LeNet-300-100: prune, then share weights through a trained codebook.
 
-    compress-jax run configs/deep_compression.py
+compress-jax run configs/deep_compression.py
 """
-
-import math
 
 import optax
 
@@ -23,7 +21,7 @@ def config(
     min_ratio: float = 25.0,
     seed: int = 0,
 ) -> Experiment:
-    """Prune LeNet-300-100 ever more while it keeps its accuracy, with weights shared from half-way on.
+    """Prune LeNet-300-100 ever more while it keeps its accuracy, its weights shared through a codebook in the last part.
 
     Args:
       data: ``fashion_mnist`` or ``mnist``.
@@ -40,17 +38,15 @@ def config(
 
     def training(epochs: int, peak: float) -> Training:
         steps = epochs * steps_per_epoch
-        schedule = optax.cosine_onecycle_schedule(steps, peak, pct_start=0.1)
-        return Training(
-            optax.adamw(schedule, weight_decay=1e-4), steps, learned=optax.adam(optax.cosine_decay_schedule(1e-4, steps))
-        )
+        weights = optax.adamw(optax.cosine_onecycle_schedule(steps, peak, pct_start=0.1), weight_decay=1e-4)
+        return Training(weights, steps, learned=optax.adam(optax.cosine_decay_schedule(1e-4, steps)), save_every=2000)
 
     def candidate(share: float) -> Candidate:
         steps = candidate_epochs * steps_per_epoch
         prune = cj.every(10, cj.prune.magnitude(cj.prune.cubic(share, begin=0, end=steps // 2)))
         share_weights = cj.between(steps * 3 // 4, None, cj.cluster.kmeans(clusters))
         compression = cj.at("**/kernel", cj.chain(prune, share_weights))
-        return Candidate(f"prune-{100 * share:g}-share-{math.log2(clusters):g}-bit", compression, training(candidate_epochs, 1e-3))
+        return Candidate(f"prune-{100 * share:g}-share-{clusters}", compression, training(candidate_epochs, 1e-3))
 
     return Experiment(
         name="deep_compression",

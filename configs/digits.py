@@ -1,9 +1,10 @@
 """UCI digits, the quickstart: train a teacher and a student, then prune and quantize the student until it is small enough.
 
-    compress-jax run configs/digits.py
+compress-jax run configs/digits.py
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import compress_jax as cj
@@ -13,7 +14,7 @@ from compress_jax.search import Candidate, Experiment, Network, Requirement, Tra
 
 
 def config(
-    teacher_steps: int = 600,
+    teacher_steps: int = 500,
     student_steps: int = 2000,
     candidate_steps: int = 1500,
     temperature: float = 4.0,
@@ -33,7 +34,7 @@ def config(
       seed: of everything random.
     """
     data = load("digits")
-    black = -data.mean / data.std
+    black = jnp.asarray(-data.mean / data.std)
 
     def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {**batch, "image": random_crop_flip(key, batch["image"], pad=1, fill=black, flip=False)}
@@ -43,20 +44,20 @@ def config(
         return Training(optax.adamw(schedule, weight_decay=1e-4), steps, batch_size=64, augment=augment)
 
     def pruned(sparsity: float) -> cj.Compression:
-        return cj.prune.magnitude(cj.prune.cubic(sparsity, begin=0, end=candidate_steps // 2))
+        return cj.every(10, cj.prune.magnitude(cj.prune.cubic(sparsity, begin=0, end=candidate_steps // 2), scope="global"))
 
     def candidate(sparsity: float, bits: int) -> Candidate:
-        compression = cj.chain(pruned(sparsity), cj.quantize.uniform(bits, scale="mse"))
-        name = f"prune-{sparsity:.0%}-int{bits}".replace("%", "")
+        compression = cj.chain(pruned(sparsity), cj.every(10, cj.quantize.uniform(bits, scale="mse")))
+        name = f"prune-{100 * sparsity:g}-int{bits}"
         return Candidate(name, cj.at("**/kernel", compression), training(candidate_steps, 2e-3))
 
     return Experiment(
         name="digits",
         data=data,
-        teacher=Network(ResNet(depth=8, width=16), training(teacher_steps, 5e-3)),
+        teacher=Network(ResNet(depth=8, width=24), training(teacher_steps, 5e-3)),
         student=Network(LeNet300100(), training(student_steps, 3e-3)),
         loss=cj.distill.hinton(alpha=0.1, temperature=temperature),
-        candidates=(candidate(0.80, 4), candidate(0.88, 4), candidate(0.92, 4)),
+        candidates=(candidate(0.90, 4), candidate(0.94, 4), candidate(0.96, 4)),
         requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio),
         order="mild_first",
         seed=seed,

@@ -1,9 +1,10 @@
 """Fashion-MNIST: a ResNet-14 teaches a ResNet-8, which is then pruned and quantized.
 
-    compress-jax run configs/fashion_mnist.py
+compress-jax run configs/fashion_mnist.py
 """
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import compress_jax as cj
@@ -14,15 +15,15 @@ from compress_jax.search import Candidate, Experiment, Network, Requirement, Tra
 
 def config(
     teacher_epochs: int = 12,
-    student_epochs: int = 12,
-    candidate_epochs: int = 4,
+    student_epochs: int = 24,
+    candidate_epochs: int = 6,
     batch_size: int = 128,
     temperature: float = 4.0,
     max_drop: float = 0.01,
     min_ratio: float = 8.0,
     seed: int = 0,
 ) -> Experiment:
-    """Compress a ResNet-8 of width 24 that learned from a ResNet-14 of width 32.
+    """Compress a ResNet-8 of width 16 that learned from a ResNet-14 of width 24.
 
     Args:
       teacher_epochs: passes over the training images for the teacher.
@@ -35,7 +36,7 @@ def config(
       seed: of everything random.
     """
     data = load("fashion_mnist")
-    black = -data.mean / data.std
+    black = jnp.asarray(-data.mean / data.std)
     steps_per_epoch = len(data.train["label"]) // batch_size
 
     def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -49,7 +50,7 @@ def config(
 
     def candidate(sparsity: float, bits: int) -> Candidate:
         ramp = cj.prune.cubic(sparsity, begin=0, end=candidate_epochs * steps_per_epoch // 2)
-        quantize = cj.quantize.uniform(bits, granularity="channel", scale="mse")
+        quantize = cj.every(20, cj.quantize.uniform(bits, granularity="channel", scale="mse"))
         prune = cj.every(20, cj.prune.magnitude(ramp, scope="global"))
         compression = cj.at("**/kernel", cj.chain(prune, quantize) if sparsity else quantize)
         name = f"int{bits}" if not sparsity else f"prune-{100 * sparsity:.0f}-int{bits}"
@@ -58,8 +59,8 @@ def config(
     return Experiment(
         name="fashion_mnist",
         data=data,
-        teacher=Network(ResNet(depth=14, width=32, stem_stride=2), training(teacher_epochs, 0.2)),
-        student=Network(ResNet(depth=8, width=24, stem_stride=2), training(student_epochs, 0.2)),
+        teacher=Network(ResNet(depth=14, width=24, stem_stride=2), training(teacher_epochs, 0.2)),
+        student=Network(ResNet(depth=8, width=16, stem_stride=2), training(student_epochs, 0.2)),
         loss=cj.distill.hinton(alpha=0.1, temperature=temperature),
         candidates=(candidate(0.0, 4), candidate(0.6, 4), candidate(0.8, 4)),
         requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio),

@@ -75,14 +75,16 @@ def load(
 
     Example:
       >>> import tempfile
-      >>> data = load("digits", data_dir=tempfile.mkdtemp())
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     data = load("digits", data_dir=folder)
       >>> len(data.train["label"]), len(data.validation["label"]), len(data.test["label"]), data.classes
       (1298, 144, 355, 10)
     """
     if not 0 <= validation < 1:
         raise ConfigError(f"validation is {validation}; it is a fraction of train, at least 0 and less than 1.")
     # TFDS takes a third of a second to import, which whoever only wants to feed arrays should not pay.
-    from compress_jax.data.prepare import prepared, read
+    from compress_jax.data.prepare import prepared
+    from compress_jax.data.read import read
 
     builder = prepared(name, data_dir, manual_dir)
     splits = _three(
@@ -107,7 +109,7 @@ def fingerprint(splits: dict[str, Split]) -> str:
 
     Example:
       >>> fingerprint({"train": {"label": np.arange(3, dtype=np.int32)}})[:16]
-      '...'
+      '3c16a9ea2cbb0a8d'
     """
     digest = hashlib.sha256()
     for part, split in sorted(splits.items()):

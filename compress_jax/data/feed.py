@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import grain
 import jax
@@ -22,14 +23,15 @@ class Feed:
       steps_per_epoch: batches before the examples are shuffled anew.
     """
 
-    dataset: grain.MapDataset
+    dataset: grain.MapDataset[Any]
     steps_per_epoch: int
 
     def __getitem__(self, step: int) -> Split:
         """Return the batch of a step, 0 or more: the same arrays whenever and in whatever order it is asked for."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        return self.dataset[step]
+        batch: Any = self.dataset[step]  # grain's type allows None, for datasets that filter
+        return batch
 
 
 def batches(

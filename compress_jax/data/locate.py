@@ -1,4 +1,4 @@
-"""Where a data set's files may lie on a machine without a network, and what to say when they do not."""
+"""Where a data set's files may lie on a machine without a network."""
 
 import os
 from pathlib import Path
@@ -62,45 +62,3 @@ def find(places: list[Path]) -> Path | None:
       True
     """
     return next((place for place in places if not idx.missing(place)), None)
-
-
-def advice(name: str, url: str, home: Path, places: list[Path], why: str) -> str:
-    """Write what a person needs to know when the files are nowhere: what, where it was looked for, what to do.
-
-    Args:
-      name: TFDS name.
-      url: folder of the published files.
-      home: where it would have been prepared.
-      places: where the files were looked for.
-      why: one clause about the download.
-
-    Returns:
-      A text of several lines.
-
-    Example:
-      >>> print(advice("mnist", "http://a/", Path("/h"), [Path("/m")], "offline").splitlines()[0])
-      mnist is not prepared in /h/mnist, its files were not found, and they cannot be downloaded: offline
-    """
-    looked = [f"  {place}: {_state(place)}" for place in places]
-    debian = ["  * or, on Debian and Ubuntu: apt-get install dataset-fashion-mnist"] if name == "fashion_mnist" else []
-    return "\n".join(
-        [
-            f"{name} is not prepared in {home / name}, its files were not found, and they cannot be downloaded: {why}",
-            f"Looked for {', '.join(idx.FILES)} in",
-            *looked,
-            "What to do:",
-            f"  * put these four files (from {url}) into a folder DIR/{name}, and set COMPRESS_JAX_DATA=DIR or pass "
-            "manual_dir=DIR",
-            *debian,
-            f"  * or copy {name}/ from the data_dir of a machine that has it to {home}",
-            '  * or use data that needs no files: load("digits")',
-        ]
-    )
-
-
-def _state(place: Path) -> str:
-    """Say in a few words what is wrong with a folder."""
-    if not place.is_dir():
-        return "no such folder"
-    lacking = idx.missing(place)
-    return "has none of them" if len(lacking) == len(idx.FILES) else f"lacks {', '.join(lacking)}"

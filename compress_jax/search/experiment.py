@@ -7,6 +7,7 @@ from os import PathLike
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -101,6 +102,7 @@ class Experiment:
       candidates: ways to compress it, from mild to strong (or the reverse, see ``order``).
       requirement: what must be met.
       teacher: a frozen network to learn from; None to learn from labels alone.
+      teacher_dtype: what the teacher's params are stored in once it is trained; its accuracy is measured so.
       loss: ``(student_logits, teacher_logits, labels) -> loss of each example``; None means cross entropy with the labels.
       order: ``"mild_first"`` goes on to stronger candidates while they pass, ``"strong_first"`` goes on to milder ones
         until one passes, ``"all"`` tries every one. The smallest artifact that passed is the result.
@@ -114,6 +116,7 @@ class Experiment:
     candidates: tuple[Candidate, ...]
     requirement: Requirement = Requirement()
     teacher: Network | None = None
+    teacher_dtype: Any = jnp.float32
     loss: PerExampleLoss | None = None
     order: Literal["mild_first", "strong_first", "all"] = "mild_first"
     seed: int = 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress_jax.core.compression import Compression
+from compress_jax.distill import Teacher
 from compress_jax.export import write_atomically
 from compress_jax.search import stages
 from compress_jax.search.experiment import Candidate, Experiment
@@ -61,9 +62,10 @@ def compress(
     teacher = None
     rows: list[Assessment] = []
     if experiment.teacher is not None:
-        teacher = stages.obtain(experiment, experiment.teacher, "teacher", workdir / "teacher", None)
+        variables = stages.obtain(experiment, experiment.teacher, "teacher", workdir / "teacher", None)
         model, file = experiment.teacher.model, workdir / TEACHER
-        rows.append(stages.assess(experiment, model, "teacher", teacher, teacher, file, about))
+        teacher = Teacher(model.apply, variables).cast(experiment.teacher_dtype)
+        rows.append(stages.assess(experiment, model, "teacher", teacher.variables, teacher.variables, file, about))
         say(f"teacher: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
     student = stages.obtain(experiment, experiment.student, "student", workdir / "student", teacher)
     model = experiment.student.model

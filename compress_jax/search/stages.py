@@ -14,10 +14,12 @@ from compress_jax.core.errors import CompressError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.data import batches
+from compress_jax.distill import Teacher
 from compress_jax.export import load, save
 from compress_jax.search.experiment import Experiment, Network, Training
 from compress_jax.search.judge import Assessment
 from compress_jax.train import (
+    Loss,
     TrainState,
     accuracy,
     create,
@@ -39,7 +41,7 @@ def stage_key(seed: int, stage: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
 
 
-def obtain(experiment: Experiment, network: Network, stage: str, directory: Path, teacher: Variables | None) -> Variables:
+def obtain(experiment: Experiment, network: Network, stage: str, directory: Path, teacher: Teacher | None) -> Variables:
     """Train a network in float32, or restore it.
 
     Args:
@@ -47,7 +49,7 @@ def obtain(experiment: Experiment, network: Network, stage: str, directory: Path
       network: what to train or restore.
       stage: ``"teacher"`` or ``"student"``.
       directory: where its checkpoints and metrics go; a finished stage found there is not trained again.
-      teacher: variables of the frozen teacher, or None to train on labels.
+      teacher: the frozen teacher, or None to train on labels.
 
     Returns:
       ``{"params": ..., "batch_stats": ...}``.
@@ -69,7 +71,7 @@ def train(
     training: Training,
     stage: str,
     directory: Path,
-    teacher: Variables | None,
+    teacher: Teacher | None,
 ) -> TrainState:
     """Train a model seen through a compression, from given variables on; continue if the directory holds a checkpoint.
 
@@ -81,7 +83,7 @@ def train(
       training: optimizer, steps, batches.
       stage: names the randomness and the progress bar.
       directory: where checkpoints and metrics go.
-      teacher: variables of the frozen teacher, or None to train on labels.
+      teacher: the frozen teacher, or None to train on labels.
 
     Returns:
       The state after the last step.
@@ -103,10 +105,14 @@ def train(
     )
 
 
-def _loss(experiment: Experiment, model: Any, training: Training, teacher: Variables | None) -> Any:
-    if teacher is None or experiment.teacher is None or experiment.loss is None:
+def _loss(experiment: Experiment, model: Any, training: Training, teacher: Teacher | None) -> Loss:
+    if teacher is None or experiment.loss is None:
         return supervised(model, augment=training.augment)
-    return distilled(model, experiment.teacher.model.apply, experiment.loss, augment=training.augment)
+    return distilled(model, _ask, experiment.loss, augment=training.augment)
+
+
+def _ask(teacher: Teacher, x: jax.Array) -> jax.Array:
+    return teacher(x)
 
 
 def assess(

@@ -1,0 +1,76 @@
+"""The frozen teacher: variables that are an argument of the training step, and the function that turns them into logits."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def cast(variables: Any, dtype: Any) -> Any:
+    """Return a tree with its floating-point arrays in another dtype; integers, booleans and keys stay.
+
+    Args:
+      variables: any tree of arrays.
+      dtype: a floating dtype such as ``jnp.bfloat16``.
+
+    Returns:
+      The tree.
+
+    Example:
+      >>> tree = cast({"kernel": jnp.ones(2), "count": jnp.array(3)}, jnp.bfloat16)
+      >>> tree["kernel"].dtype.name, tree["count"].dtype.name
+      ('bfloat16', 'int32')
+    """
+
+    def one(x: Any) -> Any:
+        return x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+
+    return jax.tree.map(one, variables)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model: call it on inputs, get float32 logits that no gradient goes through.
+
+    It is a pytree whose leaves are the variables, so it goes into a jitted step as an argument: its arrays are neither
+    compiled into the program nor donated, and take whatever sharding they are placed with. Two teachers of the same
+    ``apply`` share one compiled step.
+
+    Attributes:
+      variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``.
+      apply: ``(variables, inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules whose ``train`` is False
+        by default. Define it once; a new lambda for each call would compile the step anew.
+
+    Example:
+      >>> def linear(variables, x):
+      ...     return x @ variables["params"]["kernel"]
+      >>> teacher = Teacher(linear, {"params": {"kernel": jnp.eye(2)}})
+      >>> jax.jit(lambda teacher, x: teacher(x))(teacher, jnp.array([[1.0, 2.0]])).tolist()
+      [[1.0, 2.0]]
+    """
+
+    apply: Callable[..., Any] = field(metadata={"static": True})
+    variables: Any
+
+    def __call__(self, inputs: Any) -> jax.Array:
+        """Return the logits of some inputs, float32 ``[..., classes]``."""
+        logits = self.apply(jax.lax.stop_gradient(self.variables), inputs)
+        return jax.lax.stop_gradient(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+
+    def cast(self, dtype: Any) -> "Teacher":
+        """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.
+
+        Half the memory for bfloat16. What the layers compute in is the model's own affair (Linen's ``dtype``).
+
+        Args:
+          dtype: a floating dtype such as ``jnp.bfloat16``.
+
+        Returns:
+          A new Teacher; if its variables have no ``"params"``, all of them are cast.
+        """
+        if isinstance(self.variables, dict) and "params" in self.variables:
+            return Teacher(self.apply, {**self.variables, "params": cast(self.variables["params"], dtype)})
+        return Teacher(self.apply, cast(self.variables, dtype))
