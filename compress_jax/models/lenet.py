@@ -64,7 +64,7 @@ class LeNet5(nn.Module):
     Example:
       >>> model = LeNet5()
       >>> images = jnp.zeros((2, 28, 28, 1))
-      >>> variables = model.init(jax.random.key(0), images)
+      >>> variables = jax.jit(model.init)(jax.random.key(0), images)
       >>> sorted(variables["params"])
       ['conv_0', 'conv_1', 'dense_0', 'dense_1', 'head']
 

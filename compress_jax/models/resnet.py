@@ -30,11 +30,10 @@ class ResNet(nn.Module):
     Example:
       >>> model = ResNet(depth=8, width=4)
       >>> images = jnp.zeros((2, 28, 28, 1))
-      >>> variables = model.init(jax.random.key(0), images)
+      >>> variables = jax.jit(model.init)(jax.random.key(0), images)
       >>> sorted(variables)
       ['batch_stats', 'params']
-      >>> logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
-      >>> logits.shape
+      >>> jax.jit(model.apply)(variables, images).shape
       (2, 10)
 
     References:

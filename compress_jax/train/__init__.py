@@ -2,7 +2,7 @@
 
 from compress_jax.train._progress import progress
 from compress_jax.train.checkpoint import Checkpoints
-from compress_jax.train.evaluate import accuracy, logits, padded_batches
+from compress_jax.train.evaluate import accuracy, logits
 from compress_jax.train.interrupt import Interrupted, watch_signals
 from compress_jax.train.loop import Feed, fit
 from compress_jax.train.losses import cross_entropy, distilled, supervised
@@ -31,7 +31,6 @@ __all__ = [
     "label_optimizer",
     "logits",
     "make_step",
-    "padded_batches",
     "place",
     "pmap_step",
     "progress",

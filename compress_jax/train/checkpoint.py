@@ -72,9 +72,15 @@ class Checkpoints:
         Args:
           step: its number, larger than those saved before.
           tree: arrays, typed PRNG keys among them.
+
+        Raises:
+          CheckpointError: if a later step is saved already.
         """
-        if step in self._manager.all_steps():
+        latest = max(self.steps(), default=-1)
+        if step in self.steps():
             return
+        if step < latest:
+            raise CheckpointError(f"cannot save step {step} in {self.directory}, which already holds step {latest}")
         arrays = {name: jnp.array(_plain(leaf), copy=True) for name, leaf in _named(tree).items()}
         record = {name: _describe(array) for name, array in arrays.items()}
         stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses size zero

@@ -8,35 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.data.feed import eval_batches
+
 Apply = Callable[[Any, jax.Array], jax.Array]
-
-
-def padded_batches(split: Mapping[str, Any], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Cut a split into batches of one size, the last one filled up with zeros and told apart by ``mask``.
-
-    Args:
-      split: arrays by name, all of the same leading length.
-      batch_size: number of examples a batch.
-
-    Yields:
-      The arrays of one batch, and ``mask``: bool ``[batch_size]``, False where there is no example.
-
-    Raises:
-      ValueError: if the split is empty or its arrays differ in length.
-
-    Example:
-      >>> [batch["mask"].tolist() for batch in padded_batches({"label": np.arange(3)}, 2)]
-      [[True, True], [True, False]]
-    """
-    sizes = {name: len(array) for name, array in split.items()}
-    if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ValueError(f"the arrays of a split must have one length, and not 0; got {sizes}")
-    n = next(iter(sizes.values()))
-    for start in range(0, n, batch_size):
-        rows = {name: np.asarray(array[start : start + batch_size]) for name, array in split.items()}
-        missing = batch_size - len(next(iter(rows.values())))
-        batch = {name: np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for name, a in rows.items()}
-        yield {**batch, "mask": np.arange(batch_size) < batch_size - missing}
 
 
 def logits(
@@ -55,11 +29,14 @@ def logits(
     Returns:
       float32 ``[n, classes]``.
 
+    Raises:
+      ValueError: if the split is empty.
+
     Example:
       >>> logits(lambda w, x: x @ w, jnp.ones((2, 3)), {"image": np.ones((5, 2), np.float32)}, batch_size=4).shape
       (5, 3)
     """
-    batches = padded_batches({inputs: split[inputs]}, batch_size)
+    batches = _batches(split, (inputs,), batch_size)
     rows = [np.asarray(_apply(apply_fn, variables, batch[inputs]))[batch["mask"]] for batch in batches]
     return np.concatenate(rows)
 
@@ -86,14 +63,25 @@ def accuracy(
     Returns:
       Correct answers over examples, 0 to 1, counted exactly.
 
+    Raises:
+      ValueError: if the split is empty or its arrays differ in length.
+
     Example:
       >>> split = {"image": np.eye(3, dtype=np.float32), "label": np.array([0, 1, 0])}
       >>> round(accuracy(lambda w, x: x * w, 1.0, split, batch_size=2), 4)
       0.6667
     """
-    pairs = padded_batches({inputs: split[inputs], labels: split[labels]}, batch_size)
+    pairs = _batches(split, (inputs, labels), batch_size)
     correct = [_correct(apply_fn, variables, batch[inputs], batch[labels], batch["mask"]) for batch in pairs]
-    return int(sum(int(count) for count in correct)) / len(split[labels])
+    return sum(int(count) for count in correct) / len(split[labels])
+
+
+def _batches(split: Mapping[str, Any], names: tuple[str, ...], batch_size: int) -> Iterator[dict[str, Any]]:
+    """Cut some arrays of a split into batches of one size with a mask; all of them on each process."""
+    sizes = {name: len(split[name]) for name in names}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ValueError(f"the arrays of a split must have one length, and not 0; got {sizes}")
+    return eval_batches({name: split[name] for name in names}, batch_size, process_index=0, process_count=1)
 
 
 # The function is a static argument, compared by value: `model.apply` is a new object at every mention of it, and jit

@@ -68,6 +68,15 @@ class TensorBoard:
     Args:
       directory: where the event files go.
       resume_step: the step the run continues from.
+
+    Example:
+      >>> import tempfile
+      >>> directory = Path(tempfile.mkdtemp())
+      >>> writer = TensorBoard(directory)
+      >>> writer.write(10, {"train/loss": 0.5})
+      >>> writer.close()
+      >>> len(list(directory.glob("events.out.tfevents.*")))
+      1
     """
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int = 0):

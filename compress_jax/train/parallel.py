@@ -37,6 +37,17 @@ def shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
     Raises:
       NoMatchError: if a glob matches no parameter.
       ShapeError: if a matched parameter cannot be divided as its PartitionSpec says.
+
+    Example:
+      >>> import optax
+      >>> from compress_jax.core.compression import identity
+      >>> from compress_jax.train import create
+      >>> optimizer = optax.sgd(0.1, momentum=0.9)
+      >>> state = create({"params": {"kernel": jnp.ones((4, 8))}}, identity(), optimizer, jax.random.key(0))
+      >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+      >>> where = shardings(state, mesh, [("kernel", PartitionSpec(None, "data"))])
+      >>> where.params["kernel"].spec == where.opt_state[0].trace["params"]["kernel"].spec == PartitionSpec(None, "data")
+      True
     """
     params = flatten(state.params)[0]
     specs: dict[str, PartitionSpec] = {}
@@ -142,6 +153,11 @@ def replicate(tree: Any, devices: Sequence[Any] | None = None, axis_name: str = 
 
     Returns:
       The tree with a leading axis over devices.
+
+    Example:
+      >>> copies = replicate({"w": jnp.ones(3)})
+      >>> copies["w"].shape == (jax.local_device_count(), 3), unreplicate(copies)["w"].tolist()
+      (True, [1.0, 1.0, 1.0])
     """
     devices = devices or jax.local_devices()
     mesh = Mesh(devices, (axis_name,), axis_types=(AxisType.Auto,))
@@ -150,7 +166,7 @@ def replicate(tree: Any, devices: Sequence[Any] | None = None, axis_name: str = 
 
 
 def unreplicate(tree: Any) -> Any:
-    """Return the first device's copy of a replicated tree."""
+    """Return the first device's copy of a replicated tree; see `replicate`."""
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 

@@ -1,0 +1,189 @@
+"""What is restored is what was saved, or nothing is."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from compress_jax.core import CheckpointError, identity
+from compress_jax.train import Checkpoints, create
+
+
+def tree(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    return {
+        "float": jax.random.normal(keys[0], (64, 8)),
+        "scalar": jnp.int32(seed),
+        "bfloat16": jax.random.normal(keys[1], (3,)).astype(jnp.bfloat16),
+        "fp8": jax.random.normal(keys[1], (3,)).astype(ml_dtypes.float8_e4m3fn),
+        "mask": jax.random.bernoulli(keys[2], 0.5, (7,)),
+        "key": keys[3],
+        "rbg": jax.random.key(seed, impl="rbg"),
+        "no entries": jnp.zeros((0, 3)),
+        "no leaves": {},
+        "nothing": None,
+        "tuple/with slash": (jnp.arange(3, dtype=jnp.uint8), [jnp.ones(1)]),
+        "optax": optax.adam(0.1).init({"w": jnp.ones(2)}),
+    }
+
+
+def assert_same(actual, wanted):
+    assert jax.tree.structure(actual) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def write(directory, *steps):
+    with Checkpoints(directory, keep=5) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, tree(step))
+
+
+def restore(directory, target=None):
+    with Checkpoints(directory, keep=5) as checkpoints:
+        return checkpoints.restore_latest(tree(99) if target is None else target), checkpoints.steps()
+
+
+def test_every_kind_of_leaf_comes_back_exactly(tmp_path):
+    write(tmp_path, 3, 7)
+    (step, found), steps = restore(tmp_path)
+    assert step == 7 and steps == [3, 7]
+    assert_same(found, tree(7))
+
+
+def test_an_empty_directory_has_none(tmp_path):
+    assert restore(tmp_path / "new") == (None, [])
+
+
+def test_only_the_newest_are_kept_and_a_saved_step_is_not_saved_again(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3, 3):
+            checkpoints.save(step, tree(step))
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3]
+
+
+def test_what_is_being_saved_may_be_donated(tmp_path):
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(1_000_000)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": x})
+        for _ in range(5):
+            x = add(x)
+        found = checkpoints.restore_latest({"x": jnp.ones(1_000_000)})
+    assert found is not None and not found[1]["x"].any()
+
+
+def flip_a_byte(checkpoint: Path):
+    largest = max((p for p in checkpoint.rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+
+
+def truncate(checkpoint: Path):
+    for path in (p for p in checkpoint.rglob("*") if p.is_file() and "/d/" in str(p)):
+        path.write_bytes(path.read_bytes()[:-20])
+
+
+def empty(checkpoint: Path):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def spoil_the_record(checkpoint: Path):
+    path = checkpoint / "meta" / "metadata"
+    path.write_text(path.read_text()[:-30])
+
+
+def alter_the_record(checkpoint: Path):
+    path = checkpoint / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["leaves"]["float"]["shape"] = [8, 64]
+    path.write_text(json.dumps(meta))
+
+
+# tensorstore reads arrays in threads; those that fail after the first find their event loop gone, and say so.
+loud = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+DAMAGES = [flip_a_byte, truncate, empty, spoil_the_record, alter_the_record]
+
+
+@loud
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_can_be_saved_anew(damage, tmp_path, caplog):
+    write(tmp_path, 3, 7)
+    damage(tmp_path / "7")
+    with caplog.at_level(logging.WARNING):
+        (step, found), steps = restore(tmp_path)
+    assert step == 3 and steps == [3]
+    assert_same(found, tree(3))
+    assert any("checkpoint 7" in record.message and "damaged" in record.message for record in caplog.records)
+    write(tmp_path, 7)
+    assert restore(tmp_path)[0][0] == 7
+
+
+@loud
+def test_if_all_are_damaged_that_is_an_error_and_nothing_is_removed(tmp_path):
+    write(tmp_path, 3, 7)
+    flip_a_byte(tmp_path / "3")
+    empty(tmp_path / "7")
+    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged.*remove the directory"):
+        restore(tmp_path)
+    assert (tmp_path / "3").exists() and (tmp_path / "7").exists()
+
+
+def test_a_checkpoint_of_another_model_is_an_error_that_names_the_leaves(tmp_path):
+    write(tmp_path, 3)
+    other = {**tree(), "float": jnp.zeros((8, 8)), "mask": jnp.zeros(7), "more": jnp.zeros(1)}
+    with pytest.raises(CheckpointError, match="another model") as error:
+        restore(tmp_path, other)
+    for line in ("float: saved float32[64, 8], wanted float32[8, 8]", "mask: saved bool[7], wanted float32[7]"):
+        assert line in str(error.value)
+    assert "more: saved nothing, wanted float32[1]" in str(error.value)
+    assert restore(tmp_path)[0][0] == 3
+
+
+def test_what_a_killed_process_left_half_written_is_no_checkpoint_and_is_cleared_away(tmp_path):
+    write(tmp_path, 3)
+    half = shutil.copytree(tmp_path / "3", tmp_path / "7.orbax-checkpoint-tmp")
+    (half / "commit_success.txt").unlink()
+    (step, _), steps = restore(tmp_path)
+    assert step == 3 and steps == [3]
+    write(tmp_path, 7)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "7"]
+
+
+def test_a_step_before_one_that_is_saved_cannot_be_saved(tmp_path):
+    write(tmp_path, 7)
+    with pytest.raises(CheckpointError, match="step 3 .* already holds step 7"):
+        write(tmp_path, 3)
+
+
+def test_restoring_onto_another_mesh(tmp_path):
+    write(tmp_path, 3)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    target = {**tree(99), "float": jax.device_put(jnp.zeros((64, 8)), NamedSharding(mesh, P("data")))}
+    (_, found), _ = restore(tmp_path, target)
+    assert found["float"].sharding == target["float"].sharding
+    assert_same(found, tree(3))
+
+
+def test_a_train_state_survives(tmp_path):
+    state = create({"params": {"w": jnp.ones(3)}, "batch_stats": {}}, identity(), optax.adamw(0.1), jax.random.key(4))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(0, state)
+        found = checkpoints.restore_latest(jax.tree.map(jnp.copy, state))
+    assert found is not None
+    assert_same(found[1], state)
