@@ -1,16 +1,71 @@
-"""Compression and distillation of Flax models as pure functions over parameter pytrees."""
+"""Compression and distillation of Flax models as pure functions over parameter pytrees.
 
-from compress_jax.core import Compression, CompressionState, at, between, chain, coverage, every, leafwise, rules, unpack
+The core: `Compression` and its combinators `chain`, `at`, `rules`, `every`, `between`; `leafwise` to write your own;
+`coverage` to see what is done to each leaf; `unpack` to get arrays back from packed ones; `save` and `load` for files.
+The methods: `quantize`, `prune`, `cluster`, `lowrank`, `distill`. The laboratory: `data`, `models`, `train`, `search`,
+`report`, which are imported when first used.
+"""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from compress_jax import cluster, core, distill, export, lowrank, prune, quantize
+from compress_jax.core import (
+    Compression,
+    CompressionState,
+    as_optax,
+    at,
+    between,
+    chain,
+    coverage,
+    every,
+    identity,
+    leafwise,
+    nbytes,
+    rules,
+    straight_through,
+    unpack,
+)
+from compress_jax.export import load, save
+
+if TYPE_CHECKING:
+    from compress_jax import data, models, report, search, train
+
+__version__ = "0.1.0"
 __all__ = [
     "Compression",
     "CompressionState",
+    "as_optax",
     "at",
     "between",
     "chain",
+    "cluster",
+    "core",
     "coverage",
+    "data",
+    "distill",
     "every",
+    "export",
+    "identity",
     "leafwise",
+    "load",
+    "lowrank",
+    "models",
+    "nbytes",
+    "prune",
+    "quantize",
+    "report",
     "rules",
+    "save",
+    "search",
+    "straight_through",
+    "train",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the laboratory's packages when they are first asked for: orbax, grain and Flax take seconds to load."""
+    if name in ("data", "models", "report", "search", "train"):
+        return importlib.import_module(f"compress_jax.{name}")
+    raise AttributeError(f"module 'compress_jax' has no attribute {name!r}")

@@ -39,9 +39,9 @@ def config(
     def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {**batch, "image": random_crop_flip(key, batch["image"], pad=1, fill=black, flip=False)}
 
-    def training(steps: int, peak: float) -> Training:
+    def training(steps: int, peak: float, shifted: bool) -> Training:
         schedule = optax.cosine_onecycle_schedule(steps, peak)
-        return Training(optax.adamw(schedule, weight_decay=1e-4), steps, batch_size=64, augment=augment)
+        return Training(optax.adamw(schedule, weight_decay=1e-4), steps, 64, augment if shifted else None)
 
     def pruned(sparsity: float) -> cj.Compression:
         return cj.every(10, cj.prune.magnitude(cj.prune.cubic(sparsity, begin=0, end=candidate_steps // 2), scope="global"))
@@ -49,15 +49,15 @@ def config(
     def candidate(sparsity: float, bits: int) -> Candidate:
         compression = cj.chain(pruned(sparsity), cj.every(10, cj.quantize.uniform(bits, scale="mse")))
         name = f"prune-{100 * sparsity:g}-int{bits}"
-        return Candidate(name, cj.at("**/kernel", compression), training(candidate_steps, 2e-3))
+        return Candidate(name, cj.at("**/kernel", compression), training(candidate_steps, 2e-3, shifted=False))
 
     return Experiment(
         name="digits",
         data=data,
-        teacher=Network(ResNet(depth=8, width=24), training(teacher_steps, 5e-3)),
-        student=Network(LeNet300100(), training(student_steps, 3e-3)),
+        teacher=Network(ResNet(depth=8, width=24), training(teacher_steps, 5e-3, shifted=True)),
+        student=Network(LeNet300100(), training(student_steps, 3e-3, shifted=True)),
         loss=cj.distill.hinton(alpha=0.1, temperature=temperature),
-        candidates=(candidate(0.90, 4), candidate(0.94, 4), candidate(0.96, 4)),
+        candidates=(candidate(0.85, 4), candidate(0.91, 4), candidate(0.95, 4)),
         requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio),
         order="mild_first",
         seed=seed,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -59,18 +60,11 @@ class Bits:
         """
         if not 1 <= bits <= 16:
             raise ValueError(f"bits must be 1 to 16, got {bits}")
-        flat = jnp.ravel(values).astype(jnp.uint16)
-        planes = (flat[:, None] >> jnp.arange(bits, dtype=jnp.uint16)) & jnp.uint16(1)
-        data = jnp.packbits(planes.astype(jnp.uint8).ravel(), bitorder="little")
-        return cls(data, bits, jnp.shape(values))
+        return cls(_pack(values, bits), bits, jnp.shape(values))
 
     def unpack(self) -> jax.Array:
         """Return the integers: uint8 if they fit, else uint16, of shape `shape`."""
-        n = math.prod(self.shape)
-        dtype = self.dtype
-        planes = jnp.unpackbits(self.data, count=n * self.bits, bitorder="little").reshape(n, self.bits)
-        weights = jnp.left_shift(jnp.ones((), dtype), jnp.arange(self.bits, dtype=dtype))
-        return (planes.astype(dtype) * weights[None, :]).sum(axis=1, dtype=dtype).reshape(self.shape)
+        return _unpack(self)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -81,3 +75,18 @@ class Bits:
     def nbytes(self) -> int:
         """Bytes of the packed data."""
         return self.data.nbytes
+
+
+@partial(jax.jit, static_argnames="bits")  # one compilation for each shape, not one for each operation
+def _pack(values: jax.Array, bits: int) -> jax.Array:
+    flat = jnp.ravel(values).astype(jnp.uint16)
+    planes = (flat[:, None] >> jnp.arange(bits, dtype=jnp.uint16)[None, :]) & jnp.uint16(1)
+    return jnp.packbits(planes.astype(jnp.uint8).ravel(), bitorder="little")
+
+
+@jax.jit
+def _unpack(packed: Bits) -> jax.Array:
+    n, dtype = math.prod(packed.shape), packed.dtype
+    planes = jnp.unpackbits(packed.data, count=n * packed.bits, bitorder="little").reshape(n, packed.bits)
+    weights = jnp.left_shift(jnp.ones((), dtype), jnp.arange(packed.bits, dtype=dtype))
+    return (planes.astype(dtype) * weights[None, :]).sum(axis=1, dtype=dtype).reshape(packed.shape)

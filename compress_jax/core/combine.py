@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from compress_jax.core.compression import Compression, CompressionState, Params
@@ -74,7 +75,8 @@ def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
     """Return the smallest of some packed forms, or of their restrictions to the nonzeros, that is exactly ``dense``."""
     nodes = [form for form in forms if is_packed(form)]
     sparse = [node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Clustered))]
-    exact = [node for node in [*nodes, *sparse] if bool((to_dense(node) == dense).all())]
+    bits = np.asarray(dense).tobytes() if nodes else b""  # comparing bits tells -0.0 from 0.0
+    exact = [node for node in [*nodes, *sparse] if np.asarray(to_dense(node)).tobytes() == bits]
     return min([*exact, dense], key=nbytes)
 
 
@@ -122,7 +124,7 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
         gradients = flatten(grads)[0] if grads is not None else None
         states = []
         for (_, c), part, s in zip(pairs, parts, _parts(state, len(pairs)), strict=True):
-            own = None if gradients is None else {path: gradients[path] for path in part}
+            own = None if gradients is None else {path: gradients[path] for path in part if path in gradients}
             states.append(c.update(part, s, grads=own, **inputs))
         return _joined(states)
 
@@ -199,8 +201,9 @@ def every(n: int, compression: Compression) -> Compression:
 def between(start: int, stop: int | None, compression: Compression) -> Compression:
     """Switch a compression on at one step and freeze its state at another.
 
-    Before ``start`` the view is the params themselves. At ``start`` the state is made anew by `init` from the weights of
-    that moment; it is updated at the steps in ``(start, stop)`` and stays as it is from ``stop`` on.
+    Before ``start`` the view is the params themselves. At ``start``, or at the first step after it that `update` sees, the
+    state is made anew by `init` from the weights of that moment; it is updated at the steps in ``(start, stop)`` and stays
+    as it is from ``stop`` on.
 
     Args:
       start: first step at which the compression acts.
@@ -226,10 +229,14 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         raise ValueError(f"between(start, stop) needs stop after start, got {start} and {stop}")
 
     def inner(state: CompressionState) -> CompressionState:
+        if not isinstance(state.fixed, Mapping) or set(state.fixed) != {"active", "of"}:
+            raise StateError(
+                f"this state is not that of a `between`, which holds 'active' and 'of'; it has {list(state.fixed)}"
+            )
         return CompressionState(state.learned, state.fixed["of"])
 
     def wrapped(state: CompressionState, active: Any) -> CompressionState:
-        return CompressionState(state.learned, {"active": jnp.asarray(active), "of": state.fixed})
+        return CompressionState(state.learned, {"active": jnp.asarray(active, bool), "of": state.fixed})
 
     def init(params: Params) -> CompressionState:
         return wrapped(compression.init(params), start <= 0)
@@ -239,14 +246,16 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         return jax.tree.map(lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params)
 
     def update(params: Params, state: CompressionState, *, step: Any, **inputs: Any) -> CompressionState:
-        step, own = jnp.asarray(step), inner(state)
-        phase = (step >= start).astype(int) + (step > start) + (0 if stop is None else (step >= stop))
+        step, own, active = jnp.asarray(step), inner(state), jnp.asarray(state.fixed["active"])
         keep, begin = (lambda: own), (lambda: compression.init(params))
         follow = lambda: compression.update(params, own, step=step, **inputs)  # noqa: E731
-        return wrapped(_switch(phase, [keep, begin, follow, keep]), step >= start)
+        started, running = step >= start, (True if stop is None else step < stop)
+        phase = jnp.where(started & (~active | (step == start)), 1, jnp.where(started & running, 2, 0))
+        return wrapped(_switch(phase, [keep, begin, follow]), started)
 
     def pack(params: Params, state: CompressionState) -> Params:
-        return compression.pack(params, inner(state)) if bool(state.fixed["active"]) else params
+        own = inner(state)
+        return compression.pack(params, own) if bool(state.fixed["active"]) else params
 
     return Compression(init, view, update, pack, compression.skipped)
 

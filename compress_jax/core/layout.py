@@ -56,7 +56,7 @@ class Layout(NamedTuple):
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
         if any(not -len(shape) <= a < len(shape) for a in axes if shape):
             raise ShapeError(f"channel axis {axis} does not exist in an array of shape {shape}")
-        channels = tuple(sorted(a % len(shape) for a in axes)) if len(shape) > 1 else ()
+        channels = tuple(sorted({a % len(shape) for a in axes})) if len(shape) > 1 else ()
         if granularity == "tensor":
             return cls(tuple(shape))
         if granularity == "channel":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from compress_jax.core.compression import Compression, CompressionState, Params
-from compress_jax.core.errors import NonFiniteError, StateError
+from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.paths import flatten
 
 LeafState = tuple[Any, Any]
@@ -65,7 +65,7 @@ def leafwise(
 
     Args:
       view: ``(x, learned, fixed) -> x`` of the same shape and dtype.
-      init: ``(x, key) -> (learned, fixed)``, either of them None if there is nothing to keep. Default: no state.
+      init: ``(x, key) -> (learned, fixed)``, one of them None if there is nothing to keep. Default: no state.
       update: ``(x, learned, fixed, *, step, grad, stats, key) -> (learned, fixed)``. Default: the state stays.
       pack: ``(x, learned, fixed) -> packed node or array``. Default: the view, dense.
       why_not: ``(path, x) -> reason`` to leave a leaf alone, or None to take it.
@@ -92,23 +92,27 @@ def leafwise(
 
     def replaced(params: Params, fn: Callable[..., Any], state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        new = {path: fn(x, *_of(state, path, needed=init is not None)) for path, x in taken(params).items()}
+        new = {path: _named(path, fn, x, *_of(state, path, needed=init is not None)) for path, x in taken(params).items()}
         return rebuild({**leaves, **new})
 
     def init_all(params: Params) -> CompressionState:
+        leaves = taken(params)
         if init is None:
             return CompressionState({}, {})
-        return _collect({path: init(x, fold_path(key, path)) for path, x in taken(params).items()})
+        return _collect({path: _named(path, init, x, fold_path(key, path)) for path, x in leaves.items()})
 
     def update_all(
         params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
     ) -> CompressionState:
+        leaves = taken(params)
         if update is None:
             return state
         gradients = flatten(grads)[0] if grads is not None else {}
         return _collect(
             {
-                path: update(
+                path: _named(
+                    path,
+                    update,
                     x,
                     *_of(state, path, needed=init is not None),
                     step=step,
@@ -116,7 +120,7 @@ def leafwise(
                     stats=(stats or {}).get(path),
                     key=fold_path(key, path),
                 )
-                for path, x in taken(params).items()
+                for path, x in leaves.items()
             }
         )
 
@@ -135,6 +139,14 @@ def _collect(states: dict[str, LeafState]) -> CompressionState:
         learned={path: learned for path, (learned, _) in states.items() if learned is not None},
         fixed={path: fixed for path, (_, fixed) in states.items() if fixed is not None},
     )
+
+
+def _named(path: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function of one array; if the array's shape is at fault, say which leaf it is."""
+    try:
+        return fn(*args, **kwargs)
+    except ShapeError as error:
+        raise ShapeError(f"leaf {path!r}: {error}") from error
 
 
 def _of(state: CompressionState, path: str, *, needed: bool) -> LeafState:

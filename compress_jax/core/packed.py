@@ -4,7 +4,6 @@ Each is a registered pytree whose children may be packed in turn, so that forms 
 pruned and quantized kernel. ``unpack`` returns the very bits the model was trained and evaluated with.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -12,58 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.bits import Bits, bits_for
+from compress_jax.core.gaps import Gaps
 from compress_jax.core.layout import Layout
 
 static: dict[str, Any] = {"metadata": {"static": True}}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Gaps:
-    """A sparse 0/1 mask as the runs of zeros before each one, in fixed-width symbols.
-
-    With M = 2**bits - 1, a symbol s < M means "s zeros, then a one", and M means "M zeros, no one yet".
-
-    Attributes:
-      runs: the symbols.
-      shape: the shape of the mask.
-
-    References:
-      Han, Mao and Dally, "Deep Compression", 2016, figure 2 (relative index with filler zeros).
-    """
-
-    runs: Bits
-    shape: tuple[int, ...] = field(**static)
-
-    @staticmethod
-    def best_width(mask: jax.Array) -> int:
-        """Return the symbol width, 2 to 12 bits, that encodes a concrete boolean mask in the fewest bits."""
-        zeros = jnp.diff(jnp.flatnonzero(mask), prepend=-1) - 1
-        return min(range(2, 13), key=lambda bits: bits * int((zeros // (2**bits - 1) + 1).sum()))
-
-    @classmethod
-    def pack(cls, mask: jax.Array, bits: int) -> "Gaps":
-        """Encode a boolean mask (concrete, not traced) with symbols of the given width."""
-        longest = 2**bits - 1
-        ones = jnp.flatnonzero(mask)
-        zeros = jnp.diff(ones, prepend=-1) - 1
-        fillers = zeros // longest
-        ends = jnp.cumsum(fillers + 1) - 1
-        symbols = jnp.full(int(fillers.sum()) + ones.size, longest).at[ends].set(zeros % longest)
-        return cls(Bits.pack(symbols, bits), jnp.shape(mask))
-
-    def unpack(self) -> jax.Array:
-        """Return the mask as uint8 zeros and ones."""
-        symbols, longest = self.runs.unpack().astype(jnp.int32), 2**self.runs.bits - 1
-        is_one = symbols < longest
-        n = math.prod(self.shape)
-        positions = jnp.where(is_one, jnp.cumsum(symbols + is_one) - 1, n)
-        return jnp.zeros(n, jnp.uint8).at[positions].set(jnp.uint8(1), mode="drop").reshape(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the symbols."""
-        return self.runs.nbytes
 
 
 @jax.tree_util.register_dataclass
@@ -108,9 +59,8 @@ class Sparse:
     def unpack(self) -> jax.Array:
         """Return the dense array."""
         mask = self.mask.unpack().ravel().astype(bool)
-        values = to_dense(self.values)
-        if jnp.issubdtype(values.dtype, jnp.integer):
-            values = values.astype(jnp.int32)  # the fill may be one more than the codes can hold
+        values = self.values.unpack() if isinstance(self.values, Bits) else self.values
+        values = values.astype(self.dtype)  # int32 for codes: the fill may be one more than their width can hold
         padded = jnp.append(values, jnp.asarray(self.fill, values.dtype))
         rank = jnp.where(mask, jnp.cumsum(mask) - 1, values.size)
         return padded[rank].reshape(self.shape)
@@ -123,7 +73,7 @@ class Sparse:
     @property
     def dtype(self) -> jnp.dtype:
         """The dtype of the dense array."""
-        return self.values.dtype
+        return jnp.dtype(jnp.int32) if isinstance(self.values, Bits) else self.values.dtype
 
     @property
     def nbytes(self) -> int:
@@ -160,6 +110,8 @@ class Quantized:
 
     def keep(self, mask: jax.Array) -> "Quantized":
         """Store only the codes where ``mask`` is true; the others become exact zeros."""
+        if isinstance(self.codes, Sparse):  # what is already left out stays out
+            mask = mask & self.codes.mask.unpack().astype(bool)
         codes = Sparse.pack(self.codes.unpack(), mask, bits=_width(self.codes))
         return Quantized(codes, self.scale, self.zero_point, self.layout, self.dtype)
 
@@ -304,4 +256,4 @@ def nbytes(tree: Any) -> int:
       >>> nbytes({"kernel": Bits.pack(jnp.arange(8), 3), "bias": jnp.zeros(2)})
       11
     """
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+    return sum(leaf.nbytes if hasattr(leaf, "nbytes") else jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))

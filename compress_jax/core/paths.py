@@ -62,12 +62,21 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], An
     return leaves, rebuild
 
 
+TOKENS = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+
+
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Translate a glob: ``**`` crosses ``/`` (and may be empty), ``*`` and ``?`` do not, ``[a-c]`` is a set."""
-    tokens = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\[[^\]]+\])", pattern)
-    translated = (tokens.get(part) or (part if part[:1] == "[" and part[-1:] == "]" else re.escape(part)) for part in parts)
-    return re.compile("".join(translated).replace("[!", "[^"))
+    """Translate a glob: ``**`` crosses ``/`` (and may be empty); ``*``, ``?`` and the sets ``[a-c]``, ``[!a]`` do not."""
+    parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\[!?[^\]!][^\]]*\])", pattern)
+    return re.compile("".join(TOKENS.get(part) or _set(part) or re.escape(part) for part in parts))
+
+
+def _set(part: str) -> str | None:
+    """Translate ``[a-c]`` or ``[!a]``; return None for anything else."""
+    if len(part) < 3 or (part[0], part[-1]) != ("[", "]"):
+        return None
+    inside = re.escape(part[1:-1]).replace(r"\-", "-")
+    return f"[^/{inside[1:]}]" if inside[0] == "!" else f"(?!/)[{inside}]"
 
 
 def matches(pattern: Patterns, path: str) -> bool:

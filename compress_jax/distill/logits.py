@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core import straight_through
+from compress_jax.distill.teacher import at_least_float32
 
 Objective: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """``(student_logits, teacher_logits, labels) -> loss of each example``."""
@@ -23,10 +24,10 @@ def _bounded(logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
     The bound, about 1e37 divided by the number of classes and ``temperature**2``, leaves room for differences, sums over
     classes and the factor ``temperature**2``. It is straight-through: gradients are those of the unbounded loss.
     """
-    dtype = jnp.promote_types(logits.dtype, jnp.float32)
-    temperature = jnp.asarray(temperature, dtype)
-    bound = jnp.finfo(dtype).max / 32 / logits.shape[-1] / jnp.maximum(temperature, 1) ** 2
-    return _clip(logits.astype(dtype) / temperature, -bound, bound)
+    logits = at_least_float32(logits)
+    temperature = jnp.asarray(temperature, logits.dtype)
+    bound = jnp.finfo(logits.dtype).max / 32 / logits.shape[-1] / jnp.maximum(temperature, 1) ** 2
+    return _clip(logits / temperature, -bound, bound)
 
 
 def kl(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
@@ -77,8 +78,7 @@ def mse(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
       Kim et al., "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation", IJCAI 2021,
       equations 2 and 5.
     """
-    dtype = jnp.promote_types(student_logits.dtype, jnp.float32)
-    return jnp.square(student_logits.astype(dtype) - teacher_logits.astype(dtype)).mean(axis=-1)
+    return jnp.square(at_least_float32(student_logits) - at_least_float32(teacher_logits)).mean(axis=-1)
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:

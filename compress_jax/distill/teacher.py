@@ -30,6 +30,16 @@ def cast(variables: Any, dtype: Any) -> Any:
     return jax.tree.map(one, variables)
 
 
+def at_least_float32(logits: jax.Array) -> jax.Array:
+    """Return logits in float32; float64 ones stay as they are.
+
+    Example:
+      >>> at_least_float32(jnp.ones(1, jnp.bfloat16)).dtype.name
+      'float32'
+    """
+    return logits if logits.dtype.itemsize > 4 else logits.astype(jnp.float32)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Teacher:
@@ -58,7 +68,7 @@ class Teacher:
     def __call__(self, inputs: Any) -> jax.Array:
         """Return the logits of some inputs, float32 ``[..., classes]``."""
         logits = self.apply(jax.lax.stop_gradient(self.variables), inputs)
-        return jax.lax.stop_gradient(logits.astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        return at_least_float32(jax.lax.stop_gradient(logits))
 
     def cast(self, dtype: Any) -> "Teacher":
         """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.

@@ -52,7 +52,7 @@ def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | N
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"the metadata cannot be written as JSON: {error}") from error
     header = {"format": FORMAT, "version": str(VERSION), "content": content, "sha256": _digest(content, tensors)}
-    data = safetensors.numpy.save(tensors, header)
+    data = _ordered(safetensors.numpy.save(tensors, header))
     write_atomically(Path(path), data)
     return len(data)
 
@@ -98,6 +98,14 @@ def _parse(path: Path, data: bytes) -> tuple[dict[str, str], Tensors]:
         raise ArtifactError(
             f"{path} is truncated, damaged or not an artifact at all: its {len(data)} bytes are no safetensors file: {error}"
         ) from error
+
+
+def _ordered(data: bytes) -> bytes:
+    """Sort the header: safetensors writes its metadata in an order that differs from process to process."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _digest(content: str, tensors: Tensors) -> str:

@@ -65,7 +65,7 @@ def _leaf(x: Any, path: str, tensors: Tensors) -> str:
     if array.dtype.hasobject or array.dtype.kind in "US":
         raise ArtifactError(f"leaf {path!r} is a {type(x).__name__}, and only arrays and packed nodes can be saved")
     native = array.dtype.name in NATIVE
-    tensors[path] = np.ascontiguousarray(array if native else array.reshape(*array.shape, 1).view(np.uint8))
+    tensors[path] = np.asarray(array if native else array.reshape(*array.shape, 1).view(np.uint8), order="C")
     return array.dtype.name
 
 

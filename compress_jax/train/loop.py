@@ -98,8 +98,10 @@ def fit(
                 session.record(done, "eval", evaluate(state))
             if last or signum or done % save_every == 0:
                 session.save(done, state)
-            if signum and not last:
+            if signum:
                 raise Interrupted(signum, done)
+        if signum := stop():  # it came while the last step was being saved
+            raise Interrupted(signum, steps)
     return state
 
 

@@ -1,0 +1,5 @@
+"""The command line, ``compress-jax``: one function a command, each importing what is heavy only when it runs."""
+
+from compress_jax.cli._main import main
+
+__all__ = ["main"]

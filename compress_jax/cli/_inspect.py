@@ -1,0 +1,36 @@
+"""``compress-jax inspect``: what is in an artifact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.markup import escape
+
+from compress_jax.cli.console import stdout
+
+
+def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> int:
+    """Show what an artifact is and how each of its leaves is stored.
+
+    Prints the metadata (model, data, config, accuracy) and one line a leaf: shape, form, stored bits for each entry, share
+    of zeros, bytes, share of the file, and why a leaf was left alone. For example
+
+      compress-jax inspect runs/digits/artifact.safetensors
+
+    Args:
+      file: an artifact; any file that compress_jax.save wrote.
+
+    Returns:
+      The exit code.
+    """
+    from compress_jax.export import load
+    from compress_jax.report import leaves_table, metadata_table, rich_table
+
+    packed, metadata = load(file)
+    console = stdout()
+    console.print(rich_table(metadata_table(str(file), metadata)))
+    left_alone = metadata.get("left_alone", {})
+    console.print(rich_table(leaves_table(packed, left_alone, file.stat().st_size)))
+    if not metadata:
+        console.print(escape("The file holds no metadata."))
+    return 0

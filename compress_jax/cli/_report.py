@@ -1,0 +1,30 @@
+"""``compress-jax report``: the pages of a run, written again."""
+
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from compress_jax.cli.console import stdout
+
+
+def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]) -> int:
+    """Write report.html and report.md of a run: tables, pictures and decisions.
+
+    report.html is one file that needs nothing else; report.md has its pictures in WORKDIR/report/. For example
+
+      compress-jax report runs/digits
+
+    compress-jax run does this at its end; nothing is trained or measured here.
+
+    Args:
+      workdir: the folder of a finished run.
+
+    Returns:
+      The exit code.
+    """
+    from compress_jax.report import write
+
+    page = write(workdir)
+    stdout().print(f"{page}\n{page.with_suffix('.md')}", markup=False)
+    return 0

@@ -1,0 +1,87 @@
+"""A config file to its function, and the function to an Experiment; what is wrong with the file is said with its line."""
+
+import contextlib
+import inspect
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from compress_jax.core.errors import CompressError, ConfigError
+
+if TYPE_CHECKING:  # imports the whole library, which showing a help text should not wait for
+    from compress_jax.search import Experiment
+
+
+def load_config(path: Path) -> Callable[..., Any]:
+    """Import a config file and return its ``config`` function.
+
+    Args:
+      path: a Python file with ``def config(bits: int = 4, ...) -> Experiment``.
+
+    Returns:
+      The function.
+
+    Raises:
+      ConfigError: if there is no such file, it cannot be imported, or it has no such function.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no config file {path}; give a Python file with a function 'config', as in configs/")
+    config = getattr(_import(path), "config", None)
+    if not inspect.isfunction(config):
+        raise ConfigError(f"{path} has no function 'config'; write 'def config(bits: int = 4) -> Experiment: ...' in it")
+    untyped = [name for name, p in inspect.signature(config).parameters.items() if p.annotation is p.empty]
+    if untyped:
+        raise ConfigError(f"{path}: config's argument {untyped[0]!r} has no type; write it as '{untyped[0]}: int = ...'")
+    return config
+
+
+def build(config: Callable[..., Any], arguments: dict[str, Any]) -> "Experiment":
+    """Call a config function.
+
+    Args:
+      config: from `load_config`.
+      arguments: its parameters by name.
+
+    Returns:
+      What it returns, which is seen to be an Experiment.
+
+    Raises:
+      ConfigError: if it fails, or returns something else.
+      CompressError: as the pieces it calls do.
+    """
+    from compress_jax.search import Experiment
+
+    path = Path(inspect.getfile(config))
+    with _explained(path):
+        experiment = config(**arguments)
+    if not isinstance(experiment, Experiment):
+        raise ConfigError(f"{path}: config returned a {type(experiment).__name__}, and should return an Experiment")
+    return experiment
+
+
+def _import(path: Path) -> ModuleType:
+    """Run a file as a module whose name no other has, so that a config called jax.py does no harm, and leave no cache."""
+    module = ModuleType(f"_compress_jax_config_{zlib.crc32(str(path.absolute()).encode()):08x}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # dataclasses and type hints of the file look it up
+    with _explained(path):
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+    return module
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong in a person's own file into one line that names the line of the file."""
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        where = f"{path}, line {line}" if line else str(path)
+        raise ConfigError(f"{where}: {type(error).__name__}: {error} (--debug shows the whole trace)") from error

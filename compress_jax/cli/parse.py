@@ -1,0 +1,113 @@
+"""Words of the command line to a call that waits to be made, through tyro; the help texts are the docstrings."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from compress_jax.cli.config import load_config
+from compress_jax.core.errors import ConfigError
+
+Workdir = Annotated[
+    Path | None,
+    tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, say runs/digits-bits=3)"),
+]
+
+
+def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Callable[[], int]:
+    """Turn the words after a command's name into the call they ask for.
+
+    Args:
+      name: of the command.
+      command: its function; the parameters are the flags.
+      words: what follows the name.
+
+    Returns:
+      The call, not made yet: the parser takes some exceptions for wrong usage, and these must not be the command's own.
+
+    Raises:
+      SystemExit: with code 2 after explaining wrong usage, with code 0 after showing the help.
+      ConfigError: if ``run`` is given a config that cannot be used.
+    """
+    if name == "run" and words and not words[0].startswith("-"):
+        config, flags = Path(words[0]), list(words[1:])
+        chosen, workdir = parse_config(load_config(config), flags, f"compress-jax run {config}")
+        return functools.partial(command, config, workdir, chosen=chosen, flags=flags)
+    return tyro.cli(_waiting(command), prog=f"compress-jax {name}", description=teach(command), args=words)
+
+
+def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) -> tuple[dict[str, Any], Path | None]:
+    """Read a config's arguments from the command line.
+
+    Args:
+      config: the config function; parameters, defaults and docstring become flags.
+      flags: the words after the config's name.
+      prog: shown in the help.
+
+    Returns:
+      ``(arguments, workdir)``: every parameter of the config by name, and ``--workdir`` if it was given.
+
+    Raises:
+      SystemExit: as `parse` does.
+      ConfigError: if a parameter is named as a flag of ``run``.
+    """
+    if {"workdir", "debug"} & set(inspect.signature(config).parameters):
+        raise ConfigError("'workdir' and 'debug' are flags of compress-jax run itself; rename the config's argument")
+
+    @functools.wraps(config)
+    def arguments(**chosen: Any) -> dict[str, Any]:
+        return chosen
+
+    def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], Path | None]:
+        """Take both.
+
+        Args:
+          chosen: of the config.
+          workdir: where the run is kept.
+        """  # noqa: D417, D407
+        return chosen, workdir
+
+    both.__annotations__["chosen"] = Annotated[dict[str, Any], tyro.conf.arg(name="", constructor=arguments)]
+    return tyro.cli(both, prog=prog, description=_about(config), args=flags)
+
+
+def summary(function: Callable[..., Any]) -> str:
+    """Return the first sentence of a docstring, for a list of commands."""
+    return (inspect.getdoc(function) or "").split("\n")[0]
+
+
+def teach(function: Callable[..., Any]) -> str:
+    """Return what a docstring says before its sections on arguments and result.
+
+    Args:
+      function: any function.
+
+    Returns:
+      Its text; tyro shows the arguments beside their flags.
+
+    Example:
+      >>> teach(summary)
+      'Return the first sentence of a docstring, for a list of commands.'
+    """
+    lines = (inspect.getdoc(function) or "").split("\n")
+    ends = [i for i, line in enumerate(lines) if line.strip() in ("Args:", "Returns:", "Raises:")]
+    return "\n".join(lines[: ends[0] if ends else None]).strip()
+
+
+def _about(config: Callable[..., Any]) -> str:
+    """Return what a config says of itself: its function's docstring, then that of its file."""
+    module = inspect.cleandoc(config.__globals__.get("__doc__") or "")
+    return "\n\n".join(text for text in (teach(config), module) if text)
+
+
+def _waiting(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """Return a function that tyro reads as the command, and that returns the call instead of making it."""
+
+    @functools.wraps(command)
+    def wait(*args: Any, **kwargs: Any) -> Callable[[], int]:
+        return functools.partial(command, *args, **kwargs)
+
+    return wait

@@ -1,0 +1,5 @@
+"""Weight sharing: every weight of a leaf is one of a few values, and the values are trained."""
+
+from compress_jax.cluster._kmeans import kmeans
+
+__all__ = ["kmeans"]

@@ -1,0 +1,5 @@
+"""Low rank: a kernel as the product of two thin factors, which are trained."""
+
+from compress_jax.lowrank._svd import svd
+
+__all__ = ["svd"]

@@ -1,0 +1,135 @@
+"""The k smallest magnitudes, found by bisection: no sort, no reshape, and so the same bits under every sharding.
+
+Nonnegative floats order like their bit patterns, so the k-th smallest of them is found by halving an interval of integers
+and counting, about 31 passes for float32. The counts are all that devices exchange. Where several entries equal the
+threshold, further bisections on their position, one an axis, single out the first ones.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.prune.wide import Wide, add, choose, count, less, subtract, wide
+
+
+def magnitude_bits(x: jax.Array) -> jax.Array:
+    """Return the bit pattern of ``|x|`` as unsigned integers, ordered as the magnitudes are; -0.0 equals 0.0.
+
+    Args:
+      x: floating point, any shape.
+
+    Returns:
+      Unsigned integers of the same width and shape.
+
+    Example:
+      >>> magnitude_bits(jnp.array([-0.0, 0.0, -1.0, 1.5])).tolist()
+      [0, 0, 1065353216, 1069547520]
+    """
+    bits = jnp.finfo(x.dtype).bits
+    pattern = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    return pattern & jnp.asarray(2 ** (bits - 1) - 1, pattern.dtype)
+
+
+def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple[jax.Array, Wide]:
+    """Return the largest ``t < top`` with ``below(t) <= k``, or any ``t`` with ``below(t) == k``, and ``below(t)``.
+
+    Args:
+      below: a nondecreasing count, zero at 0.
+      k: the count to reach.
+      top: the end of the range of ``t``; an unsigned integer scalar.
+
+    Returns:
+      ``(t, below(t))``, ``t`` in the dtype of ``top``.
+
+    Example:
+      >>> squares = lambda t: Wide(jnp.uint32(0), t * t)
+      >>> int(bisect(squares, wide(50), jnp.uint32(100))[0])
+      7
+    """
+
+    def unfinished(carry: tuple[jax.Array, jax.Array, Wide]) -> jax.Array:
+        low, high, reached = carry
+        return (high - low > 1) & less(reached, k)
+
+    def halve(carry: tuple[jax.Array, jax.Array, Wide]) -> tuple[jax.Array, jax.Array, Wide]:
+        low, high, reached = carry
+        middle = low + (high - low) // 2
+        counted = below(middle)
+        over = less(k, counted)
+        return jnp.where(over, low, middle), jnp.where(over, middle, high), choose(over, reached, counted)
+
+    low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, wide(0)))
+    return low, reached
+
+
+def first(flags: jax.Array, k: Wide) -> jax.Array:
+    """Return a mask of the first ``k`` true entries in C order, found axis by axis.
+
+    Args:
+      flags: bool, any shape.
+      k: how many; all, if there are fewer.
+
+    Returns:
+      bool, the shape of ``flags``.
+
+    Example:
+      >>> first(jnp.array([[True, False, True], [True, True, False]]), wide(3)).tolist()
+      [[True, False, True], [True, False, False]]
+    """
+    chosen = jnp.zeros_like(flags)
+    for axis, length in enumerate(flags.shape):
+        position = jax.lax.broadcasted_iota(jnp.uint32, flags.shape, axis)
+        end, taken = bisect(lambda t, f=flags, p=position: count(f & (p < t)), k, jnp.uint32(length + 1))
+        chosen |= flags & (position < end)
+        flags &= position == end
+        k = subtract(k, taken)
+    return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis to look along
+
+
+@jax.jit
+def smallest(arrays: Sequence[jax.Array], k: Wide) -> list[jax.Array]:
+    """Return masks of the ``k`` entries of smallest magnitude among all arrays taken together.
+
+    They are those a stable argsort of the concatenated magnitudes lists first: of equal magnitudes, the one in the earlier
+    array, and in an array the one earlier in C order. Arrays of different dtypes are compared in the wider one.
+
+    Args:
+      arrays: floating point, any shapes.
+      k: how many in all.
+
+    Returns:
+      One bool mask an array, true for the ``k`` smallest.
+
+    Example:
+      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
+      [False, True]
+    """
+    arrays = _same_dtype(arrays)
+    unsigned = magnitude_bits(jnp.zeros((), arrays[0].dtype)).dtype
+
+    def below(t: jax.Array) -> Wide:
+        return reduce(add, [count(magnitude_bits(x) < t) for x in arrays])
+
+    threshold, reached = bisect(below, k, jnp.asarray(2 ** (jnp.iinfo(unsigned).bits - 1), unsigned))
+    left, masks = subtract(k, reached), []
+    for x in arrays:
+        ties = magnitude_bits(x) == threshold
+        tied = count(ties)
+        taken = choose(less(left, tied), left, tied)
+        ties = jax.lax.cond(
+            less(taken, tied), first, lambda ties, _: ties, ties, taken
+        )  # in most cases all of them, or none
+        masks.append((magnitude_bits(x) < threshold) | ties)
+        left = subtract(left, taken)
+    return masks
+
+
+def _same_dtype(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """Return arrays of one dtype as they are, others in float32, or in float64 if there is one."""
+    dtypes = {x.dtype for x in arrays}
+    if len(dtypes) == 1:
+        return list(arrays)
+    common = jnp.float64 if jnp.dtype(jnp.float64) in dtypes else jnp.float32
+    return [x.astype(common) for x in arrays]

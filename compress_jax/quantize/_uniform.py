@@ -1,0 +1,119 @@
+"""Uniform quantization: weights on an evenly spaced grid of 4 to 256 levels, seen through a straight-through estimator."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Compression
+from compress_jax.core.layout import Granularity, Layout
+from compress_jax.core.leafwise import LeafState, leafwise
+from compress_jax.core.packed import Quantized
+from compress_jax.core.straight_through import straight_through
+from compress_jax.quantize import scales
+from compress_jax.quantize.grid import Grid
+from compress_jax.quantize.least_squares import mse
+
+
+def uniform(
+    bits: int = 4,
+    symmetric: bool = True,
+    granularity: Granularity = "tensor",
+    scale: str | scales.Rule | None = None,
+    axis: int | tuple[int, ...] = -1,
+    pad: bool = False,
+) -> Compression:
+    r"""Round weights to evenly spaced levels, :math:`\hat w = s \, (clip(round(w / s) + z, 0, 2^{bits} - 1) - z)`.
+
+    The scale s and zero point z of every tensor, channel or group are the state: `init` and `update` derive them from the
+    weights by a scale rule, `view` and `pack` share them, so the packed model is the trained one bit for bit. Updating at
+    every step follows the weights; ``every(n, uniform(...))`` or ``between(...)`` hold the scales still. The gradient of the
+    view is that of the identity.
+
+    Args:
+      bits: 2 to 8.
+      symmetric: the levels are ``-2**(bits-1) .. 2**(bits-1) - 1`` and z is fixed; else z is an integer for every scale, and
+        the range always includes 0. Zero is exact in both.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
+      scale: ``"absmax"``, ``"minmax"``, ``"percentile"``, ``"rms"``, ``"mse"`` or a function ``(w, layout, grid) -> (scale,
+        zero_point)`` such as ``partial(quantize.percentile, percent=99.9)``. Default: absmax if symmetric, else minmax.
+      axis: the axis or axes of output channels; Flax kernels keep theirs last. Arrays of rank 1 are one channel.
+      pad: allow a last group that is not full.
+
+    Returns:
+      The Compression; ``fixed[path]`` is ``{"scale": float32, "zero_point": uint8}``. Packs to `Quantized`.
+
+    Raises:
+      ValueError: if an argument is none of the above.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[0.9, -3.0], [-1.5, 0.2]])}
+      >>> c = uniform(bits=3, granularity="channel")
+      >>> state = c.init(params)
+      >>> c.view(params, state)["kernel"]
+      Array([[ 1. , -3. ],
+             [-1.5,  0. ]], dtype=float32)
+      >>> c.pack(params, state)["kernel"].codes.unpack().tolist()
+      [[6, 1], [1, 4]]
+
+    References:
+      Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, sections 2.1 to 2.4.
+      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+    """
+    grid, rule = _checked_grid(bits, symmetric), _rule(scale, symmetric)
+    Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
+
+    def layout_of(x: jax.Array) -> Layout:
+        return Layout.of(x.shape, granularity, axis, pad=pad)
+
+    def calibrate(x: jax.Array, *_: Any, **__: Any) -> LeafState:
+        layout = layout_of(x)
+        s, z = rule(layout.arrange(x.astype(jnp.float32)), layout, grid)
+        return None, {"scale": s, "zero_point": z}
+
+    def codes(x: jax.Array, fixed: dict[str, jax.Array]) -> jax.Array:
+        return grid.encode(layout_of(x).arrange(x), **fixed)
+
+    @straight_through
+    def rounded(x: jax.Array, fixed: dict[str, jax.Array]) -> jax.Array:
+        return layout_of(x).restore(grid.decode(codes(x, fixed), **fixed)).astype(x.dtype)
+
+    def pack(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Quantized:
+        layout = layout_of(x)
+        return Quantized.pack(layout.restore(codes(x, fixed)), bits, **fixed, layout=layout, dtype=x.dtype)
+
+    return leafwise(lambda x, _, fixed: rounded(x, fixed), init=calibrate, update=calibrate, pack=pack)
+
+
+def _checked_grid(bits: int, symmetric: bool) -> Grid:
+    if bits == 1 and not isinstance(bits, bool):
+        raise ValueError("bits=1 leaves no level above zero on a grid that contains zero; use bits=2 to 8")
+    if isinstance(bits, bool) or bits not in range(2, 9):
+        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
+    if not isinstance(symmetric, bool):
+        raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
+    return Grid(bits, symmetric)
+
+
+def _rule(scale: str | scales.Rule | None, symmetric: bool) -> scales.Rule:
+    """Return the scale rule of a name; a rule that is a function already stays as it is."""
+    match scale:
+        case None:
+            return scales.absmax if symmetric else scales.minmax
+        case "absmax":
+            return scales.absmax
+        case "minmax":
+            return scales.minmax
+        case "percentile":
+            return scales.percentile
+        case "rms":
+            return scales.rms
+        case "mse":
+            return mse
+        case _ if callable(scale):
+            return scale
+    raise ValueError(
+        f"scale must be 'absmax', 'minmax', 'percentile', 'rms', 'mse' or a function (w, layout, grid) -> "
+        f"(scale, zero_point), got {scale!r}"
+    )
