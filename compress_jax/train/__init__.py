@@ -5,7 +5,7 @@ from compress_jax.train.checkpoint import Checkpoints
 from compress_jax.train.evaluate import accuracy, logits
 from compress_jax.train.interrupt import Interrupted, watch_signals
 from compress_jax.train.loop import Feed, fit
-from compress_jax.train.losses import cross_entropy, distilled, supervised
+from compress_jax.train.losses import distilled, supervised
 from compress_jax.train.metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train.parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
 from compress_jax.train.state import TrainState, create, label_optimizer
@@ -24,7 +24,6 @@ __all__ = [
     "TrainState",
     "accuracy",
     "create",
-    "cross_entropy",
     "distilled",
     "fit",
     "jit_step",

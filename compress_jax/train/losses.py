@@ -5,40 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import linen as nn
 
+from compress_jax.distill import cross_entropy
 from compress_jax.train.step import Loss, Metrics
 
 Augment = Callable[[jax.Array, Any], Any]
-
-
-def cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float = 0.0) -> jax.Array:
-    """Return the cross entropy of each example, in float32.
-
-    ``-sum_c q_c log softmax(z)_c`` with ``q = (1 - smoothing) onehot(label) + smoothing / classes``.
-
-    Args:
-      logits: ``[..., classes]``.
-      labels: integers ``[...]``.
-      smoothing: share of the probability spread evenly over all classes, 0 to 1.
-
-    Returns:
-      ``[...]``, in nats.
-
-    Example:
-      >>> cross_entropy(jnp.zeros((1, 2)), jnp.array([0])).tolist()
-      [0.6931471824645996]
-
-    References:
-      Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7 (smoothing).
-    """
-    if jnp.finfo(logits.dtype).bits < 32:
-        logits = logits.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    if smoothing == 0.0:
-        return loss
-    return (1.0 - smoothing) * loss - smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
 
 
 def supervised(
@@ -53,7 +25,7 @@ def supervised(
 
     Args:
       model: Linen module called as ``model(x, train=...)``; dropout gets the step's key.
-      smoothing: of the labels, see `cross_entropy`.
+      smoothing: of the labels, see `compress_jax.distill.cross_entropy`.
       augment: ``(key, batch) -> batch``, applied in training only.
       inputs: the batch's entry that is given to the model.
       labels: the batch's entry with integer labels ``[batch]``.

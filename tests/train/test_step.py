@@ -9,7 +9,7 @@ from flax import linen as nn
 
 from compress_jax.core import Compression, CompressionState, identity
 from compress_jax.models import LeNet300100
-from compress_jax.train import create, cross_entropy, distilled, label_optimizer, make_step, supervised
+from compress_jax.train import create, distilled, label_optimizer, make_step, supervised
 
 
 def scaled() -> Compression:
@@ -118,17 +118,6 @@ def test_model_state_moves_in_training_only():
     _, (unmoved, _) = in_eval_mode(state)
     assert len(calls) == 1  # no augmentation in eval mode
     jax.tree.map(np.testing.assert_array_equal, unmoved, state.model_state)
-
-
-def test_cross_entropy_with_smoothing_is_that_of_smoothed_labels():
-    logits = jax.random.normal(jax.random.key(0), (5, 7)) * 3
-    labels = jnp.array([0, 6, 2, 2, 1])
-    z = np.asarray(logits, np.float64)
-    log_p = z - np.log(np.exp(z).sum(-1, keepdims=True))
-    for smoothing in (0.0, 0.1, 1.0):
-        q = (1 - smoothing) * np.eye(7)[np.asarray(labels)] + smoothing / 7
-        np.testing.assert_allclose(cross_entropy(logits, labels, smoothing), -(q * log_p).sum(-1), rtol=1e-5)
-    assert cross_entropy(logits.astype(jnp.bfloat16), labels).dtype == jnp.float32
 
 
 def test_the_teacher_is_an_argument_that_sees_the_augmented_batch_and_gets_no_gradient():

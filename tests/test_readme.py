@@ -1,0 +1,25 @@
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+import compress_jax as cj
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    seen = {}
+    with jax.numpy_dtype_promotion("standard"):  # a reader's process; optax's adam does not pass "strict"
+        exec(compile(code, "README.md", "exec"), seen)
+    view = cj.unpack(cj.load("model.safetensors")[0])
+    exact = seen["compression"].view(seen["params"], seen["state"])
+    for layer in ("layers_0", "layers_2"):
+        np.testing.assert_array_equal(view[layer]["kernel"], exact[layer]["kernel"])
+        assert float((view[layer]["kernel"] == 0).mean()) >= 0.8
+    accuracy = (seen["model"].apply({"params": view}, seen["x"]).argmax(-1) == seen["y"]).mean()
+    assert jnp.asarray(accuracy) > 0.6
+    assert "no pattern matches it" in capsys.readouterr().out
