@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,7 @@ def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypa
     exact = seen["compression"].view(seen["params"], seen["state"])
     for layer in ("layers_0", "layers_2"):
         np.testing.assert_array_equal(view[layer]["kernel"], exact[layer]["kernel"])
-        assert float((view[layer]["kernel"] == 0).mean()) >= 0.8
+        assert (view[layer]["kernel"] == 0).sum() >= int(0.8 * view[layer]["kernel"].size)
     accuracy = (seen["model"].apply({"params": view}, seen["x"]).argmax(-1) == seen["y"]).mean()
     assert jnp.asarray(accuracy) > 0.6
     assert "no pattern matches it" in capsys.readouterr().out

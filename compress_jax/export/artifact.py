@@ -1,10 +1,10 @@
 """The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
 
-Format, version 1. A safetensors container whose ``__metadata__`` has four strings: ``format`` = ``"compress_jax"``;
-``version`` = ``"1"``; ``content`` = JSON with ``tree`` (see `compress_jax.export.structure`) and ``metadata`` (free-form:
-model, data, config, accuracy); ``sha256`` = hex digest of ``content`` and then of every tensor's bytes in the order of their
-sorted names. Codes of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors. Nothing in the
-file is ever executed.
+Format, version 1. A safetensors container with its header's keys sorted, whose ``__metadata__`` has four strings:
+``format`` = ``"compress_jax"``; ``version`` = ``"1"``; ``content`` = JSON with ``tree`` (see `structure`) and ``metadata``
+(free-form: model, data, config, accuracy); ``sha256`` = hex digest of the whole file as it is with 64 zeros in place of the
+digest. Codes of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors. Nothing in the file
+is ever executed.
 """
 
 import contextlib
@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.numpy
-from safetensors import SafetensorError
 
 from compress_jax.core.errors import ArtifactError
 from compress_jax.export.structure import Tensors, decode, encode
 
-FORMAT, VERSION = "compress_jax", 1
+FORMAT, VERSION, BLANK = "compress_jax", 1, "0" * 64
 
 
 def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | None = None) -> int:
@@ -47,12 +46,7 @@ def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | N
       (True, ({'kernel': Array([0., 1., 2.], dtype=float32)}, {'model': 'tiny'}))
     """
     tree, tensors = encode(packed)
-    try:
-        content = json.dumps({"tree": tree, "metadata": metadata or {}}, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"the metadata cannot be written as JSON: {error}") from error
-    header = {"format": FORMAT, "version": str(VERSION), "content": content, "sha256": _digest(content, tensors)}
-    data = _ordered(safetensors.numpy.save(tensors, header))
+    data = _container(tree, tensors, metadata or {})
     write_atomically(Path(path), data)
     return len(data)
 
@@ -68,33 +62,52 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
 
     Raises:
       ArtifactError: if there is no such file, or it is damaged, foreign, or of a newer version.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> _ = save(file, [jnp.ones(2)])
+      >>> packed, metadata = load(file)
+      >>> packed[0].tolist(), metadata
+      ([1.0, 1.0], {})
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    header, tensors = _parse(path, data)
+    header = _header(path, data)
     if header.get("format") != FORMAT:
         raise ArtifactError(f"{path} is a safetensors file, but not one that compress_jax wrote; load it with safetensors")
-    if not header.get("version", "").isdigit() or int(header["version"]) > VERSION:
+    if not header.get("version", "").isdecimal() or int(header["version"]) > VERSION:
         raise ArtifactError(
             f"{path} has format version {header.get('version')}, and this version of compress_jax reads up to {VERSION}; "
             "upgrade compress_jax to read it"
         )
-    if _digest(header.get("content", ""), tensors) != header.get("sha256"):
-        raise ArtifactError(f"{path} is damaged: its checksum does not match its content. Copy or write it again")
+    digest = header.get("sha256", "")
+    if hashlib.sha256(_reseal(data, digest, BLANK)).hexdigest() != digest:
+        raise ArtifactError(f"{path} is truncated or damaged: its checksum does not match. Copy or write it again")
     content = json.loads(header["content"])
-    return decode(content["tree"], tensors), content["metadata"]
+    return decode(content["tree"], safetensors.numpy.load(data)), content["metadata"]
 
 
-def _parse(path: Path, data: bytes) -> tuple[dict[str, str], Tensors]:
-    """Split a safetensors file into its string metadata and its tensors."""
+def _container(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
+    """Return the whole file."""
     try:
-        tensors = safetensors.numpy.load(data)
-        size = int.from_bytes(data[:8], "little")
-        return json.loads(data[8 : 8 + size]).get("__metadata__", {}), tensors
-    except (SafetensorError, ValueError) as error:
+        content = json.dumps({"tree": tree, "metadata": metadata}, separators=(",", ":"), allow_nan=False)
+        header = {"format": FORMAT, "version": str(VERSION), "content": content, "sha256": BLANK}
+        data = _ordered(safetensors.numpy.save(tensors, header))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"the metadata, or a key of the tree, cannot be written as JSON: {error}") from error
+    return _reseal(data, BLANK, hashlib.sha256(data).hexdigest())
+
+
+def _header(path: Path, data: bytes) -> dict[str, str]:
+    """Return the string metadata of a safetensors file; the digest vouches for the rest of it."""
+    try:
+        strings = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+        return {name: str(value) for name, value in strings.items()}
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{path} is truncated, damaged or not an artifact at all: its {len(data)} bytes are no safetensors file: {error}"
         ) from error
@@ -108,11 +121,9 @@ def _ordered(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def _digest(content: str, tensors: Tensors) -> str:
-    digest = hashlib.sha256(content.encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].tobytes())
-    return digest.hexdigest()
+def _reseal(data: bytes, old: str, new: str) -> bytes:
+    """Exchange the digest. It comes first: a quote in any other string of the header has a backslash before it."""
+    return data.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

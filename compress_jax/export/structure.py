@@ -1,14 +1,17 @@
 """A packed tree as JSON structure plus named raw tensors, and back; what `artifact` puts into the file.
 
-The structure is written node by node. A tensor is its dtype's name, and its name in the file is its place:
-``"dense/kernel"`` for containers, ``".codes"`` after it for the fields of a node. ``{"dict": [[key, node], ...]}``,
-``{"list": [...]}``, ``{"tuple": [...]}`` and ``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse,
-Clustered, LowRank, Bits, Gaps) is a packed node; its static fields are plain JSON. NNX states become plain nested dicts.
+The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``, ``{"tuple": [...]}`` and
+``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse, Clustered, LowRank, Bits, Gaps) is a packed node;
+its static fields are plain JSON, and those that have their default value are left out. ``true`` is a tensor; where
+safetensors has no such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last axis.
+
+The name of a tensor is its place: ``"dense/kernel"`` for containers, ``".scale"`` after it for the field of a node that has
+more than one tensor. NNX states become plain nested dicts, and named tuples plain ones.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +23,7 @@ from compress_jax.core.layout import Layout
 from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse
 
 NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Clustered, LowRank)}
-# Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes, its name kept in the structure.
+# Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
 NATIVE = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
 
 Tensors = dict[str, np.ndarray]
@@ -36,18 +39,18 @@ def encode(tree: Any) -> tuple[Any, Tensors]:
       ``(structure, {name: NumPy array})``.
 
     Raises:
-      ArtifactError: if a leaf is not an array, naming it.
+      ArtifactError: if a leaf is not an array, a key is neither text nor integer, or two leaves have the same name.
     """
     tensors: Tensors = {}
 
     def visit(x: Any, path: str) -> Any:
-        x = getattr(x, "value", x) if type(x).__module__.startswith("flax.nnx") and not isinstance(x, Mapping) else x
-        if type(x).__name__ in NODES and dataclasses.is_dataclass(x):
-            fields, statics = {f.name: getattr(x, f.name) for f in dataclasses.fields(x)}, _statics(type(x))
-            inner = {k: _plain(v) if k in statics else visit(v, f"{path}.{k}") for k, v in fields.items()}
-            return {type(x).__name__: inner}
+        x = x.get_value() if hasattr(x, "get_value") else x  # an NNX variable
+        if type(x) is NODES.get(type(x).__name__):
+            statics = _statics(x)
+            arrays = {k: visit(getattr(x, k), where) for k, where in _places(type(x), path).items()}
+            return {type(x).__name__: {**arrays, **statics}}
         if isinstance(x, Mapping):
-            return {"dict": [[key, visit(value, _below(path, key))] for key, value in x.items()]}
+            return {"dict": [[_key(key, path), visit(value, _below(path, key))] for key, value in x.items()]}
         if isinstance(x, (list, tuple)):
             kind = "list" if isinstance(x, list) else "tuple"
             return {kind: [visit(value, _below(path, i)) for i, value in enumerate(x)]}
@@ -60,17 +63,43 @@ def _below(path: str, key: Any) -> str:
     return f"{path}/{key}" if path else str(key)
 
 
-def _leaf(x: Any, path: str, tensors: Tensors) -> str:
-    array = np.asarray(x) if isinstance(x, (jax.Array, np.ndarray, np.generic, int, float)) else np.asarray(None)
-    if array.dtype.hasobject or array.dtype.kind in "US":
-        raise ArtifactError(f"leaf {path!r} is a {type(x).__name__}, and only arrays and packed nodes can be saved")
+def _key(key: Any, path: str) -> str | int:
+    if not isinstance(key, (str, int)):
+        raise ArtifactError(f"the key {key!r} in {path!r} is a {type(key).__name__}; only text and integers can be saved")
+    return key
+
+
+def _places(cls: Any, path: str) -> dict[str, str]:
+    """Return where each field of a node that holds tensors has them; an only one has the node's own place."""
+    names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
+    return {name: f"{path}.{name}" for name in names} if len(names) > 1 else dict.fromkeys(names, path)
+
+
+def _statics(node: Any) -> dict[str, Any]:
+    """Return the static fields of a node that differ from their defaults, as JSON takes them."""
+    fields = [field for field in dataclasses.fields(node) if field.metadata.get("static")]
+    values = {field.name: getattr(node, field.name) for field in fields}
+    told = {field.name for field in fields if repr(values[field.name]) != repr(field.default)}  # -0.0 == 0, but is not 0
+    return {name: value.name if isinstance(value, np.dtype) else value for name, value in values.items() if name in told}
+
+
+def _leaf(x: Any, path: str, tensors: Tensors) -> bool | str:
+    if path in tensors or path == "__metadata__":  # the latter is what safetensors calls its own
+        raise ArtifactError(f"two entries would be named {path!r} in the file; rename a key that contains '/', '.' or '__'")
+    array = _numpy(x, path)
     native = array.dtype.name in NATIVE
-    tensors[path] = np.asarray(array if native else array.reshape(*array.shape, 1).view(np.uint8), order="C")
-    return array.dtype.name
+    tensors[path] = array if native else array.reshape(*array.shape, 1).view(np.uint8)
+    return native or array.dtype.name
 
 
-def _plain(value: Any) -> Any:
-    return value.name if isinstance(value, np.dtype) else value
+def _numpy(x: Any, path: str) -> np.ndarray:
+    """Return a leaf as an array in C order and native byte order."""
+    x = np.asarray(x) if isinstance(x, (int, float)) else x
+    dtype = getattr(getattr(x, "dtype", None), "name", "")
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not hasattr(jnp, dtype):
+        what = " ".join(filter(None, (type(x).__name__, dtype)))
+        raise ArtifactError(f"leaf {path!r} is a {what}, and only arrays of numbers and packed nodes can be saved")
+    return np.asarray(x, jnp.dtype(dtype), order="C")
 
 
 def decode(structure: Any, tensors: Tensors, path: str = "") -> Any:
@@ -82,14 +111,14 @@ def decode(structure: Any, tensors: Tensors, path: str = "") -> Any:
       path: where in the tree the structure stands.
 
     Returns:
-      The tree; arrays are JAX arrays.
+      The tree; arrays are JAX arrays, or NumPy's where JAX would cut their 64 bits to 32.
 
     Raises:
       ArtifactError: if the structure names a tensor or a kind of node there is not.
     """
     if structure is None:
         return None
-    if isinstance(structure, str):
+    if structure is True or isinstance(structure, str):
         return _array(path, structure, tensors)
     ((kind, content),) = structure.items()
     if kind == "dict":
@@ -99,12 +128,9 @@ def decode(structure: Any, tensors: Tensors, path: str = "") -> Any:
         return values if kind == "list" else tuple(values)
     if kind not in NODES:
         raise ArtifactError(f"the file holds a node of kind {kind!r}, which this version does not know")
-    cls, statics = NODES[kind], _statics(NODES[kind])
-    return cls(**{k: _static(k, v) if k in statics else decode(v, tensors, f"{path}.{k}") for k, v in content.items()})
-
-
-def _statics(cls: Any) -> set[str]:
-    return {field.name for field in dataclasses.fields(cls) if field.metadata.get("static")}
+    places = _places(NODES[kind], path)
+    fields = {k: decode(v, tensors, places[k]) if k in places else _static(k, v) for k, v in content.items()}
+    return NODES[kind](**fields)
 
 
 def _static(field: str, value: Any) -> Any:
@@ -116,8 +142,8 @@ def _static(field: str, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _array(path: str, dtype: str, tensors: Tensors) -> jax.Array:
+def _array(path: str, dtype: str | Literal[True], tensors: Tensors) -> jax.Array | np.ndarray:
     if path not in tensors:
         raise ArtifactError(f"the file's structure names a tensor {path!r} that is not in the file")
-    array = tensors[path]
-    return jnp.asarray(array if dtype in NATIVE else array.view(jnp.dtype(dtype))[..., 0])
+    array = tensors[path] if dtype is True else tensors[path].view(jnp.dtype(dtype))[..., 0]
+    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array

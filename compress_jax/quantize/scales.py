@@ -134,6 +134,12 @@ def percentile(w: jax.Array, layout: Layout, grid: Grid, *, percent: float | Non
 
     Raises:
       ValueError: if ``percent`` is not in (0, 100].
+
+    Example:
+      >>> w = jnp.array([1.0, -1.0, 1.0, -1.0, 100.0])
+      >>> scale, _ = percentile(w, Layout(w.shape), Grid(4), percent=75.0)
+      >>> scale.round(4).tolist()
+      [0.1428999900817871]
     """
     share = math.erf(normal_clip(grid) / math.sqrt(2)) if percent is None else percent / 100
     if not 0 < share <= 1:

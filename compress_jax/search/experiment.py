@@ -65,7 +65,7 @@ class Candidate:
     """One way to make the student smaller: a compression, and the training that goes on under it.
 
     Attributes:
-      name: short; it names a directory.
+      name: short; it names a directory, and may be neither ``"teacher"`` nor ``"student"``.
       compression: any Compression; ``chain`` makes one of several.
       training: from the trained student's weights on.
     """
@@ -73,6 +73,11 @@ class Candidate:
     name: str
     compression: Compression
     training: Training
+
+    def __post_init__(self) -> None:
+        """Check that the name is one of a directory, and no other row's."""
+        if self.name in ("", ".", "..", "teacher", "student") or {"/", "\0"} & set(self.name):
+            raise ConfigError(f"a candidate cannot be called {self.name!r}; its name is that of a directory and of a row")
 
 
 @dataclass(frozen=True)

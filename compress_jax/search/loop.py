@@ -57,6 +57,18 @@ def compress(
     Raises:
       Interrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
       CompressError: as its pieces do.
+
+    Example:
+      >>> import optax, tempfile
+      >>> from compress_jax import data, models, quantize
+      >>> from compress_jax.search import Network, Training
+      >>> folder = Path(tempfile.mkdtemp())
+      >>> digits, brief = data.load("digits", data_dir=folder), Training(optax.adam(3e-3), steps=10)
+      >>> student = Network(models.LeNet300100(), brief)
+      >>> small = Candidate("int8", quantize.uniform(8), brief)
+      >>> result = compress(Experiment("digits", digits, student, (small,)), folder / "run", say=lambda line: None)
+      >>> result.artifact.name, result.chosen.nbytes < result.rows[0].nbytes / 3
+      ('artifact.safetensors', True)
     """
     workdir, about = Path(workdir).absolute(), about or {}
     teacher = None

@@ -1,6 +1,9 @@
 """The pieces of the loop: train a network, train it under a compression, write it to disk and measure what was written."""
 
+import dataclasses
+import re
 import zlib
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from compress_jax.core.compression import Compression, identity
-from compress_jax.core.errors import CompressError
+from compress_jax.core.errors import ArtifactError, CompressError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.data import batches
@@ -55,12 +58,19 @@ def obtain(experiment: Experiment, network: Network, stage: str, directory: Path
       ``{"params": ..., "batch_stats": ...}``.
     """
     if network.artifact is not None:
-        return unpack(load(network.artifact)[0])
+        return _restore(network.artifact)
     assert network.training is not None
     example = jnp.zeros((1, *experiment.data.train["image"].shape[1:]))
     variables = jax.jit(network.model.init)(stage_key(experiment.seed, f"{stage}/init"), example)
     state = train(experiment, network.model, variables, identity(), network.training, stage, directory, teacher)
     return state.variables()
+
+
+def _restore(artifact: str | PathLike[str]) -> Variables:
+    variables = unpack(load(artifact)[0])
+    if not isinstance(variables, dict) or "params" not in variables:
+        raise ArtifactError(f"{artifact} holds no 'params'; a Network is restored from what a run wrote, or the like of it")
+    return variables
 
 
 def train(
@@ -138,12 +148,20 @@ def assess(
     split = experiment.data.validation
     trained = logits(model.apply, seen, split)
     validation = float((trained.argmax(-1) == split["label"]).mean())
-    metadata = {"experiment": experiment.name, "name": name, "model": repr(model), **about}
+    metadata = {"experiment": experiment.name, "name": name, "model": _describe(model), **about}
     metadata |= {"data": experiment.data.name, "data_sha256": experiment.data.fingerprint, "validation": validation}
     nbytes = save(file, packed, metadata)
     if not np.array_equal(logits(model.apply, unpack(load(file)[0]), split), trained):
         raise CompressError(f"{file} does not give the logits the trained model gives; please report this with its config")
     return Assessment(name, count(seen["params"]), nbytes, validation)
+
+
+def _describe(model: Any) -> str:
+    """Return the call that makes a module, without what is default and without addresses, which differ between processes."""
+    fields = [field for field in dataclasses.fields(model) if field.init and field.name not in ("parent", "name")]
+    values = {field.name: (repr(getattr(model, field.name)), repr(field.default)) for field in fields}
+    text = ", ".join(f"{name}={value}" for name, (value, default) in values.items() if value != default)
+    return f"{type(model).__name__}({re.sub(r' at 0x[0-9a-f]+', '', text)})"
 
 
 def measure_on_test(experiment: Experiment, model: Any, file: Path) -> float:

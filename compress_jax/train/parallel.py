@@ -75,6 +75,15 @@ def place(state: TrainState, mesh: Mesh, rules: Rules = ()) -> TrainState:
 
     Returns:
       A copy that shares no memory with the original, so that donating one leaves the other alive.
+
+    Example:
+      >>> import optax
+      >>> from compress_jax.core.compression import identity
+      >>> from compress_jax.train import create
+      >>> state = create({"params": {"w": jnp.zeros(3)}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+      >>> len(place(state, mesh).params["w"].devices()) == jax.device_count()
+      True
     """
     copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
     return jax.device_put(copied, shardings(state, mesh, rules))
@@ -166,7 +175,18 @@ def replicate(tree: Any, devices: Sequence[Any] | None = None, axis_name: str = 
 
 
 def unreplicate(tree: Any) -> Any:
-    """Return the first device's copy of a replicated tree; see `replicate`."""
+    """Return the first device's copy of a replicated tree.
+
+    Args:
+      tree: from `replicate`, or what a step of `pmap_step` returned.
+
+    Returns:
+      The tree without its leading axis.
+
+    Example:
+      >>> unreplicate(replicate({"w": jnp.ones(2)}))["w"].tolist()
+      [1.0, 1.0]
+    """
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 

@@ -1,0 +1,115 @@
+"""The house rules that no linter knows: which way imports point, what is never imported, what every public name owes."""
+
+import ast
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import compress_jax
+
+ROOT = Path(compress_jax.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+FLOORS = [
+    {"core"},
+    {"trace"},
+    {"quantize", "prune", "cluster", "lowrank", "distill"},  # neighbours do not know each other
+    {"data"},
+    {"models"},
+    {"train"},
+    {"export"},
+    {"report"},
+    {"search"},
+    {"cli", "__main__"},
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+FORBIDDEN = re.compile(r"jax\._src|pickle|cloudpickle|dill|tensorflow(?!_datasets)|keras|torch|jax\.experimental\.maps")
+ids = [str(path.relative_to(ROOT)) for path in FILES]
+every_file = pytest.mark.parametrize("path", FILES, ids=ids)
+
+
+def imports(path: Path) -> set[str]:
+    """Return the full name of everything a file imports, wherever in it; relative imports made absolute."""
+    package = ["compress_jax", *path.relative_to(ROOT).parts[:-1]]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(module: str) -> str:
+    """Return the subpackage a full name of ours belongs to, "" for the top."""
+    return (module.split(".") + [""])[1]
+
+
+def test_the_walk_sees_the_house():
+    assert {"core", "quantize", "prune", "cluster", "lowrank"} <= {path.relative_to(ROOT).parts[0] for path in FILES}
+    assert "compress_jax.core.layout.Layout" in imports(ROOT / "core/packed.py")
+
+
+@every_file
+def test_imports_point_one_way(path):
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if own == "__init__":  # the table of contents may name everything
+        return
+    assert own in FLOOR, f"{own} has no floor in the house; put it in FLOORS"
+    for module in sorted(name for name in imports(path) if name.split(".")[0] == "compress_jax"):
+        other = part(module)
+        assert other in FLOOR, f"{path} imports {module}: take it from its own module, not from the top of the package"
+        assert other == own or FLOOR[other] < FLOOR[own], f"{path} is in {own} and must not import {module}"
+
+
+@every_file
+def test_nothing_private_unsafe_or_foreign_is_imported(path):
+    bad = sorted(name for name in imports(path) if FORBIDDEN.match(name))
+    assert not bad, f"{path} imports {bad}"
+    assert "jax._src" not in path.read_text()
+
+
+@pytest.mark.parametrize("name", ["tensorflow", "tensorflow.io", "jax._src.core", "pickle", "keras.layers"])
+def test_the_rule_would_catch_it(name):
+    assert FORBIDDEN.match(name) and not FORBIDDEN.match("tensorflow_datasets.core")
+
+
+@every_file
+def test_files_are_short(path):
+    lines = path.read_text().count("\n")
+    assert lines <= 300, f"{path} has {lines} lines; a file that needs 300 is two ideas"
+
+
+@every_file
+def test_modules_and_their_public_definitions_have_docstrings(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree), f"{path} has no docstring"
+    nodes = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
+    silent = [node.name for node in nodes if not ast.get_docstring(node)]
+    assert not silent, f"{path}: no docstring on {silent}"
+
+
+PACKAGES = sorted({path.parent for path in FILES if path.name == "__init__.py"})
+dotted = [".".join(["compress_jax", *path.relative_to(ROOT).parts]) for path in PACKAGES]
+
+
+@pytest.mark.parametrize("name", dotted)
+def test_every_public_function_has_an_example(name):
+    package = importlib.import_module(name)
+    exported = {each: getattr(package, each) for each in getattr(package, "__all__", [])}
+    functions = {each: value for each, value in exported.items() if inspect.isfunction(value)}
+    assert all(value.__module__.startswith("compress_jax") for value in functions.values())
+    without = [each for each, value in functions.items() if ">>>" not in (value.__doc__ or "")]
+    assert not without, f"{name}: no Example in the docstring of {without}"
+    silent = [each for each, value in exported.items() if inspect.isclass(value) and not value.__doc__]
+    assert not silent, f"{name}: no docstring on {silent}"
+
+
+def test_packages_list_their_contents():
+    lists = {name: len(getattr(importlib.import_module(name), "__all__", [])) for name in dotted}
+    assert lists["compress_jax"] >= 10 and lists["compress_jax.core"] >= 20
+    assert not [name for name, n in lists.items() if not n and name.split(".")[-1] in FLOOR]

@@ -1,0 +1,369 @@
+"""The nine laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
+
+A new method gets a row in CONTRACT and nothing else; without one, `test_every_public_method_has_a_row` fails.
+"""
+
+import inspect
+import typing
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import compress_jax as cj
+from compress_jax import cluster, lowrank, prune, quantize
+from compress_jax.core import Clustered, Compression, LowRank, NonFiniteError, Quantized, Sparse, identity
+from compress_jax.core.packed import is_packed
+from compress_jax.core.paths import flatten
+
+KERNEL = "body/kernel"
+
+
+class Row(NamedTuple):
+    """A compression and what the laws promise of it.
+
+    `of`: the public functions it is made with. `form`: the packed node KERNEL becomes (None: it stays dense).
+    `slope`: state -> d view / d params of KERNEL. `sharded`: tolerance of law 6; 0 is bit for bit.
+    `keeps_shardings`: False where the view mixes axes (groups, products): under `jit`, XLA then chooses its layout.
+    """
+
+    of: tuple[Callable[..., Any], ...]
+    compression: Compression
+    form: type | None
+    slope: Callable[[Any], Any]
+    idempotent: bool = True
+    sharded: float = 0.0
+    keeps_shardings: bool = True
+    traceable_init: bool = True
+    refuses_nan: bool = True
+
+
+def one(state):
+    return 1.0
+
+
+def none(state):
+    return 0.0
+
+
+def mask(state):
+    return state.fixed[KERNEL]
+
+
+def uniform(sharded: float = 0.0, keeps_shardings: bool = True, **options) -> Row:
+    c = quantize.uniform(**options)
+    return Row((quantize.uniform,), c, Quantized, one, sharded=sharded, keeps_shardings=keeps_shardings)
+
+
+def magnitude(*args, **options) -> Row:
+    return Row((prune.magnitude,), prune.magnitude(*args, **options), Sparse, mask)
+
+
+def svd(**options) -> Row:
+    return Row((lowrank.svd,), lowrank.svd(**options), LowRank, none, sharded=1e-6, keeps_shardings=False)
+
+
+def on_kernels(row: Row) -> Row:
+    """Leave the small leaves out, where compiling for each of them takes long."""
+    return row._replace(of=(*row.of, cj.at), compression=cj.at("**/kernel", row.compression))
+
+
+half, int4 = prune.magnitude(0.5), quantize.uniform(bits=4, granularity="channel")
+four = cluster.kmeans(4, iterations=10)
+falling = optax.linear_schedule(0.3, 0.9, 3)
+
+CONTRACT = {
+    "identity": Row((identity,), identity(), None, one, refuses_nan=False),
+    "int8": uniform(bits=8),
+    "int4 channel": uniform(bits=4, granularity="channel"),
+    "int3 groups": uniform(bits=3, granularity=8, keeps_shardings=False),
+    "int4 padded groups": uniform(bits=4, granularity=5, pad=True, keeps_shardings=False),
+    "int4 minmax asymmetric": uniform(bits=4, symmetric=False, granularity="channel"),
+    "int2 mse": on_kernels(uniform(bits=2, granularity="channel", scale="mse", sharded=1e-6)),
+    "int5 rms axis 0": uniform(bits=5, scale="rms", granularity="channel", axis=0, sharded=1e-6),
+    "int4 percentile": on_kernels(uniform(bits=4, symmetric=False, scale="percentile", sharded=1e-6)),
+    "prune a leaf": magnitude(0.75),
+    "prune all": magnitude(0.75, scope="global"),
+    "prune on a schedule": magnitude(falling),
+    "share": on_kernels(Row((cluster.kmeans,), four, Clustered, none)),
+    "rank 2": svd(rank=2),
+    "energy": svd(energy=0.5)._replace(traceable_init=False),
+    "prune then quantize": Row((cj.chain,), cj.chain(half, int4), Quantized, lambda s: s.fixed["0"][KERNEL]),
+    "quantize then prune": Row((cj.chain,), cj.chain(int4, half), Quantized, lambda s: s.fixed["1"][KERNEL]),
+    "prune then share": on_kernels(Row((cj.chain,), cj.chain(half, four), Clustered, none)),
+    "coarse then fine grid": Row((cj.chain,), cj.chain(int4, quantize.uniform(bits=3)), Quantized, one, idempotent=False),
+    "kernels only": Row((cj.at,), cj.at("**/kernel", int4), Quantized, one),
+    "rules": Row((cj.rules,), cj.rules([("head/*", half), ("**/kernel", int4)]), Quantized, one),
+    "every 2": Row((cj.every,), cj.every(2, prune.magnitude(falling)), Sparse, mask),
+    "from step 1": Row((cj.between,), cj.between(1, None, int4), Quantized, one),
+    "steps 1 and 2": Row((cj.between,), cj.between(1, 3, half), Sparse, lambda s: s.fixed["of"][KERNEL]),
+    "all at once": Row(
+        (cj.chain, cj.at, cj.between, cj.every),
+        cj.at("**/kernel", cj.chain(cj.between(0, 2, half), cj.between(1, None, cj.every(2, int4)))),
+        Quantized,
+        lambda s: s.fixed["0"]["0"]["of"][KERNEL],
+    ),
+}
+ROWS = pytest.mark.parametrize("name", CONTRACT)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(8, name="body")(nn.Conv(16, (1, 2), use_bias=False, name="head")(x))
+
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.body, self.head = nnx.Linear(16, 8, rngs=rngs), nnx.Conv(8, 16, (1, 2), use_bias=False, rngs=rngs)
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype=np.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+
+
+def layers() -> dict[str, Any]:
+    return {"body": {"kernel": normal(1, (16, 8)), "bias": normal(2, (8,))}, "head": {"kernel": normal(3, (1, 2, 8, 16))}}
+
+
+PARAMS = {**layers(), "norm": {"scale": normal(5, (8,), jnp.bfloat16)}}
+LATER = jax.tree.map(lambda x: (0.8 * x + 0.1).astype(x.dtype), PARAMS)
+
+
+def bits(tree: Any) -> dict[str, tuple[Any, ...]]:
+    """Return dtype, shape and the very bytes of every array of a tree, by path."""
+    return {
+        path: (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in flatten(jax.tree.map(jnp.asarray, tree))[0].items()
+    }
+
+
+KERNEL_WITH = {bad: LATER["body"]["kernel"].at[3, 2].set(float(bad)) for bad in ("nan", "-inf")}
+
+
+class Trained(NamedTuple):
+    state: Any
+    seen: Any
+    update: Callable[..., Any]
+    view: Callable[..., Any]
+    traces: Counter
+
+
+@cache
+def trained(name: str) -> Trained:
+    """Run three jitted steps, as a training loop would: init, then update and view at steps 0, 1, 2."""
+    c, traces = CONTRACT[name].compression, Counter()
+
+    @jax.jit
+    def update(params, state, step, key):
+        traces["update"] += 1
+        return c.update(params, state, step=step, grads=params, key=key)
+
+    @jax.jit
+    def view(params, state):
+        traces["view"] += 1
+        return c.view(params, state)
+
+    state, seen = c.init(PARAMS), None
+    for step, params in enumerate([PARAMS, LATER, LATER]):
+        state = update(params, state, jnp.asarray(step, jnp.int32), jax.random.key(step))
+        seen = view(params, state)
+    return Trained(state, seen, update, view, traces)
+
+
+@ROWS
+def test_1_view_keeps_structure_shapes_and_dtypes(name):
+    c = CONTRACT[name].compression
+    assert jax.tree.structure(trained(name).seen) == jax.tree.structure(PARAMS)
+    assert jax.tree.map(jnp.shape, trained(name).seen) == jax.tree.map(jnp.shape, PARAMS)
+    assert [x.dtype for x in jax.tree.leaves(trained(name).seen)] == [x.dtype for x in jax.tree.leaves(PARAMS)]
+    if CONTRACT[name].form is not None:
+        assert bits(trained(name).seen)[KERNEL] != bits(LATER)[KERNEL]
+    odd = {**PARAMS, "step": jnp.arange(3), "none": jnp.zeros((0, 4)), "key": jax.random.key(0)}
+    seen = c.view(odd, c.init(odd))
+    assert jax.tree.structure(seen) == jax.tree.structure(odd)
+    assert seen["step"].dtype == jnp.int32 and seen["step"].tolist() == [0, 1, 2] and seen["none"].shape == (0, 4)
+    assert {"step", "none", "key"} <= set(c.skipped(odd))
+
+
+@ROWS
+def test_2_what_is_trained_is_what_ships(name):
+    c, (state, seen, *_) = CONTRACT[name].compression, trained(name)
+    packed = c.pack(LATER, state)
+    assert bits(seen) == bits(c.view(LATER, state)) == bits(cj.unpack(packed)) == bits(jax.jit(cj.unpack)(packed))
+    node = flatten(packed)[0][KERNEL]
+    assert type(node) is CONTRACT[name].form if CONTRACT[name].form else not is_packed(node)
+    moved = state._replace(learned=jax.tree.map(lambda x: 1.01 * x, state.learned))  # as an optimizer moves it
+    assert bits(trained(name).view(LATER, moved)) == bits(cj.unpack(c.pack(LATER, moved)))
+    assert (bits(c.view(LATER, moved)) != bits(seen)) == bool(jax.tree.leaves(state.learned))
+
+
+@ROWS
+def test_3_view_is_idempotent(name):
+    run = trained(name)
+    assert (bits(run.view(run.seen, run.state)) == bits(run.seen)) or not CONTRACT[name].idempotent
+
+
+@ROWS
+def test_4_gradients_are_finite_and_as_promised(name):
+    c, state = CONTRACT[name].compression, trained(name).state
+    weights = jax.tree.map(lambda x: (x * x + 1).astype(x.dtype), PARAMS)
+
+    @jax.jit
+    def slopes(params, learned):
+        def loss(params, learned):
+            seen = c.view(params, state._replace(learned=learned))
+            return sum(
+                (s * w).astype(jnp.float32).sum() for s, w in zip(*map(jax.tree.leaves, (seen, weights)), strict=True)
+            )
+
+        return jax.grad(loss, argnums=(0, 1))(params, learned)
+
+    params, learned = slopes(LATER, state.learned)
+    assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves((params, learned)))
+    assert all(bool((g != 0).any()) for g in jax.tree.leaves(learned))
+    promised = jnp.asarray(CONTRACT[name].slope(state), jnp.float32)
+    assert (params["body"]["kernel"] == weights["body"]["kernel"] * promised).all()
+    for path in c.skipped(PARAMS):
+        assert (flatten(params)[0][path] == flatten(weights)[0][path]).all()
+
+
+@ROWS
+def test_5_update_and_view_compile_once_and_the_state_keeps_its_type(name):
+    run = trained(name)
+    assert run.traces == {"update": 1, "view": 1}
+    start = CONTRACT[name].compression.init(PARAMS)
+    after = jax.eval_shape(run.update, PARAMS, start, jnp.int32(0), jax.random.key(0))
+    assert jax.tree.structure(after) == jax.tree.structure(start)
+    assert [jax.typeof(x) for x in jax.tree.leaves(start)] == [jax.typeof(x) for x in jax.tree.leaves(run.state)]
+
+
+def placed(params: Any) -> Any:
+    """Shard every leaf over eight devices, on all its axes at once but for the tiny ones of a convolution."""
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("four", "two"))
+
+    def place(x):
+        names = iter(("four", "two"))
+        spec = PartitionSpec(*(next(names) if n >= 8 else None for n in x.shape))
+        out = jax.device_put(x, NamedSharding(mesh, spec))
+        assert len(out.sharding.device_set) == 8 and not out.sharding.is_fully_replicated
+        return out
+
+    return jax.tree.map(place, params)
+
+
+@cache
+def two_steps(name: str) -> Callable[..., Any]:
+    c = CONTRACT[name].compression
+
+    def rest(params, later, state):
+        state = c.update(later, state, step=jnp.int32(2), grads=params, key=jax.random.key(0))
+        return state, c.view(later, state)
+
+    if CONTRACT[name].traceable_init:
+        return jax.jit(lambda params, later: rest(params, later, c.init(params)))
+    return lambda params, later: jax.jit(rest)(params, later, c.init(params))
+
+
+@cache
+def alone(name: str) -> Any:
+    return two_steps(name)(PARAMS, LATER)
+
+
+@ROWS
+def test_6_sharded_equals_alone_and_view_keeps_shardings(name):
+    params, later = placed(PARAMS), placed(LATER)
+    state, seen = two_steps(name)(params, later)
+    tolerance = CONTRACT[name].sharded
+    if tolerance:
+        for got, expected in zip(*map(jax.tree.leaves, ((state, seen), alone(name))), strict=True):
+            np.testing.assert_allclose(np.asarray(got, float), np.asarray(expected, float), rtol=tolerance, atol=tolerance)
+    else:
+        assert bits(state) == bits(alone(name)[0]) and bits(seen) == bits(alone(name)[1])
+    for x, y in zip(jax.tree.leaves(later), jax.tree.leaves(seen), strict=True):
+        assert y.sharding.is_equivalent_to(x.sharding, x.ndim) or not CONTRACT[name].keeps_shardings
+
+
+@pytest.fixture(scope="module")
+def restored(tmp_path_factory) -> dict[str, Any]:
+    """All states and params through one checkpoint."""
+    names = {name: f"row{i}" for i, name in enumerate(CONTRACT)}
+    path = tmp_path_factory.mktemp("orbax") / "all"
+    tree = {key: {"params": LATER, "state": trained(name).state} for name, key in names.items()}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path, tree)
+        checkpointer.wait_until_finished()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+        back = checkpointer.restore(path, abstract)
+    return {name: back[key] for name, key in names.items()}
+
+
+@ROWS
+def test_7_orbax_round_trip_is_exact(name, restored):
+    c, back = CONTRACT[name].compression, restored[name]
+    assert jax.tree.structure(back["state"]) == jax.tree.structure(trained(name).state)
+    assert bits(back["state"]) == bits(trained(name).state)
+    assert bits(c.view(back["params"], back["state"])) == bits(trained(name).seen)
+
+
+@cache
+def flavours() -> tuple[Any, Any, Any]:
+    """The same values as a plain dict, as Linen's own tree and as an NNX state."""
+    linen = jax.eval_shape(Linen().init, jax.random.key(0), jnp.ones((1, 4, 16, 8)))["params"]
+    _, state = nnx.split(Nnx(nnx.Rngs(0)), nnx.Param)
+    leaves = flatten(layers())[0]
+    trees = [flatten(tree) for tree in (linen, state)]
+    for named, _ in trees:
+        assert {path: x.shape for path, x in named.items()} == {path: x.shape for path, x in leaves.items()}
+    return (layers(), *(rebuild(leaves) for _, rebuild in trees))
+
+
+@ROWS
+def test_8_linen_nnx_and_dict_agree(name):
+    c = CONTRACT[name].compression
+    plain, *others = flavours()
+    state = c.init(plain)
+    for tree in others:
+        own = c.init(tree)
+        assert bits(own) == bits(state)
+        seen, packed = c.view(tree, own), c.pack(tree, own)
+        assert type(seen) is type(packed) is type(tree)
+        assert bits(seen) == bits(c.view(plain, state)) == bits(cj.unpack(packed))
+        assert c.skipped(tree) == c.skipped(plain)
+
+
+@ROWS
+def test_9_a_leaf_that_is_not_finite_is_named(name):
+    c, state = CONTRACT[name].compression, trained(name).state
+    broken, infinite = ({**LATER, "body": {**LATER["body"], "kernel": KERNEL_WITH[bad]}} for bad in ("nan", "-inf"))
+    calls = [
+        lambda: c.init(broken),
+        lambda: c.init(infinite),
+        lambda: c.view(broken, state),
+        lambda: c.update(broken, state, step=2),
+        lambda: c.pack(broken, state),
+    ]
+    for call in calls[: 5 if CONTRACT[name].refuses_nan else 0]:
+        with pytest.raises(NonFiniteError, match=KERNEL):
+            call()
+
+
+def test_every_public_method_has_a_row():
+    core = {identity, cj.chain, cj.at, cj.rules, cj.every, cj.between}
+    public = {
+        getattr(package, name)
+        for package in (quantize, prune, cluster, lowrank)
+        for name in package.__all__
+        if inspect.isfunction(fn := getattr(package, name)) and typing.get_type_hints(fn).get("return") is Compression
+    }
+    assert {quantize.uniform, prune.magnitude, cluster.kmeans, lowrank.svd} <= public  # the search itself works
+    assert core | public <= {fn for row in CONTRACT.values() for fn in row.of}
