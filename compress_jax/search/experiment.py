@@ -106,7 +106,8 @@ class Experiment:
       student: the network to compress.
       candidates: ways to compress it, from mild to strong (or the reverse, see ``order``).
       requirement: what must be met.
-      teacher: a frozen network to learn from; None to learn from labels alone.
+      teacher: a frozen network to learn from; ``"student"`` for the student itself in float32, frozen, which only the
+        candidates then learn from; None to learn from labels alone.
       teacher_dtype: what the teacher's params are stored in once it is trained; its accuracy is measured so.
       loss: ``(student_logits, teacher_logits, labels) -> loss of each example``; None means cross entropy with the labels.
       order: ``"mild_first"`` goes on to stronger candidates while they pass, ``"strong_first"`` goes on to milder ones
@@ -120,7 +121,7 @@ class Experiment:
     student: Network
     candidates: tuple[Candidate, ...]
     requirement: Requirement = Requirement()
-    teacher: Network | None = None
+    teacher: Network | Literal["student"] | None = None
     teacher_dtype: Any = jnp.float32
     loss: PerExampleLoss | None = None
     order: Literal["mild_first", "strong_first", "all"] = "mild_first"

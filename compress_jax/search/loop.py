@@ -10,7 +10,7 @@ from compress_jax.core.compression import Compression
 from compress_jax.distill import Teacher
 from compress_jax.export import write_atomically
 from compress_jax.search import stages
-from compress_jax.search.experiment import Candidate, Experiment
+from compress_jax.search.experiment import Candidate, Experiment, Network
 from compress_jax.search.judge import Assessment, choose, finished, judge
 
 TEACHER, STUDENT, ARTIFACT, RESULTS = "teacher.safetensors", "student.safetensors", "artifact.safetensors", "results.json"
@@ -73,7 +73,7 @@ def compress(
     workdir, about = Path(workdir).absolute(), about or {}
     teacher = None
     rows: list[Assessment] = []
-    if experiment.teacher is not None:
+    if isinstance(experiment.teacher, Network):
         variables = stages.obtain(experiment, experiment.teacher, "teacher", workdir / "teacher", None)
         model, file = experiment.teacher.model, workdir / TEACHER
         teacher = Teacher(model.apply, variables).cast(experiment.teacher_dtype)
@@ -82,6 +82,8 @@ def compress(
     student = stages.obtain(experiment, experiment.student, "student", workdir / "student", teacher)
     model = experiment.student.model
     rows.append(stages.assess(experiment, model, "student", student, student, workdir / STUDENT, about))
+    if experiment.teacher == "student":
+        teacher = Teacher(model.apply, student).cast(experiment.teacher_dtype)
     say(f"student in float32: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
 
     reference, base, tried = rows[0], rows[-1], []
@@ -122,7 +124,7 @@ def _conclude(experiment: Experiment, rows: list[Assessment], tried: Sequence[As
     student = experiment.student.model
     measured = {chosen.name: stages.measure_on_test(experiment, student, artifact)}
     measured["student"] = stages.measure_on_test(experiment, student, workdir / STUDENT)
-    if experiment.teacher is not None:
+    if isinstance(experiment.teacher, Network):
         measured["teacher"] = stages.measure_on_test(experiment, experiment.teacher.model, workdir / TEACHER)
     table = [replace(row, test=measured.get(row.name)) for row in [*rows, *tried]]
     summary = {"experiment": experiment.name, "chosen": chosen.name, "met": bool(chosen.accepted)}
