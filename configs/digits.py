@@ -17,6 +17,7 @@ def config(
     teacher_steps: int = 500,
     student_steps: int = 2000,
     candidate_steps: int = 1500,
+    bits: int = 4,
     temperature: float = 4.0,
     max_drop: float = 0.01,
     min_ratio: float = 20.0,
@@ -28,6 +29,7 @@ def config(
       teacher_steps: training steps of the teacher, a ResNet-8.
       student_steps: training steps of the float32 student, LeNet-300-100.
       candidate_steps: training steps under each compression.
+      bits: of the surviving weights, 2 to 8.
       temperature: of the teacher's probabilities.
       max_drop: validation accuracy that may be lost below the teacher's; 0.01 is one point.
       min_ratio: how many times smaller than the float32 student the artifact must be.
@@ -46,7 +48,7 @@ def config(
     def pruned(sparsity: float) -> cj.Compression:
         return cj.every(10, cj.prune.magnitude(cj.prune.cubic(sparsity, begin=0, end=candidate_steps // 2), scope="global"))
 
-    def candidate(sparsity: float, bits: int) -> Candidate:
+    def candidate(sparsity: float) -> Candidate:
         compression = cj.chain(pruned(sparsity), cj.every(10, cj.quantize.uniform(bits, scale="mse")))
         name = f"prune-{100 * sparsity:g}-int{bits}"
         return Candidate(name, cj.at("**/kernel", compression), training(candidate_steps, 2e-3, shifted=False))
@@ -57,7 +59,7 @@ def config(
         teacher=Network(ResNet(depth=8, width=24), training(teacher_steps, 5e-3, shifted=True)),
         student=Network(LeNet300100(), training(student_steps, 3e-3, shifted=True)),
         loss=cj.distill.hinton(alpha=0.1, temperature=temperature),
-        candidates=(candidate(0.85, 4), candidate(0.91, 4), candidate(0.95, 4)),
+        candidates=(candidate(0.85), candidate(0.91), candidate(0.95)),
         requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio),
         order="mild_first",
         seed=seed,

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from compress_jax.core.compression import Compression, CompressionState, Params
-from compress_jax.core.errors import StateError
+from compress_jax.core.errors import NoMatchError, StateError
 from compress_jax.core.packed import Clustered, Quantized, is_packed, nbytes, to_dense
 from compress_jax.core.paths import Patterns, flatten, match
 
@@ -90,7 +90,7 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
       The Compression; its state holds the rules' states under ``"0"``, ``"1"``, ...
 
     Raises:
-      NoMatchError: in `init` and `skipped`, if a pattern matches no leaf at all.
+      NoMatchError: if a pattern matches no leaf, or none that earlier rules have left.
 
     Example:
       >>> from compress_jax.core.leafwise import leafwise
@@ -104,7 +104,10 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
         leaves, rebuild = flatten(params)
         parts, left = [], dict(leaves)
         for pattern, _ in pairs:
-            chosen = [path for path in match(pattern, leaves) if path in left]
+            found = match(pattern, leaves)
+            chosen = [path for path in found if path in left]
+            if not chosen:
+                raise NoMatchError(f"rule {pattern!r} never applies: earlier rules take all it matches, {', '.join(found)}")
             parts.append({path: left.pop(path) for path in chosen})
         return parts, left, rebuild
 

@@ -47,7 +47,7 @@ def compress(
 
     Args:
       experiment: what to do.
-      workdir: where everything goes; made if missing.
+      workdir: where everything goes; made if missing. It belongs to one experiment: what it holds is not trained again.
       about: kept in the artifacts' metadata, as JSON takes it (config and arguments, say).
       say: receives one line for each decision.
 

@@ -238,3 +238,10 @@ def test_a_state_of_something_else_is_refused(c, state):
 def test_impossible_times_are_refused(wrong):
     with pytest.raises(ValueError, match="period|after"):
         wrong()
+
+
+def test_a_rule_that_earlier_rules_leave_nothing_to_is_an_error():
+    nothing = leafwise(lambda x, learned, fixed: x)
+    shadowed = rules([("**", nothing), ("**/kernel", nothing)])
+    with pytest.raises(NoMatchError, match=r"'\*\*/kernel' never applies.*dense/kernel"):
+        shadowed.init({"dense": {"kernel": jnp.ones(2)}})
