@@ -135,5 +135,7 @@ class Experiment:
             raise ConfigError(f"an experiment needs at least one candidate, with names that differ; got {names}")
         if self.order not in ("mild_first", "strong_first", "all"):
             raise ConfigError(f"order must be 'mild_first', 'strong_first' or 'all', got {self.order!r}")
+        if isinstance(self.teacher, str) and self.teacher != "student":
+            raise ConfigError(f"teacher must be a Network, 'student' or None, got {self.teacher!r}")
         if self.loss is not None and self.teacher is None:
             raise ConfigError("loss compares the student with a teacher, but the experiment has no teacher")
