@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -183,9 +184,7 @@ def trained(name: str) -> Trained:
 @ROWS
 def test_1_view_keeps_structure_shapes_and_dtypes(name):
     c = CONTRACT[name].compression
-    assert jax.tree.structure(trained(name).seen) == jax.tree.structure(PARAMS)
-    assert jax.tree.map(jnp.shape, trained(name).seen) == jax.tree.map(jnp.shape, PARAMS)
-    assert [x.dtype for x in jax.tree.leaves(trained(name).seen)] == [x.dtype for x in jax.tree.leaves(PARAMS)]
+    chex.assert_trees_all_equal_shapes_and_dtypes(trained(name).seen, PARAMS)
     if CONTRACT[name].form is not None:
         assert bits(trained(name).seen)[KERNEL] != bits(LATER)[KERNEL]
     odd = {**PARAMS, "step": jnp.arange(3), "none": jnp.zeros((0, 4)), "key": jax.random.key(0)}
