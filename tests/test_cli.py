@@ -75,7 +75,7 @@ def test_run_leaves_what_is_needed_to_repeat_it(finished: Path, config: Path):
     about = json.loads((finished / "run.json").read_text())
     assert about["arguments"] == {"bits": 4, "min_ratio": 1.5, "steps": 12, "seed": 0}
     assert {"compress_jax", "jax", "flax", "optax", "numpy", "python"} <= set(about["versions"])
-    assert about["requirement"] == {"max_drop": 0.1, "min_ratio": 1.5, "max_bytes": None}
+    assert about["requirement"] == {"max_drop": 0.1, "min_ratio": 1.5, "max_bytes": None, "reference": "teacher"}
     assert (finished / "config.py").read_bytes() == config.read_bytes()
     assert "int4: accepted" in (finished / "log.txt").read_text()
 

@@ -1,6 +1,8 @@
 """``compress-jax run``: a config to a verified artifact and a report."""
 
+import dataclasses
 import inspect
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,10 +84,9 @@ def _defaults(function: Any) -> dict[str, Any]:
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
-def _as_json(requirement: Any) -> dict[str, float | None]:
+def _as_json(requirement: Any) -> dict[str, Any]:
     """Return the requirement's fields; JSON has no infinity, so no limit on the bytes is null."""
-    fields = {name: getattr(requirement, name) for name in ("max_drop", "min_ratio", "max_bytes")}
-    return {name: None if value == float("inf") else value for name, value in fields.items()}
+    return {name: None if value == math.inf else value for name, value in dataclasses.asdict(requirement).items()}
 
 
 def _quiet() -> None:

@@ -55,10 +55,11 @@ def _limits(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.margins(y=0.15)
 
 
-def _corner(axes: Axes, rows: list[dict[str, Any]], requirement: Mapping[str, float | None]) -> None:
+def _corner(axes: Axes, rows: list[dict[str, Any]], requirement: Mapping[str, Any]) -> None:
     """Shade what is accurate and small enough, and write the limits on its edges."""
     student = next(row for row in rows if row["name"] == "student")
-    floor = rows[0]["validation"] - (requirement["max_drop"] or 0.0)
+    reference = student if requirement["reference"] == "student" else rows[0]
+    floor = reference["validation"] - (requirement["max_drop"] or 0.0)
     most = min(student["nbytes"] / (requirement["min_ratio"] or 1.0), requirement["max_bytes"] or math.inf)
     low, high = min(axes.get_ylim()[0], floor - 0.005), min(axes.get_ylim()[1], 1.01)
     left = axes.get_xlim()[0] if most > axes.get_xlim()[0] else most / 1.6

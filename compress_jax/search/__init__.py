@@ -1,7 +1,7 @@
 """The automated loop: data, teacher, student, candidates; requirements met? Output, else choose again."""
 
 from compress_jax.search.experiment import Candidate, Experiment, Network, Requirement, Training
-from compress_jax.search.judge import Assessment, choose, finished, judge
+from compress_jax.search.judge import Assessment, choose, finished, judge, reference
 from compress_jax.search.loop import Result, compress
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "compress",
     "finished",
     "judge",
+    "reference",
 ]

@@ -85,15 +85,16 @@ class Requirement:
     """What the compressed student must satisfy, on validation data and on disk.
 
     Attributes:
-      max_drop: largest loss of validation accuracy below the reference (the teacher, or without one the student in
-        float32), as a fraction: 0.01 is one point.
+      max_drop: largest loss of validation accuracy below the reference, as a fraction: 0.01 is one point.
       min_ratio: smallest ratio of the float32 student's bytes on disk to the artifact's.
       max_bytes: largest artifact, in bytes on disk.
+      reference: ``"teacher"``, or ``"student"`` for the student in float32 (which it is without a teacher, too).
     """
 
     max_drop: float = 0.01
     min_ratio: float = 1.0
     max_bytes: float = math.inf
+    reference: Literal["teacher", "student"] = "teacher"
 
 
 @dataclass(frozen=True)

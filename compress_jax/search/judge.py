@@ -73,6 +73,24 @@ def judge(row: Assessment, student_nbytes: int, reference: float, requirement: R
     return replace(row, accurate=accurate, accepted=accepted, reason=reason)
 
 
+def reference(rows: Sequence[Assessment], requirement: Requirement) -> Assessment:
+    """Return the network whose validation accuracy a candidate is held against.
+
+    Args:
+      rows: the teacher, if there is one, and the student in float32.
+      requirement: says which.
+
+    Returns:
+      One of them.
+
+    Example:
+      >>> teacher, student = Assessment("teacher", 10, 40, 0.9), Assessment("student", 10, 40, 0.8)
+      >>> [reference([teacher, student], Requirement(reference=name)).name for name in ("teacher", "student")]
+      ['teacher', 'student']
+    """
+    return rows[-1] if requirement.reference == "student" else rows[0]
+
+
 def finished(order: str, rows: Sequence[Assessment]) -> bool:
     """Decide from what was tried so far whether to stop trying.
 

@@ -11,7 +11,7 @@ from compress_jax.distill import Teacher
 from compress_jax.export import write_atomically
 from compress_jax.search import stages
 from compress_jax.search.experiment import Candidate, Experiment, Network
-from compress_jax.search.judge import Assessment, choose, finished, judge
+from compress_jax.search.judge import Assessment, choose, finished, judge, reference
 
 TEACHER, STUDENT, ARTIFACT, RESULTS = "teacher.safetensors", "student.safetensors", "artifact.safetensors", "results.json"
 
@@ -86,10 +86,10 @@ def compress(
         teacher = Teacher(model.apply, student).cast(experiment.teacher_dtype)
     say(f"student in float32: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
 
-    reference, base, tried = rows[0], rows[-1], []
+    base, held_against, tried = rows[-1], reference(rows, experiment.requirement), []
     for candidate in experiment.candidates:
         row = _try(experiment, candidate, student, teacher, workdir, about)
-        row = judge(row, base.nbytes, reference.validation, experiment.requirement)
+        row = judge(row, base.nbytes, held_against.validation, experiment.requirement)
         tried.append(row)
         say(f"{candidate.name}: {'accepted' if row.accepted else 'refused'}: {row.reason}")
         if finished(experiment.order, tried):

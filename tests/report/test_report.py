@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
     rows = [{**row, "bits": 8 * row["nbytes"] / row["parameters"]} for row in ROWS]
     results = {"experiment": "by <hand>", "chosen": "mild|", "met": True, "rows": rows}
     (tmp_path / "results.json").write_text(json.dumps(results))
-    requirement = {"max_drop": 0.04, "min_ratio": 3.0, "max_bytes": None}
+    requirement = {"max_drop": 0.04, "min_ratio": 3.0, "max_bytes": None, "reference": "teacher"}
     about = {"config": "hand.py", "arguments": {"bits": 1}, "flags": ["--bits", "1"], "versions": {"jax": "1"}}
     (tmp_path / "run.json").write_text(json.dumps({**about, "requirement": requirement}))
     (tmp_path / "log.txt").write_text("mild|: accepted: ok\nstrong: refused: bad\n")
