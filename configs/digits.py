@@ -1,6 +1,10 @@
 """UCI digits, the quickstart: train a teacher and a student, then prune and quantize the student until it is small enough.
 
 compress-jax run configs/digits.py
+
+About 2 minutes on 2 cores. Obtained on 2026-11-24, seed 0, JAX 0.10.2: teacher 99.44 %, float32 student 99.44 %, chosen
+prune-91-int4 99.15 % on the 355 test images (one image is 0.28 points), 9,808 bytes: 20.8 times smaller than the student,
+72.0 times smaller than the teacher. There is no published number for this split.
 """
 
 import jax
