@@ -26,11 +26,14 @@ def run(
 ) -> int:
     """Train, compress and verify what a config describes.
 
-    CONFIG is a Python file with a function 'config'; its arguments are flags. 'compress-jax run configs/digits.py --help'
-    explains them, the time the run takes and the numbers to expect.
+    CONFIG is a Python file with a function 'config'; its arguments are flags. The first of these explains them, with the
+    time the run takes and the numbers to expect:
 
-    'compress-jax run configs/digits.py --bits 3' leaves artifact.safetensors, results.json, log.txt, report.html, metrics
-    and checkpoints in runs/digits-bits=3.
+      compress-jax run configs/digits.py --help
+      compress-jax run configs/digits.py --bits 3
+
+    The second leaves artifact.safetensors, results.json, log.txt, report.html, metrics and checkpoints in the folder
+    runs/digits-bits=3.
 
     A run that was stopped in any way continues where it was when the same command is given again. Exit code 3 means that
     no candidate met the requirement; the artifact is then the best there was.

@@ -120,9 +120,13 @@ def test_a_signal_finishes_the_step_saves_and_can_be_continued(signum, code, uni
     assert resumed.asked[0] == 7
 
 
-def test_a_signal_at_the_last_step_is_a_finished_run(uninterrupted, tmp_path):
+def test_a_signal_at_the_last_step_stops_what_would_come_next_and_loses_nothing(uninterrupted, tmp_path):
     feed = Feed(lambda step: signal.raise_signal(signal.SIGINT) if step == STEPS - 1 else None)
-    assert_like_uninterrupted(run(tmp_path, feed), tmp_path, uninterrupted)
+    with pytest.raises(Interrupted, match=f"SIGINT after step {STEPS}"):
+        run(tmp_path, feed)
+    resumed = Feed()
+    assert_like_uninterrupted(run(tmp_path, resumed), tmp_path, uninterrupted)
+    assert resumed.asked == []
 
 
 def test_an_error_in_the_middle_loses_only_what_came_after_the_last_checkpoint(uninterrupted, tmp_path):
@@ -182,7 +186,9 @@ def test_off_the_main_thread_it_trains_and_touches_no_handler(uninterrupted, tmp
     assert_like_uninterrupted(results[0], tmp_path, uninterrupted)
 
 
-def test_the_second_signal_acts_as_it_always_did():
+def test_the_second_signal_acts_as_it_always_did(request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of pytest-xdist ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with watch_signals() as received, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         assert received() == signal.SIGINT
