@@ -107,7 +107,7 @@ def test_fashion_mnist(config, real_images, tmp_path):
     epochs = {"teacher_epochs": 1, "student_epochs": 1, "candidate_epochs": 1}
     experiment = config("fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=1.0, min_ratio=1.0)
     result = compress(experiment, tmp_path, say=lambda line: None)
-    assert [row.name for row in result.rows] == ["teacher", "student", "int4", "prune-60-int4", "prune-80-int4"]
+    assert [row.name for row in result.rows] == ["teacher", "student", "prune-60-int4", "prune-80-int4"]
     sizes = [row.nbytes for row in result.rows]
     assert result.met and sizes == sorted(sizes, reverse=True)
     nodes = check(result, experiment)
