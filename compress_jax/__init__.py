@@ -9,7 +9,7 @@ The methods: `quantize`, `prune`, `cluster`, `lowrank`, `distill`. The laborator
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from compress_jax import cluster, core, distill, export, lowrank, prune, quantize
+from compress_jax import cluster, core, distill, export, lowrank, prune, quantize, trace
 from compress_jax.core import (
     Compression,
     CompressionState,
@@ -59,6 +59,7 @@ __all__ = [
     "save",
     "search",
     "straight_through",
+    "trace",
     "train",
     "unpack",
 ]

@@ -1,0 +1,141 @@
+"""Build an equation again around another body that also returns statistics, by the public transformation that made it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import JaxprEqn
+from jax.sharding import PartitionSpec, Sharding
+
+from compress_jax.trace.derivatives import custom_jvp, custom_vjp
+from compress_jax.trace.nested import Scan, While, manual_axes
+
+Results = tuple[list[Any], dict[str, Any]]
+Body = Callable[..., Results]
+
+
+def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+    """Run an equation as it stands; return its results as a list."""
+    results = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def call(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
+    """Build a call again: jit, remat, custom derivatives and shard_map keep what makes them more than a call."""
+    name = eqn.primitive.name
+    if name in ("jit", "pjit"):
+        return _jit(eqn.params, body)(*args)
+    if name in ("remat", "remat2", "checkpoint"):
+        return _remat(eqn, args, body)
+    if name == "custom_jvp_call":
+        return custom_jvp(lambda *a: bind(eqn, a), args, body)
+    if name.startswith("custom_vjp_call"):
+        return custom_vjp(lambda *a: bind(eqn, a), args, body)
+    return _shard_map(eqn.params, args, body) if name == "shard_map" else body(*args)
+
+
+def _jit(params: dict[str, Any], body: Body) -> Body:
+    def named(*args: Any) -> Results:
+        return body(*args)
+
+    named.__name__ = params["name"]
+    places: dict[str, Any] = {}
+    if any(isinstance(each, Sharding) for each in (*params["in_shardings"], *params["out_shardings"])):
+        given = {side: [each if isinstance(each, Sharding) else None for each in params[side]] for side in SIDES}
+        places = {"in_shardings": tuple(given["in_shardings"]), "out_shardings": (given["out_shardings"], None)}
+    return jax.jit(named, keep_unused=params["keep_unused"], inline=params["inline"], **places)
+
+
+SIDES = ("in_shardings", "out_shardings")
+
+
+def _remat(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
+    """Bind the primitive itself, whose ``differentiated`` and ``prevent_cse`` no public function sets both."""
+    made, shape = jax.make_jaxpr(body, return_shape=True)(*args)
+    inner = made.jaxpr.replace(constvars=[], invars=[*made.jaxpr.constvars, *made.jaxpr.invars])
+    params = {**eqn.params, "jaxpr": inner}
+    if isinstance(params["prevent_cse"], tuple):
+        params["prevent_cse"] = (True,) * len(made.consts) + params["prevent_cse"]
+    return jax.tree.unflatten(jax.tree.structure(shape), eqn.primitive.bind(*made.consts, *args, **params))
+
+
+def _shard_map(params: dict[str, Any], args: Sequence[Any], body: Body) -> Results:
+    """Each device's statistics come back along a new first axis."""
+    axes = manual_axes(params)
+
+    def piece(*args: Any) -> Results:
+        results, statistics = body(*args)
+        return results, jax.tree.map(lambda x: jnp.expand_dims(x, 0), statistics)
+
+    return jax.shard_map(
+        piece,
+        mesh=params["mesh"],
+        in_specs=tuple(params["in_specs"]),
+        out_specs=(list(params["out_specs"]), PartitionSpec(axes)),
+        axis_names=set(axes),
+        check_vma=params["check_vma"],
+    )(*args)
+
+
+def scan(eqn: JaxprEqn, args: Sequence[Any], form: Scan, body: Body) -> Results:
+    """Build a scan again; statistics of its turns come back stacked, in the order of the turns' slices."""
+    consts, carry, xs = args[: form.consts], args[form.consts :][: form.carry], args[form.consts + form.carry :]
+
+    def turn(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
+        results, statistics = body(*consts, *carry, *xs)
+        return results[: form.carry], (results[form.carry :], statistics)
+
+    options = {key: eqn.params[key] for key in ("reverse", "unroll", "_split_transpose") if key in eqn.params}
+    carried, (ys, statistics) = jax.lax.scan(turn, list(carry), list(xs), length=form.length, **options)
+    return [*carried, *ys], statistics
+
+
+def while_loop(
+    args: Sequence[Any], form: While, condition: Body, body: Body, merge: Callable[[Any, Any], Any], sites_in_condition: bool
+) -> Results:
+    """Build a while loop again; what its turns see is merged, as the number of turns is not known."""
+    split = form.condition_consts + form.body_consts
+    head, consts, carry = args[: form.condition_consts], args[form.condition_consts : split], list(args[split:])
+
+    def check(carry: list[Any]) -> tuple[Any, dict[str, Any]]:
+        (more,), statistics = condition(*head, *carry)
+        return more, statistics
+
+    def turn(state: Any) -> Any:
+        carry, _, seen = state
+        carry, new = body(*consts, *carry)
+        more, last = check(carry) if sites_in_condition else (None, {})
+        return carry, more, {site: merge(seen[site], value) for site, value in {**new, **last}.items()}
+
+    more, seen = check(carry) if sites_in_condition else (None, {})
+    seen = {**unobserved(jax.eval_shape(lambda c: body(*consts, *c)[1], carry)), **seen}
+    keep_on = (lambda state: state[1]) if sites_in_condition else lambda state: check(state[0])[0]
+    carry, _, seen = jax.lax.while_loop(keep_on, turn, (carry, more, seen))
+    return carry, seen
+
+
+def branches(args: Sequence[Any], bodies: Sequence[Body]) -> Results:
+    """Build a choice again; sites of the branches that were not taken are unobserved."""
+    index, *operands = args
+    every: dict[str, Any] = {}
+    for body in bodies:
+        every |= jax.eval_shape(lambda *a, body=body: body(*a)[1], *operands)
+
+    def complete(body: Body) -> Body:
+        def branch(*operands: Any) -> Results:
+            results, statistics = body(*operands)
+            return results, {**unobserved(every), **statistics}
+
+        return branch
+
+    return jax.lax.switch(index, [complete(body) for body in bodies], *operands)
+
+
+def unobserved(shapes: Any) -> Any:
+    """Return statistics of a site that did not run: NaN where they are floating, else 0."""
+
+    def nothing(x: Any) -> jax.Array:
+        return jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
+
+    return jax.tree.map(nothing, shapes)
