@@ -1,12 +1,11 @@
 """Run a function and return statistics of the operands at its sites."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend.core import JaxprEqn
 
-from compress_jax.core.errors import DataError
 from compress_jax.trace.evaluate import Hooks, Results
 from compress_jax.trace.rebuild import bind
 from compress_jax.trace.site import Position, Site
@@ -43,7 +42,7 @@ def observe(
     """
 
     def apply(site: Site, eqn: JaxprEqn, operands: list[Any]) -> Results:
-        statistics = reduce(site, *map(jax.lax.stop_gradient, operands[:2]))
+        statistics = jax.tree.map(_strong, reduce(site, *map(jax.lax.stop_gradient, operands[:2])))
         return bind(eqn, operands), {site.name: statistics}
 
     def hooks(sites: dict[Position, Site]) -> Hooks:
@@ -52,46 +51,6 @@ def observe(
     return hooked(fn, hooks, where)
 
 
-def calibrate(
-    fn: Callable[..., Any], reduce: Any, params: Any, batches: Iterable[Any], where: str | tuple[str, ...] | None = None
-) -> dict[str, Any]:
-    """Return the finished statistics of many batches; memory does not grow with their number.
-
-    Args:
-      fn: a pure function of params and one batch.
-      reduce: a `Reducer`.
-      params: tree of arrays.
-      batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
-      where: as for `observe`.
-
-    Returns:
-      ``{site name: reduce.finish(statistics)}``.
-
-    Raises:
-      DataError: if there is no batch.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from compress_jax.trace.reducers import absmax
-      >>> batches = [jnp.ones((4, 2)), -2 * jnp.ones((4, 2))]
-      >>> ranges = calibrate(lambda params, x: x @ params["kernel"], absmax(), {"kernel": jnp.ones((2, 3))}, batches)
-      >>> float(ranges["kernel"]["input"])
-      2.0
-    """
-    seen = observe(fn, reduce, where)
-
-    @jax.jit
-    def first(params: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
-        return seen(params, *inputs)[1]
-
-    @jax.jit
-    def following(total: dict[str, Any], params: Any, inputs: tuple[Any, ...]) -> dict[str, Any]:
-        return {site: reduce.merge(total[site], new) for site, new in first(params, inputs).items()}
-
-    total = None
-    for batch in batches:
-        inputs = batch if isinstance(batch, tuple) else (batch,)
-        total = first(params, inputs) if total is None else following(total, params, inputs)
-    if total is None:
-        raise DataError("there is no batch to calibrate with")
-    return {site: reduce.finish(statistics) for site, statistics in total.items()}
+def _strong(x: Any) -> jax.Array:
+    """Drop the weak type of Python's numbers: what branches and turns of a loop return must agree."""
+    return jax.lax.convert_element_type(x, jax.numpy.result_type(x))

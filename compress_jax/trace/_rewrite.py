@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
@@ -19,7 +20,9 @@ def rewrite(fn: Callable[..., Any], rule: Rule, where: str | tuple[str, ...] | N
     """Return ``fn`` with the contractions' operands, or whole contractions, replaced.
 
     Everything else is evaluated as it stands: gradients, vmap, jit, sharding, random numbers and custom derivative rules are
-    those of the original, and with a rule that changes nothing the values are the original's bit for bit.
+    those of the original, and with a rule that changes nothing values and gradients are the original's bit for bit under
+    ``jit``. (Outside ``jit`` JAX runs either one operation at a time; where it fuses them differently, the last bit may
+    differ.)
 
     Args:
       fn: a pure function of params and inputs.
@@ -57,7 +60,7 @@ def rewrite(fn: Callable[..., Any], rule: Rule, where: str | tuple[str, ...] | N
 
 def _checked(site: Site, what: str, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
     if x.shape == shape and str(x.dtype) == dtype:
-        return x
+        return jax.lax.convert_element_type(x, x.dtype)  # drops the weak type of Python's numbers
     raise ShapeError(
         f"the rule's {what} at site {site.name!r} is {x.dtype}{list(x.shape)}, but {dtype}{list(shape)} is needed there; "
         "cast it back, or return an array in the result's shape to replace the whole contraction"

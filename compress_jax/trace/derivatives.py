@@ -1,4 +1,4 @@
-"""Custom derivative rules stay with a function whose body is changed: the rule is the author's, the value is the new body's."""
+"""Keep custom derivative rules on a function whose body is changed: the value is the new body's, the rule the author's."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import jaxpr_as_fun
+
+from compress_jax.trace.nested import opened
 
 Results = tuple[list[Any], dict[str, Any]]
 
@@ -58,8 +60,7 @@ def custom_vjp(original: Callable[..., Any], args: Sequence[Any], body: Callable
 def _closed(body: Callable[..., Results], args: Sequence[Any]) -> tuple[Callable[[Any, Any], Results], list[Any]]:
     """Make what a body captures its argument: functions with custom rules must not close over values of other traces."""
     made, shape = jax.make_jaxpr(body, return_shape=True)(*args)
-    inner = made.jaxpr.replace(constvars=[], invars=[*made.jaxpr.constvars, *made.jaxpr.invars])
-    flat = jaxpr_as_fun(type(made)(inner, []))
+    flat = jaxpr_as_fun(opened(made))
     tree = jax.tree.structure(shape)
     return lambda consts, args: jax.tree.unflatten(tree, flat(*consts, *args)), list(made.consts)
 

@@ -90,6 +90,6 @@ def _equation(eqn: JaxprEqn, args: list[Any], hooks: Hooks, position: Position) 
             condition = (*position, "cond") in hooks.around
             return rebuild.while_loop(args, loop, body(loop.condition, "cond"), body(loop.body), hooks.merge, condition)
         case Branches(bodies):
-            return rebuild.branches(args, [body(jaxpr, index) for index, jaxpr in enumerate(bodies)])
+            return rebuild.branches(eqn, args, [body(jaxpr, index) for index, jaxpr in enumerate(bodies)])
         case _:
             raise AssertionError(f"{eqn.primitive.name} has sites inside but no form")

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from compress_jax.trace import contraction
@@ -153,7 +154,7 @@ def _site(name: str, eqn: JaxprEqn, lhs: Origin, rhs: Origin, where: Where, uses
     operand, paths = _operand(lhs, rhs), _paths(lhs, rhs)
     side = 0 if operand == "lhs" else 1
     origin = (lhs, rhs)[side]
-    left, right, out = eqn.invars[0].aval, eqn.invars[1].aval, eqn.outvars[0].aval
+    left, right, out = (cast(jax.ShapeDtypeStruct, var.aval) for var in (*eqn.invars[:2], eqn.outvars[0]))
     return Site(
         name=name,
         kind=contraction.kind(eqn) or "",

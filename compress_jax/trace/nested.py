@@ -87,6 +87,12 @@ def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, [])
 
 
+def opened(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """Return a jaxpr that takes what it captured as its first arguments."""
+    inner = jaxpr.jaxpr
+    return ClosedJaxpr(inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars]), [])
+
+
 def nested(eqn: JaxprEqn) -> Nested | None:
     """Return what an equation runs inside, or None if it runs nothing or nothing that is known here.
 

@@ -65,7 +65,7 @@ def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
     Returns:
       The origin that its results share.
     """
-    shapes = [var.aval.shape for var in eqn.invars if hasattr(var.aval, "shape")]
+    shapes = [getattr(var.aval, "shape", ()) for var in eqn.invars]
     name, out = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
     if name.startswith(("random_", "threefry", "rng_")):
         return Origin()
@@ -80,11 +80,12 @@ def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
     """Element by element: what is broadcast along the result (a scale, a threshold) modifies what fills it."""
     if max((arg.level for arg in args), default=CONSTANT) == DATA:
         return join(args)
-    filling = [arg for arg, shape in zip(args, shapes, strict=False) if arg.paths and _fills(arg, shape)]
-    views = filling or [arg for arg in args if arg.paths]
-    met = join([*views, Origin(max((arg.level for arg in args), default=CONSTANT))])
-    one_shape = all(shape in ((), out) for shape in shapes)
-    return met if one_shape else replace(met, dims=None)
+    filling = [arg for arg, shape in zip(args, shapes, strict=False) if arg.paths and shape == out and _fills(arg, shape)]
+    known = {path for arg in filling if arg.dims is not None for path in arg.paths}
+    views = [arg for arg in filling if arg.dims is not None or not known.issuperset(arg.paths)]
+    if views:
+        return join(views)
+    return replace(join(args), dims=None)
 
 
 def _fills(origin: Origin, shape: Shape) -> bool:

@@ -1,15 +1,16 @@
 """Build an equation again around another body that also returns statistics, by the public transformation that made it."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 from jax.sharding import PartitionSpec, Sharding
 
 from compress_jax.trace.derivatives import custom_jvp, custom_vjp
-from compress_jax.trace.nested import Scan, While, manual_axes
+from compress_jax.trace.nested import Scan, While, manual_axes, opened
 
 Results = tuple[list[Any], dict[str, Any]]
 Body = Callable[..., Results]
@@ -53,8 +54,7 @@ SIDES = ("in_shardings", "out_shardings")
 def _remat(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
     """Bind the primitive itself, whose ``differentiated`` and ``prevent_cse`` no public function sets both."""
     made, shape = jax.make_jaxpr(body, return_shape=True)(*args)
-    inner = made.jaxpr.replace(constvars=[], invars=[*made.jaxpr.constvars, *made.jaxpr.invars])
-    params = {**eqn.params, "jaxpr": inner}
+    params = {**eqn.params, "jaxpr": opened(made).jaxpr}
     if isinstance(params["prevent_cse"], tuple):
         params["prevent_cse"] = (True,) * len(made.consts) + params["prevent_cse"]
     return jax.tree.unflatten(jax.tree.structure(shape), eqn.primitive.bind(*made.consts, *args, **params))
@@ -115,7 +115,7 @@ def while_loop(
     return carry, seen
 
 
-def branches(args: Sequence[Any], bodies: Sequence[Body]) -> Results:
+def branches(eqn: JaxprEqn, args: Sequence[Any], bodies: Sequence[Body]) -> Results:
     """Build a choice again; sites of the branches that were not taken are unobserved."""
     index, *operands = args
     every: dict[str, Any] = {}
@@ -129,7 +129,23 @@ def branches(args: Sequence[Any], bodies: Sequence[Body]) -> Results:
 
         return branch
 
-    return jax.lax.switch(index, [complete(body) for body in bodies], *operands)
+    made = [jax.make_jaxpr(complete(body), return_shape=True)(*operands) for body in bodies]
+    return _choose(eqn, index, [jaxpr for jaxpr, _ in made], operands, jax.tree.structure(made[0][1]))
+
+
+def _choose(eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: Sequence[Any], tree: Any) -> Results:
+    """Bind the primitive itself: lax.switch would clamp an index that is already clamped."""
+    captured = [const for body in bodies for const in body.consts]
+
+    def alone(body: ClosedJaxpr, start: int) -> ClosedJaxpr:
+        """Every branch takes what any of them captures, and uses its own part."""
+        run = jaxpr_as_fun(opened(body))
+        end = start + len(body.consts)
+        return jax.make_jaxpr(lambda *a: run(*a[start:end], *a[len(captured) :]))(*captured, *operands)
+
+    starts = itertools.accumulate((len(body.consts) for body in bodies), initial=0)
+    alike = tuple(map(alone, bodies, starts))
+    return jax.tree.unflatten(tree, eqn.primitive.bind(index, *captured, *operands, **{**eqn.params, "branches": alike}))
 
 
 def unobserved(shapes: Any) -> Any:

@@ -79,12 +79,23 @@ class Site:
     def macs(self) -> int:
         r"""Multiply-accumulate operations of one call, all runs counted.
 
-        ``|out| * prod(contracted sizes)``; a convolution counts positions that fall on padding, as the literature does, but
-        not the holes of a dilated (transposed) input; a ragged product multiplies each row once.
+        ``|out| * prod(contracted sizes)``. A convolution counts positions that fall on padding, as the literature does;
+        where its input is dilated (it is transposed), each input meets each element of the kernel instead, those whose
+        product is cropped included. A ragged product multiplies each row once, also where it sums over the ragged axis.
         """
-        per_output = math.prod(self.rhs_shape[axis] for axis in self.contracting[1])
-        holes = math.prod(self.params.get("lhs_dilation", ())) if self.kind == "conv" else 1
-        return self.count * math.prod(self.out_shape) * per_output // holes
+        if self.kind == "conv":
+            return self.count * self._convolved()
+        numbers = self.params.get("ragged_dot_dimension_numbers")
+        apart = numbers is not None and set(numbers.lhs_ragged_dimensions) <= set(self.contracting[0])
+        results = self.out_shape[1:] if apart else self.out_shape  # a result for each group, of a row in just one of them
+        return self.count * math.prod(results) * math.prod(self.rhs_shape[axis] for axis in self.contracting[1])
+
+    def _convolved(self) -> int:
+        shapes = zip((self.lhs_shape, self.rhs_shape, self.out_shape), self.params["dimension_numbers"], strict=True)
+        image, kernel, out = ([shape[axis] for axis in axes] for shape, axes in shapes)
+        steps = (self.params["lhs_dilation"], self.params["window_strides"])
+        along = zip(image[2:], kernel[2:], out[2:], *steps, strict=True)
+        return out[0] * out[1] * kernel[1] * math.prod(_products(*axis) for axis in along)
 
     @property
     def inputs(self) -> dict[str, int]:
@@ -113,6 +124,13 @@ class Site:
         options = {key: self.params[key] for key in keep}
         run = jax.lax.conv_general_dilated if self.kind == "conv" else jax.lax.dot_general
         return run(lhs, rhs, **options, preferred_element_type=preferred_element_type)
+
+
+def _products(image: int, window: int, out: int, dilation: int, stride: int) -> int:
+    """Return how many pairs of a pixel and an element of the window a convolution multiplies along one axis."""
+    if dilation == 1:
+        return out * window
+    return image * window // stride if window <= out else image * out  # the gradient for a kernel is as large as the kernel
 
 
 CONV = (
