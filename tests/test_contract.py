@@ -1,4 +1,4 @@
-"""The nine laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
+"""The ten laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
 
 A new method gets a row in CONTRACT and nothing else; without one, `test_every_public_method_has_a_row` fails.
 """
@@ -354,6 +354,22 @@ def test_9_a_leaf_that_is_not_finite_is_named(name):
     for call in calls[: 5 if CONTRACT[name].refuses_nan else 0]:
         with pytest.raises(NonFiniteError, match=KERNEL):
             call()
+
+
+@ROWS
+def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
+    """Rows cut out of an array, with their operands, are seen as they are within it: solvers round a row at a time."""
+    c, (state, seen, *_) = CONTRACT[name].compression, trained(name)
+    steps = c.pointwise(LATER, state)
+    if CONTRACT[name].form in (Quantized, Sparse):
+        assert KERNEL in steps
+    views = flatten(seen)[0]
+    for path, (see, operands) in steps.items():
+        x = flatten(LATER)[0][path]
+        assert all(operand.shape == x.shape for operand in operands)
+        rows = [see(x[i], *(operand[i] for operand in operands)) for i in range(len(x))]
+        assert bits(jnp.stack(rows)) == bits(views[path])
+    assert set(steps) <= set(views) - set(c.skipped(LATER))
 
 
 def test_every_public_method_has_a_row():

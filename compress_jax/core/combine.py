@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import NoMatchError, StateError
 from compress_jax.core.packed import Clustered, Quantized, is_packed, nbytes, to_dense
 from compress_jax.core.paths import Patterns, flatten, match
@@ -68,7 +68,26 @@ def chain(*compressions: Compression) -> Compression:
         everywhere = [path for path in flatten(params)[0] if all(path in r for r in reasons)]
         return {path: "; ".join(dict.fromkeys(r[path] for r in reasons)) for path in everywhere}
 
-    return Compression(init, lambda params, state: views(params, state)[-1], update, pack, skipped)
+    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        stages = zip(compressions, views(params, state), _parts(state, len(compressions)), strict=False)
+        found = [(c.pointwise(seen, s), c.skipped(params)) for c, seen, s in stages]
+        leaves = [path for path in flatten(params)[0] if all(path in own or path in left for own, left in found)]
+        through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
+        return {path: _in_turn(steps) for path, steps in through.items() if steps}
+
+    return Compression(init, lambda params, state: views(params, state)[-1], update, pack, skipped, pointwise)
+
+
+def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:
+    """Return one entry-by-entry view after the other as one."""
+
+    def see(x: Any, *operands: Any) -> Any:
+        for step in steps:
+            own, operands = operands[: len(step.operands)], operands[len(step.operands) :]
+            x = step.see(x, *own)
+        return x
+
+    return Pointwise(see, tuple(operand for step in steps for operand in step.operands))
 
 
 def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
@@ -138,12 +157,22 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
             reasons.update(c.skipped(part))
         return {path: reasons[path] for path in flatten(params)[0] if path in reasons}
 
+    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        parts, _, _ = split(params)
+        states = _parts(state, len(pairs))
+        return {
+            path: found
+            for (_, c), part, s in zip(pairs, parts, states, strict=True)
+            for path, found in c.pointwise(part, s).items()
+        }
+
     return Compression(
         init,
         lambda params, state: merged(params, state, "view"),
         update,
         lambda params, state: merged(params, state, "pack"),
         skipped,
+        pointwise,
     )
 
 
@@ -260,7 +289,11 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         own = inner(state)
         return compression.pack(params, own) if bool(state.fixed["active"]) else params
 
-    return Compression(init, view, update, pack, compression.skipped)
+    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        own = inner(state)
+        return compression.pointwise(params, own) if bool(state.fixed["active"]) else {}
+
+    return Compression(init, view, update, pack, compression.skipped, pointwise)
 
 
 def _switch(index: jax.Array, branches: Sequence[Callable[[], CompressionState]]) -> CompressionState:

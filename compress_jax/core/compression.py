@@ -20,7 +20,19 @@ class CompressionState(NamedTuple):
     fixed: dict[str, Any]
 
 
-def _nothing(params: Params) -> dict[str, str]:
+class Pointwise(NamedTuple):
+    """The view of one array, entry by entry: each entry is seen as a function of itself and of what belongs to it.
+
+    Attributes:
+      see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise.
+      operands: arrays in the shape of the whole array: the scale of each entry, its mask.
+    """
+
+    see: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+
+def _nothing(*_: Any) -> dict[str, Any]:
     return {}
 
 
@@ -41,6 +53,8 @@ class Compression(NamedTuple):
       pack: ``(params, state) -> params`` whose compressed leaves are packed nodes (`Quantized`, `Sparse`, ...). Offline:
         takes concrete arrays.
       skipped: ``(params) -> {path: reason}``, the leaves it leaves alone. What is not compressed is never a secret.
+      pointwise: ``(params, state) -> {path: Pointwise}`` of the leaves whose view, the state given, goes entry by entry
+        (grids, masks): what the post-training solvers round with. Empty for anything else.
     """
 
     init: Callable[[Params], CompressionState]
@@ -48,6 +62,7 @@ class Compression(NamedTuple):
     update: Callable[..., CompressionState]
     pack: Callable[[Params, CompressionState], Params]
     skipped: Callable[[Params], dict[str, str]] = _nothing
+    pointwise: Callable[[Params, CompressionState], dict[str, Pointwise]] = _nothing
 
 
 def identity() -> Compression:

@@ -115,3 +115,8 @@ class Layout(NamedTuple):
         matrix = y.reshape(self.groups * self.group_size, -1)[: self.contracting]
         back = tuple(order.index(a) for a in range(len(order)))
         return jnp.transpose(matrix.reshape(tuple(self.shape[a] for a in order)), back)
+
+    def spread(self, scale: jax.Array) -> jax.Array:
+        """Return the scale of every entry, in the shape of the array."""
+        full = (*self.scale_shape[:1], self.group_size, *self.scale_shape[2:]) if self.group_size else self.shape
+        return self.restore(jnp.broadcast_to(scale, full))

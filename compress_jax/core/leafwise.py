@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.paths import flatten
 
@@ -60,6 +60,7 @@ def leafwise(
     pack: Callable[..., Any] | None = None,
     why_not: Callable[[str, Any], str | None] | None = None,
     key: jax.Array | None = None,
+    pointwise: Callable[..., Pointwise] | None = None,
 ) -> Compression:
     """Lift functions over one array to a Compression over every floating-point leaf of a tree.
 
@@ -70,6 +71,7 @@ def leafwise(
       pack: ``(x, learned, fixed) -> packed node or array``. Default: the view, dense.
       why_not: ``(path, x) -> reason`` to leave a leaf alone, or None to take it.
       key: typed PRNG key for ``init``; each leaf gets its own, derived from its path.
+      pointwise: ``(x, learned, fixed) -> Pointwise``, if the view goes entry by entry.
 
     Returns:
       The Compression. Outside ``jit`` it refuses leaves with NaN or infinity.
@@ -124,12 +126,18 @@ def leafwise(
             }
         )
 
+    def pointwise_all(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        if pointwise is None:
+            return {}
+        return {path: pointwise(x, *_of(state, path, needed=init is not None)) for path, x in taken(params).items()}
+
     return Compression(
         init=init_all,
         view=lambda params, state: replaced(params, view, state),
         update=update_all,
         pack=lambda params, state: replaced(params, pack or view, state),
         skipped=lambda params: {path: why for path, x in flatten(params)[0].items() if (why := reason(path, x))},
+        pointwise=pointwise_all,
     )
 
 

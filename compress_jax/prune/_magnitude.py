@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.leafwise import check_finite, leafwise, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
@@ -88,7 +88,13 @@ def _each_leaf(schedule: optax.Schedule) -> Compression:
     def mask(x: jax.Array, step: Any) -> tuple[None, jax.Array]:
         return None, _kept({"": x}, schedule(step))[""]
 
-    return leafwise(_view, init=lambda x, key: mask(x, 0), update=lambda x, *_, step, **__: mask(x, step), pack=_pack)
+    def update(x: jax.Array, *_: Any, step: Any, **__: Any) -> tuple[None, jax.Array]:
+        return mask(x, step)
+
+    def pointwise(x: jax.Array, learned: None, mask: jax.Array) -> Pointwise:
+        return Pointwise(lambda x, mask: _view(x, None, mask), (mask,))
+
+    return leafwise(_view, init=lambda x, key: mask(x, 0), update=update, pack=_pack, pointwise=pointwise)
 
 
 def _all_leaves(schedule: optax.Schedule) -> Compression:

@@ -1,11 +1,12 @@
 """Uniform quantization: weights on an evenly spaced grid of 4 to 256 levels, seen through a straight-through estimator."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression
+from compress_jax.core.compression import Compression, Pointwise
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
@@ -83,7 +84,16 @@ def uniform(
         layout = layout_of(x)
         return Quantized.pack(layout.restore(codes(x, fixed)), bits, **fixed, layout=layout, dtype=x.dtype)
 
-    return leafwise(lambda x, _, fixed: rounded(x, fixed), init=calibrate, update=calibrate, pack=pack)
+    def pointwise(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Pointwise:
+        layout = layout_of(x)
+        return Pointwise(partial(_on_grid, grid), tuple(layout.spread(fixed[name]) for name in ("scale", "zero_point")))
+
+    view = lambda x, _, fixed: rounded(x, fixed)  # noqa: E731
+    return leafwise(view, init=calibrate, update=calibrate, pack=pack, pointwise=pointwise)
+
+
+def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    return grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
 
 
 def _checked_grid(bits: int, symmetric: bool) -> Grid:
