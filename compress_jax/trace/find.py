@@ -42,11 +42,12 @@ class Found:
         """Tell whether two origins are equal."""
         return a == b
 
-    def unstack(self, a: Origin) -> Origin:
-        """Return the origin of one slice along the first axis."""
+    def unstack(self, a: Origin, loop: int) -> Origin:
+        """Return the origin of one slice along the first axis, and which loop it is that slices."""
         if a.dims is None:
             return a
-        return Origin(a.level, a.paths, a.dims[1:], (*a.sliced, *a.dims[0]), a.maker, a.label)
+        sliced = (*a.sliced, *((axis, loop) for axis in a.dims[0]))
+        return Origin(a.level, a.paths, a.dims[1:], sliced, a.maker, a.label)
 
     def stack(self, a: Origin, length: int) -> Origin:
         """Return the origin of slices put together."""
@@ -169,7 +170,9 @@ def _site(name: str, eqn: JaxprEqn, lhs: Origin, rhs: Origin, where: Where, uses
         contracting=contracting,
         batch=batch,
         param_axes=_stored(origin, contracting[side]) if paths else None,
-        stack_axes=origin.sliced if paths else (),
+        batch_axes=_stored(origin, batch[side]) if paths else None,
+        stack_axes=tuple(axis for axis, _ in origin.sliced) if paths else (),
+        stack_loops=tuple(loop for _, loop in origin.sliced) if paths else (),
         also=paths[1:],
         uses=tuple(use for use in uses.get(paths[0], ()) if use != name) if paths else (),
         loops=where.loops,

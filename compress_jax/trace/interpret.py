@@ -56,8 +56,8 @@ class Domain(Protocol):
         """Tell whether two values say the same."""
         ...
 
-    def unstack(self, a: Any) -> Any:
-        """Return one slice of a value along its first axis."""
+    def unstack(self, a: Any, loop: int) -> Any:
+        """Return the slice along its first axis that a turn of a loop sees; ``loop`` is how many loops are around."""
         ...
 
     def stack(self, a: Any, length: int) -> Any:
@@ -129,8 +129,8 @@ def _call(domain: Domain, eqn: JaxprEqn, call: Call, args: list[Any], where: Whe
 
 def _scan(domain: Domain, scan: Scan, args: list[Any], where: Where) -> list[Any]:
     consts, carry, xs = _cut(args, scan.consts, scan.carry)
-    slices = [domain.unstack(x) for x in xs]
     inside = where.inside("body", loop=scan.length)
+    slices = [domain.unstack(x, len(where.loops)) for x in xs]
 
     def turn(carry: list[Any]) -> list[Any]:
         return interpret(domain, scan.body, [*consts, *carry, *slices], inside)

@@ -21,7 +21,8 @@ class Origin:
       level: ``CONSTANT`` (known to the trace, or random), ``PARAMETER`` (of parameters and constants only) or ``DATA``.
       paths: the parameters it is a view of, the main one first; empty if it is data or made of parameters in another way.
       dims: for each axis of the value the axes of the stored main parameter that lie in it; None if they cannot be told.
-      sliced: axes of the stored parameter of which the value holds one index.
+      sliced: axes of the stored parameter of which the value holds one index, each with the loop whose turn is the index
+        (counted from the outermost), or None.
       maker: position of the newest contraction in the data's past, or of its input or table.
       label: name of the input or table, where it was not a contraction.
     """
@@ -29,7 +30,7 @@ class Origin:
     level: int = CONSTANT
     paths: tuple[str, ...] = ()
     dims: Dims | None = None
-    sliced: Axes = ()
+    sliced: tuple[tuple[int, int | None], ...] = ()
     maker: Position = ()
     label: str = ""
 
@@ -164,7 +165,7 @@ def _slice(origin: Origin, shape: Shape, out: Shape) -> Origin:
     if origin.dims is None:
         return origin
     single = [1 == after < before for before, after in zip(shape, out, strict=True)]
-    gone = tuple(axis for axes, one in zip(origin.dims, single, strict=True) if one for axis in axes)
+    gone = tuple((axis, None) for axes, one in zip(origin.dims, single, strict=True) if one for axis in axes)
     dims = tuple(() if one else axes for axes, one in zip(origin.dims, single, strict=True))
     return replace(origin, dims=dims, sliced=(*origin.sliced, *gone))
 
@@ -183,4 +184,6 @@ def _gather(eqn: JaxprEqn, args: Sequence[Origin], shapes: list[Shape], out: Sha
     kept = [i for i in range(len(shapes[0])) if i not in gone]
     for target, axis in zip(numbers.offset_dims, kept, strict=True):
         dims[target] = table.dims[axis]
-    return replace(table, dims=tuple(dims), sliced=table.sliced if many else (*table.sliced, *picked))
+    return replace(
+        table, dims=tuple(dims), sliced=table.sliced if many else (*table.sliced, *((axis, None) for axis in picked))
+    )

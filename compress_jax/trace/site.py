@@ -34,7 +34,9 @@ class Site:
       batch: axes that run along in both operands and the result, ``(of lhs, of rhs)``; for a grouped convolution, none.
       param_axes: axes of the parameter itself, as it is stored, that are summed over; None if there is no parameter, or if
         a reshape mixes an axis that is summed over with one that is not.
+      batch_axes: axes of the stored parameter that are batch axes of the product (one kernel an expert); likewise.
       stack_axes: axes of the stored parameter of which the site sees one slice at a time (layers stacked for ``scan``).
+      stack_loops: for each of them, which entry of ``loops`` runs along it; None if it is an index (``w[2]``).
       also: paths of further parameters in it: the other operand's, or those that a concatenation or a sum brings in.
       uses: how the same parameter is used elsewhere: other sites' names, and ``"gather"`` for an embedding table.
       loops: lengths of the loops around the site, outermost first: of scans, and of ``shard_map`` the number of devices.
@@ -57,7 +59,9 @@ class Site:
     contracting: tuple[Axes, Axes]
     batch: tuple[Axes, Axes] = ((), ())
     param_axes: Axes | None = None
+    batch_axes: Axes | None = None
     stack_axes: Axes = ()
+    stack_loops: tuple[int | None, ...] = ()
     also: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
     loops: tuple[int, ...] = ()

@@ -305,3 +305,21 @@ def test_moves_keep_track_of_the_axes(draw):
     summed = moved(w).sum(axis)
     expected = w.sum(site.param_axes)
     np.testing.assert_array_equal(np.sort(summed.ravel()), np.sort(expected.ravel()))
+
+
+def test_which_loop_runs_along_a_stacked_axis():
+    """A recurrent cell inside stacked layers: one loop is over layers, the other over time; equal lengths do not confuse."""
+    params = {"layers": {"in": normal(3, 6, 6), "hidden": normal(3, 6, 6)}}
+
+    def fn(p, x):
+        def layer(x, w):
+            return x, jax.lax.scan(lambda h, row: (jnp.tanh(row @ w["in"] + h @ w["hidden"]), h), jnp.zeros(6), x)[1]
+
+        return jax.lax.scan(layer, x, p["layers"])
+
+    for site in sites(fn, params, normal(3, 6)):
+        assert site.loops == (3, 3) and (site.stack_axes, site.stack_loops) == ((0,), (0,))
+    (indexed,) = sites(lambda p, x: x @ p["layers"]["in"][1], params, X)
+    assert (indexed.stack_axes, indexed.stack_loops) == ((0,), (None,))
+    (experts,) = sites(lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["layers"]["in"]), params, normal(3, 5, 6))
+    assert (experts.batch_axes, experts.param_axes, experts.stack_axes) == ((0,), (1,), ())
