@@ -1,6 +1,7 @@
 """Combinators: compressions in sequence, on chosen leaves, at chosen steps."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.core import Tracer
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import NoMatchError, StateError
-from compress_jax.core.packed import Clustered, Quantized, is_packed, nbytes, to_dense
+from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.paths import Patterns, flatten, match
 
 
@@ -80,20 +81,26 @@ def chain(*compressions: Compression) -> Compression:
 
 def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:
     """Return one entry-by-entry view after the other as one."""
-
-    def see(x: Any, *operands: Any) -> Any:
-        for step in steps:
-            own, operands = operands[: len(step.operands)], operands[len(step.operands) :]
-            x = step.see(x, *own)
-        return x
-
+    see = _InTurn(tuple((step.see, len(step.operands)) for step in steps))
     return Pointwise(see, tuple(operand for step in steps for operand in step.operands))
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Functions one after the other; equal if they are, so that what `jit` compiled for one leaf serves the next."""
+
+    steps: tuple[tuple[Callable[..., Any], int], ...]
+
+    def __call__(self, x: Any, *operands: Any) -> Any:
+        for see, n in self.steps:
+            x, operands = see(x, *operands[:n]), operands[n:]
+        return x
 
 
 def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
     """Return the smallest of some packed forms, or of their restrictions to the nonzeros, that is exactly ``dense``."""
     nodes = [form for form in forms if is_packed(form)]
-    sparse = [node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Clustered))]
+    sparse = [node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Tabled, Clustered))]
     bits = np.asarray(dense).tobytes() if nodes else b""  # comparing bits tells -0.0 from 0.0
     exact = [node for node in [*nodes, *sparse] if np.asarray(to_dense(node)).tobytes() == bits]
     return min([*exact, dense], key=nbytes)

@@ -24,7 +24,8 @@ class Pointwise(NamedTuple):
     """The view of one array, entry by entry: each entry is seen as a function of itself and of what belongs to it.
 
     Attributes:
-      see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise.
+      see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise; hashable, and the same object for
+        arrays that are seen the same way.
       operands: arrays in the shape of the whole array: the scale of each entry, its mask.
     """
 

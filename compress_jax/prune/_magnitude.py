@@ -78,6 +78,10 @@ def _view(x: jax.Array, learned: None, mask: jax.Array) -> jax.Array:
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
+def _masked(x: jax.Array, mask: jax.Array) -> jax.Array:
+    return _view(x, None, mask)
+
+
 def _pack(x: jax.Array, learned: None, mask: jax.Array) -> Any:
     return min(Sparse.pack(x, mask), _view(x, learned, mask), key=nbytes)
 
@@ -92,7 +96,7 @@ def _each_leaf(schedule: optax.Schedule) -> Compression:
         return mask(x, step)
 
     def pointwise(x: jax.Array, learned: None, mask: jax.Array) -> Pointwise:
-        return Pointwise(lambda x, mask: _view(x, None, mask), (mask,))
+        return Pointwise(_masked, (mask,))
 
     return leafwise(_view, init=lambda x, key: mask(x, 0), update=update, pack=_pack, pointwise=pointwise)
 

@@ -1,8 +1,28 @@
 """Seeing inside any function: one interpreter of jaxprs for sites, statistics, rewriting, cost and channel groups."""
 
+from compress_jax.trace import reducers
+from compress_jax.trace._calibrate import Calibration, calibrate
+from compress_jax.trace._cost import cost
+from compress_jax.trace._gram import gram
 from compress_jax.trace._observe import observe
 from compress_jax.trace._rewrite import rewrite
 from compress_jax.trace._sites import sites, unseen
+from compress_jax.trace.costs import Cost, SiteCost
+from compress_jax.trace.reducer import Reducer
 from compress_jax.trace.site import Site
 
-__all__ = ["Site", "observe", "rewrite", "sites", "unseen"]
+__all__ = [
+    "Calibration",
+    "Cost",
+    "Reducer",
+    "Site",
+    "SiteCost",
+    "calibrate",
+    "cost",
+    "gram",
+    "observe",
+    "reducers",
+    "rewrite",
+    "sites",
+    "unseen",
+]

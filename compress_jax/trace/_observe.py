@@ -41,7 +41,7 @@ def observe(
       3.0
     """
 
-    def apply(site: Site, eqn: JaxprEqn, operands: list[Any]) -> Results:
+    def apply(site: Site, eqn: JaxprEqn, operands: list[Any], _: Any) -> Results:
         statistics = jax.tree.map(_strong, reduce(site, *map(jax.lax.stop_gradient, operands[:2])))
         return bind(eqn, operands), {site.name: statistics}
 

@@ -49,8 +49,6 @@ def hidden(eqn: JaxprEqn) -> bool:
 
 
 def _contracts(value: Any) -> bool:
-    if isinstance(value, ClosedJaxpr):
-        return _contracts(value.jaxpr)
-    if isinstance(value, Jaxpr):
+    if isinstance(value, (Jaxpr, ClosedJaxpr)):  # one class in newer JAX
         return any(kind(eqn) is not None or hidden(eqn) for eqn in value.eqns)
     return isinstance(value, (tuple, list)) and any(map(_contracts, value))

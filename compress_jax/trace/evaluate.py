@@ -22,13 +22,13 @@ class Hooks:
 
     Attributes:
       sites: the chosen sites by position.
-      apply: ``(site, eqn, operands) -> (results, statistics)``; statistics may be ``{}``.
+      apply: ``(site, eqn, operands, given) -> (results, statistics)``; statistics may be ``{}``.
       merge: ``(old, new) -> statistics`` of one site, from one turn of a ``while`` loop to the next.
       around: every position that has a chosen site inside.
     """
 
     sites: Mapping[Position, Site]
-    apply: Callable[[Site, JaxprEqn, list[Any]], Results]
+    apply: Callable[[Site, JaxprEqn, list[Any], Any], Results]
     merge: Callable[[Any, Any], Any] = lambda old, new: new
     around: frozenset[Position] = field(init=False)
 
@@ -38,7 +38,9 @@ class Hooks:
         object.__setattr__(self, "around", inner)
 
 
-def evaluate(jaxpr: ClosedJaxpr, args: Sequence[Any], hooks: Hooks, position: Position = ()) -> Results:
+def evaluate(
+    jaxpr: ClosedJaxpr, args: Sequence[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position = ()
+) -> Results:
     """Run a jaxpr with hooks.
 
     An equation without a chosen site inside is bound as it stands: custom derivative rules, random numbers, sharding
@@ -49,6 +51,7 @@ def evaluate(jaxpr: ClosedJaxpr, args: Sequence[Any], hooks: Hooks, position: Po
       jaxpr: the computation.
       args: an array for each of its inputs.
       hooks: what to do where.
+      given: a tree for some of the chosen sites, handed to their hook; loops around a site run along its leading axes.
       position: where the computation stands, for nested ones.
 
     Returns:
@@ -66,26 +69,32 @@ def evaluate(jaxpr: ClosedJaxpr, args: Sequence[Any], hooks: Hooks, position: Po
             stack.enter_context(eqn.ctx.manager)
             if scope := str(eqn.source_info.name_stack):
                 stack.enter_context(jax.named_scope(scope))
-            results, seen = _equation(eqn, [read(atom) for atom in eqn.invars], hooks, (*position, index))
+            results, seen = _equation(eqn, [read(atom) for atom in eqn.invars], hooks, given, (*position, index))
         env |= dict(zip(eqn.outvars, results, strict=True))
         statistics |= seen
     return [read(atom) for atom in jaxpr.jaxpr.outvars], statistics
 
 
-def _equation(eqn: JaxprEqn, args: list[Any], hooks: Hooks, position: Position) -> Results:
+def _equation(
+    eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position
+) -> Results:
     if position in hooks.sites:
-        return hooks.apply(hooks.sites[position], eqn, args)
+        return hooks.apply(hooks.sites[position], eqn, args, given.get(position))
     if position not in hooks.around:
         return rebuild.bind(eqn, args), {}
 
+    inside = {place: tree for place, tree in given.items() if place[: len(position)] == position}
+
     def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Callable[..., Results]:
-        return lambda *operands: evaluate(jaxpr, operands, hooks, (*position, where))
+        return lambda *operands, given=inside: evaluate(jaxpr, operands, hooks, given, (*position, where))
 
     match nested(eqn):
-        case Call(jaxpr):
+        case Call(jaxpr, shards) if shards is None:
             return rebuild.call(eqn, args, body(jaxpr))
+        case Call(jaxpr):
+            return rebuild.shard_map(eqn.params, args, body(jaxpr), inside)
         case Scan() as scan:
-            return rebuild.scan(eqn, args, scan, body(scan.body))
+            return rebuild.scan(eqn, args, scan, body(scan.body), inside)
         case While() as loop:
             condition = (*position, "cond") in hooks.around
             return rebuild.while_loop(args, loop, body(loop.condition, "cond"), body(loop.body), hooks.merge, condition)

@@ -30,7 +30,7 @@ class Found:
     lookups: dict[Position, str] = field(default_factory=dict)
     hidden: dict[Position, str] = field(default_factory=dict)
 
-    def constant(self, aval: Any) -> Origin:
+    def constant(self, aval: Any, value: Any) -> Origin:
         """Return the origin of a literal or a captured array."""
         return Origin()
 

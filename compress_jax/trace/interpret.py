@@ -40,7 +40,7 @@ class Domain(Protocol):
     again until ``same`` holds, so joins must only ever climb and ``equation`` may be called more than once for one place.
     """
 
-    def constant(self, aval: Any) -> Any:
+    def constant(self, aval: Any, value: Any) -> Any:
         """Return the value of a literal or a captured array."""
         ...
 
@@ -85,9 +85,10 @@ def interpret(domain: Domain, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Wh
     env: dict[Any, Any] = {}
 
     def read(atom: Any) -> Any:
-        return domain.constant(atom.aval) if isinstance(atom, Literal) else env[atom]
+        return domain.constant(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
 
-    env |= {var: domain.constant(var.aval) for var in jaxpr.jaxpr.constvars}
+    constants = zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
+    env |= {var: domain.constant(var.aval, value) for var, value in constants}
     env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
         results = _equation(domain, eqn, [read(atom) for atom in eqn.invars], where.at(index))

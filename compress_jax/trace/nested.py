@@ -110,13 +110,21 @@ def nested(eqn: JaxprEqn) -> Nested | None:
     """
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
-        return Scan(p["jaxpr"], p["num_consts"], p["num_carry"], p["length"])
+        return Scan(p["jaxpr"], *_scan_sizes(p), p["length"])
     if name == "while":
         return While(p["cond_jaxpr"], p["body_jaxpr"], p["cond_nconsts"], p["body_nconsts"])
     if name == "cond":
         return Branches(tuple(p["branches"]))
     body = p.get(CALLS.get(name, ""))
     return None if body is None else Call(closed(body), _shards(p) if name == "shard_map" else None)
+
+
+def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+    """Return how many operands of a scan are constants and how many are carried; newer JAX keeps them as trees."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
 
 
 def _shards(params: dict[str, Any]) -> int:

@@ -23,7 +23,7 @@ def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
 
 
 def call(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
-    """Build a call again: jit, remat, custom derivatives and shard_map keep what makes them more than a call."""
+    """Build a call again: jit, remat and custom derivatives keep what makes them more than a call."""
     name = eqn.primitive.name
     if name in ("jit", "pjit"):
         return _jit(eqn.params, body)(*args)
@@ -33,7 +33,7 @@ def call(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
         return custom_jvp(lambda *a: bind(eqn, a), args, body)
     if name.startswith("custom_vjp_call"):
         return custom_vjp(lambda *a: bind(eqn, a), args, body)
-    return _shard_map(eqn.params, args, body) if name == "shard_map" else body(*args)
+    return body(*args)
 
 
 def _jit(params: dict[str, Any], body: Body) -> Body:
@@ -60,34 +60,34 @@ def _remat(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
     return jax.tree.unflatten(jax.tree.structure(shape), eqn.primitive.bind(*made.consts, *args, **params))
 
 
-def _shard_map(params: dict[str, Any], args: Sequence[Any], body: Body) -> Results:
-    """Each device's statistics come back along a new first axis."""
+def shard_map(params: dict[str, Any], args: Sequence[Any], body: Body, given: Any) -> Results:
+    """Build a shard_map again: each device has its entry of what is given, and of the statistics, along a first axis."""
     axes = manual_axes(params)
 
-    def piece(*args: Any) -> Results:
-        results, statistics = body(*args)
+    def piece(given: Any, *args: Any) -> Results:
+        results, statistics = body(*args, given=jax.tree.map(lambda x: jnp.squeeze(x, 0), given))
         return results, jax.tree.map(lambda x: jnp.expand_dims(x, 0), statistics)
 
     return jax.shard_map(
         piece,
         mesh=params["mesh"],
-        in_specs=tuple(params["in_specs"]),
+        in_specs=(PartitionSpec(axes), *params["in_specs"]),
         out_specs=(list(params["out_specs"]), PartitionSpec(axes)),
         axis_names=set(axes),
         check_vma=params["check_vma"],
-    )(*args)
+    )(given, *args)
 
 
-def scan(eqn: JaxprEqn, args: Sequence[Any], form: Scan, body: Body) -> Results:
-    """Build a scan again; statistics of its turns come back stacked, in the order of the turns' slices."""
+def scan(eqn: JaxprEqn, args: Sequence[Any], form: Scan, body: Body, given: Any) -> Results:
+    """Build a scan again; its turns take slices of what is given, and their statistics come back stacked likewise."""
     consts, carry, xs = args[: form.consts], args[form.consts :][: form.carry], args[form.consts + form.carry :]
 
-    def turn(carry: list[Any], xs: list[Any]) -> tuple[list[Any], Any]:
-        results, statistics = body(*consts, *carry, *xs)
+    def turn(carry: list[Any], slices: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        results, statistics = body(*consts, *carry, *slices[0], given=slices[1])
         return results[: form.carry], (results[form.carry :], statistics)
 
     options = {key: eqn.params[key] for key in ("reverse", "unroll", "_split_transpose") if key in eqn.params}
-    carried, (ys, statistics) = jax.lax.scan(turn, list(carry), list(xs), length=form.length, **options)
+    carried, (ys, statistics) = jax.lax.scan(turn, list(carry), (list(xs), given), length=form.length, **options)
     return [*carried, *ys], statistics
 
 

@@ -83,9 +83,10 @@ class Site:
     def macs(self) -> int:
         r"""Multiply-accumulate operations of one call, all runs counted.
 
-        ``|out| * prod(contracted sizes)``. A convolution counts positions that fall on padding, as the literature does;
-        where its input is dilated (it is transposed), each input meets each element of the kernel instead, those whose
-        product is cropped included. A ragged product multiplies each row once, also where it sums over the ragged axis.
+        ``|out| * prod(contracted sizes)``. A convolution counts positions that fall on padding, as the literature does. One
+        that is transposed (a dilated input, or a result larger than the input) multiplies each input by each element of the
+        kernel, those whose product is cropped included; so a gradient for an input costs what its convolution costs. A
+        ragged product multiplies each row once, also where it sums over the ragged axis.
         """
         if self.kind == "conv":
             return self.count * self._convolved()
@@ -132,7 +133,7 @@ class Site:
 
 def _products(image: int, window: int, out: int, dilation: int, stride: int) -> int:
     """Return how many pairs of a pixel and an element of the window a convolution multiplies along one axis."""
-    if dilation == 1:
+    if dilation == 1 and (stride > 1 or out <= image):
         return out * window
     return image * window // stride if window <= out else image * out  # the gradient for a kernel is as large as the kernel
 

@@ -187,6 +187,34 @@ def test_what_a_rule_captures_is_differentiated():
         np.testing.assert_allclose(jit(jax.grad(total))(1.5, PARAMS, X), jax.grad(by_hand)(1.5, PARAMS, X), rtol=1e-4)
 
 
+def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
+    """Every layer of a scan has its own scale: by hand in a Python loop; so do the devices of a shard_map."""
+    scales = jnp.array([0.5, 1.0, 2.0])
+
+    def fn(p, x):
+        return jax.lax.scan(jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None)), x, None, length=3)[0] @ p["w"]
+
+    def ours(scales, p, x):
+        given = {"u": {"scale": scales}, "w": {"scale": jnp.float32(3)}}
+        return rewrite(fn, lambda site, lhs, rhs, own: (lhs * own["scale"], rhs), given=given)(p, x).sum()
+
+    def by_hand(scales, p, x):
+        for scale in scales:
+            x = jnp.sin((x * scale) @ p["u"])
+        return ((3 * x) @ p["w"]).sum()
+
+    for a, b in zip(jax.value_and_grad(ours)(scales, PARAMS, X), jax.value_and_grad(by_hand)(scales, PARAMS, X), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4)
+    with pytest.raises(ShapeError, match=r"'u'.*leading axes \(3,\)"):
+        rewrite(fn, lambda *a: a[1:3], given={"u": scales[:2], "w": scales})(PARAMS, X)
+    with pytest.raises(NoMatchError, match="nothing is given for site 'w'"):
+        rewrite(fn, lambda *a: a[1:3], given={"u": scales})(PARAMS, X)
+    mapped = jax.shard_map(lambda p, x: x @ p["w"], mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data"))
+    each, x = jnp.arange(8.0), normal(8, 6)
+    scaled = rewrite(mapped, lambda site, lhs, rhs, own: (lhs * own, rhs), given={"w": each})(PARAMS, x)
+    np.testing.assert_allclose(scaled, (x * each[:, None]) @ PARAMS["w"], rtol=1e-4, atol=1e-5)
+
+
 def test_the_whole_contraction_can_be_replaced():
     def integers(site, lhs, rhs):
         codes = [jnp.round(x * 8).astype(jnp.int8) for x in (lhs, rhs)]

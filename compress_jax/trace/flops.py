@@ -1,0 +1,159 @@
+"""Count the operations of a jaxpr that are not contractions: element by element, reductions, windows."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from jax.extend.core import Jaxpr, JaxprEqn
+
+from compress_jax.trace import contraction
+from compress_jax.trace.nested import Branches, Call, Scan, While, nested
+
+FREE = frozenset(  # they move, cut, name or make numbers, and compute none
+    "all_gather all_gather_invariant all_gather_reduced all_to_all axis_index bitcast_convert_type broadcast_in_dim"
+    " concatenate copy copy_p create_token debug_callback debug_print device_put dynamic_slice dynamic_update_slice empty"
+    " empty2 expand_dims gather iota layout_constraint name optimization_barrier pad pbroadcast pcast ppermute pvary"
+    " ragged_all_to_all random_clone random_seed random_unwrap random_wrap reshape reshard rev scatter sharding_constraint"
+    " slice split squeeze stack stop_gradient tile transpose unstack zeros_like".split()
+)
+EACH = frozenset(  # one operation an element of the result
+    "abs add add_any and ceil clamp clz complex conj convert_element_type cummax cummin cumprod cumsum div eq eq_to floor ge"
+    " gt imag is_finite le le_to lt lt_to max min mul ne neg nextafter not or pmax pmin population_count psum psum_invariant"
+    " real reduce_precision reduce_scatter rem round select_n shift_left shift_right_arithmetic shift_right_logical sign"
+    " square sub xor".split()
+)
+TRANSCENDENTAL = frozenset(  # one transcendental function an element of the result
+    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp expm1 lgamma"
+    " log log1p pow rsqrt sin sinh sqrt tan tanh".split()
+)
+BOTH = {"logistic": 3, "exp2": 1, "cumlogsumexp": 1}  # a transcendental function and so many operations: 1 / (1 + exp(-x))
+SCATTERS = frozenset(("scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"))
+
+
+@dataclass
+class Operations:
+    """Operations of a computation besides its contractions.
+
+    Attributes:
+      flops: one for each result of an operation on elements, and each element that a reduction takes in.
+      transcendentals: one for each result of exp, log, tanh, rsqrt, ...
+      uncounted: primitives whose operations are not known here, and how often they run.
+      loops: while loops met: they are counted for one turn.
+      choices: choices of branches met: every branch is counted.
+    """
+
+    flops: int = 0
+    transcendentals: int = 0
+    uncounted: Counter[str] = field(default_factory=Counter)
+    loops: int = 0
+    choices: int = 0
+
+
+def operations(jaxpr: Jaxpr) -> Operations:
+    """Count the operations of a jaxpr, those nested in it as often as they run.
+
+    They are counted as XLA's cost analysis does: an addition, a comparison, a cast is one operation for each element of its
+    result; a sum over ``n`` elements is ``n - 1``; a window of ``w`` elements is ``w - 1``; moving numbers is free.
+
+    Args:
+      jaxpr: the computation.
+
+    Returns:
+      The counts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> jaxpr = jax.make_jaxpr(lambda x: jnp.exp(x).sum() + 1)(jnp.ones((2, 3))).jaxpr
+      >>> counted = operations(jaxpr)
+      >>> counted.flops, counted.transcendentals
+      (6, 6)
+    """
+    total = Operations()
+    _walk(jaxpr, 1, total)
+    return total
+
+
+def _walk(jaxpr: Jaxpr, times: int, total: Operations) -> None:
+    for eqn in jaxpr.eqns:
+        match nested(eqn):
+            case Call(body, shards):
+                _walk(body.jaxpr, times * (shards or 1), total)
+            case Scan() as scan:
+                _walk(scan.body.jaxpr, times * scan.length, total)
+            case While(condition, body):
+                total.loops += 1
+                _walk(condition.jaxpr, times, total)
+                _walk(body.jaxpr, times, total)
+            case Branches(bodies):
+                total.choices += 1
+                for body in bodies:
+                    _walk(body.jaxpr, times, total)
+            case _:
+                _count(eqn, times, total)
+
+
+def _count(eqn: JaxprEqn, times: int, total: Operations) -> None:
+    name = eqn.primitive.name
+    if name in FREE or contraction.kind(eqn) is not None:
+        return
+    rule, function = RULES.get(name) or _kind(name), name in TRANSCENDENTAL or name in BOTH
+    if rule is None and not function:
+        total.uncounted[name] += times
+        return
+    total.flops += times * rule(eqn) if rule else 0
+    total.transcendentals += times * _out(eqn) if function else 0
+
+
+def _kind(name: str) -> Callable[[JaxprEqn], int] | None:
+    """Return the rule of a family of primitives."""
+    if name in EACH:
+        return _out
+    if name.startswith("reduce_window") or name == "select_and_gather_add":
+        return _window
+    return _reduced if name.startswith(("reduce_", "argm")) or name == "reduce" else None
+
+
+def _out(eqn: JaxprEqn) -> int:
+    return math.prod(_shape(eqn.outvars[0]))
+
+
+def _reduced(eqn: JaxprEqn) -> int:
+    """All elements but the first of each result."""
+    return max(0, math.prod(_shape(eqn.invars[0])) - _out(eqn))
+
+
+def _window(eqn: JaxprEqn) -> int:
+    return _out(eqn) * (math.prod(eqn.params["window_dimensions"]) - 1)
+
+
+def _spread(eqn: JaxprEqn) -> int:
+    """The gradient of a window's maximum: the choice in each window, then an addition."""
+    return math.prod(_shape(eqn.invars[0])) * math.prod(eqn.params["window_dimensions"])
+
+
+def _power(eqn: JaxprEqn) -> int:
+    """Multiplications by repeated squaring, and a division if the exponent is negative."""
+    exponent = abs(eqn.params["y"])
+    products = exponent.bit_length() + exponent.bit_count() - 2 if exponent else 0
+    return _out(eqn) * (products + (eqn.params["y"] < 0))
+
+
+def _convert(eqn: JaxprEqn) -> int:
+    """A cast to the same dtype only forgets that a number was a Python number."""
+    before, after = (getattr(var.aval, "dtype", None) for var in (eqn.invars[0], eqn.outvars[0]))
+    return _out(eqn) if before != after else 0
+
+
+RULES: dict[str, Callable[[JaxprEqn], int]] = {
+    "integer_pow": _power,
+    "convert_element_type": _convert,
+    "select_and_scatter_add": _spread,
+    **dict.fromkeys(SCATTERS, lambda eqn: math.prod(_shape(eqn.invars[2]))),
+    **{name: (lambda eqn, each=each: each * _out(eqn)) for name, each in BOTH.items()},
+}
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())

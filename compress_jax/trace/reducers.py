@@ -1,0 +1,37 @@
+"""Ready reducers: the statistics that quantization and pruning need of the activations at a site.
+
+Each keeps, for each activation that enters a site (`Site.inputs`), float32 statistics whose size does not depend on how much
+data there is, with ``count``: the rows seen, a row being one vector that is contracted (a token, a pixel). It is 0 where a
+site did not run; then what `Reducer.finish` returns is NaN. "Per channel" is one number for each entry of a row,
+``[*batch, k]`` as `channels` orders them.
+"""
+
+from compress_jax.trace._gram import Gram, gram
+from compress_jax.trace._histogram import Counts, Histogram, edges, histogram, magnitudes, percentile
+from compress_jax.trace.channel_statistics import Moments, Norm, Outliers, absmean, moments, norm, outliers
+from compress_jax.trace.ranges import AbsMax, MinMax, absmax, minmax
+from compress_jax.trace.reducer import Reducer, of_inputs
+
+__all__ = [
+    "AbsMax",
+    "Counts",
+    "Gram",
+    "Histogram",
+    "MinMax",
+    "Moments",
+    "Norm",
+    "Outliers",
+    "Reducer",
+    "absmax",
+    "absmean",
+    "edges",
+    "gram",
+    "histogram",
+    "magnitudes",
+    "minmax",
+    "moments",
+    "norm",
+    "of_inputs",
+    "outliers",
+    "percentile",
+]

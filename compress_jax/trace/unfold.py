@@ -1,0 +1,127 @@
+"""An operand of a site as a table: one row for each vector that is contracted, one column for each of its entries."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.trace.reducer import MOST
+from compress_jax.trace.site import Site
+
+
+class Table(NamedTuple):
+    """Values whose axes are in the order ``[*batch, *rows, *columns]``; none is merged, so none loses its sharding.
+
+    Attributes:
+      values: float32.
+      batch: how many axes are of the batch: each of their indices has a table of its own.
+      columns: how many axes are of columns.
+    """
+
+    values: jax.Array
+    batch: int
+    columns: int
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The axes of rows."""
+        return tuple(range(self.batch, self.values.ndim - self.columns))
+
+    @property
+    def count(self) -> jax.Array:
+        """How many rows: int32 scalar."""
+        return jnp.int32(min(math.prod(self.values.shape[axis] for axis in self.rows), MOST))
+
+    def flat(self, x: jax.Array, repeats: int = 1) -> jax.Array:
+        """Merge the column axes of what is left after the rows are reduced, ``[*batch, *columns (repeats times)]``."""
+        width = math.prod(self.values.shape[self.values.ndim - self.columns :])
+        return x.reshape(*x.shape[: self.batch], *(width,) * repeats)
+
+
+def channels(site: Site, index: int, x: jax.Array) -> Table:
+    r"""Return an operand as the table of its channels: every entry of the operand is in it once.
+
+    Columns are the contracting axes, in the order of ``site.contracting``, which pairs them with the other operand's. Of a
+    convolution's input they are its channels, those of all groups side by side, whatever windows an entry falls into.
+
+    Args:
+      site: the contraction.
+      index: 0 for the first operand, 1 for the second.
+      x: the operand.
+
+    Returns:
+      ``[*batch axes, *all others, *contracting axes]``. The kernel of a grouped convolution has its groups as batch axis.
+
+    Example:
+      >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
+      >>> channels(site, 0, jnp.ones((2, 5, 3))).rows
+      (0, 1)
+    """
+    batch, columns = site.batch[index], site.contracting[index]
+    if site.kind == "conv" and index == 1:
+        return _kernel(site, x)
+    rows = (axis for axis in range(x.ndim) if axis not in batch + columns)
+    return Table(x.transpose(*batch, *rows, *columns).astype(jnp.float32), len(batch), len(columns))
+
+
+def windows(site: Site, index: int, x: jax.Array) -> Table:
+    r"""Return an operand as the table whose product with the other operand's is the contraction.
+
+    The same as `channels`, but for a convolution's input. There a row is a window: for each example and each position of
+    the output, what the kernel meets (:math:`y = X W`, "im2col"), with padding, strides and holes of either dilation as the
+    site has them. Columns are in the order of ``site.contracting[1]``, so that column j meets row j of
+
+    ``jnp.moveaxis(kernel, site.contracting[1], range(n)).reshape(k, -1)``, ``n = len(site.contracting[1])``.
+
+    In a grouped or depthwise convolution each group has its own table, with the columns of its own channels.
+
+    Args:
+      site: the contraction.
+      index: 0 for the first operand, 1 for the second.
+      x: the operand.
+
+    Returns:
+      ``[*batch axes, *all others, *contracting axes]``; of a convolution's input ``[groups (if more than one), examples,
+      *positions, *input channels and window]``.
+    """
+    if site.kind != "conv" or index == 1:
+        return channels(site, index, x)
+    examples, features = _groups(site)
+    lhs, rhs, *_ = site.params["dimension_numbers"]
+    x = _slide(site, x.transpose(lhs))
+    x = x.reshape(examples, x.shape[0] // examples, features, x.shape[1] // features, *x.shape[2:])
+    # Axes by now: groups of examples, example, groups of features, channel, and then position, offset of each dimension.
+    columns = [3 if axis == rhs[1] else 5 + 2 * rhs[2:].index(axis) for axis in site.contracting[1]]
+    x = x.transpose(0, 2, 1, *range(4, x.ndim, 2), *columns)
+    return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns))
+
+
+def _slide(site: Site, x: jax.Array) -> jax.Array:
+    """Return all windows, ``[example, channel, *(position, offset)]``, of an image, ``[example, channel, *space]``."""
+    p, kernel = site.params, site.params["dimension_numbers"].rhs_spec[2:]
+    holes = [(low, high, hole - 1) for (low, high), hole in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *holes])
+    for dimension, (stride, gap) in enumerate(zip(p["window_strides"], p["rhs_dilation"], strict=True)):
+        axis, starts = 2 + 2 * dimension, range(0, gap * site.rhs_shape[kernel[dimension]], gap)
+        length = x.shape[axis] - starts[-1]
+        x = jnp.stack([jax.lax.slice_in_dim(x, start, start + length, stride, axis) for start in starts], axis + 1)
+    return x
+
+
+def _kernel(site: Site, x: jax.Array) -> Table:
+    """Return a convolution's second operand as a table: a row for each output channel."""
+    groups, out = math.prod(_groups(site)), site.params["dimension_numbers"].rhs_spec[0]
+    x = x.transpose(out, *site.contracting[1])
+    return _grouped(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), x.ndim - 1)
+
+
+def _grouped(x: jax.Array, columns: int) -> Table:
+    """Return the table of ``[groups, *rows, *columns]``; a single group needs no axis."""
+    x = x.astype(jnp.float32)
+    return Table(x, 1, columns) if x.shape[0] > 1 else Table(x[0], 0, columns)
+
+
+def _groups(site: Site) -> tuple[int, int]:
+    """Return into how many groups a convolution splits its examples, and its channels."""
+    return site.params["batch_group_count"], site.params["feature_group_count"]
