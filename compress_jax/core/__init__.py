@@ -1,6 +1,7 @@
 """The core: compressions and their combinators, names of leaves, packed nodes, coverage. It imports nothing else of ours."""
 
-from compress_jax.core.combine import at, between, chain, every, rules
+from compress_jax.core._chain import chain
+from compress_jax.core.combine import at, between, every, rules
 from compress_jax.core.compression import Compression, CompressionState, identity
 from compress_jax.core.coverage import Coverage, Row, coverage
 from compress_jax.core.errors import (
@@ -16,7 +17,7 @@ from compress_jax.core.errors import (
 )
 from compress_jax.core.leafwise import leafwise
 from compress_jax.core.optax_adapter import as_optax
-from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, nbytes, unpack
+from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled, nbytes, unpack
 from compress_jax.core.straight_through import straight_through
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "ShapeError",
     "Sparse",
     "StateError",
+    "Tabled",
     "as_optax",
     "at",
     "between",

@@ -13,72 +13,8 @@ import jax.numpy as jnp
 from compress_jax.core.bits import Bits, bits_for
 from compress_jax.core.gaps import Gaps
 from compress_jax.core.layout import Layout
-
-static: dict[str, Any] = {"metadata": {"static": True}}
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Sparse:
-    """The entries a mask keeps, in C order; every other entry equals ``fill``.
-
-    Attributes:
-      values: the kept entries ``[kept]``, floating point or packed integers.
-      mask: which entries are kept, as a bit each or as gaps, whichever `pack` found smaller.
-      fill: the value of all other entries.
-
-    Example:
-      >>> node = Sparse.pack(jnp.array([[0.0, 2.0], [3.0, 0.0]]), jnp.array([[0, 1], [1, 0]]))
-      >>> node.values.tolist(), node.unpack().tolist()
-      ([2.0, 3.0], [[0.0, 2.0], [3.0, 0.0]])
-    """
-
-    values: jax.Array | Bits
-    mask: Bits | Gaps
-    fill: float = field(default=0, **static)
-
-    @classmethod
-    def pack(cls, dense: jax.Array, mask: jax.Array, *, fill: float = 0, bits: int | None = None) -> "Sparse":
-        """Keep the entries of ``dense`` where ``mask`` is not zero (concrete arrays, not traced).
-
-        Args:
-          dense: the array, any shape.
-          mask: same shape, nonzero where an entry is kept.
-          fill: what stands for the others.
-          bits: if given, the entries are unsigned integers of this width and are packed.
-
-        Returns:
-          The node, its mask in the smaller of the two forms.
-        """
-        mask = mask.astype(bool)
-        values = dense[mask] if bits is None else Bits.pack(dense[mask], bits)
-        width = Gaps.best_width(mask)
-        forms = (Bits.pack(mask, 1), Gaps.pack(mask, width))
-        return cls(values, min(forms, key=lambda form: form.nbytes), fill)
-
-    def unpack(self) -> jax.Array:
-        """Return the dense array."""
-        mask = self.mask.unpack().ravel().astype(bool)
-        values = self.values.unpack() if isinstance(self.values, Bits) else self.values
-        values = values.astype(self.dtype)  # int32 for codes: the fill may be one more than their width can hold
-        padded = jnp.append(values, jnp.asarray(self.fill, values.dtype))
-        rank = jnp.where(mask, jnp.cumsum(mask) - 1, values.size)
-        return padded[rank].reshape(self.shape)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the dense array."""
-        return self.mask.shape
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """The dtype of the dense array."""
-        return jnp.dtype(jnp.int32) if isinstance(self.values, Bits) else self.values.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of entries and mask."""
-        return nbytes(self)
+from compress_jax.core.sparse import Sparse, nbytes, static, width
+from compress_jax.core.tabled import Tabled
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +48,7 @@ class Quantized:
         """Store only the codes where ``mask`` is true; the others become exact zeros."""
         if isinstance(self.codes, Sparse):  # what is already left out stays out
             mask = mask & self.codes.mask.unpack().astype(bool)
-        codes = Sparse.pack(self.codes.unpack(), mask, bits=_width(self.codes))
+        codes = Sparse.pack(self.codes.unpack(), mask, bits=width(self.codes))
         return Quantized(codes, self.scale, self.zero_point, self.layout, self.dtype)
 
     def unpack(self) -> jax.Array:
@@ -205,18 +141,12 @@ class LowRank:
         return nbytes(self)
 
 
-Packed: TypeAlias = Sparse | Quantized | Clustered | LowRank
+Packed: TypeAlias = Sparse | Quantized | Tabled | Clustered | LowRank
 
 
 def is_packed(x: Any) -> bool:
     """Tell whether ``x`` is a packed node that stands for one array."""
     return isinstance(x, Packed)
-
-
-def _width(codes: Bits | Sparse) -> int:
-    bits = codes.values if isinstance(codes, Sparse) else codes
-    assert isinstance(bits, Bits), "codes are integers"
-    return bits.bits
 
 
 def to_dense(x: Any) -> Any:
@@ -241,19 +171,3 @@ def unpack(tree: Any) -> Any:
       [0.5, -0.5, -0.5]
     """
     return jax.tree.map(to_dense, tree, is_leaf=is_packed)
-
-
-def nbytes(tree: Any) -> int:
-    """Return the bytes all arrays of a tree occupy, packed nodes at their packed size.
-
-    Args:
-      tree: any pytree of arrays and packed nodes.
-
-    Returns:
-      Bytes in memory, container overhead not included.
-
-    Example:
-      >>> nbytes({"kernel": Bits.pack(jnp.arange(8), 3), "bias": jnp.zeros(2)})
-      11
-    """
-    return sum(leaf.nbytes if hasattr(leaf, "nbytes") else jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 
 def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -39,3 +40,28 @@ def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         return through(*primals), tangents[0]
 
     return through
+
+
+def pass_within(x: jax.Array, bound: float | None) -> jax.Array:
+    """Return ``x`` itself, with a derivative that is 1 where ``abs(x) <= bound`` and 0 elsewhere.
+
+    Before a straight-through step function this is the estimator of BinaryConnect and XNOR-Net: a weight far beyond the last
+    level gets no gradient, as moving it changes nothing.
+
+    Args:
+      x: any float array.
+      bound: where the derivative ends; None for nowhere.
+
+    Returns:
+      The very bits of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> jax.grad(lambda x: pass_within(x, 1.0).sum())(jnp.array([0.5, -1.0, 1.5]))
+      Array([1., 1., 0.], dtype=float32)
+
+    References:
+      Courbariaux, Bengio and David, "BinaryConnect", 2015, section 2.4.
+      Hubara et al., "Binarized Neural Networks", 2016, equation 4.
+    """
+    return x if bound is None else jnp.where(jnp.abs(x) <= bound, x, jax.lax.stop_gradient(x))

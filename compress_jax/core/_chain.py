@@ -1,0 +1,105 @@
+"""Compressions in sequence."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
+from compress_jax.core.parts import joined, parts_of
+from compress_jax.core.paths import flatten
+
+
+def chain(*compressions: Compression) -> Compression:
+    """Apply compressions one after the other, each on the view of the one before.
+
+    ``view = view_n(... view_1(params))``, so in ``chain(prune, quantize)`` the quantizer sees pruned weights, and
+    gradients flow through both. `pack` stores each leaf in the smallest form that reproduces the view bit for bit: for
+    pruned and quantized weights, the codes of the surviving ones.
+
+    Args:
+      *compressions: in order of application.
+
+    Returns:
+      The Compression; its state holds theirs under ``"0"``, ``"1"``, ...
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.core.leafwise import leafwise
+      >>> halve, negate = leafwise(lambda x, l, f: x / 2), leafwise(lambda x, l, f: -x)
+      >>> both = chain(halve, negate)
+      >>> params = {"w": jnp.array([2.0])}
+      >>> both.view(params, both.init(params))["w"].tolist()
+      [-1.0]
+    """
+
+    def init(params: Params) -> CompressionState:
+        states = []
+        for c in compressions:
+            states.append(c.init(params))
+            params = c.view(params, states[-1])
+        return joined(states)
+
+    def views(params: Params, state: CompressionState) -> list[Params]:
+        seen = [params]
+        for c, s in zip(compressions, parts_of(state, len(compressions)), strict=True):
+            seen.append(c.view(seen[-1], s))
+        return seen
+
+    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        states = []
+        for c, s in zip(compressions, parts_of(state, len(compressions)), strict=True):
+            states.append(c.update(params, s, **inputs))
+            params = c.view(params, states[-1])
+        return joined(states)
+
+    def pack(params: Params, state: CompressionState) -> Params:
+        *inputs, final = views(params, state)
+        stages = zip(compressions, inputs, parts_of(state, len(compressions)), strict=True)
+        forms = [flatten(c.pack(seen, s))[0] for c, seen, s in stages]
+        leaves, rebuild = flatten(final)
+        return rebuild({path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()})
+
+    def skipped(params: Params) -> dict[str, str]:
+        reasons = [c.skipped(params) for c in compressions]
+        everywhere = [path for path in flatten(params)[0] if all(path in r for r in reasons)]
+        return {path: "; ".join(dict.fromkeys(r[path] for r in reasons)) for path in everywhere}
+
+    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        stages = zip(compressions, views(params, state), parts_of(state, len(compressions)), strict=False)
+        found = [(c.pointwise(seen, s), c.skipped(params)) for c, seen, s in stages]
+        leaves = [path for path in flatten(params)[0] if all(path in own or path in left for own, left in found)]
+        through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
+        return {path: _in_turn(steps) for path, steps in through.items() if steps}
+
+    return Compression(init, lambda params, state: views(params, state)[-1], update, pack, skipped, pointwise)
+
+
+def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:
+    """Return one entry-by-entry view after the other as one."""
+    see = _InTurn(tuple((step.see, len(step.operands)) for step in steps))
+    return Pointwise(see, tuple(operand for step in steps for operand in step.operands))
+
+
+@dataclass(frozen=True)
+class _InTurn:
+    """Functions one after the other; equal if they are, so that what `jit` compiled for one leaf serves the next."""
+
+    steps: tuple[tuple[Callable[..., Any], int], ...]
+
+    def __call__(self, x: Any, *operands: Any) -> Any:
+        for see, n in self.steps:
+            x, operands = see(x, *operands[:n]), operands[n:]
+        return x
+
+
+def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
+    """Return the smallest of some packed forms, or of their restrictions to the nonzeros, that is exactly ``dense``."""
+    nodes = [form for form in forms if is_packed(form)]
+    sparse = [node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Tabled, Clustered))]
+    bits = np.asarray(dense).tobytes() if nodes else b""  # comparing bits tells -0.0 from 0.0
+    exact = [node for node in [*nodes, *sparse] if np.asarray(to_dense(node)).tobytes() == bits]
+    return min([*exact, dense], key=nbytes)

@@ -1,0 +1,81 @@
+"""The packed node of formats whose levels are not evenly spaced: small floats, normal floats, ternary and binary."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core.bits import Bits
+from compress_jax.core.layout import Layout
+from compress_jax.core.levels import Levels
+from compress_jax.core.sparse import Sparse, nbytes, static, width
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tabled:
+    """Codes of levels that are multiplied by a scale: ``value = level(code) * (scale * tensor_scale)``.
+
+    Attributes:
+      codes: unsigned codes in the shape of the array.
+      scale: shape ``layout.scale_shape``, float32 or a small float it is exact in (float8_e8m0fnu, float8_e4m3fn).
+      tensor_scale: float32 scalar, or None for 1.
+      levels: what the codes stand for.
+      layout: which codes share a scale.
+      dtype: of the unpacked array.
+
+    Example:
+      >>> from compress_jax.core.levels import Float
+      >>> codes = Bits.pack(jnp.array([1, 7, 15]), bits=4)
+      >>> node = Tabled(codes, jnp.full((1,), 0.5, jnp.float8_e8m0fnu), None, Float(2, 1), Layout((3,)))
+      >>> node.unpack().tolist(), node.nbytes
+      ([0.25, 3.0, -3.0], 3)
+    """
+
+    codes: Bits | Sparse
+    scale: jax.Array
+    tensor_scale: jax.Array | None
+    levels: Levels = field(**static)
+    layout: Layout = field(**static)
+    dtype: jnp.dtype = field(default=jnp.dtype(jnp.float32), **static)
+
+    @classmethod
+    def pack(
+        cls,
+        codes: jax.Array,
+        scale: jax.Array,
+        tensor_scale: jax.Array | None,
+        *,
+        levels: Levels,
+        layout: Layout,
+        dtype: jnp.dtype,
+    ) -> "Tabled":
+        """Pack dense codes; where most of them stand for zero, only the others are stored."""
+        node = cls(Bits.pack(codes, levels.bits), scale, tensor_scale, levels, layout, dtype)
+        return min(node, node.keep(levels.decode(codes) != 0), key=nbytes)
+
+    def keep(self, mask: jax.Array) -> "Tabled":
+        """Store only the codes where ``mask`` is true; the others become exact zeros."""
+        if isinstance(self.codes, Sparse):  # what is already left out stays out
+            mask = mask & self.codes.mask.unpack().astype(bool)
+        codes = Sparse.pack(self.codes.unpack(), mask, bits=width(self.codes))
+        return Tabled(codes, self.scale, self.tensor_scale, self.levels, self.layout, self.dtype)
+
+    def unpack(self) -> jax.Array:
+        """Return the dense array, computed in float32 and cast to `dtype`."""
+        levels = self.levels.decode(self.codes.unpack().astype(jnp.int32))
+        if isinstance(self.codes, Sparse):  # zero need not be a level
+            levels = jnp.where(self.codes.mask.unpack() == 0, 0.0, levels)
+        scale = self.scale.astype(jnp.float32)
+        scale = scale if self.tensor_scale is None else scale * self.tensor_scale
+        return self.layout.restore(self.layout.arrange(levels) * scale).astype(self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return nbytes(self)
