@@ -12,10 +12,10 @@ README = Path(__file__).parents[1] / "README.md"
 
 def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    first, *rest = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     seen = {}
     with jax.numpy_dtype_promotion("standard"):  # a reader's process; optax's adam does not pass "strict"
-        exec(compile(code, "README.md", "exec"), seen)
+        exec(compile(first, "README.md", "exec"), seen)
     view = cj.unpack(cj.load("model.safetensors")[0])
     exact = seen["compression"].view(seen["params"], seen["state"])
     for layer in ("layers_0", "layers_2"):
@@ -24,3 +24,11 @@ def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypa
     accuracy = (seen["model"].apply({"params": view}, seen["x"]).argmax(-1) == seen["y"]).mean()
     assert jnp.asarray(accuracy) > 0.6
     assert "no pattern matches it" in capsys.readouterr().out
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        for code in rest:
+            exec(compile(code, "README.md", "exec"), seen)
+    printed = capsys.readouterr().out
+    assert "layers_0/kernel (0,)" in printed and "total" in printed and len(printed.splitlines()) > 8
+    solved = seen["target"].view(seen["solved"].params, seen["solved"].state)
+    np.testing.assert_array_equal(cj.unpack(seen["packed"])["layers_2"]["kernel"], solved["layers_2"]["kernel"])

@@ -4,25 +4,33 @@ from compress_jax.trace import reducers
 from compress_jax.trace._calibrate import Calibration, calibrate
 from compress_jax.trace._cost import cost
 from compress_jax.trace._gram import gram
+from compress_jax.trace._groups import groups
 from compress_jax.trace._observe import observe
 from compress_jax.trace._rewrite import rewrite
 from compress_jax.trace._sites import sites, unseen
 from compress_jax.trace.costs import Cost, SiteCost
+from compress_jax.trace.group import Group, Groups
 from compress_jax.trace.reducer import Reducer
 from compress_jax.trace.site import Site
+from compress_jax.trace.verify import Verification, verify_groups
 
 __all__ = [
     "Calibration",
     "Cost",
+    "Group",
+    "Groups",
     "Reducer",
     "Site",
     "SiteCost",
+    "Verification",
     "calibrate",
     "cost",
     "gram",
+    "groups",
     "observe",
     "reducers",
     "rewrite",
     "sites",
     "unseen",
+    "verify_groups",
 ]

@@ -75,9 +75,7 @@ def evaluate(
     return [read(atom) for atom in jaxpr.jaxpr.outvars], statistics
 
 
-def _equation(
-    eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position
-) -> Results:
+def _equation(eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position) -> Results:
     if position in hooks.sites:
         return hooks.apply(hooks.sites[position], eqn, args, given.get(position))
     if position not in hooks.around:
