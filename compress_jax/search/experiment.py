@@ -110,6 +110,8 @@ class Experiment:
       teacher: a frozen network to learn from; ``"student"`` for the student itself in float32, frozen, which only the
         candidates then learn from; None to learn from labels alone.
       teacher_dtype: what the teacher's params are stored in once it is trained; its accuracy is measured so.
+      float32_student: what the student learns from before it is compressed: ``"teacher"``, as the candidates do, or
+        ``"labels"``, for a reference that owes nothing to the teacher.
       loss: ``(student_logits, teacher_logits, labels) -> loss of each example``; None means cross entropy with the labels.
       order: ``"mild_first"`` goes on to stronger candidates while they pass, ``"strong_first"`` goes on to milder ones
         until one passes, ``"all"`` tries every one. The smallest artifact that passed is the result.
@@ -124,6 +126,7 @@ class Experiment:
     requirement: Requirement = Requirement()
     teacher: Network | Literal["student"] | None = None
     teacher_dtype: Any = jnp.float32
+    float32_student: Literal["teacher", "labels"] = "teacher"
     loss: PerExampleLoss | None = None
     order: Literal["mild_first", "strong_first", "all"] = "mild_first"
     seed: int = 0
@@ -138,5 +141,7 @@ class Experiment:
             raise ConfigError(f"order must be 'mild_first', 'strong_first' or 'all', got {self.order!r}")
         if isinstance(self.teacher, str) and self.teacher != "student":
             raise ConfigError(f"teacher must be a Network, 'student' or None, got {self.teacher!r}")
+        if self.float32_student not in ("teacher", "labels"):
+            raise ConfigError(f"float32_student must be 'teacher' or 'labels', got {self.float32_student!r}")
         if self.loss is not None and self.teacher is None:
             raise ConfigError("loss compares the student with a teacher, but the experiment has no teacher")

@@ -79,7 +79,8 @@ def compress(
         teacher = Teacher(model.apply, variables).cast(experiment.teacher_dtype)
         rows.append(stages.assess(experiment, model, "teacher", teacher.variables, teacher.variables, file, about))
         say(f"teacher: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
-    student = stages.obtain(experiment, experiment.student, "student", workdir / "student", teacher)
+    learns_from = teacher if experiment.float32_student == "teacher" else None
+    student = stages.obtain(experiment, experiment.student, "student", workdir / "student", learns_from)
     model = experiment.student.model
     rows.append(stages.assess(experiment, model, "student", student, student, workdir / STUDENT, about))
     if experiment.teacher == "student":

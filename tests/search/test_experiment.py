@@ -40,3 +40,5 @@ def test_a_loss_against_a_teacher_needs_one(experiment):
 def test_the_only_teacher_with_a_name_is_the_student(experiment):
     with pytest.raises(ConfigError, match="'student' or None, got 'studnet'"):
         experiment(teacher="studnet")
+    with pytest.raises(ConfigError, match="'teacher' or 'labels', got 'label'"):
+        experiment(float32_student="label")

@@ -138,6 +138,20 @@ def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_pa
     assert json.loads(line)["train/loss"] == 0.0
 
 
+def test_the_float32_student_may_learn_from_labels_alone(run, distilled, experiment, training, tmp_path):
+    """With a teacher for the candidates only, it is the very student of an experiment that has no teacher."""
+    about = {"student": distilled.student, "requirement": Requirement(max_drop=1.0)}
+    none = Candidate("none", cj.identity(), training(1))
+    alone = compress(experiment(**about, candidates=(none,)), tmp_path / "alone", say=silent)
+    teacher = Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors")
+    with_teacher = experiment(**about, candidates=(none,), teacher=teacher, loss=distilled.loss, float32_student="labels")
+    result = compress(with_teacher, tmp_path / "both", say=silent)
+    files = [(tmp_path / folder / "student.safetensors").read_bytes() for folder in ("alone", "both")]
+    assert files[0] == files[1] and result.rows[1].validation == alone.rows[0].validation
+    losses = [json.loads((tmp_path / folder / "candidates/none/metrics.jsonl").read_text()) for folder in ("alone", "both")]
+    assert losses[0]["train/loss"] != losses[1]["train/loss"]
+
+
 @pytest.mark.parametrize(
     ("order", "names", "tried"),
     [
