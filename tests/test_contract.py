@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compress_jax as cj
 from compress_jax import cluster, lowrank, prune, quantize
-from compress_jax.core import Clustered, Compression, LowRank, NonFiniteError, Quantized, Sparse, identity
+from compress_jax.core import Clustered, Compression, LowRank, NonFiniteError, Quantized, Sparse, Tabled, identity
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten
 
@@ -66,6 +66,14 @@ def uniform(sharded: float = 0.0, keeps_shardings: bool = True, **options) -> Ro
     return Row((quantize.uniform,), c, Quantized, one, sharded=sharded, keeps_shardings=keeps_shardings)
 
 
+def tabled(of: Callable[..., Compression], *args, slope=one, groups: bool = False, sharded: float = 0.0, **options) -> Row:
+    return Row((of,), of(*args, **options), Tabled, slope, sharded=sharded, keeps_shardings=not groups)
+
+
+def inside(state):
+    return jnp.abs(LATER["body"]["kernel"]) <= 1
+
+
 def magnitude(*args, **options) -> Row:
     return Row((prune.magnitude,), prune.magnitude(*args, **options), Sparse, mask)
 
@@ -80,6 +88,7 @@ def on_kernels(row: Row) -> Row:
 
 
 half, int4 = prune.magnitude(0.5), quantize.uniform(bits=4, granularity="channel")
+nf4, signs = quantize.nf4(8), quantize.binary(scale=0.5)
 four = cluster.kmeans(4, iterations=10)
 falling = optax.linear_schedule(0.3, 0.9, 3)
 
@@ -93,6 +102,23 @@ CONTRACT = {
     "int2 mse": on_kernels(uniform(bits=2, granularity="channel", scale="mse", sharded=1e-6)),
     "int5 rms axis 0": uniform(bits=5, scale="rms", granularity="channel", axis=0, sharded=1e-6),
     "int4 percentile": on_kernels(uniform(bits=4, symmetric=False, scale="percentile", sharded=1e-6)),
+    "int8 narrow pnorm": on_kernels(uniform(bits=8, narrow=True, granularity="channel", scale="pnorm", sharded=1e-6)),
+    "int4 entropy": on_kernels(uniform(bits=4, scale="entropy", sharded=1e-6)),
+    "fp8 e4m3": tabled(quantize.fp8),
+    "fp8 e5m2 channel": on_kernels(tabled(quantize.fp8, "e5m2", "channel")),
+    "fp4 groups": on_kernels(tabled(quantize.fp4, 4, groups=True)),
+    "fp4 mse": on_kernels(tabled(quantize.fp4, "channel", "mse", sharded=1e-6)),
+    "nf4 groups": tabled(quantize.nf4, 8, groups=True),
+    "fp6": on_kernels(tabled(quantize.tabled, quantize.float_format(3, 2), "channel")),
+    "own table": on_kernels(tabled(quantize.tabled, quantize.Table((-1.0, -0.25, 0.0, 0.5)), scale="mse", sharded=1e-6)),
+    "mxfp8": tabled(quantize.mxfp8, pad=True, groups=True),
+    "mxfp4": on_kernels(tabled(quantize.mxfp4, "mse", pad=True, groups=True)),
+    "nvfp4": tabled(quantize.nvfp4, pad=True, groups=True),
+    "nvfp4 mse": on_kernels(tabled(quantize.nvfp4, "mse", groups=True)),
+    "ternary": tabled(quantize.ternary, clip=1.0, slope=inside, sharded=1e-6),
+    "ternary mse": on_kernels(tabled(quantize.ternary, scale="mse", sharded=1e-6)),
+    "binary": tabled(quantize.binary, sharded=1e-6),
+    "binary connect": on_kernels(tabled(quantize.binary, scale=1.0, clip=1.0, slope=inside)),
     "prune a leaf": magnitude(0.75),
     "prune all": magnitude(0.75, scope="global"),
     "prune on a schedule": magnitude(falling),
@@ -101,6 +127,8 @@ CONTRACT = {
     "energy": svd(energy=0.5)._replace(traceable_init=False),
     "prune then quantize": Row((cj.chain,), cj.chain(half, int4), Quantized, lambda s: s.fixed["0"][KERNEL]),
     "quantize then prune": Row((cj.chain,), cj.chain(int4, half), Quantized, lambda s: s.fixed["1"][KERNEL]),
+    "prune then nf4": Row((cj.chain,), cj.chain(half, nf4), Tabled, lambda s: s.fixed["0"][KERNEL], keeps_shardings=False),
+    "binary then prune": Row((cj.chain,), cj.chain(signs, half), Tabled, lambda s: s.fixed["1"][KERNEL]),
     "prune then share": on_kernels(Row((cj.chain,), cj.chain(half, four), Clustered, none)),
     "coarse then fine grid": Row((cj.chain,), cj.chain(int4, quantize.uniform(bits=3)), Quantized, one, idempotent=False),
     "kernels only": Row((cj.at,), cj.at("**/kernel", int4), Quantized, one),
@@ -361,7 +389,7 @@ def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
     """Rows cut out of an array, with their operands, are seen as they are within it: solvers round a row at a time."""
     c, (state, seen, *_) = CONTRACT[name].compression, trained(name)
     steps = c.pointwise(LATER, state)
-    if CONTRACT[name].form in (Quantized, Sparse):
+    if CONTRACT[name].form in (Quantized, Tabled, Sparse):
         assert KERNEL in steps
     views = flatten(seen)[0]
     for path, (see, operands) in steps.items():

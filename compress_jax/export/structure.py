@@ -1,9 +1,10 @@
 """A packed tree as JSON structure plus named raw tensors, and back; what `artifact` puts into the file.
 
 The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``, ``{"tuple": [...]}`` and
-``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse, Clustered, LowRank, Bits, Gaps) is a packed node;
-its static fields are plain JSON, and those that have their default value are left out. ``true`` is a tensor; where
-safetensors has no such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last axis.
+``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse, Tabled, Clustered, LowRank, Bits, Gaps) is a
+packed node; its static fields are plain JSON, and those that have their default value are left out. ``true`` is a tensor;
+where safetensors has no such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last
+axis.
 
 The name of a tensor is its place: ``"dense/kernel"`` for containers, ``".scale"`` after it for the field of a node that has
 more than one tensor. NNX states become plain nested dicts, and named tuples plain ones.
@@ -20,9 +21,10 @@ import numpy as np
 from compress_jax.core.bits import Bits
 from compress_jax.core.errors import ArtifactError
 from compress_jax.core.layout import Layout
-from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse
+from compress_jax.core.levels import Float, Table
+from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse, Tabled
 
-NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Clustered, LowRank)}
+NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)}
 # Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
 NATIVE = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
 
@@ -139,6 +141,8 @@ def _static(field: str, value: Any) -> Any:
     if field == "layout":
         shape, channels, group_size = value
         return Layout(tuple(shape), tuple(channels), group_size)
+    if field == "levels":
+        return Table(tuple(value[0])) if isinstance(value[0], list) else Float(*value)
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -14,6 +14,7 @@ from compress_jax.core.straight_through import straight_through
 from compress_jax.quantize import scales
 from compress_jax.quantize.grid import Grid
 from compress_jax.quantize.least_squares import mse
+from compress_jax.quantize.search_scales import entropy, pnorm
 
 
 def uniform(
@@ -23,6 +24,7 @@ def uniform(
     scale: str | scales.Rule | None = None,
     axis: int | tuple[int, ...] = -1,
     pad: bool = False,
+    narrow: bool = False,
 ) -> Compression:
     r"""Round weights to evenly spaced levels, :math:`\hat w = s \, (clip(round(w / s) + z, 0, 2^{bits} - 1) - z)`.
 
@@ -34,12 +36,15 @@ def uniform(
     Args:
       bits: 2 to 8.
       symmetric: the levels are ``-2**(bits-1) .. 2**(bits-1) - 1`` and z is fixed; else z is an integer for every scale, and
-        the range always includes 0. Zero is exact in both.
+        the range always includes 0. Zero is exact in both. Where no entry is negative, an asymmetric grid by minmax has
+        z = 0: unsigned integers.
       granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
-      scale: ``"absmax"``, ``"minmax"``, ``"percentile"``, ``"rms"``, ``"mse"`` or a function ``(w, layout, grid) -> (scale,
-        zero_point)`` such as ``partial(quantize.percentile, percent=99.9)``. Default: absmax if symmetric, else minmax.
+      scale: ``"absmax"``, ``"minmax"``, ``"percentile"``, ``"rms"``, ``"mse"``, ``"pnorm"``, ``"entropy"`` or a function
+        ``(w, layout, grid) -> (scale, zero_point)`` such as ``partial(quantize.percentile, percent=99.9)``. Default: absmax
+        if symmetric, else minmax.
       axis: the axis or axes of output channels; Flax kernels keep theirs last. Arrays of rank 1 are one channel.
       pad: allow a last group that is not full.
+      narrow: leave out the level ``-2**(bits-1)`` of a symmetric grid, as integer kernels for weights often demand.
 
     Returns:
       The Compression; ``fixed[path]`` is ``{"scale": float32, "zero_point": uint8}``. Packs to `Quantized`.
@@ -62,7 +67,7 @@ def uniform(
       Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, sections 2.1 to 2.4.
       Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
-    grid, rule = _checked_grid(bits, symmetric), _rule(scale, symmetric)
+    grid, rule = _checked_grid(bits, symmetric, narrow), _rule(scale, symmetric)
     Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
 
     def layout_of(x: jax.Array) -> Layout:
@@ -84,9 +89,11 @@ def uniform(
         layout = layout_of(x)
         return Quantized.pack(layout.restore(codes(x, fixed)), bits, **fixed, layout=layout, dtype=x.dtype)
 
+    see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
+
     def pointwise(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Pointwise:
         layout = layout_of(x)
-        return Pointwise(partial(_on_grid, grid), tuple(layout.spread(fixed[name]) for name in ("scale", "zero_point")))
+        return Pointwise(see, tuple(layout.spread(fixed[name]) for name in ("scale", "zero_point")))
 
     view = lambda x, _, fixed: rounded(x, fixed)  # noqa: E731
     return leafwise(view, init=calibrate, update=calibrate, pack=pack, pointwise=pointwise)
@@ -96,34 +103,35 @@ def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) 
     return grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
 
 
-def _checked_grid(bits: int, symmetric: bool) -> Grid:
+def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
     if bits == 1 and not isinstance(bits, bool):
-        raise ValueError("bits=1 leaves no level above zero on a grid that contains zero; use bits=2 to 8")
+        raise ValueError(
+            "bits=1 leaves no level above zero on a grid that contains zero; use bits=2 to 8, or quantize.binary()"
+        )
     if isinstance(bits, bool) or bits not in range(2, 9):
         raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
     if not isinstance(symmetric, bool):
         raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
-    return Grid(bits, symmetric)
+    if not isinstance(narrow, bool) or (narrow and not symmetric):
+        raise ValueError(f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}")
+    return Grid(bits, symmetric, narrow)
 
 
 def _rule(scale: str | scales.Rule | None, symmetric: bool) -> scales.Rule:
     """Return the scale rule of a name; a rule that is a function already stays as it is."""
-    match scale:
-        case None:
-            return scales.absmax if symmetric else scales.minmax
-        case "absmax":
-            return scales.absmax
-        case "minmax":
-            return scales.minmax
-        case "percentile":
-            return scales.percentile
-        case "rms":
-            return scales.rms
-        case "mse":
-            return mse
-        case _ if callable(scale):
-            return scale
-    raise ValueError(
-        f"scale must be 'absmax', 'minmax', 'percentile', 'rms', 'mse' or a function (w, layout, grid) -> "
-        f"(scale, zero_point), got {scale!r}"
-    )
+    if callable(scale):
+        return scale
+    rules = {
+        None: scales.absmax if symmetric else scales.minmax,
+        "absmax": scales.absmax,
+        "minmax": scales.minmax,
+        "percentile": scales.percentile,
+        "rms": scales.rms,
+        "mse": mse,
+        "pnorm": pnorm,
+        "entropy": entropy,
+    }
+    if scale not in rules:
+        names = ", ".join(repr(name) for name in rules if name)
+        raise ValueError(f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got {scale!r}")
+    return rules[scale]

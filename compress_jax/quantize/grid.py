@@ -16,6 +16,7 @@ class Grid(NamedTuple):
     Attributes:
       bits: 2 to 8.
       symmetric: whether the zero point is fixed in the middle.
+      narrow: whether a symmetric grid leaves out its lowest level, so that the negative of every level is one.
 
     Example:
       >>> grid = Grid(bits=3, symmetric=True)
@@ -26,6 +27,7 @@ class Grid(NamedTuple):
 
     bits: int
     symmetric: bool = True
+    narrow: bool = False
 
     @property
     def top(self) -> int:
@@ -34,7 +36,7 @@ class Grid(NamedTuple):
 
     @property
     def qmax(self) -> int:
-        """The highest level of the symmetric grid; the lowest is ``-qmax - 1``."""
+        """The highest level of the symmetric grid; the lowest is ``-qmax - 1``, or ``-qmax`` if it is narrow."""
         return 2 ** (self.bits - 1) - 1
 
     @property
@@ -43,10 +45,11 @@ class Grid(NamedTuple):
         return jnp.array(2 ** (self.bits - 1), jnp.uint8)
 
     def levels(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-        """Return the nearest level of every entry, ``clip(round(x / scale), -zero_point, top - zero_point)``, in float32.
+        """Return the nearest level of every entry, ``clip(round(x / scale), lowest, highest)``, in float32.
 
-        The division is written as a multiplication by ``1 / scale``, as XLA turns it into one under ``jit`` wherever it can:
-        so the levels are the same bits compiled or not.
+        The lowest is ``-zero_point``, or one more if the grid is narrow, and the highest ``top - zero_point``. The division
+        is written as a multiplication by ``1 / scale``, as XLA turns it into one under ``jit`` wherever it can: so the
+        levels are the same bits compiled or not.
 
         Args:
           x: float array in the arrangement of a `Layout`.
@@ -57,7 +60,7 @@ class Grid(NamedTuple):
           Whole numbers, float32, in the shape of ``x``.
         """
         zero = zero_point.astype(jnp.float32)
-        return jnp.clip(jnp.round(x.astype(jnp.float32) * (1 / scale)), -zero, self.top - zero)
+        return jnp.clip(jnp.round(x.astype(jnp.float32) * (1 / scale)), int(self.narrow) - zero, self.top - zero)
 
     def encode(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
         """Return the codes of the nearest levels, int32 in ``[0, top]``; arguments as in `levels`."""

@@ -20,8 +20,9 @@ Rule = Callable[[jax.Array, Layout, Grid], Scale]
 
 # The step that minimises the mean squared error of a unit normal on the symmetric grid of 2, 3, ... 8 bits, which has one
 # level more below zero than above. By numerical minimisation of the exact integral; the tests repeat it. Max, "Quantizing
-# for Minimum Distortion", 1960, table II, has the like for grids with as many levels on either side.
+# for Minimum Distortion", 1960, table II, has those of the narrow grids, with as many levels on either side.
 _NORMAL_STEP = (1.0483852, 0.6018242, 0.3386079, 0.1887922, 0.1041794, 0.0568873, 0.0307656)
+_NARROW_STEP = (1.2240064, 0.6507697, 0.3534113, 0.1932485, 0.1054876, 0.0572613, 0.0308701)
 
 _compiled = partial(jax.jit, static_argnames=("layout", "grid"))
 
@@ -30,7 +31,7 @@ def normal_clip(grid: Grid) -> float:
     """Return how many standard deviations of a normal distribution the grid should reach, ``qmax * step``.
 
     Args:
-      grid: gives the number of bits.
+      grid: gives the number of bits, and whether it is narrow.
 
     Returns:
       The optimal clipping range of a unit normal.
@@ -39,7 +40,7 @@ def normal_clip(grid: Grid) -> float:
       >>> [round(normal_clip(Grid(bits)), 2) for bits in (2, 4, 8)]
       [1.05, 2.37, 3.91]
     """
-    return grid.qmax * _NORMAL_STEP[grid.bits - 2]
+    return grid.qmax * (_NARROW_STEP if grid.narrow else _NORMAL_STEP)[grid.bits - 2]
 
 
 def extremes(w: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
@@ -69,14 +70,21 @@ def spanning(low: jax.Array, high: jax.Array, grid: Grid) -> Scale:
     """
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     if grid.symmetric:
-        return _usable(jnp.maximum(-low, high) * np.float32(1 / grid.qmax)), grid.middle
-    scale = _usable((high * np.float32(1 / grid.top)) - (low * np.float32(1 / grid.top)))
+        return usable(jnp.maximum(-low, high) * np.float32(1 / grid.qmax)), grid.middle
+    scale = usable((high * np.float32(1 / grid.top)) - (low * np.float32(1 / grid.top)))
     return scale, jnp.clip(jnp.round(-low * (1 / scale)), 0, grid.top).astype(jnp.uint8)
 
 
-def _usable(scale: jax.Array) -> jax.Array:
-    """Return 1 for a scale of 0, and no scale below the smallest normal number (XLA rounds smaller ones to 0)."""
-    return jnp.where(scale == 0, 1.0, jnp.maximum(scale, jnp.finfo(jnp.float32).tiny))
+def usable(scale: jax.Array) -> jax.Array:
+    """Return 1 for a scale of 0, and no scale that is not a normal number or whose inverse is none (XLA makes 0 of such).
+
+    Args:
+      scale: float32, not negative.
+
+    Returns:
+      float32 from 2^-126 to 2^126.
+    """
+    return jnp.where(scale == 0, 1.0, jnp.clip(scale, 2.0**-126, 2.0**126))
 
 
 @_compiled
@@ -157,13 +165,11 @@ def _percentile(w: jax.Array, layout: Layout, grid: Grid, cut: float) -> Scale:
 
 def _from_top(w: jax.Array, layout: Layout, cut: float) -> jax.Array:
     """Return the value that a share ``cut`` of the entries exceeds, or 0: so padding, being zeros, cannot matter."""
-    axes = layout.reduced
-    kept = tuple(n for a, n in enumerate(w.shape) if a not in axes)
-    sets = jnp.moveaxis(w, axes, range(-len(axes), 0)).reshape(*kept, -1)
-    descending = jnp.maximum(jnp.sort(sets, axis=-1, descending=True), 0)
-    place = np.broadcast_to((_counts(layout) - 1) * cut, layout.scale_shape).reshape(*kept, 1)
+    descending = jnp.maximum(jnp.sort(as_sets(w, layout), axis=-1, descending=True), 0)
+    last = descending.shape[-1] - 1
+    place = np.broadcast_to((counts(layout) - 1) * cut, layout.scale_shape).reshape(*descending.shape[:-1], 1)
     before, part = np.floor(place).astype(np.int32), (place % 1).astype(np.float32)
-    ends = (jnp.take_along_axis(descending, np.minimum(at, sets.shape[-1] - 1), axis=-1) for at in (before, before + 1))
+    ends = (jnp.take_along_axis(descending, np.minimum(at, last), axis=-1) for at in (before, before + 1))
     upper, lower = ends
     return (upper + part * (lower - upper)).reshape(layout.scale_shape)
 
@@ -185,15 +191,37 @@ def rms(w: jax.Array, layout: Layout, grid: Grid) -> Scale:
     """
     total = partial(jnp.sum, axis=layout.reduced, keepdims=True)
     bound = jnp.maximum(jnp.abs(w).max(layout.reduced, keepdims=True), jnp.finfo(jnp.float32).tiny)
-    unit, n = w * (1 / bound), _counts(layout).astype(np.float32)
+    unit, n = w * (1 / bound), counts(layout).astype(np.float32)
     low, high = extremes(unit, layout)
     mean = jnp.zeros_like(low) if grid.symmetric else total(unit) / n
     reach = normal_clip(grid) * jnp.sqrt(jnp.maximum(total(unit**2) / n - mean**2, 0))
     return spanning(jnp.maximum(low, mean - reach) * bound, jnp.minimum(high, mean + reach) * bound, grid)
 
 
-def _counts(layout: Layout) -> np.ndarray:
-    """Return how many entries, padding not counted, share each scale: float64, broadcasts against the scales."""
+def as_sets(w: jax.Array, layout: Layout) -> jax.Array:
+    """Return an arranged array with what shares a scale along one last axis, padding included.
+
+    Args:
+      w: arranged by ``layout``.
+      layout: which entries share a scale.
+
+    Returns:
+      ``[..., entries]``; the axes before are those of the scales that are not reduced.
+    """
+    axes = layout.reduced
+    kept = tuple(n for a, n in enumerate(w.shape) if a not in axes)
+    return jnp.moveaxis(w, axes, range(-len(axes), 0)).reshape(*kept, -1)
+
+
+def counts(layout: Layout) -> np.ndarray:
+    """Return how many entries, padding not counted, share each scale: float64, broadcasts against the scales.
+
+    Args:
+      layout: which entries share a scale.
+
+    Returns:
+      The counts.
+    """
     shape = (1,) * len(layout.scale_shape)
     if not layout.group_size:
         return np.full(shape, math.prod(layout.shape) / math.prod(layout.scale_shape))

@@ -52,6 +52,12 @@ NODES_TO_SAVE = {
     ),
     "pruned, quantized": packed(cj.chain(cj.prune.magnitude(0.9), cj.quantize.uniform(4))),
     "quantized bfloat16": packed(cj.quantize.uniform(8), X.astype(jnp.bfloat16)),
+    "tabled": packed(cj.quantize.nf4("channel")),
+    "tabled by one's own levels": packed(cj.quantize.tabled(cj.quantize.Table((-1.0, 0.1, 0.3)))),
+    "tabled, scales e8m0": packed(cj.quantize.mxfp8(pad=True)),
+    "tabled, scales e4m3, times one of the tensor": packed(cj.quantize.nvfp4(pad=True), X.astype(jnp.bfloat16)),
+    "pruned, tabled": packed(cj.chain(cj.prune.magnitude(0.9), cj.quantize.fp8("e5m2"))),
+    "binary, pruned": packed(cj.chain(cj.quantize.binary(), cj.prune.magnitude(0.5))),
     "clustered": packed(cj.cluster.kmeans(6)),
     "pruned, clustered": packed(cj.chain(cj.prune.magnitude(0.8), cj.cluster.kmeans(4))),
     "low rank": packed(cj.lowrank.svd(2)),
@@ -94,6 +100,7 @@ def test_the_nodes_above_are_of_every_kind_and_nesting():
     found = set().union(*map(kinds, NODES_TO_SAVE.values()))
     assert {name.split("/")[-1] for name in found} == set(NODES)
     assert {"Quantized/Bits", "Quantized/Sparse/Bits", "Quantized/Sparse/Gaps/Bits", "Clustered/Bits"} <= found
+    assert {"Tabled/Bits", "Tabled/Sparse/Bits", "Tabled/Sparse/Gaps/Bits"} <= found
     assert {"Clustered/Sparse/Gaps/Bits", "LowRank/Quantized/Bits", "LowRank/Clustered/Bits", "Sparse/Gaps/Bits"} <= found
 
 

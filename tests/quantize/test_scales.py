@@ -91,9 +91,10 @@ def test_asymmetric_rms_is_mean_and_standard_deviation_and_ignores_padding():
         np.testing.assert_allclose(3 * got[0], np.maximum(high, 0) - np.minimum(low, 0), rtol=1e-4)
 
 
+@pytest.mark.parametrize("narrow", [False, True])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits):
-    levels = np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits, narrow):
+    levels = np.arange(-(2 ** (bits - 1)) + narrow, 2 ** (bits - 1))
 
     def expected_error(step: float) -> float:
         edges = np.concatenate([[-12.0], (levels[:-1] + 0.5) * step, [12.0]])
@@ -105,7 +106,7 @@ def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits):
         rounded = step * np.clip(np.round(x / step), levels[0], levels[-1])
         return float((half[:, None] * weights * (x - rounded) ** 2 * stats.norm.pdf(x)).sum())
 
-    step = normal_clip(Grid(bits)) / (2 ** (bits - 1) - 1)
+    step = normal_clip(Grid(bits, narrow=narrow)) / (2 ** (bits - 1) - 1)
     best = optimize.minimize_scalar(expected_error, bounds=(step / 2, step * 2), method="bounded", options={"xatol": 1e-9})
     assert step == pytest.approx(best.x, rel=1e-4)
 

@@ -186,6 +186,7 @@ def test_groups_that_do_not_divide_are_refused_with_their_path():
         ({"bits": 4.5}, "2 to 8, got 4.5"),
         ({"bits": True}, "2 to 8, got True"),
         ({"symmetric": "yes"}, "True or False, got 'yes'"),
+        ({"symmetric": False, "narrow": True}, "only for a symmetric grid, got True"),
         ({"scale": "best"}, "'absmax', .* got 'best'"),
         ({"granularity": "row"}, "'tensor', 'channel' or a group size.* got 'row'"),
         ({"granularity": 0}, "at least 1, got 0"),
@@ -223,3 +224,22 @@ def test_grid_levels_of_both_kinds():
     codes = partial(Grid(2).encode, x, jnp.ones(1))
     assert codes(jnp.array([2], jnp.uint8)).tolist() == [0, 2, 2, 3, 3]
     assert codes(jnp.array([0], jnp.uint8)).tolist() == [0, 0, 0, 2, 3]
+
+
+@pytest.mark.parametrize("scale", ["absmax", "mse", "rms"])
+def test_a_narrow_grid_has_the_negative_of_every_level(scale):
+    w = jnp.append(weights(6, (200,)), -9.0)
+    for bits in (2, 4):
+        narrow = uniform(bits, scale=scale, narrow=True)
+        view, fixed = viewed(narrow, w)
+        assert np.abs(np.round(view / fixed["scale"])).max() == 2 ** (bits - 1) - 1
+        packed = narrow.pack({"w": w}, narrow.init({"w": w}))
+        np.testing.assert_array_equal(bits_of(cj.unpack(packed)["w"]), bits_of(view))
+
+
+def test_weights_that_are_not_negative_get_unsigned_integers():
+    w = jnp.abs(weights(7))
+    c = uniform(8, symmetric=False)
+    state = c.init({"w": w})
+    assert int(state.fixed["w"]["zero_point"].max()) == 0
+    assert c.pack({"w": w}, state)["w"].codes.unpack().max() == 255

@@ -12,7 +12,6 @@ from compress_jax.trace import calibrate, gram, observe, sites
 from compress_jax.trace.matrix import MatrixForm, problems, why_not
 from tests.trace.zoo import ZOO
 
-
 # What NNX multiplies by is what Linen does; the kernel that is multiplied by is not the stored one under fake quantization.
 MODELS = [entry for entry in ZOO if "/nnx" not in entry.name and entry.name != "plain/fake_quantized"]
 
@@ -55,7 +54,13 @@ def test_forms_are_inverted(order, batch, summed, groups):
     kept = [shape[axis] for axis in order[batch + summed :]]
     if np.prod(kept) % groups:
         return
-    form = MatrixForm(shape, order, int(np.prod([shape[a] for a in order[:batch]])), int(np.prod([shape[a] for a in order[batch : batch + summed]])), groups)
+    form = MatrixForm(
+        shape,
+        order,
+        int(np.prod([shape[a] for a in order[:batch]])),
+        int(np.prod([shape[a] for a in order[batch : batch + summed]])),
+        groups,
+    )
     x = jnp.arange(120).reshape(shape)
     assert form.matrices(x).shape[:2] == (form.batch * groups, form.k)
     np.testing.assert_array_equal(form.stored(form.matrices(x)), x)
@@ -70,7 +75,9 @@ def test_reasons():
         mixed = x[:, :2] @ p["a"].reshape(2, 3)
         return sliced, fused, mixed, x @ x.T
 
-    reasons = [why_not(site, (3, 2) if site.param != "layers" else (2, 3, 3)) for site in sites(fn, params, jnp.ones((4, 3)))]
+    reasons = [
+        why_not(site, (3, 2) if site.param != "layers" else (2, 3, 3)) for site in sites(fn, params, jnp.ones((4, 3)))
+    ]
     assert [reason and reason.split()[0] for reason in reasons] == ["a", "several", "a", "no"]
     (part,) = sites(lambda p, x: x[:, :2] @ p["a"][1:], params, jnp.ones((4, 3)))
     assert "part" in (why_not(part, (3, 2)) or "")
@@ -86,4 +93,6 @@ def test_a_shared_parameter_is_fed_by_all_its_sites():
     tasks, reasons = problems(calibrate(both, gram(), params, [x]), params)
     assert not tasks and "different axes" in reasons["w"]
     unseen, _ = problems(calibrate(fn, gram(), params, [x], where="w#2"), params)
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, rtol=1e-5)), unseen["w"].gram[0], hidden.T @ hidden / 6))
+    assert jax.tree.all(
+        jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, rtol=1e-5)), unseen["w"].gram[0], hidden.T @ hidden / 6)
+    )

@@ -1,0 +1,155 @@
+"""Quantization to levels that are not evenly spaced, times a scale: the one Compression behind all such formats."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.layout import Granularity, Layout
+from compress_jax.core.leafwise import LeafState, leafwise
+from compress_jax.core.levels import Float, Levels, Table
+from compress_jax.core.straight_through import pass_within, straight_through
+from compress_jax.core.tabled import Tabled
+from compress_jax.quantize import level_scales
+from compress_jax.quantize.level_scales import Fixed, LevelRule
+
+
+def tabled(
+    levels: Levels,
+    granularity: Granularity = "tensor",
+    scale: str | LevelRule = "absmax",
+    axis: int | tuple[int, ...] = -1,
+    pad: bool = False,
+) -> Compression:
+    r"""Round weights to the nearest of any levels times a scale, :math:`\hat w = s \, \ell(w / s)`.
+
+    As `uniform` in all else: the scales of tensors, channels or groups are the state, the gradient of the view is that of
+    the identity, and the packed model is the trained one bit for bit.
+
+    Args:
+      levels: a `Float` from `float_format`, or a `Table` of one's own.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
+      scale: ``"absmax"``, ``"mse"``, or a function ``(w, layout, levels) -> {"scale": float32}``.
+      axis: the axis or axes of output channels.
+      pad: allow a last group that is not full.
+
+    Returns:
+      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
+
+    Raises:
+      ValueError: if an argument is none of the above, or a table is not ascending.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+
+    Example:
+      >>> powers = tabled(Table((-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)))  # products with these are shifts
+      >>> params = {"kernel": jnp.array([0.3, -4.0, 1.2, 0.9])}
+      >>> powers.view(params, powers.init(params))["kernel"].tolist()
+      [0.0, -4.0, 1.0, 1.0]
+    """
+    rules = {"absmax": level_scales.absmax, "mse": level_scales.mse}
+    return on_levels(_checked(levels), choice(scale, rules), granularity, axis, pad)
+
+
+def on_levels(
+    levels: Levels,
+    rule: LevelRule,
+    granularity: Granularity,
+    axis: int | tuple[int, ...] = -1,
+    pad: bool = False,
+    *,
+    scale_dtype: jax.typing.DTypeLike = jnp.float32,
+    clip: float | None = None,
+) -> Compression:
+    """Return the Compression to some levels with the scales of a rule; what every format here is made of.
+
+    Args:
+      levels: what scaled weights are rounded to.
+      rule: returns the state of a leaf.
+      granularity: as of `tabled`.
+      axis: as of `tabled`.
+      pad: as of `tabled`.
+      scale_dtype: what scales are packed as; those of the rule must be exact in it.
+      clip: the gradient passes only where magnitudes are at most this; None for everywhere.
+
+    Returns:
+      The Compression.
+    """
+    Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
+
+    def layout_of(x: jax.Array) -> Layout:
+        return Layout.of(x.shape, granularity, axis, pad=pad)
+
+    def calibrate(x: jax.Array, *_: Any, **__: Any) -> LeafState:
+        layout = layout_of(x)
+        return None, rule(layout.arrange(x.astype(jnp.float32)), layout, levels)
+
+    see = partial(_nearest, levels)  # one object, so that what is compiled for one leaf serves the next
+
+    @straight_through
+    def rounded(x: jax.Array, fixed: Fixed) -> jax.Array:
+        layout = layout_of(x)
+        return layout.restore(see(layout.arrange(x), *_factors(fixed)))
+
+    def pack(x: jax.Array, _: None, fixed: Fixed) -> Tabled:
+        layout = layout_of(x)
+        codes = layout.restore(levels.encode(_scaled(layout.arrange(x), _factors(fixed)[1])))
+        scale, tensor = fixed["scale"].astype(scale_dtype), fixed.get("tensor_scale")
+        return Tabled.pack(codes, scale, tensor, levels=levels, layout=layout, dtype=x.dtype)
+
+    def pointwise(x: jax.Array, _: None, fixed: Fixed) -> Pointwise:
+        return Pointwise(see, tuple(map(layout_of(x).spread, _factors(fixed))))
+
+    view = lambda x, _, fixed: rounded(pass_within(x, clip), fixed)  # noqa: E731
+    return leafwise(view, init=calibrate, update=calibrate, pack=pack, pointwise=pointwise)
+
+
+def _nearest(levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
+    return (levels.round(_scaled(x, step)) * scale).astype(x.dtype)
+
+
+def _scaled(x: jax.Array, step: jax.Array) -> jax.Array:
+    # Not a division: XLA turns one into this product where it can, and compiled or not the bits should be the same.
+    return x.astype(jnp.float32) * (1 / step)
+
+
+def _factors(fixed: Fixed) -> tuple[jax.Array, jax.Array]:
+    """Return what levels are multiplied by, with the arithmetic of ``Tabled.unpack``, and what weights are divided by."""
+    scale = fixed["scale"] * fixed["tensor_scale"] if "tensor_scale" in fixed else fixed["scale"]
+    return scale, fixed.get("step", scale)
+
+
+def choice(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> LevelRule:
+    """Return the scale rule of a name; a rule that is a function already stays as it is.
+
+    Args:
+      given: a name or a function.
+      rules: the rules that have names.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ValueError: if there is no such rule; names all there are.
+    """
+    if callable(given):
+        return given
+    if given not in rules:
+        names = ", ".join(map(repr, rules))
+        raise ValueError(f"scale must be {names} or a function (w, layout, levels) -> {{'scale': ...}}, got {given!r}")
+    return rules[given]
+
+
+def _checked(levels: Levels) -> Levels:
+    """Return a format as it is, and a table with its numbers as float32 has them."""
+    if isinstance(levels, Float):
+        return levels
+    if not isinstance(levels, Table):
+        raise ValueError(f"levels must be a Float, as float_format returns, or a Table of ascending numbers, got {levels!r}")
+    values = np.array(levels.values, np.float32)
+    if values.size < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
+        raise ValueError(f"a Table takes at least two ascending numbers that float32 can tell apart, got {levels.values}")
+    return Table(tuple(values.tolist()))

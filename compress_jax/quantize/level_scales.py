@@ -1,0 +1,120 @@
+"""Scale rules for levels that are not evenly spaced, one float32 scale for each set of entries.
+
+A rule is a pure function ``(w, layout, levels) -> fixed`` of an array in the arrangement of a `Layout`, float32. What it
+returns is the state of the leaf: ``{"scale": float32}``, with ``"tensor_scale"`` where the scale is a product, and with
+``"step"`` where weights are not divided by their scale before they are rounded but by something else.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.layout import Layout
+from compress_jax.core.levels import Levels
+from compress_jax.quantize.least_squares import fit
+from compress_jax.quantize.scales import counts, usable
+
+Fixed = dict[str, jax.Array]
+LevelRule = Callable[[jax.Array, Layout, Levels], Fixed]
+
+
+def peak(w: jax.Array, layout: Layout) -> jax.Array:
+    """Return the largest magnitude of every set that shares a scale, of shape ``layout.scale_shape``.
+
+    Args:
+      w: arranged by ``layout``.
+      layout: which entries share a scale.
+
+    Returns:
+      The magnitudes.
+    """
+    return jnp.abs(w).max(layout.reduced, keepdims=True)
+
+
+@partial(jax.jit, static_argnames=("layout", "levels"))
+def absmax(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
+    r"""Put the largest magnitude on the largest level, :math:`s = \max |w| / \ell_{max}`; nothing is clipped.
+
+    Args:
+      w: float32, arranged by ``layout``.
+      layout: which entries share a scale.
+      levels: what they are rounded to.
+
+    Returns:
+      ``{"scale": float32}``.
+
+    Example:
+      >>> from compress_jax.quantize.formats import E2M1
+      >>> absmax(jnp.array([0.5, -3.0]), Layout.of((2,), "tensor"), E2M1)
+      {'scale': Array([0.5], dtype=float32)}
+    """
+    return {"scale": usable(peak(w, layout) * np.float32(1 / levels.largest))}
+
+
+class _Best(NamedTuple):
+    """The best scale of every set so far, the error it has, and the scale it was fitted from."""
+
+    error: jax.Array
+    scale: jax.Array
+    origin: jax.Array
+
+    def better_of(self, other: "_Best") -> "_Best":
+        return jax.tree.map(partial(jnp.where, other.error < self.error), other, self)
+
+
+@partial(jax.jit, static_argnames=("layout", "levels"))
+def mse(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
+    r"""Minimise the error of quantization itself, :math:`\sum (w - s \, \ell(w / s))^2`, where l is the nearest level.
+
+    Scales are tried on a geometric grid, coarse and then fine around the best, each replaced by the exact optimum for the
+    levels it gives (`fit`); from the best of all, levels and scale are optimised in turns, which can only lower the error.
+
+    The grid reaches down to where the largest level is half the least possible root mean square of n entries with that peak,
+    :math:`\max |w| / 2 \sqrt n`.
+
+    Args:
+      w: float32, arranged by ``layout``.
+      layout: which entries share a scale.
+      levels: what they are rounded to.
+
+    Returns:
+      ``{"scale": float32}``.
+
+    Example:
+      >>> from compress_jax.quantize.formats import TERNARY
+      >>> fixed = mse(jnp.array([-1.1, -1.0, 0.9, 1.0, 2.0]), Layout.of((5,), "tensor"), TERNARY)
+      >>> f"{fixed['scale'][0]:.2f}"  # clipping the 2 costs less than rounding the others to 0
+      '1.20'
+    """
+    bound = usable(peak(w, layout))
+    unit = w * (1 / bound)  # no square of it overflows, none that matters underflows
+
+    def attempt(scale: jax.Array) -> _Best:
+        fitted, error = fit(unit, levels.round(unit * (1 / scale)), scale, layout.reduced)
+        fits = fitted > 0  # where levels lie on one side of zero, entries of the other may want a negative scale
+        return _Best(jnp.where(fits, error, jnp.inf), jnp.where(fits, fitted, scale), scale)
+
+    def search(best: _Best, factors: np.ndarray) -> _Best:
+        def trial(i: jax.Array, found: _Best) -> _Best:
+            return found.better_of(attempt(best.origin * jnp.asarray(factors)[i]))
+
+        return jax.lax.fori_loop(0, len(factors), trial, best)
+
+    coarse, fine = _factors(w, layout)
+    start = attempt(jnp.full(layout.scale_shape, 1 / levels.largest, jnp.float32))
+    best = search(search(start, coarse), fine)
+    best = jax.lax.fori_loop(0, 8, lambda _, found: found.better_of(attempt(found.scale)), best)
+    return {"scale": usable(best.scale * bound)}
+
+
+def _factors(w: jax.Array, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Return what to multiply a scale with: over all sizes, then between the neighbours of the best."""
+    # The fewer entries share a scale, the more rugged is the error as a function of it, and the cheaper is a trial.
+    points = max(64, min(1024, 2**24 // w.size))
+    coarse = np.geomspace(2, 0.5 / np.sqrt(counts(layout).max()), points)
+    fine = np.geomspace(coarse[1] / coarse[0], coarse[0] / coarse[1], 33)
+    return coarse.astype(np.float32), fine.astype(np.float32)

@@ -1,0 +1,50 @@
+"""The constants of the formats against their definitions."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from scipy import stats
+
+from compress_jax.quantize import float_format
+from compress_jax.quantize.formats import BINARY, E2M1, E4M3, E5M2, NF4, TERNARY
+
+
+@pytest.mark.parametrize(("levels", "dtype"), [(E4M3, "float8_e4m3fn"), (E5M2, "float8_e5m2"), (E2M1, "float4_e2m1fn")])
+def test_the_named_floats_have_the_range_of_the_dtypes(levels, dtype):
+    info = ml_dtypes.finfo(dtype)
+    assert (levels.bits, levels.largest) == (info.bits, float(info.max))
+    assert min(v for v in levels.values if v > 0) == float(info.smallest_subnormal)
+
+
+def test_nf4_is_what_the_paper_constructs():
+    """Quantiles of a normal, 8 above zero and 7 below, divided by the largest; QLoRA, equation 4 and its code."""
+    offset = (1 - 1 / 32 + 1 - 1 / 30) / 2
+    above = stats.norm.ppf(np.linspace(offset, 0.5, 9)[:-1])
+    below = -stats.norm.ppf(np.linspace(offset, 0.5, 8)[:-1])
+    quantiles = np.sort(np.concatenate([above, [0], below])) / above.max()
+    np.testing.assert_allclose(NF4.values, quantiles, atol=2e-7)
+    assert NF4.bits == 4 and np.array_equal(np.array(NF4.values, np.float32), NF4.values)
+
+
+def test_bits_of_the_smallest():
+    assert (TERNARY.bits, BINARY.bits) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 3), "1 to 7 exponent and 0 to 8 mantissa bits, got 0 and 3"),
+        ((8, 1), "got 8 and 1"),
+        ((4, 9), "got 4 and 9"),
+    ],
+)
+def test_floats_that_are_none_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        float_format(*arguments)
+
+
+@pytest.mark.parametrize("reserved", [-1, 7])
+def test_a_float_keeps_a_number_above_zero(reserved):
+    assert float_format(2, 1, reserved=6).largest == 0.5
+    with pytest.raises(ValueError, match=f"among 8 magnitudes, got {reserved}"):
+        float_format(2, 1, reserved=reserved)
