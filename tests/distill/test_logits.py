@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from compress_jax.distill import cross_entropy, hinton, kl, mse
+from compress_jax.distill import cross_entropy, hard_label, hinton, kl, mse
 
 
 def logits(seed, shape=(32, 10), scale=3.0):
@@ -67,6 +67,20 @@ def test_mse_and_cross_entropy_against_float64():
     q = 0.9 * np.eye(10)[labels] + 0.1 / 10
     np.testing.assert_allclose(cross_entropy(s, jnp.asarray(labels)), -log_p[np.arange(32), labels], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(cross_entropy(s, jnp.asarray(labels), 0.1), -(q * log_p).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_hard_labels_are_the_teachers_predictions(smoothing):
+    s, t = logits(0), logits(1)
+    log_p = scipy.special.log_softmax(np.asarray(s, np.float64), axis=-1)
+    q = (1 - smoothing) * np.eye(10)[np.asarray(t).argmax(-1)] + smoothing / 10
+    np.testing.assert_allclose(hard_label(s, t, smoothing), -(q * log_p).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_hinton_takes_schedules_inside_a_compiled_step():
+    s, t, labels = logits(0), logits(1), jnp.arange(32) % 10
+    scheduled = jax.jit(lambda alpha, temperature: hinton(alpha, temperature)(s, t, labels))
+    np.testing.assert_allclose(scheduled(0.25, 2.0), hinton(0.25, 2.0)(s, t, labels), rtol=1e-6)
 
 
 def test_hinton_mixes_labels_and_teacher():

@@ -1,0 +1,64 @@
+"""DIST: a student's probabilities need only be correlated with the teacher's, within each example and within each class."""
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.distill.softened import Scalar, log_distributions, squared
+from compress_jax.distill.zscore import unit
+
+
+def dist(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    beta: Scalar = 1.0,
+    gamma: Scalar = 1.0,
+    temperature: Scalar = 1.0,
+) -> jax.Array:
+    """Return how badly the probabilities correlate over classes and over examples, in float32.
+
+    ``T**2 * (beta * (1 - r(p_s[b, :], p_t[b, :])) + gamma * (1 - mean_c r(p_s[:, c], p_t[:, c])))`` for example b, with
+    ``p = softmax(logits / T)`` and r Pearson's correlation. The first part, of a row, is the example's own. The second, of
+    the columns, belongs to the batch: every example gets the same, so that the mean over the batch is the paper's loss.
+
+    Args:
+      student_logits: ``[..., classes]``, any floating dtype, any finite values. All leading axes together are the batch
+        that columns run over: other examples in it change the second part, and so does a smaller microbatch.
+      teacher_logits: same shape; no gradient goes here.
+      beta: weight of the rows.
+      gamma: weight of the columns.
+      temperature: T > 0. The paper has ``beta = gamma = 1``, T = 1 on ImageNet and ``beta = gamma = 2``, T = 4 on CIFAR.
+
+    Returns:
+      ``[...]``. A row or column that is constant, to a relative 1e-4 of its length, has no correlation to speak of: it
+      counts as one of 0 and its gradient is bounded.
+
+    Raises:
+      ShapeError: if the shapes of the logits differ.
+
+    Example:
+      >>> teacher = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+      >>> [f"{loss:.2f}" for loss in abs(dist(teacher, teacher))], [f"{loss:.2f}" for loss in dist(-teacher, teacher)]
+      (['0.00', '0.00'], ['3.87', '3.81'])
+
+    References:
+      Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, section 3 (inter-class relation:
+      rows; intra-class relation: columns).
+    """
+    logs = log_distributions(student_logits, teacher_logits, temperature)
+    student, teacher = (jnp.exp(log).reshape(-1, log.shape[-1]) for log in logs)
+    rows = 1 - _correlation(student, teacher, axis=1)
+    columns = 1 - _correlation(student, teacher, axis=0).mean()
+    beta, gamma = (jnp.asarray(weight, rows.dtype) for weight in (beta, gamma))
+    return squared(temperature, beta * rows + gamma * columns).reshape(student_logits.shape[:-1])
+
+
+def _correlation(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
+    """Return Pearson's correlation along an axis of two arrays of probabilities."""
+    return (unit(x, axis, _floor(x, axis)) * unit(y, axis, _floor(y, axis))).sum(axis)
+
+
+def _floor(x: jax.Array, axis: int) -> jax.Array:
+    """Return the length below which differences are noise: relative, as the columns of rare classes are small."""
+    largest = x.max(axis, keepdims=True)
+    length = largest * jnp.sqrt(jnp.square(x / jnp.maximum(largest, 1e-30)).sum(axis, keepdims=True))
+    return jax.lax.stop_gradient(jnp.maximum(1e-4 * length, 1e-30))

@@ -1,0 +1,149 @@
+"""Losses that ask the student's features, or what a part makes of them, to be the teacher's, position by position.
+
+Each takes arrays ``[batch, *positions, channels]`` and returns the loss of each example, ``[batch]`` in float32, finite with
+finite gradients at any finite features; no gradient reaches the teacher. `hint`, `review` and `mgd` are means over positions
+and channels, so that a weight does not depend on sizes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.distill._resize import resize
+from compress_jax.distill.shapes import flat, frozen, per_channel, same_shape
+from compress_jax.distill.stable import bounded
+
+
+def hint(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """Return the mean squared difference of features: FitNets' hint, and SimKD's loss.
+
+    ``mean((s - t)**2)`` over positions and channels, s being the student's features after a regressor (`linear`, `conv`,
+    `deconv`; SimKD: `projector`) where shapes differ. FitNets has half the sum; the usual weight of the mean is 100.
+
+    Args:
+      student: ``[batch, *positions, channels]``, any floating dtype.
+      teacher: same shape.
+
+    Returns:
+      ``[batch]``.
+
+    Raises:
+      ShapeError: if the shapes differ.
+
+    Example:
+      >>> hint(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]])).tolist()
+      [2.0]
+
+    References:
+      Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3.
+      Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, equation 3.
+    """
+    same_shape(student, teacher)
+    difference = bounded(student, 2) - bounded(frozen(teacher), 2)
+    return jnp.square(flat(difference)).mean(axis=1)
+
+
+def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array) -> jax.Array:
+    """Return the negative log-likelihood of the teacher's features under a Gaussian that the student predicts.
+
+    ``mean(1/2 * ((t - mean)**2 / variance + log(variance)))``, the constant ``log(2 pi) / 2`` left out: a bound of the
+    mutual information. A channel that the student cannot predict gets a large variance and little weight. The part
+    `gaussian` makes ``mean`` and ``variance`` and must be trained, variances too.
+
+    Args:
+      mean: ``[batch, *positions, channels]``, predicted from the student's features.
+      teacher: same shape.
+      variance: positive, ``[channels]``. Gradients flow to it.
+
+    Returns:
+      ``[batch]``; below zero where variances are small.
+
+    Raises:
+      ShapeError: if the shapes of mean and teacher differ.
+
+    Example:
+      >>> vid(jnp.zeros((1, 2)), jnp.array([[2.0, 0.0]]), jnp.ones(2)).tolist()
+      [1.0]
+
+    References:
+      Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2 (a Gaussian whose
+      variance does not depend on the example).
+    """
+    same_shape(mean, teacher)
+    square = jnp.square(bounded(mean, 4) - bounded(frozen(teacher), 4))
+    variance = per_channel(bounded(variance, 4), mean.ndim)
+    return flat(0.5 * (square / variance + jnp.log(variance))).mean(axis=1)
+
+
+def review(student: jax.Array, teacher: jax.Array, levels: tuple[int, ...] = (4, 2, 1)) -> jax.Array:
+    """Return the mean squared difference of features at several resolutions: ReviewKD's hierarchical context loss.
+
+    ``sum_k w[k] * hint(resize(s, k), resize(t, k)) / sum_k w[k]`` with weight 1 for the features themselves, 1/2, 1/4 and
+    1/8 for their averages over grids of 4, 2 and 1 positions a side; grids not smaller than the features are left out.
+    ReviewKD adds this loss over its stages, after the part `fusion`, with weight 1 reached over 20 epochs.
+
+    Args:
+      student: ``[batch, *positions, channels]``, any floating dtype.
+      teacher: same shape.
+      levels: positions a side of each coarser grid.
+
+    Returns:
+      ``[batch]``.
+
+    Raises:
+      ShapeError: if the shapes differ.
+
+    Example:
+      >>> review(jnp.zeros((1, 2, 2, 1)), jnp.array([1.0, -1.0, 1.0, -1.0]).reshape(1, 2, 2, 1)).round(4).tolist()
+      [0.666700005531311]
+
+    References:
+      Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section 3.3 and figure 3.
+    """
+    same_shape(student, teacher)
+    student, teacher = bounded(student, 2), bounded(frozen(teacher), 2)
+    axes = student.ndim - 2
+    loss, total, weight = hint(student, teacher), 1.0, 1.0
+    for level in [each for each in levels if each < min(student.shape[1:-1], default=0)]:
+        weight /= 2
+        coarse = (level,) * axes
+        loss, total = loss + weight * hint(resize(student, coarse), resize(teacher, coarse)), total + weight
+    return loss / total
+
+
+def mgd(
+    student: jax.Array,
+    teacher: jax.Array,
+    generate: Callable[[jax.Array], jax.Array],
+    key: jax.Array,
+    ratio: float = 0.65,
+) -> jax.Array:
+    """Return how well the teacher's features can be made from the student's with most positions hidden.
+
+    ``mean((generate(mask * s) - t)**2)``; the mask hides a position, all channels of it, with probability ``ratio``. The
+    paper has the sum over positions and channels, times 7e-5 for classification and 2e-5 for detection.
+
+    Args:
+      student: ``[batch, *positions, channels]``, any floating dtype, brought to what ``generate`` takes.
+      teacher: ``[batch, *positions, channels]``.
+      generate: ``features -> features`` in the teacher's shape: ``partial(part.apply, params)`` of the part `generator`.
+      key: typed PRNG key of this step.
+      ratio: share of positions hidden, 0 to 1.
+
+    Returns:
+      ``[batch]``.
+
+    Raises:
+      ShapeError: if what is generated has another shape than the teacher's features.
+
+    Example:
+      >>> x = jnp.ones((1, 4, 4, 2))
+      >>> mgd(x, x, lambda x: x, jax.random.key(0), ratio=0.0).tolist()
+      [0.0]
+
+    References:
+      Yang et al., "Masked Generative Distillation", ECCV 2022, equations 1 to 4.
+    """
+    shown = jax.random.bernoulli(key, 1 - ratio, (*student.shape[:-1], 1))
+    return hint(generate(jnp.where(shown, bounded(student, 2), 0.0)), teacher)

@@ -1,0 +1,142 @@
+"""Logits made from logits or labels, for any loss to take: standardised, virtual, or those of an ensemble of teachers."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.distill.softened import Scalar, bounded
+from compress_jax.distill.teacher import at_least_float32
+from compress_jax.distill.zscore import unit
+
+Teachers = Sequence[jax.Array] | jax.Array
+
+
+def standardize(logits: jax.Array, floor: float = 1e-3) -> jax.Array:
+    """Return logits of mean 0 and standard deviation 1 over the classes, in float32.
+
+    ``(z - mean(z)) / max(std(z), floor)``, to be given to `kl` for student and teacher alike: the student then matches
+    the teacher's order and proportions, and is free in the range of its own logits.
+
+    Args:
+      logits: ``[..., classes]``, any floating dtype, any finite values.
+      floor: a smaller deviation than this is taken as this. Gradients are at most its inverse; equal logits give zeros.
+
+    Returns:
+      ``[..., classes]``. The paper's loss is ``0.1 * CE + 9 * kl(standardize(s), standardize(t), temperature=2.0)`` or so.
+
+    Example:
+      >>> print(standardize(jnp.array([1.0, 3.0, 5.0])).round(3))
+      [-1.225  0.     1.225]
+
+    References:
+      Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1.
+    """
+    root = jnp.sqrt(jnp.asarray(logits.shape[-1], at_least_float32(logits).dtype))
+    return root * unit(bounded(logits), -1, floor * root)
+
+
+def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -> jax.Array:
+    """Return the logits of a teacher that needs no network: right, with one probability, on every example.
+
+    ``log p`` with ``p[label] = probability`` and ``p[c] = (1 - probability) / (classes - 1)`` elsewhere. With the student's
+    logits and T = 20 or more in `kl` this is teacher-free distillation by regularisation; the other teacher-free form,
+    self-training, is `kl` with an earlier copy of the student as its `Teacher`.
+
+    Args:
+      labels: integers ``[...]``.
+      classes: number of classes, at least 2.
+      probability: of the label, between ``1 / classes`` and 1.
+
+    Returns:
+      float32 ``[..., classes]``.
+
+    Raises:
+      ValueError: if ``classes`` or ``probability`` is out of range.
+
+    Example:
+      >>> [f"{p:.3f}" for p in jax.nn.softmax(virtual_teacher(jnp.array(1), classes=3))]
+      ['0.050', '0.900', '0.050']
+
+    References:
+      Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020, section 4
+      (Tf-KD: self-training and the manually designed teacher).
+    """
+    if classes < 2 or not 1 / classes < probability < 1:
+        raise ValueError(
+            f"probability must be between 1/classes and 1, of at least 2 classes; got {probability} of {classes}"
+        )
+    others = (1 - probability) / (classes - 1)
+    return jnp.log(jnp.where(jax.nn.one_hot(labels, classes, dtype=bool), jnp.float32(probability), jnp.float32(others)))
+
+
+def ensemble(teacher_logits: Teachers, weights: Sequence[float] | None = None, temperature: Scalar = 1.0) -> jax.Array:
+    """Return the logits of one teacher whose softened probabilities are the mean of several teachers', in float32.
+
+    ``T * log sum_m w_m softmax(t_m / T)``: with the same temperature in `kl` the student learns the mean of probabilities.
+    (The gradient of `kl` is then also that of the mean of the losses, see `averaged`.)
+
+    Args:
+      teacher_logits: ``[teachers, ..., classes]``, or a sequence of ``[..., classes]``. No gradient goes here.
+      weights: one of each teacher, not negative, of any sum; the default is the same for all.
+      temperature: T > 0, that of the loss.
+
+    Returns:
+      ``[..., classes]``.
+
+    Raises:
+      ValueError: if there is not one weight a teacher, or one is negative, or all are zero.
+
+    Example:
+      >>> certain, unsure = jnp.array([99.0, 0.0]), jnp.array([0.0, 0.0])
+      >>> [f"{p:.3f}" for p in jax.nn.softmax(ensemble([certain, unsure]))]
+      ['0.750', '0.250']
+
+    References:
+      Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 5.
+    """
+    stacked = jnp.stack([jax.lax.stop_gradient(each) for each in teacher_logits])
+    shares = _shares(weights, len(stacked))
+    kept = jnp.asarray([index for index, share in enumerate(shares) if share > 0])
+    log_p = jax.nn.log_softmax(bounded(stacked[kept], temperature))
+    log_share = jnp.log(jnp.asarray([share for share in shares if share > 0], log_p.dtype))
+    log_mean = jax.nn.logsumexp(log_p + log_share.reshape(-1, *[1] * (log_p.ndim - 1)), axis=0)
+    return jnp.asarray(temperature, log_mean.dtype) * log_mean
+
+
+def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = None) -> Callable[..., jax.Array]:
+    """Return the loss of several teachers that is the weighted mean of a loss of each.
+
+    ``sum_m w_m * loss(student_logits, t_m, ...)`` with weights of sum 1.
+
+    Args:
+      loss: ``(student_logits, teacher_logits, *rest) -> [...]``, such as `kl`, `dkd` or what `hinton` returns.
+      weights: one of each teacher, not negative, of any sum; the default is the same for all.
+
+    Returns:
+      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes them. It raises
+      ValueError if there is not one weight a teacher, or one is negative, or all are zero.
+
+    Example:
+      >>> from compress_jax.distill import mse
+      >>> averaged(mse, weights=[3, 1])(jnp.zeros((1, 2)), [jnp.ones((1, 2)), jnp.zeros((1, 2))]).tolist()
+      [0.75]
+
+    References:
+      You et al., "Learning from Multiple Teacher Networks", KDD 2017, section 3.
+    """
+
+    def mean(student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array) -> jax.Array:
+        shares = _shares(weights, len(teacher_logits))
+        losses = [loss(student_logits, each, *rest) for each in teacher_logits]
+        return sum((share * each for share, each in zip(shares[1:], losses[1:], strict=True)), shares[0] * losses[0])
+
+    return mean
+
+
+def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
+    """Return weights of sum 1."""
+    weights = [1.0] * teachers if weights is None else [float(weight) for weight in weights]
+    if len(weights) != teachers or min(weights) < 0 or sum(weights) == 0:
+        raise ValueError(f"{teachers} teachers need as many weights, none negative, not all zero; got {weights}")
+    return [weight / sum(weights) for weight in weights]
