@@ -105,9 +105,7 @@ def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) 
 
 def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
     if bits == 1 and not isinstance(bits, bool):
-        raise ValueError(
-            "bits=1 leaves no level above zero on a grid that contains zero; use bits=2 to 8, or quantize.binary()"
-        )
+        raise ValueError("bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or quantize.binary()")
     if isinstance(bits, bool) or bits not in range(2, 9):
         raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
     if not isinstance(symmetric, bool):
