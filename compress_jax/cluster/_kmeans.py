@@ -141,8 +141,10 @@ def _distinct(ordered: jax.Array, limit: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _middles(centroids: jax.Array) -> jax.Array:
-    """Return the borders between neighbouring cells; a border belongs to the lower cell."""
-    return 0.5 * centroids[:-1] + 0.5 * centroids[1:]  # halves first: the sum of two large floats could overflow
+    """Return the borders between neighbouring cells; a border belongs to the lower cell, and never is the upper centroid."""
+    lower, upper = centroids[:-1], centroids[1:]
+    middle = 0.5 * lower + 0.5 * upper  # halves first: the sum of two large floats could overflow
+    return jnp.where((middle > lower) & (middle < upper), middle, lower)  # adjacent floats have nothing between them
 
 
 def _nearest(centroids: jax.Array, x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -82,63 +82,77 @@ def leafwise(
       >>> halved.view(params, halved.init(params))["kernel"].tolist(), halved.skipped(params)
       ([0.5, 0.5], {'steps': 'int32 is not a floating-point dtype'})
     """
+    lifted = _Lifted(view, init, update, pack or view, why_not, key, pointwise)
+    return Compression(lifted.start, lifted.seen, lifted.follow, lifted.packed, lifted.skipped, lifted.pieces)
 
-    def reason(path: str, x: Any) -> str | None:
-        return why_not_float(path, x) or (why_not(path, x) if why_not else None)
 
-    def taken(params: Params) -> dict[str, Any]:
-        leaves = {path: x for path, x in flatten(params)[0].items() if reason(path, x) is None}
+class _Lifted(NamedTuple):
+    """The functions over one array that `leafwise` was given, and what they become over a tree."""
+
+    view: Callable[..., Any]
+    init: Callable[..., LeafState] | None
+    update: Callable[..., LeafState] | None
+    pack: Callable[..., Any]
+    why_not: Callable[[str, Any], str | None] | None
+    key: jax.Array | None
+    pointwise: Callable[..., Pointwise] | None
+
+    def reason(self, path: str, x: Any) -> str | None:
+        return why_not_float(path, x) or (self.why_not(path, x) if self.why_not else None)
+
+    def skipped(self, params: Params) -> dict[str, str]:
+        return {path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))}
+
+    def taken(self, params: Params) -> dict[str, Any]:
+        leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
         for path, x in leaves.items():
             check_finite(path, x)
         return leaves
 
-    def replaced(params: Params, fn: Callable[..., Any], state: CompressionState) -> Params:
+    def start(self, params: Params) -> CompressionState:
+        leaves = self.taken(params)
+        if self.init is None:
+            return CompressionState({}, {})
+        return _collect({path: _named(path, self.init, x, fold_path(self.key, path)) for path, x in leaves.items()})
+
+    def seen(self, params: Params, state: CompressionState) -> Params:
+        return self.replaced(params, self.view, state)
+
+    def packed(self, params: Params, state: CompressionState) -> Params:
+        return self.replaced(params, self.pack, state)
+
+    def replaced(self, params: Params, fn: Callable[..., Any], state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        new = {path: _named(path, fn, x, *_of(state, path, needed=init is not None)) for path, x in taken(params).items()}
+        new = {path: _named(path, fn, x, *self.own(state, path)) for path, x in self.taken(params).items()}
         return rebuild({**leaves, **new})
 
-    def init_all(params: Params) -> CompressionState:
-        leaves = taken(params)
-        if init is None:
-            return CompressionState({}, {})
-        return _collect({path: _named(path, init, x, fold_path(key, path)) for path, x in leaves.items()})
-
-    def update_all(
-        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+    def follow(
+        self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
     ) -> CompressionState:
-        leaves = taken(params)
-        if update is None:
+        leaves = self.taken(params)
+        if self.update is None:
             return state
-        gradients = flatten(grads)[0] if grads is not None else {}
-        return _collect(
-            {
-                path: _named(
-                    path,
-                    update,
-                    x,
-                    *_of(state, path, needed=init is not None),
-                    step=step,
-                    grad=gradients.get(path),
-                    stats=(stats or {}).get(path),
-                    key=fold_path(key, path),
-                )
-                for path, x in leaves.items()
-            }
-        )
+        grads, stats = flatten(grads)[0] if grads is not None else {}, stats or {}
+        states = {}
+        for path, x in leaves.items():
+            inputs = {"step": step, "grad": grads.get(path), "stats": stats.get(path), "key": fold_path(key, path)}
+            states[path] = _named(path, self.update, x, *self.own(state, path), **inputs)
+        return _collect(states)
 
-    def pointwise_all(params: Params, state: CompressionState) -> dict[str, Pointwise]:
-        if pointwise is None:
+    def pieces(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        if self.pointwise is None:
             return {}
-        return {path: pointwise(x, *_of(state, path, needed=init is not None)) for path, x in taken(params).items()}
+        return {path: self.pointwise(x, *self.own(state, path)) for path, x in self.taken(params).items()}
 
-    return Compression(
-        init=init_all,
-        view=lambda params, state: replaced(params, view, state),
-        update=update_all,
-        pack=lambda params, state: replaced(params, pack or view, state),
-        skipped=lambda params: {path: why for path, x in flatten(params)[0].items() if (why := reason(path, x))},
-        pointwise=pointwise_all,
-    )
+    def own(self, state: CompressionState, path: str) -> LeafState:
+        """Return a leaf's ``(learned, fixed)``."""
+        if self.init is not None and path not in state.learned and path not in state.fixed:
+            known = ", ".join({**state.fixed, **state.learned}) or "none"
+            raise StateError(
+                f"the compression state has nothing for leaf {path!r} (it has: {known}); "
+                "was it made by `init` of this compression, on params with these names?"
+            )
+        return state.learned.get(path), state.fixed.get(path)
 
 
 def _collect(states: dict[str, LeafState]) -> CompressionState:
@@ -155,14 +169,3 @@ def _named(path: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return fn(*args, **kwargs)
     except ShapeError as error:
         raise ShapeError(f"leaf {path!r}: {error}") from error
-
-
-def _of(state: CompressionState, path: str, *, needed: bool) -> LeafState:
-    """Return a leaf's ``(learned, fixed)``."""
-    if needed and path not in state.learned and path not in state.fixed:
-        known = ", ".join({**state.fixed, **state.learned}) or "none"
-        raise StateError(
-            f"the compression state has nothing for leaf {path!r} (it has: {known}); "
-            "was it made by `init` of this compression, on params with these names?"
-        )
-    return state.learned.get(path), state.fixed.get(path)

@@ -115,8 +115,9 @@ def test_any_leaf(x, clusters):
         np.array([0.0, -3e38, 3e38, 1e-37]),
         np.array([-0.0, 1.0, 1.0]),
         np.float32(2.5),
+        np.array([-16777214, -16777216]) * np.float32(1e-3),  # adjacent floats
     ],
-    ids=["zeros", "constant", "one entry", "huge", "negative zero", "scalar"],
+    ids=["zeros", "constant", "one entry", "huge", "negative zero", "scalar", "neighbours"],
 )
 @pytest.mark.parametrize("clusters", [4, 300])
 def test_leaves_of_few_values_are_exact(x, clusters):
