@@ -1,10 +1,15 @@
 """The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
 
-Format, version 1. A safetensors container with its header's keys sorted, whose ``__metadata__`` has four strings:
-``format`` = ``"compress_jax"``; ``version`` = ``"1"``; ``content`` = JSON with ``tree`` (see `structure`) and ``metadata``
-(free-form: model, data, config, accuracy); ``sha256`` = hex digest of the whole file as it is with 64 zeros in place of the
-digest. Codes of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors. Nothing in the file
-is ever executed.
+A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings ``format`` = ``"compress_jax"``,
+``version``, and ``sha256`` = hex digest of the whole file as it is with 64 zeros in place of the digest. Its content is JSON
+with ``tree`` (see `structure`) and ``metadata`` (free-form: model, data, config, accuracy). Nothing in the file is ever
+executed.
+
+Version 1, plain: the content is one more string, ``content``, and the tensors of the tree are those of the container. Codes
+of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors.
+
+Version 2, coded: the container has three uint8 tensors. ``content`` is the JSON, compressed by zstandard, with the entry
+``index`` besides; ``ans`` and ``rest`` hold the tensors of the tree as `streams` says: their symbols at their entropy.
 """
 
 import contextlib
@@ -16,21 +21,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.numpy
+import zstandard
 
 from compress_jax.core.errors import ArtifactError
+from compress_jax.export.streams import Coded, code, squeezed, uncode
 from compress_jax.export.structure import Tensors, decode, encode
 
-FORMAT, VERSION, BLANK = "compress_jax", 1, "0" * 64
+FORMAT, PLAIN, VERSION, BLANK = "compress_jax", 1, 2, "0" * 64
 
 
-def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | None = None) -> int:
+def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | None = None, *, coded: bool = False) -> int:
     """Write packed params to one file, atomically: a full disk or a kill leaves an old file as it was.
 
     Args:
       path: the file to write.
       packed: params as `Compression.pack` returns them (plain arrays are fine too).
       metadata: anything JSON can hold: names of model and data, config, accuracy.
+      coded: whether to store codes, masks and indices at their entropy, and everything else compressed, rather than as
+        tensors that any safetensors reader finds.
 
     Returns:
       Bytes written.
@@ -46,7 +56,7 @@ def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | N
       (True, ({'kernel': Array([0., 1., 2.], dtype=float32)}, {'model': 'tiny'}))
     """
     tree, tensors = encode(packed)
-    data = _container(tree, tensors, metadata or {})
+    data = (_coded if coded else _plain)(tree, tensors, metadata or {})
     write_atomically(Path(path), data)
     return len(data)
 
@@ -87,18 +97,39 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
     digest = header.get("sha256", "")
     if hashlib.sha256(_reseal(data, digest, BLANK)).hexdigest() != digest:
         raise ArtifactError(f"{path} is truncated or damaged: its checksum does not match. Copy or write it again")
-    content = json.loads(header["content"])
-    return decode(content["tree"], safetensors.numpy.load(data)), content["metadata"]
+    tensors = safetensors.numpy.load(data)
+    if int(header["version"]) == PLAIN:
+        content = json.loads(header["content"])
+        return decode(content["tree"], tensors), content["metadata"]
+    content = json.loads(zstandard.decompress(tensors["content"].tobytes()))
+    parts = Coded(content["index"], tensors["ans"].tobytes(), tensors["rest"].tobytes())
+    return decode(content["tree"], uncode(content["tree"], parts)), content["metadata"]
 
 
-def _container(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
-    """Return the whole file."""
+def _plain(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
+    return _container(tensors, {"version": str(PLAIN), "content": _json({"tree": tree, "metadata": metadata})})
+
+
+def _coded(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
+    parts = code(tree, tensors)
+    content = _json({"tree": tree, "metadata": metadata, "index": parts.index})
+    pieces = {"ans": parts.ans, "content": squeezed(content.encode()), "rest": parts.rest}
+    return _container({name: np.frombuffer(piece, np.uint8) for name, piece in pieces.items()}, {"version": str(VERSION)})
+
+
+def _json(content: dict[str, Any]) -> str:
     try:
-        content = json.dumps({"tree": tree, "metadata": metadata}, separators=(",", ":"), allow_nan=False)
-        header = {"format": FORMAT, "version": str(VERSION), "content": content, "sha256": BLANK}
-        data = _ordered(safetensors.numpy.save(tensors, header))
+        return json.dumps(content, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ArtifactError(f"the metadata, or a key of the tree, cannot be written as JSON: {error}") from error
+
+
+def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
+    """Return the whole file."""
+    try:
+        data = _ordered(safetensors.numpy.save(tensors, {"format": FORMAT, **strings, "sha256": BLANK}))
+    except ValueError as error:  # a name that is no text
+        raise ArtifactError(f"a key of the tree cannot be the name of a tensor: {error}") from error
     return _reseal(data, BLANK, hashlib.sha256(data).hexdigest())
 
 

@@ -11,7 +11,8 @@ more than one tensor. NNX states become plain nested dicts, and named tuples pla
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -133,6 +134,40 @@ def decode(structure: Any, tensors: Tensors, path: str = "") -> Any:
     places = _places(NODES[kind], path)
     fields = {k: decode(v, tensors, places[k]) if k in places else _static(k, v) for k, v in content.items()}
     return NODES[kind](**fields)
+
+
+def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Yield the name of every tensor a structure stands for, in its order, and what it holds if it is packed symbols.
+
+    Args:
+      structure: the JSON structure.
+      path: where in the tree the structure stands.
+
+    Yields:
+      ``(name, (bits of a symbol, number of symbols))``, or ``(name, None)``.
+
+    Example:
+      >>> tree, _ = encode({"k": Bits.pack(jnp.arange(8), 3), "b": jnp.zeros(2)})
+      >>> list(places(tree))
+      [('k', (3, 8)), ('b', None)]
+    """
+    if structure is True or isinstance(structure, str):
+        yield path, None
+    elif structure is not None:
+        ((kind, content),) = structure.items()
+        if kind == "dict":
+            for key, value in content:
+                yield from places(value, _below(path, key))
+        elif kind in ("list", "tuple"):
+            for i, value in enumerate(content):
+                yield from places(value, _below(path, i))
+        elif kind == "Bits":
+            yield path, (content["bits"], math.prod(content["shape"]))
+        elif kind in NODES:
+            where = _places(NODES[kind], path)
+            for field, value in content.items():
+                if field in where:
+                    yield from places(value, where[field])
 
 
 def _static(field: str, value: Any) -> Any:
