@@ -1,9 +1,9 @@
 """The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
 
-A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings ``format`` = ``"compress_jax"``,
-``version``, and ``sha256`` = hex digest of the whole file as it is with 64 zeros in place of the digest. Its content is JSON
-with ``tree`` (see `structure`) and ``metadata`` (free-form: model, data, config, accuracy). Nothing in the file is ever
-executed.
+A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings ``format`` =
+``"compress_jax"``, ``version``, and ``sha256`` = hex digest of the whole file as it is with 64 zeros in place of the
+digest. Its content is JSON with ``tree`` (see `structure`) and ``metadata`` (free-form: model, data, config, accuracy).
+Nothing in the file is ever executed.
 
 Version 1, plain: the content is one more string, ``content``, and the tensors of the tree are those of the container. Codes
 of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors.

@@ -1,9 +1,10 @@
 """The tensors of an artifact as few bytes: symbols at their entropy, all else by zstandard where that is smaller.
 
-``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see `entropy`), ``rest`` the bytes
-of all other tensors, one after the other, the bytes of equal significance of each side by side, compressed as a whole. Both
-follow the order of the tree. ``index`` has an entry for each tensor: the number of its table if it is coded; ``null`` if it
-is packed symbols that zstandard makes smaller; else its dtype and shape. ``tables`` are hexadecimal, two digits a symbol.
+``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see `entropy`), ``rest`` the
+bytes of all other tensors, one after the other, the bytes of equal significance of each side by side, compressed as a
+whole. Both follow the order of the tree. ``index`` has an entry for each tensor: the number of its table if it is coded;
+``null`` if it is packed symbols that zstandard makes smaller; else its dtype and shape. ``tables`` are hexadecimal, two
+digits a symbol.
 """
 
 import zlib
