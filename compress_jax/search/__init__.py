@@ -1,20 +1,29 @@
-"""The automated loop: data, teacher, student, candidates; requirements met? Output, else choose again."""
+"""The automated loop: data, teacher, student, candidates; requirements met? Output, else choose again.
 
+Mixed precision: `sensitivities` measures every option of every leaf once, `allocate` shares out as many budgets as you like.
+"""
+
+from compress_jax.search._allocate import Allocation, allocate
 from compress_jax.search.experiment import Candidate, Experiment, Network, Requirement, Training
 from compress_jax.search.judge import Assessment, choose, finished, judge, reference
 from compress_jax.search.loop import Result, compress
+from compress_jax.search.sensitivity import Sensitivities, sensitivities
 
 __all__ = [
+    "Allocation",
     "Assessment",
     "Candidate",
     "Experiment",
     "Network",
     "Requirement",
     "Result",
+    "Sensitivities",
     "Training",
+    "allocate",
     "choose",
     "compress",
     "finished",
     "judge",
     "reference",
+    "sensitivities",
 ]

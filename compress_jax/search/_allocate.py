@@ -1,0 +1,145 @@
+"""Mixed precision: share out a budget of bytes or bit-operations among the leaves of a model."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from compress_jax.core.combine import rules
+from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ConfigError, NoMatchError
+from compress_jax.search.assignment import assign
+from compress_jax.search.budget import Budget, byte_budget, work_budget
+from compress_jax.search.sensitivity import Sensitivities
+from compress_jax.trace.table import aligned
+
+
+@dataclass(frozen=True)
+class Allocation(Mapping[str, str]):
+    """Which option each leaf takes, ``{path: option}``; prints as a table.
+
+    Attributes:
+      options: ``{path: option}``.
+      score: the sum of the leaves' sensitivities.
+      nbytes: stored bytes of all leaves, those that are left alone included.
+      bitops: bit-operations of one call, everything included.
+      left: ``{path: why}``, leaves that stay as they are.
+    """
+
+    options: dict[str, str]
+    score: float
+    nbytes: int
+    bitops: int
+    left: dict[str, str]
+
+    def __getitem__(self, path: str) -> str:
+        """Return the option of a leaf."""
+        if path not in self.options:
+            raise NoMatchError(f"no option was allocated to {path!r}: {self.left.get(path, 'it is no leaf of the model')}")
+        return self.options[path]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the leaves."""
+        return iter(self.options)
+
+    def __len__(self) -> int:
+        """Return how many leaves take an option."""
+        return len(self.options)
+
+    def __str__(self) -> str:
+        """Return a table of the leaves and the totals."""
+        rows = [("path", "option"), *self.options.items(), *((path, f"stays: {why}") for path, why in self.left.items())]
+        return "\n".join([aligned(rows, left=2), f"{self.nbytes:,} bytes, {self.bitops:,} bit-operations, {self.score:.4g}"])
+
+    def compression(self, options: Mapping[str, Compression]) -> Compression:
+        """Return the Compression that gives each leaf its option.
+
+        Args:
+          options: what `sensitivities` was given.
+
+        Returns:
+          `rules` with one rule for each option in use.
+
+        Raises:
+          ConfigError: if an option in use is not among them.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> from compress_jax.quantize import uniform
+          >>> mixed = Allocation({"a": "int2", "b": "int8"}, 0.0, 0, 0, {})
+          >>> c = mixed.compression({"int2": uniform(2), "int8": uniform(8)})
+          >>> params = {"a": jnp.ones(8), "b": jnp.ones(8)}
+          >>> packed = c.pack(params, c.init(params))
+          >>> packed["a"].codes.bits, packed["b"].codes.bits
+          (2, 8)
+        """
+        used = list(dict.fromkeys(self.options.values()))
+        if missing := [name for name in used if name not in options]:
+            raise ConfigError(
+                f"the allocation uses {', '.join(missing)}, but only {', '.join(options) or 'no option'} is given"
+            )
+        paths = {name: tuple(_literal(path) for path, own in self.options.items() if own == name) for name in used}
+        return rules([(paths[name], options[name]) for name in used])
+
+
+def allocate(sensitivities: Sensitivities, max_bytes: float | None = None, max_bitops: float | None = None) -> Allocation:
+    r"""Choose an option for each leaf: the least total sensitivity within the budgets, by an integer program.
+
+    .. math:: \min_o \sum_p \Omega_p(o_p) \quad \text{with} \quad \sum_p bytes_p(o_p) \le B, \; \sum_p bitops_p(o_p) \le C
+
+    Solving again for another budget costs nothing but the program itself.
+
+    Args:
+      sensitivities: the table.
+      max_bytes: most bytes of all leaves together, those that are left alone included; None for no limit.
+      max_bitops: most bit-operations of a call on the first batch, everything included; None for no limit.
+
+    Returns:
+      The choice; its `Allocation.compression` is ready to train, to calibrate or to pack with.
+
+    Raises:
+      ConfigError: if no choice meets the budgets; it says what can be reached.
+
+    Example:
+      >>> scores = {"a": {"int2": 9.0, "int8": 0.1}, "b": {"int2": 1.0, "int8": 0.2}}
+      >>> sizes = {"a": {"int2": 2, "int8": 8}, "b": {"int2": 2, "int8": 8}}
+      >>> table = Sensitivities("kl", scores, sizes, sizes, {"a": 1, "b": 1}, {}, {}, 4, 0)
+      >>> dict(allocate(table, max_bytes=14)), allocate(table, max_bytes=14).nbytes
+      ({'a': 'int8', 'b': 'int2'}, 14)
+      >>> try:
+      ...     allocate(table, max_bytes=7)
+      ... except ConfigError as error:
+      ...     print(str(error).partition(", 4 of")[0])
+      max_bytes=7 cannot be met: the least that the options reach is 8 bytes
+
+    References:
+      Dong et al., HAWQ-V2, NeurIPS 2020, section 3.3; Yao et al., HAWQ-V3, ICML 2021, equation 12 (the integer program).
+    """
+    names = {path: list(options) for path, options in sensitivities.scores.items()}
+    table = sensitivities
+    budgets = (
+        byte_budget(max_bytes, table.nbytes, table.left_nbytes),
+        work_budget(max_bitops, table.bitops, table.left_bitops),
+    )
+    for budget in budgets:
+        budget.check()
+    limited = [budget for budget in budgets if budget.most < math.inf]
+    values = [[sensitivities.scores[path][name] for name in own] for path, own in names.items()]
+    found = assign(values, [budget.table(names) for budget in limited], [budget.room for budget in limited])
+    if found is None:
+        raise _together(names, *limited)
+    chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
+    score = sum(sensitivities.scores[path][name] for path, name in chosen.items())
+    nbytes, bitops = (budget.total(chosen) for budget in budgets)
+    return Allocation(chosen, score, nbytes, bitops, dict(sensitivities.left))
+
+
+def _together(names: dict[str, list[str]], first: Budget, second: Budget) -> ConfigError:
+    """Return the error of two budgets of which each can be met, but not both: what the first can reach beside the second."""
+    found = assign(first.table(names), [second.table(names)], [second.room]) or []
+    chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
+    return first.refusal(first.total(chosen), f" together with {second.name}={second.most}")
+
+
+def _literal(path: str) -> str:
+    """Return the glob that matches a name and nothing else."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)

@@ -1,0 +1,279 @@
+"""How sensitive a model is to each way of storing each of its leaves, and what that way costs: one table, made once."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ConfigError, DataError, NonFiniteError, ShapeError
+from compress_jax.core.packed import is_packed, nbytes
+from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.search import measures
+from compress_jax.search.budget import byte_budget, work_budget
+from compress_jax.trace import SiteCost, cost
+from compress_jax.trace.stored import dtype_bits, stored
+from compress_jax.trace.table import aligned, units
+from compress_jax.trace.traced import trace
+
+Measure = Literal["fisher", "kl", "mse", "hutchinson"]
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """One score, one size and one amount of work for each leaf and option: all that a budget is shared out by.
+
+    Attributes:
+      measure: what the scores mean; smaller is better.
+      scores: ``{path: {option: score}}``, of the leaves that have an option.
+      nbytes: ``{path: {option: bytes}}``, stored, scales and all.
+      bitops: ``{path: {option: bit-operations}}``, of one call on the first batch: MACs x weight bits x activation bits.
+      macs: ``{path: multiply-accumulates}`` of that call.
+      refused: ``{path: {option: why the leaf cannot take it}}``.
+      left: ``{path: why}``, leaves that stay as they are.
+      left_nbytes: bytes of those leaves.
+      left_bitops: bit-operations of everything else: products of activations, and with those leaves.
+    """
+
+    measure: str
+    scores: dict[str, dict[str, float]]
+    nbytes: dict[str, dict[str, int]]
+    bitops: dict[str, dict[str, int]]
+    macs: dict[str, int]
+    refused: dict[str, dict[str, str]]
+    left: dict[str, str]
+    left_nbytes: int
+    left_bitops: int
+
+    def to_json(self) -> str:
+        """Return the table as JSON, to be kept beside the model.
+
+        Example:
+          >>> table = Sensitivities("kl", {"w": {"a": 0.5}}, {"w": {"a": 3}}, {"w": {"a": 9}}, {"w": 1}, {}, {}, 0, 0)
+          >>> Sensitivities.from_json(table.to_json()) == table
+          True
+        """
+        return json.dumps(asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Sensitivities":
+        """Return the table that `to_json` wrote.
+
+        Raises:
+          DataError: if the text is none.
+        """
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"this is not a table of sensitivities as Sensitivities.to_json writes it: {error}") from error
+
+    def __str__(self) -> str:
+        """Return a table: for each leaf its work, and for each option score and bytes."""
+        options = list(dict.fromkeys(chain.from_iterable(self.scores.values())))
+        head = ("path", "MACs", *(f"{option}: {what}" for option in options for what in (self.measure, "bytes")))
+        rows = [
+            (path, units(self.macs[path]), *chain.from_iterable(self._cells(path, option) for option in options))
+            for path in self.scores
+        ]
+        refused = [f"{path} cannot be {o}: {why}" for path, reasons in self.refused.items() for o, why in reasons.items()]
+        return "\n".join(
+            [aligned([head, *rows], left=1), *(f"{path} stays: {why}" for path, why in self.left.items()), *refused]
+        )
+
+    def _cells(self, path: str, option: str) -> tuple[str, str]:
+        if option not in self.scores[path]:
+            return "-", "-"
+        return f"{self.scores[path][option]:.3g}", f"{self.nbytes[path][option]:,}"
+
+
+def sensitivities(
+    fn: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    options: Mapping[str, Compression],
+    measure: Measure = "fisher",
+    *,
+    where: Patterns | None = None,
+    activation_bits: int | Mapping[str, int] | None = None,
+    key: jax.Array | None = None,
+    probes: int = 8,
+    max_bytes: float | None = None,
+    max_bitops: float | None = None,
+) -> Sensitivities:
+    r"""Measure what each way of storing each leaf does to the model, every other leaf left as it is.
+
+    With :math:`\Delta w` what the option changes in the leaf, the score is one of
+
+    * ``"fisher"``: :math:`E[\sum_i (\partial L / \partial w_i \, \Delta w_i)^2]`, L the loss of a batch. Batches of one
+      example give the empirical Fisher; larger ones the same up to a factor, once the model is trained. One backward pass a
+      batch.
+    * ``"hutchinson"``: :math:`tr(H) / n \cdot \|\Delta w\|^2`, H the loss's Hessian in the n entries of the leaf.
+    * ``"kl"``: the divergence of the output distributions, ``softmax`` over the last axis. One run for each leaf and option.
+    * ``"mse"``: the mean squared change of the outputs.
+
+    Args:
+      fn: a pure function of params and one batch: for ``"kl"`` and ``"mse"`` it returns the outputs (logits), for
+        ``"fisher"`` and ``"hutchinson"`` the loss, a scalar.
+      params: tree of arrays.
+      batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
+      options: by name, compressions that act on one leaf; `core.identity` leaves it as it is.
+      measure: one of the above.
+      where: a glob, or several, over the leaves to decide about; by default all that a product or a lookup uses.
+      activation_bits: for the bit-operations, as `trace.cost` takes them.
+      key: typed PRNG key of the probes for ``"hutchinson"``.
+      probes: random vectors a batch for ``"hutchinson"``.
+      max_bytes: a budget that `allocate` will be given, checked before anything is measured; None for none.
+      max_bitops: likewise.
+
+    Returns:
+      The table, which `allocate` reads for as many budgets as you like.
+
+    Raises:
+      ConfigError: if there is no option, the measure is none of these, a key is missing, or no choice meets a budget.
+      DataError: if there is no batch.
+      NoMatchError: if ``where`` matches no leaf.
+      NonFiniteError: if a score is NaN or infinite.
+      ShapeError: if ``fn`` returns what the measure cannot use.
+
+    Example:
+      >>> from compress_jax.core import identity
+      >>> from compress_jax.quantize import uniform
+      >>> params = {"head": jnp.linspace(-1, 1, 12).reshape(4, 3), "bias": jnp.zeros((1, 3))}
+      >>> fn = lambda params, x: x @ params["head"] + params["bias"]
+      >>> table = sensitivities(fn, params, [jnp.ones((2, 4))], {"int2": uniform(2), "float32": identity()}, "mse")
+      >>> table.nbytes, table.left
+      ({'head': {'int2': 8, 'float32': 48}}, {'bias': 'no product and no lookup uses it'})
+      >>> table.scores["head"]["int2"] > table.scores["head"]["float32"] == 0
+      True
+
+    References:
+      Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization, NeurIPS 2020, equations 2 to 4.
+      Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, equation 8 (the Taylor term).
+    """
+    if not options:
+        raise ConfigError("there is no option to choose between; give {'int4': quantize.uniform(4), ...}")
+    inputs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
+    first = next(inputs, None)
+    if first is None:
+        raise DataError("there is no batch to measure sensitivities with")
+    leaves, rebuild = flatten(params)
+    chosen, left = _candidates(fn, params, first, leaves, where)
+    forms, refused = _forms(leaves, chosen, options)
+    left |= {path: "no option can take it" for path in chosen if not forms[path]}
+    forms = {path: forms[path] for path in chosen if forms[path]}
+    bitops, macs, rest = _work(cost(fn, params, *first, activation_bits=activation_bits).by_site, leaves, forms)
+    sizes = {path: {option: _nbytes(form) for option, form in options.items()} for path, options in forms.items()}
+    bytes_left = sum(_nbytes(leaves[path]) for path in left)
+    byte_budget(max_bytes, sizes, bytes_left).check()
+    work_budget(max_bitops, bitops, rest).check()
+    scored = _scorer(measure, key, probes)(lambda leaves, *x: fn(rebuild(leaves), *x), leaves, chain([first], inputs), forms)
+    return Sensitivities(measure, _finite(scored), sizes, bitops, macs, refused, _ordered(left, leaves), bytes_left, rest)
+
+
+def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., measures.Scores]:
+    """Return ``(model, leaves, batches, forms) -> scores``."""
+    if measure == "hutchinson":
+        if key is None:
+            raise ConfigError('measure="hutchinson" draws random probes; give it a key, such as jax.random.key(0)')
+        return partial(measures.by_curvature, key=key, probes=probes)
+    scorers = {
+        "fisher": measures.by_fisher,
+        "kl": partial(measures.by_outputs, distance=measures.divergence),
+        "mse": partial(measures.by_outputs, distance=measures.squared_error),
+    }
+    if measure not in scorers:
+        raise ConfigError(f"measure must be 'fisher', 'kl', 'mse' or 'hutchinson', got {measure!r}")
+    return scorers[measure]
+
+
+def _candidates(
+    fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], leaves: dict[str, Any], where: Patterns | None
+) -> tuple[list[str], dict[str, str]]:
+    """Return the leaves to decide about, and why the others are left alone."""
+    if where is not None:
+        found = match(where, leaves)
+        return found, {path: "no pattern matches it" for path in leaves if path not in found}
+    traced = trace(fn, params, *inputs)
+    used = {path for site in traced.sites.values() for path in (site.param, *site.also)} | set(traced.found.lookups.values())
+    return [path for path in leaves if path in used], {
+        path: "no product and no lookup uses it" for path in leaves if path not in used
+    }
+
+
+def _forms(
+    leaves: dict[str, Any], chosen: list[str], options: Mapping[str, Compression]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+    """Return what each leaf is under each option, packed, and why it cannot take some."""
+    forms: dict[str, dict[str, Any]] = {path: {} for path in chosen}
+    refused: dict[str, dict[str, str]] = {}
+    for path in chosen:
+        for name, option in options.items():
+            form, why = _form(path, leaves[path], option)
+            if why is None:
+                forms[path][name] = form
+            else:
+                refused.setdefault(path, {})[name] = why
+    return forms, refused
+
+
+def _form(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
+    """Return one leaf under one option, or why it cannot take it; the very leaf if the option is to leave it alone."""
+    part = {path: x}
+    try:
+        state = option.init(part)
+        if option.view(part, state) is part:
+            return x, None
+        why = option.skipped(part).get(path)
+        return (None, why) if why else (option.pack(part, state)[path], None)
+    except ShapeError as error:
+        return None, str(error)
+
+
+def _work(
+    sites: Mapping[str, SiteCost], leaves: dict[str, Any], forms: measures.Forms
+) -> tuple[dict[str, dict[str, int]], dict[str, int], int]:
+    """Return bit-operations by leaf and option, MACs by leaf, and the bit-operations that no option changes.
+
+    A product that several parameters enter is shared out among them by size.
+    """
+    work, macs, rest = {path: dict.fromkeys(options, 0.0) for path, options in forms.items()}, dict.fromkeys(forms, 0.0), 0.0
+    widths = {path: {o: stored({o: form}, None, None)[o].bits for o, form in opts.items()} for path, opts in forms.items()}
+    for each in sites.values():
+        paths = [path for path in (each.site.param, *each.site.also) if path is not None]
+        held = sum(leaves[path].size for path in paths)
+        rest += 0.0 if paths else each.bit_operations
+        own = dtype_bits(each.site.lhs_dtype if each.site.operand == "lhs" else each.site.rhs_dtype)
+        for path in paths:
+            share = each.macs * leaves[path].size / held
+            if path not in forms:
+                rest += share * own * each.activation_bits
+                continue
+            macs[path] += share
+            for option, bits in widths[path].items():
+                work[path][option] += share * (bits or own) * each.activation_bits
+    whole = {path: {option: round(amount) for option, amount in amounts.items()} for path, amounts in work.items()}
+    return whole, {path: round(amount) for path, amount in macs.items()}, round(rest)
+
+
+def _nbytes(form: Any) -> int:
+    return nbytes(form) if is_packed(form) else jnp.asarray(form).nbytes
+
+
+def _finite(scores: measures.Scores) -> measures.Scores:
+    for path, options in scores.items():
+        for option, score in options.items():
+            if not math.isfinite(score):
+                raise NonFiniteError(
+                    f"the sensitivity of {path!r} to {option!r} is {score}; look at the outputs or the loss"
+                )
+    return scores
+
+
+def _ordered(left: dict[str, str], leaves: dict[str, Any]) -> dict[str, str]:
+    return {path: left[path] for path in leaves if path in left}
