@@ -35,3 +35,7 @@ class DataError(CompressError):
 
 class ConfigError(CompressError):
     """A config file or one of its arguments cannot be used."""
+
+
+class ExportError(CompressError):
+    """A model cannot be exported to another runtime, or what was exported does not do there what it should."""
