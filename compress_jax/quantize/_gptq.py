@@ -1,24 +1,22 @@
 """GPTQ: round one input at a time and let the inputs that are left make up for the error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
 from compress_jax.trace import Calibration
-from compress_jax.trace.matrix import Problem, problems
+from compress_jax.trace.matrix import MatrixForm, Problem, problems
 
 HIGHEST = jax.lax.Precision.HIGHEST
 TRIES, LEAST = 6, 1e-4
-UNSPLIT = 1024  # so many inputs are solved without splitting them in halves
-Solution = tuple[jax.Array, jax.Array]  # rounded weights; what each input's error is, divided by U's diagonal
+UNSPLIT = 1024  # at most so many earlier inputs make up for their errors in one product
 
 
 def gptq(
@@ -34,10 +32,13 @@ def gptq(
     r"""Round weights so that the layers' outputs, not the weights, stay close, by second-order error compensation.
 
     With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, each input i in turn is
-    rounded to :math:`q_i`, and :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. The scales (and masks,
-    in a chain) are those of the compression's state; any grid, floating format or granularity that sees weights entry by
-    entry will do. All sites that `calibrate` saw: dense, einsum, attention projections, convolutions, experts, scanned
-    layers, which are solved side by side.
+    rounded to :math:`q_i`, and :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as what
+    it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
+    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the weights as they were; so nothing is ever inverted.
+
+    The scales (and masks, in a chain) are those of the compression's state; any grid, floating format or granularity that
+    sees weights entry by entry will do. All sites that `calibrate` saw: dense, einsum, attention projections, convolutions,
+    experts, scanned layers, which are solved one after the other by one compiled program.
 
     Args:
       params: tree of arrays.
@@ -70,6 +71,7 @@ def gptq(
 
     References:
       Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ", 2023, arXiv:2210.17323, algorithm 1.
+      Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025, arXiv:2507.18553.
     """
     state = compression.init(params) if state is None else state
     leaves, rebuild = flatten(params)
@@ -91,56 +93,67 @@ def _leaf(
     path: str, x: jax.Array, how: Pointwise, problem: Problem, damping: float, block: int, act_order: bool
 ) -> tuple[jax.Array, float]:
     """Solve one leaf, raising the damping until its Hessians can be factored."""
-    matrices = [problem.form.matrices(each) for each in (x.astype(jnp.float32), *how.operands)]
     for attempt in range(TRIES):
         used = damping if attempt == 0 else max(damping, LEAST) * 10**attempt
-        solved, factored = _solve(matrices[0], matrices[1:], problem.gram, used, how.see, block, act_order)
-        if bool(factored.all()):
-            return problem.form.stored(solved).astype(x.dtype), used
+        solved, factored = _solve(x, how.operands, problem.gram, used, problem.form, how.see, block, act_order)
+        if bool(factored):
+            return solved, used
     raise NonFiniteError(
         f"GPTQ cannot solve {path!r}: its weights or calibration statistics are not finite, or its Hessian is not positive "
         f"definite even with damping {used:g}; look at the calibration batches, or raise `damping`"
     )
 
 
-@partial(jax.jit, static_argnames=("see", "block", "act_order"))
+@partial(jax.jit, static_argnames=("form", "see", "block", "act_order"))
 def _solve(
-    w: jax.Array,
-    operands: list[jax.Array],
+    x: jax.Array,
+    operands: Sequence[jax.Array],
     gram: jax.Array,
     damping: Any,
+    form: MatrixForm,
     see: Callable[..., Any],
     block: int,
     act_order: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Solve all matrices of a leaf, one after the other; ``[batch, k, n]``, and ``[batch]`` whether it worked."""
+    """Solve all matrices of a leaf, one after the other; the leaf as it is stored, and whether all could be factored."""
 
     def one(each: Any) -> tuple[jax.Array, jax.Array]:
-        return _matrix(each[0], each[1], each[2], damping, see, block, act_order)
+        return _matrix(*each, damping, see, block, act_order)
 
-    return jax.lax.map(one, (w, operands, gram))
+    every = form.matrices(x.astype(jnp.float32)), [form.matrices(each) for each in operands], gram
+    if len(gram) == 1:
+        solved, factored = jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], every)))
+    else:
+        solved, factored = jax.lax.map(one, every)
+    return form.stored(solved).astype(x.dtype), factored.all()
 
 
 def _matrix(
     w: jax.Array, operands: Any, gram: jax.Array, damping: Any, see: Callable[..., Any], block: int, act_order: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Solve one matrix ``[k, n]``; a Hessian that is not positive definite, or NaN, has no finite factor."""
-    hessian = 2 * gram
-    diagonal = jnp.diagonal(hessian)
+    diagonal = 2 * jnp.diagonal(gram)
     dead = diagonal == 0  # inputs that are always zero: their weights do not matter
-    order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(len(w))
-    hessian = hessian + jnp.diag(jnp.where(dead, 1.0, damping * diagonal.mean()))
-    upper = inverse_factor(hessian[order][:, order])
     w = jnp.where(dead[:, None], 0.0, w)
-    rounded, _ = _columns(w[order], [x[order] for x in operands], upper, see, min(block, len(w)))
-    return jnp.zeros_like(rounded).at[order].set(rounded), jnp.isfinite(upper).all()
+    hessian = _plus_diagonal(2 * gram, jnp.where(dead, 1.0, damping * diagonal.mean()))
+    if not act_order:
+        factor = upper_factor(hessian)
+        return _columns(w, operands, factor, see, block), jnp.isfinite(jnp.diagonal(factor)).all()
+    order = jnp.argsort(-diagonal, stable=True)
+    factor = upper_factor(hessian[order][:, order])
+    rounded = _columns(w[order], [x[order] for x in operands], factor, see, block)
+    return jnp.zeros_like(rounded).at[order].set(rounded), jnp.isfinite(jnp.diagonal(factor)).all()
 
 
-def inverse_factor(h: jax.Array) -> jax.Array:
-    r"""Return the upper triangular U with :math:`U^\top U = H^{-1}`.
+def _plus_diagonal(x: jax.Array, diagonal: jax.Array) -> jax.Array:
+    i = jnp.arange(len(x))
+    return jnp.where(i[:, None] == i[None], x + diagonal[None], x)  # in one pass with whatever reads it
 
-    By one factorisation of H read backwards, :math:`H = A A^\top` with A upper triangular, and :math:`U = A^{-1}`; H is
-    never inverted as a whole.
+
+def upper_factor(h: jax.Array) -> jax.Array:
+    r"""Return the upper triangular A with :math:`A A^\top = H`: the Cholesky factor of H read backwards.
+
+    Its inverse is the upper Cholesky factor of :math:`H^{-1}`.
 
     Args:
       h: symmetric positive definite ``[k, k]``.
@@ -149,60 +162,57 @@ def inverse_factor(h: jax.Array) -> jax.Array:
       ``[k, k]``; NaN if ``h`` is not positive definite.
 
     Example:
-      >>> u = inverse_factor(jnp.array([[4.0, 2.0], [2.0, 3.0]]))
-      >>> (u.T @ u @ jnp.array([[4.0, 2.0], [2.0, 3.0]])).round(5).tolist()
-      [[1.0, 0.0], [0.0, 1.0]]
+      >>> a = upper_factor(jnp.array([[4.0, 2.0], [2.0, 1.0 + 3.0]]))
+      >>> a.round(4).tolist(), (a @ a.T).round(4).tolist()
+      ([[1.7321, 1.0], [0.0, 2.0]], [[4.0, 2.0], [2.0, 4.0]])
     """
-    a = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(a, jnp.eye(len(h), dtype=h.dtype), lower=False)
+    return jax.lax.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
 
 
-def _columns(w: jax.Array, operands: list[jax.Array], upper: jax.Array, see: Callable[..., Any], block: int) -> Solution:
-    """Round the inputs in order, the first half before the second, so that most of the work is in large products."""
-    k = len(w)
-    if k <= UNSPLIT:
-        return _blocks(w, operands, upper, see, block)
-    half = k // 2 // block * block
-    first = _columns(w[:half], [x[:half] for x in operands], upper[:half, :half], see, block)
-    left = w[half:] - jnp.matmul(upper[:half, half:].T, first[1], precision=HIGHEST)
-    second = _columns(left, [x[half:] for x in operands], upper[half:, half:], see, block)
-    return jnp.concatenate([first[0], second[0]]), jnp.concatenate([first[1], second[1]])
+def _columns(w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Callable[..., Any], block: int) -> jax.Array:
+    """Round block by block; before each, add up what the inputs before it owe it. What is missing in the end is padded."""
+    (k, n), block = w.shape, min(block, len(w))
+    tiles = -(-k // max(block, UNSPLIT))
+    tile = -(-k // (tiles * block)) * block
+    missing = tiles * tile - k
+    w, *operands = (jnp.pad(x, ((0, missing), (0, 0)), mode="edge") for x in (w, *operands))
+    factor = jnp.pad(factor, (0, missing))
+
+    def cut(x: jax.Array, start: Any, size: int = block) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size)
+
+    def turn(missed: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+        columns = jax.lax.dynamic_slice_in_dim(factor, start, block, axis=1)
+
+        def gather(i: Any, owed: jax.Array) -> jax.Array:  # what is yet to be rounded has missed nothing
+            earlier = cut(columns, i * tile, tile), cut(missed, i * tile, tile)
+            return owed + jnp.matmul(earlier[0].T, earlier[1], precision=HIGHEST)
+
+        owed = jax.lax.fori_loop(0, -(-start // tile), gather, jnp.zeros((block, n)))
+        rounded, missed_here = _rows(cut(w, start), [cut(x, start) for x in operands], owed, cut(columns, start), see)
+        return jax.lax.dynamic_update_slice_in_dim(missed, missed_here, start, 0), rounded
+
+    _, rounded = jax.lax.scan(turn, jnp.zeros_like(w), jnp.arange(0, len(w), block))
+    return rounded.reshape(-1, n)[:k]
 
 
-def _blocks(w: jax.Array, operands: list[jax.Array], upper: jax.Array, see: Callable[..., Any], block: int) -> Solution:
-    """Round block by block; after each, carry its error to the inputs that are left. The last block may be padded."""
-    k, n = w.shape
-    size = k + -k % block
-    w, *operands = (jnp.pad(x, ((0, size - k), (0, 0)), mode="edge") for x in (w, *operands))
-    upper = jnp.pad(upper, (0, size - k)) + jnp.diag((jnp.arange(size) >= k).astype(upper.dtype))
+def _rows(
+    w: jax.Array, operands: list[jax.Array], owed: jax.Array, factor: jax.Array, see: Callable[..., Any]
+) -> tuple[jax.Array, jax.Array]:
+    """Round the rows of a block in turn; return what they became and what they missed.
 
-    def turn(w: jax.Array, start: jax.Array) -> tuple[jax.Array, Solution]:
-        cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, block)  # noqa: E731
-        rows = cut(upper)
-        inner = jax.lax.dynamic_slice_in_dim(rows, start, block, axis=1)
-        rounded, errors = _rows(cut(w), [cut(x) for x in operands], inner, see)
-        later = jnp.where(jnp.arange(size)[None] >= start + block, rows, 0)
-        return w - jnp.matmul(later.T, errors, precision=HIGHEST), (rounded, errors)
-
-    _, solution = jax.lax.scan(turn, w, jnp.arange(0, size, block))
-    rounded, errors = (x.reshape(-1, n)[:k] for x in solution)
-    return rounded, errors
-
-
-def _rows(w: jax.Array, operands: list[jax.Array], upper: jax.Array, see: Callable[..., Any]) -> Solution:
-    """Round the rows of a block in turn; return what they became and their errors, divided by U's diagonal.
-
-    Each row gathers what the rows before it owe it, which reads the errors; passing each row's error on at once would
-    rewrite the whole block every time.
+    Each row gathers what the rows before it owe it, which reads them; passing each row's error on at once would rewrite the
+    whole block every time.
     """
-    before = jnp.triu(upper, 1).T
+    diagonal = jnp.diagonal(factor)
+    inverse = 1 / jnp.where(diagonal == 0, 1, diagonal)  # padded inputs have none
 
-    def turn(errors: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
-        i, w, coefficients, diagonal, operands = row
-        w = w - jnp.matmul(coefficients, errors, precision=HIGHEST)
-        rounded = see(w, *operands)
-        return jax.lax.dynamic_update_index_in_dim(errors, (w - rounded) / diagonal, i, 0), rounded
+    def turn(missed: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
+        i, w, owed, coefficients, inverse, operands = row
+        owed = owed + jnp.matmul(coefficients, missed, precision=HIGHEST)
+        rounded = see(w + owed * inverse, *operands)
+        return jax.lax.dynamic_update_index_in_dim(missed, w - rounded, i, 0), rounded
 
-    steps = (jnp.arange(len(w)), w, before, jnp.diagonal(upper), operands)
-    errors, rounded = jax.lax.scan(turn, jnp.zeros_like(w), steps)
-    return rounded, errors
+    steps = (jnp.arange(len(w)), w, owed, factor.T, inverse, operands)
+    missed, rounded = jax.lax.scan(turn, jnp.zeros_like(w), steps)
+    return rounded, missed
