@@ -1,6 +1,10 @@
 """Reference networks in Flax Linen: ``model.apply(variables, x, train=False)`` gives float32 logits."""
 
+from compress_jax.models.bert import Bert, BertClassifier
+from compress_jax.models.ds_cnn import DSCNN
+from compress_jax.models.gpt import GPT
 from compress_jax.models.lenet import LeNet5, LeNet300100
 from compress_jax.models.resnet import ResNet
+from compress_jax.models.vit import ViT
 
-__all__ = ["LeNet5", "LeNet300100", "ResNet"]
+__all__ = ["DSCNN", "GPT", "Bert", "BertClassifier", "LeNet5", "LeNet300100", "ResNet", "ViT"]

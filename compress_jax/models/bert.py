@@ -1,0 +1,117 @@
+"""BERT, the post-norm text encoder, and a classifier on it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from compress_jax.models._attention import Attention, Gelu, Perceptron
+from compress_jax.models._head import head
+
+PAD = 0  # in every BERT vocabulary
+
+
+class Bert(nn.Module):
+    """Bidirectional transformer over tokens: ``norm(x + attention(x))``, then ``norm(x + perceptron(x))`` in each layer.
+
+    The defaults are BERT-base. BERT-tiny is ``width=128, depth=2, heads=2`` (4,369,408 parameters), BERT-mini ``256, 4, 4``,
+    MiniLM-L6 ``384, 6, 12``. `pretrained.bert` fills it with published weights. There is no dropout.
+
+    Attributes:
+      vocabulary: number of different tokens.
+      width: numbers a token holds.
+      depth: number of layers.
+      heads: heads of attention.
+      hidden: units of the perceptrons; None for 4 times the width.
+      positions: longest sequence.
+      segments: number of different segments.
+      gelu: ``"exact"`` as published, or ``"tanh"``, which some exporters need.
+      epsilon: of the layer norms.
+      dtype: what the layers compute in.
+
+    Example:
+      >>> model = Bert(vocabulary=100, width=8, depth=1, heads=2)
+      >>> tokens = jnp.array([[5, 17, 9, 0]])
+      >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
+      >>> jax.jit(model.apply)(variables, tokens).shape
+      (1, 4, 8)
+
+    References:
+      Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", NAACL 2019, section 3; Turc et al.,
+      "Well-Read Students Learn Better", 2019, table 1, for the smaller ones.
+    """
+
+    vocabulary: int = 30_522
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int | None = None
+    positions: int = 512
+    segments: int = 2
+    gelu: Gelu = "exact"
+    epsilon: float = 1e-12
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Return the last layer's ``[batch, length, width]``.
+
+        Args:
+          tokens: int32 ``[batch, length]``.
+          mask: which of them are text rather than padding, same shape; by default those that are not 0.
+          segments: which sentence each belongs to, same shape; by default the first.
+          train: changes nothing.
+        """
+        length = tokens.shape[1]
+        if length > self.positions:
+            raise ValueError(f"sequences of {length} tokens are longer than positions={self.positions}")
+
+        def embed(size: int, name: str) -> nn.Embed:
+            return nn.Embed(size, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02), name=name)
+
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
+
+        mask = tokens != PAD if mask is None else mask.astype(bool)
+        x = embed(self.vocabulary, "tokens")(tokens) + embed(self.positions, "positions")(jnp.arange(length)[None])
+        x = x + embed(self.segments, "segments")(jnp.zeros_like(tokens) if segments is None else segments)
+        x = norm("norm")(x)
+        for i in range(self.depth):
+            attention = Attention(self.heads, self.dtype, name=f"layer_{i}_attention")
+            x = norm(f"layer_{i}_attention_norm")(x + attention(x, mask[:, None, None, :]))
+            mlp = Perceptron(self.hidden or 4 * self.width, self.gelu, self.dtype, name=f"layer_{i}_mlp")
+            x = norm(f"layer_{i}_mlp_norm")(x + mlp(x))
+        return x
+
+
+class BertClassifier(nn.Module):
+    """BERT, the pooler over its first token, and a linear layer.
+
+    Attributes:
+      encoder: the `Bert` below.
+      classes: number of logits.
+      dtype: what the pooler computes in; logits are float32.
+
+    Example:
+      >>> model = BertClassifier(Bert(vocabulary=100, width=8, depth=1, heads=2), classes=3)
+      >>> tokens = jnp.array([[5, 17, 9, 0]])
+      >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
+      >>> sorted(variables["params"]), jax.jit(model.apply)(variables, tokens).shape
+      (['encoder', 'head', 'pooler'], (1, 3))
+    """
+
+    encoder: Bert
+    classes: int = 2
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None, train: bool = False
+    ) -> jax.Array:
+        """Return logits ``[batch, classes]``; arguments as of `Bert`."""
+        first = self.encoder(tokens, mask, segments, train)[:, 0]
+        pooled = jnp.tanh(nn.Dense(first.shape[-1], dtype=self.dtype, name="pooler")(first))
+        return head(self.classes, self.dtype)(pooled)

@@ -1,0 +1,89 @@
+"""DS-CNN, the depthwise separable network of keyword spotting."""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from compress_jax.models._head import head
+
+
+class DSCNN(nn.Module):
+    """One convolution, then blocks of a depthwise 3x3 and a pointwise convolution, each with batch norm and ReLU.
+
+    The defaults are the small one, as MLPerf Tiny runs it on 49x10x1 spectrograms: 23,756 parameters, 1,152 statistics.
+
+    Attributes:
+      classes: number of logits.
+      width: channels.
+      blocks: number of depthwise separable blocks.
+      window: of the first convolution, in frames and in bands.
+      stride: of the first convolution.
+      depthwise: how the depthwise convolutions are computed, from the same parameters. ``"conv"`` is one grouped
+        convolution: what `trace` finds and exporters know. ``"shifts"`` adds nine shifted products: the same but for
+        rounding, and on CPU, where XLA's grouped convolution is slow, what to train with.
+      dtype: what the layers compute in; logits are float32.
+      axis_name: as of `ResNet`.
+
+    Example:
+      >>> model = DSCNN(width=8, blocks=1)
+      >>> spectrograms = jnp.zeros((2, 49, 10, 1))
+      >>> variables = jax.jit(model.init)(jax.random.key(0), spectrograms)
+      >>> jax.jit(model.apply)(variables, spectrograms).shape
+      (2, 12)
+
+    References:
+      Zhang, Suda, Lai and Chandra, "Hello Edge: Keyword Spotting on Microcontrollers", 2017, section 4.5; Banbury et al.,
+      "MLPerf Tiny Benchmark", 2021.
+    """
+
+    classes: int = 12
+    width: int = 64
+    blocks: int = 4
+    window: tuple[int, int] = (10, 4)
+    stride: int = 2
+    depthwise: Literal["conv", "shifts"] = "conv"
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Return logits of ``[batch, frames, bands, 1]``; ``train`` normalises by the batch itself."""
+        norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
+        norm = partial(norm, axis_name=self.axis_name)
+        conv = partial(nn.Conv, self.width, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
+        x = nn.relu(norm(name="stem_norm")(conv(self.window, strides=self.stride, name="stem")(x)))
+        for i in range(self.blocks):
+            if self.depthwise == "conv":
+                depthwise = conv((3, 3), feature_group_count=self.width, name=f"depthwise_{i}")
+            else:
+                depthwise = ShiftedDepthwise(self.width, self.dtype, name=f"depthwise_{i}")
+            x = nn.relu(norm(name=f"depthwise_{i}_norm")(depthwise(x)))
+            x = nn.relu(norm(name=f"pointwise_{i}_norm")(conv((1, 1), name=f"pointwise_{i}")(x)))
+        return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))
+
+
+class ShiftedDepthwise(nn.Module):
+    """A depthwise 3x3 convolution, zero-padded, as a sum of shifted products; parameters as of the grouped convolution.
+
+    Attributes:
+      width: channels.
+      dtype: what it computes in.
+    """
+
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Return an array in the shape of ``x``, ``[batch, height, width, channels]``."""
+        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, 1, self.width)).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
+        _, height, width, _ = x.shape
+        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        shifts = (
+            padded[:, i : i + height, j : j + width] * kernel[i : i + 1, j : j + 1] for i in range(3) for j in range(3)
+        )
+        return sum(shifts, start=bias[None, None, None])

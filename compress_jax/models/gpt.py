@@ -1,0 +1,79 @@
+"""GPT, the causal transformer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from compress_jax.models._attention import Gelu, PreNorm
+
+
+class GPT(nn.Module):
+    """Pre-norm causal transformer whose last layer is its table of tokens.
+
+    The defaults are GPT-2 small: 124,439,808 parameters. With ``scan`` the layers are one `jax.lax.scan` over stacked
+    parameters, ``layers/...`` with a leading axis of ``depth``, and compile as fast as one of them; else they are
+    ``layer_0/...``, ``layer_1/...``, ... There is no dropout.
+
+    Attributes:
+      vocabulary: number of different tokens, and of logits.
+      width: numbers a token holds.
+      depth: number of layers.
+      heads: heads of attention.
+      hidden: units of the perceptrons; None for 4 times the width.
+      positions: longest sequence.
+      scan: whether layers are stacked.
+      remat: whether a layer's activations are computed again for its gradient, rather than kept.
+      gelu: ``"tanh"`` as published, or ``"exact"``.
+      epsilon: of the layer norms.
+      dtype: what the layers compute in; logits are float32.
+
+    Example:
+      >>> model = GPT(vocabulary=100, width=8, depth=2, heads=2, positions=16, scan=True)
+      >>> tokens = jnp.array([[5, 17, 9, 0]])
+      >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
+      >>> jax.jit(model.apply)(variables, tokens).shape
+      (1, 4, 100)
+
+    References:
+      Radford et al., "Language Models are Unsupervised Multitask Learners", 2019, section 2.3.
+    """
+
+    vocabulary: int = 50_257
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    hidden: int | None = None
+    positions: int = 1024
+    scan: bool = False
+    remat: bool = False
+    gelu: Gelu = "tanh"
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
+        """Return logits ``[batch, length, vocabulary]`` of the token after each; ``train`` changes nothing."""
+        length = tokens.shape[1]
+        if length > self.positions:
+            raise ValueError(f"sequences of {length} tokens are longer than positions={self.positions}")
+        init = nn.initializers.normal(0.02)
+        table = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, embedding_init=init, name="tokens")
+        places = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=init, name="positions")
+        x = table(tokens) + places(jnp.arange(length)[None])
+        x = self._layers(x, jnp.tril(jnp.ones((1, 1, length, length), bool)))
+        x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
+        wide = jnp.promote_types(x.dtype, jnp.float32)  # logits are never rounded to less
+        return x.astype(wide) @ table.embedding.astype(wide).T
+
+    def _layers(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        kind = nn.remat(PreNorm, prevent_cse=not self.scan) if self.remat else PreNorm
+        arguments = (self.heads, self.hidden or 4 * self.width, self.gelu, self.epsilon, self.dtype)
+        if not self.scan:
+            for i in range(self.depth):
+                x = kind(*arguments, name=f"layer_{i}")(x, mask)
+            return x
+        axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        step = nn.scan(lambda layer, x, _: (layer(x, mask), None), length=self.depth, **axes)
+        return step(kind(*arguments, name="layers"), x, None)[0]
