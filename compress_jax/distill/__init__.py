@@ -6,6 +6,7 @@ with ``warmup = optax.linear_schedule(0.0, 1.0, 1000)``.
 """
 
 from compress_jax.distill._capture import capture
+from compress_jax.distill._contrast import contrast
 from compress_jax.distill._dist import dist
 from compress_jax.distill._fusion import fusion
 from compress_jax.distill._resize import resize
@@ -25,16 +26,23 @@ from compress_jax.distill.margins import ab, ofd, ofd_margin
 from compress_jax.distill.parts import Part, activation, norm, sequential
 from compress_jax.distill.relations import rkd, rkd_angle, rkd_distance, similarity
 from compress_jax.distill.teacher import Teacher, cast
+from compress_jax.distill.teachers import Drift, Teachers, drift, fingerprint, hexadecimal, require_same
+from compress_jax.distill.terms import Schedule, Seen, Term, on_features, on_labels, on_logits, on_weights
 from compress_jax.distill.tokens import Total, masked_mean, masked_total, token_total
-from compress_jax.distill.transforms import averaged, ensemble, standardize, virtual_teacher
+from compress_jax.distill.transforms import averaged, ensemble, ensembled, standardize, virtual_teacher
 from compress_jax.distill.weights import l2_sp
 
 __all__ = [
     "Bank",
     "Calibration",
+    "Drift",
     "Objective",
     "Part",
+    "Schedule",
+    "Seen",
     "Teacher",
+    "Teachers",
+    "Term",
     "TopK",
     "Total",
     "ab",
@@ -52,6 +60,7 @@ __all__ = [
     "chunked_kl",
     "cka",
     "cka_loss",
+    "contrast",
     "conv",
     "crd",
     "crd_bank",
@@ -61,14 +70,18 @@ __all__ = [
     "deconv",
     "dist",
     "dkd",
+    "drift",
     "embedding",
     "ensemble",
+    "ensembled",
+    "fingerprint",
     "fsp",
     "ft",
     "fusion",
     "gaussian",
     "generator",
     "hard_label",
+    "hexadecimal",
     "hint",
     "hinton",
     "ickd",
@@ -84,9 +97,14 @@ __all__ = [
     "nst",
     "ofd",
     "ofd_margin",
+    "on_features",
+    "on_labels",
+    "on_logits",
+    "on_weights",
     "paraphraser",
     "pkt",
     "projector",
+    "require_same",
     "resize",
     "reverse_kl",
     "review",

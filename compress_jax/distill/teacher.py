@@ -1,11 +1,13 @@
 """The frozen teacher: variables that are an argument of the training step, and the function that turns them into logits."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from compress_jax.core.packed import unpack
 
 
 def cast(variables: Any, dtype: Any) -> Any:
@@ -50,9 +52,13 @@ class Teacher:
     ``apply`` share one compiled step.
 
     Attributes:
-      variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``.
       apply: ``(variables, inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules whose ``train`` is False
-        by default. Define it once; a new lambda for each call would compile the step anew.
+        by default; or ``-> (logits, features by path)``, which `capture` makes of it. Define it once; a new lambda for
+        each call would compile the step anew.
+      variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``. Leaves may be packed: 8-bit
+        weights stay so in memory, and what ``load`` reads of a file is a teacher as it is.
+      view: ``inputs -> inputs``, how the teacher sees what the student was given: at its own resolution, say. None for as
+        it is.
 
     Example:
       >>> def linear(variables, x):
@@ -64,11 +70,18 @@ class Teacher:
 
     apply: Callable[..., Any] = field(metadata={"static": True})
     variables: Any
+    view: Callable[[Any], Any] | None = field(default=None, metadata={"static": True})
 
     def __call__(self, inputs: Any) -> jax.Array:
         """Return the logits of some inputs, float32 ``[..., classes]``."""
-        logits = self.apply(jax.lax.stop_gradient(self.variables), inputs)
-        return at_least_float32(jax.lax.stop_gradient(logits))
+        return self.see(inputs)[0]
+
+    def see(self, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the logits, float32 ``[..., classes]``, and the features that ``apply`` captures, by path."""
+        seen = inputs if self.view is None else self.view(inputs)
+        out = jax.lax.stop_gradient(self.apply(unpack(jax.lax.stop_gradient(self.variables)), seen))
+        logits, features = out if isinstance(out, tuple) else (out, {})
+        return at_least_float32(logits), features
 
     def cast(self, dtype: Any) -> "Teacher":
         """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.
@@ -82,5 +95,5 @@ class Teacher:
           A new Teacher; if its variables have no ``"params"``, all of them are cast.
         """
         if isinstance(self.variables, dict) and "params" in self.variables:
-            return Teacher(self.apply, {**self.variables, "params": cast(self.variables["params"], dtype)})
-        return Teacher(self.apply, cast(self.variables, dtype))
+            return replace(self, variables={**self.variables, "params": cast(self.variables["params"], dtype)})
+        return replace(self, variables=cast(self.variables, dtype))

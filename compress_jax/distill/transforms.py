@@ -134,6 +134,35 @@ def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = N
     return mean
 
 
+def ensembled(loss: Callable[..., jax.Array], weights: Sequence[float] | None = None) -> Callable[..., jax.Array]:
+    """Return the loss of several teachers that is a loss of the mean of their probabilities, see `ensemble`.
+
+    ``loss(student_logits, ensemble(teacher_logits, weights, T), *rest, temperature=T)``.
+
+    Args:
+      loss: ``(student_logits, teacher_logits, *rest, temperature=...) -> [...]``, such as `kl` or `jsd`.
+      weights: one of each teacher, not negative, of any sum; the default is the same for all.
+
+    Returns:
+      ``(student_logits, teacher_logits, *rest, temperature=1.0) -> [...]`` with teacher logits as `ensemble` takes them.
+
+    Example:
+      >>> from compress_jax.distill import kl
+      >>> certain, unsure = jnp.array([99.0, 0.0]), jnp.array([0.0, 0.0])
+      >>> ensembled(kl)(jnp.array([jnp.log(3.0), 0.0]), [certain, unsure]).round(4).tolist()
+      0.0
+
+    References:
+      Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 5.
+    """
+
+    def of(student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
+        return loss(student_logits, ensemble(teacher_logits, weights, temperature), *rest, temperature=temperature)
+
+    of.__name__ = getattr(loss, "__name__", "ensembled")
+    return of
+
+
 def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
     """Return weights of sum 1."""
     weights = [1.0] * teachers if weights is None else [float(weight) for weight in weights]

@@ -2,14 +2,16 @@
 
 from compress_jax.train._progress import progress
 from compress_jax.train.checkpoint import Checkpoints
+from compress_jax.train.distillation import distillation
 from compress_jax.train.evaluate import accuracy, logits
+from compress_jax.train.generations import graduate, mutual_step
 from compress_jax.train.interrupt import Interrupted, watch_signals
 from compress_jax.train.loop import Feed, fit
 from compress_jax.train.losses import distilled, supervised
 from compress_jax.train.metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train.parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
 from compress_jax.train.state import TrainState, create, label_optimizer
-from compress_jax.train.step import Loss, Metrics, Step, make_step
+from compress_jax.train.step import Loss, Metrics, StatefulLoss, Step, make_step
 
 __all__ = [
     "Checkpoints",
@@ -19,17 +21,21 @@ __all__ = [
     "Loss",
     "Metrics",
     "Recorder",
+    "StatefulLoss",
     "Step",
     "TensorBoard",
     "TrainState",
     "accuracy",
     "create",
+    "distillation",
     "distilled",
     "fit",
+    "graduate",
     "jit_step",
     "label_optimizer",
     "logits",
     "make_step",
+    "mutual_step",
     "place",
     "pmap_step",
     "progress",

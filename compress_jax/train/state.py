@@ -19,8 +19,11 @@ class TrainState(NamedTuple):
       learned: the part of the compression that the optimizer trains beside the params.
       fixed: the part of the compression that is never differentiated.
       model_state: the model's other collections, ``{"batch_stats": ...}`` or ``{}``.
-      opt_state: of the optimizer over ``{"params": params, "learned": learned}``.
+      opt_state: of the optimizer over `trainable`.
       key: typed PRNG key of the run; the key of a step is derived from it and the step's number.
+      parts: the parts of the loss that the optimizer trains beside the params (regressors, variances): saved and resumed
+        with the run, and none of the model's, so that nothing exports them.
+      memory: what else the loss keeps from step to step (banks, moving averages): never differentiated, never exported.
     """
 
     step: jax.Array
@@ -30,11 +33,13 @@ class TrainState(NamedTuple):
     model_state: Any
     opt_state: Any
     key: jax.Array
+    parts: Any = {}
+    memory: Any = {}
 
     @property
     def trainable(self) -> dict[str, Any]:
-        """What the optimizer sees: ``{"params": params, "learned": learned}``."""
-        return {"params": self.params, "learned": self.learned}
+        """What the optimizer sees: ``{"params": params, "learned": learned}``, and ``"parts"`` if the loss has any."""
+        return _trainable(self.params, self.learned, self.parts)
 
     @property
     def compression(self) -> CompressionState:
@@ -54,11 +59,16 @@ class TrainState(NamedTuple):
         return {"params": params, **self.model_state}
 
 
+def _trainable(params: Any, learned: Any, parts: Any) -> dict[str, Any]:
+    return {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
+
+
 def create(
     variables: Mapping[str, Any],
     compression: Compression,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
+    beside: tuple[Any, Any] = ({}, {}),
 ) -> TrainState:
     """Return the state before the first step.
 
@@ -69,6 +79,7 @@ def create(
       compression: the compression to train under; ``cj.core.identity()`` for none.
       optimizer: over ``{"params": ..., "learned": ...}``; see `label_optimizer`.
       key: typed PRNG key, from ``jax.random.key(seed)``.
+      beside: ``(parts, memory)`` of a loss that has them, from its ``init``; see `StatefulLoss`.
 
     Returns:
       A TrainState at step 0.
@@ -90,24 +101,27 @@ def create(
         raise TypeError("key must be a typed PRNG key: jax.random.key(seed), not jax.random.PRNGKey(seed)")
     params, model_state = variables["params"], {name: c for name, c in variables.items() if name != "params"}
     learned, fixed = compression.init(params)
-    opt_state = optimizer.init({"params": params, "learned": learned})
-    state = TrainState(jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key)
+    opt_state = optimizer.init(_trainable(params, learned, beside[0]))
+    state = TrainState(jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *beside)
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
 def label_optimizer(
-    params: optax.GradientTransformation, learned: optax.GradientTransformation
+    params: optax.GradientTransformation,
+    learned: optax.GradientTransformation,
+    parts: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """Train the params and the compression's learned arrays each by an optimizer of its own.
+    """Train the params, the compression's learned arrays and the loss's parts each by an optimizer of its own.
 
     Scales, centroids and thresholds want other learning rates than weights, and no weight decay.
 
     Args:
       params: optimizer of the model's parameters.
       learned: optimizer of the compression's learned arrays.
+      parts: optimizer of what only the loss needs (regressors, variances); None for that of the params.
 
     Returns:
-      One optimizer over ``{"params": ..., "learned": ...}``.
+      One optimizer over ``{"params": ..., "learned": ...}``, and ``"parts"`` where there are any.
 
     Example:
       >>> optimizer = label_optimizer(optax.sgd(0.1), optax.sgd(0.01))
@@ -116,5 +130,9 @@ def label_optimizer(
       >>> float(updates["params"]["kernel"][0]), float(updates["learned"]["kernel"][0])
       (-0.10000000149011612, -0.009999999776482582)
     """
-    labels = {"params": "params", "learned": "learned"}
-    return optax.partition({"params": params, "learned": learned}, labels)
+    optimizers = {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
+
+    def labels(trainable: dict[str, Any]) -> dict[str, str]:
+        return {name: name if name in optimizers else "params" for name in trainable}
+
+    return optax.partition(optimizers, labels)

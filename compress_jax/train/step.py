@@ -1,7 +1,7 @@
 """One training step: a pure function, the same under jit, a mesh and pmap."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,19 @@ class Loss(Protocol):
         ...
 
 
+class StatefulLoss(NamedTuple):
+    """A loss with something of its own: parts that are trained beside the model, and a memory rewritten at each step.
+
+    Attributes:
+      init: ``(key, variables, batch, teacher) -> (parts, memory)``, for `create`.
+      loss: ``(params, parts, model_state, memory, batch, key, teacher, step) -> (scalar, (model_state, memory,
+        metrics))``. Gradients flow to params and parts; ``step`` counts from 0, for schedules.
+    """
+
+    init: Callable[[jax.Array, Any, Any, Any], tuple[Any, Any]]
+    loss: Callable[..., tuple[jax.Array, tuple[Any, Any, Metrics]]]
+
+
 class Step(Protocol):
     """``step(state, batch, *, teacher=None, axis_name=None) -> (state, metrics)``."""
 
@@ -36,7 +49,7 @@ class Step(Protocol):
         ...
 
 
-def make_step(loss: Loss, optimizer: optax.GradientTransformation, compression: Compression) -> Step:
+def make_step(loss: Loss | StatefulLoss, optimizer: optax.GradientTransformation, compression: Compression) -> Step:
     """Return the training step of a loss, an optimizer and a compression.
 
     With params p, learned l and fixed f, the loss L sees ``w = view(p, (l, f))`` and the optimizer follows
@@ -44,8 +57,8 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, compression: 
     ``dL/dw``, the gradient at the weights the model used: dense where a mask is on, as growing methods need it.
 
     Args:
-      loss: see `Loss`.
-      optimizer: over ``{"params": ..., "learned": ...}``.
+      loss: see `Loss`; or a `StatefulLoss`, whose parts follow their gradients too.
+      optimizer: over ``{"params": ..., "learned": ...}``, and ``"parts"`` if the loss has any.
       compression: what the model's weights are seen through.
 
     Returns:
@@ -64,6 +77,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, compression: 
       >>> float(state.params["w"]), float(metrics["loss"])
       (3.0, 9.0)
     """
+    general = loss.loss if isinstance(loss, StatefulLoss) else _stateless(loss)
 
     def step(
         state: TrainState, batch: Any, *, teacher: Any = None, axis_name: str | None = None
@@ -74,13 +88,16 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, compression: 
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
 
         def view(trainable: dict[str, Any]) -> Any:
-            return compression.view(trainable["params"], CompressionState(trainable["learned"], state.fixed))
+            seen = compression.view(trainable["params"], CompressionState(trainable["learned"], state.fixed))
+            return seen, trainable.get("parts", {})
 
-        weights, pull_back = jax.vjp(view, state.trainable)
-        gradient = jax.value_and_grad(loss, has_aux=True)
-        (value, (model_state, metrics)), at_weights = gradient(weights, state.model_state, batch, loss_key, teacher)
-        at_weights = mean(at_weights)
-        (grads,) = pull_back(at_weights)
+        seen, pull_back = jax.vjp(view, state.trainable)
+        gradient = jax.value_and_grad(general, argnums=(0, 1), has_aux=True)
+        (value, (model_state, memory, metrics)), slopes = gradient(
+            *seen, state.model_state, state.memory, batch, loss_key, teacher, state.step
+        )
+        slopes = mean(slopes)
+        (grads,) = pull_back(slopes)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats; strict callers may not
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
@@ -88,7 +105,7 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, compression: 
             trainable["params"],
             CompressionState(trainable["learned"], state.fixed),
             step=state.step,
-            grads=at_weights,
+            grads=slopes[0],
             key=update_key,
         )
         new = state._replace(
@@ -98,10 +115,24 @@ def make_step(loss: Loss, optimizer: optax.GradientTransformation, compression: 
             fixed=compressed.fixed,
             model_state=mean(model_state),
             opt_state=opt_state,
+            parts=trainable.get("parts", {}),
+            memory=mean(memory),
         )
         return new, mean({"loss": value, **metrics})
 
     return step
+
+
+def _stateless(loss: Loss) -> Callable[..., tuple[jax.Array, tuple[Any, Any, Metrics]]]:
+    """Return a plain loss as one with parts and memory, both of which it leaves alone."""
+
+    def general(
+        params: Any, parts: Any, model_state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: jax.Array
+    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
+        value, (model_state, metrics) = loss(params, model_state, batch, key, teacher)
+        return value, (model_state, memory, metrics)
+
+    return general
 
 
 def _averager(axis_name: str | None) -> Callable[[Any], Any]:

@@ -1,0 +1,244 @@
+"""The terms of a training objective: what each looks at, weighs at each step, learns and keeps."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core.errors import NoMatchError
+from compress_jax.distill.logits import cross_entropy
+from compress_jax.distill.parts import Part
+from compress_jax.distill.softened import bounded
+from compress_jax.distill.weights import l2_sp
+
+Schedule: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
+"""A number, or an optax schedule: its value at a step."""
+
+Paths: TypeAlias = str | Sequence[str]
+
+
+class Seen(NamedTuple):
+    """What a term may look at, all of one batch.
+
+    Attributes:
+      student_logits: ``[..., classes]``.
+      teacher_logits: same shape; ``[teachers, ..., classes]`` of several; a `TopK` from a cache; None without a teacher.
+      labels: integers ``[...]``, or probabilities ``[..., classes]`` after a mixup.
+      student: features by path.
+      teacher: features by path.
+      params: the student's, as its compression shows them.
+      teacher_variables: of the teacher, or None.
+      batch: all entries of the batch, augmented.
+      key: typed PRNG key of the step and the term.
+      step: int32 scalar, counts from 0.
+    """
+
+    student_logits: Any
+    teacher_logits: Any
+    labels: Any
+    student: Mapping[str, Any]
+    teacher: Mapping[str, Any]
+    params: Any
+    teacher_variables: Any
+    batch: Any
+    key: Any
+    step: Any
+
+
+def _nothing(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
+    return {}, {}
+
+
+class Term(NamedTuple):
+    """One loss of a training objective, as pure functions; the objective is the sum over terms of weight times mean loss.
+
+    Attributes:
+      name: of its metric, its parts and its memory; each term of an objective has another.
+      loss: ``(seen, parts, memory) -> (loss, memory)``; the loss of each example (or token), or a scalar of the batch.
+      weight: a number or an optax schedule.
+      student: globs of the student's features that it looks at, see `capture`.
+      teacher: globs of the teacher's.
+      init: ``(key, seen) -> (parts, memory)``, given a `Seen` of shapes: parts are trained beside the student by an
+        optimizer of their own, the memory is rewritten by each step; neither is exported.
+    """
+
+    name: str
+    loss: Callable[[Seen, Any, Any], tuple[jax.Array, Any]]
+    weight: Schedule = 1.0
+    student: tuple[str, ...] = ()
+    teacher: tuple[str, ...] = ()
+    init: Callable[[jax.Array, Seen], tuple[Any, Any]] = _nothing
+
+
+def value_at(schedule: Schedule, step: jax.Array) -> jax.Array:
+    """Return the value of a number or of an optax schedule at a step, float32.
+
+    Example:
+      >>> import optax
+      >>> [float(value_at(each, jnp.array(5))) for each in (0.25, optax.linear_schedule(0.0, 1.0, 10))]
+      [0.25, 0.5]
+    """
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats
+        return jnp.asarray(schedule(step) if callable(schedule) else schedule, jnp.float32)
+
+
+def _name(loss: Callable[..., Any]) -> str:
+    return getattr(loss, "__name__", getattr(getattr(loss, "func", None), "__name__", "loss"))
+
+
+def on_labels(weight: Schedule = 1.0, *, label_smoothing: float = 0.0, name: str = "labels") -> Term:
+    """Return the term of the labels: `cross_entropy`, also with the probabilities that a mixup makes of labels.
+
+    Args:
+      weight: a number or an optax schedule.
+      label_smoothing: see `cross_entropy`; not for probabilities.
+      name: of the term.
+
+    Returns:
+      A `Term`.
+
+    Example:
+      >>> on_labels(0.1).name
+      'labels'
+    """
+
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+        if jnp.issubdtype(seen.labels.dtype, jnp.integer):
+            return cross_entropy(seen.student_logits, seen.labels, label_smoothing), memory
+        return -(seen.labels * jax.nn.log_softmax(bounded(seen.student_logits))).sum(axis=-1), memory
+
+    return Term(name, loss, weight)
+
+
+def on_logits(
+    loss: Callable[..., jax.Array],
+    weight: Schedule = 1.0,
+    *,
+    temperature: Schedule | None = None,
+    labels: bool = False,
+    name: str | None = None,
+) -> Term:
+    """Return the term of a loss of the student's and the teacher's logits.
+
+    Args:
+      loss: ``(student_logits, teacher_logits) -> [...]``, such as `kl`, `dist` or `top_k_kl` with a cache; options by
+        ``functools.partial``. Of several teachers it gets the stacked logits: see `averaged` and `ensembled`.
+      weight: a number or an optax schedule.
+      temperature: given to the loss by name; a number or an optax schedule. None gives none.
+      labels: whether the loss takes the labels third, as `dkd` and what `hinton` returns do.
+      name: of the term; by default that of the loss.
+
+    Returns:
+      A `Term`.
+
+    Example:
+      >>> import optax
+      >>> from compress_jax.distill import kl
+      >>> term = on_logits(kl, 0.9, temperature=optax.linear_schedule(8.0, 1.0, 1000))
+      >>> term.name, term.student
+      ('kl', ())
+    """
+
+    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+        options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
+        rest = (seen.labels,) if labels else ()
+        return loss(seen.student_logits, seen.teacher_logits, *rest, **options), memory
+
+    return Term(name or _name(loss), of, weight)
+
+
+def on_features(
+    loss: Callable[..., jax.Array],
+    student: Paths,
+    teacher: Paths,
+    weight: Schedule = 1.0,
+    *,
+    part: Part | None = None,
+    of_student: Callable[[Any], Any] | None = None,
+    of_teacher: Callable[[Any], Any] | None = None,
+    name: str | None = None,
+) -> Term:
+    """Return the term of a loss of features: a hint, attention, a relation, a statistic.
+
+    ``loss(part(of_student(f_s)), of_teacher(f_t))``; what a part returns beside its features (the variances of `gaussian`)
+    goes to the loss after the teacher's, as `vid` takes it.
+
+    Args:
+      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``.
+      student: path of the student's feature; with several, part and loss get lists.
+      teacher: path of the teacher's.
+      weight: a number or an optax schedule.
+      part: what brings the student's features to the teacher's; trained with the student.
+      of_student: ``feature -> feature``, applied to each before, such as a mean over positions.
+      of_teacher: likewise, such as ``partial(resize, size=(8, 8))``, or a `paraphraser` that was trained before.
+      name: of the term; by default that of the loss.
+
+    Returns:
+      A `Term`. Its ``init`` and its ``loss`` raise a NoMatchError if no feature of that path was captured.
+
+    Example:
+      >>> from compress_jax.distill import hint, linear
+      >>> term = on_features(hint, "conv_1", "block_1_0", 100.0, part=linear())
+      >>> seen = Seen(*[None] * 3, {"conv_1": jnp.ones((8, 4))}, {"block_1_0": jnp.ones((8, 6))}, *[None] * 5)
+      >>> parts, memory = term.init(jax.random.key(0), seen)
+      >>> parts["kernel"].shape, term.loss(seen, parts, memory)[0].shape
+      ((4, 6), (8,))
+    """
+
+    def both(seen: Seen) -> tuple[Any, Any]:
+        own = _each(student, seen.student, of_student, "student")
+        return own, _each(teacher, seen.teacher, of_teacher, "teacher")
+
+    def init(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
+        shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(both, _arrays(seen)))
+        return ({} if part is None else part.init(key, *shapes)), {}
+
+    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+        own, other = both(seen)
+        out = own if part is None else part.apply(parts, own)
+        first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
+        return loss(first, other, *rest), memory
+
+    return Term(name or _name(loss), of, weight, _tuple(student), _tuple(teacher), init)
+
+
+def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**", name: str = "l2_sp") -> Term:
+    """Return the term of `l2_sp`: the student's weights, as its compression shows them, near the teacher's.
+
+    Args:
+      weight: a number or an optax schedule.
+      pattern: globs of the leaves, see `l2_sp`.
+      name: of the term.
+
+    Returns:
+      A `Term`, for a teacher whose ``variables`` are ``{"params": ...}`` of the student's own shapes.
+
+    Example:
+      >>> on_weights(0.01).name
+      'l2_sp'
+    """
+
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+        return l2_sp(seen.params, seen.teacher_variables["params"], pattern), memory
+
+    return Term(name, loss, weight)
+
+
+def _tuple(paths: Paths) -> tuple[str, ...]:
+    return (paths,) if isinstance(paths, str) else tuple(paths)
+
+
+def _arrays(seen: Seen) -> Seen:
+    """Return only the features, which is all that shapes are made of."""
+    return Seen(None, None, None, seen.student, seen.teacher, None, None, None, None, None)
+
+
+def _each(paths: Paths, features: Mapping[str, Any], of: Callable[[Any], Any] | None, whose: str) -> Any:
+    """Return the feature of one path, or the list of those of several."""
+    missing = [path for path in _tuple(paths) if path not in features]
+    if missing:
+        how = "give it apply=capture(model, patterns)" if whose == "teacher" else "its model captures what terms ask for"
+        raise NoMatchError(f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {how}")
+    found = [features[path] if of is None else of(features[path]) for path in _tuple(paths)]
+    return found[0] if isinstance(paths, str) else found

@@ -1,0 +1,154 @@
+"""Distillation by any terms: one forward of the student, one of the teacher on the same view, and the weighted sum."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from compress_jax.core.errors import ConfigError
+from compress_jax.distill import Seen, Teacher, Term, TopK, ensemble, fingerprint, masked_mean
+from compress_jax.distill.terms import value_at
+from compress_jax.train._student import Student, accuracy_of, student
+from compress_jax.train.losses import Augment
+from compress_jax.train.step import Metrics, StatefulLoss
+
+TEACHER = "teacher/"
+
+
+def distillation(
+    model: Any,
+    terms: Sequence[Term],
+    *,
+    augment: Augment | None = None,
+    average: float | None = None,
+    inputs: str = "image",
+    labels: str = "label",
+    mask: str = "mask",
+) -> StatefulLoss:
+    """Return the loss that is a weighted sum of terms: ``sum_k weight_k(step) * mean(loss_k)``.
+
+    The batch is augmented once, before both forwards; the teacher may have a view of its own (`Teacher.view`). Features are
+    captured for terms that ask for them. What terms learn comes under ``state.parts``, what they keep under
+    ``state.memory``, both by the term's name. Metrics: each term's mean loss, ``accuracy``, ``teacher_accuracy`` and
+    ``agreement`` on this batch, and ``teacher_id``, the first 24 bits of its hash; the whole hash is in the memory.
+
+    Args:
+      model: the student: a Linen module called as ``model(x, train=...)``, or the graphdef of an NNX module, see
+        `compress_jax.distill.capture`.
+      terms: `on_labels`, `on_logits`, `on_features`, `contrast`, `on_weights` or your own `Term`.
+      augment: ``(key, batch) -> batch``; `compress_jax.data.mixup` makes labels probabilities.
+      average: the teacher is the student's own moving average, of this decay: ``a = average * a + (1 - average) * params``
+        of the params as the compression shows them. The step is given no teacher then.
+      inputs: the batch's entry that both models are given.
+      labels: the batch's entry with labels.
+      mask: the batch's entry of which examples or tokens count, if it is there.
+
+    Returns:
+      A `StatefulLoss`: ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The
+      teacher given to the step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
+      `compress_jax.distill.cached`), which then count. Raises a ConfigError if two terms share a name.
+
+    Example:
+      >>> from compress_jax.distill import capture, hint, kl, linear, on_features, on_labels, on_logits
+      >>> from compress_jax.models import LeNet300100
+      >>> small, large = LeNet300100(hidden=(4,)), LeNet300100(hidden=(8,))
+      >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> see = capture(large, ("dense_0",))
+      >>> teacher = Teacher(see, large.init(jax.random.key(0), batch["image"]))
+      >>> terms = [on_labels(0.1), on_logits(kl, 0.9, temperature=4.0)]
+      >>> terms.append(on_features(hint, "dense_0", "dense_0", 100.0, part=linear()))
+      >>> loss, variables = distillation(small, terms), small.init(jax.random.key(1), batch["image"])
+      >>> parts, memory = loss.init(jax.random.key(2), variables, batch, teacher)
+      >>> parts["hint"]["kernel"].shape
+      (4, 8)
+    """
+    names = [term.name for term in terms]
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"an objective needs terms, each with a name of its own (name=...); got {names}")
+    runs = student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
+
+    def see(params: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any) -> tuple[Seen, Any]:
+        x = batch[inputs]
+        logits, features, state = runs.train(params, state, x, key)
+        if average is not None:
+            teacher = _averaged(runs, memory["average"])
+        if "teacher" in batch:
+            given, others = batch["teacher"], {n.removeprefix(TEACHER): f for n, f in batch.items() if n.startswith(TEACHER)}
+        else:
+            given, others = (None, {}) if teacher is None else teacher.see(x)
+        variables = getattr(teacher, "variables", None)
+        return Seen(logits, given, batch[labels], features, others, params, variables, batch, key, step), state
+
+    def loss(
+        params: Any, parts: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
+    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
+        first, second, third = jax.random.split(key, 3)
+        batch = batch if augment is None else augment(first, batch)
+        seen, state = see(params, state, memory, batch, second, teacher, step)
+        total, metrics, kept = jnp.zeros((), jnp.float32), {}, {}
+        for i, term in enumerate(terms):
+            own = seen._replace(key=jax.random.fold_in(third, i))
+            each, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
+            metrics[term.name] = _mean(each, batch.get(mask))
+            total = total + value_at(term.weight, step) * metrics[term.name]
+            kept |= {term.name: new} if jax.tree.leaves(new) else {}
+        if average is not None:
+            kept["average"] = _moved(memory["average"], params, state, average)
+        kept |= {"teacher": memory["teacher"]} if "teacher" in memory else {}
+        return total, (state, jax.lax.stop_gradient(kept), {**metrics, **_fidelity(seen, memory)})
+
+    def init(key: jax.Array, variables: Any, batch: Any, teacher: Any) -> tuple[Any, Any]:
+        params, state = variables["params"], {name: each for name, each in variables.items() if name != "params"}
+        own = {"average": {"params": params, "state": state}} if average is not None else {}
+        own |= {} if teacher is None else {"teacher": fingerprint(teacher)}
+        first, second = jax.random.split(key)
+        augmented = (lambda batch: batch) if augment is None else (lambda batch: augment(first, batch))
+        shapes = jax.eval_shape(
+            lambda *given: see(*given[:3], augmented(given[3]), first, given[4], jnp.zeros((), jnp.int32))[0]._replace(
+                key=None
+            ),
+            *(params, state, own, batch, teacher),
+        )
+        begun = {term.name: term.init(jax.random.fold_in(second, i), shapes) for i, term in enumerate(terms)}
+        parts, memory = ({name: each[i] for name, each in begun.items() if jax.tree.leaves(each[i])} for i in (0, 1))
+        return parts, {**memory, **own}
+
+    return StatefulLoss(init, loss)
+
+
+def _mean(loss: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Return the mean, over what counts where the loss is of each example or token that the mask is of."""
+    return masked_mean(loss, mask) if mask is not None and mask.shape == loss.shape else loss.mean()
+
+
+def _averaged(runs: Student, average: Any) -> Teacher:
+    """Return the moving average as a teacher."""
+
+    def apply(variables: Any, x: Any) -> Any:
+        return runs.evaluate(variables["params"], variables["state"], x)
+
+    return Teacher(apply, average)
+
+
+def _moved(average: Any, params: Any, state: Any, decay: float) -> Any:
+    """Return the average after this step: params move slowly, the model's state (batch statistics) is what it is."""
+    moved = optax.incremental_update(jax.lax.stop_gradient(params), average["params"], 1 - decay)
+    return {"params": moved, "state": state}
+
+
+def _fidelity(seen: Seen, memory: Any) -> Metrics:
+    """Return how right student and teacher are on this batch, and how much they agree."""
+    metrics = {"accuracy": accuracy_of(seen.student_logits, seen.labels)}
+    given = seen.teacher_logits
+    if given is not None:
+        several = not isinstance(given, TopK) and given.ndim > seen.student_logits.ndim
+        best = given.ids[..., 0] if isinstance(given, TopK) else (ensemble(given) if several else given).argmax(axis=-1)
+        hard = seen.labels if jnp.issubdtype(seen.labels.dtype, jnp.integer) else seen.labels.argmax(axis=-1)
+        metrics["teacher_accuracy"] = (best == hard).mean(dtype=jnp.float32)
+        metrics["agreement"] = accuracy_of(seen.student_logits, best)
+    if "teacher" in memory:
+        digits = memory["teacher"][:3].astype(jnp.float32)
+        metrics["teacher_id"] = digits[0] * 65536.0 + digits[1] * 256.0 + digits[2]
+    return metrics
