@@ -1,12 +1,13 @@
-"""The k smallest magnitudes, found by bisection: no sort, no reshape, and so the same bits under every sharding.
+"""The k smallest entries, found by bisection: no sort, no reshape, and so the same bits under every sharding.
 
-Nonnegative floats order like their bit patterns, so the k-th smallest of them is found by halving an interval of integers
-and counting, about 31 passes for float32. The counts are all that devices exchange. Where several entries equal the
-threshold, further bisections on their position, one an axis, single out the first ones.
+Floats order like unsigned integers made of their bits (`magnitude_bits`, `value_bits`), so the k-th smallest of them is
+found by halving an interval of integers and counting, about 32 passes for float32. The counts are all that devices
+exchange. Where several entries equal the threshold, further bisections on their position, one an axis, single out the
+first ones.
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -88,16 +89,34 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
     return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis to look along
 
 
-@jax.jit
-def smallest(arrays: Sequence[jax.Array], k: Wide) -> list[jax.Array]:
-    """Return masks of the ``k`` entries of smallest magnitude among all arrays taken together.
+def value_bits(x: jax.Array) -> jax.Array:
+    """Return unsigned integers ordered as the numbers themselves are, negative ones first; -0.0 equals 0.0.
 
-    They are those a stable argsort of the concatenated magnitudes lists first: of equal magnitudes, the one in the earlier
-    array, and in an array the one earlier in C order. Arrays of different dtypes are compared in the wider one.
+    Args:
+      x: floating point, any shape.
+
+    Returns:
+      Unsigned integers of the same width and shape, at least 1.
+
+    Example:
+      >>> value_bits(jnp.array([-1.0, -0.0, 0.0, 1.0])).tolist()
+      [1082130432, 2147483648, 2147483648, 3212836864]
+    """
+    pattern, magnitude = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")), magnitude_bits(x)
+    zero = jnp.asarray(2 ** (jnp.iinfo(pattern.dtype).bits - 1), pattern.dtype)
+    return jnp.where(pattern >= zero, zero - magnitude, zero + magnitude)
+
+
+def smallest(arrays: Sequence[jax.Array], k: Wide, key: Callable[..., jax.Array] = magnitude_bits) -> list[jax.Array]:
+    """Return masks of the ``k`` smallest entries among all arrays taken together; by default of smallest magnitude.
+
+    They are those a stable argsort of the concatenated keys lists first: of equal ones, the one in the earlier array, and in
+    an array the one earlier in C order. Arrays of different dtypes are compared in the wider one.
 
     Args:
       arrays: floating point, any shapes.
       k: how many in all.
+      key: what to order by, see `smallest_by`: `magnitude_bits` or `value_bits`.
 
     Returns:
       One bool mask an array, true for the ``k`` smallest.
@@ -106,22 +125,44 @@ def smallest(arrays: Sequence[jax.Array], k: Wide) -> list[jax.Array]:
       >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
       [False, True]
     """
-    arrays = _same_dtype(arrays)
-    unsigned = magnitude_bits(jnp.zeros((), arrays[0].dtype)).dtype
+    return smallest_by(key, [(x,) for x in _same_dtype(arrays)], k)
+
+
+@partial(jax.jit, static_argnums=0)
+def smallest_by(key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, ...]], k: Wide) -> list[jax.Array]:
+    """Return masks of the ``k`` entries whose key is smallest, the earlier one first where keys are equal.
+
+    Args:
+      key: ``(*part) -> unsigned integers`` of one dtype, entry by entry. The largest integer of the dtype says that an entry
+        must not be chosen. One and the same function at every call, as what is compiled belongs to it.
+      parts: for each array what its keys are made of: arrays of one shape.
+      k: how many in all, at most as many as may be chosen.
+
+    Returns:
+      One bool mask a part.
+
+    Example:
+      >>> def kept_only(x, kept):
+      ...     return jnp.where(kept, magnitude_bits(x), jnp.uint32(2**32 - 1))
+      >>> part = (jnp.array([1.0, 2.0, 3.0]), jnp.array([False, True, True]))
+      >>> smallest_by(kept_only, [part], wide(1))[0].tolist()
+      [False, True, False]
+    """
+    top = jnp.iinfo(jax.eval_shape(key, *parts[0]).dtype)
 
     def below(t: jax.Array) -> Wide:
-        return reduce(add, [count(magnitude_bits(x) < t) for x in arrays])
+        return reduce(add, [count(key(*part) < t) for part in parts])
 
-    threshold, reached = bisect(below, k, jnp.asarray(2 ** (jnp.iinfo(unsigned).bits - 1), unsigned))
+    threshold, reached = bisect(below, k, jnp.asarray(top.max, top.dtype))
     left, masks = subtract(k, reached), []
-    for x in arrays:
-        ties = magnitude_bits(x) == threshold
+    for part in parts:
+        ties = key(*part) == threshold
         tied = count(ties)
         taken = choose(less(left, tied), left, tied)
         ties = jax.lax.cond(
             less(taken, tied), first, lambda ties, _: ties, ties, taken
         )  # in most cases all of them, or none
-        masks.append((magnitude_bits(x) < threshold) | ties)
+        masks.append((key(*part) < threshold) | ties)
         left = subtract(left, taken)
     return masks
 

@@ -1,0 +1,61 @@
+"""From scores to masks: what is kept, under a target."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from compress_jax.prune.amount import amount
+from compress_jax.prune.groups_of_m import largest_of_each
+from compress_jax.prune.pooling import pooled, spread
+from compress_jax.prune.select import magnitude_bits, smallest, value_bits
+from compress_jax.prune.structures import NofM, Structure
+from compress_jax.prune.target import Target
+
+Masks = dict[str, jax.Array]
+
+
+def kept(scores: Mapping[str, jax.Array], target: Target, step: Any, *, signed: bool = False) -> Masks:
+    """Return the masks of what is kept when the lowest scores are pruned, exactly as many units as the target says.
+
+    Args:
+      scores: of every leaf, floating point, its shape.
+      target: how many, of which units, compared within what.
+      step: the step the target is looked up at.
+      signed: order scores by value; by default by magnitude.
+
+    Returns:
+      bool masks by path, true where an entry is kept. Of equal scores the one earlier in C order is pruned first.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> kept({"w": jnp.array([3.0, -1.0, 2.0])}, Target.of(0.5), 0)["w"].tolist()
+      [True, False, False]
+    """
+    key, structure = (value_bits if signed else magnitude_bits), target.structure
+    if isinstance(structure, NofM):
+        axes = {path: structure.axes(x.shape) for path, x in scores.items()}
+        return {path: largest_of_each(key(x), structure.n, structure.m, axes[path]) for path, x in scores.items()}
+    pools = {path: _pooled(x, structure, signed) for path, x in scores.items()}
+    if target.scope == "global":
+        units = sum(pool.size for pool in pools.values())
+        share = target.share(next(iter(pools)), step) if pools else 0.0
+        pruned = dict(zip(pools, smallest(list(pools.values()), amount(share, units), key), strict=True)) if pools else {}
+    else:
+        pruned = {
+            path: smallest([pool], amount(target.share(path, step), pool.size), key)[0] for path, pool in pools.items()
+        }
+    return {path: _spread(~mask, structure, scores[path].shape) for path, mask in pruned.items()}
+
+
+def _pooled(x: jax.Array, structure: Structure | None, signed: bool) -> jax.Array:
+    """Return the scores of units; single entries stay in their dtype."""
+    if structure is None or isinstance(structure, NofM):
+        return x
+    return pooled(x if signed else abs(x), structure.window(x.shape), structure.reduce)
+
+
+def _spread(flags: jax.Array, structure: Structure | None, shape: tuple[int, ...]) -> jax.Array:
+    if structure is None or isinstance(structure, NofM):
+        return flags
+    return spread(flags, structure.window(shape), shape)
