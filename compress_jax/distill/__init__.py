@@ -11,6 +11,7 @@ from compress_jax.distill._dist import dist
 from compress_jax.distill._fusion import fusion
 from compress_jax.distill._resize import resize
 from compress_jax.distill._top_k import TopK, buckets, top_k, top_k_kl
+from compress_jax.distill.cache import Cache, CachedFeed, by_example, open_cache, write_cache
 from compress_jax.distill.chunked import chunked_hinton, chunked_kl
 from compress_jax.distill.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
 from compress_jax.distill.convolutions import conv, deconv, linear
@@ -34,6 +35,8 @@ from compress_jax.distill.weights import l2_sp
 
 __all__ = [
     "Bank",
+    "Cache",
+    "CachedFeed",
     "Calibration",
     "Drift",
     "Objective",
@@ -51,6 +54,7 @@ __all__ = [
     "attention",
     "averaged",
     "buckets",
+    "by_example",
     "calibration",
     "calibration_error",
     "capture",
@@ -101,6 +105,7 @@ __all__ = [
     "on_labels",
     "on_logits",
     "on_weights",
+    "open_cache",
     "paraphraser",
     "pkt",
     "projector",
@@ -121,4 +126,5 @@ __all__ = [
     "translator",
     "vid",
     "virtual_teacher",
+    "write_cache",
 ]
