@@ -15,6 +15,7 @@ from compress_jax.core.errors import (
     NonFiniteError,
     ShapeError,
     StateError,
+    WeightsError,
 )
 from compress_jax.core.leafwise import leafwise
 from compress_jax.core.optax_adapter import as_optax
@@ -41,6 +42,7 @@ __all__ = [
     "Sparse",
     "StateError",
     "Tabled",
+    "WeightsError",
     "as_optax",
     "at",
     "between",

@@ -39,3 +39,7 @@ class ConfigError(CompressError):
 
 class ExportError(CompressError):
     """A model cannot be exported to another runtime, or what was exported does not do there what it should."""
+
+
+class WeightsError(CompressError):
+    """Published weights do not fit the model they were given for."""
