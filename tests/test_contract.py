@@ -26,6 +26,7 @@ from compress_jax import cluster, lowrank, prune, quantize
 from compress_jax.core import Clustered, Compression, LowRank, NonFiniteError, Quantized, Sparse, Tabled, identity
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten
+from compress_jax.prune.masked import mask_of
 
 KERNEL = "body/kernel"
 
@@ -58,7 +59,7 @@ def none(state):
 
 
 def mask(state):
-    return state.fixed[KERNEL]
+    return mask_of(state.fixed[KERNEL])
 
 
 def uniform(sharded: float = 0.0, keeps_shardings: bool = True, **options) -> Row:
@@ -72,6 +73,10 @@ def tabled(of: Callable[..., Compression], *args, slope=one, groups: bool = Fals
 
 def inside(state):
     return jnp.abs(LATER["body"]["kernel"]) <= 1
+
+
+def pruned(of: Callable[..., Compression], *args, **options) -> Row:
+    return on_kernels(Row((of,), of(*args, **options), Sparse, lambda s: mask_of(s.fixed["0"][KERNEL])))
 
 
 def magnitude(*args, **options) -> Row:
@@ -122,6 +127,17 @@ CONTRACT = {
     "prune a leaf": magnitude(0.75),
     "prune all": magnitude(0.75, scope="global"),
     "prune on a schedule": magnitude(falling),
+    "prune 2:4": pruned(prune.magnitude, None, prune.n_m(2, 4)),
+    "prune blocks": pruned(prune.magnitude, 0.5, prune.block((3, 5))),
+    "prune channels of all": pruned(prune.magnitude, falling, prune.channel(-1, "l2"), scope="global"),
+    "prune heads": pruned(prune.magnitude, 0.5, prune.head(-1, heads=4)),
+    "prune at random": pruned(prune.random, falling, jax.random.key(7)),
+    "saliency": pruned(prune.saliency, 0.5, decay=0.9),
+    "fisher": pruned(prune.fisher, 0.5, scope="global"),
+    "movement": pruned(prune.movement, falling, every=2),
+    "soft movement": pruned(prune.movement, threshold=-1.0, penalty=0.1),
+    "own scores": pruned(prune.scored, lambda p: jax.tree.map(jnp.cos, p), 0.5),
+    "own rule": pruned(prune.masked, prune.Score(lambda seen: jnp.sin(seen.x), signed=True), 0.5),
     "share": on_kernels(Row((cluster.kmeans,), four, Clustered, none)),
     "rank 2": svd(rank=2),
     "energy": svd(energy=0.5)._replace(traceable_init=False),
