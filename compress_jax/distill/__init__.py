@@ -26,6 +26,7 @@ from compress_jax.distill.logits import Objective, cross_entropy, hard_label, hi
 from compress_jax.distill.margins import ab, ofd, ofd_margin
 from compress_jax.distill.parts import Part, activation, norm, sequential
 from compress_jax.distill.relations import rkd, rkd_angle, rkd_distance, similarity
+from compress_jax.distill.sequences import generate, next_tokens, on_policy
 from compress_jax.distill.teacher import Teacher, cast
 from compress_jax.distill.teachers import Drift, Teachers, drift, fingerprint, hexadecimal, require_same
 from compress_jax.distill.terms import Schedule, Seen, Term, on_features, on_labels, on_logits, on_weights
@@ -83,6 +84,7 @@ __all__ = [
     "ft",
     "fusion",
     "gaussian",
+    "generate",
     "generator",
     "hard_label",
     "hexadecimal",
@@ -97,6 +99,7 @@ __all__ = [
     "masked_total",
     "mgd",
     "mse",
+    "next_tokens",
     "norm",
     "nst",
     "ofd",
@@ -104,6 +107,7 @@ __all__ = [
     "on_features",
     "on_labels",
     "on_logits",
+    "on_policy",
     "on_weights",
     "open_cache",
     "paraphraser",

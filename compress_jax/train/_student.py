@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 
 from compress_jax.core.errors import ConfigError
@@ -83,14 +82,3 @@ def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
         return run(merged(params, model_state, False), x)
 
     return Student(train, evaluate)
-
-
-def accuracy_of(logits: Any, labels: jax.Array) -> jax.Array:
-    """Return the share of right answers; of mixed labels the likeliest counts.
-
-    Example:
-      >>> accuracy_of(jnp.eye(2), jnp.array([0, 0])).tolist()
-      0.5
-    """
-    wanted = labels if jnp.issubdtype(labels.dtype, jnp.integer) else labels.argmax(axis=-1)
-    return (logits.argmax(axis=-1) == wanted).mean(dtype=jnp.float32)

@@ -1,6 +1,6 @@
 """Distillation by any terms: one forward of the student, one of the teacher on the same view, and the weighted sum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ import optax
 from compress_jax.core.errors import ConfigError
 from compress_jax.distill import Seen, Teacher, Term, TopK, ensemble, fingerprint, masked_mean
 from compress_jax.distill.terms import value_at
-from compress_jax.train._student import Student, accuracy_of, student
+from compress_jax.train._student import Student, student
 from compress_jax.train.losses import Augment
 from compress_jax.train.step import Metrics, StatefulLoss
 
@@ -23,6 +23,7 @@ def distillation(
     *,
     augment: Augment | None = None,
     average: float | None = None,
+    resample: Callable[[jax.Array, Any, Callable[[Any], Any]], Any] | None = None,
     inputs: str = "image",
     labels: str = "label",
     mask: str = "mask",
@@ -41,6 +42,7 @@ def distillation(
       augment: ``(key, batch) -> batch``; `compress_jax.data.mixup` makes labels probabilities.
       average: the teacher is the student's own moving average, of this decay: ``a = average * a + (1 - average) * params``
         of the params as the compression shows them. The step is given no teacher then.
+      resample: ``(key, batch, logits) -> batch``, given the student as it is: `compress_jax.distill.on_policy`.
       inputs: the batch's entry that both models are given.
       labels: the batch's entry with labels.
       mask: the batch's entry of which examples or tokens count, if it is there.
@@ -84,8 +86,11 @@ def distillation(
     def loss(
         params: Any, parts: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
     ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
-        first, second, third = jax.random.split(key, 3)
+        first, second, third, fourth = jax.random.split(key, 4)
         batch = batch if augment is None else augment(first, batch)
+        if resample is not None:
+            frozen = jax.lax.stop_gradient((params, state))
+            batch = resample(fourth, batch, lambda x: runs.evaluate(*frozen, x)[0])
         seen, state = see(params, state, memory, batch, second, teacher, step)
         total, metrics, kept = jnp.zeros((), jnp.float32), {}, {}
         for i, term in enumerate(terms):
@@ -97,7 +102,7 @@ def distillation(
         if average is not None:
             kept["average"] = _moved(memory["average"], params, state, average)
         kept |= {"teacher": memory["teacher"]} if "teacher" in memory else {}
-        return total, (state, jax.lax.stop_gradient(kept), {**metrics, **_fidelity(seen, memory)})
+        return total, (state, jax.lax.stop_gradient(kept), {**metrics, **_fidelity(seen, memory, batch.get(mask))})
 
     def init(key: jax.Array, variables: Any, batch: Any, teacher: Any) -> tuple[Any, Any]:
         params, state = variables["params"], {name: each for name, each in variables.items() if name != "params"}
@@ -138,17 +143,23 @@ def _moved(average: Any, params: Any, state: Any, decay: float) -> Any:
     return {"params": moved, "state": state}
 
 
-def _fidelity(seen: Seen, memory: Any) -> Metrics:
+def _fidelity(seen: Seen, memory: Any, mask: jax.Array | None) -> Metrics:
     """Return how right student and teacher are on this batch, and how much they agree."""
-    metrics = {"accuracy": accuracy_of(seen.student_logits, seen.labels)}
-    given = seen.teacher_logits
+    labels = seen.labels if jnp.issubdtype(seen.labels.dtype, jnp.integer) else seen.labels.argmax(axis=-1)
+    own, given = seen.student_logits.argmax(axis=-1), seen.teacher_logits
+    hits = {"accuracy": own == labels}
     if given is not None:
-        several = not isinstance(given, TopK) and given.ndim > seen.student_logits.ndim
-        best = given.ids[..., 0] if isinstance(given, TopK) else (ensemble(given) if several else given).argmax(axis=-1)
-        hard = seen.labels if jnp.issubdtype(seen.labels.dtype, jnp.integer) else seen.labels.argmax(axis=-1)
-        metrics["teacher_accuracy"] = (best == hard).mean(dtype=jnp.float32)
-        metrics["agreement"] = accuracy_of(seen.student_logits, best)
+        best = _best(given, seen.student_logits.ndim)
+        hits |= {"teacher_accuracy": best == labels, "agreement": own == best}
+    metrics = {name: _mean(hit.astype(jnp.float32), mask) for name, hit in hits.items()}
     if "teacher" in memory:
         digits = memory["teacher"][:3].astype(jnp.float32)
         metrics["teacher_id"] = digits[0] * 65536.0 + digits[1] * 256.0 + digits[2]
     return metrics
+
+
+def _best(given: Any, ndim: int) -> jax.Array:
+    """Return what a teacher, several or a cached one predicts."""
+    if isinstance(given, TopK):
+        return given.ids[..., 0]
+    return (ensemble(given) if given.ndim > ndim else given).argmax(axis=-1)
