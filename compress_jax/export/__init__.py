@@ -1,5 +1,7 @@
-"""Leaving the lab: the artifact file. Imports the core only, so that anything can be saved from anywhere."""
+"""Leaving the lab: the artifact file, and programs for other runtimes."""
 
+from compress_jax.export._stablehlo import to_stablehlo
 from compress_jax.export.artifact import load, save, write_atomically
+from compress_jax.export.exported import Exported, Row
 
-__all__ = ["load", "save", "write_atomically"]
+__all__ = ["Exported", "Row", "load", "save", "to_stablehlo", "write_atomically"]

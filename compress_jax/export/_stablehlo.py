@@ -1,0 +1,160 @@
+"""A model as a StableHLO program that JAX runs without this package; weights stay packed, the program unpacks them."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from jax import export
+
+from compress_jax.core.bits import Bits
+from compress_jax.core.errors import ExportError
+from compress_jax.core.packed import Clustered, LowRank, Quantized, Tabled, is_packed, unpack
+from compress_jax.core.paths import flatten
+from compress_jax.core.sparse import Sparse, nbytes, width
+from compress_jax.export.artifact import write_atomically
+from compress_jax.export.exported import Exported, Row
+from compress_jax.export.extras import extra
+from compress_jax.export.structure import decode, encode
+
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_stablehlo(
+    fn: Callable[..., Any],
+    params: Any,
+    example: Any,
+    path: str | os.PathLike[str],
+    *,
+    weights: Literal["constants", "arguments"] = "constants",
+    batch: Literal["any", "example"] = "any",
+    platforms: Sequence[str] = PLATFORMS,
+) -> Exported:
+    """Write ``fn(params, *inputs)`` as one serialized StableHLO program.
+
+    Whoever has JAX runs it, on any of the platforms, without this package and without the model's code::
+
+        program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
+        logits = program.call(images)
+
+    Packed params are stored packed, codes of 4 bits in 4 bits, and the program unpacks them. This makes files small and
+    programs no faster: products are still of floats. With ``weights="arguments"`` the program holds no weights; they are
+    uint8 and float tensors in ``path`` with the suffix ``.safetensors``, and go in first::
+
+        weights = safetensors.numpy.load_file("model.safetensors")
+        logits = program.call(weights, images)
+
+    JAX promises to read such a program for six months after it was written, and old programs in practice for longer;
+    `export.save` is for keeping.
+
+    Args:
+      fn: a pure function of params and inputs; ``lambda variables, x: model.apply(variables, x)``.
+      params: packed or not.
+      example: an input, or a tuple of inputs.
+      path: the file to write.
+      weights: where they are: in the program, or in a second file.
+      batch: ``"any"`` for a program whose inputs may have any number of rows, the same for all of them, or ``"example"`` for
+        exactly the shapes of the example.
+      platforms: on which it may run.
+
+    Returns:
+      Path, bytes of all that was written, the form of every parameter, and the difference from ``fn`` on the example.
+
+    Raises:
+      ExportError: if ``fn`` cannot be exported, or the program, read back, does something else.
+      ArtifactError: if a leaf of ``params`` is no array, or the disk is full or not writable.
+
+    Example:
+      >>> import tempfile
+      >>> from compress_jax import quantize
+      >>> int4, params = quantize.uniform(bits=4), {"kernel": jnp.eye(64)}
+      >>> packed = int4.pack(params, int4.init(params))
+      >>> file = Path(tempfile.mkdtemp()) / "model.stablehlo"
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> exported = to_stablehlo(fn, packed, jnp.ones((1, 64)), file)  # doctest: +SKIP
+      >>> exported.rows[0].form, 2048 < exported.nbytes < 8192  # doctest: +SKIP
+      ('Quantized, 4 bits, 2,053 bytes', True)
+      >>> jax.export.deserialize(bytearray(file.read_bytes())).call(jnp.ones((3, 64))).shape  # doctest: +SKIP
+      (3, 64)
+    """
+    path, inputs = Path(path), tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    inputs = tuple(jnp.asarray(x) for x in inputs)
+    structure, tensors = encode(params)
+    if weights not in ("constants", "arguments") or batch not in ("any", "example"):
+        raise ExportError(
+            f"weights={weights!r} is not 'constants' or 'arguments', or batch={batch!r} not 'any' or 'example'"
+        )
+    if path.suffix == ".safetensors":
+        raise ExportError(f"{path} is the name the weights would have; call the program model.stablehlo, say")
+
+    def program(tensors: Any, *inputs: Any) -> Any:
+        return fn(unpack(decode(structure, tensors)), *inputs)
+
+    constants = {name: jnp.asarray(x) for name, x in tensors.items()}  # NumPy arrays would be unpacked while tracing
+    separate = weights == "arguments"
+    whole = program if separate else lambda *inputs: program(constants, *inputs)
+    specs = ((_specs(constants),) if separate else ()) + _batched(inputs, batch)
+    data = _serialized(whole, specs, platforms, batch)
+    difference = _difference(fn, params, inputs, data, (constants,) if separate else ())
+    files = {path: data}
+    if separate:
+        files[path.with_suffix(".safetensors")] = safetensors.numpy.save(tensors)
+    for file, content in files.items():
+        write_atomically(file, content)
+    size = sum(len(content) for content in files.values())
+    return Exported(path, "stablehlo", size, tuple(_rows(params)), difference)
+
+
+def _specs(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def _batched(inputs: tuple[Any, ...], batch: str) -> tuple[Any, ...]:
+    """Return the shapes of the inputs, their leading axis symbolic where any batch is wanted."""
+    if batch == "example":
+        return _specs(inputs)
+    if flat := [x.shape for x in inputs if not x.ndim]:
+        raise ExportError(f"an input of shape {flat[0]} has no axis of examples; pass batch='example'")
+    (size,) = export.symbolic_shape("batch")
+    return tuple(jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in inputs)
+
+
+def _serialized(fn: Callable[..., Any], specs: tuple[Any, ...], platforms: Sequence[str], batch: str) -> bytes:
+    extra("flatbuffers", "stablehlo")
+    try:
+        return bytes(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs).serialize())
+    except Exception as error:  # whatever the function raises while it is traced
+        advice = "; if it needs to know the batch size, pass batch='example'" if batch == "any" else ""
+        raise ExportError(f"the function cannot be exported{advice}: {type(error).__name__}: {error}") from error
+
+
+def _difference(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]) -> float:
+    """Run what was written; return how far it is from the function itself, relative to the size of its result."""
+    read, here = export.deserialize(bytearray(data)), jax.default_backend()
+    if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(read.platforms):
+        return float("nan")  # it was made for other machines
+    outs = jax.jit(read.call)(*weights, *inputs), jax.jit(lambda p, *x: fn(unpack(p), *x))(params, *inputs)
+    got, wanted = (np.concatenate([np.ravel(np.asarray(x, np.float64)) for x in jax.tree.leaves(out)]) for out in outs)
+    difference = float(np.linalg.norm(got - wanted) / max(np.linalg.norm(wanted), np.finfo(np.float32).tiny))
+    if not difference < 1e-3:
+        raise ExportError(f"the program's result on the example is {difference:.1e} away from the function's own")
+    return difference
+
+
+def _rows(params: Any) -> list[Row]:
+    return [Row(path, f"{_form(leaf)}, {nbytes(leaf):,} bytes") for path, leaf in flatten(params)[0].items()]
+
+
+def _form(leaf: Any) -> str:
+    if not is_packed(leaf):
+        return str(jnp.asarray(leaf).dtype)
+    name = type(leaf).__name__
+    if isinstance(leaf, (Quantized, Tabled, Clustered)):
+        return f"{name}, {width(leaf.codes)} bits" + (", some left out" if isinstance(leaf.codes, Sparse) else "")
+    if isinstance(leaf, LowRank):
+        return f"{name}, {_form(leaf.left)} and {_form(leaf.right)}"
+    return f"{name}, {leaf.values.bits} bits" if isinstance(leaf.values, Bits) else f"{name}, {leaf.values.dtype}"
