@@ -6,6 +6,7 @@ from compress_jax.trace._cost import cost
 from compress_jax.trace._gram import gram
 from compress_jax.trace._groups import groups
 from compress_jax.trace._observe import observe
+from compress_jax.trace._resize import resize
 from compress_jax.trace._rewrite import rewrite
 from compress_jax.trace._sites import sites, unseen
 from compress_jax.trace.costs import Cost, SiteCost
@@ -29,6 +30,7 @@ __all__ = [
     "groups",
     "observe",
     "reducers",
+    "resize",
     "rewrite",
     "sites",
     "unseen",

@@ -105,7 +105,7 @@ class Groups:
         listing = "\n  ".join(group.name for group in self.items) or "(none)"
         raise NoMatchError(f"no group is called {which!r}. The groups are:\n  {listing}")
 
-    def keep(self, variables: Any, kept: Mapping[str, Sequence[int]]) -> Any:
+    def keep(self, variables: Any, kept: Mapping[str, Sequence[int] | np.ndarray]) -> Any:
         """Return smaller variables, of which only some coordinates of some groups are left.
 
         Args:
@@ -188,7 +188,7 @@ def permuted(leaves: dict[str, Any], group: Group, permutation: Any, members: It
     return leaves
 
 
-def _check(group: Group, kept: Sequence[int]) -> None:
+def _check(group: Group, kept: Sequence[int] | np.ndarray) -> None:
     if not len(kept) or not set(np.asarray(kept).tolist()) <= set(range(group.size)):
         raise ShapeError(
             f"{group.name!r} has coordinates 0 to {group.size - 1}; keep at least one of them, not {list(kept)}"
