@@ -1,0 +1,153 @@
+"""What post-training pruners share: which leaves have a layer-wise problem, and the compression that holds the masks."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core import chain
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, identity
+from compress_jax.core.errors import ConfigError
+from compress_jax.core.leafwise import check_finite, why_not_float
+from compress_jax.core.parts import joined
+from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.prune.masked import of_masks
+from compress_jax.prune.structures import NofM, Structure
+from compress_jax.prune.target import Sparsity, Target
+from compress_jax.trace import Calibration
+from compress_jax.trace.matrix import Problem, problems
+
+
+class Pruned(NamedTuple):
+    """New params that their own compression shows as they are: ``compression.view(params, state) == params``, bit for bit.
+
+    Attributes:
+      params: plain arrays; pruned entries are zero, and the others may have moved to make up for them.
+      state: of the compression: the masks, and the quantizer's where there is one.
+      compression: holds these masks, whatever `update` is called with: fine-tune under it, pack with it. ``coverage``
+        shows it, with the reasons for what was left alone. ``state`` serves `magnitude` in its place as well.
+      skipped: ``{path: reason}``: leaves that were not pruned.
+      notes: ``{path: what was out of the ordinary}``.
+    """
+
+    params: Params
+    state: CompressionState
+    compression: Compression
+    skipped: dict[str, str]
+    notes: dict[str, str]
+
+
+class Leaf(NamedTuple):
+    """One leaf to be pruned.
+
+    Attributes:
+      path: its name.
+      x: its weights.
+      problem: the matrices it is, and what they are fed.
+      share: of the inputs of a matrix to prune; of no meaning with ``groups``.
+      groups: n:m groups of its inputs, or None.
+      seen: how a quantizer sees it, or None.
+    """
+
+    path: str
+    x: jax.Array
+    problem: Problem
+    share: float
+    groups: NofM | None
+    seen: Pointwise | None
+
+
+Solve = Callable[[Leaf], tuple[jax.Array, jax.Array, str]]
+
+
+def prune(
+    params: Params,
+    calibration: Calibration,
+    sparsity: Sparsity | None,
+    structure: Structure | None,
+    where: Patterns,
+    quantizer: Compression | None,
+    solve: Solve,
+) -> Pruned:
+    """Solve every leaf that is to be pruned and has calibration.
+
+    Args:
+      params: tree of arrays.
+      calibration: from ``calibrate(fn, gram(), ...)``.
+      sparsity: a share, or ``{glob: share}``; None with `n_m`.
+      structure: `n_m` or None.
+      where: globs of the leaves to prune.
+      quantizer: what the kept weights are rounded with, or None.
+      solve: ``Leaf -> (weights, mask, note or "")``.
+
+    Returns:
+      The result.
+
+    Raises:
+      ConfigError: for another structure than n:m, or a quantizer that does not see weights entry by entry.
+      NoMatchError: if a glob matches no leaf.
+      NonFiniteError: if a leaf is not finite.
+    """
+    if structure is not None and not isinstance(structure, NofM):
+        raise ConfigError(f"layer-wise pruning knows single weights and n_m groups, not {structure}; use prune.magnitude")
+    target, (leaves, rebuild) = Target.of(sparsity, structure), flatten(params)
+    tasks, reasons = problems(calibration, leaves)
+    wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
+    target.check(wanted)
+    skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
+    rounding, state = (quantizer or identity()), (quantizer or identity()).init(params)
+    seen = _pointwise(rounding, params, state)
+    new, masks, notes = dict(leaves), {}, {}
+    for path, x in leaves.items():
+        left = path in skipped
+        if left and not (path in seen and path in tasks):
+            continue
+        check_finite(path, x)
+        share = 0.0 if left or structure else float(target.share(path, 0))
+        leaf = Leaf(path, x, tasks[path], share, None if left else structure, seen.get(path))
+        new[path], mask, note = solve(leaf)
+        masks |= {} if left else {path: mask}
+        notes |= {path: note} if note else {}
+    fixed = CompressionState({}, masks)
+    held = of_masks(lambda path, x: skipped.get(path))._replace(init=lambda params: fixed)
+    if quantizer is None:
+        return Pruned(held.view(rebuild(new), fixed), fixed, held, skipped, notes)
+    both, state = chain(held, quantizer), joined([fixed, state])
+    rounded = both.view(rebuild(new), state)
+    _check_zeros(flatten(rounded)[0], masks)
+    return Pruned(rounded, state, both, skipped, notes)
+
+
+def _why_not(
+    path: str,
+    x: Any,
+    wanted: list[str],
+    target: Target,
+    tasks: Mapping[str, Problem],
+    reasons: Mapping[str, str],
+) -> str | None:
+    if reason := why_not_float(path, x):
+        return reason
+    if path not in wanted:
+        return "`where` does not name it"
+    if target.structure is None and (reason := target.why_not(path, x)):
+        return reason
+    return None if path in tasks else reasons.get(path, "no calibrated site uses it")
+
+
+def _pointwise(quantizer: Compression, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+    """Return how a quantizer sees each leaf that it does not leave alone."""
+    seen, left = quantizer.pointwise(params, state), quantizer.skipped(params)
+    if other := [path for path in flatten(params)[0] if path not in seen and path not in left]:
+        raise ConfigError(
+            f"the quantizer does not see {other[0]!r} entry by entry, so nothing can be rounded while pruning; give a "
+            "grid or a floating format, or compress again afterwards"
+        )
+    return seen
+
+
+def _check_zeros(leaves: Mapping[str, jax.Array], masks: Mapping[str, jax.Array]) -> None:
+    for path, mask in masks.items():
+        if bool(jnp.any(jnp.where(mask, 0, leaves[path]) != 0)):
+            raise ConfigError(f"the quantizer's grid has no zero for {path!r}, so its weights cannot be pruned under it")
