@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.prune.restart import restart
 from compress_jax.train.state import TrainState
 
 Metrics = dict[str, jax.Array]
@@ -54,7 +55,8 @@ def make_step(loss: Loss | StatefulLoss, optimizer: optax.GradientTransformation
 
     With params p, learned l and fixed f, the loss L sees ``w = view(p, (l, f))`` and the optimizer follows
     ``(dL/dp, dL/dl)``, both through the view. Afterwards the compression is updated with the new params and with
-    ``dL/dw``, the gradient at the weights the model used: dense where a mask is on, as growing methods need it.
+    ``dL/dw``, the gradient at the weights the model used: dense where a mask is on, as growing methods need it. Weights that
+    the update grows (`prune.set`, `prune.rigl`) restart from zero, with the optimizer's moments of them.
 
     Args:
       loss: see `Loss`; or a `StatefulLoss`, whose parts follow their gradients too.
@@ -108,9 +110,10 @@ def make_step(loss: Loss | StatefulLoss, optimizer: optax.GradientTransformation
             grads=slopes[0],
             key=update_key,
         )
+        params, opt_state = restart(trainable["params"], opt_state, state.fixed, compressed.fixed)
         new = state._replace(
             step=state.step + 1,
-            params=trainable["params"],
+            params=params,
             learned=compressed.learned,
             fixed=compressed.fixed,
             model_state=mean(model_state),

@@ -1,0 +1,88 @@
+"""ERK: how sparse each layer shall be, from its shape alone."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from compress_jax.core.leafwise import why_not_float
+from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.prune.amount import amount_exact
+
+
+def erk(params: Any, sparsity: float, pattern: Patterns | None = None, *, kernel: bool = True) -> dict[str, float]:
+    r"""Return the sparsity of every kernel under the Erdős-Rényi-kernel rule, the total exact.
+
+    A kernel of shape :math:`(k_1, \ldots, k_r)` keeps the share :math:`\epsilon \frac{\sum_i k_i}{\prod_i k_i}` of its
+    weights, or all where that exceeds 1; :math:`\epsilon` is such that the kernels together reach the sparsity. Counts are
+    rounded so that their sum is the total, the largest fractions up.
+
+    Args:
+      params: tree of arrays or shapes.
+      sparsity: share of the weights of all these kernels to prune, 0 to 1.
+      pattern: glob or globs of the kernels; by default all floating leaves of rank 2 and more. The others stay dense.
+      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs (the last two axes) only.
+
+    Returns:
+      ``{path: sparsity}``, for the ``sparsity`` of any method.
+
+    Raises:
+      ValueError: if the sparsity is outside [0, 1] or there is no such kernel.
+      NoMatchError: if the pattern matches no leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> erk({"a": jnp.ones((10, 10)), "b": jnp.ones((20, 40)), "bias": jnp.ones(40)}, 0.8)
+      {'a': 0.55, 'b': 0.83125}
+
+    References:
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, section 3.
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
+      science", 2018 (Erdős-Rényi).
+    """
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
+    floats = {path: tuple(x.shape) for path, x in flatten(params)[0].items() if why_not_float(path, x) is None}
+    chosen = set(match(pattern, floats)) if pattern is not None else {p for p, shape in floats.items() if len(shape) > 1}
+    shapes = {path: shape for path, shape in floats.items() if path in chosen}
+    if not shapes:
+        raise ValueError("there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern")
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    total = sum(sizes.values())
+    wanted = {path: float(sum(shape if kernel else shape[-2:])) for path, shape in shapes.items()}
+    weights = wanted if kernel else {p: w * sizes[p] / math.prod(shapes[p][-2:]) for p, w in wanted.items()}
+    kept = whole(fill(weights, sizes, total - amount_exact(sparsity, total)), sizes)
+    return {path: (size - kept[path]) / size for path, size in sizes.items()}
+
+
+def fill(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, float]:
+    """Share a total out in proportion to weights, nobody getting more than its size.
+
+    Example:
+      >>> fill({"a": 1.0, "b": 1.0}, {"a": 3, "b": 100}, 20)
+      {'a': 3.0, 'b': 17.0}
+    """
+    full: dict[str, float] = {}
+    while True:
+        free = {path: weight for path, weight in weights.items() if path not in full}
+        factor = (total - sum(full.values())) / max(sum(free.values()), 1e-300)
+        over = {path: float(sizes[path]) for path, weight in free.items() if factor * weight > sizes[path]}
+        if not over:
+            return {path: full.get(path, factor * weight) for path, weight in weights.items()}
+        full.update(over)
+
+
+def whole(shares: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Round shares to integers of the same sum: the largest fractions up, the earlier one of equal ones first.
+
+    Example:
+      >>> whole({"a": 0.5, "b": 1.5, "c": 3.0}, {"a": 1, "b": 2, "c": 3})
+      {'a': 1, 'b': 1, 'c': 3}
+    """
+    floors = {path: min(math.floor(share), sizes[path]) for path, share in shares.items()}
+    left = round(sum(shares.values())) - sum(floors.values())
+    fractions = np.array([floors[path] - share for path, share in shares.items()])
+    names = list(shares)
+    up = {names[i] for i in np.argsort(np.round(fractions, 9), kind="stable")[:left]}
+    return {path: floor + (path in up) for path, floor in floors.items()}

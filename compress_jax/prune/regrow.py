@@ -1,0 +1,175 @@
+"""Dynamic sparse training: the smallest kept weights are dropped, others grown; the builder of `set` and `rigl`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
+from compress_jax.core.paths import flatten
+from compress_jax.prune.amount import amount
+from compress_jax.prune.choose import kept
+from compress_jax.prune.masked import Seen, fixed_of, of_masks, pruned_leaves
+from compress_jax.prune.select import magnitude_bits, smallest_by
+from compress_jax.prune.target import Sparsity, Target
+from compress_jax.prune.wide import choose, less
+
+
+class Growth(NamedTuple):
+    """Where weights are grown.
+
+    Attributes:
+      measure: ``(Seen) -> scores``, floating point, compared by magnitude: the largest are grown.
+      needs_grads: it looks at gradients.
+    """
+
+    measure: Callable[[Seen], jax.Array]
+    needs_grads: bool = False
+
+
+def regrowing(
+    growth: Growth,
+    sparsity: Sparsity,
+    steps: int,
+    key: jax.Array,
+    *,
+    drop: float | optax.Schedule = 0.3,
+    every: int = 100,
+    until: float = 0.75,
+) -> Compression:
+    r"""Start from a mask drawn by lot; now and then drop the smallest kept weights and grow as many others.
+
+    At every update step t, of n weights :math:`k = n - \lfloor s n + 1/2 \rfloor` shall be kept. Of the kept ones the
+    :math:`(1 - f(t))\,k` of largest magnitude survive, with the drop fraction
+    :math:`f(t) = \frac{drop}{2} (1 + \cos(\pi t / T))` up to :math:`T = until \cdot steps`; of all others, those of largest
+    growth score join them until there are k. A sparsity that rises drops more than it grows (gradual pruning with regrowth).
+
+    Grown weights must restart from zero, as must the optimizer's moments of them: `make_step` does so; in a loop of one's
+    own, call `restart`.
+
+    Args:
+      growth: the score of weights that may be grown.
+      sparsity: as of `magnitude`: a number, a schedule, or a map such as `erk` returns.
+      steps: length of the training.
+      key: typed PRNG key of the first mask, and of random growth.
+      drop: the first drop fraction, 0 to 1, or a schedule of it.
+      every: updates are at steps divisible by it, 0 not among them.
+      until: share of the training after which the mask stays.
+
+    Returns:
+      The Compression. ``fixed[path]`` is ``{"mask": mask, "grown": bool, true where the last update grew a weight}``.
+
+    Raises:
+      ValueError: for impossible arguments; in `update`, if gradients are needed and missing.
+
+    Example:
+      >>> c = regrowing(Growth(lambda seen: seen.grad, True), 0.5, 10, jax.random.key(0), drop=0.5, every=1)
+      >>> params, grads = {"w": jnp.array([4.0, 3.0, 2.0, 1.0])}, {"w": jnp.array([0.0, 0.0, 0.0, 9.0])}
+      >>> state = c.update(params, c.init(params), step=1, grads=grads)
+      >>> int(state.fixed["w"]["mask"].sum()), bool(state.fixed["w"]["mask"][3])
+      (2, True)
+    """
+    if every < 1 or steps < 1 or not 0 <= until <= 1:
+        raise ValueError(f"give every >= 1, steps >= 1 and until from 0 to 1, got {every}, {steps} and {until}")
+    if not callable(drop) and not 0 <= drop <= 1:
+        raise ValueError(f"drop is the share of kept weights to replace, between 0 and 1, got {drop}")
+    stop = int(until * steps)
+    fall: Any = drop if callable(drop) else lambda step: _cosine(drop, step, stop)
+    rule = _Regrow(growth, Target.of(sparsity), key, fall, every, stop)
+    return of_masks(rule.target.why_not)._replace(init=rule.init, update=rule.update)
+
+
+def _cosine(drop: float, step: jax.Array, stop: int) -> jax.Array:
+    return 0.5 * drop * (1 + jnp.cos(jnp.pi * jnp.clip(step.astype(jnp.float32) / max(stop, 1), 0.0, 1.0)))
+
+
+class _Regrow(NamedTuple):
+    growth: Growth
+    target: Target
+    key: jax.Array
+    drop: Callable[[Any], Any]
+    every: int
+    stop: int
+
+    def init(self, params: Params) -> CompressionState:
+        self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
+        leaves = pruned_leaves(params, self.target.why_not)
+        draws = {path: jax.random.uniform(self.own(path), x.shape) for path, x in leaves.items()}
+        masks = kept(draws, self.target, 0)
+        return _state(masks, masks)
+
+    def own(self, path: str) -> Any:
+        return fold_path(self.key, path)
+
+    def update(self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, **_: Any) -> CompressionState:
+        leaves = pruned_leaves(params, self.target.why_not)
+        gradients = self.gradients(leaves, grads)
+        old = {path: fixed_of(state, path)["mask"] for path in leaves}
+        step = jnp.asarray(step)
+
+        def turn() -> dict[str, jax.Array]:
+            return {path: self.turned(path, x, old[path], gradients.get(path), step) for path, x in leaves.items()}
+
+        due = (step % self.every == 0) & (step > 0) & (step <= self.stop)
+        return _state(jax.lax.cond(due, turn, lambda: old), old)
+
+    def turned(self, path: str, x: jax.Array, live: jax.Array, grad: Any, step: jax.Array) -> jax.Array:
+        seen = Seen(path, x, step, grad, key=jax.random.fold_in(self.own(path), step + 1))
+        share, drop = self.target.share(path, step), jnp.asarray(self.drop(step), jnp.float32)
+        return turnover(x, self.growth.measure(seen), live, share, drop)
+
+    def gradients(self, leaves: dict[str, jax.Array], grads: Any) -> dict[str, Any]:
+        if not self.growth.needs_grads:
+            return {}
+        found = flatten(grads)[0] if grads is not None else {}
+        if missing := [path for path in leaves if found.get(path) is None]:
+            raise ValueError(
+                f"weights are grown where gradients are large, and there is none for {', '.join(missing)}; give "
+                "update(..., grads=...) the gradient of the loss at the weights the model used"
+            )
+        for path in leaves:
+            check_finite(f"{path} (its gradient)", found[path])
+        return found
+
+
+def turnover(x: jax.Array, growth: jax.Array, live: jax.Array, sparsity: Any, drop: jax.Array) -> jax.Array:
+    """Return the mask after the smallest kept weights were dropped and those of largest growth score grown.
+
+    Args:
+      x: the weights.
+      growth: floating point, in the shape of ``x``, compared by magnitude.
+      live: bool, the mask before.
+      sparsity: share of pruned weights afterwards, exactly as `amount` counts them.
+      drop: share of the weights kept afterwards that are to be new.
+
+    Returns:
+      bool, the mask afterwards. Of equal ones, the later entry is kept or grown.
+
+    Example:
+      >>> w, g = jnp.array([1.0, 5.0, 9.0, 9.0]), jnp.array([0.0, 0.0, 2.0, 1.0])
+      >>> turnover(w, g, jnp.array([True, True, False, False]), 0.5, jnp.float32(0.5)).tolist()
+      [False, True, True, False]
+    """
+    absent = amount(sparsity, x.size)
+    weak = amount(1 - (1 - jnp.asarray(sparsity, jnp.float32)) * (1 - drop), x.size)
+    (low,) = smallest_by(_survival, [(x, live)], choose(less(weak, absent), absent, weak))
+    survivors = live & ~low
+    (out,) = smallest_by(_growth, [(growth, survivors)], absent)
+    return ~out
+
+
+def _survival(x: jax.Array, live: jax.Array) -> jax.Array:
+    bits = magnitude_bits(x)
+    return jnp.where(live, bits + jnp.ones((), bits.dtype), jnp.zeros((), bits.dtype))
+
+
+def _growth(score: jax.Array, survivors: jax.Array) -> jax.Array:
+    bits = magnitude_bits(score)
+    return jnp.where(survivors, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype), bits)
+
+
+def _state(masks: dict[str, jax.Array], old: dict[str, jax.Array]) -> CompressionState:
+    return CompressionState({}, {path: {"mask": mask, "grown": mask & ~old[path]} for path, mask in masks.items()})
