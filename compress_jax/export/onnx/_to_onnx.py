@@ -1,0 +1,157 @@
+"""Any JAX function as an ONNX file that ONNX Runtime runs in integers."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.core.packed import to_dense
+from compress_jax.core.paths import flatten
+from compress_jax.export.artifact import write_atomically
+from compress_jax.export.exported import Exported, Row
+from compress_jax.export.onnx import check, qdq, store
+from compress_jax.export.onnx.convert import convert
+from compress_jax.export.onnx.plan import Placed, int8, place
+from compress_jax.export.onnx.runtime import extremes, optimised, session
+from compress_jax.export.onnx.weights import Weight, settle
+from compress_jax.export.simulate import Simulation, simulation
+
+
+def to_onnx(
+    fn: Callable[..., Any],
+    params: Any,
+    example: Any,
+    path: str | PathLike[str],
+    *,
+    how: Any = None,
+    ranges: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] = (),
+    where: str | tuple[str, ...] | None = None,
+    dynamic: bool = True,
+    weights: Literal["int8", "uint8"] = "int8",
+    accuracy_level: int = 4,
+    tolerance: float | None = None,
+) -> Exported:
+    r"""Write a function and its params as an ONNX file, and see that ONNX Runtime computes the same.
+
+    What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer ``how`` the contractions run
+    in integers: activations as uint8, :math:`x = s (q - z)` with the very scales of the simulation
+    ``activations(fn, how).apply(unpack(params), ranges, x)``; weights as their codes with a scale for each output channel.
+    Batch norm is folded into the scales, which leaves the codes what they are. Weights that are still arrays there are
+    quantized by ``uniform(8, granularity="channel")``. Without ``how``, packed integers become weight-only 4- or 8-bit
+    blocks (``MatMulNBits``) in matrix products, and elsewhere small constants that are unfolded when the file is loaded.
+
+    Args:
+      fn: a pure function of params and inputs, such as ``model.apply``; only what it computes in inference.
+      params: its params, packed or not; pruned and shrunk ones too.
+      example: an input, or a tuple of inputs; the first axis is the batch.
+      path: the file.
+      how: ``static(bits=8, symmetric=False)``, or pairs of a glob over sites and such a quantizer or None, as for
+        `quantize.activations`.
+      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not given.
+      batches: calibration inputs, each as ``example``: for ranges, and for results that no site takes (residual sums).
+      where: as for `quantize.activations`.
+      dynamic: whether batches of any size can be run; else only that of the example.
+      weights: the type of weights beside uint8 activations; the codes are the same. ``"int8"`` has the fastest kernels, but
+        on x86 processors without VNNI they saturate sums of two products at 16 bits; ``"uint8"`` is exact everywhere.
+      accuracy_level: of ``MatMulNBits``: 4 rounds activations to int8 in blocks, 0 multiplies in float32.
+      tolerance: the root mean square difference from the simulation that is allowed on the example, relative to the
+        result's: by default 1e-3, and 0.1 where activations are rounded.
+
+    Returns:
+      ``Exported(path, target, nbytes, rows, difference)``; ``print`` shows what became of every site.
+
+    Raises:
+      ExportError: if the packages are not installed, the function cannot be converted, the runtime would not use integer
+        kernels where it should, or its results are not those of JAX. No file is written then.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn, x = lambda p, x: jax.nn.relu(x @ p["kernel"]), jnp.ones((1, 4))
+      >>> to_onnx(fn, {"kernel": jnp.eye(4)}, x, "model.onnx").rows[0]  # doctest: +SKIP
+      Row(name='kernel', form='float32', reason='not quantized')
+
+    References:
+      ONNX Runtime, "Quantize ONNX models" (the QDQ format), https://onnxruntime.ai/docs/performance/model-optimizations.
+    """
+    inputs = [np.asarray(x) for x in (example if isinstance(example, tuple) else (example,))]
+    batches = [tuple(np.asarray(x) for x in (each if isinstance(each, tuple) else (each,))) for each in batches]
+    simulated = simulation(fn, params, inputs, how, ranges, batches, where)
+    model, found = _float_model(fn, simulated.packed, inputs, dynamic)
+    places = place(model, found, simulated.sites)
+    rows = {site.name: Row(site.name, "float32", "not quantized") for site in simulated.sites}
+    if how is not None:
+        rows |= _static(model, places, simulated, batches, weights == "uint8")
+    floats = {name: each for name, each in places.items() if name not in simulated.grids}
+    rows |= _weights_only(model, found, floats, rows, accuracy_level)
+    check.valid(model)
+    quantized = [name for name in places if name in simulated.grids]
+    if quantized:
+        check.fused(model, quantized)
+    ours = np.asarray(jax.tree.leaves(jax.jit(simulated.apply)(*inputs))[0])
+    run = session(model)
+    theirs = run.run(None, {each.name: x for each, x in zip(run.get_inputs(), inputs, strict=True)})[0]
+    rounds = bool(quantized) or any("MatMulNBits" in row.form for row in rows.values())
+    allowed = tolerance if tolerance is not None else 0.1 if rounds else 1e-3
+    difference = check.agree(ours, theirs, allowed, "ONNX Runtime against the simulation in JAX")
+    data = model.SerializeToString()
+    write_atomically(Path(path), data)
+    return Exported(Path(path), "onnx", len(data), tuple(rows.values()), difference)
+
+
+def _float_model(
+    fn: Callable[..., Any], packed: Any, inputs: Sequence[np.ndarray], dynamic: bool
+) -> tuple[Any, dict[str, Weight]]:
+    """Return the optimised float graph, and its weights by the names of constants."""
+    leaves, rebuild = flatten(packed)
+    dense = {path: np.asarray(to_dense(x)) for path, x in leaves.items()}
+    model = convert(fn, dense, rebuild, inputs, dynamic)
+    weights = settle(model, {path: Weight.of(path, x) for path, x in leaves.items()})
+    model = optimised(model, "BASIC")
+    del model.graph.value_info[:]
+    there = {each.name for each in model.graph.initializer}
+    return model, {name: weight for name, weight in weights.items() if name in there}
+
+
+def _static(
+    model: Any, places: Mapping[str, Placed], simulated: Simulation, batches: Sequence[Any], unsigned: bool
+) -> dict[str, Row]:
+    """Quantize what the simulation quantizes; whatever cannot be is an error, for the simulation would be another model."""
+    for name in simulated.grids:
+        found = int8(places[name]) if name in places else "no single node of the graph computes it"
+        if isinstance(found, str):
+            raise ExportError(
+                f"site {name!r} cannot be computed in integers: {found}. Leave it out: [({name!r}, None), ('**', how)]"
+            )
+
+    def measured(names: Sequence[str]) -> Mapping[str, Any]:
+        if not batches:
+            raise ExportError(f"{len(names)} results of convolutions go into residual sums and need ranges: pass batches=")
+        return extremes(model, names, batches)
+
+    chosen = {name: each for name, each in places.items() if name in simulated.grids}
+    qdq.write(model, chosen, simulated.grids, measured, unsigned)
+    return {name: Row(name, "uint8 x uint8" if unsigned else "uint8 x int8", "") for name in chosen}
+
+
+def _weights_only(
+    model: Any, weights: Mapping[str, Weight], places: Mapping[str, Placed], rows: Mapping[str, Row], accuracy_level: int
+) -> dict[str, Row]:
+    """Keep packed integers small where they are multiplied, or else where they are stored."""
+    done: dict[str, Row] = {}
+    for name, each in places.items():
+        if form := store.multiply(model, each, accuracy_level):
+            done[name] = Row(name, form, "")
+    gone = store.unused(weights, model)
+    for name, weight in weights.items():
+        if name in gone or weight.codes is None:
+            continue
+        row = name if name in rows else weight.path
+        form = store.unfold(model, name, weight)
+        reason = "" if form else "scales of groups, which save nothing here"
+        done[row] = Row(row, form or "float32", reason)
+    return done

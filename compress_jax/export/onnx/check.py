@@ -1,0 +1,77 @@
+"""What an exported graph must pass before it is written: the checker, the runtime, its integer kernels, the numbers."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export.extras import extra
+from compress_jax.export.onnx.runtime import optimised
+
+KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+
+
+def valid(model: Any) -> None:
+    """Run the checker of ONNX.
+
+    Raises:
+      ExportError: if it objects.
+    """
+    try:
+        extra("onnx", "onnx").checker.check_model(model, full_check=True)
+    except Exception as error:  # its exceptions have no common root
+        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
+
+
+def fused(model: Any, wanted: Iterable[str]) -> Counter[str]:
+    """See that the runtime has an integer kernel in the place of every quantized node.
+
+    Args:
+      model: with QDQ nodes.
+      wanted: the names of the sites that are quantized.
+
+    Returns:
+      How many of each operator its optimised graph has.
+
+    Raises:
+      ExportError: if some stayed in floats.
+    """
+    wanted = list(wanted)
+    graph = optimised(model, "EXTENDED").graph
+    counts = Counter(each.op_type for each in graph.node)
+    if (there := sum(counts[kind] for kind in KERNELS)) < len(wanted):
+        left = {
+            name.removesuffix(":int") for each in graph.node for name in each.input if each.op_type == "DequantizeLinear"
+        }
+        names = [name for name in wanted if name in left] or wanted
+        raise ExportError(
+            f"ONNX Runtime would compute {len(wanted) - there} of {len(wanted)} quantized sites in floats, slower than "
+            f"without quantization: {', '.join(names)}. Leave them out of `how`, as in [({names[0]!r}, None), ('**', how)]"
+        )
+    return counts
+
+
+def agree(ours: np.ndarray, theirs: np.ndarray, tolerance: float, what: str) -> float:
+    """Compare results with those of JAX.
+
+    Args:
+      ours: what JAX computes.
+      theirs: what the other runtime does.
+      tolerance: largest root mean square difference, relative to that of ``ours``.
+      what: the two, in words, for the error.
+
+    Returns:
+      The relative difference.
+
+    Raises:
+      ExportError: if it is larger, or shapes differ, or ``theirs`` is not finite.
+    """
+    if ours.shape != theirs.shape:
+        raise ExportError(f"{what}: the result has shape {theirs.shape} instead of {ours.shape}")
+    ours, theirs = ours.astype(np.float64), theirs.astype(np.float64)
+    difference = float(np.sqrt(np.mean((ours - theirs) ** 2)) / (np.sqrt(np.mean(ours**2)) or 1))
+    if not difference <= tolerance:
+        raise ExportError(f"{what}: results differ by {difference:.2g} of their size, and {tolerance:.2g} is allowed")
+    return difference

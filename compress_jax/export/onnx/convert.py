@@ -1,0 +1,118 @@
+"""The float graph of a function, every parameter a constant under its own path."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export.extras import extra
+from compress_jax.export.onnx import graph as g
+from compress_jax.export.onnx.pooling import pools
+from compress_jax.export.onnx.runtime import evaluate
+
+OPSET = 21  # the first with 4-bit integers
+
+
+def convert(
+    fn: Callable[..., Any],
+    leaves: Mapping[str, np.ndarray],
+    rebuild: Callable[[Mapping[str, Any]], Any],
+    inputs: Sequence[np.ndarray],
+    dynamic: bool,
+) -> Any:
+    """Convert a function of params and inputs.
+
+    The parameters are inputs to the converter, so whatever it does to one (a transpose to the target's layout, a reshape) is
+    a node of the graph; afterwards they are constants under their paths. What is quantized is found by name, not by value.
+
+    Args:
+      fn: the function.
+      leaves: dense parameters by path.
+      rebuild: from leaves to params.
+      inputs: an example.
+      dynamic: whether the first axis of every input is a batch of any size.
+
+    Returns:
+      The ``ModelProto``, its inputs ``x`` (or ``x0``, ``x1``, ...) and its outputs ``y`` (or ``y0``, ...).
+
+    Raises:
+      ExportError: if the converter cannot.
+    """
+    with _quiet():
+        jax2onnx = extra("jax2onnx", "onnx")
+    names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
+    specs = [jax.ShapeDtypeStruct((("B", *x.shape[1:]) if dynamic and x.ndim else x.shape), x.dtype) for x in inputs]
+    weights = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves.values()]
+
+    def flat(*arrays: Any) -> Any:
+        weights = dict(zip(leaves, arrays[len(inputs) :], strict=True))
+        return fn(rebuild(weights), *arrays[: len(inputs)])
+
+    params = rebuild({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()})
+    outs = len(jax.tree.leaves(jax.eval_shape(fn, params, *inputs)))
+    results = ["y"] if outs == 1 else [f"y{i}" for i in range(outs)]
+    try:
+        with _quiet():
+            model = jax2onnx.to_onnx(
+                flat,
+                [*specs, *weights],
+                opset=OPSET,
+                input_names=[*names, *leaves],
+                output_names=results,
+                normalization_mode="prefer_native",
+            )
+    except Exception as error:
+        advice = "; pass dynamic=False, for a batch of the example's size" if dynamic else ""
+        raise ExportError(f"jax2onnx cannot convert this function: {type(error).__name__}: {error}{advice}") from error
+    _bake(model, leaves)
+    _constant_shapes(model, inputs, dynamic)
+    pools(model, inputs)
+    return g.prune(model)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the converter's remarks about itself off the terminal."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
+    """Turn the inputs that are parameters into constants; one that the function does not use has gone already."""
+    left = [each for each in model.graph.input if each.name not in leaves]
+    for each in model.graph.input:
+        if each.name in leaves:
+            g.add(model.graph, each.name, leaves[each.name])
+    del model.graph.input[:]
+    model.graph.input.extend(left)
+
+
+def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) -> None:
+    """Write the shapes of reshapes as constants, -1 where the batch decides: a chain of small nodes less for each."""
+    known = {each.name for each in model.graph.initializer}
+    reshapes = [each for each in model.graph.node if each.op_type == "Reshape" and each.input[1] not in known]
+    if not reshapes:
+        return
+    names = list(dict.fromkeys(each.input[1] for each in reshapes))
+    sizes = (2, 3) if dynamic else (len(inputs[0]),)
+    seen = [evaluate(model, names, [np.resize(x, (n, *x.shape[1:])) if dynamic else x for x in inputs]) for n in sizes]
+    for name in names:
+        first, last = seen[0][name], seen[-1][name]
+        if (first != last).sum() > 1:
+            continue
+        constant = g.add(model.graph, f"{name}:constant", np.where(first == last, first, -1))
+        for each in reshapes:
+            if each.input[1] == name:
+                each.input[1] = constant

@@ -1,0 +1,214 @@
+"""Static integer inference: quantize and dequantize nodes around the nodes of sites, with the scales that were given.
+
+The runtime fuses ``DequantizeLinear -> Conv -> QuantizeLinear`` into one integer kernel. A convolution has one only if its
+result is quantized too, so results that no site takes (the branches of a residual sum) need ranges of their own.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from compress_jax.export.onnx import graph as g
+from compress_jax.export.onnx.plan import Placed, int8
+
+Grid = tuple[np.float32, np.uint8]
+SAME = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+
+
+def grid_of(low: np.float32, high: np.float32) -> Grid:
+    """Return scale and zero point of uint8 codes over a range, zero included.
+
+    Args:
+      low: smallest value.
+      high: largest value.
+
+    Returns:
+      ``(scale, zero_point)``.
+
+    Example:
+      >>> grid_of(np.float32(-1), np.float32(4.1))
+      (np.float32(0.02), np.uint8(50))
+    """
+    low, high = min(float(low), 0.0), max(float(high), 0.0)
+    scale = np.float32((high - low) / 255) or np.float32(1)
+    return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
+
+
+@dataclass
+class Codes:
+    """Which tensors are quantized.
+
+    Attributes:
+      grids: of tensors.
+      whole: those that all nodes take quantized, since an integer kernel makes them.
+    """
+
+    grids: dict[str, Grid] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
+
+
+def write(
+    model: Any,
+    places: Mapping[str, Placed],
+    grids: Mapping[str, Grid],
+    extremes: Callable[[Sequence[str]], Mapping[str, tuple[np.float32, np.float32]]],
+    unsigned: bool = False,
+) -> list[str]:
+    """Quantize the nodes of sites.
+
+    Args:
+      model: changed.
+      places: of the sites to quantize, each with an `int8` weight.
+      grids: of their activations, by site.
+      extremes: ``(names of tensors) -> {name: (lowest, highest)}``, asked once, if results of convolutions need ranges.
+      unsigned: whether weights are written as uint8, 128 standing for zero.
+
+    Returns:
+      The tensors whose ranges were measured.
+    """
+    codes = Codes({each.node.input[each.data]: grids[site] for site, each in places.items()})
+    nodes = [each.node for each in places.values()]
+    missing = _results(model.graph, nodes, codes)
+    measured = {name: grid_of(*ends) for name, ends in (extremes(missing) if missing else {}).items()}
+    codes.grids |= measured
+    _without_relu(model.graph, codes)
+    _moves(model.graph, codes)
+    sums = {each.output[0] for each in model.graph.node if _summed(each, codes)}
+    _rewrite(model, codes, sums, {each.node.output[0]: (each, grids[site]) for site, each in places.items()}, unsigned)
+    return list(measured)
+
+
+def _end(taken: Mapping[str, list[Any]], name: str) -> str:
+    """Return the result of a node after the Relu that its kernel takes in."""
+    only = taken.get(name, [])
+    return only[0].output[0] if len(only) == 1 and only[0] is not None and only[0].op_type == "Relu" else name
+
+
+def _results(graph: Any, nodes: Iterable[Any], codes: Codes) -> list[str]:
+    """Note what convolutions return as quantized, with the grid of what it becomes by moves; return what has no grid.
+
+    So are the sums of two such results: the Relu behind a residual sum would keep it in floats.
+    """
+    taken, missing = g.consumers(graph), []
+
+    def note(name: str) -> None:
+        grid = _ahead(taken, name, codes)
+        codes.whole.add(name)
+        if grid is None and name not in codes.grids:
+            missing.append(name)
+        elif grid is not None:
+            codes.grids.setdefault(name, grid)
+
+    for each in nodes:
+        if each.op_type == "Conv":
+            note(_end(taken, each.output[0]))
+    for each in graph.node:
+        if _summed(each, codes):
+            note(_end(taken, each.output[0]))
+    return list(dict.fromkeys(missing))
+
+
+def _without_relu(graph: Any, codes: Codes) -> None:
+    """Drop every Relu whose result is quantized with the zero point 0, for that clips at 0 as well."""
+    made, taken, dropped = g.producers(graph), g.consumers(graph), set()
+    for each in graph.node:
+        name = each.output[0] if each.output else ""
+        only = each.op_type == "Relu" and len(taken[each.input[0]]) == 1 and each.input[0] in made
+        if only and name in codes.whole and codes.grids[name][1] == 0:
+            before = made[each.input[0]]
+            before.output[list(before.output).index(each.input[0])] = name
+            dropped.add(name)
+    kept = [each for each in graph.node if not (each.op_type == "Relu" and each.output[0] in dropped)]
+    g.replace_nodes(graph, kept)
+
+
+def _ahead(taken: Mapping[str, list[Any]], name: str, codes: Codes) -> Grid | None:
+    """Return the grid of the tensor that this one only moves to become."""
+    while name not in codes.grids:
+        only = taken.get(name, [])
+        if len(only) != 1 or only[0] is None or only[0].op_type not in SAME:
+            return None
+        name = only[0].output[0]
+    return codes.grids[name]
+
+
+def _summed(each: Any, codes: Codes) -> bool:
+    known = [name in codes.whole or name in codes.grids for name in each.input]
+    return each.op_type == "Add" and all(known) and any(name in codes.whole for name in each.input)
+
+
+def _moves(graph: Any, codes: Codes) -> None:
+    """Note what quantized entries are only moved into, if it is quantized alike."""
+    for each in graph.node:
+        if each.op_type in SAME and each.input[0] in codes.whole:
+            if codes.grids.get(each.output[0]) == codes.grids[each.input[0]]:
+                codes.whole.add(each.output[0])
+
+
+def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool) -> None:
+    graph, out = model.graph, []
+    outputs = {each.name for each in graph.output}
+    made: dict[tuple[str, Grid], str] = {}
+
+    def coded(name: str, grid: Grid, result: str = "") -> str:
+        key = (name, grid)
+        if key not in made:
+            tag = name if grid == codes.grids.get(name) else f"{name}:{len(made)}"
+            made[key] = result or f"{tag}:seen"
+            numbers = [
+                g.add(graph, f"{tag}:scale", np.asarray(grid[0])),
+                g.add(graph, f"{tag}:zero_point", np.asarray(grid[1])),
+            ]
+            out.append(g.node("QuantizeLinear", [name, *numbers], f"{tag}:codes"))
+            out.append(g.node("DequantizeLinear", [f"{tag}:codes", *numbers], made[key]))
+        return made[key]
+
+    for each in list(graph.node):
+        placed = own.get(each.output[0])
+        for i, name in enumerate(each.input):
+            if placed is not None and i == placed[0].data:
+                each.input[i] = coded(name, placed[1])
+            elif name in codes.whole or each.output[0] in sums:
+                each.input[i] = coded(name, codes.grids[name])
+        if placed is not None:
+            out.extend(_weights(graph, each, *placed, unsigned))
+        for i, name in enumerate(each.output):
+            if name in codes.whole and name in outputs:
+                each.output[i] = f"{name}:float"
+                codes.grids[f"{name}:float"] = codes.grids[name]
+                out.append(each)
+                coded(f"{name}:float", codes.grids[name], result=name)
+                made[(name, codes.grids[name])] = name
+                break
+        else:
+            out.append(each)
+    g.replace_nodes(graph, out)
+    g.prune(model)
+
+
+def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) -> list[Any]:
+    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that dequantize them."""
+    found = int8(placed)
+    assert not isinstance(found, str) and placed.channel is not None
+    levels, scale = found
+    if unsigned:
+        levels = (levels.astype(np.int16) + 128).astype(np.uint8)
+    nodes = [_dequantized(graph, placed.site, levels, scale, placed.channel)]
+    each.input[1 - placed.data] = nodes[0].output[0]
+    if each.op_type == "MatMul" or len(each.input) < 3:
+        return nodes
+    bias = g.initializers(graph).get(each.input[2])
+    if bias is not None and bias.ndim == 1 and len(bias) == len(scale):
+        steps = (scale * grid[0]).astype(np.float32)
+        whole = np.clip(np.round(bias.astype(np.float64) / steps), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+        nodes.append(_dequantized(graph, f"{placed.site}:bias", whole, steps, 0))
+        each.input[2] = nodes[1].output[0]
+    return nodes
+
+
+def _dequantized(graph: Any, name: str, codes: np.ndarray, scale: np.ndarray, axis: int) -> Any:
+    parts = (codes, scale, np.full(scale.shape, 128 if codes.dtype == np.uint8 else 0, codes.dtype))
+    names = [g.add(graph, f"{name}:{what}", x) for what, x in zip(("int", "step", "zero"), parts, strict=True)]
+    return g.node("DequantizeLinear", names, f"{name}:weight", axis=axis)

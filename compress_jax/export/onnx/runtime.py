@@ -1,0 +1,78 @@
+"""ONNX Runtime: running, optimising and measuring a model."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export.extras import extra
+
+
+def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") -> Any:
+    """Return a session of a model.
+
+    Args:
+      model: a ``ModelProto``, or the path of a file.
+      level: of graph optimisation: ``"DISABLE_ALL"``, ``"BASIC"``, ``"EXTENDED"`` or ``"ALL"``.
+      threads: how many; 0 is one for each core.
+      save: where to write the optimised graph, if anywhere.
+
+    Returns:
+      The session.
+
+    Raises:
+      ExportError: if the runtime refuses the model.
+    """
+    runtime = extra("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, f"ORT_{_level(level)}")
+    if save:
+        options.optimized_model_filepath = save
+    source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
+    try:
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exceptions have no common root
+        raise ExportError(f"ONNX Runtime refuses the exported model: {error}") from error
+
+
+def _level(level: str) -> str:
+    return level if level.startswith("DISABLE") else f"ENABLE_{level}"
+
+
+def optimised(model: Any, level: str) -> Any:
+    """Return the graph that the runtime makes of a model; at ``"BASIC"`` of standard operators only."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "optimised.onnx")
+        session(model, level, save=file)
+        return extra("onnx", "onnx").load(file)
+
+
+def evaluate(model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the values of any tensors of a model for some inputs."""
+    onnx = extra("onnx", "onnx")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    there = {out.name for out in copy.graph.output}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    run = session(copy, "DISABLE_ALL")
+    feed = {each.name: x for each, x in zip(run.get_inputs(), inputs, strict=True)}
+    wanted = [name for name in names if name not in feed]
+    found = dict(zip(wanted, run.run(wanted, feed), strict=True)) if wanted else {}
+    return {name: found.get(name, feed.get(name)) for name in names}
+
+
+def extremes(
+    model: Any, names: Sequence[str], batches: Iterable[Sequence[np.ndarray]]
+) -> dict[str, tuple[np.float32, np.float32]]:
+    """Return the smallest and the largest entry of tensors over batches."""
+    ranges: dict[str, tuple[np.float32, np.float32]] = {}
+    for inputs in batches:
+        for name, x in evaluate(model, names, inputs).items():
+            low, high = ranges.get(name, (x.min(), x.max()))
+            ranges[name] = (min(low, x.min()), max(high, x.max()))
+    return ranges
