@@ -1,5 +1,6 @@
 """Pruning: weights seen as zero, chosen by a score, an amount and a schedule."""
 
+from compress_jax.prune import importance
 from compress_jax.prune._cubic import cubic
 from compress_jax.prune._erk import erk
 from compress_jax.prune._fisher import fisher
@@ -11,6 +12,7 @@ from compress_jax.prune._rigl import rigl
 from compress_jax.prune._saliency import saliency
 from compress_jax.prune._scored import scored
 from compress_jax.prune._set import set
+from compress_jax.prune._shrink import shrink
 from compress_jax.prune._sparsegpt import sparsegpt
 from compress_jax.prune._ste import ste
 from compress_jax.prune._top_kast import top_kast
@@ -20,13 +22,16 @@ from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.post_training import Pruned
 from compress_jax.prune.regrow import Growth, regrowing
 from compress_jax.prune.restart import grown, reset_moments, restart
+from compress_jax.prune.shrunk import Removal, Shrunk, narrow
 from compress_jax.prune.structures import block, channel, head, n_m
 
 __all__ = [
     "Growth",
     "Pruned",
+    "Removal",
     "Score",
     "Seen",
+    "Shrunk",
     "block",
     "channel",
     "cubic",
@@ -35,11 +40,13 @@ __all__ = [
     "grasp",
     "grown",
     "head",
+    "importance",
     "lamp",
     "magnitude",
     "masked",
     "movement",
     "n_m",
+    "narrow",
     "random",
     "regrowing",
     "reset_moments",
@@ -48,6 +55,7 @@ __all__ = [
     "saliency",
     "scored",
     "set",
+    "shrink",
     "snip",
     "sparsegpt",
     "ste",
