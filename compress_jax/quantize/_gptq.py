@@ -9,12 +9,11 @@ import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import NonFiniteError
-from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
+from compress_jax.quantize.solving import HIGHEST, layerwise
 from compress_jax.trace import Calibration
-from compress_jax.trace.matrix import MatrixForm, Problem, problems
+from compress_jax.trace.matrix import MatrixForm, Problem
 
-HIGHEST = jax.lax.Precision.HIGHEST
 TRIES, LEAST = 6, 1e-4
 UNSPLIT = 1024  # at most so many earlier inputs make up for their errors in one product
 
@@ -32,8 +31,8 @@ def gptq(
     r"""Round weights so that the layers' outputs, not the weights, stay close, by second-order error compensation.
 
     With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, each input i in turn is
-    rounded to :math:`q_i`, and :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as what
-    it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
+    rounded to :math:`q_i`, and :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as
+    what it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
     :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the weights as they were; so nothing is ever inverted.
 
     The scales (and masks, in a chain) are those of the compression's state; any grid, floating format or granularity that
@@ -73,20 +72,13 @@ def gptq(
       Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ", 2023, arXiv:2210.17323, algorithm 1.
       Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025, arXiv:2507.18553.
     """
-    state = compression.init(params) if state is None else state
-    leaves, rebuild = flatten(params)
-    tasks, skipped = problems(calibration, leaves)
-    notes: dict[str, str] = {}
-    new = dict(leaves)
-    for path, see in compression.pointwise(params, state).items():
-        if path not in tasks:
-            skipped.setdefault(path, "no calibrated site uses it")
-            continue
-        new[path], used = _leaf(path, leaves[path], see, tasks[path], damping, block, act_order)
-        if used != damping:
-            notes[path] = f"damping was raised from {damping:g} to {used:g} to factor the Hessian"
-    left = {path: why for path, why in compression.skipped(params).items()}
-    return Solved(compression.view(rebuild(new), state), state, left | skipped, notes)
+
+    def solve(path: str, x: jax.Array, how: Pointwise, problem: Problem) -> tuple[jax.Array, str | None]:
+        new, used = _leaf(path, x, how, problem, damping, block, act_order)
+        raised = f"damping was raised from {damping:g} to {used:g} to factor the Hessian"
+        return new, raised if used != damping else None
+
+    return layerwise(params, calibration, compression, state, solve)
 
 
 def _leaf(

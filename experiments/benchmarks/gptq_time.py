@@ -1,11 +1,11 @@
-"""GPTQ of one layer: the time our `gptq` takes, compiling included, beside a torch implementation of the published algorithm.
+"""GPTQ of one layer: the time our `gptq` takes, compiling included, beside the published algorithm in torch.
 
 python experiments/benchmarks/gptq_time.py --torch PYTHON                  # 1024x1024; PYTHON has torch; about 1 minute
 python experiments/benchmarks/gptq_time.py --torch PYTHON --size 4096      # 4096x4096; about 10 minutes on 2 busy cores
 
-Both get the same weights, Gram matrix and scales, and start with them in memory. Ours is timed from the call of `gptq` to the
-last rounded weight, in one process whose caches are cleared before every round: tracing, compiling, solving, and the check
-that the Hessian could be factored. Torch runs by itself in a process of its own, where this same file is called with
+Both get the same weights, Gram matrix and scales, and start with them in memory. Ours is timed from the call of `gptq` to
+the last rounded weight, in one process whose caches are cleared before every round: tracing, compiling, solving, and the
+check that the Hessian could be factored. Torch runs by itself in a process of its own, where this same file is called with
 ``--solve`` after its import and a small warm-up, neither of which counts.
 """
 
@@ -26,7 +26,7 @@ HEAD += ["ours / torch, inputs in rows", "output error: nearest", "ours", "torch
 
 
 def by_torch(w: Any, gram: Any, scale: Any) -> Any:
-    """Solve as published: weights ``[n, k]``, blocks of columns, a rank-one update after each, a lazy one after the block."""
+    """Solve as published: weights ``[n, k]``; a rank-one update after each column, a lazy one after each block."""
     import torch  # pyright: ignore[reportMissingImports]
 
     n, k = w.shape

@@ -1,0 +1,148 @@
+"""AWQ: scale up the weights that large activations meet before they are rounded, then search how far to clip."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Compression, Params
+from compress_jax.core.errors import NonFiniteError
+from compress_jax.core.paths import flatten
+from compress_jax.quantize._clip import clipped_state
+from compress_jax.quantize.folding import Fold, folds
+from compress_jax.quantize.solved import Solved
+from compress_jax.quantize.solving import column_errors
+from compress_jax.trace import Calibration
+from compress_jax.trace.matrix import Problem, problems
+from compress_jax.trace.scaling import Part
+
+EPSILON = 1e-4
+
+
+def awq(
+    fn: Callable[..., Any],
+    params: Params,
+    calibration: Calibration,
+    compression: Compression,
+    *inputs: Any,
+    points: int = 20,
+    clipped: bool = True,
+) -> Solved:
+    r"""Scale the rows of kernels by how large their inputs are, fold the inverse into what comes before, clip, and round.
+
+    :math:`s = \bar x^r / (\bar w^{1 - r} + 10^{-4})`, normalised by :math:`\sqrt{\max s \min s}`, :math:`\bar x_j` being the
+    root mean square of channel j and :math:`\bar w_j` the mean of :math:`|W_{jn}| / \max_i |W_{in}|`. Of the grid
+    :math:`r = 0, 1/20, \dots` each group of kernels that share their inputs takes the r with which rounding to nearest errs
+    least in their outputs, or no scaling if that is better still. Then `clip` searches the ranges.
+
+    Kernels whose inputs nothing can make up for are clipped and rounded only; a note says why. What can be folded where is
+    read off the function's jaxpr, as `smooth` does.
+
+    Args:
+      fn: a pure function of ``(params, *inputs)``.
+      params: tree of arrays.
+      calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
+      compression: what the weights are to be seen through.
+      inputs: one example of them; only shapes matter.
+      points: of the grid of r.
+      clipped: whether to search the ranges.
+
+    Returns:
+      ``Solved``: exact under the compression. What is not compressed (norms, biases) may have taken up scales.
+
+    Raises:
+      NonFiniteError: if calibration or weights are not finite.
+
+    Example:
+      >>> import jax
+      >>> from compress_jax import at
+      >>> from compress_jax.quantize import uniform
+      >>> from compress_jax.trace import calibrate, gram
+      >>> fn = lambda p, x: (x * p["scale"]) @ p["kernel"]
+      >>> params = {"scale": jnp.array([100.0, 1.0]), "kernel": jnp.array([[0.3, 0.1], [1.0, -0.9]])}
+      >>> x = jax.random.normal(jax.random.key(0), (64, 2))
+      >>> c = at("kernel", uniform(bits=3, granularity="channel"))
+      >>> solved = awq(fn, params, calibrate(fn, gram(), params, [x]), c, x)
+      >>> error = lambda p: float(jnp.abs(fn(p, x) - fn(params, x)).max())
+      >>> error(solved.params) < 0.3 * error(c.view(params, c.init(params)))
+      True
+
+    References:
+      Lin et al., "AWQ", 2024, arXiv:2306.00978, equations 4 and 5, and its implementation (the normalisation, the part of
+      the weights in s).
+    """
+    leaves, rebuild = flatten(params)
+    seen = compression.pointwise(params, compression.init(params))
+    tasks = {path: task for path, task in problems(calibration, leaves)[0].items() if path in seen}
+    for path, task in tasks.items():
+        if not bool(jnp.isfinite(task.gram).all()):
+            raise NonFiniteError(f"the calibration statistics of {path!r} hold NaN or infinity; look at the batches")
+    found, why = folds(fn, params, inputs, calibration.sites)
+    found = [fold for fold in found if all(part.path in tasks for part in fold.consumers)]
+    grid = [[_factors(fold, leaves, tasks, i / points) for fold in found] for i in range(points)]
+    ones = [jnp.ones((*fold.scaling.stack, fold.scaling.size)) for fold in found]
+    errors = [_errors(rebuild, compression, found, leaves, tasks, factors) for factors in (ones, *grid)]
+    chosen = [int(jnp.argmin(jnp.stack(each))) for each in zip(*errors, strict=True)]
+    scaled = dict(leaves)
+    notes = {path: f"not scaled: {why.get(path, 'not all kernels that share its inputs are compressed')}" for path in tasks}
+    for i, (fold, best) in enumerate(zip(found, chosen, strict=True)):
+        scaled |= fold.scaling.apply(scaled, (ones, *grid)[best][i])
+        note = f"scaled with r = {(best - 1) / points:g}, into {', '.join(fold.makers)}" if best else "no scaling was better"
+        notes |= dict.fromkeys((part.path for part in fold.consumers), note)
+        tasks |= {
+            part.path: _shrunk(tasks[part.path], fold, part, leaves, (ones, *grid)[best][i]) for part in fold.consumers
+        }
+    tree = rebuild(scaled)
+    state = clipped_state(tree, compression, tasks) if clipped else compression.init(tree)
+    return Solved(compression.view(tree, state), state, compression.skipped(params), notes)
+
+
+def _shrunk(task: Problem, fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any) -> Problem:
+    """Return the problem of a kernel whose rows have grown: its inputs have shrunk as much."""
+    grown = fold.scaling.spread(part, leaves[part.path].ndim, factors)
+    rows = task.form.matrices(jnp.broadcast_to(grown, leaves[part.path].shape))[..., 0]
+    return Problem(task.form, task.gram / (rows[:, :, None] * rows[:, None, :]))
+
+
+def _factors(fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Problem], r: float) -> Any:
+    """Return the factors of a fold for one r, ``[*stack, size]``."""
+    inputs, weights = [], []
+    for part in fold.consumers:
+        form, gram = tasks[part.path].form, tasks[part.path].gram
+        w = jnp.abs(form.matrices(leaves[part.path].astype(jnp.float32)))
+        squares = jnp.broadcast_to(jnp.diagonal(gram, axis1=1, axis2=2)[..., None], w.shape)
+        inputs.append(fold.scaling.mean(part, form.stored(squares)))
+        largest = w.max(1, keepdims=True)
+        weights.append(fold.scaling.mean(part, form.stored(w / jnp.where(largest > 0, largest, 1))))
+    x, w = (jnp.stack(each).mean(0) for each in (inputs, weights))
+    s = jnp.sqrt(x) ** r / (w ** (1 - r) + EPSILON)
+    live = (x > 0) & (s > 0)
+    most = jnp.where(live, s, 0).max(-1, keepdims=True)
+    s = s / jnp.sqrt(most * jnp.where(live, s, jnp.inf).min(-1, keepdims=True))
+    return fold.factors(jnp.where(live, s, 1.0))
+
+
+def _errors(
+    rebuild: Callable[..., Any],
+    compression: Compression,
+    found: list[Fold],
+    leaves: Mapping[str, Any],
+    tasks: Mapping[str, Problem],
+    factors: list[Any],
+) -> list[Any]:
+    """Return the output error of every fold's kernels if all folds are scaled, seen in the scale they had."""
+    scaled, grown = (
+        dict(leaves),
+        {part.path: jnp.ones_like(leaves[part.path]) for fold in found for part in fold.scaling.parts},
+    )
+    for fold, each in zip(found, factors, strict=True):
+        scaled |= fold.scaling.apply(scaled, each)
+        grown |= fold.scaling.apply(grown, each)
+    tree = rebuild(scaled)
+    viewed = flatten(compression.view(tree, compression.init(tree)))[0]
+
+    def error(path: str) -> Any:
+        delta = viewed[path].astype(jnp.float32) / grown[path].astype(jnp.float32) - leaves[path].astype(jnp.float32)
+        return column_errors(tasks[path].form.matrices(delta), tasks[path].gram).sum()
+
+    return [jnp.stack([error(part.path) for part in fold.consumers]).sum() for fold in found]

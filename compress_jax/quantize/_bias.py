@@ -1,0 +1,103 @@
+"""Bias correction: take the mean of the error that compression makes out of every layer's outputs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Params
+from compress_jax.core.errors import NonFiniteError
+from compress_jax.core.paths import flatten
+from compress_jax.quantize.solving import stored
+from compress_jax.trace import Calibration
+from compress_jax.trace.biases import biases
+from compress_jax.trace.site import Site
+
+
+class Corrected(NamedTuple):
+    """Params with corrected biases.
+
+    Attributes:
+      params: plain arrays.
+      corrected: ``{path of a bias: path of the kernel whose error it takes up}``.
+      skipped: ``{path of a kernel: why no bias takes up its error}``.
+    """
+
+    params: Params
+    corrected: dict[str, str]
+    skipped: dict[str, str]
+
+
+def correct_bias(
+    fn: Callable[..., Any], params: Params, compressed: Params, calibration: Calibration, *inputs: Any
+) -> Corrected:
+    r"""Add to each bias what its layer's kernel lost on average, :math:`b \leftarrow b + (W - \hat W)^\top E[x]`.
+
+    Afterwards the mean of each output over the calibration data is what it was. Of a convolution, E[x] is the mean of each
+    input channel wherever the window stands: padding is left out of account. Which parameter is a layer's bias is read off
+    the function's jaxpr.
+
+    Args:
+      fn: a pure function of ``(params, *inputs)``.
+      params: tree of arrays before compression.
+      compressed: the like after it: ``c.view(params, state)`` or a solver's result. If biases are compressed too, their
+        correction has to be seen through the compression again.
+      calibration: ``trace.calibrate(fn, trace.reducers.moments(), params, batches)``.
+      inputs: one example of them; only shapes matter.
+
+    Returns:
+      `Corrected`: ``compressed`` with new biases; kernels without a bias are listed.
+
+    Raises:
+      NonFiniteError: if calibration statistics are not finite.
+
+    Example:
+      >>> from compress_jax.trace import calibrate
+      >>> from compress_jax.trace.reducers import moments
+      >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
+      >>> params = {"kernel": jnp.array([[1.2], [0.9]]), "bias": jnp.zeros(1)}
+      >>> rounded = {"kernel": jnp.array([[1.0], [1.0]]), "bias": jnp.zeros(1)}
+      >>> x = jnp.array([[1.0, 0.0], [3.0, 2.0]])
+      >>> result = correct_bias(fn, params, rounded, calibrate(fn, moments(), params, [x]), x)
+      >>> round(float(result.params["bias"][0]), 4), result.corrected
+      (0.3, {'bias': 'kernel'})
+
+    References:
+      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721, section
+      4.2, with means that are measured.
+    """
+    before = flatten(params)[0]
+    leaves, rebuild = flatten(compressed)
+    added = biases(fn, params, *inputs)
+    corrected: dict[str, str] = {}
+    skipped: dict[str, str] = {}
+    for name, site in calibration.sites.items():
+        if site.param is None or site.param not in leaves:
+            continue
+        bias, shift = added.get(name), None
+        why = "no parameter is added to what it gives" if bias is None else None
+        if bias is not None and bias in corrected:
+            why = f"its bias {bias!r} already takes up the error of {corrected[bias]!r}"
+        elif bias is not None:
+            shift, why = _shift(
+                site, leaves[bias].shape, before[site.param] - leaves[site.param], calibration[name]["input"]
+            )
+        if bias is None or shift is None:
+            skipped[site.param] = why or ""
+            continue
+        leaves[bias] = (leaves[bias].astype(jnp.float32) + shift).astype(leaves[bias].dtype)
+        corrected[bias] = site.param
+    return Corrected(rebuild(leaves), corrected, skipped)
+
+
+def _shift(site: Site, shape: tuple[int, ...], lost: Any, seen: Any) -> tuple[Any, str | None]:
+    """Return what a bias of this shape has to take up, or why it cannot."""
+    means = stored(site, lost.shape, seen.mean, jnp.mean)
+    if means is None:
+        return None, "the channels of what it is fed are not those of its axes"
+    if not bool(jnp.isfinite(means).all()):
+        raise NonFiniteError(f"the means of what {site.param!r} is fed are not finite; look at the calibration batches")
+    shift = (lost.astype(jnp.float32) * means).sum(site.param_axes)
+    if shift.shape != shape:
+        return None, f"its bias has shape {shape}, its outputs {shift.shape}"
+    return shift, None

@@ -1,0 +1,94 @@
+"""SmoothQuant: move the range of activations into the weights, where it is easier to quantize."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Params
+from compress_jax.core.errors import NonFiniteError
+from compress_jax.core.paths import flatten
+from compress_jax.quantize.folding import Fold, Folded, folds
+from compress_jax.quantize.solving import fed, stored
+from compress_jax.trace import Calibration
+
+FLOOR = 1e-5
+
+
+def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *inputs: Any, strength: float = 0.5) -> Folded:
+    r"""Divide the channels of activations by factors that balance their ranges with those of the weights they meet.
+
+    :math:`s_j = \max|X_j|^\alpha / \max|W_j|^{1 - \alpha}`, over all data and all kernels that the channel is fed to; row j
+    of these kernels is multiplied by it, and whatever makes the channel (a norm's scale and bias, a kernel's outputs) is
+    divided by it. The float function stays as it is; quantizing its activations and weights loses less.
+
+    What can be folded where is read off the function's jaxpr (``trace.scaling``): through norms, relu, pooling, gates,
+    residual sums, from values through attention, under ``scan`` with factors for each layer. Kernels that nothing can
+    make up for (fed by the input, by gelu or softmax) stay as they are and are listed with the reason.
+
+    Args:
+      fn: a pure function of ``(params, *inputs)``.
+      params: tree of arrays.
+      calibration: ``trace.calibrate(fn, trace.reducers.absmax("channel"), params, batches)``.
+      inputs: one example of them; only shapes matter.
+      strength: :math:`\alpha`, from 0 (balance the weights) to 1 (balance the activations).
+
+    Returns:
+      `Folded`: params of the same function, what was folded into what, and what was not and why.
+
+    Raises:
+      ValueError: if ``strength`` is not in [0, 1].
+      NonFiniteError: if calibration statistics are not finite.
+
+    Example:
+      >>> import jax
+      >>> from compress_jax.trace import calibrate
+      >>> from compress_jax.trace.reducers import absmax
+      >>> def fn(p, x):
+      ...     return jax.nn.relu(x * p["scale"]) @ p["kernel"]
+      >>> params = {"scale": jnp.array([1.0, 100.0]), "kernel": jnp.ones((2, 3))}
+      >>> x = jnp.array([[1.0, 1.0]])
+      >>> result = smooth(fn, params, calibrate(fn, absmax("channel"), params, [x]), x)
+      >>> result.params["scale"].tolist(), result.folded
+      ([1.0, 10.0], {'kernel': ('scale',)})
+
+    References:
+      Xiao et al., "SmoothQuant", 2023, arXiv:2211.10438, equation 4.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 to 1, got {strength}")
+    leaves, rebuild = flatten(params)
+    found, skipped = folds(fn, params, inputs, calibration.sites)
+    ranges = _ranges(calibration, leaves)
+    folded: dict[str, tuple[str, ...]] = {}
+    for fold in found:
+        paths = [part.path for part in fold.consumers]
+        if missing := [path for path in paths if path not in ranges]:
+            skipped |= dict.fromkeys(paths, f"the channels of what {missing[0]} is fed are not those of its axes")
+            continue
+        leaves |= fold.scaling.apply(leaves, fold.factors(_balance(fold, leaves, ranges, strength)))
+        folded |= dict.fromkeys(paths, fold.makers)
+    return Folded(rebuild(leaves), folded, skipped)
+
+
+def _balance(fold: Fold, leaves: dict[str, Any], ranges: dict[str, Any], strength: float) -> Any:
+    """Return what the consumers' rows are multiplied by; 1 for channels that are always zero, or that nothing reads."""
+    shape = lambda part: leaves[part.path].shape  # noqa: E731
+    largest = fold.scaling.largest
+    inputs = jnp.stack([largest(part, jnp.broadcast_to(ranges[part.path], shape(part))) for part in fold.consumers]).max(0)
+    weights = jnp.stack([largest(part, jnp.abs(leaves[part.path])) for part in fold.consumers]).max(0)
+    factors = inputs**strength / jnp.maximum(weights, FLOOR) ** (1 - strength)
+    return jnp.where((inputs == 0) | (weights == 0), 1.0, jnp.maximum(factors, FLOOR))
+
+
+def _ranges(calibration: Calibration, leaves: dict[str, Any]) -> dict[str, Any]:
+    """Return the largest magnitude of what every kernel's rows meet, in a shape that broadcasts against the kernel."""
+    ranges: dict[str, Any] = {}
+    for path, site, largest in fed(calibration, leaves):
+        seen = jnp.where(jnp.isnan(largest), 0, largest) if site.conditional else largest  # a branch may not have run
+        if not bool(jnp.isfinite(seen).all()):
+            raise NonFiniteError(f"the ranges of what {path!r} is fed are not finite; look at the calibration batches")
+        placed = stored(site, leaves[path].shape, seen, jnp.max)
+        if placed is not None:
+            ranges[path] = jnp.maximum(ranges[path], placed) if path in ranges else placed
+    return ranges
