@@ -69,6 +69,6 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
         around, squares = (), squares.reshape(-1, squares.shape[-1]).mean(0)
     order = (*around, *summed)
     values = squares.reshape(*squares.shape[:-1], *sizes)
-    values = jnp.transpose(values, np.argsort(order))
+    values = jnp.transpose(values, np.argsort(order).tolist())
     full = [n if axis in order else 1 for axis, n in enumerate(member.shape)]
     return jnp.broadcast_to(values.reshape(full), member.shape)

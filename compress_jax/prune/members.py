@@ -70,6 +70,3 @@ def _cutter(group: Group, member: tuple[str, int], shape: tuple[int, ...]) -> Ca
         return jnp.moveaxis(rows, member[1], 0).reshape(group.size, -1)
 
     return cut
-
-
-Importance = Callable[[Member], jax.Array | None]
