@@ -7,6 +7,7 @@ is a pure function of an explicit key that runs on the device.
 """
 
 from compress_jax.core.errors import DataError
+from compress_jax.data._mixup import mixup
 from compress_jax.data.augment import random_crop_flip
 from compress_jax.data.dataset import Data, fingerprint, load
 from compress_jax.data.feed import Feed, batches, eval_batches
@@ -22,6 +23,7 @@ __all__ = [
     "eval_batches",
     "fingerprint",
     "load",
+    "mixup",
     "normalise",
     "random_crop_flip",
     "scale_to_unit",

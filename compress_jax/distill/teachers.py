@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import StateError
+from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.distill.fidelity import agreement
@@ -49,6 +49,9 @@ class Teachers:
     def see(self, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the logits, and the features as ``"0/path"`` of the first, ``"1/path"`` of the second."""
         seen = [member.see(inputs) for member in self.members]
+        shapes = [logits.shape for logits, _ in seen]
+        if len(set(shapes)) > 1:
+            raise ShapeError(f"teachers of one student must have its classes, and give logits of one shape; got {shapes}")
         features = {f"{i}/{path}": x for i, (_, found) in enumerate(seen) for path, x in found.items()}
         return jnp.stack([logits for logits, _ in seen]), features
 

@@ -1,5 +1,6 @@
 """Training: one pure step over one state, on one device or many, and the loop that records, saves and resumes."""
 
+from compress_jax.train._ledger import Ledger, ledger
 from compress_jax.train._progress import progress
 from compress_jax.train.checkpoint import Checkpoints
 from compress_jax.train.distillation import distillation
@@ -10,6 +11,7 @@ from compress_jax.train.loop import Feed, fit
 from compress_jax.train.losses import distilled, supervised
 from compress_jax.train.metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train.parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
+from compress_jax.train.quantized import QuantizedModel, quantized
 from compress_jax.train.state import TrainState, create, label_optimizer
 from compress_jax.train.step import Loss, Metrics, StatefulLoss, Step, make_step
 
@@ -18,8 +20,10 @@ __all__ = [
     "Feed",
     "Interrupted",
     "JsonLines",
+    "Ledger",
     "Loss",
     "Metrics",
+    "QuantizedModel",
     "Recorder",
     "StatefulLoss",
     "Step",
@@ -33,12 +37,14 @@ __all__ = [
     "graduate",
     "jit_step",
     "label_optimizer",
+    "ledger",
     "logits",
     "make_step",
     "mutual_step",
     "place",
     "pmap_step",
     "progress",
+    "quantized",
     "replicate",
     "shardings",
     "supervised",

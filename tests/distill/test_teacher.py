@@ -1,12 +1,16 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from compress_jax.core import identity
-from compress_jax.distill import Teacher, cast, hinton
+import compress_jax as cj
+from compress_jax.core import ShapeError, identity
+from compress_jax.distill import Teacher, Teachers, capture, cast, drift, fingerprint, hexadecimal, hinton, resize
 from compress_jax.models import LeNet300100
 from compress_jax.train.losses import distilled
 from compress_jax.train.state import create
@@ -99,3 +103,42 @@ def test_a_student_learns_its_teachers_logits_in_the_training_step():
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.02 * losses[0]
     jax.tree.map(np.testing.assert_array_equal, teacher, before)
+
+
+def test_a_teacher_of_8_bit_weights_stays_packed_and_drifts_little(tmp_path):
+    model, full = Normed(), teacher_of(Normed())
+    int8 = cj.at("**/kernel", cj.quantize.uniform(8, granularity="channel"))
+    params = full.variables["params"]
+    packed = {**full.variables, "params": int8.pack(params, int8.init(params))}
+    cj.save(tmp_path / "teacher.safetensors", packed)
+    stored, _ = cj.load(tmp_path / "teacher.safetensors")  # an artifact is a teacher as it is
+    teacher = Teacher(model.apply, stored)
+    moved = jax.jit(drift)(teacher, full, INPUTS)
+    assert 0 < moved.largest < 0.05 * jnp.abs(full(INPUTS)).max() and moved.agreement == 1 and moved.kl < 1e-3
+    largest = max(jax.tree.leaves(teacher.variables["params"]["Dense_0"]["kernel"]), key=lambda leaf: leaf.size)
+    assert largest.dtype == jnp.uint8
+    assert hexadecimal(fingerprint(teacher)) == hexadecimal(fingerprint(Teacher(model.apply, packed)))
+    assert hexadecimal(fingerprint(teacher)) != hexadecimal(fingerprint(full))
+
+
+def test_the_hash_is_of_every_array_its_place_and_its_kind():
+    trees = [{"a": jnp.ones(4)}, {"b": jnp.ones(4)}, {"a": jnp.ones((2, 2))}, {"a": jnp.ones(4, jnp.int32)},
+             {"a": jnp.ones(4).at[3].set(2)}, {"a": jnp.ones(4), "b": jnp.ones(4)}]  # fmt: skip
+    assert len({hexadecimal(fingerprint(tree)) for tree in trees}) == len(trees)
+    assert hexadecimal(fingerprint({"a": np.ones(4, np.float32)})) == hexadecimal(fingerprint(trees[0]))
+
+
+def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
+    half = Teacher(lambda v, x: x.reshape(len(x), -1) * v["w"], {"w": jnp.float32(2.0)}, view=partial(resize, size=(2, 2)))
+    images = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    np.testing.assert_array_equal(half(images), [[5.0, 9.0, 21.0, 25.0]])
+    assert half.cast(jnp.bfloat16).view is half.view
+    both = Teachers((half, Teacher(capture(LeNet300100(hidden=(3,)), ("dense_0",)), _variables(images))))
+    with pytest.raises(ShapeError, match=r"\(1, 4\), \(1, 10\)"):
+        both(images)
+    _, features = both.members[1].see(images)
+    assert features["dense_0"].shape == (1, 3)
+
+
+def _variables(images):
+    return LeNet300100(hidden=(3,)).init(jax.random.key(0), images)
