@@ -13,7 +13,8 @@ def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F
     """Show what an artifact is and how each of its leaves is stored.
 
     Prints the metadata (model, data, config, accuracy) and one line a leaf: shape, form, stored bits for each entry, share
-    of zeros, bytes, share of the file, and why a leaf was left alone. For example
+    of zeros, bytes, share of the file, and why a leaf was left alone; then what the bytes are for: codes, masks, scales. For
+    example
 
       compress-jax inspect runs/digits/artifact.safetensors
 
@@ -23,14 +24,16 @@ def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F
     Returns:
       The exit code.
     """
-    from compress_jax.export import load
-    from compress_jax.report import leaves_table, metadata_table, rich_table
+    from compress_jax.export import breakdown, load
+    from compress_jax.report import causes_table, leaves_table, metadata_table, rich_table
 
     packed, metadata = load(file)
     console = stdout()
     console.print(rich_table(metadata_table(str(file), metadata)))
     left_alone = metadata.get("left_alone", {})
-    console.print(rich_table(leaves_table(packed, left_alone, file.stat().st_size)))
+    parts = breakdown(file)
+    console.print(rich_table(leaves_table(packed, left_alone, parts)))
+    console.print(rich_table(causes_table(parts)))
     if not metadata:
         console.print(escape("The file holds no metadata."))
     return 0

@@ -81,7 +81,13 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
       >>> packed[0].tolist(), metadata
       ([1.0, 1.0], {})
     """
-    path = Path(path)
+    content, parts = opened(Path(path))
+    tensors = uncode(content["tree"], parts) if isinstance(parts, Coded) else parts
+    return decode(content["tree"], tensors), content["metadata"]
+
+
+def opened(path: Path) -> tuple[dict[str, Any], Tensors | Coded]:
+    """Read a file and verify it; return its content as JSON, and its tensors as they are stored."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -99,11 +105,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
         raise ArtifactError(f"{path} is truncated or damaged: its checksum does not match. Copy or write it again")
     tensors = safetensors.numpy.load(data)
     if int(header["version"]) == PLAIN:
-        content = json.loads(header["content"])
-        return decode(content["tree"], tensors), content["metadata"]
+        return json.loads(header["content"]), tensors
     content = json.loads(zstandard.decompress(tensors["content"].tobytes()))
-    parts = Coded(content["index"], tensors["ans"].tobytes(), tensors["rest"].tobytes())
-    return decode(content["tree"], uncode(content["tree"], parts)), content["metadata"]
+    return content, Coded(content["index"], tensors["ans"].tobytes(), tensors["rest"].tobytes())
 
 
 def _plain(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:

@@ -93,12 +93,17 @@ def uncode(structure: Any, coded: Coded) -> Tensors:
       ArtifactError: if what is decoded is not what was coded, as a coder of another version might do.
     """
     tensors = dict(decoded(structure, coded))
-    if _sum(tensors.values()) != coded.index["crc32"]:
+    check(_sum(tensors.values()), coded)
+    return tensors
+
+
+def check(total: int, coded: Coded) -> None:
+    """Raise ArtifactError unless the CRC-32 of all decoded bytes is that of what was coded."""
+    if total != coded.index["crc32"]:
         raise ArtifactError(
             "the tensors do not decode to what was written, though the file is whole: the installed constriction or numpy "
             "codes otherwise than the one that wrote it; please report both versions"
         )
-    return tensors
 
 
 def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:

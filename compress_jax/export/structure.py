@@ -170,6 +170,25 @@ def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int
                     yield from places(value, where[field])
 
 
+def leaves(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the place and the structure of every array and packed node, in order.
+
+    Example:
+      >>> tree, _ = encode({"k": Bits.pack(jnp.arange(8), 3), "b": [jnp.zeros(2)]})
+      >>> list(leaves(tree))
+      [('k', {'Bits': {'data': True, 'bits': 3, 'shape': (8,)}}), ('b/0', True)]
+    """
+    kind, content = next(iter(structure.items())) if isinstance(structure, dict) else ("", structure)
+    if kind == "dict":
+        for key, value in content:
+            yield from leaves(value, _below(path, key))
+    elif kind in ("list", "tuple"):
+        for i, value in enumerate(content):
+            yield from leaves(value, _below(path, i))
+    elif structure is not None:
+        yield path, structure
+
+
 def _static(field: str, value: Any) -> Any:
     if field == "dtype":
         return jnp.dtype(value)

@@ -2,13 +2,14 @@
 
 from compress_jax.report._write import write
 from compress_jax.report.read import Run, read_results, read_run
-from compress_jax.report.rows import leaves_table, metadata_table, results_table
+from compress_jax.report.rows import causes_table, leaves_table, metadata_table, results_table
 from compress_jax.report.tables import Table, html_table, markdown_table, rich_table
 
 __all__ = [
     "Run",
     "Table",
     "html_table",
+    "causes_table",
     "leaves_table",
     "markdown_table",
     "metadata_table",

@@ -8,7 +8,7 @@ from typing import Any
 from compress_jax.core import unpack
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.paths import flatten
-from compress_jax.export import load
+from compress_jax.export import Part, breakdown, load
 
 Curves = dict[str, list[tuple[int, float]]]
 
@@ -27,7 +27,7 @@ class Run:
       before: params of the float32 student, dense, by path.
       after: params of the artifact, unpacked, by path.
       curves: metrics by stage: ``{stage: {"train/loss": [(step, value), ...]}}``.
-      artifact_bytes: size of the artifact.
+      parts: what the bytes of the artifact are for.
     """
 
     directory: Path
@@ -39,7 +39,7 @@ class Run:
     before: dict[str, Any]
     after: dict[str, Any]
     curves: dict[str, Curves]
-    artifact_bytes: int
+    parts: list[Part]
 
 
 def read_results(directory: Path) -> dict[str, Any]:
@@ -107,7 +107,7 @@ def read_run(directory: Path) -> Run:
         before=flatten(unpack(student)["params"])[0],
         after=flatten(unpack(packed)["params"])[0],
         curves=_curves(directory, [row["name"] for row in results["rows"]]),
-        artifact_bytes=(directory / "artifact.safetensors").stat().st_size,
+        parts=breakdown(directory / "artifact.safetensors"),
     )
 
 

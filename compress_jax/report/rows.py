@@ -1,10 +1,12 @@
 """What is measured, as tables: the results, the leaves of an artifact, what was left alone, the metadata."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress_jax.core import coverage
+from compress_jax.export import Part
 from compress_jax.report.tables import Table
 
 
@@ -60,20 +62,21 @@ def verdict(row: Mapping[str, Any], chosen: str) -> str:
     return "accepted" if row["accepted"] else "refused"
 
 
-def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], file_bytes: int) -> Table:
+def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Sequence[Part]) -> Table:
     """Return how each leaf of an artifact is stored.
 
     Args:
       packed: what `compress_jax.export.load` returned.
       left_alone: paths by reason, as the artifact's metadata has them (relative to ``params``).
-      file_bytes: size of the file; shares are of it.
+      parts: of the file, from `compress_jax.export.breakdown`.
 
     Returns:
       One row a leaf, then the container's overhead and the total.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> table = leaves_table({"params": {"bias": jnp.ones(4)}}, {"no pattern matches it": ["bias"]}, 100)
+      >>> parts = [Part("params/bias", "array", 16), Part("", "header and metadata", 84)]
+      >>> table = leaves_table({"params": {"bias": jnp.ones(4)}}, {"no pattern matches it": ["bias"]}, parts)
       >>> for row in table.rows:
       ...     print(*filter(None, row))
       params/bias 4 dense 32.00 0.0 % 16 16.0 % no pattern matches it
@@ -81,26 +84,43 @@ def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], file_byte
       file 100 100.0 %
     """
     reasons = {path: reason for reason, paths in left_alone.items() for path in paths}
-    table = coverage(None, packed)
+    table, file_bytes = coverage(None, packed), round(sum(part.nbytes for part in parts))
+    sizes = {row.path: round(sum(part.nbytes for part in parts if part.path == row.path)) for row in table.rows}
     rows = [
         (
             row.path,
             "x".join(map(str, row.shape)) or "scalar",
             row.form,
-            f"{row.bits:.2f}",
+            f"{8 * sizes[row.path] / max(math.prod(row.shape), 1):.2f}",
             percent(row.sparsity, 1),
-            f"{row.nbytes:,}",
-            percent(row.nbytes / file_bytes, 1),
+            f"{sizes[row.path]:,}",
+            percent(sizes[row.path] / file_bytes, 1),
             reasons.get(row.path.removeprefix("params/"), ""),
         )
         for row in table.rows
     ]
-    overhead = file_bytes - table.nbytes
+    overhead = file_bytes - sum(sizes.values())
     blank = ("", "", "", "")
     rows.append(("header and metadata", *blank, f"{overhead:,}", percent(overhead / file_bytes, 1), ""))
     rows.append(("file", *blank, f"{file_bytes:,}", percent(1.0, 1), ""))
     head = ("path", "shape", "form", "bits", "zeros", "bytes", "of file", "why left alone")
     return Table("Leaves", head, tuple(rows), totals=2)
+
+
+def causes_table(parts: Sequence[Part]) -> Table:
+    """Return what the bytes of an artifact are for, over all leaves; ``parts`` as of `leaves_table`.
+
+    Example:
+      >>> parts = [Part("a", "codes", 30), Part("b", "codes", 50), Part("", "header and metadata", 20)]
+      >>> for row in causes_table(parts).rows:
+      ...     print(*row)
+      codes 80 80.0 %
+      header and metadata 20 20.0 %
+    """
+    total, causes = sum(part.nbytes for part in parts), dict.fromkeys(part.cause for part in parts)
+    sizes = {cause: sum(part.nbytes for part in parts if part.cause == cause) for cause in causes}
+    rows = tuple((cause, f"{round(size):,}", percent(size / total, 1)) for cause, size in sizes.items())
+    return Table("Bytes by cause", ("cause", "bytes", "of file"), rows)
 
 
 def left_alone_table(left_alone: Mapping[str, Sequence[str]]) -> Table:

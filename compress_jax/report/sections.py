@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 from compress_jax.report.read import Run
-from compress_jax.report.rows import leaves_table, left_alone_table, metadata_table, percent, results_table
+from compress_jax.report.rows import causes_table, leaves_table, left_alone_table, metadata_table, percent, results_table
 from compress_jax.report.tables import Table
 
 CAPTIONS = {
@@ -66,11 +66,11 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
     left_alone = run.metadata.get("left_alone", {})
     about = [metadata_table("Arguments", run.about.get("arguments", {})), metadata_table("Versions", _versions(run))]
     results = results_table(run.results["rows"], run.results["chosen"])
-    leaves = leaves_table(run.packed, left_alone, run.artifact_bytes)
+    leaves = leaves_table(run.packed, left_alone, run.parts)
     parts = [
         Section("Results", [], [results], "tradeoff"),
         Section("Decisions", run.decisions),
-        Section("Layers", [], [leaves], "layers"),
+        Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
         Section("Left alone", [] if left_alone else ["Nothing."], [left_alone_table(left_alone)] if left_alone else []),
         Section("Weights before and after", [], [], "weights"),
         Section("Training", [], [], "curves"),

@@ -1,0 +1,50 @@
+"""An artifact leaf by leaf, for models whose unpacked weights do not all fit into memory."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress_jax.export.artifact import opened
+from compress_jax.export.streams import Coded, check, decoded
+from compress_jax.export.structure import decode, leaves, places
+
+
+def stream(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of an artifact, one at a time, in the order of the tree.
+
+    The file's own bytes are read at once and its checksum is verified before the first leaf; then one leaf after the other
+    is decoded. What all leaves decode to is verified after the last.
+
+    Args:
+      path: a file that `save` wrote.
+
+    Yields:
+      ``(path, leaf)``: the place in the tree, keys joined by ``/``, and the array or packed node that `load` has there.
+
+    Raises:
+      ArtifactError: as `load`.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.export.artifact import save
+      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> _ = save(file, {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}, coded=True)
+      >>> [(path, leaf.shape) for path, leaf in stream(file)]
+      [('dense/kernel', (2, 2)), ('dense/bias', (2,))]
+    """
+    content, parts = opened(Path(path))
+    coded = isinstance(parts, Coded)
+    tensors = decoded(content["tree"], parts) if coded else ((name, parts[name]) for name, _ in places(content["tree"]))
+    total = 0
+    for place, structure in leaves(content["tree"]):
+        own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
+        for tensor in own.values():
+            total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
+        yield place, decode(structure, own, place)
+    if coded:
+        check(total, parts)
