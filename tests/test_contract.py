@@ -75,6 +75,17 @@ def inside(state):
     return jnp.abs(LATER["body"]["kernel"]) <= 1
 
 
+def on_steps(bits: int) -> Callable[[Any], Any]:
+    """The paper's slope of a weight on learned steps: 1 strictly between the outer levels."""
+
+    def slope(state):
+        scale = state.learned.get("0", state.learned)[KERNEL]["scale"]  # "0": within `at`
+        v = LATER["body"]["kernel"] / jnp.abs(scale.reshape(1, -1))
+        return (v > -(2.0 ** (bits - 1))) & (v < 2.0 ** (bits - 1) - 1)
+
+    return slope
+
+
 def pruned(of: Callable[..., Compression], *args, **options) -> Row:
     return on_kernels(Row((of,), of(*args, **options), Sparse, lambda s: mask_of(s.fixed["0"][KERNEL])))
 
@@ -138,6 +149,17 @@ CONTRACT = {
     "soft movement": pruned(prune.movement, threshold=-1.0, penalty=0.1),
     "own scores": pruned(prune.scored, lambda p: jax.tree.map(jnp.cos, p), 0.5),
     "own rule": pruned(prune.masked, prune.Score(lambda seen: jnp.sin(seen.x), signed=True), 0.5),
+    "lamp": pruned(prune.lamp, 0.5),
+    "among what is left": pruned(prune.nested, prune.magnitude(falling)),
+    "set": pruned(prune.set, 0.5, 4, jax.random.key(7), every=1),
+    "rigl": pruned(prune.rigl, falling, 4, jax.random.key(7), every=1),
+    "own growth": pruned(prune.regrowing, prune.Growth(lambda seen: jnp.cos(seen.x)), 0.5, 4, jax.random.key(7), every=2),
+    "straight through": pruned(prune.ste, half)._replace(slope=one),
+    "top kast": pruned(prune.top_kast, 0.75, falling)._replace(slope=lambda s: s.fixed["0"][KERNEL]["backward"]),
+    "lsq": Row((quantize.lsq,), quantize.lsq(4), Quantized, on_steps(4), sharded=1e-6),
+    "lsq channel": on_kernels(
+        Row((quantize.lsq,), quantize.lsq(2, "channel", start=quantize.absmax), Quantized, on_steps(2))
+    ),
     "share": on_kernels(Row((cluster.kmeans,), four, Clustered, none)),
     "rank 2": svd(rank=2),
     "energy": svd(energy=0.5)._replace(traceable_init=False),
