@@ -31,8 +31,7 @@ NORMALISED = {
     "moe/nnx": "up:0",
     "convnet": "dense/layers/2/weight:0",
 }
-ZEROED = [name for name in ENTRIES if not name.endswith("/nnx") or name.startswith("recurrent")]
-ZEROED.remove("plain/dropout")  # draws other numbers for another shape
+ZEROED = [*(name for name in ENTRIES if name.endswith(("/linen", "/equinox"))), "recurrent/nnx", "plain/reshaped"]
 ZEROED.remove("mobilenet/linen")  # quick
 
 
@@ -106,16 +105,16 @@ def test_removed_channels_of_zeros_make_no_difference(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_whole_zoo_runs_and_trains_at_half_its_widths(name):
+    """Traced only, but for gradients of the custom rules, which `test_it_is_the_function_of_shorter_parameters` runs."""
     fn, variables, inputs, found = made(name)
     kept = half(found, 2)
-    smaller, short = resize(fn, variables, found, kept), found.keep(variables, kept)
-    out = smaller(short, *inputs)
+    smaller = resize(fn, variables, found, kept)
+    short = jax.eval_shape(lambda v: found.keep(v, kept), variables)
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
-    if "train" not in name:
-        assert shapes(out) == shapes(jax.eval_shape(fn, variables, *inputs))
+    out, full = (jax.eval_shape(each, v, *inputs) for each, v in ((smaller, short), (fn, variables)))
+    assert shapes(out[0] if "train" in name else out) == shapes(full[0] if "train" in name else full)
     if ENTRIES[name].reverse:
-        gradient = jax.jit(jax.grad(scalar(smaller, inputs)))(short)
-        assert shapes(gradient) == shapes(short) and all(map(jnp.isfinite, map(jnp.sum, jax.tree.leaves(gradient))))
+        assert shapes(jax.eval_shape(jax.grad(scalar(smaller, inputs)), short)) == shapes(short)
 
 
 def test_all_kept_is_the_function_itself():
