@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.markup import escape
 
 from compress_jax.cli._eval import evaluate
+from compress_jax.cli._export import export
 from compress_jax.cli._inspect import inspect
 from compress_jax.cli._report import report
 from compress_jax.cli._run import run
@@ -16,7 +17,13 @@ from compress_jax.cli.parse import parse, summary
 from compress_jax.cli.signals import Stopped, stopped_by_signals
 from compress_jax.core.errors import CompressError
 
-COMMANDS: dict[str, Callable[..., int]] = {"run": run, "eval": evaluate, "inspect": inspect, "report": report}
+COMMANDS: dict[str, Callable[..., int]] = {
+    "run": run,
+    "eval": evaluate,
+    "export": export,
+    "inspect": inspect,
+    "report": report,
+}
 
 HELP = """\
 usage: compress-jax COMMAND ...
@@ -32,7 +39,7 @@ A first run, of about two minutes:
 
 compress-jax COMMAND --help explains a command, and compress-jax run CONFIG --help the arguments of a config.
 Exit codes: 0 done, 1 an error (one line; --debug shows where it came from), 2 wrong usage, 3 the requirement is not met,
-130 and 143 stopped by Ctrl-C and SIGTERM.
+4 an exported file fails its checks, 130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 
@@ -43,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; by default those of the process.
 
     Returns:
-      The exit code: 0 done, 1 an error, 2 wrong usage, 3 requirement not met, 130 or 143 stopped by a signal.
+      The exit code: 0 done, 1 an error, 2 wrong usage, 3 requirement not met, 4 export fails, 130 or 143 stopped.
 
     Example:
       >>> main(["inspect", "--help"])  # doctest: +ELLIPSIS

@@ -1,7 +1,8 @@
 """What an export returns: the file, its bytes, and what became of every site."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -27,6 +28,7 @@ class Exported(NamedTuple):
       nbytes: of the file.
       rows: what became of every site.
       difference: root mean square difference of the example's result from the simulation in JAX, relative to its size.
+      simulation: ``(*inputs) -> out`` in JAX, what the file must compute; None if that is the function itself.
     """
 
     path: Path
@@ -34,6 +36,7 @@ class Exported(NamedTuple):
     nbytes: int
     rows: tuple[Row, ...]
     difference: float
+    simulation: Callable[..., Any] | None = None
 
     def __str__(self) -> str:
         """Return a line for each site, and one for the file."""

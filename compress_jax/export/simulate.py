@@ -18,16 +18,23 @@ class Simulation(NamedTuple):
     """A function on quantized weights and activations.
 
     Attributes:
+      fn: the function itself.
       packed: params; the weights of quantized sites are packed.
       sites: of the function, in program order.
       grids: ``(scale float32, zero point uint8)`` of the activations of each quantized site, by name.
       apply: ``(*inputs) -> out``.
     """
 
+    fn: Callable[..., Any]
     packed: Any
     sites: tuple[Site, ...]
     grids: dict[str, tuple[np.float32, np.uint8]]
     apply: Callable[..., Any]
+
+    @property
+    def dense(self) -> Any:
+        """The params as arrays."""
+        return unpack(self.packed)
 
 
 def simulation(
@@ -64,7 +71,7 @@ def simulation(
     dense = unpack(params)
     found = tuple(sites(fn, dense, *inputs))
     if how is None:
-        return Simulation(params, found, {}, lambda *x: fn(dense, *x))
+        return Simulation(fn, params, found, {}, lambda *x: fn(dense, *x))
     from compress_jax.quantize._activations import activations
     from compress_jax.quantize.choice import chosen
 
@@ -75,7 +82,7 @@ def simulation(
     if ranges is None:
         ranges = quantized.init(seen, list(batches))
     grids = {name: _grid(by_name[name], each, ranges) for name, each in quantizers.items()}
-    return Simulation(packed, found, grids, lambda *x: quantized.apply(seen, ranges, *x))
+    return Simulation(fn, packed, found, grids, lambda *x: quantized.apply(seen, ranges, *x))
 
 
 def _packed(params: Any, paths: Iterable[str | None]) -> Any:

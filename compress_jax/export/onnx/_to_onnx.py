@@ -11,6 +11,7 @@ import numpy as np
 from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import to_dense
 from compress_jax.core.paths import flatten
+from compress_jax.export.agreement import agree
 from compress_jax.export.artifact import write_atomically
 from compress_jax.export.exported import Exported, Row
 from compress_jax.export.onnx import check, qdq, store
@@ -31,7 +32,7 @@ def to_onnx(
     ranges: Mapping[str, Any] | None = None,
     batches: Iterable[Any] = (),
     where: str | tuple[str, ...] | None = None,
-    dynamic: bool = True,
+    batch: Literal["any", "example"] = "any",
     weights: Literal["int8", "uint8"] = "int8",
     accuracy_level: int = 4,
     tolerance: float | None = None,
@@ -55,7 +56,7 @@ def to_onnx(
       ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not given.
       batches: calibration inputs, each as ``example``: for ranges, and for results that no site takes (residual sums).
       where: as for `quantize.activations`.
-      dynamic: whether batches of any size can be run; else only that of the example.
+      batch: ``"any"`` for batches of any size, or ``"example"`` for exactly the shapes of the example.
       weights: the type of weights beside uint8 activations; the codes are the same. ``"int8"`` has the fastest kernels, but
         on x86 processors without VNNI they saturate sums of two products at 16 bits; ``"uint8"`` is exact everywhere.
       accuracy_level: of ``MatMulNBits``: 4 rounds activations to int8 in blocks, 0 multiplies in float32.
@@ -81,7 +82,7 @@ def to_onnx(
     inputs = [np.asarray(x) for x in (example if isinstance(example, tuple) else (example,))]
     batches = [tuple(np.asarray(x) for x in (each if isinstance(each, tuple) else (each,))) for each in batches]
     simulated = simulation(fn, params, inputs, how, ranges, batches, where)
-    model, found = _float_model(fn, simulated.packed, inputs, dynamic)
+    model, found = _float_model(fn, simulated.packed, inputs, batch == "any")
     places = place(model, found, simulated.sites)
     rows = {site.name: Row(site.name, "float32", "not quantized") for site in simulated.sites}
     if how is not None:
@@ -97,10 +98,10 @@ def to_onnx(
     theirs = run.run(None, {each.name: x for each, x in zip(run.get_inputs(), inputs, strict=True)})[0]
     rounds = bool(quantized) or any("MatMulNBits" in row.form for row in rows.values())
     allowed = tolerance if tolerance is not None else 0.1 if rounds else 1e-3
-    difference = check.agree(ours, theirs, allowed, "ONNX Runtime against the simulation in JAX")
+    difference = agree(ours, theirs, allowed, "ONNX Runtime against the simulation in JAX")
     data = model.SerializeToString()
     write_atomically(Path(path), data)
-    return Exported(Path(path), "onnx", len(data), tuple(rows.values()), difference)
+    return Exported(Path(path), "onnx", len(data), tuple(rows.values()), difference, simulated.apply)
 
 
 def _float_model(

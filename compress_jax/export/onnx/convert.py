@@ -68,21 +68,27 @@ def convert(
                 normalization_mode="prefer_native",
             )
     except Exception as error:
-        advice = "; pass dynamic=False, for a batch of the example's size" if dynamic else ""
+        advice = "; pass batch='example' for exactly its size" if dynamic else ""
         raise ExportError(f"jax2onnx cannot convert this function: {type(error).__name__}: {error}{advice}") from error
     _bake(model, leaves)
     _constant_shapes(model, inputs, dynamic)
+    _without_nothing(model.graph)
     pools(model, inputs)
     return g.prune(model)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter's remarks about itself off the terminal."""
+    """Keep the converter's remarks about itself off the terminal, and let its own layers broadcast as they do."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            jax.numpy_rank_promotion("allow"),
+            jax.numpy_dtype_promotion("standard"),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -116,3 +122,16 @@ def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) ->
         for each in reshapes:
             if each.input[1] == name:
                 each.input[1] = constant
+
+
+def _without_nothing(graph: Any) -> None:
+    """Drop the third operand of products that is multiplied by 0, or is 0."""
+    constants = g.initializers(graph)
+    for each in graph.node:
+        if each.op_type != "Gemm" or len(each.input) < 3:
+            continue
+        bias = constants.get(each.input[2])
+        if g.attribute(each, "beta", 1.0) == 0 or (bias is not None and bias.ndim == 0 and not bias):
+            del each.input[2]
+            for option in [a for a in each.attribute if a.name == "beta"]:
+                each.attribute.remove(option)

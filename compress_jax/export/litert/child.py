@@ -1,0 +1,104 @@
+"""The process that converts: the compiler is native code, and where it crashes it takes only this process along.
+
+``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and ``arrays.npz`` there, and
+writes ``model.tflite`` and ``answer.json``.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress_jax.export.extras import extra
+from compress_jax.export.litert.interpreter import interpreter, tensors
+
+SIGNATURE = "serving_default"
+
+
+def main(folder: Path) -> None:
+    """Convert what a folder describes.
+
+    Args:
+      folder: see above.
+    """
+    job, arrays = json.loads((folder / "job.json").read_text()), dict(np.load(folder / "arrays.npz"))
+    data = convert((folder / "module.mlir").read_text(), job["inputs"], job["outputs"])
+    answer: dict[str, Any] = {"matched": {}, "missing": []}
+    if job["recipe"]:
+        recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), job["recipe"])()
+        quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
+        for end in ("INPUT", "OUTPUT"):  # they stay float32, as in every other export
+            kinds = extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName
+            quantizer.update_quantization_recipe(".*", getattr(kinds, end), algorithm_key="no_quantize")
+        ranges = None
+        if quantizer.need_calibration:
+            batches = [{name: arrays[f"{name}:{i}"] for name in job["inputs"]} for i in range(job["batches"])]
+            ranges = quantizer.calibrate({SIGNATURE: batches})
+            answer = put_ranges(data, ranges, job, arrays)
+        data = bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
+    (folder / "model.tflite").write_bytes(data)
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
+    """Return the float flatbuffer of a StableHLO module.
+
+    Args:
+      text: the module.
+      inputs: names for its inputs.
+      outputs: names for its outputs.
+
+    Returns:
+      The bytes.
+    """
+    ir = extra("litert_converter.mlir.ir", "litert")
+    passes = extra("litert_converter.mlir.passmanager", "litert")
+    api = extra("litert_converter.mlir._mlir_libs.converter_api_ext", "litert")
+    context = ir.Context()
+    api.prepare_mlir_context(context)
+    with context:
+        context.allow_unregistered_dialects = True
+        module = ir.Module.parse(text)
+        api.set_signature(module.operation, signature_name=SIGNATURE, input_names=inputs, output_names=outputs)
+        config = api.ConvertToTFLConfig()
+        config.model_origin_framework = "PYTORCH"  # the converter's name for modules that are StableHLO
+        config.canonicalizing_inf_as_min_max_float = False
+        api.run_convert_to_tfl_passes(module, passes.PassManager(), config)
+        return bytes(api.export_flatbuffer_to_bytes(module.operation))
+
+
+def put_ranges(
+    data: bytes, ranges: dict[str, Any], job: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Put our ranges in the place of those that the quantizer measured, for every tensor that is a site's activation.
+
+    LiteRT keeps images as JAX does, so that such a tensor equals the activation entry by entry on the same example.
+
+    Args:
+      data: the float flatbuffer.
+      ranges: of all tensors, changed.
+      job: with ``sites``, ``{name: [low, high]}``, and the names of ``inputs``.
+      arrays: the example's inputs and, as ``site:NAME``, the activations in JAX.
+
+    Returns:
+      ``{"matched": {site: tensors}, "missing": [sites]}``.
+    """
+    runner = interpreter(data, preserve=True)
+    seen = tensors(runner, [arrays[f"{name}:example"] for name in job["inputs"]])
+    matched: dict[str, list[str]] = {}
+    for site, (low, high) in job["sites"].items():
+        ours = arrays[f"site:{site}"]
+        slack = 1e-3 * (np.abs(ours).max() or 1)
+        for name, theirs in seen.items():
+            if name in ranges and theirs.size == ours.size and np.allclose(theirs.ravel(), ours.ravel(), 1e-3, slack):
+                matched.setdefault(site, []).append(name)
+                for key, end in (("min", low), ("max", high)):
+                    ranges[name][key] = np.full(np.shape(ranges[name][key]), end, np.float32)
+    return {"matched": matched, "missing": [site for site in job["sites"] if site not in matched]}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
