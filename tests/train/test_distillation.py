@@ -13,7 +13,7 @@ from flax import nnx
 import compress_jax as cj
 from compress_jax import distill as d
 from compress_jax.core.errors import ConfigError, NoMatchError, StateError
-from compress_jax.train import create, distillation, fit, graduate, label_optimizer, make_step, mutual_step
+from compress_jax.train import create, distillation, fit, graduate, jit_step, label_optimizer, make_step, mutual_step, place
 
 
 class Net(nn.Module):
@@ -230,6 +230,23 @@ def test_mutual_learning_brings_students_together_and_graduates_teach():
     np.testing.assert_array_equal(teacher(X), SMALL.apply(states[0].variables(), X))
     with pytest.raises(ConfigError, match="two or more"):
         mutual_step([step], [SMALL.apply])
+
+
+def test_eight_devices_train_the_parts_the_bank_and_the_student_of_one():
+    terms = [d.on_logits(d.top_k_kl), HINT(1.0), d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5)]
+    loss, optimizer = distillation(SMALL, terms), optax.sgd(0.05)
+    logits, features = TEACHER.see(X)
+    batch = {**BATCH, "teacher": d.top_k(logits, 2), **{f"teacher/{path}": x for path, x in features.items()}}
+    ended = []
+    for n in (1, 8):
+        mesh = jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,))
+        state = begin(loss, optimizer, teacher=None, batch=batch)
+        step, state = jit_step(make_step(loss, optimizer, cj.identity()), mesh, state), place(state, mesh)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        ended.append((state.params, state.parts, state.memory["crd"]["bank"], metrics))
+    for one, eight in zip(*map(jax.tree.leaves, ended), strict=True):
+        np.testing.assert_allclose(one, eight, rtol=1e-4, atol=1e-5)
 
 
 def test_errors_name_what_is_missing():
