@@ -64,7 +64,7 @@ def shrink(
       ``Shrunk(params, fn, kept, table, cuts)``; ``print(small.table)``.
 
     Raises:
-      ConfigError: for impossible arguments, if nothing can be removed, or if ``macs`` is out of reach.
+      ConfigError: for impossible arguments, if nothing is or can be removed (unless ratio is 0), or ``macs`` is out of reach.
       NoMatchError: if a glob matches no group.
       NonFiniteError: if an importance is not finite.
 
@@ -96,7 +96,7 @@ def shrink(
     scores = channel_scores(found, leaves, _contracted(fn, params, *inputs), importance or magnitude(), reduction, normalise)
     reasons = _reasons(found, share, excluded, scores, round_to)
     taking = [group for group in found if group.name not in reasons]
-    if not taking and (not names or any(share.values())):
+    if not taking and ratio != 0:
         whole = "".join(f"\n  {name}: {why}" for name, why in reasons.items())
         raise ConfigError(f"nothing in this model can be removed:{whole}\n{found}")
 
@@ -106,6 +106,9 @@ def shrink(
         return {name: left for part in parts for name, left in part.items()}
 
     chosen = kept(1.0) if macs is None else _bisect(fn, params, inputs, found, kept, macs, 1 / max(share.values()))
+    if ratio != 0 and all(len(chosen[group.name]) == group.size for group in taking):
+        sizes = ", ".join(f"{group.name} has {group.size}" for group in taking)
+        raise ConfigError(f"nothing is removed at ratio={ratio}, round_to={round_to}, most={most}: {sizes} channels")
     return narrowed(fn, params, inputs, found, chosen, reasons)
 
 

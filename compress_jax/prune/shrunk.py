@@ -120,13 +120,13 @@ def narrowed(
 ) -> Shrunk:
     """Return `narrow` of groups that are known already, with a reason for each that stays whole."""
     indices = {name: np.unique(np.asarray(channels, int)) for name, channels in kept.items()}
-    shorter = {name: left for name, left in indices.items() if len(left) < found[name].size}
+    shorter = {name: left for name, left in indices.items() if not np.array_equal(left, np.arange(found[name].size))}
     smaller = found.keep(params, shorter)
     small_fn = resize(fn, params, found, shorter)
     rows = [
         Row(group.name, group.size, len(shorter[group.name]))
         if group.name in shorter
-        else Row(group.name, group.size, group.size, reasons.get(group.name, "all kept"))
+        else Row(group.name, group.size, group.size, reasons.get(group.name, "no channel is among those to go"))
         for group in found
     ]
     table = Removal(tuple(rows), dict(found.frozen), cost(fn, params, *inputs), cost(small_fn, smaller, *inputs))

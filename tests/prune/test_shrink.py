@@ -322,6 +322,12 @@ def test_an_error_says_what_is_wrong():
         shrink(mlp, PARAMS | {"w1": PARAMS["w1"].at[0, 0].set(jnp.nan)}, X, ratio=0.5)
     with pytest.raises(ConfigError, match="out of reach"):
         shrink(mlp, PARAMS, X, macs=0.5, exclude="w0:1")
+    with pytest.raises(ConfigError, match="nothing is removed at ratio=0.05.* w1:1 has 4 channels"):
+        shrink(mlp, PARAMS, X, ratio=0.05)
+    with pytest.raises(ConfigError, match="w0:1: ratio 0"):
+        shrink(mlp, PARAMS, X, ratio={"**": 0.0}, macs=0.5)
+    with pytest.raises(ShapeError, match="coordinates 0 to 7"):
+        narrow(mlp, PARAMS, X, kept={"w0:1": [*range(8), 99]})
     with pytest.raises(ConfigError, match="frozen .output.: w:1"):
         shrink(lambda p, x: x @ p["w"], {"w": jnp.ones((5, 2))}, X, ratio=0.5)
     with pytest.raises(NoMatchError, match="reducers.moments"):
