@@ -16,18 +16,21 @@ from compress_jax.core.levels import Float, Table
 from compress_jax.quantize._activations import Activations, activations
 from compress_jax.quantize._adaround import adaround
 from compress_jax.quantize._awq import awq
-from compress_jax.quantize._bias import correct_bias
+from compress_jax.quantize._bias import Corrected, correct_bias
 from compress_jax.quantize._binary import binary
 from compress_jax.quantize._blocks import mxfp4, mxfp8, nvfp4
 from compress_jax.quantize._clip import clip
 from compress_jax.quantize._contractions import Contractions, contractions
 from compress_jax.quantize._dynamic import dynamic
+from compress_jax.quantize._equalize import equalize
 from compress_jax.quantize._floats import fp4, fp8, nf4
+from compress_jax.quantize._fold import fold_batch_norm
 from compress_jax.quantize._gptq import gptq
 from compress_jax.quantize._hqq import hqq
 from compress_jax.quantize._integer import Integer, integer
 from compress_jax.quantize._lsq import lsq, lsq_inputs
 from compress_jax.quantize._pact import pact, pact_decay
+from compress_jax.quantize._rotate import Rotated, rotate
 from compress_jax.quantize._signed import signed
 from compress_jax.quantize._smooth import smooth
 from compress_jax.quantize._static import static
@@ -45,39 +48,38 @@ from compress_jax.quantize.solved import Solved, output_error
 from compress_jax.quantize.stochastic import quantized_backward, stochastic_round
 
 __all__ = [
-    "stochastic_round",
-    "quantized_backward",
     "ActivationQuantizer",
-    "static",
-    "pact_decay",
-    "pact",
-    "lsq_inputs",
-    "lsq",
-    "integer",
-    "Integer",
-    "dynamic",
-    "contractions",
-    "Contractions",
-    "activations",
     "Activations",
+    "Contractions",
+    "Corrected",
     "Float",
     "Folded",
     "Grid",
+    "Integer",
+    "Rotated",
     "Solved",
     "Table",
     "absmax",
+    "activations",
     "adaround",
     "awq",
     "binary",
     "clip",
+    "contractions",
     "correct_bias",
+    "dynamic",
     "entropy",
+    "equalize",
     "fit",
     "float_format",
+    "fold_batch_norm",
     "fp4",
     "fp8",
     "gptq",
     "hqq",
+    "integer",
+    "lsq",
+    "lsq_inputs",
     "minmax",
     "mse",
     "mxfp4",
@@ -86,12 +88,18 @@ __all__ = [
     "normal_clip",
     "nvfp4",
     "output_error",
+    "pact",
+    "pact_decay",
     "percentile",
     "pnorm",
+    "quantized_backward",
     "rms",
+    "rotate",
     "signed",
     "smooth",
     "spanning",
+    "static",
+    "stochastic_round",
     "tabled",
     "ternary",
     "uniform",

@@ -73,7 +73,9 @@ def awq(
     """
     leaves, rebuild = flatten(params)
     seen = compression.pointwise(params, compression.init(params))
-    tasks = {path: task for path, task in problems(calibration, leaves)[0].items() if path in seen}
+    tasks, reasons = problems(calibration, leaves)
+    tasks = {path: task for path, task in tasks.items() if path in seen}
+    skipped = {path: reasons.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
     for path, task in tasks.items():
         if not bool(jnp.isfinite(task.gram).all()):
             raise NonFiniteError(f"the calibration statistics of {path!r} hold NaN or infinity; look at the batches")
@@ -94,7 +96,7 @@ def awq(
         }
     tree = rebuild(scaled)
     state = clipped_state(tree, compression, tasks) if clipped else compression.init(tree)
-    return Solved(compression.view(tree, state), state, compression.skipped(params), notes)
+    return Solved(compression.view(tree, state), state, {**compression.skipped(params), **skipped}, notes)
 
 
 def _shrunk(task: Problem, fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any) -> Problem:

@@ -110,7 +110,8 @@ def _solve(
     """Solve all matrices of a leaf, one after the other; the leaf as it is stored, and whether all could be factored."""
 
     def one(each: Any) -> tuple[jax.Array, jax.Array]:
-        return _matrix(*each, damping, see, block, act_order)
+        w, seen_with, moment = each
+        return _matrix(w, seen_with, moment, damping, see, block, act_order)
 
     every = form.matrices(x.astype(jnp.float32)), [form.matrices(each) for each in operands], gram
     if len(gram) == 1:

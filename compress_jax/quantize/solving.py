@@ -105,7 +105,7 @@ def better(w: jax.Array, gram: jax.Array, first: jax.Array, second: jax.Array) -
 def fed(calibration: Calibration, leaves: Mapping[str, Any]) -> Iterator[tuple[str, Site, Any]]:
     """Yield ``(path, site, statistics of its input)`` of every calibrated site that a parameter feeds."""
     for name, site in calibration.sites.items():
-        if site.param in leaves:
+        if site.param is not None and site.param in leaves:
             yield site.param, site, calibration[name]["input"]
 
 
