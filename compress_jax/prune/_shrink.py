@@ -64,7 +64,7 @@ def shrink(
       ``Shrunk(params, fn, kept, table, cuts)``; ``print(small.table)``.
 
     Raises:
-      ConfigError: for impossible arguments, if nothing is or can be removed (unless ratio is 0), or ``macs`` is out of reach.
+      ConfigError: for impossible arguments, if nothing is or can be removed (unless ratio is 0), if macs is out of reach.
       NoMatchError: if a glob matches no group.
       NonFiniteError: if an importance is not finite.
 
