@@ -35,6 +35,8 @@ def config(
     temperature: float = 4.0,
     max_drop: float = 0.002,
     min_ratio: float = 25.0,
+    bias_bits: int | None = None,
+    coded: bool = False,
     seed: int = 0,
 ) -> Experiment:
     """Prune LeNet-300-100 while it keeps its accuracy, and share its weights through codebooks in the last two fifths.
@@ -52,6 +54,8 @@ def config(
       temperature: of the teacher's probabilities.
       max_drop: validation accuracy that may be lost below the float32 network's; 0.002 is a fifth of a point.
       min_ratio: how many times smaller than float32 the artifact must be.
+      bias_bits: bits of the biases, which are float32 without it.
+      coded: whether to store the artifact at its entropy, the last stage of Deep Compression.
       seed: of everything random.
     """
     images = load(data)
@@ -70,7 +74,9 @@ def config(
         ramp = cj.prune.cubic(share, begin=0, end=train.steps * 2 // 5)
         prune = cj.every(max(train.steps // 200, 1), cj.prune.magnitude(ramp, scope="global"))
         share_weights = cj.between(train.steps * 3 // 5, None, cj.cluster.kmeans(clusters))
-        compression = cj.at("**/kernel", cj.chain(prune, share_weights))
+        kernels = ("**/kernel", cj.chain(prune, share_weights))
+        biases = () if bias_bits is None else (("**/bias", cj.quantize.uniform(bias_bits)),)
+        compression = cj.rules([kernels, *biases])
         return Candidate(f"prune-{100 * share:g}-share-{clusters}", compression, train)
 
     return Experiment(
@@ -83,5 +89,6 @@ def config(
         candidates=tuple(candidate(share) for share in sparsity),
         requirement=Requirement(max_drop=max_drop, min_ratio=min_ratio, reference="student"),
         order="mild_first",
+        coded=coded,
         seed=seed,
     )

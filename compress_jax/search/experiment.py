@@ -115,6 +115,8 @@ class Experiment:
       loss: ``(student_logits, teacher_logits, labels) -> loss of each example``; None means cross entropy with the labels.
       order: ``"mild_first"`` goes on to stronger candidates while they pass, ``"strong_first"`` goes on to milder ones
         until one passes, ``"all"`` tries every one. The smallest artifact that passed is the result.
+      coded: whether the compressed student is stored at its entropy (see `export.save`). The float32 one, which its size is
+        compared with, is stored as plain tensors either way.
       seed: of initialisation, data order and augmentation.
       mesh: devices to train on, with an axis ``"data"``; by default all there are.
     """
@@ -129,6 +131,7 @@ class Experiment:
     float32_student: Literal["teacher", "labels"] = "teacher"
     loss: PerExampleLoss | None = None
     order: Literal["mild_first", "strong_first", "all"] = "mild_first"
+    coded: bool = False
     seed: int = 0
     mesh: Mesh | None = None
 

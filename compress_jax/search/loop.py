@@ -107,7 +107,8 @@ def _try(
     state = stages.train(experiment, model, student, c, candidate.training, stage, directory, teacher)
     packed = {"params": c.pack(state.params, state.compression), **state.model_state}
     about = {**about, "left_alone": _by_reason(c, state.params)}
-    return stages.assess(experiment, model, candidate.name, packed, state.variables(c), directory / ARTIFACT, about)
+    seen, file = state.variables(c), directory / ARTIFACT
+    return stages.assess(experiment, model, candidate.name, packed, seen, file, about, coded=experiment.coded)
 
 
 def _by_reason(compression: Compression, params: Any) -> dict[str, list[str]]:

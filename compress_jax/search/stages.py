@@ -126,7 +126,15 @@ def _ask(teacher: Teacher, x: jax.Array) -> jax.Array:
 
 
 def assess(
-    experiment: Experiment, model: Any, name: str, packed: Any, seen: Variables, file: Path, about: dict[str, Any]
+    experiment: Experiment,
+    model: Any,
+    name: str,
+    packed: Any,
+    seen: Variables,
+    file: Path,
+    about: dict[str, Any],
+    *,
+    coded: bool = False,
 ) -> Assessment:
     """Write a network to disk, read it back, prove that it is the one that was trained, and measure it on validation.
 
@@ -138,6 +146,7 @@ def assess(
       seen: the variables training saw; the file must give the same logits, bit for bit.
       file: the artifact to write.
       about: metadata to keep in it, as JSON takes it.
+      coded: how to write it, see `export.save`.
 
     Returns:
       The row, not judged yet.
@@ -150,7 +159,7 @@ def assess(
     validation = float((trained.argmax(-1) == split["label"]).mean())
     metadata = {"experiment": experiment.name, "name": name, "model": _describe(model), **about}
     metadata |= {"data": experiment.data.name, "data_sha256": experiment.data.fingerprint, "validation": validation}
-    nbytes = save(file, packed, metadata)
+    nbytes = save(file, packed, metadata, coded=coded)
     if not np.array_equal(logits(model.apply, unpack(load(file)[0]), split), trained):
         raise CompressError(f"{file} does not give the logits the trained model gives; please report this with its config")
     return Assessment(name, count(seen["params"]), nbytes, validation)
