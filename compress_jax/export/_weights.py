@@ -1,0 +1,130 @@
+"""Weights for other frameworks: a plain safetensors file of dense arrays, or of integers and their scales."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from compress_jax.core.errors import ArtifactError, ExportError
+from compress_jax.core.packed import Quantized, unpack
+from compress_jax.core.paths import flatten
+from compress_jax.export.artifact import write_atomically
+
+TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+COLLECTIONS = ("params", "batch_stats")
+
+
+def to_safetensors(
+    variables: Any,
+    path: str | os.PathLike[str],
+    *,
+    weights: Literal["dense", "integers"] = "dense",
+    layout: Literal["flax", "torch"] = "flax",
+    metadata: Mapping[str, Any] | None = None,
+) -> int:
+    """Write weights as any safetensors reader finds them.
+
+    ``weights="dense"``: every leaf is an array of its own dtype, exactly what the model was evaluated with.
+    ``weights="integers"``: a uniformly quantized leaf ``name`` is three tensors, ``name.codes`` (uint8 in the shape of the
+    array), ``name.scale`` (float32) and ``name.zero_point`` (uint8), with
+
+        array = (codes - zero_point) * scale,
+
+    in float32; scale and zero point broadcast against the array, or, where ``name`` is in the metadata's ``groups``, against
+    the array as ``[groups, group size, channels]``. Other leaves are dense. Smaller files, which only this package
+    reads, are those of `save`.
+
+    ``layout="flax"`` keeps paths, keys joined by ``/``, and shapes. ``layout="torch"`` is PyTorch's: keys joined by ``.``,
+    without the collections ``params`` and ``batch_stats``; ``kernel``, ``embedding`` and a norm's ``scale`` are called
+    ``weight``, and ``mean`` and ``var`` ``running_mean`` and ``running_var``; kernels have their output axis first,
+    ``[out, in, height, width]``.
+
+    The metadata's strings are ``format`` (``"pt"`` or ``"flax"``), ``weights``, ``groups`` (JSON, ``{name: group size}``)
+    and what is given as ``metadata`` (JSON where it is no text).
+
+    Args:
+      variables: packed or not.
+      path: the file to write.
+      weights: dense or integers.
+      layout: whose names and order of axes.
+      metadata: text or what JSON takes, by name.
+
+    Returns:
+      Bytes written.
+
+    Raises:
+      ExportError: if two leaves would have the same name, or integers are asked for in PyTorch's layout with groups.
+      ArtifactError: if the metadata cannot be written as JSON, or the disk is full or not writable.
+
+    Example:
+      >>> import tempfile
+      >>> from compress_jax import quantize
+      >>> int4, params = quantize.uniform(bits=4), {"params": {"dense": {"kernel": jnp.eye(3, 2), "bias": jnp.zeros(2)}}}
+      >>> packed = int4.pack(params, int4.init(params))
+      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> _ = to_safetensors(packed, file, layout="torch")
+      >>> {name: x.shape for name, x in sorted(safetensors.numpy.load_file(file).items())}
+      {'dense.bias': (2,), 'dense.weight': (2, 3)}
+    """
+    if weights not in ("dense", "integers") or layout not in ("flax", "torch"):
+        raise ExportError(f"weights={weights!r} is no 'dense' or 'integers', or layout={layout!r} no 'flax' or 'torch'")
+    tensors: dict[str, np.ndarray] = {}
+    groups: dict[str, int] = {}
+    for place, leaf in flatten(variables)[0].items():
+        name = _name(place) if layout == "torch" else place
+        if weights == "integers" and isinstance(leaf, Quantized) and leaf.layout.group_size:
+            groups[name] = leaf.layout.group_size
+        for end, x in _parts(leaf, weights):
+            if name + end in tensors:
+                raise ExportError(f"two leaves would be called {name + end!r}; the second is {place!r}")
+            kernel = layout == "torch" and place.rpartition("/")[2] == "kernel" and x.ndim >= 2
+            tensors[name + end] = np.ascontiguousarray(_outputs_first(x) if kernel else x)
+    if groups and layout == "torch":
+        raise ExportError(
+            f"groups follow our order of axes; use layout='flax', or dense weights (say of {next(iter(groups))!r})"
+        )
+    about = {"format": "pt" if layout == "torch" else "flax", "weights": weights, "groups": groups, **(metadata or {})}
+    try:
+        strings = {key: x if isinstance(x, str) else json.dumps(x, sort_keys=True) for key, x in about.items()}
+        data = safetensors.numpy.save(tensors, strings)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ArtifactError(f"a tensor or the metadata cannot be written: {error}") from error
+    write_atomically(Path(path), data)
+    return len(data)
+
+
+def _parts(leaf: Any, weights: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield what stands for a leaf: the end of its name, and the array."""
+    if weights == "integers" and isinstance(leaf, Quantized):
+        zero = jnp.broadcast_to(leaf.zero_point, leaf.scale.shape)
+        yield ".codes", np.asarray(_whole(leaf, zero))
+        yield ".scale", np.asarray(leaf.scale)
+        yield ".zero_point", np.asarray(zero)
+    else:
+        yield "", np.asarray(unpack({"": leaf})[""])
+
+
+def _whole(leaf: Quantized, zero: Any) -> Any:
+    """Return the codes of all entries; those left out have the code of zero."""
+    codes = leaf.codes.unpack().astype(jnp.uint8)
+    if not hasattr(leaf.codes, "mask"):
+        return codes
+    kept = leaf.codes.mask.unpack().astype(bool)  # pyright: ignore[reportAttributeAccessIssue]
+    arranged = leaf.layout.arrange(codes)
+    return jnp.where(kept, codes, leaf.layout.restore(jnp.broadcast_to(zero, arranged.shape)))
+
+
+def _name(place: str) -> str:
+    keys = place.split("/")
+    keys = keys[1:] if keys[0] in COLLECTIONS and len(keys) > 1 else keys
+    return ".".join([*keys[:-1], TORCH.get(keys[-1], keys[-1])])
+
+
+def _outputs_first(x: np.ndarray) -> np.ndarray:
+    """Return ``[..., in, out]`` as ``[out, in, ...]``."""
+    return np.transpose(x, (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)))
