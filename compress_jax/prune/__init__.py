@@ -18,14 +18,19 @@ from compress_jax.prune._ste import ste
 from compress_jax.prune._top_kast import top_kast
 from compress_jax.prune._wanda import wanda
 from compress_jax.prune.at_init import grasp, snip, synflow
+from compress_jax.prune.budgets import for_bytes, for_flops
+from compress_jax.prune.gains import Gain, Gains, gains
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.post_training import Pruned
 from compress_jax.prune.regrow import Growth, regrowing
 from compress_jax.prune.restart import grown, reset_moments, restart
+from compress_jax.prune.shares import shares
 from compress_jax.prune.shrunk import Removal, Shrunk, narrow
 from compress_jax.prune.structures import block, channel, head, n_m
 
 __all__ = [
+    "Gain",
+    "Gains",
     "Growth",
     "Pruned",
     "Removal",
@@ -37,6 +42,9 @@ __all__ = [
     "cubic",
     "erk",
     "fisher",
+    "for_bytes",
+    "for_flops",
+    "gains",
     "grasp",
     "grown",
     "head",
@@ -55,6 +63,7 @@ __all__ = [
     "saliency",
     "scored",
     "set",
+    "shares",
     "shrink",
     "snip",
     "sparsegpt",

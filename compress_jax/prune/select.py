@@ -81,10 +81,10 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
     """
     chosen = jnp.zeros_like(flags)
     for axis, length in enumerate(flags.shape):
-        position = jax.lax.broadcasted_iota(jnp.uint32, flags.shape, axis)
-        end, taken = bisect(lambda t, f=flags, p=position: count(f & (p < t)), k, jnp.uint32(length + 1))
-        chosen |= flags & (position < end)
-        flags &= position == end
+        where = partial(jax.lax.broadcasted_iota, jnp.uint32, flags.shape, axis)  # made anew: kept it is 4 bytes an entry
+        end, taken = bisect(lambda t, f=flags, p=where: count(f & (p() < t)), k, jnp.uint32(length + 1))
+        chosen |= flags & (where() < end)
+        flags &= where() == end
         k = subtract(k, taken)
     return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis to look along
 
@@ -151,7 +151,8 @@ def smallest_by(key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, 
     top = jnp.iinfo(jax.eval_shape(key, *parts[0]).dtype)
 
     def below(t: jax.Array) -> Wide:
-        return reduce(add, [count(key(*part) < t) for part in parts])
+        t, own = jax.lax.optimization_barrier((t, list(parts)))  # else all keys are kept: another copy of the weights
+        return reduce(add, [count(key(*part) < t) for part in own])
 
     threshold, reached = bisect(below, k, jnp.asarray(top.max, top.dtype))
     left, masks = subtract(k, reached), []

@@ -1,7 +1,11 @@
-"""Mask update: bisection on the float bits against argsort, on one device or on several emulated ones.
+"""Mask update: time and memory of bisection on the float bits, of argsort and of top_k, on one device or on several.
 
-python experiments/benchmarks/mask_update.py                              # 1e6, 1e7, 1e8 weights; about 3 minutes on 2 cores
-python experiments/benchmarks/mask_update.py --devices 8 --sizes 1e7      # sharded; about 3 minutes
+python experiments/benchmarks/mask_update.py                              # 1e6, 1e7, 1e8 weights; about 5 minutes on 2 cores
+python experiments/benchmarks/mask_update.py --devices 8 --sizes 1e7      # sharded over emulated devices; about 5 minutes
+python experiments/benchmarks/mask_update.py --memory --sizes 1e8                 # nothing runs; seconds
+python experiments/benchmarks/mask_update.py --memory --sizes 1e8 --devices 8
+
+Memory is what the compiled program allocates on each device beside the weights: its temporaries and the mask.
 """
 
 import argparse
@@ -15,6 +19,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sizes", type=lambda s: int(float(s)), nargs="+", default=[10**6, 10**7, 10**8])
     parser.add_argument("--rounds", type=int, help="default: 11 to 1e6 weights, 5 to 1e7, else 1")
     parser.add_argument("--devices", type=int, default=1, help="emulated CPU devices to shard over")
+    parser.add_argument("--memory", action="store_true", help="compile only, and tell what would be allocated")
     parser.add_argument("--sparsity", type=float, default=0.9)
     return parser.parse_args()
 
@@ -37,25 +42,62 @@ def by_argsort(x: jax.Array) -> jax.Array:
     return kept.reshape(x.shape)
 
 
-def weights(size: int) -> jax.Array:
-    """Return a random kernel of 1000 columns, its rows spread over the devices."""
+def by_top_k(x: jax.Array) -> jax.Array:
+    """Return the mask of all that are no smaller than the last of the largest; equal ones make it inexact."""
+    largest, _ = jax.lax.top_k(jnp.abs(x).ravel(), x.size - int(args.sparsity * x.size + 0.5))
+    return jnp.abs(x) >= largest[-1]
+
+
+def by_bisection(x: jax.Array) -> jax.Array:
+    """Return the mask of `magnitude`."""
+    return magnitude(args.sparsity).init({"w": x}).fixed["w"]
+
+
+def sharding() -> jax.sharding.NamedSharding:
+    """Return how weights lie on the devices: rows spread over them."""
     mesh = jax.make_mesh((args.devices,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
-    return jax.jit(lambda key: jax.random.normal(key, (size // 1000, 1000)), out_shardings=rows)(jax.random.key(0))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows"))
+
+
+def compiled(size: int) -> dict[str, Any]:
+    """Compile the methods for a kernel of 1000 columns."""
+    x = jax.ShapeDtypeStruct((size // 1000, 1000), jnp.float32, sharding=sharding())
+    return {name: jax.jit(fn).lower(x).compile() for name, fn in METHODS.items()}
+
+
+METHODS = {"bisection": by_bisection, "argsort": by_argsort, "top_k": by_top_k}
+
+
+def memory(size: int) -> list[Any]:
+    """Return the MB that each method allocates on each device beside its arguments."""
+    sizes = [program.memory_analysis() for program in compiled(size).values()]
+    found = [each.temp_size_in_bytes + each.output_size_in_bytes for each in sizes]
+    return [f"{size:.0e}", args.devices, f"{4 * size / args.devices / 1e6:,.0f}", *(f"{each / 1e6:,.0f}" for each in found)]
 
 
 def compare(size: int) -> list[Any]:
-    """Time both on one size and check that they agree."""
-    x, c = weights(size), magnitude(args.sparsity)
-    bisection: Any = jax.jit(lambda x: c.init({"w": x}).fixed["w"]).lower(x).compile()
-    argsort: Any = jax.jit(by_argsort).lower(x).compile()
-    runs = {"bisection": lambda: bisection(x), "argsort": lambda: argsort(x)}
-    times = interleaved(runs, args.rounds or (11 if size <= 10**6 else 5 if size <= 10**7 else 1))
-    assert bool((bisection(x) == argsort(x)).all()), "the masks differ"
-    ours, theirs = ([run.wall for run in times[name]] for name in runs)
-    return [f"{size:.0e}", args.devices, len(ours), milliseconds(ours), milliseconds(theirs), ratio(theirs, ours)]
+    """Time the methods on one size and check that they agree."""
+    programs = compiled(size)
+    shape = (size // 1000, 1000)
+    x = jax.jit(lambda key: jax.random.normal(key, shape), out_shardings=sharding())(jax.random.key(0))
+    times = interleaved({name: lambda f=f: f(x) for name, f in programs.items()}, args.rounds or rounds(size))
+    assert bool((programs["bisection"](x) == programs["argsort"](x)).all()), "the masks differ"
+    ours, *others = ([run.wall for run in each] for each in times.values())
+    cells = [milliseconds(each) for each in (ours, *others)]
+    return [f"{size:.0e}", args.devices, len(ours), *cells, *(ratio(each, ours) for each in others)]
 
 
-head = ["weights", "devices", "rounds", "bisection ms", "argsort ms", "argsort / bisection"]
-name = "mask_update" if args.devices == 1 else f"mask_update_{args.devices}_devices"
-report(name, head, [compare(size) for size in args.sizes], sparsity=args.sparsity)
+def rounds(size: int) -> int:
+    """Return how many rounds are affordable."""
+    return 11 if size <= 10**6 else 5 if size <= 10**7 else 1
+
+
+name = "mask_memory" if args.memory else "mask_update"
+name += "" if args.devices == 1 else f"_{args.devices}_devices"
+if args.memory:
+    head = ["weights", "devices", "weights MB a device", *(f"{method} MB" for method in METHODS)]
+    report(name, head, [memory(size) for size in args.sizes], sparsity=args.sparsity)
+else:
+    head = ["weights", "devices", "rounds", *(f"{method} ms" for method in METHODS)]
+    head += ["argsort / bisection", "top_k / bisection"]
+    report(name, head, [compare(size) for size in args.sizes], sparsity=args.sparsity)
