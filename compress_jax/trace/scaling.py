@@ -12,10 +12,11 @@ import numpy as np
 from compress_jax.core.paths import flatten
 from compress_jax.trace._analyse import Analysis, analyse
 from compress_jax.trace.axes import Leaf
-from compress_jax.trace.exponents import Exponents, Unknown
+from compress_jax.trace.exponents import Demands, Unknown
 from compress_jax.trace.group import Member
 from compress_jax.trace.interpret import interpret
 from compress_jax.trace.null_space import null_space
+from compress_jax.trace.scaling_walk import Walked
 
 Vector = dict[Unknown, int]
 
@@ -137,52 +138,52 @@ def scalings(
       {('down', 1): "it is the function's output", ('up', 0): "it is the function's input"}
     """
     analysis = analyse(fn, variables, *inputs)
-    domain = Exponents(analysis, frozenset(hold))
+    domain = Walked(analysis, Demands(analysis.walk.axes), frozenset(hold))
     args = [_start(domain, path, leaf) for path, leaf in analysis.traced.params.items()]
     rest = analysis.traced.jaxpr.jaxpr.invars[len(args) :]
-    data = [domain.still(tuple(Leaf(n, -1) for n in var.aval.shape), "it is the function's input") for var in rest]
+    data = [domain.demands.still(tuple(Leaf(n, -1) for n in var.aval.shape), "it is the function's input") for var in rest]
     results = interpret(domain, analysis.traced.jaxpr, [*args, *data])
     starts = dict(zip(analysis.params, args, strict=True))
     for path, value in zip(flatten(analysis.traced.out)[0], results, strict=True):
         if path in analysis.state:
             domain.join(starts[analysis.state[path]], value)
         else:
-            domain.fix(value, "it is the function's output")
+            domain.demands.fix(value, "it is the function's output")
     return _solved(domain, analysis)
 
 
-def _start(domain: Exponents, path: str, leaf: Any) -> Any:
+def _start(domain: Walked, path: str, leaf: Any) -> Any:
     dims = domain.analysis.params[path]
     if path in domain.hold or not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return domain.still(dims, "a parameter that is held")
+        return domain.demands.still(dims, "a parameter that is held")
     return domain.start(path, dims)
 
 
-def _solved(domain: Exponents, analysis: Analysis) -> tuple[tuple[Scaling, ...], dict[Member, str]]:
-    basis = null_space(_in_order(domain, analysis), [fixed.form for fixed in domain.fixed])
+def _solved(domain: Walked, analysis: Analysis) -> tuple[tuple[Scaling, ...], dict[Member, str]]:
+    basis = null_space(_in_order(domain, analysis), [fixed.form for fixed in domain.demands.fixed])
     seen: dict[Any, list[Vector]] = {}
     for place, vector in enumerate(basis):  # one of heads and one of each head's features, alike, are one of both
         alike = frozenset((name.path, power) for name, power in vector.items())
         seen.setdefault(alike if len(alike) == len(vector) else place, []).append(vector)
     scaled = {(name.path, name.axis) for vector in basis for name in vector}
     why: dict[Member, str] = {}
-    for fixed in domain.fixed:
+    for fixed in domain.demands.fixed:
         for name in fixed.form:
             if (name.path, name.axis) not in scaled:
                 why.setdefault((name.path, name.axis), fixed.why)
     return tuple(_scaling(domain, analysis, vectors) for vectors in seen.values()), dict(sorted(why.items()))
 
 
-def _in_order(domain: Exponents, analysis: Analysis) -> list[Unknown]:
+def _in_order(domain: Walked, analysis: Analysis) -> list[Unknown]:
     """Return the unknowns of parameters in use, in the order in which the computation demands something of them."""
-    met = [name for fixed in domain.fixed for name in fixed.form]
+    met = [name for fixed in domain.demands.fixed for name in fixed.form]
     for path in sorted(domain.used):
         for i, axis in enumerate(analysis.params[path]):
             met += [Unknown(path, i, leaf) for leaf in analysis.walk.axes.leaves(axis)]
     return list(dict.fromkeys(met))
 
 
-def _scaling(domain: Exponents, analysis: Analysis, vectors: list[Vector]) -> Scaling:
+def _scaling(domain: Walked, analysis: Analysis, vectors: list[Vector]) -> Scaling:
     """Return the scaling of one solution, or of several for other leaves of the same parameters, jointly."""
     sizes = [next(iter(vector)).leaf.size for vector in vectors]
     if len(vectors) == 1:
@@ -207,7 +208,7 @@ def _part(analysis: Analysis, names: list[tuple[Unknown, int]], power: int) -> P
     return Part(names[0][0].path, axes, power, np.where(inside, total, -1))
 
 
-def _stack(domain: Exponents, analysis: Analysis, vectors: list[Vector]) -> tuple[int, ...]:
+def _stack(domain: Walked, analysis: Analysis, vectors: list[Vector]) -> tuple[int, ...]:
     """Return the leading axes along which factors may differ: all parameters are sliced by loops that carry none of them."""
     paths = {name.path for vector in vectors for name in vector}
     depth = {domain.stacks.get(path, 0) if path not in domain.whole else 0 for path in paths}
