@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import linen as nn
 
 import compress_jax as cj
@@ -67,6 +69,21 @@ def test_results_json_says_the_same(run):
     results = json.loads((workdir / "results.json").read_text())
     assert (results["experiment"], results["chosen"], results["met"]) == ("blobs", "int4", True)
     assert results["rows"] == [row.as_dict() for row in result.rows]
+
+
+def test_coded_candidates_are_smaller_and_what_they_are_compared_with_stays_plain(run, distilled, tmp_path):
+    workdir, result, _ = run
+    shutil.copytree(workdir, tmp_path / "again")  # trained already: only written and measured again
+    again = compress(dataclasses.replace(distilled, coded=True), tmp_path / "again", say=silent)
+    sizes = [(row.nbytes, other.nbytes) for row, other in zip(result.rows, again.rows, strict=True)]
+    assert all(coded < 0.8 * plain for plain, coded in sizes[2:])
+    for name in ("teacher", "student"):
+        tensors = [safetensors.numpy.load_file(folder / f"{name}.safetensors") for folder in (workdir, tmp_path / "again")]
+        assert sorted(tensors[0]) == sorted(tensors[1]) and "ans" not in tensors[1]
+    assert "ans" in safetensors.numpy.load_file(again.artifact)
+    assert again.chosen.test == result.chosen.test and leaves(cj.load(again.artifact)[0]) == leaves(
+        cj.load(result.artifact)[0]
+    )
 
 
 def test_sizes_are_those_on_disk_and_accuracies_those_of_the_files(run, distilled):
