@@ -125,6 +125,18 @@ def test_eval_agrees_and_notices_a_changed_result(finished: Path, capsys: pytest
         file.write_text(before)
 
 
+def test_export_writes_and_verifies_and_the_gate_is_exit_code_4(finished: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("flatbuffers", reason="needs pip install 'compress_jax[stablehlo]'")
+    words = ["export", str(finished), "--to", "stablehlo", "--rounds", "2", "--batch", "8"]
+    assert main(words) == 0
+    record = json.loads((finished / "export/export.json").read_bytes())["stablehlo"]
+    assert record["passed"] and record["agreement"] == 1 and record["accuracy"] == record["reference"]
+    assert record["nbytes"] == (finished / "export/model.stablehlo").stat().st_size < record["baseline_bytes"]
+    assert "every file passes" in capsys.readouterr().out
+    assert main([*words, "--min-agreement", "1.01"]) == 4
+    assert "FAILED" in capsys.readouterr().out
+
+
 def test_inspect_accounts_for_every_byte(finished: Path, capsys: pytest.CaptureFixture[str]):
     file = finished / "artifact.safetensors"
     assert main(["inspect", str(file)]) == 0
@@ -190,7 +202,7 @@ def test_debug_shows_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "Traceback" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["eval", "report"])
+@pytest.mark.parametrize("command", ["eval", "export", "report"])
 def test_a_folder_without_a_run_is_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main([command, str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
@@ -203,7 +215,7 @@ def test_help_of_a_config_teaches_its_arguments(config: Path, capsys: pytest.Cap
         assert text in shown
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "inspect", "report"])
+@pytest.mark.parametrize("command", ["run", "eval", "export", "inspect", "report"])
 def test_help_of_a_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]):
     assert main([command, "--help"]) == 0
     assert f"\n  compress-jax {command} " in capsys.readouterr().out

@@ -153,6 +153,6 @@ def _weights_only(
             continue
         row = name if name in rows else weight.path
         form = store.unfold(model, name, weight)
-        reason = "" if form else "scales of groups, which save nothing here"
+        reason = "" if form else "its scales would take as much as its codes save"
         done[row] = Row(row, form or "float32", reason)
     return done

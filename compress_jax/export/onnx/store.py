@@ -93,15 +93,15 @@ def unfold(model: Any, name: str, weight: Weight) -> str:
       weight: with codes.
 
     Returns:
-      What was done, in words; empty if its scales are too many to gain from it.
+      What was done, in words; empty if its scales take as much as its codes save.
     """
     assert weight.codes is not None and weight.zero is not None and weight.scale is not None
     zero, scale = compact(weight.zero), compact(weight.scale)
-    if scale.size * 8 > weight.codes.size:
-        return ""
     kinds = extra("onnx", "onnx").TensorProto
-    middle, graph = 2 ** (weight.bits - 1), model.graph
     kind, bits = (kinds.INT4, 4) if weight.bits <= 4 else (kinds.INT8, 8)
+    if 32 * (scale.size + zero.size) + bits * weight.codes.size > 32 * weight.codes.size:
+        return ""
+    middle, graph = 2 ** (weight.bits - 1), model.graph
     graph.initializer.remove(next(each for each in graph.initializer if each.name == name))
     nodes, last = [], f"{name}:codes"
     g.add(graph, last, weight.codes - middle, kind)

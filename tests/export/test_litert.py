@@ -1,0 +1,75 @@
+"""LiteRT flatbuffers against the simulation in JAX, in the LiteRT interpreter itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import compress_jax as cj
+from compress_jax.core import ExportError
+from compress_jax.export.litert import to_litert
+from compress_jax.export.litert.interpreter import interpreter, run
+from compress_jax.models import LeNet300100, ResNet
+from compress_jax.quantize._static import static
+
+for package in ("litert_converter", "ai_edge_litert", "ai_edge_quantizer"):
+    pytest.importorskip(package, reason="needs pip install 'compress_jax[litert]'")
+
+INT8 = static(bits=8, symmetric=False)
+
+
+@pytest.fixture(scope="module")
+def mlp():
+    model = LeNet300100(hidden=(32, 16))
+    x = np.asarray(jax.random.normal(jax.random.key(0), (4, 8, 8, 1)))
+    return lambda params, x: model.apply(params, x), jax.jit(model.init)(jax.random.key(1), x), x
+
+
+def types(path):
+    return {each["name"]: each for each in interpreter(path).get_tensor_details()}
+
+
+def test_float_is_the_function(mlp, tmp_path):
+    fn, params, x = mlp
+    done = to_litert(fn, params, x, tmp_path / "m.tflite")
+    assert done.nbytes == done.path.stat().st_size and {row.form for row in done.rows} == {"float32"}
+    np.testing.assert_allclose(run(interpreter(done.path), [x]), fn(params, x), rtol=1e-4, atol=1e-5)
+
+
+def test_static_int8_uses_our_grids(mlp, tmp_path):
+    fn, params, x = mlp
+    ranges = {
+        f"params/{name}/kernel": {"input": {"low": jnp.float32(low), "high": jnp.float32(high)}}
+        for name, low, high in [("dense_0", -4.0, 6.2), ("dense_1", 0.0, 5.1), ("head", 0.0, 2.55)]
+    }
+    done = to_litert(fn, params, x, tmp_path / "m.tflite", how=INT8, ranges=ranges, batches=[x])
+    assert not [row.reason for row in done.rows if row.reason]
+    scales = {round(float(s), 5) for each in types(done.path).values() for s in each["quantization_parameters"]["scales"]}
+    assert {0.04, 0.02, 0.01} <= scales
+
+
+def test_residual_networks_are_integers_throughout(tmp_path):
+    model = ResNet(depth=8, width=4)
+    x = np.asarray(jax.random.normal(jax.random.key(0), (4, 16, 16, 3)))
+    params = jax.jit(model.init)(jax.random.key(1), x)
+    done = to_litert(lambda p, x: model.apply(p, x), params, x, tmp_path / "m.tflite", how=INT8, batches=[x, x[::-1]])
+    kernels = [each for each in types(done.path).values() if len(each["shape"]) == 4 and each["dtype"] == np.float32]
+    assert len(kernels) <= 1 and done.difference < 0.1  # the image itself comes in floats
+    assert not [row.name for row in done.rows if row.reason]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_packed_weights_alone(mlp, bits, tmp_path):
+    fn, params, x = mlp
+    c = cj.at("**/kernel", cj.quantize.uniform(bits, granularity="channel"))
+    done = to_litert(fn, c.pack(params, c.init(params)), x, tmp_path / "m.tflite")
+    assert {row.form for row in done.rows} == {f"dynamic_wi{bits}"}
+
+
+def test_a_crash_or_a_refusal_is_an_error(mlp, tmp_path):
+    fn, params, x = mlp
+    with pytest.raises(ExportError, match="pass batches="):
+        to_litert(fn, params, x, tmp_path / "m.tflite", how=INT8)
+    with pytest.raises(ExportError, match="LiteRT converter"):
+        to_litert(lambda p, x: jnp.linalg.qr(x.reshape(4, -1))[0], params, x, tmp_path / "m.tflite")
+    assert not (tmp_path / "m.tflite").exists()
