@@ -18,8 +18,9 @@ import numpy as np
 
 from compress_jax.core.errors import ConfigError, DataError, StateError
 from compress_jax.distill._top_k import TopK, top_k
+from compress_jax.distill.teacher import Teacher
 
-Augment = Callable[[jax.Array, Any], Any]
+Augment = Callable[[Any, Any], Any]
 STORED = {"bfloat16": np.uint16, "float32": np.uint32}
 
 
@@ -63,7 +64,7 @@ class Cache:
     """
 
     about: dict[str, Any]
-    shards: list[tuple[np.ndarray, np.ndarray, np.ndarray]]
+    shards: list[tuple[np.memmap, np.memmap, np.memmap]]
 
     def __call__(self, index: Any, view: Any) -> TopK:
         """Return what the teacher said of some examples, each in a view of it.
@@ -93,7 +94,8 @@ class Cache:
         if np.isnan(tail).any():
             at = int(np.flatnonzero(np.isnan(tail))[0])
             raise DataError(f"the cache lacks example {index[at]}, view {view[at]}: go on with write_cache")
-        return TopK(ids, log_probs.view(jnp.dtype(self.about["dtype"])), tail, self.about["temperature"])
+        arrays: Any = {"ids": ids, "log_probs": log_probs.view(jnp.dtype(self.about["dtype"])), "tail": tail}
+        return TopK(**arrays, temperature=self.about["temperature"])
 
 
 def write_cache(
@@ -152,14 +154,19 @@ def write_cache(
     _claim(Path(directory), about)
     ids, log_probs, tail = _shard(Path(directory), about, mine, "r+")
     rows = np.arange(mine, size, count)
-    see = jax.jit(lambda batch: top_k(teacher((augment(None, batch) if augment else batch)[inputs]), k, temperature))
+
+    @jax.jit
+    def see(teacher: Any, batch: Any) -> TopK:
+        return top_k(teacher((augment(None, batch) if augment else batch)[inputs]), k, temperature)
+
+    asked = teacher if isinstance(teacher, Teacher) else jax.tree_util.Partial(teacher)  # arguments, not constants
     for view in range(views):
         missing = np.flatnonzero(np.isnan(tail[:, view]))
         for start in range(0, len(missing), batch_size):
             at = missing[start : start + batch_size]
             padded = np.resize(at, batch_size)  # one shape, one program
             batch = {inputs: split[inputs][rows[padded]], "index": rows[padded], "view": np.full(batch_size, view)}
-            top = jax.device_get(see(batch))
+            top = jax.device_get(see(asked, batch))
             ids[at, view] = top.ids[: len(at)]
             log_probs[at, view] = top.log_probs[: len(at)].astype(jnp.dtype(dtype)).view(STORED[dtype])
             tail[at, view] = top.tail[: len(at)]  # last: what has it is there
@@ -239,7 +246,7 @@ def _claim(directory: Path, about: dict[str, Any]) -> None:
         raise StateError(f"{directory} holds another cache ({differs}); use a new directory, or remove it")
 
 
-def _shard(directory: Path, about: dict[str, Any], process: int, mode: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shard(directory: Path, about: dict[str, Any], process: int, mode: Any) -> tuple[np.memmap, np.memmap, np.memmap]:
     """Return the memory-mapped arrays of one process, made if they are to be written."""
     rows = len(range(process, about["examples"], about["processes"]))
     wide, narrow = (rows, about["views"], about["k"]), (rows, about["views"])

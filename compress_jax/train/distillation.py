@@ -109,13 +109,13 @@ def distillation(
         own = {"average": {"params": params, "state": state}} if average is not None else {}
         own |= {} if teacher is None else {"teacher": fingerprint(teacher)}
         first, second = jax.random.split(key)
-        augmented = (lambda batch: batch) if augment is None else (lambda batch: augment(first, batch))
-        shapes = jax.eval_shape(
-            lambda *given: see(*given[:3], augmented(given[3]), first, given[4], jnp.zeros((), jnp.int32))[0]._replace(
-                key=None
-            ),
-            *(params, state, own, batch, teacher),
-        )
+
+        def shown(params: Any, batch: Any, teacher: Any) -> Seen:
+            batch = batch if augment is None else augment(first, batch)
+            seen, _ = see(params, state, own, batch, first, teacher, jnp.zeros((), jnp.int32))
+            return seen._replace(key=None)
+
+        shapes = jax.eval_shape(shown, params, batch, teacher)
         begun = {term.name: term.init(jax.random.fold_in(second, i), shapes) for i, term in enumerate(terms)}
         parts, memory = ({name: each[i] for name, each in begun.items() if jax.tree.leaves(each[i])} for i in (0, 1))
         return parts, {**memory, **own}

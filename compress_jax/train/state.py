@@ -130,7 +130,9 @@ def label_optimizer(
       >>> float(updates["params"]["kernel"][0]), float(updates["learned"]["kernel"][0])
       (-0.10000000149011612, -0.009999999776482582)
     """
-    optimizers = {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
+    optimizers: dict[Any, optax.GradientTransformation] = {"params": params, "learned": learned}
+    if parts is not None:
+        optimizers["parts"] = parts
 
     def labels(trainable: dict[str, Any]) -> dict[str, str]:
         return {name: name if name in optimizers else "params" for name in trainable}
