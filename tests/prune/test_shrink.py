@@ -252,7 +252,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+QUICK = ["adam", "factored", "lbfgs"]
+REST = [name for name in OPTIMIZERS if name not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "name", ["adam", "factored", "lbfgs", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+)
 def test_optimizer_states_are_carried_over(name, half, few):
     """They have the shapes of a fresh state, and updates of the carried one are updates of the kept channels."""
     with jax.numpy_dtype_promotion("standard"):

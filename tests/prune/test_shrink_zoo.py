@@ -10,10 +10,10 @@ from compress_jax.trace import groups, verify_groups
 from tests.trace.zoo import ZOO
 
 ENTRIES = {entry.name: entry for entry in ZOO}
-SLOW = ["resnet_train/linen", "mobilenet/linen", "tied_lm/linen", "unet/nnx", "recurrent/nnx"]
+SLOW = ["moe/nnx", "resnet_train/linen", "mobilenet/linen", "tied_lm/linen", "unet/nnx", "recurrent/nnx"]
 
 
-@pytest.mark.parametrize("name", ["moe/nnx", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize("name", ["mlp/nnx", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_twice_and_checked_by_permutation(name):
     fn, variables, inputs = ENTRIES[name].make()
     names = [group.name for group in groups(fn, variables, *inputs)]
