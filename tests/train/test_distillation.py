@@ -217,6 +217,7 @@ def test_weights_and_several_teachers_and_masks():
     np.testing.assert_allclose(metrics["l2_sp"], sum(0.5 * jnp.square(x).sum() for x in difference), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_mutual_learning_brings_students_together_and_graduates_teach():
     terms = [d.on_labels(0.1), d.on_logits(d.kl)]
     losses, optimizer = [distillation(model, terms) for model in (SMALL, LARGE)], optax.adam(0.02)
@@ -232,6 +233,7 @@ def test_mutual_learning_brings_students_together_and_graduates_teach():
         mutual_step([step], [SMALL.apply])
 
 
+@pytest.mark.slow
 def test_eight_devices_train_the_parts_the_bank_and_the_student_of_one():
     terms = [d.on_logits(d.top_k_kl), HINT(1.0), d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5)]
     loss, optimizer = distillation(SMALL, terms), optax.sgd(0.05)
