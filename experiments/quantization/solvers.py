@@ -1,6 +1,6 @@
 """The post-training solvers beside rounding to nearest: error of layers and of the network, accuracy, at 2, 3 and 4 bits.
 
-python experiments/quantization/solvers.py digits        # 64-96-48-10 on the digits, 3 seeds; about 1 processor minute a seed
+python experiments/quantization/solvers.py digits        # 64-96-48-10 on the digits, 3 seeds; a processor minute each
 python experiments/quantization/solvers.py transformer   # a small ViT on the digits, 3 seeds
 
 Every kernel is quantized, weights only, one scale per output channel, by the same calibration data: 512 training examples
