@@ -7,7 +7,12 @@ from compress_jax.prune.target import Sparsity
 
 
 def magnitude(
-    sparsity: Sparsity | None, structure: Structure | None = None, *, scope: str = "leaf", every: int = 1
+    sparsity: Sparsity | None,
+    structure: Structure | None = None,
+    *,
+    scope: str = "leaf",
+    every: int = 1,
+    regrow: bool = True,
 ) -> Compression:
     r"""Prune the weights of smallest magnitude, exactly as many as the sparsity says.
 
@@ -32,6 +37,7 @@ def magnitude(
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves it is given share one
         threshold, and only the total reaches it. With a structure, the sparsity is the share of all units.
       every: the mask is recomputed at steps divisible by it.
+      regrow: False for a mask that only shrinks: what is pruned stays so.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, bool, the shape of the leaf, true where a weight is kept. Packs to
@@ -50,4 +56,4 @@ def magnitude(
     References:
       Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015, section 3.
     """
-    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every)
+    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every, regrow=regrow)

@@ -185,3 +185,11 @@ def test_synflow_in_rounds_leaves_a_path_open_at_the_exact_total():
 def test_impossible_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("regrow", [True, False])
+def test_without_regrowth_a_mask_only_shrinks(regrow):
+    c = magnitude(lambda step: 0.25 * (step + 1), regrow=regrow)
+    state = c.init({"w": jnp.array([1.0, 2.0, 3.0, 4.0])})
+    later = c.update({"w": jnp.array([9.0, 2.0, 3.0, 1.0])}, state, step=1)
+    assert later.fixed["w"].tolist() == ([True, False, True, False] if regrow else [False, True, True, False])
