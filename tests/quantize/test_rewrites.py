@@ -110,7 +110,9 @@ def test_a_norm_is_not_folded_if_the_kernels_output_goes_elsewhere():
     np.testing.assert_allclose(x @ result.params["kernel"] + result.params["shift"][None], fn(p, x, False), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["llama/nnx", "vit/linen", pytest.param("tied_lm/linen", marks=slow)])
+@pytest.mark.parametrize(
+    "name", ["llama/nnx", pytest.param("vit/linen", marks=slow), pytest.param("tied_lm/linen", marks=slow)]
+)
 def test_rotated_transformers_are_the_same_function_with_fewer_outliers(name):
     run, model, variables, inputs = model_of(name)
     result = rotate(model, variables, *inputs, key=jax.random.key(0))
@@ -163,6 +165,7 @@ def test_corrected_biases_restore_the_means_of_outputs():
     assert float(jnp.abs(means[2] - means[0]).max()) > 1e-2
 
 
+@slow
 def test_biases_of_a_convolution_are_corrected_too():
     run, model, variables, inputs = model_of("lenet/linen")
     c = uniform(3)
@@ -180,7 +183,7 @@ def on(mesh, x, *axes):
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
-@pytest.mark.parametrize("axes", [("d", None), (None, "d")])
+@pytest.mark.parametrize("axes", [("d", None), pytest.param((None, "d"), marks=slow)])
 def test_sharded_params_and_data_give_what_one_device_gives(axes):
     mesh = Mesh(np.array(jax.devices()), ("d",))
     rng = np.random.default_rng(0)

@@ -14,7 +14,7 @@ from compress_jax.trace.null_space import null_space
 from compress_jax.trace.scaling import scalings
 from tests.trace.zoo import ZOO
 
-QUICK = ("lenet/linen", "llama/nnx", "resnet/nnx", "plain/nested_scan")
+QUICK = ("llama/nnx", "resnet/nnx", "plain/nested_scan")
 slow = pytest.mark.slow
 
 
