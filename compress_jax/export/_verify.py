@@ -150,20 +150,21 @@ def verify(
         raise ExportError(f"{path} returns {list(theirs.shape)} where JAX returns {list(ours.shape)}")
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
     difference = float(np.sqrt(((ours - theirs) ** 2).mean()) / (np.sqrt((ours**2).mean()) or 1))
-    accuracies = [float("nan")] * 2
+    accuracy = known = float("nan")
     if labels is not None:
-        accuracies = [float((scores.argmax(-1) == np.asarray(labels)).mean()) for scores in (theirs, ours)]
+        accuracy, known = (float((scores.argmax(-1) == np.asarray(labels)).mean()) for scores in (theirs, ours))
     failures = []
     if not np.isfinite(theirs).all():
         failures.append("results are not finite")
     if not agreement >= min_agreement:
         failures.append(f"agreement {100 * agreement:.2f} % is below {100 * min_agreement:.2f} %")
-    if accuracies[1] - accuracies[0] > max_drop:
-        failures.append(f"accuracy is {100 * (accuracies[1] - accuracies[0]):.2f} points below JAX's")
+    if known - accuracy > max_drop:
+        failures.append(f"accuracy is {100 * (known - accuracy):.2f} points below JAX's")
     base = Path(baseline) if baseline is not None else None
     timings = _timings(path, base, arrays, batch_sizes, threads, rounds)
-    sizes = path.stat().st_size, base.stat().st_size if base else 0
-    return Verification(path, len(ours), agreement, difference, *accuracies, *sizes, tuple(timings), tuple(failures))
+    size, plain = path.stat().st_size, base.stat().st_size if base else 0
+    numbers = (len(ours), agreement, difference, accuracy, known, size, plain)
+    return Verification(path, *numbers, tuple(timings), tuple(failures))
 
 
 def _scores(call: Callable[..., Any], arrays: Sequence[np.ndarray], size: int = 64) -> np.ndarray:

@@ -145,6 +145,7 @@ def test_weight_only_blocks_multiply_as_the_packed_weights(bits, granularity, sy
     packed = c.pack(params, c.init(params))
     done = to_onnx(fn, packed, x, tmp_path / "m.onnx", accuracy_level=0, tolerance=1e-5)
     assert done.rows[0].form.startswith("MatMulNBits") and operators(done.path)["MatMulNBits"] == 1
+    assert {each.name for each in onnx.load(done.path).graph.initializer} <= {"kernel:blocks", "kernel:step", "kernel:zero"}
     np.testing.assert_allclose(run(done.path, x), x @ np.asarray(cj.unpack(packed)["kernel"]), rtol=1e-3, atol=1e-3)
 
 

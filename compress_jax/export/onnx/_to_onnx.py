@@ -14,7 +14,7 @@ from compress_jax.core.paths import flatten
 from compress_jax.export.agreement import agree
 from compress_jax.export.artifact import write_atomically
 from compress_jax.export.exported import Exported, Row
-from compress_jax.export.onnx import check, qdq, store
+from compress_jax.export.onnx import check, graph, qdq, store
 from compress_jax.export.onnx.convert import convert
 from compress_jax.export.onnx.plan import Placed, int8, place
 from compress_jax.export.onnx.runtime import extremes, optimised, session
@@ -155,4 +155,5 @@ def _weights_only(
         form = store.unfold(model, name, weight)
         reason = "" if form else "its scales would take as much as its codes save"
         done[row] = Row(row, form or "float32", reason)
+    graph.prune(model)  # the dense weights that were exchanged
     return done

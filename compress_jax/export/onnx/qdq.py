@@ -31,9 +31,9 @@ def grid_of(low: np.float32, high: np.float32) -> Grid:
       >>> grid_of(np.float32(-1), np.float32(4.1))
       (np.float32(0.02), np.uint8(50))
     """
-    low, high = min(float(low), 0.0), max(float(high), 0.0)
-    scale = np.float32((high - low) / 255) or np.float32(1)
-    return scale, np.uint8(np.clip(round(-low / float(scale)), 0, 255))
+    bottom, top = min(float(low), 0.0), max(float(high), 0.0)
+    scale = np.float32((top - bottom) / 255) or np.float32(1)
+    return scale, np.uint8(np.clip(round(-bottom / float(scale)), 0, 255))
 
 
 @dataclass

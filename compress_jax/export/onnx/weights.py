@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.packed import Quantized, to_dense
@@ -40,7 +41,7 @@ class Weight:
         if not isinstance(leaf, Quantized):
             return cls(path, values)
         spread = leaf.layout.spread
-        zero = np.asarray(spread(np.broadcast_to(np.asarray(leaf.zero_point, np.int32), leaf.layout.scale_shape)))
+        zero = np.asarray(spread(jnp.broadcast_to(leaf.zero_point.astype(jnp.int32), leaf.layout.scale_shape)))
         codes = np.asarray(leaf.codes.unpack()).astype(np.int32)
         if isinstance(leaf.codes, Sparse):  # what was left out stands for zero
             codes = np.where(np.asarray(leaf.codes.mask.unpack()) != 0, codes, zero)
@@ -118,13 +119,13 @@ def settle(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
 
 def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
     """Return what a node does to the entries of its first input, if it only moves them."""
-    op, rest = each.op_type, [constants.get(name) for name in each.input[1:]]
+    op, rest = each.op_type, [constants[name] for name in each.input[1:] if name in constants]
     if op == "Transpose":
         order = g.attribute(each, "perm", None)
         return lambda x: np.transpose(x, order)
     if op == "Identity":
         return lambda x: x
-    if op not in ("Reshape", "Squeeze", "Unsqueeze") or any(x is None for x in rest):
+    if op not in ("Reshape", "Squeeze", "Unsqueeze") or len(rest) < len(each.input) - 1:
         return None
     if op == "Reshape":
         shape = [int(n) for n in rest[0]]
