@@ -32,7 +32,7 @@ NORMALISED = {
     "convnet": "dense/layers/2/weight:0",
 }
 ZEROED = [*(name for name in ENTRIES if name.endswith(("/linen", "/equinox"))), "recurrent/nnx", "plain/reshaped"]
-ZEROED.remove("mobilenet/linen")  # quick
+ZEROED.remove("lenet/linen")  # quick
 
 
 @cache
@@ -87,7 +87,7 @@ def test_it_is_the_function_of_shorter_parameters(name):
     assert_close(*gradients, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["mobilenet/linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ZEROED)])
+@pytest.mark.parametrize("name", ["lenet/linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ZEROED)])
 def test_removed_channels_of_zeros_make_no_difference(name):
     fn, variables, inputs, found = made(name)
     apart = next((group for start, group in NORMALISED.items() if name.startswith(start)), None)
@@ -190,7 +190,7 @@ def test_other_inputs_dtypes_and_transformations():
     smaller, short = resize(fn, variables, found, kept), found.keep(variables, kept)
     more = jnp.concatenate([x, 2 * x, -x])
     out = smaller(short, more)
-    assert_close(out[:2], smaller(short, x), 1e-5)
+    assert_close(out[: len(x)], smaller(short, x), 1e-5)
     assert_close(jax.vmap(smaller, (None, 0))(short, more[:, None])[:, 0], out, 1e-5)
     low, low_x = jax.tree.map(lambda w: w.astype(jnp.bfloat16), (short, x))
     assert smaller(low, low_x).dtype == jnp.bfloat16

@@ -40,7 +40,7 @@ def check(network, seed):
 options = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "phases": [Phase.explicit, Phase.generate]}
 
 
-@settings(max_examples=6, **options)
+@settings(max_examples=4, **options)
 @given(drawn, st.integers(0, 99))
 def test_channels_of_zeros_go_without_a_change(network, seed):
     check(network, seed)
