@@ -181,7 +181,7 @@ def main() -> None:
             one("runs", seed, share, "test")
 
     given, chosen = methods(split["label"], steps)
-    for name in ("labels alone", "KD"):
+    for name in ("labels alone", "KD", "DIST"):
         run(name, given[name], cj.identity())
         run(f"80 % pruned, 4 bits: {name}", given[name], compressed(steps))
     for name, terms in given.items():
