@@ -20,6 +20,7 @@ from compress_jax.prune._wanda import wanda
 from compress_jax.prune.at_init import grasp, snip, synflow
 from compress_jax.prune.budgets import for_bytes, for_flops
 from compress_jax.prune.gains import Gain, Gains, gains
+from compress_jax.prune.lottery import nested, rewind, rewinding, rounds
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.post_training import Pruned
 from compress_jax.prune.regrow import Growth, regrowing
@@ -55,11 +56,15 @@ __all__ = [
     "movement",
     "n_m",
     "narrow",
+    "nested",
     "random",
     "regrowing",
     "reset_moments",
     "restart",
+    "rewind",
+    "rewinding",
     "rigl",
+    "rounds",
     "saliency",
     "scored",
     "set",
