@@ -13,7 +13,7 @@ so 0.06 to 0.17 points are lost on test. The teacher, a LeNet-5, has 91.55 to 91
 alone; taught by a ResNet-8 it would have 91.0 % on validation, which the compressed one does not reach. Test data was looked
 at on the way: two recipes without a teacher lost 0.37 and 0.29 points at seed 0, and 90 % pruned (30.6 times smaller) lost
 0.31 and 0.16 at seeds 0 and 1, after which only the sparsity that just meets the ratio was kept. Han, Mao and Dally (2016)
-lose nothing at 40 times on MNIST, with entropy coding; here ``--coded True`` adds it, which changes bytes and no weight: not
+lose nothing at 40 times on MNIST, with entropy coding; here ``--coded`` adds it, which changes bytes and no weight: not
 measured yet.
 """
 
