@@ -1,7 +1,7 @@
 """Every algorithm of JaxPruner beside ours: the same model, data, batches, budget and seeds; and mask updates timed.
 
-COMPRESS_JAX_DATA=DIR python experiments/pruning/beside_jaxpruner.py                    # accuracy; about 10 minutes on 2 cores
-python experiments/pruning/beside_jaxpruner.py --time --algorithms magnitude rigl         # mask updates
+COMPRESS_JAX_DATA=DIR python experiments/pruning/beside_jaxpruner.py             # accuracy; about 10 minutes on 2 cores
+python experiments/pruning/beside_jaxpruner.py --time --algorithms magnitude rigl  # mask updates
 
 JaxPruner is not on PyPI, and calls `jax.tree_map`, which JAX no longer has; `restored_tree_map` puts it back. Nothing is
 chosen: both run with the settings below, taken from JaxPruner's and RigL's papers and scaled to the length of the training;
