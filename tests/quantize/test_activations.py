@@ -73,7 +73,7 @@ def close_but_for_ties(ours, x, low, high, bits, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 def test_values_are_those_of_float64(bits, symmetric):
     x = normal(4, 50, 6, scale=2, shift=0.3)
     (site,) = sites(dense, PARAMS, x)
@@ -115,7 +115,7 @@ def test_what_is_seen_is_what_the_codes_stand_for_bit_for_bit(how, dtype):
         assert each.dtype == dtype and np.asarray(each).tobytes() == np.asarray(seen).tobytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.floats(-(2.0**99), 2.0**99, width=32),
     st.floats(-(2.0**99), 2.0**99, width=32),
@@ -179,7 +179,7 @@ def error(x, low, high, bits, symmetric):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "relu", "laplace", "skewed", "outlier"])
 def test_mse_finds_the_least_error_there_is(kind, bits, symmetric):
     rng = np.random.default_rng(0)
@@ -267,7 +267,11 @@ def distance(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
+QUICK = ("mlp/nnx", "llama/linen")
+SAMPLE = [entry if entry.name in QUICK else pytest.param(entry, marks=pytest.mark.slow) for entry in ZOO]
+
+
+@pytest.mark.parametrize("entry", SAMPLE, ids=lambda entry: entry.name)
 def test_eight_bits_change_every_model_a_little(entry):
     fn, variables, inputs = entry.make()
     found = sites(fn, variables, *inputs)
