@@ -202,7 +202,9 @@ class QuantizedModel:
         if mutable is False:
             return out
         kept = (
-            {COLLECTION: {"steps": steps + int(moving), "ranges": self._split(new)[0]}} if in_filter(mutable, COLLECTION) else {}
+            {COLLECTION: {"steps": steps + int(moving), "ranges": self._split(new)[0]}}
+            if in_filter(mutable, COLLECTION)
+            else {}
         )
         return out[0], {**out[1], **kept}
 

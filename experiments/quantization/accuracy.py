@@ -170,7 +170,11 @@ def main() -> None:
     for name in args.formats:
         rows = []
         for method in (*of_ours(study.model, *FORMATS[name]), *of_qwix(study.model, *FORMATS[name])):
-            found = measure(study, data, method, networks)
+            try:
+                found = measure(study, data, method, networks)
+            except jax.errors.JaxRuntimeError as error:
+                print(name, method.library, method.name, str(error).splitlines()[0], flush=True)
+                continue
             rows.append({"format": name, "library": method.library, "rule": method.name, "accuracy": found})
             print(name, method.library, method.name, *(percent([pair[i] for pair in found]) for i in (0, 1)), flush=True)
             write(args.data, exact, name, rows)
