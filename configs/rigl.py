@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 import compress_jax as cj
+from compress_jax.core.paths import flatten
 from compress_jax.data import load, random_crop_flip
 from compress_jax.models import LeNet300100
 from compress_jax.search import Candidate, Experiment, Network, Requirement, Training
@@ -39,9 +40,7 @@ def config(
     data, model, key = load("digits"), LeNet300100(), jax.random.key(seed)
     black = jnp.asarray(-data.mean / data.std)
     fresh = jax.jit(model.init)(jax.random.fold_in(key, 1), data.train["image"][:1])["params"]
-    shares = cj.prune.erk(
-        {path: x for path, x in cj.core.paths.flatten(fresh)[0].items() if path.endswith("kernel")}, sparsity
-    )
+    shares = cj.prune.erk({path: x for path, x in flatten(fresh)[0].items() if path.endswith("kernel")}, sparsity)
 
     def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return {**batch, "image": random_crop_flip(key, batch["image"], pad=1, fill=black, flip=False)}

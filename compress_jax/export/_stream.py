@@ -38,13 +38,16 @@ def stream(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
       [('dense/kernel', (2, 2)), ('dense/bias', (2,))]
     """
     content, parts = opened(Path(path))
-    coded = isinstance(parts, Coded)
-    tensors = decoded(content["tree"], parts) if coded else ((name, parts[name]) for name, _ in places(content["tree"]))
+    coded = parts if isinstance(parts, Coded) else None
+    if isinstance(parts, Coded):
+        tensors = decoded(content["tree"], parts)
+    else:
+        tensors = iter([(name, parts[name]) for name, _ in places(content["tree"])])
     total = 0
     for place, structure in leaves(content["tree"]):
         own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
         for tensor in own.values():
             total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
         yield place, decode(structure, own, place)
-    if coded:
-        check(total, parts)
+    if coded is not None:
+        check(total, coded)

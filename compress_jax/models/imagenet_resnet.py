@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from compress_jax.models._head import head
 
-AROUND = ((1, 1), (1, 1))  # a strided 3x3 window begins one pixel outside, where "SAME" would begin inside
+AROUND: Any = ((1, 1), (1, 1))  # a strided 3x3 window begins one pixel outside, where "SAME" would begin inside
 
 
 class ImageNetResNet(nn.Module):

@@ -150,7 +150,11 @@ def _solve(
     """Solve all matrices of a leaf in turn; the leaf and its mask as they are stored, and whether all could be factored."""
     form = plan.form
     every = form.matrices(x.astype(jnp.float32)), [form.matrices(each) for each in operands], gram
-    solved, mask, factored = jax.lax.map(lambda each: _matrix(*each, damping, rows, counts, plan), every)
+
+    def one(each: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _matrix(each[0], each[1], each[2], damping, rows, counts, plan)
+
+    solved, mask, factored = jax.lax.map(one, every)
     return form.stored(solved).astype(x.dtype), form.stored(mask), factored.all()
 
 

@@ -138,7 +138,7 @@ def rewinding(
     *,
     weights: bool = True,
     start: Params | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that one ordinary training loop goes through all rounds of iterative pruning.
 
     Rounds end at the steps divisible by ``every``, where ``every(every, nested(magnitude(rounds(share, every))))`` prunes.
@@ -181,21 +181,23 @@ def rewinding(
             f"a round of {every} steps is too short to come back to step {to}; rounds need {begin + to + BACK + 1}"
         )
 
+    wrapped = optax.with_extra_args_support(optimizer)
+
     def init(params: Params) -> Rewound:
         _chosen(params, start)
         inner = optimizer.init(params)
         return Rewound(jnp.zeros((), jnp.int32), inner, () if every is None else (params, inner))
 
-    def update(grads: Any, state: Rewound, params: Any = None, **extra: Any) -> tuple[Any, Rewound]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Rewound]:
         now, saved = state.count, state.saved
         if every is not None:
             saved = jax.lax.cond(now == begin + to, lambda: (params, state.inner), lambda: saved)
 
         def back_to(target: Params) -> Any:
-            return jax.tree.map(lambda s, p, g: (s - p).astype(g.dtype), target, params, grads)
+            return jax.tree.map(lambda s, p, g: (s - p).astype(g.dtype), target, params, updates)
 
         def train() -> tuple[Any, Any]:
-            return optimizer.update(grads, state.inner, params, **extra)
+            return wrapped.update(updates, state.inner, params, **extra)
 
         def begun() -> tuple[Any, Any]:
             return back_to(_chosen(params, start)), state.inner
@@ -206,10 +208,10 @@ def rewinding(
         branches: list[Callable[[], tuple[Any, Any]]] = [train, begun if begin else train, again if every else train]
         going_back = (now > every) & (now % every > 0) & (now % every <= BACK) if every else jnp.bool(False)
         index = jnp.where(now < begin, 1, jnp.where(going_back, 2, 0))
-        updates, inner = jax.lax.switch(index, branches)
-        return updates, Rewound(now + 1, inner, saved)
+        moves, inner = jax.lax.switch(index, branches)
+        return moves, Rewound(now + 1, inner, saved)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _chosen(params: Params, start: Params | None) -> Params:

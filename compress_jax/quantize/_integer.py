@@ -13,7 +13,7 @@ from compress_jax.quantize._contractions import Contractions, shape_of, tabulate
 from compress_jax.quantize.activation import Own
 from compress_jax.quantize.choice import How, Where
 from compress_jax.quantize.decide import Step, decide
-from compress_jax.quantize.integer_dot import encode, product
+from compress_jax.quantize.integer_dot import Coded, encode, product
 from compress_jax.trace import rewrite
 from compress_jax.trace.site import Site
 from compress_jax.trace.traced import trace
@@ -84,9 +84,10 @@ def integer(
     treedef = jax.tree.structure(packed, is_leaf=is_packed)
     traced = trace(fn, rebuild({path: shape_of(x) for path, x in leaves.items()}), *inputs)
     stored, steps = decide(traced, leaves, how, where)
-    _require(steps, ranges or {})
     weights = {path: stored[path].arrays(x) if path in stored else x for path, x in leaves.items()}
-    kept = {name: ranges[name] for name, step in steps.items() if step.quantizer and name in (ranges or {})}
+    given = ranges or {}
+    _require(steps, given)
+    kept = {name: given[name] for name, step in steps.items() if step.quantizer and name in given}
 
     @jax.jit
     def apply(params: dict[str, Any], *inputs: Any) -> Any:
@@ -117,6 +118,15 @@ def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
     return {"own": ranges.get(step.site.name, {}), "turns": turns}
 
 
+def _coded(step: Step, index: int, x: jax.Array, own: dict[int, Own], captured: Any, turns: list[Any]) -> Coded:
+    """Return an operand in integers: an activation by its range, or the parameter as it is packed."""
+    if index in own:
+        assert step.quantizer is not None
+        return encode(step.quantizer, step.site, index, x, own[index])
+    assert step.feed is not None
+    return step.feed.coded(captured, turns)
+
+
 def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the rule that computes every site as was decided."""
     captured = {name: step.feed.captured(arrays[step.feed.route.path]) for name, step in steps.items() if step.feed}
@@ -127,14 +137,13 @@ def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[...,
         turns = [given["turns"][loop] for loop in step.feed.route.loops] if step.feed else []
         _same(step, site)
         if not step.reason:
-            assert step.quantizer is not None
-            coded = [encode(step.quantizer, site, i, x, own[i]) if i in own else None for i, x in enumerate(operands)]
-            left, right = (each or step.feed.coded(captured[site.name], turns) for each in coded)
+            left, right = (_coded(step, i, x, own, captured.get(site.name), turns) for i, x in enumerate(operands))
             return product(site, left, right).astype(site.out_dtype)
         if step.feed is not None and turns:  # unpacked in the loop, one layer at a time
             operands[site.operand == "rhs"] = step.feed.dense(captured[site.name], turns)
-        for index in own if step.quantizer else ():
-            operands[index] = step.quantizer.see(site, index, operands[index], own[index])
+        if step.quantizer is not None:
+            for index in own:
+                operands[index] = step.quantizer.see(site, index, operands[index], own[index])
         return operands[0], operands[1]
 
     return rule

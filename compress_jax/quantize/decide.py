@@ -96,7 +96,9 @@ def _step(
     feed, weight, reason = _weight(site, operands, leaves, stored)
     reasons = [reason, quantizer and _not_exact(site, quantizer, feed), None if quantizer else answer]
     reason = next((each for each in reasons if each), "")
-    return Step(site, quantizer, feed, weight, _activation(site, quantizer), is_packed(leaves.get(site.param)), str(reason))
+    return Step(
+        site, quantizer, feed, weight, _activation(site, quantizer), is_packed(leaves.get(site.param or "")), str(reason)
+    )
 
 
 def _weight(

@@ -84,6 +84,7 @@ class Feed:
         done = self._picked
         codes = self.stored.codes(captured["arrays"], tuple(turns[:done]))
         scale, zero = (_turn(captured[name], turns) for name in ("scale", "zero"))
+        assert scale is not None
         return Coded(self.route.take(codes, turns[done:], done), scale, zero)
 
     def dense(self, captured: dict[str, Any], turns: list[Any]) -> jax.Array:

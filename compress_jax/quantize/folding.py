@@ -1,4 +1,4 @@
-"""Which scalings of a function may be folded so that a kernel's inputs grow or shrink: who takes them in, who makes up for it."""
+"""Which scalings may be folded so that a kernel's inputs grow or shrink: who takes them in, who makes up for it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple

@@ -64,7 +64,7 @@ class Side:
         """Undo `matrix`; ``kept`` axes may be 1 long, and so may be the last if all summed entries share a number."""
         order = (*self.kept, *self.summed)
         summed = [self.shape[axis] if x.shape[-1] > 1 else 1 for axis in self.summed]
-        return jnp.transpose(x.reshape(*x.shape[:-1], *summed), np.argsort(order))
+        return jnp.transpose(x.reshape(*x.shape[:-1], *summed), np.argsort(order).tolist())
 
 
 def side(site: Site, index: int) -> Side:

@@ -19,8 +19,8 @@ Arrays = dict[str, jax.Array]
 class Stored:
     """What is known of a quantized parameter beside its arrays.
 
-    The arrays are ``{"codes": int8}`` for 8 bits, else the `fields` of the codes, two of 4 bits a byte; ``"scale"``, float32,
-    and ``"zero_point"``, uint8 and only if it is not the middle of the codes, both as the packed node holds them.
+    The arrays are ``{"codes": int8}`` for 8 bits, else the `fields` of the codes, two of 4 bits a byte; ``"scale"``,
+    float32, and ``"zero_point"``, uint8 and only if it is not the middle of the codes, both as the packed node holds them.
 
     Attributes:
       shape: of the parameter.

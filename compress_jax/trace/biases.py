@@ -10,9 +10,7 @@ from compress_jax.trace.interpret import Where, interpret
 from compress_jax.trace.site import Position, Site
 from compress_jax.trace.traced import trace
 
-MOVES = frozenset(
-    "reshape transpose broadcast_in_dim squeeze expand_dims convert_element_type copy copy_p name".split()
-)
+MOVES = frozenset("reshape transpose broadcast_in_dim squeeze expand_dims convert_element_type copy copy_p name".split())
 
 
 @dataclass(frozen=True)

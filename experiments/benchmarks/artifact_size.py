@@ -42,7 +42,7 @@ def bound(packed: Any) -> float:
     """Return the least bytes of a packed tree, as the module says."""
     described, tensors = structure.encode(packed)
     held = dict(structure.places(described))
-    return sum(entropy(unpacked(x, *held[name])) if held[name] else x.nbytes for name, x in tensors.items())
+    return sum(x.nbytes if (how := held[name]) is None else entropy(unpacked(x, *how)) for name, x in tensors.items())
 
 
 def shared(w: np.ndarray, values: int, zeros: float = 0.9) -> Clustered:

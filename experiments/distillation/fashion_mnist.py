@@ -37,6 +37,8 @@ TAUGHT, EXAMPLES, BATCH, TEACHER_STEPS, TUNING_SEED = 20_000, 5_000, 128, 936, 1
 LAST = "pooled"
 TEACHER, STUDENT = ResNet(depth=8, width=16, stem_stride=2), LeNet300100(hidden=(64, 32))
 init = jax.jit(STUDENT.init)
+answer: Any = STUDENT.apply
+said_by: Any = TEACHER.apply
 
 
 def see(variables: Any, x: jax.Array) -> Any:
@@ -163,7 +165,7 @@ def main() -> None:
             label = f"{name}/{share:g}" if group == "tuning" else f"{name}/{seed}"
             if label not in results[group] and time.monotonic() - begun < 60 * args.minutes:
                 start = time.monotonic()
-                measured = accuracy(STUDENT.apply, train(seed, share), getattr(data, part))
+                measured = accuracy(answer, train(seed, share), getattr(data, part))
                 row = {part: measured, "share": share, "seconds": round(time.monotonic() - start, 1)}
                 results[group][label] = row
                 file.parent.mkdir(exist_ok=True)
@@ -199,8 +201,9 @@ def prepared(data: Data, work: Path) -> tuple[dict[str, np.ndarray], dict[str, A
     variables = cj.unpack(cj.load(file)[0])
     split = {name: array[:EXAMPLES] for name, array in data.train.items()}
     if not said.exists():
-        accuracies = {part: accuracy(TEACHER.apply, variables, getattr(data, part)) for part in ("validation", "test")}
-        np.savez(said, **taught(variables, split), **{f"accuracy {part}": each for part, each in accuracies.items()})
+        accuracies = {part: accuracy(said_by, variables, getattr(data, part)) for part in ("validation", "test")}
+        told: dict[str, Any] = {**taught(variables, split), **{f"accuracy {part}": n for part, n in accuracies.items()}}
+        np.savez(said, **told)
     with np.load(said) as arrays:
         about = {part: float(arrays[f"accuracy {part}"]) for part in ("validation", "test")}
         split |= {name: arrays[name] for name in arrays.files if not name.startswith("accuracy")}

@@ -27,6 +27,7 @@ import optax
 
 import compress_jax as cj
 from compress_jax import prune
+from compress_jax.core.paths import flatten
 from compress_jax.train import create, make_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +53,7 @@ class Net(nn.Module):
 
 def ours(algorithm: str, key: jax.Array) -> cj.Compression:
     """Return our counterpart of an algorithm of JaxPruner."""
-    gradual = {"every": EVERY}
+    gradual: dict[str, Any] = {"every": EVERY}
     methods: dict[str, Callable[[], cj.Compression]] = {
         "no_prune": cj.identity,
         "random": lambda: prune.random(GRADUAL, key, **gradual),
@@ -113,7 +114,7 @@ def read() -> dict[str, np.ndarray]:
 
 def cross_entropy(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Return the mean cross entropy of a batch."""
-    logits = Net().apply({"params": params}, batch[0])
+    logits: Any = Net().apply({"params": params}, batch[0])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
@@ -181,7 +182,7 @@ def accuracy(params: Any, data: dict[str, jax.Array]) -> float:
 
 def pruned(params: Any) -> float:
     """Return the share of kernel entries that are zero."""
-    kernels = [x for path, x in cj.core.paths.flatten(params)[0].items() if path.endswith("kernel")]
+    kernels = [x for path, x in flatten(params)[0].items() if path.endswith("kernel")]
     return 1 - sum(int((x != 0).sum()) for x in kernels) / sum(x.size for x in kernels)
 
 

@@ -171,7 +171,8 @@ def speed(widths: list[int], rounds: int = 11) -> list[dict[str, Any]]:
         model = ResNet(depth=8, width=width, stem_stride=2)
         images = {size: jax.random.normal(jax.random.key(1), (size, 28, 28, 1)) for size in (1, 128)}
         variables, fn = jax.jit(model.init)(jax.random.key(0), images[1]), partial(infer, model)
-        models, macs = {"full": (jax.jit(fn), variables)}, {"full": cj.trace.cost(fn, variables, images[1]).macs}
+        models: dict[str, Any] = {"full": (jax.jit(fn), variables)}
+        macs = {"full": cj.trace.cost(fn, variables, images[1]).macs}
         for target, share in TARGETS.items():
             small = cj.prune.shrink(fn, variables, images[1], macs=share)
             models[target], macs[target] = (small.fn, small.params), small.table.after.macs

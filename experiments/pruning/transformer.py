@@ -25,6 +25,7 @@ import numpy as np
 import optax
 
 import compress_jax as cj
+from compress_jax.core.paths import flatten, matches
 from compress_jax.models import GPT
 from compress_jax.prune import magnitude, n_m, sparsegpt, wanda
 
@@ -114,7 +115,7 @@ def run(seed: int, steps: int) -> None:
     found = []
     for target, method, pruned in rows(params, seen):
         validation, test = perplexity(pruned, text["validation"][:1024]), perplexity(pruned, text["test"][:2048])
-        kernels = [x for path, x in cj.core.paths.flatten(pruned)[0].items() if cj.core.paths.matches(KERNELS, path)]
+        kernels = [x for path, x in flatten(pruned)[0].items() if matches(KERNELS, path)]
         zeros = sum(int((x == 0).sum()) for x in kernels) / sum(x.size for x in kernels)
         found.append({"target": target, "method": method, "zeros": zeros, "validation": validation, "test": test})
         print(f"{target:16} {method:20} {zeros:.4f} {validation:8.3f} {test:8.3f}", flush=True)

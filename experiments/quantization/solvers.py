@@ -160,7 +160,7 @@ def main() -> None:
     model, split = MODELS[args.model], data()
     fn, table, floats = model.apply, {}, []
     for seed in range(args.seeds):
-        params = train(model, *split["train"], seed)
+        params = train(model, split["train"][0], split["train"][1], seed)
         floats.append(float((fn(params, split["test"][0]).argmax(-1) == split["test"][1]).mean()))
         x = split["train"][0][:512]
         for bits in args.bits:
