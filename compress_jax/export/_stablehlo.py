@@ -75,10 +75,10 @@ def to_stablehlo(
       >>> packed = int4.pack(params, int4.init(params))
       >>> file = Path(tempfile.mkdtemp()) / "model.stablehlo"
       >>> fn = lambda params, x: x @ params["kernel"]
-      >>> exported = to_stablehlo(fn, packed, jnp.ones((1, 64)), file)  # doctest: +SKIP
-      >>> exported.rows[0].form, 2048 < exported.nbytes < 8192  # doctest: +SKIP
+      >>> exported = to_stablehlo(fn, packed, jnp.ones((1, 64)), file)
+      >>> exported.rows[0].form, 2048 < exported.nbytes < 8192
       ('Quantized, 4 bits, 2,053 bytes', True)
-      >>> jax.export.deserialize(bytearray(file.read_bytes())).call(jnp.ones((3, 64))).shape  # doctest: +SKIP
+      >>> jax.export.deserialize(bytearray(file.read_bytes())).call(jnp.ones((3, 64))).shape
       (3, 64)
     """
     path, inputs = Path(path), tuple(example) if isinstance(example, (tuple, list)) else (example,)
