@@ -12,6 +12,7 @@ from compress_jax.core.errors import NonFiniteError
 from compress_jax.quantize.solved import Solved
 from compress_jax.quantize.solving import HIGHEST, layerwise
 from compress_jax.trace import Calibration
+from compress_jax.trace.factor import upper_factor
 from compress_jax.trace.matrix import MatrixForm, Problem
 
 TRIES, LEAST = 6, 1e-4
@@ -141,25 +142,6 @@ def _matrix(
 def _plus_diagonal(x: jax.Array, diagonal: jax.Array) -> jax.Array:
     i = jnp.arange(len(x))
     return jnp.where(i[:, None] == i[None], x + diagonal[None], x)  # in one pass with whatever reads it
-
-
-def upper_factor(h: jax.Array) -> jax.Array:
-    r"""Return the upper triangular A with :math:`A A^\top = H`: the Cholesky factor of H read backwards.
-
-    Its inverse is the upper Cholesky factor of :math:`H^{-1}`.
-
-    Args:
-      h: symmetric positive definite ``[k, k]``.
-
-    Returns:
-      ``[k, k]``; NaN if ``h`` is not positive definite.
-
-    Example:
-      >>> a = upper_factor(jnp.array([[4.0, 2.0], [2.0, 1.0 + 3.0]]))
-      >>> a.round(4).tolist(), (a @ a.T).round(4).tolist()
-      ([[1.7321, 1.0], [0.0, 2.0]], [[4.0, 2.0], [2.0, 4.0]])
-    """
-    return jax.lax.linalg.cholesky(h[::-1, ::-1], symmetrize_input=False)[::-1, ::-1]
 
 
 def _columns(w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Callable[..., Any], block: int) -> jax.Array:
