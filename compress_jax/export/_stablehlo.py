@@ -71,7 +71,7 @@ def to_stablehlo(
     Example:
       >>> import tempfile
       >>> from compress_jax import quantize
-      >>> int4, params = quantize.uniform(bits=4), {"kernel": jnp.eye(64)}
+      >>> int4, params = quantize.uniform(bits=4), {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
       >>> packed = int4.pack(params, int4.init(params))
       >>> file = Path(tempfile.mkdtemp()) / "model.stablehlo"
       >>> fn = lambda params, x: x @ params["kernel"]
