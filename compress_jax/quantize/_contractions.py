@@ -94,8 +94,8 @@ def contractions(
       >>> packed = c.pack(params, c.init(params))
       >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ (2 * p["down"])
       >>> for row in contractions(fn, packed, jnp.ones((4, 2)), how=dynamic()).rows:
-      ...     print(row.compute, "|", row.reason)
-      int8 x int4 -> int32 |
+      ...     print(row.compute, "|", row.reason or "nothing")
+      int8 x int4 -> int32 | nothing
       float32, weights unpacked, activations rounded | the parameter is changed on its way (mul)
     """
     leaves, rebuild = flatten(params)
