@@ -72,14 +72,17 @@ def sparsegpt(
       NonFiniteError: if calibration or weights are not finite, or no damping makes H positive definite.
 
     Example:
+      >>> from compress_jax.prune import magnitude
       >>> from compress_jax.trace import calibrate, gram
       >>> keys = jax.random.split(jax.random.key(0), 3)
-      >>> x = jax.random.normal(keys[0], (256, 8)) @ jax.random.normal(keys[1], (8, 8))
-      >>> params = {"kernel": jax.random.normal(keys[2], (8, 4))}
+      >>> x = jax.random.normal(keys[0], (256, 64)) @ jax.random.normal(keys[1], (64, 64))
+      >>> params = {"kernel": jax.random.normal(keys[2], (64, 32))}
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> solved = sparsegpt(params, calibrate(fn, gram(), params, [x]), 0.5)
-      >>> int((solved.params["kernel"] == 0).sum()), solved.params["kernel"].shape
-      (16, (8, 4))
+      >>> smallest = magnitude(0.5).view(params, magnitude(0.5).init(params))
+      >>> error = lambda p: jnp.square(fn(p, x) - fn(params, x)).mean()
+      >>> int((solved.params["kernel"] == 0).sum()), bool(error(solved.params) < error(smallest))
+      (1024, True)
 
     References:
       Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,

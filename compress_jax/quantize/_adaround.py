@@ -10,7 +10,7 @@ import optax
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.quantize.solved import Solved
-from compress_jax.quantize.solving import HIGHEST, better, layerwise, neighbours
+from compress_jax.quantize.solving import better, column_errors, layerwise, neighbours
 from compress_jax.trace import Calibration
 from compress_jax.trace.matrix import MatrixForm, Problem
 
@@ -102,13 +102,13 @@ def _solve(
     low, high = neighbours(w, see, operands)
     gap = high - low
     share = jnp.where(gap > 0, (w - low) / jnp.where(gap > 0, gap, 1), 0.0)
-    unit = _error(nearest - w, gram) / w.size
+    unit = column_errors(nearest - w, gram).sum() / w.size
 
     def loss(v: jax.Array, power: jax.Array, on: jax.Array) -> jax.Array:
         h = soft(v)
         even = jnp.abs(2 * h - 1)
         undecided = 1 - jnp.where(even > 0, even, 1e-6) ** power
-        error = _error(low + h * gap - w, gram) / jnp.where(unit > 0, unit, 1.0)
+        error = column_errors(low + h * gap - w, gram).sum() / jnp.where(unit > 0, unit, 1.0)
         return error + weight * on * jnp.where(gap > 0, undecided, 0.0).sum()
 
     optimizer = optax.adam(rate)
@@ -125,10 +125,6 @@ def _solve(
     v, _ = jax.lax.fori_loop(0, steps, turn, (v, optimizer.init(v)))
     learned = jnp.where(soft(v) >= 0.5, high, low)  # pyright: ignore[reportArgumentType]
     return form.stored(better(w, gram, nearest, learned)).astype(x.dtype)
-
-
-def _error(delta: jax.Array, gram: jax.Array) -> jax.Array:
-    return (jnp.einsum("bkl,bln->bkn", gram, delta, precision=HIGHEST) * delta).sum()
 
 
 def soft(v: jax.Array) -> jax.Array:

@@ -6,10 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.straight_through import straight_through
 from compress_jax.quantize.grid import Grid
 
 FLOOR = 2.0**-60
 Tangent = tuple[jax.Array, jax.Array]
+
+
+at_least_floor = straight_through(lambda x: jnp.maximum(x, FLOOR))
 
 
 def positive(x: jax.Array) -> jax.Array:
@@ -26,8 +30,7 @@ def positive(x: jax.Array) -> jax.Array:
       >>> float(value) == 2.0**-60, float(slope), float(positive(jnp.float32(-0.5)))
       (True, 1.0, 0.5)
     """
-    x = jnp.where(x < 0, -x, x)
-    return x + jax.lax.stop_gradient(jnp.maximum(FLOOR - x, 0))
+    return at_least_floor(jnp.where(x < 0, -x, x))
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -72,14 +72,10 @@ def distillation(
     runs = student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
 
     def see(params: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any) -> tuple[Seen, Any]:
-        x = batch[inputs]
-        logits, features, state = runs.train(params, state, x, key)
+        logits, features, state = runs.train(params, state, batch[inputs], key)
         if average is not None:
             teacher = _averaged(runs, memory["average"])
-        if "teacher" in batch:
-            given, others = batch["teacher"], {n.removeprefix(TEACHER): f for n, f in batch.items() if n.startswith(TEACHER)}
-        else:
-            given, others = (None, {}) if teacher is None else teacher.see(x)
+        given, others = _told(batch, teacher, inputs)
         variables = getattr(teacher, "variables", None)
         return Seen(logits, given, batch[labels], features, others, params, variables, batch, key, step), state
 
@@ -92,13 +88,8 @@ def distillation(
             frozen = jax.lax.stop_gradient((params, state))
             batch = resample(fourth, batch, lambda x: runs.evaluate(*frozen, x)[0])
         seen, state = see(params, state, memory, batch, second, teacher, step)
-        total, metrics, kept = jnp.zeros((), jnp.float32), {}, {}
-        for i, term in enumerate(terms):
-            own = seen._replace(key=jax.random.fold_in(third, i))
-            each, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
-            metrics[term.name] = _mean(each, batch.get(mask))
-            total = total + value_at(term.weight, step) * metrics[term.name]
-            kept |= {term.name: new} if jax.tree.leaves(new) else {}
+        metrics, kept = _each_term(terms, seen._replace(key=third), parts, memory, batch.get(mask))
+        total = sum((value_at(term.weight, step) * metrics[term.name] for term in terms), jnp.zeros((), jnp.float32))
         if average is not None:
             kept["average"] = _moved(memory["average"], params, state, average)
         kept |= {"teacher": memory["teacher"]} if "teacher" in memory else {}
@@ -121,6 +112,24 @@ def distillation(
         return parts, {**memory, **own}
 
     return StatefulLoss(init, loss)
+
+
+def _told(batch: Any, teacher: Any, inputs: str) -> tuple[Any, Any]:
+    """Return the teacher's logits and features: those that came with the batch, or what it says now."""
+    if "teacher" in batch:
+        return batch["teacher"], {n.removeprefix(TEACHER): f for n, f in batch.items() if n.startswith(TEACHER)}
+    return (None, {}) if teacher is None else teacher.see(batch[inputs])
+
+
+def _each_term(terms: Sequence[Term], seen: Seen, parts: Any, memory: Any, mask: jax.Array | None) -> tuple[Metrics, Any]:
+    """Return the mean loss of each term, which draws from a key of its own, and what it keeps."""
+    means, kept = {}, {}
+    for i, term in enumerate(terms):
+        own = seen._replace(key=jax.random.fold_in(seen.key, i))
+        each, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
+        means[term.name] = _mean(each, mask)
+        kept |= {term.name: new} if jax.tree.leaves(new) else {}
+    return means, kept
 
 
 def _mean(loss: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -89,7 +89,6 @@ def test_decay_pulls_alpha_down_until_clipping_costs_more(way):
     for _ in range(300):
         ranges, state = step(ranges, state)
     assert 1 < float(ranges["kernel"]["input"]["alpha"]) < 3
-    assert float(ranges["kernel"]["input"]["zero_point"]) == 0
     still = activations(fn, pact(2, alpha=10.0)).init({"kernel": jnp.eye(6)}, [x])
     assert (
         float(
@@ -99,6 +98,15 @@ def test_decay_pulls_alpha_down_until_clipping_costs_more(way):
         )
         == 0
     )
+
+
+def test_neither_training_nor_decay_moves_the_zero_point():
+    x = normal(30, 6)
+    signed = activations(fn, pact(2))
+    ranges = signed.init(PARAMS, [x])
+    slopes = jax.grad(lambda r: signed.apply(PARAMS, r, x).sum() + pact_decay(r, 0.1))(ranges)["kernel"]["input"]
+    assert float(ranges["kernel"]["input"]["zero_point"]) == 2
+    assert float(slopes["zero_point"]) == 0 and float(slopes["alpha"]) != 0
 
 
 def test_decay_is_half_the_sum_of_squares():
