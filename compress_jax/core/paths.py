@@ -1,7 +1,7 @@
 """Leaves have names: ``{"dense": {"kernel": w}}`` holds ``dense/kernel``, and globs choose among such names."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -60,6 +60,25 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], An
         return treedef.unflatten([new[key] for key in leaves])
 
     return leaves, rebuild
+
+
+def owner(path: str, names: Container[str]) -> str | None:
+    """Return the longest of some names that a path ends in: the param that a leaf of an optimizer's state belongs to.
+
+    Args:
+      path: a name such as ``"0/mu/params/dense/kernel"``.
+      names: of the params.
+
+    Returns:
+      The name, or None if the path ends in none of them.
+
+    Example:
+      >>> owner("0/mu/dense/kernel", ["kernel", "dense/kernel"]), owner("0/count", ["kernel"])
+      ('dense/kernel', None)
+    """
+    keys = path.split("/")
+    ends = ("/".join(keys[start:]) for start in range(len(keys)))
+    return next((end for end in ends if end in names), None)
 
 
 TOKENS = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ShapeError
-from compress_jax.core.paths import flatten
+from compress_jax.core.paths import flatten, owner
 from compress_jax.trace import Groups
 
 
@@ -43,18 +43,13 @@ def carried(tree: Any, cuts: dict[str, Cut]) -> Any:
       {'count': (), 'mu': {'w': (2, 2)}, 'row': {'w': (2,)}}
     """
     leaves, rebuild = flatten(tree)
-    names = {path.partition("/")[2]: path for path in cuts if "/" in path} | {path: path for path in cuts}
-    return rebuild({path: _carried(path, leaf, _owner(path, names, cuts)) for path, leaf in leaves.items()})
+    names = {path.partition("/")[2]: cut for path, cut in cuts.items() if "/" in path} | cuts
+    owners = {path: owner(path, names) for path in leaves}
+    return rebuild({p: leaf if (own := owners[p]) is None else _carried(p, leaf, names[own]) for p, leaf in leaves.items()})
 
 
-def _owner(path: str, names: dict[str, str], cuts: dict[str, Cut]) -> Cut | None:
-    parts = path.split("/")
-    ends = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((cuts[names[end]] for end in ends if end in names), None)
-
-
-def _carried(path: str, leaf: Any, cut: Cut | None) -> Any:
-    if cut is None or not cut.indices or not hasattr(leaf, "shape") or all(size == 1 for size in leaf.shape):
+def _carried(path: str, leaf: Any, cut: Cut) -> Any:
+    if not cut.indices or not hasattr(leaf, "shape") or all(size == 1 for size in leaf.shape):
         return leaf
     options = [axes for axes in _axes(leaf.shape, cut.shape) if axes is not None]
     ways = {

@@ -9,7 +9,7 @@ import optax
 
 from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.errors import ConfigError, StateError
-from compress_jax.core.paths import flatten
+from compress_jax.core.paths import flatten, owner
 
 BACK = 2  # steps that going back takes: p + (s - p) is rounded, but then s - p is exact (Sterbenz), and so is the second sum
 
@@ -220,7 +220,7 @@ def _chosen(params: Params, start: Params | None) -> Params:
         return params
     leaves, rebuild = flatten(params)
     given = flatten(start)[0]
-    names = {path: next((name for name in given if path == name or path.endswith("/" + name)), None) for path in leaves}
+    names = {path: owner(path, given) for path in leaves}
     if missing := [path for path, name in names.items() if name is None]:
         raise ConfigError(f"start has no weights for {missing[0]!r}; it has: {', '.join(given)}")
     return rebuild({path: given[name] for path, name in names.items() if name is not None})

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.paths import flatten
+from compress_jax.core.paths import flatten, owner
 
 Flags = Mapping[str, jax.Array]
 
@@ -98,14 +98,8 @@ def reset_moments(opt_state: Any, params: Any, regrown: Flags) -> Any:
     if unknown := sorted(regrown.keys() - names.keys()):
         raise KeyError(f"no param is named {unknown[0]!r}; there are: {', '.join(names)}")
     leaves, rebuild = flatten(opt_state)
-    owners = {path: _owner(path, names) for path in leaves}
+    owners = {path: owner(path, names) for path in leaves}
     return rebuild({path: _zeroed(leaf, regrown.get(owners[path] or "")) for path, leaf in leaves.items()})
-
-
-def _owner(path: str, names: Mapping[str, Any]) -> str | None:
-    """Return the longest name of a param that the path of a leaf ends in."""
-    ends = [name for name in names if path == name or path.endswith("/" + name)]
-    return max(ends, key=len, default=None)
 
 
 def _zeroed(leaf: Any, flags: jax.Array | None) -> Any:

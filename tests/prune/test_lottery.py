@@ -102,6 +102,15 @@ def test_it_starts_from_given_weights_exactly():
     assert same(states[2].params, start) and not same(states[3].params, start)
 
 
+def test_a_start_is_told_apart_by_its_whole_name():
+    """A name that another one ends in is not taken for it."""
+    start = {"w": jnp.ones(2), "x": {"w": jnp.full(2, 5.0)}}
+    params = {"params": jax.tree.map(jnp.zeros_like, start)}
+    optimizer = rewinding(optax.sgd(0.1), start=start)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    assert same(updates["params"], start)
+
+
 def test_what_cannot_work_is_said():
     with pytest.raises(ValueError, match="too short"):
         rewinding(optax.sgd(0.1), every=4, to=2)
