@@ -12,7 +12,6 @@ def magnitude(
     *,
     scope: str = "leaf",
     every: int = 1,
-    regrow: bool = True,
 ) -> Compression:
     r"""Prune the weights of smallest magnitude, exactly as many as the sparsity says.
 
@@ -23,7 +22,8 @@ def magnitude(
 
     The mask is recomputed by every `update` from the params, which stay dense under the view. A pruned weight gets no
     gradient, so a plain optimizer leaves it where it was, and it comes back as soon as kept weights have shrunk below it, or
-    the sparsity falls. Weight decay and momentum move pruned weights too. To hold a mask, stop updating it (`between`).
+    the sparsity falls. Weight decay and momentum move pruned weights too. To hold a mask, stop updating it (`between`); for
+    masks that only shrink, see `nested`.
 
     Of equal magnitudes the one earlier in C order is pruned first (with ``scope="global"``, the one in the earlier leaf), so
     the mask is that of a stable argsort, under every sharding; but nothing is sorted or flattened. Zeros of either sign are
@@ -37,7 +37,6 @@ def magnitude(
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves it is given share one
         threshold, and only the total reaches it. With a structure, the sparsity is the share of all units.
       every: the mask is recomputed at steps divisible by it.
-      regrow: False for a mask that only shrinks: what is pruned stays so.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, bool, the shape of the leaf, true where a weight is kept. Packs to
@@ -56,4 +55,4 @@ def magnitude(
     References:
       Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015, section 3.
     """
-    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every, regrow=regrow)
+    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every)

@@ -45,7 +45,8 @@ def nested(compression: Compression) -> Compression:
     """Let a pruning method choose among what it has kept so far: weights that were pruned never come back.
 
     `update` is given the weights as the masks show them, so a pruned one counts as zero, which methods that score by size
-    (`magnitude`, `saliency`, `movement`) prune first. Needed wherever pruned weights do not stay at zero: after rewinding.
+    (`magnitude`, `fisher`, `saliency` without a decay) prune first. Needed wherever pruned weights do not stay at zero:
+    after rewinding, and in gradual pruning by `saliency`, where they would come and go with the noise of a batch's gradient.
 
     Args:
       compression: from `magnitude` or the like, with a sparsity that does not fall.

@@ -61,7 +61,6 @@ def masked(
     *,
     scope: str = "leaf",
     every: int = 1,
-    regrow: bool = True,
 ) -> Compression:
     r"""Prune the entries of lowest score, exactly as many as the sparsity says.
 
@@ -76,7 +75,6 @@ def masked(
       structure: `n_m`, `block`, `channel` or `head`; None for single entries.
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
       every: masks are chosen anew at steps divisible by it; what a score remembers is updated at every step.
-      regrow: False for masks that only shrink: what is pruned scores lowest from then on.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, or ``{"mask": mask, "carried": what the score remembers}``. Packs to
@@ -93,7 +91,7 @@ def masked(
     """
     if every < 1:
         raise ValueError(f"masks are chosen every 1 or more steps, got every={every}")
-    return _Masked(score, Target.of(sparsity, structure, scope), every, regrow).compression()
+    return _Masked(score, Target.of(sparsity, structure, scope), every).compression()
 
 
 def see(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -151,7 +149,6 @@ class _Masked(NamedTuple):
     score: Score
     target: Target
     every: int
-    regrow: bool
 
     def compression(self) -> Compression:
         return of_masks(self.target.why_not)._replace(init=self.init, update=self.update)
@@ -176,11 +173,10 @@ class _Masked(NamedTuple):
             old[path], carried = mask_of(fixed), fixed["carried"] if self.score.begin is not None else None
             each = Seen(path, x, step, gradients.get(path), carried, fold_path(key, path))
             seen[path] = each._replace(carried=self.score.follow(each)) if self.score.follow is not None else each
-        left = None if self.regrow else old
         if self.every == 1:
-            return self.state(seen, self.masks(seen, step, left))
+            return self.state(seen, self.masks(seen, step))
         now = jnp.asarray(step) % self.every == 0
-        return self.state(seen, jax.lax.cond(now, lambda: self.masks(seen, step, left), lambda: old))
+        return self.state(seen, jax.lax.cond(now, lambda: self.masks(seen, step), lambda: old))
 
     def gradients(self, leaves: Masks, grads: Any) -> dict[str, Any]:
         found = flatten(grads)[0] if grads is not None else {}
@@ -194,11 +190,8 @@ class _Masked(NamedTuple):
             check_finite(f"{path} (its gradient)", found[path])
         return found
 
-    def masks(self, seen: dict[str, Seen], step: Any, left: Masks | None = None) -> Masks:
+    def masks(self, seen: dict[str, Seen], step: Any) -> Masks:
         scores = {path: self.score.measure(each) for path, each in seen.items()}
-        if left is not None:
-            lowest = -jnp.inf if self.score.signed else 0.0
-            scores = {path: jnp.where(left[path], x, jnp.asarray(lowest, x.dtype)) for path, x in scores.items()}
         return kept(scores, self.target, step, signed=self.score.signed)
 
     def state(self, seen: dict[str, Seen], masks: Masks) -> CompressionState:

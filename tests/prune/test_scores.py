@@ -7,7 +7,7 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.core import NonFiniteError, ShapeError, StateError
-from compress_jax.prune import fisher, grasp, magnitude, movement, random, saliency, scored, snip, synflow
+from compress_jax.prune import fisher, grasp, magnitude, movement, nested, random, saliency, scored, snip, synflow
 
 SHAPE, N = (6, 8), 48
 STEPS = [tuple(np.random.default_rng((i, j)).normal(size=SHAPE) for j in range(2)) for i in range(4)]
@@ -189,7 +189,8 @@ def test_impossible_arguments_are_refused(make, message):
 
 @pytest.mark.parametrize("regrow", [True, False])
 def test_without_regrowth_a_mask_only_shrinks(regrow):
-    c = magnitude(lambda step: 0.25 * (step + 1), regrow=regrow)
+    c = magnitude(lambda step: 0.25 * (step + 1))
+    c = c if regrow else nested(c)
     state = c.init({"w": jnp.array([1.0, 2.0, 3.0, 4.0])})
     later = c.update({"w": jnp.array([9.0, 2.0, 3.0, 1.0])}, state, step=1)
     assert later.fixed["w"].tolist() == ([True, False, True, False] if regrow else [False, True, True, False])
