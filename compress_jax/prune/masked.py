@@ -143,6 +143,20 @@ def fixed_of(state: CompressionState, path: str) -> Any:
     return state.fixed[path]
 
 
+def gradients_of(leaves: Mapping[str, Any], grads: Any, needed: bool) -> dict[str, Any]:
+    """Return the gradients given to `update`, by path; where they are needed, those of all leaves, found to be finite."""
+    found = flatten(grads)[0] if grads is not None else {}
+    missing = [path for path in leaves if found.get(path) is None]
+    if needed and missing:
+        raise ValueError(
+            f"this method looks at gradients, and there is none for {', '.join(missing)}; give update(..., grads=...) "
+            "the gradient of the loss at the weights the model used"
+        )
+    for path in leaves if needed else ():
+        check_finite(f"{path} (its gradient)", found[path])
+    return found
+
+
 class _Masked(NamedTuple):
     """The arguments of `masked`, and the functions of its Compression."""
 
@@ -166,7 +180,7 @@ class _Masked(NamedTuple):
         self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, key: Any = None, **_: Any
     ) -> CompressionState:
         leaves = pruned_leaves(params, self.target.why_not)
-        gradients = self.gradients(leaves, grads)
+        gradients = gradients_of(leaves, grads, self.score.needs_grads)
         seen, old = {}, {}
         for path, x in leaves.items():
             fixed = fixed_of(state, path)
@@ -177,18 +191,6 @@ class _Masked(NamedTuple):
             return self.state(seen, self.masks(seen, step))
         now = jnp.asarray(step) % self.every == 0
         return self.state(seen, jax.lax.cond(now, lambda: self.masks(seen, step), lambda: old))
-
-    def gradients(self, leaves: Masks, grads: Any) -> dict[str, Any]:
-        found = flatten(grads)[0] if grads is not None else {}
-        missing = [path for path in leaves if found.get(path) is None]
-        if self.score.needs_grads and missing:
-            raise ValueError(
-                f"this score is made of gradients, and there is none for {', '.join(missing)}; give update(..., grads=...) "
-                "the gradient of the loss at the weights the model used"
-            )
-        for path in leaves if self.score.needs_grads else ():
-            check_finite(f"{path} (its gradient)", found[path])
-        return found
 
     def masks(self, seen: dict[str, Seen], step: Any) -> Masks:
         scores = {path: self.score.measure(each) for path, each in seen.items()}

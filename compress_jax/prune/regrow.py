@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState, Params
-from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
+from compress_jax.core.leafwise import fold_path, why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.prune.amount import amount
 from compress_jax.prune.choose import kept
-from compress_jax.prune.masked import Seen, fixed_of, of_masks, pruned_leaves
+from compress_jax.prune.masked import Seen, fixed_of, gradients_of, of_masks, pruned_leaves
 from compress_jax.prune.select import magnitude_bits, smallest_by
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.prune.wide import choose, less
@@ -106,7 +106,7 @@ class _Regrow(NamedTuple):
 
     def update(self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, **_: Any) -> CompressionState:
         leaves = pruned_leaves(params, self.target.why_not)
-        gradients = self.gradients(leaves, grads)
+        gradients = gradients_of(leaves, grads, self.growth.needs_grads)
         old = {path: fixed_of(state, path)["mask"] for path in leaves}
         step = jnp.asarray(step)
 
@@ -120,19 +120,6 @@ class _Regrow(NamedTuple):
         seen = Seen(path, x, step, grad, key=jax.random.fold_in(self.own(path), step + 1))
         share, drop = self.target.share(path, step), jnp.asarray(self.drop(step), jnp.float32)
         return turnover(x, self.growth.measure(seen), live, share, drop)
-
-    def gradients(self, leaves: dict[str, jax.Array], grads: Any) -> dict[str, Any]:
-        if not self.growth.needs_grads:
-            return {}
-        found = flatten(grads)[0] if grads is not None else {}
-        if missing := [path for path in leaves if found.get(path) is None]:
-            raise ValueError(
-                f"weights are grown where gradients are large, and there is none for {', '.join(missing)}; give "
-                "update(..., grads=...) the gradient of the loss at the weights the model used"
-            )
-        for path in leaves:
-            check_finite(f"{path} (its gradient)", found[path])
-        return found
 
 
 def turnover(x: jax.Array, growth: jax.Array, live: jax.Array, sparsity: Any, drop: jax.Array) -> jax.Array:

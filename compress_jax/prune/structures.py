@@ -4,7 +4,6 @@ A structure says of a leaf's shape whether it fits (`why_not`), and what goes to
 which n of m entries are kept.
 """
 
-import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -201,18 +200,6 @@ def head(axis: int = -2, heads: int | None = None, reduce: str = "mean") -> Chan
     if heads is not None and heads < 1:
         raise ValueError(f"there is at least one head, got heads={heads}")
     return Channel((axis,), check_reduction(reduce), heads)
-
-
-def units_of(structure: Structure | None, shape: Shape) -> int:
-    """Return among how many units a sparsity counts in an array of some shape.
-
-    Example:
-      >>> units_of(block((2, 2)), (3, 3)), units_of(None, (3, 3))
-      (4, 9)
-    """
-    if structure is None or isinstance(structure, NofM):
-        return math.prod(shape)
-    return math.prod(-(-n // w) for n, w in zip(shape, structure.window(shape), strict=True))
 
 
 def _axes(axis: int | Axes) -> Axes:

@@ -50,7 +50,7 @@ def distillation(
     Returns:
       A `StatefulLoss`: ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The
       teacher given to the step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
-      `compress_jax.distill.cached`), which then count. Raises a ConfigError if two terms share a name.
+      `compress_jax.distill.CachedFeed`), which then count. Raises a ConfigError if two terms share a name.
 
     Example:
       >>> from compress_jax.distill import capture, hint, kl, linear, on_features, on_labels, on_logits
