@@ -114,21 +114,21 @@ def allocate(sensitivities: Sensitivities, max_bytes: float | None = None, max_b
     References:
       Dong et al., HAWQ-V2, NeurIPS 2020, section 3.3; Yao et al., HAWQ-V3, ICML 2021, equation 12 (the integer program).
     """
-    names = {path: list(options) for path, options in sensitivities.scores.items()}
-    table = sensitivities
+    scores = sensitivities.scores
+    names = {path: list(options) for path, options in scores.items()}
     budgets = (
-        byte_budget(max_bytes, table.nbytes, table.left_nbytes),
-        work_budget(max_bitops, table.bitops, table.left_bitops),
+        byte_budget(max_bytes, sensitivities.nbytes, sensitivities.left_nbytes),
+        work_budget(max_bitops, sensitivities.bitops, sensitivities.left_bitops),
     )
     for budget in budgets:
         budget.check()
     limited = [budget for budget in budgets if budget.most < math.inf]
-    values = [[sensitivities.scores[path][name] for name in own] for path, own in names.items()]
+    values = [[scores[path][name] for name in own] for path, own in names.items()]
     found = assign(values, [budget.table(names) for budget in limited], [budget.room for budget in limited])
     if found is None:
         raise _together(names, *limited)
     chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
-    score = sum(sensitivities.scores[path][name] for path, name in chosen.items())
+    score = sum(scores[path][name] for path, name in chosen.items())
     nbytes, bitops = (budget.total(chosen) for budget in budgets)
     return Allocation(chosen, score, nbytes, bitops, dict(sensitivities.left))
 

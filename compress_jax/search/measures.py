@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from compress_jax.core.errors import DataError, ShapeError
 from compress_jax.core.packed import to_dense
 from compress_jax.distill import kl
+from compress_jax.prune.importance import squared_gradients
 
 Leaves = dict[str, Any]
 Forms = Mapping[str, Mapping[str, Any]]  # path -> option -> what the leaf is then, packed or an array
@@ -94,23 +95,12 @@ def by_fisher(model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], 
       >>> by_fisher(loss, {"w": jnp.ones(2)}, [(jnp.array([1.0, 3.0]),)], {"w": {"zero": jnp.zeros(2)}})
       {'w': {'zero': 10.0}}
     """
-    loss = _scalar(model)
-
-    @jax.jit
-    def squares(chosen: Leaves, rest: Leaves, inputs: tuple[Any, ...]) -> Leaves:
-        gradients = jax.grad(lambda chosen: loss({**rest, **chosen}, *inputs))(chosen)
-        return jax.tree.map(lambda g: jnp.square(g.astype(jnp.float32)), gradients)
-
-    chosen, rest = _divided(leaves, forms)
-    total, count = None, 0
-    for inputs in batches:
-        count += 1
-        new = squares(chosen, rest, inputs)
-        total = new if total is None else jax.tree.map(jnp.add, total, new)
-    if total is None:
-        raise _no_batch()
+    loss, (chosen, rest) = _scalar(model), _divided(leaves, forms)
+    squares = squared_gradients(
+        lambda chosen, rest, *inputs: loss({**rest, **chosen}, *inputs), chosen, ((rest, *inputs) for inputs in batches)
+    )
     return {
-        path: {option: float((total[path] * _change(leaves[path], form)).sum()) / count for option, form in options.items()}
+        path: {option: float((squares[path] * _change(leaves[path], form)).sum()) for option, form in options.items()}
         for path, options in forms.items()
     }
 
