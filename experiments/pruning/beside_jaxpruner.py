@@ -32,7 +32,7 @@ from compress_jax.train import create, make_step
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITY, STEPS, BEGIN, END, EVERY, DROP, BATCH = 0.9, 400, 40, 300, 20, 0.3, 64
-GRADUAL = prune.cubic(SPARSITY, BEGIN, END)
+GRADUAL = prune.cubic(SPARSITY, BEGIN - 1, END - 1)  # JaxPruner's schedule is one step ahead
 KERNELS = "**/kernel"
 DUE = 200  # a step at which both sides choose masks anew; after END ours would not
 DENSE_TO_SPARSE = ("random", "magnitude", "saliency", "global_magnitude", "global_saliency")
@@ -68,8 +68,8 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
         "rigl": lambda: prune.rigl(SPARSITY, STEPS, key, drop=DROP, every=EVERY, until=END / STEPS),
     }
     c = methods[algorithm]()
-    if algorithm in DENSE_TO_SPARSE:
-        c = cj.between(0, END + 1, c)  # the last mask is that of step END, as JaxPruner's
+    if algorithm in DENSE_TO_SPARSE:  # as in JaxPruner, what is pruned stays so, and the last mask is of step END
+        c = cj.between(0, END + 1, prune.nested(c))
     return c if algorithm == "no_prune" else cj.at(KERNELS, c)
 
 
