@@ -10,7 +10,9 @@ from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solving import stored
 from compress_jax.trace import Calibration
+from compress_jax.trace._calibrate import require
 from compress_jax.trace.biases import biases
+from compress_jax.trace.channel_statistics import Moments
 from compress_jax.trace.site import Site
 
 
@@ -50,6 +52,7 @@ def correct_bias(
 
     Raises:
       NonFiniteError: if calibration statistics are not finite.
+      StateError: if they are other statistics.
 
     Example:
       >>> from compress_jax.trace import calibrate
@@ -66,6 +69,7 @@ def correct_bias(
       Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721, section
       4.2, with means that are measured.
     """
+    require(calibration, Moments, "reducers.moments()")
     before = flatten(params)[0]
     leaves, rebuild = flatten(compressed)
     added = biases(fn, params, *inputs)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Params
@@ -11,6 +12,7 @@ from compress_jax.core.paths import flatten
 from compress_jax.quantize.folding import Fold, Folded, folds
 from compress_jax.quantize.solving import fed, stored
 from compress_jax.trace import Calibration
+from compress_jax.trace._calibrate import require
 
 FLOOR = 1e-5
 
@@ -39,6 +41,7 @@ def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *in
     Raises:
       ValueError: if ``strength`` is not in [0, 1].
       NonFiniteError: if calibration statistics are not finite.
+      StateError: if they are other statistics.
 
     Example:
       >>> import jax
@@ -58,6 +61,7 @@ def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *in
     if not 0 <= strength <= 1:
         raise ValueError(f"strength must be from 0 to 1, got {strength}")
     leaves, rebuild = flatten(params)
+    require(calibration, jax.Array, 'reducers.absmax("channel")')
     found, skipped = folds(fn, params, inputs, calibration.sites)
     ranges = _ranges(calibration, leaves)
     folded: dict[str, tuple[str, ...]] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from compress_jax.core.errors import DataError, NoMatchError
+from compress_jax.core.errors import DataError, NoMatchError, StateError
 from compress_jax.trace._observe import observe
 from compress_jax.trace.reducer import Reducer
 from compress_jax.trace.site import Site
@@ -88,3 +88,33 @@ def calibrate(
     if total is None:
         raise DataError("there is no batch to calibrate with")
     return Calibration({site: reduce.finish(statistics) for site, statistics in total.items()}, sites)
+
+
+def require(calibration: Any, kind: type, reducer: str) -> None:
+    """Refuse statistics that are not those a solver reads.
+
+    Args:
+      calibration: what the solver was given.
+      kind: what it needs of each input.
+      reducer: how such statistics are made.
+
+    Raises:
+      StateError: if they are others; it says how to make the right ones.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.trace.reducers import absmax
+      >>> seen = calibrate(lambda w, x: x @ w["kernel"], absmax(), {"kernel": jnp.ones((2, 3))}, [jnp.ones((4, 2))])
+      >>> require(seen, jax.Array, "absmax()")
+    """
+    how = f"make them with trace.calibrate(fn, trace.{reducer}, params, batches)"
+    if not isinstance(calibration, Calibration):
+        raise StateError(f"calibration is a {type(calibration).__name__}, not the statistics of sites; {how}")
+    for name, site in calibration.sites.items():
+        if site.param is None:
+            continue
+        seen = calibration[name].get("input") if isinstance(calibration[name], Mapping) else calibration[name]
+        if not isinstance(seen, kind):
+            raise StateError(
+                f"the statistics of site {name!r} are {type(seen).__name__}, and {kind.__name__} is needed; {how}"
+            )

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.trace._calibrate import require
+from compress_jax.trace._gram import Gram
 from compress_jax.trace.site import Axes, Shape, Site
 
 
@@ -111,7 +113,11 @@ def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, Pro
 
     Returns:
       ``({path: Problem}, {path: reason})``; a parameter that several sites share is fed by all of them.
+
+    Raises:
+      StateError: if these are other statistics.
     """
+    require(calibration, Gram, "gram()")
     found: dict[str, Problem] = {}
     reasons: dict[str, str] = {}
     sums: dict[str, tuple[jax.Array, jax.Array]] = {}

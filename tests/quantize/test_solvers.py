@@ -8,7 +8,7 @@ from scipy.special import expit
 from sklearn.datasets import load_digits
 
 import compress_jax as cj
-from compress_jax.core import NonFiniteError
+from compress_jax.core import NonFiniteError, StateError
 from compress_jax.quantize import output_error, uniform
 from compress_jax.quantize._adaround import adaround
 from compress_jax.quantize._awq import awq
@@ -17,7 +17,7 @@ from compress_jax.quantize._gptq import gptq
 from compress_jax.quantize._hqq import hqq
 from compress_jax.quantize._signed import signed
 from compress_jax.quantize.solving import neighbours
-from compress_jax.trace import calibrate, gram
+from compress_jax.trace import calibrate, gram, reducers
 from compress_jax.trace.matrix import problems
 
 
@@ -217,3 +217,17 @@ def test_bad_calibration_is_refused_and_missing_one_listed(digits, solve):
     solved = solve(params, partial, C3)
     assert solved.skipped["up"] == "no calibrated site uses it"
     assert (solved.params["up"] == C3.view(params, solved.state)["up"]).all()
+
+
+def test_statistics_of_another_kind_are_refused(digits):
+    params, x, grams = digits
+    means, c = calibrate(fn, reducers.moments(), params, [x[:8]]), uniform(4)
+    for solve in (gptq, signed, adaround, clip):
+        with pytest.raises(StateError, match=r"site 'up' are Moments.*trace.gram\(\)"):
+            solve(params, means, c)
+    with pytest.raises(StateError, match="calibration is a dict"):
+        gptq(params, dict(grams), c)
+    with pytest.raises(StateError, match=r"are Gram.*absmax"):
+        cj.quantize.smooth(fn, params, grams, x[:8])
+    with pytest.raises(StateError, match=r"are Gram, and Moments is needed"):
+        cj.quantize.correct_bias(fn, params, params, grams, x[:8])
