@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError
 from compress_jax.data import Data
+from compress_jax.distill import Term
 
 PerExampleLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -112,7 +113,8 @@ class Experiment:
       teacher_dtype: what the teacher's params are stored in once it is trained; its accuracy is measured so.
       float32_student: what the student learns from before it is compressed: ``"teacher"``, as the candidates do, or
         ``"labels"``, for a reference that owes nothing to the teacher.
-      loss: ``(student_logits, teacher_logits, labels) -> loss of each example``; None means cross entropy with the labels.
+      loss: ``(student_logits, teacher_logits, labels) -> loss of each example``, or a tuple of `distill.Term`, which may
+        look at features and learn parts of their own; None means cross entropy with the labels.
       order: ``"mild_first"`` goes on to stronger candidates while they pass, ``"strong_first"`` goes on to milder ones
         until one passes, ``"all"`` tries every one. The smallest artifact that passed is the result.
       coded: whether the compressed student is stored at its entropy (see `export.save`). The float32 one, which its size is
@@ -129,7 +131,7 @@ class Experiment:
     teacher: Network | Literal["student"] | None = None
     teacher_dtype: Any = jnp.float32
     float32_student: Literal["teacher", "labels"] = "teacher"
-    loss: PerExampleLoss | None = None
+    loss: PerExampleLoss | tuple[Term, ...] | None = None
     order: Literal["mild_first", "strong_first", "all"] = "mild_first"
     coded: bool = False
     seed: int = 0
@@ -148,3 +150,6 @@ class Experiment:
             raise ConfigError(f"float32_student must be 'teacher' or 'labels', got {self.float32_student!r}")
         if self.loss is not None and self.teacher is None:
             raise ConfigError("loss compares the student with a teacher, but the experiment has no teacher")
+        terms = [term.name for term in self.loss] if isinstance(self.loss, tuple) else ["one"]
+        if not terms or len(set(terms)) < len(terms):
+            raise ConfigError(f"a loss of terms needs some, each with a name of its own (name=...); got {terms}")

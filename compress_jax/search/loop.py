@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from compress_jax.core.compression import Compression
-from compress_jax.distill import Teacher
 from compress_jax.export import write_atomically
 from compress_jax.search import stages
 from compress_jax.search.experiment import Candidate, Experiment, Network
@@ -76,7 +75,7 @@ def compress(
     if isinstance(experiment.teacher, Network):
         variables = stages.obtain(experiment, experiment.teacher, "teacher", workdir / "teacher", None)
         model, file = experiment.teacher.model, workdir / TEACHER
-        teacher = Teacher(model.apply, variables).cast(experiment.teacher_dtype)
+        teacher = stages.frozen(experiment, model, variables)
         rows.append(stages.assess(experiment, model, "teacher", teacher.variables, teacher.variables, file, about))
         say(f"teacher: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
     learns_from = teacher if experiment.float32_student == "teacher" else None
@@ -84,7 +83,7 @@ def compress(
     model = experiment.student.model
     rows.append(stages.assess(experiment, model, "student", student, student, workdir / STUDENT, about))
     if experiment.teacher == "student":
-        teacher = Teacher(model.apply, student).cast(experiment.teacher_dtype)
+        teacher = stages.frozen(experiment, model, student)
     say(f"student in float32: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
 
     base, held_against, tried = rows[-1], reference(rows, experiment.requirement), []

@@ -17,15 +17,17 @@ from compress_jax.core.errors import ArtifactError, CompressError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.data import batches
-from compress_jax.distill import Teacher
+from compress_jax.distill import Teacher, capture
 from compress_jax.export import load, save
 from compress_jax.search.experiment import Experiment, Network, Training
 from compress_jax.search.judge import Assessment
 from compress_jax.train import (
     Loss,
+    StatefulLoss,
     TrainState,
     accuracy,
     create,
+    distillation,
     distilled,
     fit,
     jit_step,
@@ -99,8 +101,12 @@ def train(
       The state after the last step.
     """
     optimizer = label_optimizer(training.optimizer, training.learned or training.optimizer)
-    state = create(variables, compression, optimizer, stage_key(experiment.seed, stage))
-    step = make_step(_loss(experiment, model, training, teacher), optimizer, compression)
+    loss, beside = _loss(experiment, model, training, teacher), ({}, {})
+    if isinstance(loss, StatefulLoss):
+        batch = {name: values[: training.batch_size] for name, values in experiment.data.train.items()}
+        beside = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
+    state = create(variables, compression, optimizer, stage_key(experiment.seed, stage), beside)
+    step = make_step(loss, optimizer, compression)
     mesh = experiment.mesh or jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     feed = batches(experiment.data.train, training.batch_size, seed=zlib.crc32(f"{experiment.seed}/{stage}".encode()))
     return fit(
@@ -115,14 +121,32 @@ def train(
     )
 
 
-def _loss(experiment: Experiment, model: Any, training: Training, teacher: Teacher | None) -> Loss:
+def _loss(experiment: Experiment, model: Any, training: Training, teacher: Teacher | None) -> Loss | StatefulLoss:
     if teacher is None or experiment.loss is None:
         return supervised(model, augment=training.augment)
+    if isinstance(experiment.loss, tuple):
+        return distillation(model, experiment.loss, augment=training.augment)
     return distilled(model, _ask, experiment.loss, augment=training.augment)
 
 
 def _ask(teacher: Teacher, x: jax.Array) -> jax.Array:
     return teacher(x)
+
+
+def frozen(experiment: Experiment, model: Any, variables: Variables) -> Teacher:
+    """Return a trained network as the teacher, in the dtype asked for, with the features that terms of the loss look at.
+
+    Args:
+      experiment: for loss and dtype.
+      model: the Linen module.
+      variables: what it was trained to.
+
+    Returns:
+      The teacher; nothing is differentiated through it.
+    """
+    terms = experiment.loss if isinstance(experiment.loss, tuple) else ()
+    paths = tuple(dict.fromkeys(path for term in terms for path in term.teacher))
+    return Teacher(capture(model, paths) if paths else model.apply, variables).cast(experiment.teacher_dtype)
 
 
 def assess(

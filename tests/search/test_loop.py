@@ -13,7 +13,7 @@ import safetensors.numpy
 from flax import linen as nn
 
 import compress_jax as cj
-from compress_jax.core import ArtifactError, CompressError
+from compress_jax.core import ArtifactError, CompressError, ConfigError
 from compress_jax.search import Candidate, Network, Requirement, compress
 from compress_jax.search.stages import assess, stage_key, train
 from compress_jax.train import accuracy
@@ -153,6 +153,30 @@ def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_pa
     assert [row.name for row in result.rows] == ["student", "itself"]
     (line,) = (tmp_path / "candidates/itself/metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["train/loss"] == 0.0
+
+
+def test_the_loss_may_be_terms_that_see_features_and_learn_parts(run, distilled, experiment, training, tmp_path):
+    """With a term of the logits alone it is the loss of each example; a hint's regressor is trained, and never shipped."""
+    student, teacher = distilled.student, Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors")
+    about = {"student": student, "teacher": teacher, "candidates": (Candidate("none", cj.identity(), training(2)),)}
+    hint = cj.distill.on_features(cj.distill.hint, "dense_1", "dense_0", 0.1, part=cj.distill.linear())
+    losses = {
+        "function": lambda student, teacher, labels: cj.distill.kl(student, teacher, 2.0),
+        "term": (cj.distill.on_logits(cj.distill.kl, temperature=2.0),),
+        "hint": (cj.distill.on_logits(cj.distill.kl, temperature=2.0), hint),
+    }
+    found = {}
+    for name, loss in losses.items():
+        result = compress(experiment(**about, loss=loss), tmp_path / name, say=silent)
+        again = compress(experiment(**about, loss=loss), tmp_path / name, say=silent)
+        assert again == result
+        found[name] = cj.load(result.artifact)[0]
+    for one, other in zip(*(jax.tree.leaves(found[name]) for name in ("function", "term")), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    assert leaves(found["hint"]) != leaves(found["term"])
+    assert jax.tree.structure(found["hint"]) == jax.tree.structure(found["term"])
+    with pytest.raises(ConfigError, match="name of its own"):
+        experiment(**about, loss=(hint, hint))
 
 
 def test_the_float32_student_may_learn_from_labels_alone(run, distilled, experiment, training, tmp_path):
