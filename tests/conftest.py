@@ -3,7 +3,7 @@ import signal
 import threading
 
 # Most of the time of small tests goes to compiling: LLVM's optimizations and fused emitters would triple it. Set XLA_FLAGS
-# to the first of these alone to test what users run; .ci/run does so for the contract.
+# to the first of these alone to test what users run; .ci/run does so for the contract's second law.
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",

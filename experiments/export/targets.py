@@ -92,7 +92,7 @@ def beside(ours: Path, theirs: Path, x: np.ndarray, rounds: int) -> str:
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def study(name: str, seed: int, rounds: int, targets: list[str]) -> list[dict[str, Any]]:
+def study(name: str, seed: int, rounds: int, targets: list[str], weights: str) -> list[dict[str, Any]]:
     model, steps = MODELS[name]
     if name == "bert_tiny":
         tokens = np.random.default_rng(seed).integers(0, 30_522, (576, 64)).astype(np.int32)
@@ -134,7 +134,8 @@ def study(name: str, seed: int, rounds: int, targets: list[str]) -> list[dict[st
             return file
 
         onnx = measured("onnx", "float32", cj.export.to_onnx, variables, ".onnx", None)
-        ours = measured("onnx", "static int8", cj.export.to_onnx, packed8, ".onnx", onnx, how=uint8, batches=batches)
+        given = {"how": uint8, "batches": batches}
+        ours = measured("onnx", f"static {weights}", cj.export.to_onnx, packed8, ".onnx", onnx, weights=weights, **given)
         if ours.is_file():
             theirs = folder / "theirs.onnx"
             onnx_runtimes_own(onnx, theirs, batches)
@@ -144,7 +145,7 @@ def study(name: str, seed: int, rounds: int, targets: list[str]) -> list[dict[st
             print("ONNX Runtime's own quantizer: time over ours", rows[-1]["onnx_runtimes_own_over_ours"], flush=True)
         measured("onnx", "4-bit weights", cj.export.to_onnx, packed4, ".onnx", onnx)
         lite = measured("litert", "float32", cj.export.to_litert, variables, ".tflite", None)
-        measured("litert", "static int8", cj.export.to_litert, packed8, ".tflite", lite, how=uint8, batches=batches)
+        measured("litert", "static int8", cj.export.to_litert, packed8, ".tflite", lite, **given)
         measured("litert", "dynamic int4", cj.export.to_litert, packed4, ".tflite", lite)
         hlo = measured("stablehlo", "float32", cj.export.to_stablehlo, variables, ".stablehlo", None)
         measured("stablehlo", "4-bit weights", cj.export.to_stablehlo, packed4, ".stablehlo", hlo)
@@ -186,10 +187,11 @@ def main() -> None:
     every = ["onnx", "litert", "stablehlo"]
     parser.add_argument("--targets", nargs="+", choices=every, default=every)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--weights", choices=["int8", "uint8"], default="int8", help="of static ONNX; uint8 without VNNI")
     chosen = parser.parse_args()
     if chosen.data:
         os.environ["COMPRESS_JAX_DATA"] = chosen.data
-    rows = study(chosen.model, chosen.seed, chosen.rounds, chosen.targets)
+    rows = study(chosen.model, chosen.seed, chosen.rounds, chosen.targets, chosen.weights)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     where = f"{os.cpu_count()} cores, {platform.machine()}, VNNI {'yes' if 'vnni' in flags else 'no'}"
     note = f"{time.strftime('%Y-%m-%d')}, seed {chosen.seed}, {where}, load {os.getloadavg()[1]:.1f}, jax {jax.__version__}"
