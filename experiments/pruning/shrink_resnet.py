@@ -4,7 +4,7 @@ COMPRESS_JAX_DATA=DIR python experiments/pruning/shrink_resnet.py --seed 0      
 python experiments/pruning/shrink_resnet.py --speed                             # wall-clock time beside the MACs
 python experiments/pruning/shrink_resnet.py --table                             # the means of all seeds that were run
 
-ResNet-8 of width 16 (stem of stride 2) on Fashion-MNIST: the first 10,000 examples train it (12 epochs; 12 of fine-tuning
+ResNet-8 of width 16 (stem of stride 2) on Fashion-MNIST: the first 10,000 examples train it (6 epochs; 4 of fine-tuning
 with the float network as teacher, hinton's loss, batch norm in training mode). `shrink` is left at its defaults (L2, every
 group alike); with ``--choose`` the validation split chooses among three ways after half an epoch of fine-tuning at 2x. The
 test split is looked at once for each row, at the end.
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from interleave import interleaved, milliseconds, ratio  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 RESULTS, BATCH = Path(__file__).parent / "results", 128
-FLOAT, TUNING, TRIAL = 12, 12, 0.5  # epochs
+FLOAT, TUNING, TRIAL = 6, 4, 0.5  # epochs
 MODEL = ResNet(depth=8, width=16, stem_stride=2)
 TARGETS = {"2x": 0.5, "4x": 0.25}
 
