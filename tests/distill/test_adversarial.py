@@ -88,7 +88,7 @@ def test_short_logits_are_reduced_in_float32(name, dtype):
     s, t = (3 * jax.random.normal(jax.random.key(i), (3, 6)).astype(dtype) for i in range(2))
     value, _ = GRADIENTS(name, s, t, 2.0)
     wide, _ = GRADIENTS(name, s.astype(jnp.float32), t.astype(jnp.float32), 2.0)
-    np.testing.assert_allclose(value, wide, rtol=1e-6)  # 1e-3 in float16
+    np.testing.assert_allclose(value, wide, rtol=3e-7)  # two roundings of float32; float16's would be 1e-3
 
 
 @every_loss

@@ -177,6 +177,9 @@ def test_the_loss_may_be_terms_that_see_features_and_learn_parts(run, distilled,
     assert jax.tree.structure(found["hint"]) == jax.tree.structure(found["term"])
     with pytest.raises(ConfigError, match="name of its own"):
         experiment(**about, loss=(hint, hint))
+    for wrong in (hint, [hint], "kl"):
+        with pytest.raises(ConfigError, match=r"a tuple of distill.Term, and is a (Term|list|str); one term is \(term,\)"):
+            experiment(**about, loss=wrong)
 
 
 def test_the_float32_student_may_learn_from_labels_alone(run, distilled, experiment, training, tmp_path):

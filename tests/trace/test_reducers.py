@@ -161,11 +161,8 @@ def test_sharded_input(name, axis, kind):
     x, site = normal(8, 8, 16), dot_site((8, 8, 16), (16, 4), ((2,), (0,)))
     run = jax.jit(lambda x: REDUCERS[name].reduce(site, x, jnp.zeros((16, 4))))
     sharded = jax.device_put(x, NamedSharding(mesh, P(*[None] * axis, "data")))
-    same(
-        jax.device_get(run(sharded)),
-        jax.device_get(run(x)),
-        {"gram": 1e-5, "norm": 1e-6}.get(name, 1e-6 if name in ROUNDED else 0),
-    )
+    tolerance = 1e-5 if name == "gram" else 1e-6 if name in ROUNDED | {"norm"} else 0
+    same(jax.device_get(run(sharded)), jax.device_get(run(x)), tolerance)
     if axis < 2 or name != "gram":  # whose products need all channels
         assert "all-gather" not in run.lower(sharded).compile().as_text()  # memory: activations stay where they are
 
