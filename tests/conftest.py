@@ -1,16 +1,17 @@
 import os
 import signal
 import threading
+from importlib.metadata import version
 
 # Most of the time of small tests goes to compiling: LLVM's optimizations and fused emitters would triple it. Set XLA_FLAGS
 # to the first of these alone to test what users run; .ci/run does so for the contract's second law.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-)
+FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
+if tuple(int(n) for n in version("jaxlib").split(".")[:2]) < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # newer ones end the process at a flag they do not know
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if os.environ["JAX_PLATFORMS"] != "cpu":  # where products of float32 are of fewer bits unless one asks
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 if threading.current_thread() is threading.main_thread():
     # pytest-xdist's processes ignore Ctrl-C, and what they start would inherit that.

@@ -31,13 +31,18 @@ def check_finite(path: str, x: Any) -> None:
     if isinstance(x, Tracer):
         return
     with jax.ensure_compile_time_eval():  # a concrete array may be closed over by a traced branch
-        bad = int((~jnp.isfinite(x)).sum())
+        bad = int(_bad(x))
     if not bad:
         return
     raise NonFiniteError(
         f"leaf {path!r} of shape {jnp.shape(x)} has {bad} NaN or infinite entries; nothing computed from them would mean "
         "anything. Look at the training loss before this step, or restore an earlier checkpoint."
     )
+
+
+@jax.jit
+def _bad(x: jax.Array) -> jax.Array:
+    return (~jnp.isfinite(x)).sum()
 
 
 def why_not_float(path: str, x: Any) -> str | None:

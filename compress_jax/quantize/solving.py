@@ -46,7 +46,7 @@ def layerwise(
         if path not in tasks:
             skipped.setdefault(path, "no calibrated site uses it")
             continue
-        if not bool(jnp.isfinite(tasks[path].gram).all()):
+        if not bool(_finite(tasks[path].gram)):
             raise NonFiniteError(
                 f"the calibration statistics of {path!r} hold NaN or infinity; look at the calibration batches"
             )
@@ -54,6 +54,11 @@ def layerwise(
         if note:
             notes[path] = note
     return Solved(compression.view(rebuild(new), state), state, {**compression.skipped(params), **skipped}, notes)
+
+
+@jax.jit
+def _finite(x: jax.Array) -> jax.Array:
+    return jnp.isfinite(x).all()
 
 
 def neighbours(w: jax.Array, see: Callable[..., Any], operands: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:

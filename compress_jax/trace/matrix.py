@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -131,18 +132,21 @@ def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, Pro
         if site.param in found and found[site.param].form != form:
             reasons[site.param] = "it is used at several sites that sum over different axes of it"
             continue
-        total, count = _fed(site, calibration[name]["input"], form)
-        old = sums.get(site.param, (0.0, 0))
-        sums[site.param] = (old[0] + total, old[1] + count)
-        mean = sums[site.param][0] / jnp.maximum(sums[site.param][1], 1)[:, None, None].astype(jnp.float32)
-        found[site.param] = Problem(form, mean)
+        added = tuple(loop for loop in range(len(site.loops)) if loop not in site.stack_loops)
+        own = _fed(*calibration[name]["input"], added, form.k)
+        sums[site.param] = jax.tree.map(jnp.add, sums[site.param], own) if site.param in sums else own
+        found[site.param] = Problem(form, _mean(*sums[site.param]))
     return {path: problem for path, problem in found.items() if path not in reasons}, reasons
 
 
-def _fed(site: Site, statistics: Any, form: MatrixForm) -> tuple[jax.Array, jax.Array]:
+@partial(jax.jit, static_argnames=("added", "k"))
+def _fed(gram: jax.Array, count: jax.Array, added: Axes, k: int) -> tuple[jax.Array, jax.Array]:
     """Return the sums of outer products ``[batch, k, k]`` and the rows of each, loops over time and devices added up."""
-    added = tuple(loop for loop in range(len(site.loops)) if loop not in site.stack_loops)
-    ran = statistics.count.reshape(statistics.count.shape + (1,) * (statistics.gram.ndim - statistics.count.ndim)) > 0
-    total = jnp.where(ran, statistics.gram, 0).sum(added).reshape(-1, form.k, form.k)
-    count = statistics.count.sum(added).reshape(-1)
-    return total, jnp.repeat(count, total.shape[0] // count.size)
+    ran = count.reshape(count.shape + (1,) * (gram.ndim - count.ndim)) > 0
+    total, rows = jnp.where(ran, gram, 0).sum(added).reshape(-1, k, k), count.sum(added).reshape(-1)
+    return total, jnp.repeat(rows, total.shape[0] // rows.size)
+
+
+@jax.jit
+def _mean(total: jax.Array, rows: jax.Array) -> jax.Array:
+    return total / jnp.maximum(rows, 1)[:, None, None].astype(jnp.float32)

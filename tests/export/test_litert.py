@@ -1,5 +1,9 @@
 """LiteRT flatbuffers against the simulation in JAX, in the LiteRT interpreter itself."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +13,7 @@ import compress_jax as cj
 from compress_jax.core import ExportError
 from compress_jax.export.litert import to_litert
 from compress_jax.export.litert.interpreter import interpreter, run
-from compress_jax.models import LeNet300100, ResNet
+from compress_jax.models import Bert, BertClassifier, LeNet300100, ResNet
 from compress_jax.quantize._static import static
 
 for package in ("litert_converter", "ai_edge_litert", "ai_edge_quantizer"):
@@ -58,6 +62,19 @@ def test_residual_networks_are_integers_throughout(tmp_path):
     assert not [row.name for row in done.rows if row.reason]
 
 
+def test_a_transformer_of_tokens_multiplies_in_int8_and_normalises_in_floats(tmp_path):
+    model = BertClassifier(Bert(vocabulary=50, width=16, depth=1, heads=2))
+    tokens = np.random.default_rng(0).integers(0, 50, (4, 9)).astype(np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    c = cj.at("**/kernel", cj.quantize.uniform(8, granularity="channel"))
+    packed, batches = c.pack(params, c.init(params)), [tokens, tokens[::-1]]
+    done = to_litert(lambda p, x: model.apply(p, x), packed, tokens, tmp_path / "m.tflite", how=INT8, batches=batches)
+    assert done.difference < 0.1 and not [row.reason for row in done.rows if row.reason]
+    assert all(each["dtype"] != np.int8 for name, each in types(done.path).items() if "rsqrt" in name)
+    weights = [each for each in types(done.path).values() if list(each["shape"]) == [16, 16]]
+    assert weights and all(each["dtype"] == np.int8 for each in weights)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_packed_weights_alone(mlp, bits, tmp_path):
     fn, params, x = mlp
@@ -72,4 +89,19 @@ def test_a_crash_or_a_refusal_is_an_error(mlp, tmp_path):
         to_litert(fn, params, x, tmp_path / "m.tflite", how=INT8)
     with pytest.raises(ExportError, match="LiteRT converter"):
         to_litert(lambda p, x: jnp.linalg.qr(x.reshape(4, -1))[0], params, x, tmp_path / "m.tflite")
+    assert not (tmp_path / "m.tflite").exists()
+
+
+def test_a_crash_of_the_runtime_is_an_error(mlp, tmp_path, monkeypatch):
+    """A file that the converter wrote and the runtime dies of: what indices of an embedding in int8 once did."""
+    fn, params, x = mlp
+    real = subprocess.run
+
+    def dies(command, **options):
+        (Path(command[-1]) / "model.tflite").write_bytes(b"written, then")
+        return real([sys.executable, "-c", "import os; os.abort()"], **options)
+
+    monkeypatch.setattr("compress_jax.export.litert._to_litert.subprocess.run", dies)
+    with pytest.raises(ExportError, match="LiteRT runtime, on the converted model, crashed .signal 6."):
+        to_litert(fn, params, x, tmp_path / "m.tflite")
     assert not (tmp_path / "m.tflite").exists()

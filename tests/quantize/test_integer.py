@@ -240,20 +240,27 @@ def test_the_zoo_in_integers(name):
     assert str(ours.table).count("\n") == len(found) + 1
 
 
-@pytest.mark.parametrize("name", [QUICK[0], "mlp/nnx"])
+FLAX = [name for name in ENTRIES if name.endswith(("/linen", "/nnx"))]
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("mlp/linen", "mlp/nnx") else pytest.param(name, marks=pytest.mark.slow) for name in FLAX]
+)
 def test_five_lines(name):
     apply, params, (x,) = ENTRIES[name].make()
-    kernels = "params/**/kernel" if "linen" in name else "**/kernel"
 
-    c = cj.at(kernels, cj.quantize.uniform(bits=8, granularity="channel"))
+    c = cj.at("**/kernel", cj.quantize.uniform(bits=8, granularity="channel"))
     packed = c.pack(params, c.init(params))
     int8 = cj.quantize.integer(apply, packed, x, how=cj.quantize.dynamic())
     logits = int8.apply(int8.params, x)
     table = str(int8.table)
 
-    assert "100.0% in integers" in table and table.count("int8 x int8 -> int32") == len(int8.table.rows)
-    exact = apply(params, x)
-    assert 0 < np.linalg.norm(logits - exact) < 0.05 * np.linalg.norm(exact)
+    left = {row.reason for row in int8.table.rows if row.weight.startswith("int8") and row.reason}
+    print(name, left)
+    assert table.count("int8 x int8 -> int32") == sum(not row.reason for row in int8.table.rows) > 0
+    assert name not in ("mlp/linen", "mlp/nnx") or "100.0% in integers" in table
+    for got, exact in zip(jax.tree.leaves(logits), jax.tree.leaves(apply(params, x)), strict=True):
+        assert np.linalg.norm(got - exact) <= 0.1 * np.linalg.norm(exact) + 1e-6
 
 
 @pytest.mark.parametrize("case", ["W8A8", "W8A8 both asymmetric", "W4A8", "W4A8 groups", "W3A4"])

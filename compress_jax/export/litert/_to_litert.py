@@ -19,7 +19,6 @@ from compress_jax.export.agreement import agree
 from compress_jax.export.artifact import write_atomically
 from compress_jax.export.exported import Exported, Row
 from compress_jax.export.extras import extra
-from compress_jax.export.litert.interpreter import interpreter, run
 from compress_jax.export.simulate import Simulation, simulation
 from compress_jax.trace import observe
 
@@ -78,8 +77,7 @@ def to_litert(
         raise ExportError("LiteRT has an integer kernel only between tensors that all have ranges: pass batches=")
     simulated = simulation(fn, params, inputs, how, ranges, batches, where)
     recipe = "static_wi8_ai8" if simulated.grids else _recipe(params, weights)
-    data, answer = _in_a_child(simulated, inputs, batches, recipe)
-    theirs = run(interpreter(data), inputs)
+    data, answer, theirs = _in_a_child(simulated, inputs, batches, recipe)
     ours = np.asarray(jax.tree.leaves(jax.jit(simulated.apply)(*inputs))[0])
     allowed = tolerance if tolerance is not None else 0.15 if recipe else 1e-3
     difference = agree(ours, theirs, allowed, "LiteRT against the simulation in JAX")
@@ -101,8 +99,8 @@ def _recipe(params: Any, weights: str) -> str:
 
 def _in_a_child(
     simulated: Simulation, inputs: Sequence[np.ndarray], batches: Sequence[Any], recipe: str
-) -> tuple[bytes, dict[str, Any]]:
-    """Return the flatbuffer and what became of the sites."""
+) -> tuple[bytes, dict[str, Any], np.ndarray]:
+    """Return the flatbuffer, what became of the sites, and what the runtime makes of the example."""
     names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
     fn, dense = simulated.fn, simulated.dense
     lowered = jax.jit(lambda *x: fn(dense, *x), keep_unused=True).lower(
@@ -123,11 +121,13 @@ def _in_a_child(
         np.savez(folder / "arrays.npz", **arrays)  # pyright: ignore[reportArgumentType]
         command = [sys.executable, "-W", "ignore", "-m", "compress_jax.export.litert.child", place]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not (folder / "model.tflite").exists():
+        if done.returncode or not (folder / "result.npy").exists():
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             how = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-            raise ExportError(f"the LiteRT converter {how}; the last it said: {said}")
-        return (folder / "model.tflite").read_bytes(), json.loads((folder / "answer.json").read_text())
+            part = "runtime, on the converted model," if (folder / "model.tflite").exists() else "converter"
+            raise ExportError(f"the LiteRT {part} {how}; the last it said: {said}")
+        answer = json.loads((folder / "answer.json").read_text())
+        return (folder / "model.tflite").read_bytes(), answer, np.load(folder / "result.npy")
 
 
 def _activations(simulated: Simulation, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
