@@ -8,7 +8,7 @@ smaller width. Both see the same augmented view in every step (Beyer et al., CVP
 The student is pruned along a cubic ramp to 80 % by the first half of the run, and is on a 4-bit grid, one scale a channel,
 from the first step on. Every run has the same steps, batches, Adam and schedule, and starts at the same weights; only the
 loss differs. Validation (6,000 images held out of train) chooses among the losses, on seeds of its own; then labels alone
-and the one that was chosen are trained on fresh seeds, without compression too, and each reads the test split once.
+and the one that was chosen are trained on fresh seeds, and each reads the test split once.
 """
 
 import argparse
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=60, help="of every student")
     parser.add_argument("--teacher-epochs", type=int, default=15)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--whole", action="store_true", help="train students without compression, too")
     parser.add_argument("--tune", action="store_true", help="stop after validation")
     parser.add_argument("--data", default=None, help="folder of the Fashion-MNIST files, if not to be downloaded")
     parser.add_argument("--work", default=Path(tempfile.gettempdir()) / "compress_jax_compressed", type=Path)
@@ -143,7 +144,7 @@ def main() -> None:
             name: [trainer.measure(name, small, seed, "test") for seed in range(args.seeds)]
             for name in ("labels alone", chosen)
         }
-        for about, small in (("80 % pruned, 4 bits", True), ("as it is", False))
+        for about, small in [("80 % pruned, 4 bits", True), ("as it is", False)][: 1 + args.whole]
     }
     record["teacher"] = accuracy(TEACHER.apply, teacher.variables, data.test)
     record["device"] = jax.devices()[0].device_kind

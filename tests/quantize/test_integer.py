@@ -255,8 +255,6 @@ def test_five_lines(name):
     logits = int8.apply(int8.params, x)
     table = str(int8.table)
 
-    left = {row.reason for row in int8.table.rows if row.weight.startswith("int8") and row.reason}
-    print(name, left)
     assert table.count("int8 x int8 -> int32") == sum(not row.reason for row in int8.table.rows) > 0
     assert name not in ("mlp/linen", "mlp/nnx") or "100.0% in integers" in table
     for got, exact in zip(jax.tree.leaves(logits), jax.tree.leaves(apply(params, x)), strict=True):
