@@ -37,9 +37,10 @@ def main(folder: Path) -> None:
         recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), job["recipe"])()
         quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
         kinds = extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName
-        norms = "RSQRT" in operators(data)
+        found = operators(data)
+        multiplied = {*WEIGHTS, *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()), "ALL_SUPPORTED"}
         for kind in kinds:
-            if kind.name in FLOAT or (norms and kind.name not in (*WEIGHTS, "ALL_SUPPORTED")):
+            if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
                 quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
         ranges = None
         if quantizer.need_calibration:
@@ -52,19 +53,25 @@ def main(folder: Path) -> None:
     np.save(folder / "result.npy", run(interpreter(data), [arrays[f"{name}:example"] for name in job["inputs"]]))
 
 
-def operators(data: bytes) -> set[str]:
-    """Return the names of the operators of a flatbuffer.
+def operators(data: bytes) -> dict[str, bool]:
+    """Return the operators of a flatbuffer, and whether one of the kind has a constant among its inputs.
 
     Args:
       data: its bytes.
 
     Returns:
-      Such as ``{"FULLY_CONNECTED", "RSQRT"}``.
+      Such as ``{"FULLY_CONNECTED": True, "BATCH_MATMUL": False}``; that one multiplies two activations.
     """
     schema = extra("ai_edge_litert.schema_py_generated", "litert")
     names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
-    codes = schema.ModelT.InitFromPackedBuf(data, 0).operatorCodes
-    return {names[max(code.builtinCode, code.deprecatedBuiltinCode)] for code in codes}
+    model, found = schema.ModelT.InitFromPackedBuf(data, 0), {}
+    for graph in model.subgraphs:
+        for each in graph.operators:
+            code = model.operatorCodes[each.opcodeIndex]
+            name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            buffers = [model.buffers[graph.tensors[i].buffer] for i in each.inputs if i >= 0]
+            found[name] = found.get(name, False) or any(b.data is not None or b.size for b in buffers)
+    return found
 
 
 def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
