@@ -34,5 +34,12 @@ class Strict:
         jax.config.update("jax_numpy_rank_promotion", "allow" if users else "raise")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if jax.device_count() < 8:
+        for item in items:
+            if "shard" in item.nodeid:
+                item.add_marker(pytest.mark.skip(reason=f"needs 8 devices, there are {jax.device_count()}"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Strict())

@@ -21,7 +21,7 @@ def normal(*shape):
 
 PARAMS = {"u": normal(6, 6), "w": normal(6, 4)}
 X = normal(5, 6)
-MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = jax.make_mesh((min(8, jax.device_count()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 @jax.custom_jvp
