@@ -12,9 +12,18 @@ from compress_jax.trace import observe, rewrite, sites, unseen
 from compress_jax.trace.traced import trace
 from tests.trace.zoo import BIG, ZOO
 
-every_model = pytest.mark.parametrize("entry", ZOO, ids=[entry.name for entry in ZOO])
-ON_ONE_DEVICE = [entry for entry in ZOO if entry.name != "plain/sharded"]  # its pieces are held against rows in test_rewrite
-on_one_device = pytest.mark.parametrize("entry", ON_ONE_DEVICE, ids=[entry.name for entry in ON_ONE_DEVICE])
+# Large models of which another framework's twin, or a relative, is run by default.
+SLOW = ("resnet/linen", "vit/nnx", "llama/linen", "moe/nnx", "mobilenet/linen", "unet/nnx", "tied_lm/linen", "recurrent/nnx")
+SLOW += ("resnet_train/linen", "resnet_train/nnx")
+
+
+def over(entries):
+    marked = [pytest.param(each, id=each.name, marks=[pytest.mark.slow] * (each.name in SLOW)) for each in entries]
+    return pytest.mark.parametrize("entry", marked)
+
+
+every_model = over(ZOO)
+on_one_device = over([e for e in ZOO if e.name != "plain/sharded"])  # its pieces are held against rows in test_rewrite
 
 
 def same(site, lhs, rhs):
