@@ -79,6 +79,7 @@ def test_the_block_size_is_only_a_matter_of_speed(block):
     assert (np.abs(one - other) > 1e-4).mean() < 0.02
 
 
+@pytest.mark.slow
 def test_large_layers_are_solved_in_halves(monkeypatch):
     from compress_jax.quantize import _gptq
 

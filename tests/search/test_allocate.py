@@ -130,6 +130,7 @@ def model():
     return fn, params, jnp.asarray(rng.normal(size=(5, 16)), jnp.float32)
 
 
+@pytest.mark.slow
 def test_the_compression_has_exactly_the_predicted_bytes_and_bit_operations():
     fn, params, x = model()
     table = sensitivities(fn, params, [x], OPTIONS, "mse", activation_bits=8)

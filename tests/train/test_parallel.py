@@ -91,6 +91,7 @@ def test_lenet_in_float32(rules):
         np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape))  # no device drifts from the others
 
 
+@pytest.mark.slow
 def test_resnet_with_batch_norm_in_float64():
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # flax's BatchNorm promotes
         model, feed = ResNet(8, 2, dtype=jnp.float64), batches(4, 8, np.float64)
