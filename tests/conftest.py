@@ -22,7 +22,6 @@ if threading.current_thread() is threading.main_thread():
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-
 # Of these tests one case in so many is run by default, and the others with the slow ones: their cases are of a kind.
 THINNED = {
     "test_observed_is_what_a_run_by_hand_sees": 3,

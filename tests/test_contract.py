@@ -185,10 +185,10 @@ CONTRACT = {
 SLOW = {
     *("int4 padded groups", "int5 rms axis 0", "int4 percentile", "int8 narrow pnorm", "int4 entropy", "fp8 e5m2 channel"),
     *("fp4 mse", "fp6", "own table", "mxfp4", "nvfp4 mse", "ternary mse", "binary connect", "prune on a schedule"),
-    *("prune channels of all", "prune heads", "fisher", "soft movement", "own scores", "own rule", "own growth", "lsq channel"),
+    *("prune channels of all", "prune heads", "fisher", "soft movement", "own scores", "own rule", "own growth"),
     *("energy", "quantize then prune", "prune then nf4", "binary then prune", "coarse then fine grid", "from step 1"),
     *("steps 1 and 2", "int4 minmax asymmetric", "fp4 groups", "nvfp4", "saliency", "movement", "lamp", "every 2", "rules"),
-    *("prune blocks", "among what is left", "kernels only", "int4 channel"),
+    *("lsq channel", "prune blocks", "among what is left", "kernels only", "int4 channel"),
 }
 assert SLOW < CONTRACT.keys()
 ROWS = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONTRACT])
