@@ -149,6 +149,7 @@ CONTRACT = {
     "soft movement": pruned(prune.movement, threshold=-1.0, penalty=0.1),
     "own scores": pruned(prune.scored, lambda p: jax.tree.map(jnp.cos, p), 0.5),
     "own rule": pruned(prune.masked, prune.Score(lambda seen: jnp.sin(seen.x), signed=True), 0.5),
+    "relative to the leaf": pruned(prune.masked, prune.normalized(prune.Score(lambda seen: seen.x)), 0.5, scope="global"),
     "lamp": pruned(prune.lamp, 0.5),
     "among what is left": pruned(prune.nested, prune.magnitude(falling)),
     "set": pruned(prune.set, 0.5, 4, jax.random.key(7), every=1),

@@ -21,7 +21,7 @@ from compress_jax.prune.at_init import grasp, snip, synflow
 from compress_jax.prune.budgets import for_bytes, for_flops
 from compress_jax.prune.gains import Gain, Gains, gains
 from compress_jax.prune.lottery import nested, rewind, rewinding, rounds
-from compress_jax.prune.masked import Score, Seen, masked
+from compress_jax.prune.masked import Score, Seen, masked, normalized
 from compress_jax.prune.post_training import Pruned
 from compress_jax.prune.regrow import Growth, regrowing
 from compress_jax.prune.restart import grown, reset_moments, restart
@@ -57,6 +57,7 @@ __all__ = [
     "n_m",
     "narrow",
     "nested",
+    "normalized",
     "random",
     "regrowing",
     "reset_moments",

@@ -54,6 +54,35 @@ class Score(NamedTuple):
     needs_grads: bool = False
 
 
+def normalized(score: Score) -> Score:
+    r"""Return a score that counts relative to its leaf: :math:`s / (\lVert s \rVert_2 + 10^{-8})`.
+
+    Within a leaf this changes nothing. With ``scope="global"`` leaves of large entries no longer outlive those of small ones
+    for that alone. The norm is a sum, so masks may differ in the last bit of a score between shardings.
+
+    Args:
+      score: any.
+
+    Returns:
+      The score, measured in the norm of each leaf's own.
+
+    Example:
+      >>> params = {"small": jnp.array([0.1, 0.2]), "large": jnp.array([10.0, 30.0])}
+      >>> c = masked(normalized(Score(lambda seen: seen.x)), 0.5, scope="global")
+      >>> jax.tree.map(lambda x: x.tolist(), c.view(params, c.init(params)))
+      {'large': [0.0, 30.0], 'small': [0.0, 0.20000000298023224]}
+
+    References:
+      Lee et al., "JaxPruner: A concise library for sparsity research", 2023, arXiv:2304.14082 (its global pruners).
+    """
+
+    def measure(seen: Seen) -> jax.Array:
+        found = score.measure(seen).astype(jnp.float32)
+        return found * (1 / (jnp.sqrt(jnp.sum(found**2)) + 1e-8))
+
+    return score._replace(measure=measure)
+
+
 def masked(
     score: Score,
     sparsity: Sparsity | None,

@@ -54,13 +54,19 @@ class Net(nn.Module):
 def ours(algorithm: str, key: jax.Array) -> cj.Compression:
     """Return our counterpart of an algorithm of JaxPruner."""
     gradual: dict[str, Any] = {"every": EVERY}
+
+    def relative(
+        measure: Callable[[prune.Seen], jax.Array], **options: bool
+    ) -> cj.Compression:  # as JaxPruner's global ones
+        return prune.masked(prune.normalized(prune.Score(measure, **options)), GRADUAL, scope="global", **gradual)
+
     methods: dict[str, Callable[[], cj.Compression]] = {
         "no_prune": cj.identity,
         "random": lambda: prune.random(GRADUAL, key, **gradual),
         "magnitude": lambda: prune.magnitude(GRADUAL, **gradual),
         "saliency": lambda: prune.saliency(GRADUAL, **gradual),
-        "global_magnitude": lambda: prune.magnitude(GRADUAL, scope="global", **gradual),
-        "global_saliency": lambda: prune.saliency(GRADUAL, scope="global", **gradual),
+        "global_magnitude": lambda: relative(lambda seen: seen.x),
+        "global_saliency": lambda: relative(lambda seen: seen.x * seen.grad, needs_grads=True),
         "magnitude_ste": lambda: prune.ste(prune.magnitude(SPARSITY)),
         "random_ste": lambda: prune.ste(prune.random(SPARSITY, key)),
         "static_sparse": lambda: prune.random(SPARSITY, key),

@@ -7,7 +7,21 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.core import NonFiniteError, ShapeError, StateError
-from compress_jax.prune import fisher, grasp, magnitude, movement, nested, random, saliency, scored, snip, synflow
+from compress_jax.prune import (
+    Score,
+    fisher,
+    grasp,
+    magnitude,
+    masked,
+    movement,
+    nested,
+    normalized,
+    random,
+    saliency,
+    scored,
+    snip,
+    synflow,
+)
 
 SHAPE, N = (6, 8), 48
 STEPS = [tuple(np.random.default_rng((i, j)).normal(size=SHAPE) for j in range(2)) for i in range(4)]
@@ -194,3 +208,18 @@ def test_without_regrowth_a_mask_only_shrinks(regrow):
     state = c.init({"w": jnp.array([1.0, 2.0, 3.0, 4.0])})
     later = c.update({"w": jnp.array([9.0, 2.0, 3.0, 1.0])}, state, step=1)
     assert later.fixed["w"].tolist() == ([True, False, True, False] if regrow else [False, True, True, False])
+
+
+def test_scores_relative_to_their_leaf_do_not_depend_on_its_size():
+    params = {name: jnp.asarray(np.random.default_rng(i).normal(size=(7, 9)), jnp.float32) for i, name in enumerate("ab")}
+    scaled, plain = {**params, "b": 1024 * params["b"]}, Score(lambda seen: seen.x)
+
+    def masks(score, params):
+        return np.stack([mask for _, mask in sorted(masked(score, 0.5, scope="global").init(params).fixed.items())])
+
+    assert np.array_equal(masks(normalized(plain), params), masks(normalized(plain), scaled))
+    assert not np.array_equal(masks(plain, params), masks(plain, scaled))
+    relative = np.stack([np.abs(x, dtype=np.float64) / np.linalg.norm(x) for x in params.values()])
+    np.testing.assert_array_equal(
+        masks(normalized(plain), params), relative > np.sort(relative, None)[relative.size // 2 - 1]
+    )
