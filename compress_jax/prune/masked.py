@@ -55,7 +55,7 @@ class Score(NamedTuple):
 
 
 def normalized(score: Score) -> Score:
-    r"""Return a score that counts relative to its leaf: :math:`s / (\lVert s \rVert_2 + 10^{-8})`.
+    r"""Return a score that counts relative to its leaf: :math:`s / \lVert s \rVert_2`, and zero in a leaf of zeros.
 
     Within a leaf this changes nothing. With ``scope="global"`` leaves of large entries no longer outlive those of small ones
     for that alone. The norm is a sum, so masks may differ in the last bit of a score between shardings.
@@ -78,7 +78,9 @@ def normalized(score: Score) -> Score:
 
     def measure(seen: Seen) -> jax.Array:
         found = score.measure(seen).astype(jnp.float32)
-        return found * (1 / (jnp.sqrt(jnp.sum(found**2)) + 1e-8))
+        largest = jnp.maximum(jnp.abs(found).max(initial=0.0), jnp.finfo(jnp.float32).tiny)
+        found = found * (1 / largest)  # whose squares neither overflow nor vanish
+        return found * (1 / jnp.maximum(jnp.sqrt(jnp.sum(found**2)), 1.0))
 
     return score._replace(measure=measure)
 

@@ -212,7 +212,7 @@ def test_without_regrowth_a_mask_only_shrinks(regrow):
 
 def test_scores_relative_to_their_leaf_do_not_depend_on_its_size():
     params = {name: jnp.asarray(np.random.default_rng(i).normal(size=(7, 9)), jnp.float32) for i, name in enumerate("ab")}
-    scaled, plain = {**params, "b": 1024 * params["b"]}, Score(lambda seen: seen.x)
+    scaled, plain = {"a": 2.0**80 * params["a"], "b": 2.0**-80 * params["b"]}, Score(lambda seen: seen.x)
 
     def masks(score, params):
         return np.stack([mask for _, mask in sorted(masked(score, 0.5, scope="global").init(params).fixed.items())])
