@@ -22,9 +22,9 @@ compress-jax run configs/deep_compression.py --seed 3 --sparsity 0.925 --cluster
     seed 4: 45.0 times (23,713 bytes), float32 90.01 % (90.77 %), compressed 89.50 % (90.73 %)
     seed 5: 45.0 times (23,722 bytes), float32 89.85 % (90.55 %), compressed 89.86 % (90.52 %)
 
-so 0.18 points are lost on test in the mean, and 0.51 at seed 4; on validation 0.06 are gained. Before, 8 clusters at temperature
-4 were tried: 92 % pruned (47.8 times, 45 epochs) lost 0.29 on test at seed 0, 91.5 % (45.6 and 45.4 times, 60 and 120 epochs)
-0.24 and 0.28 at seeds 1 and 2; these were seen before the recipe was changed and seeds 3 to 5 were run.
+so 0.18 points are lost on test in the mean, and 0.51 at seed 4; on validation 0.06 are gained. Before, 8 clusters at
+temperature 4 were tried: 92 % pruned (47.8 times, 45 epochs) lost 0.29 on test at seed 0, 91.5 % (45.6 and 45.4 times, 60
+and 120 epochs) 0.24 and 0.28 at seeds 1 and 2; these were seen before the recipe was changed and seeds 3 to 5 were run.
 """
 
 import jax
