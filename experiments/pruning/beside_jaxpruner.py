@@ -55,10 +55,10 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
     """Return our counterpart of an algorithm of JaxPruner."""
     gradual: dict[str, Any] = {"every": EVERY}
 
-    def relative(
-        measure: Callable[[prune.Seen], jax.Array], **options: bool
-    ) -> cj.Compression:  # as JaxPruner's global ones
-        return prune.masked(prune.normalized(prune.Score(measure, **options)), GRADUAL, scope="global", **gradual)
+    def relative(measure: Callable[[prune.Seen], jax.Array], needs_grads: bool = False) -> cj.Compression:
+        """Return what JaxPruner's global pruners do."""
+        score = prune.normalized(prune.Score(measure, needs_grads=needs_grads))
+        return prune.masked(score, GRADUAL, scope="global", **gradual)
 
     methods: dict[str, Callable[[], cj.Compression]] = {
         "no_prune": cj.identity,
