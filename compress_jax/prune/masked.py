@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
-from compress_jax.core.errors import StateError
+from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.leafwise import check_finite, fold_path, leafwise, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
@@ -66,6 +66,9 @@ def normalized(score: Score) -> Score:
     Returns:
       The score, measured in the norm of each leaf's own.
 
+    Raises:
+      TypeError: if it is not a `Score`.
+
     Example:
       >>> params = {"small": jnp.array([0.1, 0.2]), "large": jnp.array([10.0, 30.0])}
       >>> c = masked(normalized(Score(lambda seen: seen.x)), 0.5, scope="global")
@@ -82,7 +85,7 @@ def normalized(score: Score) -> Score:
         found = found * (1 / largest)  # whose squares neither overflow nor vanish
         return found * (1 / jnp.maximum(jnp.sqrt(jnp.sum(found**2)), 1.0))
 
-    return score._replace(measure=measure)
+    return _is_score(score)._replace(measure=measure)
 
 
 def masked(
@@ -113,6 +116,8 @@ def masked(
 
     Raises:
       ValueError: for impossible arguments; in `update`, if the score needs gradients and there are none.
+      TypeError: if the score is not a `Score`.
+      ShapeError: in `init` and `update`, if a leaf's scores are not of its shape.
 
     Example:
       >>> oldest = Score(lambda seen: jnp.arange(seen.x.size, dtype=jnp.float32).reshape(seen.x.shape))
@@ -122,7 +127,22 @@ def masked(
     """
     if every < 1:
         raise ValueError(f"masks are chosen every 1 or more steps, got every={every}")
-    return _Masked(score, Target.of(sparsity, structure, scope), every).compression()
+    return _Masked(_is_score(score), Target.of(sparsity, structure, scope), every).compression()
+
+
+def _is_score(score: Any) -> Score:
+    """Return the argument if it is a `Score`: a bare function would fail far from here."""
+    if not isinstance(score, Score):
+        raise TypeError(f"a score is a prune.Score, got {score!r}; wrap a function of what is seen: prune.Score(fn)")
+    return score
+
+
+def _measured(score: Score, seen: Seen) -> jax.Array:
+    """Return the scores of a leaf: one for each entry, or its mask would broadcast."""
+    found = score.measure(seen)
+    if found.shape != seen.x.shape:
+        raise ShapeError(f"leaf {seen.path!r} of shape {seen.x.shape} was given scores of shape {found.shape}")
+    return found
 
 
 def see(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -224,7 +244,7 @@ class _Masked(NamedTuple):
         return self.state(seen, jax.lax.cond(now, lambda: self.masks(seen, step), lambda: old))
 
     def masks(self, seen: dict[str, Seen], step: Any) -> Masks:
-        scores = {path: self.score.measure(each) for path, each in seen.items()}
+        scores = {path: _measured(self.score, each) for path, each in seen.items()}
         return kept(scores, self.target, step, signed=self.score.signed)
 
     def state(self, seen: dict[str, Seen], masks: Masks) -> CompressionState:

@@ -96,17 +96,18 @@ def compressed(steps: int) -> cj.Compression:
     return cj.at("**/kernel", cj.chain(cj.every(20, prune), cj.every(20, grid)))
 
 
-def train_teacher(data: Data, split: dict[str, np.ndarray]) -> Any:
+def crops(data: Data) -> Any:
+    """Return the augmentation: a crop, padded by black, and a flip."""
     black = jnp.asarray(-data.mean / data.std)
+    return lambda key, batch: {**batch, "image": random_crop_flip(key, batch["image"], fill=black)}
 
-    def augment(key: jax.Array, batch: Any) -> Any:
-        return {**batch, "image": random_crop_flip(key, batch["image"], fill=black)}
 
-    schedule = optax.cosine_onecycle_schedule(TEACHER_STEPS, 0.2, pct_start=0.2)
+def train_teacher(data: Data, split: dict[str, np.ndarray], steps: int = TEACHER_STEPS) -> Any:
+    schedule = optax.cosine_onecycle_schedule(steps, 0.2, pct_start=0.2)
     optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True))
     state = create(TEACHER.init(jax.random.key(0), split["image"][:1]), cj.identity(), optimizer, jax.random.key(1))
-    step = jax.jit(make_step(supervised(TEACHER, augment=augment), optimizer, cj.identity()), donate_argnums=0)
-    return fit(step, state, batches(split, BATCH, seed=0), steps=TEACHER_STEPS, title="teacher").variables()
+    step = jax.jit(make_step(supervised(TEACHER, augment=crops(data)), optimizer, cj.identity()), donate_argnums=0)
+    return fit(step, state, batches(split, BATCH, seed=0), steps=steps, title="teacher").variables()
 
 
 def taught(variables: Any, split: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

