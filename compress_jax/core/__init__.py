@@ -5,6 +5,7 @@ from compress_jax.core.combine import at, between, every, rules
 from compress_jax.core.compression import Compression, CompressionState, identity
 from compress_jax.core.coverage import Coverage, Row, coverage
 from compress_jax.core.errors import (
+    ArgumentError,
     ArtifactError,
     CheckpointError,
     CompressError,
@@ -23,6 +24,7 @@ from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabl
 from compress_jax.core.straight_through import straight_through
 
 __all__ = [
+    "ArgumentError",
     "ArtifactError",
     "CheckpointError",
     "Clustered",

@@ -5,6 +5,10 @@ class CompressError(Exception):
     """Root of every error this library raises on purpose; catch it to catch them all."""
 
 
+class ArgumentError(CompressError, ValueError):
+    """An argument has the wrong type or a value that means nothing; the message names it and what is accepted."""
+
+
 class NoMatchError(CompressError):
     """A path pattern matched no leaf; the message lists the paths there are."""
 
