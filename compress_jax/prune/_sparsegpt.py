@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.compression import Compression, Params
-from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import Patterns
 from compress_jax.prune.amount import amount_exact
 from compress_jax.prune.groups_of_m import largest_of_each
-from compress_jax.prune.input_groups import input_order
-from compress_jax.prune.post_training import Leaf, Pruned, prune
+from compress_jax.prune.layer import Leaf, Method, Solution
+from compress_jax.prune.post_training import Pruned, prune
 from compress_jax.prune.select import magnitude_bits, smallest_by
 from compress_jax.prune.structures import NofM
 from compress_jax.prune.target import Sparsity
@@ -37,6 +36,7 @@ def sparsegpt(
     quantizer: Compression | None = None,
     damping: float = 0.01,
     block: int = 128,
+    held_out: Calibration | None = None,
 ) -> Pruned:
     r"""Prune a trained model in one shot so that the layers' outputs, not the weights, stay close.
 
@@ -51,6 +51,11 @@ def sparsegpt(
     once, every layer answers for the inputs it had before the others were pruned; to go layer by layer, as the paper does,
     calibrate and solve with one ``where`` after the other.
 
+    An input that was always zero counts as an average one, so that its weights are pruned by magnitude, as are those of
+    experts and branches that calibration did not reach: nothing is known of either, which is not to say that they do not
+    matter. A layer whose outputs come out no better than by pruning its smallest weights is pruned by magnitude. Notes say
+    where.
+
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
@@ -63,13 +68,15 @@ def sparsegpt(
       damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is raised tenfold, up to
         five times; a note says so.
       block: inputs whose masks are chosen together; of n:m groups, a matter of speed only.
+      held_out: statistics of other batches, by which layers are compared with pruning by magnitude; by default the
+        calibration's.
 
     Returns:
       ``Pruned``: exact under its own compression, masks and all.
 
     Raises:
       ConfigError: for a structure other than n:m, or a quantizer that cannot be used.
-      NonFiniteError: if calibration or weights are not finite, or no damping makes H positive definite.
+      NonFiniteError: if calibration or weights are not finite.
 
     Example:
       >>> from compress_jax.prune import magnitude
@@ -89,30 +96,31 @@ def sparsegpt(
       arXiv:2301.00774, algorithm 1; section 3.5 for joint quantization.
     """
 
-    def solve(leaf: Leaf) -> tuple[jax.Array, jax.Array, str]:
+    def solve(leaf: Leaf) -> Solution:
         return _leaf(leaf, damping, block)
 
-    return prune(params, calibration, sparsity, structure, where, quantizer, solve)
+    return prune(params, calibration, sparsity, structure, where, quantizer, Method(solve, "matrix", True), held_out)
 
 
-def _leaf(leaf: Leaf, damping: float, block: int) -> tuple[jax.Array, jax.Array, str]:
-    """Solve one leaf, raising the damping until its Hessians can be factored."""
+def _leaf(leaf: Leaf, damping: float, block: int) -> Solution:
+    """Solve one leaf, raising the damping of the matrices that cannot be factored; what remains is not solved."""
     form, m = leaf.problem.form, leaf.groups.m if leaf.groups else 1
     block = max(min(block, form.k + -form.k % m) // m, 1) * m
-    rows, note = input_order(form, leaf.groups, block)
-    plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.seen.see if leaf.seen else _as_it_is)
+    rows, note = leaf.rows(block)
+    plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.seen.see)
     counts = _counts(leaf, block, len(rows))
-    operands = leaf.seen.operands if leaf.seen else ()
+    solved = form.matrices(leaf.x.astype(jnp.float32))
+    masks, left, said = jnp.ones(solved.shape, bool), jnp.ones(len(solved), bool), [note] if note else []
     for attempt in range(TRIES):
         used = damping if attempt == 0 else max(damping, LEAST) * 10**attempt
-        x, mask, factored = _solve(leaf.x, operands, leaf.problem.gram, used, rows, counts, plan)
-        if bool(factored):
-            raised = f"damping was raised from {damping:g} to {used:g} to factor the Hessian" if attempt else ""
-            return x, mask, "; ".join(filter(None, (note, raised)))
-    raise NonFiniteError(
-        f"SparseGPT cannot solve {leaf.path!r}: its calibration statistics are not finite, or its Hessian is not positive "
-        f"definite even with damping {used:g}; look at the calibration batches, or raise `damping`"
-    )
+        new, mask, factored = _solve(leaf.x, leaf.seen.operands, leaf.problem.gram, used, rows, counts, plan)
+        done = (left & factored)[:, None, None]
+        solved, masks, left = jnp.where(done, new, solved), jnp.where(done, mask, masks), left & ~factored
+        if not left.any():
+            break
+    if attempt:
+        said.append(f"damping was raised from {damping:g} to {used:g} to factor the Hessian")
+    return Solution(form.stored(solved).astype(leaf.x.dtype), form.stored(masks), "; ".join(said), left)
 
 
 def _counts(leaf: Leaf, block: int, rows: int) -> np.ndarray:
@@ -121,10 +129,6 @@ def _counts(leaf: Leaf, block: int, rows: int) -> np.ndarray:
     outputs = leaf.x.size // (form.batch * form.groups * form.k)
     ends = [min(start, form.k) * outputs for start in range(0, rows + 1, block)]
     return np.diff([amount_exact(leaf.share, end) for end in ends]).astype(np.uint32)
-
-
-def _as_it_is(x: jax.Array) -> jax.Array:
-    return x
 
 
 class Plan(NamedTuple):
@@ -147,15 +151,14 @@ class Plan(NamedTuple):
 def _solve(
     x: jax.Array, operands: Sequence[jax.Array], gram: jax.Array, damping: Any, rows: Any, counts: Any, plan: Plan
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Solve all matrices of a leaf in turn; the leaf and its mask as they are stored, and whether all could be factored."""
+    """Solve all matrices of a leaf in turn; return them, their masks, and which could be factored."""
     form = plan.form
     every = form.matrices(x.astype(jnp.float32)), [form.matrices(each) for each in operands], gram
 
     def one(each: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         return _matrix(each[0], each[1], each[2], damping, rows, counts, plan)
 
-    solved, mask, factored = jax.lax.map(one, every)
-    return form.stored(solved).astype(x.dtype), form.stored(mask), factored.all()
+    return jax.lax.map(one, every)
 
 
 def _matrix(
@@ -163,10 +166,9 @@ def _matrix(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Solve one matrix ``[k, n]``; a Hessian that is not positive definite, or NaN, has no finite factor."""
     k = len(w)
-    hessian, dead = damped_hessian(_taken(_taken(gram, rows).T, rows), damping, k)
-    w = jnp.where(dead[:, None], 0.0, _taken(w, rows))  # inputs that are always zero: their weights do not matter
+    hessian, _ = damped_hessian(_taken(_taken(gram, rows).T, rows), damping, k)
     factor = upper_factor(hessian)
-    solved, mask = _blocks(w, [_taken(each, rows) for each in operands], factor, rows < k, counts, plan)
+    solved, mask = _blocks(_taken(w, rows), [_taken(each, rows) for each in operands], factor, rows < k, counts, plan)
     back = partial(jnp.zeros((k, w.shape[1])).at[rows].set, mode="drop", unique_indices=False)
     stored = jnp.zeros((k, w.shape[1]), bool).at[rows].set(mask, mode="drop")
     return back(solved), stored, jnp.isfinite(jnp.diagonal(factor)).all()

@@ -28,6 +28,7 @@ def adaround(
     weight: float = 1.0,
     warmup: float = 0.2,
     beta: tuple[float, float] = (20.0, 2.0),
+    held_out: Calibration | None = None,
 ) -> Solved:
     r"""Round every weight up or down, whichever keeps the layers' outputs close, by a continuous relaxation.
 
@@ -51,9 +52,12 @@ def adaround(
       weight: :math:`\lambda`.
       warmup: the share of steps without the second term.
       beta: the first and the last :math:`\beta`.
+      held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by
+        default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed.
+      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed. So are, with a
+      note, weights of inputs that were always zero, and experts and branches that calibration did not reach.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -81,7 +85,7 @@ def adaround(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats; strict callers may not
             return options(x, how.operands, problem.gram, problem.form, how.see), None
 
-    return layerwise(params, calibration, compression, state, solve)
+    return layerwise(params, calibration, compression, state, solve, held_out)
 
 
 @partial(jax.jit, static_argnames=("form", "see", "steps", "rate", "weight", "warmup", "beta"))
@@ -102,13 +106,14 @@ def _solve(
     low, high = neighbours(w, see, operands)
     gap = high - low
     share = jnp.where(gap > 0, (w - low) / jnp.where(gap > 0, gap, 1), 0.0)
-    unit = column_errors(nearest - w, gram).sum() / w.size
+    unit = column_errors(nearest - w, gram).mean(1) / form.k  # of each matrix, so that a stack is solved as its layers
+    unit = jnp.where(unit > 0, unit, 1.0)
 
     def loss(v: jax.Array, power: jax.Array, on: jax.Array) -> jax.Array:
         h = soft(v)
         even = jnp.abs(2 * h - 1)
         undecided = 1 - jnp.where(even > 0, even, 1e-6) ** power
-        error = column_errors(low + h * gap - w, gram).sum() / jnp.where(unit > 0, unit, 1.0)
+        error = (column_errors(low + h * gap - w, gram).sum(1) / unit).sum()
         return error + weight * on * jnp.where(gap > 0, undecided, 0.0).sum()
 
     optimizer = optax.adam(rate)

@@ -1,18 +1,18 @@
 """AWQ: scale up the weights that large activations meet before they are rounded, then search how far to clip."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, Params
-from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
-from compress_jax.quantize._clip import clipped_state
+from compress_jax.quantize._clip import clipped_state, output_errors, unseen
 from compress_jax.quantize.folding import Fold, folds
 from compress_jax.quantize.solved import Solved
-from compress_jax.quantize.solving import column_errors
-from compress_jax.trace import Calibration
+from compress_jax.trace import Calibration, evidence
 from compress_jax.trace.matrix import Problem, problems
 from compress_jax.trace.scaling import Part
 
@@ -76,9 +76,8 @@ def awq(
     tasks, reasons = problems(calibration, leaves)
     tasks = {path: task for path, task in tasks.items() if path in seen}
     skipped = {path: reasons.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
-    for path, task in tasks.items():
-        if not bool(jnp.isfinite(task.gram).all()):
-            raise NonFiniteError(f"the calibration statistics of {path!r} hold NaN or infinity; look at the batches")
+    for path, own in tasks.items():
+        evidence.check_finite(path, own)
     found, why = folds(fn, params, inputs, calibration.sites)
     found = [fold for fold in found if all(part.path in tasks for part in fold.consumers)]
     grid = [[_factors(fold, leaves, tasks, i / points) for fold in found] for i in range(points)]
@@ -94,28 +93,29 @@ def awq(
         tasks |= {
             part.path: _shrunk(tasks[part.path], fold, part, leaves, (ones, *grid)[best][i]) for part in fold.consumers
         }
+    notes = {path: "; ".join(filter(None, (note, unseen(path, tasks[path])))) for path, note in notes.items()}
     tree = rebuild(scaled)
     state = clipped_state(tree, compression, tasks) if clipped else compression.init(tree)
     return Solved(compression.view(tree, state), state, {**compression.skipped(params), **skipped}, notes)
 
 
-def _shrunk(task: Problem, fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any) -> Problem:
-    """Return the problem of a kernel whose rows have grown: its inputs have shrunk as much."""
-    grown = fold.scaling.spread(part, leaves[part.path].ndim, factors)
-    rows = task.form.matrices(jnp.broadcast_to(grown, leaves[part.path].shape))[..., 0]
-    return Problem(task.form, task.gram / (rows[:, :, None] * rows[:, None, :]))
+def _shrunk(own: Sequence[Problem], fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any) -> tuple[Problem, ...]:
+    """Return the problems of a kernel whose rows have grown: its inputs have shrunk as much."""
+    grown = jnp.broadcast_to(fold.scaling.spread(part, leaves[part.path].ndim, factors), leaves[part.path].shape)
+    shrunk = []
+    for task in own:
+        rows = task.form.matrices(task.box.take(grown))[..., 0]
+        shrunk.append(replace(task, gram=task.gram / (rows[:, :, None] * rows[:, None, :])))
+    return tuple(shrunk)
 
 
-def _factors(fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Problem], r: float) -> Any:
+def _factors(fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Sequence[Problem]], r: float) -> Any:
     """Return the factors of a fold for one r, ``[*stack, size]``."""
     inputs, weights = [], []
     for part in fold.consumers:
-        form, gram = tasks[part.path].form, tasks[part.path].gram
-        w = jnp.abs(form.matrices(leaves[part.path].astype(jnp.float32)))
-        squares = jnp.broadcast_to(jnp.diagonal(gram, axis1=1, axis2=2)[..., None], w.shape)
-        inputs.append(fold.scaling.mean(part, form.stored(squares)))
-        largest = w.max(1, keepdims=True)
-        weights.append(fold.scaling.mean(part, form.stored(w / jnp.where(largest > 0, largest, 1))))
+        squares, sizes = _squares_and_sizes(leaves[part.path].astype(jnp.float32), tasks[part.path])
+        inputs.append(fold.scaling.mean(part, squares))
+        weights.append(fold.scaling.mean(part, sizes))
     x, w = (jnp.stack(each).mean(0) for each in (inputs, weights))
     s = jnp.sqrt(x) ** r / (w ** (1 - r) + EPSILON)
     live = (x > 0) & (s > 0)
@@ -124,12 +124,24 @@ def _factors(fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Problem]
     return fold.factors(jnp.where(live, s, 1.0))
 
 
+def _squares_and_sizes(x: jax.Array, own: Sequence[Problem]) -> tuple[jax.Array, jax.Array]:
+    """Return for every weight the mean square of its input, and its size as a share of its column's largest; 0 if unused."""
+    squares, sizes = jnp.zeros_like(x), jnp.zeros_like(x)
+    for task in own:
+        w = jnp.abs(task.form.matrices(task.box.take(x)))
+        seen = jnp.broadcast_to(jnp.diagonal(task.gram, axis1=1, axis2=2)[..., None], w.shape)
+        largest = w.max(1, keepdims=True)
+        squares = task.box.put(squares, task.form.stored(seen))
+        sizes = task.box.put(sizes, task.form.stored(w / jnp.where(largest > 0, largest, 1)))
+    return squares, sizes
+
+
 def _errors(
     rebuild: Callable[..., Any],
     compression: Compression,
     found: list[Fold],
     leaves: Mapping[str, Any],
-    tasks: Mapping[str, Problem],
+    tasks: Mapping[str, Sequence[Problem]],
     factors: list[Any],
 ) -> list[Any]:
     """Return the output error of every fold's kernels if all folds are scaled, seen in the scale they had."""
@@ -145,6 +157,6 @@ def _errors(
 
     def error(path: str) -> Any:
         delta = viewed[path].astype(jnp.float32) / grown[path].astype(jnp.float32) - leaves[path].astype(jnp.float32)
-        return column_errors(tasks[path].form.matrices(delta), tasks[path].gram).sum()
+        return jnp.stack([each.sum() for each in output_errors(delta, tasks[path])]).sum()
 
     return [jnp.stack([error(part.path) for part in fold.consumers]).sum() for fold in found]

@@ -1,6 +1,7 @@
 """Bias correction: take the mean of the error that compression makes out of every layer's outputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,11 +9,14 @@ import jax.numpy as jnp
 from compress_jax.core.compression import Params
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
-from compress_jax.quantize.solving import stored
+from compress_jax.quantize.solving import fed
 from compress_jax.trace import Calibration
 from compress_jax.trace._calibrate import require
 from compress_jax.trace.biases import biases
 from compress_jax.trace.channel_statistics import Moments
+from compress_jax.trace.matrix import why_not
+from compress_jax.trace.met import met, summed_axes
+from compress_jax.trace.reducer import aligned
 from compress_jax.trace.site import Site
 
 
@@ -23,11 +27,13 @@ class Corrected(NamedTuple):
       params: plain arrays.
       corrected: ``{path of a bias: path of the kernel whose error it takes up}``.
       skipped: ``{path of a kernel: why no bias takes up its error}``.
+      notes: ``{path of a kernel: what was out of the ordinary}``.
     """
 
     params: Params
     corrected: dict[str, str]
     skipped: dict[str, str]
+    notes: Mapping[str, str] = MappingProxyType({})
 
 
 def correct_bias(
@@ -75,33 +81,42 @@ def correct_bias(
     added = biases(fn, params, *inputs)
     corrected: dict[str, str] = {}
     skipped: dict[str, str] = {}
-    for name, site in calibration.sites.items():
-        if site.param is None or site.param not in leaves:
-            continue
-        bias, shift = added.get(name), None
+    notes: dict[str, str] = {}
+    for site, seen in fed(calibration, leaves):
+        kernels = [path for path in dict.fromkeys((str(site.param), *site.also)) if path in leaves]
+        bias, shift = added.get(site.name), None
         why = "no parameter is added to what it gives" if bias is None else None
         if bias is not None and bias in corrected:
             why = f"its bias {bias!r} already takes up the error of {corrected[bias]!r}"
         elif bias is not None:
-            shift, why = _shift(
-                site, leaves[bias].shape, before[site.param] - leaves[site.param], calibration[name]["input"]
-            )
+            lost = before[kernels[0]] - leaves[kernels[0]]
+            shift, why = _shift(site, leaves[bias].shape, lost, seen)
         if bias is None or shift is None:
-            skipped[site.param] = why or ""
+            skipped |= dict.fromkeys(kernels, why or "")
             continue
         leaves[bias] = (leaves[bias].astype(jnp.float32) + shift).astype(leaves[bias].dtype)
-        corrected[bias] = site.param
-    return Corrected(rebuild(leaves), corrected, skipped)
+        corrected[bias] = kernels[0]
+        notes |= {kernels[0]: why} if why else {}
+    return Corrected(rebuild(leaves), corrected, skipped, notes)
 
 
-def _shift(site: Site, shape: tuple[int, ...], lost: Any, seen: Any) -> tuple[Any, str | None]:
-    """Return what a bias of this shape has to take up, or why it cannot."""
-    means = stored(site, lost.shape, seen.mean, jnp.mean)
-    if means is None:
-        return None, "the channels of what it is fed are not those of its axes"
+def _shift(site: Site, shape: tuple[int, ...], lost: Any, seen: Moments) -> tuple[Any, str | None]:
+    """Return what a bias of this shape has to take up, and a note; or None and why it cannot."""
+    if reason := why_not(site):
+        return None, reason
+    if len(site.pieces) != 1:
+        return None, "several parameters are joined in its product, and one bias is added to all of them"
+    never = seen.count == 0
+    if bool(never.all()):
+        return None, "calibration never reached it"
+    answer = met(site, site.pieces[0], jnp.where(aligned(never, seen.mean), 0.0, seen.mean), jnp.mean)
+    if isinstance(answer, str):
+        return None, answer
+    box, form, means = answer
     if not bool(jnp.isfinite(means).all()):
         raise NonFiniteError(f"the means of what {site.param!r} is fed are not finite; look at the calibration batches")
-    shift = (lost.astype(jnp.float32) * means).sum(site.param_axes)
-    if shift.shape != shape:
+    weighed = form.stored(form.matrices(box.take(lost.astype(jnp.float32))) * means[..., None])
+    shift = weighed.sum(summed_axes(form))
+    if [n for n in shift.shape if n != 1] != [n for n in shape if n != 1]:
         return None, f"its bias has shape {shape}, its outputs {shift.shape}"
-    return shift, None
+    return shift.reshape(shape), "some turns of its loop never ran: not corrected for them" if bool(never.any()) else None

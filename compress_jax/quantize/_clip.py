@@ -1,6 +1,6 @@
 """Clip weights before their scales are derived, as far as it lowers the error of the layers' outputs."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
-from compress_jax.quantize.solving import column_errors
-from compress_jax.trace import Calibration
-from compress_jax.trace.matrix import Problem, problems
+from compress_jax.trace import Calibration, evidence
+from compress_jax.trace.matrix import Problem, column_errors, problems
 
 FAR = 3e38
 RATIOS = tuple(1 - 0.05 * i for i in range(11))
@@ -23,7 +22,9 @@ def clip(params: Params, calibration: Calibration, compression: Compression, rat
     All weights are clipped to :math:`r` times the first and last level they could be rounded to, and the compression derives
     its scales anew. Of all r, each column of weights takes the one with the least :math:`\delta^\top G \delta`, G being the
     mean of :math:`x x^\top`; a leaf for which one r for all of it does better (a scale for the whole tensor) takes that.
-    Never worse than not clipping. The state serves any other solver: ``gptq(params, seen, c, clip(params, seen, c).state)``.
+    Never worse than not clipping. An input that was always zero counts as an average one, and a matrix that calibration did
+    not reach (an expert without tokens) is not clipped: notes say where. The state serves any other solver:
+    ``gptq(params, seen, c, clip(params, seen, c).state)``.
 
     Args:
       params: tree of arrays.
@@ -49,8 +50,16 @@ def clip(params: Params, calibration: Calibration, compression: Compression, rat
     seen = compression.pointwise(params, compression.init(params))
     tasks, skipped = problems(calibration, flatten(params)[0])
     skipped = {path: skipped.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
-    state = clipped_state(params, compression, {path: task for path, task in tasks.items() if path in seen}, ratios)
-    return Solved(compression.view(params, state), state, {**compression.skipped(params), **skipped}, {})
+    tasks = {path: own for path, own in tasks.items() if path in seen}
+    state = clipped_state(params, compression, tasks, ratios)
+    notes = {path: said for path, own in tasks.items() if (said := unseen(path, own))}
+    return Solved(compression.view(params, state), state, {**compression.skipped(params), **skipped}, notes)
+
+
+def unseen(path: str, tasks: Sequence[Problem]) -> str:
+    """Say what calibration does not know of a leaf whose range is chosen by its outputs; empty if all was seen."""
+    said = [note for task in tasks for note in evidence.notes(task, path, "taken for average ones")]
+    return "; ".join([*said, *evidence.asides(tasks, "taken for average ones")])
 
 
 def _ends(see: Any, x: jax.Array, operands: Any) -> tuple[jax.Array, jax.Array]:
@@ -59,7 +68,7 @@ def _ends(see: Any, x: jax.Array, operands: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def clipped_state(
-    params: Params, compression: Compression, tasks: Mapping[str, Problem], ratios: tuple[float, ...] = RATIOS
+    params: Params, compression: Compression, tasks: Mapping[str, Sequence[Problem]], ratios: tuple[float, ...] = RATIOS
 ) -> CompressionState:
     """Return the state of the compression on weights clipped as is best; under it the weights as they are round likewise.
 
@@ -83,19 +92,28 @@ def clipped_state(
         ends = {path: [(end * by[path]).astype(leaves[path].dtype) for end in bounds[path]] for path in by}
         return rebuild({**leaves, **{path: jnp.clip(leaves[path], *ends[path]) for path in by}})
 
-    def errors(by: Mapping[str, Any]) -> dict[str, jax.Array]:
+    def errors(by: Mapping[str, Any]) -> dict[str, list[jax.Array]]:
         viewed = flatten(compression.view(params, compression.init(cut(by))))[0]
-        matrices = {path: tasks[path].form.matrices for path in by}
-        delta = {path: matrices[path]((viewed[path] - leaves[path]).astype(jnp.float32)) for path in by}
-        return {path: column_errors(delta[path], tasks[path].gram) for path in by}
+        return {path: output_errors((viewed[path] - leaves[path]).astype(jnp.float32), tasks[path]) for path in by}
 
     tried = [errors(dict.fromkeys(tasks, ratio)) for ratio in ratios]
     columns, whole = {}, {}
-    for path, task in tasks.items():
-        table = jnp.stack([each[path] for each in tried])
-        own = jnp.asarray(ratios, jnp.float32)[table.argmin(0)][:, None]
-        columns[path] = task.form.stored(jnp.broadcast_to(own, task.form.matrices(leaves[path]).shape))
-        whole[path] = jnp.full(leaves[path].shape, ratios[int(table.sum((1, 2)).argmin())], jnp.float32)
-    totals = [{path: float(each.sum()) for path, each in errors(by).items()} for by in (columns, whole)]
+    plain = min(range(len(ratios)), key=lambda i: abs(1 - ratios[i]))
+    for path, own in tasks.items():
+        columns[path] = jnp.full(leaves[path].shape, ratios[plain], jnp.float32)
+        for i, task in enumerate(own):
+            table = jnp.stack([each[path][i] for each in tried])
+            best = jnp.where(task.dead.all(1)[:, None], plain, table.argmin(0))
+            chosen = jnp.asarray(ratios, jnp.float32)[best][:, None]
+            parts = jnp.broadcast_to(chosen, (*task.gram.shape[:2], chosen.shape[-1]))
+            columns[path] = task.box.put(columns[path], task.form.stored(parts))
+        total = sum(jnp.stack([each[path][i] for each in tried]).sum((1, 2)) for i in range(len(own)))
+        whole[path] = jnp.full(leaves[path].shape, ratios[int(jnp.argmin(total))], jnp.float32)
+    totals = [{path: sum(float(x.sum()) for x in each) for path, each in errors(by).items()} for by in (columns, whole)]
     best = {path: columns[path] if totals[0][path] <= totals[1][path] else whole[path] for path in tasks}
     return compression.init(cut(best))
+
+
+def output_errors(delta: jax.Array, tasks: Sequence[Problem]) -> list[jax.Array]:
+    """Return the output errors of a leaf's columns, problem by problem; inputs that were never seen count as average."""
+    return [column_errors(task.form.matrices(task.box.take(delta)), task.filled) for task in tasks]

@@ -6,12 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
-from compress_jax.core.errors import NonFiniteError
 from compress_jax.quantize.solved import Solved
 from compress_jax.quantize.solving import HIGHEST, layerwise
 from compress_jax.trace import Calibration
+from compress_jax.trace.evidence import listed
 from compress_jax.trace.factor import upper_factor
 from compress_jax.trace.matrix import MatrixForm, Problem
 
@@ -28,6 +29,7 @@ def gptq(
     damping: float = 0.01,
     block: int = 128,
     act_order: bool = False,
+    held_out: Calibration | None = None,
 ) -> Solved:
     r"""Round weights so that the layers' outputs, not the weights, stay close, by second-order error compensation.
 
@@ -49,12 +51,16 @@ def gptq(
         five times; a note says so.
       block: inputs after which the error is carried to all that are left.
       act_order: take inputs in the order of falling H's diagonal.
+      held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by
+        default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed.
+      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed. So are, with a
+      note, weights of inputs that were always zero, experts and branches that calibration did not reach, and layers that are
+      not solved better.
 
     Raises:
-      NonFiniteError: if calibration or weights are not finite, or no damping makes H positive definite.
+      NonFiniteError: if calibration or weights are not finite.
 
     Example:
       >>> from compress_jax.quantize import output_error, uniform
@@ -75,26 +81,30 @@ def gptq(
     """
 
     def solve(path: str, x: jax.Array, how: Pointwise, problem: Problem) -> tuple[jax.Array, str | None]:
-        new, used = _leaf(path, x, how, problem, damping, block, act_order)
-        raised = f"damping was raised from {damping:g} to {used:g} to factor the Hessian"
-        return new, raised if used != damping else None
+        return _leaf(problem.names(path), x, how, problem, damping, block, act_order)
 
-    return layerwise(params, calibration, compression, state, solve)
+    return layerwise(params, calibration, compression, state, solve, held_out)
 
 
 def _leaf(
-    path: str, x: jax.Array, how: Pointwise, problem: Problem, damping: float, block: int, act_order: bool
-) -> tuple[jax.Array, float]:
-    """Solve one leaf, raising the damping until its Hessians can be factored."""
+    names: list[str], x: jax.Array, how: Pointwise, problem: Problem, damping: float, block: int, act_order: bool
+) -> tuple[jax.Array, str | None]:
+    """Solve one leaf, raising the damping of the matrices that cannot be factored; what remains is not solved."""
+    form = problem.form
+    solved = form.matrices(x.astype(jnp.float32))
+    left, said = jnp.ones(len(solved), bool), []
     for attempt in range(TRIES):
         used = damping if attempt == 0 else max(damping, LEAST) * 10**attempt
-        solved, factored = _solve(x, how.operands, problem.gram, used, problem.form, how.see, block, act_order)
-        if bool(factored):
-            return solved, used
-    raise NonFiniteError(
-        f"GPTQ cannot solve {path!r}: its weights or calibration statistics are not finite, or its Hessian is not positive "
-        f"definite even with damping {used:g}; look at the calibration batches, or raise `damping`"
-    )
+        new, factored = _solve(x, how.operands, problem.gram, used, form, how.see, block, act_order)
+        solved, left = jnp.where((left & factored)[:, None, None], new, solved), left & ~factored
+        if not left.any():
+            break
+    failed = np.flatnonzero(left)
+    if attempt:
+        said.append(f"damping was raised from {damping:g} to {used:g} to factor the Hessian")
+    if len(failed):
+        said.append("no damping makes the Hessian positive definite of " + listed([names[i] for i in failed]))
+    return form.stored(solved).astype(x.dtype), "; ".join(said) or None
 
 
 @partial(jax.jit, static_argnames=("form", "see", "block", "act_order"))
@@ -108,7 +118,7 @@ def _solve(
     block: int,
     act_order: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Solve all matrices of a leaf, one after the other; the leaf as it is stored, and whether all could be factored."""
+    """Solve all matrices of a leaf, one after the other; return them, and which could be factored."""
 
     def one(each: Any) -> tuple[jax.Array, jax.Array]:
         w, seen_with, moment = each
@@ -116,10 +126,8 @@ def _solve(
 
     every = form.matrices(x.astype(jnp.float32)), [form.matrices(each) for each in operands], gram
     if len(gram) == 1:
-        solved, factored = jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], every)))
-    else:
-        solved, factored = jax.lax.map(one, every)
-    return form.stored(solved).astype(x.dtype), factored.all()
+        return jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], every)))
+    return jax.lax.map(one, every)
 
 
 def _matrix(
@@ -127,8 +135,7 @@ def _matrix(
 ) -> tuple[jax.Array, jax.Array]:
     """Solve one matrix ``[k, n]``; a Hessian that is not positive definite, or NaN, has no finite factor."""
     diagonal = 2 * jnp.diagonal(gram)
-    dead = diagonal == 0  # inputs that are always zero: their weights do not matter
-    w = jnp.where(dead[:, None], 0.0, w)
+    dead = diagonal == 0  # inputs that were always zero: nothing makes up for them, so they are rounded to nearest
     hessian = _plus_diagonal(2 * gram, jnp.where(dead, 1.0, damping * diagonal.mean()))
     if not act_order:
         factor = upper_factor(hessian)

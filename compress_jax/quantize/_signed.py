@@ -22,6 +22,7 @@ def signed(
     *,
     steps: int = 200,
     rate: float | None = None,
+    held_out: Calibration | None = None,
 ) -> Solved:
     r"""Shift weights by less than half a step before they are rounded, by the sign of the output error's gradient.
 
@@ -41,9 +42,12 @@ def signed(
       state: its state; by default ``compression.init(params)``.
       steps: of the descent.
       rate: the first :math:`\eta`; by default ``1 / steps``, with which V can just reach 1/2.
+      held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by
+        default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed.
+      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed. So are, with a
+      note, weights of inputs that were always zero, and experts and branches that calibration did not reach.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -68,7 +72,7 @@ def signed(
     def solve(path: str, x: jax.Array, how: Pointwise, problem: Problem) -> tuple[jax.Array, None]:
         return _solve(x, how.operands, problem.gram, problem.form, how.see, steps, rate or 1 / steps), None
 
-    return layerwise(params, calibration, compression, state, solve)
+    return layerwise(params, calibration, compression, state, solve, held_out)
 
 
 @partial(jax.jit, static_argnames=("form", "see", "steps", "rate"))

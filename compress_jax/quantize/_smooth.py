@@ -10,9 +10,11 @@ from compress_jax.core.compression import Params
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.folding import Fold, Folded, folds
-from compress_jax.quantize.solving import fed, stored
+from compress_jax.quantize.solving import fed
 from compress_jax.trace import Calibration
 from compress_jax.trace._calibrate import require
+from compress_jax.trace.matrix import why_not
+from compress_jax.trace.met import beside, met
 
 FLOOR = 1e-5
 
@@ -63,16 +65,17 @@ def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *in
     leaves, rebuild = flatten(params)
     require(calibration, jax.Array, 'reducers.absmax("channel")')
     found, skipped = folds(fn, params, inputs, calibration.sites)
-    ranges = _ranges(calibration, leaves)
+    ranges, unplaced, notes = _ranges(calibration, leaves)
     folded: dict[str, tuple[str, ...]] = {}
     for fold in found:
         paths = [part.path for part in fold.consumers]
         if missing := [path for path in paths if path not in ranges]:
-            skipped |= dict.fromkeys(paths, f"the channels of what {missing[0]} is fed are not those of its axes")
+            why = unplaced.get(missing[0], "no calibrated site uses it")
+            skipped |= dict.fromkeys(paths, f"what {missing[0]} is fed cannot be told: {why}")
             continue
         leaves |= fold.scaling.apply(leaves, fold.factors(_balance(fold, leaves, ranges, strength)))
         folded |= dict.fromkeys(paths, fold.makers)
-    return Folded(rebuild(leaves), folded, skipped)
+    return Folded(rebuild(leaves), folded, skipped, {path: note for path, note in notes.items() if path in folded})
 
 
 def _balance(fold: Fold, leaves: dict[str, Any], ranges: dict[str, Any], strength: float) -> Any:
@@ -85,14 +88,27 @@ def _balance(fold: Fold, leaves: dict[str, Any], ranges: dict[str, Any], strengt
     return jnp.where((inputs == 0) | (weights == 0), 1.0, jnp.maximum(factors, FLOOR))
 
 
-def _ranges(calibration: Calibration, leaves: dict[str, Any]) -> dict[str, Any]:
-    """Return the largest magnitude of what every kernel's rows meet, in a shape that broadcasts against the kernel."""
+def _ranges(calibration: Calibration, leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+    """Return the largest magnitude of what every kernel's entries meet, in a shape that broadcasts against the kernel.
+
+    Beside it why some have none, and what calibration never saw: the channels there are not scaled.
+    """
     ranges: dict[str, Any] = {}
-    for path, site, largest in fed(calibration, leaves):
+    unplaced: dict[str, str] = {}
+    unseen: dict[str, int] = {}
+    for site, largest in fed(calibration, leaves):
         seen = jnp.where(jnp.isnan(largest), 0, largest) if site.conditional else largest  # a branch may not have run
         if not bool(jnp.isfinite(seen).all()):
-            raise NonFiniteError(f"the ranges of what {path!r} is fed are not finite; look at the calibration batches")
-        placed = stored(site, leaves[path].shape, seen, jnp.max)
-        if placed is not None:
+            raise NonFiniteError(f"the ranges of what {site.param!r} is fed are not finite; look at the calibration batches")
+        if reason := why_not(site):
+            unplaced |= dict.fromkeys((str(site.param), *site.also), reason)
+        for piece in site.pieces:
+            answer = met(site, piece, seen, jnp.max)
+            if isinstance(answer, str):
+                unplaced[piece.path] = answer
+                continue
+            placed, path = beside(*answer), piece.path
             ranges[path] = jnp.maximum(ranges[path], placed) if path in ranges else placed
-    return ranges
+            unseen[path] = unseen.get(path, 0) + int((answer[2] == 0).sum())
+    notes = {path: f"inputs that were always zero, {n}: not scaled" for path, n in unseen.items() if n}
+    return {path: x for path, x in ranges.items() if path not in unplaced}, unplaced, notes

@@ -1,6 +1,7 @@
 """Which scalings may be folded so that a kernel's inputs grow or shrink: who takes them in, who makes up for it."""
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +18,13 @@ class Folded(NamedTuple):
       params: plain arrays; the function they give is the one it was.
       folded: ``{path of a kernel whose inputs were scaled: the parameters that make up for it}``.
       skipped: ``{path: why its inputs cannot be scaled}``.
+      notes: ``{path: what was out of the ordinary}``, such as channels that calibration never saw.
     """
 
     params: Params
     folded: dict[str, tuple[str, ...]]
     skipped: dict[str, str]
+    notes: Mapping[str, str] = MappingProxyType({})
 
 
 class Fold(NamedTuple):

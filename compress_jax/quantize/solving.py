@@ -1,21 +1,26 @@
 """What the layer-wise solvers share: the loop over leaves, the two levels around a weight, the better of two roundings."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
-from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
-from compress_jax.trace import Calibration
-from compress_jax.trace.matrix import Problem, problems
-from compress_jax.trace.site import Shape, Site
+from compress_jax.trace import Calibration, evidence
+from compress_jax.trace.evidence import unit
+from compress_jax.trace.matrix import MatrixForm, Problem, column_errors, problems
+from compress_jax.trace.site import Site
 
 HIGHEST = jax.lax.Precision.HIGHEST
 RUNGS, RATIO = 48, 1.5  # of the ladder on which the next level is searched: from 2e-9 of the largest magnitude to it
+
+
+Solve = Callable[[str, jax.Array, Pointwise, Problem], tuple[jax.Array, str | None]]
 
 
 def layerwise(
@@ -23,16 +28,24 @@ def layerwise(
     calibration: Calibration,
     compression: Compression,
     state: CompressionState | None,
-    solve: Callable[[str, jax.Array, Pointwise, Problem], tuple[jax.Array, str | None]],
+    solve: Solve,
+    held_out: Calibration | None = None,
 ) -> Solved:
     """Solve every leaf that a compression sees entry by entry and that is calibrated; list the others.
+
+    A leaf is solved in as many problems as it has: as a whole, or slice by slice where constant indices pick slices of it.
+    A matrix (each layer of a stack by itself) whose solution errs no less than rounding to nearest keeps the latter, and so
+    do weights that calibration says nothing about: those of inputs that were always zero, of experts or branches that were
+    never reached.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
       state: its state; by default ``compression.init(params)``.
-      solve: ``(path, leaf, how it is seen, what it is fed) -> (new leaf, a note or None)``.
+      solve: ``(path, array, how it is seen, what it is fed) -> (new array, a note or None)``.
+      held_out: statistics of other batches, by which solutions are compared with rounding to nearest; by default those of
+        the calibration itself.
 
     Returns:
       ``Solved``: exact under the compression.
@@ -40,25 +53,52 @@ def layerwise(
     state = compression.init(params) if state is None else state
     leaves, rebuild = flatten(params)
     tasks, skipped = problems(calibration, leaves)
+    judges = problems(held_out, leaves)[0] if held_out is not None else {}
     notes: dict[str, str] = {}
     new = dict(leaves)
     for path, how in compression.pointwise(params, state).items():
         if path not in tasks:
             skipped.setdefault(path, "no calibrated site uses it")
             continue
-        if not bool(_finite(tasks[path].gram)):
-            raise NonFiniteError(
-                f"the calibration statistics of {path!r} hold NaN or infinity; look at the calibration batches"
-            )
-        new[path], note = solve(path, leaves[path], how, tasks[path])
-        if note:
-            notes[path] = note
+        evidence.check_finite(path, (*tasks[path], *judges.get(path, ())))
+        said: list[str] = []
+        for problem in tasks[path]:
+            part, operands = problem.box.take(leaves[path]), [problem.box.take(x) for x in how.operands]
+            own = replace(problem, gram=unit(problem.gram))
+            solved, note = solve(path, part, Pointwise(how.see, tuple(operands)), own)
+            judge = evidence.judge(problem, judges.get(path, ()))
+            kept, won, same = _better_matrices(part, operands, solved, own.gram, judge, problem.form, how.see)
+            new[path] = problem.box.put(new[path], kept)
+            said += [note] if note else []
+            said += evidence.notes(problem, path, "rounded to nearest")
+            lost = evidence.not_better(problem.names(path), won, same)
+            said += [f"{lost}: rounded to nearest"] if lost else []
+        said += evidence.asides(tasks[path], "rounded to nearest")
+        if left := evidence.unused(tasks[path]):
+            skipped[path] = f"only a part of the parameter is used, and solved; {left} of its entries are rounded to nearest"
+        notes |= {path: "; ".join(dict.fromkeys(said))} if said else {}
     return Solved(compression.view(rebuild(new), state), state, {**compression.skipped(params), **skipped}, notes)
 
 
-@jax.jit
-def _finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
+@partial(jax.jit, static_argnames=("form", "see"))
+def _better_matrices(
+    x: jax.Array,
+    operands: Sequence[jax.Array],
+    solved: jax.Array,
+    gram: jax.Array,
+    judge: jax.Array,
+    form: MatrixForm,
+    see: Callable[..., Any],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the array rounded to nearest where that is no worse; which are, and which are alike."""
+    w, new = (form.matrices(each.astype(jnp.float32)) for each in (x, solved))
+    nearest = see(w, *(form.matrices(each) for each in operands)).astype(x.dtype).astype(jnp.float32)
+    dead = jnp.diagonal(gram, axis1=1, axis2=2) == 0
+    new = jnp.where(dead[:, :, None], nearest, new)
+    errors = [column_errors(each - w, judge).sum(1) for each in (new, nearest)]
+    won = errors[0] < errors[1]
+    kept = form.stored(jnp.where(won[:, None, None], new, nearest))
+    return kept.astype(x.dtype), won, (new == nearest).all((1, 2))
 
 
 def neighbours(w: jax.Array, see: Callable[..., Any], operands: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -95,50 +135,14 @@ def neighbours(w: jax.Array, see: Callable[..., Any], operands: Sequence[jax.Arr
     return jnp.minimum(nearest, other), jnp.maximum(nearest, other)
 
 
-def column_errors(delta: jax.Array, gram: jax.Array) -> jax.Array:
-    r"""Return the output error of every column of weights, :math:`\delta^\top G \delta`: ``[batch, k, n] -> [batch, n]``."""
-    fed = jnp.einsum("bkl,bln->bkn", gram, delta, precision=HIGHEST)
-    return (fed * delta).sum(1)
-
-
 def better(w: jax.Array, gram: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
     """Return, column by column, whichever rounding of weights has the lower output error; the first if they tie."""
     errors = [column_errors(q - w, gram) for q in (first, second)]
     return jnp.where((errors[1] < errors[0])[:, None], second, first)
 
 
-def fed(calibration: Calibration, leaves: Mapping[str, Any]) -> Iterator[tuple[str, Site, Any]]:
-    """Yield ``(path, site, statistics of its input)`` of every calibrated site that a parameter feeds."""
+def fed(calibration: Calibration, leaves: Mapping[str, Any]) -> Iterator[tuple[Site, Any]]:
+    """Yield ``(site, statistics of its input)`` of every calibrated site that a parameter feeds."""
     for name, site in calibration.sites.items():
         if site.param is not None and site.param in leaves:
-            yield site.param, site, calibration[name]["input"]
-
-
-def stored(site: Site, shape: Shape, channels: jax.Array, fold: Callable[..., jax.Array]) -> jax.Array | None:
-    """Return a statistic of the input's channels where the parameter that meets them has them, axes of size 1 elsewhere.
-
-    Args:
-      site: where the parameter is used.
-      shape: of the parameter.
-      channels: ``[*loops, *batch, channels]``, as the reducers of channels keep it.
-      fold: ``(x, axes) -> x`` over loops that do not run along the parameter, such as ``jnp.max``.
-
-    Returns:
-      An array that broadcasts against the parameter; None if its axes were mixed by a reshape.
-    """
-    if site.param_axes is None or site.batch_axes is None or None in site.stack_loops or site.groups > 1:
-        return None
-    added = tuple(loop for loop in range(len(site.loops)) if loop not in site.stack_loops)
-    channels = fold(channels, added) if added else channels
-    summed = site.param_axes
-    if site.kind == "conv":
-        contracting = site.contracting[1]
-        into = site.params["dimension_numbers"].rhs_spec[1]
-        if len(summed) != len(contracting):
-            return None
-        summed = (summed[contracting.index(into)],)
-    stacked = [axis for _, axis in sorted(zip(site.stack_loops, site.stack_axes, strict=True))]
-    axes = [*stacked, *site.batch_axes, *summed]
-    x = channels.reshape([shape[axis] for axis in axes])
-    order = sorted(range(len(axes)), key=axes.__getitem__)
-    return jnp.transpose(x, order).reshape([n if axis in axes else 1 for axis, n in enumerate(shape)])
+            yield site, calibration[name]["input"]

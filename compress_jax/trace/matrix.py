@@ -1,25 +1,30 @@
-"""A stored parameter as the matrices that its site multiplies by: what the layer-wise solvers work on."""
+"""Stored parameters as the matrices that their sites multiply by: what the layer-wise solvers work on."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from compress_jax.trace._calibrate import require
 from compress_jax.trace._gram import Gram
+from compress_jax.trace.box import Box, placed
 from compress_jax.trace.site import Axes, Shape, Site
+from compress_jax.trace.strided import Piece
+
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class MatrixForm:
-    """How a stored parameter becomes ``[batch, k, n]``: k entries are summed over for each of n outputs.
+    """How an array becomes ``[batch, k, n]``: k entries are summed over for each of n outputs.
 
     Attributes:
-      shape: the shape it is stored in.
+      shape: of the array.
       order: its axes in the order stacked, batch, summed over, kept.
       batch: product of the sizes of stacked and batch axes.
       k: product of the sizes that are summed over.
@@ -33,7 +38,7 @@ class MatrixForm:
     groups: int = 1
 
     def matrices(self, x: jax.Array) -> jax.Array:
-        """Return an array of the stored shape as ``[batch * groups, k, n]``."""
+        """Return an array of this shape as ``[batch * groups, k, n]``."""
         flat = jnp.transpose(x, self.order).reshape(self.batch, self.k, self.groups, -1)
         return jnp.swapaxes(flat, 1, 2).reshape(self.batch * self.groups, self.k, -1)
 
@@ -43,110 +48,222 @@ class MatrixForm:
         back = tuple(self.order.index(axis) for axis in range(len(self.order)))
         return jnp.transpose(flat.reshape(tuple(self.shape[axis] for axis in self.order)), back)
 
-    @classmethod
-    def of(cls, site: Site, shape: Shape) -> "MatrixForm":
-        """Return the form of the parameter of a site that `why_not` has nothing against.
-
-        Args:
-          site: where it is used.
-          shape: the shape it is stored in.
-
-        Returns:
-          The form.
-
-        Example:
-          >>> import jax
-          >>> from compress_jax.trace import sites
-          >>> def fn(p, x):
-          ...     return jax.lax.scan(lambda x, w: (x @ w, None), x, p["layers"])[0]
-          >>> (site,) = sites(fn, {"layers": jnp.ones((2, 3, 3))}, jnp.ones((5, 3)))
-          >>> MatrixForm.of(site, (2, 3, 3))
-          MatrixForm(shape=(2, 3, 3), order=(0, 1, 2), batch=2, k=3, groups=1)
-        """
-        lead = (*_stacked(site), *(site.batch_axes or ()))
-        summed = site.param_axes or ()
-        kept = tuple(axis for axis in range(len(shape)) if axis not in (*lead, *summed))
-        size = {axes: math.prod(shape[axis] for axis in axes) for axes in (lead, summed)}
-        return cls(tuple(shape), (*lead, *summed, *kept), size[lead], size[summed], site.groups)
-
-
-def _stacked(site: Site) -> Axes:
-    """Return the stacked axes, that of the outermost loop first."""
-    pairs = zip(site.stack_loops, site.stack_axes, strict=True)
-    return tuple(axis for _, axis in sorted(pairs, key=lambda pair: pair[0] or 0))
-
-
-def why_not(site: Site, shape: Shape) -> str | None:
-    """Say why the parameter of a site, stored in this shape, cannot be laid out as matrices; None if it can."""
-    if site.param is None:
-        return "no parameter feeds it"
-    if site.also:
-        return "several parameters enter one product: " + ", ".join((site.param, *site.also))
-    if site.param_axes is None or site.batch_axes is None:
-        return "a reshape mixes the axes that are summed over with others"
-    if None in site.stack_loops:
-        return "a slice of the parameter is used, and which one is not known"
-    operand = site.lhs_shape if site.operand == "lhs" else site.rhs_shape
-    if math.prod(operand) * math.prod(shape[axis] for axis in site.stack_axes) != math.prod(shape):
-        return "only a part of the parameter is used"
-    return None
-
 
 @dataclass(frozen=True)
 class Problem:
-    """One parameter, the form it is solved in, and what it is fed.
+    """A part of one parameter (nearly always all of it), the form it is solved in, and what it is fed.
 
     Attributes:
-      form: how it becomes matrices.
+      box: which part; its arrays are what ``form`` makes matrices of.
+      form: how they become matrices.
       gram: float32 ``[batch, k, k]``, the mean of x x^T over the rows that met each matrix.
+      rows: int32 ``[batch]``, how many rows that were; 0 where a branch never ran.
+      changed: the operations that change the parameter on its way, entry by entry.
     """
 
+    box: Box
     form: MatrixForm
     gram: jax.Array
+    rows: jax.Array
+    changed: tuple[str, ...] = ()
+
+    @cached_property
+    def dead(self) -> jax.Array:
+        """Which inputs were zero in every row, bool ``[batch, k]``: of what their weights do nothing is known."""
+        return jnp.diagonal(self.gram, axis1=1, axis2=2) == 0
+
+    @cached_property
+    def filled(self) -> jax.Array:
+        """The Gram matrices in which inputs that were never seen count as an average one, independent of the others.
+
+        The average is that of the matrix, of all matrices where one has seen nothing, and 1 if none has.
+        """
+        diagonal = jnp.diagonal(self.gram, axis1=1, axis2=2)
+        live = (~self.dead).sum(1)
+        means = diagonal.sum(1) / jnp.maximum(live, 1)
+        average = jnp.where((live > 0).any(), means.sum() / jnp.maximum((live > 0).sum(), 1), 1.0)
+        added = jnp.where(self.dead, jnp.where(live > 0, means, average)[:, None], 0.0)
+        return self.gram + added[:, :, None] * jnp.eye(self.form.k)
+
+    def names(self, path: str) -> list[str]:
+        """Return a name for each matrix: the parameter's, with the indices of layers, experts and groups."""
+        lead = _lead(self.form)
+        sizes = [self.form.shape[axis] for axis in lead]
+        found = []
+        for place in np.ndindex(*sizes, self.form.groups):
+            index = self.box.index(dict(zip(lead, place, strict=False)))
+            group = f" (group {place[-1]})" if self.form.groups > 1 else ""
+            found.append(path + index + group)
+        return found
 
 
-def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, Problem], dict[str, str]]:
+def _lead(form: MatrixForm) -> Axes:
+    """Return the first axes of the order, as many as make the batch, those of size 1 in front of it included."""
+    count = next(i for i in range(len(form.order) + 1) if math.prod(form.shape[a] for a in form.order[:i]) == form.batch)
+    return form.order[:count]
+
+
+def why_not(site: Site) -> str | None:
+    """Say why what enters a site cannot be laid out as matrices of parameters; None if it can."""
+    if site.param is None:
+        return "no parameter feeds it"
+    own = {piece.path for piece in site.pieces}
+    if own and (other := [path for path in (site.param, *site.also) if path not in own]):
+        return "several parameters enter one product: " + ", ".join((*sorted(own), *other))
+    if site.kind == "conv" and site.params["batch_group_count"] > 1:
+        return "a convolution with groups of examples"
+    return None if own else site.lost or "it cannot be told which entries of the parameter are used"
+
+
+def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, tuple[Problem, ...]], dict[str, str]]:
     """Return the layer-wise problems of a calibration with `gram`, and why some parameters have none.
+
+    A parameter used as a whole has one problem. One of which slices are used at constant indices has one for each, and
+    parameters that are joined in one product have theirs, as the columns of weights do not depend on each other, and rows
+    answer for themselves.
 
     Args:
       calibration: from ``calibrate(fn, gram(), ...)``.
       leaves: arrays or shapes by path.
 
     Returns:
-      ``({path: Problem}, {path: reason})``; a parameter that several sites share is fed by all of them.
+      ``({path: problems}, {path: reason})``; the problems of a parameter share no entry, and what several sites share is
+      fed by all of them.
 
     Raises:
       StateError: if these are other statistics.
     """
     require(calibration, Gram, "gram()")
-    found: dict[str, Problem] = {}
+    sums: dict[str, dict[tuple[Box, MatrixForm], tuple[Any, Any, tuple[str, ...]]]] = {}
     reasons: dict[str, str] = {}
-    sums: dict[str, tuple[jax.Array, jax.Array]] = {}
     for name, site in calibration.sites.items():
-        if site.param is None or site.param not in leaves:
+        if reason := why_not(site):
+            reasons |= {path: reason for path in (site.param, *site.also) if path in leaves}
             continue
-        if reason := why_not(site, leaves[site.param].shape):
-            reasons |= dict.fromkeys((site.param, *site.also), reason)
-            continue
-        form = MatrixForm.of(site, leaves[site.param].shape)
-        if site.param in found and found[site.param].form != form:
-            reasons[site.param] = "it is used at several sites that sum over different axes of it"
-            continue
-        added = tuple(loop for loop in range(len(site.loops)) if loop not in site.stack_loops)
-        own = _fed(*calibration[name]["input"], added, form.k)
-        sums[site.param] = jax.tree.map(jnp.add, sums[site.param], own) if site.param in sums else own
-        found[site.param] = Problem(form, _mean(*sums[site.param]))
-    return {path: problem for path, problem in found.items() if path not in reasons}, reasons
+        for piece in site.pieces:
+            answer = laid(site, piece)
+            if isinstance(answer, str):
+                reasons[piece.path] = answer
+            if isinstance(answer, str) or piece.path not in leaves:
+                continue
+            box, form, place = answer
+            total, rows = _fed(*calibration[name]["input"], place)
+            own = sums.setdefault(piece.path, {})
+            if (box, form) in own:
+                old = own[box, form]
+                total, rows = total + old[0], rows + old[1]
+            own[box, form] = total, rows, piece.changed
+    found = {path: own for path, own in sums.items() if path not in reasons}
+    reasons |= {path: why for path, own in found.items() if (why := _overlap([box for box, _ in own]))}
+    return {
+        path: tuple(Problem(*key, _mean(total, rows), rows, changed) for key, (total, rows, changed) in own.items())
+        for path, own in found.items()
+        if path not in reasons
+    }, reasons
 
 
-@partial(jax.jit, static_argnames=("added", "k"))
-def _fed(gram: jax.Array, count: jax.Array, added: Axes, k: int) -> tuple[jax.Array, jax.Array]:
+def _overlap(boxes: list[Box]) -> str | None:
+    """Say that several problems would share entries."""
+    if len(boxes) == 1:
+        return None
+    if len(set(boxes)) < len(boxes):
+        return "it is used at several sites that sum over different axes of it"
+    times = np.zeros(boxes[0].shape, np.uint8)
+    for box in boxes:
+        times.reshape(box.fine)[box.slices] += 1
+    return "it is used at several sites that see different parts of it, which overlap" if times.max() > 1 else None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece's matrices are among the statistics of its site.
+
+    Attributes:
+      added: loops that do not run along it.
+      turns: for each of the others, which turns are its own.
+      batch: for each batch axis, which indices are; None where all meet the same entries.
+      summed: for each contracted axis its size, and which indices are its own.
+      groups: of a convolution.
+    """
+
+    added: Axes
+    turns: tuple[Span, ...]
+    batch: tuple[Span | None, ...]
+    summed: tuple[tuple[int, Span], ...]
+    groups: int
+
+
+def laid(site: Site, piece: Piece) -> tuple[Box, MatrixForm, Place] | str:
+    """Return which part of its parameter a piece at a site is, its form, and its place in the statistics; or why not.
+
+    Args:
+      site: where it is used; `why_not` has nothing against it.
+      piece: one of its pieces.
+
+    Returns:
+      ``(box, form, place)``, or a reason.
+
+    Example:
+      >>> from compress_jax.trace import sites
+      >>> (site,) = sites(lambda p, x: x @ p["w"][1], {"w": jnp.ones((2, 3, 4))}, jnp.ones((5, 3)))
+      >>> box, form, _ = laid(site, site.pieces[0])
+      >>> box.starts, box.sizes, form
+      ((1, 0, 0), (1, 3, 4), MatrixForm(shape=(1, 3, 4), order=(0, 1, 2), batch=1, k=3, groups=1))
+    """
+    side = int(site.operand == "rhs")
+    shape, summed, batch = (site.lhs_shape, site.rhs_shape)[side], site.contracting[side], site.batch[side]
+    kept = [axis for axis in range(len(shape)) if axis not in (*summed, *batch)]
+    turns = sorted(piece.turns, key=lambda turn: turn.loop)
+    spans = [(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True)]
+    if site.groups > 1 and any(spans[axis] != (0, shape[axis]) for axis in range(len(shape))):
+        return "a part of the kernel of a grouped convolution is used"
+    repeated = [any(stride == 0 for _, stride in digits) for digits in piece.axes]
+    if any(repeated[axis] for axis in (*summed, *kept)):
+        return "its entries are repeated (broadcast) before they are multiplied"
+    lead = [(turn.size, turn.stride) for turn in turns]
+    lead += [digit for axis in batch if not repeated[axis] for digit in piece.axes[axis]]
+    outputs = [digit for axis in kept for digit in piece.axes[axis]]
+    if site.groups == 1:  # else the outputs of each group are next to each other
+        outputs.sort(key=lambda digit: -abs(digit[1]))
+    answer = placed(piece, lead, [digit for axis in summed for digit in piece.axes[axis]], outputs)
+    if isinstance(answer, str):
+        return answer
+    box, order, counts = answer
+    form = MatrixForm(box.sizes, order, *counts, site.groups)
+    place = Place(
+        tuple(loop for loop in range(len(site.loops)) if loop not in {turn.loop for turn in turns}),
+        tuple((turn.start, turn.start + turn.size) for turn in turns),
+        tuple(None if repeated[axis] else spans[axis] for axis in batch),
+        tuple((shape[axis], spans[axis]) for axis in summed),
+        site.groups,
+    )
+    return box, form, place
+
+
+@partial(jax.jit, static_argnames=("place",))
+def _fed(gram: jax.Array, count: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
     """Return the sums of outer products ``[batch, k, k]`` and the rows of each, loops over time and devices added up."""
     ran = count.reshape(count.shape + (1,) * (gram.ndim - count.ndim)) > 0
-    total, rows = jnp.where(ran, gram, 0).sum(added).reshape(-1, k, k), count.sum(added).reshape(-1)
-    return total, jnp.repeat(rows, total.shape[0] // rows.size)
+    total, rows = jnp.where(ran, gram, 0).sum(place.added), count.sum(place.added)
+    turns = tuple(slice(*span) for span in place.turns)
+    total, rows = total[turns], rows[turns]
+    lead, start = rows.shape, len(place.turns)
+    repeated = tuple(start + i for i, span in enumerate(place.batch) if span is None)
+    spans = tuple(slice(None) if span is None else slice(*span) for span in place.batch)
+    total = total[(*(slice(None),) * start, *spans)].sum(repeated)
+    sizes = tuple(size for size, _ in place.summed)
+    own = tuple(slice(*span) for _, span in place.summed)
+    k = math.prod(span[1] - span[0] for _, span in place.summed)
+    total = total.reshape(-1, *sizes, *sizes)[(slice(None), *own, *own)].reshape(-1, k, k)
+    return total, jnp.broadcast_to(rows[..., None], (*lead, total.shape[0] // math.prod(lead))).reshape(-1)
 
 
 @jax.jit
 def _mean(total: jax.Array, rows: jax.Array) -> jax.Array:
     return total / jnp.maximum(rows, 1)[:, None, None].astype(jnp.float32)
+
+
+def column_errors(delta: jax.Array, gram: jax.Array) -> jax.Array:
+    r"""Return the output error of every column of weights, :math:`\delta^\top G \delta`: ``[batch, k, n] -> [batch, n]``."""
+    fed = jnp.einsum("bkl,bln->bkn", gram, delta, precision=jax.lax.Precision.HIGHEST)
+    return (fed * delta).sum(1)

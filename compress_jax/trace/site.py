@@ -7,9 +7,9 @@ from typing import Any
 import jax
 
 from compress_jax.core.errors import ShapeError
+from compress_jax.trace.strided import Piece, Shape
 
 Axes = tuple[int, ...]
-Shape = tuple[int, ...]
 Position = tuple[int | str, ...]
 
 
@@ -44,6 +44,8 @@ class Site:
       conditional: True inside a branch of ``cond`` or a ``while`` loop: it may run any number of times or never.
       params: the equation's own parameters (dimension numbers, strides, precision), for rules that replace it.
       position: where in the nested jaxprs it stands.
+      pieces: which parts of which parameters lie where in the operand that is a parameter; empty if that cannot be told.
+      lost: why it cannot.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Site:
     conditional: bool = False
     params: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
     position: Position = field(default=(), repr=False, compare=False)
+    pieces: tuple[Piece, ...] = field(default=(), repr=False, compare=False)
+    lost: str = field(default="", repr=False, compare=False)
 
     @property
     def count(self) -> int:

@@ -1,7 +1,7 @@
 """Trace a function once for the shapes it is called with: its jaxpr, its sites and how to call it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.paths import flatten, match
 from compress_jax.trace.find import Found, find, name
+from compress_jax.trace.pieces import Laid, Lost, pieces
 from compress_jax.trace.site import Position, Site
 
 
@@ -38,7 +39,8 @@ class Traced:
     @cached_property
     def sites(self) -> dict[Position, Site]:
         """The sites by position, in program order."""
-        return name(self.found)
+        laid = pieces(self.jaxpr, self.params)
+        return {position: _with_pieces(site, laid[position]) for position, site in name(self.found).items()}
 
     def choose(self, where: str | tuple[str, ...] | None) -> dict[Position, Site]:
         """Return the sites whose names match a glob; matching none is an error that lists the names."""
@@ -46,6 +48,16 @@ class Traced:
             return self.sites
         names = set(match(where, [site.name for site in self.sites.values()]))
         return {position: site for position, site in self.sites.items() if site.name in names}
+
+
+def _with_pieces(site: Site, operands: Sequence[Any]) -> Site:
+    """Return a site with the parts of parameters that lie in its operand, or why they cannot be told."""
+    if site.operand is None:
+        return site
+    operand = operands[site.operand == "rhs"]
+    if isinstance(operand, Laid):
+        return replace(site, pieces=operand.pieces)
+    return replace(site, lost=operand.reason if isinstance(operand, Lost) else "")
 
 
 def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:

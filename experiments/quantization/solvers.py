@@ -35,7 +35,7 @@ from compress_jax.quantize._hqq import hqq
 from compress_jax.quantize._signed import signed
 from compress_jax.quantize._smooth import smooth
 from compress_jax.trace import calibrate, gram
-from compress_jax.trace.matrix import problems
+from compress_jax.trace.matrix import Problem, problems
 from compress_jax.trace.reducers import absmax, moments
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,11 +107,12 @@ def measured(fn: Callable[..., Any], params: Any, made: dict[str, Any], x: Any, 
     run = jax.jit(fn)
     exact = run(params, test[0])
 
+    def error(path: str, task: Problem, new: Any) -> Any:
+        kernels = (task.form.matrices(task.box.take(each[path])) for each in (leaves, new))
+        return output_error(*kernels, task.gram).sum()
+
     def layers(new: Any) -> float:
-        errors = [
-            float(output_error(task.form.matrices(leaves[path]), task.form.matrices(new[path]), task.gram).sum())
-            for path, task in tasks.items()
-        ]
+        errors = [sum(float(error(path, task, new)) for task in own) for path, own in tasks.items()]
         return float(np.exp(np.mean(np.log(errors))))
 
     rows = {}

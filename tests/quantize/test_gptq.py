@@ -35,7 +35,6 @@ def by_the_paper(w, x, scale, zero, top, damping=0.01, act_order=False):
     dead = np.diag(h) == 0
     h[dead, dead] = 0
     h += np.diag(np.where(dead, 1, damping * np.diag(h).mean()))
-    w[dead] = 0
     order = np.argsort(-np.diag(x.T @ x), kind="stable") if act_order else np.arange(len(w))
     w, h, scale, zero = w[order], h[order][:, order], scale[order], zero[order]
     u = np.linalg.cholesky(np.linalg.inv(h)).T
@@ -148,11 +147,11 @@ def test_every_layer_of_a_model_is_solved_or_listed(entry):
     assert set(reasons) == set(solved.skipped) & set(kernels)
     nearest, new = (flatten(tree)[0] for tree in (c.view(variables, solved.state), solved.params))
     totals = np.zeros(2)
-    for path, task in tasks.items():
-        w, rounded, ours = (task.form.matrices(each[path]) for each in (leaves, nearest, new))
-        errors = [float(output_error(w, each, task.gram).sum()) for each in (rounded, ours)]
-        assert errors[1] <= 1.05 * errors[0], path  # with few rows the damping weighs in
-        totals += errors
+    for path, task in ((path, task) for path, own in tasks.items() for task in own):
+        w, rounded, ours = (task.form.matrices(task.box.take(each[path])) for each in (leaves, nearest, new))
+        errors = [output_error(w, each, task.gram) for each in (rounded, ours)]
+        assert (errors[1] <= errors[0] * (1 + 1e-6)).all(), path
+        totals += [float(each.sum()) for each in errors]
     assert not tasks or totals[1] < totals[0]
     assert all((new[path] == nearest[path]).all() for path in reasons)
 

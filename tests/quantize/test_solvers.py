@@ -52,7 +52,7 @@ SOLVERS = {
 
 def errors(params, new, seen):
     tasks, _ = problems(seen, params)
-    return {path: float(output_error(params[path], new[path], tasks[path].gram[0])) for path in KERNELS}
+    return {path: float(output_error(params[path], new[path], tasks[path][0].gram[0])) for path in KERNELS}
 
 
 @pytest.mark.parametrize("name", SOLVERS)
