@@ -1,6 +1,6 @@
 """What post-training pruners share: which leaves have a layer-wise problem, and the compression that holds the masks."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +12,7 @@ from compress_jax.core.errors import ConfigError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.parts import joined
 from compress_jax.core.paths import Patterns, flatten, match
-from compress_jax.prune.layer import AS_IT_IS, Leaf, Method, pruned_leaf
-from compress_jax.prune.masked import of_masks
+from compress_jax.prune.masked import Leaves, of_masks
 from compress_jax.prune.structures import NofM, Structure
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.trace import Calibration
@@ -39,6 +38,29 @@ class Pruned(NamedTuple):
     notes: dict[str, str]
 
 
+class Leaf(NamedTuple):
+    """One leaf to be pruned.
+
+    Attributes:
+      path: its name.
+      x: its weights.
+      problem: the matrices it is, and what they are fed.
+      share: of the inputs of a matrix to prune; of no meaning with ``groups``.
+      groups: n:m groups of its inputs, or None.
+      seen: how a quantizer sees it, or None.
+    """
+
+    path: str
+    x: jax.Array
+    problem: Problem
+    share: float
+    groups: NofM | None
+    seen: Pointwise | None
+
+
+Solve = Callable[[Leaf], tuple[jax.Array, jax.Array, str]]
+
+
 def prune(
     params: Params,
     calibration: Calibration,
@@ -46,8 +68,7 @@ def prune(
     structure: Structure | None,
     where: Patterns,
     quantizer: Compression | None,
-    method: Method,
-    held_out: Calibration | None = None,
+    solve: Solve,
 ) -> Pruned:
     """Solve every leaf that is to be pruned and has calibration.
 
@@ -58,8 +79,7 @@ def prune(
       structure: `n_m` or None.
       where: globs of the leaves to prune.
       quantizer: what the kept weights are rounded with, or None.
-      method: how.
-      held_out: statistics of other batches, by which layers are compared with pruning by magnitude.
+      solve: ``Leaf -> (weights, mask, note or "")``.
 
     Returns:
       The result.
@@ -67,13 +87,12 @@ def prune(
     Raises:
       ConfigError: for another structure than n:m, or a quantizer that does not see weights entry by entry.
       NoMatchError: if a glob matches no leaf.
-      NonFiniteError: if a leaf or the statistics are not finite.
+      NonFiniteError: if a leaf is not finite.
     """
     if structure is not None and not isinstance(structure, NofM):
         raise ConfigError(f"layer-wise pruning knows single weights and n_m groups, not {structure}; use prune.magnitude")
     target, (leaves, rebuild) = Target.of(sparsity, structure), flatten(params)
     tasks, reasons = problems(calibration, leaves)
-    judges = problems(held_out, leaves)[0] if held_out is not None else None
     wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
     target.check(wanted)
     skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
@@ -86,13 +105,13 @@ def prune(
             continue
         check_finite(path, x)
         share = 0.0 if left or structure else float(target.share(path, 0))
-        given = Leaf(x, tasks[path][0], share, None if left else structure, seen.get(path, AS_IT_IS))
-        instead = "rounded to nearest" if left else "pruned by magnitude"
-        new[path], mask, note = pruned_leaf(path, given, tasks[path], judges and judges.get(path, ()), method, instead)
+        leaf = Leaf(path, x, tasks[path], share, None if left else structure, seen.get(path))
+        new[path], mask, note = solve(leaf)
         masks |= {} if left else {path: mask}
         notes |= {path: note} if note else {}
     fixed = CompressionState({}, masks)
-    held = of_masks(lambda path, x: skipped.get(path))._replace(init=lambda params: fixed)
+    held = of_masks(Leaves(lambda path, x, axes: skipped.get(path)))
+    held = held._replace(init=lambda params: fixed, update=lambda params, state, **_: state)
     if quantizer is None:
         return Pruned(held.view(rebuild(new), fixed), fixed, held, skipped, notes)
     both, state = chain(held, quantizer), joined([fixed, state])
