@@ -23,7 +23,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compress_jax as cj
 from compress_jax import cluster, lowrank, prune, quantize
-from compress_jax.core import Clustered, Compression, LowRank, NonFiniteError, Quantized, Sparse, StateError, Tabled, identity
+from compress_jax.core import (
+    Clustered,
+    Compression,
+    LowRank,
+    NonFiniteError,
+    Quantized,
+    Sparse,
+    StateError,
+    Tabled,
+    identity,
+)
 from compress_jax.core.axes import Axes
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten

@@ -39,9 +39,9 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       keep_zeros: False to treat zeros as any other weight, so that a few chance zeros do not cost a code.
 
     Returns:
-      The Compression: ``learned[path]`` is the codebook, float32 ``[clusters]``, one for each layer of a stack; ``fixed[path]`` the codes, uint8 or
-      uint16 in the shape of the leaf. `init` may be run under `jit`. A leaf of at most ``clusters`` distinct values is
-      reproduced exactly.
+      The Compression: ``learned[path]`` is the codebook, float32 ``[clusters]``, one for each layer of a stack;
+      ``fixed[path]`` the codes, uint8 or uint16 in the shape of the leaf, layers in front. `init` may be run under `jit`. A
+      leaf of at most ``clusters`` distinct values is reproduced exactly.
 
     Raises:
       ValueError: if ``clusters`` or ``iterations`` is out of range.

@@ -128,11 +128,7 @@ def _short(text: str, other: str) -> str:
 def _unusual(axes: Mapping[str, Axes] | None) -> dict[str, str]:
     """Return the letters of the leaves whose outputs or layers are not where the convention has them."""
     usual = {path: Axes.convention(each.shape) for path, each in (axes or {}).items()}
-    return {
-        path: each.letters
-        for path, each in (axes or {}).items()
-        if each.stack or each.outputs != usual[path].outputs
-    }
+    return {path: each.letters for path, each in (axes or {}).items() if each.stack or each.outputs != usual[path].outputs}
 
 
 def _same_axes(stamp: Stamp, axes: Mapping[str, Axes], params: Any) -> None:

@@ -23,10 +23,10 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
     """Replace each kernel by ``left @ right``, the best approximation of its rank, and train the two factors.
 
     A kernel is taken as the matrix W ``[m, n]`` of its inputs against its outputs, which are on the last axis unless a trace
-    says otherwise (for a convolution: ``[height * width * in, out]``); each layer of a stack as a matrix of its own. With ``W = U diag(s) V^T``, ``left = U sqrt(s)`` and ``right = sqrt(s) V^T`` keep the r
-    largest singular values, so that ``||W - left @ right||_F**2 = sum_{i > r} s_i**2``, the least possible. From then on
-    the view is their product: the factors are ``learned``, and the params, which it no longer depends on, get zero
-    gradients.
+    says otherwise (for a convolution: ``[height * width * in, out]``); each layer of a stack as a matrix of its own. With
+    ``W = U diag(s) V^T``, ``left = U sqrt(s)`` and ``right = sqrt(s) V^T`` keep the r largest singular values, so that
+    ``||W - left @ right||_F**2 = sum_{i > r} s_i**2``, the least possible. From then on the view is their product: the
+    factors are ``learned``, and the params, which it no longer depends on, get zero gradients.
 
     Leaves with one axis, and leaves whose float32 factors would not be smaller, are left alone; `skipped` says so.
 

@@ -36,7 +36,9 @@ def ste(compression: Compression) -> Compression:
         seen, left = flatten(compression.view(params, state))[0], compression.skipped(params)
         return rebuild({path: x if path in left else _through(x, seen[path]) for path, x in leaves.items()})
 
-    return compression._replace(view=view, call=f"ste({describe(compression)})", bind=lambda known: ste(bound(compression, known)))
+    return compression._replace(
+        view=view, call=f"ste({describe(compression)})", bind=lambda known: ste(bound(compression, known))
+    )
 
 
 @straight_through

@@ -52,9 +52,7 @@ def kept(
         share = target.share(next(iter(pools)), step) if pools else 0.0
         pruned = dict(zip(pools, smallest(list(pools.values()), amount(share, units), key), strict=True)) if pools else {}
     else:
-        pruned = {
-            path: _smallest_of_layers(pool, axes[path], target.share(path, step), key) for path, pool in pools.items()
-        }
+        pruned = {path: _smallest_of_layers(pool, axes[path], target.share(path, step), key) for path, pool in pools.items()}
     return {path: _spread(~mask, structure, axes[path]) for path, mask in pruned.items()}
 
 

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core import chain
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, identity
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, identity, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.parts import joined
 from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.stamp import seal
 from compress_jax.prune.masked import Leaves, of_masks
 from compress_jax.prune.structures import NofM, Structure
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.trace import Calibration
+from compress_jax.trace._layouts import layouts_of_sites
 from compress_jax.trace.matrix import Problem, problems
 
 
@@ -96,7 +99,8 @@ def prune(
     wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
     target.check(wanted)
     skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
-    rounding, state = (quantizer or identity()), (quantizer or identity()).init(params)
+    rounding = bound(quantizer or identity(), layouts_of_sites(calibration.sites.values(), leaves))
+    state = rounding.init(params)
     seen = _pointwise(rounding, params, state)
     new, masks, notes = dict(leaves), {}, {}
     for path, x in leaves.items():
@@ -112,9 +116,12 @@ def prune(
     fixed = CompressionState({}, masks)
     held = of_masks(Leaves(lambda path, x, axes: skipped.get(path)))
     held = held._replace(init=lambda params: fixed, update=lambda params, state, **_: state)
+    held = stamped(held, call_of("solved_masks", sparsity=target, leaves=sorted(masks)))
+    own = held.init(rebuild(new))
     if quantizer is None:
-        return Pruned(held.view(rebuild(new), fixed), fixed, held, skipped, notes)
-    both, state = chain(held, quantizer), joined([fixed, state])
+        return Pruned(held.view(rebuild(new), own), own, held, skipped, notes)
+    both = chain(held, rounding)
+    state = seal(both.call, None, rebuild(new), joined([own, state]))
     rounded = both.view(rebuild(new), state)
     _check_zeros(flatten(rounded)[0], masks)
     return Pruned(rounded, state, both, skipped, notes)

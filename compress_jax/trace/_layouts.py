@@ -1,7 +1,7 @@
 """What each axis of each parameter is for, read from the products it enters: the layouts that compressions work by."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from compress_jax.core.axes import Axes
@@ -73,16 +73,34 @@ def layouts(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, Axes
 
 def layouts_of(traced: Traced) -> dict[str, Axes]:
     """Return `layouts` of a function that is traced already."""
+    return layouts_of_sites(traced.sites.values(), traced.params, traced.found.stacked)
+
+
+def layouts_of_sites(
+    sites: Iterable[Site], leaves: Mapping[str, Any], stacked: Mapping[str, set[int]] | None = None
+) -> dict[str, Axes]:
+    """Return `layouts` of some leaves from the sites that use them.
+
+    Args:
+      sites: from a trace, or those of a calibration.
+      leaves: arrays or shapes by path.
+      stacked: axes that loops take one slice of at a time, by path, for leaves that no site uses.
+
+    Returns:
+      ``{path: Axes}``.
+    """
     uses: dict[str, list[tuple[int, Roles]]] = {}
     lost: dict[str, str] = {}
-    for site in traced.sites.values():
-        for path, roles in _uses(site, traced.params):
+    for site in sites:
+        for path, roles in _uses(site, leaves):
             uses.setdefault(path, []).append((site.macs, roles))
         if site.param is not None and site.param not in uses:
             lost[site.param] = site.lost or "a reshape mixes the axes that are summed over with others"
-    stacked = traced.found.stacked
-    return {path: _axes(tuple(x.shape), uses.get(path, []), stacked.get(path, set()), lost.get(path, ""))
-            for path, x in traced.params.items()}  # fmt: skip
+    found = {}
+    for path, x in leaves.items():
+        own = (stacked or {}).get(path, set())
+        found[path] = _axes(tuple(x.shape), uses.get(path, []), own, lost.get(path, ""))
+    return found
 
 
 def _uses(site: Site, params: Mapping[str, Any]) -> list[tuple[str, Roles]]:
