@@ -86,6 +86,17 @@ def signature(tree: Any, floats: bool = False) -> Signature:
     return tuple(found)
 
 
+def calls(tree: Any) -> list[str]:
+    """Return the compressions that made the states in a tree, as text, in order.
+
+    Example:
+      >>> calls([Stamped({}, Stamp("uniform(bits=4)", (), (), (), ())), {"w": 1.0}])
+      ['uniform(bits=4)']
+    """
+    found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Stamped))
+    return [each.stamp.call for each in found if isinstance(each, Stamped) and each.stamp is not None]
+
+
 def seal(call: str, axes: dict[str, Axes] | None, params: Any, state: Any) -> Any:
     """Return a state with a stamp."""
     known = tuple(sorted(_unusual(axes).items()))

@@ -1,6 +1,7 @@
 """What each axis of each parameter is for, read from the products it enters: the layouts that compressions work by."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -164,9 +165,11 @@ def _axes(shape: tuple[int, ...], uses: list[tuple[int, Roles]], stacked: set[in
             return axes._replace(note=lost and f"outputs taken to be last: {lost}")
         left = [a for a in range(len(shape)) if a not in stacked]
         return axes._replace(stack=tuple(sorted(stacked)), outputs=tuple(left[-1:]) if len(left) > 1 else (), source="trace")
-    found = [_letters(shape, roles) for _, roles in uses]
-    chosen = found[max(range(len(uses)), key=lambda i: uses[i][0])]
-    others = sorted({each for each in found if each != chosen})
+    products: Counter[str] = Counter()
+    for macs, roles in uses:
+        products[_letters(shape, roles)] += macs
+    chosen = max(products, key=lambda letters: products[letters])
+    others = sorted(products.keys() - {chosen})
     note = f"its uses disagree: {chosen} here, {', '.join(others)} elsewhere" if others else ""
     places = {role: tuple(a for a, letter in enumerate(chosen) if letter == role) for role in "swo"}
     return Axes(shape, places["o"], places["s"], places["w"], "trace", note)
