@@ -56,6 +56,20 @@ def fitted(mask: Any, leading: tuple[int, ...], what: str = "an array", *, examp
     return jnp.broadcast_to(weight.reshape(padded), leading)
 
 
+def fits(mask: Any, leading: tuple[int, ...], *, examples: bool = False) -> bool:
+    """Tell whether `fitted` would take a mask.
+
+    Example:
+      >>> fits(jnp.ones((2, 3)), (2, 3)), fits(jnp.ones((2, 3)), (2, 4))
+      (True, False)
+    """
+    try:
+        jax.eval_shape(lambda: fitted(mask, leading, examples=examples))
+    except ShapeError:
+        return False
+    return True
+
+
 def kept(x: Any, counts: jax.Array | None) -> Any:
     """Return an array with zeros for all that does not count; its gradient is zero there too.
 

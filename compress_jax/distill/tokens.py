@@ -1,5 +1,6 @@
 """Losses of tokens: which of them count, and means whose denominators can be summed over microbatches and devices."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,3 +148,22 @@ def takes_mask(loss: Callable[..., Any]) -> bool:
     except (TypeError, ValueError):  # a builtin
         return False
     return found is not None and found.default in (None, inspect.Parameter.empty)
+
+
+def masked_like(loss: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss made of another, that takes a mask by name only if the other does.
+
+    Example:
+      >>> from compress_jax.distill import dist
+      >>> takes_mask(masked_like(dist, lambda student, teacher, **options: dist(student, teacher, **options)))
+      True
+    """
+    if not takes_mask(loss):
+        return made
+
+    @functools.wraps(made)
+    def masked(*args: Any, mask: Any = None, **options: Any) -> Any:
+        return made(*args, mask=mask, **options)
+
+    del masked.__wrapped__
+    return masked
