@@ -168,7 +168,6 @@ def crd_update(
     References:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.2.
     """
-
     counts = jnp.ones(len(student)) if mask is None else of_examples(mask, len(student))
     places = jnp.where(counts != 0, index, len(bank.student))  # of the others: beyond the end, where nothing is written
 

@@ -51,9 +51,7 @@ def _neighbours(x: jax.Array, counts: jax.Array) -> jax.Array:
     return kernel / jnp.where(counts, kernel.sum(axis=1), 1.0)[:, None]
 
 
-def cc(
-    student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 2, *, mask: Mask | None = None
-) -> jax.Array:
+def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 2, *, mask: Mask | None = None) -> jax.Array:
     """Return the mean squared difference of correlations between examples: correlation congruence.
 
     ``mean_j (k(s_i, s_j) - k(t_i, t_j))**2`` with the Gaussian kernel ``exp(-gamma * |x - y|**2)`` of directions, expanded:

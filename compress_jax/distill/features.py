@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from compress_jax.distill._resize import resize
 from compress_jax.distill.masks import Mask, has_positions, kept, mean_of_each, mean_of_positions, of_features
-from compress_jax.distill.shapes import frozen, pair, per_channel, same_shape
+from compress_jax.distill.shapes import pair, per_channel, same_shape
 from compress_jax.distill.stable import bounded
 
 

@@ -50,8 +50,8 @@ def fitted(mask: Any, leading: tuple[int, ...], what: str = "an array", *, examp
     padded = own + (1,) * (len(leading) - len(own))
     if len(padded) > len(leading) or any(n not in (1, size) for n, size in zip(padded, leading, strict=True)):
         raise ShapeError(
-            f"a mask of shape {tuple(jnp.shape(mask))} does not fit {what}, which has the leading axes {tuple(leading)}: its "
-            "axes must be those, from the left, each of the same length or 1 ([batch], [batch, sequence], [batch, sequence, 1])"
+            f"a mask of shape {tuple(jnp.shape(mask))} does not fit {what}, which has the leading axes {tuple(leading)}: "
+            "its axes must be those, from the left, each as long or 1 ([batch], [batch, sequence], [batch, sequence, 1])"
         )
     return jnp.broadcast_to(weight.reshape(padded), leading)
 
@@ -94,8 +94,8 @@ def of_features(mask: Any, features: jax.Array, what: str = "features") -> jax.A
     """Return a mask as weights of the examples and positions of features ``[batch, *positions, channels]``.
 
     Example:
-      >>> of_features(jnp.array([[1, 0]]), jnp.ones((1, 2, 4))).tolist(), of_features(jnp.array([[1, 0]]), jnp.ones((1, 4))).tolist()
-      ([[1.0, 0.0]], [1.0])
+      >>> [of_features(jnp.array([[1, 0]]), jnp.ones(shape)).tolist() for shape in ((1, 2, 4), (1, 4))]
+      [[[1.0, 0.0]], [1.0]]
     """
     return fitted(mask, features.shape[:-1], f"{what} {tuple(features.shape)}, [batch, *positions, channels]", examples=True)
 

@@ -2,8 +2,8 @@
 
 Each takes ``[batch, ...]`` (the rest is flattened) and returns the share of each example, ``[batch]`` in float32. The loss
 is its mean, yet each share depends on the whole batch that the function is given: under `train.pmap_step`, a device's own.
-Finite with finite gradients at any finite features; no gradient reaches the teacher. With a ``mask`` (see `masks`) the result
-is that of the examples that count alone, and 0 for the others; positions that do not count are zeros.
+Finite with finite gradients at any finite features; no gradient reaches the teacher. With a ``mask`` (see `masks`) the
+result is that of the examples that count alone, and 0 for the others; positions that do not count are zeros.
 """
 
 import jax

@@ -190,9 +190,9 @@ def on_features(
     goes to the loss after the teacher's, as `vid` takes it.
 
     Args:
-      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``. It is given the mask by name if it
-        has a parameter ``mask``, as all losses here do; else it must return one number for each entry of the mask, and is
-        tried on random features, and refused if what it says of one entry depends on another.
+      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``. It is given the mask by name if
+        it has a parameter ``mask``, as all losses here do; else it must return one number for each entry of the mask, and
+        is tried on random features, and refused if what it says of one entry depends on another.
       student: path of the student's feature; with several, part and loss get lists.
       teacher: path of the teacher's.
       weight: a number or an optax schedule.
@@ -216,7 +216,6 @@ def on_features(
       >>> parts["kernel"].shape, term.loss(seen, parts, memory)[0].shape
       ((4, 6), (8,))
     """
-
     named = name or _name(loss)
 
     def both(seen: Seen) -> tuple[Any, Any]:
@@ -288,9 +287,7 @@ def _arrays(seen: Seen) -> Seen:
     return Seen(None, None, None, seen.student, seen.teacher, None, None, None, None, None)
 
 
-def _each(
-    paths: Paths, features: Mapping[str, Any], of: Callable[..., Any] | None, whose: str, term: str, mask: Any
-) -> Any:
+def _each(paths: Paths, features: Mapping[str, Any], of: Callable[..., Any] | None, whose: str, term: str, mask: Any) -> Any:
     """Return the feature of one path, or the list of those of several, zero where the mask says so."""
     missing = [path for path in _tuple(paths) if path not in features]
     if missing:

@@ -130,9 +130,9 @@ def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = N
       weights: one of each teacher, not negative, of any sum; the default is the same for all.
 
     Returns:
-      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes them; it takes a ``mask`` if
-      the loss does, and other options by name. It raises ValueError if there is not one weight a teacher, or one is negative,
-      or all are zero.
+      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes them; it takes a
+      ``mask`` if the loss does, and other options by name. It raises ValueError if there is not one weight a teacher, or
+      one is negative, or all are zero.
 
     Example:
       >>> from compress_jax.distill import mse

@@ -30,8 +30,8 @@ class Activations(NamedTuple):
     activations; what ``own`` holds is its quantizer's affair, stacked inside loops.
 
     Attributes:
-      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches, each what the model takes after params (a
-        tuple is several arguments), and of them what counts, see `trace.calibrate`. Dynamic quantizers need none.
+      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches, each what the model takes after params
+        (a tuple is several arguments), and of them what counts, see `trace.calibrate`. Dynamic quantizers need none.
       apply: ``(params, ranges, *inputs) -> out``; differentiable in params and in learned ranges.
       update: ``(params, ranges, *inputs, mask=None) -> (out, new ranges)``: ranges move with this batch, with what of it
         counts, and the output is that of the new ones. Where a range is NaN, or ``ranges`` is None, this batch sets it.

@@ -13,7 +13,6 @@ from compress_jax.trace.reducer import Reducer
 from compress_jax.trace.site import Site
 from compress_jax.trace.traced import trace
 
-
 Masks: TypeAlias = str | Callable[[Any], Any] | Iterable[Any]
 """The name of a batch's entry, a function of a batch, or a mask for each batch."""
 
@@ -73,8 +72,8 @@ def calibrate(
       params: tree of arrays.
       batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
       where: a glob, or several, over the names of sites; by default all.
-      mask: which examples or tokens of a batch count: ``batch -> mask``, or a mask for each batch, or the name of an entry of
-        batches that are dicts. Booleans (or numbers, of which 0 does not count) with the leading axes of the inputs they
+      mask: which examples or tokens of a batch count: ``batch -> mask``, or a mask for each batch, or the name of an entry
+        of batches that are dicts. Booleans (or numbers, of which 0 does not count) with the leading axes of the inputs they
         are of: ``[batch]`` or ``[batch, sequence]``; inputs with other leading axes have none.
 
     Returns:
@@ -143,9 +142,10 @@ def _with_masks(batches: Iterable[Any], mask: Masks | None) -> Iterator[tuple[An
 
 
 def _entry(batch: Any, name: str) -> Any:
-    found = [each for each in (batch if isinstance(batch, tuple) else (batch,)) if isinstance(each, Mapping) and name in each]
+    inputs = batch if isinstance(batch, tuple) else (batch,)
+    found = [each for each in inputs if isinstance(each, Mapping) and name in each]
     if not found:
-        raise DataError(f"a batch has no entry {name!r} to be its mask: give mask=... as a function of a batch, or one a batch")
+        raise DataError(f"a batch has no entry {name!r} to be its mask: give mask=... a function of a batch, or one a batch")
     return found[0][name]
 
 

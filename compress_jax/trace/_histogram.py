@@ -174,7 +174,9 @@ def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None, bins:
     # A power of two scales exactly; the magnitude and then the sign, or what underflows would change sides.
     steps = jnp.floor(jnp.ldexp(jnp.abs(x), half.bit_length() - 1 - exponent))
     place = jnp.where(x < 0, half - 1 - steps, half + steps)
-    place = jnp.where(jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins).astype(jnp.int32)
+    place = jnp.where(jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins).astype(
+        jnp.int32
+    )
     # Not flattened: each device counts its own part.
     lower = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
     return Histogram(Counts(jnp.zeros_like(lower), lower), exponent, low, high, table.count)

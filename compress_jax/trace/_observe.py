@@ -45,7 +45,6 @@ def observe(
       >>> float(statistics["kernel"])
       3.0
     """
-
     return _observing(fn, reduce, where, None)
 
 

@@ -163,7 +163,8 @@ class Padding:
           index: 0 or 1, which operand.
 
         Returns:
-          The function, to booleans with the axes of the loops around the site, then those of the operand; None if the operand is not made of what the mask is of.
+          The function, to booleans with the axes of the loops around the site, then those of the operand; None if the
+          operand is not made of what the mask is of.
 
         Raises:
           ShapeError: if what counts of it is not known.
@@ -206,16 +207,18 @@ class Padding:
     def _require_places(self, site: Site, places: list[list[tuple[int, Any]]]) -> None:
         """A window belongs to the position it stands at, where there are as many as before."""
         numbers = site.params["dimension_numbers"]
-        for image, out, stride in zip(numbers.lhs_spec[2:], numbers.out_spec[2:], site.params["window_strides"], strict=True):
+        for image, out, stride in zip(
+            numbers.lhs_spec[2:], numbers.out_spec[2:], site.params["window_strides"], strict=True
+        ):
             labelled = any(label is not None for _, label in places[image])
             if labelled and (stride != 1 or site.lhs_shape[image] != site.out_shape[out]):
                 raise self._refuse(site, "its windows are fewer or more than the positions of the mask")
 
     def _refuse(self, site: Site, reason: str) -> ShapeError:
         return ShapeError(
-            f"what counts of the input of site {site.name!r} is not known: the mask {tuple(a.size for a in self.domain.mask)} "
-            f"was followed to {site.lhs_shape} x {site.rhs_shape}, but {reason}; leave the site out by where=..., or calibrate "
-            "with batches that have no padding"
+            f"what counts of the input of site {site.name!r}, {site.lhs_shape} x {site.rhs_shape}, is not known: of the "
+            f"mask {tuple(axis.size for axis in self.domain.mask)}, {reason}; leave the site out by where=..., or "
+            "calibrate with batches that have no padding"
         )
 
 
@@ -236,7 +239,7 @@ def _placed(mask: jax.Array, places: list[list[tuple[int, Any]]], labels: list[t
 
 
 def _spread(mask: jax.Array, flat: list[tuple[int, int, Any]], at: list[int], axes: int) -> jax.Array:
-    """Return a mask, whose axes are some factors, with an axis for each of the operand's: of size 1 where it says nothing."""
+    """Return a mask, whose axes are some factors, with an axis for each of the operand's, 1 where it says nothing."""
     told = {flat[i][0] for i in at}
     thin = mask.reshape([size if i in at else 1 for i, (_, size, _) in enumerate(flat)])
     full = jnp.broadcast_to(thin, [size if axis in told else 1 for axis, size, _ in flat])

@@ -36,8 +36,8 @@ class Reducer(NamedTuple):
             return self.reduce(site, lhs, rhs)
         if self.masked is None:
             raise ArgumentError(
-                "this reducer does not know of masks, so padding would be in its statistics: make it by reducer.of_inputs with "
-                "measure(site, index, x, mask), or give Reducer(..., masked=(site, lhs, rhs, masks) -> statistics)"
+                "this reducer does not know of masks, so padding would be in its statistics: make it by reducer.of_inputs "
+                "with measure(site, index, x, mask), or as Reducer(..., masked=(site, lhs, rhs, masks) -> statistics)"
             )
         return self.masked(site, lhs, rhs, masks)
 
@@ -90,7 +90,6 @@ def of_inputs(
       >>> calibrate(lambda w, x: x @ w["kernel"], most, {"kernel": jnp.eye(2)}, batches)["kernel"]["input"]
       Most(value=Array(1., dtype=float32), count=Array(2, dtype=int32))
     """
-
     knows = len(inspect.signature(measure).parameters) > 3
 
     def masked(site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]) -> dict[str, Any]:

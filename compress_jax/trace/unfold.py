@@ -20,7 +20,7 @@ class Table(NamedTuple):
       values: float32; zeros where the mask says so, be they NaN before.
       batch: how many axes are of the batch: each of their indices has a table of its own.
       columns: how many axes are of columns.
-      there: booleans, which entries count, of the rank of ``values`` and 1 along axes that it does not tell apart; None: all.
+      there: booleans, which entries count, of the rank of ``values``, 1 along axes that it does not tell apart; None: all.
     """
 
     values: jax.Array

@@ -11,6 +11,7 @@ from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.distill import Total
 from compress_jax.train.objective import MASK, Objective, means, value
 
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Divided(Total):
@@ -59,8 +60,9 @@ def gather(
 ) -> Gathered:
     """Return gradients and metrics of a batch, as if it were seen at once.
 
-    Every mean of the loss is divided by its number in the whole step, over microbatches and the devices of a mapped axis. With
-    several microbatches these numbers come from a pass before, of which the compiler leaves only what they depend on: masks.
+    Every mean of the loss is divided by its number in the whole step, over microbatches and the devices of a mapped axis.
+    With several microbatches these numbers come from a pass before, of which the compiler leaves only what they depend on:
+    masks.
 
     Args:
       general: the loss.
@@ -147,7 +149,7 @@ def _in_parts(
 
 
 def _cut(leaf: Any, parts: int) -> jax.Array:
-    """Return ``[parts, rows of a part, ...]``; a part takes every so-many-th row, so that each has some of every device's."""
+    """Return ``[parts, rows of a part, ...]``; a part has every so-many-th row, so some of every device's."""
     shape = jnp.shape(leaf)
     if not shape or shape[0] % parts:
         raise ShapeError(f"a batch with an entry of shape {shape} cannot be cut evenly into {parts} microbatches")
@@ -185,5 +187,3 @@ def _require_counts(objective: Objective, batch: Any) -> None:
             "another number: return distill.Total(sum, count) instead, as masked_total does; or, if its mean is of equally "
             "many in each, Total(mean, 1)"
         )
-
-

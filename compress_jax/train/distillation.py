@@ -54,8 +54,9 @@ def distillation(
         attention to padding) is the model's affair: give it what it needs in its inputs.
 
     Returns:
-      A `StatefulLoss`, whose means are over all devices and microbatches of a step (`make_step`): ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The
-      teacher given to the step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
+      A `StatefulLoss`, whose means are over all devices and microbatches of a step (`make_step`):
+      ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The teacher given to the
+      step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
       `compress_jax.distill.CachedFeed`), which then count. Raises a ConfigError if two terms share a name; its loss raises
       a ShapeError that names the term if a mask does not fit, and a ConfigError if a mask asked for by name is missing.
 

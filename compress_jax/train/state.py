@@ -124,9 +124,9 @@ def refuse_accumulation(opt_state: Any) -> None:
     found = [each for each in jax.tree.leaves(opt_state, is_leaf=_accumulates) if _accumulates(each)]
     if found:
         raise ArgumentError(
-            f"the optimizer accumulates gradients by itself ({type(found[0]).__name__}): each microbatch would count as a step "
-            "of every schedule, mask and compression, and the mean of their means is not the mean of what counts; use "
-            "make_step(..., microbatches=n) with the optimizer inside"
+            f"the optimizer accumulates gradients by itself ({type(found[0]).__name__}): each microbatch would count as a "
+            "step of every schedule, mask and compression, and the mean of their means is not the mean of what counts; "
+            "use make_step(..., microbatches=n) with the optimizer inside"
         )
 
 

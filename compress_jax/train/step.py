@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
@@ -21,9 +20,9 @@ Metrics = dict[str, Any]
 class Loss(Protocol):
     """``loss(params, model_state, batch, key, teacher, train=True) -> (scalar, (new_model_state, metrics))``.
 
-    ``params`` are the params as the compression shows them; ``teacher`` is whatever tree the step was given, or None. The loss
-    may return a `compress_jax.distill.Total` in place of the scalar, and metrics may be totals: then sums and counts travel
-    over devices and microbatches, and the division comes last. A loss of a mask must (see `make_step`).
+    ``params`` are the params as the compression shows them; ``teacher`` is whatever tree the step was given, or None. The
+    loss may return a `compress_jax.distill.Total` in place of the scalar, and metrics may be totals: then sums and counts
+    travel over devices and microbatches, and the division comes last. A loss of a mask must (see `make_step`).
     """
 
     def __call__(
@@ -107,7 +106,9 @@ def make_step(
       (3.0, 9.0)
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
-        raise ArgumentError(f"microbatches is how many parts a batch is cut into, a whole number from 1; got {microbatches!r}")
+        raise ArgumentError(
+            f"microbatches is how many parts a batch is cut into, a whole number from 1; got {microbatches!r}"
+        )
     general = _general(loss)
 
     def step(

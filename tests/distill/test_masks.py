@@ -1,4 +1,4 @@
-"""One rule for masks, held to by every loss there is: a new one without a row here fails, and so does one that forgets it."""
+"""One rule for masks, held to by every loss there is: a new one without a row fails, and so does one that forgets it."""
 
 from functools import partial
 
@@ -71,7 +71,9 @@ TERMS = {
     "cka_loss": on(d.cka_loss),
     "crd": lambda name: d.contrast("mid", "mid", jnp.arange(B), dim=3, negatives=2, name=name),
 }
-PER_TOKEN = set(TERMS) - set("attention fsp ft nst review rkd rkd_distance rkd_angle similarity pkt cc ickd cka_loss crd".split())
+PER_TOKEN = set(TERMS) - set(
+    "attention fsp ft nst review rkd rkd_distance rkd_angle similarity pkt cc ickd cka_loss crd".split()
+)
 
 
 class Given(nn.Module):
