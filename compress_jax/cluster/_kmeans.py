@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from compress_jax.cluster.fixed_point import Int64, exponent, from_fixed, prefix_sums, to_fixed, total
 from compress_jax.cluster.seeding import SKETCH, companded, plus_plus, sketch
 from compress_jax.core import Clustered, Compression, leafwise
+from compress_jax.core.finite import saturate
 
 LARGEST = 2**16 - 1  # clusters: with the code for zero they fill 16 bits
 LARGEST_PLUS_PLUS = 256  # clusters: beyond, k-means++ costs much and its seeds are no better than the density's
@@ -67,7 +68,7 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
         return _fit(x, leaf_key, clusters, iterations, keep_zeros)
 
     def view(x: jax.Array, codebook: jax.Array, codes: jax.Array) -> jax.Array:
-        return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes].astype(x.dtype)
+        return saturate(jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes], x.dtype)
 
     def pack(x: jax.Array, codebook: jax.Array, codes: jax.Array) -> Any:
         return Clustered.pack(codes, codebook, x.dtype)

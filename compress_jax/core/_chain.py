@@ -11,6 +11,7 @@ from compress_jax.core.compression import Compression, CompressionState, Params,
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 
 
 def chain(*compressions: Compression) -> Compression:
@@ -36,10 +37,10 @@ def chain(*compressions: Compression) -> Compression:
       [-1.0]
     """
 
-    def init(params: Params) -> CompressionState:
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
         states = []
         for c in compressions:
-            states.append(c.init(params))
+            states.append(begin(c, params, step))
             params = c.view(params, states[-1])
         return joined(states)
 
@@ -75,7 +76,12 @@ def chain(*compressions: Compression) -> Compression:
         through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
         return {path: _in_turn(steps) for path, steps in through.items() if steps}
 
-    return Compression(init, lambda params, state: views(params, state)[-1], update, pack, skipped, pointwise)
+    scheduled = Scheduled(
+        update,
+        schedules_of(*compressions),
+        lambda *args, **inputs: chain(*map(awake, compressions)).update(*args, **inputs),
+    )
+    return Compression(init, lambda params, state: views(params, state)[-1], scheduled, pack, skipped, pointwise)
 
 
 def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:

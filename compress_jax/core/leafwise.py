@@ -10,6 +10,7 @@ from jax.core import Tracer
 
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
+from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 
 LeafState = tuple[Any, Any]
@@ -121,7 +122,7 @@ class _Lifted(NamedTuple):
         return _collect({path: _named(path, self.init, x, fold_path(self.key, path)) for path, x in leaves.items()})
 
     def seen(self, params: Params, state: CompressionState) -> Params:
-        return self.replaced(params, self.view, state)
+        return self.replaced(params, lambda x, *own: where_finite(x, self.view(x, *own)), state)
 
     def packed(self, params: Params, state: CompressionState) -> Params:
         return self.replaced(params, self.pack, state)

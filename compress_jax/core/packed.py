@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.bits import Bits, bits_for
+from compress_jax.core.finite import saturate
 from compress_jax.core.gaps import Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse, nbytes, static, width
@@ -56,7 +57,7 @@ class Quantized:
         levels = self.layout.arrange(self.codes.unpack().astype(jnp.int32)) - self.zero_point.astype(jnp.int32)
         if isinstance(self.codes, Sparse):
             levels = levels * self.layout.arrange(self.codes.mask.unpack().astype(jnp.int32))
-        return self.layout.restore(levels.astype(jnp.float32) * self.scale).astype(self.dtype)
+        return saturate(self.layout.restore(levels.astype(jnp.float32) * self.scale), self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,7 +101,7 @@ class Clustered:
 
     def unpack(self) -> jax.Array:
         """Return the dense array."""
-        return jnp.append(self.codebook, jnp.zeros((), self.codebook.dtype))[self.codes.unpack()].astype(self.dtype)
+        return saturate(jnp.append(self.codebook, jnp.zeros((), self.codebook.dtype))[self.codes.unpack()], self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -133,7 +134,7 @@ class LowRank:
     def unpack(self) -> jax.Array:
         """Return the dense array, the product taken in the highest precision of the device."""
         product = jnp.matmul(to_dense(self.left), to_dense(self.right), precision=jax.lax.Precision.HIGHEST)
-        return product.reshape(self.shape).astype(self.dtype)
+        return saturate(product.reshape(self.shape), self.dtype)
 
     @property
     def nbytes(self) -> int:

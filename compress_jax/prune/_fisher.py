@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.finite import saturate
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -55,10 +56,11 @@ def fisher(
     fresh = 1 - decay if decay < 1 else 1.0
 
     def follow(seen: Seen) -> jax.Array:
-        return decay * seen.carried + fresh * jnp.square(seen.grad.astype(jnp.float32))
+        return saturate(decay * seen.carried + fresh * jnp.square(seen.grad.astype(jnp.float32)), jnp.float32)
 
     def measure(seen: Seen) -> jax.Array:
-        return jnp.square(seen.x.astype(jnp.float32)) * seen.carried * 0.5
+        squares = saturate(jnp.square(seen.x.astype(jnp.float32)), jnp.float32)  # not infinity, which times 0 is NaN
+        return squares * seen.carried * 0.5
 
     score = Score(measure, lambda seen: jnp.zeros_like(seen.x, jnp.float32), follow, needs_grads=True)
     return masked(score, sparsity, structure, scope=scope, every=every)

@@ -1,9 +1,14 @@
 """Movement pruning: weights that training moves towards zero are seen as zero."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.finite import saturate
+from compress_jax.core.schedules import Scheduled
 from compress_jax.prune.masked import Score, Seen, fixed_of, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -59,7 +64,8 @@ def movement(
 
     def follow(seen: Seen) -> jax.Array:
         pull = penalty * jax.nn.sigmoid(seen.carried) * jax.nn.sigmoid(-seen.carried)
-        return seen.carried - rate * (seen.x.astype(jnp.float32) * seen.grad.astype(jnp.float32) + pull)
+        moved = seen.x.astype(jnp.float32) * seen.grad.astype(jnp.float32)
+        return saturate(seen.carried - rate * (moved + pull), jnp.float32)
 
     score = Score(lambda seen: seen.carried, _zero, follow, signed=True, needs_grads=True)
     if threshold is None:
@@ -76,13 +82,13 @@ def _zero(seen: Seen) -> jax.Array:
 def _soft(hard: Compression, threshold: float, every: int) -> Compression:
     """Replace the masks of a compression that keeps everything by those above the threshold."""
 
-    def update(params: Params, state: CompressionState, *, step: object, **inputs: object) -> CompressionState:
+    def update(params: Params, state: CompressionState, *, step: Any, now: bool = False, **inputs: Any) -> CompressionState:
         new = hard.update(params, state, step=step, **inputs)
-        due = jnp.asarray(step) % every == 0
+        due = jnp.asarray(now) | (jnp.asarray(step) % every == 0)
         masks = {
             path: jnp.where(due, leaf["carried"] > threshold, fixed_of(state, path)["mask"])
             for path, leaf in new.fixed.items()
         }
         return CompressionState({}, {path: {**leaf, "mask": masks[path]} for path, leaf in new.fixed.items()})
 
-    return hard._replace(update=update)
+    return hard._replace(update=Scheduled(update, at_once=partial(update, now=True)))

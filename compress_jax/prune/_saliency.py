@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.finite import saturate
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -54,7 +55,7 @@ def saliency(
         return masked(Score(_effect, needs_grads=True), sparsity, structure, scope=scope, every=every)
 
     def follow(seen: Seen) -> jax.Array:
-        return decay * seen.carried + (1 - decay) * _effect(seen)
+        return saturate(decay * seen.carried + (1 - decay) * _effect(seen), jnp.float32)
 
     score = Score(lambda seen: seen.carried, lambda seen: jnp.zeros_like(seen.x, jnp.float32), follow, needs_grads=True)
     return masked(score, sparsity, structure, scope=scope, every=every)

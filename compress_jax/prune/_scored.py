@@ -10,6 +10,7 @@ from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import begin
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -57,9 +58,9 @@ def scored(
         score = Score(lambda seen: seen.carried, lambda seen: _own(found, seen), signed=True)
         return masked(score, sparsity, structure, scope=scope, every=every)
 
-    def init(params: Params) -> CompressionState:
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
         found = flatten(scores(params))[0] if callable(scores) else given
-        return compression(found or {}).init(params)
+        return begin(compression(found or {}), params, step)
 
     return compression(given or {})._replace(init=init)
 

@@ -5,7 +5,9 @@ from typing import Any
 import jax
 
 from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 from compress_jax.core.straight_through import straight_through
 from compress_jax.prune._magnitude import magnitude
 from compress_jax.prune.masked import fixed_of, of_masks, pruned_leaves, see
@@ -53,22 +55,27 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
     def joined(a: CompressionState, b: CompressionState) -> CompressionState:
         return CompressionState({}, {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()})
 
-    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
-        a, b = split(state, "mask", params), split(state, "backward", params)
-        return joined(forward.update(params, a, **inputs), wide.update(params, b, **inputs))
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
+        return joined(begin(forward, params, step), begin(wide, params, step))
+
+    def updated(forward: Compression, wide: Compression) -> Any:
+        def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+            a, b = split(state, "mask", params), split(state, "backward", params)
+            return joined(forward.update(params, a, **inputs), wide.update(params, b, **inputs))
+
+        return update
 
     def view(params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
         own = {path: fixed_of(state, path) for path in pruned_leaves(params, why_not)}
         return rebuild({**leaves, **{path: _seen(leaves[path], **masks) for path, masks in own.items()}})
 
-    return of_masks(why_not)._replace(
-        init=lambda params: joined(forward.init(params), wide.init(params)), update=update, view=view
-    )
+    update = Scheduled(updated(forward, wide), schedules_of(forward, wide), updated(awake(forward), awake(wide)))
+    return of_masks(why_not)._replace(init=init, update=update, view=view)
 
 
 def _seen(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
-    return _through(see(x, backward), see(x, mask))
+    return where_finite(x, _through(see(x, backward), see(x, mask)))
 
 
 @straight_through

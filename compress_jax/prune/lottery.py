@@ -10,6 +10,7 @@ import optax
 from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.core.paths import flatten, owner
+from compress_jax.core.schedules import Scheduled, at_once, schedules_of
 
 BACK = 2  # steps that going back takes: p + (s - p) is rounded, but then s - p is exact (Sterbenz), and so is the second sum
 
@@ -63,9 +64,10 @@ def nested(compression: Compression) -> Compression:
       [0.0, 0.0, 0.0, 2.0]
     """
 
-    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
-        return compression.update(compression.view(params, state), state, **inputs)
+    def nesting(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
+        return lambda params, state, **inputs: update(compression.view(params, state), state, **inputs)
 
+    update = Scheduled(nesting(compression.update), schedules_of(compression), nesting(at_once(compression)))
     return compression._replace(update=update)
 
 

@@ -95,7 +95,7 @@ def lsq(
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array) -> jax.Array:
-    return grid.decode(grid.encode(x, scale, grid.middle), scale, grid.middle).astype(x.dtype)
+    return grid.round(x, scale, grid.middle)
 
 
 def lsq_inputs(bits: int = 4, offset: bool = False) -> ActivationQuantizer:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.finite import saturate, where_finite
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
@@ -108,7 +109,7 @@ def on_levels(
 
 
 def _nearest(levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
-    return (levels.round(_scaled(x, step)) * scale).astype(x.dtype)
+    return where_finite(x, saturate(levels.round(_scaled(x, step)) * scale, x.dtype))
 
 
 def _scaled(x: jax.Array, step: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
@@ -83,7 +84,7 @@ def uniform(
 
     @straight_through
     def rounded(x: jax.Array, fixed: dict[str, jax.Array]) -> jax.Array:
-        return layout_of(x).restore(grid.decode(codes(x, fixed), **fixed)).astype(x.dtype)
+        return saturate(layout_of(x).restore(grid.decode(codes(x, fixed), **fixed)), x.dtype)
 
     def pack(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Quantized:
         layout = layout_of(x)
@@ -100,7 +101,7 @@ def uniform(
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    return grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
+    return grid.round(x, scale, zero_point)
 
 
 def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:

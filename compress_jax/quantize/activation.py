@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.finite import saturate
 from compress_jax.quantize.grid import Grid
 from compress_jax.quantize.scales import usable
 from compress_jax.trace.reducer import Reducer
@@ -103,7 +104,7 @@ def rounded(grid: Grid, clipped: bool, x: jax.Array, scale: jax.Array, zero_poin
       >>> [tuple(map(float, step(jnp.float32(x)))) for x in (0.9, 99.0)]
       [(1.0, 1.0), (63.5, 0.0)]
     """
-    seen = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
+    seen = saturate(grid.decode(grid.encode(x, scale, zero_point), scale, zero_point), x.dtype)
     return jnp.where(jnp.isnan(x), x, seen)
 
 
