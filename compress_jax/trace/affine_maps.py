@@ -10,6 +10,7 @@ from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from compress_jax.trace import polynomials as poly
+from compress_jax.trace.affine_steps import combined, itself, laid_out, lifted, scaled_and_shifted, sliced
 from compress_jax.trace.axis_tracking import arranged, output_axes
 from compress_jax.trace.interpret import Where, interpret
 from compress_jax.trace.polynomials import Atom, Dims, Polynomial
@@ -78,11 +79,8 @@ class AffineMap:
     steps: frozenset[Position]
 
 
-class _Other:
-    """A value of which nothing is known: data."""
-
-
-OTHER = _Other()
+OTHER = object()
+"""A value of which nothing is known: data."""
 
 
 @dataclass
@@ -119,7 +117,7 @@ class Walk:
         return Known(poly.parameter(name, array.ndim), frozenset())
 
     def join(self, a: Any, b: Any) -> Any:
-        """Return a value that is the same both ways, or nothing known."""
+        """Return a value that is the same both ways, or that nothing is known."""
         return a if a == b else self.lost([a, b], Use((), "a branch or a loop"))
 
     def same(self, a: Any, b: Any) -> bool:
@@ -130,7 +128,7 @@ class Walk:
         """Return one layer of a parameter that is stacked for a loop."""
         if not isinstance(a, Known):
             return self.lost([a], Use((), "a loop"))
-        return replace(a, poly=a.poly and a.poly.moved(lambda atom: _sliced(atom, loop)))
+        return replace(a, poly=a.poly and a.poly.moved(lambda atom: sliced(atom, loop)))
 
     def stack(self, a: Any, length: int) -> Any:
         """Return that nothing is known of what a loop puts together."""
@@ -149,13 +147,17 @@ class Walk:
                 self._used(arg.paths, use)
         return OTHER
 
+    def decides(self, args: Sequence[Any]) -> None:
+        """Note values that choose a branch or end a loop."""
+        self.lost(args, Use((), "a choice of branches"))
+
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
         """Return the results of an equation, and note what it does to mapped values and parameters."""
         position, name = where.position, eqn.primitive.name
         self.values.pop(position, None)  # of an earlier turn of a loop, in which more was known
         if position in self.traced.sites:
             return [self._site(eqn, args, self.traced.sites[position])]
-        if all(isinstance(arg, Known) for arg in args) and name not in ("random_wrap",):
+        if all(isinstance(arg, Known) for arg in args):
             return self._known(eqn, args)
         made = self._mapped(eqn, args, position)
         if made is None:
@@ -171,7 +173,7 @@ class Walk:
         use = Use(site.position, f"site {site.name!r}")
         self.lost(args, use)
         kernel = args[side] if site.param is not None and not isinstance(args[1 - side], Known) else None
-        atom = _linear(kernel, site.param)
+        atom = itself(kernel.poly if isinstance(kernel, Known) else None, site.param)
         dims = None if atom is None else output_axes(eqn, side, atom.dims)
         if atom is None or dims is None:
             self.kernels.pop(site.position, None)
@@ -198,14 +200,14 @@ class Walk:
             return poly.multiply(polys[0], poly.number(-1)) if name == "neg" else poly.stepped(polys[0], "exp")
         if name in BINARY:
             rank = len(eqn.outvars[0].aval.shape)
-            lifted = [_lifted(p, rank) for p in polys]
-            return None if None in lifted else _binary(name, *lifted)
+            both = [lifted(p, rank) for p in polys]
+            return None if None in both else combined(name, *both)
         return self._moved(eqn, polys[0])
 
     def _moved(self, eqn: JaxprEqn, p: Polynomial) -> Polynomial | None:
         if eqn.primitive.name in SAME:
             return p
-        return p.moved(lambda atom: _with(atom, arranged(eqn, atom.dims, self._shape(atom.path))))
+        return p.moved(lambda atom: laid_out(atom, arranged(eqn, atom.dims, self._shape(atom.path))))
 
     def _shape(self, path: str) -> Shape:
         return (self.arrays[path] if path in self.arrays else self.traced.params[path]).shape
@@ -221,10 +223,10 @@ class Walk:
         known = next((arg for arg in args if isinstance(arg, Known)), None)
         if len(args) != 2 or known is None or known.poly is None or len(old.dims) != len(aval.shape):
             return None
-        other = _lifted(known.poly, len(aval.shape))
+        other = lifted(known.poly, len(aval.shape))
         if other is None:
             return None
-        scale, shift = _affine(name, old, other, first=args[0] is mapped[0])
+        scale, shift = scaled_and_shifted(name, old.scale, old.shift, other, first=args[0] is mapped[0])
         return None if scale is None or shift is None else replace(old, scale=scale, shift=shift)
 
     def _moved_map(self, eqn: JaxprEqn, old: Mapped, name: str) -> Mapped | None:
@@ -293,67 +295,6 @@ def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
         steps.append(here)
         maps.append(AffineMap(found.kernels[site.position], found.values[here][0], frozenset(steps)))
     return maps
-
-
-def _linear(kernel: Any, path: str | None) -> Atom | None:
-    """Return the parameter itself, if a value is that times what does not depend on it."""
-    if not isinstance(kernel, Known) or kernel.poly is None or len(kernel.poly.terms) != 1:
-        return None
-    own = [(atom, p) for atom, p in kernel.poly.terms[0][0] if atom.path == path]
-    return own[0][0] if len(own) == 1 and own[0][1] == 1 and not own[0][0].steps else None
-
-
-def _binary(name: str, a: Polynomial, b: Polynomial) -> Polynomial | None:
-    if name in ("add", "add_any", "sub"):
-        return poly.add(a, b, -1.0 if name == "sub" else 1.0)
-    if name == "mul":
-        return poly.multiply(a, b)
-    if name == "div":
-        inverse = poly.power(b, -1.0)
-        return inverse and poly.multiply(a, inverse)
-    if name == "pow":
-        exponent = poly.as_number(b)
-        return None if exponent is None else poly.power(a, exponent)
-    for one, other in ((a, b), (b, a)):
-        if (floor := poly.as_number(other)) is not None:
-            return poly.stepped(one, "max", floor) if one.terms else None
-    return None
-
-
-def _affine(name: str, old: Mapped, other: Polynomial, *, first: bool) -> tuple[Polynomial | None, Polynomial | None]:
-    """Return the scale and shift after one more step; None where it is none."""
-    if name in ("add", "add_any"):
-        return old.scale, poly.add(old.shift, other)
-    if name == "sub" and first:
-        return old.scale, poly.add(old.shift, other, -1.0)
-    if name == "sub":
-        return poly.multiply(old.scale, poly.number(-1)), poly.add(other, old.shift, -1.0)
-    if name == "mul" or (name == "div" and first):
-        factor = other if name == "mul" else poly.power(other, -1.0)
-        if factor is not None and factor.terms:
-            return poly.multiply(old.scale, factor), poly.multiply(old.shift, factor)
-    return None, None
-
-
-def _lifted(p: Polynomial, rank: int) -> Polynomial | None:
-    """Return a scalar's polynomial laid out for more axes."""
-
-    def lift(atom: Atom) -> Atom | None:
-        if len(atom.dims) == rank:
-            return atom
-        return replace(atom, dims=((),) * rank) if not atom.dims else None
-
-    return p.moved(lift)
-
-
-def _with(atom: Atom, dims: Dims | None) -> Atom | None:
-    return None if dims is None else replace(atom, dims=dims)
-
-
-def _sliced(atom: Atom, loop: int) -> Atom | None:
-    if not atom.dims or len(atom.dims[0]) > 1:
-        return None
-    return replace(atom, dims=atom.dims[1:], sliced=(*atom.sliced, *((axis, loop) for axis in atom.dims[0])))
 
 
 def _is_float(aval: Any) -> bool:
