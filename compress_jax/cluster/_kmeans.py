@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from compress_jax.cluster.fixed_point import Int64, exponent, from_fixed, prefix_sums, to_fixed, total
 from compress_jax.cluster.seeding import SKETCH, companded, plus_plus, sketch
 from compress_jax.core import Clustered, Compression, leafwise
+from compress_jax.core.arguments import flag, random_key, whole
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 
 LARGEST = 2**16 - 1  # clusters: with the code for zero they fill 16 bits
@@ -43,7 +45,7 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       reproduced exactly.
 
     Raises:
-      ValueError: if ``clusters`` or ``iterations`` is out of range.
+      ArgumentError: if ``clusters`` or ``iterations`` is out of range.
 
     Example:
       >>> from compress_jax.core import unpack
@@ -59,10 +61,14 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       Han, Mao and Dally, "Deep Compression", ICLR 2016, section 3 (equation 2 is the objective, 3 the gradient).
       Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
     """
+    clusters, iterations = whole("clusters", clusters), whole("iterations", iterations)
+    keep_zeros = flag("keep_zeros", keep_zeros)
+    if key is not None:
+        random_key("key", key)
     if not 2 <= clusters <= LARGEST:
-        raise ValueError(f"clusters must be 2 to {LARGEST}, got {clusters}")
+        raise ArgumentError(f"clusters must be 2 to {LARGEST}, got {clusters}")
     if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+        raise ArgumentError(f"iterations must be at least 1, got {iterations}")
 
     def init(x: jax.Array, leaf_key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return _fit(x, leaf_key, clusters, iterations, keep_zeros)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from compress_jax.core import arguments
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.parts import joined, parts_of
@@ -36,6 +37,8 @@ def chain(*compressions: Compression) -> Compression:
       >>> both.view(params, both.init(params))["w"].tolist()
       [-1.0]
     """
+    for c in compressions:
+        arguments.compression("each part of a chain", c)
 
     def init(params: Params, *, step: Any = 0) -> CompressionState:
         states = []

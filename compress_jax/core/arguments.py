@@ -22,7 +22,7 @@ def refused(name: str, value: Any, accepted: str) -> NoReturn:
     Raises:
       ArgumentError: always.
     """
-    raise ArgumentError(f"{name} must be {accepted}, got {name.split()[0]}={value!r}")
+    raise ArgumentError(f"{name} must be {accepted}, got {value!r}")
 
 
 def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
@@ -127,12 +127,44 @@ def axes(name: str, value: Any) -> int | tuple[int, ...]:
     """
     accepted = "a whole number or a tuple of whole numbers"
     if isinstance(value, (tuple, list)):
-        if not value or not all(_is_index(each) for each in value):
+        if not value or not all(is_whole(each) for each in value):
             refused(name, value, accepted)
         return tuple(operator.index(each) for each in value)
-    if not _is_index(value):
+    if not is_whole(value):
         refused(name, value, accepted)
     return operator.index(value)
+
+
+def sharing(granularity: Any, axis: Any, pad: Any) -> tuple[str | int, int | tuple[int, ...], bool]:
+    """Return which entries share a scale, as quantizers take it, all three checked.
+
+    Args:
+      granularity: ``"tensor"``, ``"channel"`` or a group size.
+      axis: the axis or axes of output channels.
+      pad: whether a last group may be padded.
+
+    Returns:
+      ``(granularity, axis, pad)``.
+
+    Raises:
+      ArgumentError: if one of them is something else.
+    """
+    if not (isinstance(granularity, str) and granularity in ("tensor", "channel")):
+        if not is_whole(granularity) or operator.index(granularity) < 1:
+            refused("granularity", granularity, "'tensor', 'channel' or a group size of at least 1")
+        granularity = operator.index(granularity)
+    return granularity, axes("axis", axis), flag("pad", pad)
+
+
+def compression(name: str, value: Any) -> Any:
+    """Return a Compression, or anything with its four functions.
+
+    Raises:
+      ArgumentError: if it has not.
+    """
+    if not all(callable(getattr(value, each, None)) for each in ("init", "view", "update", "pack")):
+        refused(name, value, "a Compression, such as prune.magnitude(0.5)")
+    return value
 
 
 def patterns(name: str, value: Any) -> str | tuple[str, ...]:
@@ -142,9 +174,10 @@ def patterns(name: str, value: Any) -> str | tuple[str, ...]:
       ArgumentError: if it is neither, or the tuple is empty.
     """
     several = (value,) if isinstance(value, str) else value
-    if not isinstance(several, tuple) or not several or not all(isinstance(each, str) for each in several):
+    listed = isinstance(several, (tuple, list)) and len(several) > 0
+    if not listed or not all(isinstance(each, str) for each in several):
         refused(name, value, "a glob such as '**/kernel', or a tuple of globs")
-    return value
+    return value if isinstance(value, str) else tuple(several)
 
 
 def random_key(name: str, value: Any) -> jax.Array:
@@ -158,7 +191,8 @@ def random_key(name: str, value: Any) -> jax.Array:
     return value
 
 
-def _is_index(value: Any) -> bool:
+def is_whole(value: Any) -> bool:
+    """Tell whether it is a whole number, as `whole` takes it."""
     try:
         return not isinstance(value, (bool, np.bool_)) and operator.index(value) is not None
     except TypeError:

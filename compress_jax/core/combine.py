@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from compress_jax.core import arguments
 from compress_jax.core.arguments import whole
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
@@ -34,6 +35,7 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
       >>> mixed.view(params, mixed.init(params))
       {'body': {'kernel': Array([-1.], dtype=float32)}, 'head': {'kernel': Array([1.], dtype=float32)}}
     """
+    pairs = [(arguments.patterns("pattern", pattern), arguments.compression("compression", c)) for pattern, c in pairs]
 
     def split(params: Params) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
         leaves, rebuild = flatten(params)
@@ -60,6 +62,8 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
     def update(params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any) -> CompressionState:
         parts, _, _ = split(params)
         gradients = flatten(grads)[0] if grads is not None else None
+        if unknown := [path for path in gradients or () if path not in flatten(params)[0]]:
+            raise ArgumentError(f"there are gradients for {', '.join(unknown)}, and no such leaf")
         states = []
         for (_, c), part, s in zip(pairs, parts, parts_of(state, len(pairs)), strict=True):
             own = None if gradients is None else {path: gradients[path] for path in part if path in gradients}
@@ -143,7 +147,7 @@ def every(n: int, compression: Compression) -> Compression:
       2
     """
     n = whole("n (the period of every(n, ...) in steps)", n, 1)
-    schedules = schedules_of(compression)
+    schedules = schedules_of(arguments.compression("compression", compression))
 
     def update(
         params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
@@ -185,7 +189,7 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
       >>> c.view(params, state)["w"].tolist(), c.view(params, later)["w"].tolist()
       ([1.0], [0.0])
     """
-    start = whole("start", start)
+    start, compression = whole("start", start), arguments.compression("compression", compression)
     if stop is not None and whole("stop", stop) <= start:
         raise ArgumentError(f"between(start, stop, ...) needs stop after start, got {start} and {stop}")
 

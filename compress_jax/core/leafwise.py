@@ -139,6 +139,9 @@ class _Lifted(NamedTuple):
         if self.update is None:
             return state
         grads, stats = flatten(grads)[0] if grads is not None else {}, stats or {}
+        for path, x in leaves.items():
+            if grads.get(path) is not None and jnp.shape(grads[path]) != x.shape:
+                raise ShapeError(f"leaf {path!r} has shape {x.shape}, its gradient {jnp.shape(grads[path])}")
         states = {}
         for path, x in leaves.items():
             inputs = {"step": step, "grad": grads.get(path), "stats": stats.get(path), "key": fold_path(key, path)}

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from compress_jax.core import Compression, LowRank, ShapeError, leafwise
+from compress_jax.core.arguments import number, whole
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import flatten
 
 Factors = dict[str, jax.Array]
@@ -36,7 +38,7 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
       The Compression: ``learned[path]`` is ``{"left": float32 [m, r], "right": float32 [r, n]}``; `pack` gives `LowRank`.
 
     Raises:
-      ValueError: if not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
+      ArgumentError: if not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
       ShapeError: in `init`, if ``energy`` is given and the arrays are traced.
 
     Example:
@@ -53,7 +55,7 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
       Denton et al., "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation", NeurIPS 2014.
     """
     if (rank is None) == (energy is None):
-        raise ValueError(f"give exactly one of rank and energy, got rank={rank} and energy={energy}")
+        raise ArgumentError(f"give exactly one of rank and energy, got rank={rank} and energy={energy}")
     if rank is not None:
         return _truncated(rank)
     assert energy is not None
@@ -62,8 +64,9 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
 
 def _truncated(rank: int) -> Compression:
     """Return the Compression that keeps a given rank."""
+    rank = whole("rank", rank)
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+        raise ArgumentError(f"rank must be at least 1, got {rank}")
 
     def why_not(path: str, x: jax.Array) -> str | None:
         return _too_thin(x) or _no_gain(x, rank)
@@ -76,8 +79,9 @@ def _truncated(rank: int) -> Compression:
 
 def _by_energy(energy: float) -> Compression:
     """Return the Compression that keeps a share of the energy; where that does not pay, a leaf has no factors."""
+    energy = number("energy", energy)
     if not 0 < energy <= 1:
-        raise ValueError(f"energy is the share of the squared singular values to keep, above 0 and up to 1; got {energy}")
+        raise ArgumentError(f"energy is the share of the squared singular values to keep, above 0 and up to 1; got {energy}")
 
     def init(x: jax.Array, key: None) -> tuple[Factors | None, dict[str, Any]]:
         rank = _rank_for(x, energy)

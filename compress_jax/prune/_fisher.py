@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import number
 from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
@@ -39,7 +41,7 @@ def fisher(
       The Compression. ``fixed[path]`` is ``{"mask": mask, "carried": F, float32}``.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if there are no gradients.
+      ArgumentError: for impossible arguments; in `update`, if there are no gradients.
 
     Example:
       >>> c, params = fisher(0.5), {"w": jnp.array([3.0, 1.0])}
@@ -51,8 +53,9 @@ def fisher(
       LeCun, Denker and Solla, "Optimal Brain Damage", 1989, equation 5.
       Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 6.
     """
+    decay = number("decay", decay)
     if not 0 <= decay <= 1:
-        raise ValueError(f"decay lies between 0 and 1, got {decay}")
+        raise ArgumentError(f"decay lies between 0 and 1, got {decay}")
     fresh = 1 - decay if decay < 1 else 1.0
 
     def follow(seen: Seen) -> jax.Array:

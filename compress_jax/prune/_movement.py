@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import number
 from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.core.schedules import Scheduled
 from compress_jax.prune.masked import Score, Seen, fixed_of, masked
@@ -50,7 +52,7 @@ def movement(
       The Compression. ``fixed[path]`` is ``{"mask": mask, "carried": scores, float32}``.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if there are no gradients.
+      ArgumentError: for impossible arguments; in `update`, if there are no gradients.
 
     Example:
       >>> c, params = movement(0.5), {"w": jnp.array([3.0, 1.0])}
@@ -61,6 +63,8 @@ def movement(
     References:
       Sanh, Wolf and Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020, section 4, table 1.
     """
+    rate, penalty = number("rate", rate), number("penalty", penalty)
+    threshold = None if threshold is None else number("threshold", threshold)
 
     def follow(seen: Seen) -> jax.Array:
         pull = penalty * jax.nn.sigmoid(seen.carried) * jax.nn.sigmoid(-seen.carried)
@@ -71,7 +75,7 @@ def movement(
     if threshold is None:
         return masked(score, sparsity, structure, scope=scope, every=every)
     if sparsity is not None or structure is not None:
-        raise ValueError("soft movement keeps what is above the threshold: give no sparsity and no structure beside it")
+        raise ArgumentError("soft movement keeps what is above the threshold: give no sparsity and no structure beside it")
     return _soft(masked(score, 0.0, every=every), threshold, every)
 
 

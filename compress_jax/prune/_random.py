@@ -2,6 +2,7 @@
 
 import jax
 
+from compress_jax.core.arguments import random_key
 from compress_jax.core.compression import Compression
 from compress_jax.core.leafwise import fold_path
 from compress_jax.prune.masked import Score, Seen, masked
@@ -39,6 +40,7 @@ def random(
     References:
       Liu et al., "The Unreasonable Effectiveness of Random Pruning", 2022.
     """
+    random_key("key", key)
 
     def measure(seen: Seen) -> jax.Array:
         return jax.random.uniform(fold_path(key, seen.path), seen.x.shape)  # pyright: ignore[reportArgumentType]

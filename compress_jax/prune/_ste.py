@@ -2,6 +2,7 @@
 
 import jax
 
+from compress_jax.core.arguments import compression as checked
 from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.paths import flatten
 from compress_jax.core.straight_through import straight_through
@@ -29,6 +30,7 @@ def ste(compression: Compression) -> Compression:
       Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.
       Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021, section 3.
     """
+    checked("compression", compression)
 
     def view(params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)

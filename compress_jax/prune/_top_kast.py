@@ -3,8 +3,10 @@
 from typing import Any
 
 import jax
+import numpy as np
 
 from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
@@ -30,7 +32,7 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
       The Compression. ``fixed[path]`` is ``{"mask": A, "backward": B}``.
 
     Raises:
-      ValueError: for impossible arguments.
+      ArgumentError: for impossible arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -44,8 +46,10 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
     References:
       Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.
     """
-    if all(isinstance(each, (int, float)) for each in (sparsity, backward)) and backward > sparsity:  # type: ignore[operator]
-        raise ValueError(f"backward is below the sparsity {sparsity}, as more weights are trained than used, got {backward}")
+    if all(isinstance(each, (int, float, np.number)) for each in (sparsity, backward)) and backward > sparsity:  # type: ignore[operator]
+        raise ArgumentError(
+            f"backward is below the sparsity {sparsity}, as more weights are trained than used, got {backward}"
+        )
     forward, wide = (magnitude(each, scope=scope, every=every) for each in (sparsity, backward))
     why_not = Target.of(sparsity, None, scope).why_not
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from compress_jax.core.arguments import compression as checked
+from compress_jax.core.arguments import number, whole
 from compress_jax.core.compression import Compression, CompressionState, Params
-from compress_jax.core.errors import ConfigError, StateError
+from compress_jax.core.errors import ArgumentError, ConfigError, StateError
 from compress_jax.core.paths import flatten, owner
 from compress_jax.core.schedules import Scheduled, at_once, schedules_of
 
@@ -28,7 +30,7 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
       An optax schedule, ``step -> float32``.
 
     Raises:
-      ValueError: unless ``0 < share < 1`` and ``steps`` is at least 1.
+      ArgumentError: unless ``0 < share < 1`` and ``steps`` is at least 1.
 
     Example:
       >>> [round(float(rounds(0.2)(k)), 3) for k in range(4)]
@@ -37,8 +39,9 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
     References:
       Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, section 1, strategy of iterative pruning.
     """
+    share, steps = number("share", share), whole("steps", steps)
     if not 0 < share < 1 or steps < 1:
-        raise ValueError(f"a share between 0 and 1 is pruned each round of at least one step, got {share} and {steps}")
+        raise ArgumentError(f"a share between 0 and 1 is pruned each round of at least one step, got {share} and {steps}")
     return lambda step: 1 - jnp.float32(1 - share) ** (jnp.asarray(step) // steps).astype(jnp.float32)
 
 
@@ -63,6 +66,7 @@ def nested(compression: Compression) -> Compression:
       >>> c.view(rewound, c.update(rewound, state, step=2))["w"].tolist()
       [0.0, 0.0, 0.0, 2.0]
     """
+    checked("compression", compression)
 
     def nesting(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
         return lambda params, state, **inputs: update(compression.view(params, state), state, **inputs)
@@ -160,7 +164,7 @@ def rewinding(
       The optimizer; its state is `Rewound`.
 
     Raises:
-      ValueError: if a round is too short to come back to ``to``.
+      ArgumentError: if a round is too short to come back to ``to``.
       ConfigError: in `init`, if ``start`` lacks one of the params.
 
     Example:
@@ -180,7 +184,7 @@ def rewinding(
     """
     begin = 0 if start is None else BACK
     if every is not None and (to < 0 or every <= begin + to + BACK):
-        raise ValueError(
+        raise ArgumentError(
             f"a round of {every} steps is too short to come back to step {to}; rounds need {begin + to + BACK + 1}"
         )
 

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from compress_jax.core.arguments import whole
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
-from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
+from compress_jax.core.errors import ArgumentError, NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import saturate
 from compress_jax.core.leafwise import check_finite, fold_path, leafwise, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
@@ -133,7 +133,8 @@ def masked(
       >>> c.view(params, c.init(params))["w"].tolist()
       [0.0, 0.0, 7.0, 8.0]
     """
-    every = whole("every", every, 1)
+    if whole("every", every) < 1:
+        raise ArgumentError(f"masks are chosen every 1 or more steps, got every={every}")
     return _Masked(_is_score(score), Target.of(sparsity, structure, scope), every).compression()
 
 

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import optax
 
-from compress_jax.core.arguments import number
+from compress_jax.core.arguments import number, one_of, patterns, refused
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import match, matches
 from compress_jax.prune.structures import NofM, Structure
@@ -48,16 +48,17 @@ class Target:
           >>> Target.of({"**/kernel": 0.5}).share("dense/kernel", 0)
           0.5
         """
-        if scope not in ("leaf", "global"):
-            raise ArgumentError(f"scope must be 'leaf' or 'global', got {scope!r}")
+        one_of("scope", scope, ("leaf", "global"))
+        if structure is not None and not isinstance(structure, Structure):
+            refused("structure", structure, "n_m(...), block(...), channel(...), head(...) or None")
         if scope == "global" and (isinstance(sparsity, Mapping) or isinstance(structure, NofM)):
             raise ArgumentError("with scope='global' one threshold is shared, so give one sparsity, and no n:m structure")
         if isinstance(structure, NofM):
             return cls((("**", Constant(_implied(sparsity, structure))),), structure, scope)
         if sparsity is None:
-            raise ArgumentError("give a sparsity; only an n_m structure says it by itself")
+            raise ArgumentError("give a sparsity, got None; only an n_m structure says it by itself")
         pairs = sparsity.items() if isinstance(sparsity, Mapping) else [("**", sparsity)]
-        return cls(tuple((glob, _schedule(share)) for glob, share in pairs), structure, scope)
+        return cls(tuple((str(patterns("a glob", glob)), _schedule(share)) for glob, share in pairs), structure, scope)
 
     def why_not(self, path: str, x: Any) -> str | None:
         """Say why a leaf is not pruned, or return None."""

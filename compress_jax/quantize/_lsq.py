@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.arguments import flag, function, sharing
 from compress_jax.core.compression import Compression, Pointwise
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
@@ -62,8 +63,10 @@ def lsq(
     References:
       Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, equations 1 to 5 and section 2.2.
     """
-    grid = checked(bits, True)._replace(narrow=narrow)
-    Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
+    grid = checked(bits, True)._replace(narrow=flag("narrow", narrow))
+    granularity, axis, pad = sharing(granularity, axis, pad)
+    if start is not None:
+        function("start", start, "a rule (w, layout, grid) -> (scale, zero_point) such as quantize.mse")
 
     def layout_of(x: jax.Array) -> Layout:
         return Layout.of(x.shape, granularity, axis, pad=pad)
@@ -84,7 +87,7 @@ def lsq(
     def pack(x: jax.Array, learned: Own, fixed: None) -> Quantized:
         layout, scale = layout_of(x), positive(learned["scale"])
         codes = layout.restore(grid.encode(layout.arrange(x), scale, grid.middle))
-        return Quantized.pack(codes, bits, scale, grid.middle, layout, x.dtype)
+        return Quantized.pack(codes, grid.bits, scale, grid.middle, layout, x.dtype)
 
     see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
 
@@ -134,7 +137,7 @@ def lsq_inputs(bits: int = 4, offset: bool = False) -> ActivationQuantizer:
       Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, section 2.
       Bhalgat et al., "LSQ+", 2020, arXiv:2004.09576, section 3.
     """
-    grid = checked(bits, False)
+    grid, offset = checked(bits, False), flag("offset", offset)
     call = f"lsq_inputs(bits={bits}, offset={offset})"
     if offset:
         return _shifted(grid, call)

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import flag, sharing, whole
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
@@ -51,7 +53,7 @@ def uniform(
       The Compression; ``fixed[path]`` is ``{"scale": float32, "zero_point": uint8}``. Packs to `Quantized`.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -69,6 +71,7 @@ def uniform(
       Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
     grid, rule = _checked_grid(bits, symmetric, narrow), _rule(scale, symmetric)
+    granularity, axis, pad = sharing(granularity, axis, pad)
     Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
 
     def layout_of(x: jax.Array) -> Layout:
@@ -88,7 +91,7 @@ def uniform(
 
     def pack(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Quantized:
         layout = layout_of(x)
-        return Quantized.pack(layout.restore(codes(x, fixed)), bits, **fixed, layout=layout, dtype=x.dtype)
+        return Quantized.pack(layout.restore(codes(x, fixed)), grid.bits, **fixed, layout=layout, dtype=x.dtype)
 
     see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
 
@@ -105,14 +108,13 @@ def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) 
 
 
 def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
-    if bits == 1 and not isinstance(bits, bool):
-        raise ValueError("bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or quantize.binary()")
-    if isinstance(bits, bool) or bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
-    if not isinstance(symmetric, bool):
-        raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
+    if bits is not True and isinstance(bits, int) and bits == 1:
+        raise ArgumentError(
+            "bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or quantize.binary()"
+        )
+    bits, symmetric = whole("bits", bits, 2, 8), flag("symmetric", symmetric)
     if not isinstance(narrow, bool) or (narrow and not symmetric):
-        raise ValueError(f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}")
+        raise ArgumentError(f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}")
     return Grid(bits, symmetric, narrow)
 
 
@@ -130,7 +132,7 @@ def _rule(scale: str | scales.Rule | None, symmetric: bool) -> scales.Rule:
         "pnorm": pnorm,
         "entropy": entropy,
     }
-    if scale not in rules:
+    if scale is not None and not (isinstance(scale, str) and scale in rules):
         names = ", ".join(repr(name) for name in rules if name)
-        raise ValueError(f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got {scale!r}")
+        raise ArgumentError(f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got {scale!r}")
     return rules[scale]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from compress_jax.core.arguments import flag, whole
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.finite import saturate
 from compress_jax.quantize.grid import Grid
@@ -162,14 +163,10 @@ def checked(bits: int, symmetric: bool) -> Grid:
       The grid.
 
     Raises:
-      ValueError: if either is something else.
+      ArgumentError: if either is something else.
 
     Example:
       >>> checked(8, False).top
       255
     """
-    if isinstance(bits, bool) or bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
-    if not isinstance(symmetric, bool):
-        raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
-    return Grid(bits, symmetric)
+    return Grid(whole("bits", bits, 2, 8), flag("symmetric", symmetric))

@@ -10,6 +10,7 @@ from flax import linen as nn
 from flax.core.scope import in_filter
 from jax.core import Tracer
 
+from compress_jax.core.arguments import whole
 from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.quantize._activations import Ranges, activations
 from compress_jax.quantize.activation import ActivationQuantizer, Own, require_finite
@@ -74,6 +75,9 @@ def quantized(
       Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.
       Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, section 3.2.3 (batch norm).
     """
+    start = whole("start", start, 0)
+    freeze = None if freeze is None else whole("freeze", freeze, 0)
+    freeze_batch_norm = None if freeze_batch_norm is None else whole("freeze_batch_norm", freeze_batch_norm, 0)
     frozen = how if isinstance(how, ActivationQuantizer) else tuple(how)
     return QuantizedModel(model, frozen, where, start, freeze, freeze_batch_norm, example)
 
