@@ -568,9 +568,44 @@ def test_12_options_that_print_alike_are_told_apart():
     first, second = (prune.magnitude(schedule) for schedule in schedules)
     with pytest.raises(StateError, match="0.6"):
         second.view(PARAMS, first.init(PARAMS))
-    ones, twos = (cj.leafwise(fn, init=lambda x, key: (None, x)) for fn in (lambda x, l, f: x + f, lambda x, l, f: x - f))
+    ones, twos = (cj.leafwise(fn, init=lambda x, key: (None, x)) for fn in (lambda x, _, f: x + f, lambda x, _, f: x - f))
     with pytest.raises(StateError):
         twos.view(PARAMS, ones.init(PARAMS))
+
+
+@ROWS
+def test_13_what_is_not_finite_is_seen_so_under_jit(name):
+    run = trained(name)
+    for bad in KERNEL_WITH.values():
+        seen = run.view({**LATER, "body": {**LATER["body"], "kernel": bad}}, run.state)["body"]["kernel"]
+        assert not jnp.isfinite(seen[3, 2]), "a diverged weight looks like any other"
+
+
+def extreme(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Numbers up to the largest there is, down to subnormal ones and zeros of both signs."""
+    x = normal(11, shape).ravel()
+    ends = [float(jnp.finfo(dtype).max), -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny) / 4, 0.0, -0.0]
+    x = (x * (ends[0] / jnp.abs(x).max())).at[: len(ends)].set(jnp.asarray(ends, jnp.float32))
+    return x.reshape(shape).astype(dtype)
+
+
+EXTREME = {
+    "body": {"kernel": extreme((16, 8), jnp.float16), "bias": extreme((8,), jnp.float32)},
+    "head": {"kernel": jnp.full((1, 2, 8, 16), jnp.finfo(jnp.float16).tiny / 8, jnp.float16).at[0, 0].set(0.0)},
+    "norm": {"scale": extreme((8,), jnp.bfloat16)},
+}
+
+
+@ROWS
+def test_14_what_is_finite_is_seen_finite_and_ships_so(name):
+    c = CONTRACT[name].compression
+    state = c.init(EXTREME)
+    grads = jax.tree.map(jnp.ones_like, EXTREME)
+    for step in range(2):
+        state = c.update(EXTREME, state, step=step, grads=grads, key=jax.random.key(0))
+        seen = c.view(EXTREME, state)
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((seen, state.learned)))
+        assert bits(cj.unpack(c.pack(EXTREME, state))) == bits(seen)
 
 
 def test_every_public_method_has_a_row():

@@ -9,8 +9,11 @@ import jax.numpy as jnp
 from compress_jax.cluster.fixed_point import Int64, exponent, from_fixed, prefix_sums, to_fixed, total
 from compress_jax.cluster.seeding import SKETCH, companded, plus_plus, sketch
 from compress_jax.core import Clustered, Compression, leafwise
+from compress_jax.core.arguments import flag, random_key, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.describe import call_of
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import saturate
 
 LARGEST = 2**16 - 1  # clusters: with the code for zero they fill 16 bits
 LARGEST_PLUS_PLUS = 256  # clusters: beyond, k-means++ costs much and its seeds are no better than the density's
@@ -44,7 +47,7 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       leaf of at most ``clusters`` distinct values is reproduced exactly.
 
     Raises:
-      ValueError: if ``clusters`` or ``iterations`` is out of range.
+      ArgumentError: if ``clusters`` or ``iterations`` is out of range.
 
     Example:
       >>> from compress_jax.core import unpack
@@ -60,10 +63,14 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       Han, Mao and Dally, "Deep Compression", ICLR 2016, section 3 (equation 2 is the objective, 3 the gradient).
       Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
     """
+    clusters, iterations = whole("clusters", clusters), whole("iterations", iterations)
+    keep_zeros = flag("keep_zeros", keep_zeros)
+    if key is not None:
+        random_key("key", key)
     if not 2 <= clusters <= LARGEST:
-        raise ValueError(f"clusters must be 2 to {LARGEST}, got {clusters}")
+        raise ArgumentError(f"clusters must be 2 to {LARGEST}, got {clusters}")
     if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+        raise ArgumentError(f"iterations must be at least 1, got {iterations}")
 
     def init(x: jax.Array, leaf_key: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
         return _fit(x, leaf_key, clusters, iterations, keep_zeros)
@@ -78,7 +85,7 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
 
 
 def _view(x: jax.Array, codebook: jax.Array, codes: jax.Array, axes: Axes) -> jax.Array:
-    return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes].astype(x.dtype)
+    return saturate(jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes], x.dtype)
 
 
 def _fit(x: jax.Array, key: jax.Array, clusters: int, iterations: int, keep_zeros: bool) -> tuple[jax.Array, jax.Array]:

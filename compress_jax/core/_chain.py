@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from compress_jax.core import arguments
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, stamped
 from compress_jax.core.describe import describe
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 
 
 def chain(*compressions: Compression) -> Compression:
@@ -37,11 +39,13 @@ def chain(*compressions: Compression) -> Compression:
       >>> both.view(params, both.init(params))["w"].tolist()
       [-1.0]
     """
+    for c in compressions:
+        arguments.compression("each part of a chain", c)
 
-    def init(params: Params) -> CompressionState:
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
         states = []
         for c in compressions:
-            states.append(c.init(params))
+            states.append(begin(c, params, step))
             params = c.view(params, states[-1])
         return joined(states)
 
@@ -83,9 +87,13 @@ def chain(*compressions: Compression) -> Compression:
     def bind(known: Mapping[str, Axes]) -> Compression:
         return chain(*(bound(c, known) for c in compressions))
 
+    def at_once(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        return chain(*map(awake, compressions)).update(params, state, **inputs)
+
     last = lambda params, state: views(params, state)[-1]  # noqa: E731
+    scheduled = Scheduled(update, schedules_of(*compressions), at_once)
     call = f"chain({', '.join(map(describe, compressions))})"
-    return stamped(Compression(init, last, update, pack, skipped, pointwise, bind=bind, axes=axes), call)
+    return stamped(Compression(init, last, scheduled, pack, skipped, pointwise, bind=bind, axes=axes), call)
 
 
 def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:

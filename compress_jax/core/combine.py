@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from compress_jax.core import arguments
+from compress_jax.core.arguments import whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, stamped
 from compress_jax.core.describe import describe
-from compress_jax.core.errors import NoMatchError, StateError
+from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
 from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.schedules import Scheduled, at_once, awake, begin, due, schedules_of
 
 
 def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
@@ -34,6 +37,7 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
       >>> mixed.view(params, mixed.init(params))
       {'body': {'kernel': Array([-1.], dtype=float32)}, 'head': {'kernel': Array([1.], dtype=float32)}}
     """
+    pairs = [(arguments.patterns("pattern", pattern), arguments.compression("compression", c)) for pattern, c in pairs]
 
     def split(params: Params) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
         leaves, rebuild = flatten(params)
@@ -53,13 +57,15 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
             left.update(getattr(c, method)(part, s))
         return rebuild(left)
 
-    def init(params: Params) -> CompressionState:
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
         parts, _, _ = split(params)
-        return joined([c.init(part) for (_, c), part in zip(pairs, parts, strict=True)])
+        return joined([begin(c, part, step) for (_, c), part in zip(pairs, parts, strict=True)])
 
     def update(params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any) -> CompressionState:
         parts, _, _ = split(params)
         gradients = flatten(grads)[0] if grads is not None else None
+        if unknown := [path for path in gradients or () if path not in flatten(params)[0]]:
+            raise ArgumentError(f"there are gradients for {', '.join(unknown)}, and no such leaf")
         states = []
         for (_, c), part, s in zip(pairs, parts, parts_of(state, len(pairs)), strict=True):
             own = None if gradients is None else {path: gradients[path] for path in part if path in gradients}
@@ -92,7 +98,11 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
     compression = Compression(
         init,
         lambda params, state: merged(params, state, "view"),
-        update,
+        Scheduled(
+            update,
+            schedules_of(*(c for _, c in pairs)),
+            lambda *args, **inputs: rules([(pattern, awake(c)) for pattern, c in pairs]).update(*args, **inputs),
+        ),
         lambda params, state: merged(params, state, "pack"),
         skipped,
         pointwise,
@@ -127,6 +137,8 @@ def at(pattern: Patterns, compression: Compression) -> Compression:
 def every(n: int, compression: Compression) -> Compression:
     """Update the state only at steps divisible by ``n``; the view is that of the compression at all times.
 
+    A schedule inside it (of a sparsity, say) arrives all the same: one more update is made when it reaches its last value.
+
     Args:
       n: the period in steps, at least 1.
       compression: whose `update` is costly (a mask, a scale search).
@@ -135,7 +147,7 @@ def every(n: int, compression: Compression) -> Compression:
       The Compression.
 
     Raises:
-      ValueError: if ``n`` is less than 1.
+      ArgumentError: if ``n`` is not a whole number of at least 1.
 
     Example:
       >>> from compress_jax.core.leafwise import leafwise
@@ -146,15 +158,19 @@ def every(n: int, compression: Compression) -> Compression:
       >>> int(state.fixed["w"])
       2
     """
-    if n < 1:
-        raise ValueError(f"every(n) needs a period of at least 1 step, got {n}")
+    n = whole("n (the period of every(n, ...) in steps)", n, 1)
+    schedules = schedules_of(arguments.compression("compression", compression))
 
-    def update(params: Params, state: CompressionState, *, step: Any, **inputs: Any) -> CompressionState:
-        skip, act = (lambda: state), (lambda: compression.update(params, state, step=step, **inputs))
-        return _switch(jnp.asarray(step) % n == 0, [skip, act])
+    def update(
+        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+    ) -> CompressionState:
+        acts, at = due(n, schedules, step)
+        skip = lambda: state  # noqa: E731
+        act = lambda: compression.update(params, state, step=at, grads=grads, stats=stats, key=key)  # noqa: E731
+        return _switch(acts, [skip, act])
 
     return compression._replace(
-        update=update,
+        update=Scheduled(update, schedules, at_once(compression)),
         call=f"every({n}, {describe(compression)})",
         bind=lambda known: every(n, bound(compression, known)),
     )
@@ -164,8 +180,10 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
     """Switch a compression on at one step and freeze its state at another.
 
     Before ``start`` the view is the params themselves. At ``start``, or at the first step after it that `update` sees, the
-    state is made anew by `init` from the weights of that moment; it is updated at the steps in ``(start, stop)`` and stays
-    as it is from ``stop`` on.
+    state is made anew by `init` from the weights of that moment, for that step of its schedules; it is updated at the steps
+    in ``(start, stop)`` and stays as it is from ``stop`` on. The last of these updates, at ``stop - 1`` or the first step
+    after it that `update` sees, is made for the step ``stop``, whatever thins the compression's updates: a schedule that
+    ends at ``stop`` has arrived.
 
     Args:
       start: first step at which the compression acts.
@@ -173,11 +191,11 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
       compression: what to switch on.
 
     Returns:
-      The Compression; ``fixed`` holds ``{"active": bool, "of": the compression's own}``. `pack` before ``start`` leaves
-      the params as they are.
+      The Compression; ``fixed`` holds ``{"active": bool, "done": bool, whether the last update is made, "of": the
+      compression's own}``. `pack` before ``start`` leaves the params as they are.
 
     Raises:
-      ValueError: if ``stop`` is not after ``start``.
+      ArgumentError: if the steps are not whole numbers, or ``stop`` is not after ``start``.
 
     Example:
       >>> from compress_jax.core.leafwise import leafwise
@@ -187,33 +205,43 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
       >>> c.view(params, state)["w"].tolist(), c.view(params, later)["w"].tolist()
       ([1.0], [0.0])
     """
-    if stop is not None and stop <= start:
-        raise ValueError(f"between(start, stop) needs stop after start, got {start} and {stop}")
+    start, compression = whole("start", start), arguments.compression("compression", compression)
+    if stop is not None and whole("stop", stop) <= start:
+        raise ArgumentError(f"between(start, stop, ...) needs stop after start, got {start} and {stop}")
 
     def inner(state: CompressionState) -> CompressionState:
-        if not isinstance(state.fixed, Mapping) or set(state.fixed) != {"active", "of"}:
+        if not isinstance(state.fixed, Mapping) or set(state.fixed) != {"active", "done", "of"}:
             raise StateError(
-                f"this state is not that of a `between`, which holds 'active' and 'of'; it has {list(state.fixed)}"
+                f"this state is not that of a `between`, which holds 'active', 'done' and 'of'; it has {list(state.fixed)}"
             )
         return CompressionState(state.learned, state.fixed["of"])
 
-    def wrapped(state: CompressionState, active: Any) -> CompressionState:
-        return CompressionState(state.learned, {"active": jnp.asarray(active, bool), "of": state.fixed})
+    def wrapped(state: CompressionState, active: Any, done: Any) -> CompressionState:
+        flags = {"active": jnp.asarray(active, bool), "done": jnp.asarray(done, bool)}
+        return CompressionState(state.learned, {**flags, "of": state.fixed})
 
-    def init(params: Params) -> CompressionState:
-        return wrapped(compression.init(params), start <= 0)
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
+        return wrapped(begin(compression, params, step), jnp.asarray(step) >= start, False)
 
     def view(params: Params, state: CompressionState) -> Params:
         seen = compression.view(params, inner(state))
         return jax.tree.map(lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params)
 
-    def update(params: Params, state: CompressionState, *, step: Any, **inputs: Any) -> CompressionState:
+    def update(
+        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+    ) -> CompressionState:
         step, own, active = jnp.asarray(step), inner(state), jnp.asarray(state.fixed["active"])
-        keep, begin = (lambda: own), (lambda: compression.init(params))
+        inputs = {"grads": grads, "stats": stats, "key": key}
+        started = step >= start
+        ending = jnp.zeros((), bool) if stop is None else started & (step + 1 >= stop)
+        at = step if stop is None else jnp.where(ending, jnp.asarray(stop, step.dtype), step)
+        keep, first = (lambda: own), (lambda: begin(compression, params, at))
         follow = lambda: compression.update(params, own, step=step, **inputs)  # noqa: E731
-        started, running = step >= start, (True if stop is None else step < stop)
-        phase = jnp.where(started & (~active | (step == start)), 1, jnp.where(started & running, 2, 0))
-        return wrapped(_switch(phase, [keep, begin, follow]), started)
+        last = lambda: at_once(compression)(params, own, step=at, **inputs)  # noqa: E731
+        moving = jnp.where(ending, jnp.where(state.fixed["done"], 0, 3), 2)
+        phase = jnp.where(started, jnp.where(~active | (step == start), 1, moving), 0)
+        branches = [keep, first, follow] if stop is None else [keep, first, follow, last]
+        return wrapped(_switch(phase, branches), started, ending)
 
     def pack(params: Params, state: CompressionState) -> Params:
         own = inner(state)
@@ -223,10 +251,14 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         own = inner(state)
         return compression.pointwise(params, own) if bool(state.fixed["active"]) else {}
 
+    def awake_update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        return between(start, stop, awake(compression)).update(params, state, **inputs)
+
+    schedules = schedules_of(compression) if stop is None else (*schedules_of(compression), lambda step: step >= stop)
     made = Compression(
         init,
         view,
-        update,
+        Scheduled(update, schedules, awake_update),
         pack,
         compression.skipped,
         pointwise,

@@ -1,6 +1,8 @@
 """The one idea of the library: a compression is a differentiable view of named arrays, plus the state that defines it."""
 
+import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from compress_jax.core.axes import Axes
@@ -36,6 +38,25 @@ class Pointwise(NamedTuple):
 
     see: Callable[..., Any]
     operands: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """The `update` of a compression, with the schedules it follows.
+
+    Attributes:
+      update: as in `Compression`.
+      schedules: functions of the step.
+      at_once: the same update without thinning of its own: it acts at every step. None if ``update`` does so itself.
+    """
+
+    update: Callable[..., CompressionState]
+    schedules: tuple[Callable[[Any], Any], ...] = ()
+    at_once: Callable[..., CompressionState] | None = None
+
+    def __call__(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        """Update."""
+        return self.update(params, state, **inputs)
 
 
 def _nothing(*_: Any) -> dict[str, Any]:
@@ -102,19 +123,30 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
       Make a state with this compression's own `init`.
     """
     axes = None if known is None else dict(known)
+    takes_step = "step" in inspect.signature(compression.init).parameters
 
-    def init(params: Params, **inputs: Any) -> CompressionState:
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
+        inputs = {"step": step} if takes_step else {}
         return seal(call, axes, params, compression.init(params, **inputs))
 
     def view(params: Params, state: CompressionState) -> Params:
         return compression.view(params, unseal(call, axes, params, state))
 
-    def update(
-        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
-    ) -> CompressionState:
-        own = unseal(call, axes, params, state)
-        new = compression.update(params, own, step=step, grads=grads, stats=stats, key=key)
-        return state if new is own else seal(call, axes, params, new)
+    def sealed(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
+        def sealed_update(
+            params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+        ) -> CompressionState:
+            own = unseal(call, axes, params, state)
+            new = update(params, own, step=step, grads=grads, stats=stats, key=key)
+            return state if new is own else seal(call, axes, params, new)
+
+        return sealed_update
+
+    update: Any = compression.update
+    if isinstance(update, Scheduled):
+        update = Scheduled(sealed(update.update), update.schedules, update.at_once and sealed(update.at_once))
+    else:
+        update = sealed(update)
 
     def pack(params: Params, state: CompressionState) -> Params:
         return compression.pack(params, unseal(call, axes, params, state))
@@ -150,6 +182,8 @@ def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
 
 
 def _code(fn: Any) -> Any:
+    """Return what tells the functions of two makings of one method from a function put in their place."""
+    fn = fn.update if isinstance(fn, Scheduled) else fn
     return getattr(getattr(fn, "__func__", fn), "__code__", fn)
 
 

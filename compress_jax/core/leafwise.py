@@ -12,6 +12,7 @@ from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
+from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 
 LeafState = tuple[Any, Any]
@@ -188,7 +189,7 @@ class _Lifted(NamedTuple):
     def viewed(self, path: str, x: Any, state: CompressionState) -> Any:
         axes = self.axes_of(path, x)
         view = self.fn.per_layer(self.fn.view, axes, ("leaf", "state", "state"), "leaf")
-        return _named(path, view, x, *self.own(state, path))
+        return where_finite(x, _named(path, view, x, *self.own(state, path)))
 
     def packed(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
@@ -208,6 +209,9 @@ class _Lifted(NamedTuple):
         if self.fn.update is None:
             return state
         grads, stats = flatten(grads)[0] if grads is not None else {}, stats or {}
+        for path, x in leaves.items():
+            if grads.get(path) is not None and jnp.shape(grads[path]) != x.shape:
+                raise ShapeError(f"leaf {path!r} has shape {x.shape}, its gradient {jnp.shape(grads[path])}")
         states = {}
         for path, x in leaves.items():
             inputs = (grads.get(path), stats.get(path), fold_path(key, path))

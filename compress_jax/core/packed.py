@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from compress_jax.core.axes import Axes, over_layers
 from compress_jax.core.bits import Bits, bits_for
+from compress_jax.core.finite import saturate
 from compress_jax.core.gaps import Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse, nbytes, static, width
@@ -58,7 +59,7 @@ class Quantized:
         levels = self.layout.arrange(self.codes.unpack().astype(jnp.int32)) - zero
         if isinstance(self.codes, Sparse):
             levels = levels * self.layout.arrange(self.codes.mask.unpack().astype(jnp.int32))
-        return self.layout.restore(levels.astype(jnp.float32) * self.scale).astype(self.dtype)
+        return saturate(self.layout.restore(levels.astype(jnp.float32) * self.scale), self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +108,7 @@ class Clustered:
         """Return the dense array."""
         axes = Axes(tuple(self.shape), (), self.stack)
         look_up = over_layers(_look_up, axes, ("leaf", "state"), "leaf")
-        return look_up(self.codes.unpack(), self.codebook).astype(self.dtype)
+        return saturate(look_up(self.codes.unpack(), self.codebook), self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,7 +150,7 @@ class LowRank:
         """Return the dense array, the product taken in the highest precision of the device."""
         product = jnp.matmul(to_dense(self.left), to_dense(self.right), precision=jax.lax.Precision.HIGHEST)
         order = self._order
-        x = product.reshape(tuple(self.shape[a] for a in order)).astype(self.dtype)
+        x = saturate(product.reshape(tuple(self.shape[a] for a in order)), self.dtype)
         return x if order == tuple(range(len(order))) else jnp.transpose(x, tuple(map(order.index, range(len(order)))))
 
     @property

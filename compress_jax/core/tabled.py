@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.bits import Bits
+from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Levels
 from compress_jax.core.sparse import Sparse, nbytes, static, width
@@ -68,7 +69,7 @@ class Tabled:
             levels = jnp.where(self.codes.mask.unpack() == 0, 0.0, levels)
         scale = self.scale.astype(jnp.float32)
         scale = scale if self.tensor_scale is None else scale * self.layout.expand(self.tensor_scale)
-        return self.layout.restore(self.layout.arrange(levels) * scale).astype(self.dtype)
+        return saturate(self.layout.restore(self.layout.arrange(levels) * scale), self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:

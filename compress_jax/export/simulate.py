@@ -10,6 +10,7 @@ from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import is_packed, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.quantize._uniform import uniform
+from compress_jax.quantize.activation import require_finite
 from compress_jax.trace import sites
 from compress_jax.trace.site import Site
 
@@ -107,6 +108,7 @@ def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.flo
         raise ExportError(f"site {site.name!r} is a product of two activations or inside a loop; leave it out of `how`")
     if site.name not in ranges:
         raise ExportError(f"there is no range for site {site.name!r}; pass batches= or ranges of the same activations")
+    require_finite(site.name, ranges[site.name])
     (key, index), shape = next(iter(site.inputs.items())), (site.lhs_shape, site.rhs_shape)
     scale, zero = quantizer.place(site, index, jnp.zeros(shape[index]), ranges[site.name][key])
     if np.size(scale) != 1:

@@ -10,9 +10,11 @@ from jax.core import Tracer
 
 from compress_jax.core import ArgumentError, Compression, CompressionState, LowRank, ShapeError, leafwise
 from compress_jax.core import unpack as to_dense_tree
+from compress_jax.core.arguments import number, whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import stamped
 from compress_jax.core.describe import call_of
+from compress_jax.core.finite import where_finite
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
 
@@ -40,7 +42,7 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
       The Compression: ``learned[path]`` is ``{"left": float32 [m, r], "right": float32 [r, n]}``; `pack` gives `LowRank`.
 
     Raises:
-      ValueError: if not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
+      ArgumentError: if not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
       ShapeError: in `init`, if ``energy`` is given and the arrays are traced.
 
     Example:
@@ -66,6 +68,7 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
 
 def _truncated(rank: int) -> Compression:
     """Return the Compression that keeps a given rank."""
+    rank = whole("rank", rank)
     if rank < 1:
         raise ArgumentError(f"rank must be at least 1, got {rank}")
 
@@ -81,6 +84,7 @@ def _truncated(rank: int) -> Compression:
 
 def _by_energy(energy: float) -> Compression:
     """Return the Compression that keeps a share of the energy; where that does not pay, a leaf has no factors."""
+    energy = number("energy", energy)
     if not 0 < energy <= 1:
         raise ArgumentError(f"energy is the share of the squared singular values to keep, above 0 and up to 1; got {energy}")
     return _ByEnergy(energy).compression()
@@ -120,7 +124,10 @@ class _ByEnergy(NamedTuple):
         return CompressionState(learned, {})
 
     def view(self, params: Any, state: CompressionState) -> Any:
-        return to_dense_tree(self.pack(params, state))
+        seen = to_dense_tree(self.pack(params, state))
+        leaves, rebuild = flatten(seen)
+        stored = flatten(params)[0]
+        return rebuild({**leaves, **{path: where_finite(stored[path], leaves[path]) for path in state.learned}})
 
     def pack(self, params: Any, state: CompressionState) -> Any:
         leaves, rebuild = flatten(params)

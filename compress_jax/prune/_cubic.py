@@ -2,6 +2,9 @@
 
 import optax
 
+from compress_jax.core.arguments import number, whole
+from compress_jax.core.errors import ArgumentError
+
 
 def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Schedule:
     """Return the schedule of gradual pruning: fast while many weights are redundant, slow towards the end.
@@ -18,7 +21,7 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
       An optax schedule, ``step -> float32`` sparsity.
 
     Raises:
-      ValueError: if a sparsity is outside [0, 1], or the steps are not ``0 <= begin < end``.
+      ArgumentError: if a sparsity is outside [0, 1], or the steps are not ``0 <= begin < end``.
 
     Example:
       >>> schedule = cubic(0.8, begin=100, end=200)
@@ -28,8 +31,10 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
     References:
       Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, equation 1.
     """
+    final, initial = number("final", final), number("initial", initial)
+    begin, end = whole("begin", begin), whole("end", end)
     if not (0 <= initial <= 1 and 0 <= final <= 1):
-        raise ValueError(f"sparsities lie between 0 and 1, got initial={initial}, final={final}")
+        raise ArgumentError(f"sparsities lie between 0 and 1, got initial={initial}, final={final}")
     if not 0 <= begin < end:
-        raise ValueError(f"cubic needs 0 <= begin < end, got begin={begin}, end={end}")
+        raise ArgumentError(f"cubic needs 0 <= begin < end, got begin={begin}, end={end}")
     return optax.polynomial_schedule(initial, final, power=3, transition_steps=end - begin, transition_begin=begin)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.prune.amount import amount_exact
@@ -28,7 +29,7 @@ def erk(params: Any, sparsity: float, pattern: Patterns | None = None, *, kernel
       ``{path: sparsity}``, for the ``sparsity`` of any method.
 
     Raises:
-      ValueError: if the sparsity is outside [0, 1] or there is no such kernel.
+      ArgumentError: if the sparsity is outside [0, 1] or there is no such kernel.
       NoMatchError: if the pattern matches no leaf.
 
     Example:
@@ -42,12 +43,12 @@ def erk(params: Any, sparsity: float, pattern: Patterns | None = None, *, kernel
       science", 2018 (Erdős-Rényi).
     """
     if not 0 <= sparsity <= 1:
-        raise ValueError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
+        raise ArgumentError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
     floats = {path: tuple(x.shape) for path, x in flatten(params)[0].items() if why_not_float(path, x) is None}
     chosen = set(match(pattern, floats)) if pattern is not None else {p for p, shape in floats.items() if len(shape) > 1}
     shapes = {path: shape for path, shape in floats.items() if path in chosen}
     if not shapes:
-        raise ValueError("there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern")
+        raise ArgumentError("there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern")
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     total = sum(sizes.values())
     wanted = {path: float(sum(shape if kernel else shape[-2:])) for path, shape in shapes.items()}

@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import number
 from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import saturate
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -38,7 +41,7 @@ def fisher(
       The Compression. ``fixed[path]`` is ``{"mask": mask, "carried": F, float32}``.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if there are no gradients.
+      ArgumentError: for impossible arguments; in `update`, if there are no gradients.
 
     Example:
       >>> c, params = fisher(0.5), {"w": jnp.array([3.0, 1.0])}
@@ -50,15 +53,17 @@ def fisher(
       LeCun, Denker and Solla, "Optimal Brain Damage", 1989, equation 5.
       Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, equation 6.
     """
+    decay = number("decay", decay)
     if not 0 <= decay <= 1:
-        raise ValueError(f"decay lies between 0 and 1, got {decay}")
+        raise ArgumentError(f"decay lies between 0 and 1, got {decay}")
     fresh = 1 - decay if decay < 1 else 1.0
 
     def follow(seen: Seen) -> jax.Array:
-        return decay * seen.carried + fresh * jnp.square(seen.grad.astype(jnp.float32))
+        return saturate(decay * seen.carried + fresh * jnp.square(seen.grad.astype(jnp.float32)), jnp.float32)
 
     def measure(seen: Seen) -> jax.Array:
-        return jnp.square(seen.x.astype(jnp.float32)) * seen.carried * 0.5
+        squares = saturate(jnp.square(seen.x.astype(jnp.float32)), jnp.float32)  # not infinity, which times 0 is NaN
+        return squares * seen.carried * 0.5
 
     score = Score(measure, lambda seen: jnp.zeros_like(seen.x, jnp.float32), follow, needs_grads=True)
     return masked(score, sparsity, structure, scope=scope, every=every)

@@ -1,10 +1,17 @@
 """Movement pruning: weights that training moves towards zero are seen as zero."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import number
 from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
 from compress_jax.core.describe import call_of
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import saturate
+from compress_jax.core.schedules import Scheduled
 from compress_jax.prune.masked import Score, Seen, fixed_of, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -46,7 +53,7 @@ def movement(
       The Compression. ``fixed[path]`` is ``{"mask": mask, "carried": scores, float32}``.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if there are no gradients.
+      ArgumentError: for impossible arguments; in `update`, if there are no gradients.
 
     Example:
       >>> c, params = movement(0.5), {"w": jnp.array([3.0, 1.0])}
@@ -57,16 +64,19 @@ def movement(
     References:
       Sanh, Wolf and Rush, "Movement Pruning: Adaptive Sparsity by Fine-Tuning", 2020, section 4, table 1.
     """
+    rate, penalty = number("rate", rate), number("penalty", penalty)
+    threshold = None if threshold is None else number("threshold", threshold)
 
     def follow(seen: Seen) -> jax.Array:
         pull = penalty * jax.nn.sigmoid(seen.carried) * jax.nn.sigmoid(-seen.carried)
-        return seen.carried - rate * (seen.x.astype(jnp.float32) * seen.grad.astype(jnp.float32) + pull)
+        moved = seen.x.astype(jnp.float32) * seen.grad.astype(jnp.float32)
+        return saturate(seen.carried - rate * (moved + pull), jnp.float32)
 
     score = Score(lambda seen: seen.carried, _zero, follow, signed=True, needs_grads=True)
     if threshold is None:
         return masked(score, sparsity, structure, scope=scope, every=every)
     if sparsity is not None or structure is not None:
-        raise ValueError("soft movement keeps what is above the threshold: give no sparsity and no structure beside it")
+        raise ArgumentError("soft movement keeps what is above the threshold: give no sparsity and no structure beside it")
     return _soft(masked(score, 0.0, every=every), threshold, every)
 
 
@@ -77,14 +87,17 @@ def _zero(seen: Seen) -> jax.Array:
 def _soft(hard: Compression, threshold: float, every: int) -> Compression:
     """Replace the masks of a compression that keeps everything by those above the threshold."""
 
-    def update(params: Params, state: CompressionState, *, step: object, **inputs: object) -> CompressionState:
+    def update(params: Params, state: CompressionState, *, step: Any, now: bool = False, **inputs: Any) -> CompressionState:
         new = hard.update(params, state, step=step, **inputs)
-        due = jnp.asarray(step) % every == 0
+        due = jnp.asarray(now) | (jnp.asarray(step) % every == 0)
         masks = {
             path: jnp.where(due, leaf["carried"] > threshold, fixed_of(state, path)["mask"])
             for path, leaf in new.fixed.items()
         }
         return CompressionState({}, {path: {**leaf, "mask": masks[path]} for path, leaf in new.fixed.items()})
 
-    soft = hard._replace(update=update, bind=lambda known: _soft(bound(hard, known), threshold, every))
+    def bind(known: Any) -> Compression:
+        return _soft(bound(hard, known), threshold, every)
+
+    soft = hard._replace(update=Scheduled(update, at_once=partial(update, now=True)), bind=bind)
     return stamped(soft, call_of("movement", of=hard, threshold=threshold))

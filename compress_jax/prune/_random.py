@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 
+from compress_jax.core.arguments import random_key
 from compress_jax.core.compression import Compression
 from compress_jax.core.leafwise import fold_path
 from compress_jax.prune.masked import Score, Seen, masked
@@ -41,6 +42,7 @@ def random(
     References:
       Liu et al., "The Unreasonable Effectiveness of Random Pruning", 2022.
     """
+    random_key("key", key)
 
     def measure(seen: Seen) -> jax.Array:
         own: Any = fold_path(key, seen.path)

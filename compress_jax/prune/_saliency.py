@@ -3,7 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import number
 from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import saturate
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -36,7 +39,7 @@ def saliency(
       The Compression. ``fixed[path]`` is the mask, or with a decay ``{"mask": mask, "carried": running mean, float32}``.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if there are no gradients.
+      ArgumentError: for impossible arguments; in `update`, if there are no gradients.
 
     Example:
       >>> c, params = saliency(0.5), {"w": jnp.array([3.0, 1.0])}
@@ -48,13 +51,14 @@ def saliency(
       Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference", 2017, equation 7.
       Mozer and Smolensky, "Skeletonization: a technique for trimming the fat from a network", 1988.
     """
+    decay = number("decay", decay)
     if not 0 <= decay < 1:
-        raise ValueError(f"decay lies between 0 and 1, 1 not included, got {decay}")
+        raise ArgumentError(f"decay lies between 0 and 1, 1 not included, got {decay}")
     if decay == 0:
         return masked(Score(_effect, needs_grads=True), sparsity, structure, scope=scope, every=every)
 
     def follow(seen: Seen) -> jax.Array:
-        return decay * seen.carried + (1 - decay) * _effect(seen)
+        return saturate(decay * seen.carried + (1 - decay) * _effect(seen), jnp.float32)
 
     score = Score(lambda seen: seen.carried, lambda seen: jnp.zeros_like(seen.x, jnp.float32), follow, needs_grads=True)
     return masked(score, sparsity, structure, scope=scope, every=every)

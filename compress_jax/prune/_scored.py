@@ -11,6 +11,7 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import begin
 from compress_jax.prune.masked import Score, Seen, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -60,10 +61,10 @@ def scored(
 def _with_scores(scores: Any, ranked: Compression, build: Callable[[Score], Compression], known: Any) -> Compression:
     """Replace the `init` of a method that has no scores yet by one that begins with those given."""
 
-    def init(params: Params) -> CompressionState:
+    def init(params: Params, *, step: Any = 0) -> CompressionState:
         found = flatten(scores(params) if callable(scores) else scores)[0]
         begun = build(Score(lambda seen: seen.carried, lambda seen: _own(found, seen), signed=True))
-        return (bound(begun, known) if known else begun).init(params)
+        return begin(bound(begun, known) if known else begun, params, step)
 
     def bind(known: Any) -> Compression:
         return _with_scores(scores, bound(ranked, known), build, known)

@@ -2,6 +2,7 @@
 
 import jax
 
+from compress_jax.core.arguments import compression as checked
 from compress_jax.core.compression import Compression, CompressionState, Params, bound
 from compress_jax.core.describe import describe
 from compress_jax.core.paths import flatten
@@ -30,6 +31,7 @@ def ste(compression: Compression) -> Compression:
       Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.
       Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021, section 3.
     """
+    checked("compression", compression)
 
     def view(params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)

@@ -4,11 +4,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
 from compress_jax.core.describe import call_of
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 from compress_jax.core.straight_through import straight_through
 from compress_jax.prune._magnitude import magnitude
 from compress_jax.prune.masked import Leaves, fixed_of, of_masks, see
@@ -31,7 +35,7 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
       The Compression. ``fixed[path]`` is ``{"mask": A, "backward": B}``.
 
     Raises:
-      ValueError: for impossible arguments.
+      ArgumentError: for impossible arguments.
 
     Example:
       >>> import jax.numpy as jnp
@@ -45,8 +49,10 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
     References:
       Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.
     """
-    if all(isinstance(each, (int, float)) for each in (sparsity, backward)) and backward > sparsity:  # type: ignore[operator]
-        raise ValueError(f"backward is below the sparsity {sparsity}, as more weights are trained than used, got {backward}")
+    if all(isinstance(each, (int, float, np.number)) for each in (sparsity, backward)) and backward > sparsity:  # type: ignore[operator]
+        raise ArgumentError(
+            f"backward is below the sparsity {sparsity}, as more weights are trained than used, got {backward}"
+        )
     target = Target.of(sparsity, None, scope)
     forward, wide = (magnitude(each, scope=scope, every=every) for each in (sparsity, backward))
     return _TopKast(target, forward, wide).compression()
@@ -63,14 +69,16 @@ class _TopKast(NamedTuple):
         return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
-        made = of_masks(self.leaves)._replace(init=self.init, update=self.update, view=self.view, bind=self.bind)
+        rested = self._replace(forward=awake(self.forward), wide=awake(self.wide))
+        update = Scheduled(self.update, schedules_of(self.forward, self.wide), rested.update)
+        made = of_masks(self.leaves)._replace(init=self.init, update=update, view=self.view, bind=self.bind)
         return stamped(made, call_of("top_kast", forward=self.forward, backward=self.wide), self.known)
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return _TopKast(self.target, bound(self.forward, known), bound(self.wide, known), known).compression()
 
-    def init(self, params: Params) -> CompressionState:
-        return _joined(self.forward.init(params), self.wide.init(params))
+    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
+        return _joined(begin(self.forward, params, step), begin(self.wide, params, step))
 
     def update(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
         a, b = self.split(state, "mask", params), self.split(state, "backward", params)
@@ -90,7 +98,7 @@ def _joined(a: CompressionState, b: CompressionState) -> CompressionState:
 
 
 def _seen(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
-    return _through(see(x, backward), see(x, mask))
+    return where_finite(x, _through(see(x, backward), see(x, mask)))
 
 
 @straight_through

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.prune.wide import Wide, add, multiply, wide
 
 MOST = 2**40 - 1  # so that every product with 2**24 stays below 2**64
@@ -29,14 +30,14 @@ def amount(sparsity: Any, size: int) -> Wide:
       The exact integer in ``[0, size]``.
 
     Raises:
-      ValueError: if ``size`` is 2**40 or more.
+      ArgumentError: if ``size`` is 2**40 or more.
 
     Example:
       >>> int(amount(0.7, 5).lo), int(amount(jnp.float32(0.25), 10).lo), int(amount(2.0, 10).lo)
       (4, 3, 10)
     """
     if size > MOST:
-        raise ValueError(f"one threshold cannot rank {size} weights, only fewer than 2**40; prune them in several parts")
+        raise ArgumentError(f"one threshold cannot rank {size} weights, only fewer than 2**40; prune them in several parts")
     if isinstance(sparsity, (int, float)):
         return wide(amount_exact(float(sparsity), size))
     return _amount_traced(jnp.asarray(sparsity).astype(jnp.float32), size)

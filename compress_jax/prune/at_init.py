@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.prune.choose import kept
@@ -93,7 +94,7 @@ def synflow(fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float =
       Tree like ``params``, float32, none negative.
 
     Raises:
-      ValueError: if there is no round, or the sparsity is not in [0, 1).
+      ArgumentError: if there is no round, or the sparsity is not in [0, 1).
 
     Example:
       >>> def fn(p, x): return x @ p["a"] @ p["b"]
@@ -105,7 +106,7 @@ def synflow(fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float =
       Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", 2020, algorithm 1.
     """
     if rounds < 1 or not 0 <= sparsity < 1:
-        raise ValueError(f"synflow needs at least one round and a sparsity in [0, 1), got {rounds} and {sparsity}")
+        raise ArgumentError(f"synflow needs at least one round and a sparsity in [0, 1), got {rounds} and {sparsity}")
     ones = jax.tree.map(lambda x: jnp.ones_like(x) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x, inputs)
 
     def flow(w: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import Patterns, flatten, matches
 from compress_jax.prune._activation import activation
 from compress_jax.prune.loss_statistics import gradients, squared_gradients
@@ -48,7 +49,7 @@ def magnitude(order: int = 2) -> Importance:
       Li et al., "Pruning Filters for Efficient ConvNets", 2017. Fang et al., "DepGraph", 2023: over the whole group.
     """
     if order < 1:
-        raise ValueError(f"the order of a norm is at least 1, got {order}")
+        raise ArgumentError(f"the order of a norm is at least 1, got {order}")
     return lambda member: jnp.sum(jnp.abs(member.rows) ** order, 1) if member.contracted else None
 
 

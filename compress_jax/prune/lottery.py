@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from compress_jax.core.arguments import compression as checked
+from compress_jax.core.arguments import number, whole
 from compress_jax.core.compression import Compression, CompressionState, Params, bound
 from compress_jax.core.describe import describe
-from compress_jax.core.errors import ConfigError, StateError
+from compress_jax.core.errors import ArgumentError, ConfigError, StateError
 from compress_jax.core.paths import flatten, owner
+from compress_jax.core.schedules import Scheduled, at_once, schedules_of
 
 BACK = 2  # steps that going back takes: p + (s - p) is rounded, but then s - p is exact (Sterbenz), and so is the second sum
 
@@ -28,7 +31,7 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
       An optax schedule, ``step -> float32``.
 
     Raises:
-      ValueError: unless ``0 < share < 1`` and ``steps`` is at least 1.
+      ArgumentError: unless ``0 < share < 1`` and ``steps`` is at least 1.
 
     Example:
       >>> [round(float(rounds(0.2)(k)), 3) for k in range(4)]
@@ -37,8 +40,9 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
     References:
       Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, section 1, strategy of iterative pruning.
     """
+    share, steps = number("share", share), whole("steps", steps)
     if not 0 < share < 1 or steps < 1:
-        raise ValueError(f"a share between 0 and 1 is pruned each round of at least one step, got {share} and {steps}")
+        raise ArgumentError(f"a share between 0 and 1 is pruned each round of at least one step, got {share} and {steps}")
     return lambda step: 1 - jnp.float32(1 - share) ** (jnp.asarray(step) // steps).astype(jnp.float32)
 
 
@@ -63,10 +67,12 @@ def nested(compression: Compression) -> Compression:
       >>> c.view(rewound, c.update(rewound, state, step=2))["w"].tolist()
       [0.0, 0.0, 0.0, 2.0]
     """
+    checked("compression", compression)
 
-    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
-        return compression.update(compression.view(params, state), state, **inputs)
+    def nesting(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
+        return lambda params, state, **inputs: update(compression.view(params, state), state, **inputs)
 
+    update = Scheduled(nesting(compression.update), schedules_of(compression), nesting(at_once(compression)))
     return compression._replace(
         update=update, call=f"nested({describe(compression)})", bind=lambda known: nested(bound(compression, known))
     )
@@ -161,7 +167,7 @@ def rewinding(
       The optimizer; its state is `Rewound`.
 
     Raises:
-      ValueError: if a round is too short to come back to ``to``.
+      ArgumentError: if a round is too short to come back to ``to``.
       ConfigError: in `init`, if ``start`` lacks one of the params.
 
     Example:
@@ -181,7 +187,7 @@ def rewinding(
     """
     begin = 0 if start is None else BACK
     if every is not None and (to < 0 or every <= begin + to + BACK):
-        raise ValueError(
+        raise ArgumentError(
             f"a round of {every} steps is too short to come back to step {to}; rounds need {begin + to + BACK + 1}"
         )
 

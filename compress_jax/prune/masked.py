@@ -5,15 +5,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
+from compress_jax.core.arguments import whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, stamped
 from compress_jax.core.describe import call_of
-from compress_jax.core.errors import ShapeError, StateError
+from compress_jax.core.errors import ArgumentError, NonFiniteError, ShapeError, StateError
+from compress_jax.core.finite import saturate, where_finite
 from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import Scheduled, due
 from compress_jax.prune.choose import Masks, kept
+from compress_jax.prune.given import chosen, gradients_of, unless_broken
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity, Target
 
@@ -85,7 +90,7 @@ def normalized(score: Score) -> Score:
     """
 
     def measure(seen: Seen) -> jax.Array:
-        found = score.measure(seen).astype(jnp.float32)
+        found = saturate(score.measure(seen).astype(jnp.float32), jnp.float32)
         largest = jnp.maximum(jnp.abs(found).max(initial=0.0), jnp.finfo(jnp.float32).tiny)
         found = found * (1 / largest)  # whose squares neither overflow nor vanish
         return found * (1 / jnp.maximum(jnp.sqrt(jnp.sum(found**2)), 1.0))
@@ -113,16 +118,19 @@ def masked(
         ``{glob: either}``, as `erk` and others return it: leaves that no glob matches are left alone. None with `n_m`.
       structure: `n_m`, `block`, `channel` or `head`; None for single entries.
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
-      every: masks are chosen anew at steps divisible by it; what a score remembers is updated at every step.
+      every: masks are chosen anew at steps divisible by it, and when a schedule reaches its last value; what a score
+        remembers is updated at every step.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, or ``{"mask": mask, "carried": what the score remembers}``. Packs to
       `Sparse` where that is smaller than the dense array.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if the score needs gradients and there are none.
+      ArgumentError: for impossible arguments; in `update`, if the score needs gradients and there are none.
       TypeError: if the score is not a `Score`.
-      ShapeError: in `init` and `update`, if a leaf's scores are not of its shape.
+      ShapeError: in `init` and `update`, if a leaf's scores or gradients are not of its shape.
+      NonFiniteError: outside ``jit``, if scores are NaN or gradients that the score needs are not finite. Under ``jit`` the
+        whole state stays as it was in a step with such gradients, and all masks in one with such scores.
 
     Example:
       >>> oldest = Score(lambda seen: jnp.arange(seen.x.size, dtype=jnp.float32).reshape(seen.x.shape))
@@ -130,8 +138,8 @@ def masked(
       >>> c.view(params, c.init(params))["w"].tolist()
       [0.0, 0.0, 7.0, 8.0]
     """
-    if every < 1:
-        raise ValueError(f"masks are chosen every 1 or more steps, got every={every}")
+    if whole("every", every) < 1:
+        raise ArgumentError(f"masks are chosen every 1 or more steps, got every={every}")
     return _Masked(_is_score(score), Target.of(sparsity, structure, scope), every).compression()
 
 
@@ -142,22 +150,33 @@ def _is_score(score: Any) -> Score:
     return score
 
 
-def _measured(score: Score, seen: Seen, axes: Axes) -> jax.Array:
-    """Return the scores of a leaf: one for each entry, or its mask would broadcast."""
+def measured(score: Any, seen: Seen, axes: Axes) -> jax.Array:
+    """Return the scores of a leaf by a `Score` or a `Growth`: one for each entry, or its mask would broadcast.
+
+    Raises:
+      ShapeError: if there are more or fewer.
+      NonFiniteError: outside ``jit``, if one is NaN.
+    """
+    found = _by_layer(score, seen, axes) if axes.stack else score.measure(seen)
+    if found.shape != seen.x.shape:
+        raise ShapeError(f"leaf {seen.path!r} of shape {seen.x.shape} was given scores of shape {found.shape}")
+    if not isinstance(found, Tracer):
+        with jax.ensure_compile_time_eval():  # known scores may be used by a traced branch
+            bad = int(jnp.isnan(found).sum())
+        if bad:
+            raise NonFiniteError(f"leaf {seen.path!r} was given {bad} scores that are NaN, among which none is the least")
+    return found
+
+
+def _by_layer(score: Any, seen: Seen, axes: Axes) -> jax.Array:
+    """Return the scores of a stack, each layer measured by itself."""
 
     def measure(x: jax.Array, grad: Any, carried: Any, layer: Any) -> jax.Array:
         return score.measure(seen._replace(x=x, grad=grad, carried=carried, layer=layer))
 
-    if axes.stack:
-        sizes = tuple(axes.shape[a] for a in axes.stack)
-        layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(sizes)
-        args = ("leaf", "leaf", "leaf", "state")
-        found = over_layers(measure, axes, args, "leaf")(seen.x, seen.grad, seen.carried, layers)
-    else:
-        found = score.measure(seen)
-    if found.shape != seen.x.shape:
-        raise ShapeError(f"leaf {seen.path!r} of shape {seen.x.shape} was given scores of shape {found.shape}")
-    return found
+    layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(tuple(axes.shape[a] for a in axes.stack))
+    args = ("leaf", "leaf", "leaf", "state")
+    return over_layers(measure, axes, args, "leaf")(seen.x, seen.grad, seen.carried, layers)
 
 
 def see(x: jax.Array, mask: jax.Array) -> jax.Array:
@@ -190,7 +209,8 @@ def of_masks(leaves: "Leaves") -> Compression:
 
     def view(params: Params, state: CompressionState) -> Params:
         every, rebuild = flatten(params)
-        return rebuild({**every, **{path: see(x, mask) for path, (x, mask) in masks(params, state).items()}})
+        seen = {path: where_finite(x, see(x, mask)) for path, (x, mask) in masks(params, state).items()}
+        return rebuild({**every, **seen})
 
     def packed(params: Params, state: CompressionState) -> Params:
         every, rebuild = flatten(params)
@@ -245,20 +265,6 @@ def fixed_of(state: CompressionState, path: str) -> Any:
     return state.fixed[path]
 
 
-def gradients_of(leaves: Mapping[str, Any], grads: Any, needed: bool) -> dict[str, Any]:
-    """Return the gradients given to `update`, by path; where they are needed, those of all leaves, found to be finite."""
-    found = flatten(grads)[0] if grads is not None else {}
-    missing = [path for path in leaves if found.get(path) is None]
-    if needed and missing:
-        raise ValueError(
-            f"this method looks at gradients, and there is none for {', '.join(missing)}; give update(..., grads=...) "
-            "the gradient of the loss at the weights the model used"
-        )
-    for path in leaves if needed else ():
-        check_finite(f"{path} (its gradient)", found[path])
-    return found
-
-
 class _Masked(NamedTuple):
     """The arguments of `masked`, and the functions of its Compression."""
 
@@ -272,42 +278,47 @@ class _Masked(NamedTuple):
         return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
-        made = of_masks(self.leaves)._replace(init=self.init, update=self.update, bind=self.bind)
+        update = Scheduled(self.update, self.target.schedules, self._replace(every=1).update)
+        made = of_masks(self.leaves)._replace(init=self.init, update=update, bind=self.bind)
         call = call_of("masked", score=self.score, sparsity=self.target, every=self.every)
         return stamped(made, call, self.known)
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
-    def init(self, params: Params) -> CompressionState:
+    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
         self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
-        seen = {path: Seen(path, x) for path, x in self.leaves.of(params).items()}
+        seen = {path: Seen(path, x, step) for path, x in self.leaves.of(params).items()}
         if self.score.begin is not None:
             seen = {path: each._replace(carried=self.score.begin(each)) for path, each in seen.items()}
         if self.score.needs_grads:
             return self.state(seen, {path: jnp.full_like(each.x, True, dtype=bool) for path, each in seen.items()})
-        return self.state(seen, self.masks(params, seen, 0))
+        return self.state(seen, self.masks(params, seen, step))
 
     def update(
-        self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, key: Any = None, **_: Any
+        self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
     ) -> CompressionState:
         leaves = self.leaves.of(params)
-        gradients = gradients_of(leaves, grads, self.score.needs_grads)
+        gradients = gradients_of(leaves, params, grads, self.score.needs_grads)
         seen, old = {}, {}
         for path, x in leaves.items():
             fixed = fixed_of(state, path)
             old[path], carried = mask_of(fixed), fixed["carried"] if self.score.begin is not None else None
             each = Seen(path, x, step, gradients.get(path), carried, fold_path(key, path))
             seen[path] = each._replace(carried=self.score.follow(each)) if self.score.follow is not None else each
-        if self.every == 1:
-            return self.state(seen, self.masks(params, seen, step))
-        now = jnp.asarray(step) % self.every == 0
-        return self.state(seen, jax.lax.cond(now, lambda: self.masks(params, seen, step), lambda: old))
+        acts, at = (True, step) if self.every == 1 else due(self.every, self.target.schedules, step)
+        masks = chosen(acts, lambda: self.masks(params, seen, at, old), lambda: old)
+        before = CompressionState({}, {path: state.fixed[path] for path in leaves})
+        return unless_broken(gradients if self.score.needs_grads else {}, self.state(seen, masks), before)
 
-    def masks(self, params: Params, seen: dict[str, Seen], step: Any) -> Masks:
+    def masks(self, params: Params, seen: dict[str, Seen], step: Any, old: Masks | None = None) -> Masks:
         axes = self.leaves.axes(params)
-        scores = {path: _measured(self.score, each, axes[path]) for path, each in seen.items()}
-        return kept(scores, self.target, step, signed=self.score.signed, axes=axes)
+        scores = {path: measured(self.score, each, axes[path]) for path, each in seen.items()}
+        masks = kept(scores, self.target, step, signed=self.score.signed, axes=axes)
+        if old is None or not scores:
+            return masks
+        broken = jnp.stack([jnp.isnan(score).any() for score in scores.values()]).any()  # under jit: NaN ranks nothing
+        return {path: jnp.where(broken, old[path], mask) for path, mask in masks.items()}
 
     def state(self, seen: dict[str, Seen], masks: Masks) -> CompressionState:
         if self.score.begin is None:

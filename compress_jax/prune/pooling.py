@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.levels import power_of_two
 from compress_jax.prune.exact_sum import exact_sum, scale_exponent
 
@@ -18,8 +19,8 @@ def check_reduction(reduce: str) -> str:
       >>> check_reduction("mean")
       'mean'
     """
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if not isinstance(reduce, str) or reduce not in REDUCTIONS:
+        raise ArgumentError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     return reduce
 
 

@@ -1,20 +1,25 @@
 """Dynamic sparse training: the smallest kept weights are dropped, others grown; the builder of `set` and `rigl`."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from compress_jax.core.arguments import number, random_key, refused, whole
 from compress_jax.core.axes import Axes, over_layers
 from compress_jax.core.compression import Compression, CompressionState, Params, stamped
 from compress_jax.core.describe import call_of
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import fold_path, why_not_float
 from compress_jax.core.paths import flatten
+from compress_jax.core.schedules import Scheduled, arrival
 from compress_jax.prune.amount import amount
 from compress_jax.prune.choose import kept
-from compress_jax.prune.masked import Leaves, Seen, fixed_of, gradients_of, of_masks
+from compress_jax.prune.given import chosen, gradients_of, unless_broken
+from compress_jax.prune.masked import Leaves, Seen, fixed_of, measured, of_masks
 from compress_jax.prune.select import magnitude_bits, smallest_by
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.prune.wide import choose, less
@@ -58,14 +63,16 @@ def regrowing(
       steps: length of the training.
       key: typed PRNG key of the first mask, and of random growth.
       drop: the first drop fraction, 0 to 1, or a schedule of it.
-      every: updates are at steps divisible by it, 0 not among them.
-      until: share of the training after which the mask stays.
+      every: updates are at steps divisible by it, 0 not among them, and when a schedule of the sparsity reaches its last
+        value.
+      until: share of the training after which nothing is replaced: the mask stays, but for a sparsity that still rises.
 
     Returns:
       The Compression. ``fixed[path]`` is ``{"mask": mask, "grown": bool, true where the last update grew a weight}``.
 
     Raises:
-      ValueError: for impossible arguments; in `update`, if gradients are needed and missing.
+      ArgumentError: for impossible arguments; in `update`, if gradients are needed and missing.
+      NonFiniteError: outside ``jit``, if such gradients are not finite; under it the masks stay in such a step.
 
     Example:
       >>> c = regrowing(Growth(lambda seen: seen.grad, True), 0.5, 10, jax.random.key(0), drop=0.5, every=1)
@@ -74,10 +81,14 @@ def regrowing(
       >>> int(state.fixed["w"]["mask"].sum()), bool(state.fixed["w"]["mask"][3])
       (2, True)
     """
+    every, steps, until = whole("every", every), whole("steps", steps), number("until", until)
     if every < 1 or steps < 1 or not 0 <= until <= 1:
-        raise ValueError(f"give every >= 1, steps >= 1 and until from 0 to 1, got {every}, {steps} and {until}")
-    if not callable(drop) and not 0 <= drop <= 1:
-        raise ValueError(f"drop is the share of kept weights to replace, between 0 and 1, got {drop}")
+        raise ArgumentError(f"give every >= 1, steps >= 1 and until from 0 to 1, got {every}, {steps} and {until}")
+    if not callable(drop) and not 0 <= number("drop (a number or a schedule of the step)", drop) <= 1:
+        raise ArgumentError(f"drop is the share of kept weights to replace, between 0 and 1, got {drop}")
+    random_key("key", key)
+    if not isinstance(growth, Growth):
+        refused("growth", growth, "a prune.Growth: wrap a function of what is seen, prune.Growth(fn)")
     stop = int(until * steps)
     fall: Any = drop if callable(drop) else lambda step: _cosine(drop, step, stop)
     return _Regrow(growth, Target.of(sparsity), key, fall, every, stop).compression()
@@ -101,44 +112,67 @@ class _Regrow(NamedTuple):
         return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
-        made = of_masks(self.leaves)._replace(init=self.init, update=self.update, bind=self.bind)
+        update = Scheduled(self.update, self.target.schedules, partial(self.update, last=True))
+        made = of_masks(self.leaves)._replace(init=self.init, update=update, bind=self.bind)
         options = {"growth": self.growth, "sparsity": self.target, "key": self.key, "drop": self.drop}
-        call = call_of("regrowing", every=self.every, stop=self.stop, **options)
-        return stamped(made, call, self.known)
+        return stamped(made, call_of("regrowing", every=self.every, stop=self.stop, **options), self.known)
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
-    def init(self, params: Params) -> CompressionState:
+    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
         self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
         draws = {path: jax.random.uniform(self.own(path), x.shape) for path, x in self.leaves.of(params).items()}
-        masks = kept(draws, self.target, 0, axes=self.leaves.axes(params))
+        masks = kept(draws, self.target, step, axes=self.leaves.axes(params))
         return _state(masks, masks)
 
     def own(self, path: str) -> Any:
         return fold_path(self.key, path)
 
-    def update(self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, **_: Any) -> CompressionState:
+    def update(
+        self,
+        params: Params,
+        state: CompressionState,
+        *,
+        step: Any,
+        grads: Any = None,
+        stats: Any = None,
+        key: Any = None,
+        last: bool = False,
+    ) -> CompressionState:
         leaves, axes = self.leaves.of(params), self.leaves.axes(params)
-        gradients = gradients_of(leaves, grads, self.growth.needs_grads)
+        gradients = gradients_of(leaves, params, grads, self.growth.needs_grads)
         old = {path: fixed_of(state, path)["mask"] for path in leaves}
         step = jnp.asarray(step)
+        arriving, at = (False, step) if self.every == 1 else arrival(self.target.schedules, step)
+        replacing = (step % self.every == 0) & (step > 0) & (step <= self.stop)
 
         def turn() -> dict[str, jax.Array]:
-            return {
-                path: self.turned(path, x, old[path], gradients.get(path), step, axes[path]) for path, x in leaves.items()
-            }
+            drop = jnp.where(replacing & (not last), jnp.asarray(self.drop(step), jnp.float32), 0.0)
+            new = {}
+            for path, x in leaves.items():
+                new[path] = self.turned(path, x, old[path], gradients.get(path), at, drop, axes[path])
+            return new
 
-        due = (step % self.every == 0) & (step > 0) & (step <= self.stop)
-        return _state(jax.lax.cond(due, turn, lambda: old), old)
+        new = _state(chosen(jnp.asarray(last) | replacing | arriving | self.rising(step), turn, lambda: old), old)
+        return unless_broken(gradients if self.growth.needs_grads else {}, new, _state(old, old))
 
-    def turned(self, path: str, x: jax.Array, live: jax.Array, grad: Any, step: jax.Array, axes: Axes) -> jax.Array:
+    def rising(self, step: jax.Array) -> jax.Array:
+        """Tell whether the mask stays by now but for a schedule that goes on pruning, at its steps."""
+        moving = [schedule(step) != schedule(step - self.every) for schedule in self.target.schedules]
+        late = (step % self.every == 0) & (step > self.stop)
+        return late & jnp.stack([jnp.zeros((), bool), *moving]).any()
+
+    def turned(
+        self, path: str, x: jax.Array, live: jax.Array, grad: Any, step: jax.Array, drop: jax.Array, axes: Axes
+    ) -> jax.Array:
         seen = Seen(path, x, step, grad, key=jax.random.fold_in(self.own(path), step + 1))
-        share, drop = self.target.share(path, step), jnp.asarray(self.drop(step), jnp.float32)
-        change = over_layers(
-            lambda x, growth, live: turnover(x, growth, live, share, drop), axes, ("leaf", "leaf", "leaf"), "leaf"
-        )
-        return change(x, self.growth.measure(seen), live)
+        growth, share = measured(self.growth, seen, axes), self.target.share(path, step)
+
+        def change(x: jax.Array, growth: jax.Array, live: jax.Array) -> jax.Array:
+            return turnover(x, growth, live, share, drop)
+
+        return over_layers(change, axes, ("leaf", "leaf", "leaf"), "leaf")(x, growth, live)
 
 
 def turnover(x: jax.Array, growth: jax.Array, live: jax.Array, sparsity: Any, drop: jax.Array) -> jax.Array:

@@ -7,7 +7,10 @@ which n of m entries are kept.
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from compress_jax.core.arguments import axes as checked_axes
+from compress_jax.core.arguments import is_whole, whole
 from compress_jax.core.axes import Axes as Layout
+from compress_jax.core.errors import ArgumentError
 from compress_jax.prune.pooling import Window, check_reduction
 
 Axes = tuple[int, ...]
@@ -115,7 +118,7 @@ def n_m(n: int, m: int, axis: int | Axes | None = None) -> NofM:
       The structure.
 
     Raises:
-      ValueError: unless ``0 < n <= m`` and the axes differ.
+      ArgumentError: unless ``0 < n <= m`` and the axes differ.
 
     Example:
       >>> import jax.numpy as jnp
@@ -128,8 +131,9 @@ def n_m(n: int, m: int, axis: int | Axes | None = None) -> NofM:
       Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021, section 3.
       Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021.
     """
-    if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
-        raise ValueError(f"n_m keeps n of every m entries, 0 < n <= m, got n={n}, m={m}")
+    n, m = whole("n", n), whole("m", m)
+    if not 0 < n <= m:
+        raise ArgumentError(f"n_m keeps n of every m entries, 0 < n <= m, got n={n}, m={m}")
     return NofM(n, m, None if axis is None else _axes(axis))
 
 
@@ -147,7 +151,7 @@ def block(shape: Shape, reduce: str = "mean") -> Block:
       The structure.
 
     Raises:
-      ValueError: if the shape is empty or a size below 1, or there is no such reduction.
+      ArgumentError: if the shape is empty or a size below 1, or there is no such reduction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,9 +163,10 @@ def block(shape: Shape, reduce: str = "mean") -> Block:
     References:
       Gray, Radford and Kingma, "GPU Kernels for Block-Sparse Weights", 2017.
     """
-    if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
-        raise ValueError(f"the shape of a block is a tuple of sizes of at least 1, got {shape!r}")
-    return Block(tuple(shape), check_reduction(reduce))
+    sizes = shape if isinstance(shape, (tuple, list)) else ()
+    if not sizes or any(not is_whole(size) or size < 1 for size in sizes):
+        raise ArgumentError(f"the shape of a block is a tuple of sizes of at least 1, got {shape!r}")
+    return Block(tuple(map(int, shape)), check_reduction(reduce))
 
 
 def channel(axis: int | Axes | None = None, reduce: str = "mean") -> Channel:
@@ -178,7 +183,7 @@ def channel(axis: int | Axes | None = None, reduce: str = "mean") -> Channel:
       The structure.
 
     Raises:
-      ValueError: if there is no such reduction, or an axis is named twice.
+      ArgumentError: if there is no such reduction, or an axis is named twice.
 
     Example:
       >>> import jax.numpy as jnp
@@ -206,7 +211,7 @@ def head(axis: int = -2, heads: int | None = None, reduce: str = "mean") -> Chan
       The structure; leaves whose axis ``heads`` does not divide are left alone, and reported.
 
     Raises:
-      ValueError: if ``heads`` is below 1 or there is no such reduction.
+      ArgumentError: if ``heads`` is below 1 or there is no such reduction.
 
     Example:
       >>> import jax.numpy as jnp
@@ -218,15 +223,17 @@ def head(axis: int = -2, heads: int | None = None, reduce: str = "mean") -> Chan
     References:
       Michel, Levy and Neubig, "Are Sixteen Heads Really Better than One?", 2019.
     """
+    heads = None if heads is None else whole("heads", heads)
     if heads is not None and heads < 1:
-        raise ValueError(f"there is at least one head, got heads={heads}")
-    return Channel((axis,), check_reduction(reduce), heads)
+        raise ArgumentError(f"there is at least one head, got heads={heads}")
+    return Channel(_axes(axis), check_reduction(reduce), heads)
 
 
 def _axes(axis: int | Axes) -> Axes:
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    found = () if isinstance(axis, tuple) and not axis else checked_axes("axis", axis)
+    axes = (found,) if isinstance(found, int) else found
     if not axes or len(set(axes)) < len(axes):
-        raise ValueError(f"give one axis or several different ones, got {axis!r}")
+        raise ArgumentError(f"give one axis or several different ones, got {axis!r}")
     return axes
 
 

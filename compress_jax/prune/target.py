@@ -6,7 +6,9 @@ from typing import Any, TypeAlias
 
 import optax
 
+from compress_jax.core.arguments import number, one_of, patterns, refused
 from compress_jax.core.axes import Axes
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import match, matches
 from compress_jax.prune.structures import NofM, Structure
 
@@ -41,27 +43,23 @@ class Target:
           The target.
 
         Raises:
-          ValueError: if a share is outside [0, 1], the scope is unknown, or the arguments contradict each other.
+          ArgumentError: if a share is outside [0, 1], the scope is unknown, or the arguments contradict each other.
 
         Example:
           >>> Target.of({"**/kernel": 0.5}).share("dense/kernel", 0)
           0.5
         """
-        if scope not in ("leaf", "global"):
-            raise ValueError(f"scope must be 'leaf' or 'global', got {scope!r}")
+        one_of("scope", scope, ("leaf", "global"))
+        if structure is not None and not isinstance(structure, Structure):
+            refused("structure", structure, "n_m(...), block(...), channel(...), head(...) or None")
         if scope == "global" and (isinstance(sparsity, Mapping) or isinstance(structure, NofM)):
-            raise ValueError("with scope='global' one threshold is shared, so give one sparsity, and no n:m structure")
+            raise ArgumentError("with scope='global' one threshold is shared, so give one sparsity, and no n:m structure")
         if isinstance(structure, NofM):
-            return cls((("**", lambda step: _implied(sparsity, structure)),), structure, scope)._checked(sparsity)
+            return cls((("**", Constant(_implied(sparsity, structure))),), structure, scope)
         if sparsity is None:
-            raise ValueError("give a sparsity; only an n_m structure says it by itself")
+            raise ArgumentError("give a sparsity, got None; only an n_m structure says it by itself")
         pairs = sparsity.items() if isinstance(sparsity, Mapping) else [("**", sparsity)]
-        return cls(tuple((glob, _schedule(share)) for glob, share in pairs), structure, scope)
-
-    def _checked(self, sparsity: Any) -> "Target":
-        assert isinstance(self.structure, NofM)
-        _implied(sparsity, self.structure)
-        return self
+        return cls(tuple((str(patterns("a glob", glob)), _schedule(share)) for glob, share in pairs), structure, scope)
 
     def why_not(self, path: str, x: Any, axes: Axes | None = None) -> str | None:
         """Say why a leaf is not pruned, or return None."""
@@ -75,24 +73,39 @@ class Target:
         for glob, _ in self.rules if [glob for glob, _ in self.rules] != ["**"] else ():
             match(glob, paths)
 
+    @property
+    def schedules(self) -> tuple[Callable[[Any], Any], ...]:
+        """The schedules among its shares; those that are numbers left out."""
+        return tuple(schedule for _, schedule in self.rules if not isinstance(schedule, Constant))
+
     def share(self, path: str, step: Any) -> Any:
         """Return the share to prune of a leaf at a step."""
         return next(schedule for glob, schedule in self.rules if matches(glob, path))(step)
 
 
+@dataclass(frozen=True)
+class Constant:
+    """The schedule of a number: it is the same at every step."""
+
+    share: float
+
+    def __call__(self, step: Any) -> float:
+        """Return the number."""
+        return self.share
+
+
 def _schedule(sparsity: Any) -> Callable[[Any], Any]:
     if callable(sparsity):
         return sparsity
-    share = float(sparsity)
-    if not 0 <= share <= 1:
-        raise ValueError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
-    return lambda step: share
+    if isinstance(sparsity, (int, float)) and not 0 <= sparsity <= 1:
+        raise ArgumentError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
+    return Constant(number("sparsity (the share of weights to prune, a number or a schedule of the step)", sparsity, 0, 1))
 
 
 def _implied(sparsity: Any, structure: NofM) -> float:
     """Return the sparsity of an n:m structure; another one beside it is a contradiction."""
     if sparsity is not None and (callable(sparsity) or isinstance(sparsity, Mapping) or sparsity != structure.sparsity):
-        raise ValueError(
+        raise ArgumentError(
             f"{structure.n}:{structure.m} sets the sparsity to {structure.sparsity:g}, so {sparsity!r} cannot be kept; give "
             "sparsity=None, and `between` to begin later"
         )

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.errors import NonFiniteError, StateError
-from compress_jax.quantize.activation import ActivationQuantizer, Own
+from compress_jax.quantize.activation import ActivationQuantizer, Own, require_finite
 from compress_jax.quantize.choice import How, Where, choose, chosen, pairs
 from compress_jax.trace import calibrate, sites
 from compress_jax.trace._calibrate import Masks
@@ -21,6 +21,7 @@ from compress_jax.trace.site import Position, Site
 from compress_jax.trace.transform import hooked
 
 Ranges = dict[str, dict[str, Own]]
+BROKEN = "not finite"  # beside the operands of a site: how many of its statistics were left out
 
 
 class Activations(NamedTuple):
@@ -35,13 +36,16 @@ class Activations(NamedTuple):
       apply: ``(params, ranges, *inputs) -> out``; differentiable in params and in learned ranges.
       update: ``(params, ranges, *inputs, mask=None) -> (out, new ranges)``: ranges move with this batch, with what of it
         counts, and the output is that of the new ones. Where a range is NaN, or ``ranges`` is None, this batch sets it.
+        Statistics that are not finite (a batch with an overflow) move nothing.
       table: ``(params, *inputs) -> {site name: what is done there, or why nothing is}``.
+      watch: as ``update``, ``-> (out, new ranges, {site name: int32, how many of its statistics were not finite})``.
     """
 
     init: Callable[..., Ranges]
     apply: Callable[..., Any]
     update: Callable[..., tuple[Any, Ranges]]
     table: Callable[..., dict[str, str]]
+    watch: Callable[..., tuple[Any, Ranges, dict[str, jax.Array]]]
 
 
 def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activations:
@@ -59,7 +63,8 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
 
     Raises:
       NoMatchError: when called, if a glob matches no site.
-      NonFiniteError: in ``init``, naming the site, if its activations were not finite or it never ran.
+      NonFiniteError: in ``init``, naming the site, if its activations were not finite or it never ran; in ``apply`` and
+        ``update``, if a known range is not finite. Of a traced one the result is NaN.
       StateError: in ``apply`` and ``update``, if ``ranges`` lacks a site.
 
     Example:
@@ -100,16 +105,22 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
     def apply(params: Any, ranges: Ranges, *inputs: Any) -> Any:
         return run(params, ranges, inputs, moving=False)[0]
 
-    def update(params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None) -> tuple[Any, Ranges]:
+    def watch(
+        params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None
+    ) -> tuple[Any, Ranges, dict[str, jax.Array]]:
         out, new = run(params, ranges, inputs, moving=True, mask=mask)
-        return out, {name: jax.tree.map(_known, (ranges or {}).get(name) or own, own) for name, own in new.items()}
+        broken = {name: own.pop(BROKEN).sum() for name, own in new.items()}
+        return out, {name: jax.tree.map(_known, (ranges or {}).get(name) or own, own) for name, own in new.items()}, broken
+
+    def update(params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None) -> tuple[Any, Ranges]:
+        return watch(params, ranges, *inputs, mask=mask)[:2]
 
     def table(params: Any, *inputs: Any) -> dict[str, str]:
         found = sites(fn, params, *inputs)
         chosen(found, how, where)
         return {site.name: str(choose(site, how, where)) for site in found}
 
-    return Activations(init, apply, update, table)
+    return Activations(init, apply, update, table, watch)
 
 
 class _Given(dict[str, Any]):
@@ -131,6 +142,7 @@ def _require(quantizers: dict[str, ActivationQuantizer], ranges: Ranges | None, 
                 f"there are no ranges for site {name!r}, only for: {', '.join(ranges or {}) or 'none'}; calibrate with "
                 "`init(params, batches)` of the same activations"
             )
+        require_finite(name, (ranges or {}).get(name, {}), unknown=moving or each.waits)
 
 
 def _reducer(how: How, where: Where) -> Reducer:
@@ -181,23 +193,27 @@ def _quantized(
 ) -> Results:
     """Run a contraction on quantized activations; if ranges move, return those that this batch led to."""
     seen, new, args, given = None, {}, list(operands), told.get("own", {})
+    broken = jnp.zeros((), jnp.int32)
     if moving and quantizer.reducer is not None:
         lhs, rhs = map(jax.lax.stop_gradient, operands[:2])
         seen = quantizer.reducer.finish(quantizer.reducer(site, lhs, rhs, told.get("masks")))
     for key, index in site.inputs.items():
         new[key] = given.get(key, {})
         if seen is not None:
-            new[key] = _moved(quantizer, new[key], quantizer.ranges(site, seen[key]))
+            new[key], sound = _moved(quantizer, new[key], quantizer.ranges(site, seen[key]))
+            broken += jnp.logical_not(sound).astype(jnp.int32)
         args[index] = quantizer.see(site, index, operands[index], new[key])
-    return bind(eqn, args), {site.name: new} if moving else {}
+    return bind(eqn, args), {site.name: {**new, BROKEN: broken}} if moving else {}
 
 
-def _moved(quantizer: ActivationQuantizer, old: Own, fresh: Own) -> Own:
-    """Merge, but what is NaN on one side is what the other side says."""
+def _moved(quantizer: ActivationQuantizer, old: Own, fresh: Own) -> tuple[Own, jax.Array]:
+    """Merge what is finite and tell whether it is; what is NaN on one side is what the other side says."""
+    sound = jnp.stack([jnp.isfinite(value).all() for value in fresh.values()]).all()
+    fresh = {name: jnp.where(sound, value, jnp.nan) for name, value in fresh.items()}
     if not old:
-        return fresh
+        return fresh, sound
     both = quantizer.merge(old, fresh)
-    return {name: jnp.where(jnp.isnan(old[name]), fresh[name], _known(old[name], both[name])) for name in old}
+    return {name: jnp.where(jnp.isnan(old[name]), fresh[name], _known(old[name], both[name])) for name in old}, sound
 
 
 def _known(old: jax.Array, new: jax.Array) -> jax.Array:

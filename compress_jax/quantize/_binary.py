@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.levels import Levels
 from compress_jax.quantize._tabled import choice, on_levels
@@ -40,7 +41,7 @@ def binary(
       The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
 
     Raises:
-      ValueError: if an argument is none of the above, or a scale is not above 0.
+      ArgumentError: if an argument is none of the above, or a scale is not above 0.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -51,7 +52,7 @@ def binary(
     References:
       Rastegari et al., "XNOR-Net", 2016, equation 6. Courbariaux, Bengio and David, "BinaryConnect", 2015, section 2.
     """
-    rule = _constant(scale) if isinstance(scale, (int, float)) else choice(scale, {"mse": mean_magnitude})
+    rule = _constant(scale) if isinstance(scale, (int, float, np.number)) else choice(scale, {"mse": mean_magnitude})
     return on_levels(BINARY, rule, granularity, axis, pad, clip=clip)
 
 
@@ -75,5 +76,5 @@ def mean_magnitude(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 
 def _constant(scale: float) -> LevelRule:
     if isinstance(scale, bool) or not 0 < scale < np.inf:
-        raise ValueError(f"a scale that is a number must be above 0 and finite, got {scale!r}")
+        raise ArgumentError(f"a scale that is a number must be above 0 and finite, got {scale!r}")
     return lambda w, layout, levels: {"scale": jnp.full(layout.scale_shape, scale, jnp.float32)}

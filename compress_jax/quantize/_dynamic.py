@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.quantize.activation import ActivationQuantizer, Own, Placed, checked, rounded, spanned
 from compress_jax.trace.site import Site
 
@@ -24,7 +25,7 @@ def dynamic(
       The quantizer, with the derivative of the identity.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
 
     Example:
       >>> from compress_jax.trace import rewrite
@@ -38,7 +39,7 @@ def dynamic(
     """
     grid = checked(bits, symmetric)
     if granularity not in ("tensor", "token"):
-        raise ValueError(f"granularity must be 'tensor' or 'token', got {granularity!r}; per channel is `static`'s")
+        raise ArgumentError(f"granularity must be 'tensor' or 'token', got {granularity!r}; per channel is `static`'s")
 
     def place(site: Site, index: int, x: jax.Array, own: Own) -> Placed:
         x = jax.lax.stop_gradient(x).astype(jnp.float32)

@@ -1,6 +1,7 @@
 """Small floats with a float32 scale: fp8, fp4, nf4."""
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.layout import Granularity
 from compress_jax.core.levels import Float
 from compress_jax.quantize._tabled import tabled
@@ -31,7 +32,7 @@ def fp8(
       The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -67,7 +68,7 @@ def fp4(
       The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -100,7 +101,7 @@ def nf4(
       The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -125,8 +126,8 @@ def fp8_levels(kind: str) -> Float:
       The format.
 
     Raises:
-      ValueError: if it is neither.
+      ArgumentError: if it is neither.
     """
     if kind not in ("e4m3", "e5m2"):
-        raise ValueError(f"kind must be 'e4m3' or 'e5m2', got {kind!r}")
+        raise ArgumentError(f"kind must be 'e4m3' or 'e5m2', got {kind!r}")
     return E4M3 if kind == "e4m3" else E5M2

@@ -3,14 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
-
 from compress_jax.core.compression import Params
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.folding import Folded
-from compress_jax.trace import sites
-from compress_jax.trace.batch_norms import BatchNorm, batch_norms
+from compress_jax.quantize.folding_norms import Refused, folded_map
+from compress_jax.trace.affine_maps import AffineMap, Walk, affine_maps, walk
 from compress_jax.trace.site import Site
+from compress_jax.trace.traced import trace
 
 
 def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Folded:
@@ -22,7 +21,10 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
     bias keeps :math:`(\mu - c) g` as its mean.
 
     Which norms follow which kernels is read off the function's jaxpr, so it must be the one of evaluation, in which mean and
-    variance are among ``params``.
+    variance are among ``params``. Any map :math:`y a + b` of a layer's outputs counts, a and b made of parameters, however
+    it is written: ``(y - mean) * (gain * rsqrt(variance + eps)) + bias`` (Flax, Haiku), ``y * inv + (bias - mean * inv)``
+    (Keras), a division by a square root, one without gain, bias or mean. It is folded if it is all that happens to the
+    layer's outputs, and all that its parameters and the kernel are used for.
 
     Args:
       fn: a pure function of ``(params, *inputs)``, in evaluation mode.
@@ -33,6 +35,7 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
       `Folded`: params of the same function; which kernel took up which norm; kernels that took up none and why.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> p = {"kernel": jnp.ones((1, 2)), "mean": jnp.ones(2), "var": jnp.full(2, 3.0), "gain": jnp.full(2, 4.0)}
       >>> def fn(p, x):
       ...     return (x @ p["kernel"] - p["mean"]) / jnp.sqrt(p["var"] + 1.0) * p["gain"]
@@ -45,65 +48,58 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
       arXiv:1712.05877, equation 14.
     """
     leaves, rebuild = flatten(params)
-    norms = batch_norms(fn, params, *inputs)
-    taken: set[str] = set()
+    traced = trace(fn, params, *inputs)
+    found = walk(traced)
     folded: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
-    for site in sites(fn, params, *inputs):
-        if site.param is None:
+    for site in traced.sites.values():
+        if site.param is None or site.param in folded:
             continue
-        norm = norms.get(site.name)
-        if (reason := _why_not(site, norm, leaves, taken)) or norm is None:
-            skipped[site.param] = reason or ""
-            continue
-        leaves |= _fold(site, norm, leaves)
-        folded[site.param] = _paths(norm)
-        taken |= {site.param, *folded[site.param]}
+        try:
+            new, folded[site.param] = _best(found, site, leaves)
+            leaves |= new
+        except Refused as refused:
+            skipped.setdefault(site.param, str(refused))
     return Folded(rebuild(leaves), folded, skipped)
 
 
-def _paths(norm: BatchNorm) -> tuple[str, ...]:
-    return tuple(path for path in (norm.mean, norm.variance, norm.scale, norm.bias, norm.before) if path is not None)
+def _best(found: Walk, site: Site, leaves: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fold the longest scale and shift that can be; raise why even that of the whole norm cannot be."""
+    maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
+    if (why := _kernel_elsewhere(found, site)) or not maps:
+        raise Refused(why or _no_norm(found, site))
+    reasons = []
+    for each in maps[::-1]:
+        try:
+            _check_uses(found, each)
+            return folded_map(each, found.arrays, leaves)
+        except Refused as refused:
+            reasons.append(refused)
+    raise reasons[0]
 
 
-def _why_not(site: Site, norm: BatchNorm | None, leaves: dict[str, Any], taken: set[str]) -> str | None:
-    if norm is None:
-        return "no batch norm with fixed statistics is all that follows it"
-    if site.uses or site.also or taken & {site.param, *_paths(norm)}:
-        return "it, or its norm, is used more than once"
-    if site.param_axes is None or site.batch_axes is None or None in site.stack_loops:
-        return "a reshape mixes the axes that are summed over with others"
-    shape = leaves[site.param or ""].shape
-    axes = _axes(site, len(shape))
-    if any(leaves[path].shape != tuple(shape[axis] for axis in axes) for path in _paths(norm)):
-        return "its norm's statistics do not have the shape of its outputs"
+def _kernel_elsewhere(found: Walk, site: Site) -> str | None:
+    uses = sorted(use.name for use in found.uses.get(site.param or "", ()) if use.position != site.position)
+    if uses:
+        return f"it is used elsewhere too: by {', '.join(dict.fromkeys(uses))}"
+    if site.position not in found.kernels:
+        return "the site does not see it as it is stored, or contracts in a way that is not followed"
     return None
 
 
-def _axes(site: Site, ndim: int) -> tuple[int, ...]:
-    """Return the axes of a kernel that its norm's parameters have: those of loops, then those of outputs."""
-    kept = [axis for axis in range(ndim) if axis not in (*(site.param_axes or ()), *site.stack_axes)]
-    return (*site.stack_axes, *kept)
+def _no_norm(found: Walk, site: Site) -> str:
+    """Say what happens to what a site gives, if that is no scale by parameters."""
+    maps = affine_maps(found, site)
+    uses = found.goes.get(maps[-1].made.key if maps else site.position, ())
+    names = ", ".join(sorted(use.name for use in uses)) or "nothing"
+    after = "its outputs, shifted," if maps else "its outputs"
+    what = f"{after} are used {len(uses)} times, by {names}" if len(uses) > 1 else f"{after} are followed by {names}"
+    return f"no batch norm with fixed statistics is all that follows it: {what}"
 
 
-def _fold(site: Site, norm: BatchNorm, leaves: dict[str, Any]) -> dict[str, Any]:
-    assert site.param is not None
-    old = {path: leaves[path].astype(jnp.float32) for path in (site.param, *_paths(norm))}
-    gain = 1 / jnp.sqrt(old[norm.variance] + norm.epsilon)
-    gain = gain * old[norm.scale] if norm.scale else gain
-    kernel = old[site.param]
-    axes = _axes(site, kernel.ndim)
-    spread = jnp.expand_dims(gain, tuple(range(gain.ndim, kernel.ndim)))
-    order = (*axes, *(axis for axis in range(kernel.ndim) if axis not in axes))
-    new = {site.param: kernel * jnp.transpose(spread, tuple(order.index(axis) for axis in range(kernel.ndim)))}
-    new[norm.variance] = jnp.full_like(gain, 1 - norm.epsilon)
-    shift = -old[norm.mean] * gain
-    if norm.scale:
-        new[norm.scale] = jnp.ones_like(gain)
-    if norm.before:
-        shift = shift + old[norm.before] * gain
-        new[norm.before] = jnp.zeros_like(gain)
-    new[norm.mean] = jnp.zeros_like(gain) if norm.bias else -shift
-    if norm.bias:
-        new[norm.bias] = old[norm.bias] + shift
-    return {path: x.astype(leaves[path].dtype) for path, x in new.items()}
+def _check_uses(found: Walk, each: AffineMap) -> None:
+    """Refuse a map whose parameters are used for anything beside it."""
+    for path in sorted(each.made.scale.paths | each.made.shift.paths):
+        others = sorted(use.name for use in found.uses.get(path, ()) if use.position not in each.steps or not use.step)
+        if others:
+            raise Refused(f"{path!r}, of the norm that follows it, is used elsewhere too: by {others[0]}")

@@ -10,7 +10,7 @@ from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.packed import is_packed, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.quantize._contractions import Contractions, shape_of, tabulated
-from compress_jax.quantize.activation import Own
+from compress_jax.quantize.activation import Own, require_finite
 from compress_jax.quantize.choice import How, Where
 from compress_jax.quantize.decide import Step, decide
 from compress_jax.quantize.integer_dot import Coded, encode, product
@@ -65,6 +65,7 @@ def integer(
     Raises:
       NoMatchError: if a glob matches no site.
       StateError: if a static quantizer has no range for its site.
+      NonFiniteError: if that range is not finite.
 
     Example:
       >>> from compress_jax.quantize import uniform
@@ -106,6 +107,8 @@ def _require(steps: Mapping[str, Step], ranges: Mapping[str, Any]) -> None:
                 f"there are no ranges for site {name!r}, only for: {', '.join(ranges) or 'none'}; pass "
                 "ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
             )
+        if step.quantizer is not None:
+            require_finite(name, ranges.get(name, {}))
 
 
 def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:

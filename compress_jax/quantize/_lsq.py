@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.arguments import flag, function, sharing
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
 from compress_jax.core.describe import call_of
@@ -64,8 +65,10 @@ def lsq(
     References:
       Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, equations 1 to 5 and section 2.2.
     """
-    grid = checked(bits, True)._replace(narrow=narrow)
-    Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
+    grid = checked(bits, True)._replace(narrow=flag("narrow", narrow))
+    granularity, axis, pad = sharing(granularity, axis, pad)
+    if start is not None:
+        function("start", start, "a rule (w, layout, grid) -> (scale, zero_point) such as quantize.mse")
 
     def layout_of(axes: Axes) -> Layout:
         return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
@@ -86,7 +89,7 @@ def lsq(
     def pack(x: jax.Array, learned: Own, fixed: None, axes: Axes) -> Quantized:
         layout, scale = layout_of(axes), positive(learned["scale"])
         codes = layout.restore(grid.encode(layout.arrange(x), scale, grid.middle))
-        return Quantized.pack(codes, bits, scale, grid.middle, layout, x.dtype)
+        return Quantized.pack(codes, grid.bits, scale, grid.middle, layout, x.dtype)
 
     see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
 
@@ -98,7 +101,7 @@ def lsq(
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array) -> jax.Array:
-    return grid.decode(grid.encode(x, scale, grid.middle), scale, grid.middle).astype(x.dtype)
+    return grid.round(x, scale, grid.middle)
 
 
 def lsq_inputs(bits: int = 4, offset: bool = False) -> ActivationQuantizer:
@@ -137,7 +140,7 @@ def lsq_inputs(bits: int = 4, offset: bool = False) -> ActivationQuantizer:
       Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, section 2.
       Bhalgat et al., "LSQ+", 2020, arXiv:2004.09576, section 3.
     """
-    grid = checked(bits, False)
+    grid, offset = checked(bits, False), flag("offset", offset)
     call = f"lsq_inputs(bits={bits}, offset={offset})"
     if offset:
         return _shifted(grid, call)

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import number
 from compress_jax.core.paths import flatten
 from compress_jax.quantize import range_rules
 from compress_jax.quantize._lsq import zero_by_sign
@@ -30,7 +31,7 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
       The quantizer; what belongs to an operand is ``{"alpha", "zero_point"}``.
 
     Raises:
-      ValueError: if bits is not such a number, or alpha not above 0.
+      ArgumentError: if bits is not such a number, or alpha not above 0.
 
     Example:
       >>> from compress_jax.quantize._activations import activations
@@ -47,8 +48,7 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
       Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv:1805.06085.
     """
     grid = checked(bits, False)
-    if alpha is not None and not alpha > 0:
-        raise ValueError(f"alpha must be above 0, or None to start from calibration, got {alpha}")
+    alpha = None if alpha is None else number("alpha", alpha, 0, above=True)
 
     def own_of(own: Own) -> tuple[jax.Array, jax.Array]:
         return positive(own["alpha"]), jax.lax.stop_gradient(own["zero_point"]).astype(jnp.uint8)

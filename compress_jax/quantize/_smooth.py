@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Params
-from compress_jax.core.errors import NonFiniteError
+from compress_jax.core.errors import ArgumentError, NonFiniteError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.folding import Fold, Folded, folds
 from compress_jax.quantize.solving import fed
@@ -41,7 +41,7 @@ def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *in
       `Folded`: params of the same function, what was folded into what, and what was not and why.
 
     Raises:
-      ValueError: if ``strength`` is not in [0, 1].
+      ArgumentError: if ``strength`` is not in [0, 1].
       NonFiniteError: if calibration statistics are not finite.
       StateError: if they are other statistics.
 
@@ -61,7 +61,7 @@ def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *in
       Xiao et al., "SmoothQuant", 2023, arXiv:2211.10438, equation 4.
     """
     if not 0 <= strength <= 1:
-        raise ValueError(f"strength must be from 0 to 1, got {strength}")
+        raise ArgumentError(f"strength must be from 0 to 1, got {strength}")
     leaves, rebuild = flatten(params)
     require(calibration, jax.Array, 'reducers.absmax("channel")')
     found, skipped = folds(fn, params, inputs, calibration.sites)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import ShapeError
+from compress_jax.core.arguments import flag, number
+from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.quantize import range_rules
 from compress_jax.quantize.activation import ActivationQuantizer, Own, Placed, checked, rounded, spanned
 from compress_jax.trace.reducer import Reducer
@@ -47,7 +48,7 @@ def static(
       The quantizer.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
 
     Example:
       >>> from compress_jax.quantize._activations import activations
@@ -62,7 +63,7 @@ def static(
       Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.1 (moving averages).
       Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
     """
-    grid = checked(bits, symmetric)
+    grid, clipped = checked(bits, symmetric), flag("clipped", clipped)
     reducer, rule = _rule(range, granularity, momentum, percent)
 
     def place(site: Site, index: int, x: jax.Array, own: Own) -> Placed:
@@ -89,11 +90,11 @@ def static(
 def _rule(kind: str, granularity: str, momentum: float, percent: float | None) -> tuple[Reducer, Any]:
     """Return what to observe, and how a range follows from it."""
     if granularity not in ("tensor", "channel"):
-        raise ValueError(f"granularity must be 'tensor' or 'channel', got {granularity!r}; 'token' is `dynamic`'s")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be from 0 to below 1, got {momentum}")
+        raise ArgumentError(f"granularity must be 'tensor' or 'channel', got {granularity!r}; 'token' is `dynamic`'s")
+    momentum = number("momentum", momentum, 0, 1, below=True)
+    percent = None if percent is None else number("percent", percent)
     if percent is not None and not (kind == "percentile" and 0 < percent <= 100):
-        raise ValueError(f"percent must be above 0, at most 100, and for 'percentile' only; got {percent} for {kind!r}")
+        raise ArgumentError(f"percent must be above 0, at most 100, and for 'percentile' only; got {percent} for {kind!r}")
     if kind in ("minmax", "ema"):
         return minmax(momentum if kind == "ema" else None, granularity), range_rules.widest  # pyright: ignore[reportArgumentType]
     if kind == "rms":
@@ -103,10 +104,12 @@ def _rule(kind: str, granularity: str, momentum: float, percent: float | None) -
         "entropy": range_rules.least_entropy,
         "mse": range_rules.least_squares,
     }
-    if kind not in rules:
-        raise ValueError(f"range must be 'minmax', 'ema', 'percentile', 'entropy', 'mse' or 'rms', got {kind!r}")
+    if not isinstance(kind, str) or kind not in rules:
+        raise ArgumentError(f"range must be 'minmax', 'ema', 'percentile', 'entropy', 'mse' or 'rms', got {kind!r}")
     if granularity == "channel":
-        raise ValueError(f"range={kind!r} needs a histogram, which is kept of a whole operand; use 'minmax', 'ema' or 'rms'")
+        raise ArgumentError(
+            f"range={kind!r} needs a histogram, which is kept of a whole operand; use 'minmax', 'ema' or 'rms'"
+        )
     return histogram(range_rules.BINS), rules[kind]
 
 

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.arguments import number, sharing
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
 from compress_jax.core.describe import call_of
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import saturate, where_finite
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
@@ -43,7 +46,7 @@ def tabled(
       The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
 
     Raises:
-      ValueError: if an argument is none of the above, or a table is not ascending.
+      ArgumentError: if an argument is none of the above, or a table is not ascending.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -80,7 +83,8 @@ def on_levels(
     Returns:
       The Compression.
     """
-    Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
+    granularity, axis, pad = sharing(granularity, axis, pad)
+    clip = None if clip is None else number("clip", clip, 0, above=True)
 
     def layout_of(axes: Axes) -> Layout:
         return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
@@ -123,7 +127,7 @@ def _(layout: Layout, levels: Levels, primals: tuple[Any, ...], tangents: tuple[
 
 
 def _nearest(levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
-    return (levels.round(_scaled(x, step)) * scale).astype(x.dtype)
+    return where_finite(x, saturate(levels.round(_scaled(x, step)) * scale, x.dtype))
 
 
 def _scaled(x: jax.Array, step: jax.Array) -> jax.Array:
@@ -151,13 +155,13 @@ def choice(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> Le
       The rule.
 
     Raises:
-      ValueError: if there is no such rule; names all there are.
+      ArgumentError: if there is no such rule; names all there are.
     """
     if callable(given):
         return given
-    if given not in rules:
+    if not isinstance(given, str) or given not in rules:
         names = ", ".join(map(repr, rules))
-        raise ValueError(f"scale must be {names} or a function (w, layout, levels) -> {{'scale': ...}}, got {given!r}")
+        raise ArgumentError(f"scale must be {names} or a function (w, layout, levels) -> {{'scale': ...}}, got {given!r}")
     return rules[given]
 
 
@@ -166,8 +170,10 @@ def _checked(levels: Levels) -> Levels:
     if isinstance(levels, Float):
         return levels
     if not isinstance(levels, Table):
-        raise ValueError(f"levels must be a Float, as float_format returns, or a Table of ascending numbers, got {levels!r}")
+        raise ArgumentError(
+            f"levels must be a Float, as float_format returns, or a Table of ascending numbers, got {levels!r}"
+        )
     values = np.array(levels.values, np.float32)
     if values.size < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
-        raise ValueError(f"a Table takes at least two ascending numbers that float32 can tell apart, got {levels.values}")
+        raise ArgumentError(f"a Table takes at least two ascending numbers that float32 can tell apart, got {levels.values}")
     return Table(tuple(values.tolist()))

@@ -6,8 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.arguments import flag, sharing, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
@@ -53,7 +56,7 @@ def uniform(
       The Compression; ``fixed[path]`` is ``{"scale": float32, "zero_point": uint8}``. Packs to `Quantized`.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
 
     Example:
@@ -71,6 +74,7 @@ def uniform(
       Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
     """
     grid, rule = _checked_grid(bits, symmetric, narrow), _rule(scale, symmetric)
+    granularity, axis, pad = sharing(granularity, axis, pad)
     Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
 
     def layout_of(axes: Axes) -> Layout:
@@ -92,7 +96,7 @@ def uniform(
         codes = layout.restore(grid.encode(layout.arrange(x), fixed["scale"], layout.expand(zero)))
         if grid.symmetric:
             zero = grid.middle  # a stack holds it once a layer
-        return Quantized.pack(codes, bits, fixed["scale"], zero, layout=layout, dtype=x.dtype)
+        return Quantized.pack(codes, grid.bits, fixed["scale"], zero, layout=layout, dtype=x.dtype)
 
     see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
 
@@ -107,7 +111,7 @@ def uniform(
 def _rounded(layout: Layout, grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
     """Return an array on its grid, with the derivative of the identity."""
     codes = grid.encode(layout.arrange(x), scale, zero_point)
-    return layout.restore(grid.decode(codes, scale, zero_point)).astype(x.dtype)
+    return saturate(layout.restore(grid.decode(codes, scale, zero_point)), x.dtype)
 
 
 @_rounded.defjvp
@@ -116,18 +120,17 @@ def _(layout: Layout, grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any,
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    return grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
+    return grid.round(x, scale, zero_point)
 
 
 def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
-    if bits == 1 and not isinstance(bits, bool):
-        raise ValueError("bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or quantize.binary()")
-    if isinstance(bits, bool) or bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
-    if not isinstance(symmetric, bool):
-        raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
+    if bits is not True and isinstance(bits, int) and bits == 1:
+        raise ArgumentError(
+            "bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or quantize.binary()"
+        )
+    bits, symmetric = whole("bits", bits, 2, 8), flag("symmetric", symmetric)
     if not isinstance(narrow, bool) or (narrow and not symmetric):
-        raise ValueError(f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}")
+        raise ArgumentError(f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}")
     return Grid(bits, symmetric, narrow)
 
 
@@ -145,7 +148,7 @@ def _rule(scale: str | scales.Rule | None, symmetric: bool) -> scales.Rule:
         "pnorm": pnorm,
         "entropy": entropy,
     }
-    if scale not in rules:
+    if scale is not None and not (isinstance(scale, str) and scale in rules):
         names = ", ".join(repr(name) for name in rules if name)
-        raise ValueError(f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got {scale!r}")
+        raise ArgumentError(f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got {scale!r}")
     return rules[scale]

@@ -4,14 +4,18 @@ What belongs to one operand of one site (its range, its learned step) is a small
 turns the arrays are stacked, ``[L, ...]``, and every turn sees its own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
+from compress_jax.core.arguments import flag, whole
+from compress_jax.core.errors import NonFiniteError
+from compress_jax.core.finite import saturate
 from compress_jax.quantize.grid import Grid
 from compress_jax.quantize.scales import usable
 from compress_jax.trace.reducer import Reducer
@@ -43,6 +47,7 @@ class ActivationQuantizer(NamedTuple):
       merge: ``(old own, new own) -> own``, from one batch to the next in training. By default what is there stays.
       learned: names in ``own`` that an optimizer trains.
       call: the call that makes it, for tables and records.
+      waits: whether nothing is quantized while a range is NaN, as before the first step of training; else that is an error.
     """
 
     grid: Grid
@@ -53,10 +58,37 @@ class ActivationQuantizer(NamedTuple):
     merge: Callable[[Own, Own], Own] = _later
     learned: tuple[str, ...] = ()
     call: str = "ActivationQuantizer(...)"
+    waits: bool = False
 
     def __repr__(self) -> str:
         """Return the call that makes it."""
         return self.call
+
+
+def require_finite(name: str, operands: Mapping[str, Own], *, unknown: bool = False) -> None:
+    """Raise if what belongs to the operands of a site is known and not finite: all values would be seen as one.
+
+    Args:
+      name: of the site.
+      operands: ``{"input": own}`` or the like.
+      unknown: whether NaN, which stands for a range that is not known yet, is accepted.
+
+    Raises:
+      NonFiniteError: naming the site.
+
+    Example:
+      >>> require_finite("kernel", {"input": {"low": jnp.float32(0), "high": jnp.float32(1)}})
+    """
+    for key, own in operands.items():
+        for end, value in own.items():
+            if isinstance(value, Tracer):
+                continue
+            found = np.asarray(value, np.float64)
+            if not (np.isfinite(found) | (np.isnan(found) & unknown)).all():
+                raise NonFiniteError(
+                    f"the range of the activations ({key}) of site {name!r} is not finite: {end} is {found.tolist()}; "
+                    "calibrate anew, on batches without NaN or infinity that reach this site"
+                )
 
 
 def spanned(low: jax.Array, high: jax.Array, grid: Grid) -> Placed:
@@ -64,6 +96,8 @@ def spanned(low: jax.Array, high: jax.Array, grid: Grid) -> Placed:
 
     :math:`s = (high / 2 - low / 2) \cdot 2 / (2^{bits} - 1)`: halves are exact, so that no fused multiply-add can round
     otherwise than two operations do. Where ``low`` is not below 0 an asymmetric grid has the zero point 0.
+
+    Of a range that is not finite the scale is NaN, and so is all that is seen on that grid.
 
     Args:
       low: float32; what is above 0 counts as 0.
@@ -77,7 +111,8 @@ def spanned(low: jax.Array, high: jax.Array, grid: Grid) -> Placed:
       >>> spanned(jnp.array(0.0), jnp.array(5.1), Grid(8, symmetric=False))
       (Array(0.02, dtype=float32), Array(0, dtype=uint8))
     """
-    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    known = jnp.isfinite(low) & jnp.isfinite(high)
+    low, high = jnp.where(known, jnp.minimum(low, 0), jnp.nan), jnp.where(known, jnp.maximum(high, 0), jnp.nan)
     if grid.symmetric:
         return usable(jnp.maximum(-low, high) * np.float32(1 / grid.qmax)), grid.middle
     scale = usable((0.5 * high - 0.5 * low) * np.float32(2 / grid.top))
@@ -103,7 +138,7 @@ def rounded(grid: Grid, clipped: bool, x: jax.Array, scale: jax.Array, zero_poin
       >>> [tuple(map(float, step(jnp.float32(x)))) for x in (0.9, 99.0)]
       [(1.0, 1.0), (63.5, 0.0)]
     """
-    seen = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
+    seen = saturate(grid.decode(grid.encode(x, scale, zero_point), scale, zero_point), x.dtype)
     return jnp.where(jnp.isnan(x), x, seen)
 
 
@@ -128,14 +163,10 @@ def checked(bits: int, symmetric: bool) -> Grid:
       The grid.
 
     Raises:
-      ValueError: if either is something else.
+      ArgumentError: if either is something else.
 
     Example:
       >>> checked(8, False).top
       255
     """
-    if isinstance(bits, bool) or bits not in range(2, 9):
-        raise ValueError(f"bits must be a whole number from 2 to 8, got {bits!r}")
-    if not isinstance(symmetric, bool):
-        raise ValueError(f"symmetric must be True or False, got {symmetric!r}")
-    return Grid(bits, symmetric)
+    return Grid(whole("bits", bits, 2, 8), flag("symmetric", symmetric))

@@ -1,5 +1,7 @@
 """The levels of the common formats below eight bits, other than integers."""
 
+from compress_jax.core.arguments import whole
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.levels import Float, Table
 
 E4M3 = Float(4, 3, reserved=1)
@@ -51,7 +53,7 @@ def float_format(exponent_bits: int, mantissa_bits: int, *, reserved: int = 0) -
       The format, for `tabled`.
 
     Raises:
-      ValueError: if the numbers of bits are out of range, or no magnitude but 0 is left.
+      ArgumentError: if the numbers of bits are out of range, or no magnitude but 0 is left.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,9 +64,13 @@ def float_format(exponent_bits: int, mantissa_bits: int, *, reserved: int = 0) -
     References:
       Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, section 5.3.
     """
+    exponent_bits, mantissa_bits = whole("exponent_bits", exponent_bits), whole("mantissa_bits", mantissa_bits)
+    reserved = whole("reserved", reserved)
     if exponent_bits not in range(1, 8) or mantissa_bits not in range(9):
-        raise ValueError(f"a float takes 1 to 7 exponent and 0 to 8 mantissa bits, got {exponent_bits} and {mantissa_bits}")
+        raise ArgumentError(
+            f"a float takes 1 to 7 exponent and 0 to 8 mantissa bits, got {exponent_bits} and {mantissa_bits}"
+        )
     magnitudes = 2 ** (exponent_bits + mantissa_bits)
     if reserved not in range(magnitudes - 1):
-        raise ValueError(f"reserved must leave a number above 0 among {magnitudes} magnitudes, got {reserved}")
+        raise ArgumentError(f"reserved must leave a number above 0 among {magnitudes} magnitudes, got {reserved}")
     return Float(exponent_bits, mantissa_bits, reserved)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.finite import saturate, where_finite
+
 
 class Grid(NamedTuple):
     """The ``2**bits`` levels ``code - zero_point`` that are multiplied by a scale, codes running from 0 to ``2**bits - 1``.
@@ -69,3 +71,8 @@ class Grid(NamedTuple):
     def decode(self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
         """Return ``(codes - zero_point) * scale`` in float32, by the very arithmetic of ``Quantized.unpack``."""
         return (codes - zero_point.astype(jnp.int32)).astype(jnp.float32) * scale
+
+    def round(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+        """Return what the codes of ``x`` stand for, in its dtype; NaN and infinity stay. Arguments as in `levels`."""
+        seen = self.decode(self.encode(x, scale, zero_point), scale, zero_point)
+        return where_finite(x, saturate(seen, x.dtype))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.finite import saturate
 from compress_jax.core.straight_through import straight_through
 from compress_jax.quantize.grid import Grid
 
@@ -170,7 +171,7 @@ def step_of(grid: Grid, bound: jax.Array, zero_point: jax.Array) -> jax.Array:
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    seen = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point).astype(x.dtype)
+    seen = saturate(grid.decode(grid.encode(x, scale, zero_point), scale, zero_point), x.dtype)
     return jnp.where(jnp.isnan(x), x, seen)
 
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.layout import Layout
 from compress_jax.quantize.grid import Grid
 
@@ -141,7 +142,7 @@ def percentile(w: jax.Array, layout: Layout, grid: Grid, *, percent: float | Non
       ``(scale, zero_point)``.
 
     Raises:
-      ValueError: if ``percent`` is not in (0, 100].
+      ArgumentError: if ``percent`` is not in (0, 100].
 
     Example:
       >>> w = jnp.array([1.0, -1.0, 1.0, -1.0, 100.0])
@@ -151,7 +152,7 @@ def percentile(w: jax.Array, layout: Layout, grid: Grid, *, percent: float | Non
     """
     share = math.erf(normal_clip(grid) / math.sqrt(2)) if percent is None else percent / 100
     if not 0 < share <= 1:
-        raise ValueError(f"percent must be above 0 and at most 100, got {percent}")
+        raise ArgumentError(f"percent must be above 0 and at most 100, got {percent}")
     return _percentile(w, layout, grid, 1 - share)
 
 

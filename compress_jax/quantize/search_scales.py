@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.layout import Layout
 from compress_jax.quantize.divergence import least_divergent
 from compress_jax.quantize.grid import Grid
@@ -44,7 +45,7 @@ def pnorm(
       ``(scale, zero_point)``.
 
     Raises:
-      ValueError: if ``p``, ``points`` or ``patience`` is not above 0, or ``maxshrink`` is out of range.
+      ArgumentError: if ``p``, ``points`` or ``patience`` is not above 0, or ``maxshrink`` is out of range.
 
     Example:
       >>> w = jnp.concatenate([jnp.ones(40), -jnp.ones(40), jnp.array([1.1])])
@@ -56,7 +57,9 @@ def pnorm(
       The defaults are those of llm-compressor's MSE observer: p 2.4, maxshrink 0.2, 100 points, patience 5.
     """
     if not (p > 0 and 0 < maxshrink <= 1 and points > 0 and patience > 0):
-        raise ValueError(f"need p, points, patience > 0 and 0 < maxshrink <= 1, got {p}, {points}, {patience}, {maxshrink}")
+        raise ArgumentError(
+            f"need p, points, patience > 0 and 0 < maxshrink <= 1, got {p}, {points}, {patience}, {maxshrink}"
+        )
     low, high = extremes(w, layout)
     bound = jnp.maximum(jnp.maximum(-low, high), jnp.finfo(jnp.float32).tiny)
 
@@ -99,7 +102,7 @@ def entropy(w: jax.Array, layout: Layout, grid: Grid, *, bins: int = 2048, strid
       ``(scale, zero_point)``.
 
     Raises:
-      ValueError: if there are fewer bins than levels, or ``stride`` is below 1.
+      ArgumentError: if there are fewer bins than levels, or ``stride`` is below 1.
 
     Example:
       >>> w = jnp.append(jax.random.normal(jax.random.key(0), (100_000,)), 30.0)
@@ -112,7 +115,7 @@ def entropy(w: jax.Array, layout: Layout, grid: Grid, *, bins: int = 2048, strid
     """
     groups = grid.qmax + 1 if grid.symmetric else grid.top + 1
     if bins < groups or stride < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"entropy needs stride >= 1 and at {grid.bits} bits at least {groups} bins, got {stride} and {bins}"
         )
     low, high = extremes(w, layout)

@@ -105,12 +105,20 @@ def _equation(domain: Domain, eqn: JaxprEqn, args: list[Any], where: Where) -> S
         case While() as loop:
             return _while(domain, loop, args, where)
         case Branches(bodies):
+            _decided(domain, args[:1])
             results = [
                 interpret(domain, body, args[1:], where.inside(index, conditional=True)) for index, body in enumerate(bodies)
             ]
             return [_join(domain, ways) for ways in zip(*results, strict=True)]
         case _:
             return domain.equation(eqn, args, where)
+
+
+def _decided(domain: Domain, values: Sequence[Any]) -> None:
+    """Tell a domain that has a method ``decides`` which values choose a branch or end a loop."""
+    note = getattr(domain, "decides", None)
+    if note is not None:
+        note(values)
 
 
 def _join(domain: Domain, ways: Sequence[Any]) -> Any:
@@ -144,7 +152,7 @@ def _while(domain: Domain, loop: While, args: list[Any], where: Where) -> list[A
     condition_consts, body_consts, carry = _cut(args, loop.condition_consts, loop.body_consts)
     inside = where.inside("body", conditional=True)
     carry = _settle(domain, lambda carry: interpret(domain, loop.body, [*body_consts, *carry], inside), carry)
-    interpret(domain, loop.condition, [*condition_consts, *carry], where.inside("cond", conditional=True))
+    _decided(domain, interpret(domain, loop.condition, [*condition_consts, *carry], where.inside("cond", conditional=True)))
     return carry
 
 

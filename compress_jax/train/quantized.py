@@ -8,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.core.scope import in_filter
+from jax.core import Tracer
 
+from compress_jax.core.arguments import whole
 from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.quantize._activations import Ranges, activations
-from compress_jax.quantize.activation import ActivationQuantizer, Own
+from compress_jax.quantize.activation import ActivationQuantizer, Own, require_finite
 from compress_jax.quantize.choice import How, Where, pairs
 from compress_jax.trace._calibrate import Masks
 from compress_jax.trace.site import Site
 
-COLLECTION = "quantization"  # of variables: {"steps": int32, "ranges": {site: ...}}
+COLLECTION = "quantization"  # of variables: {"steps": int32, "ranges": {site: ...}, "broken": {site: int32}}
 LEARNED = "quantization"  # the same within params
 Variables = dict[str, Any]
 
@@ -36,7 +38,8 @@ def quantized(
     It is called as the model is, ``apply(variables, x, train=..., mutable=..., rngs=...)``. Moving ranges are a collection
     of variables of their own, ``"quantization"``, which training updates as it does batch statistics; what is learned
     (steps, offsets, bounds) is the subtree ``"quantization"`` of params, so the optimizer trains it, and weight compressions
-    that address ``"**/kernel"`` leave it alone.
+    that address ``"**/kernel"`` leave it alone. Batches whose activations are not finite move no range: they are counted, by
+    site (`QuantizedModel.broken`).
 
     Args:
       model: a Linen module.
@@ -73,6 +76,9 @@ def quantized(
       Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.
       Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, section 3.2.3 (batch norm).
     """
+    start = whole("start", start, 0)
+    freeze = None if freeze is None else whole("freeze", freeze, 0)
+    freeze_batch_norm = None if freeze_batch_norm is None else whole("freeze_batch_norm", freeze_batch_norm, 0)
     frozen = how if isinstance(how, ActivationQuantizer) else tuple(how)
     return QuantizedModel(model, frozen, where, start, freeze, freeze_batch_norm, example)
 
@@ -154,7 +160,26 @@ class QuantizedModel:
 
         Raises:
           StateError: if these are not variables of a quantized model.
+          NonFiniteError: naming the site, if a range is not finite: it never ran in training, say.
         """
+        plain, ranges = self._parts(variables)
+        for name, operands in ranges.items():
+            require_finite(name, operands)
+        return plain, ranges
+
+    def broken(self, variables: Mapping[str, Any]) -> dict[str, int]:
+        """Return at which sites training met activations that were not finite, and how often; none if there were none.
+
+        Args:
+          variables: of this model.
+
+        Returns:
+          ``{site name: number of statistics that were left out of its ranges}``.
+        """
+        counts = variables[COLLECTION].get("broken", {})
+        return {name.replace("|", "/"): int(n) for name, n in counts.items() if int(n)}
+
+    def _parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
         if COLLECTION not in variables:
             raise StateError(
                 f"variables hold no {COLLECTION!r}, only {sorted(variables)}: take them from `init`, or make them of "
@@ -186,40 +211,48 @@ class QuantizedModel:
 
         Raises:
           StateError: if these are not variables of a quantized model.
+          NonFiniteError: naming the site, if these are trained and known, not traced, and a range is not finite.
         """
-        plain, ranges = self.parts(variables)
+        plain, ranges = self._parts(variables)
         steps, train = variables[COLLECTION]["steps"], bool(options.get("train", False))
         moving = train and in_filter(mutable, COLLECTION)
-        how = _delayed(self.how, on=steps >= self.start, frozen=None if self.freeze is None else steps >= self.freeze)
+        trained = not isinstance(steps, Tracer) and not train and int(steps) > self.start
+        how = _delayed(
+            self.how, trained, on=steps >= self.start, frozen=None if self.freeze is None else steps >= self.freeze
+        )
 
-        def run(**options: Any) -> tuple[Any, Any]:
+        def run(**options: Any) -> tuple[Any, Any, Any]:
             def forward(variables: Any, *inputs: Any) -> Any:
                 return self.model.apply(variables, *inputs, mutable=_without(mutable), **options)
 
             of = activations(forward, how, self.where)
             if not moving:
-                return of.apply(plain, ranges, *inputs), ranges
-            return of.update(plain, ranges, *inputs, mask=counts)
+                return of.apply(plain, ranges, *inputs), ranges, {}
+            return of.watch(plain, ranges, *inputs, mask=counts)
 
         if train and self.freeze_batch_norm is not None:
             evaluating = {**options, "train": False}
-            out, new = jax.lax.cond(steps >= self.freeze_batch_norm, lambda: run(**evaluating), lambda: run(**options))
+            out, new, broken = jax.lax.cond(
+                steps >= self.freeze_batch_norm, lambda: run(**evaluating), lambda: run(**options)
+            )
         else:
-            out, new = run(**options)
+            out, new, broken = run(**options)
         if mutable is False:
             return out
-        kept = (
-            {COLLECTION: {"steps": steps + int(moving), "ranges": self._split(new)[0]}}
-            if in_filter(mutable, COLLECTION)
-            else {}
-        )
-        return out[0], {**out[1], **kept}
+        if not in_filter(mutable, COLLECTION):
+            return out
+        counts = {name.replace("/", "|"): n for name, n in broken.items()}
+        counts = {name: n + counts.get(name, 0) for name, n in variables[COLLECTION].get("broken", counts).items()}
+        kept = {"steps": steps + int(moving), "ranges": self._split(new)[0], "broken": counts}
+        return out[0], {**out[1], COLLECTION: kept}
 
     def _joined(self, variables: Variables, ranges: Ranges) -> Variables:
         """Return variables with ranges in them."""
         fixed, learned = self._split(ranges)
         params = {**variables["params"], **({LEARNED: learned} if learned else {})}
-        return {**variables, "params": params, COLLECTION: {"steps": jnp.zeros((), jnp.int32), "ranges": fixed}}
+        none = jnp.zeros((), jnp.int32)
+        own = {"steps": none, "ranges": fixed, "broken": {name.replace("/", "|"): none for name in ranges}}
+        return {**variables, "params": params, COLLECTION: own}
 
     def _split(self, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what is fixed and what is learned, by names without a slash: those of one leaf must stay one key."""
@@ -249,19 +282,22 @@ def _without(mutable: Any) -> Any:
     return [name for name in mutable if name != COLLECTION] if isinstance(mutable, Iterable) else mutable
 
 
-def _delayed(how: How, on: jax.Array, frozen: jax.Array | None) -> How:
-    """Return quantizers that do nothing before it is time, or while there is no range, and whose ranges can be frozen."""
+def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -> How:
+    """Return quantizers that do nothing before it is time, or while there is no range, and whose ranges can be frozen.
+
+    After training a range that there is not is an error.
+    """
 
     def delayed(each: ActivationQuantizer) -> ActivationQuantizer:
         def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
-            ready = jnp.stack([on, *(jnp.isfinite(value).all() for value in own.values())]).all()
+            ready = jnp.stack([on, *(~jnp.isnan(value).any() for value in own.values())]).all()
             return jnp.where(ready, each.see(site, index, x, own), x)
 
         def merge(old: Own, new: Own) -> Own:
             moved = each.merge(old, new)
             return moved if frozen is None else {name: jnp.where(frozen, old[name], moved[name]) for name in old}
 
-        return each._replace(see=see, merge=merge)
+        return each._replace(see=see, merge=merge, waits=not trained)
 
     if isinstance(how, ActivationQuantizer):
         return delayed(how)
