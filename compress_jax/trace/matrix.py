@@ -79,11 +79,11 @@ class Problem:
         The average is that of the matrix, of all matrices where one has seen nothing, and 1 if none has.
         """
         diagonal = jnp.diagonal(self.gram, axis1=1, axis2=2)
-        live = (~self.dead).sum(1)
-        means = diagonal.sum(1) / jnp.maximum(live, 1)
-        average = jnp.where((live > 0).any(), means.sum() / jnp.maximum((live > 0).sum(), 1), 1.0)
+        live = (~self.dead).sum(1).astype(jnp.float32)
+        means, seen = diagonal.sum(1) / jnp.maximum(live, 1), (live > 0).sum().astype(jnp.float32)
+        average = jnp.where(seen > 0, means.sum() / jnp.maximum(seen, 1), 1.0)
         added = jnp.where(self.dead, jnp.where(live > 0, means, average)[:, None], 0.0)
-        return self.gram + added[:, :, None] * jnp.eye(self.form.k)
+        return self.gram + added[:, :, None] * jnp.eye(self.form.k)[None]
 
     def names(self, path: str) -> list[str]:
         """Return a name for each matrix: the parameter's, with the indices of layers, experts and groups."""

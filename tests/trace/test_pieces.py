@@ -135,8 +135,9 @@ def test_problems_give_the_energy_of_the_outputs(case, seed):
     for path, own in tasks.items():
         for task in own:
             part = task.box.take(params[path])
-            np.testing.assert_array_equal(task.box.put(params[path], task.form.stored(task.form.matrices(part))), params[path])
-            w = np.asarray(task.form.matrices(part), np.float64)
+            matrices = task.form.matrices(part)
+            np.testing.assert_array_equal(task.box.put(params[path], task.form.stored(matrices)), params[path])
+            w = np.asarray(matrices, np.float64)
             energy += np.einsum("bkn,bkl,bln", w, np.asarray(task.gram, np.float64) * 5, w)
     np.testing.assert_allclose(energy, (np.asarray(fn(params, x), np.float64) ** 2).sum(), rtol=1e-4)
 
@@ -195,6 +196,7 @@ def test_matrices_are_named_by_their_place_in_the_parameter():
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["s"]), jnp.ones((2, 5, 3))  # noqa: E731
     (task,) = problems(calibrate(fn[0], gram(), {"s": P["s"]}, [fn[1]]), P)[0]["s"]
     assert task.names("s") == ["s[0]", "s[1]"]
-    one, other = problems(calibrate(lambda p, x: (x @ p["s"][1], x @ p["a"][:, 1:3]), gram(), P, [jnp.ones((5, 3))]), P)[0].values()
+    parts = lambda p, x: (x @ p["s"][1], x @ p["a"][:, 1:3])  # noqa: E731
+    one, other = problems(calibrate(parts, gram(), P, [jnp.ones((5, 3))]), P)[0].values()
     assert one[0].names("s") == ["s[1]"] and other[0].names("a") == ["a[:, 1:3]"]
     assert why_not(sites(lambda p, x: x @ x.T, P, jnp.ones((5, 3)))[0]) == "no parameter feeds it"
