@@ -90,7 +90,7 @@ class Method(NamedTuple):
 
 
 def pruned_leaf(
-    path: str, leaf: Leaf, problems: Sequence[Problem], others: Sequence[Problem] | None, method: Method, instead: str
+    path: str, leaf: Leaf, problems: Sequence[Problem], others: Sequence[Problem], method: Method, instead: str
 ) -> tuple[jax.Array, jax.Array, str]:
     """Prune all of a leaf; a matrix (each layer of a stack by itself) that magnitude serves better is pruned by that.
 
@@ -98,7 +98,7 @@ def pruned_leaf(
       path: its name.
       leaf: the whole of it; the first of its problems in it is of no meaning.
       problems: its problems.
-      others: those of held-out statistics, or None if the calibration is to judge.
+      others: those of held-out statistics; none if the calibration is to judge.
       method: how.
       instead: what is done where nothing is known, in words.
 
@@ -106,13 +106,13 @@ def pruned_leaf(
       ``(weights, mask, notes)``.
     """
     x, mask, said = leaf.x, jnp.ones(leaf.x.shape, bool), []
-    evidence.check_finite(path, (*problems, *(others or ())))
+    evidence.check_finite(path, (*problems, *others))
     for problem in problems:
         own = replace(problem, gram=evidence.unit(problem.filled))
         part = _part(leaf, own)
         solution, plain = method.solve(part), part.masks(jnp.ones(own.gram.shape[:2]), part.rows()[0], method.within)
-        judge = evidence.judge(problem, others or (), filled=True)
-        judged = method.judged or others is not None
+        judge = evidence.judge(problem, others, filled=True)
+        judged = method.judged or bool(others)
         failed = problem.dead.all(1) if solution.failed is None else problem.dead.all(1) | solution.failed
         new, kept, won, same = _chosen(
             part.x, part.seen.operands, solution[:2], plain, judge, failed, own.form, part.seen.see, judged

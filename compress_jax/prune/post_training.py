@@ -1,6 +1,6 @@
 """What post-training pruners share: which leaves have a layer-wise problem, and the compression that holds the masks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +73,7 @@ def prune(
         raise ConfigError(f"layer-wise pruning knows single weights and n_m groups, not {structure}; use prune.magnitude")
     target, (leaves, rebuild) = Target.of(sparsity, structure), flatten(params)
     tasks, reasons = problems(calibration, leaves)
-    judges = problems(held_out, leaves)[0] if held_out is not None else None
+    judges = problems(held_out, leaves)[0] if held_out is not None else {}
     wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
     target.check(wanted)
     skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
@@ -88,7 +88,7 @@ def prune(
         share = 0.0 if left or structure else float(target.share(path, 0))
         given = Leaf(x, tasks[path][0], share, None if left else structure, seen.get(path, AS_IT_IS))
         instead = "rounded to nearest" if left else "pruned by magnitude"
-        new[path], mask, note = pruned_leaf(path, given, tasks[path], judges and judges.get(path, ()), method, instead)
+        new[path], mask, note = pruned_leaf(path, given, tasks[path], judges.get(path, ()), method, instead)
         masks |= {} if left else {path: mask}
         notes |= {path: note} if note else {}
     fixed = CompressionState({}, masks)
@@ -106,7 +106,7 @@ def _why_not(
     x: Any,
     wanted: list[str],
     target: Target,
-    tasks: Mapping[str, Problem],
+    tasks: Mapping[str, Sequence[Problem]],
     reasons: Mapping[str, str],
 ) -> str | None:
     if reason := why_not_float(path, x):

@@ -155,11 +155,13 @@ def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, tup
             own[box, form] = total, rows, piece.changed
     found = {path: own for path, own in sums.items() if path not in reasons}
     reasons |= {path: why for path, own in found.items() if (why := _overlap([box for box, _ in own]))}
-    return {
-        path: tuple(Problem(*key, _mean(total, rows), rows, changed) for key, (total, rows, changed) in own.items())
-        for path, own in found.items()
-        if path not in reasons
-    }, reasons
+    return {path: _problems(own) for path, own in found.items() if path not in reasons}, reasons
+
+
+def _problems(sums: Mapping[tuple[Box, MatrixForm], tuple[Any, Any, tuple[str, ...]]]) -> tuple[Problem, ...]:
+    return tuple(
+        Problem(box, form, _mean(total, rows), rows, changed) for (box, form), (total, rows, changed) in sums.items()
+    )
 
 
 def _overlap(boxes: list[Box]) -> str | None:

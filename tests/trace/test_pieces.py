@@ -163,6 +163,13 @@ def test_what_cannot_be_told_is_refused_for_the_true_reason(reason):
     assert not set(tasks) & set(reasons)
 
 
+def test_a_kernel_that_its_own_norm_or_a_gain_changes_is_laid_out_and_what_changes_it_is_told():
+    normed = lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0)[None] * p["b"][:1])  # noqa: E731
+    (site,) = sites(normed, P, jnp.ones((5, 3)))
+    (piece,) = site.pieces
+    assert (piece.path, piece.offset, piece.sizes) == ("a", 0, (3, 4)) and set(piece.changed) == {"div", "mul"}
+
+
 def test_slices_that_overlap_are_refused():
     fn = lambda p, x: (x @ p["a"][:, :3], x @ p["a"][:, 2:])  # noqa: E731
     _, reasons = problems(calibrate(fn, gram(), P, [jnp.ones((5, 3))]), P)
