@@ -252,6 +252,7 @@ def _fed(gram: jax.Array, count: jax.Array, place: Place) -> tuple[jax.Array, ja
     lead, start = rows.shape, len(place.turns)
     repeated = tuple(start + i for i, span in enumerate(place.batch) if span is None)
     spans = tuple(slice(None) if span is None else slice(*span) for span in place.batch)
+    rows = rows * math.prod(total.shape[axis] for axis in repeated)
     total = total[(*(slice(None),) * start, *spans)].sum(repeated)
     sizes = tuple(size for size, _ in place.summed)
     own = tuple(slice(*span) for _, span in place.summed)

@@ -103,7 +103,7 @@ class Pieces:
             move = MOVES[name]
             return [_laid([move(piece, eqn, args, shape, out) for piece in args[0].pieces])]
         if name in ("gather", "dynamic_slice") and isinstance(args[0], Laid):
-            return [_lost(args, "a slice of it is used, and data decide which")] * count
+            return [_lost(args, "a slice of it is used, and data or the turn of a loop decide which")] * count
         return [_combined(eqn, args)] * count
 
 

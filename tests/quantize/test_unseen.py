@@ -206,3 +206,12 @@ def test_awq_does_not_let_an_unreached_expert_decide():
     before = [output_error(W["w"], each, task.filled).sum() for each in (STACKED.view(W, STACKED.init(W))["w"],)]
     after = output_error(W["w"], solved.params["w"] * solved.params["scale"][None, :, None], task.filled).sum()
     assert float(after) <= float(before[0]) * (1 + 1e-5)
+
+
+def test_a_channel_that_calibration_never_saw_is_not_clipped_to_nothing():
+    p = {"w": jnp.eye(4)}
+    fn = lambda p, x: x @ p["w"]  # noqa: E731
+    quantized = cj.quantize.activations(fn, cj.quantize.static(granularity="channel"))
+    ranges = quantized.init(p, [normal(20, 30, 4).at[:, 2].set(0)])
+    out = quantized.apply(p, ranges, jnp.full((1, 4), 1.5))
+    assert abs(float(out[0, 2]) - 1.5) < 0.02

@@ -145,8 +145,8 @@ def test_problems_give_the_energy_of_the_outputs(case, seed):
 P = {name: jnp.ones((3, 4)) for name in "ab"} | {"s": jnp.ones((2, 3, 4)), "i": jnp.arange(2)}
 REFUSED = {
     "combined": lambda p, x: x @ (p["a"] + p["b"]),
-    "data decide": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
-    "data decide which": lambda p, x: jax.lax.fori_loop(0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))),
+    "data or": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
+    "the turn of a loop": lambda p, x: jax.lax.fori_loop(0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))),
     "changed on its way (reduce_sum)": lambda p, x: x @ p["s"].sum(0),
     "changed on its way (dot_general)": lambda p, x: x @ (p["a"] @ jnp.ones((4, 4))),
     "several parameters": lambda p, x: x @ (p["a"] @ p["b"].T),
