@@ -1,7 +1,8 @@
 """Compression and distillation of Flax models as pure functions over parameter pytrees.
 
 The core: `Compression` and its combinators `chain`, `at`, `rules`, `every`, `between`; `leafwise` to write your own;
-`coverage` to see what is done to each leaf; `unpack` to get arrays back from packed ones; `save` and `load` for files.
+`bind` to read leaves' layouts from a function; `coverage` to see what is done to each leaf; `unpack` to get arrays back
+from packed ones; `save` and `load` for files.
 The methods: `quantize`, `prune`, `cluster`, `lowrank`, `distill`. The laboratory: `data`, `models`, `train`, `search`,
 `report`, which are imported when first used.
 """
@@ -27,6 +28,7 @@ from compress_jax.core import (
     unpack,
 )
 from compress_jax.export import load, save
+from compress_jax.trace import bind
 
 if TYPE_CHECKING:
     from compress_jax import data, models, report, search, train
@@ -38,6 +40,7 @@ __all__ = [
     "as_optax",
     "at",
     "between",
+    "bind",
     "chain",
     "cluster",
     "core",

@@ -1,4 +1,4 @@
-"""The ten laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
+"""The twelve laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
 
 A new method gets a row in CONTRACT and nothing else; without one, `test_every_public_method_has_a_row` fails.
 """
@@ -23,7 +23,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import compress_jax as cj
 from compress_jax import cluster, lowrank, prune, quantize
-from compress_jax.core import Clustered, Compression, LowRank, NonFiniteError, Quantized, Sparse, Tabled, identity
+from compress_jax.core import (
+    Clustered,
+    Compression,
+    LowRank,
+    NonFiniteError,
+    Quantized,
+    Sparse,
+    StateError,
+    Tabled,
+    identity,
+)
+from compress_jax.core.axes import Axes
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten
 from compress_jax.prune.masked import mask_of
@@ -448,6 +459,118 @@ def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
         rows = [see(x[i], *(operand[i] for operand in operands)) for i in range(len(x))]
         assert bits(jnp.stack(rows)) == bits(views[path])
     assert set(steps) <= set(views) - set(c.skipped(LATER))
+
+
+STACK = Axes((4, 16, 8), outputs=(2,), stack=(0,), source="trace")
+# Whose leaves or layers answer for each other, or draw random numbers of their own, on purpose.
+TOGETHER = {
+    *("prune all", "prune channels of all", "fisher", "relative to the leaf", "lamp"),
+    *("prune at random", "set", "rigl", "own growth"),
+}
+
+
+def stack() -> jax.Array:
+    """Four layers, each of another size: what they share would spoil the smaller ones."""
+    return normal(6, (4, 16, 8)) * jnp.asarray([1.0, 0.02, 30.0, 0.5], jnp.float32)[:, None, None]
+
+
+def after_an_update(c: Compression, traceable: bool) -> Callable[[Any], Any]:
+    def rest(params, state):
+        state = c.update(params, state, step=jnp.int32(2), grads=params, key=jax.random.key(0))
+        return state, c.view(params, state)
+
+    if traceable:
+        return jax.jit(lambda params: rest(params, c.init(params)))
+    return lambda params: jax.jit(rest)(params, c.init(params))
+
+
+def in_body(x: jax.Array) -> dict[str, Any]:
+    return {"body": {"kernel": x}}
+
+
+@ROWS
+@pytest.mark.parametrize("place", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_11_a_stack_is_its_layers(name, place):
+    row, x = CONTRACT[name], stack()
+    if name == "rules":
+        pytest.skip("its first rule is for another leaf")
+    shape = tuple(np.moveaxis(np.empty(x.shape), 0, place).shape)
+    axes = Axes(shape, outputs=(2,), stack=(place,), source="trace")
+    c = row.compression if row.compression.bind is None else row.compression.bind({KERNEL: axes})
+    params = in_body(jnp.moveaxis(x, 0, place))
+    state, seen = after_an_update(c, row.traceable_init)(params)
+    packed = c.pack(params, state)
+    assert bits(cj.unpack(packed)) == bits(seen)
+    assert type(packed["body"]["kernel"]) is row.form if row.form else not is_packed(packed["body"]["kernel"])
+    views = jnp.moveaxis(seen["body"]["kernel"], place, 0)
+    for see, operands in c.pointwise(params, state).values():
+        assert bits(see(params["body"]["kernel"], *operands)) == bits(seen["body"]["kernel"])
+    if name in TOGETHER:
+        return
+    alone = after_an_update(row.compression, row.traceable_init)
+    for layer, view in zip(x, views, strict=True):
+        np.testing.assert_allclose(view, alone(in_body(layer))[1]["body"]["kernel"], rtol=2e-6, atol=1e-7)
+
+
+ACCEPTED = {("every 2", "prune on a schedule"), ("prune on a schedule", "every 2")}  # `every` only thins updates
+
+
+@cache
+def begun() -> dict[str, Any]:
+    """A state of every row, as shapes where `init` can be traced."""
+    return {
+        name: jax.eval_shape(row.compression.init, PARAMS) if row.traceable_init else row.compression.init(PARAMS)
+        for name, row in CONTRACT.items()
+    }
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_12_the_state_of_another_method_is_refused(name):
+    c, params = CONTRACT[name].compression, jax.eval_shape(lambda: PARAMS)
+    jax.eval_shape(c.view, params, begun()[name])
+    for other, state in begun().items():
+        if other == name or (name, other) in ACCEPTED:
+            continue
+        for call in (c.view, c.pack, lambda p, s: c.update(p, s, step=2, grads=p)):
+            with pytest.raises(StateError):
+                jax.eval_shape(call, params, state)
+
+
+SHAPES = [(), (1,), (8,), (1, 8), (8, 1), (16, 8), (8, 16), (4, 8), (16, 4), (2, 16, 8), (128,), (16, 8, 1), (1, 16, 8)]
+
+
+@pytest.mark.parametrize("name", CONTRACT)
+def test_12_the_state_of_other_params_is_refused_by_name(name):
+    c, state = CONTRACT[name].compression, begun()[name]
+    if not jax.tree.leaves(state):
+        pytest.skip("it has no state")
+    others = [in_body(jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in SHAPES if shape != (16, 8)]
+    others += [in_body(jax.ShapeDtypeStruct((16, 8), jnp.bfloat16))]
+    for other in others:
+        params = {**jax.eval_shape(lambda: PARAMS), "body": {**PARAMS["body"], **other["body"]}}
+        for call in (c.view, c.pack, lambda p, s: c.update(p, s, step=2, grads=p)):
+            with pytest.raises(StateError, match=KERNEL):
+                jax.eval_shape(call, params, state)
+    with pytest.raises(StateError, match="bias"):
+        jax.eval_shape(c.view, in_body(PARAMS["body"]["kernel"]), state)
+
+
+def test_12_a_state_whose_arrays_were_changed_is_refused():
+    c = prune.magnitude(0.5)
+    state = c.init(PARAMS)
+    cut = state._replace(fixed=jax.tree.map(lambda x: x[:1], state.fixed))
+    with pytest.raises(StateError, match="fixed array"):
+        c.view(PARAMS, cut)
+
+
+def test_12_options_that_print_alike_are_told_apart():
+    schedules = [optax.linear_schedule(0.0, end, 10) for end in (0.5, 0.6)]
+    first, second = (prune.magnitude(schedule) for schedule in schedules)
+    with pytest.raises(StateError, match="0.6"):
+        second.view(PARAMS, first.init(PARAMS))
+    ones, twos = (cj.leafwise(fn, init=lambda x, key: (None, x)) for fn in (lambda x, l, f: x + f, lambda x, l, f: x - f))
+    with pytest.raises(StateError):
+        twos.view(PARAMS, ones.init(PARAMS))
 
 
 def test_every_public_method_has_a_row():

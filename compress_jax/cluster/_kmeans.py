@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from compress_jax.cluster.fixed_point import Int64, exponent, from_fixed, prefix_sums, to_fixed, total
 from compress_jax.cluster.seeding import SKETCH, companded, plus_plus, sketch
 from compress_jax.core import Clustered, Compression, leafwise
+from compress_jax.core.axes import Axes
+from compress_jax.core.describe import call_of
 
 LARGEST = 2**16 - 1  # clusters: with the code for zero they fill 16 bits
 LARGEST_PLUS_PLUS = 256  # clusters: beyond, k-means++ costs much and its seeds are no better than the density's
@@ -37,9 +39,9 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       keep_zeros: False to treat zeros as any other weight, so that a few chance zeros do not cost a code.
 
     Returns:
-      The Compression: ``learned[path]`` is the codebook, float32 ``[clusters]``; ``fixed[path]`` the codes, uint8 or
-      uint16 in the shape of the leaf. `init` may be run under `jit`. A leaf of at most ``clusters`` distinct values is
-      reproduced exactly.
+      The Compression: ``learned[path]`` is the codebook, float32 ``[clusters]``, one for each layer of a stack;
+      ``fixed[path]`` the codes, uint8 or uint16 in the shape of the leaf, layers in front. `init` may be run under `jit`. A
+      leaf of at most ``clusters`` distinct values is reproduced exactly.
 
     Raises:
       ValueError: if ``clusters`` or ``iterations`` is out of range.
@@ -63,16 +65,20 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}")
 
-    def init(x: jax.Array, leaf_key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def init(x: jax.Array, leaf_key: jax.Array, axes: Axes) -> tuple[jax.Array, jax.Array]:
         return _fit(x, leaf_key, clusters, iterations, keep_zeros)
 
-    def view(x: jax.Array, codebook: jax.Array, codes: jax.Array) -> jax.Array:
-        return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes].astype(x.dtype)
+    def pack(x: jax.Array, codebook: jax.Array, codes: jax.Array, axes: Axes) -> Any:
+        codes = jnp.moveaxis(codes, range(len(axes.stack)), axes.stack)  # in state, layers lead
+        return Clustered.pack(codes, codebook, x.dtype, axes.stack)
 
-    def pack(x: jax.Array, codebook: jax.Array, codes: jax.Array) -> Any:
-        return Clustered.pack(codes, codebook, x.dtype)
+    key = jax.random.key(0) if key is None else key
+    call = call_of("kmeans", clusters=clusters, key=key, iterations=iterations, keep_zeros=keep_zeros)
+    return leafwise(_view, init=init, pack=pack, key=key, layout=True, call=call)
 
-    return leafwise(view, init=init, pack=pack, key=jax.random.key(0) if key is None else key)
+
+def _view(x: jax.Array, codebook: jax.Array, codes: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes].astype(x.dtype)
 
 
 def _fit(x: jax.Array, key: jax.Array, clusters: int, iterations: int, keep_zeros: bool) -> tuple[jax.Array, jax.Array]:

@@ -1,13 +1,15 @@
 """Compressions in sequence."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.axes import Axes
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, stamped
+from compress_jax.core.describe import describe
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import flatten
@@ -75,7 +77,15 @@ def chain(*compressions: Compression) -> Compression:
         through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
         return {path: _in_turn(steps) for path, steps in through.items() if steps}
 
-    return Compression(init, lambda params, state: views(params, state)[-1], update, pack, skipped, pointwise)
+    def axes(params: Params) -> dict[str, Axes]:
+        return {path: each for c in reversed(compressions) for path, each in c.axes(params).items()}
+
+    def bind(known: Mapping[str, Axes]) -> Compression:
+        return chain(*(bound(c, known) for c in compressions))
+
+    last = lambda params, state: views(params, state)[-1]  # noqa: E731
+    call = f"chain({', '.join(map(describe, compressions))})"
+    return stamped(Compression(init, last, update, pack, skipped, pointwise, bind=bind, axes=axes), call)
 
 
 def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.axes import Axes
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, stamped
+from compress_jax.core.describe import describe
 from compress_jax.core.errors import NoMatchError, StateError
 from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import Patterns, flatten, match
@@ -80,14 +82,24 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
             for path, found in c.pointwise(part, s).items()
         }
 
-    return Compression(
+    def axes(params: Params) -> dict[str, Axes]:
+        parts, _, _ = split(params)
+        return {path: each for (_, c), part in zip(pairs, parts, strict=True) for path, each in c.axes(part).items()}
+
+    def bind(known: Mapping[str, Axes]) -> Compression:
+        return rules([(pattern, bound(c, known)) for pattern, c in pairs])
+
+    compression = Compression(
         init,
         lambda params, state: merged(params, state, "view"),
         update,
         lambda params, state: merged(params, state, "pack"),
         skipped,
         pointwise,
+        bind=bind,
+        axes=axes,
     )
+    return stamped(compression, f"rules({describe(list(pairs))})")
 
 
 def at(pattern: Patterns, compression: Compression) -> Compression:
@@ -141,7 +153,11 @@ def every(n: int, compression: Compression) -> Compression:
         skip, act = (lambda: state), (lambda: compression.update(params, state, step=step, **inputs))
         return _switch(jnp.asarray(step) % n == 0, [skip, act])
 
-    return compression._replace(update=update)
+    return compression._replace(
+        update=update,
+        call=f"every({n}, {describe(compression)})",
+        bind=lambda known: every(n, bound(compression, known)),
+    )
 
 
 def between(start: int, stop: int | None, compression: Compression) -> Compression:
@@ -207,7 +223,17 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         own = inner(state)
         return compression.pointwise(params, own) if bool(state.fixed["active"]) else {}
 
-    return Compression(init, view, update, pack, compression.skipped, pointwise)
+    made = Compression(
+        init,
+        view,
+        update,
+        pack,
+        compression.skipped,
+        pointwise,
+        bind=lambda known: between(start, stop, bound(compression, known)),
+        axes=compression.axes,
+    )
+    return stamped(made, f"between({start}, {stop}, {describe(compression)})")
 
 
 def _switch(index: jax.Array, branches: Sequence[Callable[[], CompressionState]]) -> CompressionState:

@@ -1,15 +1,20 @@
 """The one idea of the library: a compression is a differentiable view of named arrays, plus the state that defines it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from compress_jax.core.axes import Axes
+from compress_jax.core.errors import ArgumentError, StateError
 from compress_jax.core.paths import flatten
+from compress_jax.core.stamp import seal, unseal
 
 Params = Any
 
 
 class CompressionState(NamedTuple):
     """What defines a view, besides the params themselves.
+
+    A state knows which compression made it and for which leaves (`core.stamp`); another one refuses it by name.
 
     Attributes:
       learned: ``{path: float arrays}`` an optimizer trains beside the params: centroids, factors, step sizes.
@@ -56,6 +61,10 @@ class Compression(NamedTuple):
       skipped: ``(params) -> {path: reason}``, the leaves it leaves alone. What is not compressed is never a secret.
       pointwise: ``(params, state) -> {path: Pointwise}`` of the leaves whose view, the state given, goes entry by entry
         (grids, masks): what the post-training solvers round with. Empty for anything else.
+      call: the method with its options, as text: ``"uniform(bits=4, ...)"``.
+      bind: ``({path: Axes}) -> Compression``, the same one for leaves whose axes are known; see `cj.bind`. None if the
+        compression cannot be told.
+      axes: ``(params) -> {path: Axes}``, the axes it takes the leaves it compresses to have.
     """
 
     init: Callable[[Params], CompressionState]
@@ -64,6 +73,84 @@ class Compression(NamedTuple):
     pack: Callable[[Params, CompressionState], Params]
     skipped: Callable[[Params], dict[str, str]] = _nothing
     pointwise: Callable[[Params, CompressionState], dict[str, Pointwise]] = _nothing
+    call: str = ""
+    bind: "Callable[[Mapping[str, Axes]], Compression] | None" = None
+    axes: Callable[[Params], dict[str, Axes]] = _nothing
+
+
+def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | None = None) -> Compression:
+    """Return a compression whose states are stamped, and which refuses the states of others.
+
+    Args:
+      compression: any; its functions are wrapped.
+      call: the method with its options, as text.
+      known: the axes it is bound to, if any.
+
+    Returns:
+      The Compression.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> one, other = (stamped(identity(), name) for name in ("one", "other"))
+      >>> other.view({"w": jnp.ones(2)}, one.init({"w": jnp.ones(2)}))
+      Traceback (most recent call last):
+      ...
+      compress_jax.core.errors.StateError: this state was made by
+        one
+      and is used by
+        other
+      Make a state with this compression's own `init`.
+    """
+    axes = None if known is None else dict(known)
+
+    def init(params: Params, **inputs: Any) -> CompressionState:
+        return seal(call, axes, params, compression.init(params, **inputs))
+
+    def view(params: Params, state: CompressionState) -> Params:
+        return compression.view(params, unseal(call, axes, params, state))
+
+    def update(
+        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+    ) -> CompressionState:
+        own = unseal(call, axes, params, state)
+        new = compression.update(params, own, step=step, grads=grads, stats=stats, key=key)
+        return state if new is own else seal(call, axes, params, new)
+
+    def pack(params: Params, state: CompressionState) -> Params:
+        return compression.pack(params, unseal(call, axes, params, state))
+
+    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        return compression.pointwise(params, unseal(call, axes, params, state))
+
+    return compression._replace(init=init, view=view, update=update, pack=pack, pointwise=pointwise, call=call)
+
+
+def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
+    """Return a compression that takes leaves to have the given axes; one that cannot be told stays as it is.
+
+    Args:
+      compression: any.
+      known: the axes by path.
+
+    Returns:
+      The Compression.
+
+    Raises:
+      ArgumentError: if one of its functions was replaced after it was made, which binding would undo.
+    """
+    if compression.bind is None:
+        return compression
+    again = compression.bind({})
+    if any(_code(a) is not _code(b) for a, b in zip(compression[:6], again[:6], strict=True)):
+        raise ArgumentError(
+            f"a function of {compression.call or 'this compression'} was replaced after it was made, and binding makes it "
+            "anew; bind first and replace then, or give the new one a `bind` of its own"
+        )
+    return compression.bind(known)
+
+
+def _code(fn: Any) -> Any:
+    return getattr(getattr(fn, "__func__", fn), "__code__", fn)
 
 
 def identity() -> Compression:
@@ -79,15 +166,20 @@ def identity() -> Compression:
     """
 
     def update(params: Params, state: CompressionState, **_: Any) -> CompressionState:
-        return state
+        return _empty(state)
 
     def keep(params: Params, state: CompressionState) -> Params:
+        _empty(state)
         return params
 
-    return Compression(
-        init=lambda params: CompressionState({}, {}),
-        view=keep,
-        update=update,
-        pack=keep,
-        skipped=lambda params: dict.fromkeys(flatten(params)[0], "no compression is applied"),
-    )
+    def skipped(params: Params) -> dict[str, str]:
+        return dict.fromkeys(flatten(params)[0], "no compression is applied")
+
+    nothing = Compression(lambda params: CompressionState({}, {}), keep, update, keep, skipped)
+    return stamped(nothing, "identity()")
+
+
+def _empty(state: CompressionState) -> CompressionState:
+    if state.learned or state.fixed:
+        raise StateError(f"the identity has no state, and this one holds {', '.join({**state.learned, **state.fixed})}")
+    return state

@@ -1,12 +1,13 @@
 """What a compression does to each leaf, and why it leaves some alone: no silent no-op, ever."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.doubts import doubts
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
@@ -24,6 +25,9 @@ class Row:
       sparsity: share of entries that are exactly zero, 0 to 1.
       nbytes: stored bytes.
       reason: why the leaf was left alone; empty if it was compressed.
+      axes: one letter an axis, as the compression takes it: ``s`` stacked layers, ``w`` window, ``i`` input, ``o`` output;
+        empty if the leaf was left alone.
+      doubt: what speaks against these axes, and what to do; empty if nothing does.
     """
 
     path: str
@@ -33,11 +37,15 @@ class Row:
     sparsity: float
     nbytes: int
     reason: str = ""
+    axes: str = ""
+    doubt: str = ""
 
 
 @dataclass(frozen=True)
 class Coverage:
     """The table of all leaves; prints as text, and its totals are attributes.
+
+    The column of axes has a letter for each: ``s`` stacked layers, ``w`` window, ``i`` input, ``o`` output.
 
     Attributes:
       rows: one for each leaf, in tree order.
@@ -65,20 +73,21 @@ class Coverage:
 
     def __str__(self) -> str:
         """Return the table as aligned text."""
-        head = ("path", "shape", "form", "bits", "sparsity", "bytes", "why left alone")
+        head = ("path", "shape", "axes", "form", "bits", "sparsity", "bytes", "notes")
         body = [
             (
                 r.path,
                 "x".join(map(str, r.shape)),
+                r.axes,
                 r.form,
                 f"{r.bits:.2f}",
                 f"{r.sparsity:.1%}",
                 f"{r.nbytes:,}",
-                r.reason,
+                "; ".join(filter(None, (r.reason, r.doubt))),
             )
             for r in self.rows
         ]
-        total = ("total", "", "", f"{self.bits:.2f}", "", f"{self.nbytes:,}", "")
+        total = ("total", "", "", "", f"{self.bits:.2f}", "", f"{self.nbytes:,}", "")
         table = [head, *body, total]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
         return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
@@ -105,9 +114,15 @@ def coverage(compression: Compression | None, params: Params, state: Compression
     """
     if compression is None:
         return Coverage(tuple(_row(path, x, "", compressing=False) for path, x in flatten(params)[0].items()))
-    reasons = compression.skipped(params)
+    reasons, axes, leaves = compression.skipped(params), compression.axes(params), flatten(params)[0]
     packed = compression.pack(params, compression.init(params) if state is None else state)
-    return Coverage(tuple(_row(path, x, reasons.get(path, ""), compressing=True) for path, x in flatten(packed)[0].items()))
+    rows = []
+    for path, x in flatten(packed)[0].items():
+        row = _row(path, x, reasons.get(path, ""), compressing=True)
+        if path in axes and path not in reasons:
+            row = replace(row, axes=axes[path].letters, doubt=doubts(path, axes[path], leaves))
+        rows.append(row)
+    return Coverage(tuple(rows))
 
 
 def _row(path: str, node: Any, reason: str, *, compressing: bool) -> Row:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.errors import ShapeError
+from compress_jax.core.errors import ArgumentError, ShapeError
 
 Granularity = str | int
 
@@ -16,54 +16,70 @@ class Layout(NamedTuple):
 
     ``"tensor"`` and ``"channel"`` leave the array as it is, so its sharding survives. Groups arrange it as
     ``[groups, group_size, channels]``: the contracting axes (all but the channel axes) are joined in C order and cut into
-    runs of ``group_size``, the last one padded with zeros if need be.
+    runs of ``group_size``, the last one padded with zeros if need be. A stack of layers comes first in all of them, and no
+    two layers share a scale.
 
     Attributes:
       shape: the shape of the array.
       channels: the axes that index output channels, non-negative; empty for one scale a tensor.
       group_size: entries in a group, or None.
+      stack: the axes along which the array holds several layers, ascending.
     """
 
     shape: tuple[int, ...]
     channels: tuple[int, ...] = ()
     group_size: int | None = None
+    stack: tuple[int, ...] = ()
 
     @classmethod
     def of(
-        cls, shape: tuple[int, ...], granularity: Granularity, axis: int | tuple[int, ...] = -1, *, pad: bool = False
+        cls,
+        shape: tuple[int, ...],
+        granularity: Granularity,
+        axis: int | tuple[int, ...] = -1,
+        *,
+        pad: bool = False,
+        stack: tuple[int, ...] = (),
     ) -> "Layout":
         """Return the layout of an array under a granularity.
 
-        An array of rank 1 has no contracting axis beside its only one, so it counts as a single channel.
+        An array whose layers have rank 1 has no contracting axis beside its only one, so each layer is a single channel.
 
         Args:
           shape: the shape of the array.
           granularity: ``"tensor"``, ``"channel"``, or a group size.
           axis: the channel axes; Flax kernels keep their outputs last.
           pad: allow a last group that is not full.
+          stack: the axes of stacked layers.
 
         Returns:
           The layout.
 
         Raises:
           ShapeError: if groups do not divide the contracting axes and ``pad`` is False, or an axis does not exist.
-          ValueError: if the granularity is none of these.
+          ArgumentError: if the granularity is none of these.
 
         Example:
           >>> Layout.of((3, 3, 16, 32), "channel").scale_shape, Layout.of((256, 32), 64).scale_shape
           ((1, 1, 1, 32), (4, 1, 32))
+          >>> Layout.of((12, 256, 32), 64, stack=(0,)).scale_shape
+          (12, 4, 1, 32)
         """
         axes = (axis,) if isinstance(axis, int) else tuple(axis)
-        if any(not -len(shape) <= a < len(shape) for a in axes if shape):
+        rank = len(shape)
+        if any(not -rank <= a < rank for a in axes if shape):
             raise ShapeError(f"channel axis {axis} does not exist in an array of shape {shape}")
-        channels = tuple(sorted({a % len(shape) for a in axes})) if len(shape) > 1 else ()
+        wide = rank - len(stack) > 1
+        channels = tuple(sorted({a % rank for a in axes} - set(stack))) if wide else ()
         if granularity == "tensor":
-            return cls(tuple(shape))
+            return cls(tuple(shape), stack=stack)
         if granularity == "channel":
-            return cls(tuple(shape), channels)
+            return cls(tuple(shape), channels, stack=stack)
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
-            raise ValueError(f"granularity must be 'tensor', 'channel' or a group size of at least 1, got {granularity!r}")
-        layout = cls(tuple(shape), channels, granularity)
+            raise ArgumentError(
+                f"granularity must be 'tensor', 'channel' or a group size of at least 1, got {granularity!r}"
+            )
+        layout = cls(tuple(shape), channels, granularity, stack)
         if layout.contracting % granularity and not pad:
             raise ShapeError(
                 f"groups of {granularity} do not divide the {layout.contracting} contracting entries of shape {shape}; "
@@ -72,9 +88,18 @@ class Layout(NamedTuple):
         return layout
 
     @property
+    def _inner(self) -> tuple[int, ...]:
+        """The axes that are summed over, ascending."""
+        return tuple(a for a in range(len(self.shape)) if a not in self.channels and a not in self.stack)
+
+    @property
+    def _layers(self) -> tuple[int, ...]:
+        return tuple(self.shape[a] for a in self.stack)
+
+    @property
     def contracting(self) -> int:
-        """How many entries one channel has."""
-        return math.prod(n for a, n in enumerate(self.shape) if a not in self.channels)
+        """How many entries one channel of one layer has."""
+        return math.prod(self.shape[a] for a in self._inner)
 
     @property
     def groups(self) -> int:
@@ -85,38 +110,65 @@ class Layout(NamedTuple):
     def reduced(self) -> tuple[int, ...]:
         """The axes of the arranged array that share one scale."""
         if self.group_size:
-            return (1,)
-        return tuple(a for a in range(len(self.shape)) if a not in self.channels)
+            return (len(self.stack) + 1,)
+        left = [a for a in range(len(self.shape)) if a not in self.stack]
+        return tuple(len(self.stack) + i for i, a in enumerate(left) if a not in self.channels)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """The shape of the scales, which broadcasts against the arranged array."""
+        """The shape of the scales, which broadcasts against the arranged array; stacked layers lead."""
         if self.group_size:
-            return (self.groups, 1, math.prod(self.shape[a] for a in self.channels))
-        return tuple(n if a in self.channels else 1 for a, n in enumerate(self.shape))
+            return (*self._layers, self.groups, 1, math.prod(self.shape[a] for a in self.channels))
+        own = (n if a in self.channels else 1 for a, n in enumerate(self.shape) if a not in self.stack)
+        return (*self._layers, *own)
 
     @property
     def _order(self) -> tuple[int, ...]:
-        return (*(a for a in range(len(self.shape)) if a not in self.channels), *self.channels)
+        """The axes as the arranged array has them."""
+        if self.group_size:
+            return (*self.stack, *self._inner, *self.channels)
+        return (*self.stack, *(a for a in range(len(self.shape)) if a not in self.stack))
 
     def arrange(self, x: jax.Array) -> jax.Array:
         """Return ``x`` arranged so that `reduced` axes hold what shares a scale; groups are padded with zeros."""
+        order = self._order
+        x = x if order == tuple(range(len(order))) else jnp.transpose(x, order)
         if not self.group_size:
             return x
-        matrix = jnp.transpose(x, self._order).reshape(self.contracting, -1)
+        matrix = x.reshape(*self._layers, self.contracting, -1)  # [layers..., contracting, channels]
         missing = self.groups * self.group_size - self.contracting
-        return jnp.pad(matrix, ((0, missing), (0, 0))).reshape(self.groups, self.group_size, -1)
+        padded = jnp.pad(matrix, (*((0, 0) for _ in self.stack), (0, missing), (0, 0)))
+        return padded.reshape(*self._layers, self.groups, self.group_size, -1)
 
     def restore(self, y: jax.Array) -> jax.Array:
         """Undo `arrange`: drop the padding and return to the shape of the array."""
-        if not self.group_size:
-            return y
         order = self._order
-        matrix = y.reshape(self.groups * self.group_size, -1)[: self.contracting]
-        back = tuple(order.index(a) for a in range(len(order)))
-        return jnp.transpose(matrix.reshape(tuple(self.shape[a] for a in order)), back)
+        if self.group_size:
+            matrix = y.reshape(*self._layers, self.groups * self.group_size, -1)
+            matrix = jax.lax.slice_in_dim(matrix, 0, self.contracting, axis=len(self.stack))
+            y = matrix.reshape(tuple(self.shape[a] for a in order))
+        if order == tuple(range(len(order))):
+            return y
+        return jnp.transpose(y, tuple(order.index(a) for a in range(len(order))))
 
     def spread(self, scale: jax.Array) -> jax.Array:
         """Return the scale of every entry, in the shape of the array."""
-        full = (*self.scale_shape[:1], self.group_size, *self.scale_shape[2:]) if self.group_size else self.shape
+        scale = self.expand(scale)
+        if self.group_size:
+            full = (*self._layers, self.groups, self.group_size, self.scale_shape[-1])
+        else:
+            full = tuple(self.shape[a] for a in self._order)
         return self.restore(jnp.broadcast_to(scale, full))
+
+    def expand(self, value: jax.Array) -> jax.Array:
+        """Return what is one number for each layer, or for all, in a shape that broadcasts against the arranged array.
+
+        Args:
+          value: of shape `scale_shape`, or the sizes of the stack, or a scalar.
+
+        Returns:
+          The same numbers; a value of shape `scale_shape` as it is.
+        """
+        if value.ndim == len(self.scale_shape):
+            return value
+        return value.reshape(*value.shape, *(1,) * (len(self.scale_shape) - value.ndim))

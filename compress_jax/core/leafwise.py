@@ -1,14 +1,16 @@
 """From functions over one array to a Compression over a tree, so that an algorithm's file holds only its mathematics."""
 
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.axes import Axes, known_axes, over_layers
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.paths import flatten
 
@@ -63,11 +65,17 @@ def leafwise(
     init: Callable[..., LeafState] | None = None,
     update: Callable[..., LeafState] | None = None,
     pack: Callable[..., Any] | None = None,
-    why_not: Callable[[str, Any], str | None] | None = None,
+    why_not: Callable[..., str | None] | None = None,
     key: jax.Array | None = None,
     pointwise: Callable[..., Pointwise] | None = None,
+    layout: bool = False,
+    axis: int | Sequence[int] | None = None,
+    call: str = "",
 ) -> Compression:
     """Lift functions over one array to a Compression over every floating-point leaf of a tree.
+
+    A leaf that is known to hold a stack of layers (`cj.bind`) is compressed as each of them alone would be: ``init``,
+    ``update`` and ``view`` are called on one layer, vectorized over all; state has the layers' axes in front.
 
     Args:
       view: ``(x, learned, fixed) -> x`` of the same shape and dtype.
@@ -75,8 +83,14 @@ def leafwise(
       update: ``(x, learned, fixed, *, step, grad, stats, key) -> (learned, fixed)``. Default: the state stays.
       pack: ``(x, learned, fixed) -> packed node or array``. Default: the view, dense.
       why_not: ``(path, x) -> reason`` to leave a leaf alone, or None to take it.
-      key: typed PRNG key for ``init``; each leaf gets its own, derived from its path.
+      key: typed PRNG key for ``init``; each leaf gets its own, derived from its path, and all layers of a stack the same.
       pointwise: ``(x, learned, fixed) -> Pointwise``, if the view goes entry by entry.
+      layout: every function takes the `Axes` of the leaf as a last positional argument (``update``: as ``axes=``). Then
+        ``view``, ``init`` and ``update`` are given one layer and its axes, ``pack``, ``pointwise`` and ``why_not`` the
+        whole leaf, its state with layers in front, and its axes, the stack among them. Without it, a stack has neither
+        packed form nor pointwise view, and `coverage` says so.
+      axis: the axis or axes of outputs, whatever a trace says. Default: as bound, else the last.
+      call: the method with its options, as text, for messages and to tell states apart. Default: made of the functions.
 
     Returns:
       The Compression. Outside ``jit`` it refuses leaves with NaN or infinity.
@@ -87,23 +101,64 @@ def leafwise(
       >>> halved.view(params, halved.init(params))["kernel"].tolist(), halved.skipped(params)
       ([0.5, 0.5], {'steps': 'int32 is not a floating-point dtype'})
     """
-    lifted = _Lifted(view, init, update, pack or view, why_not, key, pointwise)
-    return Compression(lifted.start, lifted.seen, lifted.follow, lifted.packed, lifted.skipped, lifted.pieces)
+    functions = _Functions(view, init, update, pack, why_not, pointwise, layout)
+    axis = axis if axis is None or isinstance(axis, int) else tuple(axis)
+    call = call or call_of("", *functions[:6], key=key, axis=axis)
+    return _Lifted(functions, key, axis, call).compression()
 
 
-class _Lifted(NamedTuple):
-    """The functions over one array that `leafwise` was given, and what they become over a tree."""
+class _Functions(NamedTuple):
+    """The functions over one array that `leafwise` was given."""
 
     view: Callable[..., Any]
     init: Callable[..., LeafState] | None
     update: Callable[..., LeafState] | None
-    pack: Callable[..., Any]
-    why_not: Callable[[str, Any], str | None] | None
-    key: jax.Array | None
+    pack: Callable[..., Any] | None
+    why_not: Callable[..., str | None] | None
     pointwise: Callable[..., Pointwise] | None
+    layout: bool
+
+    def with_axes(self, fn: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
+        """Return a function of positional arguments that gets the axes behind them, if it takes them."""
+        return (lambda *args: fn(*args, axes)) if self.layout else fn
+
+    def per_layer(self, fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str) -> Callable[..., Any]:
+        """Return a function of one layer as one of the leaf."""
+        return over_layers(self.with_axes(fn, axes.layer), axes, args, out)
+
+
+class _Lifted(NamedTuple):
+    """Functions over one array, and what they become over a tree whose leaves' axes may be known."""
+
+    fn: _Functions
+    key: jax.Array | None
+    axis: int | tuple[int, ...] | None
+    call: str
+    known: Mapping[str, Axes] | None = None
+
+    def compression(self) -> Compression:
+        made = Compression(
+            self.start, self.seen, self.follow, self.packed, self.skipped, self.pieces, bind=self.bind, axes=self.axes
+        )
+        return stamped(made, self.call, self.known)
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return self._replace(known=known).compression()
+
+    def axes_of(self, path: str, x: Any) -> Axes:
+        axes = known_axes(self.known, path, x)
+        return axes if self.axis is None else axes.with_outputs(self.axis)
+
+    def axes(self, params: Params) -> dict[str, Axes]:
+        leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
+        return {path: self.axes_of(path, x) for path, x in leaves.items()}
 
     def reason(self, path: str, x: Any) -> str | None:
-        return why_not_float(path, x) or (self.why_not(path, x) if self.why_not else None)
+        if why := why_not_float(path, x):
+            return why
+        if self.fn.why_not is None:
+            return None
+        return self.fn.why_not(path, x, self.axes_of(path, x)) if self.fn.layout else self.fn.why_not(path, x)
 
     def skipped(self, params: Params) -> dict[str, str]:
         return {path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))}
@@ -116,42 +171,73 @@ class _Lifted(NamedTuple):
 
     def start(self, params: Params) -> CompressionState:
         leaves = self.taken(params)
-        if self.init is None:
+        if self.fn.init is None:
             return CompressionState({}, {})
-        return _collect({path: _named(path, self.init, x, fold_path(self.key, path)) for path, x in leaves.items()})
+        states = {}
+        for path, x in leaves.items():
+            axes = self.axes_of(path, x)
+            init = self.fn.per_layer(self.fn.init, axes, ("leaf", "shared"), "state")
+            states[path] = _named(path, init, x, fold_path(self.key, path))
+        return _collect(states)
 
     def seen(self, params: Params, state: CompressionState) -> Params:
-        return self.replaced(params, self.view, state)
+        leaves, rebuild = flatten(params)
+        new = {path: self.viewed(path, x, state) for path, x in self.taken(params).items()}
+        return rebuild({**leaves, **new})
+
+    def viewed(self, path: str, x: Any, state: CompressionState) -> Any:
+        axes = self.axes_of(path, x)
+        view = self.fn.per_layer(self.fn.view, axes, ("leaf", "state", "state"), "leaf")
+        return _named(path, view, x, *self.own(state, path))
 
     def packed(self, params: Params, state: CompressionState) -> Params:
-        return self.replaced(params, self.pack, state)
-
-    def replaced(self, params: Params, fn: Callable[..., Any], state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        new = {path: _named(path, fn, x, *self.own(state, path)) for path, x in self.taken(params).items()}
+        new = {path: self.pack_leaf(path, x, state) for path, x in self.taken(params).items()}
         return rebuild({**leaves, **new})
+
+    def pack_leaf(self, path: str, x: Any, state: CompressionState) -> Any:
+        axes = self.axes_of(path, x)
+        if self.fn.pack is None or (axes.stack and not self.fn.layout):
+            return self.viewed(path, x, state)
+        return _named(path, self.fn.with_axes(self.fn.pack, axes), x, *self.own(state, path))
 
     def follow(
         self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
     ) -> CompressionState:
         leaves = self.taken(params)
-        if self.update is None:
+        if self.fn.update is None:
             return state
         grads, stats = flatten(grads)[0] if grads is not None else {}, stats or {}
         states = {}
         for path, x in leaves.items():
-            inputs = {"step": step, "grad": grads.get(path), "stats": stats.get(path), "key": fold_path(key, path)}
-            states[path] = _named(path, self.update, x, *self.own(state, path), **inputs)
+            inputs = (grads.get(path), stats.get(path), fold_path(key, path))
+            states[path] = _named(path, self.updated, path, x, *self.own(state, path), step, *inputs)
         return _collect(states)
 
+    def updated(self, path: str, x: Any, learned: Any, fixed: Any, step: Any, grad: Any, stats: Any, key: Any) -> LeafState:
+        axes, fn = self.axes_of(path, x), self.fn.update
+        assert fn is not None
+
+        def update(x: Any, learned: Any, fixed: Any, step: Any, grad: Any, stats: Any, key: Any) -> LeafState:
+            extra = {"axes": axes.layer} if self.fn.layout else {}
+            return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)
+
+        if key is not None and axes.stack:  # each layer its own randomness
+            key = jax.random.split(key, tuple(axes.shape[a] for a in axes.stack))
+        args = ("leaf", "state", "state", "shared", "leaf", "state", "state")
+        return over_layers(update, axes, args, "state")(x, learned, fixed, step, grad, stats, key)
+
     def pieces(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
-        if self.pointwise is None:
-            return {}
-        return {path: self.pointwise(x, *self.own(state, path)) for path, x in self.taken(params).items()}
+        found = {}
+        for path, x in self.taken(params).items() if self.fn.pointwise is not None else ():
+            axes = self.axes_of(path, x)
+            if self.fn.layout or not axes.stack:
+                found[path] = self.fn.with_axes(self.fn.pointwise, axes)(x, *self.own(state, path))  # type: ignore[arg-type]
+        return found
 
     def own(self, state: CompressionState, path: str) -> LeafState:
         """Return a leaf's ``(learned, fixed)``."""
-        if self.init is not None and path not in state.learned and path not in state.fixed:
+        if self.fn.init is not None and path not in state.learned and path not in state.fixed:
             known = ", ".join({**state.fixed, **state.learned}) or "none"
             raise StateError(
                 f"the compression state has nothing for leaf {path!r} (it has: {known}); "

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.axes import Axes, over_layers
 from compress_jax.core.bits import Bits, bits_for
 from compress_jax.core.gaps import Gaps
 from compress_jax.core.layout import Layout
@@ -25,7 +26,7 @@ class Quantized:
     Attributes:
       codes: unsigned codes in the shape of the array.
       scale: float32, shape ``layout.scale_shape``.
-      zero_point: uint8, the code of zero; a scalar or shape ``layout.scale_shape``.
+      zero_point: uint8, the code of zero; a scalar, one a layer of a stack, or shape ``layout.scale_shape``.
       layout: which codes share a scale.
       dtype: of the unpacked array.
     """
@@ -53,7 +54,8 @@ class Quantized:
 
     def unpack(self) -> jax.Array:
         """Return the dense array, computed in float32 and cast to `dtype`."""
-        levels = self.layout.arrange(self.codes.unpack().astype(jnp.int32)) - self.zero_point.astype(jnp.int32)
+        zero = self.layout.expand(self.zero_point.astype(jnp.int32))
+        levels = self.layout.arrange(self.codes.unpack().astype(jnp.int32)) - zero
         if isinstance(self.codes, Sparse):
             levels = levels * self.layout.arrange(self.codes.mask.unpack().astype(jnp.int32))
         return self.layout.restore(levels.astype(jnp.float32) * self.scale).astype(self.dtype)
@@ -72,35 +74,40 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clustered:
-    """Indices into a codebook: ``value = codebook[code]``, and exact zero for the code ``len(codebook)``.
+    """Indices into a codebook: ``value = codebook[code]``, and exact zero for the code ``clusters``.
 
     Attributes:
       codes: unsigned indices in the shape of the array.
-      codebook: float32 ``[clusters]``.
+      codebook: float32 ``[clusters]``; of a stack of layers ``[layers..., clusters]``, one for each.
       dtype: of the unpacked array.
+      stack: the axes along which the array holds layers, ascending.
     """
 
     codes: Bits | Sparse
     codebook: jax.Array
     dtype: jnp.dtype = field(default=jnp.dtype(jnp.float32), **static)
+    stack: tuple[int, ...] = field(default=(), **static)
 
     @classmethod
-    def pack(cls, codes: jax.Array, codebook: jax.Array, dtype: jnp.dtype) -> "Clustered":
-        """Pack dense indices, ``len(codebook)`` meaning zero; where most mean zero, only the others are stored."""
-        zero = codebook.size
-        node = cls(Bits.pack(codes, bits_for(zero + bool((codes == zero).any()))), codebook, dtype)
+    def pack(cls, codes: jax.Array, codebook: jax.Array, dtype: jnp.dtype, stack: tuple[int, ...] = ()) -> "Clustered":
+        """Pack dense indices, ``clusters`` meaning zero; where most mean zero, only the others are stored."""
+        zero = codebook.shape[-1]
+        node = cls(Bits.pack(codes, bits_for(zero + bool((codes == zero).any()))), codebook, dtype, stack)
         return min(node, node.keep(codes != zero), key=nbytes)
 
     def keep(self, mask: jax.Array) -> "Clustered":
         """Store only the indices where ``mask`` is true; the others become exact zeros."""
+        zero = self.codebook.shape[-1]
         codes = self.codes.unpack().astype(jnp.int32)
-        kept = mask & (codes != self.codebook.size)
-        packed = Sparse.pack(codes, kept, fill=self.codebook.size, bits=bits_for(self.codebook.size))
-        return Clustered(packed, self.codebook, self.dtype)
+        kept = mask & (codes != zero)
+        packed = Sparse.pack(codes, kept, fill=zero, bits=bits_for(zero))
+        return Clustered(packed, self.codebook, self.dtype, self.stack)
 
     def unpack(self) -> jax.Array:
         """Return the dense array."""
-        return jnp.append(self.codebook, jnp.zeros((), self.codebook.dtype))[self.codes.unpack()].astype(self.dtype)
+        axes = Axes(tuple(self.shape), (), self.stack)
+        look_up = over_layers(_look_up, axes, ("leaf", "state"), "leaf")
+        return look_up(self.codes.unpack(), self.codebook).astype(self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -113,27 +120,44 @@ class Clustered:
         return nbytes(self)
 
 
+def _look_up(codes: jax.Array, codebook: jax.Array) -> jax.Array:
+    return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes]
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LowRank:
     """Two thin factors: ``value = (left @ right)`` in the shape of the array.
 
     Attributes:
-      left: ``[rows, rank]``, an array or a packed node.
-      right: ``[rank, columns]``, an array or a packed node.
-      shape: the shape of the array; its last axis has ``columns`` entries.
+      left: ``[rows, rank]``, of a stack of layers ``[layers..., rows, rank]``; an array or a packed node.
+      right: ``[rank, columns]``, or ``[layers..., rank, columns]``; an array or a packed node.
+      shape: the shape of the array.
       dtype: of the unpacked array.
+      columns: the axes of the array that the columns are made of, ascending; the rows are made of all others.
+      stack: the axes along which the array holds layers, ascending.
     """
 
     left: Any
     right: Any
     shape: tuple[int, ...] = field(**static)
     dtype: jnp.dtype = field(default=jnp.dtype(jnp.float32), **static)
+    columns: tuple[int, ...] = field(default=(-1,), **static)
+    stack: tuple[int, ...] = field(default=(), **static)
 
     def unpack(self) -> jax.Array:
         """Return the dense array, the product taken in the highest precision of the device."""
         product = jnp.matmul(to_dense(self.left), to_dense(self.right), precision=jax.lax.Precision.HIGHEST)
-        return product.reshape(self.shape).astype(self.dtype)
+        order = self._order
+        x = product.reshape(tuple(self.shape[a] for a in order)).astype(self.dtype)
+        return x if order == tuple(range(len(order))) else jnp.transpose(x, tuple(map(order.index, range(len(order)))))
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """The axes of the array as the product has them: layers, rows, columns."""
+        columns = tuple(a % len(self.shape) for a in self.columns)
+        rows = (a for a in range(len(self.shape)) if a not in columns and a not in self.stack)
+        return (*self.stack, *rows, *columns)
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from compress_jax.distill._capture import capture
 from compress_jax.distill._contrast import contrast
 from compress_jax.distill._dist import dist
 from compress_jax.distill._fusion import fusion
-from compress_jax.distill._resize import resize
+from compress_jax.distill._resize import pool, resize
 from compress_jax.distill._top_k import TopK, buckets, top_k, top_k_kl
 from compress_jax.distill.cache import Cache, CachedFeed, by_example, open_cache, write_cache
 from compress_jax.distill.chunked import chunked_hinton, chunked_kl
@@ -112,6 +112,7 @@ __all__ = [
     "open_cache",
     "paraphraser",
     "pkt",
+    "pool",
     "projector",
     "require_same",
     "resize",

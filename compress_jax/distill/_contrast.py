@@ -8,7 +8,9 @@ import jax.numpy as jnp
 from compress_jax.core.errors import ConfigError
 from compress_jax.distill.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
 from compress_jax.distill.heads import embedding
+from compress_jax.distill.masks import of_examples
 from compress_jax.distill.terms import Schedule, Seen, Term
+from compress_jax.distill.totals import total_of
 
 
 def contrast(
@@ -23,6 +25,7 @@ def contrast(
     momentum: float = 0.5,
     index: str = "index",
     name: str = "crd",
+    mask: str | None = None,
 ) -> Term:
     """Return the term of `crd`, its two embeddings as parts and its bank as memory.
 
@@ -40,6 +43,7 @@ def contrast(
       momentum: see `crd_update`.
       index: the batch's entry with the examples' numbers, ``0 .. examples - 1``.
       name: of the term.
+      mask: the batch's entry of what counts, see `Term`; examples that do not count leave the bank as it is.
 
     Returns:
       A `Term`. Its loss raises a ConfigError if the batch has no such entry.
@@ -72,7 +76,8 @@ def contrast(
         other = part.apply(parts["teacher"], jax.lax.stop_gradient(seen.teacher[teacher]))
         bank = Bank(*memory["bank"])
         drawn = crd_negatives(seen.key, at, memory["labels"], negatives)
-        value = crd(own, other, bank, at, drawn, temperature)
-        return value, {**memory, "bank": crd_update(bank, own, other, at, momentum)}
+        counts = None if seen.mask is None else of_examples(seen.mask, len(own))
+        value = total_of(name, crd(own, other, bank, at, drawn, temperature, mask=counts), counts, True)
+        return value, {**memory, "bank": crd_update(bank, own, other, at, momentum, mask=counts)}
 
-    return Term(name, loss, weight, (student,), (teacher,), init)
+    return Term(name, loss, weight, (student,), (teacher,), init, mask)

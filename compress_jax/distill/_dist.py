@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from compress_jax.distill.masks import Mask, fitted, kept
 from compress_jax.distill.softened import Scalar, log_distributions, squared
 from compress_jax.distill.zscore import unit
 
@@ -13,6 +14,8 @@ def dist(
     beta: Scalar = 1.0,
     gamma: Scalar = 1.0,
     temperature: Scalar = 1.0,
+    *,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Return how badly the probabilities correlate over classes and over examples, in float32.
 
@@ -27,6 +30,7 @@ def dist(
       beta: weight of the rows.
       gamma: weight of the columns.
       temperature: T > 0. The paper has ``beta = gamma = 1``, T = 1 on ImageNet and ``beta = gamma = 2``, T = 4 on CIFAR.
+      mask: which examples or tokens count, see `masks`; columns run over those only, and the loss of the others is 0.
 
     Returns:
       ``[...]``. A row or column that is constant, to a relative 1e-4 of its length, has no correlation to speak of: it
@@ -44,17 +48,21 @@ def dist(
       Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, section 3 (inter-class relation:
       rows; intra-class relation: columns).
     """
-    logs = log_distributions(student_logits, teacher_logits, temperature)
-    student, teacher = (jnp.exp(log).reshape(-1, log.shape[-1]) for log in logs)
-    rows = 1 - _correlation(student, teacher, axis=1)
-    columns = 1 - _correlation(student, teacher, axis=0).mean()
+    leading = student_logits.shape[:-1]
+    weights = jnp.ones(leading) if mask is None else fitted(mask, leading, "the logits", examples=True)
+    counts = weights.astype(bool).reshape(-1)
+    logs = log_distributions(*(kept(logits, weights) for logits in (student_logits, teacher_logits)), temperature)
+    student, teacher = (kept(jnp.exp(log).reshape(-1, log.shape[-1]), counts) for log in logs)
+    there = jnp.broadcast_to(counts[:, None], student.shape)
+    rows = 1 - _correlation(student, teacher, axis=1, counts=there)
+    columns = 1 - _correlation(student, teacher, axis=0, counts=there).mean()
     beta, gamma = (jnp.asarray(weight, rows.dtype) for weight in (beta, gamma))
-    return squared(temperature, beta * rows + gamma * columns).reshape(student_logits.shape[:-1])
+    return kept(squared(temperature, beta * rows + gamma * columns), counts).reshape(leading)
 
 
-def _correlation(x: jax.Array, y: jax.Array, axis: int) -> jax.Array:
-    """Return Pearson's correlation along an axis of two arrays of probabilities."""
-    return (unit(x, axis, _floor(x, axis)) * unit(y, axis, _floor(y, axis))).sum(axis)
+def _correlation(x: jax.Array, y: jax.Array, axis: int, counts: jax.Array) -> jax.Array:
+    """Return Pearson's correlation along an axis of two arrays of probabilities, over what counts."""
+    return (unit(x, axis, _floor(x, axis), counts) * unit(y, axis, _floor(y, axis), counts)).sum(axis)
 
 
 def _floor(x: jax.Array, axis: int) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ShapeError
+from compress_jax.distill.masks import Mask, kept, of_features
 
 
 def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
@@ -37,6 +38,31 @@ def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
             mixed = jnp.tensordot(features, means, axes=[[axis], [0]], precision="highest")
             features = jnp.moveaxis(mixed, -1, axis)
     return features
+
+
+def pool(features: jax.Array, *, mask: Mask | None = None) -> jax.Array:
+    """Return the mean of features over their positions, those that count: what a relation of sequences is made of.
+
+    Args:
+      features: ``[batch, *positions, channels]``, any floating dtype.
+      mask: which examples or positions count, see `masks`; of an example without any the mean is 0.
+
+    Returns:
+      ``[batch, channels]``, the dtype of ``features``.
+
+    Raises:
+      ShapeError: if the mask does not fit.
+
+    Example:
+      >>> pool(jnp.array([[[1.0], [3.0], [9.0]]]), mask=jnp.array([[1, 1, 0]])).tolist()
+      [[2.0]]
+    """
+    positions = tuple(range(1, features.ndim - 1))
+    if mask is None:
+        return features.mean(positions)
+    counts = of_features(mask, features)
+    number = jnp.maximum((counts > 0).sum(positions), 1).astype(features.dtype)
+    return kept(features, counts).sum(positions) / number[:, None]
 
 
 def _means(old: int, new: int) -> np.ndarray:

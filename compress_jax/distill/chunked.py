@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from compress_jax.core import ShapeError
 from compress_jax.distill.fused import Plan, fused
+from compress_jax.distill.masks import fitted
 from compress_jax.distill.slices import Head, alongside, widest
 from compress_jax.distill.softened import Scalar
 
@@ -39,8 +40,8 @@ def chunked_kl(
       teacher_head: ``[teacher_width, vocabulary]``, for the same vocabulary. No gradient goes to the teacher.
       temperature: T > 0, a number or a scalar array; no gradient goes here.
       chunk: columns of the vocabulary seen at a time. Two float32 arrays ``[tokens, chunk]`` exist, or a few.
-      mask: ``[...]`` or None; where it is 0 the loss is 0, without gradient, whatever the hidden states are. Otherwise it
-        does not weight: give it to `masked_mean` or `masked_total` too.
+      mask: which tokens count, see `masks`; where it is 0 the loss is 0, without gradient, whatever the hidden states are.
+        Otherwise it does not weight: give it to `masked_mean` or `masked_total` too.
       direction: "forward", "reverse" or "jsd".
       beta: of `jsd`, for "jsd" only.
       block: tokens seen at a time; None is all of them. Where tokens are sharded, a multiple of the number of devices.
@@ -141,9 +142,9 @@ def _tokens(
     plan: Plan, student: Head, teacher: Head, labels: jax.Array | None, temperature: Scalar, mask: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """Return both losses of all tokens, whatever axes they are on; those of masked ones are 0."""
-    _check(student, teacher, mask)
+    _check(student, teacher)
     tokens = student.hidden.shape[:-1]
-    counts = jnp.ones(tokens, bool) if mask is None else mask.astype(bool)
+    counts = jnp.ones(tokens, bool) if mask is None else fitted(mask, tokens, "the student's tokens") != 0
     student, teacher = (
         Head(jnp.where(counts[..., None], hidden, 0).reshape(-1, hidden.shape[-1]), alongside(kernel, hidden))
         for hidden, kernel in (student, jax.lax.stop_gradient(teacher))
@@ -153,11 +154,10 @@ def _tokens(
     return jax.tree.map(lambda loss: jnp.where(counts, loss.reshape(tokens), 0), losses)
 
 
-def _check(student: Head, teacher: Head, mask: jax.Array | None) -> None:
+def _check(student: Head, teacher: Head) -> None:
     tokens = student.hidden.shape[:-1]
-    if teacher.hidden.shape[:-1] != tokens or (mask is not None and mask.shape != tokens):
-        others = f"{teacher.hidden.shape[:-1]} and {None if mask is None else mask.shape}"
-        raise ShapeError(f"teacher and mask must have the student's tokens {tokens}, got {others}")
+    if teacher.hidden.shape[:-1] != tokens:
+        raise ShapeError(f"the teacher must have the student's tokens {tokens}, got {teacher.hidden.shape[:-1]}")
     for who, (hidden, kernel) in (("student", student), ("teacher", teacher)):
         if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
             raise ShapeError(f"the {who}'s head must be [{hidden.shape[-1]}, vocabulary], got {kernel.shape}")

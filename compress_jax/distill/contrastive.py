@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from compress_jax.distill.masks import Mask, kept, of_examples
 from compress_jax.distill.shapes import same_shape
 from compress_jax.distill.stable import bounded, unit
 from compress_jax.distill.teacher import at_least_float32
@@ -77,6 +78,8 @@ def crd(
     index: jax.Array,
     negatives: jax.Array,
     temperature: float = 0.07,
+    *,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Return the noise-contrastive loss of telling pairs of one example from pairs of two, both ways.
 
@@ -94,6 +97,7 @@ def crd(
       index: integers ``[batch]``, numbers of the examples in the bank.
       negatives: integers ``[batch, K]`` from `crd_negatives`, or ``[K]`` shared by the batch, which takes far less memory.
       temperature: above 0.
+      mask: which examples count, see `masks`; the loss of the others is 0.
 
     Returns:
       ``[batch]``, the sum of both ways.
@@ -112,8 +116,10 @@ def crd(
       Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, equations 10, 18 and 19.
     """
     same_shape(student, teacher)
+    counts = None if mask is None else of_examples(mask, len(student))
+    student, teacher, index = (kept(each, counts) for each in (student, teacher, index))
     forward = _one_way(bounded(student, 1), bank.teacher, index, negatives, temperature)
-    return forward + _one_way(bounded(teacher, 1), bank.student, index, negatives, temperature)
+    return kept(forward + _one_way(bounded(teacher, 1), bank.student, index, negatives, temperature), counts)
 
 
 def _one_way(anchor: jax.Array, bank: jax.Array, index: jax.Array, negatives: jax.Array, temperature: float) -> jax.Array:
@@ -127,7 +133,15 @@ def _one_way(anchor: jax.Array, bank: jax.Array, index: jax.Array, negatives: ja
     return missed + jax.nn.softplus(negative / temperature - offset).sum(axis=1)
 
 
-def crd_update(bank: Bank, student: jax.Array, teacher: jax.Array, index: jax.Array, momentum: float = 0.5) -> Bank:
+def crd_update(
+    bank: Bank,
+    student: jax.Array,
+    teacher: jax.Array,
+    index: jax.Array,
+    momentum: float = 0.5,
+    *,
+    mask: Mask | None = None,
+) -> Bank:
     """Return the bank after a batch: its examples moved to their new embeddings, the others as they were.
 
     ``b[i] = unit(momentum * b[i] + (1 - momentum) * embedding[i])``.
@@ -138,6 +152,7 @@ def crd_update(bank: Bank, student: jax.Array, teacher: jax.Array, index: jax.Ar
       teacher: ``[batch, dim]``.
       index: integers ``[batch]``, numbers of the examples, each once; of one given twice, one embedding is kept.
       momentum: share of the old embedding.
+      mask: which examples count, see `masks`; the others leave the bank as it is, whatever their number says.
 
     Returns:
       A `Bank`; no gradient flows through it.
@@ -153,9 +168,11 @@ def crd_update(bank: Bank, student: jax.Array, teacher: jax.Array, index: jax.Ar
     References:
       Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.2.
     """
+    counts = jnp.ones(len(student)) if mask is None else of_examples(mask, len(student))
+    places = jnp.where(counts != 0, index, len(bank.student))  # of the others: beyond the end, where nothing is written
 
     def moved(rows: jax.Array, new: jax.Array) -> jax.Array:
-        new = jax.lax.stop_gradient(at_least_float32(new))
-        return rows.at[index].set(unit(momentum * rows[index] + (1 - momentum) * new))
+        new = jax.lax.stop_gradient(at_least_float32(kept(new, counts)))
+        return rows.at[places].set(unit(momentum * rows[kept(index, counts)] + (1 - momentum) * new), mode="drop")
 
     return Bank(moved(bank.student, student), moved(bank.teacher, teacher))

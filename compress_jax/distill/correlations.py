@@ -5,13 +5,14 @@ import math
 import jax
 import jax.numpy as jnp
 
-from compress_jax.distill.fidelity import cka
-from compress_jax.distill.relations import gram
-from compress_jax.distill.shapes import flat, frozen, rows, same_batch, same_channels
+from compress_jax.distill.fidelity import centred, cka
+from compress_jax.distill.masks import Mask, kept
+from compress_jax.distill.relations import both, counting, gram, mean_over_examples
+from compress_jax.distill.shapes import flat, pair, rows, same_batch, same_channels
 from compress_jax.distill.stable import rescaled, unit
 
 
-def pkt(student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7) -> jax.Array:
+def pkt(student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7, *, mask: Mask | None = None) -> jax.Array:
     """Return the divergence of the probabilities that one example is another's neighbour: probabilistic knowledge transfer.
 
     ``mean_j p_t[i, j] * log(p_t[i, j] / p_s[i, j])``, ``p[i, j]`` being ``(1 + cos(x_i, x_j)) / 2``, each row divided by its
@@ -22,6 +23,7 @@ def pkt(student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7) -> jax.Ar
       student: ``[batch, ...]``, any floating dtype, usually the pooled features.
       teacher: ``[batch, ...]``.
       epsilon: bounds the logarithm where the student's probability is zero.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       ``[batch]``, row i's; the mean over j, not the sum, as in the authors' code.
@@ -38,17 +40,18 @@ def pkt(student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7) -> jax.Ar
       (cosine kernel).
     """
     same_batch(student, teacher)
-    s, t = _neighbours(student), _neighbours(frozen(teacher))
-    return (t * (jnp.log(t + epsilon) - jnp.log(s + epsilon))).mean(axis=1)
+    counts = counting(mask, student)
+    s, t = (_neighbours(each, counts) for each in pair(student, teacher, mask))
+    return mean_over_examples(t * (jnp.log(t + epsilon) - jnp.log(s + epsilon)), counts)
 
 
-def _neighbours(x: jax.Array) -> jax.Array:
-    """Return ``[batch, batch]`` whose rows are probabilities."""
-    kernel = jnp.maximum((1 + gram(unit(flat(x)))) / 2, 0.0)
-    return kernel / kernel.sum(axis=1, keepdims=True)
+def _neighbours(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Return ``[batch, batch]`` whose rows are probabilities, those of what counts."""
+    kernel = kept(jnp.maximum((1 + gram(unit(flat(x)))) / 2, 0.0), both(counts))
+    return kernel / jnp.where(counts, kernel.sum(axis=1), 1.0)[:, None]
 
 
-def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 2) -> jax.Array:
+def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 2, *, mask: Mask | None = None) -> jax.Array:
     """Return the mean squared difference of correlations between examples: correlation congruence.
 
     ``mean_j (k(s_i, s_j) - k(t_i, t_j))**2`` with the Gaussian kernel ``exp(-gamma * |x - y|**2)`` of directions, expanded:
@@ -60,6 +63,7 @@ def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 
       teacher: ``[batch, ...]``.
       gamma: of the kernel.
       order: of the Taylor series.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       ``[batch]``, row i's.
@@ -76,8 +80,8 @@ def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 
       series).
     """
     same_batch(student, teacher)
-    difference = _kernel(student, gamma, order) - _kernel(frozen(teacher), gamma, order)
-    return jnp.square(difference).mean(axis=1)
+    s, t = (_kernel(each, gamma, order) for each in pair(student, teacher, mask))
+    return mean_over_examples(jnp.square(s - t), counting(mask, student))
 
 
 def _kernel(x: jax.Array, gamma: float, order: int) -> jax.Array:
@@ -87,7 +91,7 @@ def _kernel(x: jax.Array, gamma: float, order: int) -> jax.Array:
     return jnp.polyval(jnp.array(weights[::-1], cosine.dtype), cosine)
 
 
-def cka_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return one minus the centred kernel alignment: 0 where the student's features are the teacher's, rotated and scaled.
 
     ``1 - CKA(s, t)``, see `cka`. A number for the whole batch, as alignment is no sum over examples.
@@ -95,6 +99,7 @@ def cka_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, ...]``, any floating dtype.
       teacher: ``[batch, ...]``.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       A scalar, 0 to 1; 1, with gradient 0, where the student's features do not vary.
@@ -112,17 +117,18 @@ def cka_loss(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Saha, Bialkowski and Khalifa, "Distilling Representational Similarity using Centered Kernel Alignment", BMVC 2022.
     """
     same_batch(student, teacher)
-    return 1 - cka(_centred(student), _centred(frozen(teacher)))
+    counts = counting(mask, student)
+    s, t = (_centred(each, counts) for each in pair(student, teacher, mask))
+    return 1 - cka(s, t, mask=counts)
 
 
-def _centred(x: jax.Array) -> jax.Array:
+def _centred(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[batch, features]`` of mean zero and a common scale; 0 where they vary by no more than rounding."""
-    x = rescaled(flat(x))
-    x = x - x.mean(axis=0, keepdims=True)
+    x = centred(rescaled(flat(x)), counts)
     return jnp.where(jnp.abs(x).max() > 1e-6, x, 0.0)
 
 
-def ickd(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def ickd(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far correlations between channels differ: inter-channel correlation distillation.
 
     ``sum_ij (R_s[i, j] - R_t[i, j])**2 / channels`` with ``R = F' F``, F being ``[positions, channels]``, each row divided
@@ -132,6 +138,7 @@ def ickd(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype, after a regressor.
       teacher: ``[batch, *other positions, channels]``.
+      mask: which examples or positions count, see `masks`; one of positions must fit both.
 
     Returns:
       ``[batch]``, each example's own.
@@ -149,8 +156,8 @@ def ickd(student: jax.Array, teacher: jax.Array) -> jax.Array:
     """
     same_batch(student, teacher)
     same_channels(student, teacher)
-    difference = _channel_correlations(student) - _channel_correlations(frozen(teacher))
-    return jnp.square(difference).sum(axis=(1, 2)) / student.shape[-1]
+    s, t = (_channel_correlations(each) for each in pair(student, teacher, mask))
+    return jnp.square(s - t).sum(axis=(1, 2)) / student.shape[-1]
 
 
 def _channel_correlations(features: jax.Array) -> jax.Array:

@@ -1,18 +1,20 @@
 """Losses on statistics of features: channels or positions are summed out, and student and teacher may differ there.
 
 Each takes ``[batch, *positions, channels]`` and returns the loss of each example, ``[batch]`` in float32, finite with finite
-gradients at any finite features; no gradient reaches the teacher.
+gradients at any finite features; no gradient reaches the teacher. With a ``mask`` (see `masks`) sums over positions are over
+those that count, means are divided by their number, and what does not count is not read.
 """
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ShapeError
-from compress_jax.distill.shapes import flat, frozen, rows, same_batch, same_channels, same_positions, same_shape
+from compress_jax.distill.masks import Mask, mean_of_each, of_features
+from compress_jax.distill.shapes import flat, pair, rows, same_batch, same_channels, same_positions, same_shape
 from compress_jax.distill.stable import bounded, rescaled, unit
 
 
-def attention(student: jax.Array, teacher: jax.Array, p: float = 2) -> jax.Array:
+def attention(student: jax.Array, teacher: jax.Array, p: float = 2, *, mask: Mask | None = None) -> jax.Array:
     """Return the mean squared difference of attention maps: attention transfer.
 
     ``mean((Q(s) - Q(t))**2)`` over positions, Q being ``mean(abs(f)**p)`` over channels, divided by its Euclidean norm over
@@ -22,6 +24,7 @@ def attention(student: jax.Array, teacher: jax.Array, p: float = 2) -> jax.Array
       student: ``[batch, *positions, channels]``, any floating dtype.
       teacher: ``[batch, *positions, other channels]``.
       p: power, at least 1: the higher, the more the strongest channel counts.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
       ``[batch]``.
@@ -38,7 +41,10 @@ def attention(student: jax.Array, teacher: jax.Array, p: float = 2) -> jax.Array
       Zagoruyko and Komodakis, "Paying More Attention to Attention", ICLR 2017, equation 2.
     """
     same_positions(student, teacher)
-    return jnp.square(_attention(student, p) - _attention(frozen(teacher), p)).mean(axis=1)
+    positions = student.shape[:-1]
+    student, teacher = pair(student, teacher, mask)
+    square = jnp.square(_attention(student, p) - _attention(teacher, p))
+    return mean_of_each(square.reshape(*positions, 1), mask)
 
 
 def _attention(features: jax.Array, p: float) -> jax.Array:
@@ -46,7 +52,7 @@ def _attention(features: jax.Array, p: float) -> jax.Array:
     return unit((jnp.abs(rescaled(rows(features), (1, 2))) ** p).mean(axis=2))
 
 
-def ft(student: jax.Array, teacher: jax.Array, p: float = 1) -> jax.Array:
+def ft(student: jax.Array, teacher: jax.Array, p: float = 1, *, mask: Mask | None = None) -> jax.Array:
     """Return the mean distance of normalised factors: factor transfer.
 
     ``mean(abs(s / norm(s) - t / norm(t))**p)`` with norms over all of an example's factor. The teacher's factor comes from
@@ -56,6 +62,7 @@ def ft(student: jax.Array, teacher: jax.Array, p: float = 1) -> jax.Array:
       student: ``[batch, ...]``, a translator's output, any floating dtype.
       teacher: same shape, a paraphraser's factor.
       p: 1 or 2.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
       ``[batch]``.
@@ -71,10 +78,14 @@ def ft(student: jax.Array, teacher: jax.Array, p: float = 1) -> jax.Array:
       Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, equation 2.
     """
     same_shape(student, teacher)
-    return (jnp.abs(unit(flat(student)) - unit(flat(frozen(teacher)))) ** p).mean(axis=1)
+    student, teacher = pair(student, teacher, mask)
+    difference = jnp.abs(unit(flat(student)) - unit(flat(teacher))) ** p
+    return mean_of_each(difference.reshape(student.shape), mask)
 
 
-def fsp(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array]) -> jax.Array:
+def fsp(
+    student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array], *, mask: Mask | None = None
+) -> jax.Array:
     """Return the mean squared difference of the flow of solution procedure, what lies between two layers.
 
     ``mean((G(s) - G(t))**2)`` with ``G[i, j] = mean(f[i] * g[j])`` over positions, f being the features where a stage begins
@@ -83,6 +94,7 @@ def fsp(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Arra
     Args:
       student: two arrays ``[batch, *positions, channels]``, any floating dtype, channels as the teacher's.
       teacher: two arrays.
+      mask: which examples or positions count, see `masks`; one of positions must fit all four arrays.
 
     Returns:
       ``[batch]``.
@@ -102,19 +114,22 @@ def fsp(student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Arra
     for own, other in zip(student, teacher, strict=True):
         same_batch(own, other)
         same_channels(own, other)
-    difference = _flow(*student) - _flow(*map(frozen, teacher))
+    begin, end = (pair(own, other, mask) for own, other in zip(student, teacher, strict=True))
+    difference = _flow(begin[0], end[0], mask) - _flow(begin[1], end[1], mask)
     return jnp.square(flat(difference)).mean(axis=1)
 
 
-def _flow(first: jax.Array, second: jax.Array) -> jax.Array:
+def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
     """Return ``[batch, channels of first, channels of second]``."""
     if first.shape[:-1] != second.shape[:-1]:
         raise ShapeError(f"fsp pairs features of equal positions, got {first.shape} and {second.shape}: distill.resize one")
+    counts = jnp.ones(first.shape[:-1]) if mask is None else of_features(mask, first) > 0
+    number = jnp.maximum(counts.reshape(first.shape[0], -1).sum(axis=1), 1).astype(first.dtype)
     first, second = rows(bounded(first, 4)), rows(bounded(second, 4))
-    return jnp.einsum("bpi,bpj->bij", first, second, precision="highest") / first.shape[1]
+    return jnp.einsum("bpi,bpj->bij", first, second, precision="highest") / number[:, None, None]
 
 
-def nst(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def nst(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the maximum mean discrepancy of where channels are active: neuron selectivity transfer.
 
     ``mean k(s_i, s_j) + mean k(t_i, t_j) - 2 mean k(s_i, t_j)`` with ``k(x, y) = (x . y)**2``, a channel being the vector of
@@ -123,6 +138,7 @@ def nst(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
       teacher: ``[batch, *positions, other channels]``.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
       ``[batch]``, not below zero but for rounding.
@@ -139,7 +155,7 @@ def nst(student: jax.Array, teacher: jax.Array) -> jax.Array:
       kernel, d = 2, c = 0).
     """
     same_positions(student, teacher)
-    s, t = unit(rows(student), axis=1), unit(rows(frozen(teacher)), axis=1)
+    s, t = (unit(rows(each), axis=1) for each in pair(student, teacher, mask))
     return _kernel(s, s) + _kernel(t, t) - 2 * _kernel(s, t)
 
 

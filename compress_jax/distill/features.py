@@ -2,7 +2,8 @@
 
 Each takes arrays ``[batch, *positions, channels]`` and returns the loss of each example, ``[batch]`` in float32, finite with
 finite gradients at any finite features; no gradient reaches the teacher. `hint`, `review` and `mgd` are means over positions
-and channels, so that a weight does not depend on sizes.
+and channels, so that a weight does not depend on sizes. With a ``mask`` (see `masks`) what does not count has loss 0 and is
+not read; one of positions makes the result ``[batch, *positions]``, to be averaged by `masked_mean`.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.distill._resize import resize
-from compress_jax.distill.shapes import flat, frozen, per_channel, same_shape
+from compress_jax.distill.masks import Mask, has_positions, kept, mean_of_each, mean_of_positions, of_features
+from compress_jax.distill.shapes import pair, per_channel, same_shape
 from compress_jax.distill.stable import bounded
 
 
-def hint(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def hint(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the mean squared difference of features: FitNets' hint, and SimKD's loss.
 
     ``mean((s - t)**2)`` over positions and channels, s being the student's features after a regressor (`linear`, `conv`,
@@ -24,12 +26,13 @@ def hint(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
       teacher: same shape.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
-      ``[batch]``.
+      ``[batch]``; with a mask of positions ``[batch, *positions]``.
 
     Raises:
-      ShapeError: if the shapes differ.
+      ShapeError: if the shapes differ, or the mask does not fit.
 
     Example:
       >>> hint(jnp.array([[1.0, 2.0]]), jnp.array([[1.0, 4.0]])).tolist()
@@ -40,11 +43,11 @@ def hint(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, equation 3.
     """
     same_shape(student, teacher)
-    difference = bounded(student, 2) - bounded(frozen(teacher), 2)
-    return jnp.square(flat(difference)).mean(axis=1)
+    student, teacher = pair(student, teacher, mask)
+    return mean_of_positions(jnp.square(bounded(student, 2) - bounded(teacher, 2)), mask)
 
 
-def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array) -> jax.Array:
+def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the negative log-likelihood of the teacher's features under a Gaussian that the student predicts.
 
     ``mean(1/2 * ((t - mean)**2 / variance + log(variance)))``, the constant ``log(2 pi) / 2`` left out: a bound of the
@@ -55,9 +58,10 @@ def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array) -> jax.Array:
       mean: ``[batch, *positions, channels]``, predicted from the student's features.
       teacher: same shape.
       variance: positive, ``[channels]``. Gradients flow to it.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
-      ``[batch]``; below zero where variances are small.
+      ``[batch]``, or ``[batch, *positions]``; below zero where variances are small.
 
     Raises:
       ShapeError: if the shapes of mean and teacher differ.
@@ -71,12 +75,15 @@ def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array) -> jax.Array:
       variance does not depend on the example).
     """
     same_shape(mean, teacher)
-    square = jnp.square(bounded(mean, 4) - bounded(frozen(teacher), 4))
+    mean, teacher = pair(mean, teacher, mask)
+    square = jnp.square(bounded(mean, 4) - bounded(teacher, 4))
     variance = per_channel(bounded(variance, 4), mean.ndim)
-    return flat(0.5 * (square / variance + jnp.log(variance))).mean(axis=1)
+    return mean_of_positions(0.5 * (square / variance + jnp.log(variance)), mask)
 
 
-def review(student: jax.Array, teacher: jax.Array, levels: tuple[int, ...] = (4, 2, 1)) -> jax.Array:
+def review(
+    student: jax.Array, teacher: jax.Array, levels: tuple[int, ...] = (4, 2, 1), *, mask: Mask | None = None
+) -> jax.Array:
     """Return the mean squared difference of features at several resolutions: ReviewKD's hierarchical context loss.
 
     ``sum_k w[k] * hint(resize(s, k), resize(t, k)) / sum_k w[k]`` with weight 1 for the features themselves, 1/2, 1/4 and
@@ -87,9 +94,10 @@ def review(student: jax.Array, teacher: jax.Array, levels: tuple[int, ...] = (4,
       student: ``[batch, *positions, channels]``, any floating dtype.
       teacher: same shape.
       levels: positions a side of each coarser grid.
+      mask: which examples or positions count, see `masks`; a coarser position is the mean of those in it that count.
 
     Returns:
-      ``[batch]``.
+      ``[batch]``, also with a mask of positions.
 
     Raises:
       ShapeError: if the shapes differ.
@@ -102,14 +110,23 @@ def review(student: jax.Array, teacher: jax.Array, levels: tuple[int, ...] = (4,
       Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section 3.3 and figure 3.
     """
     same_shape(student, teacher)
-    student, teacher = bounded(student, 2), bounded(frozen(teacher), 2)
+    student, teacher = (bounded(each, 2) for each in pair(student, teacher, mask))
     axes = student.ndim - 2
-    loss, total, weight = hint(student, teacher), 1.0, 1.0
+    loss, total, weight = mean_of_each(jnp.square(student - teacher), mask), 1.0, 1.0
     for level in [each for each in levels if each < min(student.shape[1:-1], default=0)]:
         weight /= 2
-        coarse = (level,) * axes
-        loss, total = loss + weight * hint(resize(student, coarse), resize(teacher, coarse)), total + weight
+        (s, counts), (t, _) = (_coarse(each, mask, (level,) * axes) for each in (student, teacher))
+        loss, total = loss + weight * mean_of_each(jnp.square(s - t), counts), total + weight
     return loss / total
+
+
+def _coarse(features: jax.Array, mask: Mask | None, size: tuple[int, ...]) -> tuple[jax.Array, Mask | None]:
+    """Return features at coarser positions, means of what counts, and which of those count."""
+    if mask is None or not has_positions(mask):
+        return resize(features, size), mask
+    counts = (of_features(mask, features) > 0).astype(features.dtype)[..., None]
+    share = resize(counts, size)
+    return resize(kept(features, counts[..., 0]), size) / jnp.where(share > 0, share, 1.0), share[..., 0]
 
 
 def mgd(
@@ -118,6 +135,8 @@ def mgd(
     generate: Callable[[jax.Array], jax.Array],
     key: jax.Array,
     ratio: float = 0.65,
+    *,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Return how well the teacher's features can be made from the student's with most positions hidden.
 
@@ -130,9 +149,10 @@ def mgd(
       generate: ``features -> features`` in the teacher's shape: ``partial(part.apply, params)`` of the part `generator`.
       key: typed PRNG key of this step.
       ratio: share of positions hidden, 0 to 1.
+      mask: which examples or positions count, see `masks`; ``generate`` sees zeros at the others.
 
     Returns:
-      ``[batch]``.
+      ``[batch]``; with a mask of positions ``[batch, *positions]``.
 
     Raises:
       ShapeError: if what is generated has another shape than the teacher's features.
@@ -146,4 +166,5 @@ def mgd(
       Yang et al., "Masked Generative Distillation", ECCV 2022, equations 1 to 4.
     """
     shown = jax.random.bernoulli(key, 1 - ratio, (*student.shape[:-1], 1))
-    return hint(generate(jnp.where(shown, bounded(student, 2), 0.0)), teacher)
+    student = student if mask is None else kept(student, of_features(mask, student))
+    return hint(generate(jnp.where(shown, bounded(student, 2), 0.0)), teacher, mask=mask)

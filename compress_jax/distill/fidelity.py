@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core import ShapeError
+from compress_jax.distill.masks import Mask, kept, of_examples
 from compress_jax.distill.softened import bounded, pair
 from compress_jax.distill.teacher import at_least_float32
 
@@ -36,7 +37,7 @@ def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
     return (student.argmax(axis=-1) == teacher.argmax(axis=-1)).astype(jnp.float32)
 
 
-def cka(x: jax.Array, y: jax.Array) -> jax.Array:
+def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the linear centred kernel alignment of two representations of the same examples, in float32.
 
     ``||Y' X||**2 / (||X' X|| * ||Y' Y||)``, Frobenius norms, with X and Y centred over the examples. It does not change when
@@ -46,6 +47,7 @@ def cka(x: jax.Array, y: jax.Array) -> jax.Array:
     Args:
       x: ``[examples, ...]``, any floating dtype; features are flattened.
       y: ``[examples, ...]``.
+      mask: which examples count, see `masks`.
 
     Returns:
       A scalar, 0 to 1; 0 if either does not vary over the examples. Both arrays get gradients. With fewer examples than
@@ -64,14 +66,26 @@ def cka(x: jax.Array, y: jax.Array) -> jax.Array:
     """
     if x.shape[0] != y.shape[0]:
         raise ShapeError(f"both representations must be of the same examples, got {x.shape[0]} and {y.shape[0]} of them")
-    gram_x, gram_y = _gram(x), _gram(y)
+    counts = jnp.ones(x.shape[0], bool) if mask is None else of_examples(mask, x.shape[0]) > 0
+    gram_x, gram_y = _gram(x, counts), _gram(y, counts)
     return (gram_x * gram_y).sum() / jnp.maximum(_length(gram_x) * _length(gram_y), 1e-12)
 
 
-def _gram(x: jax.Array) -> jax.Array:
+def centred(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Return ``[examples, features]`` less the mean of the examples that count, and zero where one does not.
+
+    Example:
+      >>> centred(jnp.array([[1.0], [3.0], [jnp.nan]]), jnp.array([True, True, False])).tolist()
+      [[-1.0], [1.0], [0.0]]
+    """
+    x = kept(x, counts)
+    mean = x.sum(axis=0, keepdims=True) / jnp.maximum(counts.sum(), 1).astype(x.dtype)
+    return kept(x - mean, counts)
+
+
+def _gram(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return the centred Gram matrix, of examples of a largest absolute value of 1 or 0."""
-    x = at_least_float32(x).reshape(x.shape[0], -1)
-    x = x - x.mean(axis=0, keepdims=True)
+    x = centred(at_least_float32(x).reshape(x.shape[0], -1), counts)
     largest = jax.lax.stop_gradient(jnp.abs(x).max())
     x = x / jnp.where(largest > 0, largest, 1)
     return jnp.matmul(x, x.T, precision="highest")

@@ -1,17 +1,18 @@
 """Losses on features before their ReLU: on which side of zero they are matters, how far below it does not.
 
-``[batch, *positions, channels] -> [batch]``, float32, as in `features`.
+``[batch, *positions, channels] -> [batch]``, float32, masks as in `features`.
 """
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.distill.shapes import flat, frozen, per_channel, same_shape
+from compress_jax.distill.masks import Mask, mean_of_positions
+from compress_jax.distill.shapes import frozen, pair, per_channel, same_shape
 from compress_jax.distill.stable import SMALLEST, bounded
 from compress_jax.distill.teacher import at_least_float32
 
 
-def ab(student: jax.Array, teacher: jax.Array, margin: float = 1.0) -> jax.Array:
+def ab(student: jax.Array, teacher: jax.Array, margin: float = 1.0, *, mask: Mask | None = None) -> jax.Array:
     """Return how far the student's neurons are from being on and off where the teacher's are: activation boundaries.
 
     ``mean(relu(margin - s)**2 where t > 0, relu(margin + s)**2 elsewhere)``, of features before the ReLU: the boundary
@@ -21,9 +22,10 @@ def ab(student: jax.Array, teacher: jax.Array, margin: float = 1.0) -> jax.Array
       student: ``[batch, *positions, channels]`` before the ReLU, any floating dtype.
       teacher: same shape.
       margin: how far beyond zero is far enough.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
-      ``[batch]``; 0 where all neurons are on the teacher's side by the margin.
+      ``[batch]``, or ``[batch, *positions]``; 0 where all neurons are on the teacher's side by the margin.
 
     Raises:
       ShapeError: if the shapes differ.
@@ -37,12 +39,13 @@ def ab(student: jax.Array, teacher: jax.Array, margin: float = 1.0) -> jax.Array
       the alternative loss with a margin.
     """
     same_shape(student, teacher)
+    student, teacher = pair(student, teacher, mask)
     student = bounded(student, 2)
-    missing = jax.nn.relu(margin + jnp.where(frozen(teacher) > 0, -student, student))
-    return jnp.square(flat(missing)).mean(axis=1)
+    missing = jax.nn.relu(margin + jnp.where(teacher > 0, -student, student))
+    return mean_of_positions(jnp.square(missing), mask)
 
 
-def ofd(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> jax.Array:
+def ofd(student: jax.Array, teacher: jax.Array, margin: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the partial squared distance to the teacher's features after a margin ReLU: overhauled feature distillation.
 
     With ``t' = max(t, margin)``: ``mean(0 where s <= t' <= 0, (s - t')**2 elsewhere)``. What the teacher's ReLU removes need
@@ -52,9 +55,10 @@ def ofd(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> jax.Array:
       student: ``[batch, *positions, channels]`` before the ReLU, any floating dtype, after a regressor.
       teacher: same shape, before the ReLU.
       margin: ``[channels]``, below zero, from `ofd_margin`.
+      mask: which examples or positions count, see `masks`.
 
     Returns:
-      ``[batch]``.
+      ``[batch]``; with a mask of positions ``[batch, *positions]``.
 
     Raises:
       ShapeError: if the shapes differ.
@@ -67,10 +71,11 @@ def ofd(student: jax.Array, teacher: jax.Array, margin: jax.Array) -> jax.Array:
       Heo et al., "A Comprehensive Overhaul of Feature Distillation", ICCV 2019, section 3 (margin ReLU, partial L2).
     """
     same_shape(student, teacher)
-    target = jnp.maximum(frozen(teacher), per_channel(frozen(margin), teacher.ndim))
+    student, teacher = pair(student, teacher, mask)
+    target = jnp.maximum(teacher, per_channel(frozen(margin), teacher.ndim))
     student, target = bounded(student, 2), bounded(target, 2)
     wanted = (student > target) | (target > 0)
-    return jnp.square(flat(jnp.where(wanted, student - target, 0.0))).mean(axis=1)
+    return mean_of_positions(jnp.square(jnp.where(wanted, student - target, 0.0)), mask)
 
 
 def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:

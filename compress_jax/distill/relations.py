@@ -2,19 +2,21 @@
 
 Each takes ``[batch, ...]`` (the rest is flattened) and returns the share of each example, ``[batch]`` in float32. The loss
 is its mean, yet each share depends on the whole batch that the function is given: under `train.pmap_step`, a device's own.
-Finite with finite gradients at any finite features; no gradient reaches the teacher.
+Finite with finite gradients at any finite features; no gradient reaches the teacher. With a ``mask`` (see `masks`) the
+result is that of the examples that count alone, and 0 for the others; positions that do not count are zeros.
 """
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from compress_jax.distill.shapes import flat, frozen, same_batch
+from compress_jax.distill.masks import Mask, kept, of_examples
+from compress_jax.distill.shapes import flat, pair, same_batch
 from compress_jax.distill.stable import length, rescaled, unit
 from compress_jax.distill.teacher import at_least_float32
 
 
-def rkd_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def rkd_distance(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far distances between examples, in units of their mean, differ: relational distillation by pairs.
 
     ``mean_j huber(d_s[i, j] / mean(d_s) - d_t[i, j] / mean(d_t))`` with Euclidean distances d, means over distances that are
@@ -24,6 +26,7 @@ def rkd_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, ...]``, any floating dtype; takes ``batch**2`` times the memory of one example.
       teacher: ``[batch, ...]``.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       ``[batch]``, example i's.
@@ -40,27 +43,29 @@ def rkd_distance(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2.1.
     """
     same_batch(student, teacher)
-    return optax.losses.huber_loss(_distances(student), _distances(frozen(teacher))).mean(axis=1)
+    counts = counting(mask, student)
+    s, t = (_distances(each, counts) for each in pair(student, teacher, mask))
+    return mean_over_examples(optax.losses.huber_loss(s, t), counts)
 
 
-def _distances(x: jax.Array) -> jax.Array:
+def _distances(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[batch, batch]`` distances, of mean 1 where they are not zero."""
-    distances = length(_differences(x))
+    distances = length(_differences(x, counts))
     mean = distances.sum() / jnp.maximum((distances > 0).sum(), 1).astype(distances.dtype)
     return distances / jnp.where(mean > 0, mean, 1.0)
 
 
-def _differences(x: jax.Array) -> jax.Array:
-    """Return ``[batch, batch, features]``: from the second example to the first, of a common scale.
+def _differences(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Return ``[batch, batch, features]``: from the second example to the first, of a common scale; 0 if either is none.
 
     Equal examples must differ by exactly 0, also where XLA fuses a product into the difference: so the scale comes after,
     and before it only a power of two, against overflow.
     """
     x = flat(at_least_float32(x)) / 4
-    return rescaled(x[:, None] - x[None])
+    return rescaled(kept(x[:, None] - x[None], both(counts)))
 
 
-def rkd_angle(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def rkd_angle(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far the cosines of angles between examples differ: relational distillation by triplets.
 
     ``mean_jk huber(cos_s[j, i, k] - cos_t[j, i, k])``, the angle at example i between the directions to j and k; 0 where one
@@ -69,6 +74,7 @@ def rkd_angle(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, ...]``, any floating dtype; takes ``batch**2`` times the memory of one example.
       teacher: ``[batch, ...]``.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       ``[batch]``, example i's.
@@ -85,16 +91,20 @@ def rkd_angle(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2.2.
     """
     same_batch(student, teacher)
-    return optax.losses.huber_loss(_cosines(student), _cosines(frozen(teacher))).mean(axis=(1, 2))
+    counts = counting(mask, student)
+    s, t = (_cosines(each, counts) for each in pair(student, teacher, mask))
+    return mean_over_examples(optax.losses.huber_loss(s, t), counts)
 
 
-def _cosines(x: jax.Array) -> jax.Array:
+def _cosines(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[i, j, k]``, the cosine of the angle at i between j and k."""
-    directions = unit(_differences(x))
+    directions = unit(_differences(x, counts))
     return jnp.einsum("jid,kid->ijk", directions, directions, precision="highest")
 
 
-def rkd(student: jax.Array, teacher: jax.Array, distance: float = 25.0, angle: float = 50.0) -> jax.Array:
+def rkd(
+    student: jax.Array, teacher: jax.Array, distance: float = 25.0, angle: float = 50.0, *, mask: Mask | None = None
+) -> jax.Array:
     """Return relational distillation, distances and angles together.
 
     ``distance * rkd_distance + angle * rkd_angle``.
@@ -104,6 +114,7 @@ def rkd(student: jax.Array, teacher: jax.Array, distance: float = 25.0, angle: f
       teacher: ``[batch, ...]``.
       distance: weight of `rkd_distance`.
       angle: weight of `rkd_angle`.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       ``[batch]``.
@@ -118,10 +129,10 @@ def rkd(student: jax.Array, teacher: jax.Array, distance: float = 25.0, angle: f
     References:
       Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2.
     """
-    return distance * rkd_distance(student, teacher) + angle * rkd_angle(student, teacher)
+    return distance * rkd_distance(student, teacher, mask=mask) + angle * rkd_angle(student, teacher, mask=mask)
 
 
-def similarity(student: jax.Array, teacher: jax.Array) -> jax.Array:
+def similarity(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far inner products between examples differ: similarity-preserving distillation.
 
     ``sum_j (G_s[i, j] - G_t[i, j])**2 / batch`` with ``G = X X'``, each row divided by its Euclidean norm: the mean over i
@@ -130,6 +141,7 @@ def similarity(student: jax.Array, teacher: jax.Array) -> jax.Array:
     Args:
       student: ``[batch, ...]``, any floating dtype, features with all their positions.
       teacher: ``[batch, ...]``.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
 
     Returns:
       ``[batch]``, row i's.
@@ -145,7 +157,47 @@ def similarity(student: jax.Array, teacher: jax.Array) -> jax.Array:
       Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, equations 2 to 4.
     """
     same_batch(student, teacher)
-    return jnp.square(unit(gram(rescaled(flat(student)))) - unit(gram(rescaled(flat(frozen(teacher)))))).mean(axis=1)
+    s, t = (unit(gram(rescaled(flat(each)))) for each in pair(student, teacher, mask))
+    return mean_over_examples(jnp.square(s - t), counting(mask, student))
+
+
+def counting(mask: Mask | None, features: jax.Array) -> jax.Array:
+    """Return which examples of a batch count, ``[batch]`` booleans.
+
+    Example:
+      >>> counting(jnp.array([[1, 0], [0, 0]]), jnp.ones((2, 2, 3))).tolist()
+      [True, False]
+    """
+    return jnp.ones(features.shape[0], bool) if mask is None else of_examples(mask, features.shape[0]) > 0
+
+
+def both(counts: jax.Array) -> jax.Array:
+    """Return ``[batch, batch]``, which pairs of examples count.
+
+    Example:
+      >>> both(jnp.array([True, False])).tolist()
+      [[True, False], [False, False]]
+    """
+    return counts[:, None] & counts[None]
+
+
+def mean_over_examples(shares: jax.Array, counts: jax.Array) -> jax.Array:
+    """Return for each example that counts the mean of its shares over all others that do, and 0 for the rest.
+
+    Args:
+      shares: ``[batch, batch]``, or ``[batch, batch, batch]``: of pairs and triplets.
+      counts: ``[batch]``.
+
+    Returns:
+      ``[batch]``.
+
+    Example:
+      >>> mean_over_examples(jnp.array([[1.0, 3.0, 9.0]] * 3), jnp.array([True, True, False])).tolist()
+      [2.0, 2.0, 0.0]
+    """
+    of = both(counts) if shares.ndim == 2 else both(counts)[:, :, None] & counts[None, None]
+    number = jnp.maximum(counts.sum(), 1).astype(shares.dtype) ** (shares.ndim - 1)
+    return kept(shares, of).sum(axis=tuple(range(1, shares.ndim))) / number
 
 
 def gram(x: jax.Array) -> jax.Array:

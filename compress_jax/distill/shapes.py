@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from compress_jax.core.errors import ShapeError
+from compress_jax.distill.masks import Mask, kept, of_features
 from compress_jax.distill.teacher import at_least_float32
 
 CHANNELS = "bring the student's channels to the teacher's by a regressor part (distill.linear, conv, deconv)"
@@ -71,6 +72,21 @@ def frozen(teacher: Any) -> jax.Array:
       [0.0, 0.0]
     """
     return at_least_float32(jax.lax.stop_gradient(teacher))
+
+
+def pair(student: jax.Array, teacher: jax.Array, mask: Mask | None) -> tuple[jax.Array, jax.Array]:
+    """Return both features in float32, zero where the mask says so, the teacher's cut off from gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pair(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.array([False]))[0].tolist()
+      [[0.0, 0.0]]
+    """
+    student, teacher = at_least_float32(student), frozen(teacher)
+    if mask is None:
+        return student, teacher
+    counts = of_features(mask, student, "the student's features"), of_features(mask, teacher, "the teacher's features")
+    return kept(student, counts[0]), kept(teacher, counts[1])
 
 
 def flat(features: jax.Array) -> jax.Array:

@@ -14,7 +14,9 @@ from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.distill.fidelity import agreement
 from compress_jax.distill.logits import kl
+from compress_jax.distill.masks import fitted, kept
 from compress_jax.distill.teacher import Teacher
+from compress_jax.distill.tokens import masked_mean
 
 
 @jax.tree_util.register_dataclass
@@ -128,13 +130,14 @@ class Drift(NamedTuple):
     agreement: jax.Array
 
 
-def drift(teacher: Teacher, reference: Teacher, inputs: Any) -> Drift:
+def drift(teacher: Teacher, reference: Teacher, inputs: Any, mask: Any = None) -> Drift:
     """Return how far a teacher in a smaller dtype, or with packed weights, is from the original.
 
     Args:
       teacher: the smaller one.
       reference: in float32.
       inputs: a batch.
+      mask: which examples or tokens of it count, see `masks`.
 
     Returns:
       A `Drift` of float32 scalars.
@@ -147,4 +150,7 @@ def drift(teacher: Teacher, reference: Teacher, inputs: Any) -> Drift:
       1.0
     """
     own, other = teacher(inputs), reference(inputs)
-    return Drift(jnp.abs(own - other).max(), kl(own, other).mean(), agreement(own, other).mean())
+    counts = jnp.ones(own.shape[:-1]) if mask is None else fitted(mask, own.shape[:-1], "the logits", examples=True)
+    own, other = kept(own, counts), kept(other, counts)
+    means = (masked_mean(each(own, other), counts) for each in (kl, agreement))
+    return Drift(jnp.abs(own - other).max(), *means)

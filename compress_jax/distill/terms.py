@@ -6,10 +6,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.errors import NoMatchError
+from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.distill.logits import cross_entropy
+from compress_jax.distill.masks import fitted, has_positions, kept, of_examples, of_features
 from compress_jax.distill.parts import Part
 from compress_jax.distill.softened import bounded
+from compress_jax.distill.tokens import Total, takes_mask
+from compress_jax.distill.totals import masked, total_of
 from compress_jax.distill.weights import l2_sp
 
 Schedule: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
@@ -32,6 +35,8 @@ class Seen(NamedTuple):
       batch: all entries of the batch, augmented.
       key: typed PRNG key of the step and the term.
       step: int32 scalar, counts from 0.
+      mask: of the term: which examples or tokens count, see `masks`; None where the batch has none. What does not count is
+        zero already in logits, labels and features, so that nothing computed of them is NaN or inf by padding.
     """
 
     student_logits: Any
@@ -44,6 +49,7 @@ class Seen(NamedTuple):
     batch: Any
     key: Any
     step: Any
+    mask: Any = None
 
 
 def _nothing(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
@@ -55,12 +61,16 @@ class Term(NamedTuple):
 
     Attributes:
       name: of its metric, its parts and its memory; each term of an objective has another.
-      loss: ``(seen, parts, memory) -> (loss, memory)``; the loss of each example (or token), or a scalar of the batch.
+      loss: ``(seen, parts, memory) -> (loss, memory)``. The loss is of each example or token, in the shape that the mask
+        fits; or a `Total`, of a loss that has looked at ``seen.mask`` itself. A scalar is refused where there is a mask,
+        as nobody knows what of the padding is in it.
       weight: a number or an optax schedule.
       student: globs of the student's features that it looks at, see `capture`.
       teacher: globs of the teacher's.
       init: ``(key, seen) -> (parts, memory)``, given a `Seen` of shapes: parts are trained beside the student by an
         optimizer of their own, the memory is rewritten by each step; neither is exported.
+      mask: the batch's entry that says what of this term counts; None for that of the objective.
+      whole: whether it looks at no example, but at the model (`on_weights`): no mask concerns it, and it returns a scalar.
     """
 
     name: str
@@ -69,6 +79,8 @@ class Term(NamedTuple):
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     init: Callable[[jax.Array, Seen], tuple[Any, Any]] = _nothing
+    mask: str | None = None
+    whole: bool = False
 
 
 def value_at(schedule: Schedule, step: jax.Array) -> jax.Array:
@@ -87,13 +99,16 @@ def _name(loss: Callable[..., Any]) -> str:
     return getattr(loss, "__name__", getattr(getattr(loss, "func", None), "__name__", "loss"))
 
 
-def on_labels(weight: Schedule = 1.0, *, label_smoothing: float = 0.0, name: str = "labels") -> Term:
+def on_labels(
+    weight: Schedule = 1.0, *, label_smoothing: float = 0.0, name: str = "labels", mask: str | None = None
+) -> Term:
     """Return the term of the labels: `cross_entropy`, also with the probabilities that a mixup makes of labels.
 
     Args:
       weight: a number or an optax schedule.
       label_smoothing: see `cross_entropy`; not for probabilities.
       name: of the term.
+      mask: the batch's entry of what counts, see `Term`.
 
     Returns:
       A `Term`.
@@ -105,10 +120,12 @@ def on_labels(weight: Schedule = 1.0, *, label_smoothing: float = 0.0, name: str
 
     def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
         if jnp.issubdtype(seen.labels.dtype, jnp.integer):
-            return cross_entropy(seen.student_logits, seen.labels, label_smoothing), memory
-        return -(seen.labels * jax.nn.log_softmax(bounded(seen.student_logits))).sum(axis=-1), memory
+            each = cross_entropy(seen.student_logits, seen.labels, label_smoothing)
+        else:
+            each = -(seen.labels * jax.nn.log_softmax(bounded(seen.student_logits))).sum(axis=-1)
+        return _of_logits(name, each, seen, False), memory
 
-    return Term(name, loss, weight)
+    return Term(name, loss, weight, mask=mask)
 
 
 def on_logits(
@@ -118,16 +135,20 @@ def on_logits(
     temperature: Schedule | None = None,
     labels: bool = False,
     name: str | None = None,
+    mask: str | None = None,
 ) -> Term:
     """Return the term of a loss of the student's and the teacher's logits.
 
     Args:
       loss: ``(student_logits, teacher_logits) -> [...]``, such as `kl`, `dist` or `top_k_kl` with a cache; options by
-        ``functools.partial``. Of several teachers it gets the stacked logits: see `averaged` and `ensembled`.
+        ``functools.partial``. Of several teachers it gets the stacked logits: see `averaged` and `ensembled`. A loss that
+        couples examples or tokens must have a parameter ``mask``, as `dist` does, and is given it by name; one that does
+        not is tried on random logits, and refused if what it says of one entry depends on another.
       weight: a number or an optax schedule.
       temperature: given to the loss by name; a number or an optax schedule. None gives none.
       labels: whether the loss takes the labels third, as `dkd` and what `hinton` returns do.
       name: of the term; by default that of the loss.
+      mask: the batch's entry of what counts, see `Term`.
 
     Returns:
       A `Term`.
@@ -143,9 +164,12 @@ def on_logits(
     def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
         options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
         rest = (seen.labels,) if labels else ()
-        return loss(seen.student_logits, seen.teacher_logits, *rest, **options), memory
+        given = (seen.student_logits, seen.teacher_logits, *rest)
+        each = masked(f"the term {own!r}", loss, given, seen.mask, seen.student_logits.ndim - 1, **options)
+        return _of_logits(own, each, seen, takes_mask(loss)), memory
 
-    return Term(name or _name(loss), of, weight)
+    own = name or _name(loss)
+    return Term(own, of, weight, mask=mask)
 
 
 def on_features(
@@ -158,6 +182,7 @@ def on_features(
     of_student: Callable[[Any], Any] | None = None,
     of_teacher: Callable[[Any], Any] | None = None,
     name: str | None = None,
+    mask: str | None = None,
 ) -> Term:
     """Return the term of a loss of features: a hint, attention, a relation, a statistic.
 
@@ -165,17 +190,23 @@ def on_features(
     goes to the loss after the teacher's, as `vid` takes it.
 
     Args:
-      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``.
+      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``. It is given the mask by name if
+        it has a parameter ``mask``, as all losses here do; else it must return one number for each entry of the mask, and
+        is tried on random features, and refused if what it says of one entry depends on another.
       student: path of the student's feature; with several, part and loss get lists.
       teacher: path of the teacher's.
       weight: a number or an optax schedule.
       part: what brings the student's features to the teacher's; trained with the student.
-      of_student: ``feature -> feature``, applied to each before, such as a mean over positions.
+      of_student: ``feature -> feature``, applied to each before, such as `pool`, the mean over positions. If it has a
+        parameter ``mask`` it is given the mask; if not, it must leave the positions that the mask is of where they are.
       of_teacher: likewise, such as ``partial(resize, size=(8, 8))``, or a `paraphraser` that was trained before.
       name: of the term; by default that of the loss.
+      mask: the batch's entry of what counts, see `Term`: ``[batch, *positions]`` of these features, where it is not the
+        objective's.
 
     Returns:
-      A `Term`. Its ``init`` and its ``loss`` raise a NoMatchError if no feature of that path was captured.
+      A `Term`. Its ``init`` and its ``loss`` raise a NoMatchError if no feature of that path was captured, and a ShapeError
+      if the mask fits neither the features' ``[batch, *positions]`` nor, in features without positions, their batch.
 
     Example:
       >>> from compress_jax.distill import hint, linear
@@ -185,10 +216,11 @@ def on_features(
       >>> parts["kernel"].shape, term.loss(seen, parts, memory)[0].shape
       ((4, 6), (8,))
     """
+    named = name or _name(loss)
 
     def both(seen: Seen) -> tuple[Any, Any]:
-        own = _each(student, seen.student, of_student, "student")
-        return own, _each(teacher, seen.teacher, of_teacher, "teacher")
+        own = _each(student, seen.student, of_student, "student", named, seen.mask)
+        return own, _each(teacher, seen.teacher, of_teacher, "teacher", named, seen.mask)
 
     def init(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
         shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(both, _arrays(seen)))
@@ -198,9 +230,12 @@ def on_features(
         own, other = both(seen)
         out = own if part is None else part.apply(parts, own)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
-        return loss(first, other, *rest), memory
+        entries = jax.tree.leaves(first)[0]
+        units = 2 if seen.mask is not None and has_positions(seen.mask) and entries.ndim > 2 else 1
+        each = masked(f"the term {named!r}", loss, (first, other, *rest), seen.mask, units)
+        return _of_features(named, each, seen, entries, takes_mask(loss)), memory
 
-    return Term(name or _name(loss), of, weight, _tuple(student), _tuple(teacher), init)
+    return Term(named, of, weight, _tuple(student), _tuple(teacher), init, mask)
 
 
 def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**", name: str = "l2_sp") -> Term:
@@ -222,7 +257,25 @@ def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**"
     def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
         return l2_sp(seen.params, seen.teacher_variables["params"], pattern), memory
 
-    return Term(name, loss, weight)
+    return Term(name, loss, weight, whole=True)
+
+
+def _of_logits(name: str, loss: jax.Array, seen: Seen, told: bool) -> jax.Array | Total:
+    """Return a loss of logits, over what counts if there is a mask: of tokens, or of examples."""
+    if seen.mask is None or isinstance(loss, Total) or loss.ndim == 0:
+        return total_of(name, loss, seen.mask, told)
+    if told and loss.ndim == 1:
+        return total_of(name, loss, of_examples(seen.mask, len(loss)), told)
+    leading = seen.student_logits.shape[:-1]
+    fits = fitted(seen.mask, leading, f"the logits of term {name!r}", examples=True)
+    return total_of(name, loss, fits, told)
+
+
+def _of_features(name: str, loss: jax.Array, seen: Seen, features: jax.Array, told: bool) -> jax.Array | Total:
+    """Return a loss of features, over what counts; of each example, if the loss saw to its positions or there are none."""
+    if seen.mask is None or isinstance(loss, Total) or loss.ndim != 1 or not (told or features.ndim == 2):
+        return total_of(name, loss, seen.mask, told)
+    return total_of(name, loss, of_examples(seen.mask, features.shape[0]), told)
 
 
 def _tuple(paths: Paths) -> tuple[str, ...]:
@@ -234,11 +287,29 @@ def _arrays(seen: Seen) -> Seen:
     return Seen(None, None, None, seen.student, seen.teacher, None, None, None, None, None)
 
 
-def _each(paths: Paths, features: Mapping[str, Any], of: Callable[[Any], Any] | None, whose: str) -> Any:
-    """Return the feature of one path, or the list of those of several."""
+def _each(paths: Paths, features: Mapping[str, Any], of: Callable[..., Any] | None, whose: str, term: str, mask: Any) -> Any:
+    """Return the feature of one path, or the list of those of several, zero where the mask says so."""
     missing = [path for path in _tuple(paths) if path not in features]
     if missing:
         how = "give it apply=capture(model, patterns)" if whose == "teacher" else "its model captures what terms ask for"
         raise NoMatchError(f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {how}")
-    found = [features[path] if of is None else of(features[path]) for path in _tuple(paths)]
+    found = [_shown(features[path], of, f"the {whose}'s {path!r} in term {term!r}", mask) for path in _tuple(paths)]
     return found[0] if isinstance(paths, str) else found
+
+
+def _shown(feature: jax.Array, of: Callable[..., Any] | None, what: str, mask: Any) -> jax.Array:
+    """Return one feature as the loss is to see it; what a function makes of it must still be what the mask is of."""
+    if mask is not None:
+        feature = kept(feature, of_features(mask, feature, what))
+    if of is None:
+        return feature
+    if mask is None or takes_mask(of):
+        return of(feature, mask=mask) if takes_mask(of) else of(feature)
+    made = of(feature)
+    positions = has_positions(mask) and feature.ndim > 2
+    if positions and made.shape[:-1] != feature.shape[:-1]:
+        raise ShapeError(
+            f"{what} was {feature.shape} and is made {made.shape} by a function that does not know of the mask "
+            f"{tuple(jnp.shape(mask))}, so padding would count: let it take mask=..., as distill.pool does"
+        )
+    return made

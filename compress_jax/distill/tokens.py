@@ -1,5 +1,7 @@
 """Losses of tokens: which of them count, and means whose denominators can be summed over microbatches and devices."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core import ShapeError
+from compress_jax.distill.masks import fitted, kept
 from compress_jax.distill.teacher import at_least_float32
 
 
@@ -51,23 +53,23 @@ def masked_total(loss: jax.Array, mask: jax.Array) -> Total:
 
     Args:
       loss: ``[...]``, a floating dtype.
-      mask: same shape, booleans, or weights >= 0 of any number dtype.
+      mask: ``[...]`` or as `masks` tells: ``[batch]`` and ``[batch, sequence, 1]`` fit ``[batch, sequence]``. Booleans, or
+        weights >= 0 of any number dtype.
 
     Returns:
       A `Total`.
 
     Raises:
-      ShapeError: if the shapes differ.
+      ShapeError: if the mask does not fit.
 
     Example:
       >>> masked_total(jnp.array([[1.0, 2.0, jnp.nan]]), jnp.array([[1, 1, 0]])).mean.tolist()
       1.5
     """
-    if loss.shape != mask.shape:
-        raise ShapeError(f"the mask must have one entry of each loss {loss.shape}, got {mask.shape}")
+    weight = fitted(mask, loss.shape, "the losses")
     loss = at_least_float32(loss)
-    weight = mask.astype(loss.dtype)
-    return Total(jnp.where(mask.astype(bool), loss * weight, 0).sum(), weight.sum())
+    weight = weight.astype(loss.dtype)
+    return Total((kept(loss, weight) * weight).sum(), weight.sum())
 
 
 def masked_mean(loss: jax.Array, mask: jax.Array) -> jax.Array:
@@ -78,13 +80,13 @@ def masked_mean(loss: jax.Array, mask: jax.Array) -> jax.Array:
 
     Args:
       loss: ``[...]``, a floating dtype.
-      mask: same shape, booleans, or weights >= 0 of any number dtype.
+      mask: see `masked_total`.
 
     Returns:
       A float32 scalar.
 
     Raises:
-      ShapeError: if the shapes differ.
+      ShapeError: if the mask does not fit.
 
     Example:
       >>> masked_mean(jnp.array([1.0, 5.0, 9.0]), jnp.array([True, True, False])).tolist()
@@ -109,8 +111,8 @@ def token_total(
       loss: per token, such as `kl`, `reverse_kl` or `jsd`.
       student_logits: ``[..., classes]``, such as ``[batch, sequence, vocabulary]``.
       teacher_logits: same shape.
-      mask: ``[...]``, booleans, or weights >= 0 of any number dtype: 1 for tokens of an answer, 0 for prompt and padding.
-      **options: for the loss, such as ``temperature``.
+      mask: see `masked_total`: 1 for tokens of an answer, 0 for prompt and padding.
+      **options: for the loss, such as ``temperature``; a loss that couples tokens (`dist`) is given the mask too.
 
     Returns:
       A `Total`.
@@ -127,8 +129,41 @@ def token_total(
     References:
       Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, section 3.1 (word-level distillation).
     """
-    if mask.shape != student_logits.shape[:-1]:
-        raise ShapeError(f"the mask must have one entry of each token {student_logits.shape[:-1]}, got {mask.shape}")
-    counts = mask.astype(bool)[..., None]
-    student, teacher = jnp.where(counts, student_logits, 0), jnp.where(counts, teacher_logits, 0)
-    return masked_total(loss(student, teacher, **options), mask)
+    counts = fitted(mask, student_logits.shape[:-1], "the tokens")
+    student, teacher = kept(student_logits, counts), kept(teacher_logits, counts)
+    options |= {"mask": counts} if takes_mask(loss) else {}
+    return masked_total(loss(student, teacher, **options), counts)
+
+
+def takes_mask(loss: Callable[..., Any]) -> bool:
+    """Tell whether a function has a parameter called ``mask`` that is not bound yet, as losses that couple entries have.
+
+    Example:
+      >>> from compress_jax.distill import dist, kl
+      >>> takes_mask(dist), takes_mask(kl)
+      (True, False)
+    """
+    try:
+        found = inspect.signature(loss).parameters.get("mask")
+    except (TypeError, ValueError):  # a builtin
+        return False
+    return found is not None and found.default in (None, inspect.Parameter.empty)
+
+
+def masked_like(loss: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a loss made of another, that takes a mask by name only if the other does.
+
+    Example:
+      >>> from compress_jax.distill import dist
+      >>> takes_mask(masked_like(dist, lambda student, teacher, **options: dist(student, teacher, **options)))
+      True
+    """
+    if not takes_mask(loss):
+        return made
+
+    @functools.wraps(made)
+    def masked(*args: Any, mask: Any = None, **options: Any) -> Any:
+        return made(*args, mask=mask, **options)
+
+    del masked.__wrapped__
+    return masked

@@ -1,26 +1,37 @@
 """Logits made from logits or labels, for any loss to take: standardised, virtual, or those of an ensemble of teachers."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from compress_jax.distill.masks import Mask, kept
 from compress_jax.distill.softened import Scalar, bounded
 from compress_jax.distill.teacher import at_least_float32
+from compress_jax.distill.tokens import masked_like
 from compress_jax.distill.zscore import unit
 
 Teachers = Sequence[jax.Array] | jax.Array
 
 
-def standardize(logits: jax.Array, floor: float = 1e-3) -> jax.Array:
+NEVER = -1e9
+"""A class whose logit is not above this is one that the model masks out: it has probability 0 whatever the others are."""
+
+
+def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = None) -> jax.Array:
     """Return logits of mean 0 and standard deviation 1 over the classes, in float32.
 
     ``(z - mean(z)) / max(std(z), floor)``, to be given to `kl` for student and teacher alike: the student then matches
-    the teacher's order and proportions, and is free in the range of its own logits.
+    the teacher's order and proportions, and is free in the range of its own logits. Classes that a model masks out (logits
+    of -inf, of -1e9 or below, or of the least number of their dtype) are no part of mean and deviation, of which they
+    would leave nothing to learn; they come back as -1e9, of probability 0.
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
       floor: a smaller deviation than this is taken as this. Gradients are at most its inverse; equal logits give zeros.
+      mask: booleans that broadcast against ``logits``, which classes there are, where a model marks the others by a number
+        of its own (-1e4, say). It is beside what is found out from the logits.
 
     Returns:
       ``[..., classes]``. The paper's loss is ``0.1 * CE + 9 * kl(standardize(s), standardize(t), temperature=2.0)`` or so.
@@ -32,8 +43,13 @@ def standardize(logits: jax.Array, floor: float = 1e-3) -> jax.Array:
     References:
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1.
     """
-    root = jnp.sqrt(jnp.asarray(logits.shape[-1], at_least_float32(logits).dtype))
-    return root * unit(bounded(logits), -1, floor * root)
+    never = max(NEVER, float(jnp.finfo(logits.dtype).min))
+    there = jnp.isnan(logits) | (logits > jnp.asarray(never, logits.dtype))
+    if mask is not None:
+        there &= jnp.broadcast_to(jnp.asarray(mask).astype(bool), logits.shape)
+    classes = jnp.maximum(there.sum(axis=-1, keepdims=True), 1)
+    root = jnp.sqrt(classes.astype(at_least_float32(logits).dtype))
+    return jnp.where(there, root * unit(bounded(kept(logits, there)), -1, floor * root, there), NEVER)
 
 
 def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -> jax.Array:
@@ -114,8 +130,9 @@ def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = N
       weights: one of each teacher, not negative, of any sum; the default is the same for all.
 
     Returns:
-      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes them. It raises
-      ValueError if there is not one weight a teacher, or one is negative, or all are zero.
+      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes them; it takes a
+      ``mask`` if the loss does, and other options by name. It raises ValueError if there is not one weight a teacher, or
+      one is negative, or all are zero.
 
     Example:
       >>> from compress_jax.distill import mse
@@ -126,12 +143,12 @@ def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = N
       You et al., "Learning from Multiple Teacher Networks", KDD 2017, section 3.
     """
 
-    def mean(student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array) -> jax.Array:
+    def mean(student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, **options: Any) -> jax.Array:
         shares = _shares(weights, len(teacher_logits))
-        losses = [loss(student_logits, each, *rest) for each in teacher_logits]
+        losses = [loss(student_logits, each, *rest, **options) for each in teacher_logits]
         return sum((share * each for share, each in zip(shares[1:], losses[1:], strict=True)), shares[0] * losses[0])
 
-    return mean
+    return masked_like(loss, mean)
 
 
 def ensembled(loss: Callable[..., jax.Array], weights: Sequence[float] | None = None) -> Callable[..., jax.Array]:
@@ -156,11 +173,14 @@ def ensembled(loss: Callable[..., jax.Array], weights: Sequence[float] | None = 
       Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 5.
     """
 
-    def of(student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
-        return loss(student_logits, ensemble(teacher_logits, weights, temperature), *rest, temperature=temperature)
+    def of(
+        student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, temperature: Scalar = 1.0, **options: Any
+    ) -> jax.Array:
+        mean = ensemble(teacher_logits, weights, temperature)
+        return loss(student_logits, mean, *rest, temperature=temperature, **options)
 
     of.__name__ = getattr(loss, "__name__", "ensembled")
-    return of
+    return masked_like(loss, of)
 
 
 def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:

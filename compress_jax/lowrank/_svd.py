@@ -1,28 +1,32 @@
 """Truncated singular value decomposition with trained factors."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from compress_jax.core import Compression, LowRank, ShapeError, leafwise
+from compress_jax.core import ArgumentError, Compression, CompressionState, LowRank, ShapeError, leafwise
+from compress_jax.core import unpack as to_dense_tree
+from compress_jax.core.axes import Axes, known_axes, over_layers
+from compress_jax.core.compression import stamped
+from compress_jax.core.describe import call_of
+from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
 
 Factors = dict[str, jax.Array]
-Rank = Callable[[jax.Array], int]
 
 
 def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
     """Replace each kernel by ``left @ right``, the best approximation of its rank, and train the two factors.
 
-    A kernel is taken as the matrix W ``[m, n]`` of all axes but the last against the last (for a convolution:
-    ``[height * width * in, out]``). With ``W = U diag(s) V^T``, ``left = U sqrt(s)`` and ``right = sqrt(s) V^T`` keep the r
-    largest singular values, so that ``||W - left @ right||_F**2 = sum_{i > r} s_i**2``, the least possible. From then on
-    the view is their product: the factors are ``learned``, and the params, which it no longer depends on, get zero
-    gradients.
+    A kernel is taken as the matrix W ``[m, n]`` of its inputs against its outputs, which are on the last axis unless a trace
+    says otherwise (for a convolution: ``[height * width * in, out]``); each layer of a stack as a matrix of its own. With
+    ``W = U diag(s) V^T``, ``left = U sqrt(s)`` and ``right = sqrt(s) V^T`` keep the r largest singular values, so that
+    ``||W - left @ right||_F**2 = sum_{i > r} s_i**2``, the least possible. From then on the view is their product: the
+    factors are ``learned``, and the params, which it no longer depends on, get zero gradients.
 
     Leaves with one axis, and leaves whose float32 factors would not be smaller, are left alone; `skipped` says so.
 
@@ -53,7 +57,7 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
       Denton et al., "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation", NeurIPS 2014.
     """
     if (rank is None) == (energy is None):
-        raise ValueError(f"give exactly one of rank and energy, got rank={rank} and energy={energy}")
+        raise ArgumentError(f"give exactly one of rank and energy, got rank={rank} and energy={energy}")
     if rank is not None:
         return _truncated(rank)
     assert energy is not None
@@ -63,78 +67,150 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
 def _truncated(rank: int) -> Compression:
     """Return the Compression that keeps a given rank."""
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+        raise ArgumentError(f"rank must be at least 1, got {rank}")
 
-    def why_not(path: str, x: jax.Array) -> str | None:
-        return _too_thin(x) or _no_gain(x, rank)
+    def why_not(path: str, x: jax.Array, axes: Axes) -> str | None:
+        return _too_thin(axes.layer) or _no_gain(x, axes.layer, rank)
 
-    def init(x: jax.Array, key: None) -> tuple[Factors, None]:
-        return _factors(x, rank), None
+    def init(x: jax.Array, key: None, axes: Axes) -> tuple[Factors, None]:
+        return _factors(_matrix(x, axes), rank), None
 
-    return leafwise(_view, init=init, pack=_pack, why_not=why_not)
+    call = call_of("svd", rank=rank)
+    return leafwise(_view, init=init, pack=_pack, why_not=why_not, layout=True, call=call)
 
 
 def _by_energy(energy: float) -> Compression:
     """Return the Compression that keeps a share of the energy; where that does not pay, a leaf has no factors."""
     if not 0 < energy <= 1:
-        raise ValueError(f"energy is the share of the squared singular values to keep, above 0 and up to 1; got {energy}")
-
-    def init(x: jax.Array, key: None) -> tuple[Factors | None, dict[str, Any]]:
-        rank = _rank_for(x, energy)
-        return (None if _no_gain(x, rank) else _factors(x, rank)), {}
-
-    thin = leafwise(_view, init=init, pack=_pack, why_not=lambda path, x: _too_thin(x))
-
-    def skipped(params: Any) -> dict[str, str]:
-        reasons = thin.skipped(params)
-        matrices = {path: x for path, x in flatten(params)[0].items() if path not in reasons}
-        found = {path: _no_gain(x, _rank_for(x, energy)) for path, x in matrices.items()}
-        return {**reasons, **{path: why for path, why in found.items() if why}}
-
-    return thin._replace(skipped=skipped)
+        raise ArgumentError(f"energy is the share of the squared singular values to keep, above 0 and up to 1; got {energy}")
+    return _ByEnergy(energy).compression()
 
 
-def _view(x: jax.Array, factors: Factors | None, fixed: Any) -> jax.Array:
-    return x if factors is None else _pack(x, factors, fixed).unpack()
+class _ByEnergy(NamedTuple):
+    """Tree-wise, as ranks depend on values: those of a stack's layers differ, and the factors have the largest of them."""
+
+    energy: float
+    known: Mapping[str, Axes] | None = None
+
+    def compression(self) -> Compression:
+        made = Compression(self.init, self.view, _stays, self.pack, self.skipped, bind=self.bind, axes=self.axes)
+        return stamped(made, call_of("svd", energy=self.energy), self.known)
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return self._replace(known=known).compression()
+
+    def axes(self, params: Any) -> dict[str, Axes]:
+        floats = {path: x for path, x in flatten(params)[0].items() if not why_not_float(path, x)}
+        found = {path: known_axes(self.known, path, x) for path, x in floats.items()}
+        return {path: axes for path, axes in found.items() if not _too_thin(axes.layer)}
+
+    def ranks(self, params: Any) -> dict[str, tuple[int, ...]]:
+        """Return the least rank of every layer of every matrix, found by one decomposition each."""
+        leaves = flatten(params)[0]
+        for path in self.axes(params):
+            check_finite(path, leaves[path])
+        return {path: _ranks_for(leaves[path], axes, self.energy) for path, axes in self.axes(params).items()}
+
+    def init(self, params: Any) -> CompressionState:
+        leaves, axes = flatten(params)[0], self.axes(params)
+        learned = {}
+        for path, ranks in self.ranks(params).items():
+            if _no_gain(leaves[path], axes[path].layer, max(ranks)) is None:
+                learned[path] = _padded_factors(leaves[path], axes[path], ranks)
+        return CompressionState(learned, {})
+
+    def view(self, params: Any, state: CompressionState) -> Any:
+        return to_dense_tree(self.pack(params, state))
+
+    def pack(self, params: Any, state: CompressionState) -> Any:
+        leaves, rebuild = flatten(params)
+        axes = self.axes(params)
+        for path in axes:
+            check_finite(path, leaves[path])
+        packed = {path: _pack(leaves[path], own, {}, axes[path]) for path, own in state.learned.items()}
+        return rebuild({**leaves, **packed})
+
+    def skipped(self, params: Any) -> dict[str, str]:
+        leaves, axes = flatten(params)[0], self.axes(params)
+        found = {path: why for path, x in leaves.items() if (why := why_not_float(path, x))}
+        thin = {path: _too_thin(known_axes(self.known, path, x).layer) for path, x in leaves.items() if path not in found}
+        for path, ranks in self.ranks(params).items():
+            thin[path] = _no_gain(leaves[path], axes[path].layer, max(ranks))
+        return {path: found.get(path) or thin[path] or "" for path in leaves if found.get(path) or thin.get(path)}
 
 
-def _pack(x: jax.Array, factors: Factors | None, fixed: Any) -> Any:
-    return x if factors is None else LowRank(factors["left"], factors["right"], x.shape, x.dtype)
+def _stays(params: Any, state: CompressionState, **_: Any) -> CompressionState:
+    return state
 
 
-def _matrix(x: jax.Array) -> jax.Array:
-    """Return an array as a float32 matrix: all axes but the last, against the last."""
-    return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
+    """Return the factors of every layer, each of its own rank, filled up with zeros, whose gradients are zero too."""
+    largest = max(ranks)
+
+    def factors(x: jax.Array, rank: jax.Array) -> Factors:
+        both = _factors(_matrix(x, axes.layer), largest)
+        kept = jnp.arange(largest) < rank
+        return {"left": jnp.where(kept[None, :], both["left"], 0), "right": jnp.where(kept[:, None], both["right"], 0)}
+
+    own = jnp.asarray(ranks, jnp.int32).reshape(tuple(axes.shape[a] for a in axes.stack))
+    return over_layers(factors, axes, ("leaf", "state"), "state")(x, own)
 
 
-def _factors(x: jax.Array, rank: int) -> Factors:
+def _view(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> jax.Array:
+    return _pack(x, factors, fixed, axes).unpack()
+
+
+def _pack(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> LowRank:
+    return LowRank(factors["left"], factors["right"], tuple(x.shape), x.dtype, axes.outputs, axes.stack)
+
+
+def _matrix(x: jax.Array, axes: Axes) -> jax.Array:
+    """Return one layer as a float32 matrix: all axes that are summed over, against the outputs."""
+    order = (*axes.contracted, *axes.outputs)
+    x = x if order == tuple(range(x.ndim)) else jnp.transpose(x, order)
+    return x.reshape(-1, _columns(axes)).astype(jnp.float32)
+
+
+def _columns(axes: Axes) -> int:
+    return math.prod(axes.shape[a] for a in axes.outputs)
+
+
+def _factors(matrix: jax.Array, rank: int) -> Factors:
     """Return the balanced factors of the best approximation of a rank."""
-    u, s, v = jnp.linalg.svd(_matrix(x), full_matrices=False)
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(s[:rank])
     return {"left": u[:, :rank] * root[None, :], "right": root[:, None] * v[:rank]}
 
 
-def _rank_for(x: jax.Array, energy: float) -> int:
-    """Return the least rank whose squared singular values are that share of all, at least 1."""
+def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
+    """Return the least rank of each layer whose squared singular values are that share of all, at least 1."""
     if isinstance(x, Tracer):
         raise ShapeError(
             "svd(energy=...) chooses the factors' shapes by the values of the weights, so its `init` cannot run under jit; "
             "call it outside, or give svd(rank=...)"
         )
-    s = jnp.linalg.svd(_matrix(x), compute_uv=False)
-    squares = (s / jnp.maximum(s[0], jnp.finfo(jnp.float32).tiny)) ** 2
-    left_out = jnp.append(jnp.cumsum(squares[::-1])[::-1], 0.0)  # from the smallest: no rounding at energy 1
-    return max(1, int((left_out > (1 - energy) * squares.sum()).sum()))
+
+    def rank(x: jax.Array) -> jax.Array:
+        s = jnp.linalg.svd(_matrix(x, axes.layer), compute_uv=False)
+        squares = (s / jnp.maximum(s[0], jnp.finfo(jnp.float32).tiny)) ** 2
+        left_out = jnp.append(jnp.cumsum(squares[::-1])[::-1], 0.0)  # from the smallest: no rounding at energy 1
+        return jnp.maximum(1, (left_out > (1 - energy) * squares.sum()).sum())
+
+    ranks = over_layers(rank, axes, ("leaf",), "state")(x)
+    return tuple(int(r) for r in ranks.ravel())
 
 
-def _too_thin(x: jax.Array) -> str | None:
-    return f"it has {x.ndim} axes and a factorisation needs 2" if x.ndim < 2 else None
+def _too_thin(axes: Axes) -> str | None:
+    if len(axes.shape) < 2:
+        return f"it has {len(axes.shape)} axes and a factorisation needs 2"
+    return None if axes.outputs and axes.contracted else "all its axes are inputs, or all are outputs"
 
 
-def _no_gain(x: jax.Array, rank: int) -> str | None:
-    """Say so if the float32 factors would not be smaller than the array."""
-    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
-    factors, dense = 4 * rank * (rows + columns), x.size * x.dtype.itemsize
+def _no_gain(x: jax.Array, axes: Axes, rank: int) -> str | None:
+    """Say so if the float32 factors of a layer would not be smaller than the layer."""
+    size, columns = math.prod(axes.shape), _columns(axes)
+    rows = size // max(columns, 1)
+    factors, dense = 4 * rank * (rows + columns), size * x.dtype.itemsize
     if factors < dense:
         return None
     return f"factors of rank {rank} take {factors:,} bytes, the {rows}x{columns} array itself {dense:,}"

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.prune.masked import Score, Seen, fixed_of, masked
 from compress_jax.prune.structures import Structure
 from compress_jax.prune.target import Sparsity
@@ -85,4 +86,5 @@ def _soft(hard: Compression, threshold: float, every: int) -> Compression:
         }
         return CompressionState({}, {path: {**leaf, "mask": masks[path]} for path, leaf in new.fixed.items()})
 
-    return hard._replace(update=update)
+    soft = hard._replace(update=update, bind=lambda known: _soft(bound(hard, known), threshold, every))
+    return stamped(soft, call_of("movement", of=hard, threshold=threshold))

@@ -1,5 +1,7 @@
 """Random pruning, the baseline: weights drawn by lot are seen as zero."""
 
+from typing import Any
+
 import jax
 
 from compress_jax.core.compression import Compression
@@ -41,6 +43,8 @@ def random(
     """
 
     def measure(seen: Seen) -> jax.Array:
-        return jax.random.uniform(fold_path(key, seen.path), seen.x.shape)  # pyright: ignore[reportArgumentType]
+        own: Any = fold_path(key, seen.path)
+        own = own if seen.layer is None else jax.random.fold_in(own, seen.layer)  # else all layers would have one mask
+        return jax.random.uniform(own, seen.x.shape)
 
     return masked(Score(measure), sparsity, structure, scope=scope, every=every)

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
@@ -51,17 +52,25 @@ def scored(
       >>> c.view(params, c.init(params))["w"].tolist()
       [1.0, 0.0, 1.0]
     """
-    given = None if callable(scores) else flatten(scores)[0]
+    score = Score(lambda seen: seen.carried, lambda seen: _own({}, seen), signed=True)
+    ranked = masked(score, sparsity, structure, scope=scope, every=every)
+    return _with_scores(scores, ranked, lambda found: masked(found, sparsity, structure, scope=scope, every=every), None)
 
-    def compression(found: dict[str, jax.Array]) -> Compression:
-        score = Score(lambda seen: seen.carried, lambda seen: _own(found, seen), signed=True)
-        return masked(score, sparsity, structure, scope=scope, every=every)
+
+def _with_scores(scores: Any, ranked: Compression, build: Callable[[Score], Compression], known: Any) -> Compression:
+    """Replace the `init` of a method that has no scores yet by one that begins with those given."""
 
     def init(params: Params) -> CompressionState:
-        found = flatten(scores(params))[0] if callable(scores) else given
-        return compression(found or {}).init(params)
+        found = flatten(scores(params) if callable(scores) else scores)[0]
+        begun = build(Score(lambda seen: seen.carried, lambda seen: _own(found, seen), signed=True))
+        return (bound(begun, known) if known else begun).init(params)
 
-    return compression(given or {})._replace(init=init)
+    def bind(known: Any) -> Compression:
+        return _with_scores(scores, bound(ranked, known), build, known)
+
+    kind = scores if callable(scores) else flatten(scores)[0]
+    made = ranked._replace(init=init, bind=bind)
+    return stamped(made, call_of("scored", scores=kind, of=ranked), known)
 
 
 def _own(scores: dict[str, jax.Array], seen: Seen) -> jax.Array:

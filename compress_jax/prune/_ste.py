@@ -2,7 +2,8 @@
 
 import jax
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, bound
+from compress_jax.core.describe import describe
 from compress_jax.core.paths import flatten
 from compress_jax.core.straight_through import straight_through
 
@@ -35,7 +36,9 @@ def ste(compression: Compression) -> Compression:
         seen, left = flatten(compression.view(params, state))[0], compression.skipped(params)
         return rebuild({path: x if path in left else _through(x, seen[path]) for path, x in leaves.items()})
 
-    return compression._replace(view=view)
+    return compression._replace(
+        view=view, call=f"ste({describe(compression)})", bind=lambda known: ste(bound(compression, known))
+    )
 
 
 @straight_through

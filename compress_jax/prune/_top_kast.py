@@ -1,14 +1,17 @@
 """Top-KAST: a sparse forward pass, and gradients for somewhat more weights than it uses."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.axes import Axes
+from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.paths import flatten
 from compress_jax.core.straight_through import straight_through
 from compress_jax.prune._magnitude import magnitude
-from compress_jax.prune.masked import fixed_of, of_masks, pruned_leaves, see
+from compress_jax.prune.masked import Leaves, fixed_of, of_masks, see
 from compress_jax.prune.target import Sparsity, Target
 
 
@@ -44,27 +47,46 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
     """
     if all(isinstance(each, (int, float)) for each in (sparsity, backward)) and backward > sparsity:  # type: ignore[operator]
         raise ValueError(f"backward is below the sparsity {sparsity}, as more weights are trained than used, got {backward}")
+    target = Target.of(sparsity, None, scope)
     forward, wide = (magnitude(each, scope=scope, every=every) for each in (sparsity, backward))
-    why_not = Target.of(sparsity, None, scope).why_not
+    return _TopKast(target, forward, wide).compression()
 
-    def split(state: CompressionState, name: str, params: Params) -> CompressionState:
-        return CompressionState({}, {path: fixed_of(state, path)[name] for path in pruned_leaves(params, why_not)})
 
-    def joined(a: CompressionState, b: CompressionState) -> CompressionState:
-        return CompressionState({}, {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()})
+class _TopKast(NamedTuple):
+    target: Target
+    forward: Compression
+    wide: Compression
+    known: Mapping[str, Axes] | None = None
 
-    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
-        a, b = split(state, "mask", params), split(state, "backward", params)
-        return joined(forward.update(params, a, **inputs), wide.update(params, b, **inputs))
+    @property
+    def leaves(self) -> Leaves:
+        return Leaves(self.target.why_not, self.known)
 
-    def view(params: Params, state: CompressionState) -> Params:
+    def compression(self) -> Compression:
+        made = of_masks(self.leaves)._replace(init=self.init, update=self.update, view=self.view, bind=self.bind)
+        return stamped(made, call_of("top_kast", forward=self.forward, backward=self.wide), self.known)
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return _TopKast(self.target, bound(self.forward, known), bound(self.wide, known), known).compression()
+
+    def init(self, params: Params) -> CompressionState:
+        return _joined(self.forward.init(params), self.wide.init(params))
+
+    def update(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        a, b = self.split(state, "mask", params), self.split(state, "backward", params)
+        return _joined(self.forward.update(params, a, **inputs), self.wide.update(params, b, **inputs))
+
+    def split(self, state: CompressionState, name: str, params: Params) -> CompressionState:
+        return CompressionState({}, {path: fixed_of(state, path)[name] for path in self.leaves.of(params)})
+
+    def view(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        own = {path: fixed_of(state, path) for path in pruned_leaves(params, why_not)}
+        own = {path: fixed_of(state, path) for path in self.leaves.of(params)}
         return rebuild({**leaves, **{path: _seen(leaves[path], **masks) for path, masks in own.items()}})
 
-    return of_masks(why_not)._replace(
-        init=lambda params: joined(forward.init(params), wide.init(params)), update=update, view=view
-    )
+
+def _joined(a: CompressionState, b: CompressionState) -> CompressionState:
+    return CompressionState({}, {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()})
 
 
 def _seen(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:

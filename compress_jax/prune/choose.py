@@ -1,10 +1,11 @@
 """From scores to masks: what is kept, under a target."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
+from compress_jax.core.axes import Axes, over_layers
 from compress_jax.prune.amount import amount
 from compress_jax.prune.groups_of_m import largest_of_each
 from compress_jax.prune.pooling import pooled, spread
@@ -15,7 +16,14 @@ from compress_jax.prune.target import Target
 Masks = dict[str, jax.Array]
 
 
-def kept(scores: Mapping[str, jax.Array], target: Target, step: Any, *, signed: bool = False) -> Masks:
+def kept(
+    scores: Mapping[str, jax.Array],
+    target: Target,
+    step: Any,
+    *,
+    signed: bool = False,
+    axes: Mapping[str, Axes] | None = None,
+) -> Masks:
     """Return the masks of what is kept when the lowest scores are pruned, exactly as many units as the target says.
 
     Args:
@@ -23,6 +31,7 @@ def kept(scores: Mapping[str, jax.Array], target: Target, step: Any, *, signed: 
       target: how many, of which units, compared within what.
       step: the step the target is looked up at.
       signed: order scores by value; by default by magnitude.
+      axes: of every leaf; by default as Flax stores kernels. With ``scope="leaf"`` each layer of a stack counts by itself.
 
     Returns:
       bool masks by path, true where an entry is kept. Of equal scores the one earlier in C order is pruned first.
@@ -33,29 +42,34 @@ def kept(scores: Mapping[str, jax.Array], target: Target, step: Any, *, signed: 
       [True, False, False]
     """
     key, structure = (value_bits if signed else magnitude_bits), target.structure
+    axes = axes or {path: Axes.convention(x.shape) for path, x in scores.items()}
     if isinstance(structure, NofM):
-        axes = {path: structure.axes(x.shape) for path, x in scores.items()}
-        return {path: largest_of_each(key(x), structure.n, structure.m, axes[path]) for path, x in scores.items()}
-    pools = {path: _pooled(x, structure, signed) for path, x in scores.items()}
+        along = {path: structure.axes(axes[path]) for path in scores}
+        return {path: largest_of_each(key(x), structure.n, structure.m, along[path]) for path, x in scores.items()}
+    pools = {path: _pooled(x, structure, axes[path], signed) for path, x in scores.items()}
     if target.scope == "global":
         units = sum(pool.size for pool in pools.values())
         share = target.share(next(iter(pools)), step) if pools else 0.0
         pruned = dict(zip(pools, smallest(list(pools.values()), amount(share, units), key), strict=True)) if pools else {}
     else:
-        pruned = {
-            path: smallest([pool], amount(target.share(path, step), pool.size), key)[0] for path, pool in pools.items()
-        }
-    return {path: _spread(~mask, structure, scores[path].shape) for path, mask in pruned.items()}
+        pruned = {path: _smallest_of_layers(pool, axes[path], target.share(path, step), key) for path, pool in pools.items()}
+    return {path: _spread(~mask, structure, axes[path]) for path, mask in pruned.items()}
 
 
-def _pooled(x: jax.Array, structure: Structure | None, signed: bool) -> jax.Array:
+def _smallest_of_layers(pool: jax.Array, axes: Axes, share: Any, key: Callable[..., jax.Array]) -> jax.Array:
+    """Return a mask of the smallest units of every layer, which are pruned."""
+    pruned = amount(share, pool.size // max(axes.layers, 1))
+    return over_layers(lambda layer: smallest([layer], pruned, key)[0], axes, ("leaf",), "leaf")(pool)
+
+
+def _pooled(x: jax.Array, structure: Structure | None, axes: Axes, signed: bool) -> jax.Array:
     """Return the scores of units; single entries stay in their dtype."""
     if structure is None or isinstance(structure, NofM):
         return x
-    return pooled(x if signed else abs(x), structure.window(x.shape), structure.reduce)
+    return pooled(x if signed else abs(x), structure.window(axes), structure.reduce)
 
 
-def _spread(flags: jax.Array, structure: Structure | None, shape: tuple[int, ...]) -> jax.Array:
+def _spread(flags: jax.Array, structure: Structure | None, axes: Axes) -> jax.Array:
     if structure is None or isinstance(structure, NofM):
         return flags
-    return spread(flags, structure.window(shape), shape)
+    return spread(flags, structure.window(axes), axes.shape)

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from compress_jax.core.axes import Axes
 from compress_jax.prune.structures import NofM
 from compress_jax.trace.matrix import MatrixForm
 
@@ -32,7 +33,7 @@ def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[n
     rows, note = np.arange(form.k), ""
     if structure is not None:
         summed = _summed(form)
-        sizes, axes = [form.shape[axis] for axis in summed], structure.axes(form.shape)
+        sizes, axes = [form.shape[axis] for axis in summed], structure.axes(Axes.convention(form.shape))
         if not set(axes) <= set(summed):
             note = f"groups run along axes {summed}, which its site sums over, not along {axes}"
             axes = summed

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Pointwise
 from compress_jax.prune.amount import amount_exact
 from compress_jax.prune.groups_of_m import largest_of_each
@@ -133,7 +134,7 @@ def _part(leaf: Leaf, problem: Problem) -> Leaf:
     """Return the slice of a leaf that a problem is about; groups run along the axes they did."""
     box, groups = problem.box, leaf.groups
     if groups is not None and not box.whole:
-        along = [i for axis in groups.axes(box.shape) for i, own in enumerate(box.of) if own == axis]
+        along = [i for axis in groups.axes(Axes.convention(box.shape)) for i, own in enumerate(box.of) if own == axis]
         groups = replace(groups, axis=tuple(along))
     seen = Pointwise(leaf.seen.see, tuple(box.take(each) for each in leaf.seen.operands))
     return Leaf(box.take(leaf.x), problem, leaf.share, groups, seen)
@@ -169,7 +170,7 @@ def _rest(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
     x = leaf.x.astype(jnp.float32)
     if leaf.groups is not None:  # what is used comes first, and what is not fills what is left of each group
         keys = jnp.where(covered, jnp.where(mask, jnp.uint32(2**31), jnp.uint32(0)), magnitude_bits(x))
-        kept = largest_of_each(keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(x.shape))
+        kept = largest_of_each(keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(Axes.convention(x.shape)))
         return jnp.where(covered, mask, kept)
     free = int((~covered).sum())
     count = min(max(amount_exact(leaf.share, x.size) - int((~mask & covered).sum()), 0), free)

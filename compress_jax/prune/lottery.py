@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, bound
+from compress_jax.core.describe import describe
 from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.core.paths import flatten, owner
 
@@ -66,7 +67,9 @@ def nested(compression: Compression) -> Compression:
     def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
         return compression.update(compression.view(params, state), state, **inputs)
 
-    return compression._replace(update=update)
+    return compression._replace(
+        update=update, call=f"nested({describe(compression)})", bind=lambda known: nested(bound(compression, known))
+    )
 
 
 def rewind(state: Any, saved: Any, masks: CompressionState, *, weights: bool = True) -> Any:

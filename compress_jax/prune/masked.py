@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.axes import Axes, known_axes, over_layers
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ShapeError, StateError
-from compress_jax.core.leafwise import check_finite, fold_path, leafwise, why_not_float
+from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
 from compress_jax.prune.choose import Masks, kept
@@ -26,6 +28,7 @@ class Seen(NamedTuple):
       grad: the gradient of the loss at the weights the model used; None in `init`.
       carried: what `Score.begin` or `Score.follow` returned last; None for a score without.
       key: the leaf's own typed PRNG key of this step, or None.
+      layer: which layer of a stack ``x`` is, a traced integer; None where the leaf is no stack.
     """
 
     path: str
@@ -34,13 +37,15 @@ class Seen(NamedTuple):
     grad: Any = None
     carried: Any = None
     key: Any = None
+    layer: Any = None
 
 
 class Score(NamedTuple):
     """How much each entry of a leaf matters; what matters least is pruned.
 
     Attributes:
-      measure: ``(Seen) -> scores``, floating point, the shape of the leaf.
+      measure: ``(Seen) -> scores``, floating point, the shape of the leaf. Of a stack it is given one layer at a time, what
+        is carried cut likewise.
       begin: ``(Seen) -> carried``, any tree of arrays, for a score that remembers; None for one that does not.
       follow: ``(Seen) -> carried`` at every update; by default what is carried stays.
       signed: scores are compared by value; by default by magnitude.
@@ -137,9 +142,19 @@ def _is_score(score: Any) -> Score:
     return score
 
 
-def _measured(score: Score, seen: Seen) -> jax.Array:
+def _measured(score: Score, seen: Seen, axes: Axes) -> jax.Array:
     """Return the scores of a leaf: one for each entry, or its mask would broadcast."""
-    found = score.measure(seen)
+
+    def measure(x: jax.Array, grad: Any, carried: Any, layer: Any) -> jax.Array:
+        return score.measure(seen._replace(x=x, grad=grad, carried=carried, layer=layer))
+
+    if axes.stack:
+        sizes = tuple(axes.shape[a] for a in axes.stack)
+        layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(sizes)
+        args = ("leaf", "leaf", "leaf", "state")
+        found = over_layers(measure, axes, args, "leaf")(seen.x, seen.grad, seen.carried, layers)
+    else:
+        found = score.measure(seen)
     if found.shape != seen.x.shape:
         raise ShapeError(f"leaf {seen.path!r} of shape {seen.x.shape} was given scores of shape {found.shape}")
     return found
@@ -160,30 +175,66 @@ def mask_of(fixed: Any) -> jax.Array:
     return fixed["mask"] if isinstance(fixed, Mapping) else fixed
 
 
-def of_masks(why_not: Callable[[str, Any], str | None]) -> Compression:
+def of_masks(leaves: "Leaves") -> Compression:
     """Return a Compression whose view, packed form and reasons are those of masks; `init` and `update` are to be replaced.
 
     Args:
-      why_not: ``(path, x) -> reason`` to leave a leaf alone, or None.
+      leaves: which are pruned.
 
     Returns:
-      The Compression.
+      The Compression, without a stamp: whoever replaces its functions gives it one.
     """
-    return leafwise(
-        lambda x, learned, fixed: see(x, mask_of(fixed)),
-        init=lambda x, key: (None, jnp.full_like(x, True, dtype=bool)),
-        pack=lambda x, learned, fixed: pack(see(x, mask_of(fixed)), mask_of(fixed)),
-        why_not=why_not,
-        pointwise=lambda x, learned, fixed: Pointwise(see, (mask_of(fixed),)),
-    )
+
+    def masks(params: Params, state: CompressionState) -> dict[str, tuple[jax.Array, jax.Array]]:
+        return {path: (x, mask_of(fixed_of(state, path))) for path, x in leaves.of(params).items()}
+
+    def view(params: Params, state: CompressionState) -> Params:
+        every, rebuild = flatten(params)
+        return rebuild({**every, **{path: see(x, mask) for path, (x, mask) in masks(params, state).items()}})
+
+    def packed(params: Params, state: CompressionState) -> Params:
+        every, rebuild = flatten(params)
+        return rebuild({**every, **{path: pack(see(x, mask), mask) for path, (x, mask) in masks(params, state).items()}})
+
+    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        return {path: Pointwise(see, (mask,)) for path, (_, mask) in masks(params, state).items()}
+
+    def unset(*_: Any, **__: Any) -> CompressionState:
+        raise NotImplementedError
+
+    return Compression(unset, view, unset, packed, leaves.skipped, pointwise, axes=leaves.axes)
 
 
-def pruned_leaves(params: Params, why_not: Callable[[str, Any], str | None]) -> dict[str, jax.Array]:
-    """Return the leaves that are pruned, by path, all found to be finite."""
-    leaves = {path: x for path, x in flatten(params)[0].items() if not (why_not_float(path, x) or why_not(path, x))}
-    for path, x in leaves.items():
-        check_finite(path, x)
-    return leaves
+class Leaves(NamedTuple):
+    """Which leaves a method prunes, and what is known of their axes.
+
+    Attributes:
+      why_not: ``(path, x, axes) -> reason`` to leave a leaf alone, or None.
+      known: the axes by path, if the method is bound.
+    """
+
+    why_not: Callable[[str, Any, Axes], str | None]
+    known: Mapping[str, Axes] | None = None
+
+    def reason(self, path: str, x: Any) -> str | None:
+        """Say why a leaf is left alone, or return None."""
+        return why_not_float(path, x) or self.why_not(path, x, known_axes(self.known, path, x))
+
+    def skipped(self, params: Params) -> dict[str, str]:
+        """Return the leaves that are left alone, with the reasons."""
+        return {path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))}
+
+    def of(self, params: Params) -> dict[str, jax.Array]:
+        """Return the leaves that are pruned, by path, all found to be finite."""
+        leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
+        for path, x in leaves.items():
+            check_finite(path, x)
+        return leaves
+
+    def axes(self, params: Params) -> dict[str, Axes]:
+        """Return the axes of the leaves that are pruned."""
+        leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
+        return {path: known_axes(self.known, path, x) for path, x in leaves.items()}
 
 
 def fixed_of(state: CompressionState, path: str) -> Any:
@@ -214,23 +265,33 @@ class _Masked(NamedTuple):
     score: Score
     target: Target
     every: int
+    known: Mapping[str, Axes] | None = None
+
+    @property
+    def leaves(self) -> Leaves:
+        return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
-        return of_masks(self.target.why_not)._replace(init=self.init, update=self.update)
+        made = of_masks(self.leaves)._replace(init=self.init, update=self.update, bind=self.bind)
+        call = call_of("masked", score=self.score, sparsity=self.target, every=self.every)
+        return stamped(made, call, self.known)
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return self._replace(known=known).compression()
 
     def init(self, params: Params) -> CompressionState:
         self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
-        seen = {path: Seen(path, x) for path, x in pruned_leaves(params, self.target.why_not).items()}
+        seen = {path: Seen(path, x) for path, x in self.leaves.of(params).items()}
         if self.score.begin is not None:
             seen = {path: each._replace(carried=self.score.begin(each)) for path, each in seen.items()}
         if self.score.needs_grads:
             return self.state(seen, {path: jnp.full_like(each.x, True, dtype=bool) for path, each in seen.items()})
-        return self.state(seen, self.masks(seen, 0))
+        return self.state(seen, self.masks(params, seen, 0))
 
     def update(
         self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, key: Any = None, **_: Any
     ) -> CompressionState:
-        leaves = pruned_leaves(params, self.target.why_not)
+        leaves = self.leaves.of(params)
         gradients = gradients_of(leaves, grads, self.score.needs_grads)
         seen, old = {}, {}
         for path, x in leaves.items():
@@ -239,13 +300,14 @@ class _Masked(NamedTuple):
             each = Seen(path, x, step, gradients.get(path), carried, fold_path(key, path))
             seen[path] = each._replace(carried=self.score.follow(each)) if self.score.follow is not None else each
         if self.every == 1:
-            return self.state(seen, self.masks(seen, step))
+            return self.state(seen, self.masks(params, seen, step))
         now = jnp.asarray(step) % self.every == 0
-        return self.state(seen, jax.lax.cond(now, lambda: self.masks(seen, step), lambda: old))
+        return self.state(seen, jax.lax.cond(now, lambda: self.masks(params, seen, step), lambda: old))
 
-    def masks(self, seen: dict[str, Seen], step: Any) -> Masks:
-        scores = {path: _measured(self.score, each) for path, each in seen.items()}
-        return kept(scores, self.target, step, signed=self.score.signed)
+    def masks(self, params: Params, seen: dict[str, Seen], step: Any) -> Masks:
+        axes = self.leaves.axes(params)
+        scores = {path: _measured(self.score, each, axes[path]) for path, each in seen.items()}
+        return kept(scores, self.target, step, signed=self.score.signed, axes=axes)
 
     def state(self, seen: dict[str, Seen], masks: Masks) -> CompressionState:
         if self.score.begin is None:

@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core import chain
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, identity
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, identity, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.parts import joined
 from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.stamp import seal
 from compress_jax.prune.layer import AS_IT_IS, Leaf, Method, pruned_leaf
-from compress_jax.prune.masked import of_masks
+from compress_jax.prune.masked import Leaves, of_masks
 from compress_jax.prune.structures import NofM, Structure
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.trace import Calibration
+from compress_jax.trace._layouts import layouts_of_sites
 from compress_jax.trace.matrix import Problem, problems
 
 
@@ -77,7 +80,8 @@ def prune(
     wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
     target.check(wanted)
     skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
-    rounding, state = (quantizer or identity()), (quantizer or identity()).init(params)
+    rounding = bound(quantizer or identity(), layouts_of_sites(calibration.sites.values(), leaves))
+    state = rounding.init(params)
     seen = _pointwise(rounding, params, state)
     new, masks, notes = dict(leaves), {}, {}
     for path, x in leaves.items():
@@ -91,12 +95,29 @@ def prune(
         new[path], mask, note = pruned_leaf(path, given, tasks[path], judges.get(path, ()), method, instead)
         masks |= {} if left else {path: mask}
         notes |= {path: note} if note else {}
+    return _held(rebuild(new), masks, target, quantizer and rounding, state, skipped, notes)
+
+
+def _held(
+    new: Params,
+    masks: dict[str, jax.Array],
+    target: Target,
+    quantizer: Compression | None,
+    state: CompressionState,
+    skipped: dict[str, str],
+    notes: dict[str, str],
+) -> Pruned:
+    """Return new params with the compression that holds their masks, and rounds if a quantizer does."""
     fixed = CompressionState({}, masks)
-    held = of_masks(lambda path, x: skipped.get(path))._replace(init=lambda params: fixed)
+    held = of_masks(Leaves(lambda path, x, axes: skipped.get(path)))
+    held = held._replace(init=lambda params: fixed, update=lambda params, state, **_: state)
+    held = stamped(held, call_of("solved_masks", sparsity=target, leaves=sorted(masks)))
+    own = held.init(new)
     if quantizer is None:
-        return Pruned(held.view(rebuild(new), fixed), fixed, held, skipped, notes)
-    both, state = chain(held, quantizer), joined([fixed, state])
-    rounded = both.view(rebuild(new), state)
+        return Pruned(held.view(new, own), own, held, skipped, notes)
+    both = chain(held, quantizer)
+    state = seal(both.call, None, new, joined([own, state]))
+    rounded = both.view(new, state)
     _check_zeros(flatten(rounded)[0], masks)
     return Pruned(rounded, state, both, skipped, notes)
 

@@ -1,18 +1,20 @@
 """Dynamic sparse training: the smallest kept weights are dropped, others grown; the builder of `set` and `rigl`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.axes import Axes, over_layers
+from compress_jax.core.compression import Compression, CompressionState, Params, stamped
+from compress_jax.core.describe import call_of
 from compress_jax.core.leafwise import fold_path, why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.prune.amount import amount
 from compress_jax.prune.choose import kept
-from compress_jax.prune.masked import Seen, fixed_of, gradients_of, of_masks, pruned_leaves
+from compress_jax.prune.masked import Leaves, Seen, fixed_of, gradients_of, of_masks
 from compress_jax.prune.select import magnitude_bits, smallest_by
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.prune.wide import choose, less
@@ -78,8 +80,7 @@ def regrowing(
         raise ValueError(f"drop is the share of kept weights to replace, between 0 and 1, got {drop}")
     stop = int(until * steps)
     fall: Any = drop if callable(drop) else lambda step: _cosine(drop, step, stop)
-    rule = _Regrow(growth, Target.of(sparsity), key, fall, every, stop)
-    return of_masks(rule.target.why_not)._replace(init=rule.init, update=rule.update)
+    return _Regrow(growth, Target.of(sparsity), key, fall, every, stop).compression()
 
 
 def _cosine(drop: float, step: jax.Array, stop: int) -> jax.Array:
@@ -93,33 +94,51 @@ class _Regrow(NamedTuple):
     drop: Callable[[Any], Any]
     every: int
     stop: int
+    known: Mapping[str, Axes] | None = None
+
+    @property
+    def leaves(self) -> Leaves:
+        return Leaves(self.target.why_not, self.known)
+
+    def compression(self) -> Compression:
+        made = of_masks(self.leaves)._replace(init=self.init, update=self.update, bind=self.bind)
+        options = {"growth": self.growth, "sparsity": self.target, "key": self.key, "drop": self.drop}
+        call = call_of("regrowing", every=self.every, stop=self.stop, **options)
+        return stamped(made, call, self.known)
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return self._replace(known=known).compression()
 
     def init(self, params: Params) -> CompressionState:
         self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
-        leaves = pruned_leaves(params, self.target.why_not)
-        draws = {path: jax.random.uniform(self.own(path), x.shape) for path, x in leaves.items()}
-        masks = kept(draws, self.target, 0)
+        draws = {path: jax.random.uniform(self.own(path), x.shape) for path, x in self.leaves.of(params).items()}
+        masks = kept(draws, self.target, 0, axes=self.leaves.axes(params))
         return _state(masks, masks)
 
     def own(self, path: str) -> Any:
         return fold_path(self.key, path)
 
     def update(self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, **_: Any) -> CompressionState:
-        leaves = pruned_leaves(params, self.target.why_not)
+        leaves, axes = self.leaves.of(params), self.leaves.axes(params)
         gradients = gradients_of(leaves, grads, self.growth.needs_grads)
         old = {path: fixed_of(state, path)["mask"] for path in leaves}
         step = jnp.asarray(step)
 
         def turn() -> dict[str, jax.Array]:
-            return {path: self.turned(path, x, old[path], gradients.get(path), step) for path, x in leaves.items()}
+            return {
+                path: self.turned(path, x, old[path], gradients.get(path), step, axes[path]) for path, x in leaves.items()
+            }
 
         due = (step % self.every == 0) & (step > 0) & (step <= self.stop)
         return _state(jax.lax.cond(due, turn, lambda: old), old)
 
-    def turned(self, path: str, x: jax.Array, live: jax.Array, grad: Any, step: jax.Array) -> jax.Array:
+    def turned(self, path: str, x: jax.Array, live: jax.Array, grad: Any, step: jax.Array, axes: Axes) -> jax.Array:
         seen = Seen(path, x, step, grad, key=jax.random.fold_in(self.own(path), step + 1))
         share, drop = self.target.share(path, step), jnp.asarray(self.drop(step), jnp.float32)
-        return turnover(x, self.growth.measure(seen), live, share, drop)
+        change = over_layers(
+            lambda x, growth, live: turnover(x, growth, live, share, drop), axes, ("leaf", "leaf", "leaf"), "leaf"
+        )
+        return change(x, self.growth.measure(seen), live)
 
 
 def turnover(x: jax.Array, growth: jax.Array, live: jax.Array, sparsity: Any, drop: jax.Array) -> jax.Array:

@@ -1,12 +1,13 @@
 """Structures: which entries are kept or pruned together. Small values, given to any pruning method.
 
-A structure says of a leaf's shape whether it fits (`why_not`), and what goes together: the window of a unit, or groups of
+A structure says of a leaf's axes whether it fits (`why_not`), and what goes together: the window of a unit, or groups of
 which n of m entries are kept.
 """
 
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from compress_jax.core.axes import Axes as Layout
 from compress_jax.prune.pooling import Window, check_reduction
 
 Axes = tuple[int, ...]
@@ -19,20 +20,28 @@ class NofM:
 
     n: int
     m: int
-    axis: Axes
+    axis: Axes | None
 
     @property
     def sparsity(self) -> float:
         """The share that is pruned of full groups."""
         return 1 - self.n / self.m
 
-    def why_not(self, shape: Shape) -> str | None:
-        """Say why an array of this shape has no such groups, or return None."""
-        return _missing(self.axis, shape)
+    def along(self, layout: Layout) -> Axes:
+        """Return the axes groups run along: those given, else the inputs a trace tells, else the last but one."""
+        if self.axis is not None:
+            return self.axis
+        if layout.source == "convention":
+            return (-2,)
+        return tuple(a for a in layout.contracted if a not in layout.window) or layout.contracted
 
-    def axes(self, shape: Shape) -> Axes:
+    def why_not(self, layout: Layout) -> str | None:
+        """Say why a leaf has no such groups, or return None."""
+        return _missing(self.along(layout), layout)
+
+    def axes(self, layout: Layout) -> Axes:
         """Return the axes of groups, nonnegative."""
-        return tuple(axis % len(shape) for axis in self.axis)
+        return tuple(axis % len(layout.shape) for axis in self.along(layout))
 
 
 @dataclass(frozen=True)
@@ -42,54 +51,65 @@ class Block:
     shape: Shape
     reduce: str
 
-    def why_not(self, shape: Shape) -> str | None:
-        """Say why an array of this shape has no such blocks, or return None."""
-        few = len(shape) < len(self.shape)
-        return f"blocks of shape {self.shape} need rank {len(self.shape)}, it has {len(shape)}" if few else None
+    def why_not(self, layout: Layout) -> str | None:
+        """Say why a leaf has no such blocks, or return None."""
+        rank = len(layout.shape) - len(layout.stack)
+        few = rank < len(self.shape)
+        return f"blocks of shape {self.shape} need rank {len(self.shape)}, it has {rank}" if few else None
 
-    def window(self, shape: Shape) -> Window:
-        """Return the shape of a block in the rank of the array, no longer than the array."""
-        full = (1,) * (len(shape) - len(self.shape)) + self.shape
-        return tuple(min(w, n) for w, n in zip(full, shape, strict=True))
+    def window(self, layout: Layout) -> Window:
+        """Return the shape of a block in the rank of the array, no longer than the array; 1 along stacked layers."""
+        own = layout.layer.shape
+        full = iter((1,) * (len(own) - len(self.shape)) + self.shape)
+        return tuple(1 if a in layout.stack else min(next(full), n) for a, n in enumerate(layout.shape))
 
 
 @dataclass(frozen=True)
 class Channel:
     """Everything at one index of ``axis``, or at one of ``parts`` equal runs of it; made by `channel` and `head`."""
 
-    axis: Axes
+    axis: Axes | None
     reduce: str
     parts: int | None = None
 
-    def why_not(self, shape: Shape) -> str | None:
-        """Say why an array of this shape has no such channels, or return None."""
-        if missing := _missing(self.axis, shape):
+    def along(self, layout: Layout) -> Axes:
+        """Return the axes that index channels: those given, else the outputs; of a layer of rank 1 its only axis."""
+        if self.axis is not None:
+            return self.axis
+        left = tuple(a for a in range(len(layout.shape)) if a not in layout.stack)
+        return layout.outputs or left[-1:] or (-1,)
+
+    def why_not(self, layout: Layout) -> str | None:
+        """Say why a leaf has no such channels, or return None."""
+        axes, shape = self.along(layout), layout.shape
+        if missing := _missing(axes, layout):
             return missing
-        if self.parts and shape[self.axis[0]] % self.parts:
-            return f"{self.parts} heads do not divide the {shape[self.axis[0]]} entries of axis {self.axis[0]}"
+        if self.parts and shape[axes[0]] % self.parts:
+            return f"{self.parts} heads do not divide the {shape[axes[0]]} entries of axis {axes[0]}"
         return None
 
-    def window(self, shape: Shape) -> Window:
-        """Return the shape of a channel."""
-        chosen = {axis % len(shape) for axis in self.axis}
-        run = shape[self.axis[0]] // self.parts if self.parts else 1
-        return tuple(run if axis in chosen else n for axis, n in enumerate(shape))
+    def window(self, layout: Layout) -> Window:
+        """Return the shape of a channel; 1 along stacked layers."""
+        shape, axes = layout.shape, self.along(layout)
+        chosen = {axis % len(shape) for axis in axes}
+        run = shape[axes[0]] // self.parts if self.parts else 1
+        return tuple(1 if a in layout.stack else run if a in chosen else n for a, n in enumerate(shape))
 
 
 Structure: TypeAlias = NofM | Block | Channel
 
 
-def n_m(n: int, m: int, axis: int | Axes = -2) -> NofM:
+def n_m(n: int, m: int, axis: int | Axes | None = None) -> NofM:
     """Return the structure that keeps ``n`` of every ``m`` consecutive entries along an axis.
 
     It sets the sparsity, ``1 - n / m``: give None as the method's, or that number. For hardware, ``axis`` is what the
-    product sums over: of Flax kernels ``[in, out]`` and ``[height, width, in, out]`` it is -2, of an attention output
-    projection ``[heads, head_dim, out]`` (0, 1). A last group that is not full keeps ``min(n, its size)``.
+    product sums over. A trace tells it (`cj.bind`); without one it is -2, as Flax kernels ``[in, out]`` and
+    ``[height, width, in, out]`` have it. A last group that is not full keeps ``min(n, its size)``.
 
     Args:
       n: how many are kept.
       m: out of how many.
-      axis: along which groups run; several axes are joined in C order.
+      axis: along which groups run; several axes are joined in C order. Default: the inputs.
 
     Returns:
       The structure.
@@ -110,7 +130,7 @@ def n_m(n: int, m: int, axis: int | Axes = -2) -> NofM:
     """
     if not (isinstance(n, int) and isinstance(m, int) and 0 < n <= m):
         raise ValueError(f"n_m keeps n of every m entries, 0 < n <= m, got n={n}, m={m}")
-    return NofM(n, m, _axes(axis))
+    return NofM(n, m, None if axis is None else _axes(axis))
 
 
 def block(shape: Shape, reduce: str = "mean") -> Block:
@@ -144,13 +164,14 @@ def block(shape: Shape, reduce: str = "mean") -> Block:
     return Block(tuple(shape), check_reduction(reduce))
 
 
-def channel(axis: int | Axes = -1, reduce: str = "mean") -> Channel:
+def channel(axis: int | Axes | None = None, reduce: str = "mean") -> Channel:
     """Return the structure of whole channels: everything at one index of an axis.
 
     The sparsity is the share of channels. Pruned channels are zeros in an array of the same shape; `shrink` removes them.
 
     Args:
-      axis: which axis indexes channels (Flax kernels keep their outputs last); several for one unit an index pair.
+      axis: which axis indexes channels; several for one unit an index pair. Default: the outputs, which a trace tells
+        (`cj.bind`) and Flax kernels keep last.
       reduce: how scores of entries make the score of a channel: ``"mean"``, ``"sum"``, ``"l2"`` or ``"max"``.
 
     Returns:
@@ -169,7 +190,7 @@ def channel(axis: int | Axes = -1, reduce: str = "mean") -> Channel:
     References:
       Li et al., "Pruning Filters for Efficient ConvNets", 2017, section 3.1.
     """
-    return Channel(_axes(axis), check_reduction(reduce))
+    return Channel(None if axis is None else _axes(axis), check_reduction(reduce))
 
 
 def head(axis: int = -2, heads: int | None = None, reduce: str = "mean") -> Channel:
@@ -209,9 +230,12 @@ def _axes(axis: int | Axes) -> Axes:
     return axes
 
 
-def _missing(axes: Axes, shape: Shape) -> str | None:
+def _missing(axes: Axes, layout: Layout) -> str | None:
+    shape = layout.shape
     absent = [axis for axis in axes if not -len(shape) <= axis < len(shape)]
     if absent:
         return f"it has no axis {absent[0]}, only {len(shape)}" if shape else f"it is a scalar and has no axis {absent[0]}"
-    same = len({axis % len(shape) for axis in axes}) < len(axes)
-    return f"two of the axes {axes} are the same one of its {len(shape)}" if same else None
+    if len({axis % len(shape) for axis in axes}) < len(axes):
+        return f"two of the axes {axes} are the same one of its {len(shape)}"
+    stacked = [axis for axis in axes if axis % len(shape) in layout.stack]
+    return f"axis {stacked[0]} holds its stacked layers" if stacked else None

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import optax
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.paths import match, matches
 from compress_jax.prune.structures import NofM, Structure
 
@@ -62,11 +63,11 @@ class Target:
         _implied(sparsity, self.structure)
         return self
 
-    def why_not(self, path: str, x: Any) -> str | None:
+    def why_not(self, path: str, x: Any, axes: Axes | None = None) -> str | None:
         """Say why a leaf is not pruned, or return None."""
         if not any(matches(glob, path) for glob, _ in self.rules):
             return "no sparsity is given for it"
-        return self.structure.why_not(x.shape) if self.structure else None
+        return self.structure.why_not(axes or Axes.convention(x.shape)) if self.structure else None
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise NoMatchError if a glob matches none of the leaves."""

@@ -12,6 +12,8 @@ from compress_jax.core.errors import NonFiniteError, StateError
 from compress_jax.quantize.activation import ActivationQuantizer, Own
 from compress_jax.quantize.choice import How, Where, choose, chosen, pairs
 from compress_jax.trace import calibrate, sites
+from compress_jax.trace._calibrate import Masks
+from compress_jax.trace._observe import masks_of
 from compress_jax.trace.evaluate import Hooks, Results
 from compress_jax.trace.rebuild import bind
 from compress_jax.trace.reducer import Reducer
@@ -28,11 +30,11 @@ class Activations(NamedTuple):
     activations; what ``own`` holds is its quantizer's affair, stacked inside loops.
 
     Attributes:
-      init: ``(params, batches=()) -> ranges``, from calibration batches, each what the model takes after params (a tuple is
-        several arguments). Dynamic quantizers need none.
+      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches, each what the model takes after params
+        (a tuple is several arguments), and of them what counts, see `trace.calibrate`. Dynamic quantizers need none.
       apply: ``(params, ranges, *inputs) -> out``; differentiable in params and in learned ranges.
-      update: ``(params, ranges, *inputs) -> (out, new ranges)``: ranges move with this batch, and the output is that of the
-        new ones. Where a range is NaN, or ``ranges`` is None, this batch sets it.
+      update: ``(params, ranges, *inputs, mask=None) -> (out, new ranges)``: ranges move with this batch, with what of it
+        counts, and the output is that of the new ones. Where a range is NaN, or ``ranges`` is None, this batch sets it.
       table: ``(params, *inputs) -> {site name: what is done there, or why nothing is}``.
     """
 
@@ -71,28 +73,35 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
       {'kernel': "static(bits=4, symmetric=True, granularity='tensor', range='minmax')"}
     """
 
-    def init(params: Any, batches: Iterable[Any] = ()) -> Ranges:
+    def init(params: Any, batches: Iterable[Any] = (), mask: Masks | None = None) -> Ranges:
         batches = list(batches)
         if not batches and not any(each.reducer for _, each in pairs(how) if each):
             return {}
-        seen = calibrate(fn, _reducer(how, where), params, batches)
+        seen = calibrate(fn, _reducer(how, where), params, batches, mask=mask)
         quantizers = chosen(seen.sites.values(), how, where)
         return {name: _calibrated(seen.sites[name], each, seen[name]) for name, each in quantizers.items()}
 
-    def run(params: Any, ranges: Ranges | None, inputs: tuple[Any, ...], moving: bool) -> tuple[Any, Ranges]:
+    def run(
+        params: Any, ranges: Ranges | None, inputs: tuple[Any, ...], moving: bool, mask: Any = None
+    ) -> tuple[Any, Ranges]:
         def hooks(found: dict[Position, Site]) -> Hooks:
             quantizers = chosen(found.values(), how, where)
             _require(quantizers, ranges, moving)
             kept = {position: site for position, site in found.items() if site.name in quantizers}
             return Hooks(kept, lambda site, *rest: _quantized(quantizers[site.name], moving, site, *rest))
 
-        return hooked(fn, hooks, None, _Given(ranges or {}))(params, *inputs)
+        own = {name: {"own": each} for name, each in (ranges or {}).items()}
+        if mask is not None:
+            found = [site for site in sites(fn, params, *inputs) if not isinstance(choose(site, how, where), str)]
+            for name, masks in masks_of(fn, [site.name for site in found], mask, params, *inputs).items():
+                own[name] = {**own.get(name, {}), "masks": masks}
+        return hooked(fn, hooks, None, _Given(own))(params, *inputs)
 
     def apply(params: Any, ranges: Ranges, *inputs: Any) -> Any:
         return run(params, ranges, inputs, moving=False)[0]
 
-    def update(params: Any, ranges: Ranges | None, *inputs: Any) -> tuple[Any, Ranges]:
-        out, new = run(params, ranges, inputs, moving=True)
+    def update(params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None) -> tuple[Any, Ranges]:
+        out, new = run(params, ranges, inputs, moving=True, mask=mask)
         return out, {name: jax.tree.map(_known, (ranges or {}).get(name) or own, own) for name, own in new.items()}
 
     def table(params: Any, *inputs: Any) -> dict[str, str]:
@@ -104,7 +113,7 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
 
 
 class _Given(dict[str, Any]):
-    """Ranges by site, and nothing for every site that has none."""
+    """Ranges and masks by site, and nothing for every site that has none."""
 
     def __contains__(self, name: object) -> bool:
         return True
@@ -128,11 +137,14 @@ def _reducer(how: How, where: Where) -> Reducer:
     """Return the reducer that keeps at each site what its quantizer needs, under the number of that quantizer."""
     every = [each for _, each in pairs(how) if each is not None]
 
-    def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, Any]:
+    def masked(site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]) -> dict[str, Any]:
         each = choose(site, how, where)
         if isinstance(each, str) or each.reducer is None:
             return {}
-        return {str(every.index(each)): each.reducer(site, lhs, rhs)}
+        return {str(every.index(each)): each.reducer(site, lhs, rhs, masks)}
+
+    def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, Any]:
+        return masked(site, lhs, rhs, {})
 
     def of(number: str) -> Reducer:
         reducer = every[int(number)].reducer
@@ -143,6 +155,7 @@ def _reducer(how: How, where: Where) -> Reducer:
         reduce,
         lambda old, new: {number: of(number).merge(old[number], new[number]) for number in new},
         lambda seen: {number: of(number).finish(statistics) for number, statistics in seen.items()},
+        masked,
     )
 
 
@@ -164,12 +177,13 @@ def _calibrated(site: Site, quantizer: ActivationQuantizer, seen: dict[str, Any]
 
 
 def _quantized(
-    quantizer: ActivationQuantizer, moving: bool, site: Site, eqn: JaxprEqn, operands: list[Any], given: dict[str, Own]
+    quantizer: ActivationQuantizer, moving: bool, site: Site, eqn: JaxprEqn, operands: list[Any], told: dict[str, Any]
 ) -> Results:
     """Run a contraction on quantized activations; if ranges move, return those that this batch led to."""
-    seen, new, args = None, {}, list(operands)
+    seen, new, args, given = None, {}, list(operands), told.get("own", {})
     if moving and quantizer.reducer is not None:
-        seen = quantizer.reducer.finish(quantizer.reducer(site, *map(jax.lax.stop_gradient, operands[:2])))
+        lhs, rhs = map(jax.lax.stop_gradient, operands[:2])
+        seen = quantizer.reducer.finish(quantizer.reducer(site, lhs, rhs, told.get("masks")))
     for key, index in site.inputs.items():
         new[key] = given.get(key, {})
         if seen is not None:

@@ -46,7 +46,7 @@ def adaround(
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default ``compression.init(params)``.
+      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
       steps: of Adam.
       rate: of Adam.
       weight: :math:`\lambda`.

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, Params
+from compress_jax.core.compression import Compression, Params, bound
 from compress_jax.core.paths import flatten
 from compress_jax.quantize._clip import clipped_state, output_errors, unseen
 from compress_jax.quantize.folding import Fold, folds
 from compress_jax.quantize.solved import Solved
 from compress_jax.trace import Calibration, evidence
+from compress_jax.trace._layouts import layouts_of_sites
 from compress_jax.trace.matrix import Problem, problems
 from compress_jax.trace.scaling import Part
 
@@ -72,6 +73,7 @@ def awq(
       the weights in s).
     """
     leaves, rebuild = flatten(params)
+    compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
     seen = compression.pointwise(params, compression.init(params))
     tasks, reasons = problems(calibration, leaves)
     tasks = {path: task for path, task in tasks.items() if path in seen}
@@ -96,7 +98,8 @@ def awq(
     notes = {path: "; ".join(filter(None, (note, unseen(path, tasks[path])))) for path, note in notes.items()}
     tree = rebuild(scaled)
     state = clipped_state(tree, compression, tasks) if clipped else compression.init(tree)
-    return Solved(compression.view(tree, state), state, {**compression.skipped(params), **skipped}, notes)
+    skipped = {**compression.skipped(params), **skipped}
+    return Solved(compression.view(tree, state), state, skipped, notes, compression)
 
 
 def _shrunk(own: Sequence[Problem], fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any) -> tuple[Problem, ...]:

@@ -18,7 +18,7 @@ from compress_jax.quantize.scales import counts, usable
 def binary(
     granularity: Granularity = "channel",
     scale: str | float | LevelRule = "mse",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
     *,
     clip: float | None = None,

@@ -14,7 +14,7 @@ _TWO_LEVEL = {"absmax": block_scales.two_level, "mse": block_scales.best_two_lev
 
 
 def mxfp8(
-    kind: str = "e4m3", scale: str | LevelRule = "floor", axis: int | tuple[int, ...] = -1, pad: bool = False
+    kind: str = "e4m3", scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False
 ) -> Compression:
     r"""Round blocks of 32 weights to 8-bit floats times a power of two, the MXFP8 of the OCP specification.
 
@@ -42,7 +42,7 @@ def mxfp8(
     return on_levels(fp8_levels(kind), choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu)
 
 
-def mxfp4(scale: str | LevelRule = "floor", axis: int | tuple[int, ...] = -1, pad: bool = False) -> Compression:
+def mxfp4(scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False) -> Compression:
     r"""Round blocks of 32 weights to 4-bit floats e2m1 times a power of two, the MXFP4 of the OCP specification.
 
     Args:
@@ -74,7 +74,7 @@ def mxfp4(scale: str | LevelRule = "floor", axis: int | tuple[int, ...] = -1, pa
     return on_levels(E2M1, choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu)
 
 
-def nvfp4(scale: str | LevelRule = "absmax", axis: int | tuple[int, ...] = -1, pad: bool = False) -> Compression:
+def nvfp4(scale: str | LevelRule = "absmax", axis: int | tuple[int, ...] | None = None, pad: bool = False) -> Compression:
     r"""Round blocks of 16 weights to 4-bit floats e2m1 times an e4m3 scale of the block times a float32 scale of the tensor.
 
     Args:

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params, bound
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
 from compress_jax.trace import Calibration, evidence
+from compress_jax.trace._layouts import layouts_of_sites
 from compress_jax.trace.matrix import Problem, column_errors, problems
 
 FAR = 3e38
@@ -47,13 +48,16 @@ def clip(params: Params, calibration: Calibration, compression: Compression, rat
     References:
       Lin et al., "AWQ", 2024, arXiv:2306.00978; its implementation searches clipping in this way.
     """
+    leaves = flatten(params)[0]
+    compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
     seen = compression.pointwise(params, compression.init(params))
-    tasks, skipped = problems(calibration, flatten(params)[0])
+    tasks, skipped = problems(calibration, leaves)
     skipped = {path: skipped.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
     tasks = {path: own for path, own in tasks.items() if path in seen}
     state = clipped_state(params, compression, tasks, ratios)
     notes = {path: said for path, own in tasks.items() if (said := unseen(path, own))}
-    return Solved(compression.view(params, state), state, {**compression.skipped(params), **skipped}, notes)
+    skipped = {**compression.skipped(params), **skipped}
+    return Solved(compression.view(params, state), state, skipped, notes, compression)
 
 
 def unseen(path: str, tasks: Sequence[Problem]) -> str:

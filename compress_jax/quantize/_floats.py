@@ -12,7 +12,7 @@ def fp8(
     kind: str = "e4m3",
     granularity: Granularity = "tensor",
     scale: str | LevelRule = "absmax",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
 ) -> Compression:
     r"""Round weights to 8-bit floats times a scale, :math:`\hat w = s \, \ell(w / s)`, ties to even, saturating.
@@ -49,7 +49,7 @@ def fp8(
 def fp4(
     granularity: Granularity = "tensor",
     scale: str | LevelRule = "absmax",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
 ) -> Compression:
     r"""Round weights to 4-bit floats e2m1 times a scale, :math:`\hat w = s \, \ell(w / s)`.
@@ -85,7 +85,7 @@ def fp4(
 def nf4(
     granularity: Granularity = 64,
     scale: str | LevelRule = "absmax",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
 ) -> Compression:
     r"""Round weights to NormalFloat4, 16 quantiles of a normal distribution, times a scale.

@@ -46,7 +46,7 @@ def gptq(
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default ``compression.init(params)``.
+      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
       damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is raised tenfold, up to
         five times; a note says so.
       block: inputs after which the error is carried to all that are left.

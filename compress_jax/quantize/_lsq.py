@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.describe import call_of
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
@@ -23,7 +25,7 @@ from compress_jax.trace.site import Site
 def lsq(
     bits: int = 4,
     granularity: Granularity = "tensor",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
     narrow: bool = False,
     start: Rule | None = None,
@@ -65,33 +67,34 @@ def lsq(
     grid = checked(bits, True)._replace(narrow=narrow)
     Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
 
-    def layout_of(x: jax.Array) -> Layout:
-        return Layout.of(x.shape, granularity, axis, pad=pad)
+    def layout_of(axes: Axes) -> Layout:
+        return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
 
-    def init(x: jax.Array, key: Any) -> LeafState:
-        layout = layout_of(x)
+    def init(x: jax.Array, key: Any, axes: Axes) -> LeafState:
+        layout = layout_of(axes)
         arranged = layout.arrange(x.astype(jnp.float32))
         if start is not None:
             return {"scale": start(arranged, layout, grid)[0]}, None
         mean = jnp.abs(arranged).sum(layout.reduced, keepdims=True) * (1 / counts(layout)).astype(np.float32)
         return {"scale": usable(mean * np.float32(2 / grid.qmax**0.5))}, None
 
-    def view(x: jax.Array, learned: Own, fixed: None) -> jax.Array:
-        layout = layout_of(x)
+    def view(x: jax.Array, learned: Own, fixed: None, axes: Axes) -> jax.Array:
+        layout = layout_of(axes)
         gain = (1 / np.sqrt(counts(layout) * grid.qmax)).astype(np.float32)
         return layout.restore(stepped(grid, layout.arrange(x), positive(learned["scale"]), grid.middle, jnp.asarray(gain)))
 
-    def pack(x: jax.Array, learned: Own, fixed: None) -> Quantized:
-        layout, scale = layout_of(x), positive(learned["scale"])
+    def pack(x: jax.Array, learned: Own, fixed: None, axes: Axes) -> Quantized:
+        layout, scale = layout_of(axes), positive(learned["scale"])
         codes = layout.restore(grid.encode(layout.arrange(x), scale, grid.middle))
         return Quantized.pack(codes, bits, scale, grid.middle, layout, x.dtype)
 
     see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
 
-    def pointwise(x: jax.Array, learned: Own, fixed: None) -> Pointwise:
-        return Pointwise(see, (layout_of(x).spread(positive(learned["scale"])),))
+    def pointwise(x: jax.Array, learned: Own, fixed: None, axes: Axes) -> Pointwise:
+        return Pointwise(see, (layout_of(axes).spread(positive(learned["scale"])),))
 
-    return leafwise(view, init=init, pack=pack, pointwise=pointwise)
+    made = call_of("", view, start=start, axis=axis)
+    return leafwise(view, init=init, pack=pack, pointwise=pointwise, layout=True, axis=axis, call=made)
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def signed(
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default ``compression.init(params)``.
+      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
       steps: of the descent.
       rate: the first :math:`\eta`; by default ``1 / steps``, with which V can just reach 1/2.
       held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by

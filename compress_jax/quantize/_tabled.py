@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.describe import call_of
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
-from compress_jax.core.straight_through import pass_within, straight_through
+from compress_jax.core.straight_through import pass_within
 from compress_jax.core.tabled import Tabled
 from compress_jax.quantize import level_scales
 from compress_jax.quantize.level_scales import Fixed, LevelRule
@@ -22,7 +24,7 @@ def tabled(
     levels: Levels,
     granularity: Granularity = "tensor",
     scale: str | LevelRule = "absmax",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
 ) -> Compression:
     r"""Round weights to the nearest of any levels times a scale, :math:`\hat w = s \, \ell(w / s)`.
@@ -58,7 +60,7 @@ def on_levels(
     levels: Levels,
     rule: LevelRule,
     granularity: Granularity,
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
     *,
     scale_dtype: jax.typing.DTypeLike = jnp.float32,
@@ -80,31 +82,44 @@ def on_levels(
     """
     Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
 
-    def layout_of(x: jax.Array) -> Layout:
-        return Layout.of(x.shape, granularity, axis, pad=pad)
+    def layout_of(axes: Axes) -> Layout:
+        return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
 
-    def calibrate(x: jax.Array, *_: Any, **__: Any) -> LeafState:
-        layout = layout_of(x)
+    def init(x: jax.Array, key: Any, axes: Axes) -> LeafState:
+        layout = layout_of(axes)
         return None, rule(layout.arrange(x.astype(jnp.float32)), layout, levels)
+
+    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
+        return init(x, None, axes)
 
     see = partial(_nearest, levels)  # one object, so that what is compiled for one leaf serves the next
 
-    @straight_through
-    def rounded(x: jax.Array, fixed: Fixed) -> jax.Array:
-        layout = layout_of(x)
-        return layout.restore(see(layout.arrange(x), *_factors(fixed)))
+    def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
+        return _rounded(layout_of(axes), levels, pass_within(x, clip), *_factors(fixed))
 
-    def pack(x: jax.Array, _: None, fixed: Fixed) -> Tabled:
-        layout = layout_of(x)
-        codes = layout.restore(levels.encode(_scaled(layout.arrange(x), _factors(fixed)[1])))
+    def pack(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Tabled:
+        layout = layout_of(axes)
+        codes = layout.restore(levels.encode(_scaled(layout.arrange(x), _factors(fixed, layout)[1])))
         scale, tensor = fixed["scale"].astype(scale_dtype), fixed.get("tensor_scale")
         return Tabled.pack(codes, scale, tensor, levels=levels, layout=layout, dtype=x.dtype)
 
-    def pointwise(x: jax.Array, _: None, fixed: Fixed) -> Pointwise:
-        return Pointwise(see, tuple(map(layout_of(x).spread, _factors(fixed))))
+    def pointwise(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Pointwise:
+        layout = layout_of(axes)
+        return Pointwise(see, tuple(map(layout.spread, _factors(fixed, layout))))
 
-    view = lambda x, _, fixed: rounded(pass_within(x, clip), fixed)  # noqa: E731
-    return leafwise(view, init=calibrate, update=calibrate, pack=pack, pointwise=pointwise)
+    made = call_of("", view, rule=rule, scale_dtype=scale_dtype, axis=axis)
+    return leafwise(view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis, call=made)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _rounded(layout: Layout, levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
+    """Return an array on its levels, with the derivative of the identity."""
+    return layout.restore(_nearest(levels, layout.arrange(x), scale, step))
+
+
+@_rounded.defjvp
+def _(layout: Layout, levels: Levels, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    return _rounded(layout, levels, *primals), tangents[0]
 
 
 def _nearest(levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
@@ -116,9 +131,12 @@ def _scaled(x: jax.Array, step: jax.Array) -> jax.Array:
     return x.astype(jnp.float32) * (1 / step)
 
 
-def _factors(fixed: Fixed) -> tuple[jax.Array, jax.Array]:
+def _factors(fixed: Fixed, layout: Layout | None = None) -> tuple[jax.Array, jax.Array]:
     """Return what levels are multiplied by, with the arithmetic of ``Tabled.unpack``, and what weights are divided by."""
-    scale = fixed["scale"] * fixed["tensor_scale"] if "tensor_scale" in fixed else fixed["scale"]
+    scale = fixed["scale"]
+    if "tensor_scale" in fixed:
+        tensor = fixed["tensor_scale"]
+        scale = scale * (tensor if layout is None else layout.expand(tensor))  # [layers] against [layers, ...]
     return scale, fixed.get("step", scale)
 
 

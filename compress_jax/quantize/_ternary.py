@@ -18,7 +18,7 @@ from compress_jax.quantize.scales import as_sets, counts, usable
 def ternary(
     granularity: Granularity = "channel",
     scale: str | LevelRule = "twn",
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
     *,
     clip: float | None = None,

@@ -6,15 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
-from compress_jax.core.straight_through import straight_through
 from compress_jax.quantize import scales
 from compress_jax.quantize.grid import Grid
 from compress_jax.quantize.least_squares import mse
 from compress_jax.quantize.search_scales import entropy, pnorm
+
+Fixed = dict[str, jax.Array]
 
 
 def uniform(
@@ -22,7 +24,7 @@ def uniform(
     symmetric: bool = True,
     granularity: Granularity = "tensor",
     scale: str | scales.Rule | None = None,
-    axis: int | tuple[int, ...] = -1,
+    axis: int | tuple[int, ...] | None = None,
     pad: bool = False,
     narrow: bool = False,
 ) -> Compression:
@@ -42,7 +44,8 @@ def uniform(
       scale: ``"absmax"``, ``"minmax"``, ``"percentile"``, ``"rms"``, ``"mse"``, ``"pnorm"``, ``"entropy"`` or a function
         ``(w, layout, grid) -> (scale, zero_point)`` such as ``partial(quantize.percentile, percent=99.9)``. Default: absmax
         if symmetric, else minmax.
-      axis: the axis or axes of output channels; Flax kernels keep theirs last. Arrays of rank 1 are one channel.
+      axis: the axis or axes of output channels. Default: what a trace says (`cj.bind`), else the last, where Flax kernels
+        keep theirs. Arrays of rank 1 are one channel.
       pad: allow a last group that is not full.
       narrow: leave out the level ``-2**(bits-1)`` of a symmetric grid, as integer kernels for weights often demand.
 
@@ -70,33 +73,46 @@ def uniform(
     grid, rule = _checked_grid(bits, symmetric, narrow), _rule(scale, symmetric)
     Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
 
-    def layout_of(x: jax.Array) -> Layout:
-        return Layout.of(x.shape, granularity, axis, pad=pad)
+    def layout_of(axes: Axes) -> Layout:
+        return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
 
-    def calibrate(x: jax.Array, *_: Any, **__: Any) -> LeafState:
-        layout = layout_of(x)
+    def init(x: jax.Array, key: Any, axes: Axes) -> LeafState:
+        layout = layout_of(axes)
         s, z = rule(layout.arrange(x.astype(jnp.float32)), layout, grid)
         return None, {"scale": s, "zero_point": z}
 
-    def codes(x: jax.Array, fixed: dict[str, jax.Array]) -> jax.Array:
-        return grid.encode(layout_of(x).arrange(x), **fixed)
+    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
+        return init(x, None, axes)
 
-    @straight_through
-    def rounded(x: jax.Array, fixed: dict[str, jax.Array]) -> jax.Array:
-        return layout_of(x).restore(grid.decode(codes(x, fixed), **fixed)).astype(x.dtype)
+    def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
+        return _rounded(layout_of(axes), grid, x, fixed["scale"], fixed["zero_point"])
 
-    def pack(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Quantized:
-        layout = layout_of(x)
-        return Quantized.pack(layout.restore(codes(x, fixed)), bits, **fixed, layout=layout, dtype=x.dtype)
+    def pack(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Quantized:
+        layout, zero = layout_of(axes), fixed["zero_point"]
+        codes = layout.restore(grid.encode(layout.arrange(x), fixed["scale"], layout.expand(zero)))
+        if grid.symmetric:
+            zero = grid.middle  # a stack holds it once a layer
+        return Quantized.pack(codes, bits, fixed["scale"], zero, layout=layout, dtype=x.dtype)
 
     see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
 
-    def pointwise(x: jax.Array, _: None, fixed: dict[str, jax.Array]) -> Pointwise:
-        layout = layout_of(x)
+    def pointwise(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Pointwise:
+        layout = layout_of(axes)
         return Pointwise(see, tuple(layout.spread(fixed[name]) for name in ("scale", "zero_point")))
 
-    view = lambda x, _, fixed: rounded(x, fixed)  # noqa: E731
-    return leafwise(view, init=calibrate, update=calibrate, pack=pack, pointwise=pointwise)
+    return leafwise(view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _rounded(layout: Layout, grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """Return an array on its grid, with the derivative of the identity."""
+    codes = grid.encode(layout.arrange(x), scale, zero_point)
+    return layout.restore(grid.decode(codes, scale, zero_point)).astype(x.dtype)
+
+
+@_rounded.defjvp
+def _(layout: Layout, grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    return _rounded(layout, grid, *primals), tangents[0]
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:

@@ -64,16 +64,20 @@ def spread(per_channel: bool = False) -> Reducer:
       [1.0, 2.5, 7.5, -3.0, 4.0, 2.0]
     """
 
-    def measure(site: Site, index: int, x: jax.Array) -> Spread:
-        table = channels(site, index, x)
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Spread:
+        table = channels(site, index, x, mask)
         flat = table.flat if per_channel else lambda x: x
         axes, values = table.rows if per_channel else tuple(range(table.values.ndim)), table.values
-        share = np.float32(1 / max(math.prod(values.shape[axis] for axis in axes), 1))
+        share: Any = np.float32(1 / max(math.prod(values.shape[axis] for axis in axes), 1))
+        if table.there is not None:
+            share = 1 / jnp.maximum(jnp.broadcast_to(table.there, values.shape).sum(axes, dtype=jnp.float32), 1)
 
         def mean(x: jax.Array) -> jax.Array:
             return flat(x.sum(axes) * share)
 
-        low, high = flat(values.min(axes, initial=jnp.inf)), flat(values.max(axes, initial=-jnp.inf))
+        low, high = (
+            flat(table.reduced(each, values, start, axes)) for each, start in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
+        )
         return Spread(mean(values), mean(jnp.abs(values)), mean(values**2), low, high, table.count)
 
     def combine(old: Spread, new: Spread) -> Spread:

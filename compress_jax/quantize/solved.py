@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState, Params
 
 
 class Solved(NamedTuple):
@@ -16,12 +16,14 @@ class Solved(NamedTuple):
       state: of the compression that was solved for.
       skipped: ``{path: reason}``: leaves that the solver left to plain rounding.
       notes: ``{path: what was out of the ordinary}``, such as a damping that had to be raised.
+      compression: the one that was solved for, bound to the layouts that the calibrated sites tell: pack with this one.
     """
 
     params: Params
     state: CompressionState
     skipped: dict[str, str]
     notes: dict[str, str]
+    compression: Compression | None = None
 
 
 def output_error(kernel: jax.Array, rounded: jax.Array, gram: jax.Array) -> jax.Array:

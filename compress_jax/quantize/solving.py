@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
 from compress_jax.trace import Calibration, evidence
+from compress_jax.trace._layouts import layouts_of_sites
 from compress_jax.trace.evidence import unit
 from compress_jax.trace.matrix import MatrixForm, Problem, column_errors, problems
 from compress_jax.trace.site import Site
@@ -42,7 +43,7 @@ def layerwise(
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default ``compression.init(params)``.
+      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
       solve: ``(path, array, how it is seen, what it is fed) -> (new array, a note or None)``.
       held_out: statistics of other batches, by which solutions are compared with rounding to nearest; by default those of
         the calibration itself.
@@ -50,8 +51,10 @@ def layerwise(
     Returns:
       ``Solved``: exact under the compression.
     """
-    state = compression.init(params) if state is None else state
     leaves, rebuild = flatten(params)
+    if state is None:
+        compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
+        state = compression.init(params)
     tasks, skipped = problems(calibration, leaves)
     judges = problems(held_out, leaves)[0] if held_out is not None else {}
     notes: dict[str, str] = {}
@@ -77,7 +80,8 @@ def layerwise(
         if left := evidence.unused(tasks[path]):
             skipped[path] = f"only a part of the parameter is used, and solved; {left} of its entries are rounded to nearest"
         notes |= {path: "; ".join(dict.fromkeys(said))} if said else {}
-    return Solved(compression.view(rebuild(new), state), state, {**compression.skipped(params), **skipped}, notes)
+    seen, skipped = compression.view(rebuild(new), state), {**compression.skipped(params), **skipped}
+    return Solved(seen, state, skipped, notes, compression)
 
 
 @partial(jax.jit, static_argnames=("form", "see"))

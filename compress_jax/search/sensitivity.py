@@ -11,16 +11,17 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression
+from compress_jax.core.compression import Compression, bound
 from compress_jax.core.errors import ConfigError, DataError, NonFiniteError, ShapeError
 from compress_jax.core.packed import is_packed, nbytes
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.search import measures
 from compress_jax.search.budget import byte_budget, work_budget
 from compress_jax.trace import SiteCost, cost
+from compress_jax.trace._layouts import layouts_of
 from compress_jax.trace.stored import dtype_bits, stored
 from compress_jax.trace.table import aligned, units
-from compress_jax.trace.traced import trace
+from compress_jax.trace.traced import Traced, trace
 
 Measure = Literal["fisher", "kl", "mse", "hutchinson"]
 
@@ -124,7 +125,8 @@ def sensitivities(
         ``"fisher"`` and ``"hutchinson"`` the loss, a scalar.
       params: tree of arrays.
       batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
-      options: by name, compressions that act on one leaf; `core.identity` leaves it as it is.
+      options: by name, compressions that act on one leaf; `core.identity` leaves it as it is. They are bound to the layouts
+        that the function tells, as `cj.bind` does.
       measure: one of the above.
       where: a glob, or several, over the leaves to decide about; by default all that a product or a lookup uses.
       activation_bits: for the bit-operations, as `trace.cost` takes them.
@@ -165,7 +167,10 @@ def sensitivities(
     if first is None:
         raise DataError("there is no batch to measure sensitivities with")
     leaves, rebuild = flatten(params)
-    chosen, left = _candidates(fn, params, first, leaves, where)
+    traced = trace(fn, params, *first)
+    known = layouts_of(traced)
+    options = {name: bound(option, known) for name, option in options.items()}
+    chosen, left = _candidates(traced, leaves, where)
     forms, refused = _forms(leaves, chosen, options)
     left |= {path: "no option can take it" for path in chosen if not forms[path]}
     forms = {path: forms[path] for path in chosen if forms[path]}
@@ -196,14 +201,11 @@ def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., m
     return scorers[measure]
 
 
-def _candidates(
-    fn: Callable[..., Any], params: Any, inputs: tuple[Any, ...], leaves: dict[str, Any], where: Patterns | None
-) -> tuple[list[str], dict[str, str]]:
+def _candidates(traced: Traced, leaves: dict[str, Any], where: Patterns | None) -> tuple[list[str], dict[str, str]]:
     """Return the leaves to decide about, and why the others are left alone."""
     if where is not None:
         found = match(where, leaves)
         return found, {path: "no pattern matches it" for path in leaves if path not in found}
-    traced = trace(fn, params, *inputs)
     used = {path for site in traced.sites.values() for path in (site.param, *site.also)} | set(traced.found.lookups.values())
     return [path for path in leaves if path in used], {
         path: "no product and no lookup uses it" for path in leaves if path not in used

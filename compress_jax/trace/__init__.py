@@ -5,6 +5,7 @@ from compress_jax.trace._calibrate import Calibration, calibrate
 from compress_jax.trace._cost import cost
 from compress_jax.trace._gram import gram
 from compress_jax.trace._groups import groups
+from compress_jax.trace._layouts import bind, layouts
 from compress_jax.trace._observe import observe
 from compress_jax.trace._resize import resize
 from compress_jax.trace._rewrite import rewrite
@@ -24,10 +25,12 @@ __all__ = [
     "Site",
     "SiteCost",
     "Verification",
+    "bind",
     "calibrate",
     "cost",
     "gram",
     "groups",
+    "layouts",
     "observe",
     "reducers",
     "resize",

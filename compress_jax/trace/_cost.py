@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.compression import Compression, CompressionState, bound
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.paths import match
+from compress_jax.trace._layouts import layouts_of
 from compress_jax.trace.costs import Cost, SiteCost
 from compress_jax.trace.flops import Operations, operations
 from compress_jax.trace.origin import DATA, PARAMETER, Origin
@@ -41,7 +42,7 @@ def cost(
       params: tree of arrays, packed leaves or ``ShapeDtypeStruct``.
       inputs: trees of arrays or ``ShapeDtypeStruct``.
       compression: the weights count as it packs them; ``params`` must be arrays then.
-      state: its state; by default that of ``compression.init(params)``.
+      state: its state; by default that of `init` once the compression is bound to the layouts of the trace.
       activation_bits: bits of operands that are data: of all, or ``{glob over names of sites: bits}``, first match wins.
 
     Returns:
@@ -71,8 +72,10 @@ def cost(
       Yao et al., HAWQ-V3: Dyadic Neural Network Quantization, 2021: bit-operations are MACs times both widths. Baskin et
       al., UNIQ: Uniform Noise Injection for Non-Uniform Quantization of Neural Networks, 2018, add the accumulator's bits.
     """
-    leaves = stored(params, compression, state)
     traced = trace(fn, shapes(params), *inputs)
+    if compression is not None and state is None:
+        compression = bound(compression, layouts_of(traced))
+    leaves = stored(params, compression, state)
     by_site = _by_site(traced, leaves, _chosen(activation_bits, [site.name for site in traced.sites.values()]))
     counted = operations(traced.jaxpr.jaxpr)
     return Cost(by_site, _parameters(leaves), counted.flops, counted.transcendentals, _notes(traced, counted))

@@ -57,8 +57,8 @@ def gram() -> Reducer:
     return of_inputs(_measure, lambda old, new: Gram(old.gram + new.gram, total(old.count, new.count)))
 
 
-def _measure(site: Site, index: int, x: jax.Array) -> Gram:
-    table = windows(site, index, x)
+def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gram:
+    table = windows(site, index, x, mask)
     batch = tuple(range(table.batch))
     sums = jax.lax.dot_general(
         table.values,

@@ -83,7 +83,7 @@ def histogram(bins: int = 2048) -> Reducer:
     """
     if bins not in (2**n for n in range(2, 22)):
         raise ValueError(f"bins must be a power of two from 4 to {2**21}, got {bins!r}")
-    return of_inputs(lambda site, index, x: _measure(site, index, x, bins), _merge)
+    return of_inputs(lambda site, index, x, mask: _measure(site, index, x, mask, bins), _merge)
 
 
 def edges(histogram: Histogram) -> jax.Array:
@@ -166,15 +166,17 @@ def percentile(histogram: Histogram, percent: float) -> jax.Array:
     return _from_bottom(histogram, percent / 100)
 
 
-def _measure(site: Site, index: int, x: jax.Array, bins: int) -> Histogram:
-    table, half = channels(site, index, x), bins // 2
+def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None, bins: int) -> Histogram:
+    table, half = channels(site, index, x, mask), bins // 2
     x = table.values
-    low, high = x.min(initial=jnp.inf), x.max(initial=-jnp.inf)
+    low, high = table.reduced(jnp.min, x, jnp.inf), table.reduced(jnp.max, x, -jnp.inf)
     exponent = _exponent(jnp.maximum(high, -low))
     # A power of two scales exactly; the magnitude and then the sign, or what underflows would change sides.
     steps = jnp.floor(jnp.ldexp(jnp.abs(x), half.bit_length() - 1 - exponent))
     place = jnp.where(x < 0, half - 1 - steps, half + steps)
-    place = jnp.where(jnp.isfinite(x), place, bins).astype(jnp.int32)
+    place = jnp.where(jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins).astype(
+        jnp.int32
+    )
     # Not flattened: each device counts its own part.
     lower = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
     return Histogram(Counts(jnp.zeros_like(lower), lower), exponent, low, high, table.count)

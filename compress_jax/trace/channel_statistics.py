@@ -52,7 +52,7 @@ def moments() -> Reducer:
     References:
       Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983: the pairwise update.
     """
-    return of_inputs(lambda site, index, x: _moments(channels(site, index, x)), _pooled)
+    return of_inputs(lambda site, index, x, mask: _moments(channels(site, index, x, mask)), _pooled)
 
 
 def absmean() -> Reducer:
@@ -72,8 +72,8 @@ def absmean() -> Reducer:
       Lin et al., "AWQ", 2024, arXiv:2306.00978, equation 5.
     """
 
-    def measure(site: Site, index: int, x: jax.Array) -> Moments:
-        table = channels(site, index, x)
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Moments:
+        table = channels(site, index, x, mask)
         return _moments(table._replace(values=jnp.abs(table.values)))
 
     return of_inputs(measure, _pooled, lambda statistics: blank(statistics).mean)
@@ -101,9 +101,9 @@ def norm() -> Reducer:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024, arXiv:2306.11695, equation 1.
     """
 
-    def measure(site: Site, index: int, x: jax.Array) -> Norm:
-        table = channels(site, index, x)
-        return Norm(table.flat(jnp.square(table.values).sum(table.rows)), table.count)
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Norm:
+        table = channels(site, index, x, mask)
+        return Norm(table.flat(table.reduced(jnp.sum, jnp.square(table.values), 0.0, table.rows)), table.count)
 
     def combine(old: Norm, new: Norm) -> Norm:
         return Norm(old.squares + new.squares, total(old.count, new.count))
@@ -136,8 +136,8 @@ def outliers(threshold: float = 6.0) -> Reducer:
     if not threshold > 0:
         raise ValueError(f"threshold must be positive, got {threshold}")
 
-    def measure(site: Site, index: int, x: jax.Array) -> Outliers:
-        table = channels(site, index, x)
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Outliers:
+        table = channels(site, index, x, mask)
         far = ~(jnp.abs(table.values) < threshold)
         return Outliers(table.flat(far.sum(table.rows, dtype=jnp.int32)), table.count)
 
@@ -148,9 +148,11 @@ def outliers(threshold: float = 6.0) -> Reducer:
 
 
 def _moments(table: Table) -> Moments:
-    count = jnp.maximum(table.count, 1).astype(jnp.float32)
+    count = aligned(jnp.maximum(table.numbers, 1).astype(jnp.float32), table.values)
     mean = table.values.sum(table.rows, keepdims=True) / count
-    variance = jnp.square(table.values - mean).sum(table.rows) / count
+    far = jnp.square(table.values - mean)
+    far = far if table.there is None else jnp.where(table.there, far, 0.0)
+    variance = far.sum(table.rows, keepdims=True) / count
     return Moments(table.flat(mean), table.flat(variance), table.count)
 
 

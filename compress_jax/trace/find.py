@@ -24,11 +24,13 @@ class Found:
       contractions: by position, the equation, the origins of its operands, and its place.
       lookups: by position, the table that rows were gathered from.
       hidden: by position, the primitive that contracts where nobody looks.
+      stacked: by path, the axes of a parameter that loops take one slice of at a time.
     """
 
     contractions: dict[Position, tuple[JaxprEqn, Origin, Origin, Where]] = field(default_factory=dict)
     lookups: dict[Position, str] = field(default_factory=dict)
     hidden: dict[Position, str] = field(default_factory=dict)
+    stacked: dict[str, set[int]] = field(default_factory=dict)
 
     def constant(self, aval: Any, value: Any) -> Origin:
         """Return the origin of a literal or a captured array."""
@@ -47,6 +49,8 @@ class Found:
         if a.dims is None:
             return a
         sliced = (*a.sliced, *((axis, loop) for axis in a.dims[0]))
+        if a.level == PARAMETER and len(a.paths) == 1:
+            self.stacked.setdefault(a.paths[0], set()).update(a.dims[0])
         return Origin(a.level, a.paths, a.dims[1:], sliced, a.maker, a.label)
 
     def stack(self, a: Origin, length: int) -> Origin:

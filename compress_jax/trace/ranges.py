@@ -52,8 +52,8 @@ def absmax(granularity: Granularity = "tensor") -> Reducer:
     """
     over = _over(granularity)
 
-    def measure(site: Site, index: int, x: jax.Array) -> AbsMax:
-        table = channels(site, index, x)
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> AbsMax:
+        table = channels(site, index, x, mask)
         return AbsMax(over(jnp.max, table, jnp.abs(table.values), 0.0), table.count)
 
     def combine(old: AbsMax, new: AbsMax) -> AbsMax:
@@ -95,8 +95,8 @@ def minmax(momentum: float | None = None, granularity: Granularity = "tensor") -
     if momentum is not None and not 0 <= momentum < 1:
         raise ValueError(f"momentum must be from 0 to below 1, or None to keep the extremes, got {momentum}")
 
-    def measure(site: Site, index: int, x: jax.Array) -> MinMax:
-        table = channels(site, index, x)
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> MinMax:
+        table = channels(site, index, x, mask)
         low, high = over(jnp.min, table, table.values, jnp.inf), over(jnp.max, table, table.values, -jnp.inf)
         return MinMax(low, high, table.count)
 
@@ -113,7 +113,7 @@ def minmax(momentum: float | None = None, granularity: Granularity = "tensor") -
 def _over(granularity: Granularity) -> Callable[..., jax.Array]:
     """Return ``(reduction, table, values, start) -> reduced``, over everything or over rows."""
     if granularity == "tensor":
-        return lambda reduction, table, values, start: reduction(values, initial=start)
+        return lambda reduction, table, values, start: table.reduced(reduction, values, start)
     if granularity == "channel":
-        return lambda reduction, table, values, start: table.flat(reduction(values, axis=table.rows, initial=start))
+        return lambda reduction, table, values, start: table.flat(table.reduced(reduction, values, start, table.rows))
     raise ValueError(f"granularity must be 'tensor' or 'channel', got {granularity!r}")

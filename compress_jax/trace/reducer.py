@@ -1,5 +1,6 @@
 """A reducer: what to keep of the operands at a site, how two batches of it combine, and what comes of it in the end."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.trace.site import Site
 
 MOST = 2**31 - 1
@@ -19,15 +21,25 @@ class Reducer(NamedTuple):
       reduce: ``(site, lhs, rhs) -> statistics``, a tree of arrays, of one batch at one site.
       merge: ``(old, new) -> statistics`` of both, of one site. Takes statistics stacked over loops as well.
       finish: ``statistics -> result``, once all batches are in.
+      masked: ``(site, lhs, rhs, masks) -> statistics`` of what counts: ``masks`` has booleans for operands of which not all
+        does, by their index, of the operand's rank and 1 along axes that they do not tell apart. None refuses masks.
     """
 
     reduce: Callable[[Site, jax.Array, jax.Array], Any]
     merge: Callable[[Any, Any], Any]
     finish: Callable[[Any], Any] = lambda statistics: statistics
+    masked: Callable[[Site, jax.Array, jax.Array, dict[int, jax.Array]], Any] | None = None
 
-    def __call__(self, site: Site, lhs: jax.Array, rhs: jax.Array) -> Any:
-        """Return ``reduce(site, lhs, rhs)``."""
-        return self.reduce(site, lhs, rhs)
+    def __call__(self, site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array] | None = None) -> Any:
+        """Return ``reduce(site, lhs, rhs)``, of what counts if there are masks of the operands, by their index."""
+        if not masks:
+            return self.reduce(site, lhs, rhs)
+        if self.masked is None:
+            raise ArgumentError(
+                "this reducer does not know of masks, so padding would be in its statistics: make it by reducer.of_inputs "
+                "with measure(site, index, x, mask), or as Reducer(..., masked=(site, lhs, rhs, masks) -> statistics)"
+            )
+        return self.masked(site, lhs, rhs, masks)
 
 
 def blank(statistics: Any) -> Any:
@@ -47,7 +59,7 @@ def blank(statistics: Any) -> Any:
 
 
 def of_inputs(
-    measure: Callable[[Site, int, jax.Array], Any],
+    measure: Callable[..., Any],
     combine: Callable[[Any, Any], Any],
     result: Callable[[Any], Any] = blank,
 ) -> Reducer:
@@ -58,7 +70,8 @@ def of_inputs(
     statistics hold is ignored. Arrays that carry an explicit sharding are measured under an automatic one.
 
     Args:
-      measure: ``(site, index of the operand, operand) -> NamedTuple`` of arrays, among them ``count``, int32 scalar.
+      measure: ``(site, index of the operand, operand, mask) -> NamedTuple`` of arrays, among them ``count``, int32 scalar.
+        The mask is what `channels` and `windows` take, often None. A measure without this argument refuses masks.
       combine: ``(old, new) -> NamedTuple`` of both. In either, all arrays may have the axes of loops in front.
       result: ``NamedTuple -> result``; by default `blank`.
 
@@ -77,14 +90,25 @@ def of_inputs(
       >>> calibrate(lambda w, x: x @ w["kernel"], most, {"kernel": jnp.eye(2)}, batches)["kernel"]["input"]
       Most(value=Array(1., dtype=float32), count=Array(2, dtype=int32))
     """
+    knows = len(inspect.signature(measure).parameters) > 3
+
+    def masked(site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]) -> dict[str, Any]:
+        operands = {key: (index, jnp.asarray((lhs, rhs)[index]), masks.get(index)) for key, index in site.inputs.items()}
+        return {
+            key: _unsharded(lambda *x, i=index: measure(site, i, *x, *(None,) * (knows and len(x) < 2)), x, mask)
+            for key, (index, x, mask) in operands.items()
+        }
 
     def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, Any]:
-        return {key: _unsharded(measure, site, index, jnp.asarray((lhs, rhs)[index])) for key, index in site.inputs.items()}
+        return masked(site, lhs, rhs, {})
 
     def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
         return {key: _skipping_empty(combine, old[key], new[key]) for key in old}
 
-    return Reducer(reduce, merge, lambda statistics: {key: result(each) for key, each in statistics.items()})
+    def finish(statistics: dict[str, Any]) -> dict[str, Any]:
+        return {key: result(each) for key, each in statistics.items()}
+
+    return Reducer(reduce, merge, finish, masked if knows else None)
 
 
 def total(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -110,12 +134,13 @@ def _skipping_empty(combine: Callable[[Any, Any], Any], old: Any, new: Any) -> A
     return jax.tree.map(choose, combine(old, new), old, new)
 
 
-def _unsharded(measure: Callable[[Site, int, jax.Array], Any], site: Site, index: int, x: jax.Array) -> Any:
+def _unsharded(measure: Callable[..., Any], x: jax.Array, mask: jax.Array | None) -> Any:
     """Sums over a sharded axis are ambiguous where shardings are explicit: leave them to the compiler, the result whole."""
     mesh = jax.typeof(x).sharding.mesh
     explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    given = (x,) if mask is None else (x, mask)
     if not explicit:
-        return measure(site, index, x)
+        return measure(*given)
     with jax.sharding.use_abstract_mesh(mesh):
-        automatic = jax.sharding.auto_axes(lambda x: measure(site, index, x), axes=explicit, out_sharding=PartitionSpec())
-        return automatic(x)
+        automatic = jax.sharding.auto_axes(measure, axes=explicit, out_sharding=PartitionSpec())
+        return automatic(*given)

@@ -1,7 +1,8 @@
 """An operand of a site as a table: one row for each vector that is contracted, one column for each of its entries."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +14,19 @@ from compress_jax.trace.site import Site
 class Table(NamedTuple):
     """Values whose axes are in the order ``[*batch, *rows, *columns]``; none is merged, so none loses its sharding.
 
+    Statistics are made by `reduced`, `sums` and `count`, to which nothing counts that the mask leaves out.
+
     Attributes:
-      values: float32.
+      values: float32; zeros where the mask says so, be they NaN before.
       batch: how many axes are of the batch: each of their indices has a table of its own.
       columns: how many axes are of columns.
+      there: booleans, which entries count, of the rank of ``values``, 1 along axes that it does not tell apart; None: all.
     """
 
     values: jax.Array
     batch: int
     columns: int
+    there: jax.Array | None = None
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -30,8 +35,24 @@ class Table(NamedTuple):
 
     @property
     def count(self) -> jax.Array:
-        """How many rows: int32 scalar."""
-        return jnp.int32(min(math.prod(self.values.shape[axis] for axis in self.rows), MOST))
+        """How many rows count: int32 scalar; of tables whose numbers differ, the largest."""
+        return self.numbers.max() if self.there is not None else self.numbers
+
+    @property
+    def numbers(self) -> jax.Array:
+        """How many rows of each table count: int32, a scalar or ``[*batch]``."""
+        rows = math.prod(self.values.shape[axis] for axis in self.rows)
+        if self.there is None:
+            return jnp.int32(min(rows, MOST))
+        some = self.there.any(axis=tuple(range(self.values.ndim - self.columns, self.values.ndim)))
+        repeated = math.prod(self.values.shape[axis] // self.there.shape[axis] for axis in self.rows)
+        number = some.sum(self.rows, dtype=jnp.int32)
+        return jnp.where(number > MOST // max(repeated, 1), MOST, number * repeated)
+
+    def reduced(self, reduction: Callable[..., jax.Array], values: jax.Array, start: float, axes: Any = None) -> jax.Array:
+        """Return ``reduction(values, axes, initial=start)`` over what counts, ``start`` being what changes nothing."""
+        shown = values if self.there is None else jnp.where(self.there, values, start)
+        return reduction(shown, axis=axes, initial=start)
 
     def flat(self, x: jax.Array, repeats: int = 1) -> jax.Array:
         """Merge the column axes of what is left after the rows are reduced, ``[*batch, *columns (repeats times)]``."""
@@ -39,7 +60,7 @@ class Table(NamedTuple):
         return x.reshape(*x.shape[: self.batch], *(width,) * repeats)
 
 
-def channels(site: Site, index: int, x: jax.Array) -> Table:
+def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None) -> Table:
     r"""Return an operand as the table of its channels: every entry of the operand is in it once.
 
     Columns are the contracting axes, in the order of ``site.contracting``, which pairs them with the other operand's. Of a
@@ -49,6 +70,7 @@ def channels(site: Site, index: int, x: jax.Array) -> Table:
       site: the contraction.
       index: 0 for the first operand, 1 for the second.
       x: the operand.
+      mask: booleans of the rank of ``x``, which entries count, 1 along axes that it does not tell apart; None is all.
 
     Returns:
       ``[*batch axes, *all others, *contracting axes]``. The kernel of a grouped convolution has its groups as batch axis.
@@ -62,10 +84,11 @@ def channels(site: Site, index: int, x: jax.Array) -> Table:
     if site.kind == "conv" and index == 1:
         return _kernel(site, x)
     rows = (axis for axis in range(x.ndim) if axis not in batch + columns)
-    return Table(x.transpose(*batch, *rows, *columns).astype(jnp.float32), len(batch), len(columns))
+    order = (*batch, *rows, *columns)
+    return _table(x.transpose(order), len(batch), len(columns), None if mask is None else mask.transpose(order))
 
 
-def windows(site: Site, index: int, x: jax.Array) -> Table:
+def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None) -> Table:
     r"""Return an operand as the table whose product with the other operand's is the contraction.
 
     The same as `channels`, but for a convolution's input. There a row is a window: for each example and each position of
@@ -80,21 +103,29 @@ def windows(site: Site, index: int, x: jax.Array) -> Table:
       site: the contraction.
       index: 0 for the first operand, 1 for the second.
       x: the operand.
+      mask: see `channels`. A window counts if the position does that it stands at, whole: it may reach into padding, as it
+        does in the model, but for what is not finite there, which is 0.
 
     Returns:
       ``[*batch axes, *all others, *contracting axes]``; of a convolution's input ``[groups (if more than one), examples,
       *positions, *input channels and window]``.
     """
     if site.kind != "conv" or index == 1:
-        return channels(site, index, x)
+        return channels(site, index, x, mask)
     examples, features = _groups(site)
     lhs, rhs, *_ = site.params["dimension_numbers"]
+    if mask is not None:
+        x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
+        mask = mask.transpose(lhs).any(axis=1)  # examples and positions, those of the output as of the image
+        each = mask.shape[0] if mask.shape[0] == 1 else mask.shape[0] // examples
+        mask = mask.reshape(mask.shape[0] // each, 1, each, *mask.shape[1:])
+        mask = jnp.repeat(mask, features, axis=1).reshape(-1, each, *mask.shape[3:])
     x = _slide(site, x.transpose(lhs))
     x = x.reshape(examples, x.shape[0] // examples, features, x.shape[1] // features, *x.shape[2:])
     # Axes by now: groups of examples, example, groups of features, channel, and then position, offset of each dimension.
     columns = [3 if axis == rhs[1] else 5 + 2 * rhs[2:].index(axis) for axis in site.contracting[1]]
     x = x.transpose(0, 2, 1, *range(4, x.ndim, 2), *columns)
-    return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns))
+    return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns), mask)
 
 
 def _slide(site: Site, x: jax.Array) -> jax.Array:
@@ -116,10 +147,17 @@ def _kernel(site: Site, x: jax.Array) -> Table:
     return _grouped(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), x.ndim - 1)
 
 
-def _grouped(x: jax.Array, columns: int) -> Table:
+def _grouped(x: jax.Array, columns: int, rows: jax.Array | None = None) -> Table:
     """Return the table of ``[groups, *rows, *columns]``; a single group needs no axis."""
-    x = x.astype(jnp.float32)
-    return Table(x, 1, columns) if x.shape[0] > 1 else Table(x[0], 0, columns)
+    mask = None if rows is None else rows.reshape(*rows.shape, *(1,) * columns)
+    if x.shape[0] > 1:
+        return _table(x, 1, columns, mask)
+    return _table(x[0], 0, columns, None if mask is None else mask[0])
+
+
+def _table(values: jax.Array, batch: int, columns: int, there: jax.Array | None) -> Table:
+    values = values.astype(jnp.float32)
+    return Table(values if there is None else jnp.where(there, values, 0.0), batch, columns, there)
 
 
 def _groups(site: Site) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from compress_jax.core.errors import CheckpointError
+from compress_jax.core.stamp import calls
 
 _log = logging.getLogger(__name__)
 
@@ -84,7 +85,8 @@ class Checkpoints:
         arrays = {name: jnp.array(_plain(leaf), copy=True) for name, leaf in _named(tree).items()}
         record = {name: _describe(array) for name, array in arrays.items()}
         stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses size zero
-        meta = {"step": step, "leaves": record, "sha256": _digest_of_record(record)}
+        made_by = calls(tree)
+        meta = {"step": step, "leaves": record, "sha256": _digest_of_record(record), "made_by": made_by}
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta)),
@@ -122,8 +124,9 @@ class Checkpoints:
     def _restore(self, step: int, target: Any) -> Any:
         named = _named(target)
         plain = {name: _plain(leaf) for name, leaf in named.items()}
-        record = self._record(step)
+        record, made_by = self._record(step)
         self._check_same_model(step, record, plain)
+        self._check_same_compression(step, made_by, calls(target))
         stored = {name: array for name, array in plain.items() if array.size}
         wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in stored.items()}
         try:
@@ -138,7 +141,7 @@ class Checkpoints:
         leaves = [_like(arrays[name], leaf) for name, leaf in named.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
-    def _record(self, step: int) -> dict[str, dict[str, Any]]:
+    def _record(self, step: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
             record = meta["leaves"]
@@ -147,7 +150,16 @@ class Checkpoints:
             raise _DamagedError(f"its record cannot be read ({type(error).__name__})") from error
         if not whole:
             raise _DamagedError("its record differs from what was saved")
-        return record
+        return record, meta.get("made_by", [])
+
+    def _check_same_compression(self, step: int, saved: list[str], wanted: list[str]) -> None:
+        """Compare the compressions that made the states, which shapes alone do not tell apart."""
+        if saved and saved != wanted:
+            lines = [f"  saved:  {was}\n  wanted: {now}" for was, now in zip(saved, wanted, strict=False) if was != now]
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} holds the state of another compression; use another directory, or "
+                "the config it was made with.\n" + "\n".join(lines or [f"  saved {len(saved)}, wanted {len(wanted)} of them"])
+            )
 
     def _check_same_model(self, step: int, record: dict[str, Any], plain: dict[str, jax.Array]) -> None:
         def brief(shape: Any, dtype: Any) -> str:

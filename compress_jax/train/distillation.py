@@ -8,10 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.errors import ConfigError
-from compress_jax.distill import Seen, Teacher, Term, TopK, ensemble, fingerprint, masked_mean
+from compress_jax.distill import Seen, Teacher, Term, TopK, Total, ensemble, fingerprint
+from compress_jax.distill.masks import fits, fitted, kept
 from compress_jax.distill.terms import value_at
+from compress_jax.distill.totals import total_of
 from compress_jax.train._student import Student, student
 from compress_jax.train.losses import Augment
+from compress_jax.train.objective import Objective, averaged, chosen, everything, total
 from compress_jax.train.step import Metrics, StatefulLoss
 
 TEACHER = "teacher/"
@@ -28,7 +31,7 @@ def distillation(
     labels: str = "label",
     mask: str = "mask",
 ) -> StatefulLoss:
-    """Return the loss that is a weighted sum of terms: ``sum_k weight_k(step) * mean(loss_k)``.
+    """Return the loss that is a weighted sum of terms: ``sum_k weight_k(step) * mean(loss_k)``, means over what counts.
 
     The batch is augmented once, before both forwards; the teacher may have a view of its own (`Teacher.view`). Features are
     captured for terms that ask for them. What terms learn comes under ``state.parts``, what they keep under
@@ -45,12 +48,17 @@ def distillation(
       resample: ``(key, batch, logits) -> batch``, given the student as it is: `compress_jax.distill.on_policy`.
       inputs: the batch's entry that both models are given.
       labels: the batch's entry with labels.
-      mask: the batch's entry of which examples or tokens count, if it is there.
+      mask: the batch's entry of which examples or tokens count, if it is there; see `compress_jax.distill.masks` for what
+        fits what. What does not count reaches neither a value nor a gradient, in no term and no metric. A term may have
+        one of its own (``on_features(..., mask="patches")``). What a model makes of padding inside (batch statistics,
+        attention to padding) is the model's affair: give it what it needs in its inputs.
 
     Returns:
-      A `StatefulLoss`: ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The
-      teacher given to the step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
-      `compress_jax.distill.CachedFeed`), which then count. Raises a ConfigError if two terms share a name.
+      A `StatefulLoss`, whose means are over all devices and microbatches of a step (`make_step`):
+      ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The teacher given to the
+      step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
+      `compress_jax.distill.CachedFeed`), which then count. Raises a ConfigError if two terms share a name; its loss raises
+      a ShapeError that names the term if a mask does not fit, and a ConfigError if a mask asked for by name is missing.
 
     Example:
       >>> from compress_jax.distill import capture, hint, kl, linear, on_features, on_labels, on_logits
@@ -79,21 +87,21 @@ def distillation(
         variables = getattr(teacher, "variables", None)
         return Seen(logits, given, batch[labels], features, others, params, variables, batch, key, step), state
 
-    def loss(
+    def totals(
         params: Any, parts: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
-    ) -> tuple[jax.Array, tuple[Any, Any, Metrics]]:
+    ) -> tuple[Objective, tuple[Any, Any, Metrics]]:
         first, second, third, fourth = jax.random.split(key, 4)
         batch = batch if augment is None else augment(first, batch)
         if resample is not None:
             frozen = jax.lax.stop_gradient((params, state))
             batch = resample(fourth, batch, lambda x: runs.evaluate(*frozen, x)[0])
         seen, state = see(params, state, memory, batch, second, teacher, step)
-        metrics, kept = _each_term(terms, seen._replace(key=third), parts, memory, batch.get(mask))
-        total = sum((value_at(term.weight, step) * metrics[term.name] for term in terms), jnp.zeros((), jnp.float32))
+        metrics, kept = _each_term(terms, seen._replace(key=third), parts, memory, mask)
+        objective = tuple((value_at(term.weight, step), metrics[term.name]) for term in terms)
         if average is not None:
             kept["average"] = _moved(memory["average"], params, state, average)
         kept |= {"teacher": memory["teacher"]} if "teacher" in memory else {}
-        return total, (state, jax.lax.stop_gradient(kept), {**metrics, **_fidelity(seen, memory, batch.get(mask))})
+        return objective, (state, jax.lax.stop_gradient(kept), {**metrics, **_fidelity(seen, memory, mask)})
 
     def init(key: jax.Array, variables: Any, batch: Any, teacher: Any) -> tuple[Any, Any]:
         params, state = variables["params"], {name: each for name, each in variables.items() if name != "params"}
@@ -111,7 +119,7 @@ def distillation(
         parts, memory = ({name: each[i] for name, each in begun.items() if jax.tree.leaves(each[i])} for i in (0, 1))
         return parts, {**memory, **own}
 
-    return StatefulLoss(init, loss)
+    return StatefulLoss(init, averaged(totals), totals)
 
 
 def _told(batch: Any, teacher: Any, inputs: str) -> tuple[Any, Any]:
@@ -121,20 +129,56 @@ def _told(batch: Any, teacher: Any, inputs: str) -> tuple[Any, Any]:
     return (None, {}) if teacher is None else teacher.see(batch[inputs])
 
 
-def _each_term(terms: Sequence[Term], seen: Seen, parts: Any, memory: Any, mask: jax.Array | None) -> tuple[Metrics, Any]:
-    """Return the mean loss of each term, which draws from a key of its own, and what it keeps."""
-    means, kept = {}, {}
+def _each_term(terms: Sequence[Term], seen: Seen, parts: Any, memory: Any, mask: str) -> tuple[dict[str, Total], Any]:
+    """Return the total of each term, which draws from a key of its own, and what it keeps."""
+    totals, kept = {}, {}
     for i, term in enumerate(terms):
-        own = seen._replace(key=jax.random.fold_in(seen.key, i))
+        own = _masked(seen._replace(key=jax.random.fold_in(seen.key, i)), term, mask)
         each, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
-        means[term.name] = _mean(each, mask)
+        totals[term.name] = everything(total_of(term.name, each, own.mask, told=False))
         kept |= {term.name: new} if jax.tree.leaves(new) else {}
-    return means, kept
+    return totals, kept
 
 
-def _mean(loss: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """Return the mean, over what counts where the loss is of each example or token that the mask is of."""
-    return masked_mean(loss, mask) if mask is not None and mask.shape == loss.shape else loss.mean()
+def _masked(seen: Seen, term: Term, mask: str) -> Seen:
+    """Return what a term may look at: nothing of what does not count."""
+    if term.whole:
+        return seen
+    default = chosen(seen.batch, mask)
+    own = default if term.mask is None else chosen(seen.batch, term.mask, f"the term {term.name!r}")
+    if own is None:
+        return seen
+    leading = seen.student_logits.shape[:-1]
+    of_logits = next((each for each in (own, default) if each is not None and fits(each, leading, examples=True)), None)
+    if of_logits is None and term.mask is None:
+        fitted(own, leading, f"the student's logits {seen.student_logits.shape}, for the term {term.name!r}", examples=True)
+    student, teacher = ({p: _shown(f, own) for p, f in each.items()} for each in (seen.student, seen.teacher))
+    logits = seen.student_logits, seen.teacher_logits, seen.labels
+    if of_logits is not None:
+        counts = fitted(of_logits, leading, examples=True)
+        logits = jax.tree.map(lambda x: _kept(x, counts), logits)
+    return seen._replace(
+        student_logits=logits[0],
+        teacher_logits=logits[1],
+        labels=logits[2],
+        student=student,
+        teacher=teacher,
+        mask=own,
+    )
+
+
+def _shown(feature: jax.Array, mask: Any) -> jax.Array:
+    """Return a feature with zeros where its positions, or at least its examples, do not count."""
+    for leading in (feature.shape[:-1], feature.shape[:1]):
+        if leading and fits(mask, leading, examples=True):
+            return kept(feature, fitted(mask, leading, examples=True))
+    return feature
+
+
+def _kept(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Return logits or labels with zeros for what does not count; those of several teachers have an axis in front."""
+    several = x.shape[: counts.ndim] != counts.shape
+    return jax.vmap(lambda x: kept(x, counts))(x) if several else kept(x, counts)
 
 
 def _averaged(runs: Student, average: Any) -> Teacher:
@@ -152,15 +196,18 @@ def _moved(average: Any, params: Any, state: Any, decay: float) -> Any:
     return {"params": moved, "state": state}
 
 
-def _fidelity(seen: Seen, memory: Any, mask: jax.Array | None) -> Metrics:
-    """Return how right student and teacher are on this batch, and how much they agree."""
+def _fidelity(seen: Seen, memory: Any, mask: str) -> Metrics:
+    """Return how right student and teacher are on what counts of this batch, and how much they agree."""
     labels = seen.labels if jnp.issubdtype(seen.labels.dtype, jnp.integer) else seen.labels.argmax(axis=-1)
     own, given = seen.student_logits.argmax(axis=-1), seen.teacher_logits
     hits = {"accuracy": own == labels}
     if given is not None:
         best = _best(given, seen.student_logits.ndim)
         hits |= {"teacher_accuracy": best == labels, "agreement": own == best}
-    metrics = {name: _mean(hit.astype(jnp.float32), mask) for name, hit in hits.items()}
+    counts = chosen(seen.batch, mask)
+    if counts is not None:
+        counts = fitted(counts, own.shape, "the predictions", examples=True)
+    metrics: Metrics = {name: total(hit.astype(jnp.float32), counts) for name, hit in hits.items()}
     if "teacher" in memory:
         digits = memory["teacher"][:3].astype(jnp.float32)
         metrics["teacher_id"] = digits[0] * 65536.0 + digits[1] * 256.0 + digits[2]

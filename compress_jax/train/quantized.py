@@ -13,6 +13,7 @@ from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.quantize._activations import Ranges, activations
 from compress_jax.quantize.activation import ActivationQuantizer, Own
 from compress_jax.quantize.choice import How, Where, pairs
+from compress_jax.trace._calibrate import Masks
 from compress_jax.trace.site import Site
 
 COLLECTION = "quantization"  # of variables: {"steps": int32, "ranges": {site: ...}}
@@ -125,12 +126,13 @@ class QuantizedModel:
         shapes = jax.eval_shape(lambda variables, *inputs: of.update(variables, None, *inputs)[1], variables, *inputs)
         return self._joined(variables, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes))
 
-    def calibrate(self, variables: Mapping[str, Any], batches: Iterable[Any]) -> Variables:
+    def calibrate(self, variables: Mapping[str, Any], batches: Iterable[Any], mask: Masks | None = None) -> Variables:
         """Return variables with ranges, and what is learned, from calibration batches: quantization after training.
 
         Args:
           variables: of the module, trained, with or without those of quantization.
           batches: what the module takes after variables, one after the other; a tuple is several arguments.
+          mask: which examples or tokens of them count, see `trace.calibrate`.
 
         Returns:
           Variables that `apply` takes.
@@ -139,7 +141,7 @@ class QuantizedModel:
           NonFiniteError: naming the site, if its activations were not finite or it never ran.
         """
         plain = _plain(variables)
-        return self._joined(plain, activations(self.model.apply, self.how, self.where).init(plain, batches))
+        return self._joined(plain, activations(self.model.apply, self.how, self.where).init(plain, batches, mask))
 
     def parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
         """Return the module's own variables, and ranges as `quantize.activations` has them: for integer inference.
@@ -167,13 +169,16 @@ class QuantizedModel:
                     site[operand] = {**site.get(operand, {}), **own}
         return _plain(variables), found
 
-    def apply(self, variables: Mapping[str, Any], *inputs: Any, mutable: Any = False, **options: Any) -> Any:
+    def apply(
+        self, variables: Mapping[str, Any], *inputs: Any, mutable: Any = False, counts: Any = None, **options: Any
+    ) -> Any:
         """Run the model on quantized activations; called as the module's own ``apply``.
 
         Args:
           variables: from `init` or `calibrate`.
           inputs: of the module.
           mutable: collections that may change; with ``"quantization"`` among them and ``train=True``, ranges move.
+          counts: which examples or tokens count where ranges move, see `trace.calibrate`; the module does not see it.
           options: anything else the module's ``apply`` takes.
 
         Returns:
@@ -192,7 +197,9 @@ class QuantizedModel:
                 return self.model.apply(variables, *inputs, mutable=_without(mutable), **options)
 
             of = activations(forward, how, self.where)
-            return of.update(plain, ranges, *inputs) if moving else (of.apply(plain, ranges, *inputs), ranges)
+            if not moving:
+                return of.apply(plain, ranges, *inputs), ranges
+            return of.update(plain, ranges, *inputs, mask=counts)
 
         if train and self.freeze_batch_norm is not None:
             evaluating = {**options, "train": False}

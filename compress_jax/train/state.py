@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.errors import ArgumentError
 
 
 class TrainState(NamedTuple):
@@ -87,6 +88,7 @@ def create(
     Raises:
       ValueError: if variables has no ``"params"``.
       TypeError: if key is not a typed PRNG key.
+      ArgumentError: if the optimizer accumulates gradients by itself (`optax.MultiSteps`): see `make_step`.
 
     Example:
       >>> from compress_jax.core.compression import identity
@@ -102,8 +104,34 @@ def create(
     params, model_state = variables["params"], {name: c for name, c in variables.items() if name != "params"}
     learned, fixed = compression.init(params)
     opt_state = optimizer.init(_trainable(params, learned, beside[0]))
+    refuse_accumulation(opt_state)
     state = TrainState(jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *beside)
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
+
+
+def refuse_accumulation(opt_state: Any) -> None:
+    """Raise if an optimizer accumulates gradients by itself, wherever it stands in a chain.
+
+    Args:
+      opt_state: what its ``init`` returned.
+
+    Raises:
+      ArgumentError: if it does.
+
+    Example:
+      >>> refuse_accumulation(optax.adam(0.1).init(jnp.ones(2)))
+    """
+    found = [each for each in jax.tree.leaves(opt_state, is_leaf=_accumulates) if _accumulates(each)]
+    if found:
+        raise ArgumentError(
+            f"the optimizer accumulates gradients by itself ({type(found[0]).__name__}): each microbatch would count as a "
+            "step of every schedule, mask and compression, and the mean of their means is not the mean of what counts; "
+            "use make_step(..., microbatches=n) with the optimizer inside"
+        )
+
+
+def _accumulates(state: Any) -> bool:
+    return isinstance(state, (optax.MultiStepsState, optax.ApplyEvery))
 
 
 def label_optimizer(

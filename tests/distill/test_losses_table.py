@@ -14,7 +14,7 @@ NO_LOSSES = set(
     "agreement buckets by_example calibration calibration_error capture cast cka contrast conv crd_bank crd_negatives "
     "crd_update deconv drift embedding fingerprint fusion gaussian generate generator hexadecimal linear masked_mean "
     "masked_total next_tokens norm ofd_margin on_features on_labels on_logits on_policy on_weights open_cache paraphraser "
-    "projector require_same resize sequential token_total top_k translator write_cache".split()
+    "pool projector require_same resize sequential token_total top_k translator write_cache".split()
 )
 
 

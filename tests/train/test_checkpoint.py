@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import compress_jax as cj
 from compress_jax.core import CheckpointError, identity
 from compress_jax.train import Checkpoints, create
 
@@ -187,3 +188,14 @@ def test_a_train_state_survives(tmp_path):
         found = checkpoints.restore_latest(jax.tree.map(jnp.copy, state))
     assert found is not None
     assert_same(found[1], state)
+
+
+def test_the_state_of_another_compression_is_refused_with_the_difference(tmp_path):
+    params = {"w": jnp.arange(8.0).reshape(2, 4)}
+    pruned, more = cj.prune.magnitude(0.5), cj.prune.magnitude(0.75)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"params": params, "state": pruned.init(params)})
+        checkpoints.wait()
+        with pytest.raises(CheckpointError, match=r"(?s)another compression.*0\.5.*0\.75"):
+            checkpoints.restore_latest({"params": params, "state": more.init(params)})
+        assert checkpoints.restore_latest({"params": params, "state": pruned.init(params)})[0] == 1

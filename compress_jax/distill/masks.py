@@ -1,0 +1,175 @@
+"""Masks: which examples or tokens of a batch count. One rule says how a mask meets an array, for every loss and metric.
+
+A mask has the leading axes of what it is of: ``[batch]`` of examples, ``[batch, sequence]`` of tokens, booleans or weights
+>= 0. It is matched axis by axis from the left: each of its axes is as long as the array's or 1, axes of 1 at its end may be
+too many (``[batch, sequence, 1]``), and axes that it lacks are broadcast: ``[batch]`` meets ``[batch, sequence]``. A mask of
+tokens meets what has one entry an example, and no positions, as a mask of examples: one counts if any of its tokens does.
+Anything else is refused. What does not count is replaced by zeros *before* anything is computed of it, so that neither value
+nor gradient depends on it, be it NaN.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core.errors import ArgumentError, ShapeError
+
+Mask = jax.Array
+
+
+def fitted(mask: Any, leading: tuple[int, ...], what: str = "an array", *, examples: bool = False) -> jax.Array:
+    """Return a mask as weights of some leading axes, float32; see this module for the rule.
+
+    Args:
+      mask: booleans, or numbers >= 0; a number below 0 becomes NaN, so that no mean of it passes for one.
+      leading: the axes whose entries are to be weighed, such as ``loss.shape``.
+      what: what they are of, for the error.
+      examples: whether a mask of tokens may stand for its examples, where ``leading`` is ``(batch,)``: the weight of one is
+        the mean weight of its tokens that count.
+
+    Returns:
+      float32 of shape ``leading``.
+
+    Raises:
+      ShapeError: if the mask does not fit.
+      ArgumentError: if it is of another type.
+
+    Example:
+      >>> fitted(jnp.array([True, False]), (2, 3)).tolist()
+      [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
+      >>> fitted(jnp.array([[1, 0], [0, 0]]), (2,), examples=True).tolist()
+      [1.0, 0.0]
+    """
+    weight = _weights(mask)
+    own = _without_ones(weight.shape, len(leading))
+    if examples and len(leading) == 1 and len(own) > 1:
+        positions = tuple(range(1, weight.ndim))
+        weight = weight.sum(positions) / jnp.maximum((weight > 0).sum(positions), 1).astype(weight.dtype)
+        own = weight.shape
+    padded = own + (1,) * (len(leading) - len(own))
+    if len(padded) > len(leading) or any(n not in (1, size) for n, size in zip(padded, leading, strict=True)):
+        raise ShapeError(
+            f"a mask of shape {tuple(jnp.shape(mask))} does not fit {what}, which has the leading axes {tuple(leading)}: "
+            "its axes must be those, from the left, each as long or 1 ([batch], [batch, sequence], [batch, sequence, 1])"
+        )
+    return jnp.broadcast_to(weight.reshape(padded), leading)
+
+
+def fits(mask: Any, leading: tuple[int, ...], *, examples: bool = False) -> bool:
+    """Tell whether `fitted` would take a mask.
+
+    Example:
+      >>> fits(jnp.ones((2, 3)), (2, 3)), fits(jnp.ones((2, 3)), (2, 4))
+      (True, False)
+    """
+    try:
+        jax.eval_shape(lambda: fitted(mask, leading, examples=examples))
+    except ShapeError:
+        return False
+    return True
+
+
+def kept(x: Any, counts: jax.Array | None) -> Any:
+    """Return an array with zeros for all that does not count; its gradient is zero there too.
+
+    Args:
+      x: ``[*leading, ...]``.
+      counts: weights or booleans ``[*leading]``; None for all.
+
+    Returns:
+      The like of ``x``.
+
+    Example:
+      >>> kept(jnp.array([[1.0], [jnp.nan]]), jnp.array([1.0, 0.0])).tolist()
+      [[1.0], [0.0]]
+    """
+    if counts is None:
+        return x
+    shown = counts.astype(bool).reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
+    return jnp.where(shown, x, jnp.zeros((), x.dtype))
+
+
+def of_features(mask: Any, features: jax.Array, what: str = "features") -> jax.Array:
+    """Return a mask as weights of the examples and positions of features ``[batch, *positions, channels]``.
+
+    Example:
+      >>> [of_features(jnp.array([[1, 0]]), jnp.ones(shape)).tolist() for shape in ((1, 2, 4), (1, 4))]
+      [[[1.0, 0.0]], [1.0]]
+    """
+    return fitted(mask, features.shape[:-1], f"{what} {tuple(features.shape)}, [batch, *positions, channels]", examples=True)
+
+
+def of_examples(mask: Any, batch: int) -> jax.Array:
+    """Return a mask as weights of examples: one counts if any of its tokens does.
+
+    Example:
+      >>> of_examples(jnp.array([[1, 0], [0, 0]]), 2).tolist()
+      [1.0, 0.0]
+    """
+    return fitted(mask, (batch,), "the examples", examples=True)
+
+
+def has_positions(mask: Any) -> bool:
+    """Tell whether a mask tells positions of an example apart."""
+    return len(_without_ones(jnp.shape(mask), 1)) > 1
+
+
+def mean_of_each(values: jax.Array, mask: Any) -> jax.Array:
+    """Return the mean of each example, over its positions that count and all channels; 0 of none.
+
+    Args:
+      values: ``[batch, *positions, channels]``, finite.
+      mask: see `of_features`; None for all.
+
+    Returns:
+      ``[batch]``.
+
+    Example:
+      >>> mean_of_each(jnp.array([[[1.0], [9.0]]]), jnp.array([[1, 0]])).tolist()
+      [1.0]
+    """
+    if mask is None:
+        return values.reshape(values.shape[0], -1).mean(axis=1)
+    counts = of_features(mask, values)
+    number = (counts > 0).reshape(values.shape[0], -1).sum(axis=1) * values.shape[-1]
+    total = kept(values, counts).reshape(values.shape[0], -1).sum(axis=1)
+    return total / jnp.maximum(number, 1).astype(total.dtype)
+
+
+def mean_of_positions(values: jax.Array, mask: Any) -> jax.Array:
+    """Return the mean of each example, ``[batch]``; with a mask of positions, of each position, ``[batch, *positions]``.
+
+    What does not count is 0. Positions of which some do not count are left to `masked_total`, so that all weigh alike.
+
+    Args:
+      values: ``[batch, *positions, channels]``, finite.
+      mask: see `of_features`; None for all.
+
+    Returns:
+      Means.
+
+    Example:
+      >>> values = jnp.array([[[1.0], [9.0]]])
+      >>> mean_of_positions(values, None).tolist(), mean_of_positions(values, jnp.array([[1, 0]])).tolist()
+      ([5.0], [[1.0, 0.0]])
+    """
+    if mask is None or not has_positions(mask) or values.ndim == 2:
+        return mean_of_each(values, mask)
+    return kept(values, of_features(mask, values)).mean(axis=-1)
+
+
+def _weights(mask: Any) -> jax.Array:
+    array = jnp.asarray(mask)
+    if array.dtype == bool:
+        return array.astype(jnp.float32)
+    if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
+        raise ArgumentError(f"a mask holds booleans or weights >= 0, got {array.dtype}: give 1 or True for what counts")
+    return jnp.where(array < 0, jnp.nan, array.astype(jnp.float32))
+
+
+def _without_ones(shape: tuple[int, ...], keep: int) -> tuple[int, ...]:
+    """Return a shape without axes of 1 at its end, as far as more than so many axes are left."""
+    while len(shape) > keep and shape[-1] == 1:
+        shape = shape[:-1]
+    return shape
