@@ -85,6 +85,6 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
 def _known(readings: jax.Array) -> jax.Array:
     """Return the mean of all readings of each entry; what was never read counts as an average one."""
     seen = ~jnp.isnan(readings)
-    total, count = jnp.where(seen, readings, 0).sum(0), seen.sum(0)
+    total, count = jnp.where(seen, readings, 0).sum(0), seen.sum(0).astype(jnp.float32)
     average = total.sum() / jnp.maximum(count.sum(), 1)
     return jnp.where(count > 0, total / jnp.maximum(count, 1), average)

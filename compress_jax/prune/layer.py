@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Pointwise
 from compress_jax.prune.amount import amount_exact
 from compress_jax.prune.groups_of_m import largest_of_each
@@ -90,7 +91,7 @@ class Method(NamedTuple):
 
 
 def pruned_leaf(
-    path: str, leaf: Leaf, problems: Sequence[Problem], others: Sequence[Problem] | None, method: Method, instead: str
+    path: str, leaf: Leaf, problems: Sequence[Problem], others: Sequence[Problem], method: Method, instead: str
 ) -> tuple[jax.Array, jax.Array, str]:
     """Prune all of a leaf; a matrix (each layer of a stack by itself) that magnitude serves better is pruned by that.
 
@@ -98,7 +99,7 @@ def pruned_leaf(
       path: its name.
       leaf: the whole of it; the first of its problems in it is of no meaning.
       problems: its problems.
-      others: those of held-out statistics, or None if the calibration is to judge.
+      others: those of held-out statistics; none if the calibration is to judge.
       method: how.
       instead: what is done where nothing is known, in words.
 
@@ -106,13 +107,13 @@ def pruned_leaf(
       ``(weights, mask, notes)``.
     """
     x, mask, said = leaf.x, jnp.ones(leaf.x.shape, bool), []
-    evidence.check_finite(path, (*problems, *(others or ())))
+    evidence.check_finite(path, (*problems, *others))
     for problem in problems:
         own = replace(problem, gram=evidence.unit(problem.filled))
         part = _part(leaf, own)
         solution, plain = method.solve(part), part.masks(jnp.ones(own.gram.shape[:2]), part.rows()[0], method.within)
-        judge = evidence.judge(problem, others or (), filled=True)
-        judged = method.judged or others is not None
+        judge = evidence.judge(problem, others, filled=True)
+        judged = method.judged or bool(others)
         failed = problem.dead.all(1) if solution.failed is None else problem.dead.all(1) | solution.failed
         new, kept, won, same = _chosen(
             part.x, part.seen.operands, solution[:2], plain, judge, failed, own.form, part.seen.see, judged
@@ -133,7 +134,7 @@ def _part(leaf: Leaf, problem: Problem) -> Leaf:
     """Return the slice of a leaf that a problem is about; groups run along the axes they did."""
     box, groups = problem.box, leaf.groups
     if groups is not None and not box.whole:
-        along = [i for axis in groups.axes(box.shape) for i, own in enumerate(box.of) if own == axis]
+        along = [i for axis in groups.axes(Axes.convention(box.shape)) for i, own in enumerate(box.of) if own == axis]
         groups = replace(groups, axis=tuple(along))
     seen = Pointwise(leaf.seen.see, tuple(box.take(each) for each in leaf.seen.operands))
     return Leaf(box.take(leaf.x), problem, leaf.share, groups, seen)
@@ -169,7 +170,7 @@ def _rest(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
     x = leaf.x.astype(jnp.float32)
     if leaf.groups is not None:  # what is used comes first, and what is not fills what is left of each group
         keys = jnp.where(covered, jnp.where(mask, jnp.uint32(2**31), jnp.uint32(0)), magnitude_bits(x))
-        kept = largest_of_each(keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(x.shape))
+        kept = largest_of_each(keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(Axes.convention(x.shape)))
         return jnp.where(covered, mask, kept)
     free = int((~covered).sum())
     count = min(max(amount_exact(leaf.share, x.size) - int((~mask & covered).sum()), 0), free)

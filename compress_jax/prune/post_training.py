@@ -1,6 +1,6 @@
 """What post-training pruners share: which leaves have a layer-wise problem, and the compression that holds the masks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.parts import joined
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.stamp import seal
+from compress_jax.prune.layer import AS_IT_IS, Leaf, Method, pruned_leaf
 from compress_jax.prune.masked import Leaves, of_masks
 from compress_jax.prune.structures import NofM, Structure
 from compress_jax.prune.target import Sparsity, Target
@@ -41,29 +42,6 @@ class Pruned(NamedTuple):
     notes: dict[str, str]
 
 
-class Leaf(NamedTuple):
-    """One leaf to be pruned.
-
-    Attributes:
-      path: its name.
-      x: its weights.
-      problem: the matrices it is, and what they are fed.
-      share: of the inputs of a matrix to prune; of no meaning with ``groups``.
-      groups: n:m groups of its inputs, or None.
-      seen: how a quantizer sees it, or None.
-    """
-
-    path: str
-    x: jax.Array
-    problem: Problem
-    share: float
-    groups: NofM | None
-    seen: Pointwise | None
-
-
-Solve = Callable[[Leaf], tuple[jax.Array, jax.Array, str]]
-
-
 def prune(
     params: Params,
     calibration: Calibration,
@@ -71,7 +49,8 @@ def prune(
     structure: Structure | None,
     where: Patterns,
     quantizer: Compression | None,
-    solve: Solve,
+    method: Method,
+    held_out: Calibration | None = None,
 ) -> Pruned:
     """Solve every leaf that is to be pruned and has calibration.
 
@@ -82,7 +61,8 @@ def prune(
       structure: `n_m` or None.
       where: globs of the leaves to prune.
       quantizer: what the kept weights are rounded with, or None.
-      solve: ``Leaf -> (weights, mask, note or "")``.
+      method: how.
+      held_out: statistics of other batches, by which layers are compared with pruning by magnitude.
 
     Returns:
       The result.
@@ -90,12 +70,13 @@ def prune(
     Raises:
       ConfigError: for another structure than n:m, or a quantizer that does not see weights entry by entry.
       NoMatchError: if a glob matches no leaf.
-      NonFiniteError: if a leaf is not finite.
+      NonFiniteError: if a leaf or the statistics are not finite.
     """
     if structure is not None and not isinstance(structure, NofM):
         raise ConfigError(f"layer-wise pruning knows single weights and n_m groups, not {structure}; use prune.magnitude")
     target, (leaves, rebuild) = Target.of(sparsity, structure), flatten(params)
     tasks, reasons = problems(calibration, leaves)
+    judges = problems(held_out, leaves)[0] if held_out is not None else {}
     wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
     target.check(wanted)
     skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
@@ -109,20 +90,34 @@ def prune(
             continue
         check_finite(path, x)
         share = 0.0 if left or structure else float(target.share(path, 0))
-        leaf = Leaf(path, x, tasks[path], share, None if left else structure, seen.get(path))
-        new[path], mask, note = solve(leaf)
+        given = Leaf(x, tasks[path][0], share, None if left else structure, seen.get(path, AS_IT_IS))
+        instead = "rounded to nearest" if left else "pruned by magnitude"
+        new[path], mask, note = pruned_leaf(path, given, tasks[path], judges.get(path, ()), method, instead)
         masks |= {} if left else {path: mask}
         notes |= {path: note} if note else {}
+    return _held(rebuild(new), masks, target, quantizer and rounding, state, skipped, notes)
+
+
+def _held(
+    new: Params,
+    masks: dict[str, jax.Array],
+    target: Target,
+    quantizer: Compression | None,
+    state: CompressionState,
+    skipped: dict[str, str],
+    notes: dict[str, str],
+) -> Pruned:
+    """Return new params with the compression that holds their masks, and rounds if a quantizer does."""
     fixed = CompressionState({}, masks)
     held = of_masks(Leaves(lambda path, x, axes: skipped.get(path)))
     held = held._replace(init=lambda params: fixed, update=lambda params, state, **_: state)
     held = stamped(held, call_of("solved_masks", sparsity=target, leaves=sorted(masks)))
-    own = held.init(rebuild(new))
+    own = held.init(new)
     if quantizer is None:
-        return Pruned(held.view(rebuild(new), own), own, held, skipped, notes)
-    both = chain(held, rounding)
-    state = seal(both.call, None, rebuild(new), joined([own, state]))
-    rounded = both.view(rebuild(new), state)
+        return Pruned(held.view(new, own), own, held, skipped, notes)
+    both = chain(held, quantizer)
+    state = seal(both.call, None, new, joined([own, state]))
+    rounded = both.view(new, state)
     _check_zeros(flatten(rounded)[0], masks)
     return Pruned(rounded, state, both, skipped, notes)
 
@@ -132,7 +127,7 @@ def _why_not(
     x: Any,
     wanted: list[str],
     target: Target,
-    tasks: Mapping[str, Problem],
+    tasks: Mapping[str, Sequence[Problem]],
     reasons: Mapping[str, str],
 ) -> str | None:
     if reason := why_not_float(path, x):

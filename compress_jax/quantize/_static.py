@@ -34,8 +34,8 @@ def static(
     Args:
       bits: 2 to 8.
       symmetric: whether the grid's zero is its middle.
-      granularity: ``"tensor"``, or ``"channel"`` for a range for each contracted channel. The latter can only be simulated:
-        its scales cannot be taken out of an integer product's sum.
+      granularity: ``"tensor"``, or ``"channel"`` for a range for each contracted channel; one that was always zero takes the
+        widest of all. The latter can only be simulated: its scales cannot be taken out of an integer product's sum.
       range: ``"minmax"``, all that was seen; ``"ema"``, moving averages of the extremes of each batch; ``"percentile"``;
         ``"entropy"``, least relative entropy; ``"mse"``, least squared error; ``"rms"``, as for a normal distribution with
         the same moments. Per channel: ``"minmax"``, ``"ema"``, ``"rms"``.
@@ -69,7 +69,7 @@ def static(
     def place(site: Site, index: int, x: jax.Array, own: Own) -> Placed:
         low, high = (jax.lax.stop_gradient(own[end]) for end in ("low", "high"))
         if granularity == "channel":
-            low, high = along(site, index, x, low), along(site, index, x, high)
+            low, high = (along(site, index, x, end) for end in _reached(low, high))
         return spanned(low, high, grid)
 
     def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
@@ -85,6 +85,12 @@ def static(
 
     call = f"static(bits={bits}, symmetric={symmetric}, granularity={granularity!r}, range={range!r})"
     return ActivationQuantizer(grid, place, see, reducer, ranges, merge, call=call)
+
+
+def _reached(low: jax.Array, high: jax.Array) -> Placed:
+    """Give channels that were always zero the widest range of all: nothing is known of them, so they are not clipped."""
+    never = (low == 0) & (high == 0)
+    return jnp.where(never, low.min(), low), jnp.where(never, high.max(), high)
 
 
 def _rule(kind: str, granularity: str, momentum: float, percent: float | None) -> tuple[Reducer, Any]:

@@ -162,6 +162,35 @@ def by_curvature(
     }
 
 
+def unreached(scores: Scores, leaves: Leaves, forms: Forms) -> tuple[Scores, list[str]]:
+    """Give leaves that the batches say nothing about the scores of average ones, for as large a change.
+
+    A leaf whose every form scores exactly 0 though it changes the leaf (a branch that never ran, an expert without tokens)
+    was not reached: that is not to say that it does not matter.
+
+    Args:
+      scores: of all leaves.
+      leaves: all leaves by path.
+      forms: the candidates' forms.
+
+    Returns:
+      ``(scores, the leaves that were not reached)``. Where no leaf was, the scores stay.
+
+    Example:
+      >>> w, forms = jnp.ones(2), {"w": {"a": jnp.zeros(2)}, "unused": {"a": jnp.full(2, -1.0)}}
+      >>> unreached({"w": {"a": 3.0}, "unused": {"a": 0.0}}, {"w": w, "unused": w}, forms)
+      ({'w': {'a': 3.0}, 'unused': {'a': 12.0}}, ['unused'])
+    """
+    changes = {path: {o: float(_change(leaves[path], form).sum()) for o, form in own.items()} for path, own in forms.items()}
+    dead = [path for path in scores if not any(scores[path].values()) and any(changes[path].values())]
+    pairs = [(scores[path][o], changes[path][o]) for path in scores if path not in dead for o in scores[path]]
+    rates = [score / change for score, change in pairs if change > 0]
+    if not rates:
+        return scores, dead
+    mean = sum(rates) / len(rates)
+    return scores | {path: {o: mean * change for o, change in changes[path].items()} for path in dead}, dead
+
+
 def _scalar(model: Model) -> Model:
     def loss(leaves: Leaves, *inputs: Any) -> jax.Array:
         value = model(leaves, *inputs)

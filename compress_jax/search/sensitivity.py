@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any, Literal
@@ -40,6 +40,7 @@ class Sensitivities:
       left: ``{path: why}``, leaves that stay as they are.
       left_nbytes: bytes of those leaves.
       left_bitops: bit-operations of everything else: products of activations, and with those leaves.
+      notes: ``{path: what was out of the ordinary}``: leaves that the batches never reached have the scores of average ones.
     """
 
     measure: str
@@ -51,6 +52,7 @@ class Sensitivities:
     left: dict[str, str]
     left_nbytes: int
     left_bitops: int
+    notes: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the table as JSON, to be kept beside the model.
@@ -83,9 +85,9 @@ class Sensitivities:
             for path in self.scores
         ]
         refused = [f"{path} cannot be {o}: {why}" for path, reasons in self.refused.items() for o, why in reasons.items()]
-        return "\n".join(
-            [aligned([head, *rows], left=1), *(f"{path} stays: {why}" for path, why in self.left.items()), *refused]
-        )
+        stays = [f"{path} stays: {why}" for path, why in self.left.items()]
+        notes = [f"{path}: {note}" for path, note in self.notes.items()]
+        return "\n".join([aligned([head, *rows], left=1), *stays, *refused, *notes])
 
     def _cells(self, path: str, option: str) -> tuple[str, str]:
         if option not in self.scores[path]:
@@ -178,7 +180,9 @@ def sensitivities(
     byte_budget(max_bytes, sizes, bytes_left).check()
     work_budget(max_bitops, bitops, rest).check()
     scored = _scorer(measure, key, probes)(lambda leaves, *x: fn(rebuild(leaves), *x), leaves, chain([first], inputs), forms)
-    return Sensitivities(measure, _finite(scored), sizes, bitops, macs, refused, _ordered(left, leaves), bytes_left, rest)
+    scored, dead = measures.unreached(_finite(scored), leaves, forms)
+    notes = dict.fromkeys(dead, "every option scores 0: the batches say nothing of it, so it counts as an average leaf")
+    return Sensitivities(measure, scored, sizes, bitops, macs, refused, _ordered(left, leaves), bytes_left, rest, notes)
 
 
 def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., measures.Scores]:

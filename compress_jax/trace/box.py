@@ -111,8 +111,14 @@ def placed(
         if found is None:
             return "a slice of it in steps that do not divide its axis is used"
         axes += _merged(found)
-    box = Box(piece.shape, *(tuple(getattr(a, name) for a in axes) for name in ("length", "of", "start", "size")),
-              tuple(i for i, a in enumerate(axes) if a.flip))  # fmt: skip
+    box = Box(
+        piece.shape,
+        fine=tuple(a.length for a in axes),
+        of=tuple(a.of for a in axes),
+        starts=tuple(a.start for a in axes),
+        sizes=tuple(a.size for a in axes),
+        flips=tuple(i for i, a in enumerate(axes) if a.flip),
+    )
     ranked = {role: sorted((a.rank, i) for i, a in enumerate(axes) if a.role == role) for role in ("lead", "summed", "kept")}
     fixed = [i for i, a in enumerate(axes) if not a.role]
     front = [*fixed, *(i for _, i in ranked["lead"])]

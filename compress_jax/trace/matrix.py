@@ -79,11 +79,11 @@ class Problem:
         The average is that of the matrix, of all matrices where one has seen nothing, and 1 if none has.
         """
         diagonal = jnp.diagonal(self.gram, axis1=1, axis2=2)
-        live = (~self.dead).sum(1)
-        means = diagonal.sum(1) / jnp.maximum(live, 1)
-        average = jnp.where((live > 0).any(), means.sum() / jnp.maximum((live > 0).sum(), 1), 1.0)
+        live = (~self.dead).sum(1).astype(jnp.float32)
+        means, seen = diagonal.sum(1) / jnp.maximum(live, 1), (live > 0).sum().astype(jnp.float32)
+        average = jnp.where(seen > 0, means.sum() / jnp.maximum(seen, 1), 1.0)
         added = jnp.where(self.dead, jnp.where(live > 0, means, average)[:, None], 0.0)
-        return self.gram + added[:, :, None] * jnp.eye(self.form.k)
+        return self.gram + added[:, :, None] * jnp.eye(self.form.k)[None]
 
     def names(self, path: str) -> list[str]:
         """Return a name for each matrix: the parameter's, with the indices of layers, experts and groups."""
@@ -155,11 +155,13 @@ def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, tup
             own[box, form] = total, rows, piece.changed
     found = {path: own for path, own in sums.items() if path not in reasons}
     reasons |= {path: why for path, own in found.items() if (why := _overlap([box for box, _ in own]))}
-    return {
-        path: tuple(Problem(*key, _mean(total, rows), rows, changed) for key, (total, rows, changed) in own.items())
-        for path, own in found.items()
-        if path not in reasons
-    }, reasons
+    return {path: _problems(own) for path, own in found.items() if path not in reasons}, reasons
+
+
+def _problems(sums: Mapping[tuple[Box, MatrixForm], tuple[Any, Any, tuple[str, ...]]]) -> tuple[Problem, ...]:
+    return tuple(
+        Problem(box, form, _mean(total, rows), rows, changed) for (box, form), (total, rows, changed) in sums.items()
+    )
 
 
 def _overlap(boxes: list[Box]) -> str | None:
@@ -250,6 +252,7 @@ def _fed(gram: jax.Array, count: jax.Array, place: Place) -> tuple[jax.Array, ja
     lead, start = rows.shape, len(place.turns)
     repeated = tuple(start + i for i, span in enumerate(place.batch) if span is None)
     spans = tuple(slice(None) if span is None else slice(*span) for span in place.batch)
+    rows = rows * math.prod(total.shape[axis] for axis in repeated)
     total = total[(*(slice(None),) * start, *spans)].sum(repeated)
     sizes = tuple(size for size, _ in place.summed)
     own = tuple(slice(*span) for _, span in place.summed)

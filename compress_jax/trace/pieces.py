@@ -30,9 +30,15 @@ class Laid:
 
 @dataclass(frozen=True)
 class Lost:
-    """A value in which no parameter can be told from another; ``reason`` is empty if there is none."""
+    """A value in which no parameter can be told from another.
+
+    Attributes:
+      reason: why; empty if there is no parameter in it.
+      data: whether it depends on inputs too.
+    """
 
     reason: str = ""
+    data: bool = True
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ class Pieces:
             move = MOVES[name]
             return [_laid([move(piece, eqn, args, shape, out) for piece in args[0].pieces])]
         if name in ("gather", "dynamic_slice") and isinstance(args[0], Laid):
-            return [_lost(args, "a slice of it is used, and data decide which")] * count
+            return [_lost(args, "a slice of it is used, and data or the turn of a loop decide which")] * count
         return [_combined(eqn, args)] * count
 
 
@@ -134,15 +140,16 @@ def _computed(eqn: JaxprEqn, args: Sequence[Any], result: int) -> Callable[[], A
 def _lost(args: Sequence[Value], reason: str = "") -> Lost:
     """Return what is lost: for the first reason that was met, if a parameter is in it."""
     earlier = next((arg.reason for arg in args if isinstance(arg, Lost) and arg.reason), "")
-    return Lost(earlier or (reason if any(isinstance(arg, Laid) for arg in args) else ""))
+    data = any(isinstance(arg, Lost) and arg.data for arg in args)
+    return Lost(earlier or (reason if any(isinstance(arg, Laid) for arg in args) else ""), data)
 
 
 def _laid(moved: Sequence[Piece | str | None]) -> Value:
     """Return a value of the pieces that are left, lost if one of them is."""
     if reason := next((each for each in moved if isinstance(each, str)), None):
-        return Lost(reason)
+        return Lost(reason, data=False)
     left = tuple(each for each in moved if isinstance(each, Piece))
-    return Laid(left) if left else Lost()
+    return Laid(left) if left else Lost(data=False)
 
 
 def _joined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
@@ -171,7 +178,7 @@ def _parts(eqn: JaxprEqn, given: tuple[Piece, ...]) -> list[Value]:
 def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     """Entry by entry: what is broadcast along the result (a scale, a threshold) modifies what fills it."""
     name = eqn.primitive.name
-    if any(isinstance(arg, Lost) for arg in args):
+    if any(isinstance(arg, Lost) and arg.data for arg in args):
         return _lost(args, f"data change it on its way ({name})")
     outs = {getattr(var.aval, "shape", None) for var in eqn.outvars}
     filling: dict[Laid, None] = {}
@@ -180,7 +187,8 @@ def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
             filling[Laid(tuple(replace(piece, changed=()) for piece in arg.pieces))] = None
     if len(filling) != 1:
         paths = {piece.path for arg in args if isinstance(arg, Laid) for piece in arg.pieces}
-        return Lost(f"several parameters are combined ({name})" if len(paths) > 1 else f"it is changed on its way ({name})")
+        several = len(paths) > 1
+        return _lost(args, f"several parameters are combined ({name})" if several else f"it is changed on its way ({name})")
     if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return args[0]
     done = tuple(dict.fromkeys([c for arg in args if isinstance(arg, Laid) for p in arg.pieces for c in p.changed] + [name]))

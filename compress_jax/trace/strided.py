@@ -184,7 +184,7 @@ def _regrouped(piece: Piece, before: Shape, run: list[int], after: list[int]) ->
     if start % rest or size % rest:
         return None
     digits = _split(tuple(digit for i in run for digit in piece.axes[i]), [size // rest, *after[1:]])
-    return digits and list(zip(digits, [start // rest, *[0] * (len(after) - 1)], strict=True))
+    return None if digits is None else list(zip(digits, [start // rest, *[0] * (len(after) - 1)], strict=True))
 
 
 def _split(digits: Digits, sizes: list[int]) -> list[Digits] | None:

@@ -108,8 +108,8 @@ def measured(fn: Callable[..., Any], params: Any, made: dict[str, Any], x: Any, 
     exact = run(params, test[0])
 
     def error(path: str, task: Problem, new: Any) -> Any:
-        kernels = (task.form.matrices(task.box.take(each[path])) for each in (leaves, new))
-        return output_error(*kernels, task.gram).sum()
+        kernel, rounded = (task.form.matrices(task.box.take(each[path])) for each in (leaves, new))
+        return output_error(kernel, rounded, task.gram).sum()
 
     def layers(new: Any) -> float:
         errors = [sum(float(error(path, task, new)) for task in own) for path, own in tasks.items()]

@@ -18,6 +18,7 @@ NUMBERS = (
     ("a list", [4]),
     ("infinity", np.inf),
 )
+PLACES = tuple(each for each in NUMBERS if each[0] not in ("a list", "nothing"))  # an axis may be None
 WHOLE = (*NUMBERS, ("a fraction", 2.5), ("a whole float", 4.0), ("far below", -1000), ("an array", np.array([4, 4])))
 FLAGS = (("one", 1), ("a string", "yes"), ("a number", 0.0), ("a list", []))
 NAMES = (("unknown", "nonsense"), ("a number", 3.5), ("a list", ["absmax"]), ("a flag", True))
@@ -61,7 +62,7 @@ def table():
         if name not in ("mxfp8", "mxfp4", "nvfp4"):
             add(name, make, "granularity", [each for each in WHOLE if each[0] != "a string"] + [("unknown", "row")])
         add(name, make, "pad", FLAGS)
-        add(name, make, "axis", [each for each in NUMBERS if each[0] != "a list"] + [("floats", (0, 1.0)), ("none", ())])
+        add(name, make, "axis", [*PLACES, ("floats", (0, 1.0)), ("none", ())])
         if name != "lsq":
             unknown = [each for each in NAMES if name != "binary" or each[0] != "a number"]
             add(name, make, "scale", unknown)
@@ -110,7 +111,7 @@ def table():
     add("cubic", lambda end: prune.cubic(0.5, 0, end), "end", (*WHOLE, ("zero", 0)))
     add("cubic", lambda final: prune.cubic(final, 0, 5), "final", (*NUMBERS, ("much", 2)))
     add("n_m", lambda n: prune.n_m(n, 8), "n", (*WHOLE, ("zero", 0), ("much", 9)))
-    add("n_m", lambda axis: prune.n_m(2, 4, axis), "axis", (*NUMBERS[:4], ("twice", (1, 1))))
+    add("n_m", lambda axis: prune.n_m(2, 4, axis), "axis", (*PLACES[:3], ("twice", (1, 1))))
     add("block", prune.block, "shape", [("a number", 4), ("floats", (2.0, 2)), ("flags", (True, 2)), ("zero", (0, 2))])
     add("channel", lambda reduce: prune.channel(-1, reduce), "reduce", NAMES)
     add("head", lambda heads: prune.head(-1, heads), "heads", [e for e in WHOLE if e[0] != "nothing"] + [("zero", 0)])

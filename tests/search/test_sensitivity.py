@@ -228,3 +228,24 @@ def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measu
         budget = cj.coverage(plain, p).nbytes
         mixed = allocate(table, max_bytes=budget)
         assert mixed.nbytes <= budget and moved(mixed.compression(options)) < moved(plain)
+
+
+@pytest.mark.parametrize("measure", ["fisher", "mse"])
+def test_a_leaf_that_no_batch_reached_counts_as_an_average_one(measure):
+    """A branch that never ran scores 0 for every option: that must not make it the first to be stored in 2 bits."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {name: jax.random.normal(key, (6, 6)) for name, key in zip(("seen", "never"), keys, strict=False)}
+    x = jax.random.normal(keys[2], (8, 6))
+
+    def fn(p, x):
+        y = jax.lax.cond(x.mean() < 1e6, lambda: x @ p["seen"], lambda: x @ p["never"])
+        return jnp.square(y).mean() if measure == "fisher" else y
+
+    table = sensitivities(fn, params, [x], {"int2": uniform(2), "int8": uniform(8)}, measure)
+    change = {path: float(jnp.square(uniform(2).view(w, uniform(2).init(w)) - w).sum()) for path, w in params.items()}
+    assert table.scores["never"]["int2"] > table.scores["never"]["int8"] > 0
+    rates = [table.scores[path]["int2"] / change[path] for path in ("never", "seen")]
+    assert 0.2 < rates[0] / rates[1] < 5
+    assert (
+        set(table.notes) == {"never"} and "say nothing" in str(table) and Sensitivities.from_json(table.to_json()) == table
+    )

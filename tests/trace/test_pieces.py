@@ -135,10 +135,9 @@ def test_problems_give_the_energy_of_the_outputs(case, seed):
     for path, own in tasks.items():
         for task in own:
             part = task.box.take(params[path])
-            np.testing.assert_array_equal(
-                task.box.put(params[path], task.form.stored(task.form.matrices(part))), params[path]
-            )
-            w = np.asarray(task.form.matrices(part), np.float64)
+            matrices = task.form.matrices(part)
+            np.testing.assert_array_equal(task.box.put(params[path], task.form.stored(matrices)), params[path])
+            w = np.asarray(matrices, np.float64)
             energy += np.einsum("bkn,bkl,bln", w, np.asarray(task.gram, np.float64) * 5, w)
     np.testing.assert_allclose(energy, (np.asarray(fn(params, x), np.float64) ** 2).sum(), rtol=1e-4)
 
@@ -146,8 +145,8 @@ def test_problems_give_the_energy_of_the_outputs(case, seed):
 P = {name: jnp.ones((3, 4)) for name in "ab"} | {"s": jnp.ones((2, 3, 4)), "i": jnp.arange(2)}
 REFUSED = {
     "combined": lambda p, x: x @ (p["a"] + p["b"]),
-    "data decide": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
-    "data decide which": lambda p, x: jax.lax.fori_loop(0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))),
+    "data or": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
+    "the turn of a loop": lambda p, x: jax.lax.fori_loop(0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))),
     "changed on its way (reduce_sum)": lambda p, x: x @ p["s"].sum(0),
     "changed on its way (dot_general)": lambda p, x: x @ (p["a"] @ jnp.ones((4, 4))),
     "several parameters": lambda p, x: x @ (p["a"] @ p["b"].T),
@@ -162,6 +161,13 @@ def test_what_cannot_be_told_is_refused_for_the_true_reason(reason):
     tasks, reasons = problems(calibrate(REFUSED[reason], gram(), params, [jnp.ones((5, 3))]), params)
     assert any(reason.split(" (")[0] in why for why in reasons.values()), reasons
     assert not set(tasks) & set(reasons)
+
+
+def test_a_kernel_that_its_own_norm_or_a_gain_changes_is_laid_out_and_what_changes_it_is_told():
+    normed = lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0)[None] * p["b"][:1])  # noqa: E731
+    (site,) = sites(normed, P, jnp.ones((5, 3)))
+    (piece,) = site.pieces
+    assert (piece.path, piece.offset, piece.sizes) == ("a", 0, (3, 4)) and set(piece.changed) == {"div", "mul"}
 
 
 def test_slices_that_overlap_are_refused():
@@ -197,8 +203,7 @@ def test_matrices_are_named_by_their_place_in_the_parameter():
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["s"]), jnp.ones((2, 5, 3))  # noqa: E731
     (task,) = problems(calibrate(fn[0], gram(), {"s": P["s"]}, [fn[1]]), P)[0]["s"]
     assert task.names("s") == ["s[0]", "s[1]"]
-    one, other = problems(calibrate(lambda p, x: (x @ p["s"][1], x @ p["a"][:, 1:3]), gram(), P, [jnp.ones((5, 3))]), P)[
-        0
-    ].values()
+    parts = lambda p, x: (x @ p["s"][1], x @ p["a"][:, 1:3])  # noqa: E731
+    one, other = problems(calibrate(parts, gram(), P, [jnp.ones((5, 3))]), P)[0].values()
     assert one[0].names("s") == ["s[1]"] and other[0].names("a") == ["a[:, 1:3]"]
     assert why_not(sites(lambda p, x: x @ x.T, P, jnp.ones((5, 3)))[0]) == "no parameter feeds it"
