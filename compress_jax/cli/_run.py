@@ -11,7 +11,6 @@ from rich.markup import escape
 
 from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import stdout
-from compress_jax.cli.parse import Workdir
 from compress_jax.cli.signals import Stopped
 
 UNMET = 3
@@ -19,7 +18,7 @@ UNMET = 3
 
 def run(
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
-    workdir: Workdir = None,
+    workdir: Path | None = None,
     *,
     chosen: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None,
     flags: Annotated[list[str] | None, tyro.conf.Suppress] = None,
@@ -51,7 +50,9 @@ def run(
 
     function, arguments = load_config(config), chosen or {}
     workdir = workdir or default_workdir(config, arguments, _defaults(function))
-    described, source = describe(config, arguments, flags or []), config.read_bytes()
+    source = config.read_bytes()
+    described = describe(config, source, arguments, flags or [])
+    check_same(workdir, source, described)  # before anything is written there
     with locked(workdir):
         check_same(workdir, source, described)
         _quiet()

@@ -12,7 +12,7 @@ from compress_jax.cli.config import load_config
 from compress_jax.core.errors import ConfigError
 
 Workdir = Annotated[
-    Path | None,
+    str | None,
     tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, say runs/digits-bits=3)"),
 ]
 
@@ -52,7 +52,7 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
 
     Raises:
       SystemExit: as `parse` does.
-      ConfigError: if a parameter is named as a flag of ``run``.
+      ConfigError: if a parameter is named as a flag of ``run``, or the folder has no name.
     """
     if {"workdir", "debug"} & set(inspect.signature(config).parameters):
         raise ConfigError("'workdir' and 'debug' are flags of compress-jax run itself; rename the config's argument")
@@ -61,7 +61,7 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
     def arguments(**chosen: Any) -> dict[str, Any]:
         return chosen
 
-    def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], Path | None]:
+    def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], str | None]:
         """Take both.
 
         Args:
@@ -71,7 +71,10 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
         return chosen, workdir
 
     both.__annotations__["chosen"] = Annotated[dict[str, Any], tyro.conf.arg(name="", constructor=arguments)]
-    return tyro.cli(both, prog=prog, description=_about(config), args=flags)
+    found, workdir = tyro.cli(both, prog=prog, description=_about(config), args=flags)
+    if workdir is not None and not workdir.strip():
+        raise ConfigError(f"--workdir is empty ({workdir!r}); name a folder, or leave the flag out")
+    return found, None if workdir is None else Path(workdir)
 
 
 def summary(function: Callable[..., Any]) -> str:

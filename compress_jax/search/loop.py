@@ -1,12 +1,12 @@
 """The loop: train, compress, evaluate; requirements met? If not, choose again. Short, so that you can fork it."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.record import sealed
 from compress_jax.export import write_atomically
 from compress_jax.search import stages
 from compress_jax.search.check import check
@@ -134,6 +134,5 @@ def _conclude(experiment: Experiment, rows: list[Assessment], tried: Sequence[As
         measured["teacher"] = stages.measure_on_test(experiment, experiment.teacher.model, workdir / TEACHER)
     table = [replace(row, test=measured.get(row.name)) for row in [*rows, *tried]]
     summary = {"experiment": experiment.name, "chosen": chosen.name, "met": bool(chosen.accepted)}
-    text = json.dumps({**summary, "rows": [row.as_dict() for row in table]}, indent=1)
-    write_atomically(workdir / RESULTS, f"{text}\n".encode())
+    write_atomically(workdir / RESULTS, sealed({**summary, "rows": [row.as_dict() for row in table]}))
     return Result(tuple(table), next(row for row in table if row.name == chosen.name), artifact)
