@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.markup import escape
 
-from compress_jax.cli.console import stdout
+from compress_jax.cli.console import shown, stdout
 from compress_jax.core.errors import ExportError
 
 Target = Literal["onnx", "litert", "stablehlo"]
@@ -89,7 +88,7 @@ def export(
         records[target] = {**found.record(), "sites": [row._asdict() for row in done.rows]}
         console.print(rich_table(Table(f"{target}: {file}", ("", "measured"), tuple(found.rows()))))
         for row in done.rows:
-            console.print(escape(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}"))
+            console.print(shown(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}"))
     write_atomically(folder / "export.json", f"{json.dumps(records, indent=1)}\n".encode())
     console.print("every file passes" if passed else "[bold red]a file fails[/]: see above; no claim should rest on it")
     return 0 if passed else GATE

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.markup import escape
 
 from compress_jax.cli.config import build, load_config
-from compress_jax.cli.console import stdout
+from compress_jax.cli.console import shown, stdout
 from compress_jax.cli.signals import Stopped
 
 UNMET = 3
@@ -68,18 +67,17 @@ def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
     from compress_jax.train import Interrupted
 
     console = stdout()
-    with logging_to(workdir, lambda line: console.print(escape(line))) as say:
+    with logging_to(workdir, lambda line: console.print(shown(line))) as say:
         try:
             result = search.compress(experiment, workdir, about=about, say=say)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
             raise Stopped(stop.signum, str(stop)) from stop
     console.print(report.rich_table(report.results_table([row.as_dict() for row in result.rows], result.chosen.name)))
-    page = report.write(workdir)
-    console.print(f"artifact: {escape(str(workdir / result.artifact.name))}\nreport:   {escape(str(page))}")
+    page = report.write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
+    console.print(f"artifact: {shown(str(workdir / result.artifact.name))}\nreport:   {shown(str(page))}")
     if not result.met:
-        console.print(
-            f"No candidate met the requirement; {escape(result.chosen.name)} is the best there was: {result.chosen.reason}."
-        )
+        best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
+        console.print(f"No candidate met the requirement; {best}.")
     return 0 if result.met else UNMET
 
 
