@@ -92,11 +92,11 @@ def _as_json(requirement: Any) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Let checkpointing and TFDS speak only of what a person should act on."""
+    """Let checkpointing and TFDS speak only of what a person should act on; what fails is raised, and told once."""
     import logging
 
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs whole traces of what it then raises
     for name in ("orbax", "jax", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -10,6 +10,7 @@ from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
+from compress_jax.core.printable import printable
 
 
 @dataclass(frozen=True)
@@ -68,13 +69,13 @@ class Coverage:
         head = ("path", "shape", "form", "bits", "sparsity", "bytes", "why left alone")
         body = [
             (
-                r.path,
+                printable(r.path),
                 "x".join(map(str, r.shape)),
                 r.form,
                 f"{r.bits:.2f}",
                 f"{r.sparsity:.1%}",
                 f"{r.nbytes:,}",
-                r.reason,
+                printable(r.reason),
             )
             for r in self.rows
         ]
