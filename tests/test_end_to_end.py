@@ -80,7 +80,7 @@ def check(result, experiment) -> list:
 
 def test_digits(config, tmp_path):
     steps = {"teacher_steps": 12, "student_steps": 60, "candidate_steps": 20}
-    experiment = config("digits", **steps, max_drop=1.0)
+    experiment = config("digits", **steps, max_drop=0.99)
     assert [candidate.name for candidate in experiment.candidates] == ["prune-85-int4", "prune-91-int4", "prune-95-int4"]
     experiment = dataclasses.replace(experiment, candidates=experiment.candidates[1:2])  # each is a program to compile
     result = compress(experiment, tmp_path, say=lambda line: None)
@@ -105,7 +105,7 @@ def real_images(monkeypatch):
 @pytest.mark.slow
 def test_fashion_mnist(config, real_images, tmp_path):
     epochs = {"teacher_epochs": 1, "student_epochs": 1, "candidate_epochs": 1}
-    experiment = config("fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=1.0, min_ratio=1.0)
+    experiment = config("fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=0.99, min_ratio=1.0)
     result = compress(experiment, tmp_path, say=lambda line: None)
     assert [row.name for row in result.rows] == ["teacher", "student", "prune-60-int4", "prune-80-int4"]
     sizes = [row.nbytes for row in result.rows]
@@ -117,7 +117,7 @@ def test_fashion_mnist(config, real_images, tmp_path):
 
 @pytest.mark.slow
 def test_deep_compression(config, real_images, tmp_path):
-    arguments = {"epochs": 3, "teacher_epochs": 1, "candidate_epochs": 3, "sparsity": (0.9, 0.95), "max_drop": 1.0}
+    arguments = {"epochs": 3, "teacher_epochs": 1, "candidate_epochs": 3, "sparsity": (0.9, 0.95), "max_drop": 0.99}
     experiment = config("deep_compression", examples=1280, **arguments)
     result = compress(experiment, tmp_path, say=lambda line: None)
     assert [row.name for row in result.rows] == ["teacher", "student", "prune-90-share-16", "prune-95-share-16"]
@@ -142,7 +142,7 @@ def config(steps: int = 60) -> Experiment:
       steps: of each stage.
     '''
     digits = runpy.run_path({str(CONFIGS / "digits.py")!r})["config"]
-    experiment = digits(teacher_steps=steps, student_steps=steps, candidate_steps=steps, max_drop=1.0, min_ratio=15.0)
+    experiment = digits(teacher_steps=steps, student_steps=steps, candidate_steps=steps, max_drop=0.99, min_ratio=15.0)
 
     def often(owner):
         return dataclasses.replace(owner, training=dataclasses.replace(owner.training, save_every=10))

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import tyro
 
-from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import stdout
 
 
@@ -17,7 +16,8 @@ def evaluate(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metava
 
       compress-jax eval runs/digits
 
-    Exit code 1 means that they differ.
+    This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0 the same, 1 they differ
+    or an error.
 
     Args:
       workdir: the folder of a finished run.
@@ -25,12 +25,12 @@ def evaluate(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metava
     Returns:
       The exit code.
     """
-    from compress_jax.cli.workdir import CONFIG, read_run
-    from compress_jax.report import Table, read_results, rich_table
+    from compress_jax.cli.rebuild import rebuilt
+    from compress_jax.report import Table, rich_table
 
-    flags, results = read_run(workdir)["flags"], read_results(workdir)
+    experiment, packed, results = rebuilt(workdir)
     written = next(row for row in results["rows"] if row["name"] == results["chosen"])
-    measured = _measure(workdir, flags, workdir / CONFIG)
+    measured = _measure(experiment, packed) | {"nbytes": (workdir / "artifact.safetensors").stat().st_size}
     names = {"test": "test accuracy", "validation": "validation accuracy", "nbytes": "bytes on disk"}
     rows = [(text, _cell(measured[key]), _cell(written[key])) for key, text in names.items()]
     same = all(measured[key] == written[key] for key in names)
@@ -40,21 +40,15 @@ def evaluate(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metava
     return 0 if same else 1
 
 
-def _measure(workdir: Path, flags: list[str], config: Path) -> dict[str, Any]:
-    """Return accuracies and bytes of the artifact of a folder."""
-    from compress_jax.cli.parse import parse_config
+def _measure(experiment: Any, packed: Any) -> dict[str, Any]:
+    """Return the accuracies of an artifact."""
     from compress_jax.core import unpack
-    from compress_jax.export import load
     from compress_jax.train import logits
 
-    function = load_config(config)
-    experiment = build(function, parse_config(function, flags, f"compress-jax run {config}")[0])
-    file = workdir / "artifact.safetensors"
-    model: Any = experiment.student.model
-    variables, data = unpack(load(file)[0]), experiment.data
+    variables, data = unpack(packed), experiment.data
     splits = {"test": data.test, "validation": data.validation}
-    hits = {name: logits(model.apply, variables, split).argmax(-1) == split["label"] for name, split in splits.items()}
-    return {name: float(hit.mean()) for name, hit in hits.items()} | {"nbytes": file.stat().st_size}
+    hits = {n: logits(experiment.student.model.apply, variables, x).argmax(-1) == x["label"] for n, x in splits.items()}
+    return {name: float(hit.mean()) for name, hit in hits.items()}
 
 
 def _cell(value: float) -> str:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from rich.markup import escape
 
-from compress_jax.cli.config import build, load_config
-from compress_jax.cli.console import stdout
+from compress_jax.cli.console import shown, stdout
+from compress_jax.core.errors import ExportError
 
 Target = Literal["onnx", "litert", "stablehlo"]
 SUFFIX = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}
@@ -36,8 +35,10 @@ def export(
       compress-jax export runs/digits --to onnx litert --activations int8
 
     ONNX needs pip install 'compress_jax[onnx]', LiteRT pip install 'compress_jax[litert]'. With --activations int8 whole
-    layers run in integers, calibrated on training data; the weights' scales must then be per tensor or channel. Exit code 4
-    means that a file fails: answers that differ too often from JAX's, or accuracy that is lost.
+    layers run in integers, calibrated on training data; the weights' scales must then be per tensor or channel.
+
+    This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0 every file passes, 1 an
+    error, 4 a file fails: answers that differ too often from JAX's, or accuracy that is lost.
 
     Args:
       workdir: the folder of a finished run.
@@ -52,16 +53,19 @@ def export(
     Returns:
       The exit code.
     """
-    from compress_jax.cli.workdir import read_run
+    from compress_jax.cli.rebuild import rebuilt
     from compress_jax.core import unpack
-    from compress_jax.export import load, verify, write_atomically
+    from compress_jax.export import verify, write_atomically
     from compress_jax.report import Table, rich_table
 
-    flags = read_run(workdir)["flags"]
-    fn, data = _model(workdir, flags)
-    packed = load(workdir / "artifact.safetensors")[0]
+    experiment, packed, _ = rebuilt(workdir)
+    model, data = experiment.student.model, experiment.data
     example, folder, console = data.train["image"][:batch], workdir / "export", stdout()
-    folder.mkdir(exist_ok=True)
+    _make(folder)
+
+    def fn(variables: Any, x: Any) -> Any:
+        return model.apply(variables, x)
+
     records, passed = {}, True
     for target in dict.fromkeys(to):
         options = _options(target, activations, data.train["image"][:calibrate], batch)
@@ -84,22 +88,17 @@ def export(
         records[target] = {**found.record(), "sites": [row._asdict() for row in done.rows]}
         console.print(rich_table(Table(f"{target}: {file}", ("", "measured"), tuple(found.rows()))))
         for row in done.rows:
-            console.print(escape(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}"))
+            console.print(shown(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}"))
     write_atomically(folder / "export.json", f"{json.dumps(records, indent=1)}\n".encode())
     console.print("every file passes" if passed else "[bold red]a file fails[/]: see above; no claim should rest on it")
     return 0 if passed else GATE
 
 
-def _model(workdir: Path, flags: list[str]) -> tuple[Callable[..., Any], Any]:
-    """Return the student's function, in inference, and the data of a run."""
-    from compress_jax.cli.parse import parse_config
-    from compress_jax.cli.workdir import CONFIG
-
-    config = workdir / CONFIG
-    function = load_config(config)
-    experiment = build(function, parse_config(function, flags, f"compress-jax run {config}")[0])
-    model: Any = experiment.student.model
-    return lambda variables, x: model.apply(variables, x), experiment.data
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise ExportError(f"cannot write into {folder}: {error.strerror}; remove or rename what is there") from error
 
 
 def _writer(target: Target) -> Callable[..., Any]:

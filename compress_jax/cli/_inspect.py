@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.markup import escape
 
-from compress_jax.cli.console import stdout
+from compress_jax.cli.console import shown, stdout
 
 
 def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> int:
@@ -35,5 +34,5 @@ def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F
     console.print(rich_table(leaves_table(packed, left_alone, parts)))
     console.print(rich_table(causes_table(parts)))
     if not metadata:
-        console.print(escape("The file holds no metadata."))
+        console.print(shown("The file holds no metadata."))
     return 0

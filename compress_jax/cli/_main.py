@@ -5,17 +5,16 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from rich.markup import escape
-
 from compress_jax.cli._eval import evaluate
 from compress_jax.cli._export import export
 from compress_jax.cli._inspect import inspect
 from compress_jax.cli._report import report
 from compress_jax.cli._run import run
-from compress_jax.cli.console import stderr
+from compress_jax.cli.console import fitted, shown, stderr
 from compress_jax.cli.parse import parse, summary
 from compress_jax.cli.signals import Stopped, stopped_by_signals
 from compress_jax.core.errors import CompressError
+from compress_jax.core.printable import printable
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run,
@@ -38,9 +37,18 @@ A first run, of about two minutes:
   compress-jax inspect runs/digits/artifact.safetensors
 
 compress-jax COMMAND --help explains a command, and compress-jax run CONFIG --help the arguments of a config.
-Exit codes: 0 done, 1 an error (one line; --debug shows where it came from), 2 wrong usage, 3 the requirement is not met,
-4 an exported file fails its checks, 130 and 143 stopped by Ctrl-C and SIGTERM.
+
+Exit codes:
+  0    done
+  1    an error, told in one line (--debug shows where it came from); of eval, also that the numbers differ
+  2    wrong usage
+  3    no candidate met the requirement; the artifact is the best there was
+  4    an exported file fails its checks
+  130  stopped by Ctrl-C
+  141  what it prints into was closed, as by head
+  143  stopped by SIGTERM
 """
+CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,14 +58,24 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; by default those of the process.
 
     Returns:
-      The exit code: 0 done, 1 an error, 2 wrong usage, 3 requirement not met, 4 export fails, 130 or 143 stopped.
+      The exit code: 0 done, 1 an error, 2 wrong usage, 3 requirement not met, 4 export fails, 130 or 143 stopped, 141 the
+      pipe was closed.
 
     Example:
       >>> main(["inspect", "--help"])  # doctest: +ELLIPSIS
       usage: compress-jax inspect ...
       0
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has seen enough; what a run has made is kept
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        return CLOSED
+    return code
+
+
+def _main(words: list[str]) -> int:
     debug = "--debug" in words or os.environ.get("COMPRESS_JAX_DEBUG", "0") != "0"
     words = [word for word in words if word != "--debug"]
     if not words or words[0] not in COMMANDS:
@@ -65,9 +83,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stopped_by_signals() as stop:
         try:
             code = _call(words)
+        except BrokenPipeError:
+            raise
         except BaseException as error:
             stopped = error if isinstance(error, Stopped) else stop.stopped  # a library may turn a stop into its own error
-            if stopped is None and not isinstance(error, CompressError):
+            if stopped is None and not isinstance(error, CompressError | OSError):
                 raise
             if debug:
                 traceback.print_exception(error)
@@ -85,22 +105,26 @@ def _call(words: list[str]) -> int:
 
 def _failed(error: BaseException) -> int:
     """Say in one red line what was wrong, and return the exit code."""
-    stderr().print(f"[bold red]error:[/] {escape(str(error))}")
+    text: object = error
+    if isinstance(error, OSError):  # the disk, mostly
+        where = f"{error.filename}: " if error.filename else ""
+        text = f"{where}{error.strerror or error}; see that the disk is writable and not full, and run the command again"
+    stderr().print(f"[bold red]error:[/] {shown(text)}")
     return 1
 
 
 def _stopped(command: str, stopped: Stopped) -> int:
     """Say in one line that a signal stopped the command, and return the exit code."""
     advice = "; run the same command to continue" if command == "run" else ""
-    stderr().print(f"{escape(str(stopped))}{advice}")
+    stderr().print(f"{shown(stopped)}{advice}")
     return stopped.exit_code
 
 
 def _no_command(words: list[str]) -> int:
     commands = "\n".join(f"  {name:<9}{summary(function)}" for name, function in COMMANDS.items())
     if words and words[0] in ("-h", "--help"):
-        print(HELP.format(commands=commands), end="")
+        print(fitted(HELP.format(commands=commands)), end="")
         return 0
     wrong = f"there is no command {words[0]!r}" if words else "which command?"
-    print(f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help", file=sys.stderr)
+    print(fitted(printable(f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help", lines=True)), file=sys.stderr)
     return 2

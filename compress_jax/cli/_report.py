@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from compress_jax.cli.console import stdout
+from compress_jax.cli.console import shown, stdout
 
 
 def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]) -> int:
@@ -25,6 +25,7 @@ def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar=
     """
     from compress_jax.report import write
 
-    page = write(workdir)
-    stdout().print(f"{page}\n{page.with_suffix('.md')}", markup=False)
+    console = stdout()
+    page = write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
+    console.print(shown(f"{page}\n{page.with_suffix('.md')}"))
     return 0

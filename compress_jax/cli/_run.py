@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from rich.markup import escape
 
 from compress_jax.cli.config import build, load_config
-from compress_jax.cli.console import stdout
-from compress_jax.cli.parse import Workdir
+from compress_jax.cli.console import shown, stdout
 from compress_jax.cli.signals import Stopped
 
 UNMET = 3
@@ -19,7 +17,7 @@ UNMET = 3
 
 def run(
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
-    workdir: Workdir = None,
+    workdir: Path | None = None,
     *,
     chosen: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None,
     flags: Annotated[list[str] | None, tyro.conf.Suppress] = None,
@@ -51,7 +49,9 @@ def run(
 
     function, arguments = load_config(config), chosen or {}
     workdir = workdir or default_workdir(config, arguments, _defaults(function))
-    described, source = describe(config, arguments, flags or []), config.read_bytes()
+    source = config.read_bytes()
+    described = describe(config, source, arguments, flags or [])
+    check_same(workdir, source, described)  # before anything is written there
     with locked(workdir):
         check_same(workdir, source, described)
         _quiet()
@@ -67,18 +67,17 @@ def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
     from compress_jax.train import Interrupted
 
     console = stdout()
-    with logging_to(workdir, lambda line: console.print(escape(line))) as say:
+    with logging_to(workdir, lambda line: console.print(shown(line))) as say:
         try:
             result = search.compress(experiment, workdir, about=about, say=say)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
             raise Stopped(stop.signum, str(stop)) from stop
     console.print(report.rich_table(report.results_table([row.as_dict() for row in result.rows], result.chosen.name)))
-    page = report.write(workdir)
-    console.print(f"artifact: {escape(str(workdir / result.artifact.name))}\nreport:   {escape(str(page))}")
+    page = report.write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
+    console.print(f"artifact: {shown(str(workdir / result.artifact.name))}\nreport:   {shown(str(page))}")
     if not result.met:
-        console.print(
-            f"No candidate met the requirement; {escape(result.chosen.name)} is the best there was: {result.chosen.reason}."
-        )
+        best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
+        console.print(f"No candidate met the requirement; {best}.")
     return 0 if result.met else UNMET
 
 
@@ -93,11 +92,11 @@ def _as_json(requirement: Any) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Let checkpointing and TFDS speak only of what a person should act on."""
+    """Let checkpointing and TFDS speak only of what a person should act on; what fails is raised, and told once."""
     import logging
 
     from absl import logging as absl_logging
 
-    absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.FATAL)  # orbax logs whole traces of what it then raises
     for name in ("orbax", "jax", "tensorflow_datasets"):
         logging.getLogger(name).setLevel(logging.WARNING)

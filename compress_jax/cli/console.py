@@ -1,6 +1,14 @@
-"""Where commands print: tables keep their columns also where there is no terminal to fit."""
+"""Where commands print: tables keep their columns also where there is no terminal to fit; words are never broken."""
+
+import shutil
+import textwrap
 
 from rich.console import Console
+from rich.markup import escape
+
+from compress_jax.core.printable import printable
+
+UNLIMITED = 10_000  # columns, where nobody looks at a screen
 
 
 def stdout() -> Console:
@@ -13,7 +21,46 @@ def stderr() -> Console:
     return _wide(Console(highlight=False, soft_wrap=True, stderr=True))
 
 
+def shown(text: object) -> str:
+    r"""Return text that others wrote for `Console.print`: nothing in it is markup, and nothing moves the cursor.
+
+    Example:
+      >>> shown("[bold]\x1b[2J")
+      '\\[bold]\\x1b[2J'
+    """
+    return escape(printable(text, lines=True))
+
+
+def fitted(text: str, width: int | None = None) -> str:
+    r"""Wrap the lines of a text that are wider than the terminal, at spaces, each as far in as it begins.
+
+    Args:
+      text: of several lines.
+      width: columns; None asks the terminal.
+
+    Returns:
+      The text.
+
+    Example:
+      >>> print(fitted("a line\n  run      several words", width=20))
+      a line
+        run      several
+                 words
+    """
+    columns = width or shutil.get_terminal_size().columns
+    lines: list[str] = []
+    for line in text.split("\n"):
+        start = len(line) - len(line.lstrip())
+        name, gap, rest = line[start:].partition("  ")  # a name and what it means, in two columns
+        hang = len(line) - len(rest.lstrip()) if gap and rest and start else start
+        wrapped = textwrap.wrap(
+            line, columns, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False, tabsize=4
+        )
+        lines.extend(wrapped if len(line) > columns else [line])
+    return "\n".join(lines)
+
+
 def _wide(console: Console) -> Console:
     if not console.is_terminal:
-        console.width = 160
+        console.width = UNLIMITED
     return console

@@ -1,7 +1,9 @@
 """Words of the command line to a call that waits to be made, through tyro; the help texts are the docstrings."""
 
+import contextlib
 import functools
 import inspect
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +11,11 @@ from typing import Annotated, Any
 import tyro
 
 from compress_jax.cli.config import load_config
+from compress_jax.cli.console import fitted
 from compress_jax.core.errors import ConfigError
 
 Workdir = Annotated[
-    Path | None,
+    str | None,
     tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, say runs/digits-bits=3)"),
 ]
 
@@ -36,7 +39,7 @@ def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Calla
         config, flags = Path(words[0]), list(words[1:])
         chosen, workdir = parse_config(load_config(config), flags, f"compress-jax run {config}")
         return functools.partial(command, config, workdir, chosen=chosen, flags=flags)
-    return tyro.cli(_waiting(command), prog=f"compress-jax {name}", description=teach(command), args=words)
+    return _cli(_waiting(command), f"compress-jax {name}", teach(command), words)
 
 
 def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) -> tuple[dict[str, Any], Path | None]:
@@ -52,7 +55,7 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
 
     Raises:
       SystemExit: as `parse` does.
-      ConfigError: if a parameter is named as a flag of ``run``.
+      ConfigError: if a parameter is named as a flag of ``run``, or the folder has no name.
     """
     if {"workdir", "debug"} & set(inspect.signature(config).parameters):
         raise ConfigError("'workdir' and 'debug' are flags of compress-jax run itself; rename the config's argument")
@@ -61,7 +64,7 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
     def arguments(**chosen: Any) -> dict[str, Any]:
         return chosen
 
-    def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], Path | None]:
+    def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], str | None]:
         """Take both.
 
         Args:
@@ -71,7 +74,10 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
         return chosen, workdir
 
     both.__annotations__["chosen"] = Annotated[dict[str, Any], tyro.conf.arg(name="", constructor=arguments)]
-    return tyro.cli(both, prog=prog, description=_about(config), args=flags)
+    found, workdir = _cli(both, prog, _about(config), flags)
+    if workdir is not None and not workdir.strip():
+        raise ConfigError(f"--workdir is empty ({workdir!r}); name a folder, or leave the flag out")
+    return found, None if workdir is None else Path(workdir)
 
 
 def summary(function: Callable[..., Any]) -> str:
@@ -95,6 +101,18 @@ def teach(function: Callable[..., Any]) -> str:
     lines = (inspect.getdoc(function) or "").split("\n")
     ends = [i for i, line in enumerate(lines) if line.strip() in ("Args:", "Returns:", "Raises:")]
     return "\n".join(lines[: ends[0] if ends else None]).strip()
+
+
+def _cli(function: Callable[..., Any], prog: str, description: str, words: Sequence[str]) -> Any:
+    """Call tyro; its help breaks words where a paragraph is wider than the terminal, so that is wrapped again."""
+    if not {"-h", "--help"} & set(words):
+        return tyro.cli(function, prog=prog, description=description, args=words)
+    text = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(text):
+            return tyro.cli(function, prog=prog, description=description, args=words)
+    finally:
+        print(fitted(text.getvalue()), end="")
 
 
 def _about(config: Callable[..., Any]) -> str:

@@ -2,8 +2,12 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.metadata
+import itertools
 import json
+import math
+import os
 import platform
 import re
 from collections.abc import Callable, Iterator
@@ -11,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from compress_jax.core.errors import ArtifactError, ConfigError
+from compress_jax.core.printable import printable
+from compress_jax.core.record import read_record, sealed
 from compress_jax.export import write_atomically
+from compress_jax.report.read import RUN_FORM, RUN_VERSION
 
 CONFIG, RUN, LOG, LOCK = "config.py", "run.json", "log.txt", ".lock"
 PACKAGES = ("compress_jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -37,15 +44,17 @@ def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str,
     return Path("runs") / "-".join(parts)[:200]
 
 
-def describe(config: Path, arguments: dict[str, Any], flags: list[str]) -> dict[str, Any]:
-    """Return what ``run.json`` keeps of a command, as JSON takes it."""
-    known = json.loads(json.dumps(arguments, default=str))
+def describe(config: Path, source: bytes, arguments: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+    """Return what ``run.json`` keeps of a command, as JSON takes it: infinity and NaN as text, which JSON has not."""
+    known = _finite(json.loads(json.dumps(arguments, default=str)))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    return {"config": config.as_posix(), "arguments": known, "flags": flags, "versions": versions}
+    digest = hashlib.sha256(source).hexdigest()
+    about = {"version": RUN_VERSION, "config": config.as_posix(), "config_sha256": digest}
+    return {**about, "arguments": known, "flags": flags, "versions": versions}
 
 
 def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
-    """See that a folder is new, or holds a run of the same config and arguments.
+    """See that a folder is new or empty, or holds a run of the same config and arguments.
 
     Args:
       workdir: the folder.
@@ -53,37 +62,111 @@ def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
       described: from `describe`.
 
     Raises:
-      ConfigError: if it holds another run, saying what differs.
+      ConfigError: if it holds another run, saying what differs, or files that are no run's.
     """
-    if not (workdir / RUN).exists():
+    if not os.path.lexists(workdir / RUN):
+        return _require_empty(workdir)
+    old, new = read_run(workdir), described
+    if not _begun(workdir):
         return
-    old, new = read_run(workdir)["arguments"], described["arguments"]
-    for name in [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]:
-        was, now = (repr(a[name]) if name in a else "not there" for a in (old, new))
+    for name in [n for n in {**old["arguments"], **new["arguments"]} if _given(old, n) != _given(new, n)]:
+        was, now = (_given(each, name) for each in (old, new))
         raise ConfigError(f"{workdir} holds a run with {name} = {was}, and now it is {now}; {_advice(workdir)}")
-    if not (workdir / CONFIG).exists() or (workdir / CONFIG).read_bytes() != source:
-        raise ConfigError(f"{workdir} holds a run of another version of {described['config']}; {_advice(workdir)}")
+    if _kept_digest(workdir, old) != new["config_sha256"]:
+        change = _first_change(workdir, source)
+        raise ConfigError(f"{workdir} holds a run of another version of {new['config']}: {change}; {_advice(workdir)}")
 
 
 def remember(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
-    """Write the config's source and ``run.json`` into a new folder; leave an old one as it is."""
-    if not (workdir / RUN).exists():
+    """Write ``run.json`` and the config's source, unless the folder has begun with them."""
+    if not _begun(workdir) or not (workdir / RUN).exists():
+        write_atomically(workdir / RUN, sealed(described))
+    if not (workdir / CONFIG).is_file() or (workdir / CONFIG).read_bytes() != source:
         write_atomically(workdir / CONFIG, source)
-        write_atomically(workdir / RUN, f"{json.dumps(described, indent=1)}\n".encode())
 
 
 def read_run(workdir: Path) -> dict[str, Any]:
     """Return what ``run.json`` of a folder holds.
 
     Raises:
-      ConfigError: if the folder is not one of a run.
+      ConfigError: if the folder is not one of a run, or the file is damaged.
     """
+    if not os.path.lexists(workdir / RUN):
+        raise ConfigError(f"{workdir} is not the folder of a run (it has no {RUN}); compress-jax run makes one")
+    return read_record(workdir / RUN, RUN_FORM, f"copy it from where it is whole, or {_advice(workdir)}", ConfigError)
+
+
+def kept_config(workdir: Path) -> Path:
+    """Return the config's source in a folder, seen to be the one that its run was made of: it is about to be executed.
+
+    Raises:
+      ConfigError: if it is missing or was changed.
+    """
+    file = workdir / CONFIG
+    digest = _kept_digest(workdir, read_run(workdir))
+    advice = "compress-jax run with the same config and arguments puts it back"
     try:
-        return json.loads((workdir / RUN).read_bytes())
-    except (OSError, ValueError) as error:
+        source = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror}; {advice}") from error
+    if hashlib.sha256(source).hexdigest() != digest:
+        raise ConfigError(f"{file} is not the config that this run was made of, so it is not executed; {advice}")
+    return file
+
+
+def _others(workdir: Path, *ours: str) -> list[str]:
+    """Return what a folder holds besides some files, and what a killed process leaves of them half written."""
+    names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
+    return sorted(name for name in names if name not in ours and not name.startswith(tuple(f".{own}." for own in ours)))
+
+
+def _begun(workdir: Path) -> bool:
+    """Tell whether a run has made anything yet; before that, a corrected config takes the place of a wrong one."""
+    return bool(_others(workdir, RUN, CONFIG, LOG, LOCK))
+
+
+def _require_empty(workdir: Path) -> None:
+    """Refuse a folder with files of somebody else."""
+    if strange := _others(workdir, RUN, LOCK):
+        named = ", ".join(map(printable, strange[:3])) + (", ..." if len(strange) > 3 else "")
         raise ConfigError(
-            f"{workdir} is not the folder of a run (its {RUN} cannot be read); compress-jax run makes one"
-        ) from error
+            f"{workdir} is not the folder of a run (it has no {RUN}), and it is not empty ({named}), so nothing is written "
+            "there; choose another --workdir"
+        )
+
+
+def _kept_digest(workdir: Path, described: dict[str, Any]) -> str:
+    """Return the digest of the config that a run was made of; of an earlier version's, that of the file it keeps."""
+    if described.get("config_sha256"):
+        return described["config_sha256"]
+    file = workdir / CONFIG
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
+
+
+def _given(described: dict[str, Any], name: str) -> str:
+    return repr(described["arguments"][name]) if name in described["arguments"] else "not there"
+
+
+def _first_change(workdir: Path, source: bytes) -> str:
+    """Return the first lines in which the config differs from the one that is kept, as a sentence."""
+    try:
+        kept = (workdir / CONFIG).read_bytes().decode(errors="replace").splitlines()
+    except OSError:
+        return "the one it was made of is not there any more"
+    lines = source.decode(errors="replace").splitlines()
+    for number, (old, new) in enumerate(itertools.zip_longest(kept, lines), 1):
+        if old != new:
+            was, now = ("nothing" if line is None else repr(line.strip()) for line in (old, new))
+            return f"line {number} was {was}, and now is {now}"
+    return "they differ in bytes that are no text"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
@@ -97,9 +180,14 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
     Yields:
       ``say(line)``.
     """
-    with (workdir / LOG).open("w", encoding="utf-8", buffering=1) as file:
+    try:
+        file = (workdir / LOG).open("w", encoding="utf-8", buffering=1)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {workdir / LOG}: {error.strerror}; remove it, or free the disk") from error
+    with file:
 
         def say(line: str) -> None:
+            line = printable(line)
             file.write(f"{line}\n")
             show(line)
 

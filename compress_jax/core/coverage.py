@@ -11,6 +11,7 @@ from compress_jax.core.doubts import doubts
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
+from compress_jax.core.printable import printable
 
 
 @dataclass(frozen=True)
@@ -76,14 +77,14 @@ class Coverage:
         head = ("path", "shape", "axes", "form", "bits", "sparsity", "bytes", "notes")
         body = [
             (
-                r.path,
+                printable(r.path),
                 "x".join(map(str, r.shape)),
                 r.axes,
                 r.form,
                 f"{r.bits:.2f}",
                 f"{r.sparsity:.1%}",
                 f"{r.nbytes:,}",
-                "; ".join(filter(None, (r.reason, r.doubt))),
+                printable("; ".join(filter(None, (r.reason, r.doubt)))),
             )
             for r in self.rows
         ]

@@ -48,6 +48,14 @@ def elsewhere(name: str, home: Path, why: str) -> str:
     )
 
 
+def damaged(place: object, error: Exception) -> str:
+    """Say what to do about prepared data that cannot be read."""
+    return (
+        f"{place} cannot be read ({type(error).__name__}: {first_line(error)}). If it is damaged, or was prepared as "
+        "tfrecord (which only TensorFlow reads), delete it or choose another data_dir, and run again."
+    )
+
+
 def explained(error: Exception, name: str, home: Path) -> DataError:
     """Turn what went wrong in TFDS into something a person can act on."""
     if isinstance(error, DataError):

@@ -6,7 +6,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from compress_jax.core.errors import DataError
-from compress_jax.data._explain import elsewhere, explained, first_line, no_files
+from compress_jax.data._explain import damaged, elsewhere, explained, first_line, no_files
 from compress_jax.data._network import unreachable
 from compress_jax.data._progress import progress
 from compress_jax.data._quiet import quiet
@@ -41,7 +41,8 @@ def prepared(name: str, data_dir: str | Path | None = None, manual_dir: str | Pa
     """
     home = data_home(data_dir)
     with quiet(bars=name not in (*_FAMILY, "digits")):
-        _require_images(builder := _builder(name, home))
+        builder = _builder(name, home)
+        _require_images(builder)
         if not builder.is_prepared():
             try:
                 _prepare(name, home, manual_dir)
@@ -49,16 +50,18 @@ def prepared(name: str, data_dir: str | Path | None = None, manual_dir: str | Pa
                 if not _builder(name, home).is_prepared():
                     raise explained(error, name, home) from error
             builder = _builder(name, home)
+        _require_splits(builder)
     return builder
 
 
 def _builder(name: str, home: Path, **kwargs: Any) -> Any:
     """Make the builder of a name; nothing is downloaded yet."""
     common = {"data_dir": home, "file_format": "array_record"}
-    if name == "digits":
-        return Digits(**common)
-    if name in _FAMILY:
-        return _FAMILY[name](**common, **kwargs)
+    if name in (*_FAMILY, "digits"):
+        try:
+            return Digits(**common) if name == "digits" else _FAMILY[name](**common, **kwargs)
+        except Exception as error:  # it reads what says what was prepared
+            raise DataError(damaged(home / name, error)) from error
     try:
         return tfds.builder(name, **common)
     except Exception as error:
@@ -98,6 +101,20 @@ def _prepare_stock(name: str, home: Path, manual_dir: str | Path | None) -> None
         raise DataError(elsewhere(name, home, why))
     config = tfds.download.DownloadConfig(manual_dir=Path(manual_dir).expanduser() if manual_dir else None)
     builder.download_and_prepare(download_config=config)
+
+
+def _require_splits(builder: Any) -> None:
+    """Refuse what was prepared if it does not say what is in it, or says nothing that can be."""
+    try:
+        splits = builder.info.splits
+        known = "train" in splits and all(split.num_examples > 0 for split in splits.values())
+        stated = (builder.info.metadata or {}).get("maximum")
+    except Exception as error:
+        raise DataError(damaged(builder.data_path, error)) from error
+    if not known:
+        raise DataError(damaged(builder.data_path, ValueError("it lists no examples of a split train")))
+    if stated != getattr(builder, "MAXIMUM", stated):
+        raise DataError(damaged(builder.data_path, ValueError(f"its largest pixel is {stated}, not {builder.MAXIMUM}")))
 
 
 def _require_images(builder: Any) -> None:

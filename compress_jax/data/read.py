@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from compress_jax.core.errors import DataError
+from compress_jax.data._explain import damaged
 from compress_jax.data._progress import progress
 from compress_jax.data._quiet import quiet
 from compress_jax.data.preprocess import Split
@@ -39,10 +40,7 @@ def read(builder: Any, split: str) -> Split:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(
-            f"{builder.data_path} cannot be read ({type(error).__name__}: {error}). If it is damaged, or was prepared as "
-            "tfrecord (which only TensorFlow reads), delete it or choose another data_dir, and run again."
-        ) from error
+        raise DataError(damaged(builder.data_path, error)) from error
 
 
 def _stacked(builder: Any, split: str, advance: Callable[[int], None]) -> Split:

@@ -1,11 +1,12 @@
 """A teacher's logits on disk, by example and by view: computed once, read without loading, refused when they do not belong.
 
-A directory: ``cache.json`` says what it is, and each process of P that wrote it has three files of numbers (NumPy's format,
+A directory: ``cache.json`` says what it is, and each process of P that wrote it has four files of numbers (NumPy's format,
 memory-mapped, never pickle) with its examples p, p + P, p + 2 P ...: ``ids`` int32 ``[rows, views, k]``, ``log_probs``
-bfloat16 (or float32), stored as integers of that size, ``tail`` float32 ``[rows, views]``; a tail of NaN was not written.
+bfloat16 (or float32), stored as integers of that size, ``tail`` float32 ``[rows, views]``, and ``digests`` uint8
+``[blocks, views, 32]``: the sha256 of each block of rows in a view, zeros where it was not written yet. Nothing is given
+out before its block's digest was seen to be right.
 """
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import ConfigError, DataError, StateError
+from compress_jax.core.errors import ArgumentError, ConfigError, DataError, NonFiniteError, StateError
+from compress_jax.distill._cache_files import STORED, Shard, block_rows, claim, read_about, writing
 from compress_jax.distill._top_k import TopK, top_k
 from compress_jax.distill.teacher import Teacher
 
 Augment = Callable[[Any, Any], Any]
-STORED = {"bfloat16": np.uint16, "float32": np.uint32}
 
 
 def by_example(augment: Augment, seed: int, *, index: str = "index", view: str = "view", inputs: str = "image") -> Augment:
@@ -60,11 +61,11 @@ class Cache:
 
     Attributes:
       about: what ``cache.json`` says.
-      shards: of each process, its ``ids``, ``log_probs`` and ``tail``, memory-mapped.
+      shards: what each process wrote.
     """
 
     about: dict[str, Any]
-    shards: list[tuple[np.memmap, np.memmap, np.memmap]]
+    shards: list[Shard]
 
     def __call__(self, index: Any, view: Any) -> TopK:
         """Return what the teacher said of some examples, each in a view of it.
@@ -77,7 +78,7 @@ class Cache:
           A `TopK` of NumPy arrays ``[batch, k]``.
 
         Raises:
-          DataError: if one of them is out of range or was never written; it names the first.
+          DataError: if one of them is out of range, was never written, or is damaged; it names the first.
         """
         index, view = np.asarray(index), np.asarray(view)
         for name, at in (("index", index), ("view", view)):
@@ -88,12 +89,11 @@ class Cache:
         found = np.empty(shape, np.int32), np.empty(shape, STORED[self.about["dtype"]]), np.empty(len(index), np.float32)
         for process, shard in enumerate(self.shards):
             mine = index % len(self.shards) == process
-            for array, stored in zip(found, shard, strict=True):
-                array[mine] = stored[index[mine] // len(self.shards), view[mine]]
+            rows = index[mine] // len(self.shards)
+            shard.require(rows, view[mine])
+            for array, stored in zip(found, shard.arrays, strict=True):
+                array[mine] = stored[rows, view[mine]]
         ids, log_probs, tail = found
-        if np.isnan(tail).any():
-            at = int(np.flatnonzero(np.isnan(tail))[0])
-            raise DataError(f"the cache lacks example {index[at]}, view {view[at]}: go on with write_cache")
         arrays: Any = {"ids": ids, "log_probs": log_probs.view(jnp.dtype(self.about["dtype"])), "tail": tail}
         return TopK(**arrays, temperature=self.about["temperature"])
 
@@ -117,6 +117,9 @@ def write_cache(
 ) -> None:
     """Write a teacher's top-k logits of every example in every view. Started again, it goes on where it was.
 
+    What is there already is read and held against its digests first; what is missing is computed, and what is damaged is
+    logged as a warning and computed again. One process at a time writes a part.
+
     Args:
       directory: of the cache, shared by all processes; made if missing.
       teacher: ``inputs -> logits``, a `Teacher`.
@@ -135,7 +138,10 @@ def write_cache(
 
     Raises:
       ConfigError: if ``dtype`` is none of these.
-      StateError: if the directory holds another cache; it says what differs.
+      ArgumentError: if a number is out of range.
+      StateError: if the directory holds another cache (it says what differs), or another process is writing this part.
+      DataError: if ``cache.json`` is damaged, or the disk is full or not writable; what was written stays.
+      NonFiniteError: if a logit is NaN or infinite; it names the example.
 
     Example:
       >>> import tempfile
@@ -149,10 +155,11 @@ def write_cache(
     mine = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     size = len(split[inputs])
-    about = {"version": 1, "teacher_sha256": teacher_sha256, "data_sha256": data_sha256, "examples": size, "views": views}
-    about |= {"k": k, "temperature": float(temperature), "dtype": dtype, "processes": count}
-    _claim(Path(directory), about)
-    ids, log_probs, tail = _shard(Path(directory), about, mine, "r+")
+    _require_counts(examples=size, views=views, k=k, batch_size=batch_size, process_count=count)
+    if not 0 <= mine < count:
+        raise ArgumentError(f"process_index must be 0 to {count - 1}, as process_count is {count}; got {mine}")
+    about = {"teacher_sha256": teacher_sha256, "data_sha256": data_sha256, "examples": size, "views": views, "k": k}
+    about |= {"temperature": float(temperature), "dtype": dtype, "processes": count, "block": block_rows(k, dtype)}
     rows = np.arange(mine, size, count)
 
     @jax.jit
@@ -160,18 +167,24 @@ def write_cache(
         return top_k(teacher((augment(None, batch) if augment else batch)[inputs]), k, temperature)
 
     asked = teacher if isinstance(teacher, Teacher) else jax.tree_util.Partial(teacher)  # arguments, not constants
-    for view in range(views):
-        missing = np.flatnonzero(np.isnan(tail[:, view]))
-        for start in range(0, len(missing), batch_size):
-            at = missing[start : start + batch_size]
-            padded = np.resize(at, batch_size)  # one shape, one program
-            batch = {inputs: split[inputs][rows[padded]], "index": rows[padded], "view": np.full(batch_size, view)}
-            top = jax.device_get(see(asked, batch))
-            ids[at, view] = top.ids[: len(at)]
-            log_probs[at, view] = top.log_probs[: len(at)].astype(jnp.dtype(dtype)).view(STORED[dtype])
-            tail[at, view] = top.tail[: len(at)]  # last: what has it is there
-    for array in (ids, log_probs, tail):
-        array.flush()
+
+    def ask(at: np.ndarray, view: int) -> TopK:
+        padded = rows[np.resize(at, batch_size)]  # one shape, one program
+        batch = {inputs: split[inputs][padded], "index": padded, "view": np.full(batch_size, view)}
+        top = jax.tree.map(lambda x: x[: len(at)], jax.device_get(see(asked, batch)))
+        if (bad := ~np.isfinite(top.tail)).any():
+            raise NonFiniteError(f"the teacher's logits of example {rows[at[bad][0]]}, view {view} are not finite")
+        return top
+
+    with writing(Path(directory), mine, count):
+        shard = Shard.for_writing(Path(directory), claim(Path(directory), about), mine)
+        for view in range(views):
+            missing = shard.missing(view)
+            for start in range(0, len(missing), batch_size):
+                at, later = missing[start : start + batch_size], missing[start + batch_size :]
+                top = ask(at, view)
+                log_probs = top.log_probs.astype(jnp.dtype(dtype)).view(STORED[dtype])
+                shard.write(at, view, (top.ids, log_probs, top.tail), int(later[0]) if len(later) else None)
 
 
 def open_cache(directory: str | os.PathLike[str], *, teacher_sha256: str, data_sha256: str) -> Cache:
@@ -186,7 +199,7 @@ def open_cache(directory: str | os.PathLike[str], *, teacher_sha256: str, data_s
       A `Cache`, on which nothing is read before it is asked for.
 
     Raises:
-      DataError: if there is none, or a process's part is missing.
+      DataError: if there is none, it is damaged, or a process's part is missing.
       StateError: if it is another teacher's, or of other data; it names both hashes.
 
     Example:
@@ -194,7 +207,7 @@ def open_cache(directory: str | os.PathLike[str], *, teacher_sha256: str, data_s
       Traceback (most recent call last):
       compress_jax.core.errors.DataError: no cache of logits in /nowhere: write_cache makes one
     """
-    about = _about(Path(directory))
+    about = read_about(Path(directory))
     if about is None:
         raise DataError(f"no cache of logits in {directory}: write_cache makes one")
     for name, now in (("teacher_sha256", teacher_sha256), ("data_sha256", data_sha256)):
@@ -203,7 +216,7 @@ def open_cache(directory: str | os.PathLike[str], *, teacher_sha256: str, data_s
                 f"the cache in {directory} is of another {name.split('_')[0]}: {name} {about[name][:16]}, now {now[:16]}; "
                 "write one in a new directory"
             )
-    return Cache(about, [_shard(Path(directory), about, p, "r") for p in range(about["processes"])])
+    return Cache(about, [Shard.for_reading(Path(directory), about, p) for p in range(about["processes"])])
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,41 +240,7 @@ class CachedFeed:
         return {**batch, "view": view, "teacher": self.cache(batch["index"], view)}
 
 
-def _about(directory: Path) -> dict[str, Any] | None:
-    file = directory / "cache.json"
-    return json.loads(file.read_text()) if file.exists() else None
-
-
-def _claim(directory: Path, about: dict[str, Any]) -> None:
-    """Say what a directory is, or see that it is that."""
-    directory.mkdir(parents=True, exist_ok=True)
-    found = _about(directory)
-    if found is None:
-        own = directory / f".cache.json.{os.getpid()}"
-        own.write_text(json.dumps(about, indent=1) + "\n")
-        own.replace(directory / "cache.json")
-    elif found != about:
-        pairs = [(name, found.get(name), now) for name, now in about.items() if found.get(name) != now]
-        differs = ", ".join(f"{name}: {there} there, {now} now" for name, there, now in pairs)
-        raise StateError(f"{directory} holds another cache ({differs}); use a new directory, or remove it")
-
-
-def _shard(directory: Path, about: dict[str, Any], process: int, mode: Any) -> tuple[np.memmap, np.memmap, np.memmap]:
-    """Return the memory-mapped arrays of one process, made if they are to be written."""
-    rows = len(range(process, about["examples"], about["processes"]))
-    wide, narrow = (rows, about["views"], about["k"]), (rows, about["views"])
-    kinds = {"ids": (np.int32, wide), "log_probs": (STORED[about["dtype"]], wide), "tail": (np.float32, narrow)}
-    arrays = []
-    for name, (dtype, shape) in kinds.items():
-        file = directory / f"{name}-{process:05d}-of-{about['processes']:05d}.npy"
-        if not file.exists():
-            if mode == "r":
-                raise DataError(f"{file} is missing: process {process} of {about['processes']} has not written its part")
-            fresh = np.lib.format.open_memmap(file.with_suffix(".new"), "w+", dtype, shape)
-            fresh[:] = np.nan if name == "tail" else 0
-            fresh.flush()
-            file.with_suffix(".new").replace(file)
-        arrays.append(np.lib.format.open_memmap(file, mode))
-        if arrays[-1].shape != shape or arrays[-1].dtype != dtype:
-            raise DataError(f"{file} is damaged: it holds {arrays[-1].dtype}{arrays[-1].shape}, not {shape}; remove it")
-    return arrays[0], arrays[1], arrays[2]
+def _require_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ArgumentError(f"{name} must be a whole number, 1 or more; got {value!r}")

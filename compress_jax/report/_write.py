@@ -1,5 +1,6 @@
 """A run's folder to ``report.html``, ``report.md`` and the pictures in ``report/``."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from compress_jax.export import write_atomically
@@ -9,11 +10,12 @@ from compress_jax.report.plots import pictures
 from compress_jax.report.read import read_run
 
 
-def write(directory: str | Path) -> Path:
+def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Path:
     """Write the report of a finished run.
 
     Args:
       directory: its folder.
+      say: receives a sentence for each file that is damaged and so is not shown; the report has them too.
 
     Returns:
       ``report.html``, one file that needs nothing else; beside it are ``report.md`` and its pictures in ``report/``.
@@ -37,6 +39,8 @@ def write(directory: str | Path) -> Path:
       ('report.html', True)
     """
     run = read_run(Path(directory))
+    for note in run.notes:
+        (say or str)(note)
     drawn = pictures(run)
     for name, png in drawn.items():
         write_atomically(run.directory / "report" / f"{name}.png", png)

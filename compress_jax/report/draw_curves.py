@@ -1,6 +1,6 @@
 """Training curves of all stages."""
 
-from compress_jax.report.figure import CYCLE, Axes, Figure, clean, new_figure
+from compress_jax.report.figure import CYCLE, Axes, Figure, clean, new_figure, plain
 from compress_jax.report.read import Run
 
 METRICS = (("train/loss", "training loss"), ("train/accuracy", "accuracy on training batches"))
@@ -30,6 +30,12 @@ def _lines(axes: Axes, run: Run, key: str) -> None:
     for i, (stage, series) in enumerate(run.curves.items()):
         points = series.get(key, [])
         steps, values = [step for step, _ in points], [value for _, value in points]
-        axes.plot(steps, values, color=CYCLE[i % len(CYCLE)], label=stage, linewidth=1.3)
+        axes.plot(
+            steps,
+            values,
+            color=CYCLE[i % len(CYCLE)],
+            label=f" {plain(stage)}",  # a label that begins with _ is left out
+            linewidth=1.3,
+        )
     if key.endswith("loss") and all(value > 0 for series in run.curves.values() for _, value in series.get(key, [])):
         axes.set_yscale("log")

@@ -1,7 +1,7 @@
 """Bits and sparsity of each leaf, as bars."""
 
 from compress_jax.core import coverage
-from compress_jax.report.figure import BLUE, GREEN, GREY, INK, Axes, Figure, clean, new_figure
+from compress_jax.report.figure import BLUE, GREEN, GREY, INK, Axes, Figure, clean, new_figure, plain
 from compress_jax.report.read import Run
 
 
@@ -20,7 +20,7 @@ def layers(run: Run) -> Figure:
     dense = [row.form == "dense" for row in rows]
     _bars(clean(left, "stored bits for each entry"), [row.bits for row in rows], "{:.2f}", dense, BLUE)
     _bars(clean(right, "share of zeros, %"), [100 * row.sparsity for row in rows], "{:.1f}", dense, GREEN)
-    left.set_yticks(range(len(rows)), [row.path for row in rows])
+    left.set_yticks(range(len(rows)), [plain(row.path) for row in rows])
     left.invert_yaxis()
     right.set_xlim(0, 112)
     return figure

@@ -4,9 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.transforms import Bbox
 
-from compress_jax.report.figure import BLUE, GREEN, GREY, INK, ORANGE, Axes, Figure, clean, new_figure
+from compress_jax.report.figure import BLUE, GREEN, GREY, INK, ORANGE, Axes, Figure, clean, drawing, new_figure, plain
 from compress_jax.report.read import Run
 
 
@@ -22,24 +24,54 @@ def tradeoff(run: Run) -> Figure:
     figure = new_figure(9, 4.8)
     axes = clean(figure.subplots(), "", "bytes on disk", "accuracy")
     rows, requirement = run.results["rows"], run.about.get("requirement")
-    for row in rows:
-        _point(axes, row, run.results["chosen"])
+    labels = [_point(axes, row, run.results["chosen"]) for row in rows]
     _limits(axes, rows)
     if requirement:
         _corner(axes, rows, requirement)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    spread(figure, labels)
     return figure
 
 
-def _point(axes: Axes, row: Mapping[str, Any], chosen: str) -> None:
+def spread(figure: Figure, labels: list[Annotation]) -> None:
+    """Move labels that lie on one another, each to the nearest free place beside its point.
+
+    Args:
+      figure: theirs.
+      labels: annotations with offsets in points; the first keep their places.
+    """
+    with drawing():
+        figure.draw_without_rendering()
+        boxes = [label.get_window_extent() for label in labels]
+    taken: list[Bbox] = []
+    points = 72 / figure.dpi
+    for label, box in zip(labels, boxes, strict=True):
+        x, y = label.xyann
+        steps = [0, *(sign * n for n in range(1, len(labels) + 2) for sign in (1, -1))]
+        sides = (x, -x - box.width * points)
+        places = [(side, y + step * (box.height * points + 2)) for step in steps for side in sides]
+        moved = {place: box.translated((place[0] - x) / points, (place[1] - y) / points) for place in places}
+        free = (place for place, own in moved.items() if _is_free(own, taken, figure))
+        label.xyann = next(free, (x, y))
+        taken.append(moved[label.xyann])
+
+
+def _is_free(box: Bbox, taken: list[Bbox], figure: Figure) -> bool:
+    inside = all(figure.bbox.contains(*corner) for corner in (box.min, box.max))
+    return inside and not any(box.overlaps(other) for other in taken)
+
+
+def _point(axes: Axes, row: Mapping[str, Any], chosen: str) -> Annotation:
     colour = {None: GREY if row["name"] == "teacher" else BLUE, True: GREEN, False: ORANGE}[row["accepted"]]
     star = row["name"] == chosen
     axes.plot(row["nbytes"], row["validation"], "*" if star else "o", color=colour, markersize=16 if star else 8, zorder=3)
     if row["test"] is not None:
         axes.plot([row["nbytes"]] * 2, [row["validation"], row["test"]], color=colour, linewidth=1, alpha=0.5)
         axes.plot(row["nbytes"], row["test"], "o", color=colour, markersize=7, markerfacecolor="white", zorder=2)
-    label = f"{row['name']}\n{row['nbytes']:,} bytes"
-    axes.annotate(label, (row["nbytes"], row["validation"]), (9, 4), textcoords="offset points", fontsize=8, color=INK)
+    label = f"{plain(row['name'])}\n{row['nbytes']:,} bytes"
+    return axes.annotate(
+        label, (row["nbytes"], row["validation"]), (9, 4), textcoords="offset points", fontsize=8, color=INK
+    )
 
 
 def _limits(axes: Axes, rows: list[dict[str, Any]]) -> None:

@@ -1,16 +1,35 @@
 """Figures without pyplot: no global state, no window, the same look everywhere."""
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from compress_jax.core.printable import printable
+
 GREY, BLUE, GREEN, ORANGE, INK = "#8a94a3", "#2f6fb3", "#1f9d61", "#d9622b", "#1c2430"
 CYCLE = (GREY, BLUE, GREEN, ORANGE, "#7a52b3", "#b38f1f", "#2fa8a8", "#b3437a")
 
-__all__ = ["BLUE", "CYCLE", "GREEN", "GREY", "INK", "ORANGE", "Axes", "Figure", "clean", "new_figure", "png"]
+__all__ = [
+    "BLUE",
+    "CYCLE",
+    "GREEN",
+    "GREY",
+    "INK",
+    "ORANGE",
+    "Axes",
+    "Figure",
+    "clean",
+    "drawing",
+    "new_figure",
+    "plain",
+    "png",
+]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -28,6 +47,16 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
+def plain(text: str) -> str:
+    r"""Return text for a picture: a dollar is a dollar, not the start of a formula.
+
+    Example:
+      >>> plain("$a$"), plain("a\x1b")
+      ('\\$a\\$', 'a\\x1b')
+    """
+    return printable(text).replace("$", r"\$")
+
+
 def clean(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     """Give axes the look of all: labels, no box, a faint grid behind.
 
@@ -40,7 +69,7 @@ def clean(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     Returns:
       The axes.
     """
-    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    axes.set_title(plain(title), loc="left", fontsize=10, color=INK)
     axes.set_xlabel(x, fontsize=9, color=INK)
     axes.set_ylabel(y, fontsize=9, color=INK)
     axes.spines[["top", "right"]].set_visible(False)
@@ -50,9 +79,17 @@ def clean(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
     return axes
 
 
+@contextlib.contextmanager
+def drawing() -> Iterator[None]:
+    """Draw with default settings whatever a person's are; a name in a script that the font lacks is told by the tables."""
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
+
+
 def png(figure: Figure) -> bytes:
     """Return a figure as a PNG file; no date or version goes into it."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+    with drawing():
         figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()

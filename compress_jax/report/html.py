@@ -4,6 +4,7 @@ import base64
 import html
 from collections.abc import Mapping
 
+from compress_jax.core.printable import printable
 from compress_jax.report.read import Run
 from compress_jax.report.sections import CAPTIONS, Section, headline, sections
 from compress_jax.report.tables import Table, html_table
@@ -44,19 +45,19 @@ def page(run: Run, pictures: Mapping[str, bytes]) -> str:
     Returns:
       HTML.
     """
-    title = html.escape(run.results["experiment"])
+    title = _escaped(run.results["experiment"])
     unmet = "" if run.results["met"] else " unmet"
     body = "\n".join(_section(part, pictures) for part in sections(run, list(pictures)))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
-        f'<body><main><h1>{title}</h1>\n<p class="headline{unmet}">{html.escape(headline(run))}</p>\n'
+        f'<body><main><h1>{title}</h1>\n<p class="headline{unmet}">{_escaped(headline(run))}</p>\n'
         f"{body}\n</main></body></html>\n"
     )
 
 
 def _section(part: Section, pictures: Mapping[str, bytes]) -> str:
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in part.lines)
+    items = "".join(f"<li>{_escaped(line)}</li>" for line in part.lines)
     blocks = [f"<h2>{html.escape(part.title)}</h2>", f"<ul>{items}</ul>" if items else ""]
     blocks.extend(_titled(table, several=len(part.tables) > 1) for table in part.tables)
     if part.picture:
@@ -71,3 +72,7 @@ def _titled(table: Table, *, several: bool) -> str:
 def _figure(name: str, png: bytes) -> str:
     data, caption = base64.b64encode(png).decode(), html.escape(CAPTIONS[name])
     return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))

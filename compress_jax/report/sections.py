@@ -70,6 +70,7 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
     parts = [
         Section("Results", [], [results], "tradeoff"),
         Section("Decisions", run.decisions),
+        Section("Files that could not be read", run.notes),
         Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
         Section("Left alone", [] if left_alone else ["Nothing."], [left_alone_table(left_alone)] if left_alone else []),
         Section("Weights before and after", [], [], "weights"),

@@ -16,6 +16,7 @@ from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError
 from compress_jax.data import Data
 from compress_jax.distill import Term
+from compress_jax.search.fields import is_number, one_of, require, whole
 from compress_jax.train import distillation
 
 PerExampleLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -27,7 +28,7 @@ class Training:
 
     Attributes:
       optimizer: any optax optimizer of the weights.
-      steps: number of steps.
+      steps: number of steps; 0 compresses what is there without training.
       batch_size: examples a step.
       augment: ``(key, batch) -> batch`` inside the step, or None.
       learned: optimizer of what the compression learns (centroids, factors); by default the same as of the weights.
@@ -40,6 +41,18 @@ class Training:
     augment: Callable[[jax.Array, Any], Any] | None = None
     learned: optax.GradientTransformation | None = None
     save_every: int = 500
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        for name in ("optimizer", "learned"):
+            value = getattr(self, name)
+            fits = _is_optimizer(value) or (value is None and name == "learned")
+            require(fits, "Training", name, "an optax optimizer, such as optax.adam(1e-3)", value)
+        whole("Training", "steps", self.steps, 0)
+        whole("Training", "batch_size", self.batch_size, 1)
+        whole("Training", "save_every", self.save_every, 1)
+        fits = self.augment is None or callable(self.augment)
+        require(fits, "Training", "augment", "a function (key, batch) -> batch, or None", self.augment)
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,13 @@ class Network:
     artifact: str | PathLike[str] | None = None
 
     def __post_init__(self) -> None:
-        """Check that the weights come from exactly one place."""
+        """Check the model, and that the weights come from exactly one place."""
+        made = not isinstance(self.model, type) and all(callable(getattr(self.model, n, None)) for n in ("init", "apply"))
+        require(made, "Network", "model", "a Linen module, made by a call such as models.LeNet300100()", self.model)
+        fits = self.training is None or isinstance(self.training, Training)
+        require(fits, "Network", "training", "a Training, or None", self.training)
+        fits = self.artifact is None or (isinstance(self.artifact, str | PathLike) and str(self.artifact) != "")
+        require(fits, "Network", "artifact", "the path of a file, or None", self.artifact)
         if (self.training is None) == (self.artifact is None):
             raise ConfigError("a Network needs either training=... or artifact=..., and not both")
 
@@ -77,7 +96,12 @@ class Candidate:
     training: Training
 
     def __post_init__(self) -> None:
-        """Check that the name is one of a directory, and no other row's."""
+        """Check types, and that the name is one of a directory, and no other row's."""
+        require(isinstance(self.name, str), "Candidate", "name", "text", self.name)
+        who = f"candidate {self.name!r}"
+        wanted = "a Compression, such as quantize.uniform(4); a rewrite or a solver of trained params is none"
+        require(isinstance(self.compression, Compression), who, "compression", wanted, self.compression)
+        require(isinstance(self.training, Training), who, "training", "a Training", self.training)
         if self.name in ("", ".", "..", "teacher", "student") or {"/", "\0"} & set(self.name):
             raise ConfigError(f"a candidate cannot be called {self.name!r}; its name is that of a directory and of a row")
 
@@ -87,7 +111,7 @@ class Requirement:
     """What the compressed student must satisfy, on validation data and on disk.
 
     Attributes:
-      max_drop: largest loss of validation accuracy below the reference, as a fraction: 0.01 is one point.
+      max_drop: largest loss of validation accuracy below the reference, as a fraction below 1: 0.01 is one point.
       min_ratio: smallest ratio of the float32 student's bytes on disk to the artifact's.
       max_bytes: largest artifact, in bytes on disk.
       reference: ``"teacher"``, or ``"student"`` for the student in float32 (which it is without a teacher, too).
@@ -97,6 +121,17 @@ class Requirement:
     min_ratio: float = 1.0
     max_bytes: float = math.inf
     reference: Literal["teacher", "student"] = "teacher"
+
+    def __post_init__(self) -> None:
+        """Check types and ranges."""
+        fits = is_number(self.max_drop) and 0 <= self.max_drop < 1
+        meaning = "; 1 means all of it; one point is 0.01" if is_number(self.max_drop) and self.max_drop >= 1 else ""
+        require(fits, "Requirement", "max_drop", f"a fraction, at least 0 and below 1{meaning}", self.max_drop)
+        fits = is_number(self.min_ratio) and 0 < self.min_ratio < math.inf
+        require(fits, "Requirement", "min_ratio", "a number above 0, such as 8", self.min_ratio)
+        fits = is_number(self.max_bytes) and self.max_bytes > 0
+        require(fits, "Requirement", "max_bytes", "a number of bytes above 0, or math.inf for no limit", self.max_bytes)
+        one_of("Requirement", "reference", self.reference, "teacher", "student")
 
 
 @dataclass(frozen=True)
@@ -139,16 +174,11 @@ class Experiment:
     mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked before anything is trained."""
+        """Check what can be checked of the fields; `check` looks at how they fit together."""
+        self._check_types()
         names = [candidate.name for candidate in self.candidates]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"an experiment needs at least one candidate, with names that differ; got {names}")
-        if self.order not in ("mild_first", "strong_first", "all"):
-            raise ConfigError(f"order must be 'mild_first', 'strong_first' or 'all', got {self.order!r}")
-        if isinstance(self.teacher, str) and self.teacher != "student":
-            raise ConfigError(f"teacher must be a Network, 'student' or None, got {self.teacher!r}")
-        if self.float32_student not in ("teacher", "labels"):
-            raise ConfigError(f"float32_student must be 'teacher' or 'labels', got {self.float32_student!r}")
         if self.loss is not None and self.teacher is None:
             raise ConfigError("loss compares the student with a teacher, but the experiment has no teacher")
         if self.loss is None or callable(self.loss):
@@ -157,3 +187,32 @@ class Experiment:
             kind = type(self.loss).__name__
             raise ConfigError(f"loss must be a function or a tuple of distill.Term, and is a {kind}; one term is (term,)")
         distillation(self.student.model, self.loss)  # refuses names that are not each term's own
+
+    def _check_types(self) -> None:
+        """Check each field by itself."""
+        require(isinstance(self.name, str) and self.name != "", "Experiment", "name", "text", self.name)
+        require(isinstance(self.data, Data), "Experiment", "data", "a data.Data, such as data.load gives", self.data)
+        require(isinstance(self.student, Network), "Experiment", "student", "a Network", self.student)
+        fits = isinstance(self.candidates, tuple) and all(isinstance(each, Candidate) for each in self.candidates)
+        require(fits, "Experiment", "candidates", "a tuple of Candidate; one is (candidate,)", self.candidates)
+        require(isinstance(self.requirement, Requirement), "Experiment", "requirement", "a Requirement", self.requirement)
+        fits = self.teacher is None or isinstance(self.teacher, Network) or self.teacher == "student"
+        require(fits, "Experiment", "teacher", "a Network, 'student' or None", self.teacher)
+        require(_is_floating(self.teacher_dtype), "Experiment", "teacher_dtype", "a floating dtype", self.teacher_dtype)
+        one_of("Experiment", "float32_student", self.float32_student, "teacher", "labels")
+        one_of("Experiment", "order", self.order, "mild_first", "strong_first", "all")
+        require(isinstance(self.coded, bool), "Experiment", "coded", "True or False", self.coded)
+        whole("Experiment", "seed", self.seed, 0, 2**32 - 1)
+        fits = self.mesh is None or (isinstance(self.mesh, Mesh) and "data" in self.mesh.axis_names)
+        require(fits, "Experiment", "mesh", "a Mesh with an axis 'data', or None", self.mesh)
+
+
+def _is_optimizer(value: Any) -> bool:
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
+
+
+def _is_floating(dtype: Any) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False

@@ -1,14 +1,15 @@
 """The loop: train, compress, evaluate; requirements met? If not, choose again. Short, so that you can fork it."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.record import sealed
 from compress_jax.export import write_atomically
 from compress_jax.search import stages
+from compress_jax.search.check import check
 from compress_jax.search.experiment import Candidate, Experiment, Network
 from compress_jax.search.judge import Assessment, choose, finished, judge, reference
 
@@ -40,7 +41,8 @@ def compress(
 ) -> Result:
     """Find the smallest student that meets the requirement, and leave it in ``workdir`` as one file.
 
-    Data -> teacher -> student -> candidate: train under its compression, write, read back, evaluate on validation data,
+    First all of it is traced on shapes (see `check`), so that what cannot work is found before anything is trained. Then:
+    data -> teacher -> student -> candidate: train under its compression, write, read back, evaluate on validation data,
     judge -> accepted or refused, with the reason -> next candidate. Test data is touched once, for the three networks of
     the final table. Started again after any kind of stop, it continues and ends with the same numbers.
 
@@ -54,6 +56,7 @@ def compress(
       The rows, the chosen one, and the file.
 
     Raises:
+      ConfigError: if the pieces do not fit together, or a stage in ``workdir`` was made of something else.
       Interrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
       CompressError: as its pieces do.
 
@@ -70,6 +73,8 @@ def compress(
       ('artifact.safetensors', True)
     """
     workdir, about = Path(workdir).absolute(), about or {}
+    for sentence in check(experiment, about):
+        say(sentence)
     teacher = None
     rows: list[Assessment] = []
     if isinstance(experiment.teacher, Network):
@@ -101,9 +106,9 @@ def _try(
     experiment: Experiment, candidate: Candidate, student: Any, teacher: Any, workdir: Path, about: dict[str, Any]
 ) -> Assessment:
     """Train the student under one compression and measure what comes out."""
-    model, directory, c = experiment.student.model, workdir / "candidates" / candidate.name, candidate.compression
-    stage = f"candidate {candidate.name}"
-    state = stages.train(experiment, model, student, c, candidate.training, stage, directory, teacher)
+    model, directory = experiment.student.model, workdir / "candidates" / candidate.name
+    stage, c = f"candidate {candidate.name}", stages.fitted(experiment, candidate, student)
+    state = stages.train(experiment, model, student, c, candidate.training, stage, directory, teacher, start=student)
     packed = {"params": c.pack(state.params, state.compression), **state.model_state}
     about = {**about, "left_alone": _by_reason(c, state.params)}
     seen, file = state.variables(c), directory / ARTIFACT
@@ -129,6 +134,5 @@ def _conclude(experiment: Experiment, rows: list[Assessment], tried: Sequence[As
         measured["teacher"] = stages.measure_on_test(experiment, experiment.teacher.model, workdir / TEACHER)
     table = [replace(row, test=measured.get(row.name)) for row in [*rows, *tried]]
     summary = {"experiment": experiment.name, "chosen": chosen.name, "met": bool(chosen.accepted)}
-    text = json.dumps({**summary, "rows": [row.as_dict() for row in table]}, indent=1)
-    write_atomically(workdir / RESULTS, f"{text}\n".encode())
+    write_atomically(workdir / RESULTS, sealed({**summary, "rows": [row.as_dict() for row in table]}))
     return Result(tuple(table), next(row for row in table if row.name == chosen.name), artifact)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import AxisType
 
 from compress_jax.core.compression import Compression, identity
@@ -19,11 +20,14 @@ from compress_jax.core.paths import flatten
 from compress_jax.data import batches
 from compress_jax.distill import Teacher, capture
 from compress_jax.export import load, save
-from compress_jax.search.experiment import Experiment, Network, Training
+from compress_jax.search.experiment import Candidate, Experiment, Network, Training
+from compress_jax.search.ingredients import ingredients
 from compress_jax.search.judge import Assessment
+from compress_jax.search.stage_record import require_same
 from compress_jax.train import (
     Loss,
     StatefulLoss,
+    Step,
     TrainState,
     accuracy,
     create,
@@ -60,7 +64,7 @@ def obtain(experiment: Experiment, network: Network, stage: str, directory: Path
       ``{"params": ..., "batch_stats": ...}``.
     """
     if network.artifact is not None:
-        return _restore(network.artifact)
+        return restored(network.artifact)
     assert network.training is not None
     example = jnp.zeros((1, *experiment.data.train["image"].shape[1:]))
     variables = jax.jit(network.model.init)(stage_key(experiment.seed, f"{stage}/init"), example)
@@ -68,11 +72,50 @@ def obtain(experiment: Experiment, network: Network, stage: str, directory: Path
     return state.variables()
 
 
-def _restore(artifact: str | PathLike[str]) -> Variables:
+def restored(artifact: str | PathLike[str]) -> Variables:
+    """Return the variables of a network that an earlier run wrote."""
     variables = unpack(load(artifact)[0])
     if not isinstance(variables, dict) or "params" not in variables:
         raise ArtifactError(f"{artifact} holds no 'params'; a Network is restored from what a run wrote, or the like of it")
     return variables
+
+
+def fitted(experiment: Experiment, candidate: Candidate, variables: Variables) -> Compression:
+    """Return a candidate's compression for this student: the one place where candidates meet the model.
+
+    Args:
+      experiment: has the student's model and the data.
+      candidate: has the compression.
+      variables: the student's, or their shapes.
+
+    Returns:
+      The compression that is trained, packed and described.
+    """
+    return candidate.compression
+
+
+def optimizer(training: Training) -> optax.GradientTransformation:
+    """Return the optimizer of the weights and of what the compression learns."""
+    return label_optimizer(training.optimizer, training.learned or training.optimizer)
+
+
+def prepared(
+    experiment: Experiment,
+    model: Any,
+    variables: Variables,
+    compression: Compression | None,
+    training: Training,
+    stage: str,
+    teacher: Teacher | None,
+    batch: Any,
+) -> tuple[Step, TrainState]:
+    """Return the step of a stage and the state before the first; pure, so that it can be traced on shapes."""
+    compression = compression or identity()
+    loss, beside = _loss(experiment, model, training, teacher), ({}, {})
+    if isinstance(loss, StatefulLoss):
+        beside = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
+    state = create(variables, compression, optimizer(training), stage_key(experiment.seed, stage), beside)
+    return make_step(loss, optimizer(training), compression), state
 
 
 def train(
@@ -84,6 +127,7 @@ def train(
     stage: str,
     directory: Path,
     teacher: Teacher | None,
+    start: Variables | None = None,
 ) -> TrainState:
     """Train a model seen through a compression, from given variables on; continue if the directory holds a checkpoint.
 
@@ -96,17 +140,18 @@ def train(
       stage: names the randomness and the progress bar.
       directory: where checkpoints and metrics go.
       teacher: the frozen teacher, or None to train on labels.
+      start: variables that an earlier stage trained, which the directory then belongs to.
 
     Returns:
       The state after the last step.
+
+    Raises:
+      ConfigError: if the directory belongs to a stage that was made of something else.
     """
-    optimizer = label_optimizer(training.optimizer, training.learned or training.optimizer)
-    loss, beside = _loss(experiment, model, training, teacher), ({}, {})
-    if isinstance(loss, StatefulLoss):
-        batch = {name: values[: training.batch_size] for name, values in experiment.data.train.items()}
-        beside = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
-    state = create(variables, compression, optimizer, stage_key(experiment.seed, stage), beside)
-    step = make_step(loss, optimizer, compression)
+    about = made_of(experiment, model, training, stage, compression, teacher, start)
+    require_same(directory, about)
+    batch = {name: values[: training.batch_size] for name, values in experiment.data.train.items()}
+    step, state = prepared(experiment, model, variables, compression, training, stage, teacher, batch)
     mesh = experiment.mesh or jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
     feed = batches(experiment.data.train, training.batch_size, seed=zlib.crc32(f"{experiment.seed}/{stage}".encode()))
     return fit(
@@ -119,6 +164,23 @@ def train(
         title=stage,
         teacher=teacher,
     )
+
+
+def made_of(
+    experiment: Experiment,
+    model: Any,
+    training: Training,
+    stage: str,
+    compression: Compression,
+    teacher: Teacher | None,
+    start: Variables | None,
+) -> dict[str, str]:
+    """Return all that decides how a stage ends, by name; see `ingredients`."""
+    brief = {name: value for name, value in vars(training).items() if name != "save_every"}
+    parts = {"stage": stage, "seed": experiment.seed, "model": model, "training": brief, "compression": compression}
+    if teacher is not None:
+        parts |= {"loss": experiment.loss, "teacher": flatten(teacher.variables)[0]}
+    return ingredients(**parts, start=flatten(start)[0] if start else None, data=experiment.data.train)
 
 
 def _loss(experiment: Experiment, model: Any, training: Training, teacher: Teacher | None) -> Loss | StatefulLoss:

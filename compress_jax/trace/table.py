@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from compress_jax.core.printable import printable
+
 UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -39,6 +41,7 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
       site  MACs
       head    96
     """
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if i < left else ">" for i in range(len(widths))]
     columns = list(zip(sides, widths, strict=True))

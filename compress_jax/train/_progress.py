@@ -5,7 +5,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from compress_jax.core.printable import printable
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -32,6 +35,7 @@ def progress(
       ...     report(4, {"loss": 0.25})
       training 4/4: loss 0.25
     """
+    title = escape(printable(title))
     if console is None:
         console = Console(stderr=True)
     if console.is_terminal:
@@ -75,4 +79,4 @@ def _lines(title: str, steps: int, console: Console, seconds: float) -> Report:
 
 
 def _text(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+    return "  ".join(f"{escape(printable(name))} {value:.4g}" for name, value in values.items())

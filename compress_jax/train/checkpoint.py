@@ -1,9 +1,13 @@
 """Checkpoints that are verified when they are read, so that a resumed run is the same run."""
 
+import contextlib
+import gc
 import hashlib
 import json
 import logging
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,8 @@ class Checkpoints:
         """Open the directory, removing what a killed process left half written."""
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with self._told():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
         """Return itself."""
@@ -56,12 +61,27 @@ class Checkpoints:
 
     def close(self) -> None:
         """Wait for what is being written, then release the directory."""
-        self._manager.wait_until_finished()
+        with self._told():
+            self._manager.wait_until_finished()
         self._manager.close()
 
     def wait(self) -> None:
         """Wait until what was saved is on disk."""
-        self._manager.wait_until_finished()
+        with self._told():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Turn what cannot be written into one sentence: writing is in the background, and its errors come later."""
+        try:
+            yield
+        except CheckpointError:
+            raise
+        except Exception as error:  # orbax wraps what the file system says in errors of many kinds
+            raise CheckpointError(
+                f"cannot write checkpoints in {self.directory}: {_why(error)}; those saved before are kept, so see that the "
+                "disk is writable and not full, and run it again"
+            ) from error
 
     def steps(self) -> list[int]:
         """Return the steps there are checkpoints of, in order."""
@@ -87,10 +107,9 @@ class Checkpoints:
         stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses size zero
         made_by = calls(tree)
         meta = {"step": step, "leaves": record, "sha256": _digest_of_record(record), "made_by": made_by}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta)),
-        )
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta))
+        with self._told():
+            self._manager.save(step, args=arguments)
 
     def restore_latest(self, target: Any) -> tuple[int, Any] | None:
         """Return the newest undamaged checkpoint; the damaged ones after it are removed.
@@ -107,7 +126,8 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                tree = self._restore(step, target)
+                with _told_once():
+                    tree = self._restore(step, target)
             except _DamagedError as problem:
                 damaged[step] = str(problem)
                 _log.warning("checkpoint %d in %s is damaged: %s", step, self.directory, problem)
@@ -181,8 +201,38 @@ class Checkpoints:
             )
 
 
+@contextlib.contextmanager
+def _told_once() -> Iterator[None]:
+    """Keep Python from printing what orbax's abandoned coroutines raise besides the first error, which is told."""
+    before, problem = sys.unraisablehook, None
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        yield
+    except _DamagedError as error:
+        problem = str(error)
+    finally:
+        if problem is not None:
+            gc.collect()  # the coroutines, while nobody listens
+        sys.unraisablehook = before
+    if problem is not None:
+        raise _DamagedError(problem)
+
+
 class _DamagedError(Exception):
     """What is on disk is not what was saved."""
+
+
+def _why(error: BaseException) -> str:
+    """Return the reason that the file system gave, wherever in a chain of errors it is."""
+    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason is given'}"
+    found: BaseException | None = error
+    while found is not None:
+        if "No space left" in str(found) or "RESOURCE_EXHAUSTED" in str(found) or "Disk quota" in str(found):
+            return "the disk is full"
+        if isinstance(found, OSError) and found.strerror:
+            text = found.strerror
+        found = found.__cause__ or found.__context__
+    return text
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -109,5 +109,5 @@ def _drop_after(path: Path, step: int) -> None:
 def _keep(line: bytes, step: int) -> bool:
     try:
         return line.endswith(b"\n") and json.loads(line)["step"] <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False

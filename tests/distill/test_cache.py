@@ -1,6 +1,7 @@
 """The logit cache: what is read is what the teacher said of that very view, or an error."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import pytest
 
 import compress_jax as cj
 from compress_jax import distill as d
-from compress_jax.core.errors import ConfigError, DataError, StateError
+from compress_jax.core.errors import ArgumentError, ConfigError, DataError, NonFiniteError, StateError
+from compress_jax.core.record import sealed
 from compress_jax.data import batches
 from compress_jax.models import LeNet300100
 from compress_jax.train import create, distillation, make_step
@@ -57,18 +59,133 @@ def test_each_view_of_each_example_has_its_own_logits(tmp_path, dtype, error):
     assert not list(tmp_path.glob("*.new")) and (top.log_probs[2] != top.log_probs[3]).any()
 
 
-def test_a_cache_that_was_cut_off_goes_on_and_lacks_what_it_lacks(tmp_path):
+class Stopped(Exception):
+    pass
+
+
+def test_a_cache_that_was_cut_off_goes_on_and_lacks_what_it_lacks(tmp_path, monkeypatch):
+    """Nothing is given out of a block that is not whole; what is whole is not asked for again."""
+    monkeypatch.setattr("compress_jax.distill.cache.block_rows", lambda k, dtype: 4)
+    asked = []
+
+    def stopping(x, after):
+        def count(rows):
+            asked.append(len(rows))
+            if len(asked) > after:
+                raise Stopped
+            return rows
+
+        return jax.pure_callback(count, jax.ShapeDtypeStruct(x.shape, x.dtype), x) @ KERNEL
+
+    options = {**WHO, "k": CLASSES, "batch_size": 6}
+    with pytest.raises(Exception, match="Stopped"):
+        d.write_cache(tmp_path, lambda x: stopping(x, 2), SPLIT, **options)
+    cache = d.open_cache(tmp_path, **WHO)  # 12 rows were written: 3 blocks
+    whole = cache(np.arange(12), np.zeros(12, int))
+    with pytest.raises(DataError, match="lacks example 12, view 0: go on with write_cache"):
+        cache([1, 12], [0, 0])
+    asked.clear()
+    d.write_cache(tmp_path, lambda x: stopping(x, 99), SPLIT, **options)
+    assert len(asked) == 2  # the 9 rows that were missing, by 6
+    again = d.open_cache(tmp_path, **WHO)(np.arange(N), np.zeros(N, int))
+    assert (again.ids[:12] == whole.ids).all() and sorted(again.ids[20].tolist()) == list(range(CLASSES))
+
+
+def contents(cache):
+    index = np.tile(np.arange(N), 2)
+    top = cache(index, np.repeat([0, 1], N))
+    return [np.asarray(x).tobytes() for x in (top.ids, top.log_probs, top.tail)]
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+DAMAGE = {
+    "empty": lambda data, rng: b"",
+    "cut": lambda data, rng: data[: rng.integers(len(data))],
+    "longer": lambda data, rng: data + b"\0" * 64,
+    "garbage": lambda data, rng: rng.bytes(len(data)),
+    "zeros": lambda data, rng: bytes(len(data)),
+    "flipped": lambda data, rng: flipped(data, rng.integers(len(data))),
+    "flipped at the end": lambda data, rng: flipped(data, len(data) - 1),
+}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog, monkeypatch):
+    """Of every file, in every way: damage is an error to read; write_cache brings the cache back, and says so."""
+    monkeypatch.setattr("compress_jax.distill.cache.block_rows", lambda k, dtype: 4)
+    right = contents(write(tmp_path / "right", views=2, augment=VIEW))
+    rng = np.random.default_rng(0)
+    for name in sorted(file.name for file in (tmp_path / "right").iterdir() if file.suffix in (".json", ".npy")):
+        folder = shutil.copytree(tmp_path / "right", tmp_path / f"{how}-{name}")
+        file = folder / name
+        file.write_bytes(DAMAGE[how](file.read_bytes(), rng))
+        with pytest.raises(DataError) as error:
+            contents(d.open_cache(folder, **WHO))
+        assert "damaged" in str(error.value) or "lacks example" in str(error.value)
+        if name == "cache.json":
+            with pytest.raises(DataError, match="remove the directory"):
+                write(folder, views=2, augment=VIEW)
+            continue
+        caplog.clear()
+        assert contents(write(folder, views=2, augment=VIEW)) == right
+        assert "written again" in caplog.text or how == "zeros" and "digests" in name
+
+
+def test_a_file_of_another_cache_or_place_is_none_of_this_one(tmp_path):
+    """A digest stands for one block of one view of one cache: nothing that was written elsewhere passes for it."""
+    right = contents(write(tmp_path / "mine", views=2, augment=VIEW))
+    write(tmp_path / "other", views=2, augment=VIEW, temperature=2.0)
+    for kind in ("ids", "log_probs", "tail", "digests"):
+        name = f"{kind}-00000-of-00001.npy"
+        shutil.copy(tmp_path / "other" / name, tmp_path / "mine" / name)
+    with pytest.raises(DataError, match="differs from what was written"):
+        contents(d.open_cache(tmp_path / "mine", **WHO))
+    assert contents(write(tmp_path / "mine", views=2, augment=VIEW)) == right
+
+
+CHANGES = [{"version": 1}, {"version": 3}, {"processes": 0}, {"processes": 2}, {"k": -1}, {"dtype": "x"}]
+CHANGES += [{"temperature": "hot"}, {"views": 1.5}, {"examples": 10**30}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_cache_says_of_itself_is_checked_digest_or_not(tmp_path, change):
     write(tmp_path)
-    tail = np.lib.format.open_memmap(tmp_path / "tail-00000-of-00001.npy", "r+")
-    ids = np.lib.format.open_memmap(tmp_path / "ids-00000-of-00001.npy", "r+")
-    tail[5:9] = np.nan
-    ids[5:9], ids[0] = 0, 6  # the second must survive: it was there
-    tail.flush(), ids.flush()
-    cache = d.open_cache(tmp_path, **WHO)
-    with pytest.raises(DataError, match="lacks example 8, view 0: go on with write_cache"):
-        cache([1, 8], [0, 0])
-    again = write(tmp_path)([0, 8], [0, 0])
-    assert (again.ids[0] == 6).all() and sorted(again.ids[1].tolist()) == list(range(CLASSES))
+    about = json.loads((tmp_path / "cache.json").read_text())
+    (tmp_path / "cache.json").write_bytes(sealed({**about, **change}))
+    for use in (lambda: contents(d.open_cache(tmp_path, **WHO)), lambda: write(tmp_path)):
+        with pytest.raises((DataError, StateError)):
+            use()
+
+
+def test_one_process_at_a_time_writes_a_part(tmp_path):
+    reached = []
+
+    def second(x):
+        if not reached:  # while this one holds the lock
+            reached.append(True)
+            with pytest.raises(StateError, match="another process is writing part 0 of 1"):
+                write(tmp_path)
+        return x @ KERNEL
+
+    d.write_cache(tmp_path, second, SPLIT, **WHO, k=2)
+    assert reached and len(d.open_cache(tmp_path, **WHO)(np.arange(N), np.zeros(N, int)).ids) == N
+
+
+@pytest.mark.parametrize("options", [{"k": 0}, {"views": 0}, {"batch_size": 0}, {"batch_size": 2.0},
+                                     {"process_index": 2, "process_count": 2}, {"process_count": 0}])  # fmt: skip
+def test_numbers_out_of_range_are_refused_by_name(tmp_path, options):
+    with pytest.raises(ArgumentError, match=list(options)[0]):
+        write(tmp_path, **options)
+
+
+def test_logits_that_are_not_finite_are_refused_by_example(tmp_path):
+    bad = {**SPLIT, "image": SPLIT["image"].copy()}
+    bad["image"][13, 2] = np.nan
+    with pytest.raises(NonFiniteError, match="example 13, view 0"):
+        d.write_cache(tmp_path, teacher, bad, **WHO, k=2, batch_size=4)
 
 
 def test_what_does_not_belong_is_refused(tmp_path):

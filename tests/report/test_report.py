@@ -1,5 +1,6 @@
 """The pages of a run, against the files they were made from."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -69,7 +70,9 @@ def test_page_needs_nothing_else(folder: Path):
 
 def test_pages_escape_what_people_wrote(folder: Path):
     page = report.write(folder).read_text()
-    assert "a&lt;b&gt;" in page and "by &lt;hand&gt;" in page and "<hand>" not in page
+    text = (folder / "report.md").read_text()
+    for shown in (page, text):
+        assert "a&lt;b&gt;" in shown and "by &lt;hand&gt;" in shown and "<hand>" not in shown
     assert "mild\\|" in (folder / "report.md").read_text()
 
 
@@ -80,7 +83,7 @@ def test_markdown_rows_are_those_of_the_results(folder: Path):
     rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines[start : start + len(ROWS)]]
     for cells, row in zip(rows, ROWS, strict=True):
         name, test, validation, nbytes, ratio, to_teacher, bits, _ = (
-            cell.strip().strip("*").replace("\\|", "|") for cell in cells
+            html.unescape(cell.strip().strip("*").replace("\\|", "|")) for cell in cells
         )
         assert name == row["name"] and int(nbytes.replace(",", "")) == row["nbytes"]
         assert float(validation.rstrip(" %")) == pytest.approx(100 * row["validation"], abs=0.005)

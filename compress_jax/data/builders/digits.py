@@ -33,6 +33,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """1,797 images of 8x8 pixels with values 0 to 16, ten classes; 1,442 to train and 355 to test (see `is_test`)."""
 
     VERSION = tfds.core.Version("1.0.0")
+    MAXIMUM = 16
 
     def _info(self) -> tfds.core.DatasetInfo:
         """Describe the features; raw bytes, because Image from arrays would need TensorFlow and PNG is slower."""
@@ -48,7 +49,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             features=features,
             supervised_keys=("image", "label"),
             homepage="https://archive.ics.uci.edu/dataset/80",
-            metadata=tfds.core.MetadataDict(maximum=16),
+            metadata=tfds.core.MetadataDict(maximum=self.MAXIMUM),
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
