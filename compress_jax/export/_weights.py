@@ -38,8 +38,8 @@ def to_safetensors(
         array = (codes - zero_point) * scale,
 
     in float32; scale and zero point broadcast against the array, or, where ``name`` is in the metadata's ``groups``, against
-    the array as ``[groups, group size, channels]``. Other leaves are dense; a typed random key is its data (uint32). Smaller files, which only this package
-    reads, are those of `save`.
+    the array as ``[groups, group size, channels]``. Other leaves are dense; a typed random key is its data
+    (uint32). Smaller files, which only this package reads, are those of `save`.
 
     ``layout="flax"`` keeps paths, keys joined by ``/``, and shapes. ``layout="torch"`` is PyTorch's: keys joined by ``.``,
     without the collections ``params`` and ``batch_stats``; ``kernel``, ``embedding`` and a norm's ``scale`` are called

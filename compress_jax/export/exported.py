@@ -44,4 +44,6 @@ class Exported(NamedTuple):
         """Return a line for each site and each note, and one for the file."""
         wide = [max((len(row[i]) for row in self.rows), default=0) for i in (0, 1)]
         lines = [f"{row.name:<{wide[0]}}  {row.form:<{wide[1]}}  {row.reason}".rstrip() for row in self.rows]
-        return "\n".join([*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes, {self.difference:.1e} from the simulation in JAX"])
+        return "\n".join(
+            [*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes, {self.difference:.1e} from the simulation in JAX"]
+        )

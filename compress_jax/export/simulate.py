@@ -185,7 +185,7 @@ def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.flo
     if not (all(np.isfinite(x).all() for x in jax.tree.leaves(own)) and np.isfinite(scale) and scale > 0):
         ends = {name: np.ravel(x).tolist() for name, x in own.items()} if isinstance(own, Mapping) else own
         raise ExportError(
-            f"the range of site {site.name!r} is {ends}: some calibration batch held inf or NaN, and integers of such a range "
-            "would be a constant; calibrate again on finite batches, or leave the site out of `how`"
+            f"the range of site {site.name!r} is {ends}: some calibration batch held inf or NaN, and integers of such a "
+            "range would be a constant; calibrate again on finite batches, or leave the site out of `how`"
         )
     return scale, np.uint8(np.ravel(zero)[0])

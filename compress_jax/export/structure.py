@@ -227,4 +227,6 @@ def _random_key(path: str, implementation: str, data: Any) -> jax.Array:
     try:
         return jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path!r} is a random key of {implementation!r}, which this JAX cannot make: {error}") from error
+        raise ArtifactError(
+            f"{path!r} is a random key of {implementation!r}, which this JAX cannot make: {error}"
+        ) from error

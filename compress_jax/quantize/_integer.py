@@ -64,7 +64,7 @@ def integer(
 
     Raises:
       NoMatchError: if a glob matches no site.
-      StateError: if a static quantizer has no range for its site.
+      StateError: if a static quantizer has no range for its site, or one that is not finite.
 
     Example:
       >>> from compress_jax.quantize import uniform
@@ -106,6 +106,17 @@ def _require(steps: Mapping[str, Step], ranges: Mapping[str, Any]) -> None:
                 f"there are no ranges for site {name!r}, only for: {', '.join(ranges) or 'none'}; pass "
                 "ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
             )
+        if step.quantizer is not None and not _finite(ranges.get(name)):
+            raise StateError(
+                f"the range of site {name!r} is not finite: some batch held inf or NaN, and integers of such a range would "
+                "be a constant; calibrate again on finite batches"
+            )
+
+
+def _finite(own: Any) -> bool:
+    """Tell whether ranges are numbers; what is traced is not known yet."""
+    leaves = [x for x in jax.tree.leaves(own) if not isinstance(x, jax.core.Tracer)]
+    return all(bool(jnp.isfinite(x).all()) for x in leaves)
 
 
 def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:

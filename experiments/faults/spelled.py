@@ -4,6 +4,7 @@
 The prefix of a name is what must be installed.
 """
 
+# ruff: noqa: D101, D102, D107, E501
 import os
 from collections.abc import Callable
 from typing import Any
@@ -188,9 +189,7 @@ WINDOWS: dict[str, Callable[[Any], Any]] = {
     "reduce_window max over channels": lambda y: lax.reduce_window(
         y, -jnp.inf, lax.max, (1, 1, 1, 2), (1, 1, 1, 2), "VALID"
     ),
-    "reduce_window max over 3 axes": lambda y: lax.reduce_window(
-        y, -jnp.inf, lax.max, (1, 2, 2, 2), (1, 2, 2, 2), "VALID"
-    ),
+    "reduce_window max over 3 axes": lambda y: lax.reduce_window(y, -jnp.inf, lax.max, (1, 2, 2, 2), (1, 2, 2, 2), "VALID"),
     "reduce_window min": lambda y: lax.reduce_window(y, jnp.inf, lax.min, (1, 2, 2, 1), (1, 2, 2, 1), "SAME"),
     "reduce_window add": lambda y: lax.reduce_window(y, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "VALID"),
     "reduce_window add SAME, stride 1": lambda y: lax.reduce_window(y, 0.0, lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME"),
@@ -224,7 +223,10 @@ def hk_pool(call: Callable[[Any, Any], Any]) -> Callable[[], Model]:
 
 
 add("haiku: max_pool(x, 2, 2, 'VALID')", hk_pool(lambda hk, y: hk.max_pool(y, 2, 2, "VALID")))
-add("haiku: max_pool(x, (1, 3, 3, 1), (1, 2, 2, 1), 'SAME')", hk_pool(lambda hk, y: hk.max_pool(y, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")))
+add(
+    "haiku: max_pool(x, (1, 3, 3, 1), (1, 2, 2, 1), 'SAME')",
+    hk_pool(lambda hk, y: hk.max_pool(y, (1, 3, 3, 1), (1, 2, 2, 1), "SAME")),
+)
 add("haiku: avg_pool(x, 2, 2, 'VALID')", hk_pool(lambda hk, y: hk.avg_pool(y, 2, 2, "VALID")))
 add("haiku: avg_pool(x, 3, 2, 'SAME')", hk_pool(lambda hk, y: hk.avg_pool(y, 3, 2, "SAME")))
 add("haiku: MaxPool((2, 2), (2, 2), 'SAME')", hk_pool(lambda hk, y: hk.MaxPool((2, 2, 1), (2, 2, 1), "SAME")(y)))
@@ -239,12 +241,17 @@ add("keras: MaxPooling2D(3, 2, 'same')", keras_pool(lambda k: k.MaxPooling2D(3, 
 add("keras: AveragePooling2D(2)", keras_pool(lambda k: k.AveragePooling2D(2)))
 add("keras: AveragePooling2D(3, 2, 'same')", keras_pool(lambda k: k.AveragePooling2D(3, 2, "same")))
 add("keras: GlobalMaxPooling2D()", keras_model(lambda k: [k.Conv2D(4, 3), k.GlobalMaxPooling2D(), k.Dense(5)]))
-add("keras: channels first", keras_model(lambda k: [k.Permute((3, 1, 2)), k.MaxPooling2D(data_format="channels_first"), k.Flatten(), k.Dense(5)]))
+add(
+    "keras: channels first",
+    keras_model(lambda k: [k.Permute((3, 1, 2)), k.MaxPooling2D(data_format="channels_first"), k.Flatten(), k.Dense(5)]),
+)
 
 
 def eqx_pool(layer: Callable[[Any], Any]) -> Callable[[], Model]:
     def make(n: Any, key: Any) -> Any:
-        return n.Sequential([n.Conv2d(3, 4, 3, padding=1, key=key), layer(n), n.Lambda(lambda y: y.mean((1, 2))), n.Linear(4, 5, key=key)])
+        return n.Sequential(
+            [n.Conv2d(3, 4, 3, padding=1, key=key), layer(n), n.Lambda(lambda y: y.mean((1, 2))), n.Linear(4, 5, key=key)]
+        )
 
     return equinox(make)
 
@@ -301,7 +308,14 @@ add("nnx: GroupNorm(2)", nnx_net(lambda r: nnx.GroupNorm(4, num_groups=2, rngs=r
 add("nnx: LayerNorm", nnx_net(lambda r: nnx.LayerNorm(4, rngs=r)))
 add("nnx: RMSNorm", nnx_net(lambda r: nnx.RMSNorm(4, rngs=r)))
 add("nnx: Dropout", nnx_net(lambda r: nnx.Dropout(0.5, rngs=r)))
-add("haiku: BatchNorm", haiku(lambda hk, x: hk.Linear(5)(hk.BatchNorm(True, True, 0.9)(hk.Conv2D(4, 3)(x), is_training=hk.running_init()).mean((1, 2)))))
+add(
+    "haiku: BatchNorm",
+    haiku(
+        lambda hk, x: hk.Linear(5)(
+            hk.BatchNorm(True, True, 0.9)(hk.Conv2D(4, 3)(x), is_training=hk.running_init()).mean((1, 2))
+        )
+    ),
+)
 add("haiku: LayerNorm", haiku(lambda hk, x: hk.Linear(5)(hk.LayerNorm(-1, True, True)(hk.Linear(16)(x))), ROWS))
 add("haiku: RMSNorm", haiku(lambda hk, x: hk.Linear(5)(hk.RMSNorm(-1)(hk.Linear(16)(x))), ROWS))
 add("haiku: GroupNorm(2)", haiku(lambda hk, x: hk.Linear(5)(hk.GroupNorm(2)(hk.Conv2D(4, 3)(x)).mean((1, 2)))))
@@ -310,9 +324,21 @@ add("keras: LayerNormalization", keras_pool(lambda k: k.LayerNormalization()))
 add("keras: GroupNormalization(2)", keras_pool(lambda k: k.GroupNormalization(2)))
 add("keras: Dropout", keras_pool(lambda k: k.Dropout(0.5)))
 add("equinox: GroupNorm(2)", eqx_pool(lambda n: n.GroupNorm(2, 4)))
-add("equinox: LayerNorm", equinox(lambda n, key: n.Sequential([n.Linear(12, 16, key=key), n.LayerNorm(16), n.Linear(16, 5, key=key)]), ROWS))
-add("equinox: RMSNorm", equinox(lambda n, key: n.Sequential([n.Linear(12, 16, key=key), n.RMSNorm(16), n.Linear(16, 5, key=key)]), ROWS))
-add("equinox: Dropout", equinox(lambda n, key: n.Sequential([n.Linear(12, 16, key=key), n.Dropout(0.5, inference=True), n.Linear(16, 5, key=key)]), ROWS))
+add(
+    "equinox: LayerNorm",
+    equinox(lambda n, key: n.Sequential([n.Linear(12, 16, key=key), n.LayerNorm(16), n.Linear(16, 5, key=key)]), ROWS),
+)
+add(
+    "equinox: RMSNorm",
+    equinox(lambda n, key: n.Sequential([n.Linear(12, 16, key=key), n.RMSNorm(16), n.Linear(16, 5, key=key)]), ROWS),
+)
+add(
+    "equinox: Dropout",
+    equinox(
+        lambda n, key: n.Sequential([n.Linear(12, 16, key=key), n.Dropout(0.5, inference=True), n.Linear(16, 5, key=key)]),
+        ROWS,
+    ),
+)
 
 # -- layouts, kinds of layers -------------------------------------------------------------------------------------------
 CONVS = {
@@ -343,10 +369,15 @@ add("linen: Conv of three axes", linen(sequence(nn.Conv(4, (3, 3, 3)), nn.relu),
 add("linen: Dense", linen(sequence(nn.Dense(16), nn.relu, nn.Dense(5)), ROWS))
 add("linen: Dense on rank 3", linen(sequence(nn.Dense(16), nn.relu, nn.Dense(5)), WORDS))
 add("linen: DenseGeneral on rank 2", linen(sequence(nn.DenseGeneral(16), nn.relu, nn.DenseGeneral(5)), ROWS))
-add("linen: DenseGeneral on rank 2 to two axes", linen(sequence(nn.DenseGeneral((2, 8)), nn.relu, nn.DenseGeneral(5, axis=(-2, -1))), ROWS))
+add(
+    "linen: DenseGeneral on rank 2 to two axes",
+    linen(sequence(nn.DenseGeneral((2, 8)), nn.relu, nn.DenseGeneral(5, axis=(-2, -1))), ROWS),
+)
 add("linen: DenseGeneral with batch axes", linen(sequence(nn.DenseGeneral(5, axis=-1, batch_dims=(0,))), (4, 3, 8)))
 add("linen: Einsum", linen(sequence(nn.Einsum((12, 2, 8), "bi,ijk->bjk"), nn.relu), ROWS))
-add("nnx: Linear", nnx_model(lambda r: nnx.Sequential(nnx.Linear(12, 16, rngs=r), nnx.relu, nnx.Linear(16, 5, rngs=r)), ROWS))
+add(
+    "nnx: Linear", nnx_model(lambda r: nnx.Sequential(nnx.Linear(12, 16, rngs=r), nnx.relu, nnx.Linear(16, 5, rngs=r)), ROWS)
+)
 add("nnx: LinearGeneral over two axes", nnx_model(lambda r: nnx.LinearGeneral((6, 8), 5, axis=(-2, -1), rngs=r), WORDS))
 add("nnx: Conv stride 2", nnx_model(lambda r: nnx.Conv(3, 4, (3, 3), strides=2, rngs=r)))
 add("nnx: ConvTranspose", nnx_model(lambda r: nnx.ConvTranspose(3, 4, (3, 3), strides=2, rngs=r)))
@@ -358,9 +389,14 @@ add("haiku: Conv2DTranspose", haiku(lambda hk, x: hk.Conv2DTranspose(4, 3, 2)(x)
 add("haiku: DepthwiseConv2D", haiku(lambda hk, x: hk.DepthwiseConv2D(2, 3)(x)))
 add("haiku: nets.MLP", haiku(lambda hk, x: hk.nets.MLP([16, 5])(x), ROWS))
 add("haiku: Linear", haiku(lambda hk, x: hk.Linear(5)(jax.nn.relu(hk.Linear(16)(x))), ROWS))
-add("keras: Conv2D strides 2", keras_model(lambda k: [k.Conv2D(4, 3, strides=2, activation="relu"), k.Flatten(), k.Dense(5)]))
+add(
+    "keras: Conv2D strides 2", keras_model(lambda k: [k.Conv2D(4, 3, strides=2, activation="relu"), k.Flatten(), k.Dense(5)])
+)
 add("keras: Conv2DTranspose", keras_model(lambda k: [k.Conv2DTranspose(4, 3, strides=2, padding="same")]))
-add("keras: DepthwiseConv2D", keras_model(lambda k: [k.DepthwiseConv2D(3, depth_multiplier=2), k.GlobalAveragePooling2D(), k.Dense(5)]))
+add(
+    "keras: DepthwiseConv2D",
+    keras_model(lambda k: [k.DepthwiseConv2D(3, depth_multiplier=2), k.GlobalAveragePooling2D(), k.Dense(5)]),
+)
 add("keras: SeparableConv2D", keras_model(lambda k: [k.SeparableConv2D(4, 3), k.GlobalAveragePooling2D(), k.Dense(5)]))
 add("keras: EinsumDense", keras_model(lambda k: [k.EinsumDense("abc,cde->abde", (None, 2, 4))], WORDS))
 add("equinox: Linear", equinox(lambda n, key: n.MLP(12, 5, 16, 1, key=key), ROWS))
@@ -375,17 +411,37 @@ def weights(fn: Callable[..., Any], x: tuple[int, ...], **shapes: tuple[int, ...
 
 OIHW = ("NCHW", "OIHW", "NCHW")
 add("jax: kernel [out, in]", weights(lambda p, x: jax.nn.relu(x @ p["w"].T) @ p["v"].T, ROWS, w=(16, 12), v=(5, 16)))
-add("jax: dot_general on [out, in]", weights(lambda p, x: lax.dot_general(x, p["w"], (((1,), (1,)), ((), ()))), ROWS, w=(5, 12)))
+add(
+    "jax: dot_general on [out, in]",
+    weights(lambda p, x: lax.dot_general(x, p["w"], (((1,), (1,)), ((), ()))), ROWS, w=(5, 12)),
+)
 add("jax: w @ x, features first", weights(lambda p, x: (p["w"] @ x.T).T, ROWS, w=(5, 12)))
-add("jax: conv NCHW, OIHW", weights(lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=OIHW), (4, 3, 8, 8), w=(4, 3, 3, 3)))
-add("jax: conv NHWC, OIHW", weights(lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "OIHW", "NHWC")), IMAGES, w=(4, 3, 3, 3)))
+add(
+    "jax: conv NCHW, OIHW",
+    weights(
+        lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=OIHW),
+        (4, 3, 8, 8),
+        w=(4, 3, 3, 3),
+    ),
+)
+add(
+    "jax: conv NHWC, OIHW",
+    weights(
+        lambda p, x: lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "OIHW", "NHWC")),
+        IMAGES,
+        w=(4, 3, 3, 3),
+    ),
+)
 add("jax: conv_transpose", weights(lambda p, x: lax.conv_transpose(x, p["w"], (2, 2), "SAME"), IMAGES, w=(3, 3, 3, 4)))
 add("jax: einsum of experts", weights(lambda p, x: jnp.einsum("becd,edf->becf", x, p["w"]), (4, 3, 5, 8), w=(3, 8, 6)))
 add("jax: einsum of heads", weights(lambda p, x: jnp.einsum("btd,dhk->bthk", x, p["w"]), WORDS, w=(8, 2, 4)))
 add("jax: einsum back from heads", weights(lambda p, x: jnp.einsum("bthk,hkd->btd", x, p["w"]), (4, 6, 2, 4), w=(2, 4, 8)))
 add("jax: a tied table", weights(lambda p, x: jax.nn.softmax(x @ p["table"].T) @ p["table"], (4, 8), table=(11, 8)))
 add("jax: a joined kernel, split", weights(lambda p, x: jax.nn.silu((h := x @ p["w"])[:, :8]) * h[:, 8:], ROWS, w=(12, 16)))
-add("jax: layers in a scan", weights(lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0], (4, 8), w=(3, 8, 8)))
+add(
+    "jax: layers in a scan",
+    weights(lambda p, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0], (4, 8), w=(3, 8, 8)),
+)
 add("jax: the same kernel twice", weights(lambda p, x: jnp.tanh(x @ p["w"]) @ p["w"], (4, 8), w=(8, 8)))
 add("jax: a product with a constant", weights(lambda p, x: (x @ p["w"]) @ jnp.eye(5), ROWS, w=(12, 5)))
 
@@ -422,7 +478,10 @@ add("linen: PReLU", linen(sequence(nn.Dense(16), nn.PReLU(), nn.Dense(5)), ROWS)
 add("linen: SelfAttention", linen(lambda: nn.SelfAttention(2, deterministic=True), WORDS))
 add("linen: MultiHeadDotProductAttention", linen(lambda: nn.MultiHeadDotProductAttention(2, deterministic=True), WORDS))
 add("nnx: MultiHeadAttention", nnx_model(lambda r: nnx.MultiHeadAttention(2, 8, decode=False, rngs=r), WORDS))
-add("haiku: MultiHeadAttention", haiku(lambda hk, x: hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling())(x, x, x), WORDS))
+add(
+    "haiku: MultiHeadAttention",
+    haiku(lambda hk, x: hk.MultiHeadAttention(2, 4, w_init=hk.initializers.VarianceScaling())(x, x, x), WORDS),
+)
 add("equinox: MultiheadAttention", equinox(lambda n, key: Attend(n.MultiheadAttention(2, 8, key=key)), WORDS))
 
 
@@ -446,4 +505,14 @@ def attention(p: Any, x: Any) -> Any:
 
 HEADS = {"q": (8, 2, 4), "k": (8, 2, 4), "v": (8, 2, 4), "o": (2, 4, 8)}
 add("jax: dot_product_attention", weights(attention, WORDS, **HEADS))
-add("jax: attention, masked", weights(lambda p, x: jax.nn.softmax(jnp.where(jnp.tri(6, dtype=bool), jnp.einsum("btd,bsd->bts", x @ p["q"], x @ p["k"]), -1e9)) @ x, WORDS, q=(8, 8), k=(8, 8)))
+add(
+    "jax: attention, masked",
+    weights(
+        lambda p, x: (
+            jax.nn.softmax(jnp.where(jnp.tri(6, dtype=bool), jnp.einsum("btd,bsd->bts", x @ p["q"], x @ p["k"]), -1e9)) @ x
+        ),
+        WORDS,
+        q=(8, 8),
+        k=(8, 8),
+    ),
+)

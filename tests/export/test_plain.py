@@ -26,7 +26,9 @@ def primitives(jaxpr):
     return [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns]
 
 
-@pytest.mark.parametrize("spec", ["bi,ij->bj", "bi,ji->bj", "bti,ihk->bthk", "bthk,hkd->btd", "bi,i->b", "bhi,ikh->bk", "ij,jb->ib"])
+@pytest.mark.parametrize(
+    "spec", ["bi,ij->bj", "bi,ji->bj", "bti,ihk->bthk", "bthk,hkd->btd", "bi,i->b", "bhi,ikh->bk", "ij,jb->ib"]
+)
 @pytest.mark.parametrize("first", [True, False])
 def test_every_product_has_its_parameter_on_the_right_as_a_matrix(spec, first):
     sizes = dict(zip("bthijkd", (2, 3, 2, 4, 5, 3, 6), strict=True))

@@ -44,8 +44,8 @@ def to_litert(
     is the activation of a site, on grids of the same calibration batches elsewhere. Packed weights without ``how`` become
     int8, or int4 where none has more than 4 bits, and activations are rounded as they come. LiteRT's quantizer takes each
     channel's largest weight for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
-    grouped scales are rounded anew, which the difference that is returned tells. A bias that int32 could not hold beside such
-    a scale, of a channel that is nearly zero, has one weight of the channel made large enough, which ``notes`` tell.
+    grouped scales are rounded anew, which the difference that is returned tells. Of a channel that is nearly zero int32 could
+    not hold the bias beside such a scale: one of its weights is made large enough, which ``notes`` tell.
 
     Args:
       fn: a pure function of params and inputs.

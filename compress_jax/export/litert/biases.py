@@ -156,9 +156,6 @@ def held(plain: bytes, quantized: bytes) -> None:
     for a, b in zip(ours, theirs, strict=True):
         for mine, other in ((a.weights, b.weights), (a.bias, b.bias)):
             wanted, steps = _values(first, mine), _steps(other)
-            off = np.abs(_values(second, other) - wanted)
+            off, largest = np.abs(_values(second, other) - wanted), np.abs(wanted).max()
             if (off > 0.51 * steps + 1e-5 * np.abs(wanted)).any():
-                raise ExportError(
-                    f"the quantizer wrote another constant than {_name(mine)!r}: the largest difference is {off.max():.3g}, of "
-                    f"{np.abs(wanted).max():.3g}"
-                )
+                raise ExportError(f"LiteRT's quantizer wrote {_name(mine)!r} wrong: {off.max():.3g} off, of {largest:.3g}")

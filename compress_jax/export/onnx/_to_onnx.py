@@ -1,6 +1,6 @@
 """Any JAX function as an ONNX file that ONNX Runtime runs in integers."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +39,12 @@ def to_onnx(
 
     What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer ``how`` the contractions run
     in integers: activations as uint8, :math:`x = s (q - z)` with the very scales of the simulation
-    ``activations(fn, how).apply(unpack(params), ranges, x)``; weights as their codes with a scale for each output channel.
+    ``activations(fn, how).apply(unpack(params), ranges, x)``; weights as their codes, a scale for each output channel.
     Batch norm is folded into the scales, which leaves the codes what they are. Weights that are still arrays there are
-    quantized by ``uniform(8, granularity="channel")`` along the axes that the site does not sum over. A site that the runtime
-    has no integer kernel for stays in floats and is listed with the reason; if none has one, that is an error. Without ``how``, packed integers become weight-only 4- or 8-bit
-    blocks (``MatMulNBits``) in matrix products, and elsewhere small constants that are unfolded when the file is loaded.
+    quantized by ``uniform(8, granularity="channel")`` along the axes that no site sums over. A site that the runtime has no
+    integer kernel for stays in floats and is listed with the reason; if none has one, that is an error. Without
+    ``how``, packed integers become weight-only 4- or 8-bit blocks (``MatMulNBits``) in matrix products, and elsewhere small
+    constants that are unfolded when the file is loaded.
 
     Args:
       fn: a pure function of params and inputs, such as ``model.apply``; only what it computes in inference.

@@ -1,6 +1,6 @@
 """A function in the few forms that the converter knows, however its operations were spelled.
 
-The converter has rules for whole layers, which it recognises by the names of functions, and these rules know some of the
+The converter has rules for whole layers, which it recognizes by the names of functions, and these rules know some of the
 ways to call them. JAX's own trace has one form for each operation; what is left to do is to write its operations in the
 layouts that the converter has rules for.
 """
@@ -8,7 +8,6 @@ layouts that the converter has rules for.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,7 +15,6 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from compress_jax.trace import rebuild
 from compress_jax.trace.nested import Branches, Call, Scan, While, nested
-
 
 
 def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:

@@ -86,7 +86,9 @@ def write(
 
 def _finite(name: str, low: np.float32, high: np.float32) -> Grid:
     if not (np.isfinite(low) and np.isfinite(high)):
-        raise ExportError(f"tensor {name!r} goes from {low} to {high} over the calibration batches; leave out the batch that does it")
+        raise ExportError(
+            f"tensor {name!r} goes from {low} to {high} over the calibration batches; leave out the batch that does it"
+        )
     return grid_of(low, high)
 
 
@@ -157,9 +159,7 @@ def _moves(graph: Any, codes: Codes) -> None:
                 codes.whole.add(each.output[0])
 
 
-def _rewrite(
-    model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool
-) -> list[str]:
+def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool) -> list[str]:
     """Put the nodes in; return what must be told."""
     graph, out, notes = model.graph, [], []
     outputs = {each.name for each in graph.output}
@@ -204,10 +204,8 @@ def _rewrite(
     return notes
 
 
-def _weights(
-    graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool
-) -> tuple[list[Any], list[str]]:
-    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that dequantize them, and a note."""
+def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) -> tuple[list[Any], list[str]]:
+    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that do so, and a note."""
     found = int8(placed)
     assert not isinstance(found, str) and placed.channel is not None
     levels, scale = found
