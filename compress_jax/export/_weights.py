@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
@@ -14,6 +15,7 @@ from compress_jax.core.errors import ArtifactError, ExportError
 from compress_jax.core.packed import Quantized, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.export.artifact import write_atomically
+from compress_jax.export.structure import is_key
 
 TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 COLLECTIONS = ("params", "batch_stats")
@@ -36,8 +38,8 @@ def to_safetensors(
         array = (codes - zero_point) * scale,
 
     in float32; scale and zero point broadcast against the array, or, where ``name`` is in the metadata's ``groups``, against
-    the array as ``[groups, group size, channels]``. Other leaves are dense. Smaller files, which only this package
-    reads, are those of `save`.
+    the array as ``[groups, group size, channels]``. Other leaves are dense; a typed random key is its data
+    (uint32). Smaller files, which only this package reads, are those of `save`.
 
     ``layout="flax"`` keeps paths, keys joined by ``/``, and shapes. ``layout="torch"`` is PyTorch's: keys joined by ``.``,
     without the collections ``params`` and ``batch_stats``; ``kernel``, ``embedding`` and a norm's ``scale`` are called
@@ -106,7 +108,8 @@ def _parts(leaf: Any, weights: str) -> Iterator[tuple[str, np.ndarray]]:
         yield ".scale", np.asarray(leaf.scale)
         yield ".zero_point", np.asarray(zero)
     else:
-        yield "", np.asarray(unpack({"": leaf})[""])
+        dense = unpack({"": leaf})[""]
+        yield "", np.asarray(jax.random.key_data(dense) if is_key(dense) else dense)
 
 
 def _whole(leaf: Quantized, zero: Any) -> Any:

@@ -4,7 +4,7 @@ The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"lis
 ``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse, Tabled, Clustered, LowRank, Bits, Gaps) is a
 packed node; its static fields are plain JSON, and those that have their default value are left out. ``true`` is a tensor;
 where safetensors has no such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last
-axis.
+axis. ``"key:threefry2x32"`` is a typed random key of that implementation, and its tensor the key's data (uint32).
 
 The name of a tensor is its place: ``"dense/kernel"`` for containers, ``".scale"`` after it for the field of a node that has
 more than one tensor. NNX states become plain nested dicts, and named tuples plain ones.
@@ -28,6 +28,7 @@ from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse
 NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)}
 # Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
 NATIVE = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
+KEY = "key:"  # before the implementation of a typed random key
 
 Tensors = dict[str, np.ndarray]
 
@@ -62,6 +63,16 @@ def encode(tree: Any) -> tuple[Any, Tensors]:
     return visit(tree, ""), tensors
 
 
+def is_key(x: Any) -> bool:
+    """Tell whether a leaf is a typed random key, such as NNX's Dropout keeps.
+
+    Example:
+      >>> is_key(jax.random.key(0)), is_key(jax.random.PRNGKey(0))
+      (True, False)
+    """
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
 def _below(path: str, key: Any) -> str:
     return f"{path}/{key}" if path else str(key)
 
@@ -89,6 +100,9 @@ def _statics(node: Any) -> dict[str, Any]:
 def _leaf(x: Any, path: str, tensors: Tensors) -> bool | str:
     if path in tensors or path == "__metadata__":  # the latter is what safetensors calls its own
         raise ArtifactError(f"two entries would be named {path!r} in the file; rename a key that contains '/', '.' or '__'")
+    if is_key(x):
+        tensors[path] = np.asarray(jax.random.key_data(x))
+        return f"{KEY}{jax.random.key_impl(x)}"
     array = _numpy(x, path)
     native = array.dtype.name in NATIVE
     tensors[path] = array if native else array.reshape(*array.shape, 1).view(np.uint8)
@@ -203,5 +217,16 @@ def _static(field: str, value: Any) -> Any:
 def _array(path: str, dtype: str | Literal[True], tensors: Tensors) -> jax.Array | np.ndarray:
     if path not in tensors:
         raise ArtifactError(f"the file's structure names a tensor {path!r} that is not in the file")
+    if isinstance(dtype, str) and dtype.startswith(KEY):
+        return _random_key(path, dtype.removeprefix(KEY), tensors[path])
     array = tensors[path] if dtype is True else tensors[path].view(jnp.dtype(dtype))[..., 0]
     return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+
+
+def _random_key(path: str, implementation: str, data: Any) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{path!r} is a random key of {implementation!r}, which this JAX cannot make: {error}"
+        ) from error

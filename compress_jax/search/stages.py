@@ -24,6 +24,7 @@ from compress_jax.search.experiment import Candidate, Experiment, Network, Train
 from compress_jax.search.ingredients import ingredients
 from compress_jax.search.judge import Assessment
 from compress_jax.search.stage_record import require_same
+from compress_jax.trace import bind
 from compress_jax.train import (
     Loss,
     StatefulLoss,
@@ -81,7 +82,7 @@ def restored(artifact: str | PathLike[str]) -> Variables:
 
 
 def fitted(experiment: Experiment, candidate: Candidate, variables: Variables) -> Compression:
-    """Return a candidate's compression for this student: the one place where candidates meet the model.
+    """Return a candidate's compression bound to this student: the one place where candidates meet the model.
 
     Args:
       experiment: has the student's model and the data.
@@ -89,9 +90,17 @@ def fitted(experiment: Experiment, candidate: Candidate, variables: Variables) -
       variables: the student's, or their shapes.
 
     Returns:
-      The compression that is trained, packed and described.
+      The compression that is trained, packed and described: each leaf's layout is read from the student's forward pass.
     """
-    return candidate.compression
+    model = experiment.student.model
+    rest = {name: value for name, value in variables.items() if name != "params"}
+    images = experiment.data.train["image"]
+    example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+
+    def forward(params: Any, rest: Variables, x: jax.Array) -> Any:
+        return model.apply({"params": params, **rest}, x)
+
+    return bind(candidate.compression, forward, variables["params"], rest, example)
 
 
 def optimizer(training: Training) -> optax.GradientTransformation:

@@ -173,12 +173,22 @@ def test_what_cannot_be_fast_is_an_error_and_leaves_no_file(lenet, tmp_path):
     fn, params, x = lenet
     with pytest.raises(ExportError, match=r"static\(bits=8, symmetric=False\)"):
         to_onnx(fn, params, x, tmp_path / "m.onnx", how=static(bits=8), batches=[x])
-    c = cj.at("**/kernel", cj.quantize.uniform(4, granularity=16))
+    c = cj.at("**/kernel", cj.quantize.uniform(4, granularity=8))
     with pytest.raises(ExportError, match="no single scale for each output channel"):
         to_onnx(fn, c.pack(params, c.init(params)), x, tmp_path / "m.onnx", how=UINT8, batches=[x])
     with pytest.raises(ExportError, match="differ by"):
         to_onnx(fn, params, x, tmp_path / "m.onnx", how=UINT8, batches=[x], tolerance=1e-9)
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_sites_that_cannot_be_are_left_in_floats_and_listed_among_those_that_can(lenet, tmp_path):
+    fn, params, x = lenet
+    c = cj.at("**/kernel", cj.quantize.uniform(4, granularity=16))  # a single group for each channel of the head alone
+    done = to_onnx(fn, c.pack(params, c.init(params)), x, tmp_path / "m.onnx", how=UINT8, batches=[x], weights="uint8")
+    rows = {row.name.split("/")[1]: row for row in done.rows}
+    assert rows["head"] == ("params/head/kernel", "uint8 x uint8", "")
+    for name in ("dense_0", "dense_1"):
+        assert rows[name].form.startswith("MatMulNBits") and "no single scale" in rows[name].reason
 
 
 def test_residual_sums_ask_for_batches(resnet, tmp_path):

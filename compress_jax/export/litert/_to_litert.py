@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from compress_jax.core.errors import ExportError
-from compress_jax.core.packed import Quantized, is_packed
+from compress_jax.core.packed import Quantized, is_packed, unpack
 from compress_jax.core.sparse import width
 from compress_jax.export.agreement import agree
 from compress_jax.export.artifact import write_atomically
@@ -21,6 +21,8 @@ from compress_jax.export.exported import Exported, Row
 from compress_jax.export.extras import extra
 from compress_jax.export.simulate import Simulation, simulation
 from compress_jax.trace import observe
+
+EXACT, ROUNDED = 1e-3, 0.05  # the difference from JAX that is allowed without and with rounded activations
 
 
 def to_litert(
@@ -42,7 +44,8 @@ def to_litert(
     is the activation of a site, on grids of the same calibration batches elsewhere. Packed weights without ``how`` become
     int8, or int4 where none has more than 4 bits, and activations are rounded as they come. LiteRT's quantizer takes each
     channel's largest weight for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
-    grouped scales are rounded anew, which the difference that is returned tells.
+    grouped scales are rounded anew, which the difference that is returned tells. Of a channel that is nearly zero int32 could
+    not hold the bias beside such a scale: one of its weights is made large enough, which ``notes`` tell.
 
     Args:
       fn: a pure function of params and inputs.
@@ -55,10 +58,10 @@ def to_litert(
       where: as for `quantize.activations`.
       weights: what packed weights without ``how`` are for: ``"dynamic"`` integer products, or to be ``"stored"`` small and
         multiplied in float32.
-      tolerance: as for `to_onnx`.
+      tolerance: as for `to_onnx`, but 0.05 by default where values are rounded: LiteRT rounds sums and other functions too.
 
     Returns:
-      ``Exported(path, target, nbytes, rows, difference)``.
+      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``.
 
     Raises:
       ExportError: if the packages are not installed, the converter fails or crashes, or results are not those of JAX. No
@@ -78,11 +81,18 @@ def to_litert(
     simulated = simulation(fn, params, inputs, how, ranges, batches, where)
     recipe = "static_wi8_ai8" if simulated.grids else _recipe(params, weights)
     data, answer, theirs = _in_a_child(simulated, inputs, batches, recipe)
-    ours = np.asarray(jax.tree.leaves(jax.jit(simulated.apply)(*inputs))[0])
-    allowed = tolerance if tolerance is not None else 0.15 if recipe else 1e-3
-    difference = agree(ours, theirs, allowed, "LiteRT against the simulation in JAX")
+    ours, floating = jax.jit(simulated.apply)(*inputs), jax.jit(fn)(unpack(params), *inputs) if simulated.grids else None
+    allowed = tolerance if tolerance is not None else ROUNDED if recipe else EXACT
+    difference = agree(ours, theirs, allowed, "LiteRT against the simulation in JAX", floating)
     write_atomically(Path(path), data)
-    return Exported(Path(path), "litert", len(data), tuple(_rows(simulated, recipe, answer)), difference, simulated.apply)
+    rows, notes = tuple(_rows(simulated, recipe, answer)), _notes(answer)
+    return Exported(Path(path), "litert", len(data), rows, difference, simulated.apply, notes)
+
+
+def _notes(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    if not answer["widened"]:
+        return ()
+    return (f"{answer['widened']} channels got one larger weight, so that their bias fits in int32 beside LiteRT's scales",)
 
 
 def _tuple(example: Any) -> tuple[np.ndarray, ...]:
@@ -99,7 +109,7 @@ def _recipe(params: Any, weights: str) -> str:
 
 def _in_a_child(
     simulated: Simulation, inputs: Sequence[np.ndarray], batches: Sequence[Any], recipe: str
-) -> tuple[bytes, dict[str, Any], np.ndarray]:
+) -> tuple[bytes, dict[str, Any], list[np.ndarray]]:
     """Return the flatbuffer, what became of the sites, and what the runtime makes of the example."""
     names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
     fn, dense = simulated.fn, simulated.dense
@@ -121,13 +131,14 @@ def _in_a_child(
         np.savez(folder / "arrays.npz", **arrays)  # pyright: ignore[reportArgumentType]
         command = [sys.executable, "-W", "ignore", "-m", "compress_jax.export.litert.child", place]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode or not (folder / "result.npy").exists():
+        if done.returncode or not (folder / "results.npz").exists():
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             how = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
             part = "runtime, on the converted model," if (folder / "model.tflite").exists() else "converter"
             raise ExportError(f"the LiteRT {part} {how}; the last it said: {said}")
         answer = json.loads((folder / "answer.json").read_text())
-        return (folder / "model.tflite").read_bytes(), answer, np.load(folder / "result.npy")
+        results = np.load(folder / "results.npz")
+        return (folder / "model.tflite").read_bytes(), answer, [results[name] for name in outputs]
 
 
 def _activations(simulated: Simulation, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
@@ -142,6 +153,8 @@ def _rows(simulated: Simulation, recipe: str, answer: Mapping[str, Any]) -> list
     for site in simulated.sites:
         if site.name in answer["missing"]:
             rows.append(Row(site.name, "int8", "no tensor of the flatbuffer is its activation: LiteRT's own range"))
+        elif site.name in simulated.left:
+            rows.append(Row(site.name, "as LiteRT's quantizer does", simulated.left[site.name]))
         elif recipe:
             rows.append(Row(site.name, "int8 x int8" if simulated.grids else recipe.replace("_afp32", ""), ""))
         else:

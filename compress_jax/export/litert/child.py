@@ -1,7 +1,7 @@
 """The process that converts and runs once: both are native code, and where it crashes it takes only this process along.
 
 ``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and ``arrays.npz`` there, and
-writes ``model.tflite``, ``answer.json`` and what the model gives for the example, ``result.npy``.
+writes ``model.tflite``, ``answer.json`` and what the model gives for the example, ``results.npz``.
 """
 
 import json
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from compress_jax.export.extras import extra
-from compress_jax.export.litert.interpreter import interpreter, run, tensors
+from compress_jax.export.litert.biases import held, widened
+from compress_jax.export.litert.interpreter import interpreter, results, tensors
 
 SIGNATURE = "serving_default"
 # Ends stay float32, as in every other export; a SELECT may be of indices, which the quantizer would round and crash on.
@@ -32,25 +33,35 @@ def main(folder: Path) -> None:
     """
     job, arrays = json.loads((folder / "job.json").read_text()), dict(np.load(folder / "arrays.npz"))
     data = convert((folder / "module.mlir").read_text(), job["inputs"], job["outputs"])
-    answer: dict[str, Any] = {"matched": {}, "missing": []}
+    answer: dict[str, Any] = {"matched": {}, "missing": [], "widened": 0}
     if job["recipe"]:
-        recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), job["recipe"])()
-        quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
-        kinds = extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName
-        found = operators(data)
-        multiplied = {*WEIGHTS, *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()), "ALL_SUPPORTED"}
-        for kind in kinds:
-            if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
-                quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
-        ranges = None
+        plain, quantizer, ranges = data, _quantizer(data, job["recipe"]), None
         if quantizer.need_calibration:
             batches = [{name: arrays[f"{name}:{i}"] for name in job["inputs"]} for i in range(job["batches"])]
             ranges = quantizer.calibrate({SIGNATURE: batches})
-            answer = put_ranges(data, ranges, job, arrays)
+            answer |= put_ranges(data, ranges, job, arrays)
+            plain, answer["widened"] = widened(data, ranges)
+            quantizer = _quantizer(plain, job["recipe"])
         data = bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
+        if ranges is not None:
+            held(plain, data)
     (folder / "model.tflite").write_bytes(data)
     (folder / "answer.json").write_text(json.dumps(answer))
-    np.save(folder / "result.npy", run(interpreter(data), [arrays[f"{name}:example"] for name in job["inputs"]]))
+    example = {name: arrays[f"{name}:example"] for name in job["inputs"]}
+    found = results(interpreter(data), example, job["outputs"])
+    np.savez(folder / "results.npz", **dict(zip(job["outputs"], found, strict=True)))  # pyright: ignore[reportArgumentType]
+
+
+def _quantizer(data: bytes, name: str) -> Any:
+    """Return the quantizer of a float flatbuffer, with what must stay in floats told."""
+    recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), name)()
+    quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
+    found = operators(data)
+    multiplied = {*WEIGHTS, *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()), "ALL_SUPPORTED"}
+    for kind in extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName:
+        if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
+            quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
+    return quantizer
 
 
 def operators(data: bytes) -> dict[str, bool]:

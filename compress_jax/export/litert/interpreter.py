@@ -1,6 +1,6 @@
 """Running flatbuffers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,25 @@ def run(made: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
     for each, x in zip(details, inputs, strict=True):
         made.set_tensor(each["index"], x)
     made.invoke()
-    return made.get_tensor(made.get_output_details()[0]["index"])
+    first = min(made.get_output_details(), key=lambda each: each["name"])
+    return made.get_tensor(first["index"])
+
+
+def results(made: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+    """Return all results, by the names of the model's signature.
+
+    Args:
+      made: from `interpreter`.
+      inputs: by name; those that the model does not take are left out.
+      outputs: the names of results, in order.
+
+    Returns:
+      The results.
+    """
+    signature = next(iter(made.get_signature_list()))
+    call = made.get_signature_runner(signature)
+    found = call(**{name: x for name, x in inputs.items() if name in call.get_input_details()})
+    return [found[name] for name in outputs]
 
 
 def tensors(made: Any, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:

@@ -23,29 +23,30 @@ def valid(model: Any) -> None:
         raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
 
 
-def fused(model: Any, wanted: Iterable[str]) -> Counter[str]:
-    """See that the runtime has an integer kernel in the place of every quantized node.
+def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
+    """Return the quantized sites that the runtime would compute in floats all the same, slower than without quantization.
 
     Args:
       model: with QDQ nodes.
       wanted: the names of the sites that are quantized.
 
     Returns:
-      How many of each operator its optimised graph has.
+      The reason, by site; empty if there is an integer kernel in the place of every site.
 
     Raises:
-      ExportError: if some stayed in floats.
+      ExportError: if some stay in floats and it is not known which.
     """
     wanted = list(wanted)
     graph = optimised(model, "EXTENDED").graph
     counts = Counter(each.op_type for each in graph.node)
-    if (there := sum(counts[kind] for kind in KERNELS)) < len(wanted):
-        left = {
-            name.removesuffix(":int") for each in graph.node for name in each.input if each.op_type == "DequantizeLinear"
-        }
-        names = [name for name in wanted if name in left] or wanted
+    there = sum(counts[kind] for kind in KERNELS)
+    if there >= len(wanted):
+        return {}
+    left = {name.removesuffix(":int") for each in graph.node for name in each.input if each.op_type == "DequantizeLinear"}
+    names = [name for name in wanted if name in left]
+    if not names:
         raise ExportError(
             f"ONNX Runtime would compute {len(wanted) - there} of {len(wanted)} quantized sites in floats, slower than "
-            f"without quantization: {', '.join(names)}. Leave them out of `how`, as in [({names[0]!r}, None), ('**', how)]"
+            f"without quantization, and does not tell which; leave some of them out of `how`: {', '.join(wanted)}"
         )
-    return counts
+    return dict.fromkeys(names, "ONNX Runtime would compute it in floats, slower than without quantization")

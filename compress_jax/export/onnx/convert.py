@@ -5,18 +5,22 @@ import io
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.extend.core import jaxpr_as_fun
 
 from compress_jax.core.errors import ExportError
 from compress_jax.export.extras import extra
 from compress_jax.export.onnx import graph as g
-from compress_jax.export.onnx.pooling import pools
+from compress_jax.export.onnx.plain import live, plain
+from compress_jax.export.onnx.pooling import pools, windows
 from compress_jax.export.onnx.runtime import evaluate
 
 OPSET = 21  # the first with 4-bit integers
+Way = Literal["layers", "operations"]
+WAYS: tuple[Way, ...] = ("layers", "operations")
 
 
 def convert(
@@ -25,8 +29,13 @@ def convert(
     rebuild: Callable[[Mapping[str, Any]], Any],
     inputs: Sequence[np.ndarray],
     dynamic: bool,
+    way: Way = "layers",
 ) -> Any:
     """Convert a function of params and inputs.
+
+    There are two ways. ``"layers"``: the converter recognizes whole layers and functions by name and has nodes of its own
+    for them, the faster graph, if it knows the way in which they are called. ``"operations"``: JAX traces the function, and the
+    converter sees JAX's primitives alone (see `plain`), so that no spelling matters.
 
     The parameters are inputs to the converter, so whatever it does to one (a transpose to the target's layout, a reshape) is
     a node of the graph; afterwards they are constants under their paths. What is quantized is found by name, not by value.
@@ -37,6 +46,7 @@ def convert(
       rebuild: from leaves to params.
       inputs: an example.
       dynamic: whether the first axis of every input is a batch of any size.
+      way: see above.
 
     Returns:
       The ``ModelProto``, its inputs ``x`` (or ``x0``, ``x1``, ...) and its outputs ``y`` (or ``y0``, ...).
@@ -47,34 +57,49 @@ def convert(
     with _quiet():
         jax2onnx = extra("jax2onnx", "onnx")
     names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
-    specs = [jax.ShapeDtypeStruct((("B", *x.shape[1:]) if dynamic and x.ndim else x.shape), x.dtype) for x in inputs]
+    specs = _specs(inputs, dynamic)
     weights = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves.values()]
 
     def flat(*arrays: Any) -> Any:
         weights = dict(zip(leaves, arrays[len(inputs) :], strict=True))
         return fn(rebuild(weights), *arrays[: len(inputs)])
 
-    params = rebuild({path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in leaves.items()})
-    outs = len(jax.tree.leaves(jax.eval_shape(fn, params, *inputs)))
-    results = ["y"] if outs == 1 else [f"y{i}" for i in range(outs)]
     try:
+        example = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+        outs = len(jax.tree.leaves(jax.eval_shape(flat, *example, *weights)))
+        call = flat if way == "layers" else _operations(flat, specs, weights)
         with _quiet():
             model = jax2onnx.to_onnx(
-                flat,
+                call,
                 [*specs, *weights],
                 opset=OPSET,
                 input_names=[*names, *leaves],
-                output_names=results,
+                output_names=["y"] if outs == 1 else [f"y{i}" for i in range(outs)],
                 normalization_mode="prefer_native",
             )
     except Exception as error:
         advice = "; pass batch='example' for exactly its size" if dynamic else ""
         raise ExportError(f"jax2onnx cannot convert this function: {type(error).__name__}: {error}{advice}") from error
     _bake(model, leaves)
+    windows(model)
     _constant_shapes(model, inputs, dynamic)
     _without_nothing(model.graph)
     pools(model, inputs)
     return g.prune(model)
+
+
+def _specs(inputs: Sequence[np.ndarray], dynamic: bool) -> list[jax.ShapeDtypeStruct]:
+    """Return the shapes of inputs, with one symbol for the batch of all of them."""
+    (size,) = jax.export.symbolic_shape("B")
+    return [jax.ShapeDtypeStruct((size, *x.shape[1:]) if dynamic and x.ndim else x.shape, x.dtype) for x in inputs]
+
+
+def _operations(flat: Callable[..., Any], specs: Sequence[Any], weights: Sequence[Any]) -> Callable[..., Any]:
+    """Return a function that the converter sees as JAX's primitives: nothing in it has a name that it would recognise."""
+    traced = jax.make_jaxpr(flat)(*specs, *weights)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        made = jax.make_jaxpr(plain(traced, [True] * len(specs) + [False] * len(weights)))(*specs, *weights)
+    return jaxpr_as_fun(live(made))
 
 
 @contextlib.contextmanager
@@ -93,6 +118,27 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+def baked(model: Any, leaves: Mapping[str, np.ndarray]) -> Any:
+    """Return a copy of a converted graph with other values for its parameters.
+
+    Args:
+      model: from `convert`.
+      leaves: dense parameters by path.
+
+    Returns:
+      The copy.
+    """
+    copy = extra("onnx", "onnx").ModelProto()
+    copy.CopyFrom(model)
+    there = [each.name for each in copy.graph.initializer if each.name in leaves]
+    others = [each for each in model.graph.initializer if each.name not in leaves]
+    del copy.graph.initializer[:]
+    copy.graph.initializer.extend(others)
+    for name in there:
+        g.add(copy.graph, name, leaves[name])
+    return copy
 
 
 def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:

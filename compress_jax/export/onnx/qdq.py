@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from compress_jax.core.errors import ExportError
 from compress_jax.export.onnx import graph as g
-from compress_jax.export.onnx.plan import Placed, int8
+from compress_jax.export.onnx.places import Placed, int8
+from compress_jax.export.scales import representable
 
 Grid = tuple[np.float32, np.uint8]
 SAME = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
@@ -55,7 +57,7 @@ def write(
     grids: Mapping[str, Grid],
     extremes: Callable[[Sequence[str]], Mapping[str, tuple[np.float32, np.float32]]],
     unsigned: bool = False,
-) -> list[str]:
+) -> tuple[str, ...]:
     """Quantize the nodes of sites.
 
     Args:
@@ -66,18 +68,28 @@ def write(
       unsigned: whether weights are written as uint8, 128 standing for zero.
 
     Returns:
-      The tensors whose ranges were measured.
+      What must be told: whose scales are not those of the simulation, and why.
+
+    Raises:
+      ExportError: if a measured range is not finite.
     """
     codes = Codes({each.node.input[each.data]: grids[site] for site, each in places.items()})
     nodes = [each.node for each in places.values()]
     missing = _results(model.graph, nodes, codes)
-    measured = {name: grid_of(*ends) for name, ends in (extremes(missing) if missing else {}).items()}
-    codes.grids |= measured
+    codes.grids |= {name: _finite(name, *ends) for name, ends in (extremes(missing) if missing else {}).items()}
     _without_relu(model.graph, codes)
     _moves(model.graph, codes)
     sums = {each.output[0] for each in model.graph.node if _summed(each, codes)}
-    _rewrite(model, codes, sums, {each.node.output[0]: (each, grids[site]) for site, each in places.items()}, unsigned)
-    return list(measured)
+    own = {each.node.output[0]: (each, grids[site]) for site, each in places.items()}
+    return tuple(_rewrite(model, codes, sums, own, unsigned))
+
+
+def _finite(name: str, low: np.float32, high: np.float32) -> Grid:
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ExportError(
+            f"tensor {name!r} goes from {low} to {high} over the calibration batches; leave out the batch that does it"
+        )
+    return grid_of(low, high)
 
 
 def _end(taken: Mapping[str, list[Any]], name: str) -> str:
@@ -147,8 +159,9 @@ def _moves(graph: Any, codes: Codes) -> None:
                 codes.whole.add(each.output[0])
 
 
-def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool) -> None:
-    graph, out = model.graph, []
+def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool) -> list[str]:
+    """Put the nodes in; return what must be told."""
+    graph, out, notes = model.graph, [], []
     outputs = {each.name for each in graph.output}
     made: dict[tuple[str, Grid], str] = {}
 
@@ -173,7 +186,9 @@ def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[P
             elif name in codes.whole or each.output[0] in sums:
                 each.input[i] = coded(name, codes.grids[name])
         if placed is not None:
-            out.extend(_weights(graph, each, *placed, unsigned))
+            nodes, note = _weights(graph, each, *placed, unsigned)
+            out.extend(nodes)
+            notes.extend(note)
         for i, name in enumerate(each.output):
             if name in codes.whole and name in outputs:
                 each.output[i] = f"{name}:float"
@@ -186,26 +201,32 @@ def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[P
             out.append(each)
     g.replace_nodes(graph, out)
     g.prune(model)
+    return notes
 
 
-def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) -> list[Any]:
-    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that dequantize them."""
+def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) -> tuple[list[Any], list[str]]:
+    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that do so, and a note."""
     found = int8(placed)
     assert not isinstance(found, str) and placed.channel is not None
     levels, scale = found
+    third = each.input[2] if each.op_type != "MatMul" and len(each.input) > 2 else ""
+    bias, note = g.initializers(graph).get(third), []
+    if bias is not None and (bias.ndim != 1 or len(bias) != len(scale)):
+        bias = None
+    if bias is not None:
+        levels, scale, changed = representable(levels, scale, placed.weight.values, placed.channel, bias, grid[0])
+        note = [f"{placed.site}: the weights of {changed} channels have larger scales, so that the bias fits in int32"]
+        note = note if changed else []
     if unsigned:
         levels = (levels.astype(np.int16) + 128).astype(np.uint8)
     nodes = [_dequantized(graph, placed.site, levels, scale, placed.channel)]
     each.input[1 - placed.data] = nodes[0].output[0]
-    if each.op_type == "MatMul" or len(each.input) < 3:
-        return nodes
-    bias = g.initializers(graph).get(each.input[2])
-    if bias is not None and bias.ndim == 1 and len(bias) == len(scale):
+    if bias is not None:
         steps = (scale * grid[0]).astype(np.float32)
-        whole = np.clip(np.round(bias.astype(np.float64) / steps), -(2**31) + 1, 2**31 - 1).astype(np.int32)
+        whole = np.round(bias.astype(np.float64) / steps.astype(np.float64)).astype(np.int32)
         nodes.append(_dequantized(graph, f"{placed.site}:bias", whole, steps, 0))
         each.input[2] = nodes[1].output[0]
-    return nodes
+    return nodes, note
 
 
 def _dequantized(graph: Any, name: str, codes: np.ndarray, scale: np.ndarray, axis: int) -> Any:

@@ -52,6 +52,32 @@ def optimised(model: Any, level: str) -> Any:
         return extra("onnx", "onnx").load(file)
 
 
+def run(model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return all results of a model for an example.
+
+    Args:
+      model: a ``ModelProto``.
+      inputs: in the order of the function's; those that it does not use may be missing from the model.
+
+    Returns:
+      The results.
+
+    Raises:
+      ExportError: if the runtime refuses the model or fails while it runs.
+    """
+    made = session(model)
+    every = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
+    feed = {name: x for name, x in zip(every, inputs, strict=True) if name in {each.name for each in made.get_inputs()}}
+    return _run(made, None, feed)
+
+
+def _run(made: Any, names: Sequence[str] | None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        return made.run(names, feed)
+    except Exception as error:  # the runtime's own exceptions have no common root
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {error}") from error
+
+
 def evaluate(model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Return the values of any tensors of a model for some inputs."""
     onnx = extra("onnx", "onnx")
@@ -59,10 +85,10 @@ def evaluate(model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]) -> 
     copy.CopyFrom(model)
     there = {out.name for out in copy.graph.output}
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
-    run = session(copy, "DISABLE_ALL")
-    feed = {each.name: x for each, x in zip(run.get_inputs(), inputs, strict=True)}
+    made = session(copy, "DISABLE_ALL")
+    feed = {each.name: x for each, x in zip(made.get_inputs(), inputs, strict=True)}
     wanted = [name for name in names if name not in feed]
-    found = dict(zip(wanted, run.run(wanted, feed), strict=True)) if wanted else {}
+    found = dict(zip(wanted, _run(made, wanted, feed), strict=True)) if wanted else {}
     return {name: found.get(name, feed.get(name)) for name in names}
 
 

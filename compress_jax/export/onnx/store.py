@@ -7,7 +7,7 @@ import numpy as np
 
 from compress_jax.export.extras import extra
 from compress_jax.export.onnx import graph as g
-from compress_jax.export.onnx.plan import Placed
+from compress_jax.export.onnx.places import Placed
 from compress_jax.export.onnx.weights import Weight, compact
 
 BLOCKS = (16, 32, 64, 128, 256)  # sizes the runtime has kernels for

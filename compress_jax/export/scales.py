@@ -1,0 +1,61 @@
+"""Scales of weights beside which a bias is a whole number of steps in int32, as integer kernels add it."""
+
+import numpy as np
+
+LARGEST = 2.0**30  # of a bias in steps: half of int32, so that the sum of products still fits beside it
+SMALLEST = 1e-30  # of a scale; products of scales must stay normal numbers in float32
+
+
+def floor(bias: np.ndarray, step: float) -> np.ndarray:
+    r"""Return the smallest scale of weights for each channel, beside which its bias is representable.
+
+    A bias is stored as :math:`round(b / (s_x s_w))` in int32, so :math:`s_w \ge |b| / (s_x 2^{30})`.
+
+    Args:
+      bias: float, of each channel.
+      step: :math:`s_x`, the scale of the activations.
+
+    Returns:
+      float64, of each channel.
+
+    Example:
+      >>> floor(np.array([0.0, 2.0**20]), 1.0)
+      array([0.        , 0.00097656])
+    """
+    return np.abs(np.asarray(bias, np.float64)) / (float(step) * LARGEST)
+
+
+def representable(
+    levels: np.ndarray, scale: np.ndarray, values: np.ndarray, axis: int, bias: np.ndarray, step: float
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Give channels scales beside which their bias is representable.
+
+    A channel whose levels are all zero may have any scale: it gets the smallest, for then its bias is exact. One whose
+    weights are nearly zero beside its bias gets a larger scale, on which its weights are rounded again.
+
+    Args:
+      levels: int8, signed.
+      scale: float32, of each channel.
+      values: the weights themselves.
+      axis: of channels.
+      bias: of each channel.
+      step: the scale of the activations.
+
+    Returns:
+      ``(levels, scale, how many channels were rounded again)``.
+
+    Example:
+      >>> levels, scale = np.array([[127, 0]], np.int8), np.array([1e-12, 0.5], np.float32)
+      >>> values = levels * scale
+      >>> levels, scale, changed = representable(levels, scale, values, 1, np.array([3.0, 3.0]), 0.1)
+      >>> levels.tolist(), changed, np.allclose(np.round(3.0 / (scale * 0.1)) * (scale * 0.1), 3.0)
+      ([[0, 0]], 1, True)
+    """
+    shape = [-1 if i == axis else 1 for i in range(levels.ndim)]
+    others = tuple(i for i in range(levels.ndim) if i != axis)
+    dead = (levels == 0).all(others)
+    least = np.maximum(floor(bias, step), SMALLEST) * (1 + 1e-6)
+    low = ~dead & (scale < least)
+    new = np.where(dead, np.where(bias == 0, 1, least), np.maximum(scale, least)).astype(np.float32)
+    again = np.clip(np.round(values.astype(np.float64) / new.reshape(shape)), -127, 127)
+    return np.where(low.reshape(shape), again, levels).astype(np.int8), new, int(low.sum())
