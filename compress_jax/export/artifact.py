@@ -80,8 +80,8 @@ def load(
 
     Args:
       path: the file.
-      max_bytes: memory that the file, its arrays and what `unpack` makes of them may take; None for 1 GiB or 1,024 times the
-        size of the file, whichever is more. Give more for a file that you trust.
+      max_bytes: memory that the file, its arrays and what `unpack` makes of them may take; None for 512 MiB or 1,024 times
+        the size of the file, whichever is more. Give more for a file that you trust.
       limits: how large its header may be, how many arrays it may have, and how deeply its tree may be nested.
 
     Returns:

@@ -39,12 +39,20 @@ def pieces(data: np.ndarray, bits: int, count: int) -> Iterator[tuple[int, np.nd
     Yields:
       ``(start, int32 symbols)``.
     """
-    weights = 1 << np.arange(bits, dtype=np.int32)
+    wide = _wide(bits)
     for start in range(0, count, PIECE):
         size = min(PIECE, count - start)
         piece = data[start * bits // 8 : -(-(start + size) * bits // 8)]
-        flags = np.unpackbits(piece, count=size * bits, bitorder="little").reshape(size, bits)
-        yield start, flags @ weights
+        flags = np.unpackbits(piece, count=size * bits, bitorder="little")
+        if bits > 1:
+            full = np.zeros((size, wide), np.uint8)  # a bit each, the least significant first
+            full[:, :bits] = flags.reshape(size, bits)
+            flags = np.packbits(full.ravel(), bitorder="little").view(f"<u{wide // 8}")
+        yield start, flags.astype(np.int32)
+
+
+def _wide(bits: int) -> int:
+    return 8 if bits <= 8 else 16
 
 
 def repacked(symbols: np.ndarray, bits: int) -> np.ndarray:
@@ -66,6 +74,7 @@ def repacked(symbols: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _packed(symbols: np.ndarray, bits: int) -> np.ndarray:
-    octets = symbols.astype("<u2").view(np.uint8)
-    flags = np.unpackbits(octets, bitorder="little").reshape(-1, 16)  # [n, 16], the least significant bit first
-    return np.packbits(flags[:, :bits].ravel(), bitorder="little")
+    wide = _wide(bits)
+    octets = symbols.astype(f"<u{wide // 8}").view(np.uint8)
+    flags = octets if bits == 1 else np.unpackbits(octets, bitorder="little").reshape(-1, wide)[:, :bits]
+    return np.packbits(flags.ravel(), bitorder="little")

@@ -257,8 +257,7 @@ def _below(codes: Bits | Sparse, end: int, where: str) -> None:
 
 
 def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    missing = len(wanted) - len(shape)
-    return missing >= 0 and all(n in (1, m) for n, m in zip(shape, wanted[missing:], strict=True))
+    return not shape or (len(shape) == len(wanted) and all(n in (1, m) for n, m in zip(shape, wanted, strict=True)))
 
 
 def _holds(dtype: np.dtype, fill: float) -> bool:

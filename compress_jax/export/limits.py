@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from compress_jax.core.errors import ArtifactError
 
-FLOOR, FACTOR = 2**30, 1024  # bytes of memory that any file may take, and times its own size
+FLOOR, FACTOR = 2**29, 1024  # bytes of memory that any file may take, and times its own size
 PARSED = 40  # bytes of Python objects that one byte of JSON becomes at most
 
 
@@ -31,13 +31,13 @@ class Budget:
 
     Args:
       file_bytes: size of the file.
-      max_bytes: the limit; None for 1 GiB or 1,024 times the size of the file, whichever is more.
+      max_bytes: the limit; None for 512 MiB or 1,024 times the size of the file, whichever is more.
 
     Raises:
       ArtifactError: if the file alone is larger.
 
     Example:
-      >>> Budget(1000).max_bytes == 2**30
+      >>> Budget(1000).max_bytes == 2**29
       True
     """
 

@@ -173,14 +173,16 @@ def _listed(content: Any, path: str) -> list[Any]:
 
 
 def _pairs(content: Any, path: str) -> list[Any]:
-    """Return the entries of a dict after a look at its keys."""
-    seen = set()
+    """Return the entries of a dict after a look at its keys: JAX sorts them, so they must be all text or all integers."""
+    seen: dict[str | int, type] = {}
     for pair in _listed(content, path):
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))):
             raise refuse(path, "in the file's structure, a pair of a key and a node must stand here")
         if pair[0] in seen:
             raise refuse(path, f"the key {pair[0]!r} is there twice")
-        seen.add(pair[0])
+        seen[pair[0]] = str if isinstance(pair[0], str) else int
+    if len(set(seen.values())) > 1:
+        raise refuse(path, f"the keys {list(seen)[:9]} are text and integers, and JAX takes dicts of one of them only")
     return content
 
 
