@@ -178,6 +178,8 @@ def _pairs(content: Any, path: str) -> list[Any]:
     for pair in _listed(content, path):
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))):
             raise refuse(path, "in the file's structure, a pair of a key and a node must stand here")
+        if isinstance(pair[0], str) and not pair[0].isascii() and pair[0] != pair[0].encode(errors="replace").decode():
+            raise refuse(path, f"the key {pair[0]!r} is no Unicode text, so it can be the name of no tensor")
         if pair[0] in seen:
             raise refuse(path, f"the key {pair[0]!r} is there twice")
         seen[pair[0]] = str if isinstance(pair[0], str) else int

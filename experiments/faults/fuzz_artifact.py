@@ -22,12 +22,10 @@ import argparse
 import json
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +34,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np  # noqa: E402
+from campaign import campaign  # noqa: E402 # pyright: ignore[reportMissingImports]
 from mutations import mutate, samples, with_content  # noqa: E402 # pyright: ignore[reportMissingImports]
 from reading import assert_consistent, same  # noqa: E402 # pyright: ignore[reportMissingImports]
 
@@ -44,7 +43,7 @@ from compress_jax.core import ArtifactError  # noqa: E402
 from compress_jax.export.artifact import opened  # noqa: E402
 from compress_jax.export.streams import Coded, _sum, decoded  # noqa: E402
 
-MAX_BYTES, SECONDS, BAD = 2**28, 10, ("unnamed", "raw", "abort", "hang", "memory", "inconsistent")
+MAX_BYTES, BAD = 2**28, ("unnamed", "raw", "abort", "hang", "memory", "inconsistent")
 
 
 def outcome(file: Path, original: Any = None) -> tuple[str, str]:
@@ -85,7 +84,7 @@ def repaired(data: bytes, file: Path) -> bytes:
         return data
 
 
-def child(first: int, last: int, kept: Path) -> None:
+def child(kept: Path, first: int, last: int) -> None:
     """Try mutations of some numbers, and print a line of JSON for each."""
     files = {file.name: file.read_bytes() for file in sorted(kept.iterdir())}
     names = list(files)
@@ -108,66 +107,6 @@ def child(first: int, last: int, kept: Path) -> None:
             start = time.process_time()
             kind, why = outcome(file, originals[name])
             print(json.dumps({"kind": kind, "why": why, "seconds": time.process_time() - start}), flush=True)
-
-
-def campaign(mutations: int, batch: int, kept: Path, first: int = 0) -> tuple[Counter[str], list[dict[str, Any]]]:
-    """Run all mutations in children; return counts, and the bad ones."""
-    counts, bad, ways, slowest, number = Counter[str](), [], Counter[str](), 0.0, first
-    while number < first + mutations:
-        last = min(number + batch, first + mutations)
-        command = [sys.executable, "-W", "error", __file__, "--child", str(number), str(last), str(kept)]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            timer = _Timer(process)
-            case: dict[str, Any] = {}
-            assert process.stdout is not None
-            for line in process.stdout:
-                told = json.loads(line)
-                if "start" in told:
-                    case = told
-                    number = case["start"] + 1
-                    timer.start()
-                    continue
-                timer.stop()
-                kind = "hang" if told["seconds"] > SECONDS and told["kind"] not in BAD else told["kind"]
-                slowest = max(slowest, told["seconds"])
-                counts[kind] += 1
-                ways[f"{case['way']}: {kind}"] += 1
-                if kind in BAD:
-                    bad.append({**case, **told, "kind": kind})
-                case = {}
-        timer.stop()
-        if case:
-            kind = "hang" if timer.fired else "abort"
-            counts[kind] += 1
-            bad.append({**case, "kind": kind, "why": f"exit code {process.returncode}"})
-        elif number < last:
-            raise SystemExit("the child ended before its first mutation")
-        print(f"{number - first:>6} of {mutations}: {dict(counts)}", file=sys.stderr, flush=True)
-    print(f"  the slowest took {slowest:.1f} seconds", file=sys.stderr)
-    for way, count in sorted(ways.items()):
-        print(f"  {way:<40} {count:>6}", file=sys.stderr)
-    return counts, bad
-
-
-class _Timer:
-    """Ends a process that is silent for much longer than a mutation may take, on a busy machine too."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process, self.fired, self._timer = process, False, None
-
-    def start(self) -> None:
-        import threading
-
-        self._timer = threading.Timer(12 * SECONDS, self._end)
-        self._timer.start()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _end(self) -> None:
-        self.fired = True
-        self.process.kill()
 
 
 def _memory(field: str) -> int:
@@ -198,16 +137,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--bad", type=Path, help="where to write the bad ones, as JSON")
-    parser.add_argument("--child", nargs=3, help="first, last, and the folder of the samples")
+    parser.add_argument("--child", nargs=3, help="the folder of the samples, first and last")
     args = parser.parse_args()
     if args.child:
-        child(int(args.child[0]), int(args.child[1]), Path(args.child[2]))
+        child(Path(args.child[0]), int(args.child[1]), int(args.child[2]))
         return
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         for name, data in samples().items():
             (Path(folder) / name).write_bytes(data)
-        counts, bad = campaign(args.mutations, args.batch, Path(folder), args.first)
+        command = [sys.executable, "-W", "error", __file__, "--child", folder]
+        counts, bad = campaign(command, args.mutations, args.batch, args.first, BAD)
     print(f"{sum(counts.values()):,} mutations in {(time.perf_counter() - start) / 60:.1f} minutes: {dict(counts)}")
     if args.bad:
         args.bad.write_text(json.dumps(bad, indent=1))

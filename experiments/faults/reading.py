@@ -25,8 +25,8 @@ def assert_consistent(tree: Any) -> None:
                 assert ours.dtype == node.dtype, (ours.dtype, node.dtype)  # pyright: ignore[reportAttributeAccessIssue]
             wanted = np.asarray(jnp.asarray(theirs).astype(ours.dtype))
             # XLA takes numbers below the smallest normal one for zero; sums may be taken in another order.
-            slack = {"rtol": 0.02, "atol": 1e-4} if isinstance(node, LowRank) else {"rtol": 0, "atol": 1e-33}
-            np.testing.assert_allclose(np.asarray(ours, np.float64), wanted.astype(np.float64), **slack)
+            rtol, atol = (0.02, 1e-4) if isinstance(node, LowRank) else (0, 1e-33)
+            np.testing.assert_allclose(np.asarray(ours, np.float64), wanted.astype(np.float64), rtol=rtol, atol=atol)
 
 
 def reading(node: Any) -> np.ndarray:
@@ -114,7 +114,7 @@ def _spread(layout: Layout, scale: Any) -> np.ndarray:
 
     def place(axes: Any) -> np.ndarray:
         shape = [layout.shape[axis] for axis in axes]
-        return np.ravel_multi_index(places[list(axes)], shape) if axes else np.zeros(places.shape[1], np.int64)
+        return np.asarray(np.ravel_multi_index(places[list(axes)], shape) if axes else np.zeros(places.shape[1], np.int64))
 
     return scale[place(others) // layout.group_size, 0, place(layout.channels)].reshape(layout.shape)
 
