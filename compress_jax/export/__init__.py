@@ -7,11 +7,13 @@ from compress_jax.export._verify import Timing, Verification, verify
 from compress_jax.export._weights import to_safetensors
 from compress_jax.export.artifact import load, save, write_atomically
 from compress_jax.export.exported import Exported, Row
+from compress_jax.export.limits import Limits
 from compress_jax.export.litert import to_litert
 from compress_jax.export.onnx import to_onnx
 
 __all__ = [
     "Exported",
+    "Limits",
     "Part",
     "Row",
     "Timing",

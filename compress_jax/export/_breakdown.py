@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import zstandard
 
-from compress_jax.export.artifact import opened
+from compress_jax.export.artifact import LIMITS, of_file, opened
+from compress_jax.export.bitstream import unpacked
 from compress_jax.export.entropy import NEVER, probabilities
-from compress_jax.export.streams import Coded, decoded, unpacked
+from compress_jax.export.limits import Limits
+from compress_jax.export.streams import Coded, decoded, expanded
 from compress_jax.export.structure import leaves, places
 
 
@@ -28,7 +29,7 @@ class Part(NamedTuple):
     nbytes: float
 
 
-def breakdown(path: str | os.PathLike[str]) -> list[Part]:
+def breakdown(path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS) -> list[Part]:
     """Return what every byte of an artifact is for; the sum is the size of the file.
 
     In a coded file a stream of symbols counts as the information it has under its table, and what zstandard compressed
@@ -36,6 +37,8 @@ def breakdown(path: str | os.PathLike[str]) -> list[Part]:
 
     Args:
       path: a file that `save` wrote.
+      max_bytes: as of `load`.
+      limits: as of `load`.
 
     Returns:
       The parts, in the order of the tree, the header last.
@@ -54,9 +57,10 @@ def breakdown(path: str | os.PathLike[str]) -> list[Part]:
       ([Part(path='dense/kernel', cause='array', nbytes=16), Part(path='dense/bias', cause='array', nbytes=8)], True)
     """
     path = Path(path)
-    content, parts = opened(path)
+    content, parts = opened(path, max_bytes, limits)
     tree, size = content["tree"], path.stat().st_size
-    sizes = _coded(tree, parts) if isinstance(parts, Coded) else {name: x.nbytes for name, x in parts.items()}
+    with of_file(path):
+        sizes = _coded(tree, parts) if isinstance(parts, Coded) else {name: x.nbytes for name, x in parts.items()}
     rows = []
     for place, structure in leaves(tree):
         for name, _ in places(structure, place):
@@ -67,7 +71,7 @@ def breakdown(path: str | os.PathLike[str]) -> list[Part]:
 
 def _coded(tree: object, parts: Coded) -> dict[str, float]:
     """Return the bytes of each tensor of a coded file."""
-    raw = max(len(zstandard.decompress(parts.rest)), 1)
+    raw = max(expanded(parts.rest, "its tensors"), 1)
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in parts.index["tables"]]
     sizes = {}
     tensors = zip(decoded(tree, parts), places(tree), parts.index["tensors"], strict=True)

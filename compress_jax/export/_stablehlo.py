@@ -19,6 +19,7 @@ from compress_jax.export.agreement import agree
 from compress_jax.export.artifact import write_atomically
 from compress_jax.export.exported import Exported, Row
 from compress_jax.export.extras import extra
+from compress_jax.export.seal import sealed
 from compress_jax.export.structure import decode, encode
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -48,8 +49,8 @@ def to_stablehlo(
         weights = safetensors.numpy.load_file("model.safetensors")
         logits = program.call(weights, images)
 
-    JAX promises to read such a program for six months after it was written, and old programs in practice for longer;
-    `export.save` is for keeping.
+    The file ends in a digest of its bytes, which JAX passes over and `verify` looks at. JAX promises to read such a program
+    for six months after it was written, and old programs in practice for longer; `export.save` is for keeping.
 
     Args:
       fn: a pure function of params and inputs; ``lambda variables, x: model.apply(variables, x)``.
@@ -100,7 +101,7 @@ def to_stablehlo(
     specs = ((_specs(constants),) if separate else ()) + _batched(inputs, batch)
     data = _serialized(whole, specs, platforms, batch)
     difference = _difference(fn, params, inputs, data, (constants,) if separate else ())
-    files = {path: data}
+    files = {path: sealed(data)}
     if separate:
         files[path.with_suffix(".safetensors")] = safetensors.numpy.save(tensors)
     for file, content in files.items():

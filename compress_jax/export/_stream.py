@@ -8,12 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from compress_jax.export.artifact import opened
+from compress_jax.export.artifact import LIMITS, of_file, opened
+from compress_jax.export.limits import Limits
 from compress_jax.export.streams import Coded, check, decoded
-from compress_jax.export.structure import decode, leaves, places
+from compress_jax.export.structure import leaves, places
+from compress_jax.export.validation import checked
 
 
-def stream(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
+def stream(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS
+) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of an artifact, one at a time, in the order of the tree.
 
     The file's own bytes are read at once and its checksum is verified before the first leaf; then one leaf after the other
@@ -21,6 +25,8 @@ def stream(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
 
     Args:
       path: a file that `save` wrote.
+      max_bytes: as of `load`.
+      limits: as of `load`.
 
     Yields:
       ``(path, leaf)``: the place in the tree, keys joined by ``/``, and the array or packed node that `load` has there.
@@ -37,17 +43,14 @@ def stream(path: str | os.PathLike[str]) -> Iterator[tuple[str, Any]]:
       >>> [(path, leaf.shape) for path, leaf in stream(file)]
       [('dense/kernel', (2, 2)), ('dense/bias', (2,))]
     """
-    content, parts = opened(Path(path))
-    coded = parts if isinstance(parts, Coded) else None
-    if isinstance(parts, Coded):
-        tensors = decoded(content["tree"], parts)
-    else:
-        tensors = iter([(name, parts[name]) for name, _ in places(content["tree"])])
-    total = 0
-    for place, structure in leaves(content["tree"]):
-        own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
-        for tensor in own.values():
-            total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
-        yield place, decode(structure, own, place)
-    if coded is not None:
-        check(total, coded)
+    content, parts = opened(Path(path), max_bytes, limits)
+    tree, total = content["tree"], 0
+    with of_file(path):
+        tensors = decoded(tree, parts) if isinstance(parts, Coded) else ((name, parts[name]) for name, _ in places(tree))
+        for place, structure in leaves(tree):
+            own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
+            for tensor in own.values():
+                total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
+            yield place, checked(structure, own, place)
+        if isinstance(parts, Coded):
+            check(total, parts)

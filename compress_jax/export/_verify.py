@@ -2,7 +2,6 @@
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress_jax.core.errors import ExportError
-from compress_jax.export.running import Runner, batch_of, runner
+from compress_jax.export.isolated import measured
+from compress_jax.export.running import interleaved, present, scores
+
+__all__ = ["Timing", "Verification", "interleaved", "verify"]
 
 
 class Timing(NamedTuple):
@@ -112,8 +114,12 @@ def verify(
     rounds: int = 30,
     min_agreement: float = 0.98,
     max_drop: float = 0.01,
+    timeout: float = 600.0,
+    max_bytes: int | None = None,
 ) -> Verification:
     """Run an exported file in its own runtime and hold it against JAX and against the float export.
+
+    The file runs in a process of its own: what is damaged, or was made to do harm, costs an error and not the caller.
 
     Args:
       path: ``.onnx``, ``.tflite`` or ``.stablehlo``.
@@ -126,12 +132,14 @@ def verify(
       rounds: timed calls of each; the two files take turns, so that both meet the same load.
       min_agreement: the smallest share of equal answers that passes.
       max_drop: the largest loss of accuracy against JAX that passes, 0.01 for a point.
+      timeout: seconds that the file may take for everything.
+      max_bytes: memory that it may take; None for 8 GiB or 64 times the files and the inputs, whichever is more.
 
     Returns:
       The numbers; ``print`` shows them, slowdowns as plainly as speed-ups.
 
     Raises:
-      ExportError: if the file cannot be run at all.
+      ExportError: if the file cannot be run at all: it is damaged or foreign, crashes its runtime, or goes beyond a limit.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -145,7 +153,19 @@ def verify(
     """
     path = Path(path)
     arrays = tuple(np.asarray(x) for x in (inputs if isinstance(inputs, tuple) else (inputs,)))
-    ours, theirs = _scores(reference, arrays), _scores(runner(path), arrays)
+    base = Path(baseline) if baseline is not None else None
+    for file in filter(None, (path, base)):
+        present(file)
+    cores = os.cpu_count() or 1
+    counts = dict.fromkeys(threads or ((cores,) if path.suffix == ".stablehlo" else (1, cores)))
+    job = {
+        "baseline": str(base) if base else None,
+        "threads": list(counts),
+        "batch_sizes": list(batch_sizes),
+        "rounds": rounds,
+    }
+    theirs, times = measured(path, arrays, job, timeout=timeout, max_bytes=max_bytes)
+    ours = scores(reference, arrays)
     if ours.shape != theirs.shape:
         raise ExportError(f"{path} returns {list(theirs.shape)} where JAX returns {list(ours.shape)}")
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
@@ -160,41 +180,10 @@ def verify(
         failures.append(f"agreement {100 * agreement:.2f} % is below {100 * min_agreement:.2f} %")
     if known - accuracy > max_drop:
         failures.append(f"accuracy is {100 * (known - accuracy):.2f} points below JAX's")
-    base = Path(baseline) if baseline is not None else None
-    timings = _timings(path, base, arrays, batch_sizes, threads, rounds)
+    timings = [_timing(each, each["batch"], each["threads"]) for each in times]
     size, plain = path.stat().st_size, base.stat().st_size if base else 0
     numbers = (len(ours), agreement, difference, accuracy, known, size, plain)
     return Verification(path, *numbers, tuple(timings), tuple(failures))
-
-
-def _scores(call: Callable[..., Any], arrays: Sequence[np.ndarray], size: int = 64) -> np.ndarray:
-    """Return float64 results, in batches of one size."""
-    count, results = len(arrays[0]), []
-    for start in range(0, count, size):
-        piece = [x[start : start + size] for x in arrays]
-        filled = [np.concatenate([x, np.repeat(x[-1:], size - len(x), 0)]) for x in piece]
-        results.append(np.asarray(call(*filled))[: len(piece[0])])
-    return np.concatenate(results).astype(np.float64)
-
-
-def _timings(
-    path: Path,
-    baseline: Path | None,
-    arrays: Sequence[np.ndarray],
-    batch_sizes: Sequence[int],
-    threads: Sequence[int] | None,
-    rounds: int,
-) -> list[Timing]:
-    cores, fixed = os.cpu_count() or 1, batch_of(path)
-    counts = dict.fromkeys(threads or ((cores,) if path.suffix == ".stablehlo" else (1, cores)))
-    sizes = [fixed] if fixed is not None and batch_sizes else list(batch_sizes)
-    found = []
-    for count in counts:
-        files = {"export": runner(path, count)} | ({"float": runner(baseline, count)} if baseline else {})
-        for size in sizes:
-            batch = [np.resize(x, (size, *x.shape[1:])) for x in arrays]
-            found.append(_timing(interleaved(files, batch, rounds), size, count))
-    return found
 
 
 def _timing(times: Mapping[str, Sequence[float]], batch: int, threads: int) -> Timing:
@@ -206,23 +195,3 @@ def _timing(times: Mapping[str, Sequence[float]], batch: int, threads: int) -> T
     return Timing(
         batch, threads, statistics.median(export), statistics.median(float_), float(middle), float(low), float(high)
     )
-
-
-def interleaved(files: Mapping[str, Runner], batch: Sequence[np.ndarray], rounds: int) -> dict[str, list[float]]:
-    """Time functions in turns; a first round does not count.
-
-    Args:
-      files: functions by name.
-      batch: their inputs.
-      rounds: how many count.
-
-    Returns:
-      Seconds by name, in the order of the rounds.
-    """
-    times: dict[str, list[float]] = {name: [] for name in files}
-    for i in range(rounds + 1):
-        for name in sorted(files, reverse=bool(i % 2)):
-            start = time.perf_counter()
-            files[name](*batch)
-            times[name].append(time.perf_counter() - start)
-    return {name: each[1:] for name, each in times.items()}

@@ -18,17 +18,22 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-import zstandard
 
 from compress_jax.core.errors import ArtifactError
-from compress_jax.export.streams import Coded, code, squeezed, uncode
-from compress_jax.export.structure import Tensors, decode, encode
+from compress_jax.export.checks import Spec
+from compress_jax.export.container import header_of, parsed, tensors_of
+from compress_jax.export.limits import Budget, Limits
+from compress_jax.export.streams import Coded, code, expanded, specified, squeezed, uncode, unsqueezed
+from compress_jax.export.structure import Tensors, encode
+from compress_jax.export.validation import checked, few, grammar, shallow, survey
 
+LIMITS = Limits()
 FORMAT, PLAIN, VERSION, BLANK = "compress_jax", 1, 2, "0" * 64
 
 
@@ -46,7 +51,8 @@ def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | N
       Bytes written.
 
     Raises:
-      ArtifactError: if a leaf or the metadata cannot be written, or the disk is full or not writable.
+      ArtifactError: if a leaf or the metadata cannot be written, `load` would find a packed node inconsistent, or the disk
+        is full or not writable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,22 +62,34 @@ def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | N
       (True, ({'kernel': Array([0., 1., 2.], dtype=float32)}, {'model': 'tiny'}))
     """
     tree, tensors = encode(packed)
+    shallow(metadata or {}, Limits())
+    checked(tree, tensors, keep=False)
     data = (_coded if coded else _plain)(tree, tensors, metadata or {})
     write_atomically(Path(path), data)
     return len(data)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS
+) -> tuple[Any, dict[str, Any]]:
     """Read a file that `save` wrote.
+
+    A file is looked at before it is believed: its checksum, then every number of its header and its structure, then memory
+    is allocated, then codes, masks and their shapes are held against each other. So a file that was made to do harm costs an
+    error, and neither the process nor its memory.
 
     Args:
       path: the file.
+      max_bytes: memory that the file, its arrays and what `unpack` makes of them may take; None for 512 MiB or 1,024 times
+        the size of the file, whichever is more. Give more for a file that you trust.
+      limits: how large its header may be, how many arrays it may have, and how deeply its tree may be nested.
 
     Returns:
       ``(packed, metadata)``; ``compress_jax.unpack(packed)`` gives bit for bit the params that were evaluated.
 
     Raises:
-      ArtifactError: if there is no such file, or it is damaged, foreign, or of a newer version.
+      ArtifactError: if there is no such file, or it is damaged, foreign, inconsistent, of a newer version, or beyond a
+        limit; says which entry, and what is wrong with it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -81,33 +99,100 @@ def load(path: str | os.PathLike[str]) -> tuple[Any, dict[str, Any]]:
       >>> packed[0].tolist(), metadata
       ([1.0, 1.0], {})
     """
-    content, parts = opened(Path(path))
-    tensors = uncode(content["tree"], parts) if isinstance(parts, Coded) else parts
-    return decode(content["tree"], tensors), content["metadata"]
+    content, parts = opened(Path(path), max_bytes, limits)
+    with of_file(path):
+        tensors = uncode(content["tree"], parts) if isinstance(parts, Coded) else parts
+        return checked(content["tree"], tensors, depth=limits.depth), content["metadata"]
 
 
-def opened(path: Path) -> tuple[dict[str, Any], Tensors | Coded]:
-    """Read a file and verify it; return its content as JSON, and its tensors as they are stored."""
+def opened(path: Path, max_bytes: int | None = None, limits: Limits = LIMITS) -> tuple[dict[str, Any], Tensors | Coded]:
+    """Read a file and verify all of it that can be verified before its tensors are decoded.
+
+    Args:
+      path: as of `load`.
+      max_bytes: as of `load`.
+      limits: as of `load`.
+
+    Returns:
+      Its content as JSON, and its tensors as they are stored.
+
+    Raises:
+      ArtifactError: as `load`.
+    """
     try:
+        size = path.stat().st_size
+        with of_file(path):
+            budget = Budget(size, max_bytes)
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
-    header = _header(path, data)
-    if header.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is a safetensors file, but not one that compress_jax wrote; load it with safetensors")
-    if not header.get("version", "").isdecimal() or int(header["version"]) > VERSION:
+    with of_file(path):
+        budget.parse(min(int.from_bytes(data[:8], "little"), len(data)), limits, "its header")
+        header, start = header_of(data)
+        version = _version(data, header)
+        count = lambda n: few(n, limits)  # noqa: E731
+        tensors = tensors_of(data, header, start, count)
+        if version == PLAIN:
+            text = header["__metadata__"]["content"]
+            budget.parse(len(text), limits, "its content")
+            content = _content(text, {"tree", "metadata"}, limits)
+            specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
+            survey(content["tree"], specs, budget, limits)
+            return content, tensors
+        pieces = _pieces(tensors)
+        budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
+        content = _content(unsqueezed(pieces["content"], "its content"), {"tree", "metadata", "index"}, limits)
+        grammar(content["tree"], limits)
+        coded = Coded(content["index"], pieces["ans"], pieces["rest"])
+        survey(content["tree"], specified(content["tree"], coded), budget, limits)
+        return content, coded
+
+
+@contextlib.contextmanager
+def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Let every ArtifactError name the file."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
+
+
+def _version(data: bytes, header: dict[str, Any]) -> int:
+    """Return the version of a container after a look at its strings and its digest."""
+    strings = header.get("__metadata__", {})
+    if not isinstance(strings, dict) or strings.get("format") != FORMAT:
+        raise ArtifactError("it is a safetensors file, but not one that compress_jax wrote; load it with safetensors")
+    number = strings.get("version")
+    if isinstance(number, str) and number.isdecimal() and int(number) > VERSION:
         raise ArtifactError(
-            f"{path} has format version {header.get('version')}, and this version of compress_jax reads up to {VERSION}; "
-            "upgrade compress_jax to read it"
+            f"it has format version {number}, and this version of compress_jax reads up to {VERSION}; upgrade compress_jax"
         )
-    digest = header.get("sha256", "")
+    known = {"format", "version", "sha256"} | ({"content"} if number == str(PLAIN) else set())
+    if number not in (str(PLAIN), str(VERSION)) or strings.keys() != known or set(map(type, strings.values())) != {str}:
+        raise ArtifactError(
+            f"it is damaged: its header must have the strings {', '.join(sorted(known))}, and a known version"
+        )
+    digest = strings["sha256"]
     if hashlib.sha256(_reseal(data, digest, BLANK)).hexdigest() != digest:
-        raise ArtifactError(f"{path} is truncated or damaged: its checksum does not match. Copy or write it again")
-    tensors = safetensors.numpy.load(data)
-    if int(header["version"]) == PLAIN:
-        return json.loads(header["content"]), tensors
-    content = json.loads(zstandard.decompress(tensors["content"].tobytes()))
-    return content, Coded(content["index"], tensors["ans"].tobytes(), tensors["rest"].tobytes())
+        raise ArtifactError("it is truncated or damaged: its checksum does not match. Copy or write it again")
+    return int(number)
+
+
+def _content(text: str | bytes, wanted: set[str], limits: Limits) -> dict[str, Any]:
+    """Return the content of a file: an object of the entries it must have, the metadata among them."""
+    content = parsed(text, "its content")
+    if not isinstance(content, dict) or content.keys() != wanted:
+        raise ArtifactError(f"its content must have {', '.join(sorted(wanted))}, and nothing else")
+    shallow(content["metadata"], limits)
+    return content
+
+
+def _pieces(tensors: Tensors) -> dict[str, bytes]:
+    """Return the three byte strings of a coded file."""
+    plain = all(x.dtype == np.uint8 and x.ndim == 1 for x in tensors.values())
+    if tensors.keys() != {"ans", "content", "rest"} or not plain:
+        raise ArtifactError("a coded file has three rows of bytes, ans, content and rest")
+    return {name: x.tobytes() for name, x in tensors.items()}
 
 
 def _plain(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
@@ -135,17 +220,6 @@ def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
     except ValueError as error:  # a name that is no text
         raise ArtifactError(f"a key of the tree cannot be the name of a tensor: {error}") from error
     return _reseal(data, BLANK, hashlib.sha256(data).hexdigest())
-
-
-def _header(path: Path, data: bytes) -> dict[str, str]:
-    """Return the string metadata of a safetensors file; the digest vouches for the rest of it."""
-    try:
-        strings = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        return {name: str(value) for name, value in strings.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ArtifactError(
-            f"{path} is truncated, damaged or not an artifact at all: its {len(data)} bytes are no safetensors file: {error}"
-        ) from error
 
 
 def _ordered(data: bytes) -> bytes:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 import constriction
 import numpy as np
 
+from compress_jax.core.errors import ArtifactError
+from compress_jax.export.bitstream import PIECE
+
 CODERS: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 NEVER = 255
 STEPS = 16  # a table holds probabilities in sixteenths of a bit: never more than 2e-4 bits a symbol too many
@@ -89,14 +92,63 @@ def decode(words: np.ndarray, wanted: Sequence[tuple[np.ndarray, int]]) -> Itera
 
     Yields:
       int32 ``[n]``.
+
+    Raises:
+      ArtifactError: if the words are not of `encode`, or are not all needed.
     """
-    coder = CODERS.stack.AnsCoder(words)
+    decoder = Decoder(words)
     for table, size in wanted:
+        yield np.concatenate(list(decoder.pieces(table, size)) or [np.zeros(0, np.int32)])
+    decoder.close()
+
+
+class Decoder:
+    """Reads the symbols of streams one after the other, a piece at a time.
+
+    Args:
+      words: uint32, from `encode`.
+
+    Raises:
+      ArtifactError: if the words cannot be of `encode`.
+    """
+
+    def __init__(self, words: np.ndarray) -> None:
+        """See above."""
+        try:
+            self._coder = CODERS.stack.AnsCoder(words)
+        except ValueError as error:
+            raise ArtifactError(f"its coded symbols cannot be decoded: {error}") from error
+
+    def pieces(self, table: np.ndarray, size: int) -> Iterator[np.ndarray]:
+        """Yield the symbols of the next stream.
+
+        Args:
+          table: of the stream; some symbol occurs in it, or the stream is empty.
+          size: how many symbols there are.
+
+        Yields:
+          int32, `PIECE` of them or what is left.
+        """
         used = np.flatnonzero(table != NEVER).astype(np.int32)
-        if used.size < 2 or not size:  # one symbol that never changes holds no information
-            yield np.full(size, used[0] if used.size else 0, np.int32)
-        else:
-            yield used[coder.decode(_model(table[used]), size)]
+        model = _model(table[used]) if used.size > 1 and size else None
+        for start in range(0, size, PIECE):
+            count = min(PIECE, size - start)
+            if model is None:  # one symbol that never changes holds no information
+                yield np.full(count, used[0], np.int32)
+            else:
+                yield used[self._coder.decode(model, count)]
+
+    def close(self) -> None:
+        """See that nothing is left.
+
+        Raises:
+          ArtifactError: if there are words that no stream needed.
+        """
+        if not self._coder.is_empty():
+            raise ArtifactError(
+                "its coded symbols are more than its tensors have: the file was made by hand, or the installed constriction "
+                "codes otherwise than the one that wrote it"
+            )
 
 
 def _packed(stream: Stream) -> tuple[np.ndarray, object]:

@@ -7,6 +7,7 @@ whole. Both follow the order of the tree. ``index`` has an entry for each tensor
 digits a symbol.
 """
 
+import math
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,12 +16,14 @@ import numpy as np
 import zstandard
 
 from compress_jax.core.errors import ArtifactError
-from compress_jax.export.entropy import Stream, decode, encode, quantized
+from compress_jax.export.bitstream import repacked, unpacked
+from compress_jax.export.checks import Spec
+from compress_jax.export.entropy import NEVER, Decoder, Stream, encode, quantized
+from compress_jax.export.fields import NATIVE, extents, refuse
 from compress_jax.export.sharing import cost, share
-from compress_jax.export.structure import NATIVE, Tensors, places
+from compress_jax.export.structure import Tensors, places
 
 BEST, FAST, LARGE = 19, 9, 2**22  # levels of zstandard; the best takes a second for a megabyte
-PIECE = 2**20  # symbols that are unpacked at once
 
 
 class Coded(NamedTuple):
@@ -106,61 +109,146 @@ def check(total: int, coded: Coded) -> None:
         )
 
 
+def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
+    """Return shape and dtype of every tensor before anything is decoded, after a look at the whole index.
+
+    Args:
+      structure: of the tree, known to be one.
+      coded: as it is in the file.
+
+    Returns:
+      ``{name: Spec}``.
+
+    Raises:
+      ArtifactError: if the index says anything that is not so.
+    """
+    tables, entries, found = _index(coded), coded.index["tensors"], list(places(structure))
+    if len(entries) != len(found):
+        raise ArtifactError(f"its index has {len(entries)} tensors, and its structure {len(found)}")
+    used, size, specs = set(), 0, {}
+    for (name, held), entry in zip(found, entries, strict=True):
+        specs[name] = spec = _spec(name, held, entry)
+        if isinstance(entry, int):
+            used.add(entry)
+            _fits(name, held, entry, tables)
+        else:
+            size += math.prod(spec.shape) * spec.dtype.itemsize
+    if used != set(range(len(tables))):
+        raise ArtifactError(f"its index has {len(tables)} tables, and the tensors name {sorted(used)}")
+    if (claimed := expanded(coded.rest, "its tensors")) != size:
+        raise ArtifactError(f"its tensors unpack to {claimed:,} bytes, and by its index they have {size:,}")
+    return specs
+
+
+def _index(coded: Coded) -> list[bytes]:
+    """Return the tables of an index that has everything it must have."""
+    index = coded.index
+    if not isinstance(index, dict) or index.keys() != {"tensors", "tables", "crc32"}:
+        raise ArtifactError("its index must have tensors, tables and crc32")
+    if not isinstance(index["tensors"], list) or not isinstance(index["tables"], list) or type(index["crc32"]) is not int:
+        raise ArtifactError("its index must have a list of tensors, a list of tables and a number")
+    if len(coded.ans) % 4:
+        raise ArtifactError(f"its coded symbols are {len(coded.ans)} bytes, which are no words of 4")
+    try:
+        return [bytes.fromhex(table) for table in index["tables"]]
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"a table of its index is not hexadecimal: {error}") from error
+
+
+def _spec(name: str, held: tuple[int, int] | None, entry: Any) -> Spec:
+    if held is not None and (entry is None or type(entry) is int):
+        return Spec((-(-held[0] * held[1] // 8),), np.dtype(np.uint8))
+    if held is not None or not isinstance(entry, list) or len(entry) != 2:
+        raise refuse(name, "the index must have a table or null for packed symbols, and a dtype and a shape for all else")
+    dtype, shape = entry
+    if not isinstance(dtype, str) or dtype not in NATIVE:
+        raise refuse(name, f"the index has the unknown dtype {dtype!r}")
+    try:
+        return Spec(extents(shape), np.dtype(dtype))
+    except ValueError as error:
+        raise refuse(name, f"the index has a wrong shape: {error}") from error
+
+
+def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[bytes]) -> None:
+    """See that the table of a stream is there, is as long as there are symbols, and lets some of them occur."""
+    assert held is not None
+    if not 0 <= entry < len(tables):
+        raise refuse(name, f"the index has {len(tables)} tables, and this is coded by number {entry}")
+    table = tables[entry]
+    if len(table) != 2 ** held[0]:
+        raise refuse(name, f"codes of {held[0]} bits have {2 ** held[0]} symbols, and their table has {len(table)}")
+    if held[1] and set(table) == {NEVER}:
+        raise refuse(name, f"by its table no symbol ever occurs, and there are {held[1]:,}")
+
+
 def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
     """Yield one tensor after the other, in the order of the tree; only one is held decoded at a time."""
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in coded.index["tables"]]
-    found = list(zip(places(structure), coded.index["tensors"], strict=True))
-    wanted = [(tables[entry], held[1]) for (_, held), entry in found if isinstance(entry, int) and held]
-    streams = decode(np.frombuffer(coded.ans, "<u4").astype(np.uint32), wanted)
-    rest, start = zstandard.decompress(coded.rest), 0
-    for (name, held), entry in found:
+    decoder = Decoder(np.frombuffer(coded.ans, "<u4").astype(np.uint32))
+    rest, start = unsqueezed(coded.rest, "its tensors"), 0
+    for (name, held), entry in zip(places(structure), coded.index["tensors"], strict=True):
         if isinstance(entry, int):
             assert held is not None
-            yield name, repacked(next(streams), held[0])
+            packed = [repacked(piece, held[0]) for piece in decoder.pieces(tables[entry], held[1])]
+            yield name, np.concatenate(packed) if packed else np.zeros(0, np.uint8)
             continue
         dtype, shape = ("uint8", [-(-held[0] * held[1] // 8)]) if held else entry
-        if dtype not in NATIVE:
-            raise ArtifactError(f"tensor {name!r} has the unknown dtype {dtype!r}")
-        size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-        planes = np.frombuffer(rest, np.uint8, size, start).reshape(np.dtype(dtype).itemsize, -1)
-        yield name, np.ascontiguousarray(planes.T).view(dtype).reshape(shape)
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        planes = np.frombuffer(rest, np.uint8, size, start) if size else np.zeros(0, np.uint8)
+        octets = planes.reshape(np.dtype(dtype).itemsize, -1).T
+        yield name, np.ascontiguousarray(octets).view(dtype).reshape(shape)
         start += size
-
-
-def unpacked(data: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """Return the symbols of `Bits` data as int32, some at a time, since each passes through an array of its bits.
-
-    Example:
-      >>> unpacked(np.array([0x81, 0x9F], np.uint8), 4, 4).tolist()
-      [1, 8, 15, 9]
-    """
-    weights, symbols = 1 << np.arange(bits, dtype=np.int32), np.empty(count, np.int32)
-    for start in range(0, count, PIECE):  # a piece begins on a whole byte
-        size = min(PIECE, count - start)
-        piece = data[start * bits // 8 : -(-(start + size) * bits // 8)]
-        flags = np.unpackbits(piece, count=size * bits, bitorder="little").reshape(size, bits)
-        symbols[start : start + size] = flags @ weights
-    return symbols
-
-
-def repacked(symbols: np.ndarray, bits: int) -> np.ndarray:
-    """Undo `unpacked`.
-
-    Example:
-      >>> repacked(np.array([1, 8, 15, 9]), 4).tolist()
-      [129, 159]
-    """
-    places = np.arange(bits, dtype=np.int32)
-    pieces = [symbols[start : start + PIECE, None] >> places & 1 for start in range(0, len(symbols), PIECE)]
-    return np.concatenate([np.packbits(p.astype(np.uint8).ravel(), bitorder="little") for p in pieces] or [EMPTY])
-
-
-EMPTY = np.zeros(0, np.uint8)
+    decoder.close()
 
 
 def squeezed(data: bytes) -> bytes:
     """Return bytes compressed by zstandard."""
     return zstandard.compress(data, BEST if len(data) <= LARGE else FAST)
+
+
+def expanded(data: bytes, what: str) -> int:
+    """Return how many bytes compressed data says it unpacks to.
+
+    Args:
+      data: of `squeezed`.
+      what: which, for the error.
+
+    Returns:
+      The number.
+
+    Raises:
+      ArtifactError: if it does not say.
+    """
+    try:
+        size = zstandard.get_frame_parameters(data).content_size
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{what} cannot be unpacked: {error}") from error
+    if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+        raise ArtifactError(f"{what} cannot be unpacked: zstandard does not say to how many bytes")
+    return size
+
+
+def unsqueezed(data: bytes, what: str) -> bytes:
+    """Undo `squeezed`; whoever calls has looked at `expanded`.
+
+    Args:
+      data: compressed.
+      what: which, for the error.
+
+    Returns:
+      The bytes, as many as `expanded` says.
+
+    Raises:
+      ArtifactError: if they are damaged, or more, or fewer.
+    """
+    size = expanded(data, what)
+    try:
+        found = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{what} cannot be unpacked: {error}") from error
+    if len(found) != size:
+        raise ArtifactError(f"{what} unpack to {len(found):,} bytes instead of {size:,}")
+    return found
 
 
 def _planes(x: np.ndarray) -> bytes:

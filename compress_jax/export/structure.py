@@ -12,7 +12,7 @@ more than one tensor. NNX states become plain nested dicts, and named tuples pla
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import jax
@@ -21,14 +21,10 @@ import numpy as np
 
 from compress_jax.core.bits import Bits
 from compress_jax.core.errors import ArtifactError
-from compress_jax.core.layout import Layout
-from compress_jax.core.levels import Float, Table
 from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse, Tabled
+from compress_jax.export.fields import KEY, NATIVE, refuse, static
 
 NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)}
-# Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
-NATIVE = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
-KEY = "key:"  # before the implementation of a typed random key
 
 Tensors = dict[str, np.ndarray]
 
@@ -131,23 +127,89 @@ def decode(structure: Any, tensors: Tensors, path: str = "") -> Any:
       The tree; arrays are JAX arrays, or NumPy's where JAX would cut their 64 bits to 32.
 
     Raises:
-      ArtifactError: if the structure names a tensor or a kind of node there is not.
+      ArtifactError: if the structure is none, or names a tensor that there is not.
+    """
+    return build(structure, lambda name, dtype: on_device(typed(name, dtype, tensors)), path=path)
+
+
+def build(
+    structure: Any,
+    array: Callable[[str, str | Literal[True]], Any],
+    leaf: Callable[[Any, str], Any] = lambda found, path: found,
+    path: str = "",
+    depth: int = 300,
+) -> Any:
+    """Return the tree that a structure describes, whatever stands for its arrays.
+
+    Args:
+      structure: the JSON structure.
+      array: ``(name, dtype) -> what stands for the tensor of this name``; the dtype is True where safetensors has it.
+      leaf: ``(array or packed node, path) -> what stands in its place``; not called for what is inside a packed node.
+      path: where in the tree the structure stands.
+      depth: how many containers and nodes may stand inside each other.
+
+    Returns:
+      The tree.
+
+    Raises:
+      ArtifactError: if the structure is none.
     """
     if structure is None:
         return None
     if structure is True or isinstance(structure, str):
-        return _array(path, structure, tensors)
-    ((kind, content),) = structure.items()
+        return leaf(array(path, structure), path)
+    if depth < 1:
+        raise refuse(path, "it is nested more deeply than the limit allows; pass limits=export.Limits(depth=...)")
+    kind, content = _only(structure, path)
+    inside = {"array": array, "leaf": leaf, "depth": depth - 1}
     if kind == "dict":
-        return {key: decode(value, tensors, _below(path, key)) for key, value in content}
+        return {key: build(value, path=_below(path, key), **inside) for key, value in _pairs(content, path)}
     if kind in ("list", "tuple"):
-        values = [decode(value, tensors, _below(path, i)) for i, value in enumerate(content)]
+        values = [build(value, path=_below(path, i), **inside) for i, value in enumerate(_listed(content, path))]
         return values if kind == "list" else tuple(values)
     if kind not in NODES:
-        raise ArtifactError(f"the file holds a node of kind {kind!r}, which this version does not know")
-    places = _places(NODES[kind], path)
-    fields = {k: decode(v, tensors, places[k]) if k in places else _static(k, v) for k, v in content.items()}
-    return NODES[kind](**fields)
+        raise refuse(path, f"a node of kind {kind!r}, which this version does not know")
+    inside["leaf"] = lambda found, path: found
+    return leaf(_made(NODES[kind], content, path, inside), path)
+
+
+def _only(structure: Any, path: str) -> tuple[str, Any]:
+    if not isinstance(structure, dict) or len(structure) != 1:
+        raise refuse(path, "in the file's structure, an object of one key must stand here")
+    return next(iter(structure.items()))
+
+
+def _listed(content: Any, path: str) -> list[Any]:
+    if not isinstance(content, list):
+        raise refuse(path, "in the file's structure, a list must stand here")
+    return content
+
+
+def _pairs(content: Any, path: str) -> list[Any]:
+    """Return the entries of a dict after a look at its keys: JAX sorts them, so they must be all text or all integers."""
+    seen: dict[str | int, type] = {}
+    for pair in _listed(content, path):
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))):
+            raise refuse(path, "in the file's structure, a pair of a key and a node must stand here")
+        if isinstance(pair[0], str) and not pair[0].isascii() and pair[0] != pair[0].encode(errors="replace").decode():
+            raise refuse(path, f"the key {pair[0]!r} is no Unicode text, so it can be the name of no tensor")
+        if pair[0] in seen:
+            raise refuse(path, f"the key {pair[0]!r} is there twice")
+        seen[pair[0]] = str if isinstance(pair[0], str) else int
+    if len(set(seen.values())) > 1:
+        raise refuse(path, f"the keys {list(seen)[:9]} are text and integers, and JAX takes dicts of one of them only")
+    return content
+
+
+def _made(cls: Any, content: Any, path: str, inside: dict[str, Any]) -> Any:
+    """Return a packed node of the fields that the structure has for it."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(content, dict) or not content.keys() <= fields.keys():
+        raise refuse(path, f"a {cls.__name__} has the fields {', '.join(fields)}, and the file has others")
+    if missing := [k for k in fields if k not in content and fields[k].default is dataclasses.MISSING]:
+        raise refuse(path, f"a {cls.__name__} without its field {missing[0]!r}")
+    where = _places(cls, path)
+    return cls(**{k: build(v, path=where[k], **inside) if k in where else static(k, v, path) for k, v in content.items()})
 
 
 def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int] | None]]:
@@ -203,23 +265,36 @@ def leaves(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, structure
 
 
-def _static(field: str, value: Any) -> Any:
-    if field == "dtype":
-        return jnp.dtype(value)
-    if field == "layout":
-        shape, channels, group_size = value
-        return Layout(tuple(shape), tuple(channels), group_size)
-    if field == "levels":
-        return Table(tuple(value[0])) if isinstance(value[0], list) else Float(*value)
-    return tuple(value) if isinstance(value, list) else value
+def typed(name: str, dtype: str | Literal[True], tensors: Tensors) -> Any:
+    """Return the array that a tensor of a file holds.
 
+    Args:
+      name: of the tensor.
+      dtype: True where safetensors has it, else its name, and the tensor holds each entry's bytes as a last axis; or the
+        implementation of a typed random key, and the tensor holds its words.
+      tensors: of the file.
 
-def _array(path: str, dtype: str | Literal[True], tensors: Tensors) -> jax.Array | np.ndarray:
-    if path not in tensors:
-        raise ArtifactError(f"the file's structure names a tensor {path!r} that is not in the file")
+    Returns:
+      The NumPy array, or JAX's typed random keys.
+
+    Raises:
+      ArtifactError: if there is no such tensor.
+
+    Example:
+      >>> typed("x", "bfloat16", {"x": np.array([[0x80, 0x3F]], np.uint8)}).tolist()
+      [1.0]
+    """
+    if name not in tensors:
+        raise refuse(name, "the file's structure names this tensor, and it is not in the file")
     if isinstance(dtype, str) and dtype.startswith(KEY):
-        return _random_key(path, dtype.removeprefix(KEY), tensors[path])
-    array = tensors[path] if dtype is True else tensors[path].view(jnp.dtype(dtype))[..., 0]
+        return jax.random.wrap_key_data(jnp.asarray(tensors[name]), impl=dtype.removeprefix(KEY))
+    return tensors[name] if dtype is True else tensors[name].view(jnp.dtype(dtype))[..., 0]
+
+
+def on_device(array: Any) -> jax.Array | np.ndarray:
+    """Return an array as JAX's, or as it is where JAX would cut its 64 bits to 32."""
+    if isinstance(array, jax.Array):
+        return array
     return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
 
 

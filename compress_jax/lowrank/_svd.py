@@ -168,7 +168,8 @@ def _view(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> jax.Array:
 
 
 def _pack(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> LowRank:
-    return LowRank(factors["left"], factors["right"], tuple(x.shape), x.dtype, axes.outputs, axes.stack)
+    columns = (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs  # the usual ones take no room in a file
+    return LowRank(factors["left"], factors["right"], tuple(x.shape), x.dtype, columns, axes.stack)
 
 
 def _matrix(x: jax.Array, axes: Axes) -> jax.Array:

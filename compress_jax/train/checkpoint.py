@@ -178,8 +178,7 @@ class Checkpoints:
             lines = [f"  saved:  {was}\n  wanted: {now}" for was, now in zip(saved, wanted, strict=False) if was != now]
             raise CheckpointError(
                 f"checkpoint {step} in {self.directory} holds the state of another compression; use another directory, or "
-                "the config it was made with.\n"
-                + "\n".join(lines or [f"  {len(saved)} saved, {len(wanted)} wanted"])
+                "the config it was made with.\n" + "\n".join(lines or [f"  {len(saved)} saved, {len(wanted)} wanted"])
             )
 
     def _check_same_model(self, step: int, record: dict[str, Any], plain: dict[str, jax.Array]) -> None:

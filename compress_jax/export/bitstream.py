@@ -1,0 +1,80 @@
+"""The symbols of packed integers in NumPy, a piece at a time, so that memory stays small whatever the number of symbols."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+PIECE = 2**20  # symbols that are unpacked at once; a multiple of 8, so that a piece begins on a whole byte
+
+
+def unpacked(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """Return the symbols of `Bits` data as int32.
+
+    Args:
+      data: uint8 ``[ceil(count * bits / 8)]``.
+      bits: the width of a symbol, 1 to 16.
+      count: how many.
+
+    Returns:
+      int32 ``[count]``.
+
+    Example:
+      >>> unpacked(np.array([0x81, 0x9F], np.uint8), 4, 4).tolist()
+      [1, 8, 15, 9]
+    """
+    symbols = np.empty(count, np.int32)
+    for start, piece in pieces(data, bits, count):
+        symbols[start : start + piece.size] = piece
+    return symbols
+
+
+def pieces(data: np.ndarray, bits: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the same a piece at a time, each with the place of its first symbol.
+
+    Args:
+      data: as of `unpacked`.
+      bits: as of `unpacked`.
+      count: as of `unpacked`.
+
+    Yields:
+      ``(start, int32 symbols)``.
+    """
+    wide = _wide(bits)
+    for start in range(0, count, PIECE):
+        size = min(PIECE, count - start)
+        piece = data[start * bits // 8 : -(-(start + size) * bits // 8)]
+        flags = np.unpackbits(piece, count=size * bits, bitorder="little")
+        if bits > 1:
+            full = np.zeros((size, wide), np.uint8)  # a bit each, the least significant first
+            full[:, :bits] = flags.reshape(size, bits)
+            flags = np.packbits(full.ravel(), bitorder="little").view(f"<u{wide // 8}")
+        yield start, flags.astype(np.int32)
+
+
+def _wide(bits: int) -> int:
+    return 8 if bits <= 8 else 16
+
+
+def repacked(symbols: np.ndarray, bits: int) -> np.ndarray:
+    """Undo `unpacked`.
+
+    Args:
+      symbols: integers below ``2**bits``.
+      bits: 1 to 16.
+
+    Returns:
+      uint8 ``[ceil(n * bits / 8)]``.
+
+    Example:
+      >>> repacked(np.array([1, 8, 15, 9]), 4).tolist()
+      [129, 159]
+    """
+    packed = [_packed(symbols[start : start + PIECE], bits) for start in range(0, len(symbols), PIECE)]
+    return np.concatenate(packed or [np.zeros(0, np.uint8)])
+
+
+def _packed(symbols: np.ndarray, bits: int) -> np.ndarray:
+    wide = _wide(bits)
+    octets = symbols.astype(f"<u{wide // 8}").view(np.uint8)
+    flags = octets if bits == 1 else np.unpackbits(octets, bitorder="little").reshape(-1, wide)[:, :bits]
+    return np.packbits(flags.ravel(), bitorder="little")

@@ -1,0 +1,182 @@
+"""The static fields of packed nodes as JSON has them: what each may be, and the value it stands for."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.errors import ArtifactError
+from compress_jax.core.layout import Layout
+from compress_jax.core.levels import Float, Levels, Table
+
+LARGEST, RANK = 2**48, 32  # entries and axes of an array: more than any machine holds, and than NumPy 1 takes
+# Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
+KEY = "key:"  # before the implementation of a typed random key
+KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # uint32 words of a key of each
+NATIVE = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
+
+
+def refuse(where: str, problem: str) -> ArtifactError:
+    """Return the error that says what is wrong with which entry of a file.
+
+    Example:
+      >>> str(refuse("dense/kernel", "bits is 17"))
+      "entry 'dense/kernel': bits is 17"
+    """
+    return ArtifactError(f"entry {where!r}: {problem}")
+
+
+def static(field: str, value: Any, where: str) -> Any:
+    """Return the value of a static field.
+
+    Args:
+      field: its name.
+      value: from JSON.
+      where: the entry, for errors.
+
+    Returns:
+      What the node's class takes.
+
+    Raises:
+      ArtifactError: if it can be no such field.
+
+    Example:
+      >>> static("layout", [[4, 2], [1], None], "kernel").scale_shape
+      (1, 2)
+    """
+    try:
+        return FIELDS[field](value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise refuse(where, f"the field {field!r} is {_short(value)}: {error}") from error
+
+
+def extents(value: Any) -> tuple[int, ...]:
+    """Return a shape; ValueError if it is none.
+
+    Example:
+      >>> extents([2, 3])
+      (2, 3)
+    """
+    shape = _sequence(value)
+    if len(shape) > RANK:
+        raise ValueError(f"a shape has at most {RANK} axes")
+    if not all(_whole(n) and n >= 0 for n in shape) or math.prod(n for n in shape if n) > LARGEST:
+        raise ValueError("a shape is a list of whole numbers from 0 on, and no array is that large")
+    return shape
+
+
+def dtype_named(name: Any) -> np.dtype:
+    """Return the dtype of a name; ValueError unless it is the proper name of a dtype of numbers.
+
+    Example:
+      >>> dtype_named("bfloat16").itemsize
+      2
+    """
+    if not isinstance(name, str) or not hasattr(jnp, name):
+        raise ValueError("there is no such dtype")
+    try:
+        found = jnp.dtype(name)
+    except TypeError as error:
+        raise ValueError("there is no such dtype") from error
+    if found.name != name:
+        raise ValueError(f"the dtype is called {found.name!r}")
+    return found
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _sequence(value: Any) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("it must be a list")
+    return tuple(value)
+
+
+def _bits(value: Any) -> int:
+    if not _whole(value) or not 1 <= value <= 16:
+        raise ValueError("it must be a whole number from 1 to 16")
+    return value
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError("it must be a finite number")
+    return value
+
+
+def _floating(value: Any) -> np.dtype:
+    found = dtype_named(value)
+    if not jnp.issubdtype(found, jnp.floating):
+        raise ValueError("what is unpacked must be floating point")
+    return found
+
+
+def _layout(value: Any) -> Layout:
+    """Return a layout whose axes exist and have one purpose each; fields with defaults may be missing at the end."""
+    given = _sequence(value)
+    if not len(given) <= len(Layout._fields) or len(Layout._fields) - len(given) > len(Layout._field_defaults):
+        raise ValueError(f"it must be a list of {', '.join(Layout._fields)}")
+    found = dict(zip(Layout._fields, given, strict=False))
+    shape, group_size = extents(found.pop("shape")), found.pop("group_size", None)
+    if group_size is not None and not (_whole(group_size) and 1 <= group_size <= LARGEST):
+        raise ValueError("group_size must be null or a whole number from 1 on")
+    axes = {name: _axes(name, each, len(shape)) for name, each in found.items()}
+    if len(set(sum(axes.values(), ()))) < sum(map(len, axes.values())):
+        raise ValueError(f"an axis is named twice in {axes}")
+    return Layout(shape=shape, group_size=group_size, **axes)
+
+
+def _places(value: Any) -> tuple[int, ...]:
+    """Return axes of a shape that is checked with them."""
+    axes = _sequence(value)
+    if not all(_whole(a) and -RANK <= a < RANK for a in axes):
+        raise ValueError("it must be a list of axes")
+    return axes
+
+
+def _axes(name: str, value: Any, rank: int) -> tuple[int, ...]:
+    axes = _sequence(value)
+    if not all(_whole(a) and 0 <= a < rank for a in axes):
+        raise ValueError(f"{name} must be axes of the shape, 0 to {rank - 1}")
+    return axes
+
+
+def _levels(value: Any) -> Levels:
+    given = _sequence(value)
+    if len(given) == 1:
+        return Table(_ascending(_sequence(given[0])))
+    if not 2 <= len(given) <= 3 or not all(map(_whole, given)):
+        raise ValueError("it must be a list of exponent_bits, mantissa_bits and reserved, or one list of numbers")
+    found = Float(*given)
+    if not (1 <= found.exponent_bits <= 7 and 0 <= found.mantissa_bits <= 8 and 0 <= found.reserved < 2 ** (found.bits - 1)):
+        raise ValueError("exponents have 1 to 7 bits, mantissas 0 to 8, and fewer are reserved than there are")
+    return found
+
+
+def _ascending(given: Sequence[Any]) -> tuple[float, ...]:
+    values = tuple(map(_number, given))
+    with np.errstate(over="ignore"):
+        rounded = np.array(values, np.float64).astype(np.float32)
+    if not 1 <= len(values) <= 2**16 or not (rounded == values).all() or not (np.diff(rounded) > 0).all():
+        raise ValueError("a table is 1 to 65,536 ascending float32 numbers")
+    return values
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
+
+
+FIELDS: dict[str, Callable[[Any], Any]] = {
+    "bits": _bits,
+    "shape": extents,
+    "fill": _number,
+    "dtype": _floating,
+    "layout": _layout,
+    "levels": _levels,
+    "stack": _places,
+    "columns": _places,
+}

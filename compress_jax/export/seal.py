@@ -1,0 +1,38 @@
+"""A digest at the end of a StableHLO file. JAX reads what stands before it, and so reads the file with or without."""
+
+import hashlib
+
+from compress_jax.core.errors import ExportError
+
+MARK, DIGITS = b"compress_jax sha256 ", 64
+
+
+def sealed(data: bytes) -> bytes:
+    """Return a program with the digest of its bytes behind it.
+
+    Example:
+      >>> unsealed(sealed(b"program")) == b"program"
+      True
+    """
+    return data + MARK + hashlib.sha256(data).hexdigest().encode()
+
+
+def unsealed(data: bytes) -> bytes:
+    """Return a program without its digest, or as it is where it has none: an older file, or one of JAX alone.
+
+    Args:
+      data: the file.
+
+    Returns:
+      The program.
+
+    Raises:
+      ExportError: if the digest is that of other bytes.
+    """
+    start = len(data) - len(MARK) - DIGITS
+    if start < 0 or data[start : start + len(MARK)] != MARK:
+        return data
+    program, digest = data[:start], data[-DIGITS:]
+    if hashlib.sha256(program).hexdigest().encode() != digest:
+        raise ExportError("it is damaged: its checksum does not match. Copy or export it again")
+    return program
