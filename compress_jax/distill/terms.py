@@ -74,7 +74,7 @@ class Term(NamedTuple):
     """
 
     name: str
-    loss: Callable[[Seen, Any, Any], tuple[jax.Array, Any]]
+    loss: Callable[[Seen, Any, Any], tuple[jax.Array | Total, Any]]
     weight: Schedule = 1.0
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
@@ -118,7 +118,7 @@ def on_labels(
       'labels'
     """
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         if jnp.issubdtype(seen.labels.dtype, jnp.integer):
             each = cross_entropy(seen.student_logits, seen.labels, label_smoothing)
         else:
@@ -161,7 +161,7 @@ def on_logits(
       ('kl', ())
     """
 
-    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
         rest = (seen.labels,) if labels else ()
         given = (seen.student_logits, seen.teacher_logits, *rest)
@@ -226,7 +226,7 @@ def on_features(
         shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(both, _arrays(seen)))
         return ({} if part is None else part.init(key, *shapes)), {}
 
-    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         own, other = both(seen)
         out = own if part is None else part.apply(parts, own)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
@@ -254,7 +254,7 @@ def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**"
       'l2_sp'
     """
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         return l2_sp(seen.params, seen.teacher_variables["params"], pattern), memory
 
     return Term(name, loss, weight, whole=True)
