@@ -10,6 +10,7 @@ from compress_jax.distill.contrastive import Bank, crd, crd_bank, crd_negatives,
 from compress_jax.distill.heads import embedding
 from compress_jax.distill.masks import of_examples
 from compress_jax.distill.terms import Schedule, Seen, Term
+from compress_jax.distill.tokens import Total
 from compress_jax.distill.totals import total_of
 
 
@@ -66,7 +67,7 @@ def contrast(
         parts = {"student": part.init(first, own, own), "teacher": part.init(second, other, other)}
         return parts, {"bank": crd_bank(third, len(labels), dim), "labels": jnp.asarray(labels)}
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         if index not in seen.batch:
             raise ConfigError(
                 f"crd keeps a bank by example: the batch needs their numbers as {index!r}, has {[*seen.batch]}"

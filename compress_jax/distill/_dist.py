@@ -49,9 +49,11 @@ def dist(
       rows; intra-class relation: columns).
     """
     leading = student_logits.shape[:-1]
-    weights = jnp.ones(leading) if mask is None else fitted(mask, leading, "the logits", examples=True)
-    counts = weights.astype(bool).reshape(-1)
-    logs = log_distributions(*(kept(logits, weights) for logits in (student_logits, teacher_logits)), temperature)
+    counts = jnp.ones(leading, bool)
+    if mask is not None:
+        counts = fitted(mask, leading, "the logits", examples=True).astype(bool)
+        student_logits, teacher_logits = kept(student_logits, counts), kept(teacher_logits, counts)
+    logs, counts = log_distributions(student_logits, teacher_logits, temperature), counts.ravel()
     student, teacher = (kept(jnp.exp(log).reshape(-1, log.shape[-1]), counts) for log in logs)
     there = jnp.broadcast_to(counts[:, None], student.shape)
     rows = 1 - _correlation(student, teacher, axis=1, counts=there)

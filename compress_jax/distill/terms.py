@@ -6,13 +6,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.errors import NoMatchError, ShapeError
+from compress_jax.core.errors import NoMatchError
 from compress_jax.distill.logits import cross_entropy
-from compress_jax.distill.masks import fitted, has_positions, kept, of_examples, of_features
+from compress_jax.distill.masks import has_positions
 from compress_jax.distill.parts import Part
 from compress_jax.distill.softened import bounded
 from compress_jax.distill.tokens import Total, takes_mask
-from compress_jax.distill.totals import masked, total_of
+from compress_jax.distill.totals import masked, of_features, of_logits, shown
 from compress_jax.distill.weights import l2_sp
 
 Schedule: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
@@ -74,7 +74,7 @@ class Term(NamedTuple):
     """
 
     name: str
-    loss: Callable[[Seen, Any, Any], tuple[jax.Array, Any]]
+    loss: Callable[[Seen, Any, Any], tuple[jax.Array | Total, Any]]
     weight: Schedule = 1.0
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
@@ -118,12 +118,12 @@ def on_labels(
       'labels'
     """
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         if jnp.issubdtype(seen.labels.dtype, jnp.integer):
             each = cross_entropy(seen.student_logits, seen.labels, label_smoothing)
         else:
             each = -(seen.labels * jax.nn.log_softmax(bounded(seen.student_logits))).sum(axis=-1)
-        return _of_logits(name, each, seen, False), memory
+        return of_logits(name, each, seen.student_logits, seen.mask, False), memory
 
     return Term(name, loss, weight, mask=mask)
 
@@ -161,12 +161,12 @@ def on_logits(
       ('kl', ())
     """
 
-    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
         rest = (seen.labels,) if labels else ()
         given = (seen.student_logits, seen.teacher_logits, *rest)
         each = masked(f"the term {own!r}", loss, given, seen.mask, seen.student_logits.ndim - 1, **options)
-        return _of_logits(own, each, seen, takes_mask(loss)), memory
+        return of_logits(own, each, seen.student_logits, seen.mask, takes_mask(loss)), memory
 
     own = name or _name(loss)
     return Term(own, of, weight, mask=mask)
@@ -226,14 +226,14 @@ def on_features(
         shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(both, _arrays(seen)))
         return ({} if part is None else part.init(key, *shapes)), {}
 
-    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         own, other = both(seen)
         out = own if part is None else part.apply(parts, own)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
         entries = jax.tree.leaves(first)[0]
         units = 2 if seen.mask is not None and has_positions(seen.mask) and entries.ndim > 2 else 1
         each = masked(f"the term {named!r}", loss, (first, other, *rest), seen.mask, units)
-        return _of_features(named, each, seen, entries, takes_mask(loss)), memory
+        return of_features(named, each, entries, seen.mask, takes_mask(loss)), memory
 
     return Term(named, of, weight, _tuple(student), _tuple(teacher), init, mask)
 
@@ -254,28 +254,10 @@ def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**"
       'l2_sp'
     """
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         return l2_sp(seen.params, seen.teacher_variables["params"], pattern), memory
 
     return Term(name, loss, weight, whole=True)
-
-
-def _of_logits(name: str, loss: jax.Array, seen: Seen, told: bool) -> jax.Array | Total:
-    """Return a loss of logits, over what counts if there is a mask: of tokens, or of examples."""
-    if seen.mask is None or isinstance(loss, Total) or loss.ndim == 0:
-        return total_of(name, loss, seen.mask, told)
-    if told and loss.ndim == 1:
-        return total_of(name, loss, of_examples(seen.mask, len(loss)), told)
-    leading = seen.student_logits.shape[:-1]
-    fits = fitted(seen.mask, leading, f"the logits of term {name!r}", examples=True)
-    return total_of(name, loss, fits, told)
-
-
-def _of_features(name: str, loss: jax.Array, seen: Seen, features: jax.Array, told: bool) -> jax.Array | Total:
-    """Return a loss of features, over what counts; of each example, if the loss saw to its positions or there are none."""
-    if seen.mask is None or isinstance(loss, Total) or loss.ndim != 1 or not (told or features.ndim == 2):
-        return total_of(name, loss, seen.mask, told)
-    return total_of(name, loss, of_examples(seen.mask, features.shape[0]), told)
 
 
 def _tuple(paths: Paths) -> tuple[str, ...]:
@@ -293,23 +275,5 @@ def _each(paths: Paths, features: Mapping[str, Any], of: Callable[..., Any] | No
     if missing:
         how = "give it apply=capture(model, patterns)" if whose == "teacher" else "its model captures what terms ask for"
         raise NoMatchError(f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {how}")
-    found = [_shown(features[path], of, f"the {whose}'s {path!r} in term {term!r}", mask) for path in _tuple(paths)]
+    found = [shown(features[path], of, f"the {whose}'s {path!r} in term {term!r}", mask) for path in _tuple(paths)]
     return found[0] if isinstance(paths, str) else found
-
-
-def _shown(feature: jax.Array, of: Callable[..., Any] | None, what: str, mask: Any) -> jax.Array:
-    """Return one feature as the loss is to see it; what a function makes of it must still be what the mask is of."""
-    if mask is not None:
-        feature = kept(feature, of_features(mask, feature, what))
-    if of is None:
-        return feature
-    if mask is None or takes_mask(of):
-        return of(feature, mask=mask) if takes_mask(of) else of(feature)
-    made = of(feature)
-    positions = has_positions(mask) and feature.ndim > 2
-    if positions and made.shape[:-1] != feature.shape[:-1]:
-        raise ShapeError(
-            f"{what} was {feature.shape} and is made {made.shape} by a function that does not know of the mask "
-            f"{tuple(jnp.shape(mask))}, so padding would count: let it take mask=..., as distill.pool does"
-        )
-    return made

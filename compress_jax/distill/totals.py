@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ArgumentError, ShapeError
-from compress_jax.distill.masks import of_examples
+from compress_jax.distill import masks
+from compress_jax.distill.masks import fitted, has_positions, kept, of_examples
 from compress_jax.distill.tokens import Total, masked_total, takes_mask
 
 TOLD = "let the loss take mask=..., as those of compress_jax.distill do, or return a number for each entry of the mask"
@@ -49,6 +50,67 @@ def total_of(name: str, loss: jax.Array | Total, mask: Any, told: bool) -> jax.A
             f"the loss of term {name!r} has shape {tuple(loss.shape)}, and its mask {tuple(jnp.shape(mask))} does not fit: "
             f"{TOLD}; or name another mask of the batch by the term's mask=..."
         ) from error
+
+
+def of_logits(name: str, loss: Any, logits: jax.Array, mask: Any, told: bool) -> jax.Array | Total:
+    """Return a loss of logits, over what counts if there is a mask: of tokens, or of examples.
+
+    Example:
+      >>> of_logits("kl", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), jnp.array([[1, 1], [0, 0]]), False).mean.tolist()
+      1.0
+    """
+    if mask is None or isinstance(loss, Total) or loss.ndim == 0:
+        return total_of(name, loss, mask, told)
+    if told and loss.ndim == 1:
+        return total_of(name, loss, of_examples(mask, len(loss)), told)
+    fits = fitted(mask, logits.shape[:-1], f"the logits of term {name!r}", examples=True)
+    return total_of(name, loss, fits, told)
+
+
+def of_features(name: str, loss: Any, features: jax.Array, mask: Any, told: bool) -> jax.Array | Total:
+    """Return a loss of features, over what counts; of each example, if the loss saw to its positions or there are none.
+
+    Example:
+      >>> of_features("hint", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), jnp.array([1, 0]), True).mean.tolist()
+      1.0
+    """
+    if mask is None or isinstance(loss, Total) or loss.ndim != 1 or not (told or features.ndim == 2):
+        return total_of(name, loss, mask, told)
+    return total_of(name, loss, of_examples(mask, features.shape[0]), told)
+
+
+def shown(feature: jax.Array, of: Callable[..., Any] | None, what: str, mask: Any) -> jax.Array:
+    """Return a feature as a loss is to see it, zero where the mask says so, after a function that must not undo it.
+
+    Args:
+      feature: ``[batch, *positions, channels]``.
+      of: ``feature -> feature``, which is given the mask if it takes one; or None.
+      what: whose it is, for errors.
+      mask: or None.
+
+    Returns:
+      What the loss sees.
+
+    Raises:
+      ShapeError: if the mask does not fit, or the function takes none and makes other positions.
+
+    Example:
+      >>> shown(jnp.array([[1.0], [jnp.nan]]), jnp.tanh, "x", jnp.array([1, 0])).round(2).tolist()
+      [[0.7599999904632568], [0.0]]
+    """
+    if mask is not None:
+        feature = kept(feature, masks.of_features(mask, feature, what))
+    if of is None:
+        return feature
+    if takes_mask(of):
+        return of(feature, mask=mask)
+    made = of(feature)
+    if mask is not None and has_positions(mask) and feature.ndim > 2 and made.shape[:-1] != feature.shape[:-1]:
+        raise ShapeError(
+            f"{what} was {feature.shape} and is made {made.shape} by a function that does not know of the mask "
+            f"{tuple(jnp.shape(mask))}, so padding would count: let it take mask=..., as distill.pool does"
+        )
+    return made
 
 
 def masked(what: str, loss: Callable[..., Any], given: tuple[Any, ...], mask: Any, units: int, **options: Any) -> Any:

@@ -114,18 +114,27 @@ def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None)
         return channels(site, index, x, mask)
     examples, features = _groups(site)
     lhs, rhs, *_ = site.params["dimension_numbers"]
+    rows = None
     if mask is not None:
         x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-        mask = mask.transpose(lhs).any(axis=1)  # examples and positions, those of the output as of the image
-        each = mask.shape[0] if mask.shape[0] == 1 else mask.shape[0] // examples
-        mask = mask.reshape(mask.shape[0] // each, 1, each, *mask.shape[1:])
-        mask = jnp.repeat(mask, features, axis=1).reshape(-1, each, *mask.shape[3:])
+        rows = _of_windows(mask.transpose(lhs), examples, features)
     x = _slide(site, x.transpose(lhs))
     x = x.reshape(examples, x.shape[0] // examples, features, x.shape[1] // features, *x.shape[2:])
     # Axes by now: groups of examples, example, groups of features, channel, and then position, offset of each dimension.
     columns = [3 if axis == rhs[1] else 5 + 2 * rhs[2:].index(axis) for axis in site.contracting[1]]
     x = x.transpose(0, 2, 1, *range(4, x.ndim, 2), *columns)
-    return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns), mask)
+    return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns), rows)
+
+
+def _of_windows(mask: jax.Array, examples: int, features: int) -> jax.Array:
+    """Return which windows count, ``[groups, examples, *positions]``, of an image's mask ``[example, channel, *space]``.
+
+    Its positions are those of the output too, or are not told apart.
+    """
+    mask = mask.any(axis=1)
+    each = max(mask.shape[0] // examples, 1)
+    mask = mask.reshape(mask.shape[0] // each, 1, each, *mask.shape[1:])
+    return jnp.repeat(mask, features, axis=1).reshape(-1, each, *mask.shape[3:])
 
 
 def _slide(site: Site, x: jax.Array) -> jax.Array:

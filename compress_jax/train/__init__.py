@@ -4,7 +4,7 @@ from compress_jax.train._ledger import Ledger, ledger
 from compress_jax.train._progress import progress
 from compress_jax.train.checkpoint import Checkpoints
 from compress_jax.train.distillation import distillation
-from compress_jax.train.evaluate import accuracy, logits
+from compress_jax.train.evaluate import accuracy, averages, logits
 from compress_jax.train.generations import graduate, mutual_step
 from compress_jax.train.interrupt import Interrupted, watch_signals
 from compress_jax.train.loop import Feed, fit
@@ -30,6 +30,7 @@ __all__ = [
     "TensorBoard",
     "TrainState",
     "accuracy",
+    "averages",
     "create",
     "distillation",
     "distilled",

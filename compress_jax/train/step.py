@@ -95,6 +95,7 @@ def make_step(
         loss returns the scalar mean of a batch that has a ``"mask"`` while there are several devices or microbatches.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> from compress_jax.core.compression import identity
       >>> from compress_jax.train.state import create
       >>> def loss(params, model_state, batch, key, teacher, train=True):

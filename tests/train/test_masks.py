@@ -65,7 +65,8 @@ def run(name, microbatches=1, devices=None, steps=2, batch=BATCH):
 def test_microbatches_and_devices_take_the_step_of_the_whole_batch(name):
     (whole, metrics) = run(name)
     assert int(whole[-1]) == 2
-    for spread in ({"microbatches": 4}, {"devices": 4}, {"microbatches": 2, "devices": 2}):
+    spreads = [{"microbatches": 2, "devices": 2}, {"microbatches": 4}, {"devices": 4}]
+    for spread in spreads if name == "distillation" else spreads[:1]:
         state, found = run(name, **spread)
         for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
