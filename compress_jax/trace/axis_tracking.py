@@ -5,11 +5,12 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from compress_jax.trace.origin import MOVES, PARAMETER, Origin
+from compress_jax.trace import origin
+from compress_jax.trace.origin import PARAMETER, Origin
 from compress_jax.trace.polynomials import Dims
 from compress_jax.trace.site import Shape
 
-EXACT = ("transpose", "squeeze", "expand_dims", "broadcast_in_dim", "reshape")
+MOVES = ("transpose", "squeeze", "expand_dims", "broadcast_in_dim", "reshape", "rev")
 
 
 def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
@@ -26,9 +27,9 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
     name, shape, out = eqn.primitive.name, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
     if name == "rev":
         return tuple(tuple(~axis for axis in axes) if i in eqn.params["dimensions"] else axes for i, axes in enumerate(dims))
-    if name not in EXACT:
+    if name not in MOVES:
         return None
-    moved = MOVES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out)["dims"]
+    moved = origin.MOVES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out)["dims"]
     whole = all(not axes or math.prod(_size(stored, axis) for axis in axes) == n for axes, n in zip(moved, out, strict=True))
     return moved if whole else None
 
