@@ -101,11 +101,12 @@ def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | Non
     Returns:
       The number; None if it is not known or the entries differ.
     """
-    shapes = [var.aval for var in (*eqn.invars, *eqn.outvars)]
-    simple = all(hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in shapes)
+    avals: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    simple = all(hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in avals)
     if not values or None in values or len(eqn.outvars) != 1 or not simple or eqn.effects:
         return None
     with jax.ensure_compile_time_eval():
-        operands = [jnp.full(var.aval.shape, v, var.aval.dtype) for var, v in zip(eqn.invars, values, strict=True)]
+        pairs: Any = zip(avals[: len(values)], values, strict=True)
+        operands = [jnp.full(aval.shape, value, aval.dtype) for aval, value in pairs]
         result = np.asarray(eqn.primitive.bind(*operands, **eqn.params)).astype(np.float64).reshape(-1)
     return float(result[0]) if result.size and (result == result[0]).all() else None

@@ -204,9 +204,9 @@ class Walk:
         if name in ("neg", "exp"):
             return poly.multiply(polys[0], poly.number(-1)) if name == "neg" else poly.stepped(polys[0], "exp")
         if name in BINARY:
-            rank = len(eqn.outvars[0].aval.shape)
-            both = [lifted(p, rank) for p in polys]
-            return None if None in both else combined(name, *both)
+            aval: Any = eqn.outvars[0].aval
+            one, other = (lifted(p, len(aval.shape)) for p in polys)
+            return None if one is None or other is None else combined(name, one, other)
         return self._moved(eqn, polys[0])
 
     def _moved(self, eqn: JaxprEqn, p: Polynomial) -> Polynomial | None:
@@ -221,7 +221,8 @@ class Walk:
 
     def _mapped(self, eqn: JaxprEqn, args: list[Any], position: Position) -> Mapped | None:
         mapped = [arg for arg in args if isinstance(arg, Mapped)]
-        name, aval = eqn.primitive.name, eqn.outvars[0].aval
+        name = eqn.primitive.name
+        aval: Any = eqn.outvars[0].aval
         if len(mapped) != 1 or len(eqn.outvars) != 1 or not _is_float(aval):
             return None
         old = replace(mapped[0], key=position)
