@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from compress_jax.core.errors import ArgumentError
 
@@ -78,11 +79,8 @@ def number(
     """
     scalar = isinstance(value, (int, float, np.integer, np.floating)) or _is_number_array(value)
     found = float(value) if scalar and not isinstance(value, (bool, np.bool_)) else None
-    inside = found is not None and np.isfinite(found)
-    inside = inside and (low is None or found > low or (found == low and not above))
-    if not inside or not (high is None or found < high or (found == high and not below)):
+    if found is None or not np.isfinite(found) or not _inside(found, low, high, above, below):
         refused(name, value, f"a number{_range(low, high, above, below)}")
-    assert found is not None
     return found
 
 
@@ -150,9 +148,10 @@ def sharing(granularity: Any, axis: Any, pad: Any) -> tuple[str | int, int | tup
       ArgumentError: if one of them is something else.
     """
     if not (isinstance(granularity, str) and granularity in ("tensor", "channel")):
-        if not is_whole(granularity) or operator.index(granularity) < 1:
+        size: Any = granularity
+        if not is_whole(size) or operator.index(size) < 1:
             refused("granularity", granularity, "'tensor', 'channel' or a group size of at least 1")
-        granularity = operator.index(granularity)
+        granularity = operator.index(size)
     return granularity, None if axis is None else axes("axis", axis), flag("pad", pad)
 
 
@@ -201,9 +200,15 @@ def is_whole(value: Any) -> bool:
 
 def _is_number_array(value: Any) -> bool:
     """Tell whether it is a known array of rank 0 that holds a number."""
-    if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, jax.core.Tracer) or value.shape != ():
+    if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, Tracer) or value.shape != ():
         return False
     return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
+
+
+def _inside(x: float, low: float | None, high: float | None, above: bool, below: bool) -> bool:
+    under = low is not None and (x < low or (above and x == low))
+    over = high is not None and (x > high or (below and x == high))
+    return not under and not over
 
 
 def _range(low: float | None, high: float | None, above: bool = False, below: bool = False) -> str:

@@ -5,7 +5,6 @@ An `update` that follows schedules is a `Scheduled`; combinators that thin or fr
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -71,8 +70,9 @@ def begin(compression: Compression, params: Params, step: Any = 0) -> Compressio
     Returns:
       The state.
     """
-    takes = "step" in inspect.signature(compression.init).parameters
-    return partial(compression.init, step=step)(params) if takes else compression.init(params)
+    init: Callable[..., CompressionState] = compression.init
+    takes = "step" in inspect.signature(init).parameters
+    return init(params, step=step) if takes else init(params)
 
 
 def due(every: int, schedules: Sequence[Schedule], step: Any) -> tuple[jax.Array, Any]:

@@ -109,7 +109,8 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
         params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None
     ) -> tuple[Any, Ranges, dict[str, jax.Array]]:
         out, new = run(params, ranges, inputs, moving=True, mask=mask)
-        broken = {name: own.pop(BROKEN).sum() for name, own in new.items()}
+        counts: dict[str, Any] = {name: own.pop(BROKEN) for name, own in new.items()}
+        broken = {name: count.sum() for name, count in counts.items()}
         return out, {name: jax.tree.map(_known, (ranges or {}).get(name) or own, own) for name, own in new.items()}, broken
 
     def update(params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None) -> tuple[Any, Ranges]:

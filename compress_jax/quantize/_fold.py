@@ -7,7 +7,8 @@ from compress_jax.core.compression import Params
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.folding import Folded
 from compress_jax.quantize.folding_norms import Refused, folded_map
-from compress_jax.trace.affine_maps import AffineMap, Walk, affine_maps, walk
+from compress_jax.trace.affine_maps import AffineMap, affine_maps
+from compress_jax.trace.affine_walk import Walk, walk
 from compress_jax.trace.site import Site
 from compress_jax.trace.traced import trace
 
@@ -72,7 +73,10 @@ def _best(found: Walk, site: Site, leaves: dict[str, Any]) -> tuple[dict[str, An
     for each in maps[::-1]:
         try:
             _check_uses(found, each)
-            return folded_map(each, found.arrays, leaves)
+            new, paths = folded_map(each, found.arrays, leaves)
+            if fixed := sorted(found.fixed & new.keys()):
+                raise Refused(f"its norm depends on the present value of {fixed[0]!r}, which would change")
+            return new, paths
         except Refused as refused:
             reasons.append(refused)
     raise reasons[0]

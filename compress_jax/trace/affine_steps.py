@@ -1,9 +1,20 @@
 """What equations do to polynomials of parameters, and to scales and shifts by them."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import JaxprEqn
 
 from compress_jax.trace import polynomials as poly
 from compress_jax.trace.polynomials import Atom, Dims, Polynomial
+
+MANY = 2**12  # entries of a result that is worked out
 
 
 def itself(kernel: Polynomial | None, path: str | None) -> Atom | None:
@@ -70,3 +81,32 @@ def sliced(atom: Atom, loop: int) -> Atom | None:
     if not atom.dims or len(atom.dims[0]) > 1:
         return None
     return replace(atom, dims=atom.dims[1:], sliced=(*atom.sliced, *((axis, loop) for axis in atom.dims[0])))
+
+
+def scalar(x: Any) -> float | None:
+    """Return the number in an array of one entry, if it is known."""
+    known = isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, Tracer) and x.size == 1
+    if not known or not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+        return None
+    return None if jnp.issubdtype(x.dtype, jnp.complexfloating) else float(x.reshape(()))
+
+
+def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | None:
+    """Return the number that all entries of an equation's result are, if all entries of each operand are one.
+
+    Args:
+      eqn: the equation, which runs nothing inside.
+      values: the number that each operand is; None for those that are not known.
+
+    Returns:
+      The number; None if it is not known or the entries differ.
+    """
+    avals: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    simple = all(hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in avals)
+    if not values or None in values or len(eqn.outvars) != 1 or not simple or eqn.effects:
+        return None
+    with jax.ensure_compile_time_eval():
+        pairs: Any = zip(avals[: len(values)], values, strict=True)
+        operands = [jnp.full(aval.shape, value, aval.dtype) for aval, value in pairs]
+        result = np.asarray(eqn.primitive.bind(*operands, **eqn.params)).astype(np.float64).reshape(-1)
+    return float(result[0]) if result.size and (result == result[0]).all() else None

@@ -5,11 +5,12 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from compress_jax.trace.origin import MOVES, PARAMETER, Origin
+from compress_jax.trace import origin
+from compress_jax.trace.origin import PARAMETER, Origin
 from compress_jax.trace.polynomials import Dims
 from compress_jax.trace.site import Shape
 
-EXACT = ("transpose", "squeeze", "expand_dims", "broadcast_in_dim", "reshape")
+MOVES = ("transpose", "squeeze", "expand_dims", "broadcast_in_dim", "reshape", "rev")
 
 
 def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
@@ -23,12 +24,14 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
     Returns:
       The same of the result; None if it is no move, or leaves an axis with a part of a stored one.
     """
-    name, shape, out = eqn.primitive.name, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    before: Any = eqn.invars[0].aval
+    after: Any = eqn.outvars[0].aval
+    name, shape, out = eqn.primitive.name, before.shape, after.shape
     if name == "rev":
         return tuple(tuple(~axis for axis in axes) if i in eqn.params["dimensions"] else axes for i, axes in enumerate(dims))
-    if name not in EXACT:
+    if name not in MOVES:
         return None
-    moved = MOVES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out)["dims"]
+    moved = origin.MOVES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out)["dims"]
     whole = all(not axes or math.prod(_size(stored, axis) for axis in axes) == n for axes, n in zip(moved, out, strict=True))
     return moved if whole else None
 
@@ -44,7 +47,9 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
     Returns:
       ``()`` for axes of the result that come from the other operand or a window; None for what is not followed.
     """
-    out: list[tuple[int, ...]] = [()] * len(eqn.outvars[0].aval.shape)
+    result: Any = eqn.outvars[0].aval
+    operands: list[Any] = [var.aval for var in eqn.invars[:2]]
+    out: list[tuple[int, ...]] = [()] * len(result.shape)
     if eqn.primitive.name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
         if side != 1 or eqn.params["batch_group_count"] != 1:
@@ -52,7 +57,7 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
         out[numbers.out_spec[1]] = dims[numbers.rhs_spec[0]]
     elif eqn.primitive.name == "dot_general":
         contracting, batch = eqn.params["dimension_numbers"]
-        ranks = [len(var.aval.shape) for var in eqn.invars[:2]]
+        ranks = [len(operand.shape) for operand in operands]
         free = [[a for a in range(n) if a not in (*contracting[s], *batch[s])] for s, n in enumerate(ranks)]
         places = [*enumerate(batch[side])]
         start = len(batch[0]) + (len(free[0]) if side else 0)

@@ -234,3 +234,53 @@ def test_a_bare_function_and_scores_of_another_shape_are_refused_by_name():
     for score in (rows, normalized(rows)):
         with pytest.raises(ShapeError, match=r"leaf 'w' of shape \(3, 4\) was given scores of shape \(4,\)"):
             masked(score, 0.5).init(params)
+
+
+REMEMBERING = {
+    "movement": lambda: movement(0.5),
+    "soft movement": lambda: movement(threshold=0.0),
+    "fisher": lambda: cj.prune.fisher(0.5, decay=1.0),
+    "saliency": lambda: cj.prune.saliency(0.5),
+    "mean saliency": lambda: cj.prune.saliency(0.5, decay=0.9),
+    "rigl": lambda: cj.prune.rigl(0.5, 10, jax.random.key(0), every=1),
+    "top kast of every": lambda: cj.every(1, cj.at("*", cj.prune.movement(0.5, every=2))),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_step_whose_gradients_are_not_finite_is_skipped_whole(name):
+    c, params = REMEMBERING[name](), {"w": jax.random.normal(jax.random.key(1), (6, 4)), "v": jnp.arange(1.0, 9.0)}
+    update = jax.jit(c.update)
+    grads = jax.tree.map(jnp.cos, params)
+    state = update(params, c.init(params), step=2, grads=grads)
+    for bad in (jnp.nan, jnp.inf):
+        skipped = update(params, state, step=4, grads={**grads, "w": grads["w"].at[1, 1].set(bad)})
+        both = (jax.tree.leaves(each.fixed) for each in (state, skipped))
+        kept = [bool((old == new).all()) for old, new in zip(*both, strict=True)]
+        assert all(kept) or name == "rigl"  # of which "grown" is emptied
+        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(update(params, skipped, step=6, grads=grads).fixed))
+        with pytest.raises(NonFiniteError, match="w"):
+            c.update(params, state, step=4, grads={**grads, "w": grads["w"].at[1, 1].set(bad)})
+
+
+@pytest.mark.parametrize("name", ["movement", "fisher", "mean saliency"])
+def test_gradients_however_large_never_make_a_score_infinite(name):
+    c, params = REMEMBERING[name](), {"w": jnp.array([1e30, -1e20, 0.0, 3.0])}
+    state = c.init(params)
+    for sign in (1.0, -1.0, 1.0):
+        state = jax.jit(c.update)(params, state, step=0, grads={"w": jnp.array([3e38, sign * 3e38, 3e38, 1e-30])})
+    assert jnp.isfinite(state.fixed["w"]["carried"]).all() and int(state.fixed["w"]["mask"].sum()) == 2
+
+
+def test_scores_that_are_nan_rank_nothing():
+    c = cj.prune.masked(cj.prune.Score(lambda seen: jnp.log(seen.x)), 0.5)
+    good, bad = {"w": jnp.array([1.0, 2.0, 3.0, 9.0])}, {"w": jnp.array([-1.0, 2.0, 3.0, 9.0])}
+    for call in (
+        lambda: c.init(bad),
+        lambda: c.update(bad, c.init(good), step=0),
+        lambda: cj.every(1, c).update(bad, c.init(good), step=0),
+    ):
+        with pytest.raises(NonFiniteError, match="'w'.*1 scores that are NaN"):
+            call()
+    state = c.init(good)
+    assert (jax.jit(c.update)(bad, state, step=0).fixed["w"] == state.fixed["w"]).all()

@@ -15,9 +15,11 @@ from compress_jax.core.errors import DataError, NoMatchError, NonFiniteError, Sh
 from compress_jax.quantize import range_rules
 from compress_jax.quantize._activations import activations
 from compress_jax.quantize._dynamic import dynamic
+from compress_jax.quantize._integer import integer
 from compress_jax.quantize._lsq import lsq_inputs
 from compress_jax.quantize._pact import pact
 from compress_jax.quantize._static import static
+from compress_jax.quantize._uniform import uniform
 from compress_jax.quantize.activation import rounded, spanned
 from compress_jax.quantize.choice import choose
 from compress_jax.quantize.grid import Grid
@@ -467,3 +469,35 @@ def test_dynamic_needs_no_calibration():
     assert how.init(PARAMS) == {} and how.init(PARAMS, [x]) == {"kernel": {"input": {}}}
     assert (how.apply(PARAMS, {}, x) == how.apply(PARAMS, how.init(PARAMS, [x]), x)).all()
     assert how.update(PARAMS, {}, x)[1] == {"kernel": {"input": {}}}
+
+
+@pytest.mark.parametrize(
+    "how", [static(range="minmax"), static(range="ema", momentum=0.5, symmetric=False), pact(), lsq_inputs()]
+)
+def test_a_batch_that_is_not_finite_moves_no_range_and_is_counted(how):
+    params, x = {"kernel": jnp.eye(6)}, jnp.linspace(-1.0, 2.0, 24).reshape(4, 6)
+    quantized = activations(lambda p, x: x @ p["kernel"], how)
+    watch = jax.jit(quantized.watch)
+    _, ranges, none = watch(params, quantized.init(params, [x]), x)
+    assert int(none["kernel"]) == 0
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):
+        out, same, count = watch(params, ranges, x.at[0, 0].set(bad))
+        assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ranges, same)) and int(count["kernel"]) == 1
+        assert jnp.isfinite(out[1:]).all()
+    _, first, count = watch(params, jax.tree.map(lambda a: jnp.full_like(a, jnp.nan), ranges), x.at[0, 0].set(jnp.inf))
+    assert int(count["kernel"]) == 1 and all(bool(jnp.isnan(v).all()) for v in jax.tree.leaves(first))
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_a_range_that_is_not_finite_is_refused_where_it_is_used(bad):
+    params, x, how = {"kernel": jnp.eye(6)}, jnp.ones((4, 6)), static(symmetric=False)
+    ranges = {"kernel": {"input": {"low": jnp.float32(0), "high": jnp.float32(bad)}}}
+    quantized, fn = activations(lambda p, x: x @ p["kernel"], how), lambda p, x: x @ p["kernel"]
+    packed = uniform(8, granularity="channel").pack(params, uniform(8, granularity="channel").init(params))
+    for call in (
+        lambda: quantized.apply(params, ranges, x),
+        lambda: integer(fn, packed, x, how=how, ranges=ranges),
+    ):
+        with pytest.raises(NonFiniteError, match=r"\(input\) of site 'kernel'.*high"):
+            call()
+    assert jnp.isnan(jax.jit(quantized.apply)(params, ranges, x)).all()  # never a constant that looks like a result

@@ -106,9 +106,7 @@ def test_a_parameter_with_any_other_use_stays_the_same_function(spelling):
         lambda p, x: SPELLINGS["flax"](p, x @ p["kernel"]) + SPELLINGS["keras"](p, x @ p["other"]),
         lambda p, x: (lambda y: jnp.tanh(SPELLINGS["flax"](p, y)) + jnp.sin(SPELLINGS["no mean"](p, y)))(x @ p["kernel"]),
         lambda p, x: jnp.tanh(x @ p["kernel"]) * row(scale(p)) + row(p["beta"]),
-        lambda p, x: (
-            SPELLINGS["flax"](p, (x @ p["kernel"]).T).T if N == len(x) else SPELLINGS["flax"](p, x @ p["kernel"] + x)
-        ),
+        lambda p, x: SPELLINGS["flax"](p, x @ p["kernel"] + x),
         lambda p, x: ((x[:1] + jnp.zeros((N, N))) @ p["kernel"] - p["mean"][:, None]) * scale(p)[:, None],  # along the batch
     ],
 )
@@ -196,6 +194,25 @@ def test_layers_in_a_scan_are_folded_each_with_its_own_norm():
 
     result = fold_batch_norm(shared, stacked, X)
     assert not result.folded and result.skipped["kernel"] and rel(shared, stacked, result.params, X) == 0
+
+
+def test_averages_corrected_by_a_counter_are_folded_but_not_by_what_would_change():
+    p = params(("kernel", (N, N))) | {"steps": jnp.int32(7)}
+
+    def fn(p, x, by="steps"):
+        count = jnp.where(p[by].sum() == 0, 1.0, 1 - 0.9 ** p[by].sum().astype(jnp.float32))
+        y = x @ p["kernel"]
+        return (y - row(p["mean"] / count)) / row(jnp.sqrt(p["var"] / count + 1e-3)) * row(p["gain"]) + row(p["beta"])
+
+    result = fold_batch_norm(fn, p, X)
+    assert result.folded == {"kernel": ("mean", "var", "gain", "beta")} and int(result.params["steps"]) == 7
+    assert rel(fn, p, result.params, X) < 1e-5
+    for by in NAMES:
+        result = fold_batch_norm(lambda p, x, by=by: fn(p, x, by), p, X)
+        assert rel(lambda p, x, by=by: fn(p, x, by), p, result.params, X) < 1e-5
+    uniform = {**p, "gain": jnp.ones(1)}  # one entry, that is looked at and a factor too
+    result = fold_batch_norm(lambda p, x: fn(p, x, "gain"), uniform, X)
+    assert rel(lambda p, x: fn(p, x, "gain"), uniform, result.params, X) < 1e-5
 
 
 def test_what_would_not_be_finite_is_not_folded():

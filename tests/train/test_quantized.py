@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 
 import compress_jax as cj
-from compress_jax.core.errors import ConfigError, StateError
+from compress_jax.core.errors import ConfigError, NonFiniteError, StateError
 from compress_jax.quantize import activations, integer, lsq_inputs, static, uniform
 from compress_jax.train import create, label_optimizer, make_step, quantized, supervised
 
@@ -97,3 +97,21 @@ def test_errors_say_what_to_do():
         quantized(Net(), lsq_inputs()).init(jax.random.key(0), X)
     with pytest.raises(StateError, match="calibrate"):
         quantized(Net(), static()).apply(Net().init(jax.random.key(0), X), X)
+
+
+def test_steps_that_overflow_leave_ranges_alone_and_are_reported():
+    model = quantized(Net(norm=False), static(symmetric=False))
+    variables, x = model.init(jax.random.key(0), X), X
+    step = jax.jit(lambda v, x: {**v, **model.apply(v, x, train=True, mutable=["quantization"])[1]})
+    with pytest.raises(NonFiniteError, match="Dense_0/kernel"):
+        model.parts(variables)  # not trained yet: no range to ship
+    for i in range(5):
+        variables = step(variables, x.at[0, 0].set(jnp.inf) if i == 2 else x)
+    assert model.broken(variables) == {"params/Dense_0/kernel": 1}  # on its grid what is infinite saturates
+    plain, ranges = model.parts(variables)
+    assert all(jnp.isfinite(v).all() for v in jax.tree.leaves(ranges))
+    assert not same(model.apply(variables, x), Net(norm=False).apply(plain, x))
+    unknown = jax.tree.map(lambda v: jnp.full_like(v, jnp.nan), variables["quantization"]["ranges"])
+    lost = {**variables, "quantization": {**variables["quantization"], "ranges": unknown}}
+    with pytest.raises(NonFiniteError, match="kernel"):
+        model.apply(lost, x)
