@@ -30,7 +30,7 @@ class Pruned(NamedTuple):
       params: plain arrays; pruned entries are zero, and the others may have moved to make up for them.
       state: of the compression: the masks, and the quantizer's where there is one.
       compression: holds these masks, whatever `update` is called with: fine-tune under it, pack with it. ``coverage``
-        shows it, with the reasons for what was left alone. ``state`` serves `magnitude` in its place as well.
+        shows it, with the reasons for what was left alone.
       skipped: ``{path: reason}``: leaves that were not pruned.
       notes: ``{path: what was out of the ordinary}``.
     """

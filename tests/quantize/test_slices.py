@@ -113,7 +113,7 @@ def test_joined_kernels_are_solved_as_each_would_be_alone(spelling):
     assert not solved.skipped and not solved.notes
     for name in "01":
         np.testing.assert_allclose(solved.params[name], expected.params[name], atol=1e-6)
-        assert (solved.params[name] != EACH.view(ALONE, solved.state)[name]).any()
+        assert (solved.params[name] != solved.compression.view(ALONE, solved.state)[name]).any()
 
 
 @pytest.mark.parametrize("solve", [SOLVERS["sparsegpt"], SOLVERS["wanda"]], ids=["sparsegpt", "wanda"])
@@ -150,7 +150,7 @@ def test_of_a_kernel_of_which_some_rows_are_used_those_are_solved_and_the_rest_i
     expected = gptq(few, calibrate(lambda p, x: x[:, :4] @ p["a"], gram(), few, [TALL]), EACH)
     scale = np.ravel(solved.state.fixed["0"]["a"]["scale"]) == np.ravel(expected.state.fixed["a"]["scale"])
     np.testing.assert_array_equal(solved.params["a"][:4, scale], expected.params["a"][:, scale])
-    np.testing.assert_array_equal(solved.params["a"][4:], c.view(ROWS, solved.state)["a"][4:])
+    np.testing.assert_array_equal(solved.params["a"][4:], solved.compression.view(ROWS, solved.state)["a"][4:])
     assert "16 of its entries" in solved.skipped["a"] and "16 of its entries" in solved.notes["a"] and scale.any()
 
 

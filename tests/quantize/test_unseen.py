@@ -43,7 +43,7 @@ STACKED = cj.at("w", uniform(bits=3, granularity="channel", axis=(0, -1)))
 @rounders
 def test_an_expert_that_was_never_reached_is_rounded_to_nearest_and_so_are_dead_inputs(solve):
     solved = solve(W, SEEN, STACKED)
-    nearest = STACKED.view(W, solved.state)["w"]
+    nearest = solved.compression.view(W, solved.state)["w"]
     np.testing.assert_array_equal(solved.params["w"][3], nearest[3])
     np.testing.assert_array_equal(solved.params["w"][1, 2], nearest[1, 2])
     assert "never reached w[3]" in solved.notes["w"] and "1 of 8 of w[1]" in solved.notes["w"]
@@ -96,7 +96,7 @@ def test_a_branch_that_never_ran_and_rows_of_a_table_that_no_token_hit(solve):
 
     tokens = jnp.arange(40) % 7
     solved = solve(p, calibrate(fn, gram(), p, [tokens]), C3)
-    nearest = C3.view(p, solved.state)
+    nearest = solved.compression.view(p, solved.state)
     np.testing.assert_array_equal(solved.params["no"], nearest["no"])
     np.testing.assert_array_equal(solved.params["table"][7:], nearest["table"][7:])
     assert "never reached no" in solved.notes["no"] and "5 of 12" in solved.notes["table"]
@@ -136,7 +136,7 @@ def error(p, new, x):
 def test_no_input_makes_a_solver_worse_than_rounding_to_nearest(hard, solve, case):
     p, seen = hard
     solved = solve(p, seen[case], C3)
-    nearest = C3.view(p, solved.state)
+    nearest = solved.compression.view(p, solved.state)
     assert np.isfinite(solved.params["w"]).all()
     assert error(p, solved.params, HARD[case]) <= error(p, nearest, HARD[case]) * (1 + 1e-4)
     if case == "dead":
@@ -161,7 +161,7 @@ def test_held_out_data_decide_between_the_solution_and_rounding_to_nearest(solve
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     few, many = (calibrate(fn, gram(), p, [rows]) for rows in (x[:2], x))
     misled, judged, well = solve(p, few, C3), solve(p, few, C3, held_out=many), solve(p, many, C3, held_out=many)
-    nearest = C3.view(p, misled.state)
+    nearest = misled.compression.view(p, misled.state)
     errors = [error(p, each, x) for each in (misled.params, judged.params, well.params, nearest)]
     assert errors[0] > errors[3] and errors[1] == errors[3] >= errors[2], errors
     assert "solved no better" in judged.notes["w"] and "w" not in well.notes
@@ -175,7 +175,7 @@ def test_each_layer_of_a_stack_is_judged_by_itself():
     fn = lambda p, x: jnp.einsum("eti,eio->eto", x, p["w"])  # noqa: E731
     c = cj.at("w", uniform(bits=3, granularity="channel", axis=(0, -1)))
     solved = gptq(p, calibrate(fn, gram(), p, [few]), c, held_out=calibrate(fn, gram(), p, [x]))
-    nearest = c.view(p, solved.state)["w"]
+    nearest = solved.compression.view(p, solved.state)["w"]
     assert (solved.params["w"][0] != nearest[0]).any() and (solved.params["w"][1] == nearest[1]).all()
     assert "w[1]" in solved.notes["w"] and "w[0]" not in solved.notes["w"]
 
@@ -201,7 +201,7 @@ def test_awq_does_not_let_an_unreached_expert_decide():
     fn = lambda p, x: experts(p, x * p["scale"][None, None])  # noqa: E731
     solved = awq(fn, p, calibrate(fn, gram(), p, [X]), STACKED, X, clipped=False)
     assert "never reached w[3]" in solved.notes["w"] and np.isfinite(solved.params["w"]).all()
-    np.testing.assert_array_equal(STACKED.view(solved.params, solved.state)["w"], solved.params["w"])
+    np.testing.assert_array_equal(solved.compression.view(solved.params, solved.state)["w"], solved.params["w"])
     task = problems(SEEN, W)[0]["w"][0]
     before = [output_error(W["w"], each, task.filled).sum() for each in (STACKED.view(W, STACKED.init(W))["w"],)]
     after = output_error(W["w"], solved.params["w"] * solved.params["scale"][None, :, None], task.filled).sum()
