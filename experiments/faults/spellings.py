@@ -8,6 +8,11 @@ site that has no integer kernel is listed with the reason.
     python experiments/faults/spellings.py            # 2 minutes on 2 idle cores
     python experiments/faults/spellings.py --static   # 5 minutes
 
+Result, 2026-11-28, on a machine that 8 others used: without --static the first 85 spellings (pooling, norms, dropout) were
+written and right to 1e-6, none refused, none raw. The run was stopped there; of the others an earlier state of the code wrote
+all but two that it ran (DenseGeneral with batch axes, where JAX needs a fixed batch, and an NNX LSTM with keys) and did not
+come to attention. --static was not run since sites are listed instead of refused.
+
 Needs pip install 'compress_jax[onnx]' dm-haiku keras equinox; spellings of a package that is not there are skipped.
 """
 
@@ -51,7 +56,7 @@ def outcome(name: str, static: bool, folder: Path) -> tuple[str, str]:
             fewer = x[: len(x) - 1]
             agree(fn(params, fewer), runner(done.path)(fewer), 1e-3, "another batch size")
     except ExportError as error:
-        return "refused", str(error).split("\n")[0]
+        return "refused", " ".join(str(error).split())
     except Exception as error:
         return "raw", f"{type(error).__name__}: {error}"
     floats = [f"{row.name} {row.form}: {row.reason}" for row in done.rows if static and "int8" not in row.form]
