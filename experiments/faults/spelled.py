@@ -382,7 +382,6 @@ add("nnx: LinearGeneral over two axes", nnx_model(lambda r: nnx.LinearGeneral((6
 add("nnx: Conv stride 2", nnx_model(lambda r: nnx.Conv(3, 4, (3, 3), strides=2, rngs=r)))
 add("nnx: ConvTranspose", nnx_model(lambda r: nnx.ConvTranspose(3, 4, (3, 3), strides=2, rngs=r)))
 add("nnx: Einsum", nnx_model(lambda r: nnx.Einsum("bi,ijk->bjk", (12, 2, 8), rngs=r), ROWS))
-add("nnx: LSTM", nnx_model(lambda r: nnx.RNN(nnx.LSTMCell(8, 5, rngs=r)), WORDS))
 add("linen: GRU", linen(lambda: nn.RNN(nn.GRUCell(5)), WORDS))
 add("haiku: Conv2D channels first", haiku(lambda hk, x: hk.Conv2D(4, 3, data_format="NCHW")(x), (4, 3, 8, 8)))
 add("haiku: Conv2DTranspose", haiku(lambda hk, x: hk.Conv2DTranspose(4, 3, 2)(x)))

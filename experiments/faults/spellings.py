@@ -8,6 +8,11 @@ site that has no integer kernel is listed with the reason.
     python experiments/faults/spellings.py            # 2 minutes on 2 idle cores
     python experiments/faults/spellings.py --static   # 5 minutes
 
+Result, 2026-11-28, on a machine that 8 others used: without --static the first 85 spellings (pooling, norms, dropout) were
+written and right to 1e-6, none refused, none raw. The run was stopped there. Of the others an earlier state of the code
+wrote all that it came to but DenseGeneral with batch axes, where JAX needs a fixed batch. Attention and --static were not
+run since sites are listed instead of refused. An NNX LSTM, whose cell mutates its random state, is not in the table.
+
 Needs pip install 'compress_jax[onnx]' dm-haiku keras equinox; spellings of a package that is not there are skipped.
 """
 
@@ -22,6 +27,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(Path(__file__).parent))
 
+import jax
 from spelled import SPELLINGS
 
 import compress_jax as cj
@@ -49,9 +55,9 @@ def outcome(name: str, static: bool, folder: Path) -> tuple[str, str]:
         done = cj.export.to_onnx(fn, params, x, folder / "model.onnx", **options)
         if not static:
             fewer = x[: len(x) - 1]
-            agree(fn(params, fewer), runner(done.path)(fewer), 1e-3, "another batch size")
+            agree(jax.jit(fn)(params, fewer), runner(done.path)(fewer), 1e-3, "another batch size")
     except ExportError as error:
-        return "refused", str(error).split("\n")[0]
+        return "refused", " ".join(str(error).split())
     except Exception as error:
         return "raw", f"{type(error).__name__}: {error}"
     floats = [f"{row.name} {row.form}: {row.reason}" for row in done.rows if static and "int8" not in row.form]

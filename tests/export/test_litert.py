@@ -113,10 +113,10 @@ def test_the_bias_of_a_channel_that_is_nearly_zero_is_kept(size, tmp_path):
     x = np.asarray(jax.random.normal(jax.random.key(0), (16, 12)))
     kernel = jax.random.normal(jax.random.key(1), (12, 6)).at[:, jnp.array([0, 4])].multiply(size)
     params = {"kernel": kernel, "bias": jnp.array([0.5, 0, 0.1, -0.2, -1.7, 1])}
-    fn = lambda p, x: x @ p["kernel"] + p["bias"]  # noqa: E731
+    fn = lambda p, x: x @ p["kernel"] + p["bias"][None]  # noqa: E731
     done = to_litert(fn, params, x, tmp_path / "m.tflite", how=INT8, batches=[x])
     assert done.notes and "2 channels" in done.notes[0]
-    found, wanted = run(interpreter(done.path), [x]), np.asarray(x, np.float64) @ kernel + params["bias"]
+    found, wanted = run(interpreter(done.path), [x]), x.astype(np.float64) @ np.asarray(kernel) + np.asarray(params["bias"])
     step = np.ptp(wanted) / 255
     assert np.abs(found[:, [0, 4]] - wanted[:, [0, 4]]).max() < step
     assert np.abs(found - wanted).max() < 8 * step

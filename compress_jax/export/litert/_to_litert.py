@@ -44,8 +44,8 @@ def to_litert(
     is the activation of a site, on grids of the same calibration batches elsewhere. Packed weights without ``how`` become
     int8, or int4 where none has more than 4 bits, and activations are rounded as they come. LiteRT's quantizer takes each
     channel's largest weight for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
-    grouped scales are rounded anew, which the difference that is returned tells. Of a channel that is nearly zero int32 could
-    not hold the bias beside such a scale: one of its weights is made large enough, which ``notes`` tell.
+    grouped scales are rounded anew, which the difference that is returned tells. Beside the scale of a channel that is
+    nearly zero int32 could not hold its bias: one of its weights is made large enough, which ``notes`` tell.
 
     Args:
       fn: a pure function of params and inputs.
@@ -81,7 +81,8 @@ def to_litert(
     simulated = simulation(fn, params, inputs, how, ranges, batches, where)
     recipe = "static_wi8_ai8" if simulated.grids else _recipe(params, weights)
     data, answer, theirs = _in_a_child(simulated, inputs, batches, recipe)
-    ours, floating = jax.jit(simulated.apply)(*inputs), jax.jit(fn)(unpack(params), *inputs) if simulated.grids else None
+    ours, judged = jax.jit(simulated.apply)(*inputs), bool(simulated.grids) and tolerance is None
+    floating = jax.jit(fn)(unpack(params), *inputs) if judged else None
     allowed = tolerance if tolerance is not None else ROUNDED if recipe else EXACT
     difference = agree(ours, theirs, allowed, "LiteRT against the simulation in JAX", floating)
     write_atomically(Path(path), data)

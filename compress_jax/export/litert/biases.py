@@ -62,9 +62,9 @@ def _products(model: Any, names: Mapping[int, str]) -> Iterator[Product]:
             where = PLACES.get(names[max(code.builtinCode, code.deprecatedBuiltinCode)])
             if where is None or len(each.inputs) <= where[2] or each.inputs[where[2]] < 0:
                 continue
-            tensors = [graph.tensors[each.inputs[i]] for i in where[:3]]
-            if all(_stored(model, tensor) is not None for tensor in tensors[1:]):
-                yield Product(model, *tensors, where[3])
+            data, weights, bias = (graph.tensors[each.inputs[i]] for i in where[:3])
+            if _stored(model, weights) is not None and _stored(model, bias) is not None:
+                yield Product(model, data, weights, bias, where[3])
 
 
 def _stored(model: Any, tensor: Any) -> Any:

@@ -34,8 +34,8 @@ def convert(
     """Convert a function of params and inputs.
 
     There are two ways. ``"layers"``: the converter recognizes whole layers and functions by name and has nodes of its own
-    for them, the faster graph, if it knows the way in which they are called. ``"operations"``: JAX traces the function, and the
-    converter sees JAX's primitives alone (see `plain`), so that no spelling matters.
+    for them, the faster graph, if it knows the way in which they are called. ``"operations"``: JAX traces the function, and
+    the converter sees JAX's primitives alone (see `plain`), so that no spelling matters.
 
     The parameters are inputs to the converter, so whatever it does to one (a transpose to the target's layout, a reshape) is
     a node of the graph; afterwards they are constants under their paths. What is quantized is found by name, not by value.

@@ -71,7 +71,7 @@ def windows(model: Any) -> None:
     nodes = []
     for each in graph.node:
         source = _unsqueezed(each, constants, made) if each.op_type in ("MaxPool", "Conv") else ""
-        after = taken.get(each.output[0], [])
+        after: list[Any] = taken.get(each.output[0], [])
         window = _window(each, constants)
         squeezed = len(after) == 1 and after[0] is not None and after[0].op_type == "Squeeze"
         if source and window and squeezed and (new := list(_exchanged(each, source, after[0].output[0], window, graph))):
@@ -87,7 +87,7 @@ def _unsqueezed(each: Any, constants: Any, made: Any) -> str:
     """Return the name of x where a node takes ``x[None, None]``, else nothing."""
     name = each.input[0]
     for _ in range(2):
-        before = made.get(name)
+        before: Any = made.get(name)
         axes = constants.get(before.input[1]) if before is not None and before.op_type == "Unsqueeze" else None
         if axes is None or axes.tolist() not in ([0], [1], [0, 1]):
             return ""

@@ -214,7 +214,7 @@ def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) 
     if bias is not None and (bias.ndim != 1 or len(bias) != len(scale)):
         bias = None
     if bias is not None:
-        levels, scale, changed = representable(levels, scale, placed.weight.values, placed.channel, bias, grid[0])
+        levels, scale, changed = representable(levels, scale, placed.weight.values, placed.channel, bias, float(grid[0]))
         note = [f"{placed.site}: the weights of {changed} channels have larger scales, so that the bias fits in int32"]
         note = note if changed else []
     if unsigned:
