@@ -1,6 +1,6 @@
 """`shrink`: remove whole channels, so that the model that is left is smaller and faster wherever it runs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -31,14 +31,18 @@ def shrink(
     exclude: Patterns = (),
     round_to: int = 1,
     most: float = 1.0,
+    numbers: Mapping[str, bool] | None = None,
 ) -> Shrunk:
     r"""Remove the least important channels, heads and hidden features of a model for good.
 
     Parameter axes that belong together (through residuals, norms, reshapes) are found in the function's jaxpr, and lose the
     same channels: ``print(compress_jax.trace.groups(fn, params, *inputs))`` shows them by name. The smaller model is the
     function itself with shorter axes, so the model's code need not know: where its widths are arguments, a module made with
-    the new widths gives the same outputs for the same parameters. Means and variances are over what is left; attention
-    scores are still divided by the root of the old head dimension. Channels that hold only zeros go without a change.
+    the new widths gives the same outputs for the same parameters. Means, variances and norms are over what is left. Other
+    numbers are what the code itself says at the new width where it runs there (its widths are read from its parameters);
+    where it does not, they stay: attention scores are still divided by the root of the old head dimension. The table lists
+    every number that counts, or seems to count, what got shorter. Channels that hold only zeros go without a change, but
+    for what is a mean over them.
 
     One call is one step: train what it returns, then shrink ``(small.fn, small.params)`` again.
 
@@ -59,13 +63,15 @@ def shrink(
       exclude: globs over names of groups that stay whole.
       round_to: widths that are left are rounded up to a multiple (128 for matrix units).
       most: largest share that one group may lose, 0 to 1.
+      numbers: ``{glob over names of numbers in the table: whether they follow the width}`` for those that are taken for a
+        count and are none, or the other way round; first match wins.
 
     Returns:
       ``Shrunk(params, fn, kept, table, cuts)``; ``print(small.table)``.
 
     Raises:
       ConfigError: for impossible arguments, if nothing is or can be removed (unless ratio is 0), if macs is out of reach.
-      NoMatchError: if a glob matches no group.
+      NoMatchError: if a glob matches no group, or no number.
       NonFiniteError: if an importance is not finite.
 
     Example:
@@ -109,7 +115,7 @@ def shrink(
     if ratio != 0 and all(len(chosen[group.name]) == group.size for group in taking):
         sizes = ", ".join(f"{group.name} has {group.size}" for group in taking)
         raise ConfigError(f"nothing is removed at ratio={ratio}, round_to={round_to}, most={most}: {sizes} channels")
-    return narrowed(fn, params, inputs, found, chosen, reasons)
+    return narrowed(fn, params, inputs, found, chosen, reasons, numbers)
 
 
 def _check(ratio: Ratio | None, macs: float | None, round_to: int, most: float) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from compress_jax.core.paths import flatten
 from compress_jax.prune.carry import Cut, carried, cuts
-from compress_jax.trace import Cost, Groups, cost, groups, resize
+from compress_jax.trace import Cost, Groups, Number, cost, groups, resize, resized_numbers
 
 
 class Row(NamedTuple):
@@ -27,12 +27,14 @@ class Removal(NamedTuple):
       frozen: ``(path, axis)`` of axes that are in no group, or not as a whole, and why.
       before: cost of the full model.
       after: cost of the smaller one.
+      numbers: constants that count what got shorter, or look as if they did: what they were, what they are now, and why.
     """
 
     rows: tuple[Row, ...]
     frozen: dict[tuple[str, int], str]
     before: Cost
     after: Cost
+    numbers: tuple[Number, ...] = ()
 
     def __str__(self) -> str:
         """Return the table."""
@@ -42,6 +44,7 @@ class Removal(NamedTuple):
         for reason in dict.fromkeys(self.frozen.values()):
             axes = ", ".join(f"{path}:{axis}" for (path, axis), why in self.frozen.items() if why == reason)
             lines.append(f"frozen ({reason}): {axes}")
+        lines += [f"number {number}" for number in self.numbers]
         for name in ("macs", "params"):
             old, new = getattr(self.before, name), getattr(self.after, name)
             lines.append(f"{name}: {old:,} -> {new:,} ({old / max(new, 1):.2f}x fewer)")
@@ -84,7 +87,13 @@ class Shrunk(NamedTuple):
         return carried(tree, self.cuts)
 
 
-def narrow(fn: Callable[..., Any], params: Any, *inputs: Any, kept: Mapping[str, Sequence[int] | np.ndarray]) -> Shrunk:
+def narrow(
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
+    kept: Mapping[str, Sequence[int] | np.ndarray],
+    numbers: Mapping[str, bool] | None = None,
+) -> Shrunk:
     """Keep given channels of given groups: `shrink` when the choice is made, or was made before (a checkpoint holds it).
 
     Args:
@@ -92,12 +101,13 @@ def narrow(fn: Callable[..., Any], params: Any, *inputs: Any, kept: Mapping[str,
       params: tree of arrays.
       inputs: trees of arrays or ``ShapeDtypeStruct``.
       kept: by name of a group of `compress_jax.trace.groups` the channels to keep.
+      numbers: as for `shrink`.
 
     Returns:
       The smaller model.
 
     Raises:
-      NoMatchError: if there is no group of a name.
+      NoMatchError: if there is no group of a name, or a glob matches no number.
       ShapeError: if a channel is not one of the group's or none is kept.
 
     Example:
@@ -107,7 +117,7 @@ def narrow(fn: Callable[..., Any], params: Any, *inputs: Any, kept: Mapping[str,
       >>> small.params["w"].shape, small.fn(small.params, jnp.ones((2, 3))).tolist()
       ((3, 2), [[2.0], [2.0]])
     """
-    return narrowed(fn, params, inputs, groups(fn, params, *inputs), kept, {})
+    return narrowed(fn, params, inputs, groups(fn, params, *inputs), kept, {}, numbers)
 
 
 def narrowed(
@@ -117,18 +127,20 @@ def narrowed(
     found: Groups,
     kept: Mapping[str, Sequence[int] | np.ndarray],
     reasons: Mapping[str, str],
+    numbers: Mapping[str, bool] | None = None,
 ) -> Shrunk:
     """Return `narrow` of groups that are known already, with a reason for each that stays whole."""
     indices = {name: np.unique(np.asarray(channels, int)) for name, channels in kept.items()}
     shorter = {name: left for name, left in indices.items() if not np.array_equal(left, np.arange(found[name].size))}
     smaller = found.keep(params, shorter)
-    small_fn = resize(fn, params, found, shorter)
+    small_fn = resize(fn, params, found, shorter, numbers)
+    listed = resized_numbers(fn, params, *inputs, groups=found, kept=shorter, numbers=numbers)
     rows = [
         Row(group.name, group.size, len(shorter[group.name]))
         if group.name in shorter
         else Row(group.name, group.size, group.size, reasons.get(group.name, "no channel is among those to go"))
         for group in found
     ]
-    table = Removal(tuple(rows), dict(found.frozen), cost(fn, params, *inputs), cost(small_fn, smaller, *inputs))
+    table = Removal(tuple(rows), dict(found.frozen), cost(fn, params, *inputs), cost(small_fn, smaller, *inputs), listed)
     every = {group.name: indices.get(group.name, np.arange(group.size)) for group in found}
     return Shrunk(smaller, small_fn, every, table, cuts(found, shorter, flatten(params)[0]))

@@ -116,6 +116,13 @@ def split(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     return [(*args[0][:i], piece, *args[0][i + 1 :]) for piece in cut]
 
 
+def unstack(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Hand out the indices of an axis, each by itself."""
+    i = eqn.params["axis"]
+    pieces(axes, args[0][i], [1] * args[0][i].size)
+    return [(*args[0][:i], *args[0][i + 1 :]) for _ in eqn.outvars]
+
+
 def slice_(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Take a piece of each axis; every n-th index freezes it."""
     p, results = eqn.params, []
