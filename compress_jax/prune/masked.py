@@ -95,6 +95,7 @@ def masked(
     *,
     scope: str = "leaf",
     every: int = 1,
+    floor: float = 0.0,
 ) -> Compression:
     r"""Prune the entries of lowest score, exactly as many as the sparsity says.
 
@@ -109,6 +110,8 @@ def masked(
       structure: `n_m`, `block`, `channel` or `head`; None for single entries.
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
       every: masks are chosen anew at steps divisible by it; what a score remembers is updated at every step.
+      floor: with ``scope="global"``, the share of every leaf's units that stays, and at least one: a threshold for all may
+        empty a leaf, which ends training. The sparsity is then missed where the floors leave less to prune.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, or ``{"mask": mask, "carried": what the score remembers}``. Packs to
@@ -127,7 +130,7 @@ def masked(
     """
     if every < 1:
         raise ValueError(f"masks are chosen every 1 or more steps, got every={every}")
-    return _Masked(_is_score(score), Target.of(sparsity, structure, scope), every).compression()
+    return _Masked(_is_score(score), Target.of(sparsity, structure, scope, floor), every).compression()
 
 
 def _is_score(score: Any) -> Score:

@@ -1,5 +1,6 @@
 """What is left of a model: smaller parameters, the function that runs them, and a table of what went and what could not."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from compress_jax.core.paths import flatten
 from compress_jax.prune.carry import Cut, carried, cuts
+from compress_jax.prune.widths import widths
 from compress_jax.trace import Cost, Groups, Number, cost, groups, resize, resized_numbers
 
 
@@ -27,6 +29,7 @@ class Removal(NamedTuple):
       frozen: ``(path, axis)`` of axes that are in no group, or not as a whole, and why.
       before: cost of the full model.
       after: cost of the smaller one.
+      widths: ``(kernel and axes, width before, width after)`` of widths that several groups make up together.
       numbers: constants that count what got shorter, or look as if they did: what they were, what they are now, and why.
     """
 
@@ -34,6 +37,7 @@ class Removal(NamedTuple):
     frozen: dict[tuple[str, int], str]
     before: Cost
     after: Cost
+    widths: tuple[tuple[str, int, int], ...] = ()
     numbers: tuple[Number, ...] = ()
 
     def __str__(self) -> str:
@@ -44,6 +48,7 @@ class Removal(NamedTuple):
         for reason in dict.fromkeys(self.frozen.values()):
             axes = ", ".join(f"{path}:{axis}" for (path, axis), why in self.frozen.items() if why == reason)
             lines.append(f"frozen ({reason}): {axes}")
+        lines += [f"width {name}: {old} -> {new}" for name, old, new in self.widths if new < old]
         lines += [f"number {number}" for number in self.numbers]
         for name in ("macs", "params"):
             old, new = getattr(self.before, name), getattr(self.after, name)
@@ -72,8 +77,9 @@ class Shrunk(NamedTuple):
         """Return a tree that was made for the full parameters (an optimizer's state) as it is for the smaller ones.
 
         A leaf belongs to the parameter whose path its own ends in (``0/mu/params/conv/kernel``; also without the
-        collection, ``0/mu/conv/kernel``). Axes of the parameter that it has, it loses the same indices of; leaves of no
-        parameter (counts, rates) stay. Factored moments fit as long as a kernel's axes stay in the same order of length.
+        collection, ``0/mu/conv/kernel``), or a part of it does (SM3's ``0/mu/conv/kernel/1``, of axis 1). Axes of the
+        parameter that it has, it loses the same indices of; leaves of no parameter (counts, rates) stay. Factored moments
+        (adafactor's ``v_row``, ``v_col``) are known by name, and exchanged where a kernel's longest axis is another now.
 
         Args:
           tree: of any optax optimizer, of averages of parameters, or of gradients.
@@ -82,7 +88,8 @@ class Shrunk(NamedTuple):
           The tree.
 
         Raises:
-          ShapeError: if a leaf belongs to a parameter, but it cannot be told which of its axes it has.
+          ShapeError: if a leaf belongs to a parameter, but it cannot be told which of its axes it has, or if it holds all
+            parameters in one vector (``optax.flatten``).
         """
         return carried(tree, self.cuts)
 
@@ -141,6 +148,16 @@ def narrowed(
         else Row(group.name, group.size, group.size, reasons.get(group.name, "no channel is among those to go"))
         for group in found
     ]
-    table = Removal(tuple(rows), dict(found.frozen), cost(fn, params, *inputs), cost(small_fn, smaller, *inputs), listed)
+    before, after = cost(fn, params, *inputs), cost(small_fn, smaller, *inputs)
+    table = Removal(tuple(rows), dict(found.frozen), before, after, _widths(found, before, params, smaller), listed)
     every = {group.name: indices.get(group.name, np.arange(group.size)) for group in found}
     return Shrunk(smaller, small_fn, every, table, cuts(found, shorter, flatten(params)[0]))
+
+
+def _widths(found: Groups, before: Cost, params: Any, smaller: Any) -> tuple[tuple[str, int, int], ...]:
+    """Return the widths that several groups make up together, before and after."""
+    old, new = flatten(params)[0], flatten(smaller)[0]
+    every = widths(found, [each.site for each in before.by_site.values()], old)
+    joint = [width for width in every if width.products]
+    after = [math.prod(np.shape(new[width.path])[axis] for axis in width.axes) for width in joint]
+    return tuple((str(width), width.size, size) for width, size in zip(joint, after, strict=True))

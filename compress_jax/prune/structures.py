@@ -4,6 +4,7 @@ A structure says of a leaf's shape whether it fits (`why_not`), and what goes to
 which n of m entries are kept.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -28,7 +29,11 @@ class NofM:
 
     def why_not(self, shape: Shape) -> str | None:
         """Say why an array of this shape has no such groups, or return None."""
-        return _missing(self.axis, shape)
+        if missing := _missing(self.axis, shape):
+            return missing
+        long = math.prod(shape[axis] for axis in self.axis)
+        few = f"it has {long} along axis {self.axis}, so {self.n} of every {self.m} prunes nothing; give n_m another axis"
+        return few if long <= self.n < self.m else None
 
     def axes(self, shape: Shape) -> Axes:
         """Return the axes of groups, nonnegative."""

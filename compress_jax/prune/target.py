@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import optax
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import match, matches
 from compress_jax.prune.structures import NofM, Structure
 
@@ -20,14 +21,18 @@ class Target:
       rules: ``(glob, schedule)``, first match wins.
       structure: what goes together, or None.
       scope: ``"leaf"`` or ``"global"``.
+      floor: share of every leaf that stays under a global threshold, and at least one unit; 0 for none.
     """
 
     rules: tuple[tuple[str, Callable[[Any], Any]], ...]
     structure: Structure | None
     scope: str
+    floor: float = 0.0
 
     @classmethod
-    def of(cls, sparsity: Sparsity | None, structure: Structure | None = None, scope: str = "leaf") -> "Target":
+    def of(
+        cls, sparsity: Sparsity | None, structure: Structure | None = None, scope: str = "leaf", floor: float = 0.0
+    ) -> "Target":
         """Return the target of a method's arguments.
 
         Args:
@@ -35,6 +40,7 @@ class Target:
             are left alone. None if an `n_m` structure says it.
           structure: from `n_m`, `block`, `channel` or `head`; None for single entries.
           scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
+          floor: with ``"global"``, the share of every leaf that stays, from 0 to below 1.
 
         Returns:
           The target.
@@ -50,12 +56,14 @@ class Target:
             raise ValueError(f"scope must be 'leaf' or 'global', got {scope!r}")
         if scope == "global" and (isinstance(sparsity, Mapping) or isinstance(structure, NofM)):
             raise ValueError("with scope='global' one threshold is shared, so give one sparsity, and no n:m structure")
+        if not 0 <= floor < 1 or (floor and scope != "global"):
+            raise ArgumentError(f"floor={floor} is a share of every leaf to keep, from 0 to below 1, with scope='global'")
         if isinstance(structure, NofM):
             return cls((("**", lambda step: _implied(sparsity, structure)),), structure, scope)._checked(sparsity)
         if sparsity is None:
             raise ValueError("give a sparsity; only an n_m structure says it by itself")
         pairs = sparsity.items() if isinstance(sparsity, Mapping) else [("**", sparsity)]
-        return cls(tuple((glob, _schedule(share)) for glob, share in pairs), structure, scope)
+        return cls(tuple((glob, _schedule(share)) for glob, share in pairs), structure, scope, floor)
 
     def _checked(self, sparsity: Any) -> "Target":
         assert isinstance(self.structure, NofM)

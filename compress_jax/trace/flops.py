@@ -39,6 +39,7 @@ class Operations:
       uncounted: primitives whose operations are not known here, and how often they run.
       loops: while loops met: they are counted for one turn.
       choices: choices of branches met: every branch is counted.
+      products: multiplications of products that sum over no axis (``einsum("bd,dn->bdn")``), of which there is no site.
     """
 
     flops: int = 0
@@ -46,6 +47,7 @@ class Operations:
     uncounted: Counter[str] = field(default_factory=Counter)
     loops: int = 0
     choices: int = 0
+    products: int = 0
 
 
 def operations(jaxpr: Jaxpr) -> Operations:
@@ -93,6 +95,8 @@ def _walk(jaxpr: Jaxpr, times: int, total: Operations) -> None:
 
 def _count(eqn: JaxprEqn, times: int, total: Operations) -> None:
     name = eqn.primitive.name
+    if name == "dot_general" and contraction.kind(eqn) is None:
+        total.products += times * _out(eqn)
     if name in FREE and name not in RULES:
         return
     rule, function = RULES.get(name) or _kind(name), name in TRANSCENDENTAL or name in BOTH
@@ -137,11 +141,6 @@ def _power(eqn: JaxprEqn) -> int:
     return _out(eqn) * (products + (eqn.params["y"] < 0))
 
 
-def _product(eqn: JaxprEqn) -> int:
-    """A product that sums over nothing multiplies once for each result; others are the sites' business."""
-    return 0 if contraction.kind(eqn) is not None else _out(eqn)
-
-
 def _reduced_precision(eqn: JaxprEqn) -> int:
     """Nothing is rounded where as many digits are asked for as there are."""
     info = jnp.finfo(getattr(eqn.invars[0].aval, "dtype", jnp.float32))
@@ -158,7 +157,6 @@ RULES: dict[str, Callable[[JaxprEqn], int]] = {
     "integer_pow": _power,
     "convert_element_type": _convert,
     "reduce_precision": _reduced_precision,
-    "dot_general": _product,
     "select_and_scatter_add": _spread,
     **dict.fromkeys(SCATTERS, lambda eqn: math.prod(_shape(eqn.invars[2]))),
     **{name: (lambda eqn, each=each: each * _out(eqn)) for name, each in BOTH.items()},
