@@ -6,76 +6,24 @@ a factor :math:`n_i^{-p_i}` on such a value makes a mean of a sum: ``sum(h * h) 
 ``h @ ones / n``.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from compress_jax.trace import contraction
 from compress_jax.trace._analyse import Walk
 from compress_jax.trace.axes import Axis, Leaf
 from compress_jax.trace.axis_moves import Dims
+from compress_jax.trace.factors import HALF, Known, Scale, Sum, close, otherwise, power_of, powered, product_of
 from compress_jax.trace.kept import Kept
 from compress_jax.trace.nested import Branches, Call, Scan, While, nested
 from compress_jax.trace.numbers import Numbers
 from compress_jax.trace.primitives import CASTS, MOVES, PASSED
 from compress_jax.trace.site import Position
-
-HALF = Fraction(1, 2)
-
-
-class Sum(NamedTuple):
-    """A factor of a value: a power of a sum.
-
-    Attributes:
-      axes: that it is over.
-      power: of the sum.
-      of: what tells the summed value from others.
-      centred: whether the mean over the same axes was taken off before.
-      plain: False for a product of two values that is summed up (``q @ k``): a factor beside it may be a scale.
-    """
-
-    axes: tuple[Axis, ...]
-    power: Fraction
-    of: Any
-    centred: bool = False
-    plain: bool = True
-
-
-class Scale(NamedTuple):
-    """A number among a value's factors: an operand at a position, to a power (-1 where it divides, 2 after a square)."""
-
-    position: Position
-    which: int
-    number: float
-    power: int
-
-
-@dataclass(frozen=True)
-class Known:
-    """What is known of a value.
-
-    Attributes:
-      dims: its axes; None for a constant.
-      token: what tells it from other values.
-      sums: its factors that are powers of sums.
-      scales: numbers among its factors that are not accounted for.
-      mean: ``(token, axes)`` of what it is the mean of.
-      centred: the axes over which its mean is zero, before any square.
-    """
-
-    dims: Dims | None = None
-    token: Any = field(default_factory=itertools.count().__next__)
-    sums: tuple[Sum, ...] = ()
-    scales: tuple[Scale, ...] = ()
-    mean: tuple[Any, tuple[Axis, ...]] | None = None
-    centred: tuple[Axis, ...] = ()
 
 
 class Count(NamedTuple):
@@ -158,7 +106,7 @@ class Follower:
             return [replace(args[0], dims=dims, token=same)]
         if name in ("mul", "div"):
             return [self._multiplied(name, args, taken, dims, position)]
-        return [_other(eqn, args, taken, dims)]
+        return [otherwise(eqn, args, taken, dims)]
 
     def _summed(self, value: Known, axes: tuple[Axis, ...], dims: Dims) -> Known:
         """A sum, or one over further axes of what is a sum itself; scales from before that make it a mean are noted."""
@@ -185,7 +133,7 @@ class Follower:
                 return self._scaled(made, Scale(at, which, number, 1)) if number != 1 else made
         axes = tuple(operands[0][i] for i in contracted[0])
         if args[0].token == args[1].token and contracted[0] == contracted[1]:
-            return self._summed(_product(args[0], args[1], 1, ()), axes, dims)
+            return self._summed(product_of(args[0], args[1], 1, ()), axes, dims)
         inner = Sum(axes, Fraction(1), None, plain=False)
         for scale in (*args[0].scales, *args[1].scales):
             for power in (Fraction(1), HALF):
@@ -199,9 +147,12 @@ class Follower:
         for which in (0, 1):
             if (number := taken[which]) is not None and taken[1 - which] is None:
                 power = sign if which == 1 else 1  # of the number among the result's factors
-                value = args[1 - which] if which or sign == 1 else _power(args[1], Fraction(-1))
+                value = args[1 - which] if which or sign == 1 else powered(args[1], Fraction(-1))
                 return self._scaled(replace(value, dims=dims, token=Known().token), Scale(position, which, number, power))
-        return _product(args[0], args[1], sign, dims)
+        made = product_of(args[0], args[1], sign, dims)
+        for scale in made.scales:
+            made = self._scaled(replace(made, scales=tuple(s for s in made.scales if s is not scale)), scale)
+        return made
 
     def _scaled(self, value: Known, scale: Scale) -> Known:
         """Account for a number among a value's factors: it makes a mean of a sum, or is a scale."""
@@ -216,9 +167,9 @@ class Follower:
         full, now = math.prod(axis.size for axis in total.axes), math.prod(map(self.kept.size, total.axes))
         power = float(-total.power / scale.power)  # of the count, in the number
         for less in (0, 1) if total.centred else (0,):
-            if full > less and _is(scale.number, _power_of(full - less, power)):
+            if full > less and close(scale.number, power_of(full - less, power)):
                 if now != full:
-                    count = Count(scale.which, _power_of(now - less, power), total.plain, total.axes)
+                    count = Count(scale.which, power_of(now - less, power), total.plain, total.axes)
                     self.noted.counts[scale.position] = count
                 return True
         return False
@@ -252,58 +203,6 @@ class Follower:
                     first = [*map(_either, first, other)]
                 return first
         raise AssertionError(f"{eqn.primitive.name} is not nested")
-
-
-def _is(number: float, expected: float) -> bool:
-    """Tell whether a number is another one, in any of the dtypes that constants have."""
-    rounded = (float(np.asarray(expected).astype(dtype)) for dtype in (jnp.bfloat16, jnp.float16))
-    return math.isclose(number, expected, rel_tol=1e-6) or number in rounded
-
-
-def _power_of(base: float, power: float) -> float:
-    return float(base**power) if base or power > 0 else math.inf
-
-
-def _power(value: Known, power: Fraction) -> Known:
-    """A power of a value, entry by entry."""
-    sums = tuple(each._replace(power=each.power * power) for each in value.sums)
-    times = power.numerator if power.denominator == 1 and power > 0 else 0
-    scales = tuple(each._replace(power=each.power * times) for each in value.scales if times)
-    return Known(value.dims, sums=sums, scales=scales, centred=value.centred if power == 2 else ())
-
-
-def _product(a: Known, b: Known, sign: int, dims: Dims) -> Known:
-    """The product, or the quotient, of two values."""
-    if a.token == b.token and sign == 1:
-        return replace(_power(a, Fraction(2)), dims=dims)
-    powers: dict[Sum, Fraction] = {}
-    for value, times in ((a, 1), (b, sign)):
-        for each in value.sums:
-            base = each._replace(power=Fraction(1))
-            powers[base] = powers.get(base, Fraction(0)) + times * each.power
-    sums = tuple(base._replace(power=power) for base, power in powers.items() if power)
-    return Known(dims, sums=sums, scales=(*a.scales, *(b.scales if sign == 1 else ())))
-
-
-def _other(eqn: JaxprEqn, args: list[Known], taken: Sequence[float | None], dims: Dims) -> Known:
-    """Powers change the powers of sums; a guard against zero changes nothing; most else loses all that is known."""
-    name = eqn.primitive.name
-    powers = {"sqrt": HALF, "rsqrt": -HALF, "square": Fraction(2)}
-    if name in powers:
-        return replace(_power(args[0], powers[name]), dims=dims)
-    if name == "integer_pow" or (name == "pow" and taken[1] is not None and math.isfinite(taken[1])):
-        power = Fraction(eqn.params["y"] if name == "integer_pow" else taken[1] or 0).limit_denominator(64)
-        return replace(_power(args[0], power), dims=dims)
-    if name in ("neg", "abs", "real"):
-        return replace(args[0], dims=dims, token=Known().token, mean=None)
-    if name == "sub" and args[1].mean is not None and args[1].mean[0] == args[0].token:
-        return Known(dims, centred=args[1].mean[1])
-    if name in ("add", "sub", "max", "min", "select_n", "clamp"):
-        values = [arg for arg, number in zip(args, taken, strict=True) if number is None]
-        values = values[1:] if name == "select_n" and len(values) > 1 else values
-        if len(values) == 1:
-            return Known(dims, sums=values[0].sums)
-    return Known(dims)
 
 
 def _either(a: Known, b: Known) -> Known:
