@@ -12,6 +12,7 @@ def magnitude(
     *,
     scope: str = "leaf",
     every: int = 1,
+    floor: float = 0.0,
 ) -> Compression:
     r"""Prune the weights of smallest magnitude, exactly as many as the sparsity says.
 
@@ -37,6 +38,8 @@ def magnitude(
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves it is given share one
         threshold, and only the total reaches it. With a structure, the sparsity is the share of all units.
       every: the mask is recomputed at steps divisible by it.
+      floor: with ``scope="global"``, the share of every leaf that stays, and at least one weight: a threshold for all may
+        empty a leaf. 0, the default, guards nothing; `shares` shows what each leaf lost.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, bool, the shape of the leaf, true where a weight is kept. Packs to
@@ -55,4 +58,4 @@ def magnitude(
     References:
       Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015, section 3.
     """
-    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every)
+    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every, floor=floor)

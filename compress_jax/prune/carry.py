@@ -1,5 +1,6 @@
 """Carry trees that were made for parameters over to smaller ones: moments, averages, scales, whatever library made them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
@@ -44,14 +45,36 @@ def carried(tree: Any, cuts: dict[str, Cut]) -> Any:
     """
     leaves, rebuild = flatten(tree)
     names = {path.partition("/")[2]: cut for path, cut in cuts.items() if "/" in path} | cuts
-    owners = {path: owner(path, names) for path in leaves}
-    return rebuild({p: leaf if (own := owners[p]) is None else _carried(p, leaf, names[own]) for p, leaf in leaves.items()})
+    made = {path: _leaf(path, leaf, names, cuts) for path, leaf in leaves.items()}
+    return rebuild(_swapped(made, names))
 
 
-def _carried(path: str, leaf: Any, cut: Cut) -> Any:
+def _leaf(path: str, leaf: Any, names: Mapping[str, Cut], cuts: Mapping[str, Cut]) -> Any:
+    """Return what is left of a leaf: of the parameter that its path ends in, or that an earlier part of it ends in."""
+    keys = path.split("/")
+    ends = ((owner("/".join(keys[:end]), names), keys[end:]) for end in range(len(keys), 0, -1))
+    own, rest = next(((own, rest) for own, rest in ends if own is not None), (None, []))
+    if own is not None:
+        return _carried(path, leaf, names[own], rest)
+    total = sum(math.prod(cut.shape) for cut in cuts.values())
+    trained = sum(math.prod(cut.shape) for path, cut in cuts.items() if path.startswith("params/"))
+    if (
+        np.ndim(leaf) == 1
+        and np.size(leaf) > 1
+        and np.size(leaf) in (total, trained)
+        and any(c.indices for c in cuts.values())
+    ):
+        raise ShapeError(
+            f"{path!r} has as many entries as all parameters together, and does not say which are whose; start it anew for "
+            "the smaller parameters, or keep the optimizer's state as a tree (without optax.flatten)"
+        )
+    return leaf
+
+
+def _carried(path: str, leaf: Any, cut: Cut, rest: Sequence[str]) -> Any:
     if not cut.indices or not hasattr(leaf, "shape") or all(size == 1 for size in leaf.shape):
         return leaf
-    options = [axes for axes in _axes(leaf.shape, cut.shape) if axes is not None]
+    options = _by_name(path, leaf.shape, cut.shape, rest) or _axes(leaf.shape, cut.shape)
     ways = {
         tuple((i, axis) for i, axis in enumerate(axes) if leaf.shape[i] != 1 and axis in cut.indices) for axes in options
     }
@@ -65,6 +88,51 @@ def _carried(path: str, leaf: Any, cut: Cut) -> Any:
     for i, axis in next(iter(ways)):
         leaf = jnp.take(leaf, cut.indices[axis], axis=i)
     return leaf
+
+
+def _by_name(path: str, shape: tuple[int, ...], full: tuple[int, ...], rest: Sequence[str]) -> list[tuple[int, ...]]:
+    """Return which axes a leaf has where its path says so: factored moments (adafactor), and one vector an axis (SM3)."""
+    keys = path.split("/")
+    for key in FACTORS:
+        if key in keys and (axes := _without(full, _largest(full)[FACTORS[key]])) is not None:
+            return [axes] if shape == tuple(full[axis] for axis in axes) else []
+    if len(rest) == 1 and rest[0].isdigit() and int(rest[0]) < len(full) and shape == (full[int(rest[0])],):
+        return [(int(rest[0]),)]
+    return []
+
+
+FACTORS = {"v_row": 1, "v_col": 0}  # optax's names: which of the two largest axes, the second first, they are means over
+
+
+def _largest(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the second largest and the largest axis, as optax.adafactor finds them."""
+    return tuple(int(axis) for axis in np.argsort(shape)[-2:])
+
+
+def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...] | None:
+    return tuple(i for i in range(len(shape)) if i != axis) if len(shape) > 1 else None
+
+
+def _swapped(leaves: dict[str, Any], names: Mapping[str, Cut]) -> dict[str, Any]:
+    """Exchange factored moments where the longest axis is now the second longest: each is a mean over one of them."""
+    made = dict(leaves)
+    for path, leaf in leaves.items():
+        keys = path.split("/")
+        own = owner(path, names)
+        if "v_row" not in keys or own is None or len(names[own].shape) < 2 or np.size(leaf) == 1:
+            continue
+        cut = names[own]
+        short = tuple(len(cut.indices.get(axis, range(n))) for axis, n in enumerate(cut.shape))
+        old, new = _largest(cut.shape), _largest(short)
+        if set(old) != set(new):
+            raise ShapeError(
+                f"{path!r} is a mean over axis {old[1]} of a parameter of shape {cut.shape}; of shape {short} it would be "
+                f"one over axis {new[1]}; leave it out and start it anew for the smaller parameters"
+            )
+        if old != new:
+            other = "/".join("v_col" if key == "v_row" else key for key in keys)
+            made[path], made[other] = leaves[other], leaf
+    return made
 
 
 def _axes(shape: tuple[int, ...], full: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -70,7 +70,11 @@ def pools(groups: list[Group], share: dict[str, float], scope: str) -> list[list
 
 
 def choose(
-    pool: list[Group], scores: dict[str, np.ndarray], ratio: float, round_to: int = 1, most: float = 1.0
+    pool: list[Group],
+    scores: dict[str, np.ndarray],
+    ratio: float,
+    multiples: Mapping[str, int] | None = None,
+    most: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """Return the channels that stay of groups that compete.
 
@@ -81,7 +85,7 @@ def choose(
       pool: the groups.
       scores: of their channels.
       ratio: share of all their channels to remove.
-      round_to: multiple.
+      multiples: by name of a group, the multiple that what stays is rounded up to; 1 if not given.
       most: of any one group.
 
     Returns:
@@ -100,6 +104,7 @@ def choose(
     kept = {}
     for group in pool:
         left = group.size - sum(name == group.name for *_, name in gone)
-        left = min(-(-left // round_to) * round_to, group.size)
+        multiple = (multiples or {}).get(group.name, 1)
+        left = min(-(-left // multiple) * multiple, group.size)
         kept[group.name] = np.sort(order[group.name][group.size - left :])
     return kept

@@ -1,5 +1,6 @@
 """From scores to masks: what is kept, under a target."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from compress_jax.prune.pooling import pooled, spread
 from compress_jax.prune.select import magnitude_bits, smallest, value_bits
 from compress_jax.prune.structures import NofM, Structure
 from compress_jax.prune.target import Target
+from compress_jax.prune.wide import choose, less, wide
 
 Masks = dict[str, jax.Array]
 
@@ -48,9 +50,8 @@ def kept(
         return {path: largest_of_each(key(x), structure.n, structure.m, along[path]) for path, x in scores.items()}
     pools = {path: _pooled(x, structure, axes[path], signed) for path, x in scores.items()}
     if target.scope == "global":
-        units = sum(pool.size for pool in pools.values())
         share = target.share(next(iter(pools)), step) if pools else 0.0
-        pruned = dict(zip(pools, smallest(list(pools.values()), amount(share, units), key), strict=True)) if pools else {}
+        pruned = dict(zip(pools, _of_all(list(pools.values()), share, target.floor, key), strict=True)) if pools else {}
     else:
         pruned = {path: _smallest_of_layers(pool, axes[path], target.share(path, step), key) for path, pool in pools.items()}
     return {path: _spread(~mask, structure, axes[path]) for path, mask in pruned.items()}
@@ -60,6 +61,17 @@ def _smallest_of_layers(pool: jax.Array, axes: Axes, share: Any, key: Callable[.
     """Return a mask of the smallest units of every layer, which are pruned."""
     pruned = amount(share, pool.size // max(axes.layers, 1))
     return over_layers(lambda layer: smallest([layer], pruned, key)[0], axes, ("leaf",), "leaf")(pool)
+
+
+def _of_all(pools: list[jax.Array], share: Any, floor: float, key: Any) -> list[jax.Array]:
+    """Return masks of the lowest units of all leaves together, of which each keeps its floor."""
+    lost = amount(share, sum(pool.size for pool in pools))
+    if not floor:
+        return smallest(pools, lost, key)
+    most = [pool.size - max(1, math.ceil(floor * pool.size)) for pool in pools]
+    may = [smallest([pool], wide(count), key)[0] for pool, count in zip(pools, most, strict=True)]
+    limit = wide(sum(most))
+    return smallest(pools, choose(less(limit, lost), limit, lost), key, may)
 
 
 def _pooled(x: jax.Array, structure: Structure | None, axes: Axes, signed: bool) -> jax.Array:

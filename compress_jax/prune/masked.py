@@ -105,6 +105,7 @@ def masked(
     *,
     scope: str = "leaf",
     every: int = 1,
+    floor: float = 0.0,
 ) -> Compression:
     r"""Prune the entries of lowest score, exactly as many as the sparsity says.
 
@@ -120,6 +121,8 @@ def masked(
       scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
       every: masks are chosen anew at steps divisible by it, and when a schedule reaches its last value; what a score
         remembers is updated at every step.
+      floor: with ``scope="global"``, the share of every leaf's units that stays, and at least one: a threshold for all may
+        empty a leaf, which ends training. The sparsity is then missed where the floors leave less to prune.
 
     Returns:
       The Compression. ``fixed[path]`` is the mask, or ``{"mask": mask, "carried": what the score remembers}``. Packs to
@@ -140,7 +143,7 @@ def masked(
     """
     if whole("every", every) < 1:
         raise ArgumentError(f"masks are chosen every 1 or more steps, got every={every}")
-    return _Masked(_is_score(score), Target.of(sparsity, structure, scope), every).compression()
+    return _Masked(_is_score(score), Target.of(sparsity, structure, scope, floor), every).compression()
 
 
 def _is_score(score: Any) -> Score:

@@ -107,7 +107,22 @@ def value_bits(x: jax.Array) -> jax.Array:
     return jnp.where(pattern >= zero, zero - magnitude, zero + magnitude)
 
 
-def smallest(arrays: Sequence[jax.Array], k: Wide, key: Callable[..., jax.Array] = magnitude_bits) -> list[jax.Array]:
+def _magnitude_if(x: jax.Array, may: jax.Array) -> jax.Array:
+    bits = magnitude_bits(x)
+    return jnp.where(may, bits, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype))
+
+
+def _value_if(x: jax.Array, may: jax.Array) -> jax.Array:
+    bits = value_bits(x)
+    return jnp.where(may, bits, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype))
+
+
+def smallest(
+    arrays: Sequence[jax.Array],
+    k: Wide,
+    key: Callable[..., jax.Array] = magnitude_bits,
+    may: Sequence[jax.Array] | None = None,
+) -> list[jax.Array]:
     """Return masks of the ``k`` smallest entries among all arrays taken together; by default of smallest magnitude.
 
     They are those a stable argsort of the concatenated keys lists first: of equal ones, the one in the earlier array, and in
@@ -117,6 +132,7 @@ def smallest(arrays: Sequence[jax.Array], k: Wide, key: Callable[..., jax.Array]
       arrays: floating point, any shapes.
       k: how many in all.
       key: what to order by, see `smallest_by`: `magnitude_bits` or `value_bits`.
+      may: bool masks of the entries to choose among, at least k; by default all.
 
     Returns:
       One bool mask an array, true for the ``k`` smallest.
@@ -125,7 +141,10 @@ def smallest(arrays: Sequence[jax.Array], k: Wide, key: Callable[..., jax.Array]
       >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
       [False, True]
     """
-    return smallest_by(key, [(x,) for x in _same_dtype(arrays)], k)
+    if may is None:
+        return smallest_by(key, [(x,) for x in _same_dtype(arrays)], k)
+    allowed = _value_if if key is value_bits else _magnitude_if
+    return smallest_by(allowed, list(zip(_same_dtype(arrays), may, strict=True)), k)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -4,6 +4,7 @@ A structure says of a leaf's axes whether it fits (`why_not`), and what goes tog
 which n of m entries are kept.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -39,8 +40,13 @@ class NofM:
         return tuple(a for a in layout.contracted if a not in layout.window) or layout.contracted
 
     def why_not(self, layout: Layout) -> str | None:
-        """Say why a leaf has no such groups, or return None."""
-        return _missing(self.along(layout), layout)
+        """Say why a leaf has no such groups, or none of which anything is pruned; or return None."""
+        axes = self.along(layout)
+        if missing := _missing(axes, layout):
+            return missing
+        long = math.prod(layout.shape[axis] for axis in axes)
+        few = f"it has {long} along axis {axes}, so {self.n} of every {self.m} prunes nothing; give n_m another axis"
+        return few if long <= self.n < self.m else None
 
     def axes(self, layout: Layout) -> Axes:
         """Return the axes of groups, nonnegative."""

@@ -23,14 +23,18 @@ class Target:
       rules: ``(glob, schedule)``, first match wins.
       structure: what goes together, or None.
       scope: ``"leaf"`` or ``"global"``.
+      floor: share of every leaf that stays under a global threshold, and at least one unit; 0 for none.
     """
 
     rules: tuple[tuple[str, Callable[[Any], Any]], ...]
     structure: Structure | None
     scope: str
+    floor: float = 0.0
 
     @classmethod
-    def of(cls, sparsity: Sparsity | None, structure: Structure | None = None, scope: str = "leaf") -> "Target":
+    def of(
+        cls, sparsity: Sparsity | None, structure: Structure | None = None, scope: str = "leaf", floor: float = 0.0
+    ) -> "Target":
         """Return the target of a method's arguments.
 
         Args:
@@ -38,6 +42,7 @@ class Target:
             are left alone. None if an `n_m` structure says it.
           structure: from `n_m`, `block`, `channel` or `head`; None for single entries.
           scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
+          floor: with ``"global"``, the share of every leaf that stays, from 0 to below 1.
 
         Returns:
           The target.
@@ -54,12 +59,15 @@ class Target:
             refused("structure", structure, "n_m(...), block(...), channel(...), head(...) or None")
         if scope == "global" and (isinstance(sparsity, Mapping) or isinstance(structure, NofM)):
             raise ArgumentError("with scope='global' one threshold is shared, so give one sparsity, and no n:m structure")
+        if not 0 <= number("floor", floor) < 1 or (floor and scope != "global"):
+            raise ArgumentError(f"floor={floor} is a share of every leaf to keep, from 0 to below 1, with scope='global'")
         if isinstance(structure, NofM):
             return cls((("**", Constant(_implied(sparsity, structure))),), structure, scope)
         if sparsity is None:
             raise ArgumentError("give a sparsity, got None; only an n_m structure says it by itself")
         pairs = sparsity.items() if isinstance(sparsity, Mapping) else [("**", sparsity)]
-        return cls(tuple((str(patterns("a glob", glob)), _schedule(share)) for glob, share in pairs), structure, scope)
+        rules = tuple((str(patterns("a glob", glob)), _schedule(share)) for glob, share in pairs)
+        return cls(rules, structure, scope, floor)
 
     def why_not(self, path: str, x: Any, axes: Axes | None = None) -> str | None:
         """Say why a leaf is not pruned, or return None."""

@@ -14,13 +14,10 @@ from jax.extend.core import JaxprEqn
 
 from compress_jax.trace import contraction
 from compress_jax.trace.interpret import Where, interpret
+from compress_jax.trace.primitives import CASTS, INDEXED, MOVES
 from compress_jax.trace.rebuild import bind
 from compress_jax.trace.site import Position
 from compress_jax.trace.traced import Traced
-
-SAME = ("copy", "copy_p", "stop_gradient", "name", "sharding_constraint", "reshard", "device_put", "optimization_barrier")
-MOVES = ("transpose", "reshape", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "rev", "split")
-INDEXED = ("dynamic_slice", "gather")
 
 
 @dataclass(frozen=True)
@@ -56,9 +53,14 @@ class Move:
 
 @dataclass(frozen=True)
 class Cast:
-    """A cast to another floating-point dtype, which codes need not follow."""
+    """A cast to another floating-point dtype or to fewer digits, which codes need not follow."""
 
-    dtype: Any
+    eqn: JaxprEqn
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Cast an array of any shape."""
+        p = self.eqn.params
+        return x.astype(p["new_dtype"]) if "new_dtype" in p else jax.lax.reduce_precision(x, **p)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Route:
     def cast(self, x: jax.Array) -> jax.Array:
         """Cast an array as the parameter is cast on the way."""
         for step in self.steps:
-            x = x.astype(step.dtype) if isinstance(step, Cast) else x
+            x = step(x) if isinstance(step, Cast) else x
         return x
 
 
@@ -169,15 +171,13 @@ class Routes:
         name, outs = eqn.primitive.name, range(len(eqn.outvars))
         if args and all(isinstance(arg, Fixed) for arg in args) and not eqn.effects:
             return [Fixed(_evaluated(eqn, args, i)) for i in outs]
-        if name in SAME and len(args) == len(eqn.outvars):
-            return args
         first, rest = (args[0], args[1:]) if args else (None, [])
         if isinstance(first, Route) and all(isinstance(each, Fixed) for each in rest):
             if name in MOVES or name in INDEXED:
                 indices = tuple(each for each in rest if isinstance(each, Fixed))
                 return [Route(first.path, (*first.steps, Move(eqn, i, indices))) for i in outs]
-            if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
-                return [Route(first.path, (*first.steps, Cast(eqn.params["new_dtype"])))]
+            if name in CASTS and jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", bool), jnp.floating):
+                return [Route(first.path, (*first.steps, Cast(eqn)))]
         return [_lost(args, _changed(name, args))] * len(eqn.outvars)
 
 

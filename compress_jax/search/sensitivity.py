@@ -207,8 +207,9 @@ def _candidates(traced: Traced, leaves: dict[str, Any], where: Patterns | None) 
         found = match(where, leaves)
         return found, {path: "no pattern matches it" for path in leaves if path not in found}
     used = {path for site in traced.sites.values() for path in (site.param, *site.also)} | set(traced.found.lookups.values())
+    why = {path: f"{how}; name it in where to decide about it" for path, how in traced.found.otherwise.items()}
     return [path for path in leaves if path in used], {
-        path: "no product and no lookup uses it" for path in leaves if path not in used
+        path: why.get(path, "no product and no lookup uses it") for path in leaves if path not in used
     }
 
 

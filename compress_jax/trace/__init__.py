@@ -7,12 +7,13 @@ from compress_jax.trace._gram import gram
 from compress_jax.trace._groups import groups
 from compress_jax.trace._layouts import bind, layouts
 from compress_jax.trace._observe import observe
-from compress_jax.trace._resize import resize
+from compress_jax.trace._resize import resize, resized_numbers
 from compress_jax.trace._rewrite import rewrite
 from compress_jax.trace._sites import sites, unseen
 from compress_jax.trace.costs import Cost, SiteCost
 from compress_jax.trace.group import Group, Groups
 from compress_jax.trace.reducer import Reducer
+from compress_jax.trace.resized_numbers import Number
 from compress_jax.trace.site import Site
 from compress_jax.trace.verify import Verification, verify_groups
 
@@ -21,6 +22,7 @@ __all__ = [
     "Cost",
     "Group",
     "Groups",
+    "Number",
     "Reducer",
     "Site",
     "SiteCost",
@@ -34,6 +36,7 @@ __all__ = [
     "observe",
     "reducers",
     "resize",
+    "resized_numbers",
     "rewrite",
     "sites",
     "unseen",

@@ -78,7 +78,8 @@ def cost(
     leaves = stored(params, compression, state)
     by_site = _by_site(traced, leaves, _chosen(activation_bits, [site.name for site in traced.sites.values()]))
     counted = operations(traced.jaxpr.jaxpr)
-    return Cost(by_site, _parameters(leaves), counted.flops, counted.transcendentals, _notes(traced, counted))
+    notes, size = _notes(traced, counted), _parameters(leaves)
+    return Cost(by_site, size, counted.flops, counted.transcendentals, notes, counted.products)
 
 
 def _by_site(traced: Traced, leaves: dict[str, Stored], activations: dict[str, int]) -> dict[str, SiteCost]:
@@ -125,6 +126,8 @@ def _notes(traced: Traced, counted: Operations) -> dict[str, str]:
     for primitive, times in counted.uncounted.items():
         missing = "products and operations" if primitive in traced.found.hidden.values() else "operations"
         notes[primitive] = f"its {missing} are not counted (runs: {times})"
+    if counted.products:
+        notes["dot_general"] = f"products that sum over no axis are no sites, but {counted.products} of the MACs"
     if counted.loops:
         notes["while"] = f"turns that only the data know count as one (loops: {counted.loops})"
     if counted.choices:

@@ -54,9 +54,10 @@ def unseen(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, str]:
     contracted = {path for site in traced.sites.values() for path in (site.param, *site.also)}
     tables = set(traced.found.lookups.values())
     left = [path for path, x in flatten(params)[0].items() if len(x.shape) > 1 and path not in contracted]
-    looked_up, other = "rows of it are looked up (gather); no product uses it", "no contraction uses it"
+    looked_up = "rows of it are looked up (gather); no product uses it"
+    other = {path: f"{how}; no contraction uses it" for path, how in traced.found.otherwise.items()}
     hidden = {
         f"{primitive} at {'/'.join(map(str, position))}": "it contracts inside, where the interpreter does not look"
         for position, primitive in traced.found.hidden.items()
     }
-    return {path: looked_up if path in tables else other for path in left} | hidden
+    return {path: looked_up if path in tables else other.get(path, "no contraction uses it") for path in left} | hidden

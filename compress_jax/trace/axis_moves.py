@@ -116,17 +116,43 @@ def split(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     return [(*args[0][:i], piece, *args[0][i + 1 :]) for piece in cut]
 
 
+def unstack(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Hand out the indices of an axis, each by itself."""
+    i = eqn.params["axis"]
+    pieces(axes, args[0][i], [1] * args[0][i].size)
+    return [(*args[0][:i], *args[0][i + 1 :]) for _ in eqn.outvars]
+
+
 def slice_(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Take a piece of each axis; every n-th index freezes it."""
-    p, results = eqn.params, []
+    """Take a piece of each axis, or every n-th index of one."""
+    p = eqn.params
     strides = p["strides"] or [1] * len(args[0])
-    for axis, start, limit, stride in zip(args[0], p["start_indices"], p["limit_indices"], strides, strict=True):
-        if stride == 1:
-            results.append(pieces(axes, axis, [start, limit - start, axis.size - limit])[1])
-        else:
-            axes.freeze(axis, "strided slice")
-            results.append(axes.leaf(-(-(limit - start) // stride), "strided slice"))
-    return [tuple(results)]
+    limits = zip(args[0], p["start_indices"], p["limit_indices"], strides, strict=True)
+    return [tuple(_piece(axes, axis, *limit) for axis, *limit in limits)]
+
+
+def _piece(axes: Axes, axis: Axis, start: int, limit: int, stride: int) -> Axis:
+    """Return a piece of an axis. Every n-th index of whole rows of n is a column of them: interleaved channels."""
+    if stride == 1:
+        return pieces(axes, axis, [start, limit - start, axis.size - limit])[1]
+    first, count = interleaved(start, limit, stride)
+    if count > 1 and first + count * stride <= axis.size:
+        rows = pieces(axes, axis, [first, count * stride, axis.size - first - count * stride])[1]
+        column = axes.leaf(count)
+        unify(axes, rows, product([column, concatenation([UNIT] * stride)]))
+        return column
+    axes.freeze(axis, "strided slice")
+    return axes.leaf(-(-(limit - start) // stride), "strided slice")
+
+
+def interleaved(start: int, limit: int, stride: int) -> tuple[int, int]:
+    """Return where the rows begin of which a strided slice takes one index each, and how many they are.
+
+    Example:
+      >>> interleaved(1, 8, 2), interleaved(5, 8, 2)
+      ((0, 4), (4, 2))
+    """
+    return start - start % stride, -(-(limit - start) // stride)
 
 
 def pad(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from jax.extend.core import JaxprEqn
 
 from compress_jax.trace import axis_moves as moves
-from compress_jax.trace import contraction
+from compress_jax.trace import contraction, primitives
 from compress_jax.trace._unify import unify
 from compress_jax.trace.axes import Axes, Axis, product
 from compress_jax.trace.axis_moves import Dims, Results, alike, shape
@@ -133,33 +133,20 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     return [tuple(results[i] for i in range(len(results)))]
 
 
-ELEMENTWISE = """
-abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e bitcast_convert_type cbrt ceil
-clamp clz complex conj convert_element_type copy copy_p cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2
-expm1 floor ge gt igamma igammac imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max
-min mul name ne neg nextafter not one_minus_square or polygamma population_count pow real reduce_precision
-regularized_incomplete_beta rem round rsqrt select_n sharding_constraint shift_left shift_right_arithmetic
-shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor zeta
-""".split()
-EACH = "optimization_barrier psum psum2 psum_invariant pmax pmin pvary pcast ppermute device_put".split()
-REDUCTIONS = tuple(f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or", "xor"))
-RANDOM = """random_bits random_wrap random_unwrap random_seed random_split random_fold_in random_clone
-threefry2x32 rng_bit_generator rng_uniform""".split()
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(ELEMENTWISE, _elementwise),
-    **dict.fromkeys(EACH, _each),
-    **dict.fromkeys(REDUCTIONS, _reduce),
-    **dict.fromkeys(RANDOM, _free),
-    **dict.fromkeys(("argmax", "argmin"), _arg_reduce),
-    **dict.fromkeys(("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"), _along("axis")),
-    **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _window),
-    **dict.fromkeys(("scatter", "scatter-add", "scatter-mul", "scatter-min", "scatter-max"), moves.scatter),
-    **dict.fromkeys(("debug_callback", "debug_print"), _nothing),
+    **dict.fromkeys(primitives.ELEMENTWISE, _elementwise),
+    **dict.fromkeys(primitives.COLLECTIVES, _each),
+    **dict.fromkeys(primitives.REDUCTIONS, _reduce),
+    **dict.fromkeys(primitives.NUMBERS | primitives.RANDOM, _free),
+    **dict.fromkeys(primitives.INDEX_REDUCTIONS, _arg_reduce),
+    **dict.fromkeys(primitives.RUNNING, _along("axis")),
+    **dict.fromkeys(primitives.WINDOWS, _window),
+    **dict.fromkeys(primitives.UPDATES, moves.scatter),
+    **dict.fromkeys(primitives.SILENT, _nothing),
     "rev": _along("dimensions"),
     "sort": _along("dimension"),
     "top_k": _top_k,
     "iota": _iota,
-    "axis_index": _free,
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged,
     "conv_general_dilated": _convolution,
@@ -172,6 +159,7 @@ RULES: dict[str, Rule] = {
     "stack": moves.stack,
     "concatenate": moves.concatenate,
     "split": moves.split,
+    "unstack": moves.unstack,
     "slice": moves.slice_,
     "pad": moves.pad,
     "dynamic_slice": moves.dynamic_slice,
@@ -184,4 +172,4 @@ def summed(eqn: JaxprEqn) -> list[tuple[int, int]]:
     """Return the axes that an equation takes together, as ``(operand, axis)``: those that its result no longer has."""
     if contraction.kind(eqn) is not None:
         return [(1, axis) for axis in contraction.axes(eqn)[0][1]]
-    return [(0, axis) for axis in eqn.params["axes"]] if eqn.primitive.name in REDUCTIONS else []
+    return [(0, axis) for axis in eqn.params["axes"]] if eqn.primitive.name in primitives.REDUCTIONS else []

@@ -7,10 +7,11 @@ from typing import Any
 from jax.extend.core import JaxprEqn
 
 from compress_jax.trace.interpret import Where, interpret
+from compress_jax.trace.primitives import CASTS
 from compress_jax.trace.site import Position, Site
 from compress_jax.trace.traced import trace
 
-MOVES = frozenset("reshape transpose broadcast_in_dim squeeze expand_dims convert_element_type copy copy_p name".split())
+MOVES = CASTS | {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"}
 
 
 @dataclass(frozen=True)

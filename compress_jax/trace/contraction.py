@@ -15,8 +15,17 @@ KINDS = {
 
 
 def kind(eqn: JaxprEqn) -> str | None:
-    """Return ``"dot"``, ``"conv"`` or ``"ragged_dot"``, or None for an equation that does not contract."""
-    return KINDS.get(eqn.primitive.name)
+    """Return ``"dot"``, ``"conv"`` or ``"ragged_dot"``, or None for an equation that does not contract.
+
+    A product that sums over no axis (``einsum("bd,dn->bdn")``) multiplies entry by entry: it is no layer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> kind(jax.make_jaxpr(jnp.outer)(jnp.ones(2), jnp.ones(3)).jaxpr.eqns[0]) is None
+      True
+    """
+    found = KINDS.get(eqn.primitive.name)
+    return None if found == "dot" and not eqn.params["dimension_numbers"][0][0] else found
 
 
 def axes(eqn: JaxprEqn) -> tuple[tuple[Axes, Axes], tuple[Axes, Axes]]:

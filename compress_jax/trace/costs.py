@@ -84,6 +84,7 @@ class Cost:
         sum of ``n``.
       transcendentals: results of exp, log, tanh, rsqrt, ...; not among the FLOPs.
       notes: what is not counted, or not exactly, and why.
+      products: multiplications of products that sum over no axis: among the MACs, but no site's.
     """
 
     by_site: dict[str, SiteCost]
@@ -91,11 +92,12 @@ class Cost:
     other_flops: int
     transcendentals: int
     notes: dict[str, str] = field(default_factory=dict)
+    products: int = 0
 
     @property
     def macs(self) -> int:
         """Multiply-accumulates of all contractions, those with pruned weights included."""
-        return sum(each.macs for each in self.by_site.values())
+        return sum(each.macs for each in self.by_site.values()) + self.products
 
     @property
     def flops(self) -> int:

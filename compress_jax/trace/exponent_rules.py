@@ -6,7 +6,7 @@ from fractions import Fraction
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from compress_jax.trace import contraction
+from compress_jax.trace import contraction, primitives
 from compress_jax.trace.axis_moves import Dims
 from compress_jax.trace.exponents import Demands, Field, Fixed, Scaled, plus
 
@@ -125,6 +125,12 @@ def _concatenated(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dim
     return Scaled(dims, tuple(fields), args == live and all(arg.zero for arg in args), why=_why(args))
 
 
+def _stacked(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
+    along = eqn.params["axis"]
+    same = _equal(demands, eqn, args, (*dims[:along], *dims[along + 1 :]))
+    return Scaled(dims, (*same.fields[:along], {}, *same.fields[along:]), same.zero, why=same.why)
+
+
 def _contracted(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled | None:
     left, right = args[:2]
     if contraction.kind(eqn) == "ragged_dot":
@@ -177,20 +183,16 @@ def _against(demands: Demands, left: Scaled, i: int, right: Scaled, j: int) -> N
             demands.fixed.append(Fixed(form, why))
 
 
-KEPT = """convert_element_type copy copy_p neg abs reduce_precision sharding_constraint stop_gradient name real
-optimization_barrier device_put pvary pcast""".split()
-MOVED = "reshape squeeze expand_dims slice gather dynamic_slice tile".split()
-SUMS = "add add_any sub max min select_n".split()
-REDUCED = "reduce_sum reduce_max reduce_min".split()
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(KEPT, _kept),
-    **dict.fromkeys(MOVED, _moved),
-    **dict.fromkeys(SUMS, _equal),
-    **dict.fromkeys("eq ne lt le gt ge".split(), _compared),
-    **dict.fromkeys(REDUCED, _reduced),
+    **dict.fromkeys(primitives.CASTS | primitives.SIGNS | {"abs", "rev"}, _kept),
+    **dict.fromkeys(primitives.MOVES - {"broadcast_in_dim", "rev", "transpose"}, _moved),
+    **dict.fromkeys(primitives.INDEXED, _moved),
+    **dict.fromkeys(primitives.SUMS | {"max", "min", "select_n"}, _equal),
+    **dict.fromkeys(primitives.COMPARISONS, _compared),
+    **dict.fromkeys(("reduce_sum", "reduce_max", "reduce_min"), _reduced),
     **dict.fromkeys(("sqrt", "rsqrt", "square", "integer_pow"), _power),
-    **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _window),
-    **dict.fromkeys(contraction.KINDS, _contracted),
+    **dict.fromkeys(primitives.WINDOWS, _window),
+    **dict.fromkeys(primitives.CONTRACTIONS, _contracted),
     "pad": _padded,
     "cumsum": _ran_along,
     "sign": _sign,
@@ -199,4 +201,5 @@ RULES: dict[str, Rule] = {
     "transpose": _transposed,
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenated,
+    "stack": _stacked,
 }

@@ -68,7 +68,7 @@ def plus(a: Form, b: Form, times: int | Fraction = 1) -> Form:
     return {name: x for name, x in total.items() if x}
 
 
-PARTS = ("slice", "split")  # they leave out whole leaves; of those that they cut, the axes say that they are frozen
+PARTS = ("slice", "split", "unstack")  # they leave out whole leaves; of those they cut, the axes say that they are frozen
 
 
 @dataclass

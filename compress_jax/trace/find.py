@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import jax
@@ -10,10 +10,13 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from compress_jax.trace import contraction
 from compress_jax.trace.interpret import Where, interpret
+from compress_jax.trace.numbers import numbers
 from compress_jax.trace.origin import CONSTANT, DATA, PARAMETER, Origin, data, join, parameter, transfer
 from compress_jax.trace.site import Axes, Position, Site
 
 LEAVES = ("kernel", "embedding", "weight", "w")  # what the parameter of a layer is called: left out where names are joined
+CONSTANT_ROWS = "rows of it are read at constant indices"
+NO_SUM = "its products are summed over no axis: it scales entry by entry"
 
 
 @dataclass
@@ -23,14 +26,18 @@ class Found:
     Attributes:
       contractions: by position, the equation, the origins of its operands, and its place.
       lookups: by position, the table that rows were gathered from.
+      otherwise: by path of a parameter, how it is used where no contraction and no lookup is.
+      sums: positions of contractions of which an operand is one number throughout (``ones``): sums, not layers.
       hidden: by position, the primitive that contracts where nobody looks.
       stacked: by path, the axes of a parameter that loops take one slice of at a time.
     """
 
     contractions: dict[Position, tuple[JaxprEqn, Origin, Origin, Where]] = field(default_factory=dict)
     lookups: dict[Position, str] = field(default_factory=dict)
+    otherwise: dict[str, str] = field(default_factory=dict)
     hidden: dict[Position, str] = field(default_factory=dict)
     stacked: dict[str, set[int]] = field(default_factory=dict)
+    sums: frozenset[Position] = frozenset()
 
     def constant(self, aval: Any, value: Any) -> Origin:
         """Return the origin of a literal or a captured array."""
@@ -64,13 +71,20 @@ class Found:
     def equation(self, eqn: JaxprEqn, args: list[Origin], where: Where) -> Sequence[Origin]:
         """Return the origins of an equation's results; note it if it contracts or looks up."""
         if contraction.kind(eqn) is not None:
+            if where.position in self.sums:
+                args = [replace(arg, paths=()) for arg in args]
             self.contractions[where.position] = (eqn, args[0], args[1], where)
             return [_product(args, where.position)]
         if contraction.hidden(eqn):
             self.hidden[where.position] = eqn.primitive.name
         result = transfer(eqn, args)
-        if eqn.primitive.name == "gather" and args[0].paths and result.level == DATA:
-            self.lookups[where.position] = args[0].paths[0]
+        if eqn.primitive.name == "gather" and args[0].paths:
+            if result.level == DATA:
+                self.lookups[where.position] = args[0].paths[0]
+            elif args[0].level == PARAMETER:
+                self.otherwise.setdefault(args[0].paths[0], CONSTANT_ROWS)
+        if eqn.primitive.name == "dot_general":
+            self.otherwise |= {arg.paths[0]: NO_SUM for arg in args if arg.level == PARAMETER and arg.paths}
         return [result] * len(eqn.outvars)
 
 
@@ -94,7 +108,7 @@ def find(closed: ClosedJaxpr, params: dict[str, Any], inputs: Sequence[str]) -> 
     Returns:
       What was seen.
     """
-    found = Found()
+    found = Found(sums=frozenset(numbers(closed)))
     interpret(found, closed, [*(parameter(path, x.shape) for path, x in params.items()), *map(data, inputs)])
     return found
 
@@ -103,33 +117,45 @@ def name(found: Found) -> dict[Position, Site]:
     """Return the sites of a walk by position, in program order, with unique names."""
     names: dict[Position, str] = {}
     seen: Counter[str] = Counter()
-    for position, (_, lhs, rhs, _) in found.contractions.items():
-        paths = _paths(lhs, rhs)
+    for position, (eqn, lhs, rhs, _) in found.contractions.items():
+        paths = _paths(eqn, lhs, rhs)
         base = paths[0] if paths else _pair(_label(lhs, names), _label(rhs, names))
         seen[base] += 1
         names[position] = base if seen[base] == 1 else f"{base}#{seen[base]}"
     uses: dict[str, list[str]] = {}
-    for position, (_, lhs, rhs, _) in found.contractions.items():
-        for path in _paths(lhs, rhs)[:1]:
+    for position, (eqn, lhs, rhs, _) in found.contractions.items():
+        for path in _paths(eqn, lhs, rhs)[:1]:
             uses.setdefault(path, []).append(names[position])
     for path in found.lookups.values():
         uses.setdefault(path, []).append("gather")
     return {position: _site(names[position], *found.contractions[position], uses) for position in names}
 
 
-def _paths(lhs: Origin, rhs: Origin) -> tuple[str, ...]:
+def _paths(eqn: JaxprEqn, lhs: Origin, rhs: Origin) -> tuple[str, ...]:
     """Return the parameters of a contraction, the main one first: of two operands the one that is not also data's."""
-    order = (lhs, rhs) if _operand(lhs, rhs) == "lhs" else (rhs, lhs)
+    order = (lhs, rhs) if _operand(eqn, lhs, rhs) == "lhs" else (rhs, lhs)
     return tuple(dict.fromkeys(path for origin in order if origin.level == PARAMETER for path in origin.paths))
 
 
-def _operand(lhs: Origin, rhs: Origin) -> str | None:
-    """Return which operand is the parameter; of two, the one with more stored axes, then the second."""
+def _operand(eqn: JaxprEqn, lhs: Origin, rhs: Origin) -> str | None:
+    """Return which operand is the parameter; of two, the one that looks more like a kernel, then the second."""
     if not (rhs.paths or lhs.paths):
         return None
     if not (rhs.paths and lhs.paths):
         return "rhs" if rhs.paths else "lhs"
-    return "lhs" if len(lhs.dims or ()) > len(rhs.dims or ()) else "rhs"
+    left, right = (_kernel(origin, var.aval) for origin, var in zip((lhs, rhs), eqn.invars, strict=False))
+    return "lhs" if left > right else "rhs"
+
+
+def _kernel(origin: Origin, aval: Any) -> tuple[bool, bool, int]:
+    """Return how much a value looks like a kernel: one parameter, not repeated along an axis, of many axes longer than 1.
+
+    Learned queries, positions or tokens that are fed to a kernel are sums of parameters, or repeated for every example.
+    """
+    if origin.dims is None:
+        return False, False, 0
+    long = [axes for axes, size in zip(origin.dims, aval.shape, strict=True) if size > 1]
+    return len(origin.paths) == 1, all(long), sum(map(bool, long))
 
 
 def _label(origin: Origin, names: dict[Position, str]) -> str:
@@ -156,7 +182,7 @@ def _short(label: str) -> str:
 
 def _site(name: str, eqn: JaxprEqn, lhs: Origin, rhs: Origin, where: Where, uses: dict[str, list[str]]) -> Site:
     contracting, batch = contraction.axes(eqn)
-    operand, paths = _operand(lhs, rhs), _paths(lhs, rhs)
+    operand, paths = _operand(eqn, lhs, rhs), _paths(eqn, lhs, rhs)
     side = 0 if operand == "lhs" else 1
     origin = (lhs, rhs)[side]
     left, right, out = (cast(jax.ShapeDtypeStruct, var.aval) for var in (*eqn.invars[:2], eqn.outvars[0]))

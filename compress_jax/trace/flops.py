@@ -6,30 +6,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn
 
 from compress_jax.trace import contraction
+from compress_jax.trace import primitives as p
 from compress_jax.trace.nested import Branches, Call, Scan, While, nested
 
-FREE = frozenset(  # they move, cut, name or make numbers, and compute none
-    "all_gather all_gather_invariant all_gather_reduced all_to_all axis_index bitcast_convert_type broadcast_in_dim"
-    " concatenate copy copy_p create_token debug_callback debug_print device_put dynamic_slice dynamic_update_slice empty"
-    " empty2 expand_dims gather iota layout_constraint name optimization_barrier pad pbroadcast pcast ppermute pvary"
-    " ragged_all_to_all random_clone random_seed random_unwrap random_wrap reshape reshard rev scatter sharding_constraint"
-    " slice split squeeze stack stop_gradient tile transpose unstack zeros_like".split()
-)
-EACH = frozenset(  # one operation an element of the result
-    "abs add add_any and ceil clamp clz complex conj convert_element_type cummax cummin cumprod cumsum div eq eq_to floor ge"
-    " gt imag is_finite le le_to lt lt_to max min mul ne neg nextafter not or pmax pmin population_count psum psum_invariant"
-    " real reduce_precision reduce_scatter rem round select_n shift_left shift_right_arithmetic shift_right_logical sign"
-    " square sub xor".split()
+FREE = (  # they move, cut, name or make numbers, and compute none
+    p.PASSED | p.MOVES | p.JOINS | p.INDEXED | p.NUMBERS | p.SILENT | p.CONTRACTIONS | {"dynamic_update_slice", "scatter"}
+) | frozenset(
+    "all_gather all_gather_invariant all_gather_reduced all_to_all bitcast_convert_type ppermute ragged_all_to_all"
+    " random_clone random_seed random_unwrap random_wrap".split()
 )
 TRANSCENDENTAL = frozenset(  # one transcendental function an element of the result
     "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp expm1 lgamma"
     " log log1p pow rsqrt sin sinh sqrt tan tanh".split()
 )
-BOTH = {"logistic": 3, "exp2": 1, "cumlogsumexp": 1}  # a transcendental function and so many operations: 1 / (1 + exp(-x))
-SCATTERS = frozenset(("scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"))
+BOTH = {"logistic": 3, "exp2": 1, "log2": 1, "cumlogsumexp": 1}  # a function and so many operations: 1 / (1 + exp(-x))
+EACH = p.CASTS | p.SUMS | p.SIGNS | p.COMPARISONS | p.ARITHMETIC | p.COLLECTIVES | p.RUNNING | {"reduce_scatter"}
+EACH = EACH - FREE - BOTH.keys()  # one operation an element of the result
+SCATTERS = p.UPDATES - FREE
 
 
 @dataclass
@@ -42,6 +39,7 @@ class Operations:
       uncounted: primitives whose operations are not known here, and how often they run.
       loops: while loops met: they are counted for one turn.
       choices: choices of branches met: every branch is counted.
+      products: multiplications of products that sum over no axis (``einsum("bd,dn->bdn")``), of which there is no site.
     """
 
     flops: int = 0
@@ -49,6 +47,7 @@ class Operations:
     uncounted: Counter[str] = field(default_factory=Counter)
     loops: int = 0
     choices: int = 0
+    products: int = 0
 
 
 def operations(jaxpr: Jaxpr) -> Operations:
@@ -96,7 +95,9 @@ def _walk(jaxpr: Jaxpr, times: int, total: Operations) -> None:
 
 def _count(eqn: JaxprEqn, times: int, total: Operations) -> None:
     name = eqn.primitive.name
-    if name in FREE or contraction.kind(eqn) is not None:
+    if name == "dot_general" and contraction.kind(eqn) is None:
+        total.products += times * _out(eqn)
+    if name in FREE and name not in RULES:
         return
     rule, function = RULES.get(name) or _kind(name), name in TRANSCENDENTAL or name in BOTH
     if rule is None and not function:
@@ -140,6 +141,12 @@ def _power(eqn: JaxprEqn) -> int:
     return _out(eqn) * (products + (eqn.params["y"] < 0))
 
 
+def _reduced_precision(eqn: JaxprEqn) -> int:
+    """Nothing is rounded where as many digits are asked for as there are."""
+    info = jnp.finfo(getattr(eqn.invars[0].aval, "dtype", jnp.float32))
+    return 0 if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant else _out(eqn)
+
+
 def _convert(eqn: JaxprEqn) -> int:
     """A cast to the same dtype only forgets that a number was a Python number."""
     before, after = (getattr(var.aval, "dtype", None) for var in (eqn.invars[0], eqn.outvars[0]))
@@ -149,6 +156,7 @@ def _convert(eqn: JaxprEqn) -> int:
 RULES: dict[str, Callable[[JaxprEqn], int]] = {
     "integer_pow": _power,
     "convert_element_type": _convert,
+    "reduce_precision": _reduced_precision,
     "select_and_scatter_add": _spread,
     **dict.fromkeys(SCATTERS, lambda eqn: math.prod(_shape(eqn.invars[2]))),
     **{name: (lambda eqn, each=each: each * _out(eqn)) for name, each in BOTH.items()},

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from compress_jax.trace.nested import Branches, Call, Scan, While, nested
+from compress_jax.trace.primitives import PASSED
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Domain(Protocol):
         ...
 
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
-        """Return the results of an equation that runs nothing known inside."""
+        """Return the results of an equation that runs nothing known inside and does more than pass its operands on."""
         ...
 
     def join(self, a: Any, b: Any) -> Any:
@@ -97,6 +98,8 @@ def interpret(domain: Domain, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Wh
 
 
 def _equation(domain: Domain, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
+    if eqn.primitive.name in PASSED:
+        return args
     match nested(eqn):
         case Call() as call:
             return _call(domain, eqn, call, args, where)

@@ -9,6 +9,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 CALLS = {  # primitive -> the parameter that holds the body, which takes the equation's operands as they stand
     "jit": "jaxpr",
     "pjit": "jaxpr",
+    "call": "call_jaxpr",
+    "composite": "jaxpr",
+    "custom_vmap_call": "call",
     "closed_call": "call_jaxpr",
     "core_closed_call": "call_jaxpr",
     "remat": "jaxpr",
@@ -117,6 +120,25 @@ def nested(eqn: JaxprEqn) -> Nested | None:
         return Branches(tuple(p["branches"]))
     body = p.get(CALLS.get(name, ""))
     return None if body is None else Call(closed(body), _shards(p) if name == "shard_map" else None)
+
+
+def bodies(form: Nested | None) -> dict[int | str, ClosedJaxpr]:
+    """Return the jaxprs of a form by the step of a position that leads into them.
+
+    Example:
+      >>> import jax
+      >>> loop = jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: x + 1, x))(1)
+      >>> list(bodies(nested(loop.jaxpr.eqns[0])))
+      ['cond', 'body']
+    """
+    match form:
+        case Call(body) | Scan(body):
+            return {"body": body}
+        case While(condition, body):
+            return {"cond": condition, "body": body}
+        case Branches(every):
+            return dict(enumerate(every))
+    return {}
 
 
 def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:

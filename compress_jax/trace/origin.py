@@ -7,6 +7,7 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
+from compress_jax.trace.primitives import INDEX_REDUCTIONS, RANDOM, REDUCTIONS
 from compress_jax.trace.site import Axes, Position, Shape
 
 CONSTANT, PARAMETER, DATA = 0, 1, 2
@@ -68,10 +69,12 @@ def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
     """
     shapes = [getattr(var.aval, "shape", ()) for var in eqn.invars]
     name, out = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
-    if name.startswith(("random_", "threefry", "rng_")):
+    if name in RANDOM:
         return Origin()
     if name in ("gather", "dynamic_slice") and args[0].level == PARAMETER:
         return _gather(eqn, args, shapes, out) if name == "gather" else _slice(args[0], shapes[0], out)
+    if name in REDUCTIONS or name in INDEX_REDUCTIONS:
+        return args[0] if args[0].level == DATA else Origin(args[0].level)  # a sum of weights is no longer the weights
     if name in MOVES and args[0].dims is not None:
         return replace(args[0], **MOVES[name](eqn.params, args[0], shapes[0], out))
     return _combine(args, shapes, out)
@@ -100,10 +103,6 @@ def _transpose(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[st
 
 def _squeeze(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     return {"dims": tuple(axes for axis, axes in enumerate(_dims(origin)) if axis not in params["dimensions"])}
-
-
-def _reduce(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    return {"dims": tuple(axes for axis, axes in enumerate(_dims(origin)) if axis not in params["axes"])}
 
 
 def _expand(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
@@ -150,8 +149,6 @@ MOVES = {
     "slice": _cut,
     "split": _cut,
     "pad": _keep,
-    **{f"reduce_{kind}": _reduce for kind in ("sum", "max", "min", "prod", "and", "or", "xor")},
-    **dict.fromkeys(("argmax", "argmin"), _reduce),
 }
 
 

@@ -17,9 +17,9 @@ from compress_jax.trace import rebuild
 from compress_jax.trace._analyse import Walk
 from compress_jax.trace.axes import Axes, Leaf
 from compress_jax.trace.axis_moves import Dims
+from compress_jax.trace.counts import Known
 from compress_jax.trace.interpret import interpret
 from compress_jax.trace.kept import Kept
-from compress_jax.trace.means import Known
 from compress_jax.trace.nested import opened
 from compress_jax.trace.site import Position
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from jax.extend.core import JaxprEqn
 
-from compress_jax.trace.axis_moves import Dims
+from compress_jax.trace.axes import Axis
+from compress_jax.trace.axis_moves import Dims, interleaved
 from compress_jax.trace.kept import Kept
 
 Changes = dict[str, Any]
@@ -53,11 +54,24 @@ def _reshape(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims
 
 def _slice(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
     """Count what is left before a limit."""
-    changes = {}
-    for name in ("start_indices", "limit_indices"):
-        limits = zip(operands[0], eqn.params[name], strict=True)
-        changes[name] = tuple(limit and int((kept.of(axis) < limit).sum()) for axis, limit in limits)
-    return changes
+    p = eqn.params
+    strides = p["strides"] or [1] * len(operands[0])
+    pieces = zip(operands[0], results[0], p["start_indices"], p["limit_indices"], strides, strict=True)
+    limits = [_limits(kept, *piece) for piece in pieces]
+    return {"start_indices": tuple(start for start, _ in limits), "limit_indices": tuple(limit for _, limit in limits)}
+
+
+def _limits(kept: Kept, axis: Axis, piece: Axis, start: int, limit: int, stride: int) -> tuple[int, int]:
+    """Return the new start and limit; of a strided slice, rows stay whole or go."""
+
+    def before(index: int) -> int:
+        return index and int((kept.of(axis) < index).sum())
+
+    if stride == 1:
+        return before(start), before(limit)
+    first, _ = interleaved(start, limit, stride)
+    new = before(first) + start - first
+    return new, new + (kept.size(piece) - 1) * stride + 1
 
 
 def _split(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:

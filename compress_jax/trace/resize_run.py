@@ -1,6 +1,6 @@
 """Run a jaxpr on shorter values: each equation with its own parameters resized, each nested one built again around that."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +13,11 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from compress_jax.trace import rebuild
 from compress_jax.trace._analyse import Walk
 from compress_jax.trace.axes import Leaf
+from compress_jax.trace.counts import Followed, Follower, Known
 from compress_jax.trace.kept import Kept, cut
-from compress_jax.trace.means import Followed, Known, follow
 from compress_jax.trace.nested import Branches, Call, Scan, While, nested
+from compress_jax.trace.numbers import numbers
+from compress_jax.trace.primitives import PASSED
 from compress_jax.trace.resize_derivatives import custom_jvp, custom_vjp
 from compress_jax.trace.resize_rules import resized
 from compress_jax.trace.site import Position
@@ -30,19 +32,23 @@ class Plan:
     Attributes:
       walk: the axes of every value in it.
       kept: what is left of them.
-      followed: counts that change, and the axes of calls.
+      followed: numbers that look like counts, and the axes of calls.
+      numbers: by position, operands that are numbers and become others: ``{which: number}``.
     """
 
     walk: Walk
     kept: Kept
     followed: Followed
+    numbers: Mapping[Position, Mapping[int, float]]
 
     @classmethod
     def of(cls, walk: Walk, indices: dict[Leaf, np.ndarray], jaxpr: ClosedJaxpr, args: Sequence[Known]) -> "Plan":
-        """Make the plan of a jaxpr that has been walked over."""
-        kept, followed = Kept(walk.axes, indices), Followed()
-        follow(walk, kept, jaxpr, args, followed)
-        return cls(walk, kept, followed)
+        """Make the plan of a jaxpr that has been walked over: numbers that make a mean of a sum follow its terms."""
+        kept = Kept(walk.axes, indices)
+        follower = Follower(walk, kept, numbers(jaxpr))
+        follower.run(jaxpr, args)
+        counts = follower.noted.counts
+        return cls(walk, kept, follower.noted, {at: {each.which: each.now} for at, each in counts.items() if each.proven})
 
     def run(self, jaxpr: ClosedJaxpr, args: Sequence[Any], position: Position = ()) -> list[Any]:
         """Run the jaxpr, or one inside it, on shorter values; a constant stays whole until an equation takes it."""
@@ -65,6 +71,8 @@ class Plan:
         def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Body:
             return lambda *operands, given=None: (self.run(jaxpr, operands, (*position, where)), {})
 
+        if eqn.primitive.name in PASSED:
+            return rebuild.bind(eqn, args)
         match nested(eqn):
             case None:
                 return self._leaf(eqn, args, position)
@@ -87,8 +95,7 @@ class Plan:
     def _leaf(self, eqn: JaxprEqn, args: list[Any], position: Position) -> list[Any]:
         operands, results = self.walk.values[position]
         args = [cut(x, self.kept.shape(dims)) for x, dims in zip(args, operands, strict=True)]
-        if position in self.followed.numbers:
-            which, number = self.followed.numbers[position]
+        for which, number in self.numbers.get(position, {}).items():
             args[which] = jnp.full_like(args[which], number)
         params = eqn.primitive.get_bind_params({**eqn.params, **resized(self.kept, eqn, operands, results)})
         made = eqn.primitive.bind(*args, **params)

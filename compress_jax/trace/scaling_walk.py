@@ -99,7 +99,7 @@ class Walked:
             if arg.param is not None:
                 self.used.add(arg.param)
                 self.whole |= {arg.param} if len(arg.dims) == len(self.analysis.params[arg.param]) else set()
-        if name == "split":
+        if name in ("split", "unstack"):
             return [self.demands.moved(args[0], dims, name) for dims in results]
         if name in RULES:
             out = RULES[name](self.demands, eqn, args, results[0])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from jax.extend.core import JaxprEqn
 
-from compress_jax.trace import contraction
+from compress_jax.trace import contraction, primitives
 
 ZERO, SAME, VECTOR, SQUARE, BROKEN = "zero", "same", "vector", "square", "broken"
 
@@ -263,19 +263,16 @@ def _outer(left: Kind, right: Kind, scene: Scene) -> Answer:
     return Answer(Kind(VECTOR, gain=left.gain or right.gain), dropped([left, right], scene.position))
 
 
-MOVES = "reshape transpose broadcast_in_dim squeeze expand_dims slice split tile".split()
-CASTS = """convert_element_type copy copy_p reduce_precision sharding_constraint stop_gradient optimization_barrier
-device_put pvary pcast""".split()
-LINEAR = "neg gather dynamic_slice rev cumsum psum psum2 psum_invariant ppermute".split()
-SUMS = "add add_any sub concatenate stack pad".split()
+LINEAR = primitives.SIGNS | primitives.INDEXED | {"rev", "cumsum"}
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(MOVES, _move),
-    **dict.fromkeys(CASTS, _cast),
+    **dict.fromkeys(primitives.MOVES, _move),
+    **dict.fromkeys(primitives.CASTS, _cast),
     **dict.fromkeys(LINEAR, _linear),
-    **dict.fromkeys(SUMS, _sum),
+    **dict.fromkeys(primitives.SUMS | primitives.JOINS, _sum),
+    **dict.fromkeys(("psum", "psum2", "psum_invariant", "ppermute"), _sum),
     **dict.fromkeys(("square", "integer_pow"), _square),
-    **dict.fromkeys(("scatter", "scatter-add"), _scatter),
-    **dict.fromkeys(contraction.KINDS, _contraction),
+    **dict.fromkeys(("scatter", "scatter-add", "scatter-sub"), _scatter),
+    **dict.fromkeys(primitives.CONTRACTIONS, _contraction),
     "select_n": _choice,
     "dynamic_update_slice": _update,
     "mul": _mul,

@@ -13,9 +13,9 @@ from compress_jax.core.paths import flatten, matches
 from compress_jax.trace._analyse import Analysis, analyse
 from compress_jax.trace._groups import groups
 from compress_jax.trace.axes import Axis, Leaf
-from compress_jax.trace.axis_rules import RANDOM
 from compress_jax.trace.group import Group
 from compress_jax.trace.interpret import Where, interpret
+from compress_jax.trace.primitives import CASTS, MOVES, RANDOM
 from compress_jax.trace.turn_rules import (
     BROKEN,
     RULES,
@@ -32,17 +32,7 @@ from compress_jax.trace.turn_rules import (
     together,
 )
 
-STRUCTURE = {
-    "convert_element_type",
-    "copy",
-    "neg",
-    "reshape",
-    "transpose",
-    "broadcast_in_dim",
-    "squeeze",
-    "expand_dims",
-    "slice",
-}
+STILL_ZERO = CASTS | MOVES | {"neg"}
 
 
 @dataclass(frozen=True)
@@ -211,7 +201,7 @@ class _Walk:
             self.reason = self.reason or "random numbers run along it"
             return Kind(BROKEN)
         zeros = [kind.form == ZERO for kind in args]
-        return Kind(ZERO if (name in STRUCTURE and all(zeros)) or (name == "mul" and any(zeros)) else SAME)
+        return Kind(ZERO if (name in STILL_ZERO and all(zeros)) or (name == "mul" and any(zeros)) else SAME)
 
     def _along(self, dims: Sequence[Axis]) -> frozenset[int]:
         axes = self.analysis.walk.axes
