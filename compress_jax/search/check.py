@@ -12,7 +12,6 @@ import numpy as np
 
 from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import CompressError, ConfigError, DataError, ShapeError
-from compress_jax.core.paths import flatten
 from compress_jax.data import Data
 from compress_jax.distill import Teacher
 from compress_jax.search import stages
@@ -229,11 +228,15 @@ def _packed(compression: Compression, params: Any, state: CompressionState) -> N
 
 def _require_alike(what: str, before: Any, after: Any) -> None:
     """See that trees have the same leaves, shapes and dtypes."""
-    old, new = ({name: f"{x.dtype}{list(x.shape)}" for name, x in flatten(tree)[0].items()} for tree in (before, after))
+    old, new = ({name: f"{x.dtype}{list(x.shape)}" for name, x in _named(tree)} for tree in (before, after))
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             gone = f"{old.get(name, 'not there')} before, {new.get(name, 'not there')} after"
             raise ShapeError(f"the {what} must keep every leaf's shape and dtype; {name or 'the leaf'}: {gone}")
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:

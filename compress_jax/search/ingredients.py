@@ -27,8 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-import compress_jax
-
 MOST = 100_000  # entries; what has more is no setting
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
 _OPAQUE = (jax.sharding.Mesh, jax.sharding.Sharding, jax.Device)  # where a run happens, not what it is
@@ -263,7 +261,7 @@ def _loaded(step: dis.Instruction) -> dict[str, bool]:
 def _library_folders() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(compress_jax.__file__).parent)}
+    folders |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).resolve().parent.parent)}
     return tuple(f"{Path(folder).resolve()}{os.sep}" for folder in folders)
 
 
