@@ -15,7 +15,8 @@ ones get the CRC-32 of what they decode to as well. Each is loaded in a child pr
     equal         it loads, and is what it was before
     other         it loads, and is a consistent other model (a scale is another number, say)
 
-What must be zero: unnamed, raw, abort, hang, memory, inconsistent.
+What must be zero: unnamed, raw, abort, hang, memory, inconsistent. About 6 minutes of one processor. 2026-11-28, 12,000
+mutations: 10,111 refused, 1,157 other, 731 equal, and 1 inconsistent, a key that is no Unicode text, refused since then.
 """
 
 import argparse

@@ -14,7 +14,8 @@ other, and what ended or held up one of them is given to `verify` itself. Counte
     raw       any other exception, in either
     unnamed   an ExportError that does not name the file
 
-What must be zero: raw, unnamed.
+What must be zero: raw, unnamed. A minute or two of one processor each. 2026-11-28: 600 StableHLO files, 547 refused, 51
+answered, 2 ended; 300 ONNX files, 206 refused, 94 answered; 300 LiteRT files, 243 refused, 57 answered; none raw or unnamed.
 """
 
 import argparse

@@ -262,7 +262,8 @@ def _edited(content: Any, rng: np.random.Generator, edits: int = 3) -> Any:
     for _ in range(int(rng.integers(1, edits + 1))):
         places = list(_places(content))
         if places:
-            _edit(*places[rng.integers(len(places))], rng)
+            container, key = places[rng.integers(len(places))]
+            _edit(container, key, rng)
     return content
 
 
