@@ -23,10 +23,11 @@ from compress_jax.trace.affine_steps import (
 from compress_jax.trace.axis_tracking import MOVES, arranged, output_axes
 from compress_jax.trace.interpret import Where, interpret
 from compress_jax.trace.polynomials import Atom, Dims, Polynomial
+from compress_jax.trace.primitives import CASTS, PASSED
 from compress_jax.trace.site import Position, Shape, Site
 from compress_jax.trace.traced import Traced
 
-SAME = frozenset("convert_element_type copy copy_p name reduce_precision sharding_constraint optimization_barrier".split())
+SAME = CASTS | PASSED
 UNARY = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}
 BINARY = ("add", "add_any", "sub", "mul", "div", "max", "pow")
 LARGEST = 2**16  # entries of a captured array that is looked into

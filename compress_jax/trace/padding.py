@@ -18,12 +18,12 @@ from compress_jax.core.errors import ShapeError
 from compress_jax.trace._analyse import Walk
 from compress_jax.trace.axes import Axis
 from compress_jax.trace.axis_moves import Dims
-from compress_jax.trace.axis_rules import REDUCTIONS
 from compress_jax.trace.interpret import Where, interpret
+from compress_jax.trace.primitives import INDEX_REDUCTIONS, REDUCTIONS
 from compress_jax.trace.site import Position, Shape, Site
 from compress_jax.trace.traced import Traced
 
-REDUCE = (*REDUCTIONS, "argmax", "argmin", "dot_general", "conv_general_dilated")
+REDUCE = REDUCTIONS | INDEX_REDUCTIONS | {"dot_general", "conv_general_dilated"}
 SCAN = "a scan runs along it"
 PICK = ("slice", "dynamic_slice", "squeeze", "gather")
 REORDER = {"sort": "dimension", "rev": "dimensions"}

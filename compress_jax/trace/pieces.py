@@ -15,9 +15,6 @@ from compress_jax.trace.rebuild import bind
 from compress_jax.trace.site import Position
 from compress_jax.trace.strided import Piece, Shape
 
-SAME = frozenset(
-    "copy copy_p stop_gradient name sharding_constraint reshard device_put optimization_barrier pvary pbroadcast".split()
-)
 JOINED = frozenset(("concatenate", "stack"))
 
 
@@ -88,8 +85,6 @@ class Pieces:
             self.found[where.position] = (args[0], args[1])
             return [_lost(args, f"it is changed on its way ({eqn.primitive.name})")]
         count, name = len(eqn.outvars), eqn.primitive.name
-        if name in SAME and len(args) == count:
-            return args
         if args and all(isinstance(arg, Known) for arg in args) and not eqn.effects:
             return [Known(_computed(eqn, args, i)) for i in range(count)]
         if not any(isinstance(arg, Laid) for arg in args):
