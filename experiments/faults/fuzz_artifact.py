@@ -16,7 +16,7 @@ ones get the CRC-32 of what they decode to as well. Each is loaded in a child pr
     other         it loads, and is a consistent other model (a scale is another number, say)
 
 What must be zero: unnamed, raw, abort, hang, memory, inconsistent. About 6 minutes of one processor. 2026-11-28, 12,000
-mutations: 10,111 refused, 1,157 other, 731 equal, and 1 inconsistent, a key that is no Unicode text, refused since then.
+mutations (--first 30000): 10,130 refused, 1,124 other, 746 equal, and none of the rest.
 """
 
 import argparse

@@ -355,7 +355,7 @@ def test_mutations_behind_a_right_checksum_are_refused_or_consistent(tmp_path):
     nodes = {f"{type(node).__name__} {i}": jax.tree.map(jnp.asarray, node) for i, node in enumerate([*RIGHT, nested])}
     files = mutations.written(mutations.beside_arrays(nodes))
     counts = dict.fromkeys(("refused", "other", "equal"), 0)
-    for number in range(300):
+    for number in range(120):
         rng, name = np.random.default_rng([23, number]), list(files)[number % len(files)]
         try:
             data, way = mutations.mutate(files[name], rng)
@@ -365,4 +365,4 @@ def test_mutations_behind_a_right_checksum_are_refused_or_consistent(tmp_path):
         kind, why = fuzz_artifact.outcome(tmp_path / "f")
         assert kind in counts, f"{name}, {way}: {kind}\n{why}"
         counts[kind] += 1
-    assert counts["refused"] > 150 and sum(counts.values()) > 250
+    assert counts["refused"] > 60 and sum(counts.values()) > 100
