@@ -89,6 +89,8 @@ def export(
         console.print(rich_table(Table(f"{target}: {file}", ("", "measured"), tuple(found.rows()))))
         for row in done.rows:
             console.print(shown(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}"))
+        for note in done.notes:
+            console.print(shown(f"  {note}"))
     write_atomically(folder / "export.json", f"{json.dumps(records, indent=1)}\n".encode())
     console.print("every file passes" if passed else "[bold red]a file fails[/]: see above; no claim should rest on it")
     return 0 if passed else GATE
