@@ -563,6 +563,12 @@ def test_12_a_state_whose_arrays_were_changed_is_refused():
         c.view(PARAMS, cut)
 
 
+def test_12_a_state_made_by_hand_never_changes_a_shape():
+    c, masks = prune.magnitude(0.5), {"w": jnp.ones((2, 8, 4), bool)}
+    with pytest.raises(StateError, match=r"'w'.*\(8, 4\)"), jax.numpy_rank_promotion("allow"):
+        c.view({"w": jnp.ones((8, 4))}, cj.CompressionState({}, masks))
+
+
 def test_12_options_that_print_alike_are_told_apart():
     schedules = [optax.linear_schedule(0.0, end, 10) for end in (0.5, 0.6)]
     first, second = (prune.magnitude(schedule) for schedule in schedules)

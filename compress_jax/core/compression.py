@@ -130,7 +130,7 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
         return seal(call, axes, params, compression.init(params, **inputs))
 
     def view(params: Params, state: CompressionState) -> Params:
-        return compression.view(params, unseal(call, axes, params, state))
+        return _alike(params, compression.view(params, unseal(call, axes, params, state)))
 
     def sealed(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
         def sealed_update(
@@ -149,12 +149,26 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
         update = sealed(update)
 
     def pack(params: Params, state: CompressionState) -> Params:
-        return compression.pack(params, unseal(call, axes, params, state))
+        return _alike(params, compression.pack(params, unseal(call, axes, params, state)))
 
     def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
         return compression.pointwise(params, unseal(call, axes, params, state))
 
     return compression._replace(init=init, view=view, update=update, pack=pack, pointwise=pointwise, call=call)
+
+
+def _alike(params: Params, seen: Params) -> Params:
+    """Return what is seen of params, if every leaf has its own shape: a state without a stamp may be of other params."""
+    if seen is params:
+        return seen
+    leaves = flatten(seen)[0]
+    for path, x in flatten(params)[0].items():
+        if not hasattr(x, "shape"):
+            continue
+        wanted, found = tuple(x.shape), tuple(leaves[path].shape)
+        if wanted != found:
+            raise StateError(f"leaf {path!r} of shape {wanted} is seen as {found}: the state is of other params")
+    return seen
 
 
 def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
