@@ -141,7 +141,7 @@ def _digest(code: types.CodeType) -> int:
 def _array(x: Any) -> str:
     if isinstance(x, Tracer):
         return f"traced {x.dtype}{list(x.shape)}"
-    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
         return f"key({', '.join(map(str, np.ravel(jax.random.key_data(x)).tolist()))})"
     values = np.asarray(x)
     if values.size == 1:
@@ -152,12 +152,13 @@ def _array(x: Any) -> str:
 def _container(value: Any, depth: int) -> str:
     if depth <= 0:
         return type(value).__name__
+    fields: tuple[str, ...] = getattr(value, "_fields", ())
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{describe(k, depth)}: {describe(v, depth - 1)}" for k, v in value.items()) + "}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif hasattr(value, "_fields"):
-        pairs = list(zip(value._fields, value, strict=True))
+    elif fields:
+        pairs = list(zip(fields, value, strict=True))
     else:
         texts = [describe(each, depth - 1) for each in value]
         texts = sorted(texts) if isinstance(value, (set, frozenset)) else texts

@@ -1,6 +1,7 @@
 """Binary weights: a scale or its negative."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def mean_magnitude(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     return {"scale": jnp.clip(mean, 2.0**-126, 2.0**126)}  # not 1 where all is zero: here zeros do not stay zeros
 
 
-def _constant(scale: float) -> LevelRule:
+def _constant(scale: Any) -> LevelRule:
     if isinstance(scale, bool) or not 0 < scale < np.inf:
         raise ArgumentError(f"a scale that is a number must be above 0 and finite, got {scale!r}")
     return lambda w, layout, levels: {"scale": jnp.full(layout.scale_shape, scale, jnp.float32)}

@@ -98,7 +98,7 @@ def nnx_model(make: Callable[[nnx.Rngs], Any], shape: tuple[int, ...] = IMAGES) 
 
 def haiku(forward: Callable[[Any, Any], Any], shape: tuple[int, ...] = IMAGES) -> Callable[[], Model]:
     def build() -> Model:
-        import haiku as hk
+        import haiku as hk  # pyright: ignore[reportMissingImports]
 
         x = normal(0, shape)
         model = hk.without_apply_rng(hk.transform_with_state(lambda x: forward(hk, x)))
@@ -112,7 +112,7 @@ def haiku(forward: Callable[[Any, Any], Any], shape: tuple[int, ...] = IMAGES) -
 def keras_model(layers: Callable[[Any], list[Any]], shape: tuple[int, ...] = IMAGES) -> Callable[[], Model]:
     def build() -> Model:
         os.environ.setdefault("KERAS_BACKEND", "jax")
-        import keras
+        import keras  # pyright: ignore[reportMissingImports]
 
         keras.utils.set_random_seed(0)
         model = keras.Sequential([keras.Input(shape[1:]), *layers(keras.layers)])
@@ -154,7 +154,12 @@ def sequence(*layers: Any) -> Callable[[], Any]:
 POOLS: dict[str, Callable[[Any], Any]] = {
     "max_pool(x, (2, 2), strides=(2, 2))": lambda y: nn.max_pool(y, (2, 2), strides=(2, 2)),
     "max_pool(x, (3, 3), (2, 2), 'SAME')": lambda y: nn.max_pool(y, (3, 3), (2, 2), "SAME"),
-    "max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))": lambda y: nn.max_pool(y, (3, 3), (2, 2), ((1, 1), (1, 1))),
+    "max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))": lambda y: nn.max_pool(
+        y,
+        (3, 3),
+        (2, 2),
+        ((1, 1), (1, 1)),  # pyright: ignore[reportArgumentType]
+    ),
     "max_pool(x, window_shape=(3, 3), strides=(2, 2), padding='SAME')": lambda y: nn.max_pool(
         y, window_shape=(3, 3), strides=(2, 2), padding="SAME"
     ),

@@ -71,9 +71,10 @@ def windows(model: Any) -> None:
     nodes = []
     for each in graph.node:
         source = _unsqueezed(each, constants, made) if each.op_type in ("MaxPool", "Conv") else ""
-        after: list[Any] = taken.get(each.output[0], [])
+        after: list[Any] = [taker for taker in taken.get(each.output[0], []) if taker is not None]
+        alone = len(after) == 1 and len(taken.get(each.output[0], [])) == 1
         window = _window(each, constants)
-        squeezed = len(after) == 1 and after[0] is not None and after[0].op_type == "Squeeze"
+        squeezed = alone and after[0].op_type == "Squeeze"
         if source and window and squeezed and (new := list(_exchanged(each, source, after[0].output[0], window, graph))):
             nodes += new
             after[0].output[0] = f"{after[0].output[0]}:unused"
@@ -88,7 +89,9 @@ def _unsqueezed(each: Any, constants: Any, made: Any) -> str:
     name = each.input[0]
     for _ in range(2):
         before: Any = made.get(name)
-        axes = constants.get(before.input[1]) if before is not None and before.op_type == "Unsqueeze" else None
+        if before is None or before.op_type != "Unsqueeze":
+            return ""
+        axes = constants.get(before.input[1])
         if axes is None or axes.tolist() not in ([0], [1], [0, 1]):
             return ""
         name = before.input[0]

@@ -89,7 +89,7 @@ def evaluate(model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]) -> 
     feed = {each.name: x for each, x in zip(made.get_inputs(), inputs, strict=True)}
     wanted = [name for name in names if name not in feed]
     found = dict(zip(wanted, _run(made, wanted, feed), strict=True)) if wanted else {}
-    return {name: found.get(name, feed.get(name)) for name in names}
+    return {name: found[name] if name in found else feed[name] for name in names}
 
 
 def extremes(
