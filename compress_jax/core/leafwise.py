@@ -148,7 +148,7 @@ class _Lifted(NamedTuple):
 
     def axes_of(self, path: str, x: Any) -> Axes:
         axes = known_axes(self.known, path, x)
-        return axes if self.axis is None else axes.with_outputs(self.axis)
+        return axes if self.axis is None else _named(path, axes.with_outputs, self.axis)
 
     def axes(self, params: Params) -> dict[str, Axes]:
         leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}

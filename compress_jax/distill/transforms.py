@@ -24,8 +24,8 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
 
     ``(z - mean(z)) / max(std(z), floor)``, to be given to `kl` for student and teacher alike: the student then matches
     the teacher's order and proportions, and is free in the range of its own logits. Classes that a model masks out (logits
-    of -inf, of -1e9 or below, or of the least number of their dtype) are no part of mean and deviation, of which they
-    would leave nothing to learn; they come back as -1e9, of probability 0.
+    of -inf, or beside ordinary ones of -1e9 or below, or of the least number of their dtype) are no part of mean and
+    deviation, of which they would leave nothing to learn; they come back as -1e9, of probability 0.
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -44,7 +44,9 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1.
     """
     never = max(NEVER, float(jnp.finfo(logits.dtype).min))
-    there = jnp.isnan(logits) | (logits > jnp.asarray(never, logits.dtype))
+    # Beside ordinary logits such a number is a mark; where even the largest is of that size, all are logits.
+    ordinary = jnp.abs(logits.max(axis=-1, keepdims=True)) < jnp.asarray(-never, logits.dtype)
+    there = jnp.isnan(logits) | (logits > jnp.asarray(never, logits.dtype)) | (~ordinary & ~jnp.isneginf(logits))
     if mask is not None:
         there &= jnp.broadcast_to(jnp.asarray(mask).astype(bool), logits.shape)
     classes = jnp.maximum(there.sum(axis=-1, keepdims=True), 1)

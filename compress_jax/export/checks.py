@@ -206,7 +206,9 @@ def _clustered(node: Clustered, where: str) -> None:
     layers = _layers(node.stack, node.shape, where)
     rows = node.codebook.shape
     _need(
-        rows[:-1] == layers and bool(rows), f"{where}.codebook", f"{list(layers)} codebooks have another shape: {list(rows)}"
+        rows[:-1] == layers and bool(rows),
+        f"{where}.codebook",
+        f"codebooks are one row a layer of {list(layers)}, not {list(rows)}",
     )
     _below(node.codes, rows[-1] + 1, f"{where}.codes")  # one more code stands for zero
     _dtype(node.dtype, where)

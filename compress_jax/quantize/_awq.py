@@ -73,9 +73,9 @@ def awq(
       the weights in s).
     """
     leaves, rebuild = flatten(params)
+    tasks, reasons = problems(calibration, leaves)
     compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
     seen = compression.pointwise(params, compression.init(params))
-    tasks, reasons = problems(calibration, leaves)
     tasks = {path: task for path, task in tasks.items() if path in seen}
     skipped = {path: reasons.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
     for path, own in tasks.items():

@@ -49,9 +49,9 @@ def clip(params: Params, calibration: Calibration, compression: Compression, rat
       Lin et al., "AWQ", 2024, arXiv:2306.00978; its implementation searches clipping in this way.
     """
     leaves = flatten(params)[0]
+    tasks, skipped = problems(calibration, leaves)
     compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
     seen = compression.pointwise(params, compression.init(params))
-    tasks, skipped = problems(calibration, leaves)
     skipped = {path: skipped.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
     tasks = {path: own for path, own in tasks.items() if path in seen}
     state = clipped_state(params, compression, tasks, ratios)

@@ -52,10 +52,10 @@ def layerwise(
       ``Solved``: exact under the compression.
     """
     leaves, rebuild = flatten(params)
+    tasks, skipped = problems(calibration, leaves)
     if state is None:
         compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
         state = compression.init(params)
-    tasks, skipped = problems(calibration, leaves)
     judges = problems(held_out, leaves)[0] if held_out is not None else {}
     notes: dict[str, str] = {}
     new = dict(leaves)

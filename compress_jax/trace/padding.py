@@ -111,10 +111,18 @@ class Followed:
             chosen = (along,) if isinstance(along, int) else along
             if any(self.holds(arg.dims[i]) for arg in args if arg.dims for i in chosen):
                 return frozenset({Lost(f"{name} reorders it")})
+        if name == "slice" and any(step > 1 and self.holds(axis) for axis, step in _steps(eqn, args)):
+            return frozenset({Lost("slice leaves out some of it")})
         made = {leaf for dims in results for axis in dims for leaf in self.walk.axes.leaves(axis)}
         gone = [axis for axis in given if not set(self.walk.axes.leaves(axis)) & made]
         picked = name in PICK and all(_one_less(eqn, arg) for arg in args[:1])
         return frozenset() if not gone or name in REDUCE or picked else frozenset({Lost(f"{name} mixes or reorders it")})
+
+
+def _steps(eqn: JaxprEqn, args: list[Value]) -> list[tuple[Axis, int]]:
+    """Return the axes of what is sliced, each with the step it is sliced in."""
+    steps = eqn.params["strides"] or (1,) * len(args[0].dims)
+    return list(zip(args[0].dims, steps, strict=True)) if args[0].dims else []
 
 
 def _one_less(eqn: JaxprEqn, arg: Value) -> bool:

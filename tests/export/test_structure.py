@@ -207,7 +207,6 @@ Impostor.__name__ = "Quantized"
         (np.array(["2020-01-01"], "M8[D]"), "datetime64"),
         (np.zeros(2, [("a", "f4")]), "void"),
         (Impostor(), "Quantized"),
-        (jax.random.key(0), "key"),
     ],
     ids=lambda x: type(x).__name__,
 )

@@ -109,7 +109,9 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (CLUSTERED, {"codes": left_out(fill=6)}, "fill is 6"),
     (CLUSTERED, {"codes": left_out(fill=0.5)}, "fill of codes"),
     (CLUSTERED, {"codebook": np.arange(3, dtype=F32)}, "one of the codes is 4"),
-    (CLUSTERED, {"codebook": np.ones((5, 1), F32)}, "one row"),
+    (CLUSTERED, {"codebook": np.ones((5, 1), F32)}, "one row a layer"),
+    (CLUSTERED, {"stack": (0,)}, "one row a layer"),
+    (CLUSTERED, {"stack": (1, 0)}, "ascending"),
     (CLUSTERED, {"codebook": np.arange(5)}, "int64|x64"),
     (CLUSTERED, {"dtype": np.dtype(np.float64)}, "x64"),
     (LOW, {"left": np.ones((6, 3), F32)}, "no product"),
@@ -120,7 +122,10 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (LOW, {"right": dataclasses.replace(QUANTIZED)}, r"do not make the shape \[2, 3, 4\]"),
     (LOW, {"shape": (2, 4, 3)}, "do not make"),
     (LOW, {"shape": (2, 3, 5)}, "do not make"),
-    (LOW, {"shape": ()}, "do not make"),
+    (LOW, {"shape": ()}, "no axes"),
+    (LOW, {"columns": (3,)}, "no axes"),
+    (LOW, {"columns": (0,)}, "do not make"),
+    (LOW, {"stack": (0,)}, "two axes behind its layers"),
     (LOW, {"dtype": np.dtype(np.float64)}, "x64"),
 ]  # fmt: skip
 

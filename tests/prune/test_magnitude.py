@@ -187,7 +187,7 @@ def test_leaves_that_are_not_floats_are_left_alone_and_reported(scope):
 def test_bad_weights_are_refused_by_name(params, scope, bad):
     c = magnitude(0.5, scope=scope)
     state = c.init(params)
-    params = {**params, "a": {"kernel": params["a"]["kernel"].at[3, 4].set(bad)}}
+    params = {**params, "a": {**params["a"], "kernel": params["a"]["kernel"].at[3, 4].set(bad)}}
     for call in (c.init, lambda p: c.update(p, state, step=0), lambda p: c.view(p, state), lambda p: c.pack(p, state)):
         with pytest.raises(NonFiniteError, match="a/kernel"):
             call(params)

@@ -145,7 +145,7 @@ def test_every_layer_of_a_model_is_solved_or_listed(entry):
     assert set(solved.skipped) | set(kernels) == set(leaves)
     tasks, reasons = problems(seen, {path: leaves[path] for path in kernels})
     assert set(reasons) == set(solved.skipped) & set(kernels)
-    nearest, new = (flatten(tree)[0] for tree in (c.view(variables, solved.state), solved.params))
+    nearest, new = (flatten(tree)[0] for tree in (solved.compression.view(variables, solved.state), solved.params))
     totals = np.zeros(2)
     for path, task in ((path, task) for path, own in tasks.items() for task in own):
         w, rounded, ours = (task.form.matrices(task.box.take(each[path])) for each in (leaves, nearest, new))

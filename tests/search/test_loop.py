@@ -231,7 +231,7 @@ def test_a_pack_that_lies_is_caught_before_it_is_believed(experiment, restored, 
     def lie(params, state):
         return {**params, "head": {**params["head"], "bias": params["head"]["bias"] + jnp.float32(2**-10)}}
 
-    liar = dataclasses.replace(honest, compression=honest.compression._replace(pack=lie))
+    liar = dataclasses.replace(honest, compression=honest.compression._replace(pack=lie, bind=None))
     with pytest.raises(CompressError, match="int8/artifact.safetensors does not give the logits"):
         compress(experiment(student=restored["student"], candidates=(liar,)), tmp_path, say=silent)
     assert not (tmp_path / "results.json").exists()

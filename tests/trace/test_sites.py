@@ -183,11 +183,12 @@ def test_every_view_of_the_library_is_seen_through():
 
 
 def test_a_view_that_does_not_read_the_weights_says_so():
-    params, view = {"dense": {"kernel": normal(8, 4)}}, cj.cluster.kmeans(4)
-    state = view.init(params)  # codes and codebook: the weights themselves are no longer looked at
-    fn = lambda p, x: x @ view.view(p, state)["dense"]["kernel"]  # noqa: E731
+    params, shared = {"dense": {"kernel": normal(8, 4)}}, cj.cluster.kmeans(4)
+    state = shared.init(params)
+    codes = state.fixed["dense/kernel"]
+    fn = lambda p, x: x @ state.learned["dense/kernel"][codes]  # noqa: E731
     assert only(fn, params, normal(3, 8)).param is None and set(unseen(fn, params, normal(3, 8))) == {"dense/kernel"}
-    in_variables = lambda v, x: x @ view.view(v["params"], v["state"])["dense"]["kernel"]  # noqa: E731
+    in_variables = lambda v, x: x @ v["state"].learned["dense/kernel"][codes]  # noqa: E731
     site = only(in_variables, {"params": params, "state": state}, normal(3, 8))
     assert site.param == "state/learned/dense/kernel"
 

@@ -28,6 +28,7 @@ def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:
       ``(*arrays) -> results``.
 
     Example:
+      >>> import jax
       >>> made = jax.make_jaxpr(lambda w, x: w @ x)(jnp.ones((5, 3)), jnp.ones((3, 2)))
       >>> print(jax.make_jaxpr(plain(made, [False, True]))(jnp.ones((5, 3)), jnp.ones((3, 2))).jaxpr.eqns[2].primitive)
       dot_general
@@ -45,6 +46,7 @@ def live(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
       The same function of the same arguments.
 
     Example:
+      >>> import jax
       >>> made = jax.make_jaxpr(lambda x: (jnp.sin(x), x + 1)[1])(1.0)
       >>> len(made.jaxpr.eqns), len(live(made).jaxpr.eqns)
       (2, 1)
