@@ -84,7 +84,7 @@ def test_the_wrapper_is_the_pure_transition():
     *_, before, other = trajectory(rewinding(inner, EVERY, TO), TICKET, 2 * EVERY + 1)  # the last step prunes again
     assert same(state.fixed, before.fixed)
     other = other._replace(fixed=before.fixed)
-    for a, b in zip(*map(jax.tree.leaves, (state.variables(TICKET), other.variables(TICKET))), strict=True):
+    for a, b in zip(*map(jax.tree.leaves, (state.variables(c), other.variables(TICKET))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6)  # two programs round alike but for the last bit
 
 
