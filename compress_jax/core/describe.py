@@ -40,10 +40,12 @@ def describe(value: Any, depth: int = DEPTH) -> str:
         return _array(value)
     if call := getattr(value, "call", None):  # a Compression, or a quantizer of activations, knows its own call
         return str(call)
-    if isinstance(value, (Mapping, tuple, list, set, frozenset)) or dataclasses.is_dataclass(value):
+    if isinstance(value, (Mapping, tuple, list, set, frozenset)):
         return _container(value, depth)
     if isinstance(value, (type, np.dtype)):
         return getattr(value, "__name__", str(value))
+    if dataclasses.is_dataclass(value):
+        return _container(value, depth)
     if callable(value):
         return call_of("", value, depth=depth - 1)
     return type(value).__name__
@@ -152,16 +154,19 @@ def _array(x: Any) -> str:
 def _container(value: Any, depth: int) -> str:
     if depth <= 0:
         return type(value).__name__
-    fields: tuple[str, ...] = getattr(value, "_fields", ())
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{describe(k, depth)}: {describe(v, depth - 1)}" for k, v in value.items()) + "}"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
-    elif fields:
-        pairs = list(zip(fields, value, strict=True))
-    else:
-        texts = [describe(each, depth - 1) for each in value]
-        texts = sorted(texts) if isinstance(value, (set, frozenset)) else texts
-        comma = "," if isinstance(value, tuple) and len(texts) == 1 else ""
-        return f"({', '.join(texts)}{comma})" if isinstance(value, tuple) else f"[{', '.join(texts)}]"
-    return f"{type(value).__name__}({', '.join(f'{k}={describe(v, depth - 1)}' for k, v in pairs)})"
+    names: list[str] = list(getattr(value, "_fields", ()))
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+    if names:
+        inside = [f"{name}={describe(getattr(value, name), depth - 1)}" for name in names]
+        return f"{type(value).__name__}({', '.join(inside)})"
+    return _sequence(value, depth)
+
+
+def _sequence(value: Any, depth: int) -> str:
+    texts = [describe(each, depth - 1) for each in value]
+    texts = sorted(texts) if isinstance(value, (set, frozenset)) else texts
+    comma = "," if isinstance(value, tuple) and len(texts) == 1 else ""
+    return f"({', '.join(texts)}{comma})" if isinstance(value, tuple) else f"[{', '.join(texts)}]"
