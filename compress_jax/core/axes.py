@@ -67,7 +67,7 @@ class Axes(NamedTuple):
         return self._replace(shape=shape, outputs=moved(self.outputs), stack=(), window=moved(self.window))
 
     def with_outputs(self, axis: int | Sequence[int]) -> "Axes":
-        """Return these axes with other outputs, counted in the stored array; an axis of the stack stays one.
+        """Return these axes with other outputs, counted in the stored array, or in a layer if they would all be stacks.
 
         Args:
           axis: one axis or several, negative ones counted from the end.
@@ -85,6 +85,9 @@ class Axes(NamedTuple):
         if rank - len(self.stack) < 2:
             return self._replace(outputs=())
         outputs = tuple(sorted({a % rank for a in chosen} - set(self.stack)))
+        if not outputs and self.stack:  # axis=0 was meant for a layer
+            left = [a for a in range(rank) if a not in self.stack]
+            outputs = tuple(sorted({left[a % len(left)] for a in chosen if -len(left) <= a < len(left)}))
         note = self.note
         if self.source == "trace" and outputs != tuple(sorted(self.outputs)):
             note = f"axis={axis} was asked for, but its product's outputs are on {_listed(self.outputs)}"
