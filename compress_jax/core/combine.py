@@ -235,6 +235,8 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         started = step >= start
         ending = jnp.zeros((), bool) if stop is None else started & (step + 1 >= stop)
         at = step if stop is None else jnp.where(ending, jnp.asarray(stop, step.dtype), step)
+        if not isinstance(step, Tracer) and not isinstance(state.fixed["active"], Tracer):
+            compression.view(params, own)  # refuses what is not finite, also where the state only stays
         keep, first = (lambda: own), (lambda: begin(compression, params, at))
         follow = lambda: compression.update(params, own, step=step, **inputs)  # noqa: E731
         last = lambda: at_once(compression)(params, own, step=at, **inputs)  # noqa: E731

@@ -97,7 +97,7 @@ class _ByEnergy(NamedTuple):
     known: Mapping[str, Axes] | None = None
 
     def compression(self) -> Compression:
-        made = Compression(self.init, self.view, _stays, self.pack, self.skipped, bind=self.bind, axes=self.axes)
+        made = Compression(self.init, self.view, self.update, self.pack, self.skipped, bind=self.bind, axes=self.axes)
         return stamped(made, call_of("svd", energy=self.energy), self.known)
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
@@ -123,6 +123,11 @@ class _ByEnergy(NamedTuple):
                 learned[path] = _padded_factors(leaves[path], axes[path], ranks)
         return CompressionState(learned, {})
 
+    def update(self, params: Any, state: CompressionState, **_: Any) -> CompressionState:
+        for path in self.axes(params):
+            check_finite(path, flatten(params)[0][path])
+        return state
+
     def view(self, params: Any, state: CompressionState) -> Any:
         seen = to_dense_tree(self.pack(params, state))
         leaves, rebuild = flatten(seen)
@@ -144,10 +149,6 @@ class _ByEnergy(NamedTuple):
         for path, ranks in self.ranks(params).items():
             thin[path] = _no_gain(leaves[path], axes[path].layer, max(ranks))
         return {path: found.get(path) or thin[path] or "" for path in leaves if found.get(path) or thin.get(path)}
-
-
-def _stays(params: Any, state: CompressionState, **_: Any) -> CompressionState:
-    return state
 
 
 def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
