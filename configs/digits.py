@@ -2,9 +2,10 @@
 
 compress-jax run configs/digits.py
 
-About 2 minutes on 2 cores. Obtained on 2026-11-24, seed 0, JAX 0.10.2: teacher 99.44 %, float32 student 99.44 %, chosen
-prune-91-int4 99.15 % on the 355 test images (one image is 0.28 points), 9,808 bytes: 20.8 times smaller than the student,
-72.0 times smaller than the teacher. There is no published number for this split.
+About 1 to 2 minutes on 2 cores. Obtained on 2026-11-28, seed 0, JAX 0.10.2: teacher 99.72 %, float32 student 99.44 %, chosen
+prune-95-int4 98.31 % on the 355 test images (one image is 0.28 points), 7,867 bytes: 25.9 times smaller than the student,
+89.8 times smaller than the teacher. Of the same day, before masks were updated when their schedule arrives, and with one point
+allowed: prune-91-int4, 99.44 %, 9,825 bytes. There is no published number for this split.
 """
 
 import jax
@@ -23,7 +24,7 @@ def config(
     candidate_steps: int = 1500,
     bits: int = 4,
     temperature: float = 4.0,
-    max_drop: float = 0.02,
+    max_drop: float = 0.03,
     min_ratio: float = 20.0,
     seed: int = 0,
 ) -> Experiment:
@@ -35,7 +36,7 @@ def config(
       candidate_steps: training steps under each compression.
       bits: of the surviving weights, 2 to 8.
       temperature: of the teacher's probabilities.
-      max_drop: validation accuracy that may be lost below the teacher's; 0.01 is one point, here three images of 288.
+      max_drop: validation accuracy that may be lost below the teacher's; 0.01 is one point, an image of 288 is 0.0035.
       min_ratio: how many times smaller than the float32 student the artifact must be.
       seed: of everything random.
     """
