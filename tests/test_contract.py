@@ -461,7 +461,6 @@ def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
     assert set(steps) <= set(views) - set(c.skipped(LATER))
 
 
-STACK = Axes((4, 16, 8), outputs=(2,), stack=(0,), source="trace")
 # Whose leaves or layers answer for each other, or draw random numbers of their own, on purpose.
 TOGETHER = {
     *("prune all", "prune channels of all", "fisher", "relative to the leaf", "lamp"),

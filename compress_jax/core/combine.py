@@ -1,7 +1,7 @@
 """Combinators: compressions on chosen leaves, at chosen steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,78 +38,81 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
       {'body': {'kernel': Array([-1.], dtype=float32)}, 'head': {'kernel': Array([1.], dtype=float32)}}
     """
     pairs = [(arguments.patterns("pattern", pattern), arguments.compression("compression", c)) for pattern, c in pairs]
+    return _Rules(tuple(pairs)).compression()
 
-    def split(params: Params) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
+
+class _Rules(NamedTuple):
+    """The arguments of `rules`, and the functions of its Compression."""
+
+    pairs: tuple[tuple[Patterns, Compression], ...]
+
+    def compression(self) -> Compression:
+        update = Scheduled(self.update, schedules_of(*(c for _, c in self.pairs)), self.at_once)
+        made = Compression(
+            self.init, self.view, update, self.pack, self.skipped, self.pointwise, bind=self.bind, axes=self.axes
+        )
+        return stamped(made, f"rules({describe(list(self.pairs))})")
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return _Rules(tuple((pattern, bound(c, known)) for pattern, c in self.pairs)).compression()
+
+    def split(self, params: Params) -> tuple[list[tuple[Compression, dict[str, Any]]], dict[str, Any], Any]:
+        """Return each compression with its leaves, the leaves that are left, and how to put them together."""
         leaves, rebuild = flatten(params)
         parts, left = [], dict(leaves)
-        for pattern, _ in pairs:
+        for pattern, c in self.pairs:
             found = match(pattern, leaves)
             chosen = [path for path in found if path in left]
             if not chosen:
                 raise NoMatchError(f"rule {pattern!r} never applies: earlier rules take all it matches, {', '.join(found)}")
-            parts.append({path: left.pop(path) for path in chosen})
+            parts.append((c, {path: left.pop(path) for path in chosen}))
         return parts, left, rebuild
 
-    def merged(params: Params, state: CompressionState, method: str) -> Params:
-        parts, left, rebuild = split(params)
-        states = parts_of(state, len(pairs))
-        for (_, c), part, s in zip(pairs, parts, states, strict=True):
-            left.update(getattr(c, method)(part, s))
+    def merged(self, params: Params, state: CompressionState, method: str) -> Params:
+        parts, left, rebuild = self.split(params)
+        for (c, part), own in zip(parts, parts_of(state, len(parts)), strict=True):
+            left.update(getattr(c, method)(part, own))
         return rebuild(left)
 
-    def init(params: Params, *, step: Any = 0) -> CompressionState:
-        parts, _, _ = split(params)
-        return joined([begin(c, part, step) for (_, c), part in zip(pairs, parts, strict=True)])
+    def view(self, params: Params, state: CompressionState) -> Params:
+        return self.merged(params, state, "view")
 
-    def update(params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any) -> CompressionState:
-        parts, _, _ = split(params)
+    def pack(self, params: Params, state: CompressionState) -> Params:
+        return self.merged(params, state, "pack")
+
+    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
+        return joined([begin(c, part, step) for c, part in self.split(params)[0]])
+
+    def update(self, params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any) -> CompressionState:
+        parts, _, _ = self.split(params)
         gradients = flatten(grads)[0] if grads is not None else None
         if unknown := [path for path in gradients or () if path not in flatten(params)[0]]:
             raise ArgumentError(f"there are gradients for {', '.join(unknown)}, and no such leaf")
         states = []
-        for (_, c), part, s in zip(pairs, parts, parts_of(state, len(pairs)), strict=True):
+        for (c, part), s in zip(parts, parts_of(state, len(parts)), strict=True):
             own = None if gradients is None else {path: gradients[path] for path in part if path in gradients}
             states.append(c.update(part, s, grads=own, **inputs))
         return joined(states)
 
-    def skipped(params: Params) -> dict[str, str]:
-        parts, left, _ = split(params)
+    def at_once(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+        return _Rules(tuple((pattern, awake(c)) for pattern, c in self.pairs)).update(params, state, **inputs)
+
+    def skipped(self, params: Params) -> dict[str, str]:
+        parts, left, _ = self.split(params)
         reasons = dict.fromkeys(left, "no pattern matches it")
-        for (_, c), part in zip(pairs, parts, strict=True):
+        for c, part in parts:
             reasons.update(c.skipped(part))
         return {path: reasons[path] for path in flatten(params)[0] if path in reasons}
 
-    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
-        parts, _, _ = split(params)
-        states = parts_of(state, len(pairs))
-        return {
-            path: found
-            for (_, c), part, s in zip(pairs, parts, states, strict=True)
-            for path, found in c.pointwise(part, s).items()
-        }
+    def pointwise(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        parts, _, _ = self.split(params)
+        found: dict[str, Pointwise] = {}
+        for (c, part), own in zip(parts, parts_of(state, len(parts)), strict=True):
+            found.update(c.pointwise(part, own))
+        return found
 
-    def axes(params: Params) -> dict[str, Axes]:
-        parts, _, _ = split(params)
-        return {path: each for (_, c), part in zip(pairs, parts, strict=True) for path, each in c.axes(part).items()}
-
-    def bind(known: Mapping[str, Axes]) -> Compression:
-        return rules([(pattern, bound(c, known)) for pattern, c in pairs])
-
-    compression = Compression(
-        init,
-        lambda params, state: merged(params, state, "view"),
-        Scheduled(
-            update,
-            schedules_of(*(c for _, c in pairs)),
-            lambda *args, **inputs: rules([(pattern, awake(c)) for pattern, c in pairs]).update(*args, **inputs),
-        ),
-        lambda params, state: merged(params, state, "pack"),
-        skipped,
-        pointwise,
-        bind=bind,
-        axes=axes,
-    )
-    return stamped(compression, f"rules({describe(list(pairs))})")
+    def axes(self, params: Params) -> dict[str, Axes]:
+        return {path: each for c, part in self.split(params)[0] for path, each in c.axes(part).items()}
 
 
 def at(pattern: Patterns, compression: Compression) -> Compression:
@@ -209,28 +212,17 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
     if stop is not None and whole("stop", stop) <= start:
         raise ArgumentError(f"between(start, stop, ...) needs stop after start, got {start} and {stop}")
 
-    def inner(state: CompressionState) -> CompressionState:
-        if not isinstance(state.fixed, Mapping) or set(state.fixed) != {"active", "done", "of"}:
-            raise StateError(
-                f"this state is not that of a `between`, which holds 'active', 'done' and 'of'; it has {list(state.fixed)}"
-            )
-        return CompressionState(state.learned, state.fixed["of"])
-
-    def wrapped(state: CompressionState, active: Any, done: Any) -> CompressionState:
-        flags = {"active": jnp.asarray(active, bool), "done": jnp.asarray(done, bool)}
-        return CompressionState(state.learned, {**flags, "of": state.fixed})
-
     def init(params: Params, *, step: Any = 0) -> CompressionState:
-        return wrapped(begin(compression, params, step), jnp.asarray(step) >= start, False)
+        return _wrapped(begin(compression, params, step), jnp.asarray(step) >= start, False)
 
     def view(params: Params, state: CompressionState) -> Params:
-        seen = compression.view(params, inner(state))
+        seen = compression.view(params, _inner(state))
         return jax.tree.map(lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params)
 
     def update(
         params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
     ) -> CompressionState:
-        step, own, active = jnp.asarray(step), inner(state), jnp.asarray(state.fixed["active"])
+        step, own, active = jnp.asarray(step), _inner(state), jnp.asarray(state.fixed["active"])
         inputs = {"grads": grads, "stats": stats, "key": key}
         started = step >= start
         ending = jnp.zeros((), bool) if stop is None else started & (step + 1 >= stop)
@@ -243,14 +235,14 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         moving = jnp.where(ending, jnp.where(state.fixed["done"], 0, 3), 2)
         phase = jnp.where(started, jnp.where(~active | (step == start), 1, moving), 0)
         branches = [keep, first, follow] if stop is None else [keep, first, follow, last]
-        return wrapped(_switch(phase, branches), started, ending)
+        return _wrapped(_switch(phase, branches), started, ending)
 
     def pack(params: Params, state: CompressionState) -> Params:
-        own = inner(state)
+        own = _inner(state)
         return compression.pack(params, own) if bool(state.fixed["active"]) else params
 
     def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
-        own = inner(state)
+        own = _inner(state)
         return compression.pointwise(params, own) if bool(state.fixed["active"]) else {}
 
     def awake_update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
@@ -268,6 +260,21 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         axes=compression.axes,
     )
     return stamped(made, f"between({start}, {stop}, {describe(compression)})")
+
+
+def _inner(state: CompressionState) -> CompressionState:
+    """Return the state of the compression that a `between` switches."""
+    if not isinstance(state.fixed, Mapping) or set(state.fixed) != {"active", "done", "of"}:
+        raise StateError(
+            f"this state is not that of a `between`, which holds 'active', 'done' and 'of'; it has {list(state.fixed)}"
+        )
+    return CompressionState(state.learned, state.fixed["of"])
+
+
+def _wrapped(state: CompressionState, active: Any, done: Any) -> CompressionState:
+    """Return the state of a `between`."""
+    flags = {"active": jnp.asarray(active, bool), "done": jnp.asarray(done, bool)}
+    return CompressionState(state.learned, {**flags, "of": state.fixed})
 
 
 def _switch(index: jax.Array, branches: Sequence[Callable[[], CompressionState]]) -> CompressionState:

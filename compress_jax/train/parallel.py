@@ -193,9 +193,9 @@ def unreplicate(tree: Any) -> Any:
 def pmap_step(step: Step, devices: Sequence[Any] | None = None, axis_name: str = "data") -> CompiledStep:
     """Compile a step by ``jax.pmap``, for code that is built around it; new code is better served by `jit_step`.
 
-    The step averages gradients, metrics and model state over devices. Batch norm must average its statistics too:
-    ``ResNet(..., axis_name="data")``. Random augmentation is drawn by each device for itself, so with it results equal
-    those of one device in distribution only.
+    The step sums gradients and counts over devices, so that means are over all that counts, and averages model state. Batch
+    norm must average its statistics too: ``ResNet(..., axis_name="data")``. Random augmentation is drawn by each device for
+    itself, so with it results equal those of one device in distribution only.
 
     Args:
       step: from `make_step`.
