@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, Params
 from compress_jax.core.doubts import doubts
 from compress_jax.core.errors import NoMatchError
@@ -28,7 +29,7 @@ class Row:
       reason: why the leaf was left alone; empty if it was compressed.
       axes: one letter an axis, as the compression takes it: ``s`` stacked layers, ``w`` window, ``i`` input, ``o`` output;
         empty if the leaf was left alone.
-      doubt: what speaks against these axes, and what to do; empty if nothing does.
+      doubt: what speaks against these axes, or that a layer has no weight left, and what to do; empty if nothing does.
     """
 
     path: str
@@ -121,9 +122,22 @@ def coverage(compression: Compression | None, params: Params, state: Compression
     for path, x in flatten(packed)[0].items():
         row = _row(path, x, reasons.get(path, ""), compressing=True)
         if path in axes and path not in reasons:
-            row = replace(row, axes=axes[path].letters, doubt=doubts(path, axes[path], leaves))
+            doubt = "; ".join(filter(None, (doubts(path, axes[path], leaves), _emptied(x, axes[path]))))
+            row = replace(row, axes=axes[path].letters, doubt=doubt)
         rows.append(row)
     return Coverage(tuple(rows))
+
+
+def _emptied(node: Any, axes: Axes) -> str:
+    """Say which layers of a leaf have no weight left."""
+    dense = jnp.asarray(to_dense(node))
+    empty = jnp.argwhere((dense == 0).all([a for a in range(dense.ndim) if a not in axes.stack])) if dense.size else ()
+    if len(empty) == 0:
+        return ""
+    if not axes.stack:
+        return "every weight is zero: prune it less (floor=)"
+    layers = ", ".join("/".join(map(str, layer)) for layer in empty.tolist())
+    return f"every weight of layer {layers} is zero: prune it less (floor=)"
 
 
 def _row(path: str, node: Any, reason: str, *, compressing: bool) -> Row:

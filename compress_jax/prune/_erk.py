@@ -6,13 +6,21 @@ from typing import Any
 
 import numpy as np
 
+from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.prune.amount import amount_exact
 
 
-def erk(params: Any, sparsity: float, pattern: Patterns | None = None, *, kernel: bool = True) -> dict[str, float]:
+def erk(
+    params: Any,
+    sparsity: float,
+    pattern: Patterns | None = None,
+    *,
+    kernel: bool = True,
+    layouts: Mapping[str, Axes] | None = None,
+) -> dict[str, float]:
     r"""Return the sparsity of every kernel under the Erdős-Rényi-kernel rule, the total exact.
 
     A kernel of shape :math:`(k_1, \ldots, k_r)` keeps the share :math:`\epsilon \frac{\sum_i k_i}{\prod_i k_i}` of its
@@ -23,7 +31,9 @@ def erk(params: Any, sparsity: float, pattern: Patterns | None = None, *, kernel
       params: tree of arrays or shapes.
       sparsity: share of the weights of all these kernels to prune, 0 to 1.
       pattern: glob or globs of the kernels; by default all floating leaves of rank 2 and more. The others stay dense.
-      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs (the last two axes) only.
+      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs but not a convolution's window.
+      layouts: what each axis is for, from ``cj.trace.layouts(fn, params, *inputs)``: a stack of layers gets the sparsity
+        that each of them alone would get. Without it every leaf is one layer whose last two axes are inputs and outputs.
 
     Returns:
       ``{path: sparsity}``, for the ``sparsity`` of any method.
@@ -51,10 +61,19 @@ def erk(params: Any, sparsity: float, pattern: Patterns | None = None, *, kernel
         raise ArgumentError("there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern")
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     total = sum(sizes.values())
-    wanted = {path: float(sum(shape if kernel else shape[-2:])) for path, shape in shapes.items()}
-    weights = wanted if kernel else {p: w * sizes[p] / math.prod(shapes[p][-2:]) for p, w in wanted.items()}
+    weights = {path: _weight(shape, kernel, (layouts or {}).get(path)) for path, shape in shapes.items()}
     kept = whole(fill(weights, sizes, total - amount_exact(sparsity, total)), sizes)
     return {path: (size - kept[path]) / size for path, size in sizes.items()}
+
+
+def _weight(shape: tuple[int, ...], kernel: bool, axes: Axes | None) -> float:
+    """Return what a leaf keeps weights in proportion to: the sum of one layer's sizes, for each of its layers."""
+    layers = axes.layers if axes else 1
+    layer = axes.layer.shape if axes else shape
+    window = axes.layer.window if axes else range(len(shape) - 2)
+    counted = range(len(layer)) if kernel else [a for a in range(len(layer)) if a not in window]
+    others = math.prod(layer) / math.prod(layer[a] for a in counted)
+    return layers * others * sum(layer[a] for a in counted)
 
 
 def fill(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, float]:

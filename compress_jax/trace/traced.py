@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr
 
-from compress_jax.core.errors import ShapeError
+from compress_jax.core.errors import CompressError, ShapeError
 from compress_jax.core.paths import flatten, match
 from compress_jax.trace.find import Found, find, name
 from compress_jax.trace.pieces import Laid, Lost, pieces
@@ -72,7 +72,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
       The trace.
 
     Raises:
-      ShapeError: if an argument has a leaf that is not an array.
+      ShapeError: if an argument has a leaf that is not an array, or the function does not take such arrays.
     """
     leaves = flatten(params)[0]
     labels = flatten({"inputs": list(inputs)})[0]
@@ -82,5 +82,11 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
                 f"{path!r} is a {type(leaf).__name__}, not an array: bind what is not an array before, as in "
                 "lambda params, x: fn(params, x, train=False)"
             )
-    jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    try:
+        jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
+    except CompressError:
+        raise
+    except (TypeError, ValueError) as error:
+        shapes = ", ".join(f"{path} {jax.typeof(leaf)}" for path, leaf in labels.items()) or "no inputs"
+        raise ShapeError(f"the function cannot be traced on these params with {shapes}: {error}") from error
     return Traced(jaxpr, leaves, list(labels), out)

@@ -49,6 +49,23 @@ def test_erk_of_a_resnet_layer_is_the_papers():
     np.testing.assert_allclose([plain["conv"], plain["head"]], [1 - share * 32 / 256, 1 - share * 74 / 640], atol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", [True, False])
+def test_erk_gives_a_stack_what_its_layers_get_alone(kernel):
+    apart = {**{f"layer{i}": jnp.ones((10, 20)) for i in range(5)}, "head": jnp.ones((20, 30))}
+    stacked = {"layers": jnp.ones((5, 20, 10)), "head": jnp.ones((20, 30))}  # [layers, out, in]
+
+    def fn(params, x):
+        x, _ = jax.lax.scan(lambda x, w: ((x @ w.T)[:, :10], None), x, params["layers"])
+        return jnp.pad(x, ((0, 0), (0, 10))) @ params["head"]
+
+    layouts = cj.trace.layouts(fn, stacked, jnp.ones((2, 10)))
+    alone, found = erk(apart, 0.6, kernel=kernel), erk(stacked, 0.6, kernel=kernel, layouts=layouts)
+    assert found["layers"] == pytest.approx(alone["layer0"], abs=2 / 200)
+    assert found["head"] == pytest.approx(alone["head"], abs=5 / 600)
+    if kernel:  # as one kernel with three axes it would get more
+        assert erk(stacked, 0.6)["layers"] > found["layers"] + 0.05
+
+
 def test_erk_masks_have_that_total():
     params = {"a": jax.random.normal(jax.random.key(0), (10, 30)), "b": jax.random.normal(jax.random.key(1), (30, 20))}
     state = magnitude(erk(params, 0.8)).init(params)

@@ -183,6 +183,25 @@ def test_coverage_doubts_what_looks_otherwise():
     assert "use cj.bind" in str(table)
 
 
+def test_coverage_warns_of_an_emptied_layer():
+    params = {"w": jnp.stack([jnp.full((4, 4), 1e-3), jnp.ones((4, 4)), jnp.full((4, 4), 2.0)]), "v": jnp.ones((4, 4))}
+    c = cj.prune.magnitude(0.25, scope="global")
+
+    def fn(params, x):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0] @ params["v"]
+
+    bound = cj.bind(c, fn, params, jnp.ones((2, 4)))
+    table = cj.coverage(bound, params)
+    assert "every weight of layer 0 is zero" in table["w"].doubt and table["v"].doubt == ""
+    whole = cj.prune.magnitude(0.5, scope="global")
+    assert "every weight is zero" in cj.coverage(whole, {"v": params["v"], "w": params["w"][0]})["w"].doubt
+
+
+def test_inputs_that_the_function_does_not_take_are_refused_by_name():
+    with pytest.raises(cj.core.ShapeError, match=r"inputs/0 float32\[2,3\].*\(3,\) and \(4,\)"):
+        cj.bind(cj.quantize.uniform(8), lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 3)))
+
+
 def test_axes_of_a_layer():
     axes = Axes((2, 3, 4, 5), outputs=(1, 3), stack=(0, 2), window=(), source="trace")
     assert axes.letters == "soso" and axes.layer.shape == (3, 5) and axes.layer.outputs == (0, 1) and axes.layers == 8
