@@ -140,6 +140,7 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
             new = update(params, own, step=step, grads=grads, stats=stats, key=key)
             return state if new is own else seal(call, axes, params, new)
 
+        sealed_update.__qualname__ = "update"  # what a TypeError of the call names
         return sealed_update
 
     update: Any = compression.update

@@ -122,16 +122,17 @@ def coverage(compression: Compression | None, params: Params, state: Compression
     for path, x in flatten(packed)[0].items():
         row = _row(path, x, reasons.get(path, ""), compressing=True)
         if path in axes and path not in reasons:
-            doubt = "; ".join(filter(None, (doubts(path, axes[path], leaves), _emptied(x, axes[path]))))
+            doubt = "; ".join(filter(None, (doubts(path, axes[path], leaves), _emptied(leaves[path], x, axes[path]))))
             row = replace(row, axes=axes[path].letters, doubt=doubt)
         rows.append(row)
     return Coverage(tuple(rows))
 
 
-def _emptied(node: Any, axes: Axes) -> str:
-    """Say which layers of a leaf have no weight left."""
-    dense = jnp.asarray(to_dense(node))
-    empty = jnp.argwhere((dense == 0).all([a for a in range(dense.ndim) if a not in axes.stack])) if dense.size else ()
+def _emptied(before: Any, node: Any, axes: Axes) -> str:
+    """Say which layers of a leaf have lost their last weight."""
+    left = [a for a in range(len(axes.shape)) if a not in axes.stack]
+    some, kept = ((jnp.asarray(x) != 0).any(left) for x in (before, to_dense(node)))
+    empty = jnp.argwhere(some & jnp.logical_not(kept))
     if len(empty) == 0:
         return ""
     if not axes.stack:

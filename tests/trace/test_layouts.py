@@ -194,6 +194,8 @@ def test_coverage_warns_of_an_emptied_layer():
     table = cj.coverage(bound, params)
     assert "every weight of layer 0 is zero" in table["w"].doubt and table["v"].doubt == ""
     whole = cj.prune.magnitude(0.5, scope="global")
+    zeros = {"v": jnp.zeros((4, 4))}
+    assert cj.coverage(cj.quantize.uniform(4), zeros)["v"].doubt == ""
     assert "every weight is zero" in cj.coverage(whole, {"v": params["v"], "w": params["w"][0]})["w"].doubt
 
 
