@@ -19,7 +19,7 @@ from compress_jax.prune.masked import Leaves, of_masks
 from compress_jax.prune.structures import NofM, Structure
 from compress_jax.prune.target import Sparsity, Target
 from compress_jax.trace import Calibration
-from compress_jax.trace._layouts import layouts_of_sites
+from compress_jax.trace.layouts_of_sites import layouts_of_sites
 from compress_jax.trace.matrix import Problem, problems
 
 

@@ -13,7 +13,7 @@ from compress_jax.quantize._clip import clipped_state, output_errors, unseen
 from compress_jax.quantize.folding import Fold, folds
 from compress_jax.quantize.solved import Solved
 from compress_jax.trace import Calibration, evidence
-from compress_jax.trace._layouts import layouts_of_sites
+from compress_jax.trace.layouts_of_sites import layouts_of_sites
 from compress_jax.trace.matrix import Problem, problems
 from compress_jax.trace.scaling import Part
 

@@ -11,8 +11,8 @@ from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solving import fed
 from compress_jax.trace import Calibration
-from compress_jax.trace._calibrate import require
 from compress_jax.trace.biases import biases
+from compress_jax.trace.calibration import require
 from compress_jax.trace.channel_statistics import Moments
 from compress_jax.trace.matrix import why_not
 from compress_jax.trace.met import met, summed_axes

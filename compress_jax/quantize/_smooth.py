@@ -12,7 +12,7 @@ from compress_jax.core.paths import flatten
 from compress_jax.quantize.folding import Fold, Folded, folds
 from compress_jax.quantize.solving import fed
 from compress_jax.trace import Calibration
-from compress_jax.trace._calibrate import require
+from compress_jax.trace.calibration import require
 from compress_jax.trace.matrix import why_not
 from compress_jax.trace.met import beside, met
 

@@ -12,8 +12,8 @@ from compress_jax.core.compression import Compression, CompressionState, Params,
 from compress_jax.core.paths import flatten
 from compress_jax.quantize.solved import Solved
 from compress_jax.trace import Calibration, evidence
-from compress_jax.trace._layouts import layouts_of_sites
 from compress_jax.trace.evidence import unit
+from compress_jax.trace.layouts_of_sites import layouts_of_sites
 from compress_jax.trace.matrix import MatrixForm, Problem, column_errors, problems
 from compress_jax.trace.site import Site
 

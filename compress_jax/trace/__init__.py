@@ -1,7 +1,7 @@
 """Seeing inside any function: one interpreter of jaxprs for sites, statistics, rewriting, cost and channel groups."""
 
 from compress_jax.trace import reducers
-from compress_jax.trace._calibrate import Calibration, calibrate
+from compress_jax.trace._calibrate import calibrate
 from compress_jax.trace._cost import cost
 from compress_jax.trace._gram import gram
 from compress_jax.trace._groups import groups
@@ -10,6 +10,7 @@ from compress_jax.trace._observe import observe
 from compress_jax.trace._resize import resize, resized_numbers
 from compress_jax.trace._rewrite import rewrite
 from compress_jax.trace._sites import sites, unseen
+from compress_jax.trace.calibration import Calibration
 from compress_jax.trace.costs import Cost, SiteCost
 from compress_jax.trace.group import Group, Groups
 from compress_jax.trace.reducer import Reducer

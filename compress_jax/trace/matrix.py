@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.trace._calibrate import require
 from compress_jax.trace._gram import Gram
 from compress_jax.trace.box import Box, placed
+from compress_jax.trace.calibration import require
 from compress_jax.trace.site import Axes, Shape, Site
 from compress_jax.trace.strided import Piece
 
