@@ -76,7 +76,7 @@ def finished(sources: Path) -> Path:
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch: pytest.MonkeyPatch):
     """They take most of the time of a small run, and have tests of their own."""
-    monkeypatch.setattr("compress_jax.report._write.pictures", lambda run: {})
+    monkeypatch.setattr("compress_jax.report._page.pictures", lambda run: {})
 
 
 @pytest.fixture

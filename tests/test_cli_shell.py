@@ -11,7 +11,7 @@ import pytest
 from compress_jax.cli import main
 from compress_jax.cli.console import fitted
 from compress_jax.core import CheckpointError
-from compress_jax.train._session import Session, open_recorders
+from compress_jax.train._loop import Session, open_recorders
 
 
 @pytest.mark.parametrize("words", [["--help"], ["report", "--help"]])

@@ -37,7 +37,7 @@ from compress_jax.core import (
 from compress_jax.core.axes import Axes
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten
-from compress_jax.prune.masked import mask_of
+from compress_jax.prune._masks.score import mask_of
 
 KERNEL = "body/kernel"
 

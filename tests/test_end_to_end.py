@@ -19,7 +19,7 @@ import compress_jax as cj
 from compress_jax.cli.config import build, load_config
 from compress_jax.core.packed import Clustered, Quantized, Sparse
 from compress_jax.core.paths import flatten
-from compress_jax.data.builders import idx
+from compress_jax.data._builders import idx
 from compress_jax.search import compress
 from compress_jax.train import accuracy
 

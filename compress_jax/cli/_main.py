@@ -5,16 +5,13 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from compress_jax.cli._eval import evaluate
-from compress_jax.cli._export import export
-from compress_jax.cli._inspect import inspect
-from compress_jax.cli._report import report
+from compress_jax.cli._commands import evaluate, export, inspect, report
 from compress_jax.cli._run import run
 from compress_jax.cli.console import fitted, shown, stderr
 from compress_jax.cli.parse import parse, summary
 from compress_jax.cli.signals import Stopped, stopped_by_signals
 from compress_jax.core.errors import CompressError
-from compress_jax.core.printable import printable
+from compress_jax.core.table import printable
 
 COMMANDS: dict[str, Callable[..., int]] = {
     "run": run,

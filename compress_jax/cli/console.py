@@ -6,7 +6,7 @@ import textwrap
 from rich.console import Console
 from rich.markup import escape
 
-from compress_jax.core.printable import printable
+from compress_jax.core.table import printable
 
 UNLIMITED = 10_000  # columns, where nobody looks at a screen
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from compress_jax.core.errors import ArtifactError, ConfigError
-from compress_jax.core.printable import printable
 from compress_jax.core.record import read_record, sealed
+from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
-from compress_jax.report.read import RUN_FORM, RUN_VERSION
+from compress_jax.report._read import RUN_FORM, RUN_VERSION
 
 CONFIG, RUN, LOG, LOCK = "config.py", "run.json", "log.txt", ".lock"
 PACKAGES = ("compress_jax", "jax", "jaxlib", "flax", "optax", "numpy")

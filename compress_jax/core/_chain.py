@@ -9,10 +9,9 @@ import numpy as np
 
 from compress_jax.core import arguments
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, stamped
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, joined, parts_of, stamped
 from compress_jax.core.describe import describe
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
-from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 

@@ -10,10 +10,9 @@ from jax.core import Tracer
 from compress_jax.core import arguments
 from compress_jax.core.arguments import whole
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, stamped
+from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, joined, parts_of, stamped
 from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
-from compress_jax.core.parts import joined, parts_of
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.schedules import Scheduled, at_once, awake, begin, due, schedules_of
 

@@ -1,7 +1,7 @@
 """The one idea of the library: a compression is a differentiable view of named arrays, plus the state that defines it."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -232,3 +232,22 @@ def _empty(state: CompressionState) -> CompressionState:
     if state.learned or state.fixed:
         raise StateError(f"the identity has no state, and this one holds {', '.join({**state.learned, **state.fixed})}")
     return state
+
+
+# The state of several compressions as one: theirs under ``"0"``, ``"1"``, ...
+
+
+def joined(states: Sequence[CompressionState]) -> CompressionState:
+    """Return the states of several compressions as one."""
+    return CompressionState(
+        learned={str(i): s.learned for i, s in enumerate(states)}, fixed={str(i): s.fixed for i, s in enumerate(states)}
+    )
+
+
+def parts_of(state: CompressionState, n: int) -> list[CompressionState]:
+    """Return the states that `joined` put together; one of another making is refused."""
+    keys = [str(i) for i in range(n)]
+    learned, fixed = state
+    if not (isinstance(fixed, Mapping) and set(fixed) == set(keys) == set(learned)):
+        raise StateError(f"this state is not that of a chain or rules of {n} compressions; it has parts {list(fixed)}")
+    return [CompressionState(learned[k], fixed[k]) for k in keys]

@@ -11,12 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.axes import Axes, over_layers
-from compress_jax.core.bits import Bits, bits_for
+from compress_jax.core.bits import Bits, Gaps, bits_for
+from compress_jax.core.codebook import Tabled
 from compress_jax.core.finite import saturate
-from compress_jax.core.gaps import Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse, nbytes, static, width
-from compress_jax.core.tabled import Tabled
 
 
 @jax.tree_util.register_dataclass

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from compress_jax.core.errors import CompressError
-from compress_jax.core.printable import printable
+from compress_jax.core.table import printable
 
 DIGEST = "sha256"
 

@@ -6,8 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 
 static: dict[str, Any] = {"metadata": {"static": True}}
 

@@ -7,11 +7,10 @@ is a pure function of an explicit key that runs on the device.
 """
 
 from compress_jax.core.errors import DataError
-from compress_jax.data._mixup import mixup
-from compress_jax.data.augment import random_crop_flip
-from compress_jax.data.dataset import Data, fingerprint, load
-from compress_jax.data.feed import Feed, batches, eval_batches
-from compress_jax.data.preprocess import Split, clean, normalise, scale_to_unit, statistics
+from compress_jax.data._augment import mixup, random_crop_flip
+from compress_jax.data._dataset import Data, fingerprint, load
+from compress_jax.data._feed import Feed, batches, eval_batches
+from compress_jax.data._preprocess import Split, clean, normalise, scale_to_unit, statistics
 
 __all__ = [
     "Data",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from compress_jax.core.errors import DataError
-from compress_jax.data.builders import idx
+from compress_jax.data._builders import idx
 
 
 def no_files(name: str, url: str, home: Path, places: list[Path], why: str) -> str:

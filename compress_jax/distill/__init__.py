@@ -5,34 +5,48 @@ may be arrays: schedules are optax's, as in ``cross_entropy(s, y) + warmup(step)
 with ``warmup = optax.linear_schedule(0.0, 1.0, 1000)``.
 """
 
-from compress_jax.distill._capture import capture
-from compress_jax.distill._contrast import contrast
-from compress_jax.distill._dist import dist
-from compress_jax.distill._fusion import fusion
-from compress_jax.distill._resize import pool, resize
-from compress_jax.distill._top_k import TopK, buckets, top_k, top_k_kl
-from compress_jax.distill.cache import Cache, CachedFeed, by_example, open_cache, write_cache
-from compress_jax.distill.chunked import chunked_hinton, chunked_kl
-from compress_jax.distill.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
-from compress_jax.distill.convolutions import conv, deconv, linear
-from compress_jax.distill.correlations import cc, cka_loss, ickd, pkt
-from compress_jax.distill.decoupled import dkd
-from compress_jax.distill.divergences import jsd, reverse_kl, total_variation
-from compress_jax.distill.feature_statistics import attention, fsp, ft, nst
-from compress_jax.distill.features import hint, mgd, review, vid
-from compress_jax.distill.fidelity import Calibration, agreement, calibration, calibration_error, cka
-from compress_jax.distill.heads import embedding, gaussian, generator, paraphraser, projector, translator
-from compress_jax.distill.logits import Objective, cross_entropy, hard_label, hinton, kl, mse
-from compress_jax.distill.margins import ab, ofd, ofd_margin
-from compress_jax.distill.parts import Part, activation, norm, sequential
-from compress_jax.distill.relations import rkd, rkd_angle, rkd_distance, similarity
-from compress_jax.distill.sequences import generate, next_tokens, on_policy
-from compress_jax.distill.teacher import Teacher, cast
-from compress_jax.distill.teachers import Drift, Teachers, drift, fingerprint, hexadecimal, require_same
-from compress_jax.distill.terms import Schedule, Seen, Term, on_features, on_labels, on_logits, on_weights
-from compress_jax.distill.tokens import Total, masked_mean, masked_total, token_total
-from compress_jax.distill.transforms import averaged, ensemble, ensembled, standardize, virtual_teacher
-from compress_jax.distill.weights import l2_sp
+from compress_jax.distill._adapters.adapter import Part, activation, conv, deconv, linear, norm, sequential
+from compress_jax.distill._adapters.fusion import fusion, pool, resize
+from compress_jax.distill._adapters.heads import embedding, gaussian, generator, paraphraser, projector, translator
+from compress_jax.distill._chunked import chunked_hinton, chunked_kl
+from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
+from compress_jax.distill._losses.correlations import cc, cka_loss, ickd, pkt
+from compress_jax.distill._losses.dist import dist
+from compress_jax.distill._losses.features import attention, fsp, ft, hint, mgd, nst, review, vid
+from compress_jax.distill._losses.logits import (
+    Objective,
+    cross_entropy,
+    dkd,
+    hard_label,
+    hinton,
+    jsd,
+    kl,
+    mse,
+    reverse_kl,
+    total_variation,
+)
+from compress_jax.distill._losses.margins import ab, ofd, ofd_margin
+from compress_jax.distill._losses.relations import rkd, rkd_angle, rkd_distance, similarity
+from compress_jax.distill._losses.sequences import generate, next_tokens, on_policy
+from compress_jax.distill._losses.tokens import Total, masked_mean, masked_total, token_total
+from compress_jax.distill._losses.transforms import averaged, ensemble, ensembled, standardize, virtual_teacher
+from compress_jax.distill._objective.terms import (
+    Schedule,
+    Seen,
+    Term,
+    contrast,
+    on_features,
+    on_labels,
+    on_logits,
+    on_weights,
+)
+from compress_jax.distill._objective.weights import l2_sp
+from compress_jax.distill._teachers.cache import Cache, CachedFeed, by_example, open_cache, write_cache
+from compress_jax.distill._teachers.capture import capture
+from compress_jax.distill._teachers.ensemble import Drift, Teachers, drift, fingerprint, hexadecimal, require_same
+from compress_jax.distill._teachers.fidelity import Calibration, agreement, calibration, calibration_error, cka
+from compress_jax.distill._teachers.teacher import Teacher, cast
+from compress_jax.distill._teachers.top_k import TopK, buckets, top_k, top_k_kl
 
 __all__ = [
     "Bank",

@@ -1,15 +1,15 @@
 """Leaving the lab: the artifact file, and programs for other runtimes."""
 
-from compress_jax.export._breakdown import Part, breakdown
+from compress_jax.export._artifact.artifact import load, save, write_atomically
+from compress_jax.export._artifact.breakdown import Part, breakdown
+from compress_jax.export._artifact.limits import Limits
+from compress_jax.export._coding.stream import stream
+from compress_jax.export._exported import Exported, Row
+from compress_jax.export._litert.to_litert import to_litert
+from compress_jax.export._onnx.to_onnx import to_onnx
 from compress_jax.export._stablehlo import to_stablehlo
-from compress_jax.export._stream import stream
-from compress_jax.export._verify import Timing, Verification, verify
+from compress_jax.export._verify.verify import Timing, Verification, verify
 from compress_jax.export._weights import to_safetensors
-from compress_jax.export.artifact import load, save, write_atomically
-from compress_jax.export.exported import Exported, Row
-from compress_jax.export.limits import Limits
-from compress_jax.export.litert import to_litert
-from compress_jax.export.onnx import to_onnx
 
 __all__ = [
     "Exported",

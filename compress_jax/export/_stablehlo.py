@@ -15,12 +15,12 @@ from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Tabled, is_packed, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.sparse import Sparse, nbytes, width
-from compress_jax.export.agreement import agree
-from compress_jax.export.artifact import write_atomically
-from compress_jax.export.exported import Exported, Row
-from compress_jax.export.extras import extra
-from compress_jax.export.seal import sealed
-from compress_jax.export.structure import decode, encode
+from compress_jax.export._artifact.artifact import write_atomically
+from compress_jax.export._artifact.seal import sealed
+from compress_jax.export._artifact.structure import decode, encode
+from compress_jax.export._exported import Exported, Row
+from compress_jax.export._extras import extra
+from compress_jax.export._verify.agreement import agree
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -14,8 +14,8 @@ import safetensors.numpy
 from compress_jax.core.errors import ArtifactError, ExportError
 from compress_jax.core.packed import Quantized, unpack
 from compress_jax.core.paths import flatten
-from compress_jax.export.artifact import write_atomically
-from compress_jax.export.structure import is_key
+from compress_jax.export._artifact.artifact import write_atomically
+from compress_jax.export._artifact.structure import is_key
 
 TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 COLLECTIONS = ("params", "batch_stats")

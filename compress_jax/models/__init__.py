@@ -1,13 +1,13 @@
 """Reference networks in Flax Linen: ``model.apply(variables, x, train=False)`` gives float32 logits."""
 
 from compress_jax.models import pretrained
-from compress_jax.models.bert import Bert, BertClassifier
-from compress_jax.models.ds_cnn import DSCNN
-from compress_jax.models.gpt import GPT
-from compress_jax.models.imagenet_resnet import ImageNetResNet
-from compress_jax.models.lenet import LeNet5, LeNet300100
-from compress_jax.models.resnet import ResNet
-from compress_jax.models.vit import ViT
+from compress_jax.models._bert import Bert, BertClassifier
+from compress_jax.models._ds_cnn import DSCNN
+from compress_jax.models._gpt import GPT
+from compress_jax.models._imagenet_resnet import ImageNetResNet
+from compress_jax.models._lenet import LeNet5, LeNet300100
+from compress_jax.models._resnet import ResNet
+from compress_jax.models._vit import ViT
 
 __all__ = [
     "DSCNN",

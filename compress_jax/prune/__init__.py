@@ -1,33 +1,23 @@
 """Pruning: weights seen as zero, chosen by a score, an amount and a schedule."""
 
 from compress_jax.prune import importance
-from compress_jax.prune._cubic import cubic
-from compress_jax.prune._erk import erk
-from compress_jax.prune._fisher import fisher
-from compress_jax.prune._lamp import lamp
-from compress_jax.prune._magnitude import magnitude
-from compress_jax.prune._movement import movement
-from compress_jax.prune._random import random
-from compress_jax.prune._rigl import rigl
-from compress_jax.prune._saliency import saliency
-from compress_jax.prune._scored import scored
-from compress_jax.prune._set import set
-from compress_jax.prune._shrink import shrink
-from compress_jax.prune._sparsegpt import sparsegpt
-from compress_jax.prune._ste import ste
-from compress_jax.prune._top_kast import top_kast
-from compress_jax.prune._wanda import wanda
-from compress_jax.prune.at_init import grasp, snip, synflow
-from compress_jax.prune.budgets import for_bytes, for_flops
-from compress_jax.prune.gains import Gain, Gains, gains
-from compress_jax.prune.lottery import nested, rewind, rewinding, rounds
-from compress_jax.prune.masked import Score, Seen, masked, normalized
-from compress_jax.prune.post_training import Pruned
-from compress_jax.prune.regrow import Growth, regrowing
-from compress_jax.prune.restart import grown, reset_moments, restart
-from compress_jax.prune.shares import shares
-from compress_jax.prune.shrunk import Removal, Shrunk, narrow
-from compress_jax.prune.structures import block, channel, head, n_m
+from compress_jax.prune._at_init import grasp, snip, synflow
+from compress_jax.prune._budgets import for_bytes, for_flops
+from compress_jax.prune._channels.result import Removal, Shrunk, narrow
+from compress_jax.prune._channels.shrink import shrink
+from compress_jax.prune._dynamic import Growth, regrowing, rigl, set
+from compress_jax.prune._gains import Gain, Gains, gains
+from compress_jax.prune._gradient_scores import fisher, movement, saliency
+from compress_jax.prune._lottery import nested, rewind, rewinding, rounds
+from compress_jax.prune._masks.score import Score, Seen, masked, normalized
+from compress_jax.prune._masks.structures import block, channel, head, n_m
+from compress_jax.prune._oneshot.post_training import Pruned
+from compress_jax.prune._oneshot.sparsegpt import sparsegpt
+from compress_jax.prune._oneshot.wanda import wanda
+from compress_jax.prune._restart import grown, reset_moments, restart
+from compress_jax.prune._scores import lamp, magnitude, random, scored
+from compress_jax.prune._sparsities import cubic, erk, shares
+from compress_jax.prune._top_kast import ste, top_kast
 
 __all__ = [
     "Gain",

@@ -6,17 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from compress_jax.core.arguments import compression as checked
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
-from compress_jax.core.describe import call_of
+from compress_jax.core.describe import call_of, describe
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 from compress_jax.core.straight_through import straight_through
-from compress_jax.prune._magnitude import magnitude
-from compress_jax.prune.masked import Leaves, fixed_of, of_masks, see
-from compress_jax.prune.target import Sparsity, Target
+from compress_jax.prune._masks.score import Leaves, fixed_of, of_masks, see
+from compress_jax.prune._masks.target import Sparsity, Target
+from compress_jax.prune._scores import magnitude
 
 
 def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", every: int = 1) -> Compression:
@@ -103,4 +104,46 @@ def _seen(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
 
 @straight_through
 def _through(x: jax.Array, seen: jax.Array) -> jax.Array:
+    return seen
+
+
+# Straight-through pruning: the model sees pruned weights, and all weights are trained.
+
+
+def ste(compression: Compression) -> Compression:
+    """Give the view of a pruning method the derivative of the identity, also where weights are pruned.
+
+    A pruned weight then follows the gradient at its zero, and comes back once it has grown, as the mask is updated.
+
+    Args:
+      compression: a method whose view holds masks, such as `magnitude`; what it learns itself gets no gradient.
+
+    Returns:
+      The Compression; its values, state and packed form are those of the method.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.prune import magnitude
+      >>> c, params = ste(magnitude(0.5)), {"w": jnp.array([1.0, 2.0])}
+      >>> jax.grad(lambda p: c.view(p, c.init(params))["w"].sum())(params)["w"].tolist()
+      [1.0, 1.0]
+
+    References:
+      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.
+      Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021, section 3.
+    """
+    checked("compression", compression)
+
+    def view(params: Params, state: CompressionState) -> Params:
+        leaves, rebuild = flatten(params)
+        seen, left = flatten(compression.view(params, state))[0], compression.skipped(params)
+        return rebuild({path: x if path in left else _straight(x, seen[path]) for path, x in leaves.items()})
+
+    return compression._replace(
+        view=view, call=f"ste({describe(compression)})", bind=lambda known: ste(bound(compression, known))
+    )
+
+
+@straight_through
+def _straight(x: jax.Array, seen: jax.Array) -> jax.Array:
     return seen

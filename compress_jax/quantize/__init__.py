@@ -13,39 +13,38 @@ codes, and `contractions` lists every product with its operands' formats, or why
 """
 
 from compress_jax.core.levels import Float, Table
-from compress_jax.quantize._activations import Activations, activations
-from compress_jax.quantize._adaround import adaround
-from compress_jax.quantize._awq import awq
-from compress_jax.quantize._bias import Corrected, correct_bias
-from compress_jax.quantize._binary import binary
-from compress_jax.quantize._blocks import mxfp4, mxfp8, nvfp4
-from compress_jax.quantize._clip import clip
-from compress_jax.quantize._contractions import Contractions, contractions
-from compress_jax.quantize._dynamic import dynamic
-from compress_jax.quantize._equalize import equalize
-from compress_jax.quantize._floats import fp4, fp8, nf4
-from compress_jax.quantize._fold import fold_batch_norm
-from compress_jax.quantize._gptq import gptq
-from compress_jax.quantize._hqq import hqq
-from compress_jax.quantize._integer import Integer, integer
-from compress_jax.quantize._lsq import lsq, lsq_inputs
-from compress_jax.quantize._pact import pact, pact_decay
-from compress_jax.quantize._rotate import Rotated, rotate
-from compress_jax.quantize._signed import signed
-from compress_jax.quantize._smooth import smooth
-from compress_jax.quantize._static import static
-from compress_jax.quantize._tabled import tabled
-from compress_jax.quantize._ternary import ternary
-from compress_jax.quantize._uniform import uniform
-from compress_jax.quantize.activation import ActivationQuantizer
-from compress_jax.quantize.folding import Folded
-from compress_jax.quantize.formats import float_format
-from compress_jax.quantize.grid import Grid
-from compress_jax.quantize.least_squares import fit, mse
-from compress_jax.quantize.scales import absmax, minmax, normal_clip, percentile, rms, spanning
-from compress_jax.quantize.search_scales import entropy, pnorm
-from compress_jax.quantize.solved import Solved, output_error
-from compress_jax.quantize.stochastic import quantized_backward, stochastic_round
+from compress_jax.layerwise._solve import Solved, output_error
+from compress_jax.quantize._activations.activations import Activations, activations
+from compress_jax.quantize._activations.dynamic import dynamic
+from compress_jax.quantize._activations.quantizer import ActivationQuantizer
+from compress_jax.quantize._activations.static import static
+from compress_jax.quantize._activations.stochastic import quantized_backward, stochastic_round
+from compress_jax.quantize._integer.integer import Contractions, Integer, contractions, integer
+from compress_jax.quantize._learned.lsq import lsq, lsq_inputs
+from compress_jax.quantize._learned.pact import pact, pact_decay
+from compress_jax.quantize._rewrites.awq import awq
+from compress_jax.quantize._rewrites.batch_norm import fold_batch_norm
+from compress_jax.quantize._rewrites.bias import Corrected, correct_bias
+from compress_jax.quantize._rewrites.equalize import equalize
+from compress_jax.quantize._rewrites.folding import Folded
+from compress_jax.quantize._rewrites.rotate import Rotated, rotate
+from compress_jax.quantize._rewrites.smooth import smooth
+from compress_jax.quantize._scales.grid import Grid
+from compress_jax.quantize._scales.hqq import hqq
+from compress_jax.quantize._scales.least_squares import fit, mse
+from compress_jax.quantize._scales.levels import float_format
+from compress_jax.quantize._scales.rules import absmax, minmax, normal_clip, percentile, rms, spanning
+from compress_jax.quantize._scales.search import entropy, pnorm
+from compress_jax.quantize._solvers.adaround import adaround
+from compress_jax.quantize._solvers.clip import clip
+from compress_jax.quantize._solvers.gptq import gptq
+from compress_jax.quantize._solvers.signround import signed
+from compress_jax.quantize._weights.binary import binary
+from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
+from compress_jax.quantize._weights.codebook import tabled
+from compress_jax.quantize._weights.floats import fp4, fp8, nf4
+from compress_jax.quantize._weights.ternary import ternary
+from compress_jax.quantize._weights.uniform import uniform
 
 __all__ = [
     "ActivationQuantizer",

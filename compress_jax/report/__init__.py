@@ -1,9 +1,9 @@
 """What a run left in its folder, as tables, pictures, one HTML page and one Markdown page."""
 
-from compress_jax.report._write import write
-from compress_jax.report.read import Run, read_results, read_run
-from compress_jax.report.rows import causes_table, leaves_table, metadata_table, results_table
-from compress_jax.report.tables import Table, html_table, markdown_table, rich_table
+from compress_jax.report._page import write
+from compress_jax.report._read import Run, read_results, read_run
+from compress_jax.report._rows import causes_table, leaves_table, metadata_table, results_table
+from compress_jax.report._tables import Table, html_table, markdown_table, rich_table
 
 __all__ = [
     "Run",

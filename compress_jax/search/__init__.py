@@ -4,10 +4,10 @@ Mixed precision: `sensitivities` measures every option of every leaf once, `allo
 """
 
 from compress_jax.search._allocate import Allocation, allocate
-from compress_jax.search.experiment import Candidate, Experiment, Network, Requirement, Training
-from compress_jax.search.judge import Assessment, choose, finished, judge, reference
-from compress_jax.search.loop import Result, compress
-from compress_jax.search.sensitivity import Sensitivities, sensitivities
+from compress_jax.search._experiment import Candidate, Experiment, Network, Requirement, Training
+from compress_jax.search._judge import Assessment, choose, finished, judge, reference
+from compress_jax.search._loop import Result, compress
+from compress_jax.search._sensitivity import Sensitivities, sensitivities
 
 __all__ = [
     "Allocation",

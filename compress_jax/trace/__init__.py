@@ -1,22 +1,17 @@
 """Seeing inside any function: one interpreter of jaxprs for sites, statistics, rewriting, cost and channel groups."""
 
 from compress_jax.trace import reducers
-from compress_jax.trace._calibrate import calibrate
-from compress_jax.trace._cost import cost
-from compress_jax.trace._gram import gram
-from compress_jax.trace._groups import groups
-from compress_jax.trace._layouts import bind, layouts
-from compress_jax.trace._observe import observe
-from compress_jax.trace._resize import resize, resized_numbers
-from compress_jax.trace._rewrite import rewrite
-from compress_jax.trace._sites import sites, unseen
-from compress_jax.trace.calibration import Calibration
-from compress_jax.trace.costs import Cost, SiteCost
-from compress_jax.trace.group import Group, Groups
-from compress_jax.trace.reducer import Reducer
-from compress_jax.trace.resized_numbers import Number
-from compress_jax.trace.site import Site
-from compress_jax.trace.verify import Verification, verify_groups
+from compress_jax.trace._cost import Cost, SiteCost, cost
+from compress_jax.trace._groups.group import Group, Groups
+from compress_jax.trace._groups.groups import Verification, groups, verify_groups
+from compress_jax.trace._jaxpr.find_sites import bind, layouts, sites, unseen
+from compress_jax.trace._jaxpr.rewrite import rewrite
+from compress_jax.trace._jaxpr.site import Site
+from compress_jax.trace._resize.resize import Number, resize, resized_numbers
+from compress_jax.trace._statistics.calibrate import calibrate, observe
+from compress_jax.trace._statistics.calibration import Calibration
+from compress_jax.trace._statistics.moments import gram
+from compress_jax.trace._statistics.reducer import Reducer
 
 __all__ = [
     "Calibration",

@@ -1,17 +1,432 @@
 """Count what a function costs, from its trace."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Jaxpr, JaxprEqn
+
+from compress_jax.core.bits import Bits
 from compress_jax.core.compression import Compression, CompressionState, bound
-from compress_jax.core.errors import ConfigError
-from compress_jax.core.paths import match
-from compress_jax.trace._layouts import layouts_of
-from compress_jax.trace.costs import Cost, SiteCost
-from compress_jax.trace.flops import Operations, operations
-from compress_jax.trace.origin import DATA, PARAMETER, Origin
-from compress_jax.trace.stored import Stored, dtype_bits, shapes, stored
-from compress_jax.trace.traced import Traced, trace
+from compress_jax.core.errors import ConfigError, ShapeError, StateError
+from compress_jax.core.packed import Sparse, is_packed, to_dense
+from compress_jax.core.paths import flatten, match
+from compress_jax.core.table import aligned, units
+from compress_jax.trace._jaxpr import primitives
+from compress_jax.trace._jaxpr import primitives as p
+from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
+from compress_jax.trace._jaxpr.origin import DATA, PARAMETER, Origin
+from compress_jax.trace._jaxpr.primitives import Branches, Call, Scan, While, nested
+from compress_jax.trace._jaxpr.site import Site
+
+# Count the operations of a jaxpr that are not contractions: element by element, reductions,
+# windows.
+
+
+FREE = (  # they move, cut, name or make numbers, and compute none
+    p.PASSED | p.MOVES | p.JOINS | p.INDEXED | p.NUMBERS | p.SILENT | p.CONTRACTIONS | {"dynamic_update_slice", "scatter"}
+) | frozenset(
+    "all_gather all_gather_invariant all_gather_reduced all_to_all bitcast_convert_type ppermute ragged_all_to_all"
+    " random_clone random_seed random_unwrap random_wrap".split()
+)
+TRANSCENDENTAL = frozenset(  # one transcendental function an element of the result
+    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp expm1 lgamma"
+    " log log1p pow rsqrt sin sinh sqrt tan tanh".split()
+)
+BOTH = {"logistic": 3, "exp2": 1, "log2": 1, "cumlogsumexp": 1}  # a function and so many operations: 1 / (1 + exp(-x))
+EACH = p.CASTS | p.SUMS | p.SIGNS | p.COMPARISONS | p.ARITHMETIC | p.COLLECTIVES | p.RUNNING | {"reduce_scatter"}
+EACH = EACH - FREE - BOTH.keys()  # one operation an element of the result
+SCATTERS = p.UPDATES - FREE
+
+
+@dataclass
+class Operations:
+    """Operations of a computation besides its contractions.
+
+    Attributes:
+      flops: one for each result of an operation on elements, and each element that a reduction takes in.
+      transcendentals: one for each result of exp, log, tanh, rsqrt, ...
+      uncounted: primitives whose operations are not known here, and how often they run.
+      loops: while loops met: they are counted for one turn.
+      choices: choices of branches met: every branch is counted.
+      products: multiplications of products that sum over no axis (``einsum("bd,dn->bdn")``), of which there is no site.
+    """
+
+    flops: int = 0
+    transcendentals: int = 0
+    uncounted: Counter[str] = field(default_factory=Counter)
+    loops: int = 0
+    choices: int = 0
+    products: int = 0
+
+
+def operations(jaxpr: Jaxpr) -> Operations:
+    """Count the operations of a jaxpr, those nested in it as often as they run.
+
+    They are counted as XLA's cost analysis does: an addition, a comparison, a cast is one operation for each element of its
+    result; a sum over ``n`` elements is ``n - 1``; a window of ``w`` elements is ``w - 1``; moving numbers is free.
+
+    Args:
+      jaxpr: the computation.
+
+    Returns:
+      The counts.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> jaxpr = jax.make_jaxpr(lambda x: jnp.exp(x).sum() + 1)(jnp.ones((2, 3))).jaxpr
+      >>> counted = operations(jaxpr)
+      >>> counted.flops, counted.transcendentals
+      (6, 6)
+    """
+    total = Operations()
+    _walk(jaxpr, 1, total)
+    return total
+
+
+def _walk(jaxpr: Jaxpr, times: int, total: Operations) -> None:
+    for eqn in jaxpr.eqns:
+        match nested(eqn):
+            case Call(body, shards):
+                _walk(body.jaxpr, times * (shards or 1), total)
+            case Scan() as scan:
+                _walk(scan.body.jaxpr, times * scan.length, total)
+            case While(condition, body):
+                total.loops += 1
+                _walk(condition.jaxpr, times, total)
+                _walk(body.jaxpr, times, total)
+            case Branches(bodies):
+                total.choices += 1
+                for body in bodies:
+                    _walk(body.jaxpr, times, total)
+            case _:
+                _count(eqn, times, total)
+
+
+def _count(eqn: JaxprEqn, times: int, total: Operations) -> None:
+    name = eqn.primitive.name
+    if name == "dot_general" and primitives.kind(eqn) is None:
+        total.products += times * _out(eqn)
+    if name in FREE and name not in RULES:
+        return
+    rule, function = RULES.get(name) or _kind(name), name in TRANSCENDENTAL or name in BOTH
+    if rule is None and not function:
+        total.uncounted[name] += times
+        return
+    total.flops += times * rule(eqn) if rule else 0
+    total.transcendentals += times * _out(eqn) if function else 0
+
+
+def _kind(name: str) -> Callable[[JaxprEqn], int] | None:
+    """Return the rule of a family of primitives."""
+    if name in EACH:
+        return _out
+    if name.startswith("reduce_window") or name == "select_and_gather_add":
+        return _window
+    return _reduced if name.startswith(("reduce_", "argm")) or name == "reduce" else None
+
+
+def _out(eqn: JaxprEqn) -> int:
+    return math.prod(_shape(eqn.outvars[0]))
+
+
+def _reduced(eqn: JaxprEqn) -> int:
+    """All elements but the first of each result."""
+    return max(0, math.prod(_shape(eqn.invars[0])) - _out(eqn))
+
+
+def _window(eqn: JaxprEqn) -> int:
+    return _out(eqn) * (math.prod(eqn.params["window_dimensions"]) - 1)
+
+
+def _spread(eqn: JaxprEqn) -> int:
+    """The gradient of a window's maximum: the choice in each window, then an addition."""
+    return math.prod(_shape(eqn.invars[0])) * math.prod(eqn.params["window_dimensions"])
+
+
+def _power(eqn: JaxprEqn) -> int:
+    """Multiplications by repeated squaring, and a division if the exponent is negative."""
+    exponent = abs(eqn.params["y"])
+    products = exponent.bit_length() + exponent.bit_count() - 2 if exponent else 0
+    return _out(eqn) * (products + (eqn.params["y"] < 0))
+
+
+def _reduced_precision(eqn: JaxprEqn) -> int:
+    """Nothing is rounded where as many digits are asked for as there are."""
+    info = jnp.finfo(getattr(eqn.invars[0].aval, "dtype", jnp.float32))
+    return 0 if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant else _out(eqn)
+
+
+def _convert(eqn: JaxprEqn) -> int:
+    """A cast to the same dtype only forgets that a number was a Python number."""
+    before, after = (getattr(var.aval, "dtype", None) for var in (eqn.invars[0], eqn.outvars[0]))
+    return _out(eqn) if before != after else 0
+
+
+RULES: dict[str, Callable[[JaxprEqn], int]] = {
+    "integer_pow": _power,
+    "convert_element_type": _convert,
+    "reduce_precision": _reduced_precision,
+    "select_and_scatter_add": _spread,
+    **dict.fromkeys(SCATTERS, lambda eqn: math.prod(_shape(eqn.invars[2]))),
+    **{name: (lambda eqn, each=each: each * _out(eqn)) for name, each in BOTH.items()},
+}
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
+
+
+# How the weights that enter a product are stored: in how many bits, and how many are not zero.
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One leaf of params as it is stored.
+
+    Attributes:
+      size: number of entries.
+      bits: width of the codes; None if it is stored as numbers (dense, sparse or low rank), used in the dtype they have.
+      nonzero: entries that are not exactly zero; all of them where there is no compression.
+    """
+
+    size: int
+    bits: int | None
+    nonzero: int
+
+
+def stored(params: Any, compression: Compression | None, state: CompressionState | None) -> dict[str, Stored]:
+    """Return how every leaf is stored.
+
+    Args:
+      params: tree of arrays, or of shapes if there is no compression; leaves may be packed already.
+      compression: whose packed form is looked at.
+      state: its state; by default that of ``compression.init(params)``.
+
+    Returns:
+      The leaves by path.
+
+    Raises:
+      ShapeError: if there is a compression and a leaf is a shape, not an array.
+      StateError: if there is a state without its compression.
+
+    Example:
+      >>> from compress_jax.core.packed import Clustered
+      >>> codes = Clustered(Bits.pack(jnp.array([0, 1, 3]), 2), jnp.array([0.0, 1.0, 2.0, 3.0]))
+      >>> stored({"kernel": codes, "bias": jnp.zeros(3)}, None, None)
+      {'bias': Stored(size=3, bits=None, nonzero=3), 'kernel': Stored(size=3, bits=2, nonzero=2)}
+    """
+    if compression is None:
+        if state is not None:
+            raise StateError("a state was given without the compression it belongs to; pass compression=... too")
+        return {path: _leaf(x, is_packed(x)) for path, x in flatten(params)[0].items()}
+    for path, x in flatten(params)[0].items():
+        if isinstance(x, jax.ShapeDtypeStruct):
+            raise ShapeError(
+                f"{path!r} is only a shape: how a compression stores weights shows when arrays are packed; give arrays "
+                "(model.init instead of jax.eval_shape), or leave compression out"
+            )
+    packed = compression.pack(params, compression.init(params) if state is None else state)
+    return {path: _leaf(x, True) for path, x in flatten(packed)[0].items()}
+
+
+def _leaf(x: Any, compressed: bool) -> Stored:
+    size = math.prod(getattr(x, "shape", ()))
+    codes = getattr(x, "codes", None)  # of whatever kind of node
+    values = codes.values if isinstance(codes, Sparse) else codes
+    bits = values.bits if isinstance(values, Bits) else None
+    return Stored(size, bits, int(jnp.count_nonzero(to_dense(x))) if compressed else size)
+
+
+def shapes(params: Any) -> Any:
+    """Return params with the shape and dtype of each packed leaf in its place; other leaves stay."""
+
+    def dense(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x
+
+    return jax.tree.map(dense, params, is_leaf=is_packed)
+
+
+def dtype_bits(dtype: str) -> int:
+    """Return the bits of one number of a dtype.
+
+    Args:
+      dtype: its name.
+
+    Returns:
+      Bits; a boolean takes 8, an int4 takes 4.
+
+    Example:
+      >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
+      (16, 4, 8)
+    """
+    kind = jnp.dtype(dtype)
+    if jnp.issubdtype(kind, jnp.integer):
+        return jnp.iinfo(kind).bits
+    return jnp.finfo(kind).bits if jnp.issubdtype(kind, jnp.floating) else 8 * kind.itemsize
+
+
+# What a function costs, as numbers: of one contraction, and in total.
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """What one contraction costs in one call, all runs of it counted.
+
+    Attributes:
+      site: the contraction.
+      params: entries of the parameters in it; one that is used at several sites shows at each of them.
+      lhs_bits: bits of one number of the first operand; a mean where parameters of different widths are put together.
+      rhs_bits: likewise of the second.
+      density: share of the weights that are not zero, where a compression is looked at; else 1.
+    """
+
+    site: Site
+    params: int
+    lhs_bits: float
+    rhs_bits: float
+    density: float = 1.0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates, those with pruned weights included."""
+        return self.site.macs
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiply-accumulate."""
+        return 2 * self.site.macs
+
+    @property
+    def count(self) -> int:
+        """How often it runs."""
+        return self.site.count
+
+    @property
+    def weight_bits(self) -> float | None:
+        """Bits of the parameter; None if both operands are activations."""
+        return {"lhs": self.lhs_bits, "rhs": self.rhs_bits}.get(self.site.operand or "")
+
+    @property
+    def activation_bits(self) -> float:
+        """Bits of the other operand; of the first if both are activations."""
+        return self.rhs_bits if self.site.operand == "lhs" else self.lhs_bits
+
+    @property
+    def bit_operations(self) -> int:
+        """``macs * lhs_bits * rhs_bits``."""
+        return round(self.macs * self.lhs_bits * self.rhs_bits)
+
+    @property
+    def effective_macs(self) -> int:
+        """``macs * density``: those whose weight is not zero."""
+        return round(self.macs * self.density)
+
+    @property
+    def effective_bit_operations(self) -> int:
+        """``macs * lhs_bits * rhs_bits * density``."""
+        return round(self.macs * self.lhs_bits * self.rhs_bits * self.density)
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the results."""
+        return -(-self.count * math.prod(self.site.out_shape) * dtype_bits(self.site.out_dtype) // 8)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of a function costs; prints as a table.
+
+    Attributes:
+      by_site: the contractions by name, in program order.
+      params: number of parameters: entries under the ``"params"`` collection if there is one at the top (running statistics
+        are no parameters), else all entries.
+      other_flops: operations that are not contractions: one for each result of an operation on elements, ``n - 1`` for a
+        sum of ``n``.
+      transcendentals: results of exp, log, tanh, rsqrt, ...; not among the FLOPs.
+      notes: what is not counted, or not exactly, and why.
+      products: multiplications of products that sum over no axis: among the MACs, but no site's.
+    """
+
+    by_site: dict[str, SiteCost]
+    params: int
+    other_flops: int
+    transcendentals: int
+    notes: dict[str, str] = field(default_factory=dict)
+    products: int = 0
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of all contractions, those with pruned weights included."""
+        return sum(each.macs for each in self.by_site.values()) + self.products
+
+    @property
+    def flops(self) -> int:
+        """Two for each multiply-accumulate, and the other operations."""
+        return 2 * self.macs + self.other_flops
+
+    @property
+    def bit_operations(self) -> int:
+        """Sum of ``macs * lhs_bits * rhs_bits``, those with pruned weights included."""
+        return sum(each.bit_operations for each in self.by_site.values())
+
+    @property
+    def effective_macs(self) -> int:
+        """Multiply-accumulates whose weight is not zero: what hardware that skips zeros is left with."""
+        return sum(each.effective_macs for each in self.by_site.values())
+
+    @property
+    def effective_bit_operations(self) -> int:
+        """Bit-operations whose weight is not zero."""
+        return sum(each.effective_bit_operations for each in self.by_site.values())
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of the results of all contractions."""
+        return sum(each.activation_bytes for each in self.by_site.values())
+
+    def __str__(self) -> str:
+        """Return a table of the sites, the total, the other operations and the notes."""
+        rows = [HEAD, *(_row(name, each, self.macs) for name, each in self.by_site.items()), self._total()]
+        if all(each.density == 1 for each in self.by_site.values()):
+            rows = [row[:DENSE] + row[DENSE + 2 :] for row in rows]
+        work = (
+            f"{units(self.flops)} FLOPs: {units(2 * self.macs)} in these products, {units(self.other_flops)} in other "
+            f"operations; {units(self.transcendentals)} transcendental functions"
+        )
+        return "\n".join([aligned(rows, left=2), work, *(f"{what}: {why}" for what, why in self.notes.items())])
+
+    def _total(self) -> tuple[str, ...]:
+        share = "100.0%" if self.macs else ""
+        numbers = (self.macs, self.params, self.bit_operations, self.effective_bit_operations, self.activation_bytes)
+        macs, params, bits, effective, out = map(units, numbers)
+        return "total", "", "", macs, share, params, "", bits, "", effective, out
+
+
+HEAD = ("site", "product", "runs", "MACs", "share", "params", "bits", "bit-ops", "density", "effective", "bytes out")
+DENSE = HEAD.index("density")
+
+
+def _row(name: str, cost: SiteCost, macs: int) -> tuple[str, ...]:
+    lhs, rhs, out = ("x".join(map(str, shape)) for shape in (cost.site.lhs_shape, cost.site.rhs_shape, cost.site.out_shape))
+    return (
+        name,
+        f"{lhs} * {rhs} > {out}",
+        f"{cost.count}{'?' if cost.site.conditional else ''}",
+        units(cost.macs),
+        f"{cost.macs / max(macs, 1):.1%}",
+        units(cost.params),
+        f"{cost.lhs_bits:.3g} x {cost.rhs_bits:.3g}",
+        units(cost.bit_operations),
+        f"{cost.density:.1%}",
+        units(cost.effective_bit_operations),
+        units(cost.activation_bytes),
+    )
+
 
 ActivationBits = int | Mapping[str, int] | None
 

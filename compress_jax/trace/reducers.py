@@ -6,11 +6,21 @@ site did not run; then what `Reducer.finish` returns is NaN. "Per channel" is on
 ``[*batch, k]`` as `channels` orders them.
 """
 
-from compress_jax.trace._gram import Gram, gram
-from compress_jax.trace._histogram import Counts, Histogram, edges, histogram, magnitudes, percentile
-from compress_jax.trace.channel_statistics import Moments, Norm, Outliers, absmean, moments, norm, outliers
-from compress_jax.trace.ranges import AbsMax, MinMax, absmax, minmax
-from compress_jax.trace.reducer import Reducer, of_inputs
+from compress_jax.trace._statistics.calibration import Gram
+from compress_jax.trace._statistics.moments import Moments, Norm, Outliers, absmean, gram, moments, norm, outliers
+from compress_jax.trace._statistics.ranges import (
+    AbsMax,
+    Counts,
+    Histogram,
+    MinMax,
+    absmax,
+    edges,
+    histogram,
+    magnitudes,
+    minmax,
+    percentile,
+)
+from compress_jax.trace._statistics.reducer import Reducer, of_inputs
 
 __all__ = [
     "AbsMax",

@@ -1,19 +1,19 @@
 """Training: one pure step over one state, on one device or many, and the loop that records, saves and resumes."""
 
+from compress_jax.train._checkpoint import Checkpoints
+from compress_jax.train._distillation import distillation
+from compress_jax.train._evaluate import accuracy, averages, logits
+from compress_jax.train._generations import graduate, mutual_step
+from compress_jax.train._interrupt import Interrupted, watch_signals
 from compress_jax.train._ledger import Ledger, ledger
+from compress_jax.train._loop import Feed, fit
+from compress_jax.train._losses import distilled, supervised
+from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
+from compress_jax.train._parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
 from compress_jax.train._progress import progress
-from compress_jax.train.checkpoint import Checkpoints
-from compress_jax.train.distillation import distillation
-from compress_jax.train.evaluate import accuracy, averages, logits
-from compress_jax.train.generations import graduate, mutual_step
-from compress_jax.train.interrupt import Interrupted, watch_signals
-from compress_jax.train.loop import Feed, fit
-from compress_jax.train.losses import distilled, supervised
-from compress_jax.train.metrics import JsonLines, Recorder, TensorBoard
-from compress_jax.train.parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
-from compress_jax.train.quantized import QuantizedModel, quantized
-from compress_jax.train.state import TrainState, create, label_optimizer
-from compress_jax.train.step import Loss, Metrics, StatefulLoss, Step, make_step
+from compress_jax.train._quantized import QuantizedModel, quantized
+from compress_jax.train._state import TrainState, create, label_optimizer
+from compress_jax.train._step import Loss, Metrics, StatefulLoss, Step, make_step
 
 __all__ = [
     "Checkpoints",

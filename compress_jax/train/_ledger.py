@@ -9,9 +9,9 @@ import optax
 
 from compress_jax.core.compression import Compression, identity
 from compress_jax.distill import Term, on_labels
-from compress_jax.train.distillation import TEACHER, distillation
-from compress_jax.train.state import create
-from compress_jax.train.step import StatefulLoss, make_step
+from compress_jax.train._distillation import TEACHER, distillation
+from compress_jax.train._state import create
+from compress_jax.train._step import StatefulLoss, make_step
 
 
 class Ledger(NamedTuple):

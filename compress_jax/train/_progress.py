@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from compress_jax.core.printable import printable
+from compress_jax.core.table import printable
 
 Report = Callable[[int, Mapping[str, float]], None]
 

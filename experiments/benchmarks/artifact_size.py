@@ -25,8 +25,8 @@ from interleave import interleaved, report
 import compress_jax as cj
 from compress_jax.core import Clustered
 from compress_jax.core.paths import flatten
-from compress_jax.export import structure
-from compress_jax.export.streams import unpacked
+from compress_jax.export._artifact import structure
+from compress_jax.export._coding.streams import unpacked
 from compress_jax.models import LeNet5, LeNet300100, ResNet
 
 HEAD = ["what", "weights", "plain", "coded", "bound", "coded / bound", "plain / coded", "encode MB/s", "decode MB/s"]

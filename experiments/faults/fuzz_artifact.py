@@ -41,8 +41,8 @@ from reading import assert_consistent, same  # noqa: E402 # pyright: ignore[repo
 
 import compress_jax as cj  # noqa: E402
 from compress_jax.core import ArtifactError  # noqa: E402
-from compress_jax.export.artifact import opened  # noqa: E402
-from compress_jax.export.streams import Coded, _sum, decoded  # noqa: E402
+from compress_jax.export._artifact.artifact import opened
+from compress_jax.export._coding.streams import Coded, _sum, decoded
 
 MAX_BYTES, BAD = 2**28, ("unnamed", "raw", "abort", "hang", "memory", "inconsistent")
 

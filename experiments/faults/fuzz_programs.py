@@ -40,8 +40,9 @@ from campaign import campaign  # noqa: E402 # pyright: ignore[reportMissingImpor
 
 import compress_jax as cj  # noqa: E402
 from compress_jax.core import ExportError  # noqa: E402
-from compress_jax.export import isolated, running, verify  # noqa: E402
-from compress_jax.export.seal import sealed, unsealed  # noqa: E402
+from compress_jax.export import verify
+from compress_jax.export._artifact.seal import sealed, unsealed
+from compress_jax.export._verify import isolated, running
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
 PARAMS = {"a": jax.random.normal(jax.random.key(1), (8, 16)), "b": jax.random.normal(jax.random.key(2), (16, 4))}

@@ -21,7 +21,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import compress_jax.report._write as report_write
+import compress_jax.report._page as report_write
 from compress_jax.cli import main
 
 CONFIG = '''

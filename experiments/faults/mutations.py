@@ -19,10 +19,9 @@ import numpy as np
 import zstandard
 
 import compress_jax as cj
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.packed import LowRank, Sparse
-from compress_jax.export.container import DTYPES
+from compress_jax.export._artifact.artifact import DTYPES
 
 X = jax.random.normal(jax.random.key(0), (12, 10))
 SCARCE = jnp.where(X > 1.5, X, 0)

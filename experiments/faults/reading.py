@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Table
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled, is_packed

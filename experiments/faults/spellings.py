@@ -32,8 +32,8 @@ from spelled import SPELLINGS
 
 import compress_jax as cj
 from compress_jax.core.errors import ExportError
-from compress_jax.export.agreement import agree
-from compress_jax.export.running import runner
+from compress_jax.export._verify.agreement import agree
+from compress_jax.export._verify.running import runner
 
 PACKAGES = {"linen": "flax", "nnx": "flax", "jax": "jax", "haiku": "haiku", "keras": "keras", "equinox": "equinox"}
 

@@ -23,19 +23,19 @@ from sklearn.datasets import load_digits
 
 import compress_jax as cj
 from compress_jax.core.paths import flatten
+from compress_jax.layerwise._problem import Problem, problems
 from compress_jax.models import LeNet300100, ViT
 from compress_jax.quantize import output_error, uniform
-from compress_jax.quantize._adaround import adaround
-from compress_jax.quantize._awq import awq
-from compress_jax.quantize._bias import correct_bias
-from compress_jax.quantize._clip import clip
-from compress_jax.quantize._equalize import equalize
-from compress_jax.quantize._gptq import gptq
-from compress_jax.quantize._hqq import hqq
-from compress_jax.quantize._signed import signed
-from compress_jax.quantize._smooth import smooth
+from compress_jax.quantize._rewrites.awq import awq
+from compress_jax.quantize._rewrites.bias import correct_bias
+from compress_jax.quantize._rewrites.equalize import equalize
+from compress_jax.quantize._rewrites.smooth import smooth
+from compress_jax.quantize._scales.hqq import hqq
+from compress_jax.quantize._solvers.adaround import adaround
+from compress_jax.quantize._solvers.clip import clip
+from compress_jax.quantize._solvers.gptq import gptq
+from compress_jax.quantize._solvers.signround import signed
 from compress_jax.trace import calibrate, gram
-from compress_jax.trace.matrix import Problem, problems
 from compress_jax.trace.reducers import absmax, moments
 
 RESULTS = Path(__file__).parent / "results"

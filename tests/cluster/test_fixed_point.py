@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_jax.cluster.fixed_point import exponent, from_fixed, prefix_sums, to_fixed, total
+from compress_jax.cluster._fixed_point import exponent, from_fixed, prefix_sums, to_fixed, total
 
 prefix_sums, total = jax.jit(prefix_sums), jax.jit(total)
 

@@ -8,8 +8,7 @@ from hypothesis.extra import numpy as hnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from compress_jax.cluster import kmeans
-from compress_jax.cluster._kmeans import _in_order, _lloyd, _values
-from compress_jax.cluster.seeding import plus_plus, sketch
+from compress_jax.cluster._kmeans import _in_order, _lloyd, _values, plus_plus, sketch
 from compress_jax.core import NonFiniteError, between, chain, leafwise, unpack
 
 

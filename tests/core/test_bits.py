@@ -7,8 +7,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from compress_jax.core.bits import Bits, bits_for
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps, bits_for
 
 
 def little_endian(values: list[int], bits: int) -> bytes:

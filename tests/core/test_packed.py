@@ -8,8 +8,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, is_packed, nbytes, to_dense, unpack
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from compress_jax.core.bits import Bits
+from compress_jax.core.codebook import Tabled
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Table
 from compress_jax.core.packed import is_packed, nbytes, to_dense, unpack
 from compress_jax.core.sparse import Sparse
-from compress_jax.core.tabled import Tabled
 
 RANDOM = np.random.default_rng(0)
 E2M1, SIGNS = Float(2, 1), Table((-1.0, 1.0))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from compress_jax.data.builders import idx
+from compress_jax.data._builders import idx
 
 
 @pytest.fixture(scope="session")

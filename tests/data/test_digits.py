@@ -3,7 +3,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from compress_jax.data import load
-from compress_jax.data.builders.digits import is_test
+from compress_jax.data._builders.digits import is_test
 
 
 @pytest.fixture(scope="module")

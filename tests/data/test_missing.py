@@ -5,7 +5,7 @@ import pytest
 
 from compress_jax.core.errors import DataError
 from compress_jax.data import load
-from compress_jax.data.builders import idx
+from compress_jax.data._builders import idx
 
 
 def _write(folder, n=2):

@@ -6,8 +6,8 @@ import pytest
 import tensorflow_datasets as tfds
 
 from compress_jax.data import load
-from compress_jax.data.builders import MNIST, FashionMNIST, idx
-from compress_jax.data.read import read
+from compress_jax.data._builders import MNIST, FashionMNIST, idx
+from compress_jax.data._dataset import read
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class Stopped(Exception):
 
 def test_a_cache_that_was_cut_off_goes_on_and_lacks_what_it_lacks(tmp_path, monkeypatch):
     """Nothing is given out of a block that is not whole; what is whole is not asked for again."""
-    monkeypatch.setattr("compress_jax.distill.cache.block_rows", lambda k, dtype: 4)
+    monkeypatch.setattr("compress_jax.distill._teachers.cache.block_rows", lambda k, dtype: 4)
     asked = []
 
     def stopping(x, after):
@@ -115,7 +115,7 @@ DAMAGE = {
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog, monkeypatch):
     """Of every file, in every way: damage is an error to read; write_cache brings the cache back, and says so."""
-    monkeypatch.setattr("compress_jax.distill.cache.block_rows", lambda k, dtype: 4)
+    monkeypatch.setattr("compress_jax.distill._teachers.cache.block_rows", lambda k, dtype: 4)
     right = contents(write(tmp_path / "right", views=2, augment=VIEW))
     rng = np.random.default_rng(0)
     for name in sorted(file.name for file in (tmp_path / "right").iterdir() if file.suffix in (".json", ".npy")):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from compress_jax import distill as d
 from compress_jax.core.errors import ArgumentError, ShapeError
-from compress_jax.distill.masks import fits, fitted
+from compress_jax.distill._masks import fits, fitted
 from compress_jax.train import distillation
 from tests.distill.test_losses_table import NO_LOSSES
 

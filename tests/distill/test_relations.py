@@ -19,7 +19,7 @@ from compress_jax.distill import (
     rkd_distance,
     similarity,
 )
-from compress_jax.distill.fidelity import cka
+from compress_jax.distill._teachers.fidelity import cka
 
 B = 6
 

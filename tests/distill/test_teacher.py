@@ -12,9 +12,9 @@ import compress_jax as cj
 from compress_jax.core import ShapeError, identity
 from compress_jax.distill import Teacher, Teachers, capture, cast, drift, fingerprint, hexadecimal, hinton, resize
 from compress_jax.models import LeNet300100
-from compress_jax.train.losses import distilled
-from compress_jax.train.state import create
-from compress_jax.train.step import make_step
+from compress_jax.train._losses import distilled
+from compress_jax.train._state import create
+from compress_jax.train._step import make_step
 
 
 class Normed(nn.Module):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_jax.core import ExportError
-from compress_jax.export.agreement import agree
+from compress_jax.export._verify.agreement import agree
 
 
 def results(seed: int, *shape: int) -> np.ndarray:

@@ -9,9 +9,9 @@ from flax import nnx
 
 import compress_jax as cj
 from compress_jax.core import ExportError
-from compress_jax.export.onnx import to_onnx
-from compress_jax.export.running import runner
-from compress_jax.export.simulate import simulation
+from compress_jax.export._onnx.to_onnx import to_onnx
+from compress_jax.export._simulate import simulation
+from compress_jax.export._verify.running import runner
 
 UINT8 = cj.quantize.static(8, symmetric=False)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from compress_jax.core import ExportError
-from compress_jax.export import isolated, to_stablehlo, verify
-from compress_jax.export.running import runner
-from compress_jax.export.seal import DIGITS, MARK, sealed, unsealed
+from compress_jax.export import to_stablehlo, verify
+from compress_jax.export._artifact.seal import DIGITS, MARK, sealed, unsealed
+from compress_jax.export._verify import isolated
+from compress_jax.export._verify.running import runner
 
 X = np.ones((3, 4), np.float32)
 

@@ -11,10 +11,10 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.core import ExportError
-from compress_jax.export.litert import to_litert
-from compress_jax.export.litert.interpreter import interpreter, run
+from compress_jax.export._litert.interpreter import interpreter, run
+from compress_jax.export._litert.to_litert import to_litert
 from compress_jax.models import Bert, BertClassifier, LeNet300100, ResNet
-from compress_jax.quantize._static import static
+from compress_jax.quantize._activations.static import static
 
 for package in ("litert_converter", "ai_edge_litert", "ai_edge_quantizer"):
     pytest.importorskip(package, reason="needs pip install 'compress_jax[litert]'")
@@ -102,7 +102,7 @@ def test_a_crash_of_the_runtime_is_an_error(mlp, tmp_path, monkeypatch):
         (Path(command[-1]) / "model.tflite").write_bytes(b"written, then")
         return real([sys.executable, "-c", "import os; os.abort()"], **options)
 
-    monkeypatch.setattr("compress_jax.export.litert._to_litert.subprocess.run", dies)
+    monkeypatch.setattr("compress_jax.export._litert.to_litert.subprocess.run", dies)
     with pytest.raises(ExportError, match="LiteRT runtime, on the converted model, crashed .signal 6."):
         to_litert(fn, params, x, tmp_path / "m.tflite")
     assert not (tmp_path / "m.tflite").exists()

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import compress_jax as cj
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Table
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled

@@ -9,10 +9,10 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.core import ExportError
-from compress_jax.export.extras import extra
-from compress_jax.export.onnx import to_onnx
+from compress_jax.export._extras import extra
+from compress_jax.export._onnx.to_onnx import to_onnx
 from compress_jax.models import DSCNN, Bert, BertClassifier, LeNet5, LeNet300100, ResNet, ViT
-from compress_jax.quantize._static import static
+from compress_jax.quantize._activations.static import static
 
 onnx = pytest.importorskip("onnx", reason="needs pip install 'compress_jax[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'compress_jax[onnx]'")
@@ -193,7 +193,7 @@ def test_sites_that_cannot_be_are_left_in_floats_and_listed_among_those_that_can
 
 def test_residual_sums_ask_for_batches(resnet, tmp_path):
     fn, params, x = resnet
-    from compress_jax.quantize._activations import activations
+    from compress_jax.quantize._activations.activations import activations
 
     ranges = activations(fn, UINT8).init(params, [x])
     with pytest.raises(ExportError, match="residual sums"):

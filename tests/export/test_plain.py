@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compress_jax.export.onnx.plain import live, plain
+from compress_jax.export._onnx.plain import live, plain
 
 
 def same(fn, params, x, close=1e-5):

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_jax.export.scales import floor, representable
+from compress_jax.export._scales import floor, representable
 
 magnitudes = st.floats(1e-25, 1e5)
 biases = st.one_of(st.just(0.0), st.floats(1e-6, 1e4), st.floats(-1e4, -1e-6))

@@ -8,9 +8,9 @@ import pytest
 import compress_jax as cj
 from compress_jax.core import ArtifactError
 from compress_jax.core.paths import flatten
-from compress_jax.export import streams
-from compress_jax.export._breakdown import breakdown
-from compress_jax.export._stream import stream
+from compress_jax.export._artifact.breakdown import breakdown
+from compress_jax.export._coding import streams
+from compress_jax.export._coding.stream import stream
 from tests.export.test_artifact import METADATA, PACKED, bits
 
 

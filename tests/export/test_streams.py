@@ -11,10 +11,9 @@ from hypothesis.extra import numpy as hnp
 import compress_jax as cj
 from compress_jax.core import ArtifactError
 from compress_jax.core.bits import Bits
-from compress_jax.export import structure
-from compress_jax.export.entropy import Stream, decode, encode, probabilities, quantized
-from compress_jax.export.sharing import cost, share
-from compress_jax.export.streams import code, uncode, unpacked
+from compress_jax.export._artifact import structure
+from compress_jax.export._coding.entropy import Stream, decode, encode, probabilities, quantized
+from compress_jax.export._coding.streams import code, cost, share, uncode, unpacked
 from compress_jax.models import LeNet5, LeNet300100, ResNet
 from tests.export.test_artifact import METADATA, PACKED, bits
 

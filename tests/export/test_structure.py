@@ -13,11 +13,10 @@ from jax.dtypes import bfloat16
 
 import compress_jax as cj
 from compress_jax.core import ArtifactError
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.packed import LowRank, Quantized, Sparse, is_packed
-from compress_jax.export.structure import NODES, decode, encode
+from compress_jax.export._artifact.structure import NODES, decode, encode
 
 X = jax.random.normal(jax.random.key(0), (12, 10))
 SCARCE = jnp.where(X > 1.5, X, 0)  # few entries: their mask is smaller as gaps

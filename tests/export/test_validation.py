@@ -16,15 +16,14 @@ import zstandard
 
 import compress_jax as cj
 from compress_jax.core import ArtifactError
-from compress_jax.core.bits import Bits
-from compress_jax.core.gaps import Gaps
+from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Table
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled
 from compress_jax.export import Limits
-from compress_jax.export.checks import CHECKS, Spec, check, memory
-from compress_jax.export.fields import FIELDS
-from compress_jax.export.structure import NODES
+from compress_jax.export._artifact.checks import CHECKS, Spec, check, memory
+from compress_jax.export._artifact.fields import FIELDS
+from compress_jax.export._artifact.structure import NODES
 from tests.export.test_structure import NODES_TO_SAVE
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments" / "faults"))
@@ -175,7 +174,7 @@ FIELD_VALUES = [
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELD_VALUES for value in values])
 def test_a_field_beyond_its_range_is_refused_by_name(field, value):
-    from compress_jax.export.fields import static
+    from compress_jax.export._artifact.fields import static
 
     with pytest.raises(ArtifactError, match=f"'dense/kernel'.*field '{field}'"):
         static(field, value, "dense/kernel")

@@ -10,8 +10,8 @@ import pytest
 
 from compress_jax.core import ExportError
 from compress_jax.export import to_stablehlo, verify
-from compress_jax.export._verify import Timing, interleaved
-from compress_jax.export.running import runner
+from compress_jax.export._verify.running import runner
+from compress_jax.export._verify.verify import Timing, interleaved
 
 
 @pytest.fixture(scope="module")

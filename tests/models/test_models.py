@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from compress_jax.models import LeNet5, LeNet300100, ResNet
-from compress_jax.models._pool import max_pool
+from compress_jax.models._lenet import max_pool
 
 
 def count(model, shape):

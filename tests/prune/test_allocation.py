@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import compress_jax as cj
 from compress_jax.core import ConfigError, NoMatchError
+from compress_jax.core.amount import amount_exact
 from compress_jax.prune import block, channel, erk, for_bytes, for_flops, gains, lamp, magnitude, n_m, random, rigl, shares
-from compress_jax.prune.amount import amount_exact
 from compress_jax.trace import cost
 
 

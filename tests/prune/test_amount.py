@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_jax.prune.amount import MOST, amount
+from compress_jax.core.amount import MOST, amount
 
 sizes = st.integers(1, MOST) | st.sampled_from([1, 2, 3, 2**24 + 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, MOST])
 

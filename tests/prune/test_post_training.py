@@ -10,13 +10,13 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.core import ConfigError, NoMatchError, NonFiniteError
+from compress_jax.core.amount import amount_exact
 from compress_jax.core.paths import flatten
+from compress_jax.layerwise._problem import problems
 from compress_jax.models import LeNet300100
 from compress_jax.prune import block, magnitude, n_m, sparsegpt, wanda
-from compress_jax.prune.amount import amount_exact
 from compress_jax.quantize import binary, output_error, uniform
 from compress_jax.trace import calibrate, gram
-from compress_jax.trace.matrix import problems
 from tests.trace.zoo import ZOO
 
 INT4 = uniform(bits=4, granularity="channel")

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compress_jax as cj
 from compress_jax.prune import cubic, erk, magnitude, reset_moments, restart, rigl, ste, top_kast
-from compress_jax.prune.regrow import turnover
+from compress_jax.prune._dynamic import turnover
 from compress_jax.train import create, make_step
 
 WHOLE = hnp.arrays(np.int8, (5, 8), elements=st.integers(-3, 3))

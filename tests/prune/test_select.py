@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from compress_jax.prune.select import bisect, first, magnitude_bits, smallest
-from compress_jax.prune.wide import multiply, wide
+from compress_jax.core.exact import multiply, wide
+from compress_jax.prune._masks.select import bisect, first, magnitude_bits, smallest
 
 SHAPES = [(), (1,), (13,), (5, 7), (2, 3, 5), (3, 2, 2, 4)]
 DTYPES = ["float32", "bfloat16", "float16", "float8_e4m3fn"]

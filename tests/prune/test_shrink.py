@@ -13,8 +13,8 @@ from flax import nnx
 import compress_jax as cj
 from compress_jax.core.errors import ConfigError, NoMatchError, NonFiniteError, ShapeError
 from compress_jax.core.paths import flatten
-from compress_jax.prune._shrink import shrink
-from compress_jax.prune.shrunk import narrow
+from compress_jax.prune._channels.result import narrow
+from compress_jax.prune._channels.shrink import shrink
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)
@@ -98,7 +98,7 @@ def test_criteria_against_numpy():
         "activation": (importance.activation(seen), [square]),
         "wanda": (importance.activation(seen, weighted=True), [(W1**2 * square[:, None]).sum(1)]),
     }
-    from compress_jax.prune.channel_scores import channel_scores
+    from compress_jax.prune.importance import channel_scores
 
     found = cj.trace.groups(mlp, PARAMS, X)
     for name, (criterion, members) in expected.items():

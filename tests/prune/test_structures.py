@@ -15,8 +15,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import compress_jax as cj
 from compress_jax.core import NoMatchError
+from compress_jax.core.exact import exact_sum
 from compress_jax.prune import block, channel, head, magnitude, n_m
-from compress_jax.prune.exact_sum import exact_sum
 
 WHOLE = st.integers(-4, 4)  # few values, many ties; sums of integers are exact in both
 REDUCE = {

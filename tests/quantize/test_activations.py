@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_jax.core.errors import DataError, NoMatchError, NonFiniteError, ShapeError, StateError
-from compress_jax.quantize import range_rules
-from compress_jax.quantize._activations import activations
-from compress_jax.quantize._dynamic import dynamic
-from compress_jax.quantize._integer import integer
-from compress_jax.quantize._lsq import lsq_inputs
-from compress_jax.quantize._pact import pact
-from compress_jax.quantize._static import static
-from compress_jax.quantize._uniform import uniform
-from compress_jax.quantize.activation import rounded, spanned
-from compress_jax.quantize.choice import choose
-from compress_jax.quantize.grid import Grid
+from compress_jax.quantize._activations import range_rules
+from compress_jax.quantize._activations.activations import activations
+from compress_jax.quantize._activations.dynamic import dynamic
+from compress_jax.quantize._activations.quantizer import rounded, spanned
+from compress_jax.quantize._activations.site_patterns import choose
+from compress_jax.quantize._activations.static import static
+from compress_jax.quantize._integer.integer import integer
+from compress_jax.quantize._learned.lsq import lsq_inputs
+from compress_jax.quantize._learned.pact import pact
+from compress_jax.quantize._scales.grid import Grid
+from compress_jax.quantize._weights.uniform import uniform
 from compress_jax.trace import calibrate, sites
 from compress_jax.trace.reducers import histogram
 from tests.trace.zoo import ZOO

@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 
 from compress_jax.quantize import float_format
-from compress_jax.quantize.formats import BINARY, E2M1, E4M3, E5M2, NF4, TERNARY
+from compress_jax.quantize._scales.levels import BINARY, E2M1, E4M3, E5M2, NF4, TERNARY
 
 
 @pytest.mark.parametrize(("levels", "dtype"), [(E4M3, "float8_e4m3fn"), (E5M2, "float8_e5m2"), (E2M1, "float4_e2m1fn")])

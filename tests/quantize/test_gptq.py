@@ -8,9 +8,9 @@ import pytest
 import compress_jax as cj
 from compress_jax.core import NonFiniteError
 from compress_jax.core.paths import flatten
+from compress_jax.layerwise._problem import problems
 from compress_jax.quantize import gptq, output_error, uniform
 from compress_jax.trace import calibrate, gram
-from compress_jax.trace.matrix import problems
 from tests.trace.zoo import ZOO
 
 
@@ -80,12 +80,11 @@ def test_the_block_size_is_only_a_matter_of_speed(block):
 
 @pytest.mark.slow
 def test_large_layers_are_solved_in_halves(monkeypatch):
-    from compress_jax.quantize import _gptq
 
     params, x = layer(k=96)
     c = uniform(bits=4, granularity="channel")
     whole = solve(params, x, c, block=8).params["kernel"]
-    monkeypatch.setattr(_gptq, "UNSPLIT", 16)
+    monkeypatch.setattr("compress_jax.quantize._solvers.gptq.UNSPLIT", 16)
     jax.clear_caches()
     assert (np.abs(solve(params, x, c, block=8).params["kernel"] - whole) > 1e-4).mean() < 0.02
 

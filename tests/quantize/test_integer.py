@@ -12,7 +12,7 @@ import compress_jax as cj
 from compress_jax.core.errors import NoMatchError, ShapeError, StateError
 from compress_jax.core.paths import flatten
 from compress_jax.quantize import activations, contractions, dynamic, integer, lsq, lsq_inputs, nf4, pact, static, uniform
-from compress_jax.quantize.integer_dot import Coded, accumulate, product
+from compress_jax.quantize._integer.integer_dot import Coded, accumulate, product
 from compress_jax.trace import sites
 from tests.trace.zoo import ZOO
 

@@ -10,10 +10,10 @@ import compress_jax as cj
 from compress_jax.core import ShapeError
 from compress_jax.core.layout import Layout
 from compress_jax.quantize import mse, uniform
-from compress_jax.quantize._activations import activations
-from compress_jax.quantize._lsq import lsq, lsq_inputs
-from compress_jax.quantize.grid import Grid
-from compress_jax.quantize.learned_step import positive, shifted, stepped
+from compress_jax.quantize._activations.activations import activations
+from compress_jax.quantize._learned.learned_step import positive, shifted, stepped
+from compress_jax.quantize._learned.lsq import lsq, lsq_inputs
+from compress_jax.quantize._scales.grid import Grid
 
 
 def normal(*shape, seed=0, scale=1.0):

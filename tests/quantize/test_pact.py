@@ -6,8 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from compress_jax.quantize._activations import activations
-from compress_jax.quantize._pact import pact, pact_decay
+from compress_jax.quantize._activations.activations import activations
+from compress_jax.quantize._learned.pact import pact, pact_decay
 
 
 def fn(w, x):

@@ -8,9 +8,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from compress_jax.core.paths import flatten
 from compress_jax.quantize import correct_bias, gptq, smooth, uniform
-from compress_jax.quantize._equalize import equalize
-from compress_jax.quantize._fold import fold_batch_norm
-from compress_jax.quantize._rotate import rotate, rotation
+from compress_jax.quantize._rewrites.batch_norm import fold_batch_norm
+from compress_jax.quantize._rewrites.equalize import equalize
+from compress_jax.quantize._rewrites.rotate import rotate, rotation
 from compress_jax.trace import calibrate, gram
 from compress_jax.trace.reducers import absmax, moments
 from tests.trace.zoo import ZOO

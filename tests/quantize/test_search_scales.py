@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compress_jax.core.layout import Layout
 from compress_jax.quantize import Grid, entropy, mse, pnorm
-from compress_jax.quantize.divergence import least_divergent
+from compress_jax.quantize._scales.search import least_divergent
 
 
 def divergence(counts: np.ndarray, zero: int, share: float, groups: int) -> float:

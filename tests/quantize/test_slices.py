@@ -209,8 +209,7 @@ def test_a_grouped_convolution_s_bias_is_corrected_and_a_joined_one_listed():
 
 
 def test_activations_of_unreached_experts_and_used_rows_score_channels():
-    from compress_jax.prune.importance import activation
-    from compress_jax.prune.members import Member
+    from compress_jax.prune.importance import Member, activation
 
     seen = calibrate(used_rows, reducers.moments(), ROWS, [TALL])
     member = Member("a", 0, ROWS["a"], ROWS["a"].shape, jnp.asarray, True)

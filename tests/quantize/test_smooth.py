@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress_jax.core.paths import flatten
-from compress_jax.quantize._smooth import smooth
+from compress_jax.quantize._rewrites.smooth import smooth
 from compress_jax.trace import calibrate
 from compress_jax.trace.reducers import absmax
 from tests.quantize.test_gptq import fresh

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 import compress_jax as cj
+from compress_jax.core.amount import amount_exact
+from compress_jax.layerwise._problem import problems
 from compress_jax.prune import n_m, sparsegpt, wanda
-from compress_jax.prune.amount import amount_exact
 from compress_jax.quantize import adaround, awq, clip, gptq, output_error, signed, uniform
 from compress_jax.trace import calibrate, gram
-from compress_jax.trace.matrix import problems
 
 C3 = uniform(bits=3, granularity="channel")
 ROUNDERS = {

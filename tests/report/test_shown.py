@@ -15,13 +15,13 @@ from rich.console import Console
 
 from compress_jax import report
 from compress_jax.cli import main
-from compress_jax.core.printable import printable
+from compress_jax.core.table import printable
 from compress_jax.export import save
 from compress_jax.report import Table, html_table, markdown_table, rich_table
-from compress_jax.report.draw_tradeoff import tradeoff
-from compress_jax.report.figure import drawing
-from compress_jax.report.read import read_run
-from compress_jax.report.tables import escaped
+from compress_jax.report._figure import drawing
+from compress_jax.report._plots import tradeoff
+from compress_jax.report._read import read_run
+from compress_jax.report._tables import escaped
 
 NAMES = ["$\\frac$ and $", "_private", "a|b", "<img src=x>", "\x1b[2Jred\x1b]0;t\x07", "**bold** `x`", "\u202eturned", "層"]
 

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 import compress_jax as cj
 from compress_jax.core import ConfigError, NoMatchError, identity
 from compress_jax.quantize import uniform
-from compress_jax.search._allocate import Allocation, allocate
-from compress_jax.search.assignment import assign
-from compress_jax.search.sensitivity import Sensitivities, sensitivities
+from compress_jax.search._allocate import Allocation, allocate, assign
+from compress_jax.search._sensitivity import Sensitivities, sensitivities
 from compress_jax.trace import cost
 
 SCORES = st.floats(0, 1e3) | st.floats(1e-9, 1e-6) | st.integers(0, 3).map(float)

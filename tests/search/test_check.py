@@ -12,7 +12,7 @@ from flax import linen as nn
 import compress_jax as cj
 from compress_jax.core import CompressError, ConfigError, DataError
 from compress_jax.search import Candidate, Network, Requirement, Training, compress
-from compress_jax.search.check import check
+from compress_jax.search._loop import check
 
 
 def refuses(experiment, *words: str) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.models import LeNet300100, ResNet
-from compress_jax.search.ingredients import ingredients
+from compress_jax.search._ingredients import ingredients
 
 
 def pruned() -> cj.Compression:

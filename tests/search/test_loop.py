@@ -15,7 +15,7 @@ from flax import linen as nn
 import compress_jax as cj
 from compress_jax.core import ArtifactError, CompressError, ConfigError
 from compress_jax.search import Candidate, Network, Requirement, compress
-from compress_jax.search.stages import assess, stage_key, train
+from compress_jax.search._stages import assess, stage_key, train
 from compress_jax.train import accuracy
 
 
@@ -126,7 +126,7 @@ def test_again_in_the_same_folder_is_the_same_without_a_step(run, distilled, mon
         def __getitem__(self, step):
             raise AssertionError("a finished stage was trained again")
 
-    monkeypatch.setattr("compress_jax.search.stages.batches", lambda *args, **kwargs: NoBatches())
+    monkeypatch.setattr("compress_jax.search._stages.batches", lambda *args, **kwargs: NoBatches())
     assert compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=again.append) == result
     assert again == lines and {file: file.read_bytes() for file in files} == before and len(before) >= 10
 

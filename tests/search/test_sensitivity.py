@@ -11,8 +11,7 @@ import compress_jax as cj
 from compress_jax.core import ConfigError, DataError, NoMatchError, NonFiniteError, ShapeError, identity
 from compress_jax.quantize import uniform
 from compress_jax.search._allocate import allocate
-from compress_jax.search.measures import divergence
-from compress_jax.search.sensitivity import Sensitivities, sensitivities
+from compress_jax.search._sensitivity import Sensitivities, divergence, sensitivities
 from compress_jax.trace import cost
 
 OPTIONS = {"int2": uniform(2, granularity="channel"), "int4": uniform(4, granularity="channel"), "float32": identity()}

@@ -9,10 +9,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_jax.trace._analyse import Walk
-from compress_jax.trace._unify import MISALIGNED, pieces, unify
-from compress_jax.trace.axes import UNIT, Axes, concatenation, product
-from compress_jax.trace.interpret import interpret
+from compress_jax.trace._groups.analyze import Walk
+from compress_jax.trace._groups.axes import MISALIGNED, UNIT, Axes, concatenation, pieces, product, unify
+from compress_jax.trace._jaxpr.interpret import interpret
 
 
 def free(axes, axis):

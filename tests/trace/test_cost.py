@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 import compress_jax as cj
 from compress_jax.core.errors import ConfigError, NoMatchError, ShapeError, StateError
 from compress_jax.core.paths import flatten
+from compress_jax.core.table import units
 from compress_jax.trace._cost import cost
-from compress_jax.trace.table import units
 from tests.trace.zoo import BIG, ZOO
 
 ENTRIES = {entry.name: entry for entry in (*ZOO, *BIG)}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compress_jax.trace import observe, rewrite, sites, unseen
-from compress_jax.trace.traced import trace
+from compress_jax.trace._jaxpr.find_sites import trace
 from tests.trace.zoo import BIG, ZOO
 
 # Large models of which another framework's twin, or a relative, is run by default.

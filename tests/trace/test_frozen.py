@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress_jax.core.errors import NoMatchError, ShapeError
-from compress_jax.trace._groups import groups
+from compress_jax.trace._groups.groups import groups
 from tests.trace.zoo_entry import inputs, normal, randomise
 
 (VECTOR,) = inputs(normal(4, 5))

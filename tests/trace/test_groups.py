@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from compress_jax.trace._analyse import analyse
-from compress_jax.trace._groups import groups
-from compress_jax.trace.verify import verify_groups
+from compress_jax.trace._groups.analyze import analyze
+from compress_jax.trace._groups.groups import groups, verify_groups
 from tests.trace.zoo import BIG, ZOO
 from tests.trace.zoo_entry import randomise
 from tests.trace.zoo_layers import causal_attention, rope
@@ -241,8 +240,8 @@ def test_an_output_is_not_a_parameter_because_of_its_shape_alone():
 def test_the_axes_of_every_value_are_at_hand():
     """What shortening a model will need: by position, the axes of operands and results, and what is summed over."""
     fn, variables = residual()
-    walk = analyse(fn, variables, IMAGE).walk
-    traced = analyse(fn, variables, IMAGE).traced.jaxpr.jaxpr
+    walk = analyze(fn, variables, IMAGE).walk
+    traced = analyze(fn, variables, IMAGE).traced.jaxpr.jaxpr
     for i, eqn in enumerate(traced.eqns):
         if (i,) in walk.values:
             sizes = [tuple(axis.size for axis in dims) for dims in walk.values[(i,)][1]]

@@ -8,8 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_jax.trace._groups import groups
-from compress_jax.trace.verify import verify_groups
+from compress_jax.trace._groups.groups import groups, verify_groups
 
 
 def _axis(draw, shape):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_jax.core.paths import flatten
+from compress_jax.layerwise._problem import MatrixForm, problems, why_not
 from compress_jax.trace import calibrate, gram, observe, sites
-from compress_jax.trace.matrix import MatrixForm, problems, why_not
 from tests.trace.zoo import ZOO
 
 # What NNX multiplies by is what Linen does; the kernel that is multiplied by is not the stored one under fake quantization.

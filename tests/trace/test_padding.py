@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import compress_jax as cj
 from compress_jax.core.errors import ArgumentError, DataError, NoMatchError, ShapeError
-from compress_jax.quantize.range_rules import spread
+from compress_jax.quantize._activations.range_rules import spread
 from compress_jax.trace import Reducer, calibrate, reducers
 
 B, T, D = 4, 6, 8

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from compress_jax.layerwise._problem import laid, problems, why_not
 from compress_jax.trace import calibrate, gram, sites
-from compress_jax.trace.matrix import laid, problems, why_not
 
 
 def numbered(params):

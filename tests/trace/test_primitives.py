@@ -14,7 +14,11 @@ from jax.extend import core
 from jax.sharding import PartitionSpec
 
 import compress_jax as cj
-from compress_jax.trace import axis_rules, exponent_rules, flops, primitives, resize_rules, turn_rules
+from compress_jax.trace import _cost
+from compress_jax.trace._groups import analyze
+from compress_jax.trace._jaxpr import primitives
+from compress_jax.trace._resize import widths
+from compress_jax.trace._symmetry import exponents, rotation
 
 REGISTERED = {each.name for each in vars(core.primitives).values() if isinstance(each, core.Primitive)}
 PASSING = {
@@ -42,15 +46,15 @@ def test_every_primitive_is_in_one_class():
 
 
 HANDLED = {  # the classes that a table must know as a whole; what passes values on is the interpreter's business
-    "axes": (axis_rules.RULES, set(primitives.CLASSES) - {"passed", "control", "opaque"}),
+    "axes": (analyze.RULES, set(primitives.CLASSES) - {"passed", "control", "opaque"}),
     "flops": (
-        flops.FREE | flops.EACH | flops.TRANSCENDENTAL | flops.BOTH.keys() | flops.RULES.keys(),
+        _cost.FREE | _cost.EACH | _cost.TRANSCENDENTAL | _cost.BOTH.keys() | _cost.RULES.keys(),
         {"passed", "moves", "joins", "indexed", "updates", "sums", "signs", "comparisons", "arithmetic", "casts", "running"}
         | {"numbers", "collectives", "silent", "contractions"},
     ),
-    "turning": (turn_rules.RULES, {"casts", "moves", "joins", "indexed", "sums", "signs", "contractions"}),
+    "turning": (rotation.RULES, {"casts", "moves", "joins", "indexed", "sums", "signs", "contractions"}),
     "scaling": (
-        {*exponent_rules.RULES, "split", "unstack"},
+        {*exponents.RULES, "split", "unstack"},
         {"casts", "moves", "joins", "indexed", "sums", "signs", "comparisons", "windows", "contractions"},
     ),
 }
@@ -69,7 +73,7 @@ def test_rule_tables_hold_whole_classes_and_nothing_unknown(table):
 def test_what_changes_shape_is_resized():
     """All that have a static shape, size or limit among their parameters."""
     static = {"broadcast_in_dim", "reshape", "slice", "split", "tile", "pad", "iota", "dynamic_slice", "gather"}
-    assert static <= resize_rules.RULES.keys()
+    assert static <= widths.RULES.keys()
 
 
 def tagged(fn, tag, start=0, every=1):

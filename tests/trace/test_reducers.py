@@ -15,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from compress_jax.trace import observe, sites
+from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace.reducers import (
     Counts,
     Histogram,
@@ -30,7 +31,6 @@ from compress_jax.trace.reducers import (
     outliers,
     percentile,
 )
-from compress_jax.trace.site import Site
 
 REDUCERS = {
     "absmax": absmax(),

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_jax.core.paths import flatten
-from compress_jax.trace.null_space import null_space
-from compress_jax.trace.scaling import scalings
+from compress_jax.trace._symmetry.scaling import null_space, scalings
 from tests.trace.zoo import ZOO
 
 QUICK = ("llama/nnx", "resnet/nnx", "plain/nested_scan")

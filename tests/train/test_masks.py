@@ -12,10 +12,10 @@ from compress_jax import distill as d
 from compress_jax.core.errors import ArgumentError, ConfigError, ShapeError
 from compress_jax.quantize import static
 from compress_jax.train import (
+    _evaluate,
     create,
     distillation,
     distilled,
-    evaluate,
     make_step,
     pmap_step,
     quantized,
@@ -159,7 +159,7 @@ def test_accuracy_of_tokens_counts_what_counts():
     split = {"tokens": np.asarray(X), "label": np.asarray(X), "mask": np.asarray(MASK)}
     hits = (MODEL.apply(VARIABLES, X).argmax(-1) == X)[np.asarray(MASK)]
     for size in (3, 8):
-        found = evaluate.accuracy(MODEL.apply, VARIABLES, split, batch_size=size, inputs="tokens", mask="mask")
+        found = _evaluate.accuracy(MODEL.apply, VARIABLES, split, batch_size=size, inputs="tokens", mask="mask")
         np.testing.assert_allclose(found, hits.mean(), rtol=1e-6)
     batches = [{k: v[i : i + 2, :n] for k, v in split.items()} for i, n in ((0, 5), (2, 3), (4, 5), (6, 2))]
 
@@ -167,5 +167,5 @@ def test_accuracy_of_tokens_counts_what_counts():
         logits = MODEL.apply(variables, batch["tokens"])
         return {"nats": d.masked_total(d.cross_entropy(logits, batch["label"]), batch["mask"])}
 
-    found = evaluate.averages(measure, VARIABLES, batches)["nats"]
+    found = _evaluate.averages(measure, VARIABLES, batches)["nats"]
     np.testing.assert_allclose(found, d.cross_entropy(MODEL.apply(VARIABLES, X), X)[np.asarray(MASK)].mean(), rtol=1e-5)

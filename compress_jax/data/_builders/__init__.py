@@ -1,0 +1,6 @@
+"""TFDS builders that run without TensorFlow: ``Digits`` needs no network, ``MNIST`` and ``FashionMNIST`` four files."""
+
+from compress_jax.data._builders.digits import Digits
+from compress_jax.data._builders.mnist import MNIST, FashionMNIST
+
+__all__ = ["MNIST", "Digits", "FashionMNIST"]

@@ -1,0 +1,179 @@
+"""The parts that particular losses are published with, as compositions of `linear`, `conv`, `norm` and `activation`."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.distill._adapters.adapter import Part, Shape, activation, conv, linear, norm, sequential
+from compress_jax.distill._losses.shapes import flat, unit
+
+_leaky = activation(partial(jax.nn.leaky_relu, negative_slope=0.1))
+
+
+def _scaled(build: Callable[[int], Part]) -> Part:
+    """Return the part that is built for the teacher's number of channels; what it applies must not depend on that."""
+    return Part(lambda key, student, teacher: build(teacher[-1]).init(key, student, teacher), build(1).apply)
+
+
+def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 1e-5) -> Part:
+    """Return the part of `vid`: a mean for each of the teacher's features, and a variance for each of its channels.
+
+    The mean is ``linear(relu(linear(relu(linear(x)))))``, the variance ``softplus(raw) + epsilon``.
+
+    Args:
+      hidden: channels between the linear maps; None for the teacher's.
+      variance: all channels' at the start.
+      epsilon: least variance.
+
+    Returns:
+      A `Part` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the teacher's.
+
+    Example:
+      >>> params = gaussian().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 3))
+      >>> mean, variance = gaussian().apply(params, jnp.ones((1, 4, 4, 2)))
+      >>> mean.shape, variance.round(3).tolist()
+      ((1, 4, 4, 3), [5.0, 5.0, 5.0])
+
+    References:
+      Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2.
+    """
+    mean = sequential(linear(hidden, bias=False), activation(), linear(hidden, bias=False), activation(), linear(bias=False))
+
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+        raw = jnp.full(teacher_shape[-1], math.log(math.expm1(variance - epsilon)), jnp.float32)
+        return {"mean": mean.init(key, student_shape, teacher_shape), "raw_variance": raw}
+
+    def apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return mean.apply(params["mean"], x), jax.nn.softplus(params["raw_variance"]) + epsilon
+
+    return Part(init, apply)
+
+
+def embedding(dim: int = 128) -> Part:
+    """Return the part of `crd`: features flattened, mapped linearly and brought to norm 1.
+
+    Student and teacher get one each, whose ``init`` is given the shape of its own features (the second shape is not used).
+
+    Args:
+      dim: of the embedding.
+
+    Returns:
+      A `Part` that returns ``[batch, dim]``.
+
+    Example:
+      >>> params = embedding(16).init(jax.random.key(0), (8, 2, 2, 4), (8, 2, 2, 4))
+      >>> jnp.linalg.norm(embedding(16).apply(params, jnp.ones((3, 2, 2, 4))), axis=1).round(4).tolist()
+      [1.0, 1.0, 1.0]
+
+    References:
+      Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, section 3.
+    """
+    part = linear(dim)
+
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+        own = (student_shape[0], math.prod(student_shape[1:]))
+        return part.init(key, own, own)
+
+    return Part(init, lambda params, x: unit(part.apply(params, flat(x))))
+
+
+def projector(factor: int = 2) -> Part:
+    """Return SimKD's projector: a bottleneck from the student's last feature map to the teacher's; its loss is `hint`.
+
+    Linear, 3x3 convolution, linear; each with `norm` and ReLU; the teacher's channels divided by ``factor`` inside. Unlike
+    all other parts this one is shipped: the student is its backbone, the projector and the teacher's own classifier.
+
+    Args:
+      factor: of the bottleneck.
+
+    Returns:
+      A `Part`; positions must be the teacher's.
+
+    Example:
+      >>> params = projector().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 6))
+      >>> projector().apply(params, jnp.ones((1, 4, 4, 2))).shape, params["0"]["kernel"].shape
+      ((1, 4, 4, 6), (2, 3))
+
+    References:
+      Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, section 3.
+    """
+
+    def build(channels: int) -> Part:
+        narrow = max(channels // factor, 1)
+        maps = (linear(narrow, bias=False), conv(narrow, bias=False), linear(bias=False))
+        return sequential(*(each for part in maps for each in (part, norm(), activation())))
+
+    return _scaled(build)
+
+
+def generator() -> Part:
+    """Return the part of `mgd`: two 3x3 convolutions with a ReLU between, from hidden features to the teacher's.
+
+    Returns:
+      A `Part`; positions must be the teacher's.
+
+    Example:
+      >>> params = generator().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 6))
+      >>> generator().apply(params, jnp.ones((1, 4, 4, 2))).shape
+      (1, 4, 4, 6)
+
+    References:
+      Yang et al., "Masked Generative Distillation", ECCV 2022, equation 2.
+    """
+    return sequential(conv(), activation(), conv())
+
+
+def translator() -> Part:
+    """Return the student's part of `ft`: three 3x3 convolutions, each with `norm` and leaky ReLU, to the shape of a factor.
+
+    Returns:
+      A `Part`; give its ``init`` the shape of the paraphraser's factor as the teacher's.
+
+    Example:
+      >>> params = translator().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 3))
+      >>> translator().apply(params, jnp.ones((1, 4, 4, 2))).shape
+      (1, 4, 4, 3)
+
+    References:
+      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, section 3.2.
+    """
+    return sequential(*(part for _ in range(3) for part in (conv(), norm(), _leaky)))
+
+
+def paraphraser(rate: float = 0.5) -> Part:
+    """Return the teacher's part of `ft`: an autoencoder of its features, whose code is the factor.
+
+    Three 3x3 convolutions to ``rate`` times the channels and three back. Train it first, on the teacher's features alone, by
+    ``hint(reconstruction, features)``.
+
+    Args:
+      rate: channels of the factor, as a share of the teacher's.
+
+    Returns:
+      A `Part` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the teacher's shape twice.
+
+    Example:
+      >>> params = paraphraser().init(jax.random.key(0), (8, 4, 4, 6), (8, 4, 4, 6))
+      >>> factor, reconstruction = paraphraser().apply(params, jnp.ones((1, 4, 4, 6)))
+      >>> factor.shape, reconstruction.shape
+      ((1, 4, 4, 3), (1, 4, 4, 6))
+
+    References:
+      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, equation 1.
+    """
+    encode, decode = translator(), sequential(conv(), norm(), _leaky, conv(), norm(), _leaky, conv())
+
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+        code = (*teacher_shape[:-1], max(int(rate * teacher_shape[-1]), 1))
+        first, second = jax.random.split(key)
+        return {"encode": encode.init(first, teacher_shape, code), "decode": decode.init(second, code, teacher_shape)}
+
+    def apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        factor = encode.apply(params["encode"], x)
+        return factor, decode.apply(params["decode"], factor)
+
+    return Part(init, apply)

@@ -1,0 +1,221 @@
+"""What shapes of features a loss takes: checks whose errors say what to do, and the layouts losses compute in."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from compress_jax.core import straight_through
+from compress_jax.core.errors import ShapeError
+from compress_jax.distill._masks import Mask, kept, of_features
+from compress_jax.distill._teachers.teacher import at_least_float32
+
+CHANNELS = "bring the student's channels to the teacher's by a regressor part (distill.linear, conv, deconv)"
+POSITIONS = "bring one of them to the other's positions by distill.resize or by a part with a stride (distill.conv, deconv)"
+
+
+def same_shape(student: Any, teacher: Any) -> None:
+    """Raise a ShapeError unless features have one shape, batch included.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> same_shape(jnp.ones((2, 4)), jnp.ones((2, 4)))
+    """
+    same_positions(student, teacher)
+    same_channels(student, teacher)
+
+
+def same_channels(student: Any, teacher: Any) -> None:
+    """Raise a ShapeError unless features agree in the last axis, the channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> same_channels(jnp.ones((2, 8, 8, 4)), jnp.ones((2, 4)))
+    """
+    if student.shape[-1] != teacher.shape[-1]:
+        raise ShapeError(f"{_both(student, teacher)} differ in channels: {CHANNELS}")
+
+
+def same_positions(student: Any, teacher: Any) -> None:
+    """Raise a ShapeError unless features agree in all but the last axis, the channels.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> same_positions(jnp.ones((2, 8, 8, 4)), jnp.ones((2, 8, 8, 16)))
+    """
+    same_batch(student, teacher)
+    if student.shape[:-1] != teacher.shape[:-1]:
+        raise ShapeError(f"{_both(student, teacher)} differ in positions, the axes between: {POSITIONS}")
+
+
+def same_batch(student: Any, teacher: Any) -> None:
+    """Raise a ShapeError unless features are ``[batch, ..., channels]`` of one batch.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> same_batch(jnp.ones((2, 4)), jnp.ones((2, 8, 8, 16)))
+    """
+    if min(student.ndim, teacher.ndim) < 2:
+        raise ShapeError(f"{_both(student, teacher)} must be [batch, ..., channels]: give the batch an axis of its own")
+    if student.shape[0] != teacher.shape[0]:
+        raise ShapeError(f"{_both(student, teacher)} are of different numbers of examples: give both models the same batch")
+
+
+def _both(student: Any, teacher: Any) -> str:
+    return f"the student's features {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
+
+
+def frozen(teacher: Any) -> jax.Array:
+    """Return the teacher's features in float32, cut off from gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> jax.grad(lambda x: frozen(x).sum())(jnp.ones(2)).tolist()
+      [0.0, 0.0]
+    """
+    return at_least_float32(jax.lax.stop_gradient(teacher))
+
+
+def pair(student: jax.Array, teacher: jax.Array, mask: Mask | None) -> tuple[jax.Array, jax.Array]:
+    """Return both features in float32, zero where the mask says so, the teacher's cut off from gradients.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> pair(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.array([False]))[0].tolist()
+      [[0.0, 0.0]]
+    """
+    student, teacher = at_least_float32(student), frozen(teacher)
+    if mask is None:
+        return student, teacher
+    counts = of_features(mask, student, "the student's features"), of_features(mask, teacher, "the teacher's features")
+    return kept(student, counts[0]), kept(teacher, counts[1])
+
+
+def flat(features: jax.Array) -> jax.Array:
+    """Return features as ``[batch, all the rest]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> flat(jnp.ones((2, 8, 8, 4))).shape
+      (2, 256)
+    """
+    return features.reshape(features.shape[0], -1)
+
+
+def rows(features: jax.Array) -> jax.Array:
+    """Return features as ``[batch, positions, channels]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rows(jnp.ones((2, 8, 8, 4))).shape, rows(jnp.ones((2, 4))).shape
+      ((2, 64, 4), (2, 1, 4))
+    """
+    return features.reshape(features.shape[0], -1, features.shape[-1])
+
+
+def per_channel(values: jax.Array, ndim: int) -> jax.Array:
+    """Return ``[channels]`` with axes of 1 before it, to go with features of some rank.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> per_channel(jnp.ones(4), 3).shape
+      (1, 1, 4)
+    """
+    return values.reshape((1,) * (ndim - 1) + (-1,))
+
+
+# Norms, directions and bounds with finite values and gradients at any finite features, zeros and
+# 1e38 among them.
+
+
+SMALLEST = 1e-12
+"""What is not larger has no direction: it counts as zero, and gets no gradient. No gradient is larger than its inverse."""
+
+Axes = int | Sequence[int] | None
+
+_clip = straight_through(jnp.clip)
+
+
+def bounded(x: jax.Array, power: int) -> jax.Array:
+    """Return ``x`` in float32, kept so small that a sum over all its entries to a power, with any usual weight, is finite.
+
+    The bound is 1e7 times 100 for power 4 and millions of entries, more for less. It is straight-through: gradients are
+    those of the bounded value, never zero.
+
+    Args:
+      x: any floating array.
+      power: of the features that the loss contains: 2 for a squared difference.
+
+    Returns:
+      ``x``, clipped.
+
+    Example:
+      >>> bool(jnp.isfinite(jnp.square(bounded(jnp.array([3e38, -1.0]), 2)).sum()))
+      True
+    """
+    x = at_least_float32(x)
+    bound = (float(jnp.finfo(x.dtype).max) / 1e6 / max(x.size, 1)) ** (1 / power) / 2
+    return _clip(x, -bound, bound)
+
+
+def rescaled(x: jax.Array, axis: Axes = None) -> jax.Array:
+    """Return ``x / max(abs(x))`` in float32, the maximum taken over some axes; what is zero there stays zero.
+
+    The divisor counts as a constant for gradients, which makes no difference to a loss that does not depend on scale.
+
+    Args:
+      x: any floating array.
+      axis: axes that share one scale; None for all.
+
+    Returns:
+      Values from -1 to 1, the shape of ``x``.
+
+    Example:
+      >>> rescaled(jnp.array([[1e38, -2e38], [0.0, 0.0]]), axis=1).tolist()
+      [[0.5, -1.0], [0.0, 0.0]]
+    """
+    x = at_least_float32(x) / 16  # XLA may multiply by the inverse, and that of the largest floats is flushed to 0
+    size = jax.lax.stop_gradient(jnp.abs(x).max(axis=axis, keepdims=True))
+    alive = size > SMALLEST / 16
+    return jnp.where(alive, x / jnp.where(alive, size, 1.0), 0.0)
+
+
+def length(x: jax.Array, axis: Axes = -1, keepdims: bool = False) -> jax.Array:
+    """Return the Euclidean norm over some axes, with gradient 0 at 0.
+
+    Args:
+      x: float32, of entries not near the largest float.
+      axis: axes of one vector.
+      keepdims: keep those axes, as 1.
+
+    Returns:
+      The norms.
+
+    Example:
+      >>> jax.grad(length)(jnp.zeros(2)).tolist(), float(length(jnp.array([3.0, 4.0])))
+      ([0.0, 0.0], 5.0)
+    """
+    size = jax.lax.stop_gradient(jnp.abs(x).max(axis=axis, keepdims=True))
+    square = jnp.square(rescaled(x, axis)).sum(axis=axis, keepdims=True)
+    norm = size * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
+    return norm if keepdims else norm.squeeze(axis)
+
+
+def unit(x: jax.Array, axis: Axes = -1) -> jax.Array:
+    """Return the direction of a vector, ``x / norm(x)``, in float32; 0, with gradient 0, where it has none.
+
+    Args:
+      x: any floating array.
+      axis: axes of one vector.
+
+    Returns:
+      Vectors of norm 1 or 0, the shape of ``x``.
+
+    Example:
+      >>> unit(jnp.array([[1e38, 0.0], [0.0, 0.0]])).tolist()
+      [[1.0, 0.0], [0.0, 0.0]]
+    """
+    x = rescaled(x, axis)
+    square = jnp.square(x).sum(axis=axis, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))

@@ -1,0 +1,307 @@
+"""A packed tree as JSON structure plus named raw tensors, and back; what `artifact` puts into the file.
+
+The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``, ``{"tuple": [...]}`` and
+``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse, Tabled, Clustered, LowRank, Bits, Gaps) is a
+packed node; its static fields are plain JSON, and those that have their default value are left out. ``true`` is a tensor;
+where safetensors has no such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last
+axis. ``"key:threefry2x32"`` is a typed random key of that implementation, and its tensor the key's data (uint32).
+
+The name of a tensor is its place: ``"dense/kernel"`` for containers, ``".scale"`` after it for the field of a node that has
+more than one tensor. NNX states become plain nested dicts, and named tuples plain ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.bits import Bits
+from compress_jax.core.errors import ArtifactError
+from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse, Tabled
+from compress_jax.export._artifact.fields import KEY, NATIVE, refuse, static
+
+NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)}
+
+Tensors = dict[str, np.ndarray]
+
+
+def encode(tree: Any) -> tuple[Any, Tensors]:
+    """Return the JSON structure of a tree and its tensors by name.
+
+    Args:
+      tree: nested dicts, lists, tuples, NNX states; leaves are arrays, numbers or packed nodes.
+
+    Returns:
+      ``(structure, {name: NumPy array})``.
+
+    Raises:
+      ArtifactError: if a leaf is not an array, a key is neither text nor integer, or two leaves have the same name.
+    """
+    tensors: Tensors = {}
+
+    def visit(x: Any, path: str) -> Any:
+        x = x.get_value() if hasattr(x, "get_value") else x  # an NNX variable
+        if type(x) is NODES.get(type(x).__name__):
+            statics = _statics(x)
+            arrays = {k: visit(getattr(x, k), where) for k, where in _places(type(x), path).items()}
+            return {type(x).__name__: {**arrays, **statics}}
+        if isinstance(x, Mapping):
+            return {"dict": [[_key(key, path), visit(value, _below(path, key))] for key, value in x.items()]}
+        if isinstance(x, (list, tuple)):
+            kind = "list" if isinstance(x, list) else "tuple"
+            return {kind: [visit(value, _below(path, i)) for i, value in enumerate(x)]}
+        return None if x is None else _leaf(x, path, tensors)
+
+    return visit(tree, ""), tensors
+
+
+def is_key(x: Any) -> bool:
+    """Tell whether a leaf is a typed random key, such as NNX's Dropout keeps.
+
+    Example:
+      >>> is_key(jax.random.key(0)), is_key(jax.random.PRNGKey(0))
+      (True, False)
+    """
+    return isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _below(path: str, key: Any) -> str:
+    return f"{path}/{key}" if path else str(key)
+
+
+def _key(key: Any, path: str) -> str | int:
+    if not isinstance(key, (str, int)):
+        raise ArtifactError(f"the key {key!r} in {path!r} is a {type(key).__name__}; only text and integers can be saved")
+    return key
+
+
+def _places(cls: Any, path: str) -> dict[str, str]:
+    """Return where each field of a node that holds tensors has them; an only one has the node's own place."""
+    names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
+    return {name: f"{path}.{name}" for name in names} if len(names) > 1 else dict.fromkeys(names, path)
+
+
+def _statics(node: Any) -> dict[str, Any]:
+    """Return the static fields of a node that differ from their defaults, as JSON takes them."""
+    fields = [field for field in dataclasses.fields(node) if field.metadata.get("static")]
+    values = {field.name: getattr(node, field.name) for field in fields}
+    told = {field.name for field in fields if repr(values[field.name]) != repr(field.default)}  # -0.0 == 0, but is not 0
+    return {name: value.name if isinstance(value, np.dtype) else value for name, value in values.items() if name in told}
+
+
+def _leaf(x: Any, path: str, tensors: Tensors) -> bool | str:
+    if path in tensors or path == "__metadata__":  # the latter is what safetensors calls its own
+        raise ArtifactError(f"two entries would be named {path!r} in the file; rename a key that contains '/', '.' or '__'")
+    if is_key(x):
+        tensors[path] = np.asarray(jax.random.key_data(x))
+        return f"{KEY}{jax.random.key_impl(x)}"
+    array = _numpy(x, path)
+    native = array.dtype.name in NATIVE
+    tensors[path] = array if native else array.reshape(*array.shape, 1).view(np.uint8)
+    return native or array.dtype.name
+
+
+def _numpy(x: Any, path: str) -> np.ndarray:
+    """Return a leaf as an array in C order and native byte order."""
+    x = np.asarray(x) if isinstance(x, (int, float)) else x
+    dtype = getattr(getattr(x, "dtype", None), "name", "")
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not hasattr(jnp, dtype):
+        what = " ".join(filter(None, (type(x).__name__, dtype)))
+        raise ArtifactError(f"leaf {path!r} is a {what}, and only arrays of numbers and packed nodes can be saved")
+    return np.asarray(x, jnp.dtype(dtype), order="C")
+
+
+def decode(structure: Any, tensors: Tensors, path: str = "") -> Any:
+    """Undo `encode`.
+
+    Args:
+      structure: the JSON structure.
+      tensors: ``{name: NumPy array}``.
+      path: where in the tree the structure stands.
+
+    Returns:
+      The tree; arrays are JAX arrays, or NumPy's where JAX would cut their 64 bits to 32.
+
+    Raises:
+      ArtifactError: if the structure is none, or names a tensor that there is not.
+    """
+    return build(structure, lambda name, dtype: on_device(typed(name, dtype, tensors)), path=path)
+
+
+def build(
+    structure: Any,
+    array: Callable[[str, str | Literal[True]], Any],
+    leaf: Callable[[Any, str], Any] = lambda found, path: found,
+    path: str = "",
+    depth: int = 300,
+) -> Any:
+    """Return the tree that a structure describes, whatever stands for its arrays.
+
+    Args:
+      structure: the JSON structure.
+      array: ``(name, dtype) -> what stands for the tensor of this name``; the dtype is True where safetensors has it.
+      leaf: ``(array or packed node, path) -> what stands in its place``; not called for what is inside a packed node.
+      path: where in the tree the structure stands.
+      depth: how many containers and nodes may stand inside each other.
+
+    Returns:
+      The tree.
+
+    Raises:
+      ArtifactError: if the structure is none.
+    """
+    if structure is None:
+        return None
+    if structure is True or isinstance(structure, str):
+        return leaf(array(path, structure), path)
+    if depth < 1:
+        raise refuse(path, "it is nested more deeply than the limit allows; pass limits=export.Limits(depth=...)")
+    kind, content = _only(structure, path)
+    inside = {"array": array, "leaf": leaf, "depth": depth - 1}
+    if kind == "dict":
+        return {key: build(value, path=_below(path, key), **inside) for key, value in _pairs(content, path)}
+    if kind in ("list", "tuple"):
+        values = [build(value, path=_below(path, i), **inside) for i, value in enumerate(_listed(content, path))]
+        return values if kind == "list" else tuple(values)
+    if kind not in NODES:
+        raise refuse(path, f"a node of kind {kind!r}, which this version does not know")
+    inside["leaf"] = lambda found, path: found
+    return leaf(_made(NODES[kind], content, path, inside), path)
+
+
+def _only(structure: Any, path: str) -> tuple[str, Any]:
+    if not isinstance(structure, dict) or len(structure) != 1:
+        raise refuse(path, "in the file's structure, an object of one key must stand here")
+    return next(iter(structure.items()))
+
+
+def _listed(content: Any, path: str) -> list[Any]:
+    if not isinstance(content, list):
+        raise refuse(path, "in the file's structure, a list must stand here")
+    return content
+
+
+def _pairs(content: Any, path: str) -> list[Any]:
+    """Return the entries of a dict after a look at its keys: JAX sorts them, so they must be all text or all integers."""
+    seen: dict[str | int, type] = {}
+    for pair in _listed(content, path):
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))):
+            raise refuse(path, "in the file's structure, a pair of a key and a node must stand here")
+        if isinstance(pair[0], str) and not pair[0].isascii() and pair[0] != pair[0].encode(errors="replace").decode():
+            raise refuse(path, f"the key {pair[0]!r} is no Unicode text, so it can be the name of no tensor")
+        if pair[0] in seen:
+            raise refuse(path, f"the key {pair[0]!r} is there twice")
+        seen[pair[0]] = str if isinstance(pair[0], str) else int
+    if len(set(seen.values())) > 1:
+        raise refuse(path, f"the keys {list(seen)[:9]} are text and integers, and JAX takes dicts of one of them only")
+    return content
+
+
+def _made(cls: Any, content: Any, path: str, inside: dict[str, Any]) -> Any:
+    """Return a packed node of the fields that the structure has for it."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if not isinstance(content, dict) or not content.keys() <= fields.keys():
+        raise refuse(path, f"a {cls.__name__} has the fields {', '.join(fields)}, and the file has others")
+    if missing := [k for k in fields if k not in content and fields[k].default is dataclasses.MISSING]:
+        raise refuse(path, f"a {cls.__name__} without its field {missing[0]!r}")
+    where = _places(cls, path)
+    return cls(**{k: build(v, path=where[k], **inside) if k in where else static(k, v, path) for k, v in content.items()})
+
+
+def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Yield the name of every tensor a structure stands for, in its order, and what it holds if it is packed symbols.
+
+    Args:
+      structure: the JSON structure.
+      path: where in the tree the structure stands.
+
+    Yields:
+      ``(name, (bits of a symbol, number of symbols))``, or ``(name, None)``.
+
+    Example:
+      >>> tree, _ = encode({"k": Bits.pack(jnp.arange(8), 3), "b": jnp.zeros(2)})
+      >>> list(places(tree))
+      [('k', (3, 8)), ('b', None)]
+    """
+    if structure is True or isinstance(structure, str):
+        yield path, None
+    elif structure is not None:
+        ((kind, content),) = structure.items()
+        if kind == "dict":
+            for key, value in content:
+                yield from places(value, _below(path, key))
+        elif kind in ("list", "tuple"):
+            for i, value in enumerate(content):
+                yield from places(value, _below(path, i))
+        elif kind == "Bits":
+            yield path, (content["bits"], math.prod(content["shape"]))
+        elif kind in NODES:
+            where = _places(NODES[kind], path)
+            for field, value in content.items():
+                if field in where:
+                    yield from places(value, where[field])
+
+
+def leaves(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the place and the structure of every array and packed node, in order.
+
+    Example:
+      >>> tree, _ = encode({"k": Bits.pack(jnp.arange(8), 3), "b": [jnp.zeros(2)]})
+      >>> list(leaves(tree))
+      [('k', {'Bits': {'data': True, 'bits': 3, 'shape': (8,)}}), ('b/0', True)]
+    """
+    kind, content = next(iter(structure.items())) if isinstance(structure, dict) else ("", structure)
+    if kind == "dict":
+        for key, value in content:
+            yield from leaves(value, _below(path, key))
+    elif kind in ("list", "tuple"):
+        for i, value in enumerate(content):
+            yield from leaves(value, _below(path, i))
+    elif structure is not None:
+        yield path, structure
+
+
+def typed(name: str, dtype: str | Literal[True], tensors: Tensors) -> Any:
+    """Return the array that a tensor of a file holds.
+
+    Args:
+      name: of the tensor.
+      dtype: True where safetensors has it, else its name, and the tensor holds each entry's bytes as a last axis; or the
+        implementation of a typed random key, and the tensor holds its words.
+      tensors: of the file.
+
+    Returns:
+      The NumPy array, or JAX's typed random keys.
+
+    Raises:
+      ArtifactError: if there is no such tensor.
+
+    Example:
+      >>> typed("x", "bfloat16", {"x": np.array([[0x80, 0x3F]], np.uint8)}).tolist()
+      [1.0]
+    """
+    if name not in tensors:
+        raise refuse(name, "the file's structure names this tensor, and it is not in the file")
+    if isinstance(dtype, str) and dtype.startswith(KEY):
+        return jax.random.wrap_key_data(jnp.asarray(tensors[name]), impl=dtype.removeprefix(KEY))
+    return tensors[name] if dtype is True else tensors[name].view(jnp.dtype(dtype))[..., 0]
+
+
+def on_device(array: Any) -> jax.Array | np.ndarray:
+    """Return an array as JAX's, or as it is where JAX would cut its 64 bits to 32."""
+    if isinstance(array, jax.Array):
+        return array
+    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+
+
+def _random_key(path: str, implementation: str, data: Any) -> jax.Array:
+    try:
+        return jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(
+            f"{path!r} is a random key of {implementation!r}, which this JAX cannot make: {error}"
+        ) from error

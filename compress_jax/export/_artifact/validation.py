@@ -1,0 +1,147 @@
+"""The one look at a tree between its checksum and its use: what a structure says, and whether its arrays agree."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.errors import ArtifactError
+from compress_jax.export._artifact.checks import Spec, check, intact, memory
+from compress_jax.export._artifact.fields import KEY, KEY_WORDS, NATIVE, dtype_named, refuse
+from compress_jax.export._artifact.limits import Budget, Limits
+from compress_jax.export._artifact.structure import Tensors, build, is_key, on_device, typed
+
+
+def grammar(structure: Any, limits: Limits) -> int:
+    """See that a structure is one: containers, nodes of known kinds, their fields, each in its range.
+
+    Args:
+      structure: from JSON.
+      limits: of depth and number.
+
+    Returns:
+      How many arrays it has.
+
+    Raises:
+      ArtifactError: if it is none; says which entry and what is wrong.
+
+    Example:
+      >>> grammar({"dict": [["a", True], ["b", {"Bits": {"data": True, "bits": 4, "shape": [2]}}]]}, Limits())
+      2
+    """
+    names: set[str] = set()
+
+    def array(name: str, dtype: str | Literal[True]) -> None:
+        if name in names or name == "__metadata__":
+            raise refuse(name, "two entries have this name")
+        names.add(name)
+        few(len(names), limits)
+        if dtype is not True:
+            _foreign(name, dtype)
+
+    build(structure, array, depth=limits.depth)
+    return len(names)
+
+
+def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limits) -> None:
+    """See that a structure agrees with the shapes and dtypes of its tensors, and count what they will take.
+
+    Args:
+      structure: from JSON.
+      specs: of every tensor of the file.
+      budget: of memory.
+      limits: of depth and number.
+
+    Raises:
+      ArtifactError: if they do not agree; says which entry and what is wrong.
+    """
+    if (count := grammar(structure, limits)) != len(specs):
+        raise ArtifactError(f"it has {len(specs)} tensors, and its structure {count}")
+
+    def array(name: str, dtype: str | Literal[True]) -> Spec:
+        spec = specs.get(name)
+        if spec is None:
+            raise refuse(name, "the file's structure names this tensor, and it is not in the file")
+        if dtype is True:
+            return spec
+        if dtype.startswith(KEY):
+            words = KEY_WORDS[dtype.removeprefix(KEY)]
+            if spec.dtype != np.uint32 or spec.shape[-1:] != (words,):
+                raise refuse(name, f"{dtype} is stored as rows of {words} uint32, not {spec.dtype} {list(spec.shape)}")
+            return spec
+        found = dtype_named(dtype)
+        if spec.dtype != np.uint8 or spec.shape[-1:] != (found.itemsize,):
+            raise refuse(name, f"{dtype} is stored as rows of {found.itemsize} bytes, not {spec.dtype} {list(spec.shape)}")
+        return Spec(spec.shape[:-1], found)
+
+    def leaf(found: Any, path: str) -> None:
+        if not isinstance(found, Spec):
+            check(found, path)
+        budget.take(memory(found), f"entry {path!r}")
+
+    build(structure, array, leaf, depth=limits.depth)
+
+
+def checked(structure: Any, tensors: Tensors, path: str = "", *, keep: bool = True, depth: int = Limits().depth) -> Any:
+    """Return the tree of a structure and its tensors once all that they hold agrees.
+
+    Args:
+      structure: from JSON, surveyed.
+      tensors: decoded.
+      path: where in the tree the structure stands.
+      keep: whether to return the tree, or only to look at it.
+      depth: how many containers and nodes may stand inside each other.
+
+    Returns:
+      The tree, arrays on the device; see `structure.decode`.
+
+    Raises:
+      ArtifactError: if masks, codes and values do not agree; says which entry and what is wrong.
+    """
+
+    def leaf(found: Any, path: str) -> Any:
+        if isinstance(found, np.ndarray):
+            intact(found, path)
+            return on_device(found) if keep else None
+        if is_key(found):
+            return found if keep else None
+        check(found, path)
+        return jax.tree.map(jnp.asarray, found) if keep else None
+
+    return build(structure, lambda name, dtype: typed(name, dtype, tensors), leaf, path, depth)
+
+
+def few(count: int, limits: Limits) -> None:
+    """Raise ArtifactError if there are more arrays than the limit allows."""
+    if count > limits.arrays:
+        raise ArtifactError(
+            f"it has more than {limits.arrays:,} arrays; if you trust the file, pass limits=export.Limits(arrays=...)"
+        )
+
+
+def shallow(metadata: Any, limits: Limits) -> None:
+    """Raise ArtifactError unless metadata is an object that is not nested more deeply than the limit allows."""
+    if not isinstance(metadata, dict):
+        raise ArtifactError(f"the metadata must be a dict, not a {type(metadata).__name__}")
+    level = [metadata]
+    for _ in range(limits.depth):
+        inside = [each.values() if isinstance(each, dict) else each for each in level]
+        level = [each for values in inside for each in values if isinstance(each, (dict, list, tuple))]
+        if not level:
+            return
+    raise ArtifactError(f"the metadata is nested more deeply than {limits.depth} levels")
+
+
+def _foreign(name: str, dtype: str) -> None:
+    """See that a dtype which is named is one, and that safetensors has it not; or that it is a kind of random key."""
+    if dtype.startswith(KEY):
+        if dtype.removeprefix(KEY) not in KEY_WORDS:
+            raise refuse(name, f"{dtype[:40]!r} is none of the random keys there are: {', '.join(KEY_WORDS)}")
+        return
+    try:
+        found = dtype_named(dtype)
+    except ValueError as error:
+        raise refuse(name, f"the dtype {dtype[:40]!r}: {error}") from error
+    if found.name in NATIVE:
+        raise refuse(name, f"the dtype {dtype!r} is named, though it is one of safetensors")

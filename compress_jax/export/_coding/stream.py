@@ -1,0 +1,56 @@
+"""An artifact leaf by leaf, for models whose unpacked weights do not all fit into memory."""
+
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress_jax.export._artifact.artifact import LIMITS, of_file, opened
+from compress_jax.export._artifact.limits import Limits
+from compress_jax.export._artifact.structure import leaves, places
+from compress_jax.export._artifact.validation import checked
+from compress_jax.export._coding.streams import Coded, check, decoded
+
+
+def stream(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS
+) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of an artifact, one at a time, in the order of the tree.
+
+    The file's own bytes are read at once and its checksum is verified before the first leaf; then one leaf after the other
+    is decoded. What all leaves decode to is verified after the last.
+
+    Args:
+      path: a file that `save` wrote.
+      max_bytes: as of `load`.
+      limits: as of `load`.
+
+    Yields:
+      ``(path, leaf)``: the place in the tree, keys joined by ``/``, and the array or packed node that `load` has there.
+
+    Raises:
+      ArtifactError: as `load`.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.export._artifact.artifact import save
+      >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
+      >>> _ = save(file, {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}, coded=True)
+      >>> [(path, leaf.shape) for path, leaf in stream(file)]
+      [('dense/kernel', (2, 2)), ('dense/bias', (2,))]
+    """
+    content, parts = opened(Path(path), max_bytes, limits)
+    tree, total = content["tree"], 0
+    with of_file(path):
+        tensors = decoded(tree, parts) if isinstance(parts, Coded) else ((name, parts[name]) for name, _ in places(tree))
+        for place, structure in leaves(tree):
+            own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
+            for tensor in own.values():
+                total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
+            yield place, checked(structure, own, place)
+        if isinstance(parts, Coded):
+            check(total, parts)

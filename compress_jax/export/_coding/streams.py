@@ -1,0 +1,318 @@
+"""The tensors of an artifact as few bytes: symbols at their entropy, all else by zstandard where that is smaller.
+
+``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see `entropy`), ``rest`` the
+bytes of all other tensors, one after the other, the bytes of equal significance of each side by side, compressed as a
+whole. Both follow the order of the tree. ``index`` has an entry for each tensor: the number of its table if it is coded;
+``null`` if it is packed symbols that zstandard makes smaller; else its dtype and shape. ``tables`` are hexadecimal, two
+digits a symbol.
+"""
+
+import math
+import zlib
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import zstandard
+
+from compress_jax.core.errors import ArtifactError
+from compress_jax.export._artifact.checks import Spec
+from compress_jax.export._artifact.fields import NATIVE, extents, refuse
+from compress_jax.export._artifact.structure import Tensors, places
+from compress_jax.export._coding.bitstream import repacked, unpacked
+from compress_jax.export._coding.entropy import NEVER, Decoder, Stream, encode, probabilities, quantized
+
+# Which streams of symbols share a table: merged while the table saved costs more than the bits
+# lost.
+
+
+HEAD = 4  # bytes of a table beside its entries
+
+
+def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
+    """Return the group of each stream; streams of one group are described by the sum of their histograms.
+
+    From every stream by itself on, the two groups whose union saves most are joined, until no union saves anything. The cost
+    of a group is that of its symbols under its quantized table, and of the table.
+
+    Args:
+      counts: a histogram for each stream.
+      kinds: only streams of equal kind, whose histograms have equal lengths, may share.
+
+    Returns:
+      A number for each stream, from 0 on in order of first appearance.
+
+    Example:
+      >>> share([np.array([5, 5]), np.array([50, 50]), np.array([9000, 10])], ["bits"] * 3)
+      [0, 0, 1]
+    """
+    members = [[i] for i in range(len(counts))]
+    histograms = [np.asarray(each, np.int64) for each in counts]
+    costs = [cost(each) for each in histograms]
+    savings = {(i, j): _saved(histograms, costs, i, j) for j in range(len(counts)) for i in range(j) if kinds[i] == kinds[j]}
+    while savings and max(savings.values()) > 0:
+        i, j = max(savings, key=lambda pair: (savings[pair], pair))
+        members[i] += members[j]
+        histograms[i] = histograms[i] + histograms[j]
+        costs[i], members[j] = cost(histograms[i]), []
+        savings = {pair: value for pair, value in savings.items() if j not in pair}
+        savings |= {pair: _saved(histograms, costs, *pair) for pair in savings if i in pair}
+    group = {stream: which for which, of in enumerate(members) for stream in of}
+    order = {which: number for number, which in enumerate(dict.fromkeys(group[i] for i in range(len(counts))))}
+    return [order[group[i]] for i in range(len(counts))]
+
+
+def cost(histogram: np.ndarray) -> float:
+    """Return the bytes of symbols with this histogram, and of their table.
+
+    Example:
+      >>> cost(np.array([80, 80])), cost(np.array([80, 0]))
+      (26.0, 6.0)
+    """
+    table = quantized(histogram)
+    used = table != NEVER
+    bits = -np.log2(probabilities(table[used])) @ histogram[used] if used.any() else 0.0
+    return float(bits / 8 + HEAD + table.size)
+
+
+def _saved(histograms: list[np.ndarray], costs: list[float], i: int, j: int) -> float:
+    return costs[i] + costs[j] - cost(histograms[i] + histograms[j])
+
+
+BEST, FAST, LARGE = 19, 9, 2**22  # levels of zstandard; the best takes a second for a megabyte
+
+
+class Coded(NamedTuple):
+    """What a file holds of its tensors.
+
+    Attributes:
+      index: ``{"tensors": [...], "tables": [...], "crc32": of the tensors' bytes}``.
+      ans: bytes of all entropy-coded symbols.
+      rest: compressed bytes of all else.
+    """
+
+    index: dict[str, Any]
+    ans: bytes
+    rest: bytes
+
+
+def code(structure: Any, tensors: Tensors) -> Coded:
+    """Return the tensors of a tree, coded.
+
+    Args:
+      structure: of `structure.encode`; it tells which tensors hold symbols, and their order.
+      tensors: by name.
+
+    Returns:
+      Index and bytes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.core.bits import Bits
+      >>> from compress_jax.export._artifact.structure import encode as structured
+      >>> zeros = jnp.zeros(10_000, int).at[::100].set(3)
+      >>> tree, tensors = structured({"codes": Bits.pack(zeros, 2), "bias": jnp.ones(3)})
+      >>> coded = code(tree, tensors)
+      >>> sum(x.nbytes for x in tensors.values()), len(coded.ans) < 150
+      (2512, True)
+      >>> (uncode(tree, coded)["codes"] == tensors["codes"]).all()
+      np.True_
+    """
+    found = list(places(structure))
+    symbols = {name: unpacked(tensors[name], *held) for name, held in found if held}
+    kinds = {name: held[0] for name, held in found if held}
+    counts = {name: np.bincount(each, minlength=2 ** kinds[name]) for name, each in symbols.items()}
+    names = [name for name in symbols if cost(counts[name]) <= len(squeezed(tensors[name].tobytes()))]
+    groups = dict(zip(names, share([counts[n] for n in names], [kinds[n] for n in names]), strict=True))
+    totals = [np.sum([counts[n] for n in names if groups[n] == g], axis=0) for g in range(len(set(groups.values())))]
+    tables = [quantized(total) for total in totals]
+    words = encode([Stream(symbols[name], tables[groups[name]]) for name in names])
+    others = [(name, held) for name, held in found if name not in groups]
+    rest = b"".join(_planes(tensors[name]) for name, _ in others)
+    described = {name: None if held else [tensors[name].dtype.name, list(tensors[name].shape)] for name, held in others}
+    index = {
+        "tensors": [groups.get(name, described.get(name)) for name, _ in found],
+        "tables": [table.tobytes().hex() for table in tables],
+        "crc32": _sum(tensors[name] for name, _ in found),
+    }
+    return Coded(index, words.astype("<u4").tobytes(), squeezed(rest))
+
+
+def uncode(structure: Any, coded: Coded) -> Tensors:
+    """Undo `code`.
+
+    Args:
+      structure: the same.
+      coded: what it returned.
+
+    Returns:
+      The tensors by name.
+
+    Raises:
+      ArtifactError: if what is decoded is not what was coded, as a coder of another version might do.
+    """
+    tensors = dict(decoded(structure, coded))
+    check(_sum(tensors.values()), coded)
+    return tensors
+
+
+def check(total: int, coded: Coded) -> None:
+    """Raise ArtifactError unless the CRC-32 of all decoded bytes is that of what was coded."""
+    if total != coded.index["crc32"]:
+        raise ArtifactError(
+            "the tensors do not decode to what was written, though the file is whole: the installed constriction or numpy "
+            "codes otherwise than the one that wrote it; please report both versions"
+        )
+
+
+def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
+    """Return shape and dtype of every tensor before anything is decoded, after a look at the whole index.
+
+    Args:
+      structure: of the tree, known to be one.
+      coded: as it is in the file.
+
+    Returns:
+      ``{name: Spec}``.
+
+    Raises:
+      ArtifactError: if the index says anything that is not so.
+    """
+    tables, entries, found = _index(coded), coded.index["tensors"], list(places(structure))
+    if len(entries) != len(found):
+        raise ArtifactError(f"its index has {len(entries)} tensors, and its structure {len(found)}")
+    used, size, specs = set(), 0, {}
+    for (name, held), entry in zip(found, entries, strict=True):
+        specs[name] = spec = _spec(name, held, entry)
+        if isinstance(entry, int):
+            used.add(entry)
+            _fits(name, held, entry, tables)
+        else:
+            size += math.prod(spec.shape) * spec.dtype.itemsize
+    if used != set(range(len(tables))):
+        raise ArtifactError(f"its index has {len(tables)} tables, and the tensors name {sorted(used)}")
+    if (claimed := expanded(coded.rest, "its tensors")) != size:
+        raise ArtifactError(f"its tensors unpack to {claimed:,} bytes, and by its index they have {size:,}")
+    return specs
+
+
+def _index(coded: Coded) -> list[bytes]:
+    """Return the tables of an index that has everything it must have."""
+    index = coded.index
+    if not isinstance(index, dict) or index.keys() != {"tensors", "tables", "crc32"}:
+        raise ArtifactError("its index must have tensors, tables and crc32")
+    if not isinstance(index["tensors"], list) or not isinstance(index["tables"], list) or type(index["crc32"]) is not int:
+        raise ArtifactError("its index must have a list of tensors, a list of tables and a number")
+    if len(coded.ans) % 4:
+        raise ArtifactError(f"its coded symbols are {len(coded.ans)} bytes, which are no words of 4")
+    try:
+        return [bytes.fromhex(table) for table in index["tables"]]
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"a table of its index is not hexadecimal: {error}") from error
+
+
+def _spec(name: str, held: tuple[int, int] | None, entry: Any) -> Spec:
+    if held is not None and (entry is None or type(entry) is int):
+        return Spec((-(-held[0] * held[1] // 8),), np.dtype(np.uint8))
+    if held is not None or not isinstance(entry, list) or len(entry) != 2:
+        raise refuse(name, "the index must have a table or null for packed symbols, and a dtype and a shape for all else")
+    dtype, shape = entry
+    if not isinstance(dtype, str) or dtype not in NATIVE:
+        raise refuse(name, f"the index has the unknown dtype {dtype!r}")
+    try:
+        return Spec(extents(shape), np.dtype(dtype))
+    except ValueError as error:
+        raise refuse(name, f"the index has a wrong shape: {error}") from error
+
+
+def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[bytes]) -> None:
+    """See that the table of a stream is there, is as long as there are symbols, and lets some of them occur."""
+    assert held is not None
+    if not 0 <= entry < len(tables):
+        raise refuse(name, f"the index has {len(tables)} tables, and this is coded by number {entry}")
+    table = tables[entry]
+    if len(table) != 2 ** held[0]:
+        raise refuse(name, f"codes of {held[0]} bits have {2 ** held[0]} symbols, and their table has {len(table)}")
+    if held[1] and set(table) == {NEVER}:
+        raise refuse(name, f"by its table no symbol ever occurs, and there are {held[1]:,}")
+
+
+def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield one tensor after the other, in the order of the tree; only one is held decoded at a time."""
+    tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in coded.index["tables"]]
+    decoder = Decoder(np.frombuffer(coded.ans, "<u4").astype(np.uint32))
+    rest, start = unsqueezed(coded.rest, "its tensors"), 0
+    for (name, held), entry in zip(places(structure), coded.index["tensors"], strict=True):
+        if isinstance(entry, int):
+            assert held is not None
+            packed = [repacked(piece, held[0]) for piece in decoder.pieces(tables[entry], held[1])]
+            yield name, np.concatenate(packed) if packed else np.zeros(0, np.uint8)
+            continue
+        dtype, shape = ("uint8", [-(-held[0] * held[1] // 8)]) if held else entry
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        planes = np.frombuffer(rest, np.uint8, size, start) if size else np.zeros(0, np.uint8)
+        octets = planes.reshape(np.dtype(dtype).itemsize, -1).T
+        yield name, np.ascontiguousarray(octets).view(dtype).reshape(shape)
+        start += size
+    decoder.close()
+
+
+def squeezed(data: bytes) -> bytes:
+    """Return bytes compressed by zstandard."""
+    return zstandard.compress(data, BEST if len(data) <= LARGE else FAST)
+
+
+def expanded(data: bytes, what: str) -> int:
+    """Return how many bytes compressed data says it unpacks to.
+
+    Args:
+      data: of `squeezed`.
+      what: which, for the error.
+
+    Returns:
+      The number.
+
+    Raises:
+      ArtifactError: if it does not say.
+    """
+    try:
+        size = zstandard.get_frame_parameters(data).content_size
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{what} cannot be unpacked: {error}") from error
+    if size in (zstandard.CONTENTSIZE_UNKNOWN, zstandard.CONTENTSIZE_ERROR):
+        raise ArtifactError(f"{what} cannot be unpacked: zstandard does not say to how many bytes")
+    return size
+
+
+def unsqueezed(data: bytes, what: str) -> bytes:
+    """Undo `squeezed`; whoever calls has looked at `expanded`.
+
+    Args:
+      data: compressed.
+      what: which, for the error.
+
+    Returns:
+      The bytes, as many as `expanded` says.
+
+    Raises:
+      ArtifactError: if they are damaged, or more, or fewer.
+    """
+    size = expanded(data, what)
+    try:
+        found = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ArtifactError(f"{what} cannot be unpacked: {error}") from error
+    if len(found) != size:
+        raise ArtifactError(f"{what} unpack to {len(found):,} bytes instead of {size:,}")
+    return found
+
+
+def _planes(x: np.ndarray) -> bytes:
+    return np.ascontiguousarray(x.reshape(-1).view(np.uint8).reshape(-1, x.itemsize).T).tobytes()
+
+
+def _sum(tensors: Any) -> int:
+    total = 0
+    for tensor in tensors:
+        total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
+    return total

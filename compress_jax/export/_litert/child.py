@@ -1,0 +1,299 @@
+"""The process that converts and runs once: both are native code, and where it crashes it takes only this process along.
+
+``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and ``arrays.npz`` there, and
+writes ``model.tflite``, ``answer.json`` and what the model gives for the example, ``results.npz``.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export._extras import extra
+from compress_jax.export._litert.interpreter import interpreter, results, tensors
+from compress_jax.export._scales import floor
+
+# Biases in int32 steps: kernels widened so that the quantizer's scales can hold them, and what it
+# wrote held against them.
+
+
+PLACES = {  # operator -> where its input, weights and bias are, and the weights' axis of output channels
+    "FULLY_CONNECTED": (0, 1, 2, 0),
+    "CONV_2D": (0, 1, 2, 0),
+    "DEPTHWISE_CONV_2D": (0, 1, 2, 3),
+    "TRANSPOSE_CONV": (2, 1, 3, 0),
+}
+SHARE = 16.0  # a widened bias has at most 2**30 / SHARE steps: the runtime's fixed-point multipliers must not underflow
+
+
+class Product(NamedTuple):
+    """An operator with constant weights and bias.
+
+    Attributes:
+      model: the flatbuffer's object tree.
+      input: its tensors.
+      weights: likewise.
+      bias: likewise.
+      axis: of output channels.
+    """
+
+    model: Any
+    input: Any
+    weights: Any
+    bias: Any
+    axis: int
+
+
+def products(data: bytes) -> tuple[Any, list[Product]]:
+    """Return the object tree of a flatbuffer and its operators that have weights and a bias, in order.
+
+    Args:
+      data: the flatbuffer.
+
+    Returns:
+      ``(tree, operators)``.
+    """
+    schema = extra("ai_edge_litert.schema_py_generated", "litert")
+    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    return model, list(_products(model, names))
+
+
+def _products(model: Any, names: Mapping[int, str]) -> Iterator[Product]:
+    for graph in model.subgraphs:
+        for each in graph.operators:
+            code = model.operatorCodes[each.opcodeIndex]
+            where = PLACES.get(names[max(code.builtinCode, code.deprecatedBuiltinCode)])
+            if where is None or len(each.inputs) <= where[2] or each.inputs[where[2]] < 0:
+                continue
+            data, weights, bias = (graph.tensors[each.inputs[i]] for i in where[:3])
+            if _stored(model, weights) is not None and _stored(model, bias) is not None:
+                yield Product(model, data, weights, bias, where[3])
+
+
+def _stored(model: Any, tensor: Any) -> Any:
+    data = model.buffers[tensor.buffer].data
+    return None if data is None or not len(data) else data
+
+
+def _values(model: Any, tensor: Any) -> np.ndarray:
+    """Return a constant in floats."""
+    schema = extra("ai_edge_litert.schema_py_generated", "litert").TensorType
+    kinds = {schema.FLOAT32: np.float32, schema.INT8: np.int8, schema.INT32: np.int32, schema.INT64: np.int64}
+    raw = np.frombuffer(bytes(_stored(model, tensor)), kinds[tensor.type])
+    return raw.reshape(tensor.shape).astype(np.float64) * _steps(tensor)
+
+
+def _steps(tensor: Any) -> Any:
+    """Return the scale of a constant, which broadcasts against it; 1 for floats."""
+    about = tensor.quantization
+    if about is None or about.scale is None or not len(about.scale):
+        return 1.0
+    shape = [1] * len(tensor.shape)
+    if len(about.scale) > 1:
+        shape[about.quantizedDimension] = -1
+    return np.asarray(about.scale, np.float64).reshape(shape)
+
+
+def widened(data: bytes, ranges: Mapping[str, Any]) -> tuple[bytes, int]:
+    """Make the largest weight of every channel large enough for its bias to be a whole number of steps in int32.
+
+    Args:
+      data: the float flatbuffer.
+      ranges: of its tensors.
+
+    Returns:
+      ``(flatbuffer, how many channels)``; the very same bytes if there is none.
+    """
+    model, found = products(data)
+    count = 0
+    for each in found:
+        ends = ranges.get(_name(each.input))
+        if ends is None or each.weights.type != each.bias.type:
+            continue
+        weights = _values(model, each.weights).astype(np.float32)
+        changed = _widen(weights, _values(model, each.bias), each.axis, _step(ends))
+        count += changed
+        if changed:
+            model.buffers[each.weights.buffer].data = np.frombuffer(weights.tobytes(), np.uint8)
+    if not count:
+        return data, 0
+    builder = extra("flatbuffers", "litert").Builder(len(data))
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output()), count
+
+
+def _name(tensor: Any) -> str:
+    return tensor.name.decode() if isinstance(tensor.name, bytes) else tensor.name
+
+
+def _step(ends: Mapping[str, Any]) -> float:
+    low, high = (float(np.ravel(ends[key])[0]) for key in ("min", "max"))
+    return (max(high, 0.0) - min(low, 0.0)) / 255 or 1.0
+
+
+def _widen(weights: np.ndarray, bias: np.ndarray, axis: int, step: float) -> int:
+    """Change weights in place; return of how many channels."""
+    rows = np.moveaxis(weights, axis, 0)
+    least, changed = 127 * SHARE * floor(bias.ravel(), step), 0
+    for row, value in zip(rows, least, strict=True):
+        if np.abs(row).max(initial=0) < value:
+            place = np.unravel_index(np.abs(row).argmax(), row.shape)
+            row[place] = np.copysign(value, row[place])
+            changed += 1
+    return changed
+
+
+def held(plain: bytes, quantized: bytes) -> None:
+    """See that every constant of the quantized products is the float one, to half a step.
+
+    Args:
+      plain: the float flatbuffer.
+      quantized: what was made of it.
+
+    Raises:
+      ExportError: if a weight or a bias is another, channel by channel.
+    """
+    (first, ours), (second, theirs) = products(plain), products(quantized)
+    if len(ours) != len(theirs):
+        return  # the quantizer left out or split some; results are compared all the same
+    for a, b in zip(ours, theirs, strict=True):
+        for mine, other in ((a.weights, b.weights), (a.bias, b.bias)):
+            wanted, steps = _values(first, mine), _steps(other)
+            off, largest = np.abs(_values(second, other) - wanted), np.abs(wanted).max()
+            if (off > 0.51 * steps + 1e-5 * np.abs(wanted)).any():
+                raise ExportError(f"LiteRT's quantizer wrote {_name(mine)!r} wrong: {off.max():.3g} off, of {largest:.3g}")
+
+
+SIGNATURE = "serving_default"
+# Ends stay float32, as in every other export; a SELECT may be of indices, which the quantizer would round and crash on.
+FLOAT = ("INPUT", "OUTPUT", "SELECT")
+# Models that normalise activations compute in int8 where weights are multiplied, as the simulation does, and in floats
+# elsewhere: in 8 bits the epsilon beside a variance has a scale that the runtime aborts at, and a small vision transformer
+# was 6 times further from the simulation and took 1.8 times as long.
+WEIGHTS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "EMBEDDING_LOOKUP", "GATHER", "GATHER_ND")
+
+
+def main(folder: Path) -> None:
+    """Convert what a folder describes.
+
+    Args:
+      folder: see above.
+    """
+    job, arrays = json.loads((folder / "job.json").read_text()), dict(np.load(folder / "arrays.npz"))
+    data = convert((folder / "module.mlir").read_text(), job["inputs"], job["outputs"])
+    answer: dict[str, Any] = {"matched": {}, "missing": [], "widened": 0}
+    if job["recipe"]:
+        plain, quantizer, ranges = data, _quantizer(data, job["recipe"]), None
+        if quantizer.need_calibration:
+            batches = [{name: arrays[f"{name}:{i}"] for name in job["inputs"]} for i in range(job["batches"])]
+            ranges = quantizer.calibrate({SIGNATURE: batches})
+            answer |= put_ranges(data, ranges, job, arrays)
+            plain, answer["widened"] = widened(data, ranges)
+            quantizer = _quantizer(plain, job["recipe"])
+        data = bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
+        if ranges is not None:
+            held(plain, data)
+    (folder / "model.tflite").write_bytes(data)
+    (folder / "answer.json").write_text(json.dumps(answer))
+    example = {name: arrays[f"{name}:example"] for name in job["inputs"]}
+    found = results(interpreter(data), example, job["outputs"])
+    np.savez(folder / "results.npz", **dict(zip(job["outputs"], found, strict=True)))  # pyright: ignore[reportArgumentType]
+
+
+def _quantizer(data: bytes, name: str) -> Any:
+    """Return the quantizer of a float flatbuffer, with what must stay in floats told."""
+    recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), name)()
+    quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
+    found = operators(data)
+    multiplied = {*WEIGHTS, *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()), "ALL_SUPPORTED"}
+    for kind in extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName:
+        if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
+            quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
+    return quantizer
+
+
+def operators(data: bytes) -> dict[str, bool]:
+    """Return the operators of a flatbuffer, and whether one of the kind has a constant among its inputs.
+
+    Args:
+      data: its bytes.
+
+    Returns:
+      Such as ``{"FULLY_CONNECTED": True, "BATCH_MATMUL": False}``; that one multiplies two activations.
+    """
+    schema = extra("ai_edge_litert.schema_py_generated", "litert")
+    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
+    model, found = schema.ModelT.InitFromPackedBuf(data, 0), {}
+    for graph in model.subgraphs:
+        for each in graph.operators:
+            code = model.operatorCodes[each.opcodeIndex]
+            name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            buffers = [model.buffers[graph.tensors[i].buffer] for i in each.inputs if i >= 0]
+            found[name] = found.get(name, False) or any(b.data is not None or b.size for b in buffers)
+    return found
+
+
+def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
+    """Return the float flatbuffer of a StableHLO module.
+
+    Args:
+      text: the module.
+      inputs: names for its inputs.
+      outputs: names for its outputs.
+
+    Returns:
+      The bytes.
+    """
+    ir = extra("litert_converter.mlir.ir", "litert")
+    passes = extra("litert_converter.mlir.passmanager", "litert")
+    api = extra("litert_converter.mlir._mlir_libs.converter_api_ext", "litert")
+    context = ir.Context()
+    api.prepare_mlir_context(context)
+    with context:
+        context.allow_unregistered_dialects = True
+        module = ir.Module.parse(text)
+        api.set_signature(module.operation, signature_name=SIGNATURE, input_names=inputs, output_names=outputs)
+        config = api.ConvertToTFLConfig()
+        config.model_origin_framework = "PYTORCH"  # the converter's name for modules that are StableHLO
+        config.canonicalizing_inf_as_min_max_float = False
+        api.run_convert_to_tfl_passes(module, passes.PassManager(), config)
+        return bytes(api.export_flatbuffer_to_bytes(module.operation))
+
+
+def put_ranges(
+    data: bytes, ranges: dict[str, Any], job: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """Put our ranges in the place of those that the quantizer measured, for every tensor that is a site's activation.
+
+    LiteRT keeps images as JAX does, so that such a tensor equals the activation entry by entry on the same example.
+
+    Args:
+      data: the float flatbuffer.
+      ranges: of all tensors, changed.
+      job: with ``sites``, ``{name: [low, high]}``, and the names of ``inputs``.
+      arrays: the example's inputs and, as ``site:NAME``, the activations in JAX.
+
+    Returns:
+      ``{"matched": {site: tensors}, "missing": [sites]}``.
+    """
+    runner = interpreter(data, preserve=True)
+    seen = tensors(runner, [arrays[f"{name}:example"] for name in job["inputs"]])
+    matched: dict[str, list[str]] = {}
+    for site, (low, high) in job["sites"].items():
+        ours = arrays[f"site:{site}"]
+        slack = 1e-3 * (np.abs(ours).max() or 1)
+        for name, theirs in seen.items():
+            if name in ranges and theirs.size == ours.size and np.allclose(theirs.ravel(), ours.ravel(), 1e-3, slack):
+                matched.setdefault(site, []).append(name)
+                for key, end in (("min", low), ("max", high)):
+                    ranges[name][key] = np.full(np.shape(ranges[name][key]), end, np.float32)
+    return {"matched": matched, "missing": [site for site in job["sites"] if site not in matched]}
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,163 @@
+"""Any JAX function as a LiteRT flatbuffer, float or quantized."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.core.packed import Quantized, is_packed, unpack
+from compress_jax.core.sparse import width
+from compress_jax.export._artifact.artifact import write_atomically
+from compress_jax.export._exported import Exported, Row
+from compress_jax.export._extras import extra
+from compress_jax.export._simulate import Simulation, simulation
+from compress_jax.export._verify.agreement import agree
+from compress_jax.trace import observe
+
+EXACT, ROUNDED = 1e-3, 0.05  # the difference from JAX that is allowed without and with rounded activations
+
+
+def to_litert(
+    fn: Callable[..., Any],
+    params: Any,
+    example: Any,
+    path: str | PathLike[str],
+    *,
+    how: Any = None,
+    ranges: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] = (),
+    where: str | tuple[str, ...] | None = None,
+    weights: Literal["dynamic", "stored"] = "dynamic",
+    tolerance: float | None = None,
+) -> Exported:
+    """Write a function and its params as a LiteRT flatbuffer, and see that LiteRT computes the same.
+
+    With a static quantizer ``how`` the model computes in int8: activations on our grids wherever a tensor of the flatbuffer
+    is the activation of a site, on grids of the same calibration batches elsewhere. Packed weights without ``how`` become
+    int8, or int4 where none has more than 4 bits, and activations are rounded as they come. LiteRT's quantizer takes each
+    channel's largest weight for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
+    grouped scales are rounded anew, which the difference that is returned tells. Beside the scale of a channel that is
+    nearly zero int32 could not hold its bias: one of its weights is made large enough, which ``notes`` tell.
+
+    Args:
+      fn: a pure function of params and inputs.
+      params: its params, packed or not.
+      example: an input, or a tuple of inputs; the file runs batches of exactly this size.
+      path: the file.
+      how: ``static(bits=8, symmetric=False)``, or pairs, as for `quantize.activations`.
+      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not given.
+      batches: calibration inputs of the example's shape; needed with ``how``.
+      where: as for `quantize.activations`.
+      weights: what packed weights without ``how`` are for: ``"dynamic"`` integer products, or to be ``"stored"`` small and
+        multiplied in float32.
+      tolerance: as for `to_onnx`, but 0.05 by default where values are rounded: LiteRT rounds sums and other functions too.
+
+    Returns:
+      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``.
+
+    Raises:
+      ExportError: if the packages are not installed, the converter fails or crashes, or results are not those of JAX. No
+        file is written then.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn, x = lambda p, x: jax.nn.relu(x @ p["kernel"]), jnp.ones((1, 4))
+      >>> to_litert(fn, {"kernel": jnp.eye(4)}, x, "model.tflite").rows[0]  # doctest: +SKIP
+      Row(name='kernel', form='float32', reason='not quantized')
+    """
+    extra("litert_converter", "litert")
+    inputs = _tuple(example)
+    batches = [_tuple(each) for each in batches]
+    if how is not None and not batches:
+        raise ExportError("LiteRT has an integer kernel only between tensors that all have ranges: pass batches=")
+    simulated = simulation(fn, params, inputs, how, ranges, batches, where)
+    recipe = "static_wi8_ai8" if simulated.grids else _recipe(params, weights)
+    data, answer, theirs = _in_a_child(simulated, inputs, batches, recipe)
+    ours, judged = jax.jit(simulated.apply)(*inputs), bool(simulated.grids) and tolerance is None
+    floating = jax.jit(fn)(unpack(params), *inputs) if judged else None
+    allowed = tolerance if tolerance is not None else ROUNDED if recipe else EXACT
+    difference = agree(ours, theirs, allowed, "LiteRT against the simulation in JAX", floating)
+    write_atomically(Path(path), data)
+    rows, notes = tuple(_rows(simulated, recipe, answer)), _notes(answer)
+    return Exported(Path(path), "litert", len(data), rows, difference, simulated.apply, notes)
+
+
+def _notes(answer: Mapping[str, Any]) -> tuple[str, ...]:
+    if not answer["widened"]:
+        return ()
+    return (f"{answer['widened']} channels got one larger weight, so that their bias fits in int32 beside LiteRT's scales",)
+
+
+def _tuple(example: Any) -> tuple[np.ndarray, ...]:
+    return tuple(np.asarray(x) for x in (example if isinstance(example, tuple) else (example,)))
+
+
+def _recipe(params: Any, weights: str) -> str:
+    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if isinstance(leaf, Quantized)]
+    if not leaves:
+        return ""
+    bits = 4 if max(width(leaf.codes) for leaf in leaves) <= 4 else 8
+    return f"{'dynamic' if weights == 'dynamic' else 'weight_only'}_wi{bits}_afp32"
+
+
+def _in_a_child(
+    simulated: Simulation, inputs: Sequence[np.ndarray], batches: Sequence[Any], recipe: str
+) -> tuple[bytes, dict[str, Any], list[np.ndarray]]:
+    """Return the flatbuffer, what became of the sites, and what the runtime makes of the example."""
+    names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
+    fn, dense = simulated.fn, simulated.dense
+    lowered = jax.jit(lambda *x: fn(dense, *x), keep_unused=True).lower(
+        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
+    )
+    arrays = {f"{name}:example": x for name, x in zip(names, inputs, strict=True)}
+    for i, batch in enumerate(batches):
+        arrays |= {f"{name}:{i}": x for name, x in zip(names, batch, strict=True)}
+    if simulated.grids:
+        arrays |= _activations(simulated, inputs)
+    ends = {name: [-float(s) * int(z), float(s) * (255 - int(z))] for name, (s, z) in simulated.grids.items()}
+    outputs = [f"y{i}" for i in range(len(jax.tree.leaves(lowered.out_info)))]
+    job = {"inputs": names, "outputs": outputs, "recipe": recipe, "batches": len(batches), "sites": ends}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "module.mlir").write_text(str(lowered.compiler_ir("stablehlo")))
+        (folder / "job.json").write_text(json.dumps(job))
+        np.savez(folder / "arrays.npz", **arrays)  # pyright: ignore[reportArgumentType]
+        command = [sys.executable, "-W", "ignore", "-m", "compress_jax.export._litert.child", place]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not (folder / "results.npz").exists():
+            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            how = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
+            part = "runtime, on the converted model," if (folder / "model.tflite").exists() else "converter"
+            raise ExportError(f"the LiteRT {part} {how}; the last it said: {said}")
+        answer = json.loads((folder / "answer.json").read_text())
+        results = np.load(folder / "results.npz")
+        return (folder / "model.tflite").read_bytes(), answer, [results[name] for name in outputs]
+
+
+def _activations(simulated: Simulation, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the activations that enter the quantized sites, of the function on dense weights."""
+    reduce = lambda site, lhs, rhs: (lhs, rhs)[next(iter(site.inputs.values()))]  # noqa: E731
+    _, found = observe(simulated.fn, reduce)(simulated.dense, *inputs)
+    return {f"site:{name}": np.asarray(found[name]) for name in simulated.grids}
+
+
+def _rows(simulated: Simulation, recipe: str, answer: Mapping[str, Any]) -> list[Row]:
+    rows = []
+    for site in simulated.sites:
+        if site.name in answer["missing"]:
+            rows.append(Row(site.name, "int8", "no tensor of the flatbuffer is its activation: LiteRT's own range"))
+        elif site.name in simulated.left:
+            rows.append(Row(site.name, "as LiteRT's quantizer does", simulated.left[site.name]))
+        elif recipe:
+            rows.append(Row(site.name, "int8 x int8" if simulated.grids else recipe.replace("_afp32", ""), ""))
+        else:
+            rows.append(Row(site.name, "float32", "not quantized"))
+    return rows

@@ -1,0 +1,52 @@
+"""What an exported graph must pass before it is written: the checker, the runtime, its integer kernels, the numbers."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export._extras import extra
+from compress_jax.export._onnx.runtime import optimised
+
+KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+
+
+def valid(model: Any) -> None:
+    """Run the checker of ONNX.
+
+    Raises:
+      ExportError: if it objects.
+    """
+    try:
+        extra("onnx", "onnx").checker.check_model(model, full_check=True)
+    except Exception as error:  # its exceptions have no common root
+        raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
+
+
+def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
+    """Return the quantized sites that the runtime would compute in floats all the same, slower than without quantization.
+
+    Args:
+      model: with QDQ nodes.
+      wanted: the names of the sites that are quantized.
+
+    Returns:
+      The reason, by site; empty if there is an integer kernel in the place of every site.
+
+    Raises:
+      ExportError: if some stay in floats and it is not known which.
+    """
+    wanted = list(wanted)
+    graph = optimised(model, "EXTENDED").graph
+    counts = Counter(each.op_type for each in graph.node)
+    there = sum(counts[kind] for kind in KERNELS)
+    if there >= len(wanted):
+        return {}
+    left = {name.removesuffix(":int") for each in graph.node for name in each.input if each.op_type == "DequantizeLinear"}
+    names = [name for name in wanted if name in left]
+    if not names:
+        raise ExportError(
+            f"ONNX Runtime would compute {len(wanted) - there} of {len(wanted)} quantized sites in floats, slower than "
+            f"without quantization, and does not tell which; leave some of them out of `how`: {', '.join(wanted)}"
+        )
+    return dict.fromkeys(names, "ONNX Runtime would compute it in floats, slower than without quantization")

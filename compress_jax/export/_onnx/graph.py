@@ -1,0 +1,83 @@
+"""What a graph of ONNX nodes is asked for again and again."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from compress_jax.export._extras import extra
+
+MICROSOFT = "com.microsoft"
+
+
+def initializers(graph: Any) -> dict[str, np.ndarray]:
+    """Return the constants of a graph by name."""
+    numpy_helper = extra("onnx.numpy_helper", "onnx")
+    return {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+
+
+def add(graph: Any, name: str, value: np.ndarray, kind: int | None = None) -> str:
+    """Add a constant; ``kind`` is an ONNX type that NumPy does not know, its values given as small integers."""
+    if kind is None:
+        tensor = extra("onnx.numpy_helper", "onnx").from_array(np.asarray(value, order="C"), name)
+    else:
+        tensor = extra("onnx.helper", "onnx").make_tensor(name, kind, value.shape, value.ravel())
+    graph.initializer.append(tensor)
+    return name
+
+
+def node(op: str, inputs: Iterable[str], output: str, **attributes: Any) -> Any:
+    """Return a node of one result, called after it."""
+    return extra("onnx.helper", "onnx").make_node(op, list(inputs), [output], name=f"{op}:{output}", **attributes)
+
+
+def attribute(each: Any, name: str, default: Any) -> Any:
+    """Return an attribute of a node."""
+    found = next((a for a in each.attribute if a.name == name), None)
+    return default if found is None else extra("onnx.helper", "onnx").get_attribute_value(found)
+
+
+def producers(graph: Any) -> dict[str, Any]:
+    """Return the node that makes each tensor."""
+    return {name: each for each in graph.node for name in each.output}
+
+
+def consumers(graph: Any) -> dict[str, list[Any]]:
+    """Return the nodes that take each tensor, a node as often as it does; ``None`` stands for the graph's output."""
+    found: dict[str, list[Any]] = {}
+    for each in graph.node:
+        for name in each.input:
+            found.setdefault(name, []).append(each)
+    for out in graph.output:
+        found.setdefault(out.name, []).append(None)
+    return found
+
+
+def rename(graph: Any, old: str, new: str) -> None:
+    """Let every node take ``new`` where it took ``old``."""
+    for each in graph.node:
+        for i, name in enumerate(each.input):
+            if name == old:
+                each.input[i] = new
+
+
+def replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
+    """Exchange the nodes of a graph."""
+    nodes = list(nodes)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def prune(model: Any) -> Any:
+    """Drop nodes and constants that no output needs, and shapes that may be stale; return the model."""
+    graph, needed = model.graph, {out.name for out in model.graph.output}
+    kept = []
+    for each in reversed(graph.node):
+        if needed & set(each.output):
+            kept.append(each)
+            needed |= set(each.input)
+    replace_nodes(graph, reversed(kept))
+    constants = [each for each in graph.initializer if each.name in needed]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(constants)
+    return model

@@ -1,0 +1,104 @@
+"""ONNX Runtime: running, optimising and measuring a model."""
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export._extras import extra
+
+
+def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") -> Any:
+    """Return a session of a model.
+
+    Args:
+      model: a ``ModelProto``, or the path of a file.
+      level: of graph optimisation: ``"DISABLE_ALL"``, ``"BASIC"``, ``"EXTENDED"`` or ``"ALL"``.
+      threads: how many; 0 is one for each core.
+      save: where to write the optimised graph, if anywhere.
+
+    Returns:
+      The session.
+
+    Raises:
+      ExportError: if the runtime refuses the model.
+    """
+    runtime = extra("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, f"ORT_{_level(level)}")
+    if save:
+        options.optimized_model_filepath = save
+    source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
+    try:
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exceptions have no common root
+        raise ExportError(f"ONNX Runtime refuses the exported model: {error}") from error
+
+
+def _level(level: str) -> str:
+    return level if level.startswith("DISABLE") else f"ENABLE_{level}"
+
+
+def optimised(model: Any, level: str) -> Any:
+    """Return the graph that the runtime makes of a model; at ``"BASIC"`` of standard operators only."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = str(Path(folder) / "optimised.onnx")
+        session(model, level, save=file)
+        return extra("onnx", "onnx").load(file)
+
+
+def run(model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return all results of a model for an example.
+
+    Args:
+      model: a ``ModelProto``.
+      inputs: in the order of the function's; those that it does not use may be missing from the model.
+
+    Returns:
+      The results.
+
+    Raises:
+      ExportError: if the runtime refuses the model or fails while it runs.
+    """
+    made = session(model)
+    every = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
+    feed = {name: x for name, x in zip(every, inputs, strict=True) if name in {each.name for each in made.get_inputs()}}
+    return _run(made, None, feed)
+
+
+def _run(made: Any, names: Sequence[str] | None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+    try:
+        return made.run(names, feed)
+    except Exception as error:  # the runtime's own exceptions have no common root
+        raise ExportError(f"ONNX Runtime cannot run the exported model: {error}") from error
+
+
+def evaluate(model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Return the values of any tensors of a model for some inputs."""
+    onnx = extra("onnx", "onnx")
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    there = {out.name for out in copy.graph.output}
+    copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
+    made = session(copy, "DISABLE_ALL")
+    feed = {each.name: x for each, x in zip(made.get_inputs(), inputs, strict=True)}
+    wanted = [name for name in names if name not in feed]
+    found = dict(zip(wanted, _run(made, wanted, feed), strict=True)) if wanted else {}
+    return {name: found[name] if name in found else feed[name] for name in names}
+
+
+def extremes(
+    model: Any, names: Sequence[str], batches: Iterable[Sequence[np.ndarray]]
+) -> dict[str, tuple[np.float32, np.float32]]:
+    """Return the smallest and the largest entry of tensors over batches."""
+    ranges: dict[str, tuple[np.float32, np.float32]] = {}
+    for inputs in batches:
+        for name, x in evaluate(model, names, inputs).items():
+            low, high = ranges.get(name, (x.min(), x.max()))
+            ranges[name] = (min(low, x.min()), max(high, x.max()))
+    return ranges

@@ -1,0 +1,245 @@
+"""Any JAX function as an ONNX file that ONNX Runtime runs in integers."""
+
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from compress_jax.export._artifact.artifact import write_atomically
+from compress_jax.export._exported import Exported, Row
+from compress_jax.export._extras import extra
+from compress_jax.export._onnx import check, graph
+from compress_jax.export._onnx import graph as g
+from compress_jax.export._onnx.places import Placed
+from compress_jax.export._onnx.plan import Asked, plan
+from compress_jax.export._onnx.runtime import run
+from compress_jax.export._onnx.weights import Weight, compact
+from compress_jax.export._verify.agreement import agree
+
+# Weights alone in few bits: integer constants that the runtime multiplies with, or unfolds when it
+# loads the file.
+
+
+BLOCKS = (16, 32, 64, 128, 256)  # sizes the runtime has kernels for
+WHOLE = 128  # block where one scale serves a whole channel
+
+
+def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
+    """Exchange a matrix product for one that takes 4- or 8-bit blocks (``MatMulNBits``), if there is one.
+
+    Args:
+      model: changed.
+      placed: a site whose weight has codes.
+      accuracy_level: 0 or 1 multiplies in float32; 4 rounds the activations of each block to int8, which is faster.
+
+    Returns:
+      What was done, in words; empty if nothing could be.
+    """
+    node, weight, axis = placed.node, placed.weight, placed.channel
+    if node.op_type == "Conv" or axis is None or weight.codes is None:
+        return ""
+    codes, zero, scale = (x if axis else x.T for x in (weight.codes, weight.zero, weight.scale) if x is not None)  # [k, n]
+    block = _block(scale, zero)
+    if not block:
+        return ""
+    bits = 4 if weight.bits <= 4 else 8
+    codes, zero = codes + 2 ** (bits - 1) - 2 ** (weight.bits - 1), zero + 2 ** (bits - 1) - 2 ** (weight.bits - 1)
+    steps, zeros = scale[::block].T, zero[::block].T  # [n, blocks]
+    missing = -len(codes) % block
+    blocks = np.pad(codes.T, ((0, 0), (0, missing)), constant_values=2 ** (bits - 1)).reshape(len(steps), -1, block)
+    names = [g.add(model.graph, f"{placed.site}:blocks", _bytes(blocks, bits))]
+    names.append(g.add(model.graph, f"{placed.site}:step", np.ascontiguousarray(steps).ravel()))
+    if (zeros != 2 ** (bits - 1)).any():
+        names.append(g.add(model.graph, f"{placed.site}:zero", _bytes(zeros, bits).ravel()))
+    new = g.node("MatMulNBits", [node.input[0], *names], node.output[0], domain=g.MICROSOFT)
+    sizes = {"K": len(codes), "N": len(steps), "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
+    new.attribute.extend(extra("onnx.helper", "onnx").make_attribute(name, value) for name, value in sizes.items())
+    _exchange(model, node, new)
+    return f"MatMulNBits, {bits} bits in blocks of {block}"
+
+
+def _block(scale: np.ndarray, zero: np.ndarray) -> int:
+    """Return the largest block along the first axis in which scale and zero are one number; 0 if none is."""
+    sizes = [WHOLE, *(size for size in reversed(BLOCKS) if size != WHOLE)]
+    whole = (scale == scale[:1]).all() and (zero == zero[:1]).all()
+    for size in sizes if whole else reversed(BLOCKS):
+        if all((x == np.repeat(x[::size], size, 0)[: len(x)]).all() for x in (scale, zero)):
+            return size
+    return 0
+
+
+def _bytes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Pack unsigned codes along the last axis, the first of two 4-bit codes in the low half."""
+    codes = codes.astype(np.uint8)
+    if bits == 8:
+        return codes
+    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
+    return codes[..., ::2] | (codes[..., 1::2] << 4)
+
+
+def _exchange(model: Any, old: Any, new: Any) -> None:
+    """Put one node in the place of another; the bias of a Gemm is added behind it."""
+    end = old.output[0]
+    nodes, bias = [new], old.input[2] if old.op_type == "Gemm" and len(old.input) > 2 else ""
+    if bias:
+        new.output[0] = f"{end}:product"
+        nodes.append(g.node("Add", [new.output[0], bias], end))
+    kept = [each for at in model.graph.node for each in (nodes if at.output[0] == end else [at])]
+    g.replace_nodes(model.graph, kept)
+    _import(model)
+
+
+def _import(model: Any) -> None:
+    if g.MICROSOFT not in {each.domain for each in model.opset_import}:
+        model.opset_import.append(extra("onnx.helper", "onnx").make_opsetid(g.MICROSOFT, 1))
+
+
+def unfold(model: Any, name: str, weight: Weight) -> str:
+    """Keep a constant as integers and scales; ``Cast - Sub - Mul`` gives it back, once, when the runtime loads the file.
+
+    Args:
+      model: changed.
+      name: of the constant.
+      weight: with codes.
+
+    Returns:
+      What was done, in words; empty if its scales take as much as its codes save.
+    """
+    assert weight.codes is not None and weight.zero is not None and weight.scale is not None
+    zero, scale = compact(weight.zero), compact(weight.scale)
+    kinds = extra("onnx", "onnx").TensorProto
+    kind, bits = (kinds.INT4, 4) if weight.bits <= 4 else (kinds.INT8, 8)
+    if 32 * (scale.size + zero.size) + bits * weight.codes.size > 32 * weight.codes.size:
+        return ""
+    middle, graph = 2 ** (weight.bits - 1), model.graph
+    graph.initializer.remove(next(each for each in graph.initializer if each.name == name))
+    nodes, last = [], f"{name}:codes"
+    g.add(graph, last, weight.codes - middle, kind)
+    steps = [("Cast", [], {"to": kinds.FLOAT}), ("Mul", [g.add(graph, f"{name}:scale", scale)], {})]
+    if (zero != middle).any():
+        shift = g.add(graph, f"{name}:zero", (zero - middle).astype(np.float32))
+        steps.insert(1, ("Sub", [shift], {}))
+    for i, (op, rest, options) in enumerate(steps):
+        out = name if i == len(steps) - 1 else f"{name}:{op}"
+        nodes.append(g.node(op, [last, *rest], out, **options))
+        last = out
+    g.replace_nodes(graph, [*nodes, *graph.node])
+    return f"{bits} bits in the file, float32 when loaded"
+
+
+def unused(found: Mapping[str, Weight], model: Any) -> set[str]:
+    """Return the names of weights that no node takes any more."""
+    taken = g.consumers(model.graph)
+    return {name for name in found if name not in taken}
+
+
+EXACT, ROUNDED = 1e-3, 0.02  # the difference from JAX that is allowed without and with rounded activations
+
+
+def to_onnx(
+    fn: Callable[..., Any],
+    params: Any,
+    example: Any,
+    path: str | PathLike[str],
+    *,
+    how: Any = None,
+    ranges: Mapping[str, Any] | None = None,
+    batches: Iterable[Any] = (),
+    where: str | tuple[str, ...] | None = None,
+    batch: Literal["any", "example"] = "any",
+    weights: Literal["int8", "uint8"] = "int8",
+    accuracy_level: int = 4,
+    tolerance: float | None = None,
+) -> Exported:
+    r"""Write a function and its params as an ONNX file, and see that ONNX Runtime computes the same.
+
+    What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer ``how`` the contractions run
+    in integers: activations as uint8, :math:`x = s (q - z)` with the very scales of the simulation
+    ``activations(fn, how).apply(unpack(params), ranges, x)``; weights as their codes, a scale for each output channel.
+    Batch norm is folded into the scales, which leaves the codes what they are. Weights that are still arrays there are
+    quantized by ``uniform(8, granularity="channel")`` along the axes that no site sums over. A site that the runtime has no
+    integer kernel for stays in floats and is listed with the reason; if none has one, that is an error. Without
+    ``how``, packed integers become weight-only 4- or 8-bit blocks (``MatMulNBits``) in matrix products, and elsewhere small
+    constants that are unfolded when the file is loaded.
+
+    Args:
+      fn: a pure function of params and inputs, such as ``model.apply``; only what it computes in inference.
+      params: its params, packed or not; pruned and shrunk ones too.
+      example: an input, or a tuple of inputs; the first axis is the batch.
+      path: the file.
+      how: ``static(bits=8, symmetric=False)``, or pairs of a glob over sites and such a quantizer or None, as for
+        `quantize.activations`.
+      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not given.
+      batches: calibration inputs, each as ``example``: for ranges, and for results that no site takes (residual sums).
+      where: as for `quantize.activations`.
+      batch: ``"any"`` for batches of any size, or ``"example"`` for exactly the shapes of the example.
+      weights: the type of weights beside uint8 activations; the codes are the same. ``"int8"`` has the fastest kernels, but
+        on x86 processors without VNNI they saturate sums of two products at 16 bits; ``"uint8"`` is exact everywhere.
+      accuracy_level: of ``MatMulNBits``: 4 rounds activations to int8 in blocks, 0 multiplies in float32.
+      tolerance: the root mean square difference from the simulation that is allowed on the example, relative to the
+        result's: by default 1e-3, and 0.02 where activations are rounded. Every channel of every result is held to it, see
+        `agreement.agree`.
+
+    Returns:
+      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``; ``print`` shows what became of every site.
+
+    Raises:
+      ExportError: if the packages are not installed, the function cannot be converted, no site can be computed in integers
+        although ``how`` is given, or results are not those of JAX. No file is written then.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> fn, x = lambda p, x: jax.nn.relu(x @ p["kernel"]), jnp.ones((1, 4))
+      >>> to_onnx(fn, {"kernel": jnp.eye(4)}, x, "model.onnx").rows[0]  # doctest: +SKIP
+      Row(name='kernel', form='float32', reason='not quantized')
+
+    References:
+      ONNX Runtime, "Quantize ONNX models" (the QDQ format), https://onnxruntime.ai/docs/performance/model-optimizations.
+    """
+    inputs = [np.asarray(x) for x in (example if isinstance(example, tuple) else (example,))]
+    batches = [tuple(np.asarray(x) for x in (each if isinstance(each, tuple) else (each,))) for each in batches]
+    asked = Asked(how, ranges, batches, where, batch == "any", weights == "uint8")
+    planned = plan(fn, params, inputs, asked)
+    model, simulated = planned.model, planned.simulated
+    rows = {site.name: Row(site.name, "float32", simulated.left.get(site.name, "not quantized")) for site in simulated.sites}
+    form = "uint8 x uint8" if weights == "uint8" else "uint8 x int8"
+    rows |= {name: Row(name, form, "") for name in simulated.grids}
+    floats = {name: each for name, each in planned.places.items() if name not in simulated.grids}
+    rows |= _weights_only(model, planned.weights, floats, rows, accuracy_level)
+    check.valid(model)
+    rounds = bool(simulated.grids) or any("MatMulNBits" in row.form for row in rows.values())
+    allowed = tolerance if tolerance is not None else ROUNDED if rounds else EXACT
+    ours, floating = jax.jit(simulated.apply)(*inputs), planned.floating if simulated.grids and tolerance is None else None
+    difference = agree(ours, run(model, inputs), allowed, "ONNX Runtime against the simulation in JAX", floating)
+    data = model.SerializeToString()
+    write_atomically(Path(path), data)
+    return Exported(Path(path), "onnx", len(data), tuple(rows.values()), difference, simulated.apply, planned.notes)
+
+
+def _weights_only(
+    model: Any, weights: Mapping[str, Weight], places: Mapping[str, Placed], rows: Mapping[str, Row], accuracy_level: int
+) -> dict[str, Row]:
+    """Keep packed integers small where they are multiplied, or else where they are stored."""
+    done: dict[str, Row] = {}
+    for name, each in places.items():
+        if form := multiply(model, each, accuracy_level):
+            done[name] = Row(name, form, _kept(rows[name]))
+    gone = unused(weights, model)
+    for name, weight in weights.items():
+        if name in gone or weight.codes is None:
+            continue
+        row = name if name in rows else weight.path
+        form = unfold(model, name, weight)
+        kept = _kept(rows[row]) if row in rows else ""
+        reason = kept if form else "its scales would take as much as its codes save"
+        done[row] = Row(row, form or "float32", reason)
+    graph.prune(model)  # the dense weights that were exchanged
+    return done
+
+
+def _kept(row: Row) -> str:
+    """Return why a site is not computed in integers, if it was asked to be."""
+    return "" if row.reason == "not quantized" else row.reason

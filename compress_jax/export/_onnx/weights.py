@@ -1,0 +1,176 @@
+"""Parameters on their way through a graph: moved, folded with batch norm, and split into small integers and scales."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.packed import Quantized, to_dense
+from compress_jax.core.sparse import Sparse, width
+from compress_jax.export._onnx import graph as g
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as a node of the graph takes it.
+
+    Attributes:
+      path: of the parameter.
+      values: dense.
+      bits: of a code; 0 if the parameter is not quantized, and then the others are None.
+      codes: unsigned codes, int32 in the shape of ``values``.
+      zero: the code of zero of every entry, likewise.
+      scale: of every entry, float32 likewise: ``values = (codes - zero) * scale``.
+      moved: whether its axes are not as the parameter has them.
+    """
+
+    path: str
+    values: np.ndarray
+    bits: int = 0
+    codes: np.ndarray | None = None
+    zero: np.ndarray | None = None
+    scale: np.ndarray | None = None
+    moved: bool = False
+
+    @classmethod
+    def of(cls, path: str, leaf: Any) -> "Weight":
+        """Return a leaf of a packed tree, as it is stored."""
+        values = np.asarray(to_dense(leaf))
+        if not isinstance(leaf, Quantized):
+            return cls(path, values)
+        spread = leaf.layout.spread
+        zero = np.asarray(spread(jnp.broadcast_to(leaf.zero_point.astype(jnp.int32), leaf.layout.scale_shape)))
+        codes = np.asarray(leaf.codes.unpack()).astype(np.int32)
+        if isinstance(leaf.codes, Sparse):  # what was left out stands for zero
+            codes = np.where(np.asarray(leaf.codes.mask.unpack()) != 0, codes, zero)
+        return cls(path, values, width(leaf.codes), codes, zero, np.asarray(spread(leaf.scale)))
+
+    def move(self, change: Any) -> "Weight":
+        """Return the weight with its entries elsewhere."""
+        parts = {name: change(x) for name in ("values", "codes", "zero", "scale") if (x := getattr(self, name)) is not None}
+        return replace(self, moved=True, **parts)
+
+    def scaled(self, factor: np.ndarray) -> "Weight":
+        """Return the weight times ``factor``, which broadcasts: its codes stay what they are, but for their sign."""
+        values = self.values * factor
+        if self.codes is None or self.zero is None or self.scale is None:
+            return replace(self, values=values)
+        top, flip = 2**self.bits - 1, factor < 0
+        codes, zero = (np.where(flip, top - x, x) for x in (self.codes, self.zero))
+        return replace(self, values=values, codes=codes, zero=zero, scale=self.scale * np.abs(factor))
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Signed integers, ``codes - zero``."""
+        assert self.codes is not None and self.zero is not None
+        return self.codes - self.zero
+
+    def per_channel(self, axis: int) -> np.ndarray | None:
+        """Return one scale for each index of an axis; None if entries of one index differ in theirs."""
+        if self.scale is None:
+            return None
+        rows = np.moveaxis(self.scale, axis, 0).reshape(self.scale.shape[axis], -1)
+        return rows[:, 0] if (rows == rows[:, :1]).all() else None
+
+
+def compact(x: np.ndarray) -> np.ndarray:
+    """Return an array with length 1 along the axes on which nothing depends.
+
+    Args:
+      x: any array.
+
+    Returns:
+      The smallest array that broadcasts to it.
+
+    Example:
+      >>> compact(np.array([[1, 1], [2, 2]])).tolist()
+      [[1], [2]]
+    """
+    for axis in range(x.ndim):
+        first = np.take(x, [0], axis)
+        x = first if x.shape[axis] and (x == first).all() else x
+    return x
+
+
+def settle(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Make every move of a parameter now, so that nodes take constants; fold batch norm into convolutions.
+
+    Args:
+      model: from `convert`; changed.
+      weights: by path.
+
+    Returns:
+      The weights by the names of the constants that nodes take now.
+    """
+    graph, found = model.graph, dict(weights)
+    constants, kept = g.initializers(graph), []
+    for each in graph.node:
+        change = _move(each, constants) if each.input and each.input[0] in found else None
+        if change is None:
+            kept.append(each)
+        else:
+            found[each.output[0]] = found[each.input[0]].move(change)
+    g.replace_nodes(graph, kept)
+    _fold_batch_norm(graph, found, constants)
+    return _named(model, found)
+
+
+def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
+    """Return what a node does to the entries of its first input, if it only moves them."""
+    op, rest = each.op_type, [constants[name] for name in each.input[1:] if name in constants]
+    if op == "Transpose":
+        order = g.attribute(each, "perm", None)
+        return lambda x: np.transpose(x, order)
+    if op == "Identity":
+        return lambda x: x
+    if op not in ("Reshape", "Squeeze", "Unsqueeze") or len(rest) < len(each.input) - 1:
+        return None
+    if op == "Reshape":
+        shape = [int(n) for n in rest[0]]
+        return None if 0 in shape else lambda x: x.reshape(shape)
+    axes = tuple(int(a) for a in rest[0]) if rest else None
+    return (lambda x: np.squeeze(x, axes)) if op == "Squeeze" else (lambda x: np.expand_dims(x, axes or ()))
+
+
+def _fold_batch_norm(graph: Any, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]) -> None:
+    """Multiply the kernels of convolutions by the scale of the batch norm behind them; each channel's codes stay."""
+    made, taken = g.producers(graph), g.consumers(graph)
+    for norm in [each for each in graph.node if each.op_type == "BatchNormalization"]:
+        conv, numbers = made.get(norm.input[0]), [constants.get(name) for name in norm.input[1:5]]
+        if conv is None or conv.op_type != "Conv" or len(taken[norm.input[0]]) > 1 or any(x is None for x in numbers):
+            continue
+        kernel, first = conv.input[1], constants.get(conv.input[2]) if len(conv.input) > 2 else np.float32(0)
+        if kernel not in weights or len(taken[kernel]) > 1 or first is None:
+            continue
+        gain, bias, mean, variance = (np.asarray(x, np.float64) for x in numbers)
+        factor = gain / np.sqrt(variance + g.attribute(norm, "epsilon", 1e-5))
+        weights[kernel] = weights[kernel].scaled(
+            factor.astype(np.float32).reshape(-1, *(1,) * (weights[kernel].values.ndim - 1))
+        )
+        folded = g.add(graph, f"{weights[kernel].path}:bias", (bias + (first - mean) * factor).astype(np.float32))
+        conv.input[:] = [conv.input[0], kernel, folded]
+        conv.output[0] = norm.output[0]
+        graph.node.remove(norm)
+
+
+def _named(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+    """Write the moved weights as constants, named after their parameters; return those that are taken."""
+    graph, result = g.prune(model).graph, {}
+    taken = g.consumers(graph)
+    there = {each.name: each for each in graph.initializer}
+    for name, weight in weights.items():
+        if name not in taken:
+            continue
+        if name in there:  # the batch norm may have scaled it
+            graph.initializer.remove(there[name])
+        new, number = weight.path, 1
+        while new in result or (new in weights and new != name and new in taken):
+            number += 1
+            new = f"{weight.path}#{number}"
+        g.add(graph, new, weight.values)
+        g.rename(graph, name, new)
+        result[new] = weight
+    g.prune(model)
+    return result

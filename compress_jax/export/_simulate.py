@@ -1,0 +1,191 @@
+"""What an exported model must compute: the simulation in JAX, with the numbers of its grids."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.core.packed import is_packed, unpack
+from compress_jax.core.paths import flatten
+from compress_jax.quantize._activations.site_patterns import pairs
+from compress_jax.quantize._weights.uniform import uniform
+from compress_jax.trace import sites
+from compress_jax.trace._jaxpr.site import Site
+
+
+class Simulation(NamedTuple):
+    """A function on quantized weights and activations.
+
+    Attributes:
+      fn: the function itself.
+      packed: params; the weights of quantized sites are packed.
+      sites: of the function, in program order.
+      grids: ``(scale float32, zero point uint8)`` of the activations of each quantized site, by name.
+      apply: ``(*inputs) -> out``.
+      left: why a site that was asked for stays in floats, by name.
+      ranges: of the activations, as they were given or measured.
+    """
+
+    fn: Callable[..., Any]
+    packed: Any
+    sites: tuple[Site, ...]
+    grids: dict[str, tuple[np.float32, np.uint8]]
+    apply: Callable[..., Any]
+    left: Mapping[str, str] = MappingProxyType({})
+    ranges: Mapping[str, Any] | None = None
+
+    @property
+    def dense(self) -> Any:
+        """The params as arrays."""
+        return unpack(self.packed)
+
+
+def simulation(
+    fn: Callable[..., Any],
+    params: Any,
+    inputs: Sequence[Any],
+    how: Any,
+    ranges: Mapping[str, Any] | None,
+    batches: Iterable[Any],
+    where: Any,
+    left: Mapping[str, str] | None = None,
+) -> Simulation:
+    """Return the simulation that an integer runtime can follow.
+
+    Args:
+      fn: a pure function of params and inputs.
+      params: packed or not.
+      inputs: an example.
+      how: static quantizer of activations, pairs, or None.
+      ranges: of the activations, or None to calibrate.
+      batches: to calibrate with.
+      where: which sites.
+      left: sites that stay in floats although ``how`` names them, and why; those that no runtime computes in integers
+        (inside a loop, a product of two activations) join them.
+
+    Returns:
+      The simulation.
+
+    Raises:
+      ExportError: if a quantizer is not static, per tensor, asymmetric and of 8 bits, or a range is not finite.
+
+    Example:
+      >>> simulated = simulation(lambda w, x: x @ w, jnp.eye(2), [jnp.ones((1, 2))], None, None, (), None)
+      >>> simulated.grids, simulated.apply(jnp.ones((1, 2))).tolist()
+      ({}, [[1.0, 1.0]])
+    """
+    dense = unpack(params)
+    found = tuple(sites(fn, dense, *inputs))
+    if how is None:
+        return Simulation(fn, params, found, {}, lambda *x: fn(dense, *x))
+    from compress_jax.quantize._activations.activations import activations
+    from compress_jax.quantize._activations.site_patterns import chosen
+
+    by_name = {site.name: site for site in found}
+    left = dict(left or {})
+    for name, quantizer in chosen(found, how, where).items():
+        _supported(name, quantizer)
+        if reason := _not_in_integers(by_name[name]):
+            left.setdefault(name, reason)
+    how = [*((exactly(name), None) for name in left), *pairs(how)]
+    quantizers = chosen(found, how, where)
+    packed = _packed(params, [by_name[name] for name in quantizers])
+    quantized, seen = activations(fn, how, where), unpack(packed)
+    if ranges is None:
+        ranges = quantized.init(seen, list(batches))
+    grids = {name: _grid(by_name[name], each, ranges) for name, each in quantizers.items()}
+    return Simulation(fn, packed, found, grids, lambda *x: quantized.apply(seen, ranges, *x), left, ranges)
+
+
+def exactly(name: str) -> str:
+    """Return the glob that matches one name.
+
+    Args:
+      name: of a site, which may hold ``*``, ``?`` and ``[``.
+
+    Returns:
+      The glob.
+
+    Example:
+      >>> exactly("layers[0]/kernel")
+      'layers[[]0]/kernel'
+    """
+    return re.sub(r"[*?\[]", r"[\g<0>]", name)
+
+
+def _packed(params: Any, quantized: Sequence[Site]) -> Any:
+    """Pack the weights of sites that are still arrays, in 8 bits with a scale for each output of every site."""
+    leaves, rebuild = flatten(params)
+
+    def pack(path: str, leaf: Any) -> Any:
+        of = [site for site in quantized if site.param == path]
+        if not of or is_packed(leaf):
+            return leaf
+        axes = channels(of, jnp.ndim(leaf))
+        granularity = "channel" if axes else "tensor"
+        rounded = uniform(8, granularity=granularity, axis=axes or -1)
+        return rounded.pack(leaf, rounded.init(leaf))
+
+    return rebuild({path: pack(path, leaf) for path, leaf in leaves.items()})
+
+
+def channels(of: Sequence[Site], ndim: int) -> tuple[int, ...]:
+    """Return the axes of a stored parameter that none of its sites sums over: those that may have scales of their own.
+
+    Args:
+      of: the sites that the parameter feeds.
+      ndim: of the parameter.
+
+    Returns:
+      The axes; none where a site sums over all of them, or it is not known over which (a reshape mixes axes).
+
+    Example:
+      >>> kernel = Site("w", "dot", "w", "rhs", (4, 8), (8, 16), (4, 16), *["float32"] * 3, ((1,), (0,)), param_axes=(1,))
+      >>> channels([kernel], 2)  # stored as [16, 8]
+      (0,)
+    """
+    if any(site.param_axes is None for site in of):
+        return ()
+    summed = {axis for site in of for axis in site.param_axes or ()}
+    return tuple(axis for axis in range(ndim) if axis not in summed)
+
+
+def _not_in_integers(site: Site) -> str:
+    """Say why no runtime has an integer kernel for a site; empty if some may."""
+    if site.operand is None:
+        return "a product of two activations"
+    if site.loops or site.conditional:
+        return "inside a loop or a branch"
+    return ""
+
+
+def _supported(name: str, quantizer: Any) -> None:
+    if quantizer.grid.bits != 8 or quantizer.grid.symmetric or quantizer.reducer is None:
+        raise ExportError(
+            f"site {name!r} is quantized by {quantizer}, but the runtimes have fast kernels only for 8-bit asymmetric "
+            "activations with calibrated ranges: use static(bits=8, symmetric=False)"
+        )
+
+
+def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.float32, np.uint8]:
+    """Return scale and zero point of a site's activations."""
+    if site.name not in ranges:
+        raise ExportError(f"there is no range for site {site.name!r}; pass batches= or ranges of the same activations")
+    (key, index), shape = next(iter(site.inputs.items())), (site.lhs_shape, site.rhs_shape)
+    own = ranges[site.name][key]
+    scale, zero = quantizer.place(site, index, jnp.zeros(shape[index]), own)
+    if np.size(scale) != 1:
+        raise ExportError(f"site {site.name!r} has a scale for each channel; use granularity='tensor'")
+    scale = np.float32(np.ravel(scale)[0])
+    if not (all(np.isfinite(x).all() for x in jax.tree.leaves(own)) and np.isfinite(scale) and scale > 0):
+        ends = {name: np.ravel(x).tolist() for name, x in own.items()} if isinstance(own, Mapping) else own
+        raise ExportError(
+            f"the range of site {site.name!r} is {ends}: some calibration batch held inf or NaN, and integers of such a "
+            "range would be a constant; calibrate again on finite batches, or leave the site out of `how`"
+        )
+    return scale, np.uint8(np.ravel(zero)[0])

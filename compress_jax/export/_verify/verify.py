@@ -1,0 +1,197 @@
+"""The gate that every export goes through: what it answers, how large it is, how fast it runs."""
+
+import os
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from compress_jax.core.errors import ExportError
+from compress_jax.export._verify.isolated import measured
+from compress_jax.export._verify.running import interleaved, present, scores
+
+__all__ = ["Timing", "Verification", "interleaved", "verify"]
+
+
+class Timing(NamedTuple):
+    """How long one call takes beside the float export.
+
+    Attributes:
+      batch: examples a call.
+      threads: threads of the runtime.
+      seconds: of the export, median.
+      baseline: of the float export, median; NaN without one.
+      speedup: median over rounds of baseline over export in the same round; NaN without one.
+      low: lower quartile of the same.
+      high: upper quartile.
+    """
+
+    batch: int
+    threads: int
+    seconds: float
+    baseline: float
+    speedup: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """Return the speed-up in words; a slowdown is called one."""
+        if np.isnan(self.speedup):
+            return "no float export to compare with"
+        quartiles = f"{self.low:.2f} to {self.high:.2f}"
+        return f"{self.speedup:.2f}x {'faster' if self.speedup >= 1 else 'SLOWER: time grows'} ({quartiles})"
+
+
+class Verification(NamedTuple):
+    """What `verify` measured.
+
+    Attributes:
+      path: the file.
+      examples: how many were run.
+      agreement: share of examples whose largest result is the same as in JAX.
+      difference: root mean square difference from the results in JAX, relative to their size.
+      accuracy: in the target's runtime; NaN without labels.
+      reference: accuracy in JAX.
+      nbytes: of the file.
+      baseline_bytes: of the float export; 0 without one.
+      timings: one for each batch size and number of threads.
+      failures: what is wrong, in words; empty if the export passes.
+    """
+
+    path: Path
+    examples: int
+    agreement: float
+    difference: float
+    accuracy: float
+    reference: float
+    nbytes: int
+    baseline_bytes: int
+    timings: tuple[Timing, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.failures
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the table: what was measured, and the number with what it is compared to."""
+        size = f"{self.nbytes:,} bytes"
+        if self.baseline_bytes:
+            size += f", {self.baseline_bytes / self.nbytes:.2f}x smaller than the float export's {self.baseline_bytes:,}"
+        rows = [("agreement with JAX", f"{100 * self.agreement:.2f} % of {self.examples:,} examples")]
+        rows.append(("difference from JAX", f"{self.difference:.2g} of the result's size"))
+        if not np.isnan(self.accuracy):
+            rows.append(("accuracy", f"{100 * self.accuracy:.2f} %, in JAX {100 * self.reference:.2f} %"))
+        rows.append(("size", size))
+        for each in self.timings:
+            name = f"batch {each.batch}, {each.threads} thread{'s' * (each.threads > 1)}"
+            rows.append((name, f"{1e3 * each.seconds:.3f} ms, {each}"))
+        return [*rows, *(("FAILED", each) for each in self.failures)]
+
+    def __str__(self) -> str:
+        """Return the table as lines."""
+        lines = [f"{name:<20}  {text}" for name, text in self.rows()]
+        return "\n".join([str(self.path), *lines])
+
+    def record(self) -> dict[str, Any]:
+        """Return everything as JSON takes it."""
+        fields = {**self._asdict(), "path": self.path.name, "timings": [each._asdict() for each in self.timings]}
+        return {**fields, "passed": self.passed, "failures": list(self.failures)}
+
+
+def verify(
+    path: str | os.PathLike[str],
+    reference: Callable[..., Any],
+    inputs: Any,
+    labels: Any = None,
+    *,
+    baseline: str | os.PathLike[str] | None = None,
+    batch_sizes: Sequence[int] = (1, 64),
+    threads: Sequence[int] | None = None,
+    rounds: int = 30,
+    min_agreement: float = 0.98,
+    max_drop: float = 0.01,
+    timeout: float = 600.0,
+    max_bytes: int | None = None,
+) -> Verification:
+    """Run an exported file in its own runtime and hold it against JAX and against the float export.
+
+    The file runs in a process of its own: what is damaged, or was made to do harm, costs an error and not the caller.
+
+    Args:
+      path: ``.onnx``, ``.tflite`` or ``.stablehlo``.
+      reference: ``(*inputs) -> scores [batch, classes]`` in JAX: the simulation that the export must follow.
+      inputs: test inputs, an array or a tuple of arrays; the first axis counts examples.
+      labels: integer labels, for accuracies.
+      baseline: the float export for the same runtime; sizes and times are compared with its.
+      batch_sizes: to time; a file of a fixed batch size is timed at that one only.
+      threads: to time; by default 1 and all cores.
+      rounds: timed calls of each; the two files take turns, so that both meet the same load.
+      min_agreement: the smallest share of equal answers that passes.
+      max_drop: the largest loss of accuracy against JAX that passes, 0.01 for a point.
+      timeout: seconds that the file may take for everything.
+      max_bytes: memory that it may take; None for 8 GiB or 64 times the files and the inputs, whichever is more.
+
+    Returns:
+      The numbers; ``print`` shows them, slowdowns as plainly as speed-ups.
+
+    Raises:
+      ExportError: if the file cannot be run at all: it is damaged or foreign, crashes its runtime, or goes beyond a limit.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> from compress_jax.export import to_stablehlo
+      >>> file, fn = Path(tempfile.mkdtemp()) / "m.stablehlo", lambda w, x: x @ w
+      >>> _ = to_stablehlo(fn, jnp.eye(2), jnp.ones((1, 2)), file)  # doctest: +SKIP
+      >>> x = np.eye(2, dtype=np.float32)
+      >>> done = verify(file, lambda x: fn(jnp.eye(2), x), x, [0, 1], batch_sizes=())  # doctest: +SKIP
+      >>> done.passed, done.agreement, done.accuracy  # doctest: +SKIP
+      (True, 1.0, 1.0)
+    """
+    path = Path(path)
+    arrays = tuple(np.asarray(x) for x in (inputs if isinstance(inputs, tuple) else (inputs,)))
+    base = Path(baseline) if baseline is not None else None
+    for file in filter(None, (path, base)):
+        present(file)
+    cores = os.cpu_count() or 1
+    counts = dict.fromkeys(threads or ((cores,) if path.suffix == ".stablehlo" else (1, cores)))
+    job = {
+        "baseline": str(base) if base else None,
+        "threads": list(counts),
+        "batch_sizes": list(batch_sizes),
+        "rounds": rounds,
+    }
+    theirs, times = measured(path, arrays, job, timeout=timeout, max_bytes=max_bytes)
+    ours = scores(reference, arrays)
+    if ours.shape != theirs.shape:
+        raise ExportError(f"{path} returns {list(theirs.shape)} where JAX returns {list(ours.shape)}")
+    agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
+    difference = float(np.sqrt(((ours - theirs) ** 2).mean()) / (np.sqrt((ours**2).mean()) or 1))
+    accuracy = known = float("nan")
+    if labels is not None:
+        accuracy, known = (float((scores.argmax(-1) == np.asarray(labels)).mean()) for scores in (theirs, ours))
+    failures = []
+    if not np.isfinite(theirs).all():
+        failures.append("results are not finite")
+    if not agreement >= min_agreement:
+        failures.append(f"agreement {100 * agreement:.2f} % is below {100 * min_agreement:.2f} %")
+    if known - accuracy > max_drop:
+        failures.append(f"accuracy is {100 * (known - accuracy):.2f} points below JAX's")
+    timings = [_timing(each, each["batch"], each["threads"]) for each in times]
+    size, plain = path.stat().st_size, base.stat().st_size if base else 0
+    numbers = (len(ours), agreement, difference, accuracy, known, size, plain)
+    return Verification(path, *numbers, tuple(timings), tuple(failures))
+
+
+def _timing(times: Mapping[str, Sequence[float]], batch: int, threads: int) -> Timing:
+    export, float_ = times["export"], times.get("float")
+    if float_ is None:
+        return Timing(batch, threads, statistics.median(export), *[float("nan")] * 4)
+    ratios = [b / a for a, b in zip(export, float_, strict=True)]
+    low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
+    return Timing(
+        batch, threads, statistics.median(export), statistics.median(float_), float(middle), float(low), float(high)
+    )

@@ -1,0 +1,3 @@
+"""One layer at a time: the least-squares problem of a layer, its evidence, and the loop over leaves that solvers share."""
+
+__all__: list[str] = []

@@ -1,0 +1,147 @@
+"""Static quantization of activations: ranges from calibration batches, fixed afterwards or moving in training."""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.arguments import flag, number
+from compress_jax.core.errors import ArgumentError, ShapeError
+from compress_jax.quantize._activations import range_rules
+from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, Placed, checked, rounded, spanned
+from compress_jax.trace._jaxpr.site import Site
+from compress_jax.trace._statistics.reducer import Reducer
+from compress_jax.trace.reducers import histogram, minmax
+
+
+def static(
+    bits: int = 8,
+    symmetric: bool = True,
+    granularity: Literal["tensor", "channel"] = "tensor",
+    range: Literal["minmax", "ema", "percentile", "entropy", "mse", "rms"] = "minmax",
+    *,
+    momentum: float = 0.99,
+    percent: float | None = None,
+    clipped: bool = True,
+) -> ActivationQuantizer:
+    r"""Quantize an operand by a range that calibration chose; what lies beyond is clipped.
+
+    What belongs to an operand is ``{"low", "high"}``. An asymmetric grid has the zero point 0 where no activation is
+    negative: after a ReLU all codes serve what there is.
+
+    Args:
+      bits: 2 to 8.
+      symmetric: whether the grid's zero is its middle.
+      granularity: ``"tensor"``, or ``"channel"`` for a range for each contracted channel; one that was always zero takes the
+        widest of all. The latter can only be simulated: its scales cannot be taken out of an integer product's sum.
+      range: ``"minmax"``, all that was seen; ``"ema"``, moving averages of the extremes of each batch; ``"percentile"``;
+        ``"entropy"``, least relative entropy; ``"mse"``, least squared error; ``"rms"``, as for a normal distribution with
+        the same moments. Per channel: ``"minmax"``, ``"ema"``, ``"rms"``.
+      momentum: of ``"ema"``; and of every range but ``"minmax"``, which only ever widens, when ranges move in training.
+      percent: of ``"percentile"``: the share of entries within. Default: by bits, 99.99 at 8 and 98.2 at 4
+        (see `quantize.percentile`).
+      clipped: whether what is clipped gets no gradient.
+
+    Returns:
+      The quantizer.
+
+    Raises:
+      ArgumentError: if an argument is none of the above.
+
+    Example:
+      >>> from compress_jax.quantize._activations.activations import activations
+      >>> relu = lambda w, x: jax.nn.relu(x) @ w["kernel"]
+      >>> params, x = {"kernel": jnp.eye(2)}, jnp.array([[-3.0, 0.4], [1.2, 3.0]])
+      >>> quantized = activations(relu, static(bits=2, symmetric=False))
+      >>> ranges = quantized.init(params, [x])
+      >>> quantized.apply(params, ranges, x).tolist()
+      [[0.0, 0.0], [1.0, 3.0]]
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.1 (moving averages).
+      Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
+    """
+    grid, clipped = checked(bits, symmetric), flag("clipped", clipped)
+    reducer, rule = _rule(range, granularity, momentum, percent)
+
+    def place(site: Site, index: int, x: jax.Array, own: Own) -> Placed:
+        low, high = (jax.lax.stop_gradient(own[end]) for end in ("low", "high"))
+        if granularity == "channel":
+            low, high = (along(site, index, x, end) for end in _reached(low, high))
+        return spanned(low, high, grid)
+
+    def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
+        return rounded(grid, clipped, x, *place(site, index, x, own))
+
+    def ranges(site: Site, seen: Any) -> Own:
+        return dict(zip(("low", "high"), rule(seen, grid), strict=True))
+
+    def merge(old: Own, new: Own) -> Own:
+        if range == "minmax":
+            return {"low": jnp.minimum(old["low"], new["low"]), "high": jnp.maximum(old["high"], new["high"])}
+        return {end: old[end] + (1 - momentum) * (new[end] - old[end]) for end in old}
+
+    call = f"static(bits={bits}, symmetric={symmetric}, granularity={granularity!r}, range={range!r})"
+    return ActivationQuantizer(grid, place, see, reducer, ranges, merge, call=call)
+
+
+def _reached(low: jax.Array, high: jax.Array) -> Placed:
+    """Give channels that were always zero the widest range of all: nothing is known of them, so they are not clipped."""
+    never = (low == 0) & (high == 0)
+    return jnp.where(never, low.min(), low), jnp.where(never, high.max(), high)
+
+
+def _rule(kind: str, granularity: str, momentum: float, percent: float | None) -> tuple[Reducer, Any]:
+    """Return what to observe, and how a range follows from it."""
+    if granularity not in ("tensor", "channel"):
+        raise ArgumentError(f"granularity must be 'tensor' or 'channel', got {granularity!r}; 'token' is `dynamic`'s")
+    momentum = number("momentum", momentum, 0, 1, below=True)
+    percent = None if percent is None else number("percent", percent)
+    if percent is not None and not (kind == "percentile" and 0 < percent <= 100):
+        raise ArgumentError(f"percent must be above 0, at most 100, and for 'percentile' only; got {percent} for {kind!r}")
+    if kind in ("minmax", "ema"):
+        return minmax(momentum if kind == "ema" else None, granularity), range_rules.widest  # pyright: ignore[reportArgumentType]
+    if kind == "rms":
+        return range_rules.spread(granularity == "channel"), range_rules.root_mean_square
+    rules = {
+        "percentile": partial(range_rules.percentiles, percent=percent),
+        "entropy": range_rules.least_entropy,
+        "mse": range_rules.least_squares,
+    }
+    if not isinstance(kind, str) or kind not in rules:
+        raise ArgumentError(f"range must be 'minmax', 'ema', 'percentile', 'entropy', 'mse' or 'rms', got {kind!r}")
+    if granularity == "channel":
+        raise ArgumentError(
+            f"range={kind!r} needs a histogram, which is kept of a whole operand; use 'minmax', 'ema' or 'rms'"
+        )
+    return histogram(range_rules.BINS), rules[kind]
+
+
+def along(site: Site, index: int, x: jax.Array, channels: jax.Array) -> jax.Array:
+    """Return one number for each channel, as reducers order them, in the shape that broadcasts against the operand.
+
+    Args:
+      site: the contraction.
+      index: which operand.
+      x: the operand.
+      channels: ``[*batch, k]``.
+
+    Returns:
+      An array of the operand's rank.
+
+    Raises:
+      ShapeError: for the kernel of a convolution that is an activation.
+
+    Example:
+      >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
+      >>> along(site, 0, jnp.ones((2, 5, 3)), jnp.arange(3.0)).shape
+      (1, 1, 3)
+    """
+    if site.kind == "conv" and index == 1:
+        raise ShapeError(f"site {site.name!r} convolves with an activation as kernel; use granularity='tensor' for it")
+    axes = site.batch[index] + site.contracting[index]
+    table = channels.reshape([x.shape[axis] for axis in axes])
+    table = table.transpose(np.argsort(axes))
+    return table.reshape([size if axis in axes else 1 for axis, size in enumerate(x.shape)])

@@ -1,0 +1,272 @@
+"""Contractions of integer codes, exact in int32, with any zero points, and scaled in float32."""
+
+import math
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own
+from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
+
+# One operand of a contraction: which of its axes are summed over, and where the others are found in
+# the result.
+
+
+@dataclass(frozen=True)
+class Side:
+    """The axes of one operand.
+
+    What belongs to its rows (a scale for each token or output channel) is kept as an array whose axes are ``kept``, any of
+    them 1 long; what belongs to groups of summed entries too has the groups as last axis.
+
+    Attributes:
+      shape: of the operand.
+      kept: axes that the result has as well: of a product the batch axes, then the others; of an image the examples, of a
+        kernel its outputs.
+      summed: the others, in the order in which the operands are paired.
+      out: for each of ``kept``, its axis in the result; rising.
+      rank: of the result.
+    """
+
+    shape: Shape
+    kept: AxisIndices
+    summed: AxisIndices
+    out: AxisIndices
+    rank: int
+
+    @property
+    def products(self) -> int:
+        """How many entries are summed over."""
+        return math.prod(self.shape[axis] for axis in self.summed)
+
+    def rows(self, x: jax.Array) -> jax.Array:
+        """Return what is the same for all summed entries, by ``kept`` axes.
+
+        Args:
+          x: a scalar, or an array of the operand's rank with length 1 along the summed axes.
+
+        Returns:
+          Array of as many axes as ``kept``.
+        """
+        if jnp.ndim(x) == 0:
+            return jnp.reshape(x, (1,) * len(self.kept))
+        return jnp.transpose(x, (*self.kept, *self.summed)).reshape([x.shape[axis] for axis in self.kept])
+
+    def facing(self, rows: jax.Array) -> jax.Array:
+        """Return what belongs to rows in the shape that broadcasts against the result."""
+        shape = np.ones(self.rank, int)
+        shape[list(self.out)] = rows.shape
+        return rows.reshape(shape)
+
+    def matrix(self, x: jax.Array) -> jax.Array:
+        """Return the operand as ``[*kept, products]``."""
+        return jnp.transpose(x, (*self.kept, *self.summed)).reshape(*(self.shape[axis] for axis in self.kept), -1)
+
+    def operand(self, x: jax.Array) -> jax.Array:
+        """Undo `matrix`; ``kept`` axes may be 1 long, and so may be the last if all summed entries share a number."""
+        order = (*self.kept, *self.summed)
+        summed = [self.shape[axis] if x.shape[-1] > 1 else 1 for axis in self.summed]
+        return jnp.transpose(x.reshape(*x.shape[:-1], *summed), np.argsort(order).tolist())
+
+
+def side(site: Site, index: int) -> Side:
+    """Return the axes of an operand.
+
+    Args:
+      site: the contraction.
+      index: 0 for the first operand, 1 for the second.
+
+    Returns:
+      The side.
+
+    Example:
+      >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
+      >>> side(site, 1).kept, side(site, 1).out, side(site, 1).products
+      ((1,), (2,), 3)
+    """
+    shape, rank = (site.lhs_shape, site.rhs_shape)[index], len(site.out_shape)
+    if site.kind == "conv":
+        numbers = site.params["dimension_numbers"]
+        spec = (numbers.lhs_spec, numbers.rhs_spec)[index]
+        return Side(shape, spec[:1], tuple(sorted(spec[1:])), (numbers.out_spec[index],), rank)
+    summed, batch = site.contracting[index], site.batch[index]
+    free = tuple(axis for axis in range(len(shape)) if axis not in (*summed, *batch))
+    start = rank - len(free) if index else len(batch)
+    out = (*range(len(batch)), *range(start, start + len(free)))
+    return Side(shape, (*batch, *free), summed, out, rank)
+
+
+MOST = 2**31 - 1
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Coded:
+    """One operand of a contraction in integers: ``value = (codes - zero) * scale``.
+
+    Attributes:
+      codes: int8, of the operand's shape.
+      scale: float32 ``[*kept axes, groups]``, each 1 long or whole (see `Side`).
+      zero: int32, likewise; None for 0.
+    """
+
+    codes: jax.Array
+    scale: jax.Array
+    zero: jax.Array | None = None
+
+
+def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array, own: Own) -> Coded:
+    """Return activations in integers.
+
+    Args:
+      quantizer: places the grid.
+      site: the contraction.
+      index: which operand.
+      x: the operand.
+      own: what belongs to it.
+
+    Returns:
+      The codes of the grid, counted from the middle one. A row that holds NaN has the scale NaN, so that no number comes of
+      it.
+
+    Example:
+      >>> from compress_jax.quantize._activations.dynamic import dynamic
+      >>> site = Site("a", "dot", None, None, (1, 2), (2, 4), (1, 4), *["float32"] * 3, ((1,), (0,)))
+      >>> coded = encode(dynamic(bits=8, symmetric=False), site, 0, jnp.array([[0.0, 2.55]]), {})
+      >>> coded.codes.tolist(), coded.zero.tolist(), coded.scale.round(4).tolist()
+      ([[-128, 127]], [[-128]], [[0.009999999776482582]])
+    """
+    grid, own_side = quantizer.grid, side(site, index)
+    scale, zero_point = quantizer.place(site, index, x, own)
+    middle = 2 ** (grid.bits - 1)
+    codes = (grid.encode(x, scale, zero_point) - middle).astype(jnp.int8)
+    unknown = own_side.rows(jnp.isnan(x).any(own_side.summed, keepdims=True))
+    scale = jnp.where(unknown, jnp.nan, own_side.rows(scale))[..., None]
+    if grid.symmetric:
+        return Coded(codes, scale)
+    return Coded(codes, scale, own_side.rows(zero_point.astype(jnp.int32) - middle)[..., None])
+
+
+def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
+    r"""Return the contraction of two operands in integers: :math:`s_l s_r \sum (q_l - z_l) (q_r - z_r)`.
+
+    The sum is exact. Where an operand has a scale for each of several groups, the sums of the groups are scaled and added
+    one after the other in float32.
+
+    Args:
+      site: the contraction.
+      lhs: its first operand.
+      rhs: its second operand; at most one of them has groups.
+
+    Returns:
+      float32, of the result's shape.
+
+    Example:
+      >>> site = Site("a", "dot", None, None, (1, 2), (2, 1), (1, 1), *["float32"] * 3, ((1,), (0,)),
+      ...             params={"dimension_numbers": (((1,), (0,)), ((), ()))})
+      >>> half, one = jnp.full((1, 1), 0.5), jnp.ones((1, 1))
+      >>> lhs = Coded(jnp.array([[100, -128]], jnp.int8), half, jnp.full((1, 1), -28))
+      >>> float(product(site, lhs, Coded(jnp.array([[3], [1]], jnp.int8), one))[0, 0])  # (128 * 3 - 100) / 2
+      142.0
+    """
+    sides = side(site, 0), side(site, 1)
+    if max(lhs.scale.shape[-1], rhs.scale.shape[-1]) > 1:
+        return _by_groups(site, sides, (lhs, rhs))
+    scale = sides[0].facing(lhs.scale[..., 0]) * sides[1].facing(rhs.scale[..., 0])
+    return accumulate(site, lhs, rhs).astype(jnp.float32) * scale
+
+
+def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
+    r"""Return :math:`\sum (q_l - z_l) (q_r - z_r)` of operands without groups, int32 and exact.
+
+    It is :math:`\sum q_l q_r - z_l \sum q_r - z_r \sum q_l + z_l z_r \sum 1`, where the other sums are the same contraction
+    with ones: at the border of a padded image they leave out what the padding leaves out. Sums wrap around, so only the
+    result must be within int32 (see `fits`).
+
+    Args:
+      site: the contraction.
+      lhs: its first operand.
+      rhs: its second operand.
+
+    Returns:
+      int32, of the result's shape.
+    """
+    site = replace(site, params={**site.params, "precision": None})
+    left, right = side(site, 0), side(site, 1)
+    total = site.contract(lhs.codes, rhs.codes, preferred_element_type=jnp.int32)
+    if lhs.zero is not None:
+        total = total - left.facing(lhs.zero[..., 0]) * _of_ones(site, left, rhs.codes, 0)
+    if rhs.zero is not None:
+        total = total - right.facing(rhs.zero[..., 0]) * _of_ones(site, right, lhs.codes, 1)
+    if lhs.zero is not None and rhs.zero is not None:
+        both = left.facing(lhs.zero[..., 0]) * right.facing(rhs.zero[..., 0])
+        total = total + both * _of_ones(site, right, _ones(site, left, 0), 1)
+    return total
+
+
+def _ones(site: Site, side: Side, index: int) -> jax.Array:
+    """Return ones for an operand: one row of a product, one image, one output for each group of a convolution."""
+    shape = list(side.shape)
+    for axis in side.kept[len(site.batch[index]) :]:
+        shape[axis] = site.groups if index else 1
+    return jnp.ones(shape, jnp.int8)
+
+
+def _of_ones(site: Site, side: Side, other: jax.Array, index: int) -> jax.Array:
+    ones = _ones(site, side, index)
+    operands = (other, ones) if index else (ones, other)
+    sums = site.contract(*operands, preferred_element_type=jnp.int32)
+    if index and site.groups > 1:
+        return jnp.repeat(sums, side.shape[side.kept[0]] // site.groups, axis=side.out[0])
+    return sums
+
+
+def _by_groups(site: Site, sides: tuple[Side, Side], operands: tuple[Coded, Coded]) -> jax.Array:
+    """Contract group after group; the order of the float32 additions is fixed, so the result is too."""
+    groups = max(each.scale.shape[-1] for each in operands)
+    batch = len(site.batch[0])
+    codes, scales, zeros = zip(*(_cut(s, each, groups, batch) for s, each in zip(sides, operands, strict=True)), strict=True)
+
+    def turn(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
+        left, right, left_zero, right_zero, left_scale, right_scale = group
+        sums = jnp.einsum("bmk,bnk->bmn", left, right, preferred_element_type=jnp.int32)
+        sums -= left_zero[:, :, None] * right.sum(-1, dtype=jnp.int32)[:, None, :]
+        sums -= right_zero[:, None, :] * left.sum(-1, dtype=jnp.int32)[:, :, None]
+        sums += left_zero[:, :, None] * right_zero[:, None, :] * left.shape[-1]
+        return total + sums.astype(jnp.float32) * (left_scale[:, :, None] * right_scale[:, None, :]), None
+
+    start = jnp.zeros((codes[0].shape[1], codes[0].shape[2], codes[1].shape[2]), jnp.float32)
+    total, _ = jax.lax.scan(turn, start, (*codes, *zeros, *scales))
+    return total.reshape(site.out_shape)
+
+
+def _cut(side: Side, operand: Coded, groups: int, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return codes ``[groups, batch, rows, size]``, scales and zeros ``[groups, batch, rows]``."""
+    sizes = [side.shape[axis] for axis in side.kept]
+    lead = math.prod(sizes[:batch]), math.prod(sizes[batch:])
+
+    def spread(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(jnp.broadcast_to(x, (*sizes, groups)).reshape(*lead, groups), -1, 0)
+
+    codes = jnp.moveaxis(side.matrix(operand.codes).reshape(*lead, groups, -1), 2, 0)
+    zero = jnp.zeros((1,) * (len(sizes) + 1), jnp.int32) if operand.zero is None else operand.zero
+    return codes, spread(operand.scale), spread(zero)
+
+
+def fits(products: int, largest: tuple[int, int]) -> bool:
+    """Tell whether a sum of so many products of levels is within int32, whatever they are.
+
+    Args:
+      products: how many are added.
+      largest: the largest magnitude of either operand's levels.
+
+    Returns:
+      Whether ``products * largest[0] * largest[1] < 2**31``.
+
+    Example:
+      >>> fits(131071, (128, 128)), fits(131072, (128, 128))
+      (True, False)
+    """
+    return products * largest[0] * largest[1] <= MOST

@@ -1,0 +1,336 @@
+"""Batch-norm folding: the scale of a batch norm moves into the kernel before it, its shift into its bias."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.compression import Params
+from compress_jax.core.paths import flatten
+from compress_jax.quantize._rewrites.folding import Folded
+from compress_jax.trace._jaxpr.find_sites import trace
+from compress_jax.trace._jaxpr.site import Position, Site
+from compress_jax.trace._symmetry.affine import Mapped, Walk, walk
+from compress_jax.trace._symmetry.polynomials import Atom, Factors, Polynomial, add, evaluate
+
+# Scales and shifts by parameters that follow a site: recognised by what is computed, however it is
+# written.
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """A scale and shift that follows a site directly, as far as nothing else happens to what it is made of.
+
+    Attributes:
+      kernel: the site's parameter, as the site sees it.
+      made: the value, y a + b.
+      steps: positions of the equations that it consists of.
+    """
+
+    kernel: Atom
+    made: Mapped
+    steps: frozenset[Position]
+
+
+def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
+    """Return the scales and shifts that follow a site, each one step longer than the one before.
+
+    Each is all that happens to what the site gives, up to there.
+
+    Args:
+      found: by `walk`.
+      site: the site.
+
+    Returns:
+      The maps, the shortest first; none if it does not see its parameter as it is stored.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.trace._symmetry.affine import walk
+      >>> from compress_jax.trace._jaxpr.find_sites import trace
+      >>> params = {"kernel": jnp.ones((3, 2)), "gain": jnp.ones(2), "bias": jnp.ones(2)}
+      >>> traced = trace(lambda p, x: jnp.tanh((x @ p["kernel"] + p["bias"]) * p["gain"]), params, jnp.ones((1, 3)))
+      >>> last = affine_maps(walk(traced), next(iter(traced.sites.values())))[-1]
+      >>> sorted(last.made.scale.paths), sorted(last.made.shift.paths)
+      (['gain'], ['bias', 'gain'])
+    """
+    if site.position not in found.values or site.position not in found.kernels:
+        return []
+    maps, here, steps = [], site.position, []
+    following = {parent: key for key, (_, parent) in found.values.items() if parent is not None}
+    while (following.get(here) is not None) and len(found.goes.get(here, ())) == 1:
+        (use,) = found.goes[here]
+        if not use.step or use.position not in found.values or found.values[use.position][1] != here:
+            break
+        here = use.position
+        steps.append(here)
+        maps.append(AffineMap(found.kernels[site.position], found.values[here][0], frozenset(steps)))
+    return maps
+
+
+# A scale and shift after a kernel goes into the kernel and one of the parameters of the shift.
+
+
+Axes = tuple[int, ...]
+Term = tuple[Factors, float]
+
+
+class Refused(Exception):
+    """Why a map is not folded; caught where it is listed."""
+
+
+class _Frame:
+    """One index space for all arrays of a map: the loops around it, then the axes of its value.
+
+    An array in it has the length 1 along what it does not vary with.
+    """
+
+    def __init__(self, each: AffineMap) -> None:
+        self.loops = sorted(loop for _, loop in each.kernel.sliced)
+        self.channels = self.parts(each.kernel.sliced, each.made.dims)
+
+    def parts(self, sliced: Sequence[tuple[int, int]], dims: Sequence[Axes]) -> list[Axes]:
+        """Return the stored axes that lie along each axis of the frame."""
+        if any(loop not in self.loops for _, loop in sliced):
+            raise Refused("its norm differs from one turn of a loop to the next, and it does not")
+        along = {loop: axis for axis, loop in sliced}
+        return [*((along[loop],) if loop in along else () for loop in self.loops), *dims]
+
+    def spread(self, x: np.ndarray, parts: Sequence[Axes]) -> np.ndarray:
+        """Return a stored array in the frame."""
+        flat = [axis for part in parts for axis in part]
+        if any(axis < 0 for axis in flat) or len(set(flat)) < len(flat):
+            raise Refused("the parameters of its norm are reversed or repeated")
+        rest = [axis for axis in range(x.ndim) if axis not in flat]
+        if any(x.shape[axis] != 1 for axis in rest):
+            raise Refused("the parameters of its norm do not have one entry for each of its outputs")
+        return x.transpose([*flat, *rest]).reshape(self.sizes(x.shape, parts))
+
+    @staticmethod
+    def sizes(shape: Sequence[int], parts: Sequence[Axes]) -> list[int]:
+        """Return the lengths of a stored array along the axes of the frame."""
+        return [math.prod(shape[axis] for axis in part) for part in parts]
+
+    def stored(self, y: np.ndarray, shape: Sequence[int], parts: Sequence[Axes]) -> np.ndarray:
+        """Return an array of the frame as it is stored, with the length 1 along stored axes that are not in it."""
+        sizes = self.sizes(shape, parts)
+        y = y.reshape((1,) * (len(sizes) - y.ndim) + y.shape)
+        if any(n not in (1, size) for n, size in zip(y.shape, sizes, strict=True)):
+            raise Refused("its norm differs along an axis that is none of its outputs', or of no parameter of the norm")
+        flat = [axis for part in parts for axis in part]
+        full = np.broadcast_to(y, sizes).reshape([shape[axis] for axis in flat]).transpose(np.argsort(flat).tolist())
+        return full.reshape([n if axis in flat else 1 for axis, n in enumerate(shape)])
+
+
+def folded_map(
+    each: AffineMap, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    r"""Return new parameters with which a map :math:`y a + b` is the identity but for a shift, and its kernel is scaled.
+
+    Each parameter of the scale takes the value at which its factor is 1; those of the shift become 0, but for one, which
+    takes the value that leaves b as it is. The kernel becomes :math:`W a / a'`, a' being what is left of the scale.
+
+    Args:
+      each: the map.
+      arrays: captured constants by name.
+      leaves: all parameters by path.
+
+    Returns:
+      ``({path: array} of what has changed, paths of the parameters of the norm)``.
+
+    Raises:
+      Refused: if there are no such parameters.
+    """
+    frame, kernel, scale, shift = _Frame(each), each.kernel, each.made.scale, each.made.shift
+    if len(scale.terms) != 1:
+        raise Refused("the scale after it is a sum")
+    params = {path: leaves[path] for path in sorted(scale.paths | shift.paths | {kernel.path}) if path in leaves}
+    old = {path: np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64) for path, x in params.items()}
+
+    def value(p: Polynomial, of: Mapping[str, np.ndarray]) -> np.ndarray:
+        own = {**arrays, **of}
+        return evaluate(p, lambda atom: frame.spread(atom(own[atom.path]), frame.parts(atom.sliced, atom.dims)))
+
+    with np.errstate(all="ignore"):
+        before, wanted = value(scale, old), value(shift, old)
+        new, terms = _neutral(scale, shift, old)
+        carrier = _carrier(frame, terms, each, old)
+        if carrier is not None:
+            new |= _carried(frame, carrier, shift, wanted, new, value)
+        after = value(scale, new)
+        if not np.allclose(value(shift, new), wanted, rtol=1e-6, atol=1e-6 * (np.abs(wanted).max(initial=0) + 1e-30)):
+            raise Refused("no parameter of its norm could take up the shift")
+        grown = old[kernel.path] * frame.stored(before / after, old[kernel.path].shape, frame.channels)
+    cast = {path: jnp.asarray(x).astype(leaves[path].dtype) for path, x in {**new, kernel.path: grown}.items()}
+    if not all(bool(jnp.isfinite(x).all()) for x in cast.values()):
+        raise Refused("folded parameters would not be finite")
+    return cast, _in_order(scale, terms, carrier, new)
+
+
+def _neutral(scale: Polynomial, shift: Polynomial, old: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Term]]:
+    """Return parameters at which the scale is 1 and those of the shift alone are 0, and the terms they are in."""
+    new = dict(old)
+    in_scale: set[str] = set()
+    for atom, _ in scale.terms[0][0]:
+        neutral = atom.inverse(1.0)
+        if atom.path in old and atom.path not in in_scale and neutral is not None:
+            new[atom.path] = np.full_like(old[atom.path], neutral)
+            in_scale.add(atom.path)
+    if not in_scale:
+        raise Refused("no parameter of the scale after it could make it 1")
+    terms = [term for term in shift.terms if _own(term, shift, in_scale) is not None]
+    for term in terms:
+        atom = _own(term, shift, in_scale)
+        assert atom is not None
+        zero = atom.inverse(0.0)
+        if atom.path in old and zero is not None:
+            new[atom.path] = np.full_like(old[atom.path], zero)
+    return new, terms
+
+
+def _own(term: Term, shift: Polynomial, in_scale: set[str]) -> Atom | None:
+    """Return the parameter that a term of the shift is proportional to, if it is in no other term and not in the scale."""
+    for atom, p in term[0]:
+        elsewhere = sum(atom.path in {each.path for each, _ in factors} for factors, _ in shift.terms)
+        if p == 1 and elsewhere == 1 and atom.path not in in_scale and not atom.path.startswith("\0"):
+            return atom
+    return None
+
+
+def _carrier(frame: _Frame, terms: list[Term], each: AffineMap, old: Mapping[str, np.ndarray]) -> tuple[Term, Atom] | None:
+    """Return the term whose parameter takes up the shift: the one of fewest factors, a mean before a bias of the layer."""
+    scale = {atom.path for atom, _ in each.made.scale.terms[0][0]}
+    found = [(term, atom) for term in terms if (atom := _own(term, each.made.shift, scale)) is not None]
+    full = frame.sizes(old[each.kernel.path].shape, frame.channels)
+    wide = [
+        (term, atom)
+        for term, atom in found
+        if frame.sizes(old[atom.path].shape, frame.parts(atom.sliced, atom.dims)) == full
+    ]
+    return min(wide or found, key=lambda one: (len(one[0][0]), one[0][1] > 0), default=None)
+
+
+def _carried(
+    frame: _Frame, carrier: tuple[Term, Atom], shift: Polynomial, wanted: np.ndarray, new: dict[str, np.ndarray], value: Any
+) -> dict[str, np.ndarray]:
+    (factors, k), own = carrier
+    rest = add(shift, Polynomial(((factors, k),)), -1.0)
+    assert rest is not None
+    times = value(Polynomial(((tuple(pair for pair in factors if pair[0] != own), k),)), new)
+    entries = own.inverse((wanted - value(rest, new)) / times)
+    if entries is None:
+        raise Refused("no parameter of its norm could take up the shift")
+    shape = new[own.path].shape
+    return {own.path: np.broadcast_to(frame.stored(entries, shape, frame.parts(own.sliced, own.dims)), shape)}
+
+
+def _in_order(
+    scale: Polynomial, terms: list[Term], carrier: tuple[Term, Atom] | None, new: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """Return the paths of a norm: means, variances, gains, the bias, then a bias before it."""
+    factors = scale.terms[0][0]
+    spread, gains = ([a.path for a, p in factors if (p < 0) == divides] for divides in (True, False))
+    means = [atom.path for own, k in terms for atom, _ in own if k < 0]
+    biases = [carrier[1].path] if carrier is not None else []
+    rest = [atom.path for own, _ in terms for atom, _ in own]
+    first = [path for path in means if path not in (*spread, *gains, *biases)] or [p for p in means if p in biases]
+    return tuple(path for path in dict.fromkeys([*first, *spread, *gains, *biases, *rest]) if path in new)
+
+
+def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Folded:
+    r"""Fold batch norms into the kernels before them, so that what is quantized is the kernel that inference applies.
+
+    With :math:`g = \gamma / \sqrt{v + \epsilon}` the kernel becomes :math:`W g`, the norm's bias
+    :math:`\beta + (c - \mu) g`, c being the layer's own bias, and what is left of the norm is the identity: mean 0, variance
+    :math:`1 - \epsilon`, scale 1. So the same function runs the params, and is the float function it was. A norm without a
+    bias keeps :math:`(\mu - c) g` as its mean.
+
+    Which norms follow which kernels is read off the function's jaxpr, so it must be the one of evaluation, in which mean and
+    variance are among ``params``. Any map :math:`y a + b` of a layer's outputs counts, a and b made of parameters, however
+    it is written: ``(y - mean) * (gain * rsqrt(variance + eps)) + bias`` (Flax, Haiku), ``y * inv + (bias - mean * inv)``
+    (Keras), a division by a square root, one without gain, bias or mean. It is folded if it is all that happens to the
+    layer's outputs, and all that its parameters and the kernel are used for.
+
+    Args:
+      fn: a pure function of ``(params, *inputs)``, in evaluation mode.
+      params: tree of arrays, running statistics included (``{"params": ..., "batch_stats": ...}``).
+      inputs: one example of them; only shapes matter.
+
+    Returns:
+      `Folded`: params of the same function; which kernel took up which norm; kernels that took up none and why.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> p = {"kernel": jnp.ones((1, 2)), "mean": jnp.ones(2), "var": jnp.full(2, 3.0), "gain": jnp.full(2, 4.0)}
+      >>> def fn(p, x):
+      ...     return (x @ p["kernel"] - p["mean"]) / jnp.sqrt(p["var"] + 1.0) * p["gain"]
+      >>> result = fold_batch_norm(fn, p, jnp.ones((1, 1)))
+      >>> {name: x.reshape(-1).tolist() for name, x in result.params.items()}
+      {'gain': [1.0, 1.0], 'kernel': [2.0, 2.0], 'mean': [2.0, 2.0], 'var': [0.0, 0.0]}
+
+    References:
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
+      arXiv:1712.05877, equation 14.
+    """
+    leaves, rebuild = flatten(params)
+    traced = trace(fn, params, *inputs)
+    found = walk(traced)
+    folded: dict[str, tuple[str, ...]] = {}
+    skipped: dict[str, str] = {}
+    for site in traced.sites.values():
+        if site.param is None or site.param in folded:
+            continue
+        try:
+            new, folded[site.param] = _best(found, site, leaves)
+            leaves |= new
+        except Refused as refused:
+            skipped.setdefault(site.param, str(refused))
+    return Folded(rebuild(leaves), folded, skipped)
+
+
+def _best(found: Walk, site: Site, leaves: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Fold the longest scale and shift that can be; raise why even that of the whole norm cannot be."""
+    maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
+    if (why := _kernel_elsewhere(found, site)) or not maps:
+        raise Refused(why or _no_norm(found, site))
+    reasons = []
+    for each in maps[::-1]:
+        try:
+            _check_uses(found, each)
+            new, paths = folded_map(each, found.arrays, leaves)
+            if fixed := sorted(found.fixed & new.keys()):
+                raise Refused(f"its norm depends on the present value of {fixed[0]!r}, which would change")
+            return new, paths
+        except Refused as refused:
+            reasons.append(refused)
+    raise reasons[0]
+
+
+def _kernel_elsewhere(found: Walk, site: Site) -> str | None:
+    uses = sorted(use.name for use in found.uses.get(site.param or "", ()) if use.position != site.position)
+    if uses:
+        return f"it is used elsewhere too: by {', '.join(dict.fromkeys(uses))}"
+    if site.position not in found.kernels:
+        return "the site does not see it as it is stored, or contracts in a way that is not followed"
+    return None
+
+
+def _no_norm(found: Walk, site: Site) -> str:
+    """Say what happens to what a site gives, if that is no scale by parameters."""
+    maps = affine_maps(found, site)
+    uses = found.goes.get(maps[-1].made.key if maps else site.position, ())
+    names = ", ".join(sorted(use.name for use in uses)) or "nothing"
+    after = "its outputs, shifted," if maps else "its outputs"
+    what = f"{after} are used {len(uses)} times, by {names}" if len(uses) > 1 else f"{after} are followed by {names}"
+    return f"no batch norm with fixed statistics is all that follows it: {what}"
+
+
+def _check_uses(found: Walk, each: AffineMap) -> None:
+    """Refuse a map whose parameters are used for anything beside it."""
+    for path in sorted(each.made.scale.paths | each.made.shift.paths):
+        others = sorted(use.name for use in found.uses.get(path, ()) if use.position not in each.steps or not use.step)
+        if others:
+            raise Refused(f"{path!r}, of the norm that follows it, is used elsewhere too: by {others[0]}")

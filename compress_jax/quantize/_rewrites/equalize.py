@@ -1,0 +1,103 @@
+"""Cross-layer equalisation: give the output channels of one layer and the inputs of the next the same range."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from compress_jax.core.compression import Params
+from compress_jax.core.leafwise import check_finite
+from compress_jax.core.paths import flatten
+from compress_jax.quantize._rewrites.folding import Folded
+from compress_jax.trace import sites
+from compress_jax.trace._symmetry.scaling import Part, Scaling, scalings
+
+
+def equalize(fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int = 20, tolerance: float = 1e-3) -> Folded:
+    r"""Rescale channels between kernels so that both sides use their ranges evenly; the float function stays as it is.
+
+    Channel j that kernels :math:`W_1` produce and :math:`W_2` read is scaled by :math:`s_j = \sqrt{r_{2j} / r_{1j}}` in the
+    former and by its inverse in the latter, :math:`r_{1j}` and :math:`r_{2j}` being the largest magnitudes of the channel in
+    each. That makes them equal, and the least is lost to scales for whole tensors. Repeated until nothing changes, as most
+    kernels are on both sides. Scales for output channels gain little by it.
+
+    The pairs are read off the function's jaxpr (``trace.scaling``): through biases, relu, pooling, batch norms (of which the
+    mean and the bias go along), gates, from values to the output projection of attention. Only kernels count for the ranges.
+
+    Args:
+      fn: a pure function of ``(params, *inputs)``.
+      params: tree of arrays.
+      inputs: one example of them; only shapes matter.
+      rounds: at most so many passes over all pairs.
+      tolerance: stop when no factor differs from 1 by more.
+
+    Returns:
+      `Folded`: params of the same function; which kernels share a channel with which parameters; kernels in no pair and why.
+
+    Raises:
+      NonFiniteError: if a parameter holds NaN or infinity.
+
+    Example:
+      >>> import jax
+      >>> params = {"a": jnp.array([[8.0, 0.5]]), "b": jnp.array([[2.0], [2.0]])}
+      >>> result = equalize(lambda p, x: jax.nn.relu(x @ p["a"]) @ p["b"], params, jnp.ones((1, 1)))
+      >>> result.params["a"].tolist(), result.params["b"].tolist()
+      ([[4.0, 1.0]], [[4.0], [1.0]])
+
+    References:
+      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721,
+      equation 11.
+    """
+    leaves, rebuild = flatten(params)
+    for path, x in leaves.items():
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            check_finite(path, x)
+    kernels = {site.param for site in sites(fn, params, *inputs) if site.param is not None}
+    first, _ = scalings(fn, params, *inputs)
+    found, why = scalings(fn, params, *inputs, hold=_links(first, kernels))
+    pairs = [(scaling, *_sides(scaling, kernels)) for scaling in found]
+    pairs = [(scaling, one, other) for scaling, one, other in pairs if one and other]
+    for _ in range(rounds):
+        most = 0.0
+        for scaling, one, other in pairs:
+            factors = _factors(scaling, one, other, leaves)
+            most = max(most, float(jnp.abs(jnp.log(factors)).max()))
+            leaves |= scaling.apply(leaves, factors)
+        if most < tolerance:
+            break
+    folded: dict[str, tuple[str, ...]] = {}
+    for scaling, one, other in pairs:
+        for part in (*one, *other):
+            others = tuple(each.path for each in scaling.parts if each.path != part.path)
+            folded[part.path] = tuple(dict.fromkeys((*folded.get(part.path, ()), *others)))
+    skipped = {path: _reason(path, leaves[path].ndim, why) for path in sorted(kernels - set(folded))}
+    return Folded(rebuild(leaves), folded, skipped)
+
+
+def _links(found: Sequence[Scaling], kernels: set[str]) -> set[str]:
+    """Return parameters between two kernels, a norm's scale, that could make up for either: held, they let factors pass."""
+    powers: dict[str, set[int]] = {}
+    for scaling in found:
+        for part in scaling.parts:
+            if part.path not in kernels:
+                powers.setdefault(part.path, set()).add(part.power)
+    return {path for path, own in powers.items() if min(own) < 0 < max(own)}
+
+
+def _sides(scaling: Scaling, kernels: set[str]) -> tuple[list[Part], list[Part]]:
+    """Return the kernels whose entries grow with the factors, and those whose shrink."""
+    parts = [part for part in scaling.parts if part.path in kernels]
+    return [part for part in parts if part.power > 0], [part for part in parts if part.power < 0]
+
+
+def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: dict[str, Any]) -> Any:
+    """Return the factors that make the largest entries of both sides equal; 1 where a side has none."""
+    sides = [jnp.stack([scaling.largest(part, jnp.abs(leaves[part.path])) for part in side]).max(0) for side in (one, other)]
+    live = (sides[0] > 0) & (sides[1] > 0)
+    ratio = jnp.where(live, sides[1], 1.0) / jnp.where(live, sides[0], 1.0)
+    return ratio ** (1 / (one[0].power - other[0].power))
+
+
+def _reason(path: str, ndim: int, why: dict[tuple[str, int], str]) -> str:
+    said = [why[path, axis] for axis in range(ndim) if (path, axis) in why]
+    return "it shares no channel with another kernel: " + (", ".join(dict.fromkeys(said)) or "only with norms or biases")

@@ -1,0 +1,246 @@
+"""A run's folder to ``report.html``, ``report.md`` and the pictures in ``report/``."""
+
+import base64
+import html
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from compress_jax.core.table import printable
+from compress_jax.export import write_atomically
+from compress_jax.report._plots import pictures
+from compress_jax.report._read import Run, read_run
+from compress_jax.report._rows import causes_table, leaves_table, left_alone_table, metadata_table, percent, results_table
+from compress_jax.report._tables import Table, escaped, html_table, markdown_table
+
+# What both pages of a report say, in order: titles, sentences, tables and pictures, independent of
+# the markup.
+
+
+CAPTIONS = {
+    "tradeoff": "Accuracy on validation data against bytes on disk. The shaded corner is where the requirement is met; "
+    "hollow marks are accuracies on test data, measured once, in the end.",
+    "weights": "Weights of each layer: the float32 student in grey, the artifact in colour. Exact zeros are not drawn; "
+    "their share is in the corner.",
+    "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of exact zeros.",
+    "curves": "Training, by stage.",
+}
+
+
+class Section(NamedTuple):
+    """One part of a report.
+
+    Attributes:
+      title: its heading.
+      lines: sentences or list items.
+      tables: shown after them.
+      picture: name of the picture shown last, or None.
+    """
+
+    title: str
+    lines: list[str] = []
+    tables: list[Table] = []
+    picture: str | None = None
+
+
+def headline(run: Run) -> str:
+    """Return the result in a sentence.
+
+    Args:
+      run: the run.
+
+    Returns:
+      What the artifact is, how small and how accurate, and whether that is enough.
+    """
+    rows = {row["name"]: row for row in run.results["rows"]}
+    row, student = rows[run.results["chosen"]], rows["student"]
+    met = (
+        "It meets the requirement." if run.results["met"] else "It does not meet the requirement; nothing better was found."
+    )
+    return (
+        f"{row['name']}: {row['nbytes']:,} bytes, {student['nbytes'] / row['nbytes']:.1f}x smaller than the student in "
+        f"float32, at {percent(row['test'])} on test data (student {percent(student['test'])}"
+        f"{', teacher ' + percent(rows['teacher']['test']) if 'teacher' in rows else ''}). {met}"
+    )
+
+
+def sections(run: Run, pictures: list[str]) -> list[Section]:
+    """Return the parts of a report.
+
+    Args:
+      run: the run.
+      pictures: the names of those that were drawn.
+
+    Returns:
+      The sections, in order.
+    """
+    left_alone = run.metadata.get("left_alone", {})
+    about = [metadata_table("Arguments", run.about.get("arguments", {})), metadata_table("Versions", _versions(run))]
+    results = results_table(run.results["rows"], run.results["chosen"])
+    leaves = leaves_table(run.packed, left_alone, run.parts)
+    parts = [
+        Section("Results", [], [results], "tradeoff"),
+        Section("Decisions", run.decisions),
+        Section("Files that could not be read", run.notes),
+        Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
+        Section("Left alone", [] if left_alone else ["Nothing."], [left_alone_table(left_alone)] if left_alone else []),
+        Section("Weights before and after", [], [], "weights"),
+        Section("Training", [], [], "curves"),
+        Section("Arguments and versions", [_command(run)], [table for table in about if table.rows]),
+    ]
+    parts = [p if p.picture is None or p.picture in pictures else p._replace(picture=None) for p in parts]
+    return [part for part in parts if part.lines or part.tables or part.picture]
+
+
+def _command(run: Run) -> str:
+    if not run.about:
+        return "Made by compress_jax.search.compress."
+    return f"compress-jax run {' '.join([run.about['config'], *run.about['flags']])}"
+
+
+def _versions(run: Run) -> dict[str, Any]:
+    data = {key: run.metadata[key] for key in ("data", "data_sha256", "model") if key in run.metadata}
+    return {**run.about.get("versions", {}), **data}
+
+
+# The report as one HTML file that needs nothing else: style and pictures are inside, and it links
+# to nowhere.
+
+
+STYLE = """
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c2430; background: #f5f6f8;
+  margin: 0; }
+main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
+h1 { font-size: 28px; margin: 0 0 8px; }
+h2 { font-size: 18px; margin: 0 0 12px; }
+h3 { font-size: 14px; margin: 20px 0 6px; color: #5b6675; font-weight: 600; }
+.headline { font-size: 17px; margin: 0 0 24px; padding: 14px 18px; background: #fff; border-left: 5px solid #1f9d61;
+  border-radius: 4px; }
+.headline.unmet { border-color: #d9622b; }
+section { background: #fff; border: 1px solid #e3e6eb; border-radius: 8px; padding: 20px 22px; margin: 0 0 20px; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 13.5px; }
+th { text-align: left; color: #5b6675; font-weight: 600; border-bottom: 2px solid #d5dae1; white-space: nowrap; }
+th, td { padding: 5px 14px 5px 0; vertical-align: top; }
+td { border-bottom: 1px solid #edf0f3; overflow-wrap: anywhere; }
+.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+tr.marked td { background: #e9f7ef; font-weight: 600; }
+tr.total td { font-weight: 600; }
+ul { margin: 0; padding-left: 20px; }
+figure { margin: 16px 0 0; }
+img { max-width: 100%; height: auto; display: block; }
+figcaption { color: #5b6675; font-size: 13px; margin-top: 6px; }
+"""
+
+
+def page(run: Run, pictures: Mapping[str, bytes]) -> str:
+    """Return ``report.html``.
+
+    Args:
+      run: the run.
+      pictures: PNG files by name.
+
+    Returns:
+      HTML.
+    """
+    title = _escaped(run.results["experiment"])
+    unmet = "" if run.results["met"] else " unmet"
+    body = "\n".join(_section(part, pictures) for part in sections(run, list(pictures)))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        f'<body><main><h1>{title}</h1>\n<p class="headline{unmet}">{_escaped(headline(run))}</p>\n'
+        f"{body}\n</main></body></html>\n"
+    )
+
+
+def _section(part: Section, pictures: Mapping[str, bytes]) -> str:
+    items = "".join(f"<li>{_escaped(line)}</li>" for line in part.lines)
+    blocks = [f"<h2>{html.escape(part.title)}</h2>", f"<ul>{items}</ul>" if items else ""]
+    blocks.extend(_titled(table, several=len(part.tables) > 1) for table in part.tables)
+    if part.picture:
+        blocks.append(_figure(part.picture, pictures[part.picture]))
+    return f"<section>{''.join(blocks)}</section>"
+
+
+def _titled(table: Table, *, several: bool) -> str:
+    return (f"<h3>{html.escape(table.title)}</h3>" if several else "") + html_table(table)
+
+
+def _figure(name: str, png: bytes) -> str:
+    data, caption = base64.b64encode(png).decode(), html.escape(CAPTIONS[name])
+    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
+
+
+# The report as Markdown, its pictures in files beside it.
+
+
+def text(run: Run, pictures: list[str]) -> str:
+    """Return ``report.md``.
+
+    Args:
+      run: the run.
+      pictures: the names of those in ``report/``.
+
+    Returns:
+      Markdown.
+    """
+    parts = [
+        f"# {escaped(run.results['experiment'])}",
+        escaped(headline(run), block=True),
+        *(_markdown_section(part) for part in sections(run, pictures)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_section(part: Section) -> str:
+    blocks = [f"## {part.title}"]
+    if part.lines:
+        blocks.append("\n".join(f"* {escaped(line, block=True)}" for line in part.lines))
+    blocks.extend(markdown_table(table) for table in part.tables)
+    if part.picture:
+        blocks.append(f"![{part.title}](report/{part.picture}.png)\n\n{CAPTIONS[part.picture]}")
+    return "\n\n".join(blocks)
+
+
+def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Path:
+    """Write the report of a finished run.
+
+    Args:
+      directory: its folder.
+      say: receives a sentence for each file that is damaged and so is not shown; the report has them too.
+
+    Returns:
+      ``report.html``, one file that needs nothing else; beside it are ``report.md`` and its pictures in ``report/``.
+
+    Raises:
+      ConfigError: if no run was finished there.
+      ArtifactError: if an artifact is missing or damaged, or nothing can be written.
+
+    Example:
+      >>> import json, tempfile
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.export import save
+      >>> directory, params = Path(tempfile.mkdtemp()), {"params": {"kernel": jnp.ones((2, 2))}}
+      >>> names = ("student", "artifact")
+      >>> sizes = [save(directory / f"{name}.safetensors", params) for name in names]
+      >>> numbers = {"validation": 0.9, "test": 0.8, "bits": 32.0, "accepted": None, "reason": ""}
+      >>> rows = [{"name": name, "nbytes": size, **numbers} for name, size in zip(names, sizes)]
+      >>> results = {"experiment": "tiny", "chosen": "artifact", "met": True, "rows": rows}
+      >>> _ = (directory / "results.json").write_text(json.dumps(results))
+      >>> write(directory).name, (directory / "report" / "tradeoff.png").exists()
+      ('report.html', True)
+    """
+    run = read_run(Path(directory))
+    for note in run.notes:
+        (say or str)(note)
+    drawn = pictures(run)
+    for name, png in drawn.items():
+        write_atomically(run.directory / "report" / f"{name}.png", png)
+    write_atomically(run.directory / "report.md", text(run, list(drawn)).encode())
+    write_atomically(run.directory / "report.html", page(run, drawn).encode())
+    return run.directory / "report.html"

@@ -1,0 +1,242 @@
+"""A run's folder to what a report shows; everything is read, nothing is measured again."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress_jax.core import unpack
+from compress_jax.core.errors import ArtifactError, ConfigError
+from compress_jax.core.paths import flatten
+from compress_jax.core.record import (
+    ANYTHING,
+    COUNT,
+    FLAG,
+    NUMBER,
+    POSITIVE,
+    TEXT,
+    Kind,
+    deviation,
+    mapping,
+    optional,
+    read_record,
+)
+from compress_jax.core.table import printable
+from compress_jax.export import Part, breakdown, load
+
+Curves = dict[str, list[tuple[int, float]]]
+RUN_VERSION = 2  # 1 kept no digest of the config
+RUN_FORM = {
+    "version": optional(Kind(f"at most {RUN_VERSION}, the version that is read here", lambda v: v in (1, RUN_VERSION))),
+    "config": TEXT,
+    "config_sha256": optional(TEXT),
+    "arguments": mapping(ANYTHING),
+    "flags": [TEXT],
+    "versions": mapping(TEXT),
+    "requirement": optional(
+        {
+            "max_drop": optional(NUMBER),
+            "min_ratio": optional(NUMBER),
+            "max_bytes": optional(NUMBER),
+            "reference": Kind("'teacher' or 'student'", lambda v: isinstance(v, str) and v in ("teacher", "student")),
+        }
+    ),
+}
+ROW_FORM = {
+    "name": Kind(
+        "the name of a folder", lambda v: isinstance(v, str) and v not in ("", ".", "..") and not {"/", "\0"} & set(v)
+    ),
+    "nbytes": POSITIVE,
+    "validation": NUMBER,
+    "test": optional(NUMBER),
+    "bits": NUMBER,
+    "accepted": optional(FLAG),
+    "reason": TEXT,
+}
+RESULTS_FORM = {"experiment": TEXT, "chosen": TEXT, "met": FLAG, "rows": [ROW_FORM]}
+AGAIN = "compress-jax run with the same config and arguments writes it again"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a folder holds.
+
+    Attributes:
+      directory: the folder.
+      results: ``results.json``.
+      about: ``run.json``: config, arguments, versions, requirement; empty if the run was not made by the command line.
+      decisions: the lines of ``log.txt``, or made from the results.
+      packed: the artifact's variables, packed.
+      metadata: of the artifact.
+      before: params of the float32 student, dense, by path.
+      after: params of the artifact, unpacked, by path.
+      curves: metrics by stage: ``{stage: {"train/loss": [(step, value), ...]}}``.
+      parts: what the bytes of the artifact are for.
+      notes: sentences on files that are damaged, and so are not shown.
+    """
+
+    directory: Path
+    results: dict[str, Any]
+    about: dict[str, Any]
+    decisions: list[str]
+    packed: Any
+    metadata: dict[str, Any]
+    before: dict[str, Any]
+    after: dict[str, Any]
+    curves: dict[str, Curves]
+    parts: list[Part]
+    notes: list[str]
+
+
+def read_results(directory: Path, *, intact: bool = True) -> dict[str, Any]:
+    """Return ``results.json`` of a folder.
+
+    Args:
+      directory: of a finished run.
+      intact: whether its digest, if it has one, must match.
+
+    Returns:
+      ``{"experiment", "chosen", "met", "rows"}``.
+
+    Raises:
+      ConfigError: if it is not there (no run was finished in this folder) or is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> directory = Path(tempfile.mkdtemp())
+      >>> numbers = {"nbytes": 9, "validation": 0.9, "test": 0.8, "bits": 32.0, "accepted": None, "reason": ""}
+      >>> results = {"experiment": "tiny", "chosen": "int4", "met": True, "rows": [{"name": "int4", **numbers}]}
+      >>> _ = (directory / "results.json").write_text(json.dumps(results))
+      >>> read_results(directory)["chosen"]
+      'int4'
+    """
+    file = directory / "results.json"
+    if not os.path.lexists(file):
+        raise ConfigError(f"{directory} has no results.json to read; finish the run first (compress-jax run)")
+    results = read_record(file, RESULTS_FORM, AGAIN, ConfigError, intact=intact)
+    names = [row["name"] for row in results["rows"]]
+    if results["chosen"] not in names:
+        raise ConfigError(f"{file} is damaged: no row is called {printable(results['chosen'])!r}; {AGAIN}")
+    return results
+
+
+def read_run(directory: Path) -> Run:
+    """Read all a report needs.
+
+    Args:
+      directory: of a finished run.
+
+    Returns:
+      The `Run`.
+
+    Raises:
+      ConfigError: if no run was finished there.
+      ArtifactError: if an artifact is missing or damaged.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from compress_jax.export import save
+      >>> directory, params = Path(tempfile.mkdtemp()), {"params": {"kernel": jnp.ones((2, 2))}}
+      >>> names = ("student", "artifact")
+      >>> sizes = [save(directory / f"{name}.safetensors", params) for name in names]
+      >>> numbers = {"validation": 0.9, "test": 0.8, "bits": 32.0, "accepted": None, "reason": ""}
+      >>> rows = [{"name": name, "nbytes": size, **numbers} for name, size in zip(names, sizes)]
+      >>> results = {"experiment": "tiny", "chosen": "artifact", "met": True, "rows": rows}
+      >>> _ = (directory / "results.json").write_text(json.dumps(results))
+      >>> read_run(directory).after["kernel"].tolist()
+      [[1.0, 1.0], [1.0, 1.0]]
+    """
+    results, notes = read_results(directory), []
+    packed, before = (_params(directory / f"{name}.safetensors") for name in ("artifact", "student"))
+    return Run(
+        directory=directory,
+        results=results,
+        about=_about(directory),
+        decisions=_decisions(directory, results["rows"], notes),
+        packed=packed,
+        metadata=_metadata(directory / "artifact.safetensors"),
+        before=flatten(unpack(before["params"]))[0],
+        after=flatten(unpack(packed["params"]))[0],
+        curves=_curves(directory, [row["name"] for row in results["rows"]], notes),
+        parts=breakdown(directory / "artifact.safetensors"),
+        notes=notes,
+    )
+
+
+def _params(file: Path) -> dict[str, Any]:
+    """Return the variables in an artifact of a run."""
+    packed = load(file)[0]
+    if not isinstance(packed, dict) or "params" not in packed:
+        raise ArtifactError(f"{file} holds no 'params', so it is not what a run writes; {AGAIN}")
+    return packed
+
+
+def _metadata(file: Path) -> dict[str, Any]:
+    """Return an artifact's metadata; a list of what was left alone that is none is not shown."""
+    metadata = load(file)[1]
+    if deviation(metadata.get("left_alone", {}), mapping([TEXT])):
+        metadata = {**metadata, "left_alone": {}}
+    return metadata
+
+
+def _about(directory: Path) -> dict[str, Any]:
+    """Return ``run.json``, or nothing if the run was not made by the command line."""
+    file = directory / "run.json"
+    if not os.path.lexists(file):
+        return {}
+    return read_record(
+        file, RUN_FORM, "copy it from where it is whole, or remove it to have a report without it", ConfigError
+    )
+
+
+def _decisions(directory: Path, rows: list[dict[str, Any]], notes: list[str]) -> list[str]:
+    judged = [row for row in rows if row["accepted"] is not None]
+    made = [f"{row['name']}: {'accepted' if row['accepted'] else 'refused'}: {row['reason']}" for row in judged]
+    text = _text(directory / "log.txt", notes, "the decisions are those of results.json")
+    return made if text is None else text.splitlines()
+
+
+def _text(file: Path, notes: list[str], instead: str) -> str | None:
+    """Return a text file, or None if there is none or it cannot be read, which is noted."""
+    if not os.path.lexists(file):
+        return None
+    try:
+        return file.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        notes.append(f"{file.name} is damaged ({why}); {instead}")
+        return None
+
+
+def _curves(directory: Path, names: list[str], notes: list[str]) -> dict[str, Curves]:
+    """Return the metrics of each stage that was trained here; a restored teacher has none."""
+    found: dict[str, Curves] = {}
+    for name in names:
+        folder = directory / name if name in ("teacher", "student") else directory / "candidates" / name
+        text = _text(folder / "metrics.jsonl", notes, f"the curves of {name} are not drawn")
+        if text is not None:
+            found[name], bad = _series(text)
+            if bad:
+                notes.append(f"{bad} lines of metrics.jsonl of {name} are damaged; they are not drawn")
+    return found
+
+
+def _series(text: str) -> tuple[Curves, int]:
+    """Return the values by metric, and how many lines hold none."""
+    series: Curves = {}
+    bad = 0
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            values = {}
+        if deviation(values, mapping(optional(NUMBER))) or deviation(values, {"step": COUNT}):
+            bad += 1
+            continue
+        step = values.pop("step")
+        for name, value in values.items():
+            if value is not None:
+                series.setdefault(name, []).append((step, value))
+    return series, bad

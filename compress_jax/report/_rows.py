@@ -1,0 +1,162 @@
+"""What is measured, as tables: the results, the leaves of an artifact, what was left alone, the metadata."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from compress_jax.core import coverage
+from compress_jax.export import Part
+from compress_jax.report._tables import Table
+
+
+def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
+    """Return the results of a run.
+
+    Args:
+      rows: of ``results.json``: teacher, student and candidates, each with ``name``, ``nbytes``, ``validation``, ``test``,
+        ``bits``, ``accepted`` and ``reason``.
+      chosen: the name of the row that became the artifact.
+
+    Returns:
+      One row a network.
+
+    Example:
+      >>> row = {"name": "student", "nbytes": 4000, "validation": 0.9, "test": 0.89, "bits": 32.0, "accepted": None}
+      >>> results_table([row], "student").rows[0]
+      ('student', '89.00 %', '90.00 %', '4,000', '1.0x', '-', '32.00', 'reference')
+    """
+    sizes = {row["name"]: row["nbytes"] for row in rows}
+    head = (
+        "network",
+        "test accuracy",
+        "validation accuracy",
+        "bytes on disk",
+        "ratio to student",
+        "ratio to teacher",
+        "bits per weight",
+    )
+    cells = [
+        (
+            row["name"],
+            percent(row["test"]),
+            percent(row["validation"]),
+            f"{row['nbytes']:,}",
+            _ratio(sizes.get("student"), row["nbytes"]),
+            _ratio(sizes.get("teacher"), row["nbytes"]),
+            f"{row['bits']:.2f}",
+            verdict(row, chosen),
+        )
+        for row in rows
+    ]
+    marked = next((i for i, row in enumerate(rows) if row["name"] == chosen), None)
+    return Table("Results", (*head, "verdict"), tuple(cells), marked=marked)
+
+
+def verdict(row: Mapping[str, Any], chosen: str) -> str:
+    """Return what became of a row, in a word or two."""
+    if row["accepted"] is None:
+        return "reference"
+    if row["name"] == chosen:
+        return "chosen" if row["accepted"] else "refused, but best"
+    return "accepted" if row["accepted"] else "refused"
+
+
+def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Sequence[Part]) -> Table:
+    """Return how each leaf of an artifact is stored.
+
+    Args:
+      packed: what `compress_jax.export.load` returned.
+      left_alone: paths by reason, as the artifact's metadata has them (relative to ``params``).
+      parts: of the file, from `compress_jax.export.breakdown`.
+
+    Returns:
+      One row a leaf, then the container's overhead and the total.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> parts = [Part("params/bias", "array", 16), Part("", "header and metadata", 84)]
+      >>> table = leaves_table({"params": {"bias": jnp.ones(4)}}, {"no pattern matches it": ["bias"]}, parts)
+      >>> for row in table.rows:
+      ...     print(*filter(None, row))
+      params/bias 4 dense 32.00 0.0 % 16 16.0 % no pattern matches it
+      header and metadata 84 84.0 %
+      file 100 100.0 %
+    """
+    reasons = {path: reason for reason, paths in left_alone.items() for path in paths}
+    table, file_bytes = coverage(None, packed), round(sum(part.nbytes for part in parts))
+    sizes = {row.path: round(sum(part.nbytes for part in parts if part.path == row.path)) for row in table.rows}
+    rows = [
+        (
+            row.path,
+            "x".join(map(str, row.shape)) or "scalar",
+            row.form,
+            f"{8 * sizes[row.path] / max(math.prod(row.shape), 1):.2f}",
+            percent(row.sparsity, 1),
+            f"{sizes[row.path]:,}",
+            percent(sizes[row.path] / file_bytes, 1),
+            reasons.get(row.path.removeprefix("params/"), ""),
+        )
+        for row in table.rows
+    ]
+    overhead = file_bytes - sum(sizes.values())
+    blank = ("", "", "", "")
+    rows.append(("header and metadata", *blank, f"{overhead:,}", percent(overhead / file_bytes, 1), ""))
+    rows.append(("file", *blank, f"{file_bytes:,}", percent(1.0, 1), ""))
+    head = ("path", "shape", "form", "bits", "zeros", "bytes", "of file", "why left alone")
+    return Table("Leaves", head, tuple(rows), totals=2)
+
+
+def causes_table(parts: Sequence[Part]) -> Table:
+    """Return what the bytes of an artifact are for, over all leaves; ``parts`` as of `leaves_table`.
+
+    Example:
+      >>> parts = [Part("a", "codes", 30), Part("b", "codes", 50), Part("", "header and metadata", 20)]
+      >>> for row in causes_table(parts).rows:
+      ...     print(*row)
+      codes 80 80.0 %
+      header and metadata 20 20.0 %
+    """
+    total, causes = sum(part.nbytes for part in parts), dict.fromkeys(part.cause for part in parts)
+    sizes = {cause: sum(part.nbytes for part in parts if part.cause == cause) for cause in causes}
+    rows = tuple((cause, f"{round(size):,}", percent(size / total, 1)) for cause, size in sizes.items())
+    return Table("Bytes by cause", ("cause", "bytes", "of file"), rows)
+
+
+def left_alone_table(left_alone: Mapping[str, Sequence[str]]) -> Table:
+    """Return which leaves a compression left alone, and why; ``left_alone`` has paths by reason."""
+    rows = tuple((reason, str(len(paths)), ", ".join(paths)) for reason, paths in left_alone.items())
+    return Table("Left alone", ("why", "leaves", "paths"), rows)
+
+
+def metadata_table(title: str, metadata: Mapping[str, Any]) -> Table:
+    """Return an artifact's metadata, or any such dict, one row a key.
+
+    Args:
+      title: of the table.
+      metadata: text, numbers and what JSON takes, by name; ``left_alone`` is left out, being for `leaves_table`.
+
+    Returns:
+      One row a key.
+
+    Example:
+      >>> metadata_table("", {"model": "LeNet5()", "validation": 0.985, "arguments": {"bits": 4}}).rows
+      (('model', 'LeNet5()'), ('validation', '98.50 %'), ('arguments', '{"bits": 4}'))
+    """
+    rows = [(key, _text(key, value)) for key, value in metadata.items() if key != "left_alone"]
+    return Table(title, ("key", "value"), tuple(rows))
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    """Return a fraction as text, ``-`` for None."""
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _ratio(base: int | None, nbytes: int) -> str:
+    return "-" if base is None else f"{base / nbytes:.1f}x"
+
+
+def _text(key: str, value: Any) -> str:
+    if isinstance(value, float) and key in ("validation", "test"):
+        return percent(value)
+    return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,347 @@
+"""The walk over a function's jaxpr that finds out what its axes are made of; the domain of axes for the interpreter."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import JaxprEqn
+
+from compress_jax.core.paths import flatten
+from compress_jax.trace._groups import axes as moves
+from compress_jax.trace._groups.axes import Axes, Axis, Dims, Results, alike, product, shape, unify
+from compress_jax.trace._jaxpr import primitives
+from compress_jax.trace._jaxpr.find_sites import Traced, trace
+from compress_jax.trace._jaxpr.interpret import Where, interpret
+from compress_jax.trace._jaxpr.site import Position
+
+# What every known primitive does to axes: one table of small functions; whatever it lacks freezes
+# all it touches.
+
+
+Rule = Callable[[Axes, JaxprEqn, list[Dims]], Results]
+
+
+def _elementwise(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Entry by entry: operands and results have the same axes."""
+    dims = alike(axes, args)
+    return [dims for _ in eqn.outvars]
+
+
+def _each(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Every operand by itself becomes a result."""
+    return args
+
+
+def _free(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Random bits are as good in any order."""
+    return [tuple(axes.leaf(size) for size in getattr(var.aval, "shape", ())) for var in eqn.outvars]
+
+
+def _nothing(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Look only."""
+    return []
+
+
+def _iota(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Numbers along one axis tell its indices apart."""
+    along = eqn.params["dimension"]
+    return [tuple(axes.leaf(size, "numbered by iota" if i == along else None) for i, size in enumerate(eqn.params["shape"]))]
+
+
+def _reduce(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Sum, maximum and the like, which any order gives alike."""
+    return [tuple(axis for i, axis in enumerate(args[0]) if i not in eqn.params["axes"])]
+
+
+def _arg_reduce(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """The result is an index."""
+    for i in eqn.params["axes"]:
+        axes.freeze(args[0][i], eqn.primitive.name)
+    return _reduce(axes, eqn, args)
+
+
+def _along(name: str) -> Rule:
+    """Return the rule of what runs along one or more axes in order, named by a parameter: those are frozen."""
+
+    def rule(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+        dims, chosen = alike(axes, args), eqn.params[name]
+        for i in (chosen,) if isinstance(chosen, int) else chosen:
+            axes.freeze(dims[i], eqn.primitive.name)
+        return [dims for _ in eqn.outvars]
+
+    return rule
+
+
+def _top_k(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Some indices of one axis, the largest entry first."""
+    i = eqn.params.get("axis", -1) % len(args[0])
+    axes.freeze(args[0][i], "top_k")
+    return [(*args[0][:i], axes.leaf(eqn.params["k"], "top_k"), *args[0][i + 1 :]) for _ in eqn.outvars]
+
+
+def _window(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Pooling: an axis with a window of one goes through."""
+    p = eqn.params
+    windows = zip(args[0], p["window_dimensions"], p["window_strides"], p["padding"], shape(eqn), strict=True)
+    return [tuple(_slide(axes, axis, (size, *rest)) for axis, size, *rest in windows)]
+
+
+def _slide(axes: Axes, axis: Axis, window: tuple) -> Axis:
+    """Return the axis that a window ``(size, stride, padding, length of the result)`` makes of another."""
+    size, stride, padding, length = window
+    if (size, stride, tuple(padding), length) == (1, 1, (0, 0), axis.size):
+        return axis
+    axes.freeze(axis, "spatial window")
+    return axes.leaf(length, "spatial window")
+
+
+def _dot_general(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """What is contracted or runs along is the same axis in both operands."""
+    (left, right), (left_batch, right_batch) = primitives.axes(eqn)
+    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        unify(axes, args[0][i], args[1][j])
+    lhs = [axis for i, axis in enumerate(args[0]) if i not in (*left, *left_batch)]
+    rhs = [axis for j, axis in enumerate(args[1]) if j not in (*right, *right_batch)]
+    return [(*(args[0][i] for i in left_batch), *lhs, *rhs)]
+
+
+def _ragged(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Rows in groups, one matrix each: how many rows a group has is data, so neither can be reordered."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    if len(rows) != 1 or rows[0] in (*left, *left_batch):
+        return None
+    for axis in (*(args[0][i] for i in rows), *(args[1][j] for j in groups), *args[2]):
+        axes.freeze(axis, "ragged group")
+    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        unify(axes, args[0][i], args[1][j])
+    lhs = [axis for i, axis in enumerate(args[0]) if i not in (*left, *left_batch)]
+    rhs = [axis for j, axis in enumerate(args[1]) if j not in (*right, *right_batch, *groups)]
+    return [(*(args[0][i] for i in left_batch), *lhs, *rhs)]
+
+
+def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
+    """Input channels are groups x the kernel's, output channels groups x the rest; windows of one go through."""
+    p, numbers, (image, kernel) = eqn.params, eqn.params["dimension_numbers"], args
+    if p["batch_group_count"] != 1:
+        return None
+    (batch, channel, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    if p["feature_group_count"] == 1:
+        unify(axes, image[channel], kernel[into])
+    else:
+        groups = axes.leaf(p["feature_group_count"])
+        unify(axes, image[channel], product([groups, kernel[into]]))
+        unify(axes, kernel[out], product([groups, axes.leaf(kernel[out].size // groups.size)]))
+    results = dict(zip(numbers.out_spec, (image[batch], kernel[out]), strict=False))
+    lengths = [shape(eqn)[i] for i in numbers.out_spec[2:]]
+    for n, (i, j, target, length) in enumerate(zip(space, window, numbers.out_spec[2:], lengths, strict=True)):
+        axes.freeze(kernel[j], "spatial window")
+        results[target] = _slide(axes, image[i], (kernel[j].size, p["window_strides"][n], p["padding"][n], length))
+    return [tuple(results[i] for i in range(len(results)))]
+
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(primitives.ELEMENTWISE, _elementwise),
+    **dict.fromkeys(primitives.COLLECTIVES, _each),
+    **dict.fromkeys(primitives.REDUCTIONS, _reduce),
+    **dict.fromkeys(primitives.NUMBERS | primitives.RANDOM, _free),
+    **dict.fromkeys(primitives.INDEX_REDUCTIONS, _arg_reduce),
+    **dict.fromkeys(primitives.RUNNING, _along("axis")),
+    **dict.fromkeys(primitives.WINDOWS, _window),
+    **dict.fromkeys(primitives.UPDATES, moves.scatter),
+    **dict.fromkeys(primitives.SILENT, _nothing),
+    "rev": _along("dimensions"),
+    "sort": _along("dimension"),
+    "top_k": _top_k,
+    "iota": _iota,
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged,
+    "conv_general_dilated": _convolution,
+    "reshape": moves.reshape,
+    "broadcast_in_dim": moves.broadcast_in_dim,
+    "transpose": moves.transpose,
+    "squeeze": moves.squeeze,
+    "expand_dims": moves.expand_dims,
+    "tile": moves.tile,
+    "stack": moves.stack,
+    "concatenate": moves.concatenate,
+    "split": moves.split,
+    "unstack": moves.unstack,
+    "slice": moves.slice_,
+    "pad": moves.pad,
+    "dynamic_slice": moves.dynamic_slice,
+    "dynamic_update_slice": moves.dynamic_update_slice,
+    "gather": moves.gather,
+}
+
+
+def summed(eqn: JaxprEqn) -> list[tuple[int, int]]:
+    """Return the axes that an equation takes together, as ``(operand, axis)``: those that its result no longer has."""
+    if primitives.kind(eqn) is not None:
+        return [(1, axis) for axis in primitives.axes(eqn)[0][1]]
+    return [(0, axis) for axis in eqn.params["axes"]] if eqn.primitive.name in primitives.REDUCTIONS else []
+
+
+@dataclass
+class Walk:
+    """What a walk over a jaxpr saw: a value is the tuple of its axes.
+
+    Attributes:
+      axes: what is known about them.
+      values: by position, the axes of an equation's operands and of its results.
+      summed: by position, the axes that an equation takes together.
+      unknown: by position, a primitive that has no rule.
+    """
+
+    axes: Axes = field(default_factory=Axes)
+    values: dict[Position, tuple[list[Dims], list[Dims]]] = field(default_factory=dict)
+    summed: dict[Position, list[Axis]] = field(default_factory=dict)
+    unknown: dict[Position, str] = field(default_factory=dict)
+
+    def fresh(self, aval: Any, reason: str | None = None) -> Dims:
+        """Return new axes for a value."""
+        return tuple(self.axes.leaf(size, reason) for size in getattr(aval, "shape", ()))
+
+    def freeze(self, dims: Dims, reason: str) -> None:
+        """Freeze all axes of a value."""
+        for axis in dims:
+            self.axes.freeze(axis, reason)
+
+    def constant(self, aval: Any, value: Any) -> Dims:
+        """Return the axes of a literal or a captured array: free where every index holds the same."""
+        if not getattr(aval, "shape", ()):
+            return ()
+        if not isinstance(value, (np.ndarray, jax.Array)) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+            return self.fresh(aval, "constant")
+        value = np.asarray(value)
+        varies = [bool((value != value.take([0], axis)).any()) for axis in range(value.ndim)]
+        return tuple(self.axes.leaf(n, "constant" if vary else None) for n, vary in zip(value.shape, varies, strict=True))
+
+    def join(self, a: Dims, b: Dims) -> Dims:
+        """Unify what may be either."""
+        for one, other in zip(a, b, strict=True):
+            unify(self.axes, one, other)
+        return a
+
+    def same(self, a: Dims, b: Dims) -> bool:
+        """Tell that two values need no further turn: to join them has already changed both."""
+        return True
+
+    def unstack(self, a: Dims, loop: int) -> Dims:
+        """Return the axes of one slice; the order of the slices is that of the iterations."""
+        self.axes.freeze(a[0], "scan")
+        return a[1:]
+
+    def stack(self, a: Dims, length: int) -> Dims:
+        """Return the axes of the slices put together."""
+        return (self.axes.leaf(length, "scan"), *a)
+
+    def reshard(self, a: Dims, aval: Any) -> Dims:
+        """Return the axes of a device's piece, or of the whole: those that are not cut go through."""
+        return tuple(self._recut(axis, size) for axis, size in zip(a, getattr(aval, "shape", ()), strict=True))
+
+    def _recut(self, axis: Axis, size: int) -> Axis:
+        if axis.size == size:
+            return axis
+        self.axes.freeze(axis, "cut over devices")
+        return self.axes.leaf(size, "cut over devices")
+
+    def equation(self, eqn: JaxprEqn, args: list[Dims], where: Where) -> Sequence[Dims]:
+        """Return the axes of an equation's results; without a rule, freeze what it touches."""
+        name, position = eqn.primitive.name, where.position
+        results = RULES[name](self.axes, eqn, args) if name in RULES else None
+        if results is None or not _fit(eqn, results):
+            self.unknown[position] = name
+            for dims in args:
+                self.freeze(dims, f"unknown op {name}")
+            results = [self.fresh(var.aval, f"unknown op {name}") for var in eqn.outvars]
+        self.values[position] = args, list(results)
+        self.summed[position] = [args[operand][axis] for operand, axis in summed(eqn)]
+        return results
+
+
+def _fit(eqn: JaxprEqn, results: Sequence[Dims]) -> bool:
+    """Tell whether a rule's results have the shapes of the equation's: not so for a form of it that is not known."""
+    shapes = [getattr(var.aval, "shape", ()) for var in eqn.outvars]
+    return [tuple(axis.size for axis in dims) for dims in results] == shapes
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What the axes of a function are made of.
+
+    Attributes:
+      traced: its trace.
+      walk: the axes of every value in it, by position.
+      params: the axes of every parameter, by path.
+      state: which outputs are parameters returned anew: path in the output to path of the parameter.
+    """
+
+    traced: Traced
+    walk: Walk
+    params: dict[str, Dims]
+    state: dict[str, str]
+
+    @property
+    def unknown(self) -> dict[str, int]:
+        """How often each primitive without a rule occurs."""
+        return dict(Counter(self.walk.unknown.values()))
+
+
+def analyze(fn: Callable[..., Any], variables: Any, *inputs: Any) -> Analysis:
+    """Trace ``fn(variables, *inputs)`` and find out what its axes are made of.
+
+    Args:
+      fn: a pure function.
+      variables: tree of arrays or ``ShapeDtypeStruct``.
+      inputs: trees of the same.
+
+    Returns:
+      The analysis, to which nothing is added any more.
+    """
+    traced, walk = trace(fn, variables, *inputs), Walk()
+    params = {path: walk.fresh(leaf) for path, leaf in traced.params.items()}
+    rest = traced.jaxpr.jaxpr.invars[len(params) :]
+    data = [walk.fresh(var.aval, "input") for var in rest]
+    results = interpret(walk, traced.jaxpr, [*params.values(), *data])
+    outputs = flatten(traced.out)[0]
+    state = returned(outputs, traced.params)
+    for path, dims in zip(outputs, results, strict=True):
+        if path in state:
+            walk.join(params[state[path]], dims)
+        else:
+            walk.freeze(dims, "output")
+    for dims in params.values():
+        for axis in dims:
+            for leaf in walk.axes.repeated(axis):
+                walk.axes.freeze(leaf, "twice in one axis")
+    return Analysis(traced, walk, params, state)
+
+
+def returned(outputs: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
+    """Return which outputs are parameters returned anew: their paths end in a parameter's; shape and dtype are the same.
+
+    Args:
+      outputs: what a function returns, by path.
+      params: its parameters, by path.
+
+    Returns:
+      ``{path of the output: path of the parameter}``.
+
+    Example:
+      >>> returned({"0": np.ones((2, 3)), "1/stats/mean": np.ones(3)}, {"stats/mean": np.ones(3), "w": np.ones((4, 3))})
+      {'1/stats/mean': 'stats/mean'}
+    """
+    found = {}
+    for path, leaf in outputs.items():
+        parts = path.split("/")
+        ends = ["/".join(parts[start:]) for start in range(len(parts))]
+        match = next((end for end in ends if end and end in params), None)
+        if match is not None and (params[match].shape, params[match].dtype) == (leaf.shape, leaf.dtype):
+            found[path] = match
+    return found

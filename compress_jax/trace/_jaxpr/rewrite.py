@@ -1,0 +1,139 @@
+"""From a function to the same function with hooks at its sites, traced anew for every shape it is called with."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
+
+from compress_jax.core.errors import NoMatchError, ShapeError
+from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind, evaluate
+from compress_jax.trace._jaxpr.find_sites import trace
+from compress_jax.trace._jaxpr.site import Position, Site
+
+CACHED = 16  # shapes of arguments kept for calls outside jit
+
+
+def hooked(
+    fn: Callable[..., Any],
+    hooks: Callable[[dict[Position, Site]], Hooks],
+    where: str | tuple[str, ...] | None,
+    given: Mapping[str, Any] | None = None,
+) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    """Return ``(params, *inputs) -> (out, statistics)``, which runs ``fn`` with hooks at the chosen sites.
+
+    Args:
+      fn: a pure function of params and inputs.
+      hooks: from the chosen sites to what is done at them.
+      where: a glob, or several, over the names of sites; None chooses all.
+      given: a tree for each chosen site by name, handed to its hook.
+
+    Returns:
+      The function. Inside ``jit`` or another transformation it is part of the trace; outside, it is traced once for each
+      shape of arguments, like a function under ``jit``.
+    """
+    cache: dict[ClosedJaxpr, tuple[ClosedJaxpr, Any]] = {}
+
+    def run(params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+        traced = trace(fn, params, *inputs)
+        flat = jax.tree.leaves((params, inputs))
+        tree = jax.tree.structure(traced.out)
+
+        def with_hooks(*flat: Any) -> tuple[Any, dict[str, Any]]:
+            chosen = traced.choose(where)
+            results, statistics = evaluate(traced.jaxpr, flat, hooks(chosen), _placed(chosen, given))
+            return jax.tree.unflatten(tree, results), statistics
+
+        if any(isinstance(x, Tracer) for x in (*flat, *traced.jaxpr.consts)):
+            return with_hooks(*flat)
+        made, shape = cache.get(traced.jaxpr) or jax.make_jaxpr(with_hooks, return_shape=True)(*flat)
+        if not any(isinstance(x, Tracer) for x in made.consts):
+            if len(cache) >= CACHED:
+                cache.clear()
+            cache[traced.jaxpr] = (made, shape)
+        return jax.tree.unflatten(jax.tree.structure(shape), jaxpr_as_fun(made)(*flat))
+
+    return run
+
+
+def _placed(chosen: dict[Position, Site], given: Mapping[str, Any] | None) -> dict[Position, Any]:
+    """Return what is given by position; every chosen site needs something, with the loops around it as leading axes."""
+    if given is None:
+        return {}
+    for site in chosen.values():
+        if site.name not in given:
+            raise NoMatchError(f"nothing is given for site {site.name!r}, only for: {', '.join(given) or 'none'}")
+        for leaf in jax.tree.leaves(given[site.name]):
+            if jnp.shape(leaf)[: len(site.loops)] != site.loops:
+                raise ShapeError(
+                    f"what is given for site {site.name!r} has shape {jnp.shape(leaf)}, but the loops around the site need "
+                    f"leading axes {site.loops}"
+                )
+    return {position: given[site.name] for position, site in chosen.items()}
+
+
+# Change the operands of contractions, or replace contractions, inside any function.
+
+
+Rule = Callable[..., Any]
+
+
+def rewrite(
+    fn: Callable[..., Any],
+    rule: Rule,
+    where: str | tuple[str, ...] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Return ``fn`` with the contractions' operands, or whole contractions, replaced.
+
+    Everything else is evaluated as it stands: gradients, vmap, jit, sharding, random numbers and custom derivative rules are
+    those of the original, and with a rule that changes nothing values and gradients are the original's bit for bit under
+    ``jit``. (Outside ``jit`` JAX runs either one operation at a time; where it fuses them differently, the last bit may
+    differ.)
+
+    Args:
+      fn: a pure function of params and inputs.
+      rule: ``(site, lhs, rhs) -> (lhs, rhs)`` of the same shapes and dtypes, or an array that replaces the contraction's
+        result (`Site.contract` runs it on other operands). It is called when the function is traced, as under ``jit``.
+      where: a glob, or several, over the names of sites; the other contractions stay. By default the rule sees all.
+      given: a tree of arrays for each such site, by name: the scale of its activations, say. The rule is then called as
+        ``rule(site, lhs, rhs, given[site.name])``. Inside loops every turn has its own: their leading axes are `Site.loops`,
+        as `observe` returns them. They are differentiated like any array.
+
+    Returns:
+      ``(params, *inputs) -> out``.
+
+    Raises:
+      ShapeError: when called, if the rule returns another shape or dtype; it names the site.
+      NoMatchError: when called, if no site's name matches ``where``, or nothing is given for one.
+
+    Example:
+      >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+      >>> halved = rewrite(lambda params, x: x @ params["kernel"], lambda site, lhs, rhs: (lhs, rhs / 2))
+      >>> halved(params, jnp.ones((1, 2))).tolist()
+      [[2.0, 3.0]]
+    """
+
+    def apply(site: Site, eqn: JaxprEqn, operands: list[Any], own: Any) -> Values:
+        answer = rule(site, *operands[:2]) if given is None else rule(site, *operands[:2], own)
+        if not isinstance(answer, tuple):
+            return [_checked(site, "result", jnp.asarray(answer), site.out_shape, site.out_dtype)], {}
+        if len(answer) != 2:
+            raise ShapeError(f"the rule returned {len(answer)} values at site {site.name!r}; return (lhs, rhs) or an array")
+        lhs = _checked(site, "lhs", answer[0], site.lhs_shape, site.lhs_dtype)
+        rhs = _checked(site, "rhs", answer[1], site.rhs_shape, site.rhs_dtype)
+        return bind(eqn, [lhs, rhs, *operands[2:]]), {}
+
+    run = hooked(fn, lambda sites: Hooks(sites, apply), where, given)
+    return lambda params, *inputs: run(params, *inputs)[0]
+
+
+def _checked(site: Site, what: str, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    if x.shape == shape and str(x.dtype) == dtype:
+        return jax.lax.convert_element_type(x, x.dtype)  # drops the weak type of Python's numbers
+    raise ShapeError(
+        f"the rule's {what} at site {site.name!r} is {x.dtype}{list(x.shape)}, but {dtype}{list(shape)} is needed there; "
+        "cast it back, or return an array in the result's shape to replace the whole contraction"
+    )

@@ -1,0 +1,304 @@
+"""Expressions of parameters, entry by entry, as sums of products of powers: all spellings of a map are one polynomial."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import JaxprEqn
+
+Dims = tuple[tuple[int, ...], ...]
+Step = tuple[str, float]
+MOST = 24  # terms: what a norm is written as has a handful
+
+
+@dataclass(frozen=True)
+class Atom:
+    """A function of one parameter, entry by entry, laid out as a value is.
+
+    Attributes:
+      path: of the parameter.
+      steps: what is done to its entries, in order: ``("add" | "mul" | "pow" | "max", number)`` or ``("exp", 0)``.
+      dims: for each axis of the value, the axes of the stored parameter that lie in it; none where it is broadcast.
+      sliced: stored axes that loops run along, each with the loop, counted from the outermost.
+    """
+
+    path: str
+    steps: tuple[Step, ...] = ()
+    dims: Dims = ()
+    sliced: tuple[tuple[int, int], ...] = ()
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Return the function of the parameter's entries."""
+        for kind, number in self.steps:
+            x = APPLY[kind](x, number)
+        return x
+
+    def inverse(self, y: Any) -> np.ndarray | None:
+        """Return the entries of which this is the function; None if there are none."""
+        y = np.asarray(y, np.float64)
+        for kind, number in self.steps[::-1]:
+            if (kind in ("pow", "exp") and not (y > 0).all()) or (kind == "max" and not (y >= number).all()):
+                return None
+            y = INVERT[kind](y, number)
+        return y
+
+
+APPLY: dict[str, Callable[[Any, float], Any]] = {
+    "add": lambda x, k: x + k,
+    "mul": lambda x, k: x * k,
+    "pow": lambda x, k: np.power(x, k),
+    "max": np.maximum,
+    "exp": lambda x, _: np.exp(x),
+}
+INVERT: dict[str, Callable[[Any, float], Any]] = {
+    "add": lambda y, k: y - k,
+    "mul": lambda y, k: y / k,
+    "pow": lambda y, k: np.power(y, 1 / k),
+    "max": lambda y, _: y,
+    "exp": lambda y, _: np.log(y),
+}
+Factors = tuple[tuple[Atom, float], ...]
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """A sum of terms, each a number times powers of atoms.
+
+    Attributes:
+      terms: ``((atom, power), ...)`` and the number, for each term; no two of the same powers, no number 0.
+
+    Example:
+      >>> variance, gain = parameter("variance", 1), parameter("gain", 1)
+      >>> one = multiply(gain, power(add(variance, number(1e-3)), -0.5))
+      >>> two = power(multiply(power(add(number(1e-3), variance), 0.5), power(gain, -1.0)), -1.0)
+      >>> one == two
+      True
+    """
+
+    terms: tuple[tuple[Factors, float], ...]
+
+    @property
+    def atoms(self) -> tuple[Atom, ...]:
+        """The atoms of all terms, once each."""
+        return tuple(dict.fromkeys(atom for factors, _ in self.terms for atom, _ in factors))
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """The parameters it is made of."""
+        return frozenset(atom.path for atom in self.atoms)
+
+    def moved(self, move: Callable[[Atom], Atom | None]) -> "Polynomial | None":
+        """Return it with its atoms laid out in another way; None if one of them cannot be."""
+        new = {atom: move(atom) for atom in self.atoms}
+        if any(atom is None for atom in new.values()):
+            return None
+        terms = [(tuple((new[atom], p) for atom, p in factors), k) for factors, k in self.terms]
+        return _sum(terms)  # type: ignore[arg-type]
+
+
+def number(x: float) -> Polynomial:
+    """Return a number."""
+    return _sum([((), float(x))])
+
+
+def parameter(path: str, rank: int) -> Polynomial:
+    """Return a parameter as it is stored."""
+    return Polynomial(((((Atom(path, (), tuple((axis,) for axis in range(rank))), 1.0),), 1.0),))
+
+
+def add(a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial | None:
+    """Return ``a + sign * b``, or None if that is too long."""
+    return _limited(_sum([*a.terms, *((factors, sign * k) for factors, k in b.terms)]))
+
+
+def multiply(a: Polynomial, b: Polynomial) -> Polynomial | None:
+    """Return the product, or None if it is too long."""
+    a, b = _joined(a), _joined(b)
+    if len(a.terms) * len(b.terms) > MOST:
+        return None
+    return _limited(_sum([(_product(f, g), k * m) for f, k in a.terms for g, m in b.terms]))
+
+
+def power(a: Polynomial, exponent: float) -> Polynomial | None:
+    """Return a power of a single term, or of a parameter plus a number; None of anything else."""
+    a = _joined(a)
+    if len(a.terms) != 1:
+        return None
+    ((factors, k),) = a.terms
+    if k < 0 and exponent != int(exponent):
+        return None
+    return _sum([(_product((), tuple((atom, p * exponent) for atom, p in factors)), float(k) ** exponent)])
+
+
+def stepped(a: Polynomial, kind: str, k: float = 0.0) -> Polynomial | None:
+    """Return a function (a step) of a term that is a power of one atom; None of anything else."""
+    a = _joined(a)
+    if len(a.terms) != 1 or len(a.terms[0][0]) != 1:
+        return None
+    (((atom, p),), scale) = a.terms[0]
+    return _single(_after(atom, p, scale, (kind, k)))
+
+
+def as_number(a: Polynomial) -> float | None:
+    """Return the number that a polynomial is, or None if it is none."""
+    if not a.terms:
+        return 0.0
+    return a.terms[0][1] if len(a.terms) == 1 and not a.terms[0][0] else None
+
+
+def evaluate(a: Polynomial, of: Callable[[Atom], np.ndarray]) -> np.ndarray:
+    """Return the sum, given the array of each atom; they broadcast against each other."""
+    values: Mapping[Atom, np.ndarray] = {atom: of(atom) for atom in a.atoms}
+    total = np.zeros(())
+    for factors, k in a.terms:
+        term = np.asarray(k)
+        for atom, p in factors:
+            term = term * (values[atom] if p == 1 else np.power(values[atom], p))
+        total = total + term
+    return total
+
+
+def _single(atom: Atom) -> Polynomial:
+    return Polynomial(((((atom, 1.0),), 1.0),))
+
+
+def _after(atom: Atom, p: float, scale: float, step: Step) -> Atom:
+    own = [*([("pow", p)] if p != 1 else []), *([("mul", scale)] if scale != 1 else []), step]
+    return replace(atom, steps=(*atom.steps, *own))
+
+
+def _joined(a: Polynomial) -> Polynomial:
+    """Return a power of one atom plus a number as one atom; anything else as it is."""
+    if len(a.terms) != 2:
+        return a
+    constants = [k for factors, k in a.terms if not factors]
+    others = [(factors, k) for factors, k in a.terms if len(factors) == 1]
+    if len(constants) != 1 or len(others) != 1:
+        return a
+    (((atom, p),), scale) = others[0]
+    return _single(_after(atom, p, scale, ("add", constants[0])))
+
+
+def _product(f: Factors, g: Factors) -> Factors:
+    powers: dict[Atom, float] = {}
+    for atom, p in (*f, *g):
+        powers[atom] = powers.get(atom, 0.0) + p
+    return tuple(sorted(((atom, p) for atom, p in powers.items() if p), key=repr))
+
+
+def _sum(terms: Any) -> Polynomial:
+    total: dict[Factors, float] = {}
+    for factors, k in terms:
+        key = _product(factors, ())
+        total[key] = total.get(key, 0.0) + k
+    return Polynomial(tuple(sorted(((f, k) for f, k in total.items() if k), key=repr)))
+
+
+def _limited(a: Polynomial) -> Polynomial | None:
+    return a if len(a.terms) <= MOST else None
+
+
+# What equations do to polynomials of parameters, and to scales and shifts by them.
+
+
+MANY = 2**12  # entries of a result that is worked out
+
+
+def itself(kernel: Polynomial | None, path: str | None) -> Atom | None:
+    """Return the parameter itself, if a value is that times what does not depend on it."""
+    if kernel is None or len(kernel.terms) != 1:
+        return None
+    own = [(atom, p) for atom, p in kernel.terms[0][0] if atom.path == path]
+    return own[0][0] if len(own) == 1 and own[0][1] == 1 and not own[0][0].steps else None
+
+
+def combined(name: str, a: Polynomial, b: Polynomial) -> Polynomial | None:
+    """Return what an equation of two operands makes of polynomials; None where that is no polynomial."""
+    if name in ("add", "add_any", "sub"):
+        return add(a, b, -1.0 if name == "sub" else 1.0)
+    if name == "mul":
+        return multiply(a, b)
+    if name == "div":
+        inverse = power(b, -1.0)
+        return inverse and multiply(a, inverse)
+    if name == "pow":
+        exponent = as_number(b)
+        return None if exponent is None else power(a, exponent)
+    for one, other in ((a, b), (b, a)):
+        if (floor := as_number(other)) is not None:
+            return stepped(one, "max", floor) if one.terms else None
+    return None
+
+
+def scaled_and_shifted(
+    name: str, scale: Polynomial, shift: Polynomial, other: Polynomial, *, first: bool
+) -> tuple[Polynomial | None, Polynomial | None]:
+    """Return the scale and shift after one more step; None where it is none."""
+    if name in ("add", "add_any"):
+        return scale, add(shift, other)
+    if name == "sub" and first:
+        return scale, add(shift, other, -1.0)
+    if name == "sub":
+        return multiply(scale, number(-1)), add(other, shift, -1.0)
+    if name == "mul" or (name == "div" and first):
+        factor = other if name == "mul" else power(other, -1.0)
+        if factor is not None and factor.terms:
+            return multiply(scale, factor), multiply(shift, factor)
+    return None, None
+
+
+def lifted(p: Polynomial, rank: int) -> Polynomial | None:
+    """Return a scalar's polynomial laid out for more axes."""
+
+    def lift(atom: Atom) -> Atom | None:
+        if len(atom.dims) == rank:
+            return atom
+        return replace(atom, dims=((),) * rank) if not atom.dims else None
+
+    return p.moved(lift)
+
+
+def laid_out(atom: Atom, dims: Dims | None) -> Atom | None:
+    """Return the atom in another layout, if there is one."""
+    return None if dims is None else replace(atom, dims=dims)
+
+
+def sliced(atom: Atom, loop: int) -> Atom | None:
+    """Return one slice along the first axis, as a turn of a loop sees it; None if more than one stored axis lies there."""
+    if not atom.dims or len(atom.dims[0]) > 1:
+        return None
+    return replace(atom, dims=atom.dims[1:], sliced=(*atom.sliced, *((axis, loop) for axis in atom.dims[0])))
+
+
+def scalar(x: Any) -> float | None:
+    """Return the number in an array of one entry, if it is known."""
+    known = isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, Tracer) and x.size == 1
+    if not known or not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+        return None
+    return None if jnp.issubdtype(x.dtype, jnp.complexfloating) else float(x.reshape(()))
+
+
+def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | None:
+    """Return the number that all entries of an equation's result are, if all entries of each operand are one.
+
+    Args:
+      eqn: the equation, which runs nothing inside.
+      values: the number that each operand is; None for those that are not known.
+
+    Returns:
+      The number; None if it is not known or the entries differ.
+    """
+    avals: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    simple = all(hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in avals)
+    if not values or None in values or len(eqn.outvars) != 1 or not simple or eqn.effects:
+        return None
+    with jax.ensure_compile_time_eval():
+        pairs: Any = zip(avals[: len(values)], values, strict=True)
+        operands = [jnp.full(aval.shape, value, aval.dtype) for aval, value in pairs]
+        result = np.asarray(eqn.primitive.bind(*operands, **eqn.params)).astype(np.float64).reshape(-1)
+    return float(result[0]) if result.size and (result == result[0]).all() else None

@@ -1,0 +1,223 @@
+"""The training loop: feed batches to a step, record, save, and continue where it stopped."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from compress_jax.core.errors import CheckpointError, NonFiniteError
+from compress_jax.train._checkpoint import Checkpoints
+from compress_jax.train._interrupt import Interrupted, watch_signals
+from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
+from compress_jax.train._progress import Report, progress
+from compress_jax.train._state import TrainState
+
+# What happens between two steps: metrics to disk, checkpoints, and the check that the numbers still
+# mean something.
+
+
+_log = logging.getLogger(__name__)
+
+
+class Session(NamedTuple):
+    """Where the results of a run go.
+
+    Attributes:
+      recorders: what metrics are written to.
+      report: shows progress.
+      checkpoints: where states are saved; None saves none.
+      ahead: metrics of the steps that the device may not have finished.
+    """
+
+    recorders: list[Recorder]
+    report: Report
+    checkpoints: Checkpoints | None
+    ahead: deque[Any]
+
+    def keep_pace(self, step: int, metrics: Any, most: int = 2) -> None:
+        """Wait until the device is at most so many steps behind, or stopping would mean finishing a long queue."""
+        self.ahead.append(metrics)
+        if len(self.ahead) > most:
+            jax.block_until_ready(self.ahead.popleft())
+        self.report(step, {})
+
+    def record(self, step: int, group: str, values: Mapping[str, Any]) -> None:
+        """Write and show metrics; under pmap each comes once a device, all equal."""
+        numbers = {name: float(np.ravel(value)[0]) for name, value in jax.device_get(dict(values)).items()}
+        with _writable(None):
+            for recorder in self.recorders:
+                recorder.write(step, {f"{group}/{name}": value for name, value in numbers.items()})
+        self.report(step, numbers)
+        self._require_finite(step, [f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value)])
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Save a state, unless it is good for nothing: it must not push out a good checkpoint."""
+        if self.checkpoints is None:
+            return
+        if not _all_finite(state.trainable):
+            self._require_finite(step, ["a parameter is nan or infinite"])
+        self.checkpoints.save(step, state)
+
+    def _require_finite(self, step: int, bad: list[str]) -> None:
+        if bad:
+            kept = self.checkpoints.steps() if self.checkpoints else []
+            good = f" (the last good checkpoint is of step {kept[-1]})" if kept else ""
+            advice = "lower the learning rate, warm it up, or clip gradients"
+            raise NonFiniteError(f"training diverged: {', '.join(bad)} at step {step}{good}; {advice}")
+
+
+@contextlib.contextmanager
+def open_recorders(directory: str | os.PathLike[str] | None, start: int) -> Iterator[list[Recorder]]:
+    """Open the files for metrics in a directory, if any; only the first process of a job writes them."""
+    recorders: list[Recorder] = []
+    if directory is not None and jax.process_index() == 0:
+        _tell_damaged(Path(directory) / "metrics.jsonl")
+        with _writable(directory):
+            recorders.append(JsonLines(Path(directory) / "metrics.jsonl", start))
+            recorders.append(TensorBoard(Path(directory) / "tensorboard", start))
+    try:
+        yield recorders
+    finally:
+        with _writable(directory):
+            for recorder in recorders:
+                recorder.close()
+
+
+def _tell_damaged(file: Path) -> None:
+    """Warn of lines that will be dropped as they are damaged; the last may have been cut short by a kill."""
+    if not file.is_file():
+        return
+    lines = file.read_bytes().splitlines(keepends=True)
+    bad = sum(line.endswith(b"\n") and not _is_record(line) for line in lines)
+    if bad:
+        _log.warning("%d lines of %s are damaged; they are dropped", bad, file)
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line).get("step"), int)
+    except (ValueError, AttributeError, RecursionError):
+        return False
+
+
+@contextlib.contextmanager
+def _writable(directory: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Turn a full or unwritable disk into one sentence; nothing that was saved is lost by it."""
+    try:
+        yield
+    except OSError as error:
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        where = error.filename or directory
+        raise CheckpointError(f"cannot write {where}: {why}; what was saved before is kept, so run it again then") from error
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all() if floats else jnp.array(True)
+
+
+class Feed(Protocol):
+    """Batches by step: ``feed[step]`` is always the same batch, so a resumed run sees what an uninterrupted one does."""
+
+    def __getitem__(self, step: int, /) -> Any:
+        """Return the batch of a step, counted from 0."""
+        ...
+
+
+def fit(
+    step: Callable[..., tuple[TrainState, Any]],
+    state: TrainState,
+    feed: Feed,
+    *,
+    steps: int,
+    directory: str | os.PathLike[str] | None = None,
+    log_every: int = 50,
+    save_every: int = 500,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
+    eval_every: int | None = None,
+    title: str = "training",
+    teacher: Any = None,
+) -> TrainState:
+    """Train until ``steps`` steps have been taken, in this process or in earlier ones.
+
+    The directory gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``. If it holds a checkpoint the run continues
+    from it, bit for bit, and at once returns it if it is the last. The host runs at most two steps ahead of the device.
+
+    Args:
+      step: compiled, ``(state, batch, teacher=...) -> (state, metrics)``: ``jax.jit(step, donate_argnums=0)``, or from
+        `jit_step` or `pmap_step`. It may donate the state: do not use the one given here afterwards.
+      state: where to begin, and what a checkpoint must look like, shardings included.
+      feed: batches by step.
+      steps: number of steps in all.
+      directory: where the run is kept; None keeps nothing.
+      log_every: metrics are recorded, and seen to be finite, at multiples of this.
+      save_every: a checkpoint is written at multiples of this, and at the end.
+      evaluate: ``(state) -> {name: value}``, run at multiples of eval_every and at the end.
+      eval_every: None evaluates at the end only.
+      title: shown beside the progress.
+      teacher: given to the step; never donated.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      Interrupted: after Ctrl-C or SIGTERM, once the current step is finished and saved.
+      NonFiniteError: if the loss or the parameters are NaN or infinite; the last good checkpoint stays.
+      CheckpointError: if the directory holds a checkpoint of another model, or of a longer run.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> from compress_jax.core.compression import identity
+      >>> from compress_jax.train import create, make_step
+      >>> def loss(params, model_state, batch, key, teacher, train=True):
+      ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
+      >>> state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> step = jax.jit(make_step(loss, optax.sgd(0.5), identity()), donate_argnums=0)
+      >>> state = fit(step, state, [np.ones(4, np.float32)] * 3, steps=3)
+      >>> int(state.step), float(state.params["w"])
+      (3, 1.0)
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoints = None if directory is None else stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
+        start, state = _resume(state, checkpoints, steps)
+        if start == steps:
+            return state
+        stop = stack.enter_context(watch_signals())
+        recorders = stack.enter_context(open_recorders(directory, start))
+        report = stack.enter_context(progress(title, steps, start))
+        session = Session(recorders, report, checkpoints, deque())
+        for done in range(start + 1, steps + 1):
+            state, metrics = step(state, feed[done - 1], teacher=teacher)
+            session.keep_pace(done, metrics)
+            last, signum = done == steps, stop()
+            if last or done % log_every == 0:
+                session.record(done, "train", metrics)
+            if evaluate is not None and (last or (eval_every and done % eval_every == 0)):
+                session.record(done, "eval", evaluate(state))
+            if last or signum or done % save_every == 0:
+                session.save(done, state)
+            if signum:
+                raise Interrupted(signum, done)
+        if signum := stop():  # it came while the last step was being saved
+            raise Interrupted(signum, steps)
+    return state
+
+
+def _resume(state: TrainState, checkpoints: Checkpoints | None, steps: int) -> tuple[int, TrainState]:
+    """Return where to begin: at the newest checkpoint if there is one, else at the state given."""
+    found = checkpoints.restore_latest(state) if checkpoints else None
+    start, state = found or (int(np.ravel(jax.device_get(state.step))[0]), state)
+    if start > steps:
+        where = checkpoints.directory if checkpoints else "the state given"
+        raise CheckpointError(f"{where} has {start} steps of training, more than steps={steps}; use another directory")
+    return start, state
