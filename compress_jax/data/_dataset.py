@@ -15,10 +15,8 @@ import tensorflow_datasets as tfds
 
 from compress_jax.core.errors import ConfigError, DataError
 from compress_jax.data._builders import MNIST, Digits, FashionMNIST, idx
-from compress_jax.data._explain import damaged, elsewhere, explained, first_line, no_files
 from compress_jax.data._preprocess import Split, clean, normalise, scale_to_unit, statistics
-from compress_jax.data._progress import progress
-from compress_jax.data._quiet import quiet
+from compress_jax.data._tfds import damaged, elsewhere, explained, first_line, no_files, progress, quiet
 
 # From prepared files to arrays in memory, read once in large pieces.
 

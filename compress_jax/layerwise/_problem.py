@@ -1,7 +1,7 @@
 """Stored parameters as the matrices that their sites multiply by: what the layer-wise solvers work on."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 from compress_jax.trace._jaxpr.strided import Box, Piece, placed
-from compress_jax.trace._statistics.calibration import Gram, require
+from compress_jax.trace._statistics.calibration import Calibration, Gram, require
 
 Span = tuple[int, int]
 
@@ -520,3 +520,10 @@ def damped_hessian(gram: jax.Array, damping: jax.Array, inputs: int) -> tuple[ja
     dead = diagonal == 0
     added = jnp.where(dead, 1.0, damping * diagonal.sum() / inputs)
     return jnp.where(jnp.eye(len(gram), dtype=bool), 2 * gram + added[None], 2 * gram), dead
+
+
+def fed(calibration: Calibration, leaves: Mapping[str, Any]) -> Iterator[tuple[Site, Any]]:
+    """Yield ``(site, statistics of its input)`` of every calibrated site that a parameter feeds."""
+    for name, site in calibration.sites.items():
+        if site.param is not None and site.param in leaves:
+            yield site, calibration[name]["input"]

@@ -1,6 +1,6 @@
 """What the layer-wise solvers share: the loop over leaves, the two levels around a weight, the better of two roundings."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from compress_jax.core.paths import flatten
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import MatrixForm, Problem, column_errors, problems, unit
 from compress_jax.trace import Calibration
-from compress_jax.trace._jaxpr.site import Site, layouts_of_sites
+from compress_jax.trace._jaxpr.site import layouts_of_sites
 
 # What a post-training solver returns, and the error it lowers.
 
@@ -181,10 +181,3 @@ def better(w: jax.Array, gram: jax.Array, first: jax.Array, second: jax.Array) -
     """Return, column by column, whichever rounding of weights has the lower output error; the first if they tie."""
     errors = [column_errors(q - w, gram) for q in (first, second)]
     return jnp.where((errors[1] < errors[0])[:, None], second, first)
-
-
-def fed(calibration: Calibration, leaves: Mapping[str, Any]) -> Iterator[tuple[Site, Any]]:
-    """Yield ``(site, statistics of its input)`` of every calibrated site that a parameter feeds."""
-    for name, site in calibration.sites.items():
-        if site.param is not None and site.param in leaves:
-            yield site, calibration[name]["input"]

@@ -2,8 +2,7 @@
 
 from compress_jax.trace import reducers
 from compress_jax.trace._cost import Cost, SiteCost, cost
-from compress_jax.trace._groups.group import Group, Groups
-from compress_jax.trace._groups.groups import Verification, groups, verify_groups
+from compress_jax.trace._groups.groups import Group, Groups, Verification, groups, verify_groups
 from compress_jax.trace._jaxpr.find_sites import bind, layouts, sites, unseen
 from compress_jax.trace._jaxpr.rewrite import rewrite
 from compress_jax.trace._jaxpr.site import Site

@@ -42,7 +42,7 @@ import compress_jax as cj  # noqa: E402
 from compress_jax.core import ExportError  # noqa: E402
 from compress_jax.export import verify
 from compress_jax.export._artifact.seal import sealed, unsealed
-from compress_jax.export._verify import isolated, running
+from compress_jax.export._verify import running
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
 PARAMS = {"a": jax.random.normal(jax.random.key(1), (8, 16)), "b": jax.random.normal(jax.random.key(2), (16, 4))}
@@ -91,7 +91,7 @@ WAYS = ("flip a bit", "overwrite bytes", "cut", "overwrite a number", "leave out
 def child(original: Path, first: int, last: int) -> None:
     """Try mutations of some numbers as the child of `verify` does, and print a line of JSON for each."""
     data = original.read_bytes()
-    isolated._confine(2**32)
+    running._confine(2**32)
     for number in range(first, last):
         changed, way = mutate(data, np.random.default_rng([29, number]))
         file = original.with_name(f"mutant{number}{original.suffix}")

@@ -14,7 +14,7 @@ import pytest
 from compress_jax.core import ExportError
 from compress_jax.export import to_stablehlo, verify
 from compress_jax.export._artifact.seal import DIGITS, MARK, sealed, unsealed
-from compress_jax.export._verify import isolated
+from compress_jax.export._verify import running
 from compress_jax.export._verify.running import runner
 
 X = np.ones((3, 4), np.float32)
@@ -112,7 +112,7 @@ def test_a_child_that_crashes_is_an_error_that_says_how(end, program, tmp_path):
     done = subprocess.run(["python", "-c", line], capture_output=True, check=False)
     said = end.name if isinstance(end, signal.Signals) else "failed"
     with pytest.raises(ExportError, match=f"{program}.*{said}"):
-        isolated._answer(program, tmp_path, done)
+        running._answer(program, tmp_path, done)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".tflite"])

@@ -7,8 +7,7 @@ import pytest
 
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.paths import flatten
-from compress_jax.trace._groups.group import Group, Groups
-from compress_jax.trace._groups.groups import groups, verify_groups
+from compress_jax.trace._groups.groups import Group, Groups, groups, verify_groups
 from tests.trace.zoo import ZOO
 from tests.trace.zoo_entry import inputs, normal, randomise
 

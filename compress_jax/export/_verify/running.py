@@ -4,11 +4,17 @@ Runtimes are native code: a file that is damaged, or made to do harm, may end th
 module in a process of its own (see `isolated`); files that you wrote yourself may be run anywhere.
 """
 
+import contextlib
+import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -143,3 +149,130 @@ def interleaved(files: Mapping[str, Runner], batch: Sequence[np.ndarray], rounds
             files[name](*batch)
             times[name].append(time.perf_counter() - start)
     return {name: each[1:] for name, each in times.items()}
+
+
+# Running exported files in a process of their own: where a runtime crashes, hangs or eats memory,
+# the caller does not.
+
+
+FLOOR, FACTOR = 2**33, 64  # bytes of memory that any file may take, and times the files and inputs
+
+
+class Measured(NamedTuple):
+    """What a file answered, and how long it took.
+
+    Attributes:
+      scores: float64, for all inputs.
+      times: for each number of threads and batch size ``{"threads", "batch", "export": seconds, "float": seconds}``.
+    """
+
+    scores: np.ndarray
+    times: list[dict[str, Any]]
+
+
+def measured(
+    path: Path, arrays: Sequence[np.ndarray], job: Mapping[str, Any], *, timeout: float, max_bytes: int | None
+) -> Measured:
+    """Run a file, and time it beside another, in a child process.
+
+    Args:
+      path: the file.
+      arrays: inputs; the first axis counts examples.
+      job: ``baseline`` (a path or None), ``threads`` (numbers), ``batch_sizes`` and ``rounds``.
+      timeout: seconds after which the child is ended.
+      max_bytes: memory that it may take beyond what it starts with; None for 8 GiB or 64 times files and inputs.
+
+    Returns:
+      Scores and times.
+
+    Raises:
+      ExportError: if the file cannot be run, crashes its runtime, or goes beyond time or memory.
+    """
+    files = [path] + ([Path(job["baseline"])] if job["baseline"] else [])
+    size = sum(file.stat().st_size for file in files) + sum(x.nbytes for x in arrays)
+    room = max(FLOOR, FACTOR * size) if max_bytes is None else max_bytes
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "job.json").write_text(json.dumps({**job, "path": str(path), "max_bytes": room, "inputs": len(arrays)}))
+        for i, x in enumerate(arrays):
+            np.save(folder / f"{i}.npy", x)
+        command = [sys.executable, "-W", "ignore", "-m", "compress_jax.export._verify.running", place]
+        try:
+            done = subprocess.run(command, capture_output=True, env=_environment(), timeout=timeout, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise ExportError(
+                f"{path} has not answered after {timeout:g} seconds; pass a larger timeout= if it may"
+            ) from error
+        return _answer(path, folder, done)
+
+
+def _answer(path: Path, folder: Path, done: subprocess.CompletedProcess[bytes]) -> Measured:
+    """Return what a child wrote, or raise what it met."""
+    file = folder / "answer.json"
+    if done.returncode or not file.exists():
+        said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[-1][:500]
+        how = f"crashed ({signal.Signals(-done.returncode).name})" if done.returncode < 0 else "failed"
+        raise ExportError(f"{path}: its runtime {how}; the last it said: {said}")
+    answer = json.loads(file.read_text())
+    if "error" in answer:
+        raise ExportError(answer["error"])
+    return Measured(np.load(folder / "scores.npy"), answer["times"])
+
+
+def _environment() -> dict[str, str]:
+    """Return the child's environment: this package, this precision, and a device that two processes may share."""
+    root = str(Path(__file__).parents[2])
+    paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64))}  # pyright: ignore
+    if jax.default_backend() != "gpu":  # a TPU belongs to the one process that has it
+        found["JAX_PLATFORMS"] = "cpu"
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **found}
+
+
+def main(folder: Path) -> None:
+    """Run what a folder describes; this is the child.
+
+    Args:
+      folder: see above.
+    """
+    job = json.loads((folder / "job.json").read_text())
+    arrays = [np.load(folder / f"{i}.npy") for i in range(job["inputs"])]
+    _confine(job["max_bytes"])
+    try:
+        path = Path(job["path"])
+        np.save(folder / "scores.npy", scores(runner(path), arrays))
+        answer = {"times": _times(path, job, arrays)}
+    except CompressError as error:
+        answer = {"error": str(error)}
+    except Exception as error:
+        answer = {"error": f"{job['path']} cannot be run: {type(error).__name__}: {error}"}
+    (folder / "answer.json").write_text(json.dumps(answer))
+
+
+def _times(path: Path, job: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    fixed, found = batch_of(path), []
+    sizes = [fixed] if fixed is not None and job["batch_sizes"] else job["batch_sizes"]
+    for threads in job["threads"] if sizes else ():
+        files = {"export": runner(path, threads)}
+        if job["baseline"]:
+            files["float"] = runner(Path(job["baseline"]), threads)
+        for size in sizes:
+            batch = [np.resize(x, (size, *x.shape[1:])) for x in arrays]
+            found.append({"threads": threads, "batch": size, **interleaved(files, batch, job["rounds"])})
+    return found
+
+
+def _confine(room: int) -> None:
+    """Let this process grow by so many bytes and no further, and leave no core file; where there are such limits."""
+    with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        jax.devices()  # what the device takes for itself is not the file's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        data = int(next(line for line in lines if line.startswith("VmData")).split()[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

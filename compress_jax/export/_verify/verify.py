@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress_jax.core.errors import ExportError
-from compress_jax.export._verify.isolated import measured
-from compress_jax.export._verify.running import interleaved, present, scores
+from compress_jax.export._verify.running import interleaved, measured, present, scores
 
 __all__ = ["Timing", "Verification", "interleaved", "verify"]
 

@@ -11,8 +11,7 @@ from jax.extend.core import JaxprEqn
 from compress_jax.core.compression import Params
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
-from compress_jax.layerwise._problem import met, summed_axes, why_not
-from compress_jax.layerwise._solve import fed
+from compress_jax.layerwise._problem import fed, met, summed_axes, why_not
 from compress_jax.trace import Calibration
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.interpret import Where, interpret

@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 
 from compress_jax.core.compression import Params
 from compress_jax.core.paths import flatten
-from compress_jax.trace._groups.group import Group
+from compress_jax.trace._groups.groups import Group
 from compress_jax.trace._symmetry.rotation import Turn, turns
 
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from compress_jax.core.compression import Params
 from compress_jax.core.errors import ArgumentError, NonFiniteError
 from compress_jax.core.paths import flatten
-from compress_jax.layerwise._problem import beside, met, why_not
-from compress_jax.layerwise._solve import fed
+from compress_jax.layerwise._problem import beside, fed, met, why_not
 from compress_jax.quantize._rewrites.folding import Fold, Folded, folds
 from compress_jax.trace import Calibration
 from compress_jax.trace._statistics.calibration import require

@@ -16,7 +16,7 @@ from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.core.paths import flatten, matches
 from compress_jax.trace._groups.analyze import Analysis, Walk, analyze
 from compress_jax.trace._groups.axes import Axes, Dims, Leaf
-from compress_jax.trace._groups.group import Groups
+from compress_jax.trace._groups.groups import Groups
 from compress_jax.trace._jaxpr import evaluate
 from compress_jax.trace._jaxpr.interpret import interpret, numbers
 from compress_jax.trace._jaxpr.primitives import PASSED, Branches, Call, Scan, While, bodies, nested, opened

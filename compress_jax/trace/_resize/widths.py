@@ -11,7 +11,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
 from compress_jax.trace._groups.analyze import Analysis, Walk
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Leaf, Sum, interleaved
-from compress_jax.trace._groups.group import Group
+from compress_jax.trace._groups.groups import Group
 from compress_jax.trace._jaxpr.interpret import numbers, one_number
 from compress_jax.trace._jaxpr.primitives import PASSED, bodies, nested
 from compress_jax.trace._jaxpr.site import Position, Shape

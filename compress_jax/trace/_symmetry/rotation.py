@@ -12,8 +12,7 @@ from jax.extend.core import JaxprEqn
 from compress_jax.core.paths import flatten, matches
 from compress_jax.trace._groups.analyze import Analysis, analyze
 from compress_jax.trace._groups.axes import Axis, Leaf
-from compress_jax.trace._groups.group import Group
-from compress_jax.trace._groups.groups import groups
+from compress_jax.trace._groups.groups import Group, groups
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.interpret import Where, interpret
 from compress_jax.trace._jaxpr.primitives import CASTS, MOVES, RANDOM

@@ -1,6 +1,16 @@
 """What to tell a person when a data set cannot be had: what is missing, where it was looked for, what to do."""
 
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import tensorflow_datasets as tfds
+from absl import logging
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compress_jax.core.errors import DataError
 from compress_jax.data._builders import idx
@@ -81,3 +91,70 @@ def _state(place: Path) -> str:
         return "no such folder"
     lacking = idx.missing(place)
     return "has none of them" if len(lacking) == len(idx.FILES) else f"lacks {', '.join(lacking)}"
+
+
+# A progress bar that appears only where there is something to wait for.
+
+
+@contextmanager
+def progress(text: str, total: int, *, after: float = 2.0) -> Iterator[Callable[[int], None]]:
+    """Show a bar with the time left on a terminal's standard error, once ``after`` seconds have passed.
+
+    Args:
+      text: what is being done.
+      total: examples to do.
+      after: seconds to wait before the bar appears.
+
+    Yields:
+      ``advance(n)``, to be called when n more examples are done.
+
+    Example:
+      >>> with progress("reading", 10) as advance:
+      ...     advance(10)
+    """
+    console = Console(stderr=True)
+    columns = TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task, begun, done = bar.add_task(text, total=total), time.monotonic(), 0
+
+    def advance(n: int) -> None:
+        nonlocal done
+        before, done = done, done + n
+        # rich takes a lock for every update: a hundred of them cost nothing, one an example would.
+        if before * 100 // total != done * 100 // total:
+            bar.update(task, completed=done)
+            if not bar.live.is_started and time.monotonic() - begun > after:
+                bar.start()
+
+    try:
+        yield advance
+    finally:
+        bar.stop()
+
+
+# Silence around TFDS, which talks on standard output, in absl's log and in bars of its own.
+
+
+@contextlib.contextmanager
+def quiet(bars: bool = False) -> Iterator[None]:
+    """Keep TFDS quiet within a ``with`` block; warnings and errors raised there are not touched.
+
+    Args:
+      bars: whether to leave TFDS's own progress bars, which know about downloads.
+
+    Yields:
+      Nothing.
+
+    Example:
+      >>> with quiet():
+      ...     print("Downloading and preparing ...")
+    """
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    tfds.display_progress_bar(bars)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        tfds.display_progress_bar(True)
+        logging.set_verbosity(verbosity)
