@@ -1,10 +1,10 @@
 """Compression and distillation of Flax models as pure functions over parameter pytrees.
 
-The core: `Compression` and its combinators `chain`, `at`, `rules`, `every`, `between`; `leafwise` to write your own;
-`bind` to read leaves' layouts from a function; `coverage` to see what is done to each leaf; `unpack` to get arrays back
-from packed ones; `save` and `load` for files.
-The methods: `quantize`, `prune`, `cluster`, `lowrank`, `distill`. The laboratory: `data`, `models`, `train`, `search`,
-`report`, which are imported when first used.
+The core: `Compression` and its combinators `chain`, `at`, `rules`, `every`, `between`; `leafwise`
+to write your own; `bind` to read leaves' layouts from a function; `coverage` to see what is done to
+each leaf; `unpack` to get arrays back from packed ones; `save` and `load` for files. The methods:
+`quantize`, `prune`, `cluster`, `lowrank`, `distill`. The laboratory: `data`, `models`, `train`,
+`search`, `report`, which are imported when first used.
 """
 
 import importlib

@@ -3,9 +3,10 @@
 compress-jax run configs/rigl.py
 compress-jax run configs/rigl.py --sparsity 0.98 --seed 1
 
-Kernels are pruned to the same total, spread over layers by Erdos-Renyi-kernel; every network trains for the same steps from
-the same fresh weights, so the float32 student is only what they are held against. Validation accuracy is in the table of the
-run; the test split is measured for the student and the chosen network.
+Kernels are pruned to the same total, spread over layers by Erdos-Renyi-kernel; every network trains
+for the same steps from the same fresh weights, so the float32 student is only what they are held
+against. Validation accuracy is in the table of the run; the test split is measured for the student
+and the chosen network.
 """
 
 import jax
@@ -40,10 +41,15 @@ def config(
     data, model, key = load("digits"), LeNet300100(), jax.random.key(seed)
     black = jnp.asarray(-data.mean / data.std)
     fresh = jax.jit(model.init)(jax.random.fold_in(key, 1), data.train["image"][:1])["params"]
-    shares = cj.prune.erk({path: x for path, x in flatten(fresh)[0].items() if path.endswith("kernel")}, sparsity)
+    shares = cj.prune.erk(
+        {path: x for path, x in flatten(fresh)[0].items() if path.endswith("kernel")}, sparsity
+    )
 
     def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {**batch, "image": random_crop_flip(key, batch["image"], pad=1, fill=black, flip=False)}
+        return {
+            **batch,
+            "image": random_crop_flip(key, batch["image"], pad=1, fill=black, flip=False),
+        }
 
     adam = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
     training = Training(cj.prune.rewinding(adam, start=fresh), steps, 64, augment)

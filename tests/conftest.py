@@ -5,14 +5,19 @@ from collections import defaultdict
 from importlib.metadata import version
 from itertools import count
 
-# Most of the time of small tests goes to compiling: LLVM's optimizations and fused emitters would triple it. Set XLA_FLAGS
-# to the first of these alone to test what users run; .ci/run does so for the contract's second law.
+# Most of the time of small tests goes to compiling: LLVM's optimizations and fused emitters would
+# triple it. Set XLA_FLAGS to the first of these alone to test what users run; .ci/run does so for
+# the contract's second law.
 FLAGS = ["--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"]
 if tuple(int(n) for n in version("jaxlib").split(".")[:2]) < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # newer ones end the process at a flag they do not know
+    FLAGS.append(
+        "--xla_cpu_use_fusion_emitters=false"
+    )  # newer ones end the process at a flag they do not know
 os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if os.environ["JAX_PLATFORMS"] != "cpu":  # where products of float32 are of fewer bits unless one asks
+if (
+    os.environ["JAX_PLATFORMS"] != "cpu"
+):  # where products of float32 are of fewer bits unless one asks
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 if threading.current_thread() is threading.main_thread():
@@ -22,7 +27,8 @@ if threading.current_thread() is threading.main_thread():
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# Of these tests one case in so many is run by default, and the others with the slow ones: their cases are of a kind.
+# Of these tests one case in so many is run by default, and the others with the slow ones: their
+# cases are of a kind.
 THINNED = {
     "test_observed_is_what_a_run_by_hand_sees": 3,
     "test_an_identity_rewrite_is_the_original_in_value_and_gradient": 2,
@@ -69,7 +75,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if name in THINNED and next(cases[item.path, name]) % THINNED[name]:
             item.add_marker(pytest.mark.slow)
         if jax.device_count() < 8 and "shard" in item.nodeid:
-            item.add_marker(pytest.mark.skip(reason=f"needs 8 devices, there are {jax.device_count()}"))
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs 8 devices, there are {jax.device_count()}")
+            )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -26,7 +26,9 @@ FLOORS = [
     {"cli", "__main__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-FORBIDDEN = re.compile(r"jax\._src|pickle|cloudpickle|dill|tensorflow(?!_datasets)|keras|torch|jax\.experimental\.maps")
+FORBIDDEN = re.compile(
+    r"jax\._src|pickle|cloudpickle|dill|tensorflow(?!_datasets)|keras|torch|jax\.experimental\.maps"
+)
 ids = [str(path.relative_to(ROOT)) for path in FILES]
 every_file = pytest.mark.parametrize("path", FILES, ids=ids)
 
@@ -51,7 +53,9 @@ def part(module: str) -> str:
 
 
 def test_the_walk_sees_the_house():
-    assert {"core", "quantize", "prune", "cluster", "lowrank"} <= {path.relative_to(ROOT).parts[0] for path in FILES}
+    assert {"core", "quantize", "prune", "cluster", "lowrank"} <= {
+        path.relative_to(ROOT).parts[0] for path in FILES
+    }
     assert "compress_jax.core.layout.Layout" in imports(ROOT / "core/packed.py")
 
 
@@ -63,8 +67,12 @@ def test_imports_point_one_way(path):
     assert own in FLOOR, f"{own} has no floor in the house; put it in FLOORS"
     for module in sorted(name for name in imports(path) if name.split(".")[0] == "compress_jax"):
         other = part(module)
-        assert other in FLOOR, f"{path} imports {module}: take it from its own module, not from the top of the package"
-        assert other == own or FLOOR[other] < FLOOR[own], f"{path} is in {own} and must not import {module}"
+        assert other in FLOOR, (
+            f"{path} imports {module}: take it from its own module, not from the top of the package"
+        )
+        assert other == own or FLOOR[other] < FLOOR[own], (
+            f"{path} is in {own} and must not import {module}"
+        )
 
 
 @every_file
@@ -74,7 +82,9 @@ def test_nothing_private_unsafe_or_foreign_is_imported(path):
     assert "jax._src" not in path.read_text()
 
 
-@pytest.mark.parametrize("name", ["tensorflow", "tensorflow.io", "jax._src.core", "pickle", "keras.layers"])
+@pytest.mark.parametrize(
+    "name", ["tensorflow", "tensorflow.io", "jax._src.core", "pickle", "keras.layers"]
+)
 def test_the_rule_would_catch_it(name):
     assert FORBIDDEN.match(name) and not FORBIDDEN.match("tensorflow_datasets.core")
 
@@ -83,23 +93,34 @@ def code_lines(path: Path) -> int:
     """Count the lines that are neither blank, comment nor docstring: a thorough docstring is no second idea."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
             documented |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     lines = enumerate(path.read_text().splitlines(), 1)
-    return sum(i not in documented and bool(line.strip()) and not line.strip().startswith("#") for i, line in lines)
+    return sum(
+        i not in documented and bool(line.strip()) and not line.strip().startswith("#")
+        for i, line in lines
+    )
 
 
 @every_file
 def test_a_file_is_one_idea(path):
     lines = code_lines(path)
-    assert lines <= 400, f"{path} has {lines} lines of code; a file that needs more than 400 is two ideas"
+    assert lines <= 400, (
+        f"{path} has {lines} lines of code; a file that needs more than 400 is two ideas"
+    )
 
 
 @every_file
 def test_modules_and_their_public_definitions_have_docstrings(path):
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree), f"{path} has no docstring"
-    nodes = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
+    nodes = [
+        node
+        for node in tree.body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"
+    ]
     silent = [node.name for node in nodes if not ast.get_docstring(node)]
     assert not silent, f"{path}: no docstring on {silent}"
 
@@ -116,7 +137,9 @@ def test_every_public_function_has_an_example(name):
     assert all(value.__module__.startswith("compress_jax") for value in functions.values())
     without = [each for each, value in functions.items() if ">>>" not in (value.__doc__ or "")]
     assert not without, f"{name}: no Example in the docstring of {without}"
-    silent = [each for each, value in exported.items() if inspect.isclass(value) and not value.__doc__]
+    silent = [
+        each for each, value in exported.items() if inspect.isclass(value) and not value.__doc__
+    ]
     assert not silent, f"{name}: no docstring on {silent}"
 
 

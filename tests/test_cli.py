@@ -68,26 +68,40 @@ def finished(config: Path) -> Path:
 
 
 def numbers(workdir: Path) -> dict[str, bytes]:
-    return {name: (workdir / name).read_bytes() for name in ("results.json", "artifact.safetensors", "log.txt")}
+    return {
+        name: (workdir / name).read_bytes()
+        for name in ("results.json", "artifact.safetensors", "log.txt")
+    }
 
 
 def test_run_leaves_what_is_needed_to_repeat_it(finished: Path, config: Path):
     about = json.loads((finished / "run.json").read_text())
     assert about["arguments"] == {"bits": 4, "min_ratio": 1.5, "steps": 12, "seed": 0}
     assert {"compress_jax", "jax", "flax", "optax", "numpy", "python"} <= set(about["versions"])
-    assert about["requirement"] == {"max_drop": 0.1, "min_ratio": 1.5, "max_bytes": None, "reference": "teacher"}
+    assert about["requirement"] == {
+        "max_drop": 0.1,
+        "min_ratio": 1.5,
+        "max_bytes": None,
+        "reference": "teacher",
+    }
     assert (finished / "config.py").read_bytes() == config.read_bytes()
     assert "int4: accepted" in (finished / "log.txt").read_text()
 
 
-def test_the_same_command_again_ends_with_the_same_files(finished: Path, config: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_same_command_again_ends_with_the_same_files(
+    finished: Path, config: Path, capsys: pytest.CaptureFixture[str]
+):
     before = numbers(finished)
     assert main(["run", str(config), "--workdir", str(finished)]) == 0
     assert numbers(finished) == before
     shown = capsys.readouterr().out
     row = next(row for row in json.loads(before["results.json"])["rows"] if row["name"] == "int4")
     line = next(line for line in shown.splitlines() if line.split()[:1] == ["int4"])
-    assert f"{row['nbytes']:,}" in line and f"{100 * row['test']:.2f} %" in line and line.split()[-1] == "chosen"
+    assert (
+        f"{row['nbytes']:,}" in line
+        and f"{100 * row['test']:.2f} %" in line
+        and line.split()[-1] == "chosen"
+    )
 
 
 def test_other_arguments_or_another_config_are_refused_by_name(
@@ -96,7 +110,12 @@ def test_other_arguments_or_another_config_are_refused_by_name(
     before = numbers(finished)
     assert main(["run", str(config), "--workdir", str(finished), "--bits", "3"]) == 1
     error = capsys.readouterr().err
-    assert "bits = 4" in error and "3" in error and "--workdir" in error and len(error.splitlines()) == 1
+    assert (
+        "bits = 4" in error
+        and "3" in error
+        and "--workdir" in error
+        and len(error.splitlines()) == 1
+    )
     changed = tmp_path / "tiny.py"
     changed.write_text(CONFIG.replace("0.01", "0.02"))
     assert main(["run", str(changed), "--workdir", str(finished)]) == 1
@@ -104,13 +123,17 @@ def test_other_arguments_or_another_config_are_refused_by_name(
     assert numbers(finished) == before
 
 
-def test_requirement_not_met_is_exit_code_3_and_a_sentence(config: Path, capsys: pytest.CaptureFixture[str]):
+def test_requirement_not_met_is_exit_code_3_and_a_sentence(
+    config: Path, capsys: pytest.CaptureFixture[str]
+):
     flags = ["--min-ratio", "1000", "--steps", "2", "--workdir", str(config.parent / "unmet")]
     assert main(["run", str(config), *flags]) == 3
     assert "No candidate met the requirement" in capsys.readouterr().out.splitlines()[-1]
 
 
-def test_eval_agrees_and_notices_a_changed_result(finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_eval_agrees_and_notices_a_changed_result(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["eval", str(finished)]) == 0
     assert "the same" in capsys.readouterr().out
     file, before = finished / "results.json", (finished / "results.json").read_text()
@@ -125,13 +148,21 @@ def test_eval_agrees_and_notices_a_changed_result(finished: Path, capsys: pytest
         file.write_text(before)
 
 
-def test_export_writes_and_verifies_and_the_gate_is_exit_code_4(finished: Path, capsys: pytest.CaptureFixture[str]):
+def test_export_writes_and_verifies_and_the_gate_is_exit_code_4(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+):
     pytest.importorskip("flatbuffers", reason="needs pip install 'compress_jax[stablehlo]'")
     words = ["export", str(finished), "--to", "stablehlo", "--rounds", "2", "--batch", "8"]
     assert main(words) == 0
     record = json.loads((finished / "export/export.json").read_bytes())["stablehlo"]
-    assert record["passed"] and record["agreement"] == 1 and record["accuracy"] == record["reference"]
-    assert record["nbytes"] == (finished / "export/model.stablehlo").stat().st_size < record["baseline_bytes"]
+    assert (
+        record["passed"] and record["agreement"] == 1 and record["accuracy"] == record["reference"]
+    )
+    assert (
+        record["nbytes"]
+        == (finished / "export/model.stablehlo").stat().st_size
+        < record["baseline_bytes"]
+    )
     assert "every file passes" in capsys.readouterr().out
     assert main([*words, "--min-agreement", "1.01"]) == 4
     assert "FAILED" in capsys.readouterr().out
@@ -142,23 +173,47 @@ def test_inspect_accounts_for_every_byte(finished: Path, capsys: pytest.CaptureF
     assert main(["inspect", str(file)]) == 0
     shown = capsys.readouterr().out
     lines = [line.split() for line in shown[shown.index("Leaves") :].splitlines() if "%" in line]
-    # path shape form bits zeros % bytes share %, and of the overhead: header and metadata bytes share %
-    leaves = {words[0]: int(words[6].replace(",", "")) for words in lines if words[0].startswith("params/")}
-    sizes = {words[0]: int(words[-3].replace(",", "")) for words in lines if not words[0].startswith("params/")}
-    assert len(leaves) == 6 and sizes["file"] == file.stat().st_size == sizes["header"] + sum(leaves.values())
+    # path shape form bits zeros % bytes share %, and of the overhead: header and metadata bytes
+    # share %
+    leaves = {
+        words[0]: int(words[6].replace(",", ""))
+        for words in lines
+        if words[0].startswith("params/")
+    }
+    sizes = {
+        words[0]: int(words[-3].replace(",", ""))
+        for words in lines
+        if not words[0].startswith("params/")
+    }
+    assert len(leaves) == 6 and sizes["file"] == file.stat().st_size == sizes["header"] + sum(
+        leaves.values()
+    )
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an artifact"])
-def test_inspect_of_a_bad_file_is_one_line(content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_inspect_of_a_bad_file_is_one_line(
+    content: bytes | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     file = tmp_path / "bad.safetensors"
     if content is not None:
         file.write_bytes(content)
     assert main(["inspect", str(file)]) == 1
-    assert capsys.readouterr().err.startswith(f"error: {'cannot read ' if content is None else ''}{file}")
+    assert capsys.readouterr().err.startswith(
+        f"error: {'cannot read ' if content is None else ''}{file}"
+    )
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["trian"], ["run"], ["run", "--bits", "3"], ["eval"], ["inspect", "a", "b"], ["report", "--loud"]]
+    "words",
+    [
+        [],
+        ["trian"],
+        ["run"],
+        ["run", "--bits", "3"],
+        ["eval"],
+        ["inspect", "a", "b"],
+        ["report", "--loud"],
+    ],
 )
 def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main(words) == 2
@@ -166,7 +221,9 @@ def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixt
     assert "compress-jax" in shown.out + shown.err
 
 
-def test_wrong_flag_of_a_config_names_the_right_ones(config: Path, capsys: pytest.CaptureFixture[str]):
+def test_wrong_flag_of_a_config_names_the_right_ones(
+    config: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main(["run", str(config), "--bit", "3"]) == 2
     shown = capsys.readouterr()
     assert "--bits" in shown.out + shown.err
@@ -187,7 +244,11 @@ def test_wrong_flag_of_a_config_names_the_right_ones(config: Path, capsys: pytes
     ],
 )
 def test_a_bad_config_is_explained_in_one_line(
-    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
     Path("bad.py").write_text(source)
@@ -203,7 +264,9 @@ def test_debug_shows_the_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("command", ["eval", "export", "report"])
-def test_a_folder_without_a_run_is_an_error(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_folder_without_a_run_is_an_error(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     assert main([command, str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err
 
@@ -211,7 +274,12 @@ def test_a_folder_without_a_run_is_an_error(command: str, tmp_path: Path, capsys
 def test_help_of_a_config_teaches_its_arguments(config: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["run", str(config), "--help"]) == 0
     shown = capsys.readouterr().out
-    for text in ("Compress a network for three blobs", "compress-jax run tiny.py", "--min-ratio", "how much smaller"):
+    for text in (
+        "Compress a network for three blobs",
+        "compress-jax run tiny.py",
+        "--min-ratio",
+        "how much smaller",
+    ):
         assert text in shown
 
 
@@ -226,19 +294,25 @@ def test_help_of_a_command_has_an_example(command: str, capsys: pytest.CaptureFi
 def test_workdir_is_named_after_what_differs_from_the_defaults():
     defaults = {"bits": 4, "path": "x", "seed": 0}
     assert default_workdir(Path("a/digits.py"), defaults, defaults) == Path("runs/digits")
-    named = default_workdir(Path("a/digits.py"), {"bits": 3, "path": "/data/x y", "seed": 0}, defaults)
+    named = default_workdir(
+        Path("a/digits.py"), {"bits": 3, "path": "/data/x y", "seed": 0}, defaults
+    )
     assert named == Path("runs/digits-bits=3-path=_data_x_y")
 
 
 def test_arguments_of_all_usual_types_come_from_flags():
-    def config(size: tuple[int, ...] = (1,), fast: bool = False, rate: float | None = None, name: str = "a") -> None: ...
+    def config(
+        size: tuple[int, ...] = (1,), fast: bool = False, rate: float | None = None, name: str = "a"
+    ) -> None: ...
 
     flags = "--size 3 4 --fast --rate 0.5 --name b --workdir w".split()
     expected = {"size": (3, 4), "fast": True, "rate": 0.5, "name": "b"}
     assert parse_config(config, flags, "test") == (expected, Path("w"))
 
 
-def test_a_second_process_is_kept_out(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_second_process_is_kept_out(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     with locked(tmp_path):
         assert main(["run", str(config), "--workdir", str(tmp_path)]) == 1
     assert "another process" in capsys.readouterr().err
@@ -246,7 +320,12 @@ def test_a_second_process_is_kept_out(config: Path, tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_outside_training_is_one_line(
-    signum: int, code: int, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    signum: int,
+    code: int,
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     before = signal.getsignal(signum)
     file = tmp_path / "stop.py"
@@ -271,12 +350,16 @@ def test_a_stop_that_a_library_turned_into_another_error_is_still_a_stop(
 
 
 @pytest.mark.slow
-def test_sigterm_while_training_saves_and_the_same_command_finishes_with_the_same_numbers(finished: Path, config: Path):
+def test_sigterm_while_training_saves_and_the_same_command_finishes_with_the_same_numbers(
+    finished: Path, config: Path
+):
     workdir, straight = config.parent / "stopped", config.parent / "straight"
     flags = ["--steps", "150", "--workdir"]
     assert main(["run", str(config), *flags, str(straight)]) == 0
     command = [sys.executable, "-m", "compress_jax.cli", "run", str(config), *flags, str(workdir)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ, text=True)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ, text=True
+    )
     while not list(workdir.glob("student/checkpoints/*")) and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

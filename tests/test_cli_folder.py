@@ -90,7 +90,9 @@ def run(sources: Path, copy: Path, capfd: pytest.CaptureFixture[str]):
 
     def call(command: str, *words: str) -> tuple[int, str]:
         capfd.readouterr()
-        first = [str(sources / "blobs.py"), "--workdir", str(copy)] if command == "run" else [str(copy)]
+        first = (
+            [str(sources / "blobs.py"), "--workdir", str(copy)] if command == "run" else [str(copy)]
+        )
         code = main([command, *first, *words])
         return code, capfd.readouterr().err
 
@@ -98,7 +100,11 @@ def run(sources: Path, copy: Path, capfd: pytest.CaptureFixture[str]):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() and f.name != ".lock"}
+    return {
+        str(f.relative_to(folder)): f.read_bytes()
+        for f in folder.rglob("*")
+        if f.is_file() and f.name != ".lock"
+    }
 
 
 def test_infinity_as_an_argument_ends_as_any_other(finished: Path, run):
@@ -117,7 +123,9 @@ STRANGERS = {
 
 
 @pytest.mark.parametrize("which", STRANGERS)
-def test_a_folder_that_is_no_runs_is_left_as_it_is(which: str, sources: Path, tmp_path: Path, capsys):
+def test_a_folder_that_is_no_runs_is_left_as_it_is(
+    which: str, sources: Path, tmp_path: Path, capsys
+):
     for name, text in STRANGERS[which].items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -129,21 +137,30 @@ def test_a_folder_that_is_no_runs_is_left_as_it_is(which: str, sources: Path, tm
 
 
 @pytest.mark.parametrize("workdir", ["", " "])
-def test_a_folder_without_a_name_is_refused(workdir: str, sources: Path, tmp_path: Path, monkeypatch, capsys):
+def test_a_folder_without_a_name_is_refused(
+    workdir: str, sources: Path, tmp_path: Path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert main(["run", str(sources / "blobs.py"), "--workdir", workdir]) == 1
     assert "--workdir is empty" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_corrected_config_takes_the_place_of_one_that_never_began(sources: Path, tmp_path: Path, capsys):
+def test_a_corrected_config_takes_the_place_of_one_that_never_began(
+    sources: Path, tmp_path: Path, capsys
+):
     wrong = tmp_path / "wrong.py"
     wrong.write_text(
-        CONFIG.replace("blob_helpers.compression()", 'blob_helpers.cj.at("nothing", blob_helpers.cj.identity())')
+        CONFIG.replace(
+            "blob_helpers.compression()",
+            'blob_helpers.cj.at("nothing", blob_helpers.cj.identity())',
+        )
     )
     assert main(["run", str(wrong), "--workdir", str(tmp_path / "run")]) == 1
     assert "candidate 'small': pattern 'nothing' matches no leaf" in capsys.readouterr().err
     wrong.write_text(CONFIG)
-    assert main(["run", str(wrong), "--workdir", str(tmp_path / "run"), "--candidate-steps", "0"]) == 0
+    assert (
+        main(["run", str(wrong), "--workdir", str(tmp_path / "run"), "--candidate-steps", "0"]) == 0
+    )
 
 
 EDITS = {  # in the helpers: what is said of it, or None if it is nothing to the run
@@ -155,7 +172,11 @@ EDITS = {  # in the helpers: what is said of it, or None if it is nothing to the
 
 
 @pytest.mark.parametrize(
-    "which", [pytest.param(w, marks=() if w in ("other bits", "a comment") else pytest.mark.slow) for w in EDITS]
+    "which",
+    [
+        pytest.param(w, marks=() if w in ("other bits", "a comment") else pytest.mark.slow)
+        for w in EDITS
+    ],
 )
 def test_a_module_of_ones_own_that_changed_is_never_mixed_in(which: str, copy: Path, sources: Path):
     """In processes of their own, as modules are imported once: the run is refused by name, or ends as it did."""
@@ -170,9 +191,17 @@ def test_a_module_of_ones_own_that_changed_is_never_mixed_in(which: str, copy: P
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == (1 if said else 0), done.stderr
     if said:
-        assert said in done.stderr and len(done.stderr.splitlines()) == 1 and "--workdir" in done.stderr
+        assert (
+            said in done.stderr
+            and len(done.stderr.splitlines()) == 1
+            and "--workdir" in done.stderr
+        )
     after = contents(copy)
-    assert not [name for name in before if name.endswith((".safetensors", ".json")) and after[name] != before[name]]
+    assert not [
+        name
+        for name in before
+        if name.endswith((".safetensors", ".json")) and after[name] != before[name]
+    ]
 
 
 def test_checkpoints_of_unknown_origin_are_not_gone_on_with(copy: Path, run):
@@ -205,7 +234,14 @@ def damaged(data: bytes, how: str, rng: np.random.Generator) -> bytes:
     return {"garbage": rng.bytes(200), "empty": b"", "list": b"[1, 2]", "deep": b"[" * 100_000}[how]
 
 
-FILES = ["run.json", "results.json", "log.txt", "config.py", "student/metrics.jsonl", "candidates/small/metrics.jsonl"]
+FILES = [
+    "run.json",
+    "results.json",
+    "log.txt",
+    "config.py",
+    "student/metrics.jsonl",
+    "candidates/small/metrics.jsonl",
+]
 FILES += ["student/made_of.json", "artifact.safetensors", "student.safetensors"]
 
 
@@ -214,9 +250,12 @@ CASES = [(name, how) for name in FILES for how in HOW]
 
 
 @pytest.mark.parametrize(
-    ("name", "how"), CASES[:: len(HOW) + 1] + [("student/metrics.jsonl", "garbage"), ("run.json", "list")]
+    ("name", "how"),
+    CASES[:: len(HOW) + 1] + [("student/metrics.jsonl", "garbage"), ("run.json", "list")],
 )
-def test_damage_is_one_sentence_and_run_brings_back_what_it_can(name: str, how: str, finished: Path, copy: Path, run):
+def test_damage_is_one_sentence_and_run_brings_back_what_it_can(
+    name: str, how: str, finished: Path, copy: Path, run
+):
     """A few files in a few ways; experiments/faults/fuzz_workdir.py has all of them, many times."""
     file, whole = copy / name, (finished / name).read_bytes()
     file.unlink()

@@ -18,14 +18,18 @@ from compress_jax.train._loop import Session, open_recorders
 def test_a_closed_pipe_is_quiet_and_has_an_exit_code_of_its_own(words: list[str]):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-m", "compress_jax.cli", *words], stdout=write, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        [sys.executable, "-m", "compress_jax.cli", *words], stdout=write, stderr=subprocess.PIPE
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize("command", [[], ["run"], ["eval"], ["export"], ["inspect"], ["report"]])
 @pytest.mark.parametrize("width", ["60", "80"])
-def test_help_fits_the_terminal_and_breaks_no_word(command: list[str], width: str, monkeypatch, capsys):
+def test_help_fits_the_terminal_and_breaks_no_word(
+    command: list[str], width: str, monkeypatch, capsys
+):
     monkeypatch.setenv("COLUMNS", width)
     assert main([*command, "--help"]) == 0
     narrow = capsys.readouterr().out
@@ -46,7 +50,11 @@ def test_help_lists_every_exit_code(capsys):
 def test_wrapping_keeps_words_and_what_is_narrow():
     text = "short\n\n  name     what it means, in many words that go on\nx" + "y" * 90
     lines = fitted(text, 30).split("\n")
-    assert lines[:2] == ["short", ""] and lines[-1] == "x" + "y" * 90 and all(len(line) <= 30 for line in lines[:-1])
+    assert (
+        lines[:2] == ["short", ""]
+        and lines[-1] == "x" + "y" * 90
+        and all(len(line) <= 30 for line in lines[:-1])
+    )
     assert all(line.startswith(" " * 11) for line in lines[3:-1]) and fitted(text, 1000) == text
 
 
@@ -67,13 +75,23 @@ def test_a_full_disk_while_training_is_one_sentence():
 
 def test_metrics_that_cannot_be_written_are_one_sentence(tmp_path: Path):
     (tmp_path / "metrics.jsonl").mkdir()
-    with pytest.raises(CheckpointError, match="cannot write .*metrics.jsonl"), open_recorders(tmp_path, 0):
+    with (
+        pytest.raises(CheckpointError, match="cannot write .*metrics.jsonl"),
+        open_recorders(tmp_path, 0),
+    ):
         pass
 
 
 def test_damaged_lines_of_metrics_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     file = tmp_path / "metrics.jsonl"
-    file.write_bytes(b'{"step": 1, "a": 1.0}\n\xff\xfe\n[' + b"[" * 100_000 + b'\n{"step": 2, "a": 1.0}\n{"step": 3, "a')
+    file.write_bytes(
+        b'{"step": 1, "a": 1.0}\n\xff\xfe\n['
+        + b"[" * 100_000
+        + b'\n{"step": 2, "a": 1.0}\n{"step": 3, "a'
+    )
     with open_recorders(tmp_path, 2):
         pass
-    assert "2 lines of" in caplog.text and file.read_bytes() == b'{"step": 1, "a": 1.0}\n{"step": 2, "a": 1.0}\n'
+    assert (
+        "2 lines of" in caplog.text
+        and file.read_bytes() == b'{"step": 1, "a": 1.0}\n{"step": 2, "a": 1.0}\n'
+    )

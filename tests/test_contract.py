@@ -1,6 +1,7 @@
 """The twelve laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
 
-A new method gets a row in CONTRACT and nothing else; without one, `test_every_public_method_has_a_row` fails.
+A new method gets a row in CONTRACT and nothing else; without one,
+`test_every_public_method_has_a_row` fails.
 """
 
 import inspect
@@ -45,9 +46,10 @@ KERNEL = "body/kernel"
 class Row(NamedTuple):
     """A compression and what the laws promise of it.
 
-    `of`: the public functions it is made with. `form`: the packed node KERNEL becomes (None: it stays dense).
-    `slope`: state -> d view / d params of KERNEL. `sharded`: tolerance of law 6; 0 is bit for bit.
-    `keeps_shardings`: False where the view mixes axes (groups, products): under `jit`, XLA then chooses its layout.
+    `of`: the public functions it is made with. `form`: the packed node KERNEL becomes (None: it
+    stays dense). `slope`: state -> d view / d params of KERNEL. `sharded`: tolerance of law 6; 0 is
+    bit for bit. `keeps_shardings`: False where the view mixes axes (groups, products): under `jit`,
+    XLA then chooses its layout.
     """
 
     of: tuple[Callable[..., Any], ...]
@@ -75,11 +77,22 @@ def mask(state):
 
 def uniform(sharded: float = 0.0, keeps_shardings: bool = True, **options) -> Row:
     c = quantize.uniform(**options)
-    return Row((quantize.uniform,), c, Quantized, one, sharded=sharded, keeps_shardings=keeps_shardings)
+    return Row(
+        (quantize.uniform,), c, Quantized, one, sharded=sharded, keeps_shardings=keeps_shardings
+    )
 
 
-def tabled(of: Callable[..., Compression], *args, slope=one, groups: bool = False, sharded: float = 0.0, **options) -> Row:
-    return Row((of,), of(*args, **options), Tabled, slope, sharded=sharded, keeps_shardings=not groups)
+def tabled(
+    of: Callable[..., Compression],
+    *args,
+    slope=one,
+    groups: bool = False,
+    sharded: float = 0.0,
+    **options,
+) -> Row:
+    return Row(
+        (of,), of(*args, **options), Tabled, slope, sharded=sharded, keeps_shardings=not groups
+    )
 
 
 def inside(state):
@@ -98,7 +111,9 @@ def on_steps(bits: int) -> Callable[[Any], Any]:
 
 
 def pruned(of: Callable[..., Compression], *args, **options) -> Row:
-    return on_kernels(Row((of,), of(*args, **options), Sparse, lambda s: mask_of(s.fixed["0"][KERNEL])))
+    return on_kernels(
+        Row((of,), of(*args, **options), Sparse, lambda s: mask_of(s.fixed["0"][KERNEL]))
+    )
 
 
 def magnitude(*args, **options) -> Row:
@@ -106,7 +121,9 @@ def magnitude(*args, **options) -> Row:
 
 
 def svd(**options) -> Row:
-    return Row((lowrank.svd,), lowrank.svd(**options), LowRank, none, sharded=1e-6, keeps_shardings=False)
+    return Row(
+        (lowrank.svd,), lowrank.svd(**options), LowRank, none, sharded=1e-6, keeps_shardings=False
+    )
 
 
 def on_kernels(row: Row) -> Row:
@@ -128,8 +145,12 @@ CONTRACT = {
     "int4 minmax asymmetric": uniform(bits=4, symmetric=False, granularity="channel"),
     "int2 mse": on_kernels(uniform(bits=2, granularity="channel", scale="mse", sharded=1e-6)),
     "int5 rms axis 0": uniform(bits=5, scale="rms", granularity="channel", axis=0, sharded=1e-6),
-    "int4 percentile": on_kernels(uniform(bits=4, symmetric=False, scale="percentile", sharded=1e-6)),
-    "int8 narrow pnorm": on_kernels(uniform(bits=8, narrow=True, granularity="channel", scale="pnorm", sharded=1e-6)),
+    "int4 percentile": on_kernels(
+        uniform(bits=4, symmetric=False, scale="percentile", sharded=1e-6)
+    ),
+    "int8 narrow pnorm": on_kernels(
+        uniform(bits=8, narrow=True, granularity="channel", scale="pnorm", sharded=1e-6)
+    ),
     "int4 entropy": on_kernels(uniform(bits=4, scale="entropy", sharded=1e-6)),
     "fp8 e4m3": tabled(quantize.fp8),
     "fp8 e5m2 channel": on_kernels(tabled(quantize.fp8, "e5m2", "channel")),
@@ -137,7 +158,9 @@ CONTRACT = {
     "fp4 mse": on_kernels(tabled(quantize.fp4, "channel", "mse", sharded=1e-6)),
     "nf4 groups": tabled(quantize.nf4, 8, groups=True),
     "fp6": on_kernels(tabled(quantize.tabled, quantize.float_format(3, 2), "channel")),
-    "own table": on_kernels(tabled(quantize.tabled, quantize.Table((-1.0, -0.25, 0.0, 0.5)), scale="mse", sharded=1e-6)),
+    "own table": on_kernels(
+        tabled(quantize.tabled, quantize.Table((-1.0, -0.25, 0.0, 0.5)), scale="mse", sharded=1e-6)
+    ),
     "mxfp8": tabled(quantize.mxfp8, pad=True, groups=True),
     "mxfp4": on_kernels(tabled(quantize.mxfp4, "mse", pad=True, groups=True)),
     "nvfp4": tabled(quantize.nvfp4, pad=True, groups=True),
@@ -151,7 +174,9 @@ CONTRACT = {
     "prune on a schedule": magnitude(falling),
     "prune 2:4": pruned(prune.magnitude, None, prune.n_m(2, 4)),
     "prune blocks": pruned(prune.magnitude, 0.5, prune.block((3, 5))),
-    "prune channels of all": pruned(prune.magnitude, falling, prune.channel(-1, "l2"), scope="global"),
+    "prune channels of all": pruned(
+        prune.magnitude, falling, prune.channel(-1, "l2"), scope="global"
+    ),
     "prune heads": pruned(prune.magnitude, 0.5, prune.head(-1, heads=4)),
     "prune at random": pruned(prune.random, falling, jax.random.key(7)),
     "saliency": pruned(prune.saliency, 0.5, decay=0.9),
@@ -160,50 +185,127 @@ CONTRACT = {
     "soft movement": pruned(prune.movement, threshold=-1.0, penalty=0.1),
     "own scores": pruned(prune.scored, lambda p: jax.tree.map(jnp.cos, p), 0.5),
     "own rule": pruned(prune.masked, prune.Score(lambda seen: jnp.sin(seen.x), signed=True), 0.5),
-    "relative to the leaf": pruned(prune.masked, prune.normalized(prune.Score(lambda seen: seen.x)), 0.5, scope="global"),
+    "relative to the leaf": pruned(
+        prune.masked, prune.normalized(prune.Score(lambda seen: seen.x)), 0.5, scope="global"
+    ),
     "lamp": pruned(prune.lamp, 0.5),
     "among what is left": pruned(prune.nested, prune.magnitude(falling)),
     "set": pruned(prune.set, 0.5, 4, jax.random.key(7), every=1),
     "rigl": pruned(prune.rigl, falling, 4, jax.random.key(7), every=1),
-    "own growth": pruned(prune.regrowing, prune.Growth(lambda seen: jnp.cos(seen.x)), 0.5, 4, jax.random.key(7), every=2),
+    "own growth": pruned(
+        prune.regrowing,
+        prune.Growth(lambda seen: jnp.cos(seen.x)),
+        0.5,
+        4,
+        jax.random.key(7),
+        every=2,
+    ),
     "straight through": pruned(prune.ste, half)._replace(slope=one),
-    "top kast": pruned(prune.top_kast, 0.75, falling)._replace(slope=lambda s: s.fixed["0"][KERNEL]["backward"]),
+    "top kast": pruned(prune.top_kast, 0.75, falling)._replace(
+        slope=lambda s: s.fixed["0"][KERNEL]["backward"]
+    ),
     "lsq": Row((quantize.lsq,), quantize.lsq(4), Quantized, on_steps(4), sharded=1e-6),
     "lsq channel": on_kernels(
-        Row((quantize.lsq,), quantize.lsq(2, "channel", start=quantize.absmax), Quantized, on_steps(2))
+        Row(
+            (quantize.lsq,),
+            quantize.lsq(2, "channel", start=quantize.absmax),
+            Quantized,
+            on_steps(2),
+        )
     ),
     "share": on_kernels(Row((cluster.kmeans,), four, Clustered, none)),
     "rank 2": svd(rank=2),
     "energy": svd(energy=0.5)._replace(traceable_init=False),
-    "prune then quantize": Row((cj.chain,), cj.chain(half, int4), Quantized, lambda s: s.fixed["0"][KERNEL]),
-    "quantize then prune": Row((cj.chain,), cj.chain(int4, half), Quantized, lambda s: s.fixed["1"][KERNEL]),
-    "prune then nf4": Row((cj.chain,), cj.chain(half, nf4), Tabled, lambda s: s.fixed["0"][KERNEL], keeps_shardings=False),
-    "binary then prune": Row((cj.chain,), cj.chain(signs, half), Tabled, lambda s: s.fixed["1"][KERNEL]),
+    "prune then quantize": Row(
+        (cj.chain,), cj.chain(half, int4), Quantized, lambda s: s.fixed["0"][KERNEL]
+    ),
+    "quantize then prune": Row(
+        (cj.chain,), cj.chain(int4, half), Quantized, lambda s: s.fixed["1"][KERNEL]
+    ),
+    "prune then nf4": Row(
+        (cj.chain,),
+        cj.chain(half, nf4),
+        Tabled,
+        lambda s: s.fixed["0"][KERNEL],
+        keeps_shardings=False,
+    ),
+    "binary then prune": Row(
+        (cj.chain,), cj.chain(signs, half), Tabled, lambda s: s.fixed["1"][KERNEL]
+    ),
     "prune then share": on_kernels(Row((cj.chain,), cj.chain(half, four), Clustered, none)),
-    "coarse then fine grid": Row((cj.chain,), cj.chain(int4, quantize.uniform(bits=3)), Quantized, one, idempotent=False),
+    "coarse then fine grid": Row(
+        (cj.chain,), cj.chain(int4, quantize.uniform(bits=3)), Quantized, one, idempotent=False
+    ),
     "kernels only": Row((cj.at,), cj.at("**/kernel", int4), Quantized, one),
     "rules": Row((cj.rules,), cj.rules([("head/*", half), ("**/kernel", int4)]), Quantized, one),
     "every 2": Row((cj.every,), cj.every(2, prune.magnitude(falling)), Sparse, mask),
     "from step 1": Row((cj.between,), cj.between(1, None, int4), Quantized, one),
-    "steps 1 and 2": Row((cj.between,), cj.between(1, 3, half), Sparse, lambda s: s.fixed["of"][KERNEL]),
+    "steps 1 and 2": Row(
+        (cj.between,), cj.between(1, 3, half), Sparse, lambda s: s.fixed["of"][KERNEL]
+    ),
     "all at once": Row(
         (cj.chain, cj.at, cj.between, cj.every),
-        cj.at("**/kernel", cj.chain(cj.between(0, 2, half), cj.between(1, None, cj.every(2, int4)))),
+        cj.at(
+            "**/kernel", cj.chain(cj.between(0, 2, half), cj.between(1, None, cj.every(2, int4)))
+        ),
         Quantized,
         lambda s: s.fixed["0"]["0"]["of"][KERNEL],
     ),
 }
 # Rows that vary an option of a row that is run by default.
 SLOW = {
-    *("int4 padded groups", "int5 rms axis 0", "int4 percentile", "int8 narrow pnorm", "int4 entropy", "fp8 e5m2 channel"),
-    *("fp4 mse", "fp6", "own table", "mxfp4", "nvfp4 mse", "ternary mse", "binary connect", "prune on a schedule"),
-    *("prune channels of all", "prune heads", "fisher", "soft movement", "own scores", "own rule", "own growth"),
-    *("energy", "quantize then prune", "prune then nf4", "binary then prune", "coarse then fine grid", "from step 1"),
-    *("steps 1 and 2", "int4 minmax asymmetric", "fp4 groups", "nvfp4", "saliency", "movement", "lamp", "every 2", "rules"),
+    *(
+        "int4 padded groups",
+        "int5 rms axis 0",
+        "int4 percentile",
+        "int8 narrow pnorm",
+        "int4 entropy",
+        "fp8 e5m2 channel",
+    ),
+    *(
+        "fp4 mse",
+        "fp6",
+        "own table",
+        "mxfp4",
+        "nvfp4 mse",
+        "ternary mse",
+        "binary connect",
+        "prune on a schedule",
+    ),
+    *(
+        "prune channels of all",
+        "prune heads",
+        "fisher",
+        "soft movement",
+        "own scores",
+        "own rule",
+        "own growth",
+    ),
+    *(
+        "energy",
+        "quantize then prune",
+        "prune then nf4",
+        "binary then prune",
+        "coarse then fine grid",
+        "from step 1",
+    ),
+    *(
+        "steps 1 and 2",
+        "int4 minmax asymmetric",
+        "fp4 groups",
+        "nvfp4",
+        "saliency",
+        "movement",
+        "lamp",
+        "every 2",
+        "rules",
+    ),
     *("lsq channel", "prune blocks", "among what is left", "kernels only", "int4 channel"),
 }
 assert SLOW < CONTRACT.keys()
-ROWS = pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONTRACT])
+ROWS = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONTRACT]
+)
 
 
 class Linen(nn.Module):
@@ -214,15 +316,23 @@ class Linen(nn.Module):
 
 class Nnx(nnx.Module):
     def __init__(self, rngs):
-        self.body, self.head = nnx.Linear(16, 8, rngs=rngs), nnx.Conv(8, 16, (1, 2), use_bias=False, rngs=rngs)
+        self.body, self.head = (
+            nnx.Linear(16, 8, rngs=rngs),
+            nnx.Conv(8, 16, (1, 2), use_bias=False, rngs=rngs),
+        )
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype=np.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(np.float32)).astype(
+        dtype
+    )
 
 
 def layers() -> dict[str, Any]:
-    return {"body": {"kernel": normal(1, (16, 8)), "bias": normal(2, (8,))}, "head": {"kernel": normal(3, (1, 2, 8, 16))}}
+    return {
+        "body": {"kernel": normal(1, (16, 8)), "bias": normal(2, (8,))},
+        "head": {"kernel": normal(3, (1, 2, 8, 16))},
+    }
 
 
 PARAMS = {**layers(), "norm": {"scale": normal(5, (8,), jnp.bfloat16)}}
@@ -232,7 +342,8 @@ LATER = jax.tree.map(lambda x: (0.8 * x + 0.1).astype(x.dtype), PARAMS)
 def bits(tree: Any) -> dict[str, tuple[Any, ...]]:
     """Return dtype, shape and the very bytes of every array of a tree, by path."""
     return {
-        path: (x.dtype, x.shape, np.asarray(x).tobytes()) for path, x in flatten(jax.tree.map(jnp.asarray, tree))[0].items()
+        path: (x.dtype, x.shape, np.asarray(x).tobytes())
+        for path, x in flatten(jax.tree.map(jnp.asarray, tree))[0].items()
     }
 
 
@@ -278,7 +389,11 @@ def test_1_view_keeps_structure_shapes_and_dtypes(name):
     odd = {**PARAMS, "step": jnp.arange(3), "none": jnp.zeros((0, 4)), "key": jax.random.key(0)}
     seen = c.view(odd, c.init(odd))
     assert jax.tree.structure(seen) == jax.tree.structure(odd)
-    assert seen["step"].dtype == jnp.int32 and seen["step"].tolist() == [0, 1, 2] and seen["none"].shape == (0, 4)
+    assert (
+        seen["step"].dtype == jnp.int32
+        and seen["step"].tolist() == [0, 1, 2]
+        and seen["none"].shape == (0, 4)
+    )
     assert {"step", "none", "key"} <= set(c.skipped(odd))
 
 
@@ -286,10 +401,17 @@ def test_1_view_keeps_structure_shapes_and_dtypes(name):
 def test_2_what_is_trained_is_what_ships(name):
     c, (state, seen, *_) = CONTRACT[name].compression, trained(name)
     packed = c.pack(LATER, state)
-    assert bits(seen) == bits(c.view(LATER, state)) == bits(cj.unpack(packed)) == bits(jax.jit(cj.unpack)(packed))
+    assert (
+        bits(seen)
+        == bits(c.view(LATER, state))
+        == bits(cj.unpack(packed))
+        == bits(jax.jit(cj.unpack)(packed))
+    )
     node = flatten(packed)[0][KERNEL]
     assert type(node) is CONTRACT[name].form if CONTRACT[name].form else not is_packed(node)
-    moved = state._replace(learned=jax.tree.map(lambda x: 1.01 * x, state.learned))  # as an optimizer moves it
+    moved = state._replace(
+        learned=jax.tree.map(lambda x: 1.01 * x, state.learned)
+    )  # as an optimizer moves it
     assert bits(trained(name).view(LATER, moved)) == bits(cj.unpack(c.pack(LATER, moved)))
     assert (bits(c.view(LATER, moved)) != bits(seen)) == bool(jax.tree.leaves(state.learned))
 
@@ -310,7 +432,8 @@ def test_4_gradients_are_finite_and_as_promised(name):
         def loss(params, learned):
             seen = c.view(params, state._replace(learned=learned))
             return sum(
-                (s * w).astype(jnp.float32).sum() for s, w in zip(*map(jax.tree.leaves, (seen, weights)), strict=True)
+                (s * w).astype(jnp.float32).sum()
+                for s, w in zip(*map(jax.tree.leaves, (seen, weights)), strict=True)
             )
 
         return jax.grad(loss, argnums=(0, 1))(params, learned)
@@ -331,7 +454,9 @@ def test_5_update_and_view_compile_once_and_the_state_keeps_its_type(name):
     start = CONTRACT[name].compression.init(PARAMS)
     after = jax.eval_shape(run.update, PARAMS, start, jnp.int32(0), jax.random.key(0))
     assert jax.tree.structure(after) == jax.tree.structure(start)
-    assert [jax.typeof(x) for x in jax.tree.leaves(start)] == [jax.typeof(x) for x in jax.tree.leaves(run.state)]
+    assert [jax.typeof(x) for x in jax.tree.leaves(start)] == [
+        jax.typeof(x) for x in jax.tree.leaves(run.state)
+    ]
 
 
 def placed(params: Any) -> Any:
@@ -373,7 +498,9 @@ def test_6_sharded_equals_alone_and_view_keeps_shardings(name):
     tolerance = CONTRACT[name].sharded
     if tolerance:
         for got, expected in zip(*map(jax.tree.leaves, ((state, seen), alone(name))), strict=True):
-            np.testing.assert_allclose(np.asarray(got, float), np.asarray(expected, float), rtol=tolerance, atol=tolerance)
+            np.testing.assert_allclose(
+                np.asarray(got, float), np.asarray(expected, float), rtol=tolerance, atol=tolerance
+            )
     else:
         assert bits(state) == bits(alone(name)[0]) and bits(seen) == bits(alone(name)[1])
     for x, y in zip(jax.tree.leaves(later), jax.tree.leaves(seen), strict=True):
@@ -411,7 +538,9 @@ def flavours() -> tuple[Any, Any, Any]:
     leaves = flatten(layers())[0]
     trees = [flatten(tree) for tree in (linen, state)]
     for named, _ in trees:
-        assert {path: x.shape for path, x in named.items()} == {path: x.shape for path, x in leaves.items()}
+        assert {path: x.shape for path, x in named.items()} == {
+            path: x.shape for path, x in leaves.items()
+        }
     return (layers(), *(rebuild(leaves) for _, rebuild in trees))
 
 
@@ -432,7 +561,9 @@ def test_8_linen_nnx_and_dict_agree(name):
 @ROWS
 def test_9_a_leaf_that_is_not_finite_is_named(name):
     c, state = CONTRACT[name].compression, trained(name).state
-    broken, infinite = ({**LATER, "body": {**LATER["body"], "kernel": KERNEL_WITH[bad]}} for bad in ("nan", "-inf"))
+    broken, infinite = (
+        {**LATER, "body": {**LATER["body"], "kernel": KERNEL_WITH[bad]}} for bad in ("nan", "-inf")
+    )
     calls = [
         lambda: c.init(broken),
         lambda: c.init(infinite),
@@ -500,7 +631,11 @@ def test_11_a_stack_is_its_layers(name, place):
     state, seen = after_an_update(c, row.traceable_init)(params)
     packed = c.pack(params, state)
     assert bits(cj.unpack(packed)) == bits(seen)
-    assert type(packed["body"]["kernel"]) is row.form if row.form else not is_packed(packed["body"]["kernel"])
+    assert (
+        type(packed["body"]["kernel"]) is row.form
+        if row.form
+        else not is_packed(packed["body"]["kernel"])
+    )
     views = jnp.moveaxis(seen["body"]["kernel"], place, 0)
     for see, operands in c.pointwise(params, state).values():
         assert bits(see(params["body"]["kernel"], *operands)) == bits(seen["body"]["kernel"])
@@ -508,17 +643,24 @@ def test_11_a_stack_is_its_layers(name, place):
         return
     alone = after_an_update(row.compression, row.traceable_init)
     for layer, view in zip(x, views, strict=True):
-        np.testing.assert_allclose(view, alone(in_body(layer))[1]["body"]["kernel"], rtol=2e-6, atol=1e-7)
+        np.testing.assert_allclose(
+            view, alone(in_body(layer))[1]["body"]["kernel"], rtol=2e-6, atol=1e-7
+        )
 
 
-ACCEPTED = {("every 2", "prune on a schedule"), ("prune on a schedule", "every 2")}  # `every` only thins updates
+ACCEPTED = {
+    ("every 2", "prune on a schedule"),
+    ("prune on a schedule", "every 2"),
+}  # `every` only thins updates
 
 
 @cache
 def begun() -> dict[str, Any]:
     """A state of every row, as shapes where `init` can be traced."""
     return {
-        name: jax.eval_shape(row.compression.init, PARAMS) if row.traceable_init else row.compression.init(PARAMS)
+        name: jax.eval_shape(row.compression.init, PARAMS)
+        if row.traceable_init
+        else row.compression.init(PARAMS)
         for name, row in CONTRACT.items()
     }
 
@@ -535,7 +677,21 @@ def test_12_the_state_of_another_method_is_refused(name):
                 jax.eval_shape(call, params, state)
 
 
-SHAPES = [(), (1,), (8,), (1, 8), (8, 1), (16, 8), (8, 16), (4, 8), (16, 4), (2, 16, 8), (128,), (16, 8, 1), (1, 16, 8)]
+SHAPES = [
+    (),
+    (1,),
+    (8,),
+    (1, 8),
+    (8, 1),
+    (16, 8),
+    (8, 16),
+    (4, 8),
+    (16, 4),
+    (2, 16, 8),
+    (128,),
+    (16, 8, 1),
+    (1, 16, 8),
+]
 
 
 @pytest.mark.parametrize("name", CONTRACT)
@@ -543,7 +699,9 @@ def test_12_the_state_of_other_params_is_refused_by_name(name):
     c, state = CONTRACT[name].compression, begun()[name]
     if not jax.tree.leaves(state):
         pytest.skip("it has no state")
-    others = [in_body(jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in SHAPES if shape != (16, 8)]
+    others = [
+        in_body(jax.ShapeDtypeStruct(shape, jnp.float32)) for shape in SHAPES if shape != (16, 8)
+    ]
     others += [in_body(jax.ShapeDtypeStruct((16, 8), jnp.bfloat16))]
     for other in others:
         params = {**jax.eval_shape(lambda: PARAMS), "body": {**PARAMS["body"], **other["body"]}}
@@ -573,7 +731,10 @@ def test_12_options_that_print_alike_are_told_apart():
     first, second = (prune.magnitude(schedule) for schedule in schedules)
     with pytest.raises(StateError, match="0.6"):
         second.view(PARAMS, first.init(PARAMS))
-    ones, twos = (cj.leafwise(fn, init=lambda x, key: (None, x)) for fn in (lambda x, _, f: x + f, lambda x, _, f: x - f))
+    ones, twos = (
+        cj.leafwise(fn, init=lambda x, key: (None, x))
+        for fn in (lambda x, _, f: x + f, lambda x, _, f: x - f)
+    )
     with pytest.raises(StateError):
         twos.view(PARAMS, ones.init(PARAMS))
 
@@ -582,21 +743,33 @@ def test_12_options_that_print_alike_are_told_apart():
 def test_13_what_is_not_finite_is_seen_so_under_jit(name):
     run = trained(name)
     for bad in KERNEL_WITH.values():
-        seen = run.view({**LATER, "body": {**LATER["body"], "kernel": bad}}, run.state)["body"]["kernel"]
+        seen = run.view({**LATER, "body": {**LATER["body"], "kernel": bad}}, run.state)["body"][
+            "kernel"
+        ]
         assert not jnp.isfinite(seen[3, 2]), "a diverged weight looks like any other"
 
 
 def extreme(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Numbers up to the largest there is, down to subnormal ones and zeros of both signs."""
     x = normal(11, shape).ravel()
-    ends = [float(jnp.finfo(dtype).max), -float(jnp.finfo(dtype).max), float(jnp.finfo(dtype).tiny) / 4, 0.0, -0.0]
+    ends = [
+        float(jnp.finfo(dtype).max),
+        -float(jnp.finfo(dtype).max),
+        float(jnp.finfo(dtype).tiny) / 4,
+        0.0,
+        -0.0,
+    ]
     x = (x * (ends[0] / jnp.abs(x).max())).at[: len(ends)].set(jnp.asarray(ends, jnp.float32))
     return x.reshape(shape).astype(dtype)
 
 
 EXTREME = {
     "body": {"kernel": extreme((16, 8), jnp.float16), "bias": extreme((8,), jnp.float32)},
-    "head": {"kernel": jnp.full((1, 2, 8, 16), jnp.finfo(jnp.float16).tiny / 8, jnp.float16).at[0, 0].set(0.0)},
+    "head": {
+        "kernel": jnp.full((1, 2, 8, 16), jnp.finfo(jnp.float16).tiny / 8, jnp.float16)
+        .at[0, 0]
+        .set(0.0)
+    },
     "norm": {"scale": extreme((8,), jnp.bfloat16)},
 }
 
@@ -619,7 +792,13 @@ def test_every_public_method_has_a_row():
         getattr(package, name)
         for package in (quantize, prune, cluster, lowrank)
         for name in package.__all__
-        if inspect.isfunction(fn := getattr(package, name)) and typing.get_type_hints(fn).get("return") is Compression
+        if inspect.isfunction(fn := getattr(package, name))
+        and typing.get_type_hints(fn).get("return") is Compression
     }
-    assert {quantize.uniform, prune.magnitude, cluster.kmeans, lowrank.svd} <= public  # the search itself works
+    assert {
+        quantize.uniform,
+        prune.magnitude,
+        cluster.kmeans,
+        lowrank.svd,
+    } <= public  # the search itself works
     assert core | public <= {fn for row in CONTRACT.values() for fn in row.of}

@@ -41,8 +41,12 @@ def config(data_dir, monkeypatch):
         function = load_config(CONFIGS / f"{name}.py")
         if examples:
             load = function.__globals__["load"]
-            monkeypatch.setitem(function.__globals__, "load", lambda data: cut(load(data), examples))
-        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,))
+            monkeypatch.setitem(
+                function.__globals__, "load", lambda data: cut(load(data), examples)
+            )
+        mesh = jax.make_mesh(
+            (1,), ("data",), devices=jax.devices()[:1], axis_types=(AxisType.Auto,)
+        )
         return dataclasses.replace(build(function, {**defaults(function), **arguments}), mesh=mesh)
 
     return make
@@ -55,7 +59,10 @@ def defaults(function) -> dict:
 
 def cut(data, n: int):
     """Keep the first n examples of each split."""
-    short = {name: {k: x[:n] for k, x in getattr(data, name).items()} for name in ("train", "validation", "test")}
+    short = {
+        name: {k: x[:n] for k, x in getattr(data, name).items()}
+        for name in ("train", "validation", "test")
+    }
     return dataclasses.replace(data, **short)
 
 
@@ -64,32 +71,57 @@ def kernels(packed) -> list:
 
 
 def sparsity(nodes) -> float:
-    return sum(int((node.unpack() == 0).sum()) for node in nodes) / sum(node.unpack().size for node in nodes)
+    return sum(int((node.unpack() == 0).sum()) for node in nodes) / sum(
+        node.unpack().size for node in nodes
+    )
 
 
 def check(result, experiment) -> list:
     """See that the table is that of the files, and the artifact that of the chosen row; return its kernels."""
     table = json.loads((result.artifact.parent / "results.json").read_text())
-    assert table["rows"] == [row.as_dict() for row in result.rows] and table["chosen"] == result.chosen.name
+    assert (
+        table["rows"] == [row.as_dict() for row in result.rows]
+        and table["chosen"] == result.chosen.name
+    )
     assert result.chosen.nbytes == result.artifact.stat().st_size
     packed, metadata = cj.load(result.artifact)
-    assert metadata["data_sha256"] == experiment.data.fingerprint and metadata["name"] == result.chosen.name
-    assert result.chosen.test == accuracy(experiment.student.model.apply, cj.unpack(packed), experiment.data.test)
+    assert (
+        metadata["data_sha256"] == experiment.data.fingerprint
+        and metadata["name"] == result.chosen.name
+    )
+    assert result.chosen.test == accuracy(
+        experiment.student.model.apply, cj.unpack(packed), experiment.data.test
+    )
     return kernels(packed)
 
 
 def test_digits(config, tmp_path):
     steps = {"teacher_steps": 12, "student_steps": 60, "candidate_steps": 20}
     experiment = config("digits", **steps, max_drop=0.99)
-    assert [candidate.name for candidate in experiment.candidates] == ["prune-85-int4", "prune-91-int4", "prune-95-int4"]
-    experiment = dataclasses.replace(experiment, candidates=experiment.candidates[1:2])  # each is a program to compile
+    assert [candidate.name for candidate in experiment.candidates] == [
+        "prune-85-int4",
+        "prune-91-int4",
+        "prune-95-int4",
+    ]
+    experiment = dataclasses.replace(
+        experiment, candidates=experiment.candidates[1:2]
+    )  # each is a program to compile
     result = compress(experiment, tmp_path, say=lambda line: None)
     teacher, student, tried = result.rows
-    assert (teacher.name, student.name) == ("teacher", "student") and result.chosen is tried and result.met
-    assert student.nbytes / tried.nbytes > 20 and teacher.nbytes > student.nbytes > 4 * student.parameters
+    assert (
+        (teacher.name, student.name) == ("teacher", "student")
+        and result.chosen is tried
+        and result.met
+    )
+    assert (
+        student.nbytes / tried.nbytes > 20
+        and teacher.nbytes > student.nbytes > 4 * student.parameters
+    )
     assert student.validation > 0.5, "60 steps teach a network more than nothing"
     nodes = check(result, experiment)
-    assert len(nodes) == 3 and all(isinstance(getattr(node, "codes", node), Sparse) for node in nodes)
+    assert len(nodes) == 3 and all(
+        isinstance(getattr(node, "codes", node), Sparse) for node in nodes
+    )
     assert 0.91 <= sparsity(nodes) < 0.93  # 91 % pruned, and a few round to zero
     assert cj.load(result.artifact)[1]["model"] == "LeNet300100()"
 
@@ -105,9 +137,16 @@ def real_images(monkeypatch):
 @pytest.mark.slow
 def test_fashion_mnist(config, real_images, tmp_path):
     epochs = {"teacher_epochs": 1, "student_epochs": 1, "candidate_epochs": 1}
-    experiment = config("fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=0.99, min_ratio=1.0)
+    experiment = config(
+        "fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=0.99, min_ratio=1.0
+    )
     result = compress(experiment, tmp_path, say=lambda line: None)
-    assert [row.name for row in result.rows] == ["teacher", "student", "prune-60-int4", "prune-80-int4"]
+    assert [row.name for row in result.rows] == [
+        "teacher",
+        "student",
+        "prune-60-int4",
+        "prune-80-int4",
+    ]
     sizes = [row.nbytes for row in result.rows]
     assert result.met and sizes == sorted(sizes, reverse=True)
     nodes = check(result, experiment)
@@ -117,11 +156,26 @@ def test_fashion_mnist(config, real_images, tmp_path):
 
 @pytest.mark.slow
 def test_deep_compression(config, real_images, tmp_path):
-    arguments = {"epochs": 3, "teacher_epochs": 1, "candidate_epochs": 3, "sparsity": (0.9, 0.95), "max_drop": 0.99}
+    arguments = {
+        "epochs": 3,
+        "teacher_epochs": 1,
+        "candidate_epochs": 3,
+        "sparsity": (0.9, 0.95),
+        "max_drop": 0.99,
+    }
     experiment = config("deep_compression", examples=1280, **arguments)
     result = compress(experiment, tmp_path, say=lambda line: None)
-    assert [row.name for row in result.rows] == ["teacher", "student", "prune-90-share-16", "prune-95-share-16"]
-    assert result.chosen is result.rows[-1] and result.met and result.rows[1].nbytes / result.chosen.nbytes > 25
+    assert [row.name for row in result.rows] == [
+        "teacher",
+        "student",
+        "prune-90-share-16",
+        "prune-95-share-16",
+    ]
+    assert (
+        result.chosen is result.rows[-1]
+        and result.met
+        and result.rows[1].nbytes / result.chosen.nbytes > 25
+    )
     nodes = check(result, experiment)
     assert all(isinstance(node, Clustered) and isinstance(node.codes, Sparse) for node in nodes)
     for node in nodes:
@@ -159,12 +213,30 @@ class Command:
     def __init__(self, folder: Path, data_dir: Path):
         self.config = folder / "often.py"
         self.config.write_text(OFTEN)
-        self.environment = {**os.environ, "TFDS_DATA_DIR": str(data_dir), "PYTHONPATH": str(CONFIGS.parent)}
+        self.environment = {
+            **os.environ,
+            "TFDS_DATA_DIR": str(data_dir),
+            "PYTHONPATH": str(CONFIGS.parent),
+        }
         del self.environment["XLA_FLAGS"]
 
     def start(self, workdir: Path) -> subprocess.Popen[str]:
-        words = [sys.executable, "-m", "compress_jax.cli", "run", str(self.config), "--workdir", str(workdir)]
-        return subprocess.Popen(words, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        words = [
+            sys.executable,
+            "-m",
+            "compress_jax.cli",
+            "run",
+            str(self.config),
+            "--workdir",
+            str(workdir),
+        ]
+        return subprocess.Popen(
+            words,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
     def finish(self, workdir: Path) -> dict[str, bytes]:
         """Run to the end; return the numbers."""
@@ -184,7 +256,12 @@ class Command:
 
 
 def numbers(workdir: Path) -> dict[str, bytes]:
-    files = [workdir / "results.json", *workdir.rglob("*.safetensors"), *workdir.rglob("metrics.jsonl"), workdir / "log.txt"]
+    files = [
+        workdir / "results.json",
+        *workdir.rglob("*.safetensors"),
+        *workdir.rglob("metrics.jsonl"),
+        workdir / "log.txt",
+    ]
     return {str(file.relative_to(workdir)): file.read_bytes() for file in files}
 
 
@@ -197,28 +274,48 @@ def command(tmp_path_factory, data_dir) -> Command:
 def straight(command, tmp_path_factory) -> dict[str, bytes]:
     """The numbers of a run that nothing stopped."""
     found = command.finish(tmp_path_factory.mktemp("straight"))
-    expected = {f"{stage}/metrics.jsonl" for stage in STAGES[1:]} | {f"{stage}/artifact.safetensors" for stage in STAGES[3:]}
-    assert expected | {"results.json", "artifact.safetensors", "student.safetensors", "teacher.safetensors"} <= set(found)
+    expected = {f"{stage}/metrics.jsonl" for stage in STAGES[1:]} | {
+        f"{stage}/artifact.safetensors" for stage in STAGES[3:]
+    }
+    assert expected | {
+        "results.json",
+        "artifact.safetensors",
+        "student.safetensors",
+        "teacher.safetensors",
+    } <= set(found)
     return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_run_killed_at_random_in_every_stage_ends_with_the_same_bytes(seed, command, straight, tmp_path):
+def test_a_run_killed_at_random_in_every_stage_ends_with_the_same_bytes(
+    seed, command, straight, tmp_path
+):
     chance, codes = random.Random(seed), []
-    for stage in STAGES:  # a stage's folder appears before it compiles, and the next one's after its evaluation
+    for stage in (
+        STAGES
+    ):  # a stage's folder appears before it compiles, and the next one's after its evaluation
         codes.append(command.stop(tmp_path, stage or "*", chance.uniform(0, 8), signal.SIGKILL)[0])
     assert codes.count(-signal.SIGKILL) >= 4, "too few of the kills came in time to mean anything"
     assert command.finish(tmp_path) == straight
 
 
 @pytest.mark.slow
-def test_a_run_asked_to_stop_says_so_in_a_line_and_continues_to_the_same_bytes(command, straight, tmp_path):
-    for stage, signum in (("teacher", signal.SIGINT), ("student", signal.SIGTERM), (STAGES[4], signal.SIGINT)):
+def test_a_run_asked_to_stop_says_so_in_a_line_and_continues_to_the_same_bytes(
+    command, straight, tmp_path
+):
+    for stage, signum in (
+        ("teacher", signal.SIGINT),
+        ("student", signal.SIGTERM),
+        (STAGES[4], signal.SIGINT),
+    ):
         code, error = command.stop(tmp_path, f"{stage}/metrics.jsonl", 0.0, signum)
         assert code == {signal.SIGINT: 130, signal.SIGTERM: 143}[signum], error
         name = signal.Signals(signum).name
-        assert error.splitlines()[-1].startswith(f"stopped by {name}") and "run the same command to continue" in error
+        assert (
+            error.splitlines()[-1].startswith(f"stopped by {name}")
+            and "run the same command to continue" in error
+        )
         assert "Traceback" not in error and error.count("stopped by") == 1
         assert not (tmp_path / "results.json").exists()
     assert command.finish(tmp_path) == straight

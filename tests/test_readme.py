@@ -14,7 +14,9 @@ def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     first, *rest = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
     seen = {}
-    with jax.numpy_dtype_promotion("standard"):  # a reader's process; optax's adam does not pass "strict"
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # a reader's process; optax's adam does not pass "strict"
         exec(compile(first, "README.md", "exec"), seen)
     view = cj.unpack(cj.load("model.safetensors")[0])
     exact = seen["compression"].view(seen["params"], seen["state"])
@@ -29,6 +31,10 @@ def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypa
         for code in rest:
             exec(compile(code, "README.md", "exec"), seen)
     printed = capsys.readouterr().out
-    assert "layers_0/kernel (0,)" in printed and "total" in printed and len(printed.splitlines()) > 8
+    assert (
+        "layers_0/kernel (0,)" in printed and "total" in printed and len(printed.splitlines()) > 8
+    )
     solved = seen["target"].view(seen["solved"].params, seen["solved"].state)
-    np.testing.assert_array_equal(cj.unpack(seen["packed"])["layers_2"]["kernel"], solved["layers_2"]["kernel"])
+    np.testing.assert_array_equal(
+        cj.unpack(seen["packed"])["layers_2"]["kernel"], solved["layers_2"]["kernel"]
+    )

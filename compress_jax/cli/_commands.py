@@ -32,7 +32,8 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
       ``(experiment, packed variables, results)``; the artifact fits the student's model.
 
     Raises:
-      ConfigError: if a file of the folder is missing or damaged, or the code of the model has changed.
+      ConfigError: if a file of the folder is missing or damaged, or the code of the model has
+        changed.
       ArtifactError: if the artifact is damaged, or is of another model.
     """
     from compress_jax.cli.parse import parse_config
@@ -43,12 +44,16 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
     from compress_jax.search._stage_record import require_same_model
 
     flags = read_run(workdir)["flags"]
-    results = read_results(workdir, intact=False)  # its numbers are not used, but shown beside what is measured
+    results = read_results(
+        workdir, intact=False
+    )  # its numbers are not used, but shown beside what is measured
     file, config = workdir / "artifact.safetensors", kept_config(workdir)
     packed = load(file)[0]
     function = load_config(config)
     experiment = build(function, parse_config(function, flags, f"compress-jax run {config}")[0])
-    require_same_model(workdir / "candidates" / results["chosen"], ingredients(model=experiment.student.model))
+    require_same_model(
+        workdir / "candidates" / results["chosen"], ingredients(model=experiment.student.model)
+    )
     _require_fit(file, experiment, packed)
     return experiment, packed, results
 
@@ -61,22 +66,29 @@ def _require_fit(file: Path, experiment: "Experiment", packed: Any) -> None:
 
     image, apply = experiment.data.test["image"], experiment.student.model.apply
     try:
-        jax.eval_shape(apply, unpack(packed), jax.ShapeDtypeStruct((1, *image.shape[1:]), image.dtype))
+        jax.eval_shape(
+            apply, unpack(packed), jax.ShapeDtypeStruct((1, *image.shape[1:]), image.dtype)
+        )
     except Exception as error:
         why = str(error).strip().split("\n")[0]
-        raise ArtifactError(f"{file} does not fit the model of this run ({type(error).__name__}: {why})") from error
+        raise ArtifactError(
+            f"{file} does not fit the model of this run ({type(error).__name__}: {why})"
+        ) from error
 
 
-def evaluate(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]) -> int:
+def evaluate(
+    workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")],
+) -> int:
     """Measure the artifact of a run again, and compare with what the run wrote down.
 
-    Builds the data and the student from the config and the arguments kept in WORKDIR, reads artifact.safetensors and prints
-    its accuracies and bytes beside those of results.json. For example
+    Builds the data and the student from the config and the arguments kept in WORKDIR, reads
+    artifact.safetensors and prints its accuracies and bytes beside those of results.json. For
+    example
 
       compress-jax eval runs/digits
 
-    This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0 the same, 1 they differ
-    or an error.
+    This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0
+    the same, 1 they differ or an error.
 
     Args:
       workdir: the folder of a finished run.
@@ -89,13 +101,25 @@ def evaluate(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metava
 
     experiment, packed, results = rebuilt(workdir)
     written = next(row for row in results["rows"] if row["name"] == results["chosen"])
-    measured = _measure(experiment, packed) | {"nbytes": (workdir / "artifact.safetensors").stat().st_size}
-    names = {"test": "test accuracy", "validation": "validation accuracy", "nbytes": "bytes on disk"}
+    measured = _measure(experiment, packed) | {
+        "nbytes": (workdir / "artifact.safetensors").stat().st_size
+    }
+    names = {
+        "test": "test accuracy",
+        "validation": "validation accuracy",
+        "nbytes": "bytes on disk",
+    }
     rows = [(text, _cell(measured[key]), _cell(written[key])) for key, text in names.items()]
     same = all(measured[key] == written[key] for key in names)
     console = stdout()
-    console.print(rich_table(Table(results["chosen"], ("", "measured now", "results.json"), tuple(rows))))
-    console.print("the same" if same else "[bold red]they differ[/]: the artifact, the data or the versions have changed")
+    console.print(
+        rich_table(Table(results["chosen"], ("", "measured now", "results.json"), tuple(rows)))
+    )
+    console.print(
+        "the same"
+        if same
+        else "[bold red]they differ[/]: the artifact, the data or the versions have changed"
+    )
     return 0 if same else 1
 
 
@@ -106,7 +130,10 @@ def _measure(experiment: Any, packed: Any) -> dict[str, Any]:
 
     variables, data = unpack(packed), experiment.data
     splits = {"test": data.test, "validation": data.validation}
-    hits = {n: logits(experiment.student.model.apply, variables, x).argmax(-1) == x["label"] for n, x in splits.items()}
+    hits = {
+        n: logits(experiment.student.model.apply, variables, x).argmax(-1) == x["label"]
+        for n, x in splits.items()
+    }
     return {name: float(hit.mean()) for name, hit in hits.items()}
 
 
@@ -135,23 +162,26 @@ def export(
 ) -> int:
     """Export the artifact of a run to ONNX, LiteRT or StableHLO, and verify every file in its own runtime.
 
-    Writes WORKDIR/export/model.onnx, model.tflite or model.stablehlo, beside each the same model in float32, and what was
-    measured on the test split to WORKDIR/export/export.json: accuracy there, agreement with JAX, bytes, and times
-    beside the float export, slowdowns too. For example
+    Writes WORKDIR/export/model.onnx, model.tflite or model.stablehlo, beside each the same model in
+    float32, and what was measured on the test split to WORKDIR/export/export.json: accuracy there,
+    agreement with JAX, bytes, and times beside the float export, slowdowns too. For example
 
       compress-jax export runs/digits --to onnx stablehlo
       compress-jax export runs/digits --to onnx litert --activations int8
 
-    ONNX needs pip install 'compress_jax[onnx]', LiteRT pip install 'compress_jax[litert]'. With --activations int8 whole
-    layers run in integers, calibrated on training data; the weights' scales must then be per tensor or channel.
+    ONNX needs pip install 'compress_jax[onnx]', LiteRT pip install 'compress_jax[litert]'. With
+    --activations int8 whole layers run in integers, calibrated on training data; the weights'
+    scales must then be per tensor or channel.
 
-    This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0 every file passes, 1 an
-    error, 4 a file fails: answers that differ too often from JAX's, or accuracy that is lost.
+    This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0
+    every file passes, 1 an error, 4 a file fails: answers that differ too often from JAX's, or
+    accuracy that is lost.
 
     Args:
       workdir: the folder of a finished run.
       to: the runtimes.
-      activations: "int8" for integer inference (ONNX, LiteRT); "float" to compress the weights alone.
+      activations: "int8" for integer inference (ONNX, LiteRT); "float" to compress the weights
+        alone.
       calibrate: training examples that ranges of activations are measured on.
       batch: examples a call; LiteRT files run this size only.
       rounds: timed calls of each file.
@@ -196,11 +226,17 @@ def export(
         records[target] = {**found.record(), "sites": [row._asdict() for row in done.rows]}
         console.print(rich_table(Table(f"{target}: {file}", ("", "measured"), tuple(found.rows()))))
         for row in done.rows:
-            console.print(shown(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}"))
+            console.print(
+                shown(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}")
+            )
         for note in done.notes:
             console.print(shown(f"  {note}"))
     write_atomically(folder / "export.json", f"{json.dumps(records, indent=1)}\n".encode())
-    console.print("every file passes" if passed else "[bold red]a file fails[/]: see above; no claim should rest on it")
+    console.print(
+        "every file passes"
+        if passed
+        else "[bold red]a file fails[/]: see above; no claim should rest on it"
+    )
     return 0 if passed else GATE
 
 
@@ -208,7 +244,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise ExportError(f"cannot write into {folder}: {error.strerror}; remove or rename what is there") from error
+        raise ExportError(
+            f"cannot write into {folder}: {error.strerror}; remove or rename what is there"
+        ) from error
 
 
 def _writer(target: Target) -> Callable[..., Any]:
@@ -233,9 +271,9 @@ def _options(target: Target, activations: str, images: Any, batch: int) -> dict[
 def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> int:
     """Show what an artifact is and how each of its leaves is stored.
 
-    Prints the metadata (model, data, config, accuracy) and one line a leaf: shape, form, stored bits for each entry, share
-    of zeros, bytes, share of the file, and why a leaf was left alone; then what the bytes are for: codes, masks, scales. For
-    example
+    Prints the metadata (model, data, config, accuracy) and one line a leaf: shape, form, stored
+    bits for each entry, share of zeros, bytes, share of the file, and why a leaf was left alone;
+    then what the bytes are for: codes, masks, scales. For example
 
       compress-jax inspect runs/digits/artifact.safetensors
 
@@ -266,7 +304,8 @@ def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F
 def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]) -> int:
     """Write report.html and report.md of a run: tables, pictures and decisions.
 
-    report.html is one file that needs nothing else; report.md has its pictures in WORKDIR/report/. For example
+    report.html is one file that needs nothing else; report.md has its pictures in WORKDIR/report/.
+    For example
 
       compress-jax report runs/digits
 

@@ -35,17 +35,18 @@ def run(
 ) -> int:
     """Train, compress and verify what a config describes.
 
-    CONFIG is a Python file with a function 'config'; its arguments are flags. The first of these explains them, with the
-    time the run takes and the numbers to expect:
+    CONFIG is a Python file with a function 'config'; its arguments are flags. The first of these
+    explains them, with the time the run takes and the numbers to expect:
 
       compress-jax run configs/digits.py --help
       compress-jax run configs/digits.py --bits 3
 
-    The second leaves artifact.safetensors, results.json, log.txt, report.html, metrics and checkpoints in the folder
-    runs/digits-bits=3.
+    The second leaves artifact.safetensors, results.json, log.txt, report.html, metrics and
+    checkpoints in the folder runs/digits-bits=3.
 
-    A run that was stopped in any way continues where it was when the same command is given again. Exit code 3 means that
-    no candidate met the requirement; the artifact is then the best there was.
+    A run that was stopped in any way continues where it was when the same command is given again.
+    Exit code 3 means that no candidate met the requirement; the artifact is then the best there
+    was.
 
     Args:
       config: a Python file with a function 'config'; it comes before its flags.
@@ -68,7 +69,11 @@ def run(
         _quiet()
         experiment = build(function, arguments)
         remember(workdir, source, described | {"requirement": _as_json(experiment.requirement)})
-        return _compress(experiment, workdir, {"config": described["config"], "arguments": described["arguments"]})
+        return _compress(
+            experiment,
+            workdir,
+            {"config": described["config"], "arguments": described["arguments"]},
+        )
 
 
 def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
@@ -83,9 +88,15 @@ def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
             result = search.compress(experiment, workdir, about=about, say=say)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
             raise Stopped(stop.signum, str(stop)) from stop
-    console.print(report.rich_table(report.results_table([row.as_dict() for row in result.rows], result.chosen.name)))
+    console.print(
+        report.rich_table(
+            report.results_table([row.as_dict() for row in result.rows], result.chosen.name)
+        )
+    )
     page = report.write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
-    console.print(f"artifact: {shown(str(workdir / result.artifact.name))}\nreport:   {shown(str(page))}")
+    console.print(
+        f"artifact: {shown(str(workdir / result.artifact.name))}\nreport:   {shown(str(page))}"
+    )
     if not result.met:
         best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
         console.print(f"No candidate met the requirement; {best}.")
@@ -99,7 +110,10 @@ def _defaults(function: Any) -> dict[str, Any]:
 
 def _as_json(requirement: Any) -> dict[str, Any]:
     """Return the requirement's fields; JSON has no infinity, so no limit on the bytes is null."""
-    return {name: None if value == math.inf else value for name, value in dataclasses.asdict(requirement).items()}
+    return {
+        name: None if value == math.inf else value
+        for name, value in dataclasses.asdict(requirement).items()
+    }
 
 
 def _quiet() -> None:
@@ -155,8 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: the arguments; by default those of the process.
 
     Returns:
-      The exit code: 0 done, 1 an error, 2 wrong usage, 3 requirement not met, 4 export fails, 130 or 143 stopped, 141 the
-      pipe was closed.
+      The exit code: 0 done, 1 an error, 2 wrong usage, 3 requirement not met, 4 export fails, 130
+      or 143 stopped, 141 the pipe was closed.
 
     Example:
       >>> main(["inspect", "--help"])  # doctest: +ELLIPSIS
@@ -167,7 +181,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read it has seen enough; what a run has made is kept
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its end
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python complains at its end
         return CLOSED
     return code
 
@@ -183,7 +199,9 @@ def _main(words: list[str]) -> int:
         except BrokenPipeError:
             raise
         except BaseException as error:
-            stopped = error if isinstance(error, Stopped) else stop.stopped  # a library may turn a stop into its own error
+            stopped = (
+                error if isinstance(error, Stopped) else stop.stopped
+            )  # a library may turn a stop into its own error
             if stopped is None and not isinstance(error, CompressError | OSError):
                 raise
             if debug:
@@ -223,5 +241,10 @@ def _no_command(words: list[str]) -> int:
         print(fitted(HELP.format(commands=commands)), end="")
         return 0
     wrong = f"there is no command {words[0]!r}" if words else "which command?"
-    print(fitted(printable(f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help", lines=True)), file=sys.stderr)
+    print(
+        fitted(
+            printable(f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help", lines=True)
+        ),
+        file=sys.stderr,
+    )
     return 2

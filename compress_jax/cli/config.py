@@ -29,13 +29,24 @@ def load_config(path: Path) -> Callable[..., Any]:
       ConfigError: if there is no such file, it cannot be imported, or it has no such function.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no config file {path}; give a Python file with a function 'config', as in configs/")
+        raise ConfigError(
+            f"there is no config file {path}; give a Python file with a function 'config', as in "
+            "configs/"
+        )
     config = getattr(_import(path), "config", None)
     if not inspect.isfunction(config):
-        raise ConfigError(f"{path} has no function 'config'; write 'def config(bits: int = 4) -> Experiment: ...' in it")
-    untyped = [name for name, p in inspect.signature(config).parameters.items() if p.annotation is p.empty]
+        raise ConfigError(
+            f"{path} has no function 'config'; write 'def config(bits: int = 4) -> Experiment: "
+            "...' in it"
+        )
+    untyped = [
+        name for name, p in inspect.signature(config).parameters.items() if p.annotation is p.empty
+    ]
     if untyped:
-        raise ConfigError(f"{path}: config's argument {untyped[0]!r} has no type; write it as '{untyped[0]}: int = ...'")
+        raise ConfigError(
+            f"{path}: config's argument {untyped[0]!r} has no type; write it as '{untyped[0]}: "
+            "int = ...'"
+        )
     return config
 
 
@@ -59,7 +70,10 @@ def build(config: Callable[..., Any], arguments: dict[str, Any]) -> "Experiment"
     with _explained(path):
         experiment = config(**arguments)
     if not isinstance(experiment, Experiment):
-        raise ConfigError(f"{path}: config returned a {type(experiment).__name__}, and should return an Experiment")
+        raise ConfigError(
+            f"{path}: config returned a {type(experiment).__name__}, and should return an "
+            "Experiment"
+        )
     return experiment
 
 
@@ -81,7 +95,13 @@ def _explained(path: Path) -> Iterator[None]:
     except CompressError:
         raise
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+        lines = [
+            frame.lineno
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename) == path
+        ]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
         where = f"{path}, line {line}" if line else str(path)
-        raise ConfigError(f"{where}: {type(error).__name__}: {error} (--debug shows the whole trace)") from error
+        raise ConfigError(
+            f"{where}: {type(error).__name__}: {error} (--debug shows the whole trace)"
+        ) from error

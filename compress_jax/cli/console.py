@@ -54,7 +54,12 @@ def fitted(text: str, width: int | None = None) -> str:
         name, gap, rest = line[start:].partition("  ")  # a name and what it means, in two columns
         hang = len(line) - len(rest.lstrip()) if gap and rest and start else start
         wrapped = textwrap.wrap(
-            line, columns, subsequent_indent=" " * hang, break_long_words=False, break_on_hyphens=False, tabsize=4
+            line,
+            columns,
+            subsequent_indent=" " * hang,
+            break_long_words=False,
+            break_on_hyphens=False,
+            tabsize=4,
         )
         lines.extend(wrapped if len(line) > columns else [line])
     return "\n".join(lines)

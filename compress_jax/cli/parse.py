@@ -16,7 +16,9 @@ from compress_jax.core.errors import ConfigError
 
 Workdir = Annotated[
     str | None,
-    tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, say runs/digits-bits=3)"),
+    tyro.conf.arg(
+        metavar="DIR", help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, say runs/digits-bits=3)"
+    ),
 ]
 
 
@@ -29,7 +31,8 @@ def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Calla
       words: what follows the name.
 
     Returns:
-      The call, not made yet: the parser takes some exceptions for wrong usage, and these must not be the command's own.
+      The call, not made yet: the parser takes some exceptions for wrong usage, and these must not
+      be the command's own.
 
     Raises:
       SystemExit: with code 2 after explaining wrong usage, with code 0 after showing the help.
@@ -42,7 +45,9 @@ def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Calla
     return _cli(_waiting(command), f"compress-jax {name}", teach(command), words)
 
 
-def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) -> tuple[dict[str, Any], Path | None]:
+def parse_config(
+    config: Callable[..., Any], flags: Sequence[str], prog: str
+) -> tuple[dict[str, Any], Path | None]:
     """Read a config's arguments from the command line.
 
     Args:
@@ -51,14 +56,18 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
       prog: shown in the help.
 
     Returns:
-      ``(arguments, workdir)``: every parameter of the config by name, and ``--workdir`` if it was given.
+      ``(arguments, workdir)``: every parameter of the config by name, and ``--workdir`` if it was
+        given.
 
     Raises:
       SystemExit: as `parse` does.
       ConfigError: if a parameter is named as a flag of ``run``, or the folder has no name.
     """
     if {"workdir", "debug"} & set(inspect.signature(config).parameters):
-        raise ConfigError("'workdir' and 'debug' are flags of compress-jax run itself; rename the config's argument")
+        raise ConfigError(
+            "'workdir' and 'debug' are flags of compress-jax run itself; rename the config's "
+            "argument"
+        )
 
     @functools.wraps(config)
     def arguments(**chosen: Any) -> dict[str, Any]:
@@ -73,7 +82,9 @@ def parse_config(config: Callable[..., Any], flags: Sequence[str], prog: str) ->
         """  # noqa: D417, D407
         return chosen, workdir
 
-    both.__annotations__["chosen"] = Annotated[dict[str, Any], tyro.conf.arg(name="", constructor=arguments)]
+    both.__annotations__["chosen"] = Annotated[
+        dict[str, Any], tyro.conf.arg(name="", constructor=arguments)
+    ]
     found, workdir = _cli(both, prog, _about(config), flags)
     if workdir is not None and not workdir.strip():
         raise ConfigError(f"--workdir is empty ({workdir!r}); name a folder, or leave the flag out")

@@ -12,7 +12,8 @@ class Stopped(BaseException):
     """A signal asked the command to stop; not an Exception, so that nothing on the way takes it for an error.
 
     Attributes:
-      exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for SIGTERM.
+      exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for
+        SIGTERM.
     """
 
     def __init__(self, signum: int, sentence: str = ""):
@@ -26,7 +27,8 @@ class Stop:
     """Whether a signal came.
 
     Attributes:
-      stopped: what was raised; it is kept here because code that runs outside Python may hide an exception.
+      stopped: what was raised; it is kept here because code that runs outside Python may hide an
+        exception.
     """
 
     stopped: Stopped | None = None
@@ -36,8 +38,8 @@ class Stop:
 def stopped_by_signals() -> Iterator[Stop]:
     """Raise `Stopped` inside the ``with`` block when SIGINT or SIGTERM comes; a second one ends the process at once.
 
-    While a network trains, `compress_jax.train.watch_signals` takes over, to finish the step and save it first. Outside the
-    main thread, where Python allows no handlers, nothing is caught.
+    While a network trains, `compress_jax.train.watch_signals` takes over, to finish the step and
+    save it first. Outside the main thread, where Python allows no handlers, nothing is caught.
 
     Yields:
       The `Stop`, which remembers the signal.
@@ -51,7 +53,11 @@ def stopped_by_signals() -> Iterator[Stop]:
       stopped by SIGTERM True
     """
     stop = Stop()
-    signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    signals = (
+        (signal.SIGINT, signal.SIGTERM)
+        if threading.current_thread() is threading.main_thread()
+        else ()
+    )
 
     def handle(signum: int, frame: FrameType | None) -> None:
         stop.stopped = Stopped(signum)

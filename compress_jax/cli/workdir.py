@@ -39,12 +39,24 @@ def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str,
       >>> default_workdir(Path("configs/digits.py"), {"bits": 3, "seed": 0}, {"bits": 4, "seed": 0}).as_posix()
       'runs/digits-bits=3'
     """
-    given = {name: value for name, value in arguments.items() if name not in defaults or value != defaults[name]}
-    parts = [config.stem, *(f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}" for name, value in given.items())]
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if name not in defaults or value != defaults[name]
+    }
+    parts = [
+        config.stem,
+        *(
+            f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}"
+            for name, value in given.items()
+        ),
+    ]
     return Path("runs") / "-".join(parts)[:200]
 
 
-def describe(config: Path, source: bytes, arguments: dict[str, Any], flags: list[str]) -> dict[str, Any]:
+def describe(
+    config: Path, source: bytes, arguments: dict[str, Any], flags: list[str]
+) -> dict[str, Any]:
     """Return what ``run.json`` keeps of a command, as JSON takes it: infinity and NaN as text, which JSON has not."""
     known = _finite(json.loads(json.dumps(arguments, default=str)))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
@@ -69,12 +81,19 @@ def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
     old, new = read_run(workdir), described
     if not _begun(workdir):
         return
-    for name in [n for n in {**old["arguments"], **new["arguments"]} if _given(old, n) != _given(new, n)]:
+    for name in [
+        n for n in {**old["arguments"], **new["arguments"]} if _given(old, n) != _given(new, n)
+    ]:
         was, now = (_given(each, name) for each in (old, new))
-        raise ConfigError(f"{workdir} holds a run with {name} = {was}, and now it is {now}; {_advice(workdir)}")
+        raise ConfigError(
+            f"{workdir} holds a run with {name} = {was}, and now it is {now}; {_advice(workdir)}"
+        )
     if _kept_digest(workdir, old) != new["config_sha256"]:
         change = _first_change(workdir, source)
-        raise ConfigError(f"{workdir} holds a run of another version of {new['config']}: {change}; {_advice(workdir)}")
+        raise ConfigError(
+            f"{workdir} holds a run of another version of {new['config']}: {change}; "
+            f"{_advice(workdir)}"
+        )
 
 
 def remember(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
@@ -92,8 +111,15 @@ def read_run(workdir: Path) -> dict[str, Any]:
       ConfigError: if the folder is not one of a run, or the file is damaged.
     """
     if not os.path.lexists(workdir / RUN):
-        raise ConfigError(f"{workdir} is not the folder of a run (it has no {RUN}); compress-jax run makes one")
-    return read_record(workdir / RUN, RUN_FORM, f"copy it from where it is whole, or {_advice(workdir)}", ConfigError)
+        raise ConfigError(
+            f"{workdir} is not the folder of a run (it has no {RUN}); compress-jax run makes one"
+        )
+    return read_record(
+        workdir / RUN,
+        RUN_FORM,
+        f"copy it from where it is whole, or {_advice(workdir)}",
+        ConfigError,
+    )
 
 
 def kept_config(workdir: Path) -> Path:
@@ -110,14 +136,20 @@ def kept_config(workdir: Path) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot read {file}: {error.strerror}; {advice}") from error
     if hashlib.sha256(source).hexdigest() != digest:
-        raise ConfigError(f"{file} is not the config that this run was made of, so it is not executed; {advice}")
+        raise ConfigError(
+            f"{file} is not the config that this run was made of, so it is not executed; {advice}"
+        )
     return file
 
 
 def _others(workdir: Path, *ours: str) -> list[str]:
     """Return what a folder holds besides some files, and what a killed process leaves of them half written."""
     names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
-    return sorted(name for name in names if name not in ours and not name.startswith(tuple(f".{own}." for own in ours)))
+    return sorted(
+        name
+        for name in names
+        if name not in ours and not name.startswith(tuple(f".{own}." for own in ours))
+    )
 
 
 def _begun(workdir: Path) -> bool:
@@ -130,7 +162,8 @@ def _require_empty(workdir: Path) -> None:
     if strange := _others(workdir, RUN, LOCK):
         named = ", ".join(map(printable, strange[:3])) + (", ..." if len(strange) > 3 else "")
         raise ConfigError(
-            f"{workdir} is not the folder of a run (it has no {RUN}), and it is not empty ({named}), so nothing is written "
+            f"{workdir} is not the folder of a run (it has no {RUN}), and it is not empty "
+            f"({named}), so nothing is written "
             "there; choose another --workdir"
         )
 
@@ -183,7 +216,9 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
     try:
         file = (workdir / LOG).open("w", encoding="utf-8", buffering=1)
     except OSError as error:
-        raise ArtifactError(f"cannot write {workdir / LOG}: {error.strerror}; remove it, or free the disk") from error
+        raise ArtifactError(
+            f"cannot write {workdir / LOG}: {error.strerror}; remove it, or free the disk"
+        ) from error
     with file:
 
         def say(line: str) -> None:
@@ -209,12 +244,16 @@ def locked(workdir: Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         file = (workdir / LOCK).open("w")
     except OSError as error:
-        raise ArtifactError(f"cannot write into {workdir}: {error.strerror}; choose another --workdir") from error
+        raise ArtifactError(
+            f"cannot write into {workdir}: {error.strerror}; choose another --workdir"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError(f"another process runs in {workdir}; wait for it, or choose another --workdir") from error
+            raise ConfigError(
+                f"another process runs in {workdir}; wait for it, or choose another --workdir"
+            ) from error
         yield
 
 

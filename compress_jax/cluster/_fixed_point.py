@@ -1,7 +1,7 @@
 """Sums that do not depend on the order of summation: 64-bit integers made of two 32-bit ones.
 
-A float sum changes in its last bits with the order of its terms, and sharding changes the order. Integer sums do not, so
-what is computed from them is the same on one device and on a thousand.
+A float sum changes in its last bits with the order of its terms, and sharding changes the order.
+Integer sums do not, so what is computed from them is the same on one device and on a thousand.
 """
 
 import math
@@ -86,8 +86,9 @@ def from_fixed(x: jax.Array, e: jax.Array) -> jax.Array:
 def prefix_sums(terms: jax.Array) -> Int64:
     """Return the sums of the first 0, 1, ..., n terms, exactly.
 
-    The terms are laid out as a square whose columns are added one by one, all rows at once, and then the rows' totals:
-    two loops of sqrt(n) steps, which compile in a fraction of the time of a parallel prefix sum.
+    The terms are laid out as a square whose columns are added one by one, all rows at once, and
+    then the rows' totals: two loops of sqrt(n) steps, which compile in a fraction of the time of a
+    parallel prefix sum.
 
     Args:
       terms: int32 ``[n]``.
@@ -133,7 +134,9 @@ def total(terms: jax.Array) -> Int64:
       1000.0
     """
     zero = Int64(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.uint32))
-    added = jax.lax.reduce(tuple(_widened(terms.ravel())), tuple(zero), lambda a, b: tuple(Int64(*a) + Int64(*b)), (0,))
+    added = jax.lax.reduce(
+        tuple(_widened(terms.ravel())), tuple(zero), lambda a, b: tuple(Int64(*a) + Int64(*b)), (0,)
+    )
     return Int64(*added)
 
 

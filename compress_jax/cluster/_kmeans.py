@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.cluster._fixed_point import Int64, exponent, from_fixed, prefix_sums, to_fixed, total
+from compress_jax.cluster._fixed_point import (
+    Int64,
+    exponent,
+    from_fixed,
+    prefix_sums,
+    to_fixed,
+    total,
+)
 from compress_jax.core import Clustered, Compression, leafwise
 from compress_jax.core.arguments import flag, random_key, whole
 from compress_jax.core.axes import Axes
@@ -25,11 +32,13 @@ def sketch(ordered: jax.Array, count: jax.Array) -> jax.Array:
     """Return at most 4096 order statistics, evenly spaced in rank, and both extremes: all values if there are fewer.
 
     Args:
-      ordered: float32 ``[n]``, ascending in its first ``count`` entries, and copies of the last of them after that.
+      ordered: float32 ``[n]``, ascending in its first ``count`` entries, and copies of the last of
+        them after that.
       count: int32 scalar, how many entries there are.
 
     Returns:
-      float32 ``[min(n, 4096)]``, ascending; if ``count`` is less than that, all values, about equally often.
+      float32 ``[min(n, 4096)]``, ascending; if ``count`` is less than that, all values, about
+      equally often.
 
     Example:
       >>> sketch(jnp.array([1.0, 2.0, 2.0, 2.0]), jnp.array(2)).tolist()
@@ -45,7 +54,8 @@ def sketch(ordered: jax.Array, count: jax.Array) -> jax.Array:
 def plus_plus(key: jax.Array, y: jax.Array, clusters: int) -> jax.Array:
     """Return k-means++ seeds: each next one is a point drawn with probability proportional to its squared distance.
 
-    The draw is the maximum of ``2 log distance + Gumbel noise``: maxima are exact where cumulative sums would not be.
+    The draw is the maximum of ``2 log distance + Gumbel noise``: maxima are exact where cumulative
+    sums would not be.
 
     Args:
       key: typed PRNG key.
@@ -53,14 +63,16 @@ def plus_plus(key: jax.Array, y: jax.Array, clusters: int) -> jax.Array:
       clusters: how many seeds.
 
     Returns:
-      float32 ``[clusters]``, ascending. Once every distinct point is a seed, the others repeat the first point.
+      float32 ``[clusters]``, ascending. Once every distinct point is a seed, the others repeat the
+      first point.
 
     Example:
       >>> plus_plus(jax.random.key(0), jnp.array([1.0, 1.0, 5.0, 7.0]), 3).tolist()
       [1.0, 5.0, 7.0]
 
     References:
-      Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007, section 2.2.
+      Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007, section
+      2.2.
     """
 
     def draw(i: jax.Array | int, distance: jax.Array) -> jax.Array:
@@ -80,8 +92,8 @@ def plus_plus(key: jax.Array, y: jax.Array, clusters: int) -> jax.Array:
 def companded(y: jax.Array, clusters: int) -> jax.Array:
     """Return seeds whose density is the cube root of that of the points, which is optimal for many clusters.
 
-    Between evenly ranked points the density is ``f = 1 / gap``, so each gap gets ``f**(1/3) * gap = gap**(2/3)`` of the
-    seeds. The shares are added as integers.
+    Between evenly ranked points the density is ``f = 1 / gap``, so each gap gets
+    ``f**(1/3) * gap = gap**(2/3)`` of the seeds. The shares are added as integers.
 
     Args:
       y: float32 ``[m]``, ascending points.
@@ -95,7 +107,8 @@ def companded(y: jax.Array, clusters: int) -> jax.Array:
       [1.0, 3.0, 5.0, 7.0]
 
     References:
-      Panter and Dite, "Quantization Distortion in Pulse-Count Modulation with Nonuniform Spacing of Levels", 1951.
+      Panter and Dite, "Quantization Distortion in Pulse-Count Modulation with Nonuniform Spacing of
+      Levels", 1951.
     """
     share = jnp.cbrt(jnp.diff(y, prepend=y[:1])) ** 2
     share = share / jnp.maximum(share.max(), jnp.finfo(jnp.float32).tiny)
@@ -105,35 +118,46 @@ def companded(y: jax.Array, clusters: int) -> jax.Array:
 
 
 LARGEST = 2**16 - 1  # clusters: with the code for zero they fill 16 bits
-LARGEST_PLUS_PLUS = 256  # clusters: beyond, k-means++ costs much and its seeds are no better than the density's
+LARGEST_PLUS_PLUS = (
+    256  # clusters: beyond, k-means++ costs much and its seeds are no better than the density's
+)
 RESTARTS = 4
 
 
-def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100, keep_zeros: bool = True) -> Compression:
+def kmeans(
+    clusters: int, *, key: jax.Array | None = None, iterations: int = 100, keep_zeros: bool = True
+) -> Compression:
     """Share each leaf's weights among ``clusters`` values: a codebook of its own for every leaf, trained by gradients.
 
-    `init` minimises ``sum_i (w_i - codebook[code_i])**2`` by Lloyd's algorithm in float32 from five starts, four of
-    k-means++ (up to 256 clusters) and the asymptotically optimal point density, and keeps the best. From then on the view
-    is ``codebook[code]``: the codes stay, the codebook is ``learned`` and its gradient is the sum of those of its members,
-    ``dL/dc_k = sum_{i: code_i = k} dL/dw_i``. The view does not depend on the params any more, so they get zero gradients.
+    `init` minimises ``sum_i (w_i - codebook[code_i])**2`` by Lloyd's algorithm in float32 from five
+    starts, four of k-means++ (up to 256 clusters) and the asymptotically optimal point density, and
+    keeps the best. From then on the view is ``codebook[code]``: the codes stay, the codebook is
+    ``learned`` and its gradient is the sum of those of its members,
+    ``dL/dc_k = sum_{i: code_i = k} dL/dw_i``. The view does not depend on the params any more, so
+    they get zero gradients.
 
-    Exact zeros are kept apart: they have a code of their own (``clusters``), no centroid is fitted to them and none moves
-    them. So ``chain(prune, kmeans)`` has the very zeros of ``prune`` when it was initialised; start it with `between` when
-    the pruning is over. Leaves that are all zeros, as new biases are, would stay so for ever: choose kernels with `at`.
+    Exact zeros are kept apart: they have a code of their own (``clusters``), no centroid is fitted
+    to them and none moves them. So ``chain(prune, kmeans)`` has the very zeros of ``prune`` when it
+    was initialised; start it with `between` when the pruning is over. Leaves that are all zeros, as
+    new biases are, would stay so for ever: choose kernels with `at`.
 
-    The result does not depend on how the params are sharded, not in a single bit: all sums are in fixed point.
+    The result does not depend on how the params are sharded, not in a single bit: all sums are in
+    fixed point.
 
     Args:
-      clusters: entries of a codebook, 2 to 65535; codes take ``ceil(log2(clusters))`` bits, or those of ``clusters + 1``
-        values if there are zeros.
+      clusters: entries of a codebook, 2 to 65535; codes take ``ceil(log2(clusters))`` bits, or
+        those of ``clusters + 1`` values if there are zeros.
       key: typed PRNG key of the seeding; each leaf derives its own. Default: ``jax.random.key(0)``.
-      iterations: Lloyd iterations; after one sort of the leaf's n entries, each takes only O(clusters * log n).
-      keep_zeros: False to treat zeros as any other weight, so that a few chance zeros do not cost a code.
+      iterations: Lloyd iterations; after one sort of the leaf's n entries, each takes only
+        O(clusters * log n).
+      keep_zeros: False to treat zeros as any other weight, so that a few chance zeros do not cost a
+        code.
 
     Returns:
-      The Compression: ``learned[path]`` is the codebook, float32 ``[clusters]``, one for each layer of a stack;
-      ``fixed[path]`` the codes, uint8 or uint16 in the shape of the leaf, layers in front. `init` may be run under `jit`. A
-      leaf of at most ``clusters`` distinct values is reproduced exactly.
+      The Compression: ``learned[path]`` is the codebook, float32 ``[clusters]``, one for each layer
+      of a stack; ``fixed[path]`` the codes, uint8 or uint16 in the shape of the leaf, layers in
+      front. `init` may be run under `jit`. A leaf of at most ``clusters`` distinct values is
+      reproduced exactly.
 
     Raises:
       ArgumentError: if ``clusters`` or ``iterations`` is out of range.
@@ -149,8 +173,9 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
       [[1.0, 1.0, 0.0], [-2.0999999046325684, -2.0999999046325684, 0.0]]
 
     References:
-      Han, Mao and Dally, "Deep Compression", ICLR 2016, section 3 (equation 2 is the objective, 3 the gradient).
-      Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA 2007.
+      Han, Mao and Dally, "Deep Compression", ICLR 2016, section 3 (equation 2 is the objective, 3
+      the gradient). Arthur and Vassilvitskii, "k-means++: The Advantages of Careful Seeding", SODA
+      2007.
     """
     clusters, iterations = whole("clusters", clusters), whole("iterations", iterations)
     keep_zeros = flag("keep_zeros", keep_zeros)
@@ -169,7 +194,9 @@ def kmeans(clusters: int, *, key: jax.Array | None = None, iterations: int = 100
         return Clustered.pack(codes, codebook, x.dtype, axes.stack)
 
     key = jax.random.key(0) if key is None else key
-    call = call_of("kmeans", clusters=clusters, key=key, iterations=iterations, keep_zeros=keep_zeros)
+    call = call_of(
+        "kmeans", clusters=clusters, key=key, iterations=iterations, keep_zeros=keep_zeros
+    )
     return leafwise(_view, init=init, pack=pack, key=key, layout=True, call=call)
 
 
@@ -177,7 +204,9 @@ def _view(x: jax.Array, codebook: jax.Array, codes: jax.Array, axes: Axes) -> ja
     return saturate(jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes], x.dtype)
 
 
-def _fit(x: jax.Array, key: jax.Array, clusters: int, iterations: int, keep_zeros: bool) -> tuple[jax.Array, jax.Array]:
+def _fit(
+    x: jax.Array, key: jax.Array, clusters: int, iterations: int, keep_zeros: bool
+) -> tuple[jax.Array, jax.Array]:
     """Return the codebook and the codes of one leaf; only the first and last line compile anew for each shape."""
     values = _values(x, keep_zeros)
     ordered, count = _in_order(values)
@@ -211,7 +240,9 @@ def _starts(points: jax.Array, key: jax.Array, clusters: int) -> jax.Array:
     dense = companded(points, clusters)[None]
     if clusters > LARGEST_PLUS_PLUS:
         return dense
-    seeds = jax.vmap(lambda each: plus_plus(each, points, clusters))(jax.random.split(key, RESTARTS))
+    seeds = jax.vmap(lambda each: plus_plus(each, points, clusters))(
+        jax.random.split(key, RESTARTS)
+    )
     return jnp.concatenate([dense, seeds])
 
 
@@ -246,7 +277,9 @@ def _middles(centroids: jax.Array) -> jax.Array:
     """Return the borders between neighbouring cells; a border belongs to the lower cell, and never is the upper centroid."""
     lower, upper = centroids[:-1], centroids[1:]
     middle = 0.5 * lower + 0.5 * upper  # halves first: the sum of two large floats could overflow
-    return jnp.where((middle > lower) & (middle < upper), middle, lower)  # adjacent floats have nothing between them
+    return jnp.where(
+        (middle > lower) & (middle < upper), middle, lower
+    )  # adjacent floats have nothing between them
 
 
 def _nearest(centroids: jax.Array, x: jax.Array) -> jax.Array:
@@ -255,7 +288,9 @@ def _nearest(centroids: jax.Array, x: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _lloyd(ordered: jax.Array, count: jax.Array, starts: jax.Array, iterations: int | jax.Array) -> jax.Array:
+def _lloyd(
+    ordered: jax.Array, count: jax.Array, starts: jax.Array, iterations: int | jax.Array
+) -> jax.Array:
     """Move each start's centroids to the means of their cells, again and again; ``[starts, clusters]``, ascending."""
     e = exponent(ordered)
     sums = prefix_sums(to_fixed(ordered, e))
@@ -263,13 +298,19 @@ def _lloyd(ordered: jax.Array, count: jax.Array, starts: jax.Array, iterations: 
     return jax.lax.fori_loop(0, iterations, lambda _, centroids: jax.vmap(step)(centroids), starts)
 
 
-def _move(ordered: jax.Array, count: jax.Array, e: jax.Array, sums: Int64, centroids: jax.Array) -> jax.Array:
+def _move(
+    ordered: jax.Array, count: jax.Array, e: jax.Array, sums: Int64, centroids: jax.Array
+) -> jax.Array:
     """Return the means of the cells; an empty cell keeps its centroid."""
-    inner = jnp.minimum(jnp.searchsorted(ordered, _middles(centroids), side="right").astype(jnp.int32), count)
+    inner = jnp.minimum(
+        jnp.searchsorted(ordered, _middles(centroids), side="right").astype(jnp.int32), count
+    )
     begin, end = jnp.pad(inner, (1, 0)), jnp.append(inner, count)
     members = jnp.maximum(end - begin, 1).astype(jnp.float32)
     mean = from_fixed((sums.at(end) - sums.at(begin)).to_float() / members, e)
-    mean = jnp.clip(mean, ordered[begin], ordered[end - 1])  # a mean lies among its members, however it was rounded
+    mean = jnp.clip(
+        mean, ordered[begin], ordered[end - 1]
+    )  # a mean lies among its members, however it was rounded
     return jnp.where(end > begin, mean, centroids)
 
 
@@ -280,7 +321,9 @@ def _distortions(ordered: jax.Array, count: jax.Array, found: jax.Array) -> jax.
         distance = jnp.abs(ordered - centroids[_nearest(centroids, ordered)])
         return jnp.where(jnp.arange(ordered.size) < count, distance, 0)
 
-    largest = jnp.maximum(jax.lax.map(lambda c: error(c).max(), found).max(), jnp.finfo(jnp.float32).tiny)
+    largest = jnp.maximum(
+        jax.lax.map(lambda c: error(c).max(), found).max(), jnp.finfo(jnp.float32).tiny
+    )
 
     def squares(centroids: jax.Array) -> jax.Array:
         return to_fixed((error(centroids) / largest) ** 2, jnp.zeros((), jnp.int32))

@@ -9,7 +9,16 @@ import numpy as np
 
 from compress_jax.core import arguments
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, joined, parts_of, stamped
+from compress_jax.core.compression import (
+    Compression,
+    CompressionState,
+    Params,
+    Pointwise,
+    bound,
+    joined,
+    parts_of,
+    stamped,
+)
 from compress_jax.core.describe import describe
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
@@ -19,9 +28,10 @@ from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 def chain(*compressions: Compression) -> Compression:
     """Apply compressions one after the other, each on the view of the one before.
 
-    ``view = view_n(... view_1(params))``, so in ``chain(prune, quantize)`` the quantizer sees pruned weights, and
-    gradients flow through both. `pack` stores each leaf in the smallest form that reproduces the view bit for bit: for
-    pruned and quantized weights, the codes of the surviving ones.
+    ``view = view_n(... view_1(params))``, so in ``chain(prune, quantize)`` the quantizer sees
+    pruned weights, and gradients flow through both. `pack` stores each leaf in the smallest form
+    that reproduces the view bit for bit: for pruned and quantized weights, the codes of the
+    surviving ones.
 
     Args:
       *compressions: in order of application.
@@ -66,7 +76,9 @@ def chain(*compressions: Compression) -> Compression:
         stages = zip(compressions, inputs, parts_of(state, len(compressions)), strict=True)
         forms = [flatten(c.pack(seen, s))[0] for c, seen, s in stages]
         leaves, rebuild = flatten(final)
-        return rebuild({path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()})
+        return rebuild(
+            {path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()}
+        )
 
     def skipped(params: Params) -> dict[str, str]:
         reasons = [c.skipped(params) for c in compressions]
@@ -74,9 +86,15 @@ def chain(*compressions: Compression) -> Compression:
         return {path: "; ".join(dict.fromkeys(r[path] for r in reasons)) for path in everywhere}
 
     def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
-        stages = zip(compressions, views(params, state), parts_of(state, len(compressions)), strict=False)
+        stages = zip(
+            compressions, views(params, state), parts_of(state, len(compressions)), strict=False
+        )
         found = [(c.pointwise(seen, s), c.skipped(params)) for c, seen, s in stages]
-        leaves = [path for path in flatten(params)[0] if all(path in own or path in left for own, left in found)]
+        leaves = [
+            path
+            for path in flatten(params)[0]
+            if all(path in own or path in left for own, left in found)
+        ]
         through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
         return {path: _in_turn(steps) for path, steps in through.items() if steps}
 
@@ -92,7 +110,9 @@ def chain(*compressions: Compression) -> Compression:
     last = lambda params, state: views(params, state)[-1]  # noqa: E731
     scheduled = Scheduled(update, schedules_of(*compressions), at_once)
     call = f"chain({', '.join(map(describe, compressions))})"
-    return stamped(Compression(init, last, scheduled, pack, skipped, pointwise, bind=bind, axes=axes), call)
+    return stamped(
+        Compression(init, last, scheduled, pack, skipped, pointwise, bind=bind, axes=axes), call
+    )
 
 
 def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:
@@ -116,7 +136,9 @@ class _InTurn:
 def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
     """Return the smallest of some packed forms, or of their restrictions to the nonzeros, that is exactly ``dense``."""
     nodes = [form for form in forms if is_packed(form)]
-    sparse = [node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Tabled, Clustered))]
+    sparse = [
+        node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Tabled, Clustered))
+    ]
     bits = np.asarray(dense).tobytes() if nodes else b""  # comparing bits tells -0.0 from 0.0
     exact = [node for node in [*nodes, *sparse] if np.asarray(to_dense(node)).tobytes() == bits]
     return min([*exact, dense], key=nbytes)

@@ -17,10 +17,11 @@ MOST = 2**40 - 1  # so that every product with 2**24 stays below 2**64
 def amount(sparsity: Any, size: int) -> Wide:
     """Return how many of ``size`` weights to prune.
 
-    ``pruned = floor(sparsity * size + 1/2)``, without floating-point error at any size. A Python number is taken at the
-    decimal value it prints as (0.7 means 7/10, not the nearest binary fraction, so half of 5 weights at 0.7 rounds up). An
-    array, which is what most schedules return, is taken in float32 and rounded to a multiple of 2**-24, which moves it by
-    less than float32 itself does above one half. Values outside [0, 1] are clipped to it, and NaN prunes nothing.
+    ``pruned = floor(sparsity * size + 1/2)``, without floating-point error at any size. A Python
+    number is taken at the decimal value it prints as (0.7 means 7/10, not the nearest binary
+    fraction, so half of 5 weights at 0.7 rounds up). An array, which is what most schedules return,
+    is taken in float32 and rounded to a multiple of 2**-24, which moves it by less than float32
+    itself does above one half. Values outside [0, 1] are clipped to it, and NaN prunes nothing.
 
     Args:
       sparsity: the share to prune: a Python number or a float scalar array, traced or not.
@@ -37,7 +38,10 @@ def amount(sparsity: Any, size: int) -> Wide:
       (4, 3, 10)
     """
     if size > MOST:
-        raise ArgumentError(f"one threshold cannot rank {size} weights, only fewer than 2**40; prune them in several parts")
+        raise ArgumentError(
+            f"one threshold cannot rank {size} weights, only fewer than 2**40; prune them in "
+            "several parts"
+        )
     if isinstance(sparsity, (int, float)):
         return wide(amount_exact(float(sparsity), size))
     return _amount_traced(jnp.asarray(sparsity).astype(jnp.float32), size)
@@ -52,7 +56,9 @@ def amount_exact(sparsity: float, size: int) -> int:
 def _amount_traced(sparsity: jax.Array, size: int) -> Wide:
     """Compute ``floor((t * size + 2**23) / 2**24)`` with ``t = round(sparsity * 2**24)``, in pairs of uint32 words."""
     share = jnp.where(sparsity >= 1, 1.0, jnp.where(sparsity > 0, sparsity, 0.0))  # and NaN to 0
-    t = jnp.round(share * 2**24).astype(jnp.uint32)  # the product only shifts the exponent: it is exact
+    t = jnp.round(share * 2**24).astype(
+        jnp.uint32
+    )  # the product only shifts the exponent: it is exact
     low = add(multiply(t, size & 0xFFFFFFFF), wide(2**23))
     hi = low.hi + t * jnp.uint32(size >> 32)
     return Wide(hi >> 24, (hi << 8) | (low.lo >> 24))

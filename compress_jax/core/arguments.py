@@ -55,7 +55,13 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
 
 
 def number(
-    name: str, value: Any, low: float | None = None, high: float | None = None, *, above: bool = False, below: bool = False
+    name: str,
+    value: Any,
+    low: float | None = None,
+    high: float | None = None,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> float:
     """Return a finite number in a range: an int, a float or a NumPy number; not a bool.
 
@@ -102,7 +108,13 @@ def one_of(name: str, value: Any, options: Collection[str]) -> str:
       ArgumentError: if it is none of them; the message lists them.
     """
     if not isinstance(value, str) or value not in options:
-        refused(name, value, " or ".join(filter(None, (", ".join(map(repr, list(options)[:-1])), repr(list(options)[-1])))))
+        refused(
+            name,
+            value,
+            " or ".join(
+                filter(None, (", ".join(map(repr, list(options)[:-1])), repr(list(options)[-1])))
+            ),
+        )
     return value
 
 
@@ -133,7 +145,9 @@ def axes(name: str, value: Any) -> int | tuple[int, ...]:
     return operator.index(value)
 
 
-def sharing(granularity: Any, axis: Any, pad: Any) -> tuple[str | int, int | tuple[int, ...] | None, bool]:
+def sharing(
+    granularity: Any, axis: Any, pad: Any
+) -> tuple[str | int, int | tuple[int, ...] | None, bool]:
     """Return which entries share a scale, as quantizers take it, all three checked.
 
     Args:
@@ -183,9 +197,14 @@ def random_key(name: str, value: Any) -> jax.Array:
     """Return a typed PRNG key.
 
     Raises:
-      ArgumentError: if it is none; old-style keys, which are plain integers, are among what is refused.
+      ArgumentError: if it is none; old-style keys, which are plain integers, are among what is
+        refused.
     """
-    if not (hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jax.dtypes.prng_key) and value.shape == ()):
+    if not (
+        hasattr(value, "dtype")
+        and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+        and value.shape == ()
+    ):
         refused(name, value, "one typed PRNG key, such as jax.random.key(0)")
     return value
 
@@ -200,7 +219,11 @@ def is_whole(value: Any) -> bool:
 
 def _is_number_array(value: Any) -> bool:
     """Tell whether it is a known array of rank 0 that holds a number."""
-    if not isinstance(value, (np.ndarray, jax.Array)) or isinstance(value, Tracer) or value.shape != ():
+    if (
+        not isinstance(value, (np.ndarray, jax.Array))
+        or isinstance(value, Tracer)
+        or value.shape != ()
+    ):
         return False
     return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
 

@@ -15,9 +15,11 @@ class Axes(NamedTuple):
     Attributes:
       shape: the shape of the stored array.
       outputs: axes that index outputs: one scale each where scales go by channel.
-      stack: axes along which the leaf holds several layers or experts, ascending; each is compressed by itself.
+      stack: axes along which the leaf holds several layers or experts, ascending; each is
+        compressed by itself.
       window: of the contracted axes, those of a convolution's window.
-      source: where this is known from: ``"trace"``, or ``"convention"`` for the guess that the last axis is the output.
+      source: where this is known from: ``"trace"``, or ``"convention"`` for the guess that the last
+        axis is the output.
       note: what a reader should know, such as two uses that disagree; else empty.
 
     Example:
@@ -41,12 +43,18 @@ class Axes(NamedTuple):
     @property
     def contracted(self) -> tuple[int, ...]:
         """The axes that are summed over."""
-        return tuple(a for a in range(len(self.shape)) if a not in self.outputs and a not in self.stack)
+        return tuple(
+            a for a in range(len(self.shape)) if a not in self.outputs and a not in self.stack
+        )
 
     @property
     def letters(self) -> str:
         """One letter an axis: ``s`` stack, ``w`` window, ``i`` input, ``o`` output."""
-        roles = dict.fromkeys(self.outputs, "o") | dict.fromkeys(self.stack, "s") | dict.fromkeys(self.window, "w")
+        roles = (
+            dict.fromkeys(self.outputs, "o")
+            | dict.fromkeys(self.stack, "s")
+            | dict.fromkeys(self.window, "w")
+        )
         return "".join(roles.get(a, "i") for a in range(len(self.shape)))
 
     @property
@@ -64,7 +72,9 @@ class Axes(NamedTuple):
             return tuple(place[a] for a in axes)
 
         shape = tuple(self.shape[a] for a in left)
-        return self._replace(shape=shape, outputs=moved(self.outputs), stack=(), window=moved(self.window))
+        return self._replace(
+            shape=shape, outputs=moved(self.outputs), stack=(), window=moved(self.window)
+        )
 
     def with_outputs(self, axis: int | Sequence[int]) -> "Axes":
         """Return these axes with other outputs, counted in the stored array, or in a layer if they would all be stacks.
@@ -81,17 +91,23 @@ class Axes(NamedTuple):
         rank = len(self.shape)
         chosen = (axis,) if isinstance(axis, int) else tuple(axis)
         if any(not -rank <= a < rank for a in chosen if rank):
-            raise ShapeError(f"channel axis {axis} does not exist in an array of shape {self.shape}")
+            raise ShapeError(
+                f"channel axis {axis} does not exist in an array of shape {self.shape}"
+            )
         if rank - len(self.stack) < 2:
             return self._replace(outputs=())
         outputs = tuple(sorted({a % rank for a in chosen} - set(self.stack)))
         if not outputs and self.stack:  # axis=0 was meant for a layer
             left = [a for a in range(rank) if a not in self.stack]
-            outputs = tuple(sorted({left[a % len(left)] for a in chosen if -len(left) <= a < len(left)}))
+            outputs = tuple(
+                sorted({left[a % len(left)] for a in chosen if -len(left) <= a < len(left)})
+            )
         note = self.note
         if self.source == "trace" and outputs != tuple(sorted(self.outputs)):
             note = f"axis={axis} was asked for, but its product's outputs are on {_listed(self.outputs)}"
-        return self._replace(outputs=outputs, window=tuple(a for a in self.window if a not in outputs), note=note)
+        return self._replace(
+            outputs=outputs, window=tuple(a for a in self.window if a not in outputs), note=note
+        )
 
 
 def known_axes(known: Mapping[str, Axes] | None, path: str, x: Any) -> Axes:
@@ -118,13 +134,19 @@ def known_axes(known: Mapping[str, Axes] | None, path: str, x: Any) -> Axes:
         return Axes.convention(shape)
     if path not in known:
         raise StateError(
-            f"leaf {path!r} is not among those this compression was bound to: {', '.join(known)}; bind it to the tree it is "
+            f"leaf {path!r} is not among those this compression was bound to: {', '.join(known)}; "
+            "bind it to the tree it is "
             "used on, with a function of that tree"
         )
     axes = known[path]
     if axes.shape != shape:
-        if not jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, a leaf is a device's piece of it
-            raise StateError(f"leaf {path!r} has shape {shape}; this compression was bound to one of {axes.shape}")
+        if (
+            not jax.sharding.get_abstract_mesh().manual_axes
+        ):  # in shard_map, a leaf is a device's piece of it
+            raise StateError(
+                f"leaf {path!r} has shape {shape}; this compression was bound to one of "
+                f"{axes.shape}"
+            )
         axes = axes._replace(shape=shape)
     return axes
 
@@ -133,13 +155,16 @@ def _listed(axes: tuple[int, ...]) -> str:
     return f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}" if axes else "no axis"
 
 
-def over_layers(fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str) -> Callable[..., Any]:
+def over_layers(
+    fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str
+) -> Callable[..., Any]:
     """Return a function of one layer as a function of a whole stack: one program for all layers.
 
     Args:
       fn: takes positional arguments.
       axes: of the stacked leaf; without a stack ``fn`` is returned as it is.
-      args: what each argument is: ``"leaf"`` (layers where the leaf has them), ``"state"`` (layers lead), or ``"shared"``.
+      args: what each argument is: ``"leaf"`` (layers where the leaf has them), ``"state"`` (layers
+        lead), or ``"shared"``.
       out: what the result is, likewise.
 
     Returns:
@@ -151,7 +176,8 @@ def over_layers(fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: st
       >>> over_layers(lambda x: x / x.max(), axes, ["leaf"], "leaf")(jnp.array([[1.0, 2.0, 3.0], [2.0, 2.0, 6.0]])).tolist()
       [[0.5, 1.0, 0.5], [1.0, 1.0, 1.0]]
     """
-    # From the innermost loop out: an axis moves down by one for each stack axis that outer loops have taken away.
+    # From the innermost loop out: an axis moves down by one for each stack axis that outer loops
+    # have taken away.
     for depth in reversed(range(len(axes.stack))):
         places = {"leaf": axes.stack[depth] - depth, "state": 0, "shared": None}
         fn = jax.vmap(fn, in_axes=tuple(places[each] for each in args), out_axes=places[out])

@@ -78,7 +78,9 @@ class Bits:
         return self.data.nbytes
 
 
-@partial(jax.jit, static_argnames="bits")  # one compilation for each shape, not one for each operation
+@partial(
+    jax.jit, static_argnames="bits"
+)  # one compilation for each shape, not one for each operation
 def _pack(values: jax.Array, bits: int) -> jax.Array:
     flat = jnp.ravel(values).astype(jnp.uint16)
     planes = (flat[:, None] >> jnp.arange(bits, dtype=jnp.uint16)[None, :]) & jnp.uint16(1)
@@ -88,7 +90,9 @@ def _pack(values: jax.Array, bits: int) -> jax.Array:
 @jax.jit
 def _unpack(packed: Bits) -> jax.Array:
     n, dtype = math.prod(packed.shape), packed.dtype
-    planes = jnp.unpackbits(packed.data, count=n * packed.bits, bitorder="little").reshape(n, packed.bits)
+    planes = jnp.unpackbits(packed.data, count=n * packed.bits, bitorder="little").reshape(
+        n, packed.bits
+    )
     weights = jnp.left_shift(jnp.ones((), dtype), jnp.arange(packed.bits, dtype=dtype))
     return (planes.astype(dtype) * weights[None, :]).sum(axis=1, dtype=dtype).reshape(packed.shape)
 
@@ -101,7 +105,8 @@ def _unpack(packed: Bits) -> jax.Array:
 class Gaps:
     """A sparse 0/1 mask as the runs of zeros before each one, in fixed-width symbols.
 
-    With M = 2**bits - 1, a symbol s < M means "s zeros, then a one", and M means "M zeros, no one yet".
+    With M = 2**bits - 1, a symbol s < M means "s zeros, then a one", and M means "M zeros, no one
+    yet".
 
     Attributes:
       runs: the symbols.

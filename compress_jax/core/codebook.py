@@ -19,7 +19,8 @@ class Tabled:
 
     Attributes:
       codes: unsigned codes in the shape of the array.
-      scale: shape ``layout.scale_shape``, float32 or a small float it is exact in (float8_e8m0fnu, float8_e4m3fn).
+      scale: shape ``layout.scale_shape``, float32 or a small float it is exact in (float8_e8m0fnu,
+        float8_e4m3fn).
       tensor_scale: float32 scalar (one a layer of a stack), or None for 1.
       levels: what the codes stand for.
       layout: which codes share a scale.
@@ -68,7 +69,9 @@ class Tabled:
         if isinstance(self.codes, Sparse):  # zero need not be a level
             levels = jnp.where(self.codes.mask.unpack() == 0, 0.0, levels)
         scale = self.scale.astype(jnp.float32)
-        scale = scale if self.tensor_scale is None else scale * self.layout.expand(self.tensor_scale)
+        scale = (
+            scale if self.tensor_scale is None else scale * self.layout.expand(self.tensor_scale)
+        )
         return saturate(self.layout.restore(self.layout.arrange(levels) * scale), self.dtype)
 
     @property

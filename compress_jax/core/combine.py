@@ -10,7 +10,16 @@ from jax.core import Tracer
 from compress_jax.core import arguments
 from compress_jax.core.arguments import whole
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, joined, parts_of, stamped
+from compress_jax.core.compression import (
+    Compression,
+    CompressionState,
+    Params,
+    Pointwise,
+    bound,
+    joined,
+    parts_of,
+    stamped,
+)
 from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
 from compress_jax.core.paths import Patterns, flatten, match
@@ -36,7 +45,10 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
       >>> mixed.view(params, mixed.init(params))
       {'body': {'kernel': Array([-1.], dtype=float32)}, 'head': {'kernel': Array([1.], dtype=float32)}}
     """
-    pairs = [(arguments.patterns("pattern", pattern), arguments.compression("compression", c)) for pattern, c in pairs]
+    pairs = [
+        (arguments.patterns("pattern", pattern), arguments.compression("compression", c))
+        for pattern, c in pairs
+    ]
     return _Rules(tuple(pairs)).compression()
 
 
@@ -48,14 +60,23 @@ class _Rules(NamedTuple):
     def compression(self) -> Compression:
         update = Scheduled(self.update, schedules_of(*(c for _, c in self.pairs)), self.at_once)
         made = Compression(
-            self.init, self.view, update, self.pack, self.skipped, self.pointwise, bind=self.bind, axes=self.axes
+            self.init,
+            self.view,
+            update,
+            self.pack,
+            self.skipped,
+            self.pointwise,
+            bind=self.bind,
+            axes=self.axes,
         )
         return stamped(made, f"rules({describe(list(self.pairs))})")
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return _Rules(tuple((pattern, bound(c, known)) for pattern, c in self.pairs)).compression()
 
-    def split(self, params: Params) -> tuple[list[tuple[Compression, dict[str, Any]]], dict[str, Any], Any]:
+    def split(
+        self, params: Params
+    ) -> tuple[list[tuple[Compression, dict[str, Any]]], dict[str, Any], Any]:
         """Return each compression with its leaves, the leaves that are left, and how to put them together."""
         leaves, rebuild = flatten(params)
         parts, left = [], dict(leaves)
@@ -63,7 +84,10 @@ class _Rules(NamedTuple):
             found = match(pattern, leaves)
             chosen = [path for path in found if path in left]
             if not chosen:
-                raise NoMatchError(f"rule {pattern!r} never applies: earlier rules take all it matches, {', '.join(found)}")
+                raise NoMatchError(
+                    f"rule {pattern!r} never applies: earlier rules take all it matches, "
+                    f"{', '.join(found)}"
+                )
             parts.append((c, {path: left.pop(path) for path in chosen}))
         return parts, left, rebuild
 
@@ -82,19 +106,27 @@ class _Rules(NamedTuple):
     def init(self, params: Params, *, step: Any = 0) -> CompressionState:
         return joined([begin(c, part, step) for c, part in self.split(params)[0]])
 
-    def update(self, params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any) -> CompressionState:
+    def update(
+        self, params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any
+    ) -> CompressionState:
         parts, _, _ = self.split(params)
         gradients = flatten(grads)[0] if grads is not None else None
         if unknown := [path for path in gradients or () if path not in flatten(params)[0]]:
             raise ArgumentError(f"there are gradients for {', '.join(unknown)}, and no such leaf")
         states = []
         for (c, part), s in zip(parts, parts_of(state, len(parts)), strict=True):
-            own = None if gradients is None else {path: gradients[path] for path in part if path in gradients}
+            own = (
+                None
+                if gradients is None
+                else {path: gradients[path] for path in part if path in gradients}
+            )
             states.append(c.update(part, s, grads=own, **inputs))
         return joined(states)
 
     def at_once(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
-        return _Rules(tuple((pattern, awake(c)) for pattern, c in self.pairs)).update(params, state, **inputs)
+        return _Rules(tuple((pattern, awake(c)) for pattern, c in self.pairs)).update(
+            params, state, **inputs
+        )
 
     def skipped(self, params: Params) -> dict[str, str]:
         parts, left, _ = self.split(params)
@@ -111,7 +143,9 @@ class _Rules(NamedTuple):
         return found
 
     def axes(self, params: Params) -> dict[str, Axes]:
-        return {path: each for c, part in self.split(params)[0] for path, each in c.axes(part).items()}
+        return {
+            path: each for c, part in self.split(params)[0] for path, each in c.axes(part).items()
+        }
 
 
 def at(pattern: Patterns, compression: Compression) -> Compression:
@@ -139,7 +173,8 @@ def at(pattern: Patterns, compression: Compression) -> Compression:
 def every(n: int, compression: Compression) -> Compression:
     """Update the state only at steps divisible by ``n``; the view is that of the compression at all times.
 
-    A schedule inside it (of a sparsity, say) arrives all the same: one more update is made when it reaches its last value.
+    A schedule inside it (of a sparsity, say) arrives all the same: one more update is made when it
+    reaches its last value.
 
     Args:
       n: the period in steps, at least 1.
@@ -164,7 +199,13 @@ def every(n: int, compression: Compression) -> Compression:
     schedules = schedules_of(arguments.compression("compression", compression))
 
     def update(
-        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+        params: Params,
+        state: CompressionState,
+        *,
+        step: Any,
+        grads: Any = None,
+        stats: Any = None,
+        key: Any = None,
     ) -> CompressionState:
         acts, at = due(n, schedules, step)
         skip = lambda: state  # noqa: E731
@@ -181,10 +222,11 @@ def every(n: int, compression: Compression) -> Compression:
 def between(start: int, stop: int | None, compression: Compression) -> Compression:
     """Switch a compression on at one step and freeze its state at another.
 
-    Before ``start`` the view is the params themselves. At ``start``, or at the first step after it that `update` sees, the
-    state is made anew by `init` from the weights of that moment, for that step of its schedules; it is updated at the steps
-    in ``(start, stop)`` and stays as it is from ``stop`` on. The last of these updates, at ``stop - 1`` or the first step
-    after it that `update` sees, is made for the step ``stop``, whatever thins the compression's updates: a schedule that
+    Before ``start`` the view is the params themselves. At ``start``, or at the first step after it
+    that `update` sees, the state is made anew by `init` from the weights of that moment, for that
+    step of its schedules; it is updated at the steps in ``(start, stop)`` and stays as it is from
+    ``stop`` on. The last of these updates, at ``stop - 1`` or the first step after it that `update`
+    sees, is made for the step ``stop``, whatever thins the compression's updates: a schedule that
     ends at ``stop`` has arrived.
 
     Args:
@@ -209,17 +251,27 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
     """
     start, compression = whole("start", start), arguments.compression("compression", compression)
     if stop is not None and whole("stop", stop) <= start:
-        raise ArgumentError(f"between(start, stop, ...) needs stop after start, got {start} and {stop}")
+        raise ArgumentError(
+            f"between(start, stop, ...) needs stop after start, got {start} and {stop}"
+        )
 
     def init(params: Params, *, step: Any = 0) -> CompressionState:
         return _wrapped(begin(compression, params, step), jnp.asarray(step) >= start, False)
 
     def view(params: Params, state: CompressionState) -> Params:
         seen = compression.view(params, _inner(state))
-        return jax.tree.map(lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params)
+        return jax.tree.map(
+            lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params
+        )
 
     def update(
-        params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+        params: Params,
+        state: CompressionState,
+        *,
+        step: Any,
+        grads: Any = None,
+        stats: Any = None,
+        key: Any = None,
     ) -> CompressionState:
         step, own, active = jnp.asarray(step), _inner(state), jnp.asarray(state.fixed["active"])
         inputs = {"grads": grads, "stats": stats, "key": key}
@@ -227,7 +279,9 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         ending = jnp.zeros((), bool) if stop is None else started & (step + 1 >= stop)
         at = step if stop is None else jnp.where(ending, jnp.asarray(stop, step.dtype), step)
         if not isinstance(step, Tracer) and not isinstance(state.fixed["active"], Tracer):
-            compression.view(params, own)  # refuses what is not finite, also where the state only stays
+            compression.view(
+                params, own
+            )  # refuses what is not finite, also where the state only stays
         keep, first = (lambda: own), (lambda: begin(compression, params, at))
         follow = lambda: compression.update(params, own, step=step, **inputs)  # noqa: E731
         last = lambda: at_once(compression)(params, own, step=at, **inputs)  # noqa: E731
@@ -247,7 +301,11 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
     def awake_update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
         return between(start, stop, awake(compression)).update(params, state, **inputs)
 
-    schedules = schedules_of(compression) if stop is None else (*schedules_of(compression), lambda step: step >= stop)
+    schedules = (
+        schedules_of(compression)
+        if stop is None
+        else (*schedules_of(compression), lambda step: step >= stop)
+    )
     made = Compression(
         init,
         view,
@@ -265,7 +323,8 @@ def _inner(state: CompressionState) -> CompressionState:
     """Return the state of the compression that a `between` switches."""
     if not isinstance(state.fixed, Mapping) or set(state.fixed) != {"active", "done", "of"}:
         raise StateError(
-            f"this state is not that of a `between`, which holds 'active', 'done' and 'of'; it has {list(state.fixed)}"
+            "this state is not that of a `between`, which holds 'active', 'done' and 'of'; it "
+            f"has {list(state.fixed)}"
         )
     return CompressionState(state.learned, state.fixed["of"])
 
@@ -276,10 +335,13 @@ def _wrapped(state: CompressionState, active: Any, done: Any) -> CompressionStat
     return CompressionState(state.learned, {**flags, "of": state.fixed})
 
 
-def _switch(index: jax.Array, branches: Sequence[Callable[[], CompressionState]]) -> CompressionState:
+def _switch(
+    index: jax.Array, branches: Sequence[Callable[[], CompressionState]]
+) -> CompressionState:
     """Run one branch: a plain choice if the index is known, else `lax.switch`, whose branches must agree in type."""
     if not isinstance(index, Tracer):
         return branches[int(index)]()
     return jax.lax.switch(
-        index.astype(jnp.int32), [lambda branch=branch: jax.tree.map(jnp.asarray, branch()) for branch in branches]
+        index.astype(jnp.int32),
+        [lambda branch=branch: jax.tree.map(jnp.asarray, branch()) for branch in branches],
     )

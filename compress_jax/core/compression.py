@@ -16,10 +16,12 @@ Params = Any
 class CompressionState(NamedTuple):
     """What defines a view, besides the params themselves.
 
-    A state knows which compression made it and for which leaves (`core.stamp`); another one refuses it by name.
+    A state knows which compression made it and for which leaves (`core.stamp`); another one refuses
+    it by name.
 
     Attributes:
-      learned: ``{path: float arrays}`` an optimizer trains beside the params: centroids, factors, step sizes.
+      learned: ``{path: float arrays}`` an optimizer trains beside the params: centroids, factors,
+        step sizes.
       fixed: ``{path: arrays}`` that are never differentiated: masks, codes, scales.
     """
 
@@ -31,8 +33,8 @@ class Pointwise(NamedTuple):
     """The view of one array, entry by entry: each entry is seen as a function of itself and of what belongs to it.
 
     Attributes:
-      see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise; hashable, and the same object for
-        arrays that are seen the same way.
+      see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise; hashable,
+        and the same object for arrays that are seen the same way.
       operands: arrays in the shape of the whole array: the scale of each entry, its mask.
     """
 
@@ -47,7 +49,8 @@ class Scheduled:
     Attributes:
       update: as in `Compression`.
       schedules: functions of the step.
-      at_once: the same update without thinning of its own: it acts at every step. None if ``update`` does so itself.
+      at_once: the same update without thinning of its own: it acts at every step. None if
+        ``update`` does so itself.
     """
 
     update: Callable[..., CompressionState]
@@ -66,25 +69,32 @@ def _nothing(*_: Any) -> dict[str, Any]:
 class Compression(NamedTuple):
     """Four pure functions over a tree of arrays; every method in this library is one of these.
 
-    In a training loop: ``state = c.init(params)``; in the loss, ``model.apply(c.view(params, state), x)``; after the
-    optimizer, ``state = c.update(params, state, step=step)``; at the end ``packed = c.pack(params, state)``, and
-    ``unpack(packed)`` equals ``c.view(params, state)`` bit for bit: what was trained is what is shipped.
+    In a training loop: ``state = c.init(params)``; in the loss,
+    ``model.apply(c.view(params, state), x)``; after the optimizer,
+    ``state = c.update(params, state, step=step)``; at the end ``packed = c.pack(params, state)``,
+    and ``unpack(packed)`` equals ``c.view(params, state)`` bit for bit: what was trained is what is
+    shipped.
 
-    A bare algorithm acts on every floating-point leaf it is given; `at` and `rules` choose leaves by name.
+    A bare algorithm acts on every floating-point leaf it is given; `at` and `rules` choose leaves
+    by name.
 
     Attributes:
       init: ``(params) -> state``.
-      view: ``(params, state) -> params``; same structure, shapes, dtypes and shardings. What the forward pass sees.
-      update: ``(params, state, *, step, grads=None, stats=None, key=None) -> state``. Pure; ``grads`` has the structure of
-        ``params``, ``stats`` is ``{path: statistics}``, ``key`` a typed PRNG key. Most algorithms need none of them.
-      pack: ``(params, state) -> params`` whose compressed leaves are packed nodes (`Quantized`, `Sparse`, ...). Offline:
-        takes concrete arrays.
-      skipped: ``(params) -> {path: reason}``, the leaves it leaves alone. What is not compressed is never a secret.
-      pointwise: ``(params, state) -> {path: Pointwise}`` of the leaves whose view, the state given, goes entry by entry
-        (grids, masks): what the post-training solvers round with. Empty for anything else.
+      view: ``(params, state) -> params``; same structure, shapes, dtypes and shardings. What the
+        forward pass sees.
+      update: ``(params, state, *, step, grads=None, stats=None, key=None) -> state``. Pure;
+        ``grads`` has the structure of ``params``, ``stats`` is ``{path: statistics}``, ``key`` a
+        typed PRNG key. Most algorithms need none of them.
+      pack: ``(params, state) -> params`` whose compressed leaves are packed nodes (`Quantized`,
+        `Sparse`, ...). Offline: takes concrete arrays.
+      skipped: ``(params) -> {path: reason}``, the leaves it leaves alone. What is not compressed is
+        never a secret.
+      pointwise: ``(params, state) -> {path: Pointwise}`` of the leaves whose view, the state given,
+        goes entry by entry (grids, masks): what the post-training solvers round with. Empty for
+        anything else.
       call: the method with its options, as text: ``"uniform(bits=4, ...)"``.
-      bind: ``({path: Axes}) -> Compression``, the same one for leaves whose axes are known; see `cj.bind`. None if the
-        compression cannot be told.
+      bind: ``({path: Axes}) -> Compression``, the same one for leaves whose axes are known; see
+        `cj.bind`. None if the compression cannot be told.
       axes: ``(params) -> {path: Axes}``, the axes it takes the leaves it compresses to have.
     """
 
@@ -99,7 +109,9 @@ class Compression(NamedTuple):
     axes: Callable[[Params], dict[str, Axes]] = _nothing
 
 
-def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | None = None) -> Compression:
+def stamped(
+    compression: Compression, call: str, known: Mapping[str, Axes] | None = None
+) -> Compression:
     """Return a compression whose states are stamped, and which refuses the states of others.
 
     Args:
@@ -134,7 +146,13 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
 
     def sealed(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
         def sealed_update(
-            params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+            params: Params,
+            state: CompressionState,
+            *,
+            step: Any,
+            grads: Any = None,
+            stats: Any = None,
+            key: Any = None,
         ) -> CompressionState:
             own = unseal(call, axes, params, state)
             new = update(params, own, step=step, grads=grads, stats=stats, key=key)
@@ -145,7 +163,9 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
 
     update: Any = compression.update
     if isinstance(update, Scheduled):
-        update = Scheduled(sealed(update.update), update.schedules, update.at_once and sealed(update.at_once))
+        update = Scheduled(
+            sealed(update.update), update.schedules, update.at_once and sealed(update.at_once)
+        )
     else:
         update = sealed(update)
 
@@ -155,7 +175,9 @@ def stamped(compression: Compression, call: str, known: Mapping[str, Axes] | Non
     def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
         return compression.pointwise(params, unseal(call, axes, params, state))
 
-    return compression._replace(init=init, view=view, update=update, pack=pack, pointwise=pointwise, call=call)
+    return compression._replace(
+        init=init, view=view, update=update, pack=pack, pointwise=pointwise, call=call
+    )
 
 
 def _alike(params: Params, seen: Params) -> Params:
@@ -168,7 +190,9 @@ def _alike(params: Params, seen: Params) -> Params:
             continue
         wanted, found = tuple(x.shape), tuple(leaves[path].shape)
         if wanted != found:
-            raise StateError(f"leaf {path!r} of shape {wanted} is seen as {found}: the state is of other params")
+            raise StateError(
+                f"leaf {path!r} of shape {wanted} is seen as {found}: the state is of other params"
+            )
     return seen
 
 
@@ -183,14 +207,16 @@ def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
       The Compression.
 
     Raises:
-      ArgumentError: if one of its functions was replaced after it was made, which binding would undo.
+      ArgumentError: if one of its functions was replaced after it was made, which binding would
+        undo.
     """
     if compression.bind is None:
         return compression
     again = compression.bind({})
     if any(_code(a) is not _code(b) for a, b in zip(compression[:6], again[:6], strict=True)):
         raise ArgumentError(
-            f"a function of {compression.call or 'this compression'} was replaced after it was made, and binding makes it "
+            f"a function of {compression.call or 'this compression'} was replaced after it was "
+            "made, and binding makes it "
             "anew; bind first and replace then, or give the new one a `bind` of its own"
         )
     return compression.bind(known)
@@ -230,7 +256,10 @@ def identity() -> Compression:
 
 def _empty(state: CompressionState) -> CompressionState:
     if state.learned or state.fixed:
-        raise StateError(f"the identity has no state, and this one holds {', '.join({**state.learned, **state.fixed})}")
+        raise StateError(
+            "the identity has no state, and this one holds "
+            f"{', '.join({**state.learned, **state.fixed})}"
+        )
     return state
 
 
@@ -240,7 +269,8 @@ def _empty(state: CompressionState) -> CompressionState:
 def joined(states: Sequence[CompressionState]) -> CompressionState:
     """Return the states of several compressions as one."""
     return CompressionState(
-        learned={str(i): s.learned for i, s in enumerate(states)}, fixed={str(i): s.fixed for i, s in enumerate(states)}
+        learned={str(i): s.learned for i, s in enumerate(states)},
+        fixed={str(i): s.fixed for i, s in enumerate(states)},
     )
 
 
@@ -249,5 +279,8 @@ def parts_of(state: CompressionState, n: int) -> list[CompressionState]:
     keys = [str(i) for i in range(n)]
     learned, fixed = state
     if not (isinstance(fixed, Mapping) and set(fixed) == set(keys) == set(learned)):
-        raise StateError(f"this state is not that of a chain or rules of {n} compressions; it has parts {list(fixed)}")
+        raise StateError(
+            f"this state is not that of a chain or rules of {n} compressions; it has parts "
+            f"{list(fixed)}"
+        )
     return [CompressionState(learned[k], fixed[k]) for k in keys]

@@ -55,8 +55,13 @@ def _beside(path: str, axes: Axes, leaves: Mapping[str, Any]) -> str:
         outputs = tuple(shape[a] for a in axes.outputs)
         if len(bias.shape) == 1 and bias.shape != outputs and bias.shape[0] == shape[0]:
             return f"its bias has {bias.shape[0]} entries, as many as axis 0: outputs may be there"
-        if len(bias.shape) > 1 and bias.shape == (shape[0], *shape[len(shape) - len(bias.shape) + 1 :]):
-            return f"its bias has shape {tuple(bias.shape)}: both may be stacks of {shape[0]} layers"
+        if len(bias.shape) > 1 and bias.shape == (
+            shape[0],
+            *shape[len(shape) - len(bias.shape) + 1 :],
+        ):
+            return (
+                f"its bias has shape {tuple(bias.shape)}: both may be stacks of {shape[0]} layers"
+            )
         if len(bias.shape) > 1 and bias.shape == shape[len(shape) - len(bias.shape) :]:
             return f"its bias has shape {tuple(bias.shape)}: outputs may be on the last {len(bias.shape)} axes"
     return ""
@@ -94,9 +99,10 @@ class Row:
       sparsity: share of entries that are exactly zero, 0 to 1.
       nbytes: stored bytes.
       reason: why the leaf was left alone; empty if it was compressed.
-      axes: one letter an axis, as the compression takes it: ``s`` stacked layers, ``w`` window, ``i`` input, ``o`` output;
-        empty if the leaf was left alone.
-      doubt: what speaks against these axes, or that a layer has no weight left, and what to do; empty if nothing does.
+      axes: one letter an axis, as the compression takes it: ``s`` stacked layers, ``w`` window,
+        ``i`` input, ``o`` output; empty if the leaf was left alone.
+      doubt: what speaks against these axes, or that a layer has no weight left, and what to do;
+        empty if nothing does.
     """
 
     path: str
@@ -114,7 +120,8 @@ class Row:
 class Coverage:
     """The table of all leaves; prints as text, and its totals are attributes.
 
-    The column of axes has a letter for each: ``s`` stacked layers, ``w`` window, ``i`` input, ``o`` output.
+    The column of axes has a letter for each: ``s`` stacked layers, ``w`` window, ``i`` input, ``o``
+    output.
 
     Attributes:
       rows: one for each leaf, in tree order.
@@ -138,7 +145,9 @@ class Coverage:
         for row in self.rows:
             if row.path == path:
                 return row
-        raise NoMatchError(f"no leaf is named {path!r}; there are: {', '.join(row.path for row in self.rows)}")
+        raise NoMatchError(
+            f"no leaf is named {path!r}; there are: {', '.join(row.path for row in self.rows)}"
+        )
 
     def __str__(self) -> str:
         """Return the table as aligned text."""
@@ -159,10 +168,15 @@ class Coverage:
         total = ("total", "", "", "", f"{self.bits:.2f}", "", f"{self.nbytes:,}", "")
         table = [head, *body, total]
         widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        )
 
 
-def coverage(compression: Compression | None, params: Params, state: CompressionState | None = None) -> Coverage:
+def coverage(
+    compression: Compression | None, params: Params, state: CompressionState | None = None
+) -> Coverage:
     """Return what a compression does to each leaf, as a table.
 
     Args:
@@ -182,14 +196,24 @@ def coverage(compression: Compression | None, params: Params, state: Compression
       ('no pattern matches it', 24)
     """
     if compression is None:
-        return Coverage(tuple(_row(path, x, "", compressing=False) for path, x in flatten(params)[0].items()))
-    reasons, axes, leaves = compression.skipped(params), compression.axes(params), flatten(params)[0]
+        return Coverage(
+            tuple(_row(path, x, "", compressing=False) for path, x in flatten(params)[0].items())
+        )
+    reasons, axes, leaves = (
+        compression.skipped(params),
+        compression.axes(params),
+        flatten(params)[0],
+    )
     packed = compression.pack(params, compression.init(params) if state is None else state)
     rows = []
     for path, x in flatten(packed)[0].items():
         row = _row(path, x, reasons.get(path, ""), compressing=True)
         if path in axes and path not in reasons:
-            doubt = "; ".join(filter(None, (doubts(path, axes[path], leaves), _emptied(leaves[path], x, axes[path]))))
+            doubt = "; ".join(
+                filter(
+                    None, (doubts(path, axes[path], leaves), _emptied(leaves[path], x, axes[path]))
+                )
+            )
             row = replace(row, axes=axes[path].letters, doubt=doubt)
         rows.append(row)
     return Coverage(tuple(rows))

@@ -18,7 +18,8 @@ DEPTH = 8  # of functions within functions; deeper ones count by name alone
 def describe(value: Any, depth: int = DEPTH) -> str:
     """Return a value as text: numbers and names as they are, arrays by a digest, functions by name and what they hold.
 
-    Two values that would make a compression behave differently get different texts; the text is the same in every process.
+    Two values that would make a compression behave differently get different texts; the text is the
+    same in every process.
 
     Args:
       value: an option of a method: a number, a schedule, a key, another compression, ...
@@ -38,7 +39,9 @@ def describe(value: Any, depth: int = DEPTH) -> str:
         return repr(value)
     if isinstance(value, (jax.Array, np.ndarray)):
         return _array(value)
-    if call := getattr(value, "call", None):  # a Compression, or a quantizer of activations, knows its own call
+    if call := getattr(
+        value, "call", None
+    ):  # a Compression, or a quantizer of activations, knows its own call
         return str(call)
     if isinstance(value, (Mapping, tuple, list, set, frozenset)):
         return _container(value, depth)
@@ -51,7 +54,9 @@ def describe(value: Any, depth: int = DEPTH) -> str:
     return type(value).__name__
 
 
-def call_of(name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH, **options: Any) -> str:
+def call_of(
+    name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH, **options: Any
+) -> str:
     """Return the call that made some functions: ``name(option=value, ...)`` with what they close over.
 
     Args:
@@ -75,7 +80,9 @@ def call_of(name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH
         if fn is not None and depth > 0:
             names.append(_gather(fn, found, depth))
     names += [""] if not names else []
-    inside = ", ".join(f"{key}={value}" if key.isidentifier() else value for key, value in sorted(found.items()))
+    inside = ", ".join(
+        f"{key}={value}" if key.isidentifier() else value for key, value in sorted(found.items())
+    )
     return f"{name or names[0]}({inside})" if inside else (name or names[0])
 
 
@@ -95,7 +102,9 @@ def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
         own = getattr(fn, "__qualname__", type(fn).__name__)
         return f"{module}.{own}" if module else own
     maker = fn.__qualname__.partition(".<locals>")[0]
-    if "<locals>" in fn.__qualname__ and not fn.__module__.startswith(OURS):  # two functions of a user may share a name
+    if "<locals>" in fn.__qualname__ and not fn.__module__.startswith(
+        OURS
+    ):  # two functions of a user may share a name
         _put(found, f"{fn.__code__.co_name}.", f"#{_digest(fn.__code__):08x}")
     for i, default in enumerate(fn.__defaults__ or ()):
         _put(found, f"default{i}", describe(default, depth))
@@ -106,7 +115,10 @@ def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
         except ValueError:  # not yet assigned: a function that refers to itself
             continue
         inner = _unwrapped(value)
-        same = isinstance(inner, types.FunctionType) and inner.__qualname__.partition(".<locals>")[0] == maker
+        same = (
+            isinstance(inner, types.FunctionType)
+            and inner.__qualname__.partition(".<locals>")[0] == maker
+        )
         if same and inner is not fn and depth > 1 and "<locals>" in inner.__qualname__:
             _gather(inner, found, depth - 1)
         elif inner is not fn:
@@ -155,7 +167,11 @@ def _container(value: Any, depth: int) -> str:
     if depth <= 0:
         return type(value).__name__
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{describe(k, depth)}: {describe(v, depth - 1)}" for k, v in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{describe(k, depth)}: {describe(v, depth - 1)}" for k, v in value.items())
+            + "}"
+        )
     names: list[str] = list(getattr(value, "_fields", ()))
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]

@@ -116,9 +116,10 @@ def total(counts: jax.Array) -> Wide:
 def exact_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     """Return the sum over some axes, the same bits in whatever order the terms are added.
 
-    Every entry is rounded to a multiple of ``2**(e - q)``, where ``2**e`` is above all magnitudes of the array; the sums of
-    these integers, taken in two halves of q/2 bits, cannot overflow. q is 30 for sums of up to 65536 terms, and two bits
-    less for each further doubling: what lies far below the largest entry of the array counts as zero.
+    Every entry is rounded to a multiple of ``2**(e - q)``, where ``2**e`` is above all magnitudes
+    of the array; the sums of these integers, taken in two halves of q/2 bits, cannot overflow. q is
+    30 for sums of up to 65536 terms, and two bits less for each further doubling: what lies far
+    below the largest entry of the array counts as zero.
 
     Args:
       x: float32, any shape.
@@ -136,7 +137,9 @@ def exact_sum(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
     whole = fixed_point(x, exponent, 2 * half)
     high, low = whole >> half, whole & (2**half - 1)
     total = high.sum(axes).astype(jnp.float32) * 2.0**half + low.sum(axes).astype(jnp.float32)
-    share = jax.lax.optimization_barrier(total * 2.0 ** (-2 * half))  # both factors joined by the compiler could be 0
+    share = jax.lax.optimization_barrier(
+        total * 2.0 ** (-2 * half)
+    )  # both factors joined by the compiler could be 0
     return share * power_of_two(exponent)  # multiplications by powers of two are exact
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def saturate(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Cast an array to a float dtype, what lies beyond its largest finite number becoming that number.
 
-    Levels are computed in float32, and one of them may lie beyond the range of the leaf's dtype (65504 in float16) or of
-    float32 itself, where a plain cast gives infinity. NaN stays NaN.
+    Levels are computed in float32, and one of them may lie beyond the range of the leaf's dtype
+    (65504 in float16) or of float32 itself, where a plain cast gives infinity. NaN stays NaN.
 
     Args:
       x: float array.
@@ -28,7 +28,8 @@ def saturate(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
 def where_finite(x: jax.Array, seen: jax.Array) -> jax.Array:
     """Return what is seen of an array, and the array's own entry where that is NaN or infinite.
 
-    Codes cannot stand for such numbers; seen as some level they would hide that training has diverged.
+    Codes cannot stand for such numbers; seen as some level they would hide that training has
+    diverged.
 
     Args:
       x: float array.

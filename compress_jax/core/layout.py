@@ -14,10 +14,10 @@ Granularity = str | int
 class Layout(NamedTuple):
     """How an array is arranged so that a statistic of every sharing set is a reduction over `reduced` axes.
 
-    ``"tensor"`` and ``"channel"`` leave the array as it is, so its sharding survives. Groups arrange it as
-    ``[groups, group_size, channels]``: the contracting axes (all but the channel axes) are joined in C order and cut into
-    runs of ``group_size``, the last one padded with zeros if need be. A stack of layers comes first in all of them, and no
-    two layers share a scale.
+    ``"tensor"`` and ``"channel"`` leave the array as it is, so its sharding survives. Groups
+    arrange it as ``[groups, group_size, channels]``: the contracting axes (all but the channel
+    axes) are joined in C order and cut into runs of ``group_size``, the last one padded with zeros
+    if need be. A stack of layers comes first in all of them, and no two layers share a scale.
 
     Attributes:
       shape: the shape of the array.
@@ -43,7 +43,8 @@ class Layout(NamedTuple):
     ) -> "Layout":
         """Return the layout of an array under a granularity.
 
-        An array whose layers have rank 1 has no contracting axis beside its only one, so each layer is a single channel.
+        An array whose layers have rank 1 has no contracting axis beside its only one, so each layer
+        is a single channel.
 
         Args:
           shape: the shape of the array.
@@ -56,7 +57,8 @@ class Layout(NamedTuple):
           The layout.
 
         Raises:
-          ShapeError: if groups do not divide the contracting axes and ``pad`` is False, or an axis does not exist.
+          ShapeError: if groups do not divide the contracting axes and ``pad`` is False, or an axis
+            does not exist.
           ArgumentError: if the granularity is none of these.
 
         Example:
@@ -77,12 +79,14 @@ class Layout(NamedTuple):
             return cls(tuple(shape), channels, stack=stack)
         if isinstance(granularity, bool) or not isinstance(granularity, int) or granularity < 1:
             raise ArgumentError(
-                f"granularity must be 'tensor', 'channel' or a group size of at least 1, got {granularity!r}"
+                "granularity must be 'tensor', 'channel' or a group size of at least 1, got "
+                f"{granularity!r}"
             )
         layout = cls(tuple(shape), channels, granularity, stack)
         if layout.contracting % granularity and not pad:
             raise ShapeError(
-                f"groups of {granularity} do not divide the {layout.contracting} contracting entries of shape {shape}; "
+                f"groups of {granularity} do not divide the {layout.contracting} contracting "
+                f"entries of shape {shape}; "
                 "choose a divisor, or pad=True for a last group that is not full"
             )
         return layout
@@ -90,7 +94,9 @@ class Layout(NamedTuple):
     @property
     def _inner(self) -> tuple[int, ...]:
         """The axes that are summed over, ascending."""
-        return tuple(a for a in range(len(self.shape)) if a not in self.channels and a not in self.stack)
+        return tuple(
+            a for a in range(len(self.shape)) if a not in self.channels and a not in self.stack
+        )
 
     @property
     def _layers(self) -> tuple[int, ...]:
@@ -119,7 +125,9 @@ class Layout(NamedTuple):
         """The shape of the scales, which broadcasts against the arranged array; stacked layers lead."""
         if self.group_size:
             return (*self._layers, self.groups, 1, math.prod(self.shape[a] for a in self.channels))
-        own = (n if a in self.channels else 1 for a, n in enumerate(self.shape) if a not in self.stack)
+        own = (
+            n if a in self.channels else 1 for a, n in enumerate(self.shape) if a not in self.stack
+        )
         return (*self._layers, *own)
 
     @property
@@ -135,7 +143,9 @@ class Layout(NamedTuple):
         x = x if order == tuple(range(len(order))) else jnp.transpose(x, order)
         if not self.group_size:
             return x
-        matrix = x.reshape(*self._layers, self.contracting, -1)  # [layers..., contracting, channels]
+        matrix = x.reshape(
+            *self._layers, self.contracting, -1
+        )  # [layers..., contracting, channels]
         missing = self.groups * self.group_size - self.contracting
         padded = jnp.pad(matrix, (*((0, 0) for _ in self.stack), (0, missing), (0, 0)))
         return padded.reshape(*self._layers, self.groups, self.group_size, -1)

@@ -38,7 +38,8 @@ def check_finite(path: str, x: Any) -> None:
     if not bad:
         return
     raise NonFiniteError(
-        f"leaf {path!r} of shape {jnp.shape(x)} has {bad} NaN or infinite entries; nothing computed from them would mean "
+        f"leaf {path!r} of shape {jnp.shape(x)} has {bad} NaN or infinite entries; nothing "
+        "computed from them would mean "
         "anything. Look at the training loss before this step, or restore an earlier checkpoint."
     )
 
@@ -75,23 +76,29 @@ def leafwise(
 ) -> Compression:
     """Lift functions over one array to a Compression over every floating-point leaf of a tree.
 
-    A leaf that is known to hold a stack of layers (`cj.bind`) is compressed as each of them alone would be: ``init``,
-    ``update`` and ``view`` are called on one layer, vectorized over all; state has the layers' axes in front.
+    A leaf that is known to hold a stack of layers (`cj.bind`) is compressed as each of them alone
+    would be: ``init``, ``update`` and ``view`` are called on one layer, vectorized over all; state
+    has the layers' axes in front.
 
     Args:
       view: ``(x, learned, fixed) -> x`` of the same shape and dtype.
-      init: ``(x, key) -> (learned, fixed)``, one of them None if there is nothing to keep. Default: no state.
-      update: ``(x, learned, fixed, *, step, grad, stats, key) -> (learned, fixed)``. Default: the state stays.
+      init: ``(x, key) -> (learned, fixed)``, one of them None if there is nothing to keep. Default:
+        no state.
+      update: ``(x, learned, fixed, *, step, grad, stats, key) -> (learned, fixed)``. Default: the
+        state stays.
       pack: ``(x, learned, fixed) -> packed node or array``. Default: the view, dense.
       why_not: ``(path, x) -> reason`` to leave a leaf alone, or None to take it.
-      key: typed PRNG key for ``init``; each leaf gets its own, derived from its path, and all layers of a stack the same.
+      key: typed PRNG key for ``init``; each leaf gets its own, derived from its path, and all
+        layers of a stack the same.
       pointwise: ``(x, learned, fixed) -> Pointwise``, if the view goes entry by entry.
-      layout: every function takes the `Axes` of the leaf as a last positional argument (``update``: as ``axes=``). Then
-        ``view``, ``init`` and ``update`` are given one layer and its axes, ``pack``, ``pointwise`` and ``why_not`` the
-        whole leaf, its state with layers in front, and its axes, the stack among them. Without it, a stack has neither
-        packed form nor pointwise view, and `coverage` says so.
+      layout: every function takes the `Axes` of the leaf as a last positional argument (``update``:
+        as ``axes=``). Then ``view``, ``init`` and ``update`` are given one layer and its axes,
+        ``pack``, ``pointwise`` and ``why_not`` the whole leaf, its state with layers in front, and
+        its axes, the stack among them. Without it, a stack has neither packed form nor pointwise
+        view, and `coverage` says so.
       axis: the axis or axes of outputs, whatever a trace says. Default: as bound, else the last.
-      call: the method with its options, as text, for messages and to tell states apart. Default: made of the functions.
+      call: the method with its options, as text, for messages and to tell states apart. Default:
+        made of the functions.
 
     Returns:
       The Compression. Outside ``jit`` it refuses leaves with NaN or infinity.
@@ -123,7 +130,9 @@ class _Functions(NamedTuple):
         """Return a function of positional arguments that gets the axes behind them, if it takes them."""
         return (lambda *args: fn(*args, axes)) if self.layout else fn
 
-    def per_layer(self, fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str) -> Callable[..., Any]:
+    def per_layer(
+        self, fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str
+    ) -> Callable[..., Any]:
         """Return a function of one layer as one of the leaf."""
         return over_layers(self.with_axes(fn, axes.layer), axes, args, out)
 
@@ -139,7 +148,14 @@ class _Lifted(NamedTuple):
 
     def compression(self) -> Compression:
         made = Compression(
-            self.start, self.seen, self.follow, self.packed, self.skipped, self.pieces, bind=self.bind, axes=self.axes
+            self.start,
+            self.seen,
+            self.follow,
+            self.packed,
+            self.skipped,
+            self.pieces,
+            bind=self.bind,
+            axes=self.axes,
         )
         return stamped(made, self.call, self.known)
 
@@ -159,10 +175,16 @@ class _Lifted(NamedTuple):
             return why
         if self.fn.why_not is None:
             return None
-        return self.fn.why_not(path, x, self.axes_of(path, x)) if self.fn.layout else self.fn.why_not(path, x)
+        return (
+            self.fn.why_not(path, x, self.axes_of(path, x))
+            if self.fn.layout
+            else self.fn.why_not(path, x)
+        )
 
     def skipped(self, params: Params) -> dict[str, str]:
-        return {path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))}
+        return {
+            path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))
+        }
 
     def taken(self, params: Params) -> dict[str, Any]:
         leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
@@ -203,7 +225,14 @@ class _Lifted(NamedTuple):
         return _named(path, self.fn.with_axes(self.fn.pack, axes), x, *self.own(state, path))
 
     def follow(
-        self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+        self,
+        params: Params,
+        state: CompressionState,
+        *,
+        step: Any,
+        grads: Any = None,
+        stats: Any = None,
+        key: Any = None,
     ) -> CompressionState:
         leaves = self.taken(params)
         if self.fn.update is None:
@@ -211,18 +240,34 @@ class _Lifted(NamedTuple):
         grads, stats = flatten(grads)[0] if grads is not None else {}, stats or {}
         for path, x in leaves.items():
             if grads.get(path) is not None and jnp.shape(grads[path]) != x.shape:
-                raise ShapeError(f"leaf {path!r} has shape {x.shape}, its gradient {jnp.shape(grads[path])}")
+                raise ShapeError(
+                    f"leaf {path!r} has shape {x.shape}, its gradient {jnp.shape(grads[path])}"
+                )
         states = {}
         for path, x in leaves.items():
             inputs = (grads.get(path), stats.get(path), fold_path(key, path))
-            states[path] = _named(path, self.updated, path, x, *self.own(state, path), step, *inputs)
+            states[path] = _named(
+                path, self.updated, path, x, *self.own(state, path), step, *inputs
+            )
         return _collect(states)
 
-    def updated(self, path: str, x: Any, learned: Any, fixed: Any, step: Any, grad: Any, stats: Any, key: Any) -> LeafState:
+    def updated(
+        self,
+        path: str,
+        x: Any,
+        learned: Any,
+        fixed: Any,
+        step: Any,
+        grad: Any,
+        stats: Any,
+        key: Any,
+    ) -> LeafState:
         axes, fn = self.axes_of(path, x), self.fn.update
         assert fn is not None
 
-        def update(x: Any, learned: Any, fixed: Any, step: Any, grad: Any, stats: Any, key: Any) -> LeafState:
+        def update(
+            x: Any, learned: Any, fixed: Any, step: Any, grad: Any, stats: Any, key: Any
+        ) -> LeafState:
             extra = {"axes": axes.layer} if self.fn.layout else {}
             return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)
 

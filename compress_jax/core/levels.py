@@ -1,7 +1,8 @@
 """Levels that are not evenly spaced: what the codes of a small float or of a table stand for, and rounding to them.
 
-Both kinds have the same attributes: ``bits``, ``values`` (the level of every code), ``largest``, ``encode``, ``decode`` and
-``round``. They are plain tuples of numbers, so they are hashed, compared and saved by value.
+Both kinds have the same attributes: ``bits``, ``values`` (the level of every code), ``largest``,
+``encode``, ``decode`` and ``round``. They are plain tuples of numbers, so they are hashed, compared
+and saved by value.
 """
 
 from typing import NamedTuple, TypeAlias
@@ -14,14 +15,16 @@ import numpy as np
 class Float(NamedTuple):
     r"""A floating-point format of a few bits; the code of a number is its bit pattern, the sign uppermost.
 
-    With m mantissa bits and the lowest exponent :math:`e = 2 - 2^{bits - 1}` for exponents of so many bits, a magnitude
-    code c stands for the subnormal number :math:`c \, 2^{e - m}` if :math:`c < 2^m`, else for
+    With m mantissa bits and the lowest exponent :math:`e = 2 - 2^{bits - 1}` for exponents of so
+    many bits, a magnitude code c stands for the subnormal number :math:`c \, 2^{e - m}` if
+    :math:`c < 2^m`, else for
     :math:`(2^m + c \bmod 2^m) \, 2^{\lfloor c / 2^m \rfloor - 1 + e - m}`.
 
     Attributes:
       exponent_bits: 1 to 7.
       mantissa_bits: 0 to 8, the leading one not counted.
-      reserved: how many of the largest magnitudes are not numbers: 1 in e4m3fn, 4 in e5m2 (infinity and NaN), none in e2m1.
+      reserved: how many of the largest magnitudes are not numbers: 1 in e4m3fn, 4 in e5m2 (infinity
+        and NaN), none in e2m1.
 
     Example:
       >>> e2m1 = Float(2, 1)
@@ -89,10 +92,13 @@ class Float(NamedTuple):
 
     def _nearest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return i and e, int32, such that ``i * 2**(e - mantissa_bits)`` is the number nearest to x."""
-        # Not a cast to the dtype and back: XLA may leave such a pair out, and casts overflow to NaN or infinity.
+        # Not a cast to the dtype and back: XLA may leave such a pair out, and casts overflow to NaN
+        # or infinity.
         x = jnp.clip(x.astype(jnp.float32), -self.largest, self.largest)
         exponent = jnp.maximum(exponent_of(x), self.lowest_exponent)
-        return jnp.round(x * power_of_two(self.mantissa_bits - exponent)).astype(jnp.int32), exponent
+        return jnp.round(x * power_of_two(self.mantissa_bits - exponent)).astype(
+            jnp.int32
+        ), exponent
 
 
 class Table(NamedTuple):
@@ -128,7 +134,9 @@ class Table(NamedTuple):
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Return the code of the nearest level, a tie going to the larger one; int32 of the shape of ``x``."""
-        return jnp.searchsorted(self.thresholds, x.astype(jnp.float32), side="right", method="compare_all").astype(jnp.int32)
+        return jnp.searchsorted(
+            self.thresholds, x.astype(jnp.float32), side="right", method="compare_all"
+        ).astype(jnp.int32)
 
     def round(self, x: jax.Array) -> jax.Array:
         """Return the nearest level in float32, ``decode(encode(x))``."""

@@ -17,12 +17,15 @@ class AsOptaxState(NamedTuple):
     compression: CompressionState
 
 
-def as_optax(optimizer: optax.GradientTransformation, compression: Compression) -> optax.GradientTransformation:
+def as_optax(
+    optimizer: optax.GradientTransformation, compression: Compression
+) -> optax.GradientTransformation:
     """Wrap an optimizer so that the params it produces are their own compressed view, to floating-point rounding.
 
-    Projected descent: ``params <- view(params + update)``. Where the view is zero the result is exactly zero. Use
-    ``compression.view(params, state.compression)`` for the exact view elsewhere. The compression's learned arrays stay as
-    `init` and `update` leave them: to train them, differentiate the view yourself.
+    Projected descent: ``params <- view(params + update)``. Where the view is zero the result is
+    exactly zero. Use ``compression.view(params, state.compression)`` for the exact view elsewhere.
+    The compression's learned arrays stay as `init` and `update` leave them: to train them,
+    differentiate the view yourself.
 
     Args:
       optimizer: any optax transformation.
@@ -41,11 +44,15 @@ def as_optax(optimizer: optax.GradientTransformation, compression: Compression) 
     """
 
     def init(params: Any) -> AsOptaxState:
-        return AsOptaxState(jnp.zeros((), jnp.int32), optimizer.init(params), compression.init(params))
+        return AsOptaxState(
+            jnp.zeros((), jnp.int32), optimizer.init(params), compression.init(params)
+        )
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AsOptaxState]:
         if params is None:
-            raise ValueError("as_optax projects the params, so pass them: tx.update(grads, state, params)")
+            raise ValueError(
+                "as_optax projects the params, so pass them: tx.update(grads, state, params)"
+            )
         moves, inner = optimizer.update(updates, state.optimizer, params)
         moved: Any = optax.apply_updates(params, moves)
         own = compression.update(moved, state.compression, step=state.step, grads=updates)

@@ -1,7 +1,8 @@
 """Packed nodes: what stands in a params tree where a compressed array stood, at its true size.
 
-Each is a registered pytree whose children may be packed in turn, so that forms nest: ``Quantized(codes=Sparse(...))`` is a
-pruned and quantized kernel. ``unpack`` returns the very bits the model was trained and evaluated with.
+Each is a registered pytree whose children may be packed in turn, so that forms nest:
+``Quantized(codes=Sparse(...))`` is a pruned and quantized kernel. ``unpack`` returns the very bits
+the model was trained and evaluated with.
 """
 
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ class Quantized:
     Attributes:
       codes: unsigned codes in the shape of the array.
       scale: float32, shape ``layout.scale_shape``.
-      zero_point: uint8, the code of zero; a scalar, one a layer of a stack, or shape ``layout.scale_shape``.
+      zero_point: uint8, the code of zero; a scalar, one a layer of a stack, or shape
+        ``layout.scale_shape``.
       layout: which codes share a scale.
       dtype: of the unpacked array.
     """
@@ -39,7 +41,13 @@ class Quantized:
 
     @classmethod
     def pack(
-        cls, codes: jax.Array, bits: int, scale: jax.Array, zero_point: jax.Array, layout: Layout, dtype: jnp.dtype
+        cls,
+        codes: jax.Array,
+        bits: int,
+        scale: jax.Array,
+        zero_point: jax.Array,
+        layout: Layout,
+        dtype: jnp.dtype,
     ) -> "Quantized":
         """Pack dense codes; where most of them stand for zero, only the others are stored."""
         node = cls(Bits.pack(codes, bits), scale, zero_point, layout, dtype)
@@ -78,7 +86,8 @@ class Clustered:
 
     Attributes:
       codes: unsigned indices in the shape of the array.
-      codebook: float32 ``[clusters]``; of a stack of layers ``[layers..., clusters]``, one for each.
+      codebook: float32 ``[clusters]``; of a stack of layers ``[layers..., clusters]``, one for
+        each.
       dtype: of the unpacked array.
       stack: the axes along which the array holds layers, ascending.
     """
@@ -89,10 +98,14 @@ class Clustered:
     stack: tuple[int, ...] = field(default=(), **static)
 
     @classmethod
-    def pack(cls, codes: jax.Array, codebook: jax.Array, dtype: jnp.dtype, stack: tuple[int, ...] = ()) -> "Clustered":
+    def pack(
+        cls, codes: jax.Array, codebook: jax.Array, dtype: jnp.dtype, stack: tuple[int, ...] = ()
+    ) -> "Clustered":
         """Pack dense indices, ``clusters`` meaning zero; where most mean zero, only the others are stored."""
         zero = codebook.shape[-1]
-        node = cls(Bits.pack(codes, bits_for(zero + bool((codes == zero).any()))), codebook, dtype, stack)
+        node = cls(
+            Bits.pack(codes, bits_for(zero + bool((codes == zero).any()))), codebook, dtype, stack
+        )
         return min(node, node.keep(codes != zero), key=nbytes)
 
     def keep(self, mask: jax.Array) -> "Clustered":
@@ -130,11 +143,13 @@ class LowRank:
     """Two thin factors: ``value = (left @ right)`` in the shape of the array.
 
     Attributes:
-      left: ``[rows, rank]``, of a stack of layers ``[layers..., rows, rank]``; an array or a packed node.
+      left: ``[rows, rank]``, of a stack of layers ``[layers..., rows, rank]``; an array or a packed
+        node.
       right: ``[rank, columns]``, or ``[layers..., rank, columns]``; an array or a packed node.
       shape: the shape of the array.
       dtype: of the unpacked array.
-      columns: the axes of the array that the columns are made of, ascending; the rows are made of all others.
+      columns: the axes of the array that the columns are made of, ascending; the rows are made of
+        all others.
       stack: the axes along which the array holds layers, ascending.
     """
 
@@ -147,10 +162,16 @@ class LowRank:
 
     def unpack(self) -> jax.Array:
         """Return the dense array, the product taken in the highest precision of the device."""
-        product = jnp.matmul(to_dense(self.left), to_dense(self.right), precision=jax.lax.Precision.HIGHEST)
+        product = jnp.matmul(
+            to_dense(self.left), to_dense(self.right), precision=jax.lax.Precision.HIGHEST
+        )
         order = self._order
         x = saturate(product.reshape(tuple(self.shape[a] for a in order)), self.dtype)
-        return x if order == tuple(range(len(order))) else jnp.transpose(x, tuple(map(order.index, range(len(order)))))
+        return (
+            x
+            if order == tuple(range(len(order)))
+            else jnp.transpose(x, tuple(map(order.index, range(len(order)))))
+        )
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -181,7 +202,8 @@ def to_dense(x: Any) -> Any:
 def unpack(tree: Any) -> Any:
     """Replace every packed node of a tree by the array it stands for.
 
-    Works under ``jit``: a model may be served from packed params that are unpacked inside the compiled function.
+    Works under ``jit``: a model may be served from packed params that are unpacked inside the
+    compiled function.
 
     Args:
       tree: params whose leaves are arrays or packed nodes.

@@ -15,8 +15,8 @@ Patterns = str | tuple[str, ...]
 def name(key_path: tuple[Any, ...]) -> str:
     """Return the name of a JAX key path, keys joined by ``/``.
 
-    The ``.value`` that ``flax.nnx`` variables add at the end is dropped, so that a Linen dict, an NNX state and a plain
-    dict of the same model have the same names.
+    The ``.value`` that ``flax.nnx`` variables add at the end is dropped, so that a Linen dict, an
+    NNX state and a plain dict of the same model have the same names.
 
     Args:
       key_path: a key path as ``jax.tree_util.tree_flatten_with_path`` gives it.
@@ -42,7 +42,8 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], An
       tree: any pytree of arrays or packed nodes.
 
     Returns:
-      ``(leaves, rebuild)``: leaves by name in tree order; ``rebuild(leaves)`` gives back a tree of the same structure.
+      ``(leaves, rebuild)``: leaves by name in tree order; ``rebuild(leaves)`` gives back a tree of
+        the same structure.
 
     Example:
       >>> leaves, rebuild = flatten({"dense": {"kernel": 1.0, "bias": 0.0}})
@@ -54,7 +55,9 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], An
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     leaves = {name(path): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
-        raise ValueError("two leaves of this tree have the same name; rename a key that contains '/'")
+        raise ValueError(
+            "two leaves of this tree have the same name; rename a key that contains '/'"
+        )
 
     def rebuild(new: Mapping[str, Any]) -> Any:
         return treedef.unflatten([new[key] for key in leaves])
@@ -102,7 +105,8 @@ def matches(pattern: Patterns, path: str) -> bool:
     """Tell whether a name matches a glob, or any of a tuple of globs.
 
     Args:
-      pattern: a glob: ``*`` and ``?`` stay within one key, ``**`` spans any number of keys, none included.
+      pattern: a glob: ``*`` and ``?`` stay within one key, ``**`` spans any number of keys, none
+        included.
       path: a name such as ``"block_0/dense/kernel"``.
 
     Returns:

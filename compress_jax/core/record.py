@@ -1,7 +1,8 @@
 """Files of JSON that we wrote and read again: what they must hold, and one sentence where they do not.
 
-A *form* says what a value must be: a `Kind` for text and numbers, ``[form]`` for a list, ``{"name": form}`` for an object
-with these entries (others are allowed), ``mapping(form)`` for one whose names are free, ``optional(form)`` for null or none.
+A *form* says what a value must be: a `Kind` for text and numbers, ``[form]`` for a list,
+``{"name": form}`` for an object with these entries (others are allowed), ``mapping(form)`` for one
+whose names are free, ``optional(form)`` for null or none.
 """
 
 import hashlib
@@ -42,7 +43,10 @@ def _is_number(value: Any) -> bool:
 TEXT = Kind("text", lambda value: isinstance(value, str))
 NUMBER = Kind("a finite number", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-COUNT = Kind("a whole number, 0 or more", lambda value: isinstance(value, int) and _is_number(value) and value >= 0)
+COUNT = Kind(
+    "a whole number, 0 or more",
+    lambda value: isinstance(value, int) and _is_number(value) and value >= 0,
+)
 POSITIVE = Kind("a whole number above 0", lambda value: COUNT.test(value) and value > 0)
 ANYTHING = Kind("anything", lambda value: True)
 
@@ -84,7 +88,9 @@ def deviation(value: Any, form: Any, at: str = "it") -> str | None:
         if not isinstance(value, dict):
             return f"{at} is {_brief(value)}, not an object"
         entries = _entries(value, form, "" if at == "it" else f"{at}.")
-    return next((found for name, entry, own in entries if (found := deviation(entry, own, name))), None)
+    return next(
+        (found for name, entry, own in entries if (found := deviation(entry, own, name))), None
+    )
 
 
 def _entries(value: dict[str, Any], form: Any, prefix: str) -> list[tuple[str, Any, Any]]:
@@ -115,7 +121,12 @@ def sealed(content: dict[str, Any]) -> bytes:
 
 
 def read_record(
-    path: str | os.PathLike[str], form: Any, advice: str, error: type[CompressError], *, intact: bool = True
+    path: str | os.PathLike[str],
+    form: Any,
+    advice: str,
+    error: type[CompressError],
+    *,
+    intact: bool = True,
 ) -> dict[str, Any]:
     """Read a JSON file of ours and see that it is what it should be.
 
@@ -130,7 +141,8 @@ def read_record(
       The content.
 
     Raises:
-      CompressError: the ``error`` given, in one sentence: the file, what is wrong with it, the advice.
+      CompressError: the ``error`` given, in one sentence: the file, what is wrong with it, the
+        advice.
 
     Example:
       >>> import tempfile
@@ -152,7 +164,11 @@ def read_record(
         raise error(f"{where} is damaged: it is not JSON; {advice}") from problem
     if wrong := deviation(content, form):
         raise error(f"{where} is damaged or was written by another version: {wrong}; {advice}")
-    if intact and DIGEST in content and content[DIGEST] != _digest({n: v for n, v in content.items() if n != DIGEST}):
+    if (
+        intact
+        and DIGEST in content
+        and content[DIGEST] != _digest({n: v for n, v in content.items() if n != DIGEST})
+    ):
         raise error(f"{where} is damaged: it has other content than was written; {advice}")
     return content
 

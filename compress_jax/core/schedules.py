@@ -1,6 +1,7 @@
 """Schedules inside compressions: the step a state begins at, and the last update, which thinning and freezing must not skip.
 
-An `update` that follows schedules is a `Scheduled`; combinators that thin or freeze updates ask it when they end.
+An `update` that follows schedules is a `Scheduled`; combinators that thin or freeze updates ask it
+when they end.
 """
 
 import inspect
@@ -18,7 +19,9 @@ FAR = 2**30  # a step that no training reaches; the next one still fits in int32
 
 def schedules_of(*compressions: Compression) -> tuple[Schedule, ...]:
     """Return the schedules that the updates of some compressions follow."""
-    return tuple(s for c in compressions if isinstance(c.update, Scheduled) for s in c.update.schedules)
+    return tuple(
+        s for c in compressions if isinstance(c.update, Scheduled) for s in c.update.schedules
+    )
 
 
 def at_once(compression: Compression) -> Callable[..., CompressionState]:
@@ -35,8 +38,8 @@ def awake(compression: Compression) -> Compression:
 def arrival(schedules: Sequence[Schedule], step: Any) -> tuple[Any, Any]:
     """Tell whether a schedule reaches its last value at this step or at the next, and which step to update with.
 
-    The state that an update makes is what the model uses at the step after it. So the update one step before the last value
-    is made with that value: a training that ends there has arrived too.
+    The state that an update makes is what the model uses at the step after it. So the update one
+    step before the last value is made with that value: a training that ends there has arrived too.
 
     Args:
       schedules: functions of the step.
@@ -53,7 +56,9 @@ def arrival(schedules: Sequence[Schedule], step: Any) -> tuple[Any, Any]:
     step = jnp.asarray(step)
     soon, now = jnp.zeros((), bool), jnp.zeros((), bool)
     for schedule in schedules:
-        before, here, after = (schedule(step + d) == schedule(jnp.full_like(step, FAR)) for d in (-1, 0, 1))
+        before, here, after = (
+            schedule(step + d) == schedule(jnp.full_like(step, FAR)) for d in (-1, 0, 1)
+        )
         soon |= after & jnp.logical_not(here)
         now |= here & jnp.logical_not(before)
     return soon | now, step + soon.astype(step.dtype)

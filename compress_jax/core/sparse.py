@@ -32,7 +32,9 @@ class Sparse:
     fill: float = field(default=0, **static)
 
     @classmethod
-    def pack(cls, dense: jax.Array, mask: jax.Array, *, fill: float = 0, bits: int | None = None) -> "Sparse":
+    def pack(
+        cls, dense: jax.Array, mask: jax.Array, *, fill: float = 0, bits: int | None = None
+    ) -> "Sparse":
         """Keep the entries of ``dense`` where ``mask`` is not zero (concrete arrays, not traced).
 
         Args:
@@ -54,7 +56,9 @@ class Sparse:
         """Return the dense array."""
         mask = self.mask.unpack().ravel().astype(bool)
         values = self.values.unpack() if isinstance(self.values, Bits) else self.values
-        values = values.astype(self.dtype)  # int32 for codes: the fill may be one more than their width can hold
+        values = values.astype(
+            self.dtype
+        )  # int32 for codes: the fill may be one more than their width can hold
         padded = jnp.append(values, jnp.asarray(self.fill, values.dtype))
         rank = jnp.where(mask, jnp.cumsum(mask) - 1, values.size)
         return padded[rank].reshape(self.shape)
@@ -95,4 +99,7 @@ def nbytes(tree: Any) -> int:
       >>> nbytes({"kernel": Bits.pack(jnp.arange(8), 3), "bias": jnp.zeros(2)})
       11
     """
-    return sum(leaf.nbytes if hasattr(leaf, "nbytes") else jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(tree))
+    return sum(
+        leaf.nbytes if hasattr(leaf, "nbytes") else jnp.asarray(leaf).nbytes
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,7 +1,7 @@
 """States carry a stamp: which compression made them, with which options, for which leaves. One check where they meet params.
 
-The stamp is static (part of the tree's structure, not an array), so the check runs while a function is traced and costs
-nothing under `jit`.
+The stamp is static (part of the tree's structure, not an array), so the check runs while a function
+is traced and costs nothing under `jit`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,8 @@ class Stamp(NamedTuple):
     Attributes:
       call: the compression with its options, as text.
       params: path, shape and dtype of every floating-point leaf it was made for.
-      axes: ``(path, letters)`` of the leaves whose axes a trace tells to be other than by convention.
+      axes: ``(path, letters)`` of the leaves whose axes a trace tells to be other than by
+        convention.
       learned: path, shape and dtype of the state's own learned arrays.
       fixed: likewise of its fixed arrays.
     """
@@ -94,13 +95,21 @@ def calls(tree: Any) -> list[str]:
       ['uniform(bits=4)']
     """
     found = jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, Stamped))
-    return [each.stamp.call for each in found if isinstance(each, Stamped) and each.stamp is not None]
+    return [
+        each.stamp.call for each in found if isinstance(each, Stamped) and each.stamp is not None
+    ]
 
 
 def seal(call: str, axes: dict[str, Axes] | None, params: Any, state: Any) -> Any:
     """Return a state with a stamp."""
     known = tuple(sorted(_unusual(axes).items()))
-    stamp = Stamp(call, signature(params, floats=True), known, signature(state.learned), signature(state.fixed))
+    stamp = Stamp(
+        call,
+        signature(params, floats=True),
+        known,
+        signature(state.learned),
+        signature(state.fixed),
+    )
     return state._replace(fixed=Stamped(state.fixed, stamp))
 
 
@@ -108,18 +117,22 @@ def unseal(call: str, axes: dict[str, Axes] | None, params: Any, state: Any) -> 
     """Return a state without its stamp, once that is found to fit; a state that has none is taken as it is.
 
     Raises:
-      StateError: if the state is of another method, other options, other axes, or of leaves of other shapes or dtypes.
+      StateError: if the state is of another method, other options, other axes, or of leaves of
+        other shapes or dtypes.
     """
     stamp = getattr(state.fixed, "stamp", None)
     if stamp is None:
         return state
     if stamp.call != call:
         raise StateError(
-            f"this state was made by\n  {_short(stamp.call, call)}\nand is used by\n  {_short(call, stamp.call)}\n"
+            f"this state was made by\n  {_short(stamp.call, call)}\nand is used by\n  "
+            f"{_short(call, stamp.call)}\n"
             "Make a state with this compression's own `init`."
         )
     _same_axes(stamp, axes or {}, params)
-    if not jax.sharding.get_abstract_mesh().manual_axes:  # in shard_map, arrays are a device's pieces of what init saw
+    if (
+        not jax.sharding.get_abstract_mesh().manual_axes
+    ):  # in shard_map, arrays are a device's pieces of what init saw
         _same_leaves(stamp, params)
         _same_arrays("learned", stamp.learned, state.learned)
         _same_arrays("fixed", stamp.fixed, state.fixed)
@@ -130,7 +143,10 @@ def _short(text: str, other: str) -> str:
     """Cut a long text around the first character in which it differs from the other."""
     if len(text) <= SHOWN:
         return text
-    differ = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    differ = next(
+        (i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b),
+        min(len(text), len(other)),
+    )
     start = max(0, differ - SHOWN // 2)
     end = start + SHOWN
     return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
@@ -139,7 +155,11 @@ def _short(text: str, other: str) -> str:
 def _unusual(axes: Mapping[str, Axes] | None) -> dict[str, str]:
     """Return the letters of the leaves whose outputs or layers are not where the convention has them."""
     usual = {path: Axes.convention(each.shape) for path, each in (axes or {}).items()}
-    return {path: each.letters for path, each in (axes or {}).items() if each.stack or each.outputs != usual[path].outputs}
+    return {
+        path: each.letters
+        for path, each in (axes or {}).items()
+        if each.stack or each.outputs != usual[path].outputs
+    }
 
 
 def _same_axes(stamp: Stamp, axes: Mapping[str, Axes], params: Any) -> None:
@@ -149,8 +169,10 @@ def _same_axes(stamp: Stamp, axes: Mapping[str, Axes], params: Any) -> None:
             continue
         has, wants = (each.get(path, "outputs last, no stack") for each in (made, wanted))
         raise StateError(
-            f"leaf {path!r}: the state was made for the axes {has!r}, and this compression takes {wants!r}; use the "
-            "compression that `bind` (or the solver) returned throughout, or make the state anew with `init`"
+            f"leaf {path!r}: the state was made for the axes {has!r}, and this compression takes "
+            f"{wants!r}; use the "
+            "compression that `bind` (or the solver) returned throughout, or make the state anew "
+            "with `init`"
         )
 
 
@@ -159,13 +181,15 @@ def _same_leaves(stamp: Stamp, params: Any) -> None:
     for path, shape, dtype in stamp.params:
         if path not in leaves:
             raise StateError(
-                f"these params (with {', '.join(map(repr, leaves)) or 'no leaves'}) lack leaf {path!r}, which the state was "
+                f"these params (with {', '.join(map(repr, leaves)) or 'no leaves'}) lack leaf "
+                f"{path!r}, which the state was "
                 f"made for; it has: {', '.join(name for name, *_ in stamp.params)}"
             )
         x = leaves[path]
         if tuple(x.shape) != shape or str(x.dtype) != dtype:
             raise StateError(
-                f"leaf {path!r} is {x.dtype}{list(x.shape)}, and the state was made for {dtype}{list(shape)}; "
+                f"leaf {path!r} is {x.dtype}{list(x.shape)}, and the state was made for "
+                f"{dtype}{list(shape)}; "
                 "make a state for these params with `init`"
             )
 
@@ -174,9 +198,12 @@ def _same_arrays(kind: str, made: Signature, tree: Any) -> None:
     found = signature(tree)
     if found == made:
         return
-    was, now = ({path: f"{dtype}{list(shape)}" for path, shape, dtype in each} for each in (made, found))
+    was, now = (
+        {path: f"{dtype}{list(shape)}" for path, shape, dtype in each} for each in (made, found)
+    )
     path = next(path for path in {**was, **now} if was.get(path) != now.get(path))
     raise StateError(
-        f"the state's {kind} array {path!r} is {now.get(path, 'missing')}, and it was {was.get(path, 'not there')} when "
+        f"the state's {kind} array {path!r} is {now.get(path, 'missing')}, and it was "
+        f"{was.get(path, 'not there')} when "
         "the state was made; do not change shapes or dtypes of a state, make it anew with `init`"
     )

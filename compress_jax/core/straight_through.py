@@ -10,12 +10,13 @@ import jax.numpy as jnp
 def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Give ``fn(x, *rest)`` the derivative of the identity in ``x`` and none in ``rest``.
 
-    The value is exactly that of ``fn``; only its derivative is replaced, ``d fn(x, *rest) = dx``. The common
-    ``x + stop_gradient(fn(x) - x)`` is not equal to ``fn(x)`` in floating point, so what is trained with it is not what
-    is shipped.
+    The value is exactly that of ``fn``; only its derivative is replaced, ``d fn(x, *rest) = dx``.
+    The common ``x + stop_gradient(fn(x) - x)`` is not equal to ``fn(x)`` in floating point, so what
+    is trained with it is not what is shipped.
 
     Args:
-      fn: a function of an array ``x`` and any further arrays, returning an array of the shape and dtype of ``x``.
+      fn: a function of an array ``x`` and any further arrays, returning an array of the shape and
+        dtype of ``x``.
 
     Returns:
       The function with the straight-through derivative.
@@ -28,7 +29,8 @@ def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
       (Array([0., 2.], dtype=float32), Array([1., 1.], dtype=float32))
 
     References:
-      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.
+      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic
+      Neurons", 2013, section 3.
     """
 
     @jax.custom_jvp
@@ -45,8 +47,8 @@ def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def pass_within(x: jax.Array, bound: float | None) -> jax.Array:
     """Return ``x`` itself, with a derivative that is 1 where ``abs(x) <= bound`` and 0 elsewhere.
 
-    Before a straight-through step function this is the estimator of BinaryConnect and XNOR-Net: a weight far beyond the last
-    level gets no gradient, as moving it changes nothing.
+    Before a straight-through step function this is the estimator of BinaryConnect and XNOR-Net: a
+    weight far beyond the last level gets no gradient, as moving it changes nothing.
 
     Args:
       x: any float array.

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 # the text around.
 
 
-# Categories: controls, what turns or joins text invisibly, lone surrogates, unassigned and private characters, separators.
+# Categories: controls, what turns or joins text invisibly, lone surrogates, unassigned and private
+# characters, separators.
 HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
 
 
 def printable(text: object, *, lines: bool = False) -> str:
     r"""Return text with every character that is not shown as itself written as an escape.
 
-    Terminals act on control characters: they clear the screen, set the title, hide what follows. Names of leaves, files,
-    candidates and metadata come from outside, so whatever prints or logs them passes them through here.
+    Terminals act on control characters: they clear the screen, set the title, hide what follows.
+    Names of leaves, files, candidates and metadata come from outside, so whatever prints or logs
+    them passes them through here.
 
     Args:
       text: anything; its ``str``.
@@ -67,7 +69,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
 
     Args:
       rows: of equal lengths.
-      left: how many of the first columns are words, which stand left; the others are numbers and stand right.
+      left: how many of the first columns are words, which stand left; the others are numbers and
+        stand right.
 
     Returns:
       The lines, without blanks at their ends.
@@ -81,5 +84,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sides = ["<" if i < left else ">" for i in range(len(widths))]
     columns = list(zip(sides, widths, strict=True))
-    lines = ("  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True)) for row in rows)
+    lines = (
+        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
+        for row in rows
+    )
     return "\n".join(line.rstrip() for line in lines)

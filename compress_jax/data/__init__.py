@@ -1,9 +1,10 @@
 """Data: a name to arrays (`load`), arrays to batches (`batches`, `eval_batches`), and what happens in between.
 
-TensorFlow Datasets is the input layer, without TensorFlow: embedded builders prepare the UCI digits (no network needed),
-MNIST and Fashion-MNIST; any other TFDS name that prepares without TensorFlow works too. Splits are dicts of NumPy arrays
-in memory, cleaning and normalising are pure functions of them, a batch is a function of seed and step, and augmentation
-is a pure function of an explicit key that runs on the device.
+TensorFlow Datasets is the input layer, without TensorFlow: embedded builders prepare the UCI digits
+(no network needed), MNIST and Fashion-MNIST; any other TFDS name that prepares without TensorFlow
+works too. Splits are dicts of NumPy arrays in memory, cleaning and normalising are pure functions
+of them, a batch is a function of seed and step, and augmentation is a pure function of an explicit
+key that runs on the device.
 """
 
 from compress_jax.core.errors import DataError

@@ -16,7 +16,15 @@ import tensorflow_datasets as tfds
 from compress_jax.core.errors import ConfigError, DataError
 from compress_jax.data._builders import MNIST, Digits, FashionMNIST, idx
 from compress_jax.data._preprocess import Split, clean, normalise, scale_to_unit, statistics
-from compress_jax.data._tfds import damaged, elsewhere, explained, first_line, no_files, progress, quiet
+from compress_jax.data._tfds import (
+    damaged,
+    elsewhere,
+    explained,
+    first_line,
+    no_files,
+    progress,
+    quiet,
+)
 
 # From prepared files to arrays in memory, read once in large pieces.
 
@@ -32,7 +40,8 @@ def read(builder: Any, split: str) -> Split:
       split: the name of a split.
 
     Returns:
-      ``image`` ``[n, height, width, channels]`` in its stored dtype and ``label`` int32 ``[n]``, in TFDS's stored order.
+      ``image`` ``[n, height, width, channels]`` in its stored dtype and ``label`` int32 ``[n]``, in
+      TFDS's stored order.
 
     Raises:
       DataError: if the data are not labelled images of one size, or the files on disk are damaged.
@@ -45,7 +54,12 @@ def read(builder: Any, split: str) -> Split:
       (355, 8, 8, 1)
     """
     try:
-        with quiet(), progress(f"reading {builder.name} {split}", builder.info.splits[split].num_examples) as advance:
+        with (
+            quiet(),
+            progress(
+                f"reading {builder.name} {split}", builder.info.splits[split].num_examples
+            ) as advance,
+        ):
             return _stacked(builder, split, advance)
     except DataError:
         raise
@@ -60,9 +74,14 @@ def _stacked(builder: Any, split: str, advance: Callable[[int], None]) -> Split:
     n, first = len(source), np.asarray(source[0][image])
     images, labels = np.empty((n, *first.shape), first.dtype), np.empty(n, np.int32)
     for start in range(0, n, _CHUNK):
-        for row, record in enumerate(source.__getitems__(range(start, min(start + _CHUNK, n))), start):
+        for row, record in enumerate(
+            source.__getitems__(range(start, min(start + _CHUNK, n))), start
+        ):
             if np.shape(record[image]) != first.shape:
-                raise DataError(f"{builder.name} has images of several sizes; only sets of one size can be loaded.")
+                raise DataError(
+                    f"{builder.name} has images of several sizes; only sets of one size can be "
+                    "loaded."
+                )
             images[row], labels[row] = record[image], record[label]
         advance(min(_CHUNK, n - start))
     return {"image": images, "label": labels}
@@ -97,8 +116,9 @@ def folders(name: str, home: Path, manual_dir: str | Path | None = None) -> list
       manual_dir: if given, the only places are this folder and its subfolder ``name``.
 
     Returns:
-      Paths, of which few or none exist: ``$COMPRESS_JAX_DATA/name``, ``home/downloads/manual/name``,
-      ``home/downloads/manual``, and where Debian's package puts its files.
+      Paths, of which few or none exist: ``$COMPRESS_JAX_DATA/name``,
+      ``home/downloads/manual/name``, ``home/downloads/manual``, and where Debian's package puts its
+      files.
 
     Example:
       >>> [path.as_posix() for path in folders("mnist", Path("/home"), manual_dir="/m")]
@@ -143,7 +163,8 @@ def unreachable(url: str, timeout: float = 10.0) -> str | None:
       timeout: seconds.
 
     Returns:
-      The reason, or None if a connection can be made or a proxy stands between, whose business it is.
+      The reason, or None if a connection can be made or a proxy stands between, whose business it
+      is.
 
     Example:
       >>> unreachable("http://localhost:1/file").split(" (")[0]
@@ -153,7 +174,9 @@ def unreachable(url: str, timeout: float = 10.0) -> str | None:
     if parts.scheme not in _PORTS or parts.scheme in urllib.request.getproxies():
         return None
     try:
-        socket.create_connection((parts.hostname, parts.port or _PORTS[parts.scheme]), timeout).close()
+        socket.create_connection(
+            (parts.hostname, parts.port or _PORTS[parts.scheme]), timeout
+        ).close()
     except OSError as error:
         return f"there is no connection to {parts.hostname} ({error.strerror or error})"
     return None
@@ -165,14 +188,18 @@ def unreachable(url: str, timeout: float = 10.0) -> str | None:
 _FAMILY = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
 
 
-def prepared(name: str, data_dir: str | Path | None = None, manual_dir: str | Path | None = None) -> Any:
+def prepared(
+    name: str, data_dir: str | Path | None = None, manual_dir: str | Path | None = None
+) -> Any:
     """Return a TFDS builder whose data are on disk, preparing them first if they are not.
 
-    TFDS writes into a folder of its own and renames it, so an interrupted preparation leaves nothing half done, and of
-    two processes that prepare at once the slower finds the other's result.
+    TFDS writes into a folder of its own and renames it, so an interrupted preparation leaves
+    nothing half done, and of two processes that prepare at once the slower finds the other's
+    result.
 
     Args:
-      name: ``"digits"``, ``"mnist"``, ``"fashion_mnist"`` (embedded builders) or any other name TFDS knows.
+      name: ``"digits"``, ``"mnist"``, ``"fashion_mnist"`` (embedded builders) or any other name
+        TFDS knows.
       data_dir: where prepared data are kept; see `compress_jax.data.locate.data_home`.
       manual_dir: where published files lie; see `compress_jax.data.locate.folders`.
 
@@ -215,8 +242,10 @@ def _builder(name: str, home: Path, **kwargs: Any) -> Any:
         return tfds.builder(name, **common)
     except Exception as error:
         raise DataError(
-            f"{name!r} is no data set that TFDS can build here ({type(error).__name__}: {first_line(error)}). Embedded "
-            "are digits, fashion_mnist and mnist; https://www.tensorflow.org/datasets/catalog lists the others."
+            f"{name!r} is no data set that TFDS can build here ({type(error).__name__}: "
+            f"{first_line(error)}). Embedded "
+            "are digits, fashion_mnist and mnist; https://www.tensorflow.org/datasets/catalog "
+            "lists the others."
         ) from error
 
 
@@ -236,7 +265,9 @@ def _folder(name: str, home: Path, manual_dir: str | Path | None) -> Path | None
     """Return the folder with the files of an MNIST-like set, or None if they can be downloaded."""
     folder, url = find(places := folders(name, home, manual_dir)), _FAMILY[name].URL
     if folder is None:
-        why = "with manual_dir nothing is downloaded" if manual_dir is not None else unreachable(url)
+        why = (
+            "with manual_dir nothing is downloaded" if manual_dir is not None else unreachable(url)
+        )
         if why is not None:
             raise DataError(no_files(name, url, home, places, why))
     return folder
@@ -246,9 +277,16 @@ def _prepare_stock(name: str, home: Path, manual_dir: str | Path | None) -> None
     """Let TFDS prepare one of its own data sets, unless all it could do is wait for a network that is not there."""
     builder = _builder(name, home)
     cached = any((home / "downloads" / builder.name).glob("*.INFO*"))
-    if not cached and manual_dir is None and builder.url_infos and (why := unreachable(next(iter(builder.url_infos)))):
+    if (
+        not cached
+        and manual_dir is None
+        and builder.url_infos
+        and (why := unreachable(next(iter(builder.url_infos))))
+    ):
         raise DataError(elsewhere(name, home, why))
-    config = tfds.download.DownloadConfig(manual_dir=Path(manual_dir).expanduser() if manual_dir else None)
+    config = tfds.download.DownloadConfig(
+        manual_dir=Path(manual_dir).expanduser() if manual_dir else None
+    )
     builder.download_and_prepare(download_config=config)
 
 
@@ -261,16 +299,25 @@ def _require_splits(builder: Any) -> None:
     except Exception as error:
         raise DataError(damaged(builder.data_path, error)) from error
     if not known:
-        raise DataError(damaged(builder.data_path, ValueError("it lists no examples of a split train")))
+        raise DataError(
+            damaged(builder.data_path, ValueError("it lists no examples of a split train"))
+        )
     if stated != getattr(builder, "MAXIMUM", stated):
-        raise DataError(damaged(builder.data_path, ValueError(f"its largest pixel is {stated}, not {builder.MAXIMUM}")))
+        raise DataError(
+            damaged(
+                builder.data_path,
+                ValueError(f"its largest pixel is {stated}, not {builder.MAXIMUM}"),
+            )
+        )
 
 
 def _require_images(builder: Any) -> None:
     """Refuse, before anything is downloaded, data that are not labelled images."""
     keys, features = builder.info.supervised_keys, builder.info.features
     if keys is None or len(keys) != 2 or len(getattr(features[keys[0]], "shape", ())) != 3:
-        raise DataError(f"{builder.name} does not hold labelled images; it has {', '.join(features)}.")
+        raise DataError(
+            f"{builder.name} does not hold labelled images; it has {', '.join(features)}."
+        )
     if not hasattr(features[keys[1]], "num_classes"):
         raise DataError(f"{builder.name} has no class labels: {keys[1]} is {features[keys[1]]}.")
 
@@ -285,10 +332,12 @@ class Data:
       validation: what decisions may see.
       test: what only the final report may see.
       classes: how many labels there are.
-      fingerprint: sha256 of the examples before normalisation, so that a run can name exactly what it used.
+      fingerprint: sha256 of the examples before normalisation, so that a run can name exactly what
+        it used.
       names: the classes' names, in the order of the labels.
       mean: float32 ``[c]``; pixels were divided by ``maximum``, then ``mean`` was subtracted ...
-      std: float32 ``[c]``; ... and the result divided by ``std``. Zeros and ones if nothing was normalised.
+      std: float32 ``[c]``; ... and the result divided by ``std``. Zeros and ones if nothing was
+        normalised.
       maximum: the largest value a stored pixel can have.
       dropped: how many examples of train and validation cleaning took away, by reason.
     """
@@ -317,15 +366,19 @@ def load(
 ) -> Data:
     r"""Load a data set through TFDS, without TensorFlow: :math:`(x / \text{maximum} - \mu_c) / \sigma_c`.
 
-    The official test split is left untouched. Validation is the official one or else the last part of train, in TFDS's
-    stored order, which is a fixed shuffle. Where there is no official test split, the official validation split serves
-    as test, or else the last tenth of train. Mean and deviation come from what remains to train on.
+    The official test split is left untouched. Validation is the official one or else the last part
+    of train, in TFDS's stored order, which is a fixed shuffle. Where there is no official test
+    split, the official validation split serves as test, or else the last tenth of train. Mean and
+    deviation come from what remains to train on.
 
     Args:
-      name: ``"digits"`` (no network needed), ``"fashion_mnist"``, ``"mnist"``, or another TFDS name of labelled images.
-      data_dir: where prepared data are kept; None means ``$TFDS_DATA_DIR``, or else ``~/tensorflow_datasets``.
-      manual_dir: a folder with published files (or with a subfolder ``name`` that has them), for machines without a
-        network. Without it, ``$COMPRESS_JAX_DATA/name`` and a few usual places are looked at.
+      name: ``"digits"`` (no network needed), ``"fashion_mnist"``, ``"mnist"``, or another TFDS name
+        of labelled images.
+      data_dir: where prepared data are kept; None means ``$TFDS_DATA_DIR``, or else
+        ``~/tensorflow_datasets``.
+      manual_dir: a folder with published files (or with a subfolder ``name`` that has them), for
+        machines without a network. Without it, ``$COMPRESS_JAX_DATA/name`` and a few usual places
+        are looked at.
       validation: fraction of train, in [0, 1), to validate on where there is no official split.
       normalised: False leaves the images in [0, 1].
       drop_duplicates: whether to drop exact repeats within train and within validation.
@@ -345,14 +398,21 @@ def load(
       (1298, 144, 355, 10)
     """
     if not 0 <= validation < 1:
-        raise ConfigError(f"validation is {validation}; it is a fraction of train, at least 0 and less than 1.")
-    # TFDS takes a third of a second to import, which whoever only wants to feed arrays should not pay.
+        raise ConfigError(
+            f"validation is {validation}; it is a fraction of train, at least 0 and less than 1."
+        )
+    # TFDS takes a third of a second to import, which whoever only wants to feed arrays should not
+    # pay.
     pass
     pass
 
     builder = prepared(name, data_dir, manual_dir)
     splits = _three(
-        {split: read(builder, split) for split in ("train", "validation", "test") if split in builder.info.splits},
+        {
+            split: read(builder, split)
+            for split in ("train", "validation", "test")
+            if split in builder.info.splits
+        },
         validation,
     )
     dropped: dict[str, int] = {}
@@ -402,7 +462,9 @@ def _cut(split: Split, fraction: float) -> tuple[Split, Split]:
     return {k: v[:at] for k, v in split.items()}, {k: v[at:] for k, v in split.items()}
 
 
-def _finished(name: str, info: Any, splits: dict[str, Split], dropped: dict[str, int], normalised: bool) -> Data:
+def _finished(
+    name: str, info: Any, splits: dict[str, Split], dropped: dict[str, int], normalised: bool
+) -> Data:
     """Scale, normalise and describe the cleaned splits."""
     labels = info.features[info.supervised_keys[1]]
     maximum = _maximum(info, splits["train"]["image"])
@@ -429,4 +491,10 @@ def _finished(name: str, info: Any, splits: dict[str, Split], dropped: dict[str,
 def _maximum(info: Any, images: np.ndarray) -> float:
     """Return the largest value a pixel can have: what the builder says, or what the dtype allows."""
     stated = (info.metadata or {}).get("maximum")
-    return float(stated if stated is not None else np.iinfo(images.dtype).max if images.dtype.kind in "ui" else 1.0)
+    return float(
+        stated
+        if stated is not None
+        else np.iinfo(images.dtype).max
+        if images.dtype.kind in "ui"
+        else 1.0
+    )

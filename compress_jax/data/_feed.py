@@ -44,8 +44,8 @@ def batches(
 ) -> Feed:
     """Shuffle a split anew for every epoch, cut it into full batches, and hand each process its rows of every batch.
 
-    The global batch of a step is the same for any number of processes; process p of P gets its rows p, p + P, p + 2P ...
-    The examples left over at the end of an epoch wait for the next shuffle.
+    The global batch of a step is the same for any number of processes; process p of P gets its rows
+    p, p + P, p + 2P ... The examples left over at the end of an epoch wait for the next shuffle.
 
     Args:
       split: arrays ``[n, ...]``, all with the same n, in memory.
@@ -68,15 +68,27 @@ def batches(
     n = _size(split)
     index, count = _process(batch_size, process_index, process_count)
     if not 1 <= batch_size <= n:
-        raise ConfigError(f"batch_size is {batch_size}, but the split has {n} examples; choose 1 to {n}.")
-    # Only indices travel through grain; one gather a batch is ten times faster than one call an example.
-    rows = grain.MapDataset.range(n).seed(seed).shuffle().batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+        raise ConfigError(
+            f"batch_size is {batch_size}, but the split has {n} examples; choose 1 to {n}."
+        )
+    # Only indices travel through grain; one gather a batch is ten times faster than one call an
+    # example.
+    rows = (
+        grain.MapDataset.range(n)
+        .seed(seed)
+        .shuffle()
+        .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
+    )
     gathered = rows.map(lambda r: {key: array[r[index::count]] for key, array in split.items()})
     return Feed(gathered.repeat(), n // batch_size)
 
 
 def eval_batches(
-    split: Split, batch_size: int, *, process_index: int | None = None, process_count: int | None = None
+    split: Split,
+    batch_size: int,
+    *,
+    process_index: int | None = None,
+    process_count: int | None = None,
 ) -> Iterator[Split]:
     """Cut a split into batches of one fixed size, in order, padding the last, so that nothing is compiled twice.
 
@@ -87,7 +99,8 @@ def eval_batches(
       process_count: how many there are; None asks JAX.
 
     Yields:
-      Dicts of arrays ``[batch_size / process_count, ...]`` with a boolean ``mask``: false for padding, which is zeros.
+      Dicts of arrays ``[batch_size / process_count, ...]`` with a boolean ``mask``: false for
+      padding, which is zeros.
 
     Raises:
       ConfigError: if a batch cannot be shared evenly.
@@ -99,7 +112,10 @@ def eval_batches(
     index, count = _process(batch_size, process_index, process_count)
     masked = {**split, "mask": np.ones(_size(split), bool)}
     for start in range(0, _size(split), batch_size):
-        batch = {key: _padded(array[start : start + batch_size], batch_size) for key, array in masked.items()}
+        batch = {
+            key: _padded(array[start : start + batch_size], batch_size)
+            for key, array in masked.items()
+        }
         yield {key: array[index::count] for key, array in batch.items()}
 
 
@@ -113,10 +129,17 @@ def _process(batch_size: int, index: int | None, count: int | None) -> tuple[int
     index = jax.process_index() if index is None else index
     count = jax.process_count() if count is None else count
     if batch_size % count:
-        raise ConfigError(f"batch_size is {batch_size}, which {count} processes cannot share; choose a multiple of {count}.")
+        raise ConfigError(
+            f"batch_size is {batch_size}, which {count} processes cannot share; choose a multiple "
+            f"of {count}."
+        )
     return index, count
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Return ``rows`` followed by zeros up to ``size`` rows."""
-    return np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)]) if len(rows) < size else rows
+    return (
+        np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
+        if len(rows) < size
+        else rows
+    )

@@ -48,7 +48,8 @@ def scale_to_unit(split: Split, *, maximum: float = 255.0) -> Split:
 
     Args:
       split: ``image`` of any dtype with values 0 to ``maximum``; other keys are kept as they are.
-      maximum: the largest value a pixel can have (not the largest that occurs: that would differ between splits).
+      maximum: the largest value a pixel can have (not the largest that occurs: that would differ
+        between splits).
 
     Returns:
       The split with float32 ``image`` in [0, 1].
@@ -71,8 +72,8 @@ def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
       split: ``image`` is ``[n, ..., channels]``.
 
     Returns:
-      Mean and standard deviation, float32 ``[channels]``. Where a channel is constant the deviation is 1, so that
-      dividing by it is harmless.
+      Mean and standard deviation, float32 ``[channels]``. Where a channel is constant the deviation
+      is 1, so that dividing by it is harmless.
 
     Raises:
       ValueError: if the split is empty.

@@ -1,13 +1,29 @@
 """Distillation: a student learns from a teacher's logits, seen by losses over arrays and given by a frozen teacher.
 
-Losses on logits and tokens are of each example, in float32, and give the teacher no gradient. Their weights and temperatures
-may be arrays: schedules are optax's, as in ``cross_entropy(s, y) + warmup(step) * dkd(s, t, y, temperature=cooling(step))``
-with ``warmup = optax.linear_schedule(0.0, 1.0, 1000)``.
+Losses on logits and tokens are of each example, in float32, and give the teacher no gradient. Their
+weights and temperatures may be arrays: schedules are optax's, as in
+``cross_entropy(s, y) + warmup(step) * dkd(s, t, y, temperature=cooling(step))`` with
+``warmup = optax.linear_schedule(0.0, 1.0, 1000)``.
 """
 
-from compress_jax.distill._adapters.adapter import Part, activation, conv, deconv, linear, norm, sequential
+from compress_jax.distill._adapters.adapter import (
+    Part,
+    activation,
+    conv,
+    deconv,
+    linear,
+    norm,
+    sequential,
+)
 from compress_jax.distill._adapters.fusion import fusion, pool, resize
-from compress_jax.distill._adapters.heads import embedding, gaussian, generator, paraphraser, projector, translator
+from compress_jax.distill._adapters.heads import (
+    embedding,
+    gaussian,
+    generator,
+    paraphraser,
+    projector,
+    translator,
+)
 from compress_jax.distill._chunked import chunked_hinton, chunked_kl
 from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
 from compress_jax.distill._losses.correlations import cc, cka_loss, ickd, pkt
@@ -29,7 +45,13 @@ from compress_jax.distill._losses.margins import ab, ofd, ofd_margin
 from compress_jax.distill._losses.relations import rkd, rkd_angle, rkd_distance, similarity
 from compress_jax.distill._losses.sequences import generate, next_tokens, on_policy
 from compress_jax.distill._losses.tokens import Total, masked_mean, masked_total, token_total
-from compress_jax.distill._losses.transforms import averaged, ensemble, ensembled, standardize, virtual_teacher
+from compress_jax.distill._losses.transforms import (
+    averaged,
+    ensemble,
+    ensembled,
+    standardize,
+    virtual_teacher,
+)
 from compress_jax.distill._objective.terms import (
     Schedule,
     Seen,
@@ -41,10 +63,29 @@ from compress_jax.distill._objective.terms import (
     on_weights,
 )
 from compress_jax.distill._objective.weights import l2_sp
-from compress_jax.distill._teachers.cache import Cache, CachedFeed, by_example, open_cache, write_cache
+from compress_jax.distill._teachers.cache import (
+    Cache,
+    CachedFeed,
+    by_example,
+    open_cache,
+    write_cache,
+)
 from compress_jax.distill._teachers.capture import capture
-from compress_jax.distill._teachers.ensemble import Drift, Teachers, drift, fingerprint, hexadecimal, require_same
-from compress_jax.distill._teachers.fidelity import Calibration, agreement, calibration, calibration_error, cka
+from compress_jax.distill._teachers.ensemble import (
+    Drift,
+    Teachers,
+    drift,
+    fingerprint,
+    hexadecimal,
+    require_same,
+)
+from compress_jax.distill._teachers.fidelity import (
+    Calibration,
+    agreement,
+    calibration,
+    calibration_error,
+    cka,
+)
 from compress_jax.distill._teachers.teacher import Teacher, cast
 from compress_jax.distill._teachers.top_k import TopK, buckets, top_k, top_k_kl
 

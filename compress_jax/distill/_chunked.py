@@ -42,7 +42,9 @@ class Running(NamedTuple):
     def add(self, logits: jax.Array) -> "Running":
         """Return the sums with a slice ``[rows, width]`` of logits added."""
         top = jnp.maximum(self.top, logits.max(axis=-1))
-        return Running(top, self.sum * jnp.exp(self.top - top) + jnp.exp(logits - top[:, None]).sum(axis=-1))
+        return Running(
+            top, self.sum * jnp.exp(self.top - top) + jnp.exp(logits - top[:, None]).sum(axis=-1)
+        )
 
     def done(self) -> Softmax:
         """Return the softmax, once every slice was added."""
@@ -93,7 +95,9 @@ class Head(NamedTuple):
 
     def logits(self, start: Scalar, width: int, temperature: Scalar) -> jax.Array:
         """Return the bounded softened logits of some columns, float32 from the matrix product on."""
-        return bounded(wide_matmul(self.hidden, self.columns(start, width)), temperature, self.kernel.shape[1])
+        return bounded(
+            wide_matmul(self.hidden, self.columns(start, width)), temperature, self.kernel.shape[1]
+        )
 
 
 def wide_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -112,24 +116,30 @@ def widest(*arrays: jax.Array) -> jnp.dtype:
 def alongside(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
     """Return the kernel as it is, but under `jax.shard_map` one of each device that has its own hidden states.
 
-    It adds zeros that vary as the hidden states do (XLA drops the addition). The gradient to the kernel is then summed over
-    the devices, outside of any custom derivative, as that of every shared array is.
+    It adds zeros that vary as the hidden states do (XLA drops the addition). The gradient to the
+    kernel is then summed over the devices, outside of any custom derivative, as that of every
+    shared array is.
     """
     return kernel + jnp.zeros_like(hidden, kernel.dtype, shape=(1, 1))
 
 
-def over_columns(step: Callable[[Carry, Any, int], Carry], carry: Carry, columns: int, size: int) -> Carry:
+def over_columns(
+    step: Callable[[Carry, Any, int], Carry], carry: Carry, columns: int, size: int
+) -> Carry:
     """Return the carry after ``step(carry, start, width)`` over all columns, ``size`` at a time, the last ones fewer."""
     size = min(size, columns)
     full, rest = divmod(columns, size)
-    carry, _ = jax.lax.scan(lambda carry, i: (step(carry, i * size, size), None), carry, jnp.arange(full))
+    carry, _ = jax.lax.scan(
+        lambda carry, i: (step(carry, i * size, size), None), carry, jnp.arange(full)
+    )
     return step(carry, full * size, rest) if rest else carry
 
 
 def split(tokens: Any, size: int | None) -> Any:
     """Return arrays ``[tokens, ...]`` as ``[blocks, tokens of a block, ...]``, filled up with zeros.
 
-    A block takes every so-many-th token, so that each holds some of every device's, where devices hold consecutive ones.
+    A block takes every so-many-th token, so that each holds some of every device's, where devices
+    hold consecutive ones.
     """
 
     def one(x: jax.Array) -> jax.Array:
@@ -171,7 +181,9 @@ class Sums(NamedTuple):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused(plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array) -> tuple[jax.Array, Any]:
+def fused(
+    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
+) -> tuple[jax.Array, Any]:
     """Return ``T**2`` times the divergence and, given labels, the cross entropy of each token; gradients go to the student.
 
     Args:
@@ -187,17 +199,27 @@ def fused(plan: Plan, student: Head, teacher: Head, labels: Any, temperature: ja
     return _forward(plan, student, teacher, labels, temperature)[0]
 
 
-def _forward(plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array) -> tuple[Any, Any]:
+def _forward(
+    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
+) -> tuple[Any, Any]:
     def one(block: Any) -> tuple[Any, Sums]:
         hidden, teacher_hidden, of_labels = block
-        return _losses(plan, Head(hidden, student.kernel), Head(teacher_hidden, teacher.kernel), of_labels, temperature)
+        return _losses(
+            plan,
+            Head(hidden, student.kernel),
+            Head(teacher_hidden, teacher.kernel),
+            of_labels,
+            temperature,
+        )
 
     blocks = split((student.hidden, teacher.hidden, labels), plan.block)
     losses, sums = join(jax.lax.map(one, blocks), len(student.hidden))
     return losses, (student, teacher, labels, temperature, sums)
 
 
-def _losses(plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array) -> tuple[Any, Sums]:
+def _losses(
+    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
+) -> tuple[Any, Sums]:
     """Return the losses of a block of tokens and the sums that their gradients need."""
     like = wide_matmul(student.hidden[:, :1], student.kernel[:1, 0])
 
@@ -207,13 +229,21 @@ def _losses(plan: Plan, student: Head, teacher: Head, labels: Any, temperature: 
         cross = cross.add(s, t) if plan.beta == 1 else cross.add(t, s)
         if labels is not None:
             hard = student.logits(start, width, 1.0)
-            plain, at_label = plain.add(hard), at_label + jnp.where(_hit(labels, start, width), hard, 0).sum(axis=-1)
+            plain, at_label = (
+                plain.add(hard),
+                at_label + jnp.where(_hit(labels, start, width), hard, 0).sum(axis=-1),
+            )
         return cross, plain, at_label
 
     start = (Cross.none(like), Running.none(like), jnp.zeros_like(like))
     cross, plain, at_label = over_columns(add, start, student.kernel.shape[1], plan.chunk)
     of_student, of_teacher = (cross.p, cross.q) if plan.beta == 1 else (cross.q, cross.p)
-    sums = Sums(of_student.done(), of_teacher.done(), cross.divergence(), None if labels is None else plain.done())
+    sums = Sums(
+        of_student.done(),
+        of_teacher.done(),
+        cross.divergence(),
+        None if labels is None else plain.done(),
+    )
     divergence = sums.mean
     if plan.beta not in (0, 1):
         divergence, mean = _mixed(plan, student, teacher, sums, temperature)
@@ -222,7 +252,9 @@ def _losses(plan: Plan, student: Head, teacher: Head, labels: Any, temperature: 
     return (squared(temperature, divergence), hard), sums
 
 
-def _mixed(plan: Plan, student: Head, teacher: Head, sums: Sums, temperature: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _mixed(
+    plan: Plan, student: Head, teacher: Head, sums: Sums, temperature: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Return the generalised Jensen-Shannon divergence of each token and its student's part, both from a second pass."""
 
     def add(carry: Any, start: Any, width: int) -> Any:
@@ -265,7 +297,9 @@ def _backward(plan: Plan, kept: Any, cotangents: Any) -> tuple[Head, None, None,
             return to_columns + wide_matmul(hidden.T, slope), wide_matmul(slope, kernel.T)
 
         to_columns, to_blocks = jax.lax.scan(add, jnp.zeros_like(kernel, to_hidden.dtype), blocks)
-        to_kernel = jax.lax.dynamic_update_slice_in_dim(to_kernel, to_columns.astype(kernel.dtype), start, axis=1)
+        to_kernel = jax.lax.dynamic_update_slice_in_dim(
+            to_kernel, to_columns.astype(kernel.dtype), start, axis=1
+        )
         return to_hidden + to_blocks, to_kernel
 
     zeros = jnp.zeros_like(blocks[0], cotangents[0].dtype), jnp.zeros_like(student.kernel)
@@ -274,7 +308,9 @@ def _backward(plan: Plan, kept: Any, cotangents: Any) -> tuple[Head, None, None,
     return Head(to_hidden.astype(student.hidden.dtype), to_kernel), None, None, None
 
 
-def _slope_of_losses(plan: Plan, block: Any, temperature: jax.Array, start: Any, width: int) -> jax.Array:
+def _slope_of_losses(
+    plan: Plan, block: Any, temperature: jax.Array, start: Any, width: int
+) -> jax.Array:
     """Return the gradient of both losses, times their cotangents, to the student's logits of some columns."""
     student, teacher, labels, sums, (to_soft, to_hard) = block
     log_q = sums.student.log_probs(student.logits(start, width, temperature))
@@ -305,26 +341,33 @@ def chunked_kl(
 ) -> jax.Array:
     """Return the divergence of each token, equal to that of its logits, which never exist as a whole; in float32.
 
-    ``kl(student_hidden @ student_head, teacher_hidden @ teacher_head, T)``, or `reverse_kl`, or `jsd`, with the head's
-    matrix product inside. Running maxima and sums over slices of the vocabulary take the place of ``[tokens, vocabulary]``
-    arrays; the backward pass computes the slices again. The price is time: 6 matrix products (8 for "jsd") instead of 4.
+    ``kl(student_hidden @ student_head, teacher_hidden @ teacher_head, T)``, or `reverse_kl`, or
+    `jsd`, with the head's matrix product inside. Running maxima and sums over slices of the
+    vocabulary take the place of ``[tokens, vocabulary]`` arrays; the backward pass computes the
+    slices again. The price is time: 6 matrix products (8 for "jsd") instead of 4.
 
     Args:
-      student_hidden: ``[..., student_width]``, any floating dtype: what the student's head is applied to.
-      student_head: ``[student_width, vocabulary]``. A bias is one more row, and a column of ones in the hidden states.
+      student_hidden: ``[..., student_width]``, any floating dtype: what the student's head is
+        applied to.
+      student_head: ``[student_width, vocabulary]``. A bias is one more row, and a column of ones in
+        the hidden states.
       teacher_hidden: ``[..., teacher_width]``, for the same tokens.
-      teacher_head: ``[teacher_width, vocabulary]``, for the same vocabulary. No gradient goes to the teacher.
+      teacher_head: ``[teacher_width, vocabulary]``, for the same vocabulary. No gradient goes to
+        the teacher.
       temperature: T > 0, a number or a scalar array; no gradient goes here.
-      chunk: columns of the vocabulary seen at a time. Two float32 arrays ``[tokens, chunk]`` exist, or a few.
-      mask: which tokens count, see `masks`; where it is 0 the loss is 0, without gradient, whatever the hidden states are.
-        Otherwise it does not weight: give it to `masked_mean` or `masked_total` too.
+      chunk: columns of the vocabulary seen at a time. Two float32 arrays ``[tokens, chunk]`` exist,
+        or a few.
+      mask: which tokens count, see `masks`; where it is 0 the loss is 0, without gradient, whatever
+        the hidden states are. Otherwise it does not weight: give it to `masked_mean` or
+        `masked_total` too.
       direction: "forward", "reverse" or "jsd".
       beta: of `jsd`, for "jsd" only.
-      block: tokens seen at a time; None is all of them. Where tokens are sharded, a multiple of the number of devices.
+      block: tokens seen at a time; None is all of them. Where tokens are sharded, a multiple of the
+        number of devices.
 
     Returns:
-      ``[...]``, in nats. Reverse-mode derivatives of the first order only. Gradients have the dtypes of what they are of,
-      but are summed in float32.
+      ``[...]``, in nats. Reverse-mode derivatives of the first order only. Gradients have the
+      dtypes of what they are of, but are summed in float32.
 
     Raises:
       ShapeError: if the shapes do not fit.
@@ -337,8 +380,9 @@ def chunked_kl(
       '0.294'
 
     References:
-      Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, section 3.2 (FusedLinearCrossEntropy).
-      Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
+      Hsu et al., "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024, section 3.2
+      (FusedLinearCrossEntropy). Milakov and Gimelshein, "Online normalizer calculation for
+      softmax", 2018, algorithm 3.
     """
     plan = _plan(direction, beta, chunk, block)
     student, teacher = Head(student_hidden, student_head), Head(teacher_hidden, teacher_head)
@@ -362,8 +406,8 @@ def chunked_hinton(
 ) -> jax.Array:
     """Return the classical objective of each token, part labels and part teacher, without whole logits; in float32.
 
-    ``alpha * CE(student, label) + (1 - alpha) * T**2 * KL(p_t || p_s)``, as `hinton` has it, from one pass over the
-    vocabulary: the cross entropy costs no further matrix product.
+    ``alpha * CE(student, label) + (1 - alpha) * T**2 * KL(p_t || p_s)``, as `hinton` has it, from
+    one pass over the vocabulary: the cross entropy costs no further matrix product.
 
     Args:
       student_hidden: see `chunked_kl`, as for all that is not listed here.
@@ -392,10 +436,13 @@ def chunked_hinton(
       '1.792'
 
     References:
-      Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2. See also `chunked_kl`.
+      Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2. See
+      also `chunked_kl`.
     """
     if labels.shape != student_hidden.shape[:-1]:
-        raise ShapeError(f"labels {labels.shape} must have one entry of each token {student_hidden.shape[:-1]}")
+        raise ShapeError(
+            f"labels {labels.shape} must have one entry of each token {student_hidden.shape[:-1]}"
+        )
     plan = _plan(direction, beta, chunk, block)
     student, teacher = Head(student_hidden, student_head), Head(teacher_hidden, teacher_head)
     soft, hard = _tokens(plan, student, teacher, labels, temperature, mask)
@@ -415,14 +462,26 @@ def _plan(direction: Direction, beta: float, chunk: int, block: int | None) -> P
 
 
 def _tokens(
-    plan: Plan, student: Head, teacher: Head, labels: jax.Array | None, temperature: Scalar, mask: jax.Array | None
+    plan: Plan,
+    student: Head,
+    teacher: Head,
+    labels: jax.Array | None,
+    temperature: Scalar,
+    mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return both losses of all tokens, whatever axes they are on; those of masked ones are 0."""
     _check(student, teacher)
     tokens = student.hidden.shape[:-1]
-    counts = jnp.ones(tokens, bool) if mask is None else fitted(mask, tokens, "the student's tokens") != 0
+    counts = (
+        jnp.ones(tokens, bool)
+        if mask is None
+        else fitted(mask, tokens, "the student's tokens") != 0
+    )
     student, teacher = (
-        Head(jnp.where(counts[..., None], hidden, 0).reshape(-1, hidden.shape[-1]), alongside(kernel, hidden))
+        Head(
+            jnp.where(counts[..., None], hidden, 0).reshape(-1, hidden.shape[-1]),
+            alongside(kernel, hidden),
+        )
         for hidden, kernel in (student, jax.lax.stop_gradient(teacher))
     )
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, widest(*student)))
@@ -433,9 +492,16 @@ def _tokens(
 def _check(student: Head, teacher: Head) -> None:
     tokens = student.hidden.shape[:-1]
     if teacher.hidden.shape[:-1] != tokens:
-        raise ShapeError(f"the teacher must have the student's tokens {tokens}, got {teacher.hidden.shape[:-1]}")
+        raise ShapeError(
+            f"the teacher must have the student's tokens {tokens}, got {teacher.hidden.shape[:-1]}"
+        )
     for who, (hidden, kernel) in (("student", student), ("teacher", teacher)):
         if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[-1]:
-            raise ShapeError(f"the {who}'s head must be [{hidden.shape[-1]}, vocabulary], got {kernel.shape}")
+            raise ShapeError(
+                f"the {who}'s head must be [{hidden.shape[-1]}, vocabulary], got {kernel.shape}"
+            )
     if student.kernel.shape[1] != teacher.kernel.shape[1]:
-        raise ShapeError(f"vocabularies differ: student {student.kernel.shape[1]}, teacher {teacher.kernel.shape[1]}")
+        raise ShapeError(
+            f"vocabularies differ: student {student.kernel.shape[1]}, teacher "
+            f"{teacher.kernel.shape[1]}"
+        )

@@ -1,11 +1,12 @@
 """Masks: which examples or tokens of a batch count. One rule says how a mask meets an array, for every loss and metric.
 
-A mask has the leading axes of what it is of: ``[batch]`` of examples, ``[batch, sequence]`` of tokens, booleans or weights
->= 0. It is matched axis by axis from the left: each of its axes is as long as the array's or 1, axes of 1 at its end may be
-too many (``[batch, sequence, 1]``), and axes that it lacks are broadcast: ``[batch]`` meets ``[batch, sequence]``. A mask of
-tokens meets what has one entry an example, and no positions, as a mask of examples: one counts if any of its tokens does.
-Anything else is refused. What does not count is replaced by zeros *before* anything is computed of it, so that neither value
-nor gradient depends on it, be it NaN.
+A mask has the leading axes of what it is of: ``[batch]`` of examples, ``[batch, sequence]`` of
+tokens, booleans or weights >= 0. It is matched axis by axis from the left: each of its axes is as
+long as the array's or 1, axes of 1 at its end may be too many (``[batch, sequence, 1]``), and axes
+that it lacks are broadcast: ``[batch]`` meets ``[batch, sequence]``. A mask of tokens meets what
+has one entry an example, and no positions, as a mask of examples: one counts if any of its tokens
+does. Anything else is refused. What does not count is replaced by zeros *before* anything is
+computed of it, so that neither value nor gradient depends on it, be it NaN.
 """
 
 from typing import Any
@@ -18,15 +19,18 @@ from compress_jax.core.errors import ArgumentError, ShapeError
 Mask = jax.Array
 
 
-def fitted(mask: Any, leading: tuple[int, ...], what: str = "an array", *, examples: bool = False) -> jax.Array:
+def fitted(
+    mask: Any, leading: tuple[int, ...], what: str = "an array", *, examples: bool = False
+) -> jax.Array:
     """Return a mask as weights of some leading axes, float32; see this module for the rule.
 
     Args:
-      mask: booleans, or numbers >= 0; a number below 0 becomes NaN, so that no mean of it passes for one.
+      mask: booleans, or numbers >= 0; a number below 0 becomes NaN, so that no mean of it passes
+        for one.
       leading: the axes whose entries are to be weighed, such as ``loss.shape``.
       what: what they are of, for the error.
-      examples: whether a mask of tokens may stand for its examples, where ``leading`` is ``(batch,)``: the weight of one is
-        the mean weight of its tokens that count.
+      examples: whether a mask of tokens may stand for its examples, where ``leading`` is
+        ``(batch,)``: the weight of one is the mean weight of its tokens that count.
 
     Returns:
       float32 of shape ``leading``.
@@ -45,13 +49,19 @@ def fitted(mask: Any, leading: tuple[int, ...], what: str = "an array", *, examp
     own = _without_ones(weight.shape, len(leading))
     if examples and len(leading) == 1 and len(own) > 1:
         positions = tuple(range(1, weight.ndim))
-        weight = weight.sum(positions) / jnp.maximum((weight > 0).sum(positions), 1).astype(weight.dtype)
+        weight = weight.sum(positions) / jnp.maximum((weight > 0).sum(positions), 1).astype(
+            weight.dtype
+        )
         own = weight.shape
     padded = own + (1,) * (len(leading) - len(own))
-    if len(padded) > len(leading) or any(n not in (1, size) for n, size in zip(padded, leading, strict=True)):
+    if len(padded) > len(leading) or any(
+        n not in (1, size) for n, size in zip(padded, leading, strict=True)
+    ):
         raise ShapeError(
-            f"a mask of shape {tuple(jnp.shape(mask))} does not fit {what}, which has the leading axes {tuple(leading)}: "
-            "its axes must be those, from the left, each as long or 1 ([batch], [batch, sequence], [batch, sequence, 1])"
+            f"a mask of shape {tuple(jnp.shape(mask))} does not fit {what}, which has the leading "
+            f"axes {tuple(leading)}: "
+            "its axes must be those, from the left, each as long or 1 ([batch], [batch, "
+            "sequence], [batch, sequence, 1])"
         )
     return jnp.broadcast_to(weight.reshape(padded), leading)
 
@@ -97,7 +107,12 @@ def of_features(mask: Any, features: jax.Array, what: str = "features") -> jax.A
       >>> [of_features(jnp.array([[1, 0]]), jnp.ones(shape)).tolist() for shape in ((1, 2, 4), (1, 4))]
       [[[1.0, 0.0]], [1.0]]
     """
-    return fitted(mask, features.shape[:-1], f"{what} {tuple(features.shape)}, [batch, *positions, channels]", examples=True)
+    return fitted(
+        mask,
+        features.shape[:-1],
+        f"{what} {tuple(features.shape)}, [batch, *positions, channels]",
+        examples=True,
+    )
 
 
 def of_examples(mask: Any, batch: int) -> jax.Array:
@@ -140,7 +155,8 @@ def mean_of_each(values: jax.Array, mask: Any) -> jax.Array:
 def mean_of_positions(values: jax.Array, mask: Any) -> jax.Array:
     """Return the mean of each example, ``[batch]``; with a mask of positions, of each position, ``[batch, *positions]``.
 
-    What does not count is 0. Positions of which some do not count are left to `masked_total`, so that all weigh alike.
+    What does not count is 0. Positions of which some do not count are left to `masked_total`, so
+    that all weigh alike.
 
     Args:
       values: ``[batch, *positions, channels]``, finite.
@@ -164,7 +180,10 @@ def _weights(mask: Any) -> jax.Array:
     if array.dtype == bool:
         return array.astype(jnp.float32)
     if not (jnp.issubdtype(array.dtype, jnp.integer) or jnp.issubdtype(array.dtype, jnp.floating)):
-        raise ArgumentError(f"a mask holds booleans or weights >= 0, got {array.dtype}: give 1 or True for what counts")
+        raise ArgumentError(
+            f"a mask holds booleans or weights >= 0, got {array.dtype}: give 1 or True for what "
+            "counts"
+        )
     return jnp.where(array < 0, jnp.nan, array.astype(jnp.float32))
 
 

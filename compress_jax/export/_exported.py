@@ -27,8 +27,10 @@ class Exported(NamedTuple):
       target: ``"stablehlo"``, ``"onnx"`` or ``"litert"``.
       nbytes: of the file.
       rows: what became of every site.
-      difference: root mean square difference of the example's result from the simulation in JAX, relative to its size.
-      simulation: ``(*inputs) -> out`` in JAX, what the file must compute; None if that is the function itself.
+      difference: root mean square difference of the example's result from the simulation in JAX,
+        relative to its size.
+      simulation: ``(*inputs) -> out`` in JAX, what the file must compute; None if that is the
+        function itself.
       notes: what was done otherwise than asked for, and why.
     """
 
@@ -43,7 +45,15 @@ class Exported(NamedTuple):
     def __str__(self) -> str:
         """Return a line for each site and each note, and one for the file."""
         wide = [max((len(row[i]) for row in self.rows), default=0) for i in (0, 1)]
-        lines = [f"{row.name:<{wide[0]}}  {row.form:<{wide[1]}}  {row.reason}".rstrip() for row in self.rows]
+        lines = [
+            f"{row.name:<{wide[0]}}  {row.form:<{wide[1]}}  {row.reason}".rstrip()
+            for row in self.rows
+        ]
         return "\n".join(
-            [*lines, *self.notes, f"{self.path}: {self.nbytes:,} bytes, {self.difference:.1e} from the simulation in JAX"]
+            [
+                *lines,
+                *self.notes,
+                f"{self.path}: {self.nbytes:,} bytes, {self.difference:.1e} from the simulation "
+                "in JAX",
+            ]
         )

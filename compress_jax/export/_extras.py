@@ -27,6 +27,7 @@ def extra(module: str, name: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ExportError(
-            f"this export needs the package {module.split('.')[0]!r}, which cannot be imported ({error}); "
+            f"this export needs the package {module.split('.')[0]!r}, which cannot be imported "
+            f"({error}); "
             f"pip install 'compress_jax[{name}]'"
         ) from error

@@ -2,14 +2,17 @@
 
 import numpy as np
 
-LARGEST = 2.0**30  # of a bias in steps: half of int32, so that the sum of products still fits beside it
+LARGEST = (
+    2.0**30
+)  # of a bias in steps: half of int32, so that the sum of products still fits beside it
 SMALLEST = 1e-30  # of a scale; products of scales must stay normal numbers in float32
 
 
 def floor(bias: np.ndarray, step: float) -> np.ndarray:
     r"""Return the smallest scale of weights for each channel, beside which its bias is representable.
 
-    A bias is stored as :math:`round(b / (s_x s_w))` in int32, so :math:`s_w \ge |b| / (s_x 2^{30})`.
+    A bias is stored as :math:`round(b / (s_x s_w))` in int32, so
+    :math:`s_w \ge |b| / (s_x 2^{30})`.
 
     Args:
       bias: float, of each channel.
@@ -26,12 +29,18 @@ def floor(bias: np.ndarray, step: float) -> np.ndarray:
 
 
 def representable(
-    levels: np.ndarray, scale: np.ndarray, values: np.ndarray, axis: int, bias: np.ndarray, step: float
+    levels: np.ndarray,
+    scale: np.ndarray,
+    values: np.ndarray,
+    axis: int,
+    bias: np.ndarray,
+    step: float,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Give channels scales beside which their bias is representable.
 
-    A channel whose levels are all zero may have any scale: it gets the smallest, for then its bias is exact. One whose
-    weights are nearly zero beside its bias gets a larger scale, on which its weights are rounded again.
+    A channel whose levels are all zero may have any scale: it gets the smallest, for then its bias
+    is exact. One whose weights are nearly zero beside its bias gets a larger scale, on which its
+    weights are rounded again.
 
     Args:
       levels: int8, signed.

@@ -25,7 +25,8 @@ class Simulation(NamedTuple):
       fn: the function itself.
       packed: params; the weights of quantized sites are packed.
       sites: of the function, in program order.
-      grids: ``(scale float32, zero point uint8)`` of the activations of each quantized site, by name.
+      grids: ``(scale float32, zero point uint8)`` of the activations of each quantized site, by
+        name.
       apply: ``(*inputs) -> out``.
       left: why a site that was asked for stays in floats, by name.
       ranges: of the activations, as they were given or measured.
@@ -65,14 +66,15 @@ def simulation(
       ranges: of the activations, or None to calibrate.
       batches: to calibrate with.
       where: which sites.
-      left: sites that stay in floats although ``how`` names them, and why; those that no runtime computes in integers
-        (inside a loop, a product of two activations) join them.
+      left: sites that stay in floats although ``how`` names them, and why; those that no runtime
+        computes in integers (inside a loop, a product of two activations) join them.
 
     Returns:
       The simulation.
 
     Raises:
-      ExportError: if a quantizer is not static, per tensor, asymmetric and of 8 bits, or a range is not finite.
+      ExportError: if a quantizer is not static, per tensor, asymmetric and of 8 bits, or a range is
+        not finite.
 
     Example:
       >>> simulated = simulation(lambda w, x: x @ w, jnp.eye(2), [jnp.ones((1, 2))], None, None, (), None)
@@ -99,7 +101,9 @@ def simulation(
     if ranges is None:
         ranges = quantized.init(seen, list(batches))
     grids = {name: _grid(by_name[name], each, ranges) for name, each in quantizers.items()}
-    return Simulation(fn, packed, found, grids, lambda *x: quantized.apply(seen, ranges, *x), left, ranges)
+    return Simulation(
+        fn, packed, found, grids, lambda *x: quantized.apply(seen, ranges, *x), left, ranges
+    )
 
 
 def exactly(name: str) -> str:
@@ -142,7 +146,8 @@ def channels(of: Sequence[Site], ndim: int) -> tuple[int, ...]:
       ndim: of the parameter.
 
     Returns:
-      The axes; none where a site sums over all of them, or it is not known over which (a reshape mixes axes).
+      The axes; none where a site sums over all of them, or it is not known over which (a reshape
+      mixes axes).
 
     Example:
       >>> kernel = Site("w", "dot", "w", "rhs", (4, 8), (8, 16), (4, 16), *["float32"] * 3, ((1,), (0,)), param_axes=(1,))
@@ -167,7 +172,8 @@ def _not_in_integers(site: Site) -> str:
 def _supported(name: str, quantizer: Any) -> None:
     if quantizer.grid.bits != 8 or quantizer.grid.symmetric or quantizer.reducer is None:
         raise ExportError(
-            f"site {name!r} is quantized by {quantizer}, but the runtimes have fast kernels only for 8-bit asymmetric "
+            f"site {name!r} is quantized by {quantizer}, but the runtimes have fast kernels only "
+            "for 8-bit asymmetric "
             "activations with calibrated ranges: use static(bits=8, symmetric=False)"
         )
 
@@ -175,17 +181,30 @@ def _supported(name: str, quantizer: Any) -> None:
 def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.float32, np.uint8]:
     """Return scale and zero point of a site's activations."""
     if site.name not in ranges:
-        raise ExportError(f"there is no range for site {site.name!r}; pass batches= or ranges of the same activations")
+        raise ExportError(
+            f"there is no range for site {site.name!r}; pass batches= or ranges of the same "
+            "activations"
+        )
     (key, index), shape = next(iter(site.inputs.items())), (site.lhs_shape, site.rhs_shape)
     own = ranges[site.name][key]
     scale, zero = quantizer.place(site, index, jnp.zeros(shape[index]), own)
     if np.size(scale) != 1:
-        raise ExportError(f"site {site.name!r} has a scale for each channel; use granularity='tensor'")
-    scale = np.float32(np.ravel(scale)[0])
-    if not (all(np.isfinite(x).all() for x in jax.tree.leaves(own)) and np.isfinite(scale) and scale > 0):
-        ends = {name: np.ravel(x).tolist() for name, x in own.items()} if isinstance(own, Mapping) else own
         raise ExportError(
-            f"the range of site {site.name!r} is {ends}: some calibration batch held inf or NaN, and integers of such a "
-            "range would be a constant; calibrate again on finite batches, or leave the site out of `how`"
+            f"site {site.name!r} has a scale for each channel; use granularity='tensor'"
+        )
+    scale = np.float32(np.ravel(scale)[0])
+    if not (
+        all(np.isfinite(x).all() for x in jax.tree.leaves(own)) and np.isfinite(scale) and scale > 0
+    ):
+        ends = (
+            {name: np.ravel(x).tolist() for name, x in own.items()}
+            if isinstance(own, Mapping)
+            else own
+        )
+        raise ExportError(
+            f"the range of site {site.name!r} is {ends}: some calibration batch held inf or NaN, "
+            "and integers of such a "
+            "range would be a constant; calibrate again on finite batches, or leave the site out "
+            "of `how`"
         )
     return scale, np.uint8(np.ravel(zero)[0])

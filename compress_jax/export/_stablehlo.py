@@ -37,20 +37,23 @@ def to_stablehlo(
 ) -> Exported:
     """Write ``fn(params, *inputs)`` as one serialized StableHLO program.
 
-    Whoever has JAX runs it, on any of the platforms, without this package and without the model's code::
+    Whoever has JAX runs it, on any of the platforms, without this package and without the model's
+    code::
 
         program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
         logits = program.call(images)
 
-    Packed params are stored packed, codes of 4 bits in 4 bits, and the program unpacks them. This makes files small and
-    programs no faster: products are still of floats. With ``weights="arguments"`` the program holds no weights; they are
-    uint8 and float tensors in ``path`` with the suffix ``.safetensors``, and go in first::
+    Packed params are stored packed, codes of 4 bits in 4 bits, and the program unpacks them. This
+    makes files small and programs no faster: products are still of floats. With
+    ``weights="arguments"`` the program holds no weights; they are uint8 and float tensors in
+    ``path`` with the suffix ``.safetensors``, and go in first::
 
         weights = safetensors.numpy.load_file("model.safetensors")
         logits = program.call(weights, images)
 
-    The file ends in a digest of its bytes, which JAX passes over and `verify` looks at. JAX promises to read such a program
-    for six months after it was written, and old programs in practice for longer; `export.save` is for keeping.
+    The file ends in a digest of its bytes, which JAX passes over and `verify` looks at. JAX
+    promises to read such a program for six months after it was written, and old programs in
+    practice for longer; `export.save` is for keeping.
 
     Args:
       fn: a pure function of params and inputs; ``lambda variables, x: model.apply(variables, x)``.
@@ -58,12 +61,13 @@ def to_stablehlo(
       example: an input, or a tuple of inputs.
       path: the file to write.
       weights: where they are: in the program, or in a second file.
-      batch: ``"any"`` for a program whose inputs may have any number of rows, the same for all of them, or ``"example"`` for
-        exactly the shapes of the example.
+      batch: ``"any"`` for a program whose inputs may have any number of rows, the same for all of
+        them, or ``"example"`` for exactly the shapes of the example.
       platforms: on which it may run.
 
     Returns:
-      Path, bytes of all that was written, the form of every parameter, and the difference from ``fn`` on the example.
+      Path, bytes of all that was written, the form of every parameter, and the difference from
+      ``fn`` on the example.
 
     Raises:
       ExportError: if ``fn`` cannot be exported, or the program, read back, does something else.
@@ -87,15 +91,20 @@ def to_stablehlo(
     structure, tensors = encode(params)
     if weights not in ("constants", "arguments") or batch not in ("any", "example"):
         raise ExportError(
-            f"weights={weights!r} is not 'constants' or 'arguments', or batch={batch!r} not 'any' or 'example'"
+            f"weights={weights!r} is not 'constants' or 'arguments', or batch={batch!r} not 'any' "
+            "or 'example'"
         )
     if path.suffix == ".safetensors":
-        raise ExportError(f"{path} is the name the weights would have; call the program model.stablehlo, say")
+        raise ExportError(
+            f"{path} is the name the weights would have; call the program model.stablehlo, say"
+        )
 
     def program(tensors: Any, *inputs: Any) -> Any:
         return fn(unpack(decode(structure, tensors)), *inputs)
 
-    constants = {name: jnp.asarray(x) for name, x in tensors.items()}  # NumPy arrays would be unpacked while tracing
+    constants = {
+        name: jnp.asarray(x) for name, x in tensors.items()
+    }  # NumPy arrays would be unpacked while tracing
     separate = weights == "arguments"
     whole = program if separate else lambda *inputs: program(constants, *inputs)
     specs = ((_specs(constants),) if separate else ()) + _batched(inputs, batch)
@@ -119,31 +128,47 @@ def _batched(inputs: tuple[Any, ...], batch: str) -> tuple[Any, ...]:
     if batch == "example":
         return _specs(inputs)
     if flat := [x.shape for x in inputs if not x.ndim]:
-        raise ExportError(f"an input of shape {flat[0]} has no axis of examples; pass batch='example'")
+        raise ExportError(
+            f"an input of shape {flat[0]} has no axis of examples; pass batch='example'"
+        )
     (size,) = export.symbolic_shape("batch")
     return tuple(jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in inputs)
 
 
-def _serialized(fn: Callable[..., Any], specs: tuple[Any, ...], platforms: Sequence[str], batch: str) -> bytes:
+def _serialized(
+    fn: Callable[..., Any], specs: tuple[Any, ...], platforms: Sequence[str], batch: str
+) -> bytes:
     extra("flatbuffers", "stablehlo")
     try:
         return bytes(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs).serialize())
     except Exception as error:  # whatever the function raises while it is traced
-        advice = "; if it needs to know the batch size, pass batch='example'" if batch == "any" else ""
-        raise ExportError(f"the function cannot be exported{advice}: {type(error).__name__}: {error}") from error
+        advice = (
+            "; if it needs to know the batch size, pass batch='example'" if batch == "any" else ""
+        )
+        raise ExportError(
+            f"the function cannot be exported{advice}: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _difference(fn: Callable[..., Any], params: Any, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]) -> float:
+def _difference(
+    fn: Callable[..., Any], params: Any, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]
+) -> float:
     """Run what was written; return how far it is from the function itself, relative to the size of each result."""
     read, here = export.deserialize(bytearray(data)), jax.default_backend()
     if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(read.platforms):
         return float("nan")  # it was made for other machines
-    got, wanted = jax.jit(read.call)(*weights, *inputs), jax.jit(lambda p, *x: fn(unpack(p), *x))(params, *inputs)
+    got, wanted = (
+        jax.jit(read.call)(*weights, *inputs),
+        jax.jit(lambda p, *x: fn(unpack(p), *x))(params, *inputs),
+    )
     return agree(wanted, got, 1e-3, "the program against the function on the example")
 
 
 def _rows(params: Any) -> list[Row]:
-    return [Row(path, f"{_form(leaf)}, {nbytes(leaf):,} bytes") for path, leaf in flatten(params)[0].items()]
+    return [
+        Row(path, f"{_form(leaf)}, {nbytes(leaf):,} bytes")
+        for path, leaf in flatten(params)[0].items()
+    ]
 
 
 def _form(leaf: Any) -> str:
@@ -151,7 +176,13 @@ def _form(leaf: Any) -> str:
         return str(jnp.asarray(leaf).dtype)
     name = type(leaf).__name__
     if isinstance(leaf, (Quantized, Tabled, Clustered)):
-        return f"{name}, {width(leaf.codes)} bits" + (", some left out" if isinstance(leaf.codes, Sparse) else "")
+        return f"{name}, {width(leaf.codes)} bits" + (
+            ", some left out" if isinstance(leaf.codes, Sparse) else ""
+        )
     if isinstance(leaf, LowRank):
         return f"{name}, {_form(leaf.left)} and {_form(leaf.right)}"
-    return f"{name}, {leaf.values.bits} bits" if isinstance(leaf.values, Bits) else f"{name}, {leaf.values.dtype}"
+    return (
+        f"{name}, {leaf.values.bits} bits"
+        if isinstance(leaf.values, Bits)
+        else f"{name}, {leaf.values.dtype}"
+    )

@@ -17,7 +17,13 @@ from compress_jax.core.paths import flatten
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.structure import is_key
 
-TORCH = {"kernel": "weight", "embedding": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+TORCH = {
+    "kernel": "weight",
+    "embedding": "weight",
+    "scale": "weight",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 COLLECTIONS = ("params", "batch_stats")
 
 
@@ -31,23 +37,27 @@ def to_safetensors(
 ) -> int:
     """Write weights as any safetensors reader finds them.
 
-    ``weights="dense"``: every leaf is an array of its own dtype, exactly what the model was evaluated with.
-    ``weights="integers"``: a uniformly quantized leaf ``name`` is three tensors, ``name.codes`` (uint8 in the shape of the
-    array), ``name.scale`` (float32) and ``name.zero_point`` (uint8), with
+    ``weights="dense"``: every leaf is an array of its own dtype, exactly what the model was
+      evaluated with.
+    ``weights="integers"``: a uniformly quantized leaf ``name`` is three tensors, ``name.codes``
+    (uint8 in the shape of the array), ``name.scale`` (float32) and ``name.zero_point`` (uint8),
+    with
 
         array = (codes - zero_point) * scale,
 
-    in float32; scale and zero point broadcast against the array, or, where ``name`` is in the metadata's ``groups``, against
-    the array as ``[groups, group size, channels]``. Other leaves are dense; a typed random key is its data
-    (uint32). Smaller files, which only this package reads, are those of `save`.
+    in float32; scale and zero point broadcast against the array, or, where ``name`` is in the
+    metadata's ``groups``, against the array as ``[groups, group size, channels]``. Other leaves are
+    dense; a typed random key is its data (uint32). Smaller files, which only this package reads,
+    are those of `save`.
 
-    ``layout="flax"`` keeps paths, keys joined by ``/``, and shapes. ``layout="torch"`` is PyTorch's: keys joined by ``.``,
-    without the collections ``params`` and ``batch_stats``; ``kernel``, ``embedding`` and a norm's ``scale`` are called
-    ``weight``, and ``mean`` and ``var`` ``running_mean`` and ``running_var``; kernels have their output axis first,
+    ``layout="flax"`` keeps paths, keys joined by ``/``, and shapes. ``layout="torch"`` is
+    PyTorch's: keys joined by ``.``, without the collections ``params`` and ``batch_stats``;
+    ``kernel``, ``embedding`` and a norm's ``scale`` are called ``weight``, and ``mean`` and ``var``
+    ``running_mean`` and ``running_var``; kernels have their output axis first,
     ``[out, in, height, width]``.
 
-    The metadata's strings are ``format`` (``"pt"`` or ``"flax"``), ``weights``, ``groups`` (JSON, ``{name: group size}``)
-    and what is given as ``metadata`` (JSON where it is no text).
+    The metadata's strings are ``format`` (``"pt"`` or ``"flax"``), ``weights``, ``groups`` (JSON,
+    ``{name: group size}``) and what is given as ``metadata`` (JSON where it is no text).
 
     Args:
       variables: packed or not.
@@ -60,7 +70,8 @@ def to_safetensors(
       Bytes written.
 
     Raises:
-      ExportError: if two leaves would have the same name, or integers are asked for in PyTorch's layout with groups.
+      ExportError: if two leaves would have the same name, or integers are asked for in PyTorch's
+        layout with groups.
       ArtifactError: if the metadata cannot be written as JSON, or the disk is full or not writable.
 
     Example:
@@ -74,7 +85,10 @@ def to_safetensors(
       {'dense.bias': (2,), 'dense.weight': (2, 3)}
     """
     if weights not in ("dense", "integers") or layout not in ("flax", "torch"):
-        raise ExportError(f"weights={weights!r} is no 'dense' or 'integers', or layout={layout!r} no 'flax' or 'torch'")
+        raise ExportError(
+            f"weights={weights!r} is no 'dense' or 'integers', or layout={layout!r} no 'flax' or "
+            "'torch'"
+        )
     tensors: dict[str, np.ndarray] = {}
     groups: dict[str, int] = {}
     for place, leaf in flatten(variables)[0].items():
@@ -83,16 +97,27 @@ def to_safetensors(
             groups[name] = leaf.layout.group_size
         for end, x in _parts(leaf, weights):
             if name + end in tensors:
-                raise ExportError(f"two leaves would be called {name + end!r}; the second is {place!r}")
+                raise ExportError(
+                    f"two leaves would be called {name + end!r}; the second is {place!r}"
+                )
             kernel = layout == "torch" and place.rpartition("/")[2] == "kernel" and x.ndim >= 2
             tensors[name + end] = np.ascontiguousarray(_outputs_first(x) if kernel else x)
     if groups and layout == "torch":
         raise ExportError(
-            f"groups follow our order of axes; use layout='flax', or dense weights (say of {next(iter(groups))!r})"
+            "groups follow our order of axes; use layout='flax', or dense weights (say of "
+            f"{next(iter(groups))!r})"
         )
-    about = {"format": "pt" if layout == "torch" else "flax", "weights": weights, "groups": groups, **(metadata or {})}
+    about = {
+        "format": "pt" if layout == "torch" else "flax",
+        "weights": weights,
+        "groups": groups,
+        **(metadata or {}),
+    }
     try:
-        strings = {key: x if isinstance(x, str) else json.dumps(x, sort_keys=True) for key, x in about.items()}
+        strings = {
+            key: x if isinstance(x, str) else json.dumps(x, sort_keys=True)
+            for key, x in about.items()
+        }
         data = safetensors.numpy.save(tensors, strings)
     except (TypeError, ValueError, KeyError) as error:
         raise ArtifactError(f"a tensor or the metadata cannot be written: {error}") from error

@@ -75,7 +75,8 @@ class Problem:
     def filled(self) -> jax.Array:
         """The Gram matrices in which inputs that were never seen count as an average one, independent of the others.
 
-        The average is that of the matrix, of all matrices where one has seen nothing, and 1 if none has.
+        The average is that of the matrix, of all matrices where one has seen nothing, and 1 if none
+        has.
         """
         diagonal = jnp.diagonal(self.gram, axis1=1, axis2=2)
         live = (~self.dead).sum(1).astype(jnp.float32)
@@ -98,7 +99,11 @@ class Problem:
 
 def _lead(form: MatrixForm) -> AxisIndices:
     """Return the first axes of the order, as many as make the batch, those of size 1 in front of it included."""
-    count = next(i for i in range(len(form.order) + 1) if math.prod(form.shape[a] for a in form.order[:i]) == form.batch)
+    count = next(
+        i
+        for i in range(len(form.order) + 1)
+        if math.prod(form.shape[a] for a in form.order[:i]) == form.batch
+    )
     return form.order[:count]
 
 
@@ -114,20 +119,22 @@ def why_not(site: Site) -> str | None:
     return None if own else site.lost or "it cannot be told which entries of the parameter are used"
 
 
-def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, tuple[Problem, ...]], dict[str, str]]:
+def problems(
+    calibration: Any, leaves: Mapping[str, Any]
+) -> tuple[dict[str, tuple[Problem, ...]], dict[str, str]]:
     """Return the layer-wise problems of a calibration with `gram`, and why some parameters have none.
 
-    A parameter used as a whole has one problem. One of which slices are used at constant indices has one for each, and
-    parameters that are joined in one product have theirs, as the columns of weights do not depend on each other, and rows
-    answer for themselves.
+    A parameter used as a whole has one problem. One of which slices are used at constant indices
+    has one for each, and parameters that are joined in one product have theirs, as the columns of
+    weights do not depend on each other, and rows answer for themselves.
 
     Args:
       calibration: from ``calibrate(fn, gram(), ...)``.
       leaves: arrays or shapes by path.
 
     Returns:
-      ``({path: problems}, {path: reason})``; the problems of a parameter share no entry, and what several sites share is
-      fed by all of them.
+      ``({path: problems}, {path: reason})``; the problems of a parameter share no entry, and what
+      several sites share is fed by all of them.
 
     Raises:
       StateError: if these are other statistics.
@@ -153,13 +160,18 @@ def problems(calibration: Any, leaves: Mapping[str, Any]) -> tuple[dict[str, tup
                 total, rows = total + old[0], rows + old[1]
             own[box, form] = total, rows, piece.changed
     found = {path: own for path, own in sums.items() if path not in reasons}
-    reasons |= {path: why for path, own in found.items() if (why := _overlap([box for box, _ in own]))}
+    reasons |= {
+        path: why for path, own in found.items() if (why := _overlap([box for box, _ in own]))
+    }
     return {path: _problems(own) for path, own in found.items() if path not in reasons}, reasons
 
 
-def _problems(sums: Mapping[tuple[Box, MatrixForm], tuple[Any, Any, tuple[str, ...]]]) -> tuple[Problem, ...]:
+def _problems(
+    sums: Mapping[tuple[Box, MatrixForm], tuple[Any, Any, tuple[str, ...]]],
+) -> tuple[Problem, ...]:
     return tuple(
-        Problem(box, form, _mean(total, rows), rows, changed) for (box, form), (total, rows, changed) in sums.items()
+        Problem(box, form, _mean(total, rows), rows, changed)
+        for (box, form), (total, rows, changed) in sums.items()
     )
 
 
@@ -172,7 +184,11 @@ def _overlap(boxes: list[Box]) -> str | None:
     times = np.zeros(boxes[0].shape, np.uint8)
     for box in boxes:
         times.reshape(box.fine)[box.slices] += 1
-    return "it is used at several sites that see different parts of it, which overlap" if times.max() > 1 else None
+    return (
+        "it is used at several sites that see different parts of it, which overlap"
+        if times.max() > 1
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -212,7 +228,11 @@ def laid(site: Site, piece: Piece) -> tuple[Box, MatrixForm, Place] | str:
       ((1, 0, 0), (1, 3, 4), MatrixForm(shape=(1, 3, 4), order=(0, 1, 2), batch=1, k=3, groups=1))
     """
     side = int(site.operand == "rhs")
-    shape, summed, batch = (site.lhs_shape, site.rhs_shape)[side], site.contracting[side], site.batch[side]
+    shape, summed, batch = (
+        (site.lhs_shape, site.rhs_shape)[side],
+        site.contracting[side],
+        site.batch[side],
+    )
     kept = [axis for axis in range(len(shape)) if axis not in (*summed, *batch)]
     turns = sorted(piece.turns, key=lambda turn: turn.loop)
     spans = [(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True)]
@@ -257,7 +277,9 @@ def _fed(gram: jax.Array, count: jax.Array, place: Place) -> tuple[jax.Array, ja
     own = tuple(slice(*span) for _, span in place.summed)
     k = math.prod(span[1] - span[0] for _, span in place.summed)
     total = total.reshape(-1, *sizes, *sizes)[(slice(None), *own, *own)].reshape(-1, k, k)
-    return total, jnp.broadcast_to(rows[..., None], (*lead, total.shape[0] // math.prod(lead))).reshape(-1)
+    return total, jnp.broadcast_to(
+        rows[..., None], (*lead, total.shape[0] // math.prod(lead))
+    ).reshape(-1)
 
 
 @jax.jit
@@ -349,12 +371,18 @@ def asides(problems: Sequence[Problem], instead: str) -> list[str]:
     left, changed = unused(problems), sorted({name for each in problems for name in each.changed})
     found = [f"{left} of its entries are in no calibrated product: {instead}"] if left else []
     how = ", ".join(changed)
-    return found + ([f"it is changed on its way ({how}) and was solved as if it were not"] if changed else [])
+    return found + (
+        [f"it is changed on its way ({how}) and was solved as if it were not"] if changed else []
+    )
 
 
 def not_better(names: Sequence[str], won: jax.Array, same: jax.Array) -> str:
     """Say which matrices a solver did not make better than plain rounding or magnitude does; empty if none."""
-    worse = [name for name, won, same in zip(names, won.tolist(), same.tolist(), strict=True) if not (won or same)]
+    worse = [
+        name
+        for name, won, same in zip(names, won.tolist(), same.tolist(), strict=True)
+        if not (won or same)
+    ]
     return f"solved no better than that, {listed(worse)}" if worse else ""
 
 
@@ -363,7 +391,8 @@ def judge(problem: Problem, others: Sequence[Problem], filled: bool = False) -> 
 
     Args:
       problem: what was solved.
-      others: held-out problems of the same parameter; the same one among them counts where it has seen anything.
+      others: held-out problems of the same parameter; the same one among them counts where it has
+        seen anything.
       filled: whether inputs that were never seen count as average ones.
 
     Returns:
@@ -372,7 +401,11 @@ def judge(problem: Problem, others: Sequence[Problem], filled: bool = False) -> 
     own = problem.filled if filled else problem.gram
     for other in others:
         if (other.box, other.form) == (problem.box, problem.form):
-            return unit(jnp.where(other.dead.all(1)[:, None, None], own, other.filled if filled else other.gram))
+            return unit(
+                jnp.where(
+                    other.dead.all(1)[:, None, None], own, other.filled if filled else other.gram
+                )
+            )
     return unit(own)
 
 
@@ -381,7 +414,8 @@ def check_finite(path: str, problems: Iterable[Problem]) -> None:
     for problem in problems:
         if not bool(jnp.isfinite(problem.gram).all()):
             raise NonFiniteError(
-                f"the calibration statistics of {path!r} hold NaN or infinity; look at the calibration batches"
+                f"the calibration statistics of {path!r} hold NaN or infinity; look at the "
+                "calibration batches"
             )
 
 
@@ -400,7 +434,8 @@ def met(
       fold: ``(x, axes) -> x`` over what does not run along the parameter, such as ``jnp.max``.
 
     Returns:
-      ``(box, form, array)``: which part it is, its matrices, and the statistic ``[matrices, k]``; or why it cannot be told.
+      ``(box, form, array)``: which part it is, its matrices, and the statistic ``[matrices, k]``;
+        or why it cannot be told.
 
     Example:
       >>> from compress_jax.trace import sites
@@ -421,7 +456,12 @@ def met(
     x = x[tuple(slice(*span) for span in place.turns)]
     lead = len(place.turns)
     repeated = tuple(lead + i for i, span in enumerate(place.batch) if span is None)
-    x = x[(*(slice(None),) * lead, *(slice(None) if span is None else slice(*span) for span in place.batch))]
+    x = x[
+        (
+            *(slice(None),) * lead,
+            *(slice(None) if span is None else slice(*span) for span in place.batch),
+        )
+    ]
     x = fold(x, repeated) if repeated else x
     x = _windows(site, x) if site.kind == "conv" else x
     sizes, own = [size for size, _ in place.summed], [slice(*span) for _, span in place.summed]
@@ -434,7 +474,10 @@ def _windows(site: Site, x: jax.Array) -> jax.Array:
     contracting, into = site.contracting[1], site.params["dimension_numbers"].rhs_spec[1]
     x = x.reshape(*x.shape[:-1], site.groups, x.shape[-1] // site.groups)
     shape = [site.rhs_shape[axis] for axis in contracting]
-    x = x.reshape(*x.shape[:-1], *(n if axis == into else 1 for axis, n in zip(contracting, shape, strict=True)))
+    x = x.reshape(
+        *x.shape[:-1],
+        *(n if axis == into else 1 for axis, n in zip(contracting, shape, strict=True)),
+    )
     return jnp.broadcast_to(x, (*x.shape[: x.ndim - len(shape)], *shape))
 
 
@@ -451,7 +494,9 @@ def beside(box: Box, form: MatrixForm, values: jax.Array) -> jax.Array:
     """
     if form.groups == 1 and box.whole:
         kept = kept_axes(form)
-        small = replace(form, shape=tuple(1 if axis in kept else n for axis, n in enumerate(form.shape)))
+        small = replace(
+            form, shape=tuple(1 if axis in kept else n for axis, n in enumerate(form.shape))
+        )
         return small.stored(values[..., None])
     n = math.prod(form.shape) // values.size
     every = form.stored(jnp.broadcast_to(values[..., None], (*values.shape, n)))
@@ -471,7 +516,9 @@ def summed_axes(form: MatrixForm) -> AxisIndices:
 
 def _ends(form: MatrixForm) -> tuple[int, int]:
     """Return where in the order the axes that are summed over begin and end; those of size 1 count to what they follow."""
-    sizes = [math.prod(form.shape[axis] for axis in form.order[:i]) for i in range(len(form.order) + 1)]
+    sizes = [
+        math.prod(form.shape[axis] for axis in form.order[:i]) for i in range(len(form.order) + 1)
+    ]
     last = len(sizes) - 1
     start = last - sizes[::-1].index(form.batch)
     return start, max(start, sizes.index(form.batch * form.k))

@@ -26,7 +26,8 @@ class Solved(NamedTuple):
       state: of the compression that was solved for.
       skipped: ``{path: reason}``: leaves that the solver left to plain rounding.
       notes: ``{path: what was out of the ordinary}``, such as a damping that had to be raised.
-      compression: the one that was solved for, bound to the layouts that the calibrated sites tell: pack with this one.
+      compression: the one that was solved for, bound to the layouts that the calibrated sites tell:
+        pack with this one.
     """
 
     params: Params
@@ -52,11 +53,16 @@ def output_error(kernel: jax.Array, rounded: jax.Array, gram: jax.Array) -> jax.
       2.0
     """
     delta = (rounded - kernel).astype(jnp.float32)
-    return jnp.einsum("...kn,...kl,...ln->...", delta, gram, delta, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum(
+        "...kn,...kl,...ln->...", delta, gram, delta, precision=jax.lax.Precision.HIGHEST
+    )
 
 
 HIGHEST = jax.lax.Precision.HIGHEST
-RUNGS, RATIO = 48, 1.5  # of the ladder on which the next level is searched: from 2e-9 of the largest magnitude to it
+RUNGS, RATIO = (
+    48,
+    1.5,
+)  # of the ladder on which the next level is searched: from 2e-9 of the largest magnitude to it
 
 
 Solve = Callable[[str, jax.Array, Pointwise, Problem], tuple[jax.Array, str | None]]
@@ -72,19 +78,20 @@ def layerwise(
 ) -> Solved:
     """Solve every leaf that a compression sees entry by entry and that is calibrated; list the others.
 
-    A leaf is solved in as many problems as it has: as a whole, or slice by slice where constant indices pick slices of it.
-    A matrix (each layer of a stack by itself) whose solution errs no less than rounding to nearest keeps the latter, and so
-    do weights that calibration says nothing about: those of inputs that were always zero, of experts or branches that were
-    never reached.
+    A leaf is solved in as many problems as it has: as a whole, or slice by slice where constant
+    indices pick slices of it. A matrix (each layer of a stack by itself) whose solution errs no
+    less than rounding to nearest keeps the latter, and so do weights that calibration says nothing
+    about: those of inputs that were always zero, of experts or branches that were never reached.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
+      state: its state; by default that of `init` once the compression is bound to the layouts the
+        calibrated sites tell.
       solve: ``(path, array, how it is seen, what it is fed) -> (new array, a note or None)``.
-      held_out: statistics of other batches, by which solutions are compared with rounding to nearest; by default those of
-        the calibration itself.
+      held_out: statistics of other batches, by which solutions are compared with rounding to
+        nearest; by default those of the calibration itself.
 
     Returns:
       ``Solved``: exact under the compression.
@@ -104,11 +111,16 @@ def layerwise(
         _problem.check_finite(path, (*tasks[path], *judges.get(path, ())))
         said: list[str] = []
         for problem in tasks[path]:
-            part, operands = problem.box.take(leaves[path]), [problem.box.take(x) for x in how.operands]
+            part, operands = (
+                problem.box.take(leaves[path]),
+                [problem.box.take(x) for x in how.operands],
+            )
             own = replace(problem, gram=unit(problem.gram))
             solved, note = solve(path, part, Pointwise(how.see, tuple(operands)), own)
             judge = _problem.judge(problem, judges.get(path, ()))
-            kept, won, same = _better_matrices(part, operands, solved, own.gram, judge, problem.form, how.see)
+            kept, won, same = _better_matrices(
+                part, operands, solved, own.gram, judge, problem.form, how.see
+            )
             new[path] = problem.box.put(new[path], kept)
             said += [note] if note else []
             said += _problem.notes(problem, path, "rounded to nearest")
@@ -116,9 +128,15 @@ def layerwise(
             said += [f"{lost}: rounded to nearest"] if lost else []
         said += _problem.asides(tasks[path], "rounded to nearest")
         if left := _problem.unused(tasks[path]):
-            skipped[path] = f"only a part of the parameter is used, and solved; {left} of its entries are rounded to nearest"
+            skipped[path] = (
+                f"only a part of the parameter is used, and solved; {left} of its entries are "
+                "rounded to nearest"
+            )
         notes |= {path: "; ".join(dict.fromkeys(said))} if said else {}
-    seen, skipped = compression.view(rebuild(new), state), {**compression.skipped(params), **skipped}
+    seen, skipped = (
+        compression.view(rebuild(new), state),
+        {**compression.skipped(params), **skipped},
+    )
     return Solved(seen, state, skipped, notes, compression)
 
 
@@ -134,7 +152,9 @@ def _better_matrices(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the array rounded to nearest where that is no worse; which are, and which are alike."""
     w, new = (form.matrices(each.astype(jnp.float32)) for each in (x, solved))
-    nearest = see(w, *(form.matrices(each) for each in operands)).astype(x.dtype).astype(jnp.float32)
+    nearest = (
+        see(w, *(form.matrices(each) for each in operands)).astype(x.dtype).astype(jnp.float32)
+    )
     dead = jnp.diagonal(gram, axis1=1, axis2=2) == 0
     new = jnp.where(dead[:, :, None], nearest, new)
     errors = [column_errors(each - w, judge).sum(1) for each in (new, nearest)]
@@ -143,11 +163,14 @@ def _better_matrices(
     return kept.astype(x.dtype), won, (new == nearest).all((1, 2))
 
 
-def neighbours(w: jax.Array, see: Callable[..., Any], operands: Sequence[jax.Array]) -> tuple[jax.Array, jax.Array]:
+def neighbours(
+    w: jax.Array, see: Callable[..., Any], operands: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Return the highest level at most w and the lowest level at least w, of any grid that is seen entry by entry.
 
-    The next level is found by moving the nearest one until it is seen as another: by steps that grow by half, so that the
-    first that suffices is shorter than three quarters of the gap and cannot pass by the next level.
+    The next level is found by moving the nearest one until it is seen as another: by steps that
+    grow by half, so that the first that suffices is shorter than three quarters of the gap and
+    cannot pass by the next level.
 
     Args:
       w: float32 array.

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from compress_jax.core import ArgumentError, Compression, CompressionState, LowRank, ShapeError, leafwise
+from compress_jax.core import (
+    ArgumentError,
+    Compression,
+    CompressionState,
+    LowRank,
+    ShapeError,
+    leafwise,
+)
 from compress_jax.core import unpack as to_dense_tree
 from compress_jax.core.arguments import number, whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
@@ -24,22 +31,26 @@ Factors = dict[str, jax.Array]
 def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
     """Replace each kernel by ``left @ right``, the best approximation of its rank, and train the two factors.
 
-    A kernel is taken as the matrix W ``[m, n]`` of its inputs against its outputs, which are on the last axis unless a trace
-    says otherwise (for a convolution: ``[height * width * in, out]``); each layer of a stack as a matrix of its own. With
-    ``W = U diag(s) V^T``, ``left = U sqrt(s)`` and ``right = sqrt(s) V^T`` keep the r largest singular values, so that
-    ``||W - left @ right||_F**2 = sum_{i > r} s_i**2``, the least possible. From then on the view is their product: the
-    factors are ``learned``, and the params, which it no longer depends on, get zero gradients.
+    A kernel is taken as the matrix W ``[m, n]`` of its inputs against its outputs, which are on the
+    last axis unless a trace says otherwise (for a convolution: ``[height * width * in, out]``);
+    each layer of a stack as a matrix of its own. With ``W = U diag(s) V^T``, ``left = U sqrt(s)``
+    and ``right = sqrt(s) V^T`` keep the r largest singular values, so that
+    ``||W - left @ right||_F**2 = sum_{i > r} s_i**2``, the least possible. From then on the view is
+    their product: the factors are ``learned``, and the params, which it no longer depends on, get
+    zero gradients.
 
-    Leaves with one axis, and leaves whose float32 factors would not be smaller, are left alone; `skipped` says so.
+    Leaves with one axis, and leaves whose float32 factors would not be smaller, are left alone;
+    `skipped` says so.
 
     Args:
       rank: r, the same for every leaf. Give this or ``energy``.
-      energy: the share of ``sum s_i**2`` to keep, above 0 and up to 1; each leaf gets the least r that keeps it. As the
-        shape of the factors then depends on values, `init` needs concrete arrays: call it outside `jit`, and not in
-        `between` under `jit`.
+      energy: the share of ``sum s_i**2`` to keep, above 0 and up to 1; each leaf gets the least r
+        that keeps it. As the shape of the factors then depends on values, `init` needs concrete
+        arrays: call it outside `jit`, and not in `between` under `jit`.
 
     Returns:
-      The Compression: ``learned[path]`` is ``{"left": float32 [m, r], "right": float32 [r, n]}``; `pack` gives `LowRank`.
+      The Compression: ``learned[path]`` is ``{"left": float32 [m, r], "right": float32 [r, n]}``;
+      `pack` gives `LowRank`.
 
     Raises:
       ArgumentError: if not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
@@ -55,11 +66,14 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
       [3.0, 3.0, 3.0, 3.0, 3.0, 3.0]
 
     References:
-      Eckart and Young, "The approximation of one matrix by another of lower rank", 1936.
-      Denton et al., "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation", NeurIPS 2014.
+      Eckart and Young, "The approximation of one matrix by another of lower rank", 1936. Denton et
+      al., "Exploiting Linear Structure Within Convolutional Networks for Efficient Evaluation",
+      NeurIPS 2014.
     """
     if (rank is None) == (energy is None):
-        raise ArgumentError(f"give exactly one of rank and energy, got rank={rank} and energy={energy}")
+        raise ArgumentError(
+            f"give exactly one of rank and energy, got rank={rank} and energy={energy}"
+        )
     if rank is not None:
         return _truncated(rank)
     assert energy is not None
@@ -86,7 +100,10 @@ def _by_energy(energy: float) -> Compression:
     """Return the Compression that keeps a share of the energy; where that does not pay, a leaf has no factors."""
     energy = number("energy", energy)
     if not 0 < energy <= 1:
-        raise ArgumentError(f"energy is the share of the squared singular values to keep, above 0 and up to 1; got {energy}")
+        raise ArgumentError(
+            "energy is the share of the squared singular values to keep, above 0 and up to 1; "
+            f"got {energy}"
+        )
     return _ByEnergy(energy).compression()
 
 
@@ -97,7 +114,15 @@ class _ByEnergy(NamedTuple):
     known: Mapping[str, Axes] | None = None
 
     def compression(self) -> Compression:
-        made = Compression(self.init, self.view, self.update, self.pack, self.skipped, bind=self.bind, axes=self.axes)
+        made = Compression(
+            self.init,
+            self.view,
+            self.update,
+            self.pack,
+            self.skipped,
+            bind=self.bind,
+            axes=self.axes,
+        )
         return stamped(made, call_of("svd", energy=self.energy), self.known)
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
@@ -113,7 +138,10 @@ class _ByEnergy(NamedTuple):
         leaves = flatten(params)[0]
         for path in self.axes(params):
             check_finite(path, leaves[path])
-        return {path: _ranks_for(leaves[path], axes, self.energy) for path, axes in self.axes(params).items()}
+        return {
+            path: _ranks_for(leaves[path], axes, self.energy)
+            for path, axes in self.axes(params).items()
+        }
 
     def init(self, params: Any) -> CompressionState:
         leaves, axes = flatten(params)[0], self.axes(params)
@@ -132,23 +160,35 @@ class _ByEnergy(NamedTuple):
         seen = to_dense_tree(self.pack(params, state))
         leaves, rebuild = flatten(seen)
         stored = flatten(params)[0]
-        return rebuild({**leaves, **{path: where_finite(stored[path], leaves[path]) for path in state.learned}})
+        return rebuild(
+            {**leaves, **{path: where_finite(stored[path], leaves[path]) for path in state.learned}}
+        )
 
     def pack(self, params: Any, state: CompressionState) -> Any:
         leaves, rebuild = flatten(params)
         axes = self.axes(params)
         for path in axes:
             check_finite(path, leaves[path])
-        packed = {path: _pack(leaves[path], own, {}, axes[path]) for path, own in state.learned.items()}
+        packed = {
+            path: _pack(leaves[path], own, {}, axes[path]) for path, own in state.learned.items()
+        }
         return rebuild({**leaves, **packed})
 
     def skipped(self, params: Any) -> dict[str, str]:
         leaves, axes = flatten(params)[0], self.axes(params)
         found = {path: why for path, x in leaves.items() if (why := why_not_float(path, x))}
-        thin = {path: _too_thin(known_axes(self.known, path, x).layer) for path, x in leaves.items() if path not in found}
+        thin = {
+            path: _too_thin(known_axes(self.known, path, x).layer)
+            for path, x in leaves.items()
+            if path not in found
+        }
         for path, ranks in self.ranks(params).items():
             thin[path] = _no_gain(leaves[path], axes[path].layer, max(ranks))
-        return {path: found.get(path) or thin[path] or "" for path in leaves if found.get(path) or thin.get(path)}
+        return {
+            path: found.get(path) or thin[path] or ""
+            for path in leaves
+            if found.get(path) or thin.get(path)
+        }
 
 
 def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
@@ -158,7 +198,10 @@ def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
     def factors(x: jax.Array, rank: jax.Array) -> Factors:
         both = _factors(_matrix(x, axes.layer), largest)
         kept = jnp.arange(largest) < rank
-        return {"left": jnp.where(kept[None, :], both["left"], 0), "right": jnp.where(kept[:, None], both["right"], 0)}
+        return {
+            "left": jnp.where(kept[None, :], both["left"], 0),
+            "right": jnp.where(kept[:, None], both["right"], 0),
+        }
 
     own = jnp.asarray(ranks, jnp.int32).reshape(tuple(axes.shape[a] for a in axes.stack))
     return over_layers(factors, axes, ("leaf", "state"), "state")(x, own)
@@ -169,7 +212,9 @@ def _view(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> jax.Array:
 
 
 def _pack(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> LowRank:
-    columns = (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs  # the usual ones take no room in a file
+    columns = (
+        (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs
+    )  # the usual ones take no room in a file
     return LowRank(factors["left"], factors["right"], tuple(x.shape), x.dtype, columns, axes.stack)
 
 
@@ -195,14 +240,17 @@ def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
     """Return the least rank of each layer whose squared singular values are that share of all, at least 1."""
     if isinstance(x, Tracer):
         raise ShapeError(
-            "svd(energy=...) chooses the factors' shapes by the values of the weights, so its `init` cannot run under jit; "
+            "svd(energy=...) chooses the factors' shapes by the values of the weights, so its "
+            "`init` cannot run under jit; "
             "call it outside, or give svd(rank=...)"
         )
 
     def rank(x: jax.Array) -> jax.Array:
         s = jnp.linalg.svd(_matrix(x, axes.layer), compute_uv=False)
         squares = (s / jnp.maximum(s[0], jnp.finfo(jnp.float32).tiny)) ** 2
-        left_out = jnp.append(jnp.cumsum(squares[::-1])[::-1], 0.0)  # from the smallest: no rounding at energy 1
+        left_out = jnp.append(
+            jnp.cumsum(squares[::-1])[::-1], 0.0
+        )  # from the smallest: no rounding at energy 1
         return jnp.maximum(1, (left_out > (1 - energy) * squares.sum()).sum())
 
     ranks = over_layers(rank, axes, ("leaf",), "state")(x)
@@ -212,7 +260,9 @@ def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
 def _too_thin(axes: Axes) -> str | None:
     if len(axes.shape) < 2:
         return f"it has {len(axes.shape)} axes and a factorisation needs 2"
-    return None if axes.outputs and axes.contracted else "all its axes are inputs, or all are outputs"
+    return (
+        None if axes.outputs and axes.contracted else "all its axes are inputs, or all are outputs"
+    )
 
 
 def _no_gain(x: jax.Array, axes: Axes, rank: int) -> str | None:

@@ -12,8 +12,8 @@ Gelu = Literal["exact", "tanh"]
 class Attention(nn.Module):
     """Multi-head self-attention, ``softmax(Q K^T / sqrt(d)) V`` per head; its four kernels are matrices ``[in, out]``.
 
-    The columns of ``query``, ``key`` and ``value`` are grouped by head, as PyTorch implementations have them. The softmax is
-    in float32 whatever the rest computes in.
+    The columns of ``query``, ``key`` and ``value`` are grouped by head, as PyTorch implementations
+    have them. The softmax is in float32 whatever the rest computes in.
 
     Attributes:
       heads: how many; they divide the width.
@@ -30,8 +30,13 @@ class Attention(nn.Module):
         if width % self.heads:
             raise ValueError(f"heads={self.heads} do not divide the width {width}")
         split = (*x.shape[:-1], self.heads, width // self.heads)
-        query, key, value = (nn.Dense(width, dtype=self.dtype, name=n)(x).reshape(split) for n in ("query", "key", "value"))
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * (width // self.heads) ** -0.5, key).astype(jnp.float32)
+        query, key, value = (
+            nn.Dense(width, dtype=self.dtype, name=n)(x).reshape(split)
+            for n in ("query", "key", "value")
+        )
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query * (width // self.heads) ** -0.5, key).astype(
+            jnp.float32
+        )
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         attention = nn.softmax(scores).astype(value.dtype)
@@ -44,7 +49,8 @@ class Perceptron(nn.Module):
 
     Attributes:
       hidden: units of the first.
-      gelu: ``"exact"``, or ``"tanh"`` for its approximation, which small devices compute with fewer operations.
+      gelu: ``"exact"``, or ``"tanh"`` for its approximation, which small devices compute with fewer
+        operations.
       dtype: what the layers compute in.
     """
 
@@ -56,7 +62,9 @@ class Perceptron(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array in the shape of ``x``."""
         hidden = nn.Dense(self.hidden, dtype=self.dtype, name="up")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(nn.gelu(hidden, approximate=self.gelu == "tanh"))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(
+            nn.gelu(hidden, approximate=self.gelu == "tanh")
+        )
 
 
 class PreNorm(nn.Module):

@@ -15,8 +15,9 @@ PAD = 0  # in every BERT vocabulary
 class Bert(nn.Module):
     """Bidirectional transformer over tokens: ``norm(x + attention(x))``, then ``norm(x + perceptron(x))`` in each layer.
 
-    The defaults are BERT-base. BERT-tiny is ``width=128, depth=2, heads=2`` (4,369,408 parameters), BERT-mini ``256, 4, 4``,
-    MiniLM-L6 ``384, 6, 12``. `pretrained.bert` fills it with published weights. There is no dropout.
+    The defaults are BERT-base. BERT-tiny is ``width=128, depth=2, heads=2`` (4,369,408 parameters),
+    BERT-mini ``256, 4, 4``, MiniLM-L6 ``384, 6, 12``. `pretrained.bert` fills it with published
+    weights. There is no dropout.
 
     Attributes:
       vocabulary: number of different tokens.
@@ -38,8 +39,8 @@ class Bert(nn.Module):
       (1, 4, 8)
 
     References:
-      Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", NAACL 2019, section 3; Turc et al.,
-      "Well-Read Students Learn Better", 2019, table 1, for the smaller ones.
+      Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", NAACL 2019, section 3;
+      Turc et al., "Well-Read Students Learn Better", 2019, table 1, for the smaller ones.
     """
 
     vocabulary: int = 30_522
@@ -55,34 +56,53 @@ class Bert(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None, train: bool = False
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """Return the last layer's ``[batch, length, width]``.
 
         Args:
           tokens: int32 ``[batch, length]``.
-          mask: which of them are text rather than padding, same shape; by default those that are not 0.
+          mask: which of them are text rather than padding, same shape; by default those that are
+            not 0.
           segments: which sentence each belongs to, same shape; by default the first.
           train: changes nothing.
         """
         length = tokens.shape[1]
         if length > self.positions:
-            raise ValueError(f"sequences of {length} tokens are longer than positions={self.positions}")
+            raise ValueError(
+                f"sequences of {length} tokens are longer than positions={self.positions}"
+            )
 
         def embed(size: int, name: str) -> nn.Embed:
-            return nn.Embed(size, self.width, dtype=self.dtype, embedding_init=nn.initializers.normal(0.02), name=name)
+            return nn.Embed(
+                size,
+                self.width,
+                dtype=self.dtype,
+                embedding_init=nn.initializers.normal(0.02),
+                name=name,
+            )
 
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
 
         mask = tokens != PAD if mask is None else mask.astype(bool)
-        x = embed(self.vocabulary, "tokens")(tokens) + embed(self.positions, "positions")(jnp.arange(length)[None])
-        x = x + embed(self.segments, "segments")(jnp.zeros_like(tokens) if segments is None else segments)
+        x = embed(self.vocabulary, "tokens")(tokens) + embed(self.positions, "positions")(
+            jnp.arange(length)[None]
+        )
+        x = x + embed(self.segments, "segments")(
+            jnp.zeros_like(tokens) if segments is None else segments
+        )
         x = norm("norm")(x)
         for i in range(self.depth):
             attention = Attention(self.heads, self.dtype, name=f"layer_{i}_attention")
             x = norm(f"layer_{i}_attention_norm")(x + attention(x, mask[:, None, None, :]))
-            mlp = Perceptron(self.hidden or 4 * self.width, self.gelu, self.dtype, name=f"layer_{i}_mlp")
+            mlp = Perceptron(
+                self.hidden or 4 * self.width, self.gelu, self.dtype, name=f"layer_{i}_mlp"
+            )
             x = norm(f"layer_{i}_mlp_norm")(x + mlp(x))
         return x
 
@@ -109,7 +129,11 @@ class BertClassifier(nn.Module):
 
     @nn.compact
     def __call__(
-        self, tokens: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None, train: bool = False
+        self,
+        tokens: jax.Array,
+        mask: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        train: bool = False,
     ) -> jax.Array:
         """Return logits ``[batch, classes]``; arguments as of `Bert`."""
         first = self.encoder(tokens, mask, segments, train)[:, 0]

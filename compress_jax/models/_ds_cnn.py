@@ -13,7 +13,8 @@ from compress_jax.models._head import head
 class DSCNN(nn.Module):
     """One convolution, then blocks of a depthwise 3x3 and a pointwise convolution, each with batch norm and ReLU.
 
-    The defaults are the small one, as MLPerf Tiny runs it on 49x10x1 spectrograms: 23,756 parameters, 1,152 statistics.
+    The defaults are the small one, as MLPerf Tiny runs it on 49x10x1 spectrograms: 23,756
+    parameters, 1,152 statistics.
 
     Attributes:
       classes: number of logits.
@@ -21,9 +22,10 @@ class DSCNN(nn.Module):
       blocks: number of depthwise separable blocks.
       window: of the first convolution, in frames and in bands.
       stride: of the first convolution.
-      depthwise: how the depthwise convolutions are computed, from the same parameters. ``"conv"`` is one grouped
-        convolution: what `trace` finds and exporters know. ``"shifts"`` adds nine shifted products: the same but for
-        rounding, and on CPU, where XLA's grouped convolution is slow, what to train with.
+      depthwise: how the depthwise convolutions are computed, from the same parameters. ``"conv"``
+        is one grouped convolution: what `trace` finds and exporters know. ``"shifts"`` adds nine
+        shifted products: the same but for rounding, and on CPU, where XLA's grouped convolution is
+        slow, what to train with.
       dtype: what the layers compute in; logits are float32.
       axis_name: as of `ResNet`.
 
@@ -35,8 +37,8 @@ class DSCNN(nn.Module):
       (2, 12)
 
     References:
-      Zhang, Suda, Lai and Chandra, "Hello Edge: Keyword Spotting on Microcontrollers", 2017, section 4.5; Banbury et al.,
-      "MLPerf Tiny Benchmark", 2021.
+      Zhang, Suda, Lai and Chandra, "Hello Edge: Keyword Spotting on Microcontrollers", 2017,
+      section 4.5; Banbury et al., "MLPerf Tiny Benchmark", 2021.
     """
 
     classes: int = 12
@@ -53,7 +55,9 @@ class DSCNN(nn.Module):
         """Return logits of ``[batch, frames, bands, 1]``; ``train`` normalises by the batch itself."""
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         norm = partial(norm, axis_name=self.axis_name)
-        conv = partial(nn.Conv, self.width, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
+        conv = partial(
+            nn.Conv, self.width, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
+        )
         x = nn.relu(norm(name="stem_norm")(conv(self.window, strides=self.stride, name="stem")(x)))
         for i in range(self.blocks):
             if self.depthwise == "conv":
@@ -79,11 +83,15 @@ class ShiftedDepthwise(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array in the shape of ``x``, ``[batch, height, width, channels]``."""
-        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, 1, self.width)).astype(self.dtype)
+        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, 1, self.width)).astype(
+            self.dtype
+        )
         bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         _, height, width, _ = x.shape
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
         shifts = (
-            padded[:, i : i + height, j : j + width] * kernel[i : i + 1, j : j + 1] for i in range(3) for j in range(3)
+            padded[:, i : i + height, j : j + width] * kernel[i : i + 1, j : j + 1]
+            for i in range(3)
+            for j in range(3)
         )
         return sum(shifts, start=bias[None, None, None])

@@ -12,9 +12,10 @@ from compress_jax.models._attention import Gelu, PreNorm
 class GPT(nn.Module):
     """Pre-norm causal transformer whose last layer is its table of tokens.
 
-    The defaults are GPT-2 small: 124,439,808 parameters. With ``scan`` the layers are one `jax.lax.scan` over stacked
-    parameters, ``layers/...`` with a leading axis of ``depth``, and compile as fast as one of them; else they are
-    ``layer_0/...``, ``layer_1/...``, ... There is no dropout.
+    The defaults are GPT-2 small: 124,439,808 parameters. With ``scan`` the layers are one
+    `jax.lax.scan` over stacked parameters, ``layers/...`` with a leading axis of ``depth``, and
+    compile as fast as one of them; else they are ``layer_0/...``, ``layer_1/...``, ... There is no
+    dropout.
 
     Attributes:
       vocabulary: number of different tokens, and of logits.
@@ -57,10 +58,16 @@ class GPT(nn.Module):
         """Return logits ``[batch, length, vocabulary]`` of the token after each; ``train`` changes nothing."""
         length = tokens.shape[1]
         if length > self.positions:
-            raise ValueError(f"sequences of {length} tokens are longer than positions={self.positions}")
+            raise ValueError(
+                f"sequences of {length} tokens are longer than positions={self.positions}"
+            )
         init = nn.initializers.normal(0.02)
-        table = nn.Embed(self.vocabulary, self.width, dtype=self.dtype, embedding_init=init, name="tokens")
-        places = nn.Embed(self.positions, self.width, dtype=self.dtype, embedding_init=init, name="positions")
+        table = nn.Embed(
+            self.vocabulary, self.width, dtype=self.dtype, embedding_init=init, name="tokens"
+        )
+        places = nn.Embed(
+            self.positions, self.width, dtype=self.dtype, embedding_init=init, name="positions"
+        )
         x = table(tokens) + places(jnp.arange(length)[None])
         x = self._layers(x, jnp.tril(jnp.ones((1, 1, length, length), bool)))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)

@@ -9,8 +9,8 @@ from flax import linen as nn
 def head(classes: int, dtype: Any) -> nn.Dense:
     """Return the layer ``head`` that turns features into float32 logits.
 
-    Rounding logits to bfloat16 before the softmax costs up to a tenth of the gradient, so this layer computes in at least
-    float32 (float64 where the model does).
+    Rounding logits to bfloat16 before the softmax costs up to a tenth of the gradient, so this
+    layer computes in at least float32 (float64 where the model does).
 
     Args:
       classes: number of logits.
@@ -23,4 +23,6 @@ def head(classes: int, dtype: Any) -> nn.Dense:
       >>> head(10, jnp.bfloat16).dtype.__name__
       'float32'
     """
-    return nn.Dense(classes, dtype=dtype if jnp.finfo(dtype).bits > 32 else jnp.float32, name="head")
+    return nn.Dense(
+        classes, dtype=dtype if jnp.finfo(dtype).bits > 32 else jnp.float32, name="head"
+    )

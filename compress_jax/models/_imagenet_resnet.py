@@ -10,18 +10,23 @@ from flax import linen as nn
 
 from compress_jax.models._head import head
 
-AROUND: Any = ((1, 1), (1, 1))  # a strided 3x3 window begins one pixel outside, where "SAME" would begin inside
+AROUND: Any = (
+    (1, 1),
+    (1, 1),
+)  # a strided 3x3 window begins one pixel outside, where "SAME" would begin inside
 
 
 class ImageNetResNet(nn.Module):
     """A 7x7 convolution and pooling, four stages of residual blocks, a linear layer.
 
-    The defaults are ResNet-18 (11,689,512 parameters); ``blocks=(3, 4, 6, 3)`` is ResNet-34 (21,797,672), and with
-    ``bottleneck=True`` ResNet-50 (25,557,032), whose stride is in the 3x3 convolution. `pretrained.resnet` fills it.
+    The defaults are ResNet-18 (11,689,512 parameters); ``blocks=(3, 4, 6, 3)`` is ResNet-34
+    (21,797,672), and with ``bottleneck=True`` ResNet-50 (25,557,032), whose stride is in the 3x3
+    convolution. `pretrained.resnet` fills it.
 
     Attributes:
       blocks: number of blocks in each stage.
-      bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, four times as wide at their ends, rather than of two 3x3.
+      bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, four times as wide at their ends, rather
+        than of two 3x3.
       width: channels of the first stage.
       classes: number of logits.
       dtype: what the layers compute in; logits are float32.
@@ -48,7 +53,9 @@ class ImageNetResNet(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Return logits of images ``[batch, height, width, 3]``; ``train`` normalises by the batch itself."""
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
+        conv = partial(
+            nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
+        )
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         norm = partial(norm, axis_name=self.axis_name)
         x = conv(self.width, (7, 7), strides=2, padding=((3, 3), (3, 3)), name="stem")(x)
@@ -57,7 +64,14 @@ class ImageNetResNet(nn.Module):
         for stage, blocks in enumerate(self.blocks):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = _Block(self.width * 2**stage, stride, self.bottleneck, conv, norm, name=f"block_{stage}_{i}")
+                block = _Block(
+                    self.width * 2**stage,
+                    stride,
+                    self.bottleneck,
+                    conv,
+                    norm,
+                    name=f"block_{stage}_{i}",
+                )
                 x = block(x)
         return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))
 
@@ -75,11 +89,17 @@ class _Block(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = self.width * (4 if self.bottleneck else 1)
         basic = ((self.width, 3, self.stride), (self.width, 3, 1))
-        layers = ((self.width, 1, 1), (self.width, 3, self.stride), (wide, 1, 1)) if self.bottleneck else basic
+        layers = (
+            ((self.width, 1, 1), (self.width, 3, self.stride), (wide, 1, 1))
+            if self.bottleneck
+            else basic
+        )
         y = x
         for i, (width, window, stride) in enumerate(layers):
             padding = AROUND if window == 3 else "VALID"
-            y = self.conv(width, (window, window), strides=stride, padding=padding, name=f"conv_{i}")(y)
+            y = self.conv(
+                width, (window, window), strides=stride, padding=padding, name=f"conv_{i}"
+            )(y)
             y = self.norm(name=f"norm_{i}")(y)
             y = nn.relu(y) if i < len(layers) - 1 else y
         if self.stride > 1 or x.shape[-1] != wide:

@@ -15,8 +15,9 @@ from compress_jax.models._head import head
 def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     """Take the maximum over square windows that do not overlap.
 
-    Where the windows tile the image exactly this is a reshape and a maximum, whose gradient XLA computes several times
-    faster on a CPU than that of a window reduction. Among equal maxima it shares the gradient equally.
+    Where the windows tile the image exactly this is a reshape and a maximum, whose gradient XLA
+    computes several times faster on a CPU than that of a window reduction. Among equal maxima it
+    shares the gradient equally.
 
     Args:
       x: images ``[batch, height, width, channels]``.
@@ -60,7 +61,8 @@ class LeNet300100(nn.Module):
       (2, 10)
 
     References:
-      LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998, section III-C.4.
+      LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
+      1998, section III-C.4.
     """
 
     classes: int = 10
@@ -77,14 +79,16 @@ class LeNet300100(nn.Module):
 class LeNet5(nn.Module):
     """Two 5x5 convolutions, each with ReLU and 2x2 max pooling, then hidden layers.
 
-    The defaults are LeCun's widths: 61,706 parameters on 32x32x1 images. ``features=(20, 50), hidden=(500,)`` on 28x28x1
-    is the Caffe variant of the compression literature, with 431,080.
+    The defaults are LeCun's widths: 61,706 parameters on 32x32x1 images.
+    ``features=(20, 50), hidden=(500,)`` on 28x28x1 is the Caffe variant of the compression
+    literature, with 431,080.
 
     Attributes:
       classes: number of logits.
       features: channels of the convolutions.
       hidden: widths of the hidden layers.
-      padding: of the convolutions: ``"VALID"`` as published, or ``"SAME"``, which also suits images under 16x16.
+      padding: of the convolutions: ``"VALID"`` as published, or ``"SAME"``, which also suits images
+        under 16x16.
       dtype: what the layers compute in; logits are float32.
 
     Example:
@@ -95,8 +99,9 @@ class LeNet5(nn.Module):
       ['conv_0', 'conv_1', 'dense_0', 'dense_1', 'head']
 
     References:
-      LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition", 1998, figure 2 (with
-      ReLU for tanh, max pooling for subsampling and a full connection in the second convolution, as is usual now).
+      LeCun, Bottou, Bengio and Haffner, "Gradient-based learning applied to document recognition",
+      1998, figure 2 (with ReLU for tanh, max pooling for subsampling and a full connection in the
+      second convolution, as is usual now).
     """
 
     classes: int = 10

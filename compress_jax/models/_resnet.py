@@ -13,15 +13,17 @@ from compress_jax.models._head import head
 class ResNet(nn.Module):
     """Residual network of depth ``6 n + 2``: three stages of n blocks, at widths w, 2 w and 4 w.
 
-    Where a stage begins with a change of shape the shortcut is a strided 1x1 convolution with batch norm (the paper's
-    option B), or, with ``projection=False``, subsampling and zero channels (option A, the one its CIFAR table uses).
-    ResNet-20 of width 16 on 32x32x3 images has 272,474 parameters with projections and 269,722 without.
+    Where a stage begins with a change of shape the shortcut is a strided 1x1 convolution with batch
+    norm (the paper's option B), or, with ``projection=False``, subsampling and zero channels
+    (option A, the one its CIFAR table uses). ResNet-20 of width 16 on 32x32x3 images has 272,474
+    parameters with projections and 269,722 without.
 
     Attributes:
       depth: 8, 14, 20, 26, 32, 44, 56, ...: number of layers with kernels, projections not counted.
       width: channels of the first stage, w.
       classes: number of logits.
-      stem_stride: stride of the first convolution; 2 makes everything after it about four times cheaper.
+      stem_stride: stride of the first convolution; 2 makes everything after it about four times
+        cheaper.
       projection: option B if true, option A if false.
       dtype: what the layers compute in; logits are float32.
       axis_name: the axis to average batch statistics over, needed under `train.pmap_step` only (say
@@ -37,7 +39,8 @@ class ResNet(nn.Module):
       (2, 10)
 
     References:
-      He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+      He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition", CVPR 2016, section
+      4.2.
     """
 
     depth: int = 20
@@ -53,8 +56,12 @@ class ResNet(nn.Module):
         """Return logits of images ``[batch, height, width, channels]``; ``train`` normalises by the batch itself."""
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(f"a ResNet of this type has depth 6 n + 2 (8, 14, 20, ...), got depth={self.depth}")
-        conv = partial(nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
+            raise ValueError(
+                f"a ResNet of this type has depth 6 n + 2 (8, 14, 20, ...), got depth={self.depth}"
+            )
+        conv = partial(
+            nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
+        )
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         norm = partial(norm, axis_name=self.axis_name)
         x = conv(self.width, (3, 3), strides=self.stem_stride, name="stem")(x)
@@ -62,7 +69,14 @@ class ResNet(nn.Module):
         for stage in range(3):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = Block(self.width * 2**stage, stride, self.projection, conv, norm, name=f"block_{stage}_{i}")
+                block = Block(
+                    self.width * 2**stage,
+                    stride,
+                    self.projection,
+                    conv,
+                    norm,
+                    name=f"block_{stage}_{i}",
+                )
                 x = block(x)
         return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))
 
@@ -73,7 +87,8 @@ class Block(nn.Module):
     Attributes:
       width: channels it returns.
       stride: stride of its first convolution.
-      projection: whether a shortcut that changes shape is a 1x1 convolution (else subsampling and zero channels).
+      projection: whether a shortcut that changes shape is a 1x1 convolution (else subsampling and
+        zero channels).
       conv: convolution layer, complete but for width, window and name.
       norm: normalisation layer, complete but for its name.
     """

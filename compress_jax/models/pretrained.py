@@ -39,10 +39,24 @@ BERT = (
 RESNET = (
     (r"stem", "conv1"),
     (r"stem_norm", "bn1"),
-    *((rf"block_{stage}_(\d+)/conv_{i}", rf"layer{stage + 1}.\1.conv{i + 1}") for stage in range(4) for i in range(3)),
-    *((rf"block_{stage}_(\d+)/norm_{i}", rf"layer{stage + 1}.\1.bn{i + 1}") for stage in range(4) for i in range(3)),
-    *((rf"block_{stage}_(\d+)/projection", rf"layer{stage + 1}.\1.downsample.0") for stage in range(4)),
-    *((rf"block_{stage}_(\d+)/projection_norm", rf"layer{stage + 1}.\1.downsample.1") for stage in range(4)),
+    *(
+        (rf"block_{stage}_(\d+)/conv_{i}", rf"layer{stage + 1}.\1.conv{i + 1}")
+        for stage in range(4)
+        for i in range(3)
+    ),
+    *(
+        (rf"block_{stage}_(\d+)/norm_{i}", rf"layer{stage + 1}.\1.bn{i + 1}")
+        for stage in range(4)
+        for i in range(3)
+    ),
+    *(
+        (rf"block_{stage}_(\d+)/projection", rf"layer{stage + 1}.\1.downsample.0")
+        for stage in range(4)
+    ),
+    *(
+        (rf"block_{stage}_(\d+)/projection_norm", rf"layer{stage + 1}.\1.downsample.1")
+        for stage in range(4)
+    ),
     (r"head", "fc"),
 )
 
@@ -51,7 +65,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Read a safetensors file.
 
     Args:
-      path: the file. Files of ``torch.save`` are refused: they are pickles, which may execute anything.
+      path: the file. Files of ``torch.save`` are refused: they are pickles, which may execute
+        anything.
 
     Returns:
       Arrays by name.
@@ -71,19 +86,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(
-            f"cannot read {path} as safetensors: {error}. A file of torch.save is converted, by whoever trusts it, with "
+            f"cannot read {path} as safetensors: {error}. A file of torch.save is converted, by "
+            "whoever trusts it, with "
             "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
         ) from error
 
 
-def bert(variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()) -> Any:
+def bert(
+    variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
+) -> Any:
     """Fill `Bert` or `BertClassifier` with weights named as Hugging Face's ``BertModel`` and its like name them.
 
     Args:
       variables: of the model's ``init``, or the shapes of it that ``jax.eval_shape`` gives.
-      weights: by name, with or without the prefix ``bert.``; old layer norms' ``gamma`` and ``beta`` are understood.
-      ignore: globs of their names that need not be used: ``"pooler.*"`` for a `Bert`, ``"cls.*"`` for a head it has not.
-      fresh: globs of our paths that stay as they are in ``variables``: ``"params/head/*"`` for a new task.
+      weights: by name, with or without the prefix ``bert.``; old layer norms' ``gamma`` and
+        ``beta`` are understood.
+      ignore: globs of their names that need not be used: ``"pooler.*"`` for a `Bert`, ``"cls.*"``
+        for a head it has not.
+      fresh: globs of our paths that stay as they are in ``variables``: ``"params/head/*"`` for a
+        new task.
 
     Returns:
       Variables.
@@ -98,18 +119,24 @@ def bert(variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh:
       [1.0, 1.0]
     """
     old = {"gamma": "weight", "beta": "bias"}
-    named = {re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: old[m[1]], _bare(k)): v for k, v in weights.items()}
+    named = {
+        re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: old[m[1]], _bare(k)): v
+        for k, v in weights.items()
+    }
     return _fill(variables, named, BERT, (*ignore, "*position_ids"), fresh)
 
 
-def resnet(variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()) -> Any:
+def resnet(
+    variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
+) -> Any:
     """Fill `ImageNetResNet` with weights named as torchvision names them.
 
     Args:
       variables: of the model's ``init``, or the shapes of it that ``jax.eval_shape`` gives.
       weights: by name.
       ignore: globs of their names that need not be used.
-      fresh: globs of our paths that stay as they are in ``variables``: ``"params/head/*"`` for other classes.
+      fresh: globs of our paths that stay as they are in ``variables``: ``"params/head/*"`` for
+        other classes.
 
     Returns:
       Variables, batch statistics included.
@@ -130,16 +157,38 @@ def _bare(name: str) -> str:
     return name.removeprefix("bert.")
 
 
-def _fill(variables: Any, weights: Weights, names: Sequence[tuple[str, str]], ignore: Sequence[str], fresh: Patterns) -> Any:
+def _fill(
+    variables: Any,
+    weights: Weights,
+    names: Sequence[tuple[str, str]],
+    ignore: Sequence[str],
+    fresh: Patterns,
+) -> Any:
     """Return the variables with every leaf taken from the weights, or say everything that is wrong."""
     leaves, rebuild = flatten(variables)
     wanted = {path: _theirs(path, names) for path in leaves if not matches(fresh, path)}
     missing = [f"{path} (their {name})" for path, name in wanted.items() if name not in weights]
     used = {*wanted.values(), *(_theirs(path, names) for path in leaves)}
-    left = [n for n in weights if n not in used and not any(fnmatch.fnmatchcase(n, glob) for glob in ignore)]
-    found = {path: _turned(path, np.asarray(weights[name])) for path, name in wanted.items() if name in weights}
-    wrong = [f"{p}: {x.shape} here is {leaves[p].shape}" for p, x in found.items() if x.shape != leaves[p].shape]
-    empty = [path for path, leaf in leaves.items() if path not in wanted and not hasattr(leaf, "__array__")]
+    left = [
+        n
+        for n in weights
+        if n not in used and not any(fnmatch.fnmatchcase(n, glob) for glob in ignore)
+    ]
+    found = {
+        path: _turned(path, np.asarray(weights[name]))
+        for path, name in wanted.items()
+        if name in weights
+    }
+    wrong = [
+        f"{p}: {x.shape} here is {leaves[p].shape}"
+        for p, x in found.items()
+        if x.shape != leaves[p].shape
+    ]
+    empty = [
+        path
+        for path, leaf in leaves.items()
+        if path not in wanted and not hasattr(leaf, "__array__")
+    ]
     problems = {
         "the model has, the weights have not": missing,
         "the weights have, the model has not (a glob in ignore= drops them)": left,
@@ -149,7 +198,9 @@ def _fill(variables: Any, weights: Weights, names: Sequence[tuple[str, str]], ig
     if any(problems.values()):
         lists = (f"{what}:\n  " + "\n  ".join(each) for what, each in problems.items() if each)
         raise WeightsError("these weights do not fit the model. " + "\n".join(lists))
-    return rebuild({p: jnp.asarray(found[p], leaf.dtype) if p in found else leaf for p, leaf in leaves.items()})
+    return rebuild(
+        {p: jnp.asarray(found[p], leaf.dtype) if p in found else leaf for p, leaf in leaves.items()}
+    )
 
 
 def _theirs(path: str, names: Sequence[tuple[str, str]]) -> str:
@@ -165,4 +216,8 @@ def _theirs(path: str, names: Sequence[tuple[str, str]]) -> str:
 
 def _turned(path: str, x: np.ndarray) -> np.ndarray:
     """Return an array of theirs with its axes in our order: ``[out, in, ...]`` becomes ``[..., in, out]``."""
-    return np.transpose(x, (*range(2, x.ndim), 1, 0)) if path.endswith("/kernel") and x.ndim >= 2 else x
+    return (
+        np.transpose(x, (*range(2, x.ndim), 1, 0))
+        if path.endswith("/kernel") and x.ndim >= 2
+        else x
+    )

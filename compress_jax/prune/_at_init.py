@@ -16,8 +16,8 @@ from compress_jax.prune._masks.target import Target
 def snip(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
     """Return how much each connection matters to the loss: ``|w * dL/dw|``.
 
-    The derivative of the loss by a mask on the weight, at a mask of ones. The published score divides by the sum over the
-    whole model, which changes no order.
+    The derivative of the loss by a mask on the weight, at a mask of ones. The published score
+    divides by the sum over the whole model, which changes no order.
 
     Args:
       loss: ``(params, *batch) -> scalar``.
@@ -37,7 +37,8 @@ def snip(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
       [0.0, 1.0]
 
     References:
-      Lee, Ajanthan and Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", 2019, equations 6 and 7.
+      Lee, Ajanthan and Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity",
+      2019, equations 6 and 7.
     """
     return _of(params, lambda w: _times(w, jax.grad(_floating(loss, params, batch))(w), jnp.abs))
 
@@ -45,9 +46,10 @@ def snip(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
 def grasp(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
     r"""Return how much each connection matters to the flow of gradients: ``w * (H g)``.
 
-    Removing the weight changes :math:`\|g\|^2` by :math:`-2 w (H g)` to first order. GraSP keeps the weights without which
-    the gradients would be smaller; the paper writes :math:`S = -w (H g)` and removes the largest. Divide the logits in the
-    loss by a temperature (200 in the paper's code) for its values.
+    Removing the weight changes :math:`\|g\|^2` by :math:`-2 w (H g)` to first order. GraSP keeps
+    the weights without which the gradients would be smaller; the paper writes :math:`S = -w (H g)`
+    and removes the largest. Divide the logits in the loss by a temperature (200 in the paper's
+    code) for its values.
 
     Args:
       loss: ``(params, *batch) -> scalar``, twice differentiable.
@@ -63,7 +65,8 @@ def grasp(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
       [1.0, 9.0]
 
     References:
-      Wang, Zhang and Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow", 2020, equation 8.
+      Wang, Zhang and Grosse, "Picking Winning Tickets Before Training by Preserving Gradient Flow",
+      2020, equation 8.
     """
 
     def score(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -74,17 +77,20 @@ def grasp(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
     return _of(params, score)
 
 
-def synflow(fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float = 0.0, rounds: int = 1) -> Any:
+def synflow(
+    fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float = 0.0, rounds: int = 1
+) -> Any:
     r"""Return the synaptic flow through each connection, no data needed: ``|w| * dR/d|w|``.
 
-    R is the sum of the outputs of the network with :math:`|w|` for w, on inputs of ones. With several rounds, the weights of
-    least flow are removed between them until ``1 - (1 - sparsity)**((rounds - 1) / rounds)`` are, over all leaves together;
-    what was removed scores 0. `scored` then takes the last step, with the same sparsity and ``scope="global"``. Without
-    rounds a whole layer may vanish.
+    R is the sum of the outputs of the network with :math:`|w|` for w, on inputs of ones. With
+    several rounds, the weights of least flow are removed between them until
+    ``1 - (1 - sparsity)**((rounds - 1) / rounds)`` are, over all leaves together; what was removed
+    scores 0. `scored` then takes the last step, with the same sparsity and ``scope="global"``.
+    Without rounds a whole layer may vanish.
 
     Args:
-      fn: ``(params, *inputs) -> outputs``. What is negative or centred inside (batch normalisation, a softmax) has no
-        meaning for the flow: leave it out.
+      fn: ``(params, *inputs) -> outputs``. What is negative or centred inside (batch normalisation,
+        a softmax) has no meaning for the flow: leave it out.
       params: at initialisation.
       inputs: examples of the inputs; only shapes and dtypes count, floating ones become ones.
       sparsity: that will be pruned to; used for the rounds only.
@@ -103,11 +109,18 @@ def synflow(fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float =
       [[3.0, 2.0]]
 
     References:
-      Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic flow", 2020, algorithm 1.
+      Tanaka et al., "Pruning neural networks without any data by iteratively conserving synaptic
+      flow", 2020, algorithm 1.
     """
     if rounds < 1 or not 0 <= sparsity < 1:
-        raise ArgumentError(f"synflow needs at least one round and a sparsity in [0, 1), got {rounds} and {sparsity}")
-    ones = jax.tree.map(lambda x: jnp.ones_like(x) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x, inputs)
+        raise ArgumentError(
+            f"synflow needs at least one round and a sparsity in [0, 1), got {rounds} and "
+            f"{sparsity}"
+        )
+    ones = jax.tree.map(
+        lambda x: jnp.ones_like(x) if jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating) else x,
+        inputs,
+    )
 
     def flow(w: dict[str, jax.Array]) -> dict[str, jax.Array]:
         positive = {path: jnp.abs(x) for path, x in w.items()}
@@ -124,7 +137,9 @@ def synflow(fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float =
     return _of(params, score)
 
 
-def _floating(fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]) -> Callable[[dict[str, jax.Array]], jax.Array]:
+def _floating(
+    fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
+) -> Callable[[dict[str, jax.Array]], jax.Array]:
     """Return a function of the floating leaves alone, by path; the others stay as they are."""
     leaves, rebuild = flatten(params)
     return lambda w: fn(rebuild({**leaves, **w}), *batch)
@@ -134,12 +149,20 @@ def _of(params: Any, score: Callable[[dict[str, jax.Array]], dict[str, jax.Array
     """Return the scores of the floating leaves in the tree of the params, zeros for the others."""
     leaves, rebuild = flatten(params)
     found = score({path: x for path, x in leaves.items() if why_not_float(path, x) is None})
-    return rebuild({path: found.get(path, jnp.zeros(jnp.shape(x), jnp.float32)) for path, x in leaves.items()})
+    return rebuild(
+        {path: found.get(path, jnp.zeros(jnp.shape(x), jnp.float32)) for path, x in leaves.items()}
+    )
 
 
-def _times(w: dict[str, jax.Array], g: dict[str, jax.Array], sign: Callable[[jax.Array], jax.Array]) -> dict[str, jax.Array]:
-    return {path: sign(x.astype(jnp.float32) * g[path].astype(jnp.float32)) for path, x in w.items()}
+def _times(
+    w: dict[str, jax.Array], g: dict[str, jax.Array], sign: Callable[[jax.Array], jax.Array]
+) -> dict[str, jax.Array]:
+    return {
+        path: sign(x.astype(jnp.float32) * g[path].astype(jnp.float32)) for path, x in w.items()
+    }
 
 
 def _sum(outputs: Any) -> jax.Array:
-    return sum((x.astype(jnp.float32).sum() for x in jax.tree.leaves(outputs)), jnp.zeros((), jnp.float32))
+    return sum(
+        (x.astype(jnp.float32).sum() for x in jax.tree.leaves(outputs)), jnp.zeros((), jnp.float32)
+    )

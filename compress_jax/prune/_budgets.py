@@ -13,14 +13,18 @@ Allocation = Mapping[str, float]
 
 
 def for_flops(
-    budget: float, allocate: Callable[[float], Allocation], fn: Callable[..., Any], params: Any, *inputs: Any
+    budget: float,
+    allocate: Callable[[float], Allocation],
+    fn: Callable[..., Any],
+    params: Any,
+    *inputs: Any,
 ) -> dict[str, float]:
     r"""Return the allocation of least sparsity whose multiply-accumulates with kept weights are within a share of all.
 
     .. math:: \sum_i M_i (1 - s_i) \le budget \sum_i M_i
 
-    over the contractions i that `trace.cost` finds in ``fn``, of :math:`M_i` multiply-accumulates each; :math:`s_i` is the
-    sparsity of its weights, 0 for what has none.
+    over the contractions i that `trace.cost` finds in ``fn``, of :math:`M_i` multiply-accumulates
+    each; :math:`s_i` is the sparsity of its weights, 0 for what has none.
 
     Args:
       budget: share of the multiply-accumulates that may be left, 0 to 1.
@@ -44,13 +48,16 @@ def for_flops(
       {'a': 0.75}
 
     References:
-      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, appendix H: FLOPs of sparse layers.
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, appendix H: FLOPs of
+      sparse layers.
     """
     sites = [(site.site.param, site.macs) for site in cost(fn, params, *inputs).by_site.values()]
     total = sum(macs for _, macs in sites)
 
     def left(allocation: Allocation) -> float:
-        return sum(macs * (1 - allocation.get(param or "", 0.0)) for param, macs in sites) / max(total, 1)
+        return sum(macs * (1 - allocation.get(param or "", 0.0)) for param, macs in sites) / max(
+            total, 1
+        )
 
     return _least(budget, allocate, left, turns=40)
 
@@ -96,7 +103,10 @@ def for_bytes(
 
 
 def _least(
-    budget: float, allocate: Callable[[float], Allocation], left: Callable[[Allocation], float], turns: int
+    budget: float,
+    allocate: Callable[[float], Allocation],
+    left: Callable[[Allocation], float],
+    turns: int,
 ) -> dict[str, float]:
     """Halve the interval of sparsities; the upper end meets the budget throughout."""
     low, high, best = 0.0, 1.0, allocate(1.0)
@@ -104,11 +114,14 @@ def _least(
         return dict(allocate(0.0))
     if (least := left(best)) > budget:
         raise ConfigError(
-            f"no sparsity meets the budget {budget:g}: with every weight of {', '.join(best)} pruned, {least:.3g} is left; "
+            f"no sparsity meets the budget {budget:g}: with every weight of {', '.join(best)} "
+            f"pruned, {least:.3g} is left; "
             "prune more leaves or raise the budget"
         )
     for _ in range(turns):
         middle = (low + high) / 2
         allocation = allocate(middle)
-        low, high, best = (low, middle, allocation) if left(allocation) <= budget else (middle, high, best)
+        low, high, best = (
+            (low, middle, allocation) if left(allocation) <= budget else (middle, high, best)
+        )
     return dict(best)

@@ -48,13 +48,14 @@ def regrowing(
 ) -> Compression:
     r"""Start from a mask drawn by lot; now and then drop the smallest kept weights and grow as many others.
 
-    At every update step t, of n weights :math:`k = n - \lfloor s n + 1/2 \rfloor` shall be kept. Of the kept ones the
-    :math:`(1 - f(t))\,k` of largest magnitude survive, with the drop fraction
-    :math:`f(t) = \frac{drop}{2} (1 + \cos(\pi t / T))` up to :math:`T = until \cdot steps`; of all others, those of largest
-    growth score join them until there are k. A sparsity that rises drops more than it grows (gradual pruning with regrowth).
+    At every update step t, of n weights :math:`k = n - \lfloor s n + 1/2 \rfloor` shall be kept. Of
+    the kept ones the :math:`(1 - f(t))\,k` of largest magnitude survive, with the drop fraction
+    :math:`f(t) = \frac{drop}{2} (1 + \cos(\pi t / T))` up to :math:`T = until \cdot steps`; of all
+    others, those of largest growth score join them until there are k. A sparsity that rises drops
+    more than it grows (gradual pruning with regrowth).
 
-    Grown weights must restart from zero, as must the optimizer's moments of them: `make_step` does so; in a loop of one's
-    own, call `restart`.
+    Grown weights must restart from zero, as must the optimizer's moments of them: `make_step` does
+    so; in a loop of one's own, call `restart`.
 
     Args:
       growth: the score of weights that may be grown.
@@ -62,16 +63,19 @@ def regrowing(
       steps: length of the training.
       key: typed PRNG key of the first mask, and of random growth.
       drop: the first drop fraction, 0 to 1, or a schedule of it.
-      every: updates are at steps divisible by it, 0 not among them, and when a schedule of the sparsity reaches its last
-        value.
-      until: share of the training after which nothing is replaced: the mask stays, but for a sparsity that still rises.
+      every: updates are at steps divisible by it, 0 not among them, and when a schedule of the
+        sparsity reaches its last value.
+      until: share of the training after which nothing is replaced: the mask stays, but for a
+        sparsity that still rises.
 
     Returns:
-      The Compression. ``fixed[path]`` is ``{"mask": mask, "grown": bool, true where the last update grew a weight}``.
+      The Compression. ``fixed[path]`` is
+      ``{"mask": mask, "grown": bool, true where the last update grew a weight}``.
 
     Raises:
       ArgumentError: for impossible arguments; in `update`, if gradients are needed and missing.
-      NonFiniteError: outside ``jit``, if such gradients are not finite; under it the masks stay in such a step.
+      NonFiniteError: outside ``jit``, if such gradients are not finite; under it the masks stay in
+        such a step.
 
     Example:
       >>> c = regrowing(Growth(lambda seen: seen.grad, True), 0.5, 10, jax.random.key(0), drop=0.5, every=1)
@@ -82,19 +86,32 @@ def regrowing(
     """
     every, steps, until = whole("every", every), whole("steps", steps), number("until", until)
     if every < 1 or steps < 1 or not 0 <= until <= 1:
-        raise ArgumentError(f"give every >= 1, steps >= 1 and until from 0 to 1, got {every}, {steps} and {until}")
-    if not callable(drop) and not 0 <= number("drop (a number or a schedule of the step)", drop) <= 1:
-        raise ArgumentError(f"drop is the share of kept weights to replace, between 0 and 1, got {drop}")
+        raise ArgumentError(
+            f"give every >= 1, steps >= 1 and until from 0 to 1, got {every}, {steps} and {until}"
+        )
+    if (
+        not callable(drop)
+        and not 0 <= number("drop (a number or a schedule of the step)", drop) <= 1
+    ):
+        raise ArgumentError(
+            f"drop is the share of kept weights to replace, between 0 and 1, got {drop}"
+        )
     random_key("key", key)
     if not isinstance(growth, Growth):
-        refused("growth", growth, "a prune.Growth: wrap a function of what is seen, prune.Growth(fn)")
+        refused(
+            "growth", growth, "a prune.Growth: wrap a function of what is seen, prune.Growth(fn)"
+        )
     stop = int(until * steps)
     fall: Any = drop if callable(drop) else lambda step: _cosine(drop, step, stop)
     return _Regrow(growth, Target.of(sparsity), key, fall, every, stop).compression()
 
 
 def _cosine(drop: float, step: jax.Array, stop: int) -> jax.Array:
-    return 0.5 * drop * (1 + jnp.cos(jnp.pi * jnp.clip(step.astype(jnp.float32) / max(stop, 1), 0.0, 1.0)))
+    return (
+        0.5
+        * drop
+        * (1 + jnp.cos(jnp.pi * jnp.clip(step.astype(jnp.float32) / max(stop, 1), 0.0, 1.0)))
+    )
 
 
 class _Regrow(NamedTuple):
@@ -113,15 +130,27 @@ class _Regrow(NamedTuple):
     def compression(self) -> Compression:
         update = Scheduled(self.update, self.target.schedules, partial(self.update, last=True))
         made = of_masks(self.leaves)._replace(init=self.init, update=update, bind=self.bind)
-        options = {"growth": self.growth, "sparsity": self.target, "key": self.key, "drop": self.drop}
-        return stamped(made, call_of("regrowing", every=self.every, stop=self.stop, **options), self.known)
+        options = {
+            "growth": self.growth,
+            "sparsity": self.target,
+            "key": self.key,
+            "drop": self.drop,
+        }
+        return stamped(
+            made, call_of("regrowing", every=self.every, stop=self.stop, **options), self.known
+        )
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
     def init(self, params: Params, *, step: Any = 0) -> CompressionState:
-        self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
-        draws = {path: jax.random.uniform(self.own(path), x.shape) for path, x in self.leaves.of(params).items()}
+        self.target.check(
+            path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None
+        )
+        draws = {
+            path: jax.random.uniform(self.own(path), x.shape)
+            for path, x in self.leaves.of(params).items()
+        }
         masks = kept(draws, self.target, step, axes=self.leaves.axes(params))
         return _state(masks, masks)
 
@@ -150,20 +179,34 @@ class _Regrow(NamedTuple):
             drop = jnp.where(replacing & (not last), jnp.asarray(self.drop(step), jnp.float32), 0.0)
             new = {}
             for path, x in leaves.items():
-                new[path] = self.turned(path, x, old[path], gradients.get(path), at, drop, axes[path])
+                new[path] = self.turned(
+                    path, x, old[path], gradients.get(path), at, drop, axes[path]
+                )
             return new
 
-        new = _state(chosen(jnp.asarray(last) | replacing | arriving | self.rising(step), turn, lambda: old), old)
+        new = _state(
+            chosen(jnp.asarray(last) | replacing | arriving | self.rising(step), turn, lambda: old),
+            old,
+        )
         return unless_broken(gradients if self.growth.needs_grads else {}, new, _state(old, old))
 
     def rising(self, step: jax.Array) -> jax.Array:
         """Tell whether the mask stays by now but for a schedule that goes on pruning, at its steps."""
-        moving = [schedule(step) != schedule(step - self.every) for schedule in self.target.schedules]
+        moving = [
+            schedule(step) != schedule(step - self.every) for schedule in self.target.schedules
+        ]
         late = (step % self.every == 0) & (step > self.stop)
         return late & jnp.stack([jnp.zeros((), bool), *moving]).any()
 
     def turned(
-        self, path: str, x: jax.Array, live: jax.Array, grad: Any, step: jax.Array, drop: jax.Array, axes: Axes
+        self,
+        path: str,
+        x: jax.Array,
+        live: jax.Array,
+        grad: Any,
+        step: jax.Array,
+        drop: jax.Array,
+        axes: Axes,
     ) -> jax.Array:
         seen = Seen(path, x, step, grad, key=jax.random.fold_in(self.own(path), step + 1))
         growth, share = measured(self.growth, seen, axes), self.target.share(path, step)
@@ -174,7 +217,9 @@ class _Regrow(NamedTuple):
         return over_layers(change, axes, ("leaf", "leaf", "leaf"), "leaf")(x, growth, live)
 
 
-def turnover(x: jax.Array, growth: jax.Array, live: jax.Array, sparsity: Any, drop: jax.Array) -> jax.Array:
+def turnover(
+    x: jax.Array, growth: jax.Array, live: jax.Array, sparsity: Any, drop: jax.Array
+) -> jax.Array:
     """Return the mask after the smallest kept weights were dropped and those of largest growth score grown.
 
     Args:
@@ -211,7 +256,9 @@ def _growth(score: jax.Array, survivors: jax.Array) -> jax.Array:
 
 
 def _state(masks: dict[str, jax.Array], old: dict[str, jax.Array]) -> CompressionState:
-    return CompressionState({}, {path: {"mask": mask, "grown": mask & ~old[path]} for path, mask in masks.items()})
+    return CompressionState(
+        {}, {path: {"mask": mask, "grown": mask & ~old[path]} for path, mask in masks.items()}
+    )
 
 
 # SET: sparse evolutionary training, whose weights are grown at random.
@@ -251,8 +298,8 @@ def set(  # noqa: A001
       10
 
     References:
-      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
-      science", 2018, algorithm 1.
+      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science", 2018, algorithm 1.
     """
     return regrowing(Growth(_draw), sparsity, steps, key, drop=drop, every=every, until=until)
 
@@ -275,8 +322,9 @@ def rigl(
 ) -> Compression:
     """Train sparse from the start: the smallest kept weights are replaced by those of largest gradient.
 
-    See `regrowing` for the rule. `update` needs ``grads``, the gradient at the weights the model used, dense where a mask is
-    on. A weight that was just dropped may be grown again. With a rising schedule it prunes gradually and regrows (GraNet).
+    See `regrowing` for the rule. `update` needs ``grads``, the gradient at the weights the model
+    used, dense where a mask is on. A weight that was just dropped may be grown again. With a rising
+    schedule it prunes gradually and regrows (GraNet).
 
     Args:
       sparsity: as of `magnitude`: a number, a schedule, or a map such as `erk` returns.
@@ -300,10 +348,12 @@ def rigl(
       1
 
     References:
-      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, algorithm 1.
-      Liu et al., "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", 2021 (GraNet).
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, algorithm 1. Liu et al.,
+      "Sparse Training via Boosting Pruning Plasticity with Neuroregeneration", 2021 (GraNet).
     """
-    return regrowing(Growth(_slope, needs_grads=True), sparsity, steps, key, drop=drop, every=every, until=until)
+    return regrowing(
+        Growth(_slope, needs_grads=True), sparsity, steps, key, drop=drop, every=every, until=until
+    )
 
 
 def _slope(seen: Seen) -> jax.Array:

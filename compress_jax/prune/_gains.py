@@ -14,9 +14,11 @@ from compress_jax.prune._sparsities import masks_in
 BUYS = {
     "dense": "nothing",
     "channels": "bytes, and time on any hardware once `shrink` takes the channels out",
-    "2:4": "bytes, and up to half the time of the product on GPUs with sparse tensor cores (NVIDIA, from Ampere on), by a "
+    "2:4": "bytes, and up to half the time of the product on GPUs with sparse tensor cores "
+    "(NVIDIA, from Ampere on), by a "
     "kernel for 2:4; plain XLA uses none, and CPUs and TPUs have none",
-    "blocks": "bytes, and time with a block-sparse kernel of these tiles; plain XLA multiplies the zeros",
+    "blocks": "bytes, and time with a block-sparse kernel of these tiles; plain XLA multiplies "
+    "the zeros",
     "unstructured": "bytes only: dense products multiply the zeros on CPU, GPU and TPU",
 }
 
@@ -28,7 +30,8 @@ class Gain:
     Attributes:
       path: the leaf.
       sparsity: share of entries that are pruned.
-      pattern: ``"channels"``, ``"2:4"``, ``"blocks"``, ``"unstructured"`` or ``"dense"``; the most useful one that holds.
+      pattern: ``"channels"``, ``"2:4"``, ``"blocks"``, ``"unstructured"`` or ``"dense"``; the most
+        useful one that holds.
       dense: bytes of the dense array.
       stored: bytes in the smaller of the packed forms.
       buys: what that is worth, in words.
@@ -55,9 +58,15 @@ class Gains:
     def __str__(self) -> str:
         """Return the table as aligned text, and what each pattern in it buys."""
         head = ("path", "sparsity", "pattern", "bytes")
-        body = [(r.path, f"{r.sparsity:.1%}", r.pattern, f"{r.stored:,} of {r.dense:,}") for r in self.rows]
+        body = [
+            (r.path, f"{r.sparsity:.1%}", r.pattern, f"{r.stored:,} of {r.dense:,}")
+            for r in self.rows
+        ]
         widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in (head, *body)]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *body)
+        ]
         legend = {r.pattern: f"{r.pattern}: {r.buys}" for r in self.rows}
         return "\n".join([*lines, *legend.values()])
 
@@ -65,9 +74,10 @@ class Gains:
 def gains(params: Any, state: CompressionState) -> Gains:
     """Return what the masks of a pruned model buy on which hardware, by what pattern is found in them.
 
-    The masks themselves are looked at, not how they were made: ``"channels"`` if all entries at some index of one of the
-    last two axes are pruned and they are at least half of all pruned ones; ``"2:4"`` if no four consecutive inputs (axis -2)
-    keep more than two; ``"blocks"`` if tiles of 8 x 8 and more along the last axes hold at least half of the zeros.
+    The masks themselves are looked at, not how they were made: ``"channels"`` if all entries at
+    some index of one of the last two axes are pruned and they are at least half of all pruned ones;
+    ``"2:4"`` if no four consecutive inputs (axis -2) keep more than two; ``"blocks"`` if tiles of 8
+    x 8 and more along the last axes hold at least half of the zeros.
 
     Args:
       params: the params.
@@ -87,7 +97,11 @@ def gains(params: Any, state: CompressionState) -> Gains:
       Gray, Radford and Kingma, "GPU Kernels for Block-Sparse Weights", 2017.
     """
     leaves = flatten(params)[0]
-    return Gains(tuple(_gain(path, leaves[path], mask) for path, mask in masks_in(state.fixed, leaves).items()))
+    return Gains(
+        tuple(
+            _gain(path, leaves[path], mask) for path, mask in masks_in(state.fixed, leaves).items()
+        )
+    )
 
 
 def _gain(path: str, x: jax.Array, mask: jax.Array) -> Gain:

@@ -38,20 +38,27 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
       [0.0, 0.2, 0.36, 0.488]
 
     References:
-      Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, section 1, strategy of iterative pruning.
+      Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, section 1, strategy of iterative
+      pruning.
     """
     share, steps = number("share", share), whole("steps", steps)
     if not 0 < share < 1 or steps < 1:
-        raise ArgumentError(f"a share between 0 and 1 is pruned each round of at least one step, got {share} and {steps}")
-    return lambda step: 1 - jnp.float32(1 - share) ** (jnp.asarray(step) // steps).astype(jnp.float32)
+        raise ArgumentError(
+            f"a share between 0 and 1 is pruned each round of at least one step, got {share} and "
+            f"{steps}"
+        )
+    return lambda step: (
+        1 - jnp.float32(1 - share) ** (jnp.asarray(step) // steps).astype(jnp.float32)
+    )
 
 
 def nested(compression: Compression) -> Compression:
     """Let a pruning method choose among what it has kept so far: weights that were pruned never come back.
 
-    `update` is given the weights as the masks show them, so a pruned one counts as zero, which methods that score by size
-    (`magnitude`, `fisher`, `saliency` without a decay) prune first. Needed wherever pruned weights do not stay at zero:
-    after rewinding, and in gradual pruning by `saliency`, where they would come and go with the noise of a batch's gradient.
+    `update` is given the weights as the masks show them, so a pruned one counts as zero, which
+    methods that score by size (`magnitude`, `fisher`, `saliency` without a decay) prune first.
+    Needed wherever pruned weights do not stay at zero: after rewinding, and in gradual pruning by
+    `saliency`, where they would come and go with the noise of a batch's gradient.
 
     Args:
       compression: from `magnitude` or the like, with a sparsity that does not fall.
@@ -70,24 +77,33 @@ def nested(compression: Compression) -> Compression:
     checked("compression", compression)
 
     def nesting(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
-        return lambda params, state, **inputs: update(compression.view(params, state), state, **inputs)
+        return lambda params, state, **inputs: update(
+            compression.view(params, state), state, **inputs
+        )
 
-    update = Scheduled(nesting(compression.update), schedules_of(compression), nesting(at_once(compression)))
+    update = Scheduled(
+        nesting(compression.update), schedules_of(compression), nesting(at_once(compression))
+    )
     return compression._replace(
-        update=update, call=f"nested({describe(compression)})", bind=lambda known: nested(bound(compression, known))
+        update=update,
+        call=f"nested({describe(compression)})",
+        bind=lambda known: nested(bound(compression, known)),
     )
 
 
 def rewind(state: Any, saved: Any, masks: CompressionState, *, weights: bool = True) -> Any:
     """Return a training state that starts the next round: early weights (or only the early learning rate), new masks.
 
-    Weight rewinding continues from ``saved`` in all but the masks. Learning-rate rewinding keeps the trained weights and
-    the model's other state, and takes the step, the optimizer's state and thus the schedule of ``saved``.
+    Weight rewinding continues from ``saved`` in all but the masks. Learning-rate rewinding keeps
+    the trained weights and the model's other state, and takes the step, the optimizer's state and
+    thus the schedule of ``saved``.
 
     Args:
-      state: NamedTuple with fields ``step, params, learned, fixed, opt_state``, such as ``train.TrainState``: trained.
+      state: NamedTuple with fields ``step, params, learned, fixed, opt_state``, such as
+        ``train.TrainState``: trained.
       saved: the like, of an early step; a copy, if steps donate their state.
-      masks: state of the compression for the next round: ``compression.update(state.params, ...)`` of a `nested` one.
+      masks: state of the compression for the next round: ``compression.update(state.params, ...)``
+        of a `nested` one.
       weights: whether weights go back; else only the learning rate.
 
     Returns:
@@ -113,18 +129,22 @@ def rewind(state: Any, saved: Any, masks: CompressionState, *, weights: bool = T
       (10, [1.0, 0.0])
 
     References:
-      Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, algorithm 2 (rewinding).
-      Renda, Frankle and Carbin, "Comparing Rewinding and Fine-tuning in Neural Network Pruning", 2020, section 2.
+      Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, algorithm
+      2 (rewinding). Renda, Frankle and Carbin, "Comparing Rewinding and Fine-tuning in Neural
+      Network Pruning", 2020, section 2.
     """
     needed = ("step", "params", "learned", "fixed", "opt_state")
     for tree in (state, saved):
         if missing := [name for name in needed if not hasattr(tree, name)]:
             raise StateError(
-                f"a training state is a NamedTuple with {', '.join(needed)}; {type(tree).__name__} lacks {missing}"
+                f"a training state is a NamedTuple with {', '.join(needed)}; "
+                f"{type(tree).__name__} lacks {missing}"
             )
     if weights:
         return saved._replace(learned=masks.learned, fixed=masks.fixed)
-    return state._replace(step=saved.step, opt_state=saved.opt_state, learned=masks.learned, fixed=masks.fixed)
+    return state._replace(
+        step=saved.step, opt_state=saved.opt_state, learned=masks.learned, fixed=masks.fixed
+    )
 
 
 class Rewound(NamedTuple):
@@ -151,10 +171,12 @@ def rewinding(
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that one ordinary training loop goes through all rounds of iterative pruning.
 
-    Rounds end at the steps divisible by ``every``, where ``every(every, nested(magnitude(rounds(share, every))))`` prunes.
-    The next two steps take weights and optimizer (its schedule, too) back to what they were after ``to`` steps, exactly;
-    gradients of these two are ignored. A run that is stopped and restored goes on as if nothing had happened, because all is
-    in the state. What a model keeps beside its params (batch statistics) stays as trained.
+    Rounds end at the steps divisible by ``every``, where
+    ``every(every, nested(magnitude(rounds(share, every))))`` prunes. The next two steps take
+    weights and optimizer (its schedule, too) back to what they were after ``to`` steps, exactly;
+    gradients of these two are ignored. A run that is stopped and restored goes on as if nothing had
+    happened, because all is in the state. What a model keeps beside its params (batch statistics)
+    stays as trained.
 
     Args:
       optimizer: any; its schedules see the steps of a round.
@@ -188,7 +210,8 @@ def rewinding(
     begin = 0 if start is None else BACK
     if every is not None and (to < 0 or every <= begin + to + BACK):
         raise ArgumentError(
-            f"a round of {every} steps is too short to come back to step {to}; rounds need {begin + to + BACK + 1}"
+            f"a round of {every} steps is too short to come back to step {to}; rounds need "
+            f"{begin + to + BACK + 1}"
         )
 
     wrapped = optax.with_extra_args_support(optimizer)
@@ -215,8 +238,14 @@ def rewinding(
         def again() -> tuple[Any, Any]:
             return back_to(saved[0] if weights else params), saved[1]
 
-        branches: list[Callable[[], tuple[Any, Any]]] = [train, begun if begin else train, again if every else train]
-        going_back = (now > every) & (now % every > 0) & (now % every <= BACK) if every else jnp.bool(False)
+        branches: list[Callable[[], tuple[Any, Any]]] = [
+            train,
+            begun if begin else train,
+            again if every else train,
+        ]
+        going_back = (
+            (now > every) & (now % every > 0) & (now % every <= BACK) if every else jnp.bool(False)
+        )
         index = jnp.where(now < begin, 1, jnp.where(going_back, 2, 0))
         moves, inner = jax.lax.switch(index, branches)
         return moves, Rewound(now + 1, inner, saved)

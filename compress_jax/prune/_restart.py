@@ -15,8 +15,8 @@ Flags = Mapping[str, jax.Array]
 def restart(params: Any, opt_state: Any, before: Any, after: Any) -> tuple[Any, Any]:
     """Return params and optimizer state in which the weights that an update of the compression grew are zero.
 
-    For `set`, `rigl` and whatever else is built by `regrowing`, alone or inside combinators; with any other compression it
-    returns its arguments. `make_step` calls it after every update.
+    For `set`, `rigl` and whatever else is built by `regrowing`, alone or inside combinators; with
+    any other compression it returns its arguments. `make_step` calls it after every update.
 
     Args:
       params: the stored params.
@@ -72,9 +72,9 @@ def grown(before: Any, after: Any) -> dict[str, jax.Array]:
 def reset_moments(opt_state: Any, params: Any, regrown: Flags) -> Any:
     """Return an optimizer state with zeros where weights were grown.
 
-    A leaf of the state belongs to a weight array if its path ends in that array's path and it has its shape: momentum,
-    first and second moments, averages. Row and column statistics (Adafactor) and scalars belong to no single weight: they
-    stay.
+    A leaf of the state belongs to a weight array if its path ends in that array's path and it has
+    its shape: momentum, first and second moments, averages. Row and column statistics (Adafactor)
+    and scalars belong to no single weight: they stay.
 
     Args:
       opt_state: any optax state, over the params or over a tree that holds them.
@@ -99,7 +99,9 @@ def reset_moments(opt_state: Any, params: Any, regrown: Flags) -> Any:
         raise KeyError(f"no param is named {unknown[0]!r}; there are: {', '.join(names)}")
     leaves, rebuild = flatten(opt_state)
     owners = {path: owner(path, names) for path in leaves}
-    return rebuild({path: _zeroed(leaf, regrown.get(owners[path] or "")) for path, leaf in leaves.items()})
+    return rebuild(
+        {path: _zeroed(leaf, regrown.get(owners[path] or "")) for path, leaf in leaves.items()}
+    )
 
 
 def _zeroed(leaf: Any, flags: jax.Array | None) -> Any:

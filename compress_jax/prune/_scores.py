@@ -28,38 +28,42 @@ def magnitude(
 ) -> Compression:
     r"""Prune the weights of smallest magnitude, exactly as many as the sparsity says.
 
-    With the mask ``m = 0`` on the ``floor(sparsity * n + 1/2)`` smallest of n magnitudes ``|x|``, else 1:
-    ``view(x) = x`` where ``m = 1``, else ``+0.0``. The gradient is the view's own, ``dx = m * dview``. With a structure, n
-    counts its units, and their magnitude is that of their entries as the structure reduces it; `n_m` keeps the largest n of
-    each m.
+    With the mask ``m = 0`` on the ``floor(sparsity * n + 1/2)`` smallest of n magnitudes ``|x|``,
+    else 1: ``view(x) = x`` where ``m = 1``, else ``+0.0``. The gradient is the view's own,
+    ``dx = m * dview``. With a structure, n counts its units, and their magnitude is that of their
+    entries as the structure reduces it; `n_m` keeps the largest n of each m.
 
-    The mask is recomputed by every `update` from the params, which stay dense under the view. A pruned weight gets no
-    gradient, so a plain optimizer leaves it where it was, and it comes back as soon as kept weights have shrunk below it, or
-    the sparsity falls. Weight decay and momentum move pruned weights too. To hold a mask, stop updating it (`between`); for
-    masks that only shrink, see `nested`.
+    The mask is recomputed by every `update` from the params, which stay dense under the view. A
+    pruned weight gets no gradient, so a plain optimizer leaves it where it was, and it comes back
+    as soon as kept weights have shrunk below it, or the sparsity falls. Weight decay and momentum
+    move pruned weights too. To hold a mask, stop updating it (`between`); for masks that only
+    shrink, see `nested`.
 
-    Of equal magnitudes the one earlier in C order is pruned first (with ``scope="global"``, the one in the earlier leaf), so
-    the mask is that of a stable argsort, under every sharding; but nothing is sorted or flattened. Zeros of either sign are
-    equal.
+    Of equal magnitudes the one earlier in C order is pruned first (with ``scope="global"``, the one
+    in the earlier leaf), so the mask is that of a stable argsort, under every sharding; but nothing
+    is sorted or flattened. Zeros of either sign are equal.
 
     Args:
-      sparsity: share of the weights to prune, 0 to 1, or an optax schedule of the step, or ``{glob: either}``: leaves that
-        no glob matches are left alone. `init` uses the schedule at step 0. What a schedule returns is clipped to [0, 1]; see
-        `compress_jax.prune.amount` for the rounding. None with an `n_m` structure, which sets it.
+      sparsity: share of the weights to prune, 0 to 1, or an optax schedule of the step, or
+        ``{glob: either}``: leaves that no glob matches are left alone. `init` uses the schedule at
+        step 0. What a schedule returns is clipped to [0, 1]; see `compress_jax.prune.amount` for
+        the rounding. None with an `n_m` structure, which sets it.
       structure: `n_m`, `block`, `channel` or `head`; None for single weights.
-      scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves it is given share one
-        threshold, and only the total reaches it. With a structure, the sparsity is the share of all units.
+      scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves it is
+        given share one threshold, and only the total reaches it. With a structure, the sparsity is
+        the share of all units.
       every: the mask is recomputed at steps divisible by it.
-      floor: with ``scope="global"``, the share of every leaf that stays, and at least one weight: a threshold for all may
-        empty a leaf. 0, the default, guards nothing; `shares` shows what each leaf lost.
+      floor: with ``scope="global"``, the share of every leaf that stays, and at least one weight: a
+        threshold for all may empty a leaf. 0, the default, guards nothing; `shares` shows what each
+        leaf lost.
 
     Returns:
-      The Compression. ``fixed[path]`` is the mask, bool, the shape of the leaf, true where a weight is kept. Packs to
-      `Sparse` where that is smaller than the dense array.
+      The Compression. ``fixed[path]`` is the mask, bool, the shape of the leaf, true where a weight
+      is kept. Packs to `Sparse` where that is smaller than the dense array.
 
     Raises:
-      ValueError: if ``sparsity`` is a number outside [0, 1], ``scope`` is neither of the two, or both contradict the
-        structure.
+      ValueError: if ``sparsity`` is a number outside [0, 1], ``scope`` is neither of the two, or
+        both contradict the structure.
 
     Example:
       >>> import jax.numpy as jnp
@@ -68,21 +72,30 @@ def magnitude(
       [0.0, -3.0, 0.0, -0.30000001192092896]
 
     References:
-      Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural Networks", 2015, section 3.
+      Han, Pool, Tran and Dally, "Learning both Weights and Connections for Efficient Neural
+      Networks", 2015, section 3.
     """
-    return masked(Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every, floor=floor)
+    return masked(
+        Score(lambda seen: seen.x), sparsity, structure, scope=scope, every=every, floor=floor
+    )
 
 
 # Random pruning, the baseline: weights drawn by lot are seen as zero.
 
 
 def random(
-    sparsity: Sparsity | None, key: jax.Array, structure: Structure | None = None, *, scope: str = "leaf", every: int = 1
+    sparsity: Sparsity | None,
+    key: jax.Array,
+    structure: Structure | None = None,
+    *,
+    scope: str = "leaf",
+    every: int = 1,
 ) -> Compression:
     """Prune weights drawn at random, exactly as many as the sparsity says.
 
-    Each weight draws a number once, from the key and the leaf's name; the lowest are pruned. So the mask stays as it is
-    while the sparsity stays (static sparse training), and with a rising one nothing comes back.
+    Each weight draws a number once, from the key and the leaf's name; the lowest are pruned. So the
+    mask stays as it is while the sparsity stays (static sparse training), and with a rising one
+    nothing comes back.
 
     Args:
       sparsity: as of `magnitude`.
@@ -110,7 +123,9 @@ def random(
 
     def measure(seen: Seen) -> jax.Array:
         own: Any = fold_path(key, seen.path)
-        own = own if seen.layer is None else jax.random.fold_in(own, seen.layer)  # else all layers would have one mask
+        own = (
+            own if seen.layer is None else jax.random.fold_in(own, seen.layer)
+        )  # else all layers would have one mask
         return jax.random.uniform(own, seen.x.shape)
 
     return masked(Score(measure), sparsity, structure, scope=scope, every=every)
@@ -130,13 +145,14 @@ def scored(
 ) -> Compression:
     """Prune the entries of lowest given score, compared by value: one-shot, from `snip`, `grasp`, `synflow` or anywhere.
 
-    Scores are kept in the state, so a schedule prunes further along the same ranking; with a fixed sparsity the mask never
-    changes.
+    Scores are kept in the state, so a schedule prunes further along the same ranking; with a fixed
+    sparsity the mask never changes.
 
     Args:
-      scores: tree of floating arrays in the shapes of the params, or ``{path: array}``, larger where an entry matters more;
-        or a function of the params that returns one. Under `at` and `rules` the function is given ``{path: array}`` of the
-        leaves that are pruned, so compute scores of a whole model beforehand.
+      scores: tree of floating arrays in the shapes of the params, or ``{path: array}``, larger
+        where an entry matters more; or a function of the params that returns one. Under `at` and
+        `rules` the function is given ``{path: array}`` of the leaves that are pruned, so compute
+        scores of a whole model beforehand.
       sparsity: as of `magnitude`.
       structure: `n_m`, `block`, `channel` or `head`; None for single weights.
       scope: ``"leaf"`` or ``"global"``.
@@ -158,10 +174,17 @@ def scored(
     """
     score = Score(lambda seen: seen.carried, lambda seen: _own({}, seen), signed=True)
     ranked = masked(score, sparsity, structure, scope=scope, every=every)
-    return _with_scores(scores, ranked, lambda found: masked(found, sparsity, structure, scope=scope, every=every), None)
+    return _with_scores(
+        scores,
+        ranked,
+        lambda found: masked(found, sparsity, structure, scope=scope, every=every),
+        None,
+    )
 
 
-def _with_scores(scores: Any, ranked: Compression, build: Callable[[Score], Compression], known: Any) -> Compression:
+def _with_scores(
+    scores: Any, ranked: Compression, build: Callable[[Score], Compression], known: Any
+) -> Compression:
     """Replace the `init` of a method that has no scores yet by one that begins with those given."""
 
     def init(params: Params, *, step: Any = 0) -> CompressionState:
@@ -179,10 +202,15 @@ def _with_scores(scores: Any, ranked: Compression, build: Callable[[Score], Comp
 
 def _own(scores: dict[str, jax.Array], seen: Seen) -> jax.Array:
     if seen.path not in scores or why_not_float(seen.path, scores[seen.path]):
-        raise StateError(f"leaf {seen.path!r} has no scores; there are floating ones for: {', '.join(scores) or 'none'}")
+        raise StateError(
+            f"leaf {seen.path!r} has no scores; there are floating ones for: "
+            f"{', '.join(scores) or 'none'}"
+        )
     score = jnp.asarray(scores[seen.path])
     if score.shape != seen.x.shape:
-        raise ShapeError(f"leaf {seen.path!r} has shape {seen.x.shape}, its scores have {score.shape}")
+        raise ShapeError(
+            f"leaf {seen.path!r} has shape {seen.x.shape}, its scores have {score.shape}"
+        )
     check_finite(f"{seen.path} (its scores)", score)
     return score
 
@@ -194,11 +222,12 @@ def lamp(sparsity: Sparsity, *, every: int = 1) -> Compression:
     r"""Prune the weights of lowest layer-adaptive magnitude, over all leaves together.
 
     With a layer's weights in ascending order of magnitude, weight u scores
-    :math:`w_u^2 / \sum_{v \ge u} w_v^2`: within a layer the order is that of magnitudes, the largest weight of each layer
-    scores 1, and no layer vanishes before all have only one weight left. How many each layer loses is the allocation of
-    LAMP; `shares` tells it, for other methods.
+    :math:`w_u^2 / \sum_{v \ge u} w_v^2`: within a layer the order is that of magnitudes, the
+    largest weight of each layer scores 1, and no layer vanishes before all have only one weight
+    left. How many each layer loses is the allocation of LAMP; `shares` tells it, for other methods.
 
-    This sorts every leaf, unlike the other methods: use ``every``, or its `shares` with `magnitude`.
+    This sorts every leaf, unlike the other methods: use ``every``, or its `shares` with
+    `magnitude`.
 
     Args:
       sparsity: share of all weights to prune, a number or a schedule.
@@ -225,7 +254,9 @@ def lamp(sparsity: Sparsity, *, every: int = 1) -> Compression:
 def _lamp(seen: Seen) -> jax.Array:
     magnitudes = jnp.abs(seen.x.astype(jnp.float32)).ravel()
     order = jnp.argsort(magnitudes, stable=True)
-    squares = jnp.square(magnitudes / jnp.maximum(magnitudes.max(), jnp.finfo(jnp.float32).tiny))[order]
+    squares = jnp.square(magnitudes / jnp.maximum(magnitudes.max(), jnp.finfo(jnp.float32).tiny))[
+        order
+    ]
     left = jnp.cumsum(squares[::-1])[::-1]
     scores = jnp.where(left > 0, squares / jnp.where(left > 0, left, 1.0), 0.0)
     return jnp.zeros_like(scores).at[order].set(scores).reshape(seen.x.shape)

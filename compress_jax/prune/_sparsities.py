@@ -28,17 +28,21 @@ def erk(
 ) -> dict[str, float]:
     r"""Return the sparsity of every kernel under the Erdős-Rényi-kernel rule, the total exact.
 
-    A kernel of shape :math:`(k_1, \ldots, k_r)` keeps the share :math:`\epsilon \frac{\sum_i k_i}{\prod_i k_i}` of its
-    weights, or all where that exceeds 1; :math:`\epsilon` is such that the kernels together reach the sparsity. Counts are
-    rounded so that their sum is the total, the largest fractions up.
+    A kernel of shape :math:`(k_1, \ldots, k_r)` keeps the share
+    :math:`\epsilon \frac{\sum_i k_i}{\prod_i k_i}` of its weights, or all where that exceeds 1;
+    :math:`\epsilon` is such that the kernels together reach the sparsity. Counts are rounded so
+    that their sum is the total, the largest fractions up.
 
     Args:
       params: tree of arrays or shapes.
       sparsity: share of the weights of all these kernels to prune, 0 to 1.
-      pattern: glob or globs of the kernels; by default all floating leaves of rank 2 and more. The others stay dense.
-      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs but not a convolution's window.
-      layouts: what each axis is for, from ``cj.trace.layouts(fn, params, *inputs)``: a stack of layers gets the sparsity
-        that each of them alone would get. Without it every leaf is one layer whose last two axes are inputs and outputs.
+      pattern: glob or globs of the kernels; by default all floating leaves of rank 2 and more. The
+        others stay dense.
+      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs but not a
+        convolution's window.
+      layouts: what each axis is for, from ``cj.trace.layouts(fn, params, *inputs)``: a stack of
+        layers gets the sparsity that each of them alone would get. Without it every leaf is one
+        layer whose last two axes are inputs and outputs.
 
     Returns:
       ``{path: sparsity}``, for the ``sparsity`` of any method.
@@ -53,20 +57,34 @@ def erk(
       {'a': 0.55, 'b': 0.83125}
 
     References:
-      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, section 3.
-      Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network
-      science", 2018 (Erdős-Rényi).
+      Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, section 3. Mocanu et
+      al., "Scalable training of artificial neural networks with adaptive sparse connectivity
+      inspired by network science", 2018 (Erdős-Rényi).
     """
     if not 0 <= sparsity <= 1:
-        raise ArgumentError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
-    floats = {path: tuple(x.shape) for path, x in flatten(params)[0].items() if why_not_float(path, x) is None}
-    chosen = set(match(pattern, floats)) if pattern is not None else {p for p, shape in floats.items() if len(shape) > 1}
+        raise ArgumentError(
+            f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}"
+        )
+    floats = {
+        path: tuple(x.shape)
+        for path, x in flatten(params)[0].items()
+        if why_not_float(path, x) is None
+    }
+    chosen = (
+        set(match(pattern, floats))
+        if pattern is not None
+        else {p for p, shape in floats.items() if len(shape) > 1}
+    )
     shapes = {path: shape for path, shape in floats.items() if path in chosen}
     if not shapes:
-        raise ArgumentError("there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern")
+        raise ArgumentError(
+            "there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern"
+        )
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     total = sum(sizes.values())
-    weights = {path: _weight(shape, kernel, (layouts or {}).get(path)) for path, shape in shapes.items()}
+    weights = {
+        path: _weight(shape, kernel, (layouts or {}).get(path)) for path, shape in shapes.items()
+    }
     kept = round_to_total(fill(weights, sizes, total - amount_exact(sparsity, total)), sizes)
     return {path: (size - kept[path]) / size for path, size in sizes.items()}
 
@@ -92,7 +110,11 @@ def fill(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> 
     while True:
         free = {path: weight for path, weight in weights.items() if path not in full}
         factor = (total - sum(full.values())) / max(sum(free.values()), 1e-300)
-        over = {path: float(sizes[path]) for path, weight in free.items() if factor * weight > sizes[path]}
+        over = {
+            path: float(sizes[path])
+            for path, weight in free.items()
+            if factor * weight > sizes[path]
+        }
         if not over:
             return {path: full.get(path, factor * weight) for path, weight in weights.items()}
         full.update(over)
@@ -119,7 +141,8 @@ def round_to_total(shares: Mapping[str, float], sizes: Mapping[str, int]) -> dic
 def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Schedule:
     """Return the schedule of gradual pruning: fast while many weights are redundant, slow towards the end.
 
-    ``s(step) = final + (initial - final) * (1 - t)**3`` with ``t = (step - begin) / (end - begin)`` clipped to [0, 1].
+    ``s(step) = final + (initial - final) * (1 - t)**3`` with ``t = (step - begin) / (end - begin)``
+    clipped to [0, 1].
 
     Args:
       final: sparsity from step ``end`` on, 0 to 1.
@@ -139,7 +162,8 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
       [0.0, 0.0, 0.7, 0.8, 0.8]
 
     References:
-      Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression", 2017, equation 1.
+      Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
+      compression", 2017, equation 1.
     """
     final, initial = number("final", final), number("initial", initial)
     begin, end = whole("begin", begin), whole("end", end)
@@ -147,7 +171,9 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
         raise ArgumentError(f"sparsities lie between 0 and 1, got initial={initial}, final={final}")
     if not 0 <= begin < end:
         raise ArgumentError(f"cubic needs 0 <= begin < end, got begin={begin}, end={end}")
-    return optax.polynomial_schedule(initial, final, power=3, transition_steps=end - begin, transition_begin=begin)
+    return optax.polynomial_schedule(
+        initial, final, power=3, transition_steps=end - begin, transition_begin=begin
+    )
 
 
 # How sparse each leaf came out, as a map that any other method takes.
@@ -156,8 +182,8 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
 def shares(params: Any, state: CompressionState) -> dict[str, float]:
     """Return the share of pruned entries of every leaf that has a mask: the allocation that a method arrived at.
 
-    A global threshold or `lamp` decides how many weights each layer keeps; `random`, `rigl` or `fisher` can then be held to
-    the same numbers, exactly.
+    A global threshold or `lamp` decides how many weights each layer keeps; `random`, `rigl` or
+    `fisher` can then be held to the same numbers, exactly.
 
     Args:
       params: the params the state belongs to.

@@ -20,11 +20,13 @@ from compress_jax.prune._masks.target import Sparsity, Target
 from compress_jax.prune._scores import magnitude
 
 
-def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", every: int = 1) -> Compression:
+def top_kast(
+    sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", every: int = 1
+) -> Compression:
     """Use the largest weights, and train those and the next largest ones.
 
-    The view keeps a set A by magnitude, as `magnitude` does; its derivative is 1 on a larger set B and 0 elsewhere. With
-    ``backward=0`` it is `ste` of `magnitude`.
+    The view keeps a set A by magnitude, as `magnitude` does; its derivative is 1 on a larger set B
+    and 0 elsewhere. With ``backward=0`` it is `ste` of `magnitude`.
 
     Args:
       sparsity: of A, as of `magnitude`.
@@ -50,9 +52,13 @@ def top_kast(sparsity: Sparsity, backward: Sparsity, *, scope: str = "leaf", eve
     References:
       Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.
     """
-    if all(isinstance(each, (int, float, np.number)) for each in (sparsity, backward)) and backward > sparsity:  # type: ignore[operator]
+    if (
+        all(isinstance(each, (int, float, np.number)) for each in (sparsity, backward))
+        and backward > sparsity
+    ):  # type: ignore[operator]
         raise ArgumentError(
-            f"backward is below the sparsity {sparsity}, as more weights are trained than used, got {backward}"
+            f"backward is below the sparsity {sparsity}, as more weights are trained than used, "
+            f"got {backward}"
         )
     target = Target.of(sparsity, None, scope)
     forward, wide = (magnitude(each, scope=scope, every=every) for each in (sparsity, backward))
@@ -72,30 +78,44 @@ class _TopKast(NamedTuple):
     def compression(self) -> Compression:
         rested = self._replace(forward=awake(self.forward), wide=awake(self.wide))
         update = Scheduled(self.update, schedules_of(self.forward, self.wide), rested.update)
-        made = of_masks(self.leaves)._replace(init=self.init, update=update, view=self.view, bind=self.bind)
-        return stamped(made, call_of("top_kast", forward=self.forward, backward=self.wide), self.known)
+        made = of_masks(self.leaves)._replace(
+            init=self.init, update=update, view=self.view, bind=self.bind
+        )
+        return stamped(
+            made, call_of("top_kast", forward=self.forward, backward=self.wide), self.known
+        )
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
-        return _TopKast(self.target, bound(self.forward, known), bound(self.wide, known), known).compression()
+        return _TopKast(
+            self.target, bound(self.forward, known), bound(self.wide, known), known
+        ).compression()
 
     def init(self, params: Params, *, step: Any = 0) -> CompressionState:
         return _joined(begin(self.forward, params, step), begin(self.wide, params, step))
 
     def update(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
         a, b = self.split(state, "mask", params), self.split(state, "backward", params)
-        return _joined(self.forward.update(params, a, **inputs), self.wide.update(params, b, **inputs))
+        return _joined(
+            self.forward.update(params, a, **inputs), self.wide.update(params, b, **inputs)
+        )
 
     def split(self, state: CompressionState, name: str, params: Params) -> CompressionState:
-        return CompressionState({}, {path: fixed_of(state, path)[name] for path in self.leaves.of(params)})
+        return CompressionState(
+            {}, {path: fixed_of(state, path)[name] for path in self.leaves.of(params)}
+        )
 
     def view(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
         own = {path: fixed_of(state, path) for path in self.leaves.of(params)}
-        return rebuild({**leaves, **{path: _seen(leaves[path], **masks) for path, masks in own.items()}})
+        return rebuild(
+            {**leaves, **{path: _seen(leaves[path], **masks) for path, masks in own.items()}}
+        )
 
 
 def _joined(a: CompressionState, b: CompressionState) -> CompressionState:
-    return CompressionState({}, {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()})
+    return CompressionState(
+        {}, {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()}
+    )
 
 
 def _seen(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
@@ -113,10 +133,12 @@ def _through(x: jax.Array, seen: jax.Array) -> jax.Array:
 def ste(compression: Compression) -> Compression:
     """Give the view of a pruning method the derivative of the identity, also where weights are pruned.
 
-    A pruned weight then follows the gradient at its zero, and comes back once it has grown, as the mask is updated.
+    A pruned weight then follows the gradient at its zero, and comes back once it has grown, as the
+    mask is updated.
 
     Args:
-      compression: a method whose view holds masks, such as `magnitude`; what it learns itself gets no gradient.
+      compression: a method whose view holds masks, such as `magnitude`; what it learns itself gets
+        no gradient.
 
     Returns:
       The Compression; its values, state and packed form are those of the method.
@@ -129,18 +151,23 @@ def ste(compression: Compression) -> Compression:
       [1.0, 1.0]
 
     References:
-      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013, section 3.
-      Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", 2021, section 3.
+      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic
+      Neurons", 2013, section 3. Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural
+      Networks From Scratch", 2021, section 3.
     """
     checked("compression", compression)
 
     def view(params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
         seen, left = flatten(compression.view(params, state))[0], compression.skipped(params)
-        return rebuild({path: x if path in left else _straight(x, seen[path]) for path, x in leaves.items()})
+        return rebuild(
+            {path: x if path in left else _straight(x, seen[path]) for path, x in leaves.items()}
+        )
 
     return compression._replace(
-        view=view, call=f"ste({describe(compression)})", bind=lambda known: ste(bound(compression, known))
+        view=view,
+        call=f"ste({describe(compression)})",
+        bind=lambda known: ste(bound(compression, known)),
     )
 
 

@@ -1,7 +1,7 @@
 """How much channels matter: criteria that score what a group of channels holds in each of its parameters.
 
-`shrink` adds up (or averages) what a criterion says about all parameters of a group. A criterion is any function
-``(Member) -> [size] or None``; None where it has nothing to say about a parameter.
+`shrink` adds up (or averages) what a criterion says about all parameters of a group. A criterion is
+any function ``(Member) -> [size] or None``; None where it has nothing to say about a parameter.
 """
 
 import math
@@ -12,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import ArgumentError, ConfigError, DataError, NoMatchError, NonFiniteError, ShapeError
+from compress_jax.core.errors import (
+    ArgumentError,
+    ConfigError,
+    DataError,
+    NoMatchError,
+    NonFiniteError,
+    ShapeError,
+)
 from compress_jax.core.paths import Patterns, flatten, matches
 from compress_jax.layerwise._problem import met, summed_axes, why_not
 from compress_jax.trace import Calibration, Group, Groups, Site
@@ -20,7 +27,9 @@ from compress_jax.trace import Calibration, Group, Groups, Site
 # Gradients of a loss over batches, and their squares: what Taylor and Fisher criteria start from.
 
 
-def gradients(loss: Callable[..., Any], params: Any, batches: Iterable[Any]) -> dict[str, jax.Array]:
+def gradients(
+    loss: Callable[..., Any], params: Any, batches: Iterable[Any]
+) -> dict[str, jax.Array]:
     r"""Return the mean gradient over batches, :math:`\frac1n \sum_b \nabla L_b`.
 
     Args:
@@ -41,7 +50,9 @@ def gradients(loss: Callable[..., Any], params: Any, batches: Iterable[Any]) -> 
     return _mean(loss, params, batches, lambda g: g)
 
 
-def squared_gradients(loss: Callable[..., Any], params: Any, batches: Iterable[Any]) -> dict[str, jax.Array]:
+def squared_gradients(
+    loss: Callable[..., Any], params: Any, batches: Iterable[Any]
+) -> dict[str, jax.Array]:
     r"""Return the mean squared gradient over batches, the diagonal of the empirical Fisher matrix up to a factor.
 
     Args:
@@ -63,17 +74,29 @@ def squared_gradients(loss: Callable[..., Any], params: Any, batches: Iterable[A
 
 
 def _mean(
-    loss: Callable[..., Any], params: Any, batches: Iterable[Any], of: Callable[[jax.Array], jax.Array]
+    loss: Callable[..., Any],
+    params: Any,
+    batches: Iterable[Any],
+    of: Callable[[jax.Array], jax.Array],
 ) -> dict[str, jax.Array]:
     leaves, rebuild = flatten(params)
-    moving = {path: leaf for path, leaf in leaves.items() if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)}
+    moving = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    }
 
     @jax.jit
-    def add(total: dict[str, jax.Array], moving: dict[str, Any], batch: tuple[Any, ...]) -> dict[str, jax.Array]:
+    def add(
+        total: dict[str, jax.Array], moving: dict[str, Any], batch: tuple[Any, ...]
+    ) -> dict[str, jax.Array]:
         found = jax.grad(lambda moving: loss(rebuild({**leaves, **moving}), *batch))(moving)
         return {path: total[path] + of(g.astype(jnp.float32)) for path, g in found.items()}
 
-    total, count = {path: jnp.zeros(jnp.shape(leaf), jnp.float32) for path, leaf in moving.items()}, 0
+    total, count = (
+        {path: jnp.zeros(jnp.shape(leaf), jnp.float32) for path, leaf in moving.items()},
+        0,
+    )
     for batch in batches:
         total = add(total, moving, batch if isinstance(batch, tuple) else (batch,))
         count += 1
@@ -129,18 +152,26 @@ def members(group: Group, leaves: dict[str, Any], contracted: set[str]) -> list[
     for path, axis in group.members:
         if jnp.issubdtype(leaves[path].dtype, jnp.floating):
             cut = _cutter(group, (path, axis), np.shape(leaves[path]))
-            found.append(Member(path, axis, cut(leaves[path]), np.shape(leaves[path]), cut, path in contracted))
+            found.append(
+                Member(
+                    path, axis, cut(leaves[path]), np.shape(leaves[path]), cut, path in contracted
+                )
+            )
     return found
 
 
-def _cutter(group: Group, member: tuple[str, int], shape: tuple[int, ...]) -> Callable[[Any], jax.Array]:
+def _cutter(
+    group: Group, member: tuple[str, int], shape: tuple[int, ...]
+) -> Callable[[Any], jax.Array]:
     place = group.coordinates[member]
     inside = np.flatnonzero(place >= 0)
     where = inside[np.argsort(place[inside], kind="stable")]
 
     def cut(x: Any) -> jax.Array:
         if np.shape(x) != shape:
-            raise ShapeError(f"{member[0]!r} has shape {shape}, what it is scored with {np.shape(x)}")
+            raise ShapeError(
+                f"{member[0]!r} has shape {shape}, what it is scored with {np.shape(x)}"
+            )
         rows = jnp.take(jnp.asarray(x, jnp.float32), where, axis=member[1])
         return jnp.moveaxis(rows, member[1], 0).reshape(group.size, -1)
 
@@ -155,11 +186,13 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
 
     Args:
       calibration: of `compress_jax.trace.calibrate` with ``reducers.moments()``.
-      weighted: weigh each by the weights that read it, :math:`\sum_j w_{ij}^2 E[x_i^2]`: Wanda's score over a channel.
+      weighted: weigh each by the weights that read it, :math:`\sum_j w_{ij}^2 E[x_i^2]`: Wanda's
+        score over a channel.
 
     Returns:
-      The criterion. Members that no product sums over along their axis have no score, nor have depthwise kernels, nor what
-      calibration did not reach at all; of a member that it reached in part (some experts), the rest counts as average.
+      The criterion. Members that no product sums over along their axis have no score, nor have
+      depthwise kernels, nor what calibration did not reach at all; of a member that it reached in
+      part (some experts), the rest counts as average.
 
     Raises:
       NoMatchError: when it scores, if the calibration is of another reducer.
@@ -172,7 +205,8 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
       [1.0, 10.0]
 
     References:
-      Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024 (Wanda, of single weights).
+      Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024 (Wanda,
+      of single weights).
     """
     sites: dict[str, list[Site]] = {}
     for site in calibration.sites.values():
@@ -185,7 +219,9 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
             for site in sites.get(member.path, [])
             if site.groups == 1
         ]
-        reading = jnp.stack([each for each in found if each is not None] or [jnp.full(member.shape, jnp.nan)])
+        reading = jnp.stack(
+            [each for each in found if each is not None] or [jnp.full(member.shape, jnp.nan)]
+        )
         if bool(jnp.isnan(reading).all()):
             return None
         mean = member.cut(_known(reading))
@@ -199,7 +235,10 @@ def _squares(calibration: Calibration, site: Site) -> jax.Array:
     moments: Any = calibration[site.name]
     moments = moments.get("input") if isinstance(moments, dict) else None
     if not hasattr(moments, "variance"):
-        raise NoMatchError(f"the calibration of {site.name!r} has no moments; calibrate with trace.reducers.moments()")
+        raise NoMatchError(
+            f"the calibration of {site.name!r} has no moments; calibrate with "
+            "trace.reducers.moments()"
+        )
     return moments.variance + jnp.square(moments.mean)
 
 
@@ -244,7 +283,8 @@ __all__ = [
 def magnitude(order: int = 2) -> Importance:
     r"""Score a channel by its kernels' entries, :math:`\sum_i |w_i|^p`: p = 1 for L1, 2 for the square of L2.
 
-    Kernels that produce the channel and those that read it count alike; biases, scales and statistics do not.
+    Kernels that produce the channel and those that read it count alike; biases, scales and
+    statistics do not.
 
     Args:
       order: p.
@@ -258,7 +298,8 @@ def magnitude(order: int = 2) -> Importance:
       [25.0, 1.0]
 
     References:
-      Li et al., "Pruning Filters for Efficient ConvNets", 2017. Fang et al., "DepGraph", 2023: over the whole group.
+      Li et al., "Pruning Filters for Efficient ConvNets", 2017. Fang et al., "DepGraph", 2023: over
+      the whole group.
     """
     if order < 1:
         raise ArgumentError(f"the order of a norm is at least 1, got {order}")
@@ -282,15 +323,17 @@ def norm_scale(pattern: Patterns = "**/scale") -> Importance:
     References:
       Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", 2017.
     """
-    return lambda member: jnp.sum(jnp.abs(member.rows), 1) if matches(pattern, member.path) else None
+    return lambda member: (
+        jnp.sum(jnp.abs(member.rows), 1) if matches(pattern, member.path) else None
+    )
 
 
 def taylor(gradients: Any, joint: bool = False) -> Importance:
     r"""Score a channel by what its removal does to the loss to first order, :math:`\sum_i |g_i w_i|`.
 
     Args:
-      gradients: tree of the gradient, or ``{path: gradient}`` as `gradients` returns; parameters that are not in it have no
-        score.
+      gradients: tree of the gradient, or ``{path: gradient}`` as `gradients` returns; parameters
+        that are not in it have no score.
       joint: :math:`|\sum_i g_i w_i|` instead, the change when all entries go at once.
 
     Returns:
@@ -350,7 +393,8 @@ def second_order(curvature: Any) -> Importance:
 def fpgm() -> Importance:
     r"""Score a channel by how far its kernel is from all others, :math:`\sum_j \|w_i - w_j\|_2`.
 
-    A kernel near the geometric median of its layer can be replaced by the others, however large it is.
+    A kernel near the geometric median of its layer can be replaced by the others, however large it
+    is.
 
     Returns:
       The criterion.
@@ -361,13 +405,16 @@ def fpgm() -> Importance:
       [6.0, 5.0, 9.0]
 
     References:
-      He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks Acceleration", 2019.
+      He et al., "Filter Pruning via Geometric Median for Deep Convolutional Neural Networks
+      Acceleration", 2019.
     """
 
     def score(member: Member) -> jax.Array | None:
         if not member.contracted:
             return None
-        apart = jax.lax.map(lambda row: jnp.sqrt(jnp.sum((member.rows - row[None]) ** 2, 1)), member.rows)
+        apart = jax.lax.map(
+            lambda row: jnp.sqrt(jnp.sum((member.rows - row[None]) ** 2, 1)), member.rows
+        )
         return apart.sum(0)
 
     return score
@@ -414,15 +461,21 @@ def channel_scores(
       normalise: ``"mean"``, ``"sum"``, ``"max"``, ``"l2"`` or ``"none"``.
 
     Returns:
-      By name of the group a float64 array ``[size]``; groups about which the criterion says nothing are missing.
+      By name of the group a float64 array ``[size]``; groups about which the criterion says nothing
+      are missing.
 
     Raises:
       ConfigError: if a reduction or a normalisation is not known.
       NonFiniteError: if a score is NaN or infinite.
     """
-    for name, given, known in (("reduction", reduction, REDUCTIONS), ("normalise", normalise, NORMALISATIONS)):
+    for name, given, known in (
+        ("reduction", reduction, REDUCTIONS),
+        ("normalise", normalise, NORMALISATIONS),
+    ):
         if given not in known:
-            raise ConfigError(f"{name}={given!r} is not known; use one of {', '.join(map(repr, known))}")
+            raise ConfigError(
+                f"{name}={given!r} is not known; use one of {', '.join(map(repr, known))}"
+            )
     found = {}
     for group in groups:
         scores = []
@@ -430,7 +483,10 @@ def channel_scores(
             if (score := importance(member)) is not None:
                 scores.append(np.asarray(score, np.float64))
                 if not np.isfinite(scores[-1]).all():
-                    raise NonFiniteError(f"the importance of {member.path!r} along axis {member.axis} is NaN or infinite")
+                    raise NonFiniteError(
+                        f"the importance of {member.path!r} along axis {member.axis} is NaN or "
+                        "infinite"
+                    )
         if scores:
             score = REDUCTIONS[reduction](np.stack(scores))
             size = NORMALISATIONS[normalise](score)

@@ -1,15 +1,18 @@
 """Quantization: weights on few levels.
 
-`uniform` rounds to evenly spaced levels; `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary` and `binary` to others,
-and `tabled` to any of one's own. Scale rules, grids and level tables are their pieces.
+`uniform` rounds to evenly spaced levels; `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary`
+and `binary` to others, and `tabled` to any of one's own. Scale rules, grids and level tables are
+their pieces.
 
-Once, after training: `gptq`, `adaround` and `signed` choose roundings by the layers' outputs, `clip` and `awq` ranges and
-scales, `smooth` and `equalize` move scales between layers of the same function, `rotate` its coordinates, `fold_batch_norm`
-its norms into its kernels, and `correct_bias` takes out the mean of the error.
+Once, after training: `gptq`, `adaround` and `signed` choose roundings by the layers' outputs,
+`clip` and `awq` ranges and scales, `smooth` and `equalize` move scales between layers of the same
+function, `rotate` its coordinates, `fold_batch_norm` its norms into its kernels, and `correct_bias`
+takes out the mean of the error.
 
-Activations enter through a model's trace: `activations` applies `dynamic`, `static`, `lsq_inputs` (LSQ, and LSQ+ with
-``offset=True``) or `pact` at its contractions, `lsq` learns the steps of weights, `integer` runs packed params on integer
-codes, and `contractions` lists every product with its operands' formats, or why it computes in floats.
+Activations enter through a model's trace: `activations` applies `dynamic`, `static`, `lsq_inputs`
+(LSQ, and LSQ+ with ``offset=True``) or `pact` at its contractions, `lsq` learns the steps of
+weights, `integer` runs packed params on integer codes, and `contractions` lists every product with
+its operands' formats, or why it computes in floats.
 """
 
 from compress_jax.core.levels import Float, Table
@@ -33,7 +36,14 @@ from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._scales.least_squares import fit, mse
 from compress_jax.quantize._scales.levels import float_format
-from compress_jax.quantize._scales.rules import absmax, minmax, normal_clip, percentile, rms, spanning
+from compress_jax.quantize._scales.rules import (
+    absmax,
+    minmax,
+    normal_clip,
+    percentile,
+    rms,
+    spanning,
+)
 from compress_jax.quantize._scales.search import entropy, pnorm
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.clip import clip

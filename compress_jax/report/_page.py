@@ -10,7 +10,14 @@ from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
 from compress_jax.report._plots import pictures
 from compress_jax.report._read import Run, read_run
-from compress_jax.report._rows import causes_table, leaves_table, left_alone_table, metadata_table, percent, results_table
+from compress_jax.report._rows import (
+    causes_table,
+    leaves_table,
+    left_alone_table,
+    metadata_table,
+    percent,
+    results_table,
+)
 from compress_jax.report._tables import Table, escaped, html_table, markdown_table
 
 # What both pages of a report say, in order: titles, sentences, tables and pictures, independent of
@@ -18,11 +25,14 @@ from compress_jax.report._tables import Table, escaped, html_table, markdown_tab
 
 
 CAPTIONS = {
-    "tradeoff": "Accuracy on validation data against bytes on disk. The shaded corner is where the requirement is met; "
+    "tradeoff": "Accuracy on validation data against bytes on disk. The shaded corner is where "
+    "the requirement is met; "
     "hollow marks are accuracies on test data, measured once, in the end.",
-    "weights": "Weights of each layer: the float32 student in grey, the artifact in colour. Exact zeros are not drawn; "
+    "weights": "Weights of each layer: the float32 student in grey, the artifact in colour. Exact "
+    "zeros are not drawn; "
     "their share is in the corner.",
-    "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of exact zeros.",
+    "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of "
+    "exact zeros.",
     "curves": "Training, by stage.",
 }
 
@@ -55,10 +65,13 @@ def headline(run: Run) -> str:
     rows = {row["name"]: row for row in run.results["rows"]}
     row, student = rows[run.results["chosen"]], rows["student"]
     met = (
-        "It meets the requirement." if run.results["met"] else "It does not meet the requirement; nothing better was found."
+        "It meets the requirement."
+        if run.results["met"]
+        else "It does not meet the requirement; nothing better was found."
     )
     return (
-        f"{row['name']}: {row['nbytes']:,} bytes, {student['nbytes'] / row['nbytes']:.1f}x smaller than the student in "
+        f"{row['name']}: {row['nbytes']:,} bytes, {student['nbytes'] / row['nbytes']:.1f}x "
+        "smaller than the student in "
         f"float32, at {percent(row['test'])} on test data (student {percent(student['test'])}"
         f"{', teacher ' + percent(rows['teacher']['test']) if 'teacher' in rows else ''}). {met}"
     )
@@ -75,7 +88,10 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
       The sections, in order.
     """
     left_alone = run.metadata.get("left_alone", {})
-    about = [metadata_table("Arguments", run.about.get("arguments", {})), metadata_table("Versions", _versions(run))]
+    about = [
+        metadata_table("Arguments", run.about.get("arguments", {})),
+        metadata_table("Versions", _versions(run)),
+    ]
     results = results_table(run.results["rows"], run.results["chosen"])
     leaves = leaves_table(run.packed, left_alone, run.parts)
     parts = [
@@ -83,12 +99,20 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
         Section("Decisions", run.decisions),
         Section("Files that could not be read", run.notes),
         Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
-        Section("Left alone", [] if left_alone else ["Nothing."], [left_alone_table(left_alone)] if left_alone else []),
+        Section(
+            "Left alone",
+            [] if left_alone else ["Nothing."],
+            [left_alone_table(left_alone)] if left_alone else [],
+        ),
         Section("Weights before and after", [], [], "weights"),
         Section("Training", [], [], "curves"),
-        Section("Arguments and versions", [_command(run)], [table for table in about if table.rows]),
+        Section(
+            "Arguments and versions", [_command(run)], [table for table in about if table.rows]
+        ),
     ]
-    parts = [p if p.picture is None or p.picture in pictures else p._replace(picture=None) for p in parts]
+    parts = [
+        p if p.picture is None or p.picture in pictures else p._replace(picture=None) for p in parts
+    ]
     return [part for part in parts if part.lines or part.tables or part.picture]
 
 
@@ -99,7 +123,9 @@ def _command(run: Run) -> str:
 
 
 def _versions(run: Run) -> dict[str, Any]:
-    data = {key: run.metadata[key] for key in ("data", "data_sha256", "model") if key in run.metadata}
+    data = {
+        key: run.metadata[key] for key in ("data", "data_sha256", "model") if key in run.metadata
+    }
     return {**run.about.get("versions", {}), **data}
 
 
@@ -148,7 +174,8 @@ def page(run: Run, pictures: Mapping[str, bytes]) -> str:
     body = "\n".join(_section(part, pictures) for part in sections(run, list(pictures)))
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>\n'
+        '<meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><style>{STYLE}</style></head>\n'
         f'<body><main><h1>{title}</h1>\n<p class="headline{unmet}">{_escaped(headline(run))}</p>\n'
         f"{body}\n</main></body></html>\n"
     )
@@ -212,10 +239,12 @@ def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Pa
 
     Args:
       directory: its folder.
-      say: receives a sentence for each file that is damaged and so is not shown; the report has them too.
+      say: receives a sentence for each file that is damaged and so is not shown; the report has
+        them too.
 
     Returns:
-      ``report.html``, one file that needs nothing else; beside it are ``report.md`` and its pictures in ``report/``.
+      ``report.html``, one file that needs nothing else; beside it are ``report.md`` and its
+      pictures in ``report/``.
 
     Raises:
       ConfigError: if no run was finished there.

@@ -42,11 +42,17 @@ def curves(run: Run) -> Figure | None:
     Returns:
       The figure, or None if the run kept no metrics.
     """
-    shown = [(key, title) for key, title in METRICS if any(key in series for series in run.curves.values())]
+    shown = [
+        (key, title)
+        for key, title in METRICS
+        if any(key in series for series in run.curves.values())
+    ]
     if not shown:
         return None
     figure = new_figure(9, 3.4)
-    for axes, (key, title) in zip(figure.subplots(1, len(shown), squeeze=False).ravel(), shown, strict=True):
+    for axes, (key, title) in zip(
+        figure.subplots(1, len(shown), squeeze=False).ravel(), shown, strict=True
+    ):
         _lines(clean(axes, title, "step"), run, key)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -64,7 +70,9 @@ def _lines(axes: Axes, run: Run, key: str) -> None:
             label=f" {plain(stage)}",  # a label that begins with _ is left out
             linewidth=1.3,
         )
-    if key.endswith("loss") and all(value > 0 for series in run.curves.values() for _, value in series.get(key, [])):
+    if key.endswith("loss") and all(
+        value > 0 for series in run.curves.values() for _, value in series.get(key, [])
+    ):
         axes.set_yscale("log")
 
 
@@ -84,8 +92,16 @@ def layers(run: Run) -> Figure:
     figure = new_figure(9, 1.2 + 0.24 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     dense = [row.form == "dense" for row in rows]
-    _bars(clean(left, "stored bits for each entry"), [row.bits for row in rows], "{:.2f}", dense, BLUE)
-    _bars(clean(right, "share of zeros, %"), [100 * row.sparsity for row in rows], "{:.1f}", dense, GREEN)
+    _bars(
+        clean(left, "stored bits for each entry"), [row.bits for row in rows], "{:.2f}", dense, BLUE
+    )
+    _bars(
+        clean(right, "share of zeros, %"),
+        [100 * row.sparsity for row in rows],
+        "{:.1f}",
+        dense,
+        GREEN,
+    )
     left.set_yticks(range(len(rows)), [plain(row.path) for row in rows])
     left.invert_yaxis()
     right.set_xlim(0, 112)
@@ -93,8 +109,12 @@ def layers(run: Run) -> Figure:
 
 
 def _bars(axes: Axes, values: list[float], form: str, dense: list[bool], colour: str) -> None:
-    bars = axes.barh(range(len(values)), values, color=[GREY if each else colour for each in dense], height=0.7)
-    axes.bar_label(bars, [form.format(value) for value in values], padding=3, fontsize=7.5, color=INK)
+    bars = axes.barh(
+        range(len(values)), values, color=[GREY if each else colour for each in dense], height=0.7
+    )
+    axes.bar_label(
+        bars, [form.format(value) for value in values], padding=3, fontsize=7.5, color=INK
+    )
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.14)
 
@@ -140,7 +160,10 @@ def spread(figure: Figure, labels: list[Annotation]) -> None:
         steps = [0, *(sign * n for n in range(1, len(labels) + 2) for sign in (1, -1))]
         sides = (x, -x - box.width * points)
         places = [(side, y + step * (box.height * points + 2)) for step in steps for side in sides]
-        moved = {place: box.translated((place[0] - x) / points, (place[1] - y) / points) for place in places}
+        moved = {
+            place: box.translated((place[0] - x) / points, (place[1] - y) / points)
+            for place in places
+        }
         free = (place for place, own in moved.items() if _is_free(own, taken, figure))
         label.xyann = next(free, (x, y))
         taken.append(moved[label.xyann])
@@ -152,15 +175,43 @@ def _is_free(box: Bbox, taken: list[Bbox], figure: Figure) -> bool:
 
 
 def _point(axes: Axes, row: Mapping[str, Any], chosen: str) -> Annotation:
-    colour = {None: GREY if row["name"] == "teacher" else BLUE, True: GREEN, False: ORANGE}[row["accepted"]]
+    colour = {None: GREY if row["name"] == "teacher" else BLUE, True: GREEN, False: ORANGE}[
+        row["accepted"]
+    ]
     star = row["name"] == chosen
-    axes.plot(row["nbytes"], row["validation"], "*" if star else "o", color=colour, markersize=16 if star else 8, zorder=3)
+    axes.plot(
+        row["nbytes"],
+        row["validation"],
+        "*" if star else "o",
+        color=colour,
+        markersize=16 if star else 8,
+        zorder=3,
+    )
     if row["test"] is not None:
-        axes.plot([row["nbytes"]] * 2, [row["validation"], row["test"]], color=colour, linewidth=1, alpha=0.5)
-        axes.plot(row["nbytes"], row["test"], "o", color=colour, markersize=7, markerfacecolor="white", zorder=2)
+        axes.plot(
+            [row["nbytes"]] * 2,
+            [row["validation"], row["test"]],
+            color=colour,
+            linewidth=1,
+            alpha=0.5,
+        )
+        axes.plot(
+            row["nbytes"],
+            row["test"],
+            "o",
+            color=colour,
+            markersize=7,
+            markerfacecolor="white",
+            zorder=2,
+        )
     label = f"{plain(row['name'])}\n{row['nbytes']:,} bytes"
     return axes.annotate(
-        label, (row["nbytes"], row["validation"]), (9, 4), textcoords="offset points", fontsize=8, color=INK
+        label,
+        (row["nbytes"], row["validation"]),
+        (9, 4),
+        textcoords="offset points",
+        fontsize=8,
+        color=INK,
     )
 
 
@@ -182,14 +233,25 @@ def _corner(axes: Axes, rows: list[dict[str, Any]], requirement: Mapping[str, An
     student = next(row for row in rows if row["name"] == "student")
     reference = student if requirement["reference"] == "student" else rows[0]
     floor = reference["validation"] - (requirement["max_drop"] or 0.0)
-    most = min(student["nbytes"] / (requirement["min_ratio"] or 1.0), requirement["max_bytes"] or math.inf)
+    most = min(
+        student["nbytes"] / (requirement["min_ratio"] or 1.0), requirement["max_bytes"] or math.inf
+    )
     low, high = min(axes.get_ylim()[0], floor - 0.005), min(axes.get_ylim()[1], 1.01)
     left = axes.get_xlim()[0] if most > axes.get_xlim()[0] else most / 1.6
     axes.fill_between([left, most], floor, high, color=GREEN, alpha=0.08, linewidth=0)
     axes.axhline(floor, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
     axes.axvline(most, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(0.995, floor, f"at least {100 * floor:.2f} %", transform=axes.get_yaxis_transform(), **_NOTE, ha="right")
-    axes.text(most, 0.01, f" at most {most:,.0f} bytes", transform=axes.get_xaxis_transform(), **_NOTE)
+    axes.text(
+        0.995,
+        floor,
+        f"at least {100 * floor:.2f} %",
+        transform=axes.get_yaxis_transform(),
+        **_NOTE,
+        ha="right",
+    )
+    axes.text(
+        most, 0.01, f" at most {most:,.0f} bytes", transform=axes.get_xaxis_transform(), **_NOTE
+    )
     axes.set_ylim(low, high)
     axes.set_xlim(left, axes.get_xlim()[1])
 
@@ -217,7 +279,8 @@ def weights(run: Run) -> Figure | None:
       run: the run.
 
     Returns:
-      The figure; of a deep network, the 24 largest leaves in the order of the network. None if no leaf was compressed.
+      The figure; of a deep network, the 24 largest leaves in the order of the network. None if no
+      leaf was compressed.
     """
     forms = {row.path: row.form for row in coverage(None, run.packed["params"]).rows}
     paths = [path for path, form in forms.items() if form != "dense" and path in run.before]
@@ -229,7 +292,11 @@ def weights(run: Run) -> Figure | None:
     figure = new_figure(9, 0.3 + 1.95 * rows)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, path in zip(panels, paths, strict=False):
-        _panel(clean(axes, path), np.asarray(run.before[path], np.float32), np.asarray(run.after[path], np.float32))
+        _panel(
+            clean(axes, path),
+            np.asarray(run.before[path], np.float32),
+            np.asarray(run.after[path], np.float32),
+        )
     for axes in panels[len(paths) :]:
         axes.set_visible(False)
     return figure
@@ -242,9 +309,13 @@ def _panel(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
     kept = after[after != 0]
     for values, colour, alpha in ((before.ravel(), GREY, 0.55), (kept, BLUE, 0.75)):
         counts, _ = np.histogram(values, edges)
-        axes.stairs(100 * counts / before.size, edges, fill=True, color=colour, alpha=alpha, linewidth=0)
+        axes.stairs(
+            100 * counts / before.size, edges, fill=True, color=colour, alpha=alpha, linewidth=0
+        )
     note = f"{1 - kept.size / after.size:.1%} zeros\n{np.unique(kept).size:,} values"
-    axes.text(0.98, 0.95, note, transform=axes.transAxes, fontsize=7.5, color=INK, ha="right", va="top")
+    axes.text(
+        0.98, 0.95, note, transform=axes.transAxes, fontsize=7.5, color=INK, ha="right", va="top"
+    )
     axes.set_ylabel("% of weights", fontsize=8)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)
@@ -265,7 +336,8 @@ def pictures(run: Run) -> dict[str, bytes]:
       run: the run.
 
     Returns:
-      PNG files by name: ``tradeoff``, ``layers``, ``weights``, and ``curves`` if the run kept metrics.
+      PNG files by name: ``tradeoff``, ``layers``, ``weights``, and ``curves`` if the run kept
+      metrics.
     """
     drawn = {name: draw(run) for name, draw in DRAW.items()}
     return {name: png(figure) for name, figure in drawn.items() if figure is not None}

@@ -28,7 +28,11 @@ from compress_jax.export import Part, breakdown, load
 Curves = dict[str, list[tuple[int, float]]]
 RUN_VERSION = 2  # 1 kept no digest of the config
 RUN_FORM = {
-    "version": optional(Kind(f"at most {RUN_VERSION}, the version that is read here", lambda v: v in (1, RUN_VERSION))),
+    "version": optional(
+        Kind(
+            f"at most {RUN_VERSION}, the version that is read here", lambda v: v in (1, RUN_VERSION)
+        )
+    ),
     "config": TEXT,
     "config_sha256": optional(TEXT),
     "arguments": mapping(ANYTHING),
@@ -39,13 +43,17 @@ RUN_FORM = {
             "max_drop": optional(NUMBER),
             "min_ratio": optional(NUMBER),
             "max_bytes": optional(NUMBER),
-            "reference": Kind("'teacher' or 'student'", lambda v: isinstance(v, str) and v in ("teacher", "student")),
+            "reference": Kind(
+                "'teacher' or 'student'",
+                lambda v: isinstance(v, str) and v in ("teacher", "student"),
+            ),
         }
     ),
 }
 ROW_FORM = {
     "name": Kind(
-        "the name of a folder", lambda v: isinstance(v, str) and v not in ("", ".", "..") and not {"/", "\0"} & set(v)
+        "the name of a folder",
+        lambda v: isinstance(v, str) and v not in ("", ".", "..") and not {"/", "\0"} & set(v),
     ),
     "nbytes": POSITIVE,
     "validation": NUMBER,
@@ -65,7 +73,8 @@ class Run:
     Attributes:
       directory: the folder.
       results: ``results.json``.
-      about: ``run.json``: config, arguments, versions, requirement; empty if the run was not made by the command line.
+      about: ``run.json``: config, arguments, versions, requirement; empty if the run was not made
+        by the command line.
       decisions: the lines of ``log.txt``, or made from the results.
       packed: the artifact's variables, packed.
       metadata: of the artifact.
@@ -113,11 +122,15 @@ def read_results(directory: Path, *, intact: bool = True) -> dict[str, Any]:
     """
     file = directory / "results.json"
     if not os.path.lexists(file):
-        raise ConfigError(f"{directory} has no results.json to read; finish the run first (compress-jax run)")
+        raise ConfigError(
+            f"{directory} has no results.json to read; finish the run first (compress-jax run)"
+        )
     results = read_record(file, RESULTS_FORM, AGAIN, ConfigError, intact=intact)
     names = [row["name"] for row in results["rows"]]
     if results["chosen"] not in names:
-        raise ConfigError(f"{file} is damaged: no row is called {printable(results['chosen'])!r}; {AGAIN}")
+        raise ConfigError(
+            f"{file} is damaged: no row is called {printable(results['chosen'])!r}; {AGAIN}"
+        )
     return results
 
 
@@ -149,7 +162,9 @@ def read_run(directory: Path) -> Run:
       [[1.0, 1.0], [1.0, 1.0]]
     """
     results, notes = read_results(directory), []
-    packed, before = (_params(directory / f"{name}.safetensors") for name in ("artifact", "student"))
+    packed, before = (
+        _params(directory / f"{name}.safetensors") for name in ("artifact", "student")
+    )
     return Run(
         directory=directory,
         results=results,
@@ -187,13 +202,19 @@ def _about(directory: Path) -> dict[str, Any]:
     if not os.path.lexists(file):
         return {}
     return read_record(
-        file, RUN_FORM, "copy it from where it is whole, or remove it to have a report without it", ConfigError
+        file,
+        RUN_FORM,
+        "copy it from where it is whole, or remove it to have a report without it",
+        ConfigError,
     )
 
 
 def _decisions(directory: Path, rows: list[dict[str, Any]], notes: list[str]) -> list[str]:
     judged = [row for row in rows if row["accepted"] is not None]
-    made = [f"{row['name']}: {'accepted' if row['accepted'] else 'refused'}: {row['reason']}" for row in judged]
+    made = [
+        f"{row['name']}: {'accepted' if row['accepted'] else 'refused'}: {row['reason']}"
+        for row in judged
+    ]
     text = _text(directory / "log.txt", notes, "the decisions are those of results.json")
     return made if text is None else text.splitlines()
 
@@ -214,12 +235,16 @@ def _curves(directory: Path, names: list[str], notes: list[str]) -> dict[str, Cu
     """Return the metrics of each stage that was trained here; a restored teacher has none."""
     found: dict[str, Curves] = {}
     for name in names:
-        folder = directory / name if name in ("teacher", "student") else directory / "candidates" / name
+        folder = (
+            directory / name if name in ("teacher", "student") else directory / "candidates" / name
+        )
         text = _text(folder / "metrics.jsonl", notes, f"the curves of {name} are not drawn")
         if text is not None:
             found[name], bad = _series(text)
             if bad:
-                notes.append(f"{bad} lines of metrics.jsonl of {name} are damaged; they are not drawn")
+                notes.append(
+                    f"{bad} lines of metrics.jsonl of {name} are damaged; they are not drawn"
+                )
     return found
 
 

@@ -14,8 +14,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
     """Return the results of a run.
 
     Args:
-      rows: of ``results.json``: teacher, student and candidates, each with ``name``, ``nbytes``, ``validation``, ``test``,
-        ``bits``, ``accepted`` and ``reason``.
+      rows: of ``results.json``: teacher, student and candidates, each with ``name``, ``nbytes``,
+        ``validation``, ``test``, ``bits``, ``accepted`` and ``reason``.
       chosen: the name of the row that became the artifact.
 
     Returns:
@@ -62,7 +62,9 @@ def verdict(row: Mapping[str, Any], chosen: str) -> str:
     return "accepted" if row["accepted"] else "refused"
 
 
-def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Sequence[Part]) -> Table:
+def leaves_table(
+    packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Sequence[Part]
+) -> Table:
     """Return how each leaf of an artifact is stored.
 
     Args:
@@ -85,7 +87,10 @@ def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Se
     """
     reasons = {path: reason for reason, paths in left_alone.items() for path in paths}
     table, file_bytes = coverage(None, packed), round(sum(part.nbytes for part in parts))
-    sizes = {row.path: round(sum(part.nbytes for part in parts if part.path == row.path)) for row in table.rows}
+    sizes = {
+        row.path: round(sum(part.nbytes for part in parts if part.path == row.path))
+        for row in table.rows
+    }
     rows = [
         (
             row.path,
@@ -101,7 +106,9 @@ def leaves_table(packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Se
     ]
     overhead = file_bytes - sum(sizes.values())
     blank = ("", "", "", "")
-    rows.append(("header and metadata", *blank, f"{overhead:,}", percent(overhead / file_bytes, 1), ""))
+    rows.append(
+        ("header and metadata", *blank, f"{overhead:,}", percent(overhead / file_bytes, 1), "")
+    )
     rows.append(("file", *blank, f"{file_bytes:,}", percent(1.0, 1), ""))
     head = ("path", "shape", "form", "bits", "zeros", "bytes", "of file", "why left alone")
     return Table("Leaves", head, tuple(rows), totals=2)
@@ -119,13 +126,17 @@ def causes_table(parts: Sequence[Part]) -> Table:
     """
     total, causes = sum(part.nbytes for part in parts), dict.fromkeys(part.cause for part in parts)
     sizes = {cause: sum(part.nbytes for part in parts if part.cause == cause) for cause in causes}
-    rows = tuple((cause, f"{round(size):,}", percent(size / total, 1)) for cause, size in sizes.items())
+    rows = tuple(
+        (cause, f"{round(size):,}", percent(size / total, 1)) for cause, size in sizes.items()
+    )
     return Table("Bytes by cause", ("cause", "bytes", "of file"), rows)
 
 
 def left_alone_table(left_alone: Mapping[str, Sequence[str]]) -> Table:
     """Return which leaves a compression left alone, and why; ``left_alone`` has paths by reason."""
-    rows = tuple((reason, str(len(paths)), ", ".join(paths)) for reason, paths in left_alone.items())
+    rows = tuple(
+        (reason, str(len(paths)), ", ".join(paths)) for reason, paths in left_alone.items()
+    )
     return Table("Left alone", ("why", "leaves", "paths"), rows)
 
 
@@ -134,7 +145,8 @@ def metadata_table(title: str, metadata: Mapping[str, Any]) -> Table:
 
     Args:
       title: of the table.
-      metadata: text, numbers and what JSON takes, by name; ``left_alone`` is left out, being for `leaves_table`.
+      metadata: text, numbers and what JSON takes, by name; ``left_alone`` is left out, being for
+        `leaves_table`.
 
     Returns:
       One row a key.

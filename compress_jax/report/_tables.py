@@ -50,7 +50,10 @@ class _Fitted(RichTable):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table, as a table with folded columns, or as blocks."""
-        if Measurement.get(console, options.update(width=UNLIMITED), self).maximum <= options.max_width:
+        if (
+            Measurement.get(console, options.update(width=UNLIMITED), self).maximum
+            <= options.max_width
+        ):
             yield from super().__rich_console__(console, options)
             return
         widths = _folded(self.source, options.max_width)
@@ -70,8 +73,8 @@ def rich_table(table: Table) -> RichTable:
       table: any.
 
     Returns:
-      rich's own table; columns of words fold at spaces where the terminal is narrow, columns of numbers never. Where even
-      that does not fit, each row is a block of lines.
+      rich's own table; columns of words fold at spaces where the terminal is narrow, columns of
+      numbers never. Where even that does not fit, each row is a block of lines.
 
     Example:
       >>> shown = rich_table(Table("", ("network", "bytes"), (("teacher", "1,000"),)))
@@ -85,16 +88,30 @@ def _filled(table: Table, *, every_word: bool) -> "_Fitted":
     """Return a rich table; heads of numbers go over two lines, or over as many as they have words."""
     padding = (0, 0) if every_word else (0, 1)
     shown = _Fitted(
-        title=_text(table.title) or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False, padding=padding
+        title=_text(table.title) or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        pad_edge=False,
+        padding=padding,
     )
     shown.source = table
     for i, name in enumerate(table.head):
         number = table.numeric(i)
         head = name.replace(" ", "\n", -1 if every_word else 1) if number else name
-        shown.add_column(Text(head), justify="right" if number else "left", no_wrap=number, overflow="fold")
+        shown.add_column(
+            Text(head), justify="right" if number else "left", no_wrap=number, overflow="fold"
+        )
     for i, row in enumerate(table.rows):
-        style = "bold green" if i == table.marked else "bold" if i >= len(table.rows) - table.totals else ""
-        shown.add_row(*map(_text, row), style=style, end_section=i == len(table.rows) - table.totals - 1)
+        style = (
+            "bold green"
+            if i == table.marked
+            else "bold"
+            if i >= len(table.rows) - table.totals
+            else ""
+        )
+        shown.add_row(
+            *map(_text, row), style=style, end_section=i == len(table.rows) - table.totals - 1
+        )
     return shown
 
 
@@ -155,7 +172,10 @@ def markdown_table(table: Table) -> str:
     head = [escaped(name) for name in table.head]
     rule = ["--:" if table.numeric(i) else ":--" for i in range(len(table.head))]
     strong = {table.marked, *range(len(table.rows) - table.totals, len(table.rows))}
-    rows = [[_bold(escaped(cell)) if i in strong else escaped(cell) for cell in row] for i, row in enumerate(table.rows)]
+    rows = [
+        [_bold(escaped(cell)) if i in strong else escaped(cell) for cell in row]
+        for i, row in enumerate(table.rows)
+    ]
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
@@ -173,11 +193,23 @@ def html_table(table: Table) -> str:
       True
     """
     kinds = [' class="n"' if table.numeric(i) else "" for i in range(len(table.head))]
-    head = "".join(f"<th{kind}>{html.escape(printable(name))}</th>" for name, kind in zip(table.head, kinds, strict=True))
+    head = "".join(
+        f"<th{kind}>{html.escape(printable(name))}</th>"
+        for name, kind in zip(table.head, kinds, strict=True)
+    )
     lines = []
     for i, row in enumerate(table.rows):
-        kind = ' class="marked"' if i == table.marked else ' class="total"' if i >= len(table.rows) - table.totals else ""
-        cells = "".join(f"<td{each}>{html.escape(printable(cell))}</td>" for cell, each in zip(row, kinds, strict=True))
+        kind = (
+            ' class="marked"'
+            if i == table.marked
+            else ' class="total"'
+            if i >= len(table.rows) - table.totals
+            else ""
+        )
+        cells = "".join(
+            f"<td{each}>{html.escape(printable(cell))}</td>"
+            for cell, each in zip(row, kinds, strict=True)
+        )
         lines.append(f"<tr{kind}>{cells}</tr>")
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 
@@ -200,7 +232,9 @@ def escaped(text: str, *, block: bool = False) -> str:
     """
     line = printable(text, lines=True).replace("\n", " ").replace("\t", " ")
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = re.sub(r"([\\`*|~$\[\]!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)  # underscores within words are safe
+    line = re.sub(
+        r"([\\`*|~$\[\]!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line
+    )  # underscores within words are safe
     return re.sub(r"^(\s*)([#+-]|\d+(?=[.)]))", _unlisted, line) if block else line
 
 

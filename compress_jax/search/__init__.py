@@ -1,6 +1,7 @@
 """The automated loop: data, teacher, student, candidates; requirements met? Output, else choose again.
 
-Mixed precision: `sensitivities` measures every option of every leaf once, `allocate` shares out as many budgets as you like.
+Mixed precision: `sensitivities` measures every option of every leaf once, `allocate` shares out as
+many budgets as you like.
 """
 
 from compress_jax.search._allocate import Allocation, allocate

@@ -29,9 +29,10 @@ Table = Sequence[Sequence[float]]  # for each item, one number for each of its o
 def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> list[int] | None:
     r"""Solve :math:`\min_x \sum_{io} v_{io} x_{io}` with :math:`\sum_o x_{io} = 1`, :math:`\sum_{io} w_{io} x_{io} \le L`.
 
-    The solver works in floating point with absolute tolerances. So values are scaled to what is at stake: an option whose
-    value alone is above the total of a choice already found is in no best choice; those are dropped and the rest is solved
-    again at that scale. Limits are checked in exact integers, and a choice that misses one is cut off.
+    The solver works in floating point with absolute tolerances. So values are scaled to what is at
+    stake: an option whose value alone is above the total of a choice already found is in no best
+    choice; those are dropped and the rest is solved again at that scale. Limits are checked in
+    exact integers, and a choice that misses one is cut off.
 
     Args:
       values: of each item's options.
@@ -49,7 +50,8 @@ def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> li
       [1, 0]
 
     References:
-      Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11 (the multiple-choice knapsack problem).
+      Kellerer, Pferschy and Pisinger, Knapsack Problems, 2004, chapter 11 (the multiple-choice
+      knapsack problem).
     """
     if not values:
         return [] if all(limit >= 0 for limit in limits) else None
@@ -70,7 +72,9 @@ class _Program:
         self.sizes = [len(options) for options in values]
         self.item = np.repeat(np.arange(len(values)), self.sizes)
         self.values = np.concatenate([np.asarray(each, float) - min(each) for each in values])
-        self.weights = [[w - min(options) for options in table for w in options] for table in weights]  # exact integers
+        self.weights = [
+            [w - min(options) for options in table for w in options] for table in weights
+        ]  # exact integers
         least = [sum(min(options) for options in table) for table in weights]
         self.limits = [limit - low for limit, low in zip(limits, least, strict=True)]
 
@@ -81,20 +85,35 @@ class _Program:
         return np.cumsum([0, *self.sizes[:-1]]) + np.asarray(choice)
 
     def _meets(self, columns: np.ndarray) -> bool:
-        return all(sum(w[c] for c in columns) <= limit for w, limit in zip(self.weights, self.limits, strict=True))
+        return all(
+            sum(w[c] for c in columns) <= limit
+            for w, limit in zip(self.weights, self.limits, strict=True)
+        )
 
     def solve(self, ceiling: float) -> list[int] | None:
         """Return the best choice of options with values up to ``ceiling``, which is the scale of the objective too."""
         if min(self.limits, default=0) < 0:
             return None
-        fits = np.all([[w <= limit for w in row] for row, limit in zip(self.weights, self.limits, strict=True)], axis=0)
+        fits = np.all(
+            [
+                [w <= limit for w in row]
+                for row, limit in zip(self.weights, self.limits, strict=True)
+            ],
+            axis=0,
+        )
         allowed = fits & (self.values <= ceiling)
         top = ceiling if np.isfinite(ceiling) else self.values[allowed].max(initial=0) or 1.0
         objective = SCALE * (np.where(allowed, self.values, 0) / top)
         upper: Any = allowed.astype(float)
         constraints = self._constraints(allowed)
         while True:
-            found = milp(objective, constraints=constraints, integrality=1, bounds=Bounds(0, upper), options=EXACTLY)
+            found = milp(
+                objective,
+                constraints=constraints,
+                integrality=1,
+                bounds=Bounds(0, upper),
+                options=EXACTLY,
+            )
             if found.status == INFEASIBLE:
                 return None
             if found.x is None:
@@ -110,7 +129,9 @@ class _Program:
         """Return that each item takes one option, and that each limit holds, in units of itself."""
         one = csr_array((np.ones(len(self.item)), (self.item, np.arange(len(self.item)))))
         limits = [
-            LinearConstraint(np.where(allowed, row, 0) / max(limit, 1), -np.inf, limit / max(limit, 1))
+            LinearConstraint(
+                np.where(allowed, row, 0) / max(limit, 1), -np.inf, limit / max(limit, 1)
+            )
             for row, limit in zip(self.weights, self.limits, strict=True)
         ]
         return [LinearConstraint(one, 1, 1), *limits]
@@ -137,7 +158,10 @@ class Allocation(Mapping[str, str]):
     def __getitem__(self, path: str) -> str:
         """Return the option of a leaf."""
         if path not in self.options:
-            raise NoMatchError(f"no option was allocated to {path!r}: {self.left.get(path, 'it is no leaf of the model')}")
+            raise NoMatchError(
+                f"no option was allocated to {path!r}: "
+                f"{self.left.get(path, 'it is no leaf of the model')}"
+            )
         return self.options[path]
 
     def __iter__(self) -> Iterator[str]:
@@ -150,8 +174,17 @@ class Allocation(Mapping[str, str]):
 
     def __str__(self) -> str:
         """Return a table of the leaves and the totals."""
-        rows = [("path", "option"), *self.options.items(), *((path, f"stays: {why}") for path, why in self.left.items())]
-        return "\n".join([aligned(rows, left=2), f"{self.nbytes:,} bytes, {self.bitops:,} bit-operations, {self.score:.4g}"])
+        rows = [
+            ("path", "option"),
+            *self.options.items(),
+            *((path, f"stays: {why}") for path, why in self.left.items()),
+        ]
+        return "\n".join(
+            [
+                aligned(rows, left=2),
+                f"{self.nbytes:,} bytes, {self.bitops:,} bit-operations, {self.score:.4g}",
+            ]
+        )
 
     def compression(self, options: Mapping[str, Compression]) -> Compression:
         """Return the Compression that gives each leaf its option.
@@ -178,13 +211,19 @@ class Allocation(Mapping[str, str]):
         used = list(dict.fromkeys(self.options.values()))
         if missing := [name for name in used if name not in options]:
             raise ConfigError(
-                f"the allocation uses {', '.join(missing)}, but only {', '.join(options) or 'no option'} is given"
+                f"the allocation uses {', '.join(missing)}, but only "
+                f"{', '.join(options) or 'no option'} is given"
             )
-        paths = {name: tuple(_literal(path) for path, own in self.options.items() if own == name) for name in used}
+        paths = {
+            name: tuple(_literal(path) for path, own in self.options.items() if own == name)
+            for name in used
+        }
         return rules([(paths[name], options[name]) for name in used])
 
 
-def allocate(sensitivities: Sensitivities, max_bytes: float | None = None, max_bitops: float | None = None) -> Allocation:
+def allocate(
+    sensitivities: Sensitivities, max_bytes: float | None = None, max_bitops: float | None = None
+) -> Allocation:
     r"""Choose an option for each leaf: the least total sensitivity within the budgets, by an integer program.
 
     .. math:: \min_o \sum_p \Omega_p(o_p) \quad \text{with} \quad \sum_p bytes_p(o_p) \le B, \; \sum_p bitops_p(o_p) \le C
@@ -193,8 +232,10 @@ def allocate(sensitivities: Sensitivities, max_bytes: float | None = None, max_b
 
     Args:
       sensitivities: the table.
-      max_bytes: most bytes of all leaves together, those that are left alone included; None for no limit.
-      max_bitops: most bit-operations of a call on the first batch, everything included; None for no limit.
+      max_bytes: most bytes of all leaves together, those that are left alone included; None for no
+        limit.
+      max_bitops: most bit-operations of a call on the first batch, everything included; None for no
+        limit.
 
     Returns:
       The choice; its `Allocation.compression` is ready to train, to calibrate or to pack with.
@@ -215,7 +256,8 @@ def allocate(sensitivities: Sensitivities, max_bytes: float | None = None, max_b
       max_bytes=7 cannot be met: the least that the options reach is 8 bytes
 
     References:
-      Dong et al., HAWQ-V2, NeurIPS 2020, section 3.3; Yao et al., HAWQ-V3, ICML 2021, equation 12 (the integer program).
+      Dong et al., HAWQ-V2, NeurIPS 2020, section 3.3; Yao et al., HAWQ-V3, ICML 2021, equation 12
+      (the integer program).
     """
     scores = sensitivities.scores
     names = {path: list(options) for path, options in scores.items()}
@@ -227,7 +269,9 @@ def allocate(sensitivities: Sensitivities, max_bytes: float | None = None, max_b
         budget.check()
     limited = [budget for budget in budgets if budget.most < math.inf]
     values = [[scores[path][name] for name in own] for path, own in names.items()]
-    found = assign(values, [budget.table(names) for budget in limited], [budget.room for budget in limited])
+    found = assign(
+        values, [budget.table(names) for budget in limited], [budget.room for budget in limited]
+    )
     if found is None:
         raise _together(names, *limited)
     chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}

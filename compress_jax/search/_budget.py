@@ -47,8 +47,10 @@ class Budget:
     def refusal(self, least: int, beside: str = "") -> ConfigError:
         """Return the error that says what can be reached."""
         return ConfigError(
-            f"{self.name}={self.most} cannot be met{beside}: the least that the options reach is {least} {self.unit}, "
-            f"{self.anyway} of them in what no option changes. Raise the budget, or add smaller options."
+            f"{self.name}={self.most} cannot be met{beside}: the least that the options reach is "
+            f"{least} {self.unit}, "
+            f"{self.anyway} of them in what no option changes. Raise the budget, or add smaller "
+            "options."
         )
 
 

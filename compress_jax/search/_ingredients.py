@@ -1,8 +1,9 @@
 """What a stage of a run is made of, by name: values, and the code of the functions that are one's own.
 
-The walk starts at real objects (a compression, an optimizer, a model, a loss) and follows what they hold: closures,
-defaults, fields, globals that code mentions. Code that is installed counts by its name and its package's version; code of
-one's own (a config, modules beside it) by what it does, so that comments and line numbers do not matter.
+The walk starts at real objects (a compression, an optimizer, a model, a loss) and follows what they
+hold: closures, defaults, fields, globals that code mentions. Code that is installed counts by its
+name and its package's version; code of one's own (a config, modules beside it) by what it does, so
+that comments and line numbers do not matter.
 """
 
 import collections
@@ -29,8 +30,24 @@ from flax import linen as nn
 
 MOST = 100_000  # entries; what has more is no setting
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
-_OPAQUE = (jax.sharding.Mesh, jax.sharding.Sharding, jax.Device)  # where a run happens, not what it is
-_CHANGES = {"append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove", "discard", "clear"}
+_OPAQUE = (
+    jax.sharding.Mesh,
+    jax.sharding.Sharding,
+    jax.Device,
+)  # where a run happens, not what it is
+_CHANGES = {
+    "append",
+    "extend",
+    "insert",
+    "add",
+    "update",
+    "setdefault",
+    "pop",
+    "popitem",
+    "remove",
+    "discard",
+    "clear",
+}
 _DYNAMIC = {"getattr", "vars", "globals", "eval", "exec", "__dict__", "import_module", "__import__"}
 
 
@@ -41,7 +58,8 @@ def ingredients(**named: Any) -> dict[str, str]:
       **named: any objects.
 
     Returns:
-      ``{path: text}``; equal exactly if the objects hold equal values and do the same, in this process or another.
+      ``{path: text}``; equal exactly if the objects hold equal values and do the same, in this
+      process or another.
 
     Example:
       >>> from compress_jax.quantize import uniform
@@ -65,7 +83,9 @@ class _Walk:
 
     def versions(self) -> dict[str, str]:
         """Return the versions of Python and of the packages met."""
-        own = {f"version of {name}": text for name in sorted(self.packages) if (text := _version(name))}
+        own = {
+            f"version of {name}": text for name in sorted(self.packages) if (text := _version(name))
+        }
         return {"version of python": ".".join(map(str, sys.version_info[:2])), **own}
 
     def visit(self, path: str, value: Any) -> None:
@@ -94,14 +114,28 @@ class _Walk:
         elif isinstance(value, types.ModuleType):
             self.found[path] = f"module {self._named(value.__name__)}"
         elif isinstance(value, dict):
-            self._container(path, value, [(f"{path}[{_short(repr(k), 60)}]", value[k]) for k in sorted(value, key=repr)])
+            self._container(
+                path,
+                value,
+                [(f"{path}[{_short(repr(k), 60)}]", value[k]) for k in sorted(value, key=repr)],
+            )
         elif isinstance(value, list | tuple):
             names = getattr(value, "_fields", None)
             number = "[{}]" if isinstance(value, list) else "({})"
-            ends = [f".{name}" for name in names] if names else [number.format(i) for i in range(len(value))]
-            self._container(path, value, [(path + end, each) for end, each in zip(ends, value, strict=True)])
+            ends = (
+                [f".{name}" for name in names]
+                if names
+                else [number.format(i) for i in range(len(value))]
+            )
+            self._container(
+                path, value, [(path + end, each) for end, each in zip(ends, value, strict=True)]
+            )
         elif isinstance(value, set | frozenset):
-            self._container(path, value, [(f"{path}{{{i}}}", each) for i, each in enumerate(sorted(value, key=repr))])
+            self._container(
+                path,
+                value,
+                [(f"{path}{{{i}}}", each) for i, each in enumerate(sorted(value, key=repr))],
+            )
         else:
             self._object(path, value)
 
@@ -115,7 +149,9 @@ class _Walk:
             value = jax.random.key_data(value)
         array = np.asarray(value)
         if array.dtype == object:
-            return self._container(path, value, [(f"{path}[{i}]", each) for i, each in enumerate(array.ravel())])
+            return self._container(
+                path, value, [(f"{path}[{i}]", each) for i, each in enumerate(array.ravel())]
+            )
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         short = f" {array.item()!r}" if array.size == 1 else ""
         self.found[path] = f"{array.dtype}{list(array.shape)}{short} {digest[:16]}"
@@ -127,7 +163,13 @@ class _Walk:
         elif isinstance(value, types.MethodType):
             self._each([(f"{path}.self", value.__self__), (path + "()", value.__func__)])
         elif isinstance(value, functools.partial):
-            self._each([(path + "()", value.func), (f"{path}.args", value.args), (f"{path}.keywords", value.keywords)])
+            self._each(
+                [
+                    (path + "()", value.func),
+                    (f"{path}.args", value.args),
+                    (f"{path}.keywords", value.keywords),
+                ]
+            )
         elif hasattr(value, "__wrapped__"):  # jit, custom_jvp, lru_cache
             self.found[path] = type(value).__name__
             self.visit(path + "()", value.__wrapped__)
@@ -149,7 +191,9 @@ class _Walk:
             elif isinstance(own, types.FunctionType):
                 if not own.__code__.co_filename.startswith("<"):  # else made by dataclass
                     self.visit(f"{path}.{name}", own)
-            elif not name.startswith("_") and isinstance(own, (*_PLAIN, list, tuple, dict, set, np.ndarray)):
+            elif not name.startswith("_") and isinstance(
+                own, (*_PLAIN, list, tuple, dict, set, np.ndarray)
+            ):
                 self.visit(f"{path}.{name}", own)
 
     def _function(self, path: str, value: types.FunctionType) -> None:
@@ -167,7 +211,9 @@ class _Walk:
         self._each((f"{path}.{name}", each) for name, each in _kept(_cells(cells), changed).items())
         if not library:
             names = _names(code)
-            loaded = {name: sys.modules[name] for name in names & set(sys.modules)}  # imported inside the function
+            loaded = {
+                name: sys.modules[name] for name in names & set(sys.modules)
+            }  # imported inside the function
             self._globals(path, names, {**loaded, **_kept(value.__globals__, changed)})
 
     def _globals(self, path: str, names: set[str], space: dict[str, Any]) -> None:
@@ -178,7 +224,9 @@ class _Walk:
             if isinstance(value, types.ModuleType) and not _installed(value):
                 wanted = set(vars(value)) if names & _DYNAMIC else names
                 own = {key: each for key, each in vars(value).items() if not key.startswith("__")}
-                self._each((f"{path} > {name}.{key}", own[key]) for key in sorted(wanted & set(own)))
+                self._each(
+                    (f"{path} > {name}.{key}", own[key]) for key in sorted(wanted & set(own))
+                )
 
     def _named(self, module: str) -> str:
         self.packages.add(module.split(".")[0])
@@ -193,8 +241,12 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         return [(name, getattr(value, name, None)) for name in fields if name not in skip]
-    slots = [name for base in type(value).__mro__ for name in _as_tuple(getattr(base, "__slots__", ()))]
-    held = {name: getattr(value, name) for name in slots if name[:2] != "__" and hasattr(value, name)}
+    slots = [
+        name for base in type(value).__mro__ for name in _as_tuple(getattr(base, "__slots__", ()))
+    ]
+    held = {
+        name: getattr(value, name) for name in slots if name[:2] != "__" and hasattr(value, name)
+    }
     return sorted({**held, **getattr(value, "__dict__", {})}.items())
 
 
@@ -205,10 +257,20 @@ def _as_tuple(slots: Any) -> tuple[str, ...]:
 def _meaning(code: types.CodeType, doc: str | None = None) -> tuple[Any, ...]:
     """Return what a piece of code does, without where it stands and what its docstring says."""
     consts = [
-        _meaning(c) if isinstance(c, types.CodeType) else _constant(c) for c in code.co_consts if c != doc or c is None
+        _meaning(c) if isinstance(c, types.CodeType) else _constant(c)
+        for c in code.co_consts
+        if c != doc or c is None
     ]
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
-    return code.co_code, consts, code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars, counts
+    return (
+        code.co_code,
+        consts,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        counts,
+    )
 
 
 def _constant(value: Any) -> str:
@@ -232,7 +294,11 @@ def _cells(cells: Iterable[tuple[str, types.CellType]]) -> dict[str, Any]:
 def _kept(held: dict[str, Any], changed: dict[str, bool]) -> dict[str, Any]:
     """Return the variables that are settings: not those a function assigns, nor the lists, dicts and sets it changes."""
     keeps = (list, dict, set, bytearray, collections.deque, np.ndarray)
-    return {n: x for n, x in held.items() if n not in changed or not (changed[n] or isinstance(x, keeps))}
+    return {
+        n: x
+        for n, x in held.items()
+        if n not in changed or not (changed[n] or isinstance(x, keeps))
+    }
 
 
 def _changed(code: types.CodeType) -> dict[str, bool]:
@@ -242,12 +308,21 @@ def _changed(code: types.CodeType) -> dict[str, bool]:
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGES:
             found |= _loaded(steps[i - 1])
-        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):  # container, key; the value is below them
+        if step.opname in (
+            "STORE_SUBSCR",
+            "DELETE_SUBSCR",
+        ):  # container, key; the value is below them
             found |= _loaded(steps[i - 2])
     stored = [step.argval for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")]
-    found |= {name: True for name in stored if name in code.co_freevars or name not in code.co_cellvars}
+    found |= {
+        name: True for name in stored if name in code.co_freevars or name not in code.co_cellvars
+    }
     for inner in (each for each in code.co_consts if isinstance(each, types.CodeType)):
-        found |= {name: assigned for name, assigned in _changed(inner).items() if name not in code.co_cellvars}
+        found |= {
+            name: assigned
+            for name, assigned in _changed(inner).items()
+            if name not in code.co_cellvars
+        }
     return found
 
 
@@ -259,7 +334,11 @@ def _loaded(step: dis.Instruction) -> dict[str, bool]:
 def _library_folders() -> tuple[str, ...]:
     paths = sysconfig.get_paths()
     folders = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    folders |= {*site.getsitepackages(), site.getusersitepackages(), str(Path(__file__).resolve().parent.parent)}
+    folders |= {
+        *site.getsitepackages(),
+        site.getusersitepackages(),
+        str(Path(__file__).resolve().parent.parent),
+    }
     return tuple(f"{Path(folder).resolve()}{os.sep}" for folder in folders)
 
 
@@ -276,7 +355,10 @@ def _installed(module: types.ModuleType | None) -> bool:
         return False
     file = getattr(module, "__file__", None)
     if file is None:  # built in, or a namespace
-        return module.__name__.split(".")[0] in sys.stdlib_module_names and module.__name__ != "__main__"
+        return (
+            module.__name__.split(".")[0] in sys.stdlib_module_names
+            and module.__name__ != "__main__"
+        )
     return _is_library(file, module.__name__)
 
 
@@ -284,9 +366,15 @@ def _installed(module: types.ModuleType | None) -> bool:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # of the standard library, or run from the source tree
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # of the standard library, or run from the source tree
         return None
 
 
 def _short(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return (
+        text
+        if len(text) <= most
+        else f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    )

@@ -41,7 +41,9 @@ class Assessment:
         return {**asdict(self), "bits": self.bits}
 
 
-def judge(row: Assessment, student_nbytes: int, reference: float, requirement: Requirement) -> Assessment:
+def judge(
+    row: Assessment, student_nbytes: int, reference: float, requirement: Requirement
+) -> Assessment:
     """Decide whether a compressed network meets the requirement, and say why.
 
     Args:
@@ -64,9 +66,16 @@ def judge(row: Assessment, student_nbytes: int, reference: float, requirement: R
     accurate = row.validation >= floor - 1e-9  # the floor is a difference of decimal fractions
     small, fits = ratio >= requirement.min_ratio, row.nbytes <= requirement.max_bytes
     verdicts = (
-        (accurate, f"accuracy {100 * row.validation:.2f} % is {'at least' if accurate else 'below'} {100 * floor:.2f} %"),
+        (
+            accurate,
+            f"accuracy {100 * row.validation:.2f} % is {'at least' if accurate else 'below'} "
+            f"{100 * floor:.2f} %",
+        ),
         (small, f"{ratio:.1f}x smaller" + ("" if small else f", not {requirement.min_ratio:g}x")),
-        (fits, f"{row.nbytes:,} bytes" + ("" if fits else f", more than {requirement.max_bytes:,}")),
+        (
+            fits,
+            f"{row.nbytes:,} bytes" + ("" if fits else f", more than {requirement.max_bytes:,}"),
+        ),
     )
     accepted = accurate and small and fits
     reason = "; ".join(text for met, text in verdicts if met == accepted)
@@ -94,8 +103,8 @@ def reference(rows: Sequence[Assessment], requirement: Requirement) -> Assessmen
 def finished(order: str, rows: Sequence[Assessment]) -> bool:
     """Decide from what was tried so far whether to stop trying.
 
-    From mild to strong, accuracy falls and size falls. So a candidate that lost too much accuracy ends the way up, and one
-    that kept enough ends the way down: what is milder is larger.
+    From mild to strong, accuracy falls and size falls. So a candidate that lost too much accuracy
+    ends the way up, and one that kept enough ends the way down: what is milder is larger.
 
     Args:
       order: see `Experiment.order`.

@@ -39,7 +39,8 @@ SIDE = 2  # examples that a model is asked about here
 def check(experiment: Experiment, about: dict[str, Any]) -> list[str]:
     """See that the pieces of an experiment fit together: data, models, losses, optimizers and every candidate.
 
-    Models, losses, training steps, and each candidate's init, view, update and pack are traced; no array is computed.
+    Models, losses, training steps, and each candidate's init, view, update and pack are traced; no
+    array is computed.
 
     Args:
       experiment: what is to be run.
@@ -49,8 +50,10 @@ def check(experiment: Experiment, about: dict[str, Any]) -> list[str]:
       Sentences on what could not be checked, as it needs values; usually none.
 
     Raises:
-      DataError: if the splits do not hold labelled examples of one shape, or a label is out of range.
-      ConfigError: if a model cannot be called on them, has too few outputs, or a step fails; it says whose.
+      DataError: if the splits do not hold labelled examples of one shape, or a label is out of
+        range.
+      ConfigError: if a model cannot be called on them, has too few outputs, or a step fails; it
+        says whose.
       CompressError: as the candidates' compressions do, with the candidate's name.
 
     Example:
@@ -70,7 +73,9 @@ def check(experiment: Experiment, about: dict[str, Any]) -> list[str]:
     try:
         json.dumps(about, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"about is kept in the artifacts as JSON, and cannot be written so: {error}") from error
+        raise ConfigError(
+            f"about is kept in the artifacts as JSON, and cannot be written so: {error}"
+        ) from error
     check_data(experiment.data)
     return _Checks(experiment).run()
 
@@ -81,14 +86,22 @@ class _Checks:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.unchecked: list[str] = []
-        self.stepped: set[Any] = set()  # what was traced already: candidates are often trained alike
+        self.stepped: set[Any] = (
+            set()
+        )  # what was traced already: candidates are often trained alike
 
     def run(self) -> list[str]:
         experiment = self.experiment
         teacher = None
         if isinstance(experiment.teacher, Network):
-            teacher = self._teacher(experiment.teacher, self._network("teacher", experiment.teacher, None))
-        student = self._network("student", experiment.student, teacher if experiment.float32_student == "teacher" else None)
+            teacher = self._teacher(
+                experiment.teacher, self._network("teacher", experiment.teacher, None)
+            )
+        student = self._network(
+            "student",
+            experiment.student,
+            teacher if experiment.float32_student == "teacher" else None,
+        )
         if experiment.teacher == "student":
             teacher = self._teacher(experiment.student, student)
         if student is None:
@@ -112,34 +125,55 @@ class _Checks:
         if network.artifact is not None:
             return _shapes(_stages.restored(network.artifact))
         image = self.experiment.data.train["image"]
-        return jax.eval_shape(network.model.init, jax.random.key(0), _struct((1, *image.shape[1:]), jnp.float32))
+        return jax.eval_shape(
+            network.model.init, jax.random.key(0), _struct((1, *image.shape[1:]), jnp.float32)
+        )
 
     def _outputs(self, model: Any, variables: Any) -> None:
         """See that the model gives logits, one a class at least."""
         image, classes = self.experiment.data.train["image"], self.experiment.data.classes
         x = _struct((SIDE, *image.shape[1:]), image.dtype)
         out = jax.eval_shape(model.apply, variables, x)
-        given = f"{out.dtype}{list(out.shape)}" if hasattr(out, "shape") else f"a {type(out).__name__}"
-        if not hasattr(out, "shape") or len(out.shape) != 2 or out.shape[0] != SIDE or out.shape[1] < classes:
+        given = (
+            f"{out.dtype}{list(out.shape)}" if hasattr(out, "shape") else f"a {type(out).__name__}"
+        )
+        if (
+            not hasattr(out, "shape")
+            or len(out.shape) != 2
+            or out.shape[0] != SIDE
+            or out.shape[1] < classes
+        ):
             raise ConfigError(
-                f"the model must give logits [{SIDE}, {classes}] or more for {SIDE} images {list(image.shape[1:])}, as the "
+                f"the model must give logits [{SIDE}, {classes}] or more for {SIDE} images "
+                f"{list(image.shape[1:])}, as the "
                 f"data have {classes} classes; it gives {given}"
             )
 
-    def _training(self, model: Any, variables: Any, training: Training, teacher: Teacher | None) -> None:
+    def _training(
+        self, model: Any, variables: Any, training: Training, teacher: Teacher | None
+    ) -> None:
         """Trace one step of training without a compression, unless such a one was traced already."""
         split = self.experiment.data.train
         if training.batch_size > len(split["label"]):
-            raise ConfigError(f"batch_size is {training.batch_size}, but there are {len(split['label'])} training examples")
+            raise ConfigError(
+                f"batch_size is {training.batch_size}, but there are {len(split['label'])} "
+                "training examples"
+            )
         asked = id(model), training.augment, training.batch_size, teacher is None
         if asked in self.stepped:
             return
         self.stepped.add(asked)
-        batch = {name: _struct((training.batch_size, *x.shape[1:]), x.dtype) for name, x in split.items()}
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), teacher)  # a loss may want the teacher's hash
+        batch = {
+            name: _struct((training.batch_size, *x.shape[1:]), x.dtype) for name, x in split.items()
+        }
+        zeros = jax.tree.map(
+            lambda x: np.zeros(x.shape, x.dtype), teacher
+        )  # a loss may want the teacher's hash
 
         def whole(variables: Any, batch: Any, teacher: Any) -> Any:
-            step, state = _stages.prepared(self.experiment, model, variables, None, training, "check", zeros, batch)
+            step, state = _stages.prepared(
+                self.experiment, model, variables, None, training, "check", zeros, batch
+            )
             return state, step(state, batch, teacher=teacher)[0]
 
         before, after = jax.eval_shape(whole, variables, batch, teacher)
@@ -149,7 +183,9 @@ class _Checks:
         if variables is None:
             return None
         with self._of("teacher"):
-            return jax.eval_shape(functools.partial(_stages.frozen, self.experiment, network.model), variables)
+            return jax.eval_shape(
+                functools.partial(_stages.frozen, self.experiment, network.model), variables
+            )
 
     def _candidate(self, candidate: Candidate, student: Any, teacher: Teacher | None) -> None:
         """Trace what a candidate does to the student's params, and its training where it differs from the student's."""
@@ -179,7 +215,10 @@ class _Checks:
         try:
             yield
         except NEEDS_VALUES as error:
-            self.unchecked.append(f"{who}: it needs the values of arrays ({_first_line(error)}), so it is not checked ahead")
+            self.unchecked.append(
+                f"{who}: it needs the values of arrays ({_first_line(error)}), so it is not "
+                "checked ahead"
+            )
         except CompressError as error:
             raise type(error)(f"{who}: {error}") from error
         except Exception as error:
@@ -196,7 +235,10 @@ def check_data(data: Data) -> None:
     for name, split in splits.items():
         for key in ("image", "label"):
             if not isinstance(split, dict) or not hasattr(split.get(key), "shape"):
-                raise DataError(f"{name} must be a dict with arrays 'image' and 'label'; it has no array {key!r}")
+                raise DataError(
+                    f"{name} must be a dict with arrays 'image' and 'label'; it has no array "
+                    f"{key!r}"
+                )
         sizes = {key: len(values) for key, values in split.items()}
         if len(set(sizes.values())) != 1 or not sizes["label"]:
             raise DataError(f"the arrays of {name} must have one length, and not 0; got {sizes}")
@@ -206,22 +248,36 @@ def check_data(data: Data) -> None:
 
 def _check_images(name: str, images: Any, train: Any) -> None:
     if not np.issubdtype(images.dtype, np.floating):
-        raise DataError(f"{name} has images of {images.dtype}, and they must be floats; data.scale_to_unit makes them so")
+        raise DataError(
+            f"{name} has images of {images.dtype}, and they must be floats; data.scale_to_unit "
+            "makes them so"
+        )
     if images.shape[1:] != train.shape[1:]:
-        raise DataError(f"{name} has images {list(images.shape[1:])}, and train has {list(train.shape[1:])}")
-    sums = np.asarray(images, np.float32).reshape(len(images), -1).sum(axis=1)  # not finite where an entry is not
+        raise DataError(
+            f"{name} has images {list(images.shape[1:])}, and train has {list(train.shape[1:])}"
+        )
+    sums = (
+        np.asarray(images, np.float32).reshape(len(images), -1).sum(axis=1)
+    )  # not finite where an entry is not
     if not np.isfinite(sums).all():
         at = np.flatnonzero(~np.isfinite(sums))
-        raise DataError(f"{len(at)} images of {name} are not finite, the first is {at[0]}; data.clean drops them")
+        raise DataError(
+            f"{len(at)} images of {name} are not finite, the first is {at[0]}; data.clean drops "
+            "them"
+        )
 
 
 def _check_labels(name: str, labels: Any, classes: int) -> None:
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(f"{name} has labels {labels.dtype}{list(labels.shape)}; they must be integers, one an example")
+        raise DataError(
+            f"{name} has labels {labels.dtype}{list(labels.shape)}; they must be integers, one an "
+            "example"
+        )
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise DataError(
-            f"{name} has labels {low} to {high}, but there are {classes} classes, so they must be 0 to {classes - 1}"
+            f"{name} has labels {low} to {high}, but there are {classes} classes, so they must be "
+            f"0 to {classes - 1}"
         )
 
 
@@ -237,15 +293,22 @@ def _packed(compression: Compression, params: Any, state: CompressionState) -> N
 
 def _require_alike(what: str, before: Any, after: Any) -> None:
     """See that trees have the same leaves, shapes and dtypes."""
-    old, new = ({name: f"{x.dtype}{list(x.shape)}" for name, x in _named(tree)} for tree in (before, after))
+    old, new = (
+        {name: f"{x.dtype}{list(x.shape)}" for name, x in _named(tree)} for tree in (before, after)
+    )
     for name in {**old, **new}:
         if old.get(name) != new.get(name):
             gone = f"{old.get(name, 'not there')} before, {new.get(name, 'not there')} after"
-            raise ShapeError(f"the {what} must keep every leaf's shape and dtype; {name or 'the leaf'}: {gone}")
+            raise ShapeError(
+                f"the {what} must keep every leaf's shape and dtype; {name or 'the leaf'}: {gone}"
+            )
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -261,7 +324,12 @@ def _first_line(error: Exception) -> str:
     return lines[0] if lines else "no reason is given"
 
 
-TEACHER, STUDENT, ARTIFACT, RESULTS = "teacher.safetensors", "student.safetensors", "artifact.safetensors", "results.json"
+TEACHER, STUDENT, ARTIFACT, RESULTS = (
+    "teacher.safetensors",
+    "student.safetensors",
+    "artifact.safetensors",
+    "results.json",
+)
 
 
 @dataclass(frozen=True)
@@ -285,18 +353,24 @@ class Result:
 
 
 def compress(
-    experiment: Experiment, workdir: str | Path, *, about: dict[str, Any] | None = None, say: Callable[[str], None] = print
+    experiment: Experiment,
+    workdir: str | Path,
+    *,
+    about: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
 ) -> Result:
     """Find the smallest student that meets the requirement, and leave it in ``workdir`` as one file.
 
-    First all of it is traced on shapes (see `check`), so that what cannot work is found before anything is trained. Then:
-    data -> teacher -> student -> candidate: train under its compression, write, read back, evaluate on validation data,
-    judge -> accepted or refused, with the reason -> next candidate. Test data is touched once, for the three networks of
-    the final table. Started again after any kind of stop, it continues and ends with the same numbers.
+    First all of it is traced on shapes (see `check`), so that what cannot work is found before
+    anything is trained. Then: data -> teacher -> student -> candidate: train under its compression,
+    write, read back, evaluate on validation data, judge -> accepted or refused, with the reason ->
+    next candidate. Test data is touched once, for the three networks of the final table. Started
+    again after any kind of stop, it continues and ends with the same numbers.
 
     Args:
       experiment: what to do.
-      workdir: where everything goes; made if missing. It belongs to one experiment: what it holds is not trained again.
+      workdir: where everything goes; made if missing. It belongs to one experiment: what it holds
+        is not trained again.
       about: kept in the artifacts' metadata, as JSON takes it (config and arguments, say).
       say: receives one line for each decision.
 
@@ -304,7 +378,8 @@ def compress(
       The rows, the chosen one, and the file.
 
     Raises:
-      ConfigError: if the pieces do not fit together, or a stage in ``workdir`` was made of something else.
+      ConfigError: if the pieces do not fit together, or a stage in ``workdir`` was made of
+        something else.
       Interrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
       CompressError: as its pieces do.
 
@@ -326,18 +401,34 @@ def compress(
     teacher = None
     rows: list[Assessment] = []
     if isinstance(experiment.teacher, Network):
-        variables = _stages.obtain(experiment, experiment.teacher, "teacher", workdir / "teacher", None)
+        variables = _stages.obtain(
+            experiment, experiment.teacher, "teacher", workdir / "teacher", None
+        )
         model, file = experiment.teacher.model, workdir / TEACHER
         teacher = _stages.frozen(experiment, model, variables)
-        rows.append(_stages.assess(experiment, model, "teacher", teacher.variables, teacher.variables, file, about))
-        say(f"teacher: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
+        rows.append(
+            _stages.assess(
+                experiment, model, "teacher", teacher.variables, teacher.variables, file, about
+            )
+        )
+        say(
+            f"teacher: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} "
+            "bytes"
+        )
     learns_from = teacher if experiment.float32_student == "teacher" else None
-    student = _stages.obtain(experiment, experiment.student, "student", workdir / "student", learns_from)
+    student = _stages.obtain(
+        experiment, experiment.student, "student", workdir / "student", learns_from
+    )
     model = experiment.student.model
-    rows.append(_stages.assess(experiment, model, "student", student, student, workdir / STUDENT, about))
+    rows.append(
+        _stages.assess(experiment, model, "student", student, student, workdir / STUDENT, about)
+    )
     if experiment.teacher == "student":
         teacher = _stages.frozen(experiment, model, student)
-    say(f"student in float32: validation accuracy {100 * rows[-1].validation:.2f} %, {rows[-1].nbytes:,} bytes")
+    say(
+        f"student in float32: validation accuracy {100 * rows[-1].validation:.2f} %, "
+        f"{rows[-1].nbytes:,} bytes"
+    )
 
     base, held_against, tried = rows[-1], reference(rows, experiment.requirement), []
     for candidate in experiment.candidates:
@@ -351,16 +442,25 @@ def compress(
 
 
 def _try(
-    experiment: Experiment, candidate: Candidate, student: Any, teacher: Any, workdir: Path, about: dict[str, Any]
+    experiment: Experiment,
+    candidate: Candidate,
+    student: Any,
+    teacher: Any,
+    workdir: Path,
+    about: dict[str, Any],
 ) -> Assessment:
     """Train the student under one compression and measure what comes out."""
     model, directory = experiment.student.model, workdir / "candidates" / candidate.name
     stage, c = f"candidate {candidate.name}", _stages.fitted(experiment, candidate, student)
-    state = _stages.train(experiment, model, student, c, candidate.training, stage, directory, teacher, start=student)
+    state = _stages.train(
+        experiment, model, student, c, candidate.training, stage, directory, teacher, start=student
+    )
     packed = {"params": c.pack(state.params, state.compression), **state.model_state}
     about = {**about, "left_alone": _by_reason(c, state.params)}
     seen, file = state.variables(c), directory / ARTIFACT
-    return _stages.assess(experiment, model, candidate.name, packed, seen, file, about, coded=experiment.coded)
+    return _stages.assess(
+        experiment, model, candidate.name, packed, seen, file, about, coded=experiment.coded
+    )
 
 
 def _by_reason(compression: Compression, params: Any) -> dict[str, list[str]]:
@@ -371,7 +471,9 @@ def _by_reason(compression: Compression, params: Any) -> dict[str, list[str]]:
     return reasons
 
 
-def _conclude(experiment: Experiment, rows: list[Assessment], tried: Sequence[Assessment], workdir: Path) -> Result:
+def _conclude(
+    experiment: Experiment, rows: list[Assessment], tried: Sequence[Assessment], workdir: Path
+) -> Result:
     """Copy the chosen artifact, measure the final table on test data, and write it down."""
     chosen, artifact = choose(tried), workdir / ARTIFACT
     write_atomically(artifact, (workdir / "candidates" / chosen.name / ARTIFACT).read_bytes())
@@ -379,8 +481,12 @@ def _conclude(experiment: Experiment, rows: list[Assessment], tried: Sequence[As
     measured = {chosen.name: _stages.measure_on_test(experiment, student, artifact)}
     measured["student"] = _stages.measure_on_test(experiment, student, workdir / STUDENT)
     if isinstance(experiment.teacher, Network):
-        measured["teacher"] = _stages.measure_on_test(experiment, experiment.teacher.model, workdir / TEACHER)
+        measured["teacher"] = _stages.measure_on_test(
+            experiment, experiment.teacher.model, workdir / TEACHER
+        )
     table = [replace(row, test=measured.get(row.name)) for row in [*rows, *tried]]
     summary = {"experiment": experiment.name, "chosen": chosen.name, "met": bool(chosen.accepted)}
-    write_atomically(workdir / RESULTS, sealed({**summary, "rows": [row.as_dict() for row in table]}))
+    write_atomically(
+        workdir / RESULTS, sealed({**summary, "rows": [row.as_dict() for row in table]})
+    )
     return Result(tuple(table), next(row for row in table if row.name == chosen.name), artifact)

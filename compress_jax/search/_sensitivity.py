@@ -27,7 +27,9 @@ from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
 
 
 Leaves = dict[str, Any]
-Forms = Mapping[str, Mapping[str, Any]]  # path -> option -> what the leaf is then, packed or an array
+Forms = Mapping[
+    str, Mapping[str, Any]
+]  # path -> option -> what the leaf is then, packed or an array
 Scores = dict[str, dict[str, float]]
 Model = Callable[..., Any]  # (leaves by path, *inputs) -> outputs
 
@@ -53,7 +55,11 @@ def squared_error(expected: jax.Array, got: jax.Array) -> jax.Array:
 
 
 def by_outputs(
-    model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], forms: Forms, distance: Callable[..., jax.Array]
+    model: Model,
+    leaves: Leaves,
+    batches: Iterable[tuple[Any, ...]],
+    forms: Forms,
+    distance: Callable[..., jax.Array],
 ) -> Scores:
     """Score each form of each leaf by how far the outputs move when only that leaf takes that form.
 
@@ -76,20 +82,29 @@ def by_outputs(
       >>> by_outputs(model, {"w": jnp.ones(2)}, [(jnp.ones(2),)], {"w": {"zero": jnp.zeros(2)}}, squared_error)
       {'w': {'zero': 1.0}}
     """
-    run, moved = jax.jit(model), jax.jit(lambda leaves, expected, inputs: distance(expected, model(leaves, *inputs)))
+    run, moved = (
+        jax.jit(model),
+        jax.jit(lambda leaves, expected, inputs: distance(expected, model(leaves, *inputs))),
+    )
     totals, count = {path: dict.fromkeys(options, 0.0) for path, options in forms.items()}, 0
     for inputs in batches:
         count += 1
         expected = run(leaves, *inputs)
         if not isinstance(expected, jax.Array):
-            raise ShapeError(f"fn must return one array of outputs to compare, not a {type(expected).__name__}")
+            raise ShapeError(
+                f"fn must return one array of outputs to compare, not a {type(expected).__name__}"
+            )
         for path, option, form in _each(forms):
             if form is not leaves[path]:
-                totals[path][option] += float(moved({**leaves, path: to_dense(form)}, expected, inputs))
+                totals[path][option] += float(
+                    moved({**leaves, path: to_dense(form)}, expected, inputs)
+                )
     return _means(totals, count)
 
 
-def by_fisher(model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], forms: Forms) -> Scores:
+def by_fisher(
+    model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], forms: Forms
+) -> Scores:
     r"""Score by the empirical Fisher, :math:`E[\sum_i (g_i \Delta w_i)^2]`, where g is the gradient of a batch's loss.
 
     Args:
@@ -112,21 +127,32 @@ def by_fisher(model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], 
     """
     loss, (chosen, rest) = _scalar(model), _divided(leaves, forms)
     squares = squared_gradients(
-        lambda chosen, rest, *inputs: loss({**rest, **chosen}, *inputs), chosen, ((rest, *inputs) for inputs in batches)
+        lambda chosen, rest, *inputs: loss({**rest, **chosen}, *inputs),
+        chosen,
+        ((rest, *inputs) for inputs in batches),
     )
     return {
-        path: {option: float((squares[path] * _change(leaves[path], form)).sum()) for option, form in options.items()}
+        path: {
+            option: float((squares[path] * _change(leaves[path], form)).sum())
+            for option, form in options.items()
+        }
         for path, options in forms.items()
     }
 
 
 def by_curvature(
-    model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], forms: Forms, key: jax.Array, probes: int
+    model: Model,
+    leaves: Leaves,
+    batches: Iterable[tuple[Any, ...]],
+    forms: Forms,
+    key: jax.Array,
+    probes: int,
 ) -> Scores:
     r"""Score by the mean eigenvalue of the loss's Hessian, :math:`tr(H_p) / n_p \cdot \|\Delta w_p\|^2`, as HAWQ-V2 does.
 
-    The traces of the diagonal blocks are estimated with Rademacher probes, :math:`E[v_p^\top (H v)_p]`, by derivatives
-    of the gradient; a trace that comes out negative counts as zero.
+    The traces of the diagonal blocks are estimated with Rademacher probes,
+    :math:`E[v_p^\top (H v)_p]`, by derivatives of the gradient; a trace that comes out negative
+    counts as zero.
 
     Args:
       model: ``(leaves, *inputs) -> loss``, a scalar.
@@ -157,9 +183,15 @@ def by_curvature(
 
         def probe(key: jax.Array) -> Leaves:
             keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
-            signs = {path: jax.random.rademacher(keys[path], x.shape, x.dtype) for path, x in chosen.items()}
+            signs = {
+                path: jax.random.rademacher(keys[path], x.shape, x.dtype)
+                for path, x in chosen.items()
+            }
             turned = jax.jvp(gradient, (chosen,), (signs,))[1]
-            return {path: jnp.vdot(signs[path].astype(jnp.float32), turned[path].astype(jnp.float32)) for path in chosen}
+            return {
+                path: jnp.vdot(signs[path].astype(jnp.float32), turned[path].astype(jnp.float32))
+                for path in chosen
+            }
 
         return jax.tree.map(jnp.mean, jax.lax.map(probe, jax.random.split(key, probes)))
 
@@ -172,7 +204,10 @@ def by_curvature(
     if not count:
         raise _no_batch()
     return {
-        path: {o: max(totals[path], 0.0) / count * float(_change(leaves[path], form).mean()) for o, form in options.items()}
+        path: {
+            o: max(totals[path], 0.0) / count * float(_change(leaves[path], form).mean())
+            for o, form in options.items()
+        }
         for path, options in forms.items()
     }
 
@@ -180,8 +215,8 @@ def by_curvature(
 def unreached(scores: Scores, leaves: Leaves, forms: Forms) -> tuple[Scores, list[str]]:
     """Give leaves that the batches say nothing about the scores of average ones, for as large a change.
 
-    A leaf whose every form scores exactly 0 though it changes the leaf (a branch that never ran, an expert without tokens)
-    was not reached: that is not to say that it does not matter.
+    A leaf whose every form scores exactly 0 though it changes the leaf (a branch that never ran, an
+    expert without tokens) was not reached: that is not to say that it does not matter.
 
     Args:
       scores: of all leaves.
@@ -196,14 +231,26 @@ def unreached(scores: Scores, leaves: Leaves, forms: Forms) -> tuple[Scores, lis
       >>> unreached({"w": {"a": 3.0}, "unused": {"a": 0.0}}, {"w": w, "unused": w}, forms)
       ({'w': {'a': 3.0}, 'unused': {'a': 12.0}}, ['unused'])
     """
-    changes = {path: {o: float(_change(leaves[path], form).sum()) for o, form in own.items()} for path, own in forms.items()}
-    dead = [path for path in scores if not any(scores[path].values()) and any(changes[path].values())]
-    pairs = [(scores[path][o], changes[path][o]) for path in scores if path not in dead for o in scores[path]]
+    changes = {
+        path: {o: float(_change(leaves[path], form).sum()) for o, form in own.items()}
+        for path, own in forms.items()
+    }
+    dead = [
+        path for path in scores if not any(scores[path].values()) and any(changes[path].values())
+    ]
+    pairs = [
+        (scores[path][o], changes[path][o])
+        for path in scores
+        if path not in dead
+        for o in scores[path]
+    ]
     rates = [score / change for score, change in pairs if change > 0]
     if not rates:
         return scores, dead
     mean = sum(rates) / len(rates)
-    return scores | {path: {o: mean * change for o, change in changes[path].items()} for path in dead}, dead
+    return scores | {
+        path: {o: mean * change for o, change in changes[path].items()} for path in dead
+    }, dead
 
 
 def _scalar(model: Model) -> Model:
@@ -211,7 +258,8 @@ def _scalar(model: Model) -> Model:
         value = model(leaves, *inputs)
         if jnp.shape(value) != ():
             raise ShapeError(
-                "this measure differentiates a loss: fn(params, *batch) must return a scalar, the mean over the batch, but "
+                "this measure differentiates a loss: fn(params, *batch) must return a scalar, the "
+                "mean over the batch, but "
                 f"it returns {jax.tree.map(jnp.shape, value)}"
             )
         return value.astype(jnp.float32)
@@ -221,7 +269,9 @@ def _scalar(model: Model) -> Model:
 
 def _divided(leaves: Leaves, forms: Forms) -> tuple[Leaves, Leaves]:
     """Return the leaves that have other forms, and the others."""
-    return {path: leaves[path] for path in forms}, {path: x for path, x in leaves.items() if path not in forms}
+    return {path: leaves[path] for path in forms}, {
+        path: x for path, x in leaves.items() if path not in forms
+    }
 
 
 def _each(forms: Forms) -> Iterator[tuple[str, str, Any]]:
@@ -237,7 +287,10 @@ def _change(x: Any, form: Any) -> jax.Array:
 def _means(totals: Scores, count: int) -> Scores:
     if not count:
         raise _no_batch()
-    return {path: {option: total / count for option, total in options.items()} for path, options in totals.items()}
+    return {
+        path: {option: total / count for option, total in options.items()}
+        for path, options in totals.items()
+    }
 
 
 def _no_batch() -> DataError:
@@ -255,13 +308,16 @@ class Sensitivities:
       measure: what the scores mean; smaller is better.
       scores: ``{path: {option: score}}``, of the leaves that have an option.
       nbytes: ``{path: {option: bytes}}``, stored, scales and all.
-      bitops: ``{path: {option: bit-operations}}``, of one call on the first batch: MACs x weight bits x activation bits.
+      bitops: ``{path: {option: bit-operations}}``, of one call on the first batch: MACs x weight
+        bits x activation bits.
       macs: ``{path: multiply-accumulates}`` of that call.
       refused: ``{path: {option: why the leaf cannot take it}}``.
       left: ``{path: why}``, leaves that stay as they are.
       left_nbytes: bytes of those leaves.
-      left_bitops: bit-operations of everything else: products of activations, and with those leaves.
-      notes: ``{path: what was out of the ordinary}``: leaves that the batches never reached have the scores of average ones.
+      left_bitops: bit-operations of everything else: products of activations, and with those
+        leaves.
+      notes: ``{path: what was out of the ordinary}``: leaves that the batches never reached have
+        the scores of average ones.
     """
 
     measure: str
@@ -295,17 +351,31 @@ class Sensitivities:
         try:
             return cls(**json.loads(text))
         except (TypeError, ValueError) as error:
-            raise DataError(f"this is not a table of sensitivities as Sensitivities.to_json writes it: {error}") from error
+            raise DataError(
+                f"this is not a table of sensitivities as Sensitivities.to_json writes it: {error}"
+            ) from error
 
     def __str__(self) -> str:
         """Return a table: for each leaf its work, and for each option score and bytes."""
         options = list(dict.fromkeys(chain.from_iterable(self.scores.values())))
-        head = ("path", "MACs", *(f"{option}: {what}" for option in options for what in (self.measure, "bytes")))
+        head = (
+            "path",
+            "MACs",
+            *(f"{option}: {what}" for option in options for what in (self.measure, "bytes")),
+        )
         rows = [
-            (path, units(self.macs[path]), *chain.from_iterable(self._cells(path, option) for option in options))
+            (
+                path,
+                units(self.macs[path]),
+                *chain.from_iterable(self._cells(path, option) for option in options),
+            )
             for path in self.scores
         ]
-        refused = [f"{path} cannot be {o}: {why}" for path, reasons in self.refused.items() for o, why in reasons.items()]
+        refused = [
+            f"{path} cannot be {o}: {why}"
+            for path, reasons in self.refused.items()
+            for o, why in reasons.items()
+        ]
         stays = [f"{path} stays: {why}" for path, why in self.left.items()]
         notes = [f"{path}: {note}" for path, note in self.notes.items()]
         return "\n".join([aligned([head, *rows], left=1), *stays, *refused, *notes])
@@ -335,32 +405,35 @@ def sensitivities(
     With :math:`\Delta w` what the option changes in the leaf, the score is one of
 
     * ``"fisher"``: :math:`E[\sum_i (\partial L / \partial w_i \, \Delta w_i)^2]`, L the loss of a batch. Batches of one
-      example give the empirical Fisher; larger ones the same up to a factor, once the model is trained. One backward pass a
-      batch.
+      example give the empirical Fisher; larger ones the same up to a factor, once the model is
+      trained. One backward pass a batch.
     * ``"hutchinson"``: :math:`tr(H) / n \cdot \|\Delta w\|^2`, H the loss's Hessian in the n entries of the leaf.
     * ``"kl"``: the divergence of the output distributions, ``softmax`` over the last axis. One run for each leaf and option.
     * ``"mse"``: the mean squared change of the outputs.
 
     Args:
-      fn: a pure function of params and one batch: for ``"kl"`` and ``"mse"`` it returns the outputs (logits), for
-        ``"fisher"`` and ``"hutchinson"`` the loss, a scalar.
+      fn: a pure function of params and one batch: for ``"kl"`` and ``"mse"`` it returns the outputs
+        (logits), for ``"fisher"`` and ``"hutchinson"`` the loss, a scalar.
       params: tree of arrays.
       batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
-      options: by name, compressions that act on one leaf; `core.identity` leaves it as it is. They are bound to the layouts
-        that the function tells, as `cj.bind` does.
+      options: by name, compressions that act on one leaf; `core.identity` leaves it as it is. They
+        are bound to the layouts that the function tells, as `cj.bind` does.
       measure: one of the above.
-      where: a glob, or several, over the leaves to decide about; by default all that a product or a lookup uses.
+      where: a glob, or several, over the leaves to decide about; by default all that a product or a
+        lookup uses.
       activation_bits: for the bit-operations, as `trace.cost` takes them.
       key: typed PRNG key of the probes for ``"hutchinson"``.
       probes: random vectors a batch for ``"hutchinson"``.
-      max_bytes: a budget that `allocate` will be given, checked before anything is measured; None for none.
+      max_bytes: a budget that `allocate` will be given, checked before anything is measured; None
+        for none.
       max_bitops: likewise.
 
     Returns:
       The table, which `allocate` reads for as many budgets as you like.
 
     Raises:
-      ConfigError: if there is no option, the measure is none of these, a key is missing, or no choice meets a budget.
+      ConfigError: if there is no option, the measure is none of these, a key is missing, or no
+        choice meets a budget.
       DataError: if there is no batch.
       NoMatchError: if ``where`` matches no leaf.
       NonFiniteError: if a score is NaN or infinite.
@@ -378,11 +451,14 @@ def sensitivities(
       True
 
     References:
-      Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization, NeurIPS 2020, equations 2 to 4.
-      Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, equation 8 (the Taylor term).
+      Dong et al., HAWQ-V2: Hessian Aware trace-Weighted Quantization, NeurIPS 2020, equations 2 to
+      4. Molchanov et al., Importance Estimation for Neural Network Pruning, CVPR 2019, equation 8
+      (the Taylor term).
     """
     if not options:
-        raise ConfigError("there is no option to choose between; give {'int4': quantize.uniform(4), ...}")
+        raise ConfigError(
+            "there is no option to choose between; give {'int4': quantize.uniform(4), ...}"
+        )
     inputs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     first = next(inputs, None)
     if first is None:
@@ -395,22 +471,45 @@ def sensitivities(
     forms, refused = _forms(leaves, chosen, options)
     left |= {path: "no option can take it" for path in chosen if not forms[path]}
     forms = {path: forms[path] for path in chosen if forms[path]}
-    bitops, macs, rest = _work(cost(fn, params, *first, activation_bits=activation_bits).by_site, leaves, forms)
-    sizes = {path: {option: _nbytes(form) for option, form in options.items()} for path, options in forms.items()}
+    bitops, macs, rest = _work(
+        cost(fn, params, *first, activation_bits=activation_bits).by_site, leaves, forms
+    )
+    sizes = {
+        path: {option: _nbytes(form) for option, form in options.items()}
+        for path, options in forms.items()
+    }
     bytes_left = sum(_nbytes(leaves[path]) for path in left)
     byte_budget(max_bytes, sizes, bytes_left).check()
     work_budget(max_bitops, bitops, rest).check()
-    scored = _scorer(measure, key, probes)(lambda leaves, *x: fn(rebuild(leaves), *x), leaves, chain([first], inputs), forms)
+    scored = _scorer(measure, key, probes)(
+        lambda leaves, *x: fn(rebuild(leaves), *x), leaves, chain([first], inputs), forms
+    )
     scored, dead = unreached(_finite(scored), leaves, forms)
-    notes = dict.fromkeys(dead, "every option scores 0: the batches say nothing of it, so it counts as an average leaf")
-    return Sensitivities(measure, scored, sizes, bitops, macs, refused, _ordered(left, leaves), bytes_left, rest, notes)
+    notes = dict.fromkeys(
+        dead,
+        "every option scores 0: the batches say nothing of it, so it counts as an average leaf",
+    )
+    return Sensitivities(
+        measure,
+        scored,
+        sizes,
+        bitops,
+        macs,
+        refused,
+        _ordered(left, leaves),
+        bytes_left,
+        rest,
+        notes,
+    )
 
 
 def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., Scores]:
     """Return ``(model, leaves, batches, forms) -> scores``."""
     if measure == "hutchinson":
         if key is None:
-            raise ConfigError('measure="hutchinson" draws random probes; give it a key, such as jax.random.key(0)')
+            raise ConfigError(
+                'measure="hutchinson" draws random probes; give it a key, such as jax.random.key(0)'
+            )
         return partial(by_curvature, key=key, probes=probes)
     scorers = {
         "fisher": by_fisher,
@@ -422,15 +521,24 @@ def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., S
     return scorers[measure]
 
 
-def _candidates(traced: Traced, leaves: dict[str, Any], where: Patterns | None) -> tuple[list[str], dict[str, str]]:
+def _candidates(
+    traced: Traced, leaves: dict[str, Any], where: Patterns | None
+) -> tuple[list[str], dict[str, str]]:
     """Return the leaves to decide about, and why the others are left alone."""
     if where is not None:
         found = match(where, leaves)
         return found, {path: "no pattern matches it" for path in leaves if path not in found}
-    used = {path for site in traced.sites.values() for path in (site.param, *site.also)} | set(traced.found.lookups.values())
-    why = {path: f"{how}; name it in where to decide about it" for path, how in traced.found.otherwise.items()}
+    used = {path for site in traced.sites.values() for path in (site.param, *site.also)} | set(
+        traced.found.lookups.values()
+    )
+    why = {
+        path: f"{how}; name it in where to decide about it"
+        for path, how in traced.found.otherwise.items()
+    }
     return [path for path in leaves if path in used], {
-        path: why.get(path, "no product and no lookup uses it") for path in leaves if path not in used
+        path: why.get(path, "no product and no lookup uses it")
+        for path in leaves
+        if path not in used
     }
 
 
@@ -470,8 +578,15 @@ def _work(
 
     A product that several parameters enter is shared out among them by size.
     """
-    work, macs, rest = {path: dict.fromkeys(options, 0.0) for path, options in forms.items()}, dict.fromkeys(forms, 0.0), 0.0
-    widths = {path: {o: stored({o: form}, None, None)[o].bits for o, form in opts.items()} for path, opts in forms.items()}
+    work, macs, rest = (
+        {path: dict.fromkeys(options, 0.0) for path, options in forms.items()},
+        dict.fromkeys(forms, 0.0),
+        0.0,
+    )
+    widths = {
+        path: {o: stored({o: form}, None, None)[o].bits for o, form in opts.items()}
+        for path, opts in forms.items()
+    }
     for each in sites.values():
         paths = [path for path in (each.site.param, *each.site.also) if path is not None]
         held = sum(leaves[path].size for path in paths)
@@ -485,7 +600,10 @@ def _work(
             macs[path] += share
             for option, bits in widths[path].items():
                 work[path][option] += share * (bits or own) * each.activation_bits
-    whole = {path: {option: round(amount) for option, amount in amounts.items()} for path, amounts in work.items()}
+    whole = {
+        path: {option: round(amount) for option, amount in amounts.items()}
+        for path, amounts in work.items()
+    }
     return whole, {path: round(amount) for path, amount in macs.items()}, round(rest)
 
 
@@ -498,7 +616,8 @@ def _finite(scores: Scores) -> Scores:
         for option, score in options.items():
             if not math.isfinite(score):
                 raise NonFiniteError(
-                    f"the sensitivity of {path!r} to {option!r} is {score}; look at the outputs or the loss"
+                    f"the sensitivity of {path!r} to {option!r} is {score}; look at the outputs "
+                    "or the loss"
                 )
     return scores
 

@@ -11,7 +11,10 @@ from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
 
 MADE_OF = "made_of.json"
-_FORM = {"version": Kind("1, the version that is read here", lambda value: value == 1), "made_of": mapping(TEXT)}
+_FORM = {
+    "version": Kind("1, the version that is read here", lambda value: value == 1),
+    "made_of": mapping(TEXT),
+}
 
 
 def read_made_of(directory: Path) -> dict[str, str] | None:
@@ -41,8 +44,10 @@ def require_same(directory: Path, made_of: dict[str, str]) -> None:
         _compare(directory, found, made_of, f"delete {directory} to train it again")
     elif (directory / "checkpoints").is_dir() and any((directory / "checkpoints").iterdir()):
         raise ConfigError(
-            f"{directory} has checkpoints, but no {MADE_OF} that says what they were made of; they are of an earlier "
-            f"version or of another program. Choose another --workdir, or delete {directory} to train it again"
+            f"{directory} has checkpoints, but no {MADE_OF} that says what they were made of; "
+            "they are of an earlier "
+            f"version or of another program. Choose another --workdir, or delete {directory} to "
+            "train it again"
         )
     elif jax.process_index() == 0:
         write_atomically(directory / MADE_OF, sealed({"version": 1, "made_of": made_of}))
@@ -56,7 +61,10 @@ def require_same_model(directory: Path, made_of: dict[str, str]) -> None:
     """
     found = read_made_of(directory)
     if found is not None:
-        old, new = ({name: text for name, text in each.items() if name.startswith("model")} for each in (found, made_of))
+        old, new = (
+            {name: text for name, text in each.items() if name.startswith("model")}
+            for each in (found, made_of)
+        )
         _compare(directory, old, new, "its artifact is of the model as it was then")
 
 
@@ -64,11 +72,15 @@ def _compare(directory: Path, old: dict[str, str], new: dict[str, str], advice: 
     names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if not names:
         return
-    changes = [f"{name} was {_brief(old.get(name))}, and now is {_brief(new.get(name))}" for name in names[:3]]
+    changes = [
+        f"{name} was {_brief(old.get(name))}, and now is {_brief(new.get(name))}"
+        for name in names[:3]
+    ]
     more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
     raise ConfigError(
         printable(
-            f"{directory} was made of something else: {'; '.join(changes)}{more}. Choose another --workdir, or {advice}"
+            f"{directory} was made of something else: {'; '.join(changes)}{more}. Choose another "
+            f"--workdir, or {advice}"
         )
     )
 

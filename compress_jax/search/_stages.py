@@ -51,14 +51,17 @@ def stage_key(seed: int, stage: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
 
 
-def obtain(experiment: Experiment, network: Network, stage: str, directory: Path, teacher: Teacher | None) -> Variables:
+def obtain(
+    experiment: Experiment, network: Network, stage: str, directory: Path, teacher: Teacher | None
+) -> Variables:
     """Train a network in float32, or restore it.
 
     Args:
       experiment: for data, loss and seed.
       network: what to train or restore.
       stage: ``"teacher"`` or ``"student"``.
-      directory: where its checkpoints and metrics go; a finished stage found there is not trained again.
+      directory: where its checkpoints and metrics go; a finished stage found there is not trained
+        again.
       teacher: the frozen teacher, or None to train on labels.
 
     Returns:
@@ -69,7 +72,16 @@ def obtain(experiment: Experiment, network: Network, stage: str, directory: Path
     assert network.training is not None
     example = jnp.zeros((1, *experiment.data.train["image"].shape[1:]))
     variables = jax.jit(network.model.init)(stage_key(experiment.seed, f"{stage}/init"), example)
-    state = train(experiment, network.model, variables, identity(), network.training, stage, directory, teacher)
+    state = train(
+        experiment,
+        network.model,
+        variables,
+        identity(),
+        network.training,
+        stage,
+        directory,
+        teacher,
+    )
     return state.variables()
 
 
@@ -77,7 +89,10 @@ def restored(artifact: str | PathLike[str]) -> Variables:
     """Return the variables of a network that an earlier run wrote."""
     variables = unpack(load(artifact)[0])
     if not isinstance(variables, dict) or "params" not in variables:
-        raise ArtifactError(f"{artifact} holds no 'params'; a Network is restored from what a run wrote, or the like of it")
+        raise ArtifactError(
+            f"{artifact} holds no 'params'; a Network is restored from what a run wrote, or the "
+            "like of it"
+        )
     return variables
 
 
@@ -90,7 +105,8 @@ def fitted(experiment: Experiment, candidate: Candidate, variables: Variables) -
       variables: the student's, or their shapes.
 
     Returns:
-      The compression that is trained, packed and described: each leaf's layout is read from the student's forward pass.
+      The compression that is trained, packed and described: each leaf's layout is read from the
+      student's forward pass.
     """
     model = experiment.student.model
     rest = {name: value for name, value in variables.items() if name != "params"}
@@ -123,7 +139,9 @@ def prepared(
     loss, beside = _loss(experiment, model, training, teacher), ({}, {})
     if isinstance(loss, StatefulLoss):
         beside = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
-    state = create(variables, compression, optimizer(training), stage_key(experiment.seed, stage), beside)
+    state = create(
+        variables, compression, optimizer(training), stage_key(experiment.seed, stage), beside
+    )
     return make_step(loss, optimizer(training), compression), state
 
 
@@ -160,9 +178,17 @@ def train(
     about = made_of(experiment, model, training, stage, compression, teacher, start)
     require_same(directory, about)
     batch = {name: values[: training.batch_size] for name, values in experiment.data.train.items()}
-    step, state = prepared(experiment, model, variables, compression, training, stage, teacher, batch)
-    mesh = experiment.mesh or jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    feed = batches(experiment.data.train, training.batch_size, seed=zlib.crc32(f"{experiment.seed}/{stage}".encode()))
+    step, state = prepared(
+        experiment, model, variables, compression, training, stage, teacher, batch
+    )
+    mesh = experiment.mesh or jax.make_mesh(
+        (jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)
+    )
+    feed = batches(
+        experiment.data.train,
+        training.batch_size,
+        seed=zlib.crc32(f"{experiment.seed}/{stage}".encode()),
+    )
     return fit(
         jit_step(step, mesh, state),
         place(state, mesh),
@@ -186,13 +212,23 @@ def made_of(
 ) -> dict[str, str]:
     """Return all that decides how a stage ends, by name; see `ingredients`."""
     brief = {name: value for name, value in vars(training).items() if name != "save_every"}
-    parts = {"stage": stage, "seed": experiment.seed, "model": model, "training": brief, "compression": compression}
+    parts = {
+        "stage": stage,
+        "seed": experiment.seed,
+        "model": model,
+        "training": brief,
+        "compression": compression,
+    }
     if teacher is not None:
         parts |= {"loss": experiment.loss, "teacher": flatten(teacher.variables)[0]}
-    return ingredients(**parts, start=flatten(start)[0] if start else None, data=experiment.data.train)
+    return ingredients(
+        **parts, start=flatten(start)[0] if start else None, data=experiment.data.train
+    )
 
 
-def _loss(experiment: Experiment, model: Any, training: Training, teacher: Teacher | None) -> Loss | StatefulLoss:
+def _loss(
+    experiment: Experiment, model: Any, training: Training, teacher: Teacher | None
+) -> Loss | StatefulLoss:
     if teacher is None or experiment.loss is None:
         return supervised(model, augment=training.augment)
     if isinstance(experiment.loss, tuple):
@@ -217,7 +253,9 @@ def frozen(experiment: Experiment, model: Any, variables: Variables) -> Teacher:
     """
     terms = experiment.loss if isinstance(experiment.loss, tuple) else ()
     paths = tuple(dict.fromkeys(path for term in terms for path in term.teacher))
-    return Teacher(capture(model, paths) if paths else model.apply, variables).cast(experiment.teacher_dtype)
+    return Teacher(capture(model, paths) if paths else model.apply, variables).cast(
+        experiment.teacher_dtype
+    )
 
 
 def assess(
@@ -253,18 +291,33 @@ def assess(
     trained = logits(model.apply, seen, split)
     validation = float((trained.argmax(-1) == split["label"]).mean())
     metadata = {"experiment": experiment.name, "name": name, "model": _describe(model), **about}
-    metadata |= {"data": experiment.data.name, "data_sha256": experiment.data.fingerprint, "validation": validation}
+    metadata |= {
+        "data": experiment.data.name,
+        "data_sha256": experiment.data.fingerprint,
+        "validation": validation,
+    }
     nbytes = save(file, packed, metadata, coded=coded)
     if not np.array_equal(logits(model.apply, unpack(load(file)[0]), split), trained):
-        raise CompressError(f"{file} does not give the logits the trained model gives; please report this with its config")
+        raise CompressError(
+            f"{file} does not give the logits the trained model gives; please report this with "
+            "its config"
+        )
     return Assessment(name, count(seen["params"]), nbytes, validation)
 
 
 def _describe(model: Any) -> str:
     """Return the call that makes a module, without what is default and without addresses, which differ between processes."""
-    fields = [field for field in dataclasses.fields(model) if field.init and field.name not in ("parent", "name")]
-    values = {field.name: (repr(getattr(model, field.name)), repr(field.default)) for field in fields}
-    text = ", ".join(f"{name}={value}" for name, (value, default) in values.items() if value != default)
+    fields = [
+        field
+        for field in dataclasses.fields(model)
+        if field.init and field.name not in ("parent", "name")
+    ]
+    values = {
+        field.name: (repr(getattr(model, field.name)), repr(field.default)) for field in fields
+    }
+    text = ", ".join(
+        f"{name}={value}" for name, (value, default) in values.items() if value != default
+    )
     return f"{type(model).__name__}({re.sub(r' at 0x[0-9a-f]+', '', text)})"
 
 

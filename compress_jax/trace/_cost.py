@@ -28,17 +28,40 @@ from compress_jax.trace._jaxpr.site import Site
 
 
 FREE = (  # they move, cut, name or make numbers, and compute none
-    p.PASSED | p.MOVES | p.JOINS | p.INDEXED | p.NUMBERS | p.SILENT | p.CONTRACTIONS | {"dynamic_update_slice", "scatter"}
+    p.PASSED
+    | p.MOVES
+    | p.JOINS
+    | p.INDEXED
+    | p.NUMBERS
+    | p.SILENT
+    | p.CONTRACTIONS
+    | {"dynamic_update_slice", "scatter"}
 ) | frozenset(
-    "all_gather all_gather_invariant all_gather_reduced all_to_all bitcast_convert_type ppermute ragged_all_to_all"
+    "all_gather all_gather_invariant all_gather_reduced all_to_all bitcast_convert_type ppermute "
+    "ragged_all_to_all"
     " random_clone random_seed random_unwrap random_wrap".split()
 )
 TRANSCENDENTAL = frozenset(  # one transcendental function an element of the result
-    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv erfc exp expm1 lgamma"
+    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf "
+    "erf_inv erfc exp expm1 lgamma"
     " log log1p pow rsqrt sin sinh sqrt tan tanh".split()
 )
-BOTH = {"logistic": 3, "exp2": 1, "log2": 1, "cumlogsumexp": 1}  # a function and so many operations: 1 / (1 + exp(-x))
-EACH = p.CASTS | p.SUMS | p.SIGNS | p.COMPARISONS | p.ARITHMETIC | p.COLLECTIVES | p.RUNNING | {"reduce_scatter"}
+BOTH = {
+    "logistic": 3,
+    "exp2": 1,
+    "log2": 1,
+    "cumlogsumexp": 1,
+}  # a function and so many operations: 1 / (1 + exp(-x))
+EACH = (
+    p.CASTS
+    | p.SUMS
+    | p.SIGNS
+    | p.COMPARISONS
+    | p.ARITHMETIC
+    | p.COLLECTIVES
+    | p.RUNNING
+    | {"reduce_scatter"}
+)
 EACH = EACH - FREE - BOTH.keys()  # one operation an element of the result
 SCATTERS = p.UPDATES - FREE
 
@@ -48,12 +71,14 @@ class Operations:
     """Operations of a computation besides its contractions.
 
     Attributes:
-      flops: one for each result of an operation on elements, and each element that a reduction takes in.
+      flops: one for each result of an operation on elements, and each element that a reduction
+        takes in.
       transcendentals: one for each result of exp, log, tanh, rsqrt, ...
       uncounted: primitives whose operations are not known here, and how often they run.
       loops: while loops met: they are counted for one turn.
       choices: choices of branches met: every branch is counted.
-      products: multiplications of products that sum over no axis (``einsum("bd,dn->bdn")``), of which there is no site.
+      products: multiplications of products that sum over no axis (``einsum("bd,dn->bdn")``), of
+        which there is no site.
     """
 
     flops: int = 0
@@ -67,8 +92,9 @@ class Operations:
 def operations(jaxpr: Jaxpr) -> Operations:
     """Count the operations of a jaxpr, those nested in it as often as they run.
 
-    They are counted as XLA's cost analysis does: an addition, a comparison, a cast is one operation for each element of its
-    result; a sum over ``n`` elements is ``n - 1``; a window of ``w`` elements is ``w - 1``; moving numbers is free.
+    They are counted as XLA's cost analysis does: an addition, a comparison, a cast is one operation
+    for each element of its result; a sum over ``n`` elements is ``n - 1``; a window of ``w``
+    elements is ``w - 1``; moving numbers is free.
 
     Args:
       jaxpr: the computation.
@@ -158,7 +184,11 @@ def _power(eqn: JaxprEqn) -> int:
 def _reduced_precision(eqn: JaxprEqn) -> int:
     """Nothing is rounded where as many digits are asked for as there are."""
     info = jnp.finfo(getattr(eqn.invars[0].aval, "dtype", jnp.float32))
-    return 0 if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant else _out(eqn)
+    return (
+        0
+        if eqn.params["exponent_bits"] >= info.nexp and eqn.params["mantissa_bits"] >= info.nmant
+        else _out(eqn)
+    )
 
 
 def _convert(eqn: JaxprEqn) -> int:
@@ -190,7 +220,8 @@ class Stored:
 
     Attributes:
       size: number of entries.
-      bits: width of the codes; None if it is stored as numbers (dense, sparse or low rank), used in the dtype they have.
+      bits: width of the codes; None if it is stored as numbers (dense, sparse or low rank), used in
+        the dtype they have.
       nonzero: entries that are not exactly zero; all of them where there is no compression.
     """
 
@@ -199,7 +230,9 @@ class Stored:
     nonzero: int
 
 
-def stored(params: Any, compression: Compression | None, state: CompressionState | None) -> dict[str, Stored]:
+def stored(
+    params: Any, compression: Compression | None, state: CompressionState | None
+) -> dict[str, Stored]:
     """Return how every leaf is stored.
 
     Args:
@@ -222,12 +255,15 @@ def stored(params: Any, compression: Compression | None, state: CompressionState
     """
     if compression is None:
         if state is not None:
-            raise StateError("a state was given without the compression it belongs to; pass compression=... too")
+            raise StateError(
+                "a state was given without the compression it belongs to; pass compression=... too"
+            )
         return {path: _leaf(x, is_packed(x)) for path, x in flatten(params)[0].items()}
     for path, x in flatten(params)[0].items():
         if isinstance(x, jax.ShapeDtypeStruct):
             raise ShapeError(
-                f"{path!r} is only a shape: how a compression stores weights shows when arrays are packed; give arrays "
+                f"{path!r} is only a shape: how a compression stores weights shows when arrays "
+                "are packed; give arrays "
                 "(model.init instead of jax.eval_shape), or leave compression out"
             )
     packed = compression.pack(params, compression.init(params) if state is None else state)
@@ -279,8 +315,10 @@ class SiteCost:
 
     Attributes:
       site: the contraction.
-      params: entries of the parameters in it; one that is used at several sites shows at each of them.
-      lhs_bits: bits of one number of the first operand; a mean where parameters of different widths are put together.
+      params: entries of the parameters in it; one that is used at several sites shows at each of
+        them.
+      lhs_bits: bits of one number of the first operand; a mean where parameters of different widths
+        are put together.
       rhs_bits: likewise of the second.
       density: share of the weights that are not zero, where a compression is looked at; else 1.
     """
@@ -334,7 +372,9 @@ class SiteCost:
     @property
     def activation_bytes(self) -> int:
         """Bytes of the results."""
-        return -(-self.count * math.prod(self.site.out_shape) * dtype_bits(self.site.out_dtype) // 8)
+        return -(
+            -self.count * math.prod(self.site.out_shape) * dtype_bits(self.site.out_dtype) // 8
+        )
 
 
 @dataclass(frozen=True)
@@ -343,10 +383,10 @@ class Cost:
 
     Attributes:
       by_site: the contractions by name, in program order.
-      params: number of parameters: entries under the ``"params"`` collection if there is one at the top (running statistics
-        are no parameters), else all entries.
-      other_flops: operations that are not contractions: one for each result of an operation on elements, ``n - 1`` for a
-        sum of ``n``.
+      params: number of parameters: entries under the ``"params"`` collection if there is one at the
+        top (running statistics are no parameters), else all entries.
+      other_flops: operations that are not contractions: one for each result of an operation on
+        elements, ``n - 1`` for a sum of ``n``.
       transcendentals: results of exp, log, tanh, rsqrt, ...; not among the FLOPs.
       notes: what is not counted, or not exactly, and why.
       products: multiplications of products that sum over no axis: among the MACs, but no site's.
@@ -391,28 +431,56 @@ class Cost:
 
     def __str__(self) -> str:
         """Return a table of the sites, the total, the other operations and the notes."""
-        rows = [HEAD, *(_row(name, each, self.macs) for name, each in self.by_site.items()), self._total()]
+        rows = [
+            HEAD,
+            *(_row(name, each, self.macs) for name, each in self.by_site.items()),
+            self._total(),
+        ]
         if all(each.density == 1 for each in self.by_site.values()):
             rows = [row[:DENSE] + row[DENSE + 2 :] for row in rows]
         work = (
-            f"{units(self.flops)} FLOPs: {units(2 * self.macs)} in these products, {units(self.other_flops)} in other "
+            f"{units(self.flops)} FLOPs: {units(2 * self.macs)} in these products, "
+            f"{units(self.other_flops)} in other "
             f"operations; {units(self.transcendentals)} transcendental functions"
         )
-        return "\n".join([aligned(rows, left=2), work, *(f"{what}: {why}" for what, why in self.notes.items())])
+        return "\n".join(
+            [aligned(rows, left=2), work, *(f"{what}: {why}" for what, why in self.notes.items())]
+        )
 
     def _total(self) -> tuple[str, ...]:
         share = "100.0%" if self.macs else ""
-        numbers = (self.macs, self.params, self.bit_operations, self.effective_bit_operations, self.activation_bytes)
+        numbers = (
+            self.macs,
+            self.params,
+            self.bit_operations,
+            self.effective_bit_operations,
+            self.activation_bytes,
+        )
         macs, params, bits, effective, out = map(units, numbers)
         return "total", "", "", macs, share, params, "", bits, "", effective, out
 
 
-HEAD = ("site", "product", "runs", "MACs", "share", "params", "bits", "bit-ops", "density", "effective", "bytes out")
+HEAD = (
+    "site",
+    "product",
+    "runs",
+    "MACs",
+    "share",
+    "params",
+    "bits",
+    "bit-ops",
+    "density",
+    "effective",
+    "bytes out",
+)
 DENSE = HEAD.index("density")
 
 
 def _row(name: str, cost: SiteCost, macs: int) -> tuple[str, ...]:
-    lhs, rhs, out = ("x".join(map(str, shape)) for shape in (cost.site.lhs_shape, cost.site.rhs_shape, cost.site.out_shape))
+    lhs, rhs, out = (
+        "x".join(map(str, shape))
+        for shape in (cost.site.lhs_shape, cost.site.rhs_shape, cost.site.out_shape)
+    )
     return (
         name,
         f"{lhs} * {rhs} > {out}",
@@ -443,26 +511,30 @@ def cost(
 
     .. math:: \text{bit-operations} = \sum_\text{sites} \text{MACs} \cdot b_\text{lhs} \cdot b_\text{rhs}
 
-    where b is the bits of an operand's numbers: of a parameter stored as codes the width of a code (scales and codebooks do
-    not count; factors of low rank are multiplied out), of data ``activation_bits``, else of the dtype. Products with pruned
-    weights are counted, as in the papers; the ``effective`` numbers multiply each site by its density, the share of the
-    weights that are not zero (a quantizer rounds some to zero too).
+    where b is the bits of an operand's numbers: of a parameter stored as codes the width of a code
+    (scales and codebooks do not count; factors of low rank are multiplied out), of data
+    ``activation_bits``, else of the dtype. Products with pruned weights are counted, as in the
+    papers; the ``effective`` numbers multiply each site by its density, the share of the weights
+    that are not zero (a quantizer rounds some to zero too).
 
-    Loops count as often as they run, a ``shard_map`` on every device. A ``while`` loop counts for one turn and a choice with
-    every branch; `Cost.notes` says so, and lists what nobody could look into. Results that nobody uses count too, though
-    ``jit`` drops them.
+    Loops count as often as they run, a ``shard_map`` on every device. A ``while`` loop counts for
+    one turn and a choice with every branch; `Cost.notes` says so, and lists what nobody could look
+    into. Results that nobody uses count too, though ``jit`` drops them.
 
     Args:
       fn: a pure function of params and inputs.
       params: tree of arrays, packed leaves or ``ShapeDtypeStruct``.
       inputs: trees of arrays or ``ShapeDtypeStruct``.
       compression: the weights count as it packs them; ``params`` must be arrays then.
-      state: its state; by default that of `init` once the compression is bound to the layouts of the trace.
-      activation_bits: bits of operands that are data: of all, or ``{glob over names of sites: bits}``, first match wins.
+      state: its state; by default that of `init` once the compression is bound to the layouts of
+        the trace.
+      activation_bits: bits of operands that are data: of all, or
+        ``{glob over names of sites: bits}``, first match wins.
 
     Returns:
-      The cost: ``.macs``, ``.flops``, ``.params``, ``.bit_operations``, ``.by_site``, ...; ``print`` shows a table, with the
-      densities and effective bit-operations if a weight is zero, and ``?`` beside the runs of what may not run.
+      The cost: ``.macs``, ``.flops``, ``.params``, ``.bit_operations``, ``.by_site``, ...;
+      ``print`` shows a table, with the densities and effective bit-operations if a weight is zero,
+      and ``?`` beside the runs of what may not run.
 
     Raises:
       ShapeError: if there is a compression and ``params`` are shapes.
@@ -484,20 +556,25 @@ def cost(
       256 FLOPs: 192 in these products, 64 in other operations; 0 transcendental functions
 
     References:
-      Yao et al., HAWQ-V3: Dyadic Neural Network Quantization, 2021: bit-operations are MACs times both widths. Baskin et
-      al., UNIQ: Uniform Noise Injection for Non-Uniform Quantization of Neural Networks, 2018, add the accumulator's bits.
+      Yao et al., HAWQ-V3: Dyadic Neural Network Quantization, 2021: bit-operations are MACs times
+      both widths. Baskin et al., UNIQ: Uniform Noise Injection for Non-Uniform Quantization of
+      Neural Networks, 2018, add the accumulator's bits.
     """
     traced = trace(fn, shapes(params), *inputs)
     if compression is not None and state is None:
         compression = bound(compression, layouts_of(traced))
     leaves = stored(params, compression, state)
-    by_site = _by_site(traced, leaves, _chosen(activation_bits, [site.name for site in traced.sites.values()]))
+    by_site = _by_site(
+        traced, leaves, _chosen(activation_bits, [site.name for site in traced.sites.values()])
+    )
     counted = operations(traced.jaxpr.jaxpr)
     notes, size = _notes(traced, counted), _parameters(leaves)
     return Cost(by_site, size, counted.flops, counted.transcendentals, notes, counted.products)
 
 
-def _by_site(traced: Traced, leaves: dict[str, Stored], activations: dict[str, int]) -> dict[str, SiteCost]:
+def _by_site(
+    traced: Traced, leaves: dict[str, Stored], activations: dict[str, int]
+) -> dict[str, SiteCost]:
     costs = {}
     for position, site in traced.sites.items():
         _, lhs, rhs, _ = traced.found.contractions[position]
@@ -509,14 +586,18 @@ def _by_site(traced: Traced, leaves: dict[str, Stored], activations: dict[str, i
     return costs
 
 
-def _operand(origin: Origin, leaves: dict[str, Stored], own: int, activation: int | None) -> tuple[float, float]:
+def _operand(
+    origin: Origin, leaves: dict[str, Stored], own: int, activation: int | None
+) -> tuple[float, float]:
     """Return bits and density of an operand; ``own`` are the bits of its dtype."""
     if origin.level == DATA:
         return activation or own, 1.0
     held = [leaves[path] for path in origin.paths if origin.level == PARAMETER]
     if not (size := sum(each.size for each in held)):
         return own, 1.0
-    return sum(each.size * (each.bits or own) for each in held) / size, sum(each.nonzero for each in held) / size
+    return sum(each.size * (each.bits or own) for each in held) / size, sum(
+        each.nonzero for each in held
+    ) / size
 
 
 def _chosen(bits: ActivationBits, names: Sequence[str]) -> dict[str, int]:
@@ -526,7 +607,10 @@ def _chosen(bits: ActivationBits, names: Sequence[str]) -> dict[str, int]:
     chosen: dict[str, int] = {}
     for pattern, width in (bits if isinstance(bits, Mapping) else {"**": bits}).items():
         if not isinstance(width, int) or isinstance(width, bool) or width < 1:
-            raise ConfigError(f"activation_bits: {width!r} for {pattern!r} is not a number of bits; give an integer from 1")
+            raise ConfigError(
+                f"activation_bits: {width!r} for {pattern!r} is not a number of bits; give an "
+                "integer from 1"
+            )
         chosen = dict.fromkeys(match(pattern, names), width) | chosen
     return chosen
 
@@ -539,12 +623,18 @@ def _parameters(leaves: dict[str, Stored]) -> int:
 def _notes(traced: Traced, counted: Operations) -> dict[str, str]:
     notes = {}
     for primitive, times in counted.uncounted.items():
-        missing = "products and operations" if primitive in traced.found.hidden.values() else "operations"
+        missing = (
+            "products and operations" if primitive in traced.found.hidden.values() else "operations"
+        )
         notes[primitive] = f"its {missing} are not counted (runs: {times})"
     if counted.products:
-        notes["dot_general"] = f"products that sum over no axis are no sites, but {counted.products} of the MACs"
+        notes["dot_general"] = (
+            f"products that sum over no axis are no sites, but {counted.products} of the MACs"
+        )
     if counted.loops:
         notes["while"] = f"turns that only the data know count as one (loops: {counted.loops})"
     if counted.choices:
-        notes["cond"] = f"every branch is counted, though only one is taken (choices: {counted.choices})"
+        notes["cond"] = (
+            f"every branch is counted, though only one is taken (choices: {counted.choices})"
+        )
     return notes

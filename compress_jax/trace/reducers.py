@@ -1,13 +1,23 @@
 """Ready reducers: the statistics that quantization and pruning need of the activations at a site.
 
-Each keeps, for each activation that enters a site (`Site.inputs`), float32 statistics whose size does not depend on how much
-data there is, with ``count``: the rows seen, a row being one vector that is contracted (a token, a pixel). It is 0 where a
-site did not run; then what `Reducer.finish` returns is NaN. "Per channel" is one number for each entry of a row,
-``[*batch, k]`` as `channels` orders them.
+Each keeps, for each activation that enters a site (`Site.inputs`), float32 statistics whose size
+does not depend on how much data there is, with ``count``: the rows seen, a row being one vector
+that is contracted (a token, a pixel). It is 0 where a site did not run; then what `Reducer.finish`
+returns is NaN. "Per channel" is one number for each entry of a row, ``[*batch, k]`` as `channels`
+orders them.
 """
 
 from compress_jax.trace._statistics.calibration import Gram
-from compress_jax.trace._statistics.moments import Moments, Norm, Outliers, absmean, gram, moments, norm, outliers
+from compress_jax.trace._statistics.moments import (
+    Moments,
+    Norm,
+    Outliers,
+    absmean,
+    gram,
+    moments,
+    norm,
+    outliers,
+)
 from compress_jax.trace._statistics.ranges import (
     AbsMax,
     Counts,

@@ -9,7 +9,14 @@ from compress_jax.train._ledger import Ledger, ledger
 from compress_jax.train._loop import Feed, fit
 from compress_jax.train._losses import distilled, supervised
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
-from compress_jax.train._parallel import jit_step, place, pmap_step, replicate, shardings, unreplicate
+from compress_jax.train._parallel import (
+    jit_step,
+    place,
+    pmap_step,
+    replicate,
+    shardings,
+    unreplicate,
+)
 from compress_jax.train._progress import progress
 from compress_jax.train._quantized import QuantizedModel, quantized
 from compress_jax.train._state import TrainState, create, label_optimizer

@@ -25,9 +25,10 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """A directory of checkpoints, of which the newest few are kept.
 
-    Each holds the tree's arrays and a JSON record of shape, dtype and SHA-256 of every leaf. Writing is asynchronous and
-    atomic; the arrays are copied first, so the next step may donate them. A checkpoint whose content is not what was
-    saved is never returned: `restore_latest` warns and takes the one before.
+    Each holds the tree's arrays and a JSON record of shape, dtype and SHA-256 of every leaf.
+    Writing is asynchronous and atomic; the arrays are copied first, so the next step may donate
+    them. A checkpoint whose content is not what was saved is never returned: `restore_latest` warns
+    and takes the one before.
 
     Typed PRNG keys, bfloat16, empty dicts and arrays of size zero are kept exactly.
 
@@ -47,7 +48,9 @@ class Checkpoints:
     def __init__(self, directory: str | os.PathLike[str], keep: int = 2):
         """Open the directory, removing what a killed process left half written."""
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True
+        )
         with self._told():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -79,7 +82,8 @@ class Checkpoints:
             raise
         except Exception as error:  # orbax wraps what the file system says in errors of many kinds
             raise CheckpointError(
-                f"cannot write checkpoints in {self.directory}: {_why(error)}; those saved before are kept, so see that the "
+                f"cannot write checkpoints in {self.directory}: {_why(error)}; those saved before "
+                "are kept, so see that the "
                 "disk is writable and not full, and run it again"
             ) from error
 
@@ -101,13 +105,24 @@ class Checkpoints:
         if step in self.steps():
             return
         if step < latest:
-            raise CheckpointError(f"cannot save step {step} in {self.directory}, which already holds step {latest}")
+            raise CheckpointError(
+                f"cannot save step {step} in {self.directory}, which already holds step {latest}"
+            )
         arrays = {name: jnp.array(_plain(leaf), copy=True) for name, leaf in _named(tree).items()}
         record = {name: _describe(array) for name, array in arrays.items()}
-        stored = {name: array for name, array in arrays.items() if array.size}  # orbax refuses size zero
+        stored = {
+            name: array for name, array in arrays.items() if array.size
+        }  # orbax refuses size zero
         made_by = calls(tree)
-        meta = {"step": step, "leaves": record, "sha256": _digest_of_record(record), "made_by": made_by}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta))
+        meta = {
+            "step": step,
+            "leaves": record,
+            "sha256": _digest_of_record(record),
+            "made_by": made_by,
+        }
+        arguments = ocp.args.Composite(
+            state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta)
+        )
         with self._told():
             self._manager.save(step, args=arguments)
 
@@ -115,7 +130,8 @@ class Checkpoints:
         """Return the newest undamaged checkpoint; the damaged ones after it are removed.
 
         Args:
-          target: a tree of arrays with the structure, shapes, dtypes and shardings wanted; its values are not used.
+          target: a tree of arrays with the structure, shapes, dtypes and shardings wanted; its
+            values are not used.
 
         Returns:
           ``(step, tree)``, or None if there is no checkpoint.
@@ -137,7 +153,8 @@ class Checkpoints:
             return step, tree
         if damaged:
             raise CheckpointError(
-                f"every checkpoint in {self.directory} is damaged ({damaged}); remove the directory to start again"
+                f"every checkpoint in {self.directory} is damaged ({damaged}); remove the "
+                "directory to start again"
             )
         return None
 
@@ -148,7 +165,10 @@ class Checkpoints:
         self._check_same_model(step, record, plain)
         self._check_same_compression(step, made_by, calls(target))
         stored = {name: array for name, array in plain.items() if array.size}
-        wanted = {n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for n, a in stored.items()}
+        wanted = {
+            n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+            for n, a in stored.items()
+        }
         try:
             arguments = ocp.args.Composite(state=ocp.args.StandardRestore(wanted))
             found = self._manager.restore(step, args=arguments)["state"] if wanted else {}
@@ -163,7 +183,9 @@ class Checkpoints:
 
     def _record(self, step: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+            meta = self._manager.restore(
+                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
+            )["meta"]
             record = meta["leaves"]
             whole = meta["sha256"] == _digest_of_record(record)
         except Exception as error:  # a damaged file can raise anything
@@ -175,13 +197,21 @@ class Checkpoints:
     def _check_same_compression(self, step: int, saved: list[str], wanted: list[str]) -> None:
         """Compare the compressions that made the states, which shapes alone do not tell apart."""
         if saved and saved != wanted:
-            lines = [f"  saved:  {was}\n  wanted: {now}" for was, now in zip(saved, wanted, strict=False) if was != now]
+            lines = [
+                f"  saved:  {was}\n  wanted: {now}"
+                for was, now in zip(saved, wanted, strict=False)
+                if was != now
+            ]
             raise CheckpointError(
-                f"checkpoint {step} in {self.directory} holds the state of another compression; use another directory, or "
-                "the config it was made with.\n" + "\n".join(lines or [f"  {len(saved)} saved, {len(wanted)} wanted"])
+                f"checkpoint {step} in {self.directory} holds the state of another compression; "
+                "use another directory, or "
+                "the config it was made with.\n"
+                + "\n".join(lines or [f"  {len(saved)} saved, {len(wanted)} wanted"])
             )
 
-    def _check_same_model(self, step: int, record: dict[str, Any], plain: dict[str, jax.Array]) -> None:
+    def _check_same_model(
+        self, step: int, record: dict[str, Any], plain: dict[str, jax.Array]
+    ) -> None:
         def brief(shape: Any, dtype: Any) -> str:
             return f"{dtype}{list(shape)}"
 
@@ -195,7 +225,8 @@ class Checkpoints:
         ]
         if lines:
             raise CheckpointError(
-                f"checkpoint {step} in {self.directory} is of another model, optimizer or compression; use another "
+                f"checkpoint {step} in {self.directory} is of another model, optimizer or "
+                "compression; use another "
                 "directory, or the config it was made with. It differs in\n" + "\n".join(lines[:10])
             )
 
@@ -226,7 +257,11 @@ def _why(error: BaseException) -> str:
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason is given'}"
     found: BaseException | None = error
     while found is not None:
-        if "No space left" in str(found) or "RESOURCE_EXHAUSTED" in str(found) or "Disk quota" in str(found):
+        if (
+            "No space left" in str(found)
+            or "RESOURCE_EXHAUSTED" in str(found)
+            or "Disk quota" in str(found)
+        ):
             return "the disk is full"
         if isinstance(found, OSError) and found.strerror:
             text = found.strerror

@@ -37,8 +37,9 @@ def student(model: Any, patterns: tuple[str, ...]) -> Student:
     """Return a student whose features of some paths are captured.
 
     Args:
-      model: a Linen module called as ``model(x, train=...)``; or the graphdef of an NNX module, from
-        ``nnx.split(module, nnx.Param, ...)``, whose state is ``{"params": params, "rest": rest}``.
+      model: a Linen module called as ``model(x, train=...)``; or the graphdef of an NNX module,
+        from ``nnx.split(module, nnx.Param, ...)``, whose state is
+        ``{"params": params, "rest": rest}``.
       patterns: globs of paths, see `compress_jax.distill.capture`; none captures nothing.
 
     Returns:
@@ -53,15 +54,24 @@ def student(model: Any, patterns: tuple[str, ...]) -> Student:
         return _linen(model, patterns)
     if isinstance(model, nnx.GraphDef):
         return _nnx(model, patterns)
-    raise ConfigError(f"the student is a Linen module or the graphdef of nnx.split(module, nnx.Param, ...), got {model!r}")
+    raise ConfigError(
+        "the student is a Linen module or the graphdef of nnx.split(module, nnx.Param, ...), got "
+        f"{model!r}"
+    )
 
 
 def _linen(model: nn.Module, patterns: tuple[str, ...]) -> Student:
-    see = capture(model, patterns) if patterns else lambda *args, **options: (model.apply(*args, **options), {})
+    see = (
+        capture(model, patterns)
+        if patterns
+        else lambda *args, **options: (model.apply(*args, **options), {})
+    )
 
     def train(params: Any, model_state: Any, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
         variables = {"params": params, **model_state}
-        (logits, new), features = see(variables, x, train=True, mutable=list(model_state), rngs={"dropout": key})
+        (logits, new), features = see(
+            variables, x, train=True, mutable=list(model_state), rngs={"dropout": key}
+        )
         return logits, features, {**model_state, **new}
 
     def evaluate(params: Any, model_state: Any, x: Any) -> tuple[Any, Any]:
@@ -111,32 +121,38 @@ def distillation(
 ) -> StatefulLoss:
     """Return the loss that is a weighted sum of terms: ``sum_k weight_k(step) * mean(loss_k)``, means over what counts.
 
-    The batch is augmented once, before both forwards; the teacher may have a view of its own (`Teacher.view`). Features are
-    captured for terms that ask for them. What terms learn comes under ``state.parts``, what they keep under
-    ``state.memory``, both by the term's name. Metrics: each term's mean loss, ``accuracy``, ``teacher_accuracy`` and
-    ``agreement`` on this batch, and ``teacher_id``, the first 24 bits of its hash; the whole hash is in the memory.
+    The batch is augmented once, before both forwards; the teacher may have a view of its own
+    (`Teacher.view`). Features are captured for terms that ask for them. What terms learn comes
+    under ``state.parts``, what they keep under ``state.memory``, both by the term's name. Metrics:
+    each term's mean loss, ``accuracy``, ``teacher_accuracy`` and ``agreement`` on this batch, and
+    ``teacher_id``, the first 24 bits of its hash; the whole hash is in the memory.
 
     Args:
-      model: the student: a Linen module called as ``model(x, train=...)``, or the graphdef of an NNX module, see
-        `compress_jax.distill.capture`.
+      model: the student: a Linen module called as ``model(x, train=...)``, or the graphdef of an
+        NNX module, see `compress_jax.distill.capture`.
       terms: `on_labels`, `on_logits`, `on_features`, `contrast`, `on_weights` or your own `Term`.
       augment: ``(key, batch) -> batch``; `compress_jax.data.mixup` makes labels probabilities.
-      average: the teacher is the student's own moving average, of this decay: ``a = average * a + (1 - average) * params``
-        of the params as the compression shows them. The step is given no teacher then.
-      resample: ``(key, batch, logits) -> batch``, given the student as it is: `compress_jax.distill.on_policy`.
+      average: the teacher is the student's own moving average, of this decay:
+        ``a = average * a + (1 - average) * params`` of the params as the compression shows them.
+        The step is given no teacher then.
+      resample: ``(key, batch, logits) -> batch``, given the student as it is:
+        `compress_jax.distill.on_policy`.
       inputs: the batch's entry that both models are given.
       labels: the batch's entry with labels.
-      mask: the batch's entry of which examples or tokens count, if it is there; see `compress_jax.distill.masks` for what
-        fits what. What does not count reaches neither a value nor a gradient, in no term and no metric. A term may have
-        one of its own (``on_features(..., mask="patches")``). What a model makes of padding inside (batch statistics,
-        attention to padding) is the model's affair: give it what it needs in its inputs.
+      mask: the batch's entry of which examples or tokens count, if it is there; see
+        `compress_jax.distill.masks` for what fits what. What does not count reaches neither a value
+        nor a gradient, in no term and no metric. A term may have one of its own
+        (``on_features(..., mask="patches")``). What a model makes of padding inside (batch
+        statistics, attention to padding) is the model's affair: give it what it needs in its
+        inputs.
 
     Returns:
       A `StatefulLoss`, whose means are over all devices and microbatches of a step (`make_step`):
-      ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``. The teacher given to the
-      step is a `Teacher` or `Teachers`; or None, if the batch has its logits as ``"teacher"`` (see
-      `compress_jax.distill.CachedFeed`), which then count. Raises a ConfigError if two terms share a name; its loss raises
-      a ShapeError that names the term if a mask does not fit, and a ConfigError if a mask asked for by name is missing.
+      ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``.
+      The teacher given to the step is a `Teacher` or `Teachers`; or None, if the batch has its
+      logits as ``"teacher"`` (see `compress_jax.distill.CachedFeed`), which then count. Raises a
+      ConfigError if two terms share a name; its loss raises a ShapeError that names the term if a
+      mask does not fit, and a ConfigError if a mask asked for by name is missing.
 
     Example:
       >>> from compress_jax.distill import capture, hint, kl, linear, on_features, on_labels, on_logits
@@ -154,19 +170,32 @@ def distillation(
     """
     names = [term.name for term in terms]
     if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"an objective needs terms, each with a name of its own (name=...); got {names}")
+        raise ConfigError(
+            f"an objective needs terms, each with a name of its own (name=...); got {names}"
+        )
     runs = student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
 
-    def see(params: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any) -> tuple[Seen, Any]:
+    def see(
+        params: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
+    ) -> tuple[Seen, Any]:
         logits, features, state = runs.train(params, state, batch[inputs], key)
         if average is not None:
             teacher = _averaged(runs, memory["average"])
         given, others = _told(batch, teacher, inputs)
         variables = getattr(teacher, "variables", None)
-        return Seen(logits, given, batch[labels], features, others, params, variables, batch, key, step), state
+        return Seen(
+            logits, given, batch[labels], features, others, params, variables, batch, key, step
+        ), state
 
     def totals(
-        params: Any, parts: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
+        params: Any,
+        parts: Any,
+        state: Any,
+        memory: Any,
+        batch: Any,
+        key: jax.Array,
+        teacher: Any,
+        step: Any,
     ) -> tuple[Objective, tuple[Any, Any, Metrics]]:
         first, second, third, fourth = jax.random.split(key, 4)
         batch = batch if augment is None else augment(first, batch)
@@ -179,10 +208,17 @@ def distillation(
         if average is not None:
             kept["average"] = _moved(memory["average"], params, state, average)
         kept |= {"teacher": memory["teacher"]} if "teacher" in memory else {}
-        return objective, (state, jax.lax.stop_gradient(kept), {**metrics, **_fidelity(seen, memory, mask)})
+        return objective, (
+            state,
+            jax.lax.stop_gradient(kept),
+            {**metrics, **_fidelity(seen, memory, mask)},
+        )
 
     def init(key: jax.Array, variables: Any, batch: Any, teacher: Any) -> tuple[Any, Any]:
-        params, state = variables["params"], {name: each for name, each in variables.items() if name != "params"}
+        params, state = (
+            variables["params"],
+            {name: each for name, each in variables.items() if name != "params"},
+        )
         own = {"average": {"params": params, "state": state}} if average is not None else {}
         own |= {} if teacher is None else {"teacher": fingerprint(teacher)}
         first, second = jax.random.split(key)
@@ -193,8 +229,14 @@ def distillation(
             return seen._replace(key=None)
 
         shapes = jax.eval_shape(shown, params, batch, teacher)
-        begun = {term.name: term.init(jax.random.fold_in(second, i), shapes) for i, term in enumerate(terms)}
-        parts, memory = ({name: each[i] for name, each in begun.items() if jax.tree.leaves(each[i])} for i in (0, 1))
+        begun = {
+            term.name: term.init(jax.random.fold_in(second, i), shapes)
+            for i, term in enumerate(terms)
+        }
+        parts, memory = (
+            {name: each[i] for name, each in begun.items() if jax.tree.leaves(each[i])}
+            for i in (0, 1)
+        )
         return parts, {**memory, **own}
 
     return StatefulLoss(init, averaged(totals), totals)
@@ -203,11 +245,15 @@ def distillation(
 def _told(batch: Any, teacher: Any, inputs: str) -> tuple[Any, Any]:
     """Return the teacher's logits and features: those that came with the batch, or what it says now."""
     if "teacher" in batch:
-        return batch["teacher"], {n.removeprefix(TEACHER): f for n, f in batch.items() if n.startswith(TEACHER)}
+        return batch["teacher"], {
+            n.removeprefix(TEACHER): f for n, f in batch.items() if n.startswith(TEACHER)
+        }
     return (None, {}) if teacher is None else teacher.see(batch[inputs])
 
 
-def _each_term(terms: Sequence[Term], seen: Seen, parts: Any, memory: Any, mask: str) -> tuple[dict[str, Total], Any]:
+def _each_term(
+    terms: Sequence[Term], seen: Seen, parts: Any, memory: Any, mask: str
+) -> tuple[dict[str, Total], Any]:
     """Return the total of each term, which draws from a key of its own, and what it keeps."""
     totals, kept = {}, {}
     for i, term in enumerate(terms):
@@ -227,10 +273,24 @@ def _masked(seen: Seen, term: Term, mask: str) -> Seen:
     if own is None:
         return seen
     leading = seen.student_logits.shape[:-1]
-    of_logits = next((each for each in (own, default) if each is not None and fits(each, leading, examples=True)), None)
+    of_logits = next(
+        (
+            each
+            for each in (own, default)
+            if each is not None and fits(each, leading, examples=True)
+        ),
+        None,
+    )
     if of_logits is None and term.mask is None:
-        fitted(own, leading, f"the student's logits {seen.student_logits.shape}, for the term {term.name!r}", examples=True)
-    student, teacher = ({p: _shown(f, own) for p, f in each.items()} for each in (seen.student, seen.teacher))
+        fitted(
+            own,
+            leading,
+            f"the student's logits {seen.student_logits.shape}, for the term {term.name!r}",
+            examples=True,
+        )
+    student, teacher = (
+        {p: _shown(f, own) for p, f in each.items()} for each in (seen.student, seen.teacher)
+    )
     logits = seen.student_logits, seen.teacher_logits, seen.labels
     if of_logits is not None:
         counts = fitted(of_logits, leading, examples=True)
@@ -276,7 +336,11 @@ def _moved(average: Any, params: Any, state: Any, decay: float) -> Any:
 
 def _fidelity(seen: Seen, memory: Any, mask: str) -> Metrics:
     """Return how right student and teacher are on what counts of this batch, and how much they agree."""
-    labels = seen.labels if jnp.issubdtype(seen.labels.dtype, jnp.integer) else seen.labels.argmax(axis=-1)
+    labels = (
+        seen.labels
+        if jnp.issubdtype(seen.labels.dtype, jnp.integer)
+        else seen.labels.argmax(axis=-1)
+    )
     own, given = seen.student_logits.argmax(axis=-1), seen.teacher_logits
     hits = {"accuracy": own == labels}
     if given is not None:

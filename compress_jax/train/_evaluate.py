@@ -18,13 +18,17 @@ OWN = "of the split"  # the split's own mask, beside that of the rows that fill 
 
 
 def logits(
-    apply_fn: Apply, variables: Any, split: Mapping[str, Any], batch_size: int = 500, inputs: str = "image"
+    apply_fn: Apply,
+    variables: Any,
+    split: Mapping[str, Any],
+    batch_size: int = 500,
+    inputs: str = "image",
 ) -> np.ndarray:
     """Return the model's logits on a whole split.
 
     Args:
-      apply_fn: ``(variables, x) -> logits`` in eval mode, such as ``model.apply``. Compiled once a function: pass the same
-        one (``apply`` of the same model) again rather than a new lambda.
+      apply_fn: ``(variables, x) -> logits`` in eval mode, such as ``model.apply``. Compiled once a
+        function: pass the same one (``apply`` of the same model) again rather than a new lambda.
       variables: what apply_fn takes.
       split: arrays by name, all of the same leading length n.
       batch_size: number of examples evaluated at once.
@@ -41,7 +45,9 @@ def logits(
       (5, 3)
     """
     batches = _batches(split, (inputs,), batch_size)
-    rows = [np.asarray(_apply(apply_fn, variables, batch[inputs]))[batch["mask"]] for batch in batches]
+    rows = [
+        np.asarray(_apply(apply_fn, variables, batch[inputs]))[batch["mask"]] for batch in batches
+    ]
     return np.concatenate(rows)
 
 
@@ -64,8 +70,8 @@ def accuracy(
       batch_size: number of examples evaluated at once.
       inputs: the entry given to the model.
       labels: the entry with integer labels, ``[n]`` or ``[n, sequence]``.
-      mask: the entry of which examples or tokens count, see `compress_jax.distill.masks`; None counts all. For batches of
-        several lengths see `averages`.
+      mask: the entry of which examples or tokens count, see `compress_jax.distill.masks`; None
+        counts all. For batches of several lengths see `averages`.
 
     Returns:
       Correct answers over answers that count, 0 to 1, counted exactly.
@@ -82,17 +88,22 @@ def accuracy(
     own = {} if mask is None else {OWN: split[mask]}
     arrays = {inputs: split[inputs], labels: split[labels], **own}
     batches = _batches(arrays, tuple(arrays), batch_size)
-    pairs = [_correct(apply_fn, variables, batch[inputs], batch[labels], batch["mask"], batch.get(OWN)) for batch in batches]
+    pairs = [
+        _correct(apply_fn, variables, batch[inputs], batch[labels], batch["mask"], batch.get(OWN))
+        for batch in batches
+    ]
     correct, number = (sum(int(pair[i]) for pair in pairs) for i in (0, 1))
     return correct / max(number, 1)
 
 
-def averages(measure: Callable[[Any, Any], Mapping[str, Total]], variables: Any, batches: Iterable[Any]) -> dict[str, float]:
+def averages(
+    measure: Callable[[Any, Any], Mapping[str, Total]], variables: Any, batches: Iterable[Any]
+) -> dict[str, float]:
     """Return means over batches of any sizes and lengths: sums and counts are added up, and divided once.
 
     Args:
-      measure: ``(variables, batch) -> {name: total}``, such as `compress_jax.distill.masked_total`; compiled once for each
-        shape of a batch.
+      measure: ``(variables, batch) -> {name: total}``, such as `compress_jax.distill.masked_total`;
+        compiled once for each shape of a batch.
       variables: what it takes first.
       batches: what it takes second, one after the other.
 
@@ -118,16 +129,20 @@ def averages(measure: Callable[[Any, Any], Mapping[str, Total]], variables: Any,
     return {name: float(total / count) if count else 0.0 for name, (total, count) in sums.items()}
 
 
-def _batches(split: Mapping[str, Any], names: tuple[str, ...], batch_size: int) -> Iterator[dict[str, Any]]:
+def _batches(
+    split: Mapping[str, Any], names: tuple[str, ...], batch_size: int
+) -> Iterator[dict[str, Any]]:
     """Cut some arrays of a split into batches of one size with a mask; all of them on each process."""
     sizes = {name: len(split[name]) for name in names}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ValueError(f"the arrays of a split must have one length, and not 0; got {sizes}")
-    return eval_batches({name: split[name] for name in names}, batch_size, process_index=0, process_count=1)
+    return eval_batches(
+        {name: split[name] for name in names}, batch_size, process_index=0, process_count=1
+    )
 
 
-# The function is a static argument, compared by value: `model.apply` is a new object at every mention of it, and jit
-# would compile each anew.
+# The function is a static argument, compared by value: `model.apply` is a new object at every
+# mention of it, and jit would compile each anew.
 @partial(jax.jit, static_argnums=0)
 def _apply(apply_fn: Apply, variables: Any, x: jax.Array) -> jax.Array:
     return apply_fn(variables, x).astype(jnp.float32)
@@ -135,7 +150,12 @@ def _apply(apply_fn: Apply, variables: Any, x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnums=0)
 def _correct(
-    apply_fn: Apply, variables: Any, x: jax.Array, labels: jax.Array, rows: jax.Array, own: jax.Array | None
+    apply_fn: Apply,
+    variables: Any,
+    x: jax.Array,
+    labels: jax.Array,
+    rows: jax.Array,
+    own: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return how many answers are right, of how many."""
     hit = apply_fn(variables, x).argmax(axis=-1) == labels

@@ -18,10 +18,10 @@ Apply = Callable[..., Any]
 def graduate(state: TrainState, apply: Apply, compression: Compression | None = None) -> Teacher:
     """Return a trained student as the frozen teacher of the next: the transition between two stages of training.
 
-    Born-again networks: ``teacher = graduate(train(teacher), model.apply)``, again and again, and all of them together are
-    `compress_jax.distill.Teachers`. Teacher assistants: the same with a smaller model at each stage. A stage that is
-    trained in a directory of its own is not trained again when the chain is resumed, and `require_same` tells if the
-    teacher before it has changed.
+    Born-again networks: ``teacher = graduate(train(teacher), model.apply)``, again and again, and
+    all of them together are `compress_jax.distill.Teachers`. Teacher assistants: the same with a
+    smaller model at each stage. A stage that is trained in a directory of its own is not trained
+    again when the chain is resumed, and `require_same` tells if the teacher before it has changed.
 
     Args:
       state: after the last step.
@@ -40,28 +40,33 @@ def graduate(state: TrainState, apply: Apply, compression: Compression | None = 
       [[1.0, 1.0]]
 
     References:
-      Furlanello et al., "Born-Again Neural Networks", ICML 2018, section 3.
-      Mirzadeh et al., "Improved Knowledge Distillation via Teacher Assistant", AAAI 2020, section 3.
+      Furlanello et al., "Born-Again Neural Networks", ICML 2018, section 3. Mirzadeh et al.,
+      "Improved Knowledge Distillation via Teacher Assistant", AAAI 2020, section 3.
     """
-    return Teacher(apply, jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.variables(compression)))
+    return Teacher(
+        apply, jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.variables(compression))
+    )
 
 
 def mutual_step(
-    steps: Sequence[Step], applies: Sequence[Apply], compressions: Sequence[Compression | None] | None = None
+    steps: Sequence[Step],
+    applies: Sequence[Apply],
+    compressions: Sequence[Compression | None] | None = None,
 ) -> Callable[[tuple[TrainState, ...], Any], tuple[tuple[TrainState, ...], tuple[Metrics, ...]]]:
     """Return the step of students that teach each other, all at once: deep mutual learning.
 
-    Each takes its own step with the others, as they were before it, as frozen teachers in eval mode. (The paper moves them
-    one after the other and in train mode; here no order counts.)
+    Each takes its own step with the others, as they were before it, as frozen teachers in eval
+    mode. (The paper moves them one after the other and in train mode; here no order counts.)
 
     Args:
-      steps: one a student, from `make_step` with a loss such as `distillation`, of any model and compression.
+      steps: one a student, from `make_step` with a loss such as `distillation`, of any model and
+        compression.
       applies: their models' ``apply``, in eval mode.
       compressions: what each is seen through as a teacher; None for the dense params of all.
 
     Returns:
-      ``(states, batch) -> (states, metrics)``, tuples of one a student; the others come as a `Teacher` where there is one,
-      as `Teachers` where there are several.
+      ``(states, batch) -> (states, metrics)``, tuples of one a student; the others come as a
+      `Teacher` where there is one, as `Teachers` where there are several.
 
     Raises:
       ConfigError: if there are fewer than two students, or not one ``apply`` each.
@@ -80,19 +85,29 @@ def mutual_step(
       ([2.0], [2.0])
 
     References:
-      Zhang, Xiang, Hospedales and Lu, "Deep Mutual Learning", CVPR 2018, section 3 (equations 3 to 6, algorithm 1).
+      Zhang, Xiang, Hospedales and Lu, "Deep Mutual Learning", CVPR 2018, section 3 (equations 3 to
+      6, algorithm 1).
     """
     if len(steps) < 2 or len(applies) != len(steps):
-        raise ConfigError(f"mutual learning takes two or more steps, and one apply each; got {len(steps)}, {len(applies)}")
+        raise ConfigError(
+            f"mutual learning takes two or more steps, and one apply each; got {len(steps)}, "
+            f"{len(applies)}"
+        )
     seen_through = compressions or [None] * len(steps)
 
-    def step(states: tuple[TrainState, ...], batch: Any) -> tuple[tuple[TrainState, ...], tuple[Metrics, ...]]:
+    def step(
+        states: tuple[TrainState, ...], batch: Any
+    ) -> tuple[tuple[TrainState, ...], tuple[Metrics, ...]]:
         each = zip(applies, states, seen_through, strict=True)
-        teachers = [Teacher(apply, state.variables(compression)) for apply, state, compression in each]
+        teachers = [
+            Teacher(apply, state.variables(compression)) for apply, state, compression in each
+        ]
         out = []
         for i, (own, state) in enumerate(zip(steps, states, strict=True)):
             others = tuple(teachers[:i] + teachers[i + 1 :])
-            out.append(own(state, batch, teacher=others[0] if len(others) == 1 else Teachers(others)))
+            out.append(
+                own(state, batch, teacher=others[0] if len(others) == 1 else Teachers(others))
+            )
         return tuple(state for state, _ in out), tuple(metrics for _, metrics in out)
 
     return step

@@ -13,7 +13,8 @@ class Interrupted(Exception):  # noqa: N818  it is no error: the run was asked t
     Attributes:
       signum: the signal's number.
       step: how many steps had been taken.
-      exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for SIGTERM.
+      exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for
+        SIGTERM.
     """
 
     def __init__(self, signum: int, step: int):
@@ -28,9 +29,10 @@ class Interrupted(Exception):  # noqa: N818  it is no error: the run was asked t
 def watch_signals(*signals: int) -> Iterator[Callable[[], int | None]]:
     """Catch signals inside the ``with`` block instead of dying of them.
 
-    The first signal is remembered and the handlers that were there before come back at once, so a second one acts as it
-    would have. Outside the main thread, where Python allows no handlers, nothing is caught. A process that lets
-    ``jax.distributed`` handle preemption should give no SIGTERM here.
+    The first signal is remembered and the handlers that were there before come back at once, so a
+    second one acts as it would have. Outside the main thread, where Python allows no handlers,
+    nothing is caught. A process that lets ``jax.distributed`` handle preemption should give no
+    SIGTERM here.
 
     Args:
       *signals: their numbers; SIGINT and SIGTERM if none is given.

@@ -18,8 +18,8 @@ class Ledger(NamedTuple):
     """What a step of distillation is made of.
 
     Attributes:
-      seconds: of the ``"teacher"``, the ``"student"`` (a step on the labels alone), the ``"loss"`` (what the terms add), and
-        the ``"whole"``.
+      seconds: of the ``"teacher"``, the ``"student"`` (a step on the labels alone), the ``"loss"``
+        (what the terms add), and the ``"whole"``.
       flops: likewise, as XLA counts them in what it compiled.
       examples_per_second: of the whole.
     """
@@ -57,9 +57,10 @@ def ledger(
 ) -> Ledger:
     """Measure a step of distillation and its pieces, side by side on this device.
 
-    Three programs are compiled: the teacher's forward, the step given what the teacher says, and the step on labels alone;
-    each is run in turn, ``repeats`` times, and its fastest run counts. What the loss costs is a difference of two
-    measurements, and may come out below zero where it is small.
+    Three programs are compiled: the teacher's forward, the step given what the teacher says, and
+    the step on labels alone; each is run in turn, ``repeats`` times, and its fastest run counts.
+    What the loss costs is a difference of two measurements, and may come out below zero where it is
+    small.
 
     Args:
       model: the student, as `distillation` takes it.
@@ -89,7 +90,9 @@ def ledger(
     c, key = compression or identity(), jax.random.key(0)
     logits, features = jax.jit(teacher.see)(batch[inputs])
     told = {**batch, "teacher": logits, **{f"{TEACHER}{path}": x for path, x in features.items()}}
-    taught, alone = (distillation(model, each, inputs=inputs, labels=labels) for each in (terms, [on_labels()]))
+    taught, alone = (
+        distillation(model, each, inputs=inputs, labels=labels) for each in (terms, [on_labels()])
+    )
 
     def program(loss: StatefulLoss, batch: Any) -> tuple[Any, tuple[Any, ...]]:
         state = create(variables, c, optimizer, key, loss.init(key, variables, batch, None))
@@ -103,7 +106,10 @@ def ledger(
         "student": program(alone, batch),
         "told": program(taught, told),
     }
-    seconds = _fastest({name: lambda run=run, given=given: run(*given) for name, (run, given) in programs.items()}, repeats)
+    seconds = _fastest(
+        {name: lambda run=run, given=given: run(*given) for name, (run, given) in programs.items()},
+        repeats,
+    )
     flops = {name: float(run.cost_analysis()["flops"]) for name, (run, _) in programs.items()}
     whole = seconds["teacher"] + seconds["told"]
     return Ledger(_pieces(seconds), _pieces(flops), len(jax.tree.leaves(batch[labels])[0]) / whole)

@@ -52,12 +52,17 @@ class Session(NamedTuple):
 
     def record(self, step: int, group: str, values: Mapping[str, Any]) -> None:
         """Write and show metrics; under pmap each comes once a device, all equal."""
-        numbers = {name: float(np.ravel(value)[0]) for name, value in jax.device_get(dict(values)).items()}
+        numbers = {
+            name: float(np.ravel(value)[0]) for name, value in jax.device_get(dict(values)).items()
+        }
         with _writable(None):
             for recorder in self.recorders:
                 recorder.write(step, {f"{group}/{name}": value for name, value in numbers.items()})
         self.report(step, numbers)
-        self._require_finite(step, [f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value)])
+        self._require_finite(
+            step,
+            [f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value)],
+        )
 
     def save(self, step: int, state: TrainState) -> None:
         """Save a state, unless it is good for nothing: it must not push out a good checkpoint."""
@@ -72,11 +77,15 @@ class Session(NamedTuple):
             kept = self.checkpoints.steps() if self.checkpoints else []
             good = f" (the last good checkpoint is of step {kept[-1]})" if kept else ""
             advice = "lower the learning rate, warm it up, or clip gradients"
-            raise NonFiniteError(f"training diverged: {', '.join(bad)} at step {step}{good}; {advice}")
+            raise NonFiniteError(
+                f"training diverged: {', '.join(bad)} at step {step}{good}; {advice}"
+            )
 
 
 @contextlib.contextmanager
-def open_recorders(directory: str | os.PathLike[str] | None, start: int) -> Iterator[list[Recorder]]:
+def open_recorders(
+    directory: str | os.PathLike[str] | None, start: int
+) -> Iterator[list[Recorder]]:
     """Open the files for metrics in a directory, if any; only the first process of a job writes them."""
     recorders: list[Recorder] = []
     if directory is not None and jax.process_index() == 0:
@@ -115,15 +124,25 @@ def _writable(directory: str | os.PathLike[str] | None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
+        why = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
         where = error.filename or directory
-        raise CheckpointError(f"cannot write {where}: {why}; what was saved before is kept, so run it again then") from error
+        raise CheckpointError(
+            f"cannot write {where}: {why}; what was saved before is kept, so run it again then"
+        ) from error
 
 
 @jax.jit
 def _all_finite(tree: Any) -> jax.Array:
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all() if floats else jnp.array(True)
+    return (
+        jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+        if floats
+        else jnp.array(True)
+    )
 
 
 class Feed(Protocol):
@@ -150,12 +169,14 @@ def fit(
 ) -> TrainState:
     """Train until ``steps`` steps have been taken, in this process or in earlier ones.
 
-    The directory gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``. If it holds a checkpoint the run continues
-    from it, bit for bit, and at once returns it if it is the last. The host runs at most two steps ahead of the device.
+    The directory gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``. If it holds a
+    checkpoint the run continues from it, bit for bit, and at once returns it if it is the last. The
+    host runs at most two steps ahead of the device.
 
     Args:
-      step: compiled, ``(state, batch, teacher=...) -> (state, metrics)``: ``jax.jit(step, donate_argnums=0)``, or from
-        `jit_step` or `pmap_step`. It may donate the state: do not use the one given here afterwards.
+      step: compiled, ``(state, batch, teacher=...) -> (state, metrics)``:
+        ``jax.jit(step, donate_argnums=0)``, or from `jit_step` or `pmap_step`. It may donate the
+        state: do not use the one given here afterwards.
       state: where to begin, and what a checkpoint must look like, shardings included.
       feed: batches by step.
       steps: number of steps in all.
@@ -172,7 +193,8 @@ def fit(
 
     Raises:
       Interrupted: after Ctrl-C or SIGTERM, once the current step is finished and saved.
-      NonFiniteError: if the loss or the parameters are NaN or infinite; the last good checkpoint stays.
+      NonFiniteError: if the loss or the parameters are NaN or infinite; the last good checkpoint
+        stays.
       CheckpointError: if the directory holds a checkpoint of another model, or of a longer run.
 
     Example:
@@ -188,7 +210,11 @@ def fit(
       (3, 1.0)
     """
     with contextlib.ExitStack() as stack:
-        checkpoints = None if directory is None else stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
+        checkpoints = (
+            None
+            if directory is None
+            else stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
+        )
         start, state = _resume(state, checkpoints, steps)
         if start == steps:
             return state
@@ -213,11 +239,15 @@ def fit(
     return state
 
 
-def _resume(state: TrainState, checkpoints: Checkpoints | None, steps: int) -> tuple[int, TrainState]:
+def _resume(
+    state: TrainState, checkpoints: Checkpoints | None, steps: int
+) -> tuple[int, TrainState]:
     """Return where to begin: at the newest checkpoint if there is one, else at the state given."""
     found = checkpoints.restore_latest(state) if checkpoints else None
     start, state = found or (int(np.ravel(jax.device_get(state.step))[0]), state)
     if start > steps:
         where = checkpoints.directory if checkpoints else "the state given"
-        raise CheckpointError(f"{where} has {start} steps of training, more than steps={steps}; use another directory")
+        raise CheckpointError(
+            f"{where} has {start} steps of training, more than steps={steps}; use another directory"
+        )
     return start, state

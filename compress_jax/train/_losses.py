@@ -34,7 +34,8 @@ def supervised(
       augment: ``(key, batch) -> batch``, applied in training only.
       inputs: the batch's entry that is given to the model.
       labels: the batch's entry with integer labels, ``[batch]`` or ``[batch, sequence]``.
-      mask: the batch's entry of which examples or tokens count, if it is there, see `compress_jax.distill.masks`.
+      mask: the batch's entry of which examples or tokens count, if it is there, see
+        `compress_jax.distill.masks`.
 
     Returns:
       A `Loss`; it ignores the teacher.
@@ -68,12 +69,14 @@ def distilled(
 
     Args:
       model: the student, a Linen module called as ``model(x, train=...)``.
-      teacher_apply: ``(teacher, x) -> logits``, in eval mode; ``teacher`` is the tree given to the step.
+      teacher_apply: ``(teacher, x) -> logits``, in eval mode; ``teacher`` is the tree given to the
+        step.
       loss_fn: ``(student_logits, teacher_logits, labels) -> loss of each example``.
       augment: ``(key, batch) -> batch``, applied in training only.
       inputs: the batch's entry that is given to both models.
       labels: the batch's entry with integer labels, ``[batch]`` or ``[batch, sequence]``.
-      mask: the batch's entry of which examples or tokens count, if it is there, see `compress_jax.distill.masks`.
+      mask: the batch's entry of which examples or tokens count, if it is there, see
+        `compress_jax.distill.masks`.
 
     Returns:
       A `Loss` with metric ``accuracy``. No gradient reaches the teacher.
@@ -89,7 +92,9 @@ def distilled(
     """
 
     def per_example(student: jax.Array, given: jax.Array, targets: jax.Array, mask: Any) -> Any:
-        return masked("the loss of distilled", loss_fn, (student, given, targets), mask, student.ndim - 1)
+        return masked(
+            "the loss of distilled", loss_fn, (student, given, targets), mask, student.ndim - 1
+        )
 
     return _classifier(model, per_example, augment, inputs, labels, mask, teacher_apply)
 
@@ -113,12 +118,18 @@ def _classifier(
             batch = augment(augment_key, batch)
         x, targets = batch[inputs], batch[labels]
         counts = chosen(batch, mask)
-        logits, model_state = _forward(model, {"params": params, **model_state}, x, dropout_key, train, counts)
+        logits, model_state = _forward(
+            model, {"params": params, **model_state}, x, dropout_key, train, counts
+        )
         given = None if teacher_apply is None else jax.lax.stop_gradient(teacher_apply(teacher, x))
         if counts is not None:
             counts = fitted(counts, logits.shape[:-1], "the logits", examples=True)
-            logits, given, targets = jax.tree.map(lambda x: kept(x, counts), (logits, given, targets))
-        loss = everything(total_of("loss", per_example(logits, given, targets, counts), counts, told=True))
+            logits, given, targets = jax.tree.map(
+                lambda x: kept(x, counts), (logits, given, targets)
+            )
+        loss = everything(
+            total_of("loss", per_example(logits, given, targets, counts), counts, told=True)
+        )
         hits = (logits.argmax(axis=-1) == targets).astype(jnp.float32)
         return ((1.0, loss),), (model_state, {"accuracy": total(hits, counts)})
 
@@ -133,5 +144,7 @@ def _forward(
     if not train:
         return jnp.asarray(model.apply(variables, x, train=False)), state
     seen = {"counts": mask} if mask is not None and isinstance(model, QuantizedModel) else {}
-    logits, updated = model.apply(variables, x, train=True, mutable=list(state), rngs={"dropout": key}, **seen)
+    logits, updated = model.apply(
+        variables, x, train=True, mutable=list(state), rngs={"dropout": key}, **seen
+    )
     return logits, {**state, **updated}

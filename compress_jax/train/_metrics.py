@@ -26,13 +26,14 @@ class Recorder(Protocol):
 class JsonLines:
     r"""A file with one JSON object a line, ``{"step": 10, "train/loss": 0.5}``; not-finite values are null.
 
-    Each line goes to the operating system at once, in a single append, so that a killed process loses none. Nothing but
-    the values is written (no time), so a resumed run leaves the very file an uninterrupted one does.
+    Each line goes to the operating system at once, in a single append, so that a killed process
+    loses none. Nothing but the values is written (no time), so a resumed run leaves the very file
+    an uninterrupted one does.
 
     Args:
       path: the file; its directory is made.
-      resume_step: the step the run continues from. Lines of later steps, which will come again, and a line cut short by a
-        kill are dropped.
+      resume_step: the step the run continues from. Lines of later steps, which will come again, and
+        a line cut short by a kill are dropped.
 
     Example:
       >>> import tempfile

@@ -33,7 +33,9 @@ def everything(loss: jax.Array | Total) -> Total:
       >>> everything(jnp.ones((2, 3))).count.tolist()
       6.0
     """
-    return loss if isinstance(loss, Total) else Total(loss.sum(), jnp.asarray(loss.size, loss.dtype))
+    return (
+        loss if isinstance(loss, Total) else Total(loss.sum(), jnp.asarray(loss.size, loss.dtype))
+    )
 
 
 def value(objective: Objective, counts: Sequence[jax.Array] | None = None) -> jax.Array:
@@ -44,8 +46,14 @@ def value(objective: Objective, counts: Sequence[jax.Array] | None = None) -> ja
       4.0
     """
     own = [each.count for _, each in objective] if counts is None else counts
-    means = [Total(each.sum, jax.lax.stop_gradient(n)).mean for (_, each), n in zip(objective, own, strict=True)]
-    weighted = (jnp.asarray(weight, mean.dtype) * mean for (weight, _), mean in zip(objective, means, strict=True))
+    means = [
+        Total(each.sum, jax.lax.stop_gradient(n)).mean
+        for (_, each), n in zip(objective, own, strict=True)
+    ]
+    weighted = (
+        jnp.asarray(weight, mean.dtype) * mean
+        for (weight, _), mean in zip(objective, means, strict=True)
+    )
     return sum(weighted, jnp.zeros((), jnp.float32))
 
 
@@ -94,7 +102,10 @@ def chosen(batch: Any, name: str, who: str = "the loss") -> Any:
     if name in batch:
         return batch[name]
     if name != MASK or who != "the loss":
-        raise ConfigError(f"{who} looks for what counts in the batch's entry {name!r}, and the batch has only {[*batch]}")
+        raise ConfigError(
+            f"{who} looks for what counts in the batch's entry {name!r}, and the batch has only "
+            f"{[*batch]}"
+        )
     return None
 
 
@@ -150,9 +161,9 @@ def gather(
 ) -> Gathered:
     """Return gradients and metrics of a batch, as if it were seen at once.
 
-    Every mean of the loss is divided by its number in the whole step, over microbatches and the devices of a mapped axis.
-    With several microbatches these numbers come from a pass before, of which the compiler leaves only what they depend on:
-    masks.
+    Every mean of the loss is divided by its number in the whole step, over microbatches and the
+    devices of a mapped axis. With several microbatches these numbers come from a pass before, of
+    which the compiler leaves only what they depend on: masks.
 
     Args:
       general: the loss.
@@ -181,7 +192,9 @@ def gather(
     def slope(kept: Any, part: Any, key: jax.Array, counts: Any) -> Any:
         def weighed(seen: Any) -> Any:
             objective, (model_state, memory, metrics) = run(seen, kept, part, key)
-            own = value(objective, _over_devices(objective, axis_name) if counts is None else counts)
+            own = value(
+                objective, _over_devices(objective, axis_name) if counts is None else counts
+            )
             return own, (model_state, memory, {"loss": Shares(own), **metrics})
 
         (_, aux), slopes = jax.value_and_grad(weighed, has_aux=True)(seen)
@@ -190,10 +203,14 @@ def gather(
     if microbatches == 1:
         slopes, (model_state, memory, metrics) = slope(kept, batch, key, None)
     else:
-        slopes, (model_state, memory), metrics = _in_parts(run, slope, seen, kept, batch, key, microbatches, axis_name)
+        slopes, (model_state, memory), metrics = _in_parts(
+            run, slope, seen, kept, batch, key, microbatches, axis_name
+        )
     if axis_name is not None:
         slopes = jax.lax.psum(slopes, axis_name)
-    return Gathered(slopes, mean(model_state, axis_name), mean(memory, axis_name), _finished(metrics, axis_name))
+    return Gathered(
+        slopes, mean(model_state, axis_name), mean(memory, axis_name), _finished(metrics, axis_name)
+    )
 
 
 class Shares(NamedTuple):
@@ -208,13 +225,24 @@ def mean(tree: Any, axis_name: str | None) -> Any:
         return tree
 
     def one(leaf: jax.Array) -> jax.Array:
-        return jax.lax.pmean(leaf, axis_name) if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating) else leaf
+        return (
+            jax.lax.pmean(leaf, axis_name)
+            if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+            else leaf
+        )
 
     return jax.tree.map(one, tree)
 
 
 def _in_parts(
-    run: Any, slope: Any, seen: Any, kept: Any, batch: Any, key: jax.Array, parts: int, axis_name: str | None
+    run: Any,
+    slope: Any,
+    seen: Any,
+    kept: Any,
+    batch: Any,
+    key: jax.Array,
+    parts: int,
+    axis_name: str | None,
 ) -> tuple[Any, Any, Any]:
     """Return gradients, model state and memory, and metrics of a batch that is seen in parts."""
     cut = jax.tree.map(lambda leaf: _cut(leaf, parts), batch)
@@ -242,14 +270,18 @@ def _cut(leaf: Any, parts: int) -> jax.Array:
     """Return ``[parts, rows of a part, ...]``; a part has every so-many-th row, so some of every device's."""
     shape = jnp.shape(leaf)
     if not shape or shape[0] % parts:
-        raise ShapeError(f"a batch with an entry of shape {shape} cannot be cut evenly into {parts} microbatches")
+        raise ShapeError(
+            f"a batch with an entry of shape {shape} cannot be cut evenly into {parts} microbatches"
+        )
     return jnp.reshape(leaf, (shape[0] // parts, parts, *shape[1:])).swapaxes(0, 1)
 
 
 def _added(metrics: Any) -> Any:
     """Return metrics stacked over microbatches as those of all: sums added, other numbers averaged."""
     return {
-        name: jax.tree.map(lambda x: x.sum(axis=0), each) if isinstance(each, (Total, Shares)) else each.mean(axis=0)
+        name: jax.tree.map(lambda x: x.sum(axis=0), each)
+        if isinstance(each, (Total, Shares))
+        else each.mean(axis=0)
         for name, each in metrics.items()
     }
 
@@ -263,7 +295,11 @@ def _finished(metrics: Any, axis_name: str | None) -> dict[str, jax.Array]:
     def over(each: Any) -> Any:
         if axis_name is None:
             return each
-        return jax.lax.psum(each, axis_name) if isinstance(each, (Total, Shares)) else mean(each, axis_name)
+        return (
+            jax.lax.psum(each, axis_name)
+            if isinstance(each, (Total, Shares))
+            else mean(each, axis_name)
+        )
 
     done = means({name: over(each) for name, each in metrics.items()})
     return {name: each.value if isinstance(each, Shares) else each for name, each in done.items()}
@@ -271,9 +307,15 @@ def _finished(metrics: Any, axis_name: str | None) -> dict[str, jax.Array]:
 
 def _require_counts(objective: Objective, batch: Any) -> None:
     """Refuse a loss that has divided already where devices or microbatches may count differently."""
-    if isinstance(batch, dict) and MASK in batch and any(isinstance(each, Divided) for _, each in objective):
+    if (
+        isinstance(batch, dict)
+        and MASK in batch
+        and any(isinstance(each, Divided) for _, each in objective)
+    ):
         raise ArgumentError(
-            "the loss returns a mean of a batch with a mask, and the mean of such means over devices or microbatches is "
-            "another number: return distill.Total(sum, count) instead, as masked_total does; or, if its mean is of equally "
+            "the loss returns a mean of a batch with a mask, and the mean of such means over "
+            "devices or microbatches is "
+            "another number: return distill.Total(sum, count) instead, as masked_total does; or, "
+            "if its mean is of equally "
             "many in each, Total(mean, 1)"
         )

@@ -23,13 +23,14 @@ DATA = PartitionSpec("data")
 def shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
     """Return where each array of a state lives on a mesh.
 
-    Whatever shadows a parameter (optimizer moments, masks: same path within it, same shape) lives where the parameter
-    does; everything else is replicated.
+    Whatever shadows a parameter (optimizer moments, masks: same path within it, same shape) lives
+    where the parameter does; everything else is replicated.
 
     Args:
       state: the state, or its shapes.
       mesh: the devices.
-      rules: ``[(glob of parameter paths, PartitionSpec), ...]``, first match wins; a parameter without one is replicated.
+      rules: ``[(glob of parameter paths, PartitionSpec), ...]``, first match wins; a parameter
+        without one is replicated.
 
     Returns:
       A tree of NamedSharding with the state's structure.
@@ -59,7 +60,9 @@ def shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
 
     def choose(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         name = f"/{jax.tree_util.keystr(key_path, simple=True, separator='/')}/"
-        follows = [path for path in specs if f"/{path}/" in name and params[path].shape == leaf.shape]
+        follows = [
+            path for path in specs if f"/{path}/" in name and params[path].shape == leaf.shape
+        ]
         return NamedSharding(mesh, specs[max(follows, key=len)] if follows else REPLICATED)
 
     return jax.tree_util.tree_map_with_path(choose, state)
@@ -109,8 +112,9 @@ def jit_step(
       teacher: PartitionSpec of the teacher's arrays, or a tree of them; replicated by default.
 
     Returns:
-      ``(state, batch, *, teacher=None) -> (state, metrics)``. It donates the state: give it one from `place` (or its own
-      last), and do not use that again. The teacher is not donated; put it where it belongs once, by ``jax.device_put``.
+      ``(state, batch, *, teacher=None) -> (state, metrics)``. It donates the state: give it one
+      from `place` (or its own last), and do not use that again. The teacher is not donated; put it
+      where it belongs once, by ``jax.device_put``.
 
     Raises:
       NoMatchError: if a rule matches no parameter.
@@ -170,7 +174,9 @@ def replicate(tree: Any, devices: Sequence[Any] | None = None, axis_name: str = 
     """
     devices = devices or jax.local_devices()
     mesh = Mesh(devices, (axis_name,), axis_types=(AxisType.Auto,))
-    stacked = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (len(devices), *jnp.shape(leaf))), tree)
+    stacked = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (len(devices), *jnp.shape(leaf))), tree
+    )
     return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(axis_name)))
 
 
@@ -190,12 +196,15 @@ def unreplicate(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
 
 
-def pmap_step(step: Step, devices: Sequence[Any] | None = None, axis_name: str = "data") -> CompiledStep:
+def pmap_step(
+    step: Step, devices: Sequence[Any] | None = None, axis_name: str = "data"
+) -> CompiledStep:
     """Compile a step by ``jax.pmap``, for code that is built around it; new code is better served by `jit_step`.
 
-    The step sums gradients and counts over devices, so that means are over all that counts, and averages model state. Batch
-    norm must average its statistics too: ``ResNet(..., axis_name="data")``. Random augmentation is drawn by each device for
-    itself, so with it results equal those of one device in distribution only.
+    The step sums gradients and counts over devices, so that means are over all that counts, and
+    averages model state. Batch norm must average its statistics too:
+    ``ResNet(..., axis_name="data")``. Random augmentation is drawn by each device for itself, so
+    with it results equal those of one device in distribution only.
 
     Args:
       step: from `make_step`.
@@ -203,8 +212,9 @@ def pmap_step(step: Step, devices: Sequence[Any] | None = None, axis_name: str =
       axis_name: name of the mapped axis.
 
     Returns:
-      ``(state, batch, *, teacher=None) -> (state, metrics)``, state and teacher from `replicate`, the batch whole: its
-      leading axis is divided here. It donates the state. Metrics come once a device, all equal.
+      ``(state, batch, *, teacher=None) -> (state, metrics)``, state and teacher from `replicate`,
+      the batch whole: its leading axis is divided here. It donates the state. Metrics come once a
+      device, all equal.
 
     Raises:
       ShapeError: when called with a batch that cannot be divided evenly.
@@ -230,7 +240,9 @@ def pmap_step(step: Step, devices: Sequence[Any] | None = None, axis_name: str =
 
     def divide(leaf: Any) -> Any:
         if leaf.shape[0] % count:
-            raise ShapeError(f"a batch of {leaf.shape[0]} cannot be divided evenly over {count} devices")
+            raise ShapeError(
+                f"a batch of {leaf.shape[0]} cannot be divided evenly over {count} devices"
+            )
         return leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:])
 
     def call(state: TrainState, batch: Any, *, teacher: Any = None) -> tuple[TrainState, Metrics]:
@@ -244,6 +256,11 @@ def _check_divides(what: str, shape: tuple[int, ...], spec: PartitionSpec, mesh:
     if len(spec) > len(shape):
         raise ShapeError(f"{what} has shape {shape}, too few axes for {spec}")
     for size, names in zip(shape, spec, strict=False):
-        parts = math.prod(mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ()))
+        parts = math.prod(
+            mesh.shape[name] for name in ((names,) if isinstance(names, str) else names or ())
+        )
         if size % parts:
-            raise ShapeError(f"{what} has shape {shape}; {size} cannot be divided evenly over {parts} devices ({spec})")
+            raise ShapeError(
+                f"{what} has shape {shape}; {size} cannot be divided evenly over {parts} devices "
+                f"({spec})"
+            )

@@ -6,7 +6,14 @@ from collections.abc import Callable, Iterator, Mapping
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from compress_jax.core.table import printable
 
@@ -72,7 +79,9 @@ def _lines(title: str, steps: int, console: Console, seconds: float) -> Report:
         nonlocal last
         now = time.monotonic()
         if values and (step == steps or now - last >= seconds):
-            console.print(f"{title} {step}/{steps}: {_text(values)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{title} {step}/{steps}: {_text(values)}", highlight=False, soft_wrap=True
+            )
             last = now
 
     return report

@@ -18,7 +18,9 @@ from compress_jax.quantize._activations.site_patterns import How, Where, pairs
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.calibrate import Masks
 
-COLLECTION = "quantization"  # of variables: {"steps": int32, "ranges": {site: ...}, "broken": {site: int32}}
+COLLECTION = (
+    "quantization"  # of variables: {"steps": int32, "ranges": {site: ...}, "broken": {site: int32}}
+)
 LEARNED = "quantization"  # the same within params
 Variables = dict[str, Any]
 
@@ -35,11 +37,12 @@ def quantized(
 ) -> "QuantizedModel":
     """Return a model whose activations are quantized: quantization-aware training with the trainer as it is.
 
-    It is called as the model is, ``apply(variables, x, train=..., mutable=..., rngs=...)``. Moving ranges are a collection
-    of variables of their own, ``"quantization"``, which training updates as it does batch statistics; what is learned
-    (steps, offsets, bounds) is the subtree ``"quantization"`` of params, so the optimizer trains it, and weight compressions
-    that address ``"**/kernel"`` leave it alone. Batches whose activations are not finite move no range: they are counted, by
-    site (`QuantizedModel.broken`).
+    It is called as the model is, ``apply(variables, x, train=..., mutable=..., rngs=...)``. Moving
+    ranges are a collection of variables of their own, ``"quantization"``, which training updates as
+    it does batch statistics; what is learned (steps, offsets, bounds) is the subtree
+    ``"quantization"`` of params, so the optimizer trains it, and weight compressions that address
+    ``"**/kernel"`` leave it alone. Batches whose activations are not finite move no range: they are
+    counted, by site (`QuantizedModel.broken`).
 
     Args:
       model: a Linen module.
@@ -47,10 +50,11 @@ def quantized(
       where: as in `quantize.activations`.
       start: training steps before activations are quantized; until then ranges are only observed.
       freeze: training step from which ranges stay as they are.
-      freeze_batch_norm: training step from which the model runs in eval mode even in training: normalised by the averages it
-        has, which stay. Dropout then stops too.
-      example: calibration batch for `init`, what the model takes after variables. What is learned needs it, or
-        `QuantizedModel.calibrate`; ranges without it are set by the first training step, before which nothing is quantized.
+      freeze_batch_norm: training step from which the model runs in eval mode even in training:
+        normalised by the averages it has, which stay. Dropout then stops too.
+      example: calibration batch for `init`, what the model takes after variables. What is learned
+        needs it, or `QuantizedModel.calibrate`; ranges without it are set by the first training
+        step, before which nothing is quantized.
 
     Returns:
       The model.
@@ -73,12 +77,15 @@ def quantized(
       (1, 1.0)
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.
-      Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, section 3.2.3 (batch norm).
+      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section
+      3. Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018,
+      section 3.2.3 (batch norm).
     """
     start = whole("start", start, 0)
     freeze = None if freeze is None else whole("freeze", freeze, 0)
-    freeze_batch_norm = None if freeze_batch_norm is None else whole("freeze_batch_norm", freeze_batch_norm, 0)
+    freeze_batch_norm = (
+        None if freeze_batch_norm is None else whole("freeze_batch_norm", freeze_batch_norm, 0)
+    )
     frozen = how if isinstance(how, ActivationQuantizer) else tuple(how)
     return QuantizedModel(model, frozen, where, start, freeze, freeze_batch_norm, example)
 
@@ -125,19 +132,27 @@ class QuantizedModel:
         learned = [str(each) for _, each in pairs(self.how) if each is not None and each.learned]
         if learned:
             raise ConfigError(
-                f"{learned[0]} starts from data: give quantized(..., example=a batch of real inputs), or start from trained "
+                f"{learned[0]} starts from data: give quantized(..., example=a batch of real "
+                "inputs), or start from trained "
                 "variables with .calibrate(variables, batches)"
             )
         of = activations(self.model.apply, self.how, self.where)
-        shapes = jax.eval_shape(lambda variables, *inputs: of.update(variables, None, *inputs)[1], variables, *inputs)
-        return self._joined(variables, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes))
+        shapes = jax.eval_shape(
+            lambda variables, *inputs: of.update(variables, None, *inputs)[1], variables, *inputs
+        )
+        return self._joined(
+            variables, jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), shapes)
+        )
 
-    def calibrate(self, variables: Mapping[str, Any], batches: Iterable[Any], mask: Masks | None = None) -> Variables:
+    def calibrate(
+        self, variables: Mapping[str, Any], batches: Iterable[Any], mask: Masks | None = None
+    ) -> Variables:
         """Return variables with ranges, and what is learned, from calibration batches: quantization after training.
 
         Args:
           variables: of the module, trained, with or without those of quantization.
-          batches: what the module takes after variables, one after the other; a tuple is several arguments.
+          batches: what the module takes after variables, one after the other; a tuple is several
+            arguments.
           mask: which examples or tokens of them count, see `trace.calibrate`.
 
         Returns:
@@ -147,7 +162,9 @@ class QuantizedModel:
           NonFiniteError: naming the site, if its activations were not finite or it never ran.
         """
         plain = _plain(variables)
-        return self._joined(plain, activations(self.model.apply, self.how, self.where).init(plain, batches, mask))
+        return self._joined(
+            plain, activations(self.model.apply, self.how, self.where).init(plain, batches, mask)
+        )
 
     def parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
         """Return the module's own variables, and ranges as `quantize.activations` has them: for integer inference.
@@ -182,7 +199,8 @@ class QuantizedModel:
     def _parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
         if COLLECTION not in variables:
             raise StateError(
-                f"variables hold no {COLLECTION!r}, only {sorted(variables)}: take them from `init`, or make them of "
+                f"variables hold no {COLLECTION!r}, only {sorted(variables)}: take them from "
+                "`init`, or make them of "
                 "trained ones with `calibrate(variables, batches)`"
             )
         learned, ranges = variables["params"].get(LEARNED, {}), variables[COLLECTION]["ranges"]
@@ -195,15 +213,22 @@ class QuantizedModel:
         return _plain(variables), found
 
     def apply(
-        self, variables: Mapping[str, Any], *inputs: Any, mutable: Any = False, counts: Any = None, **options: Any
+        self,
+        variables: Mapping[str, Any],
+        *inputs: Any,
+        mutable: Any = False,
+        counts: Any = None,
+        **options: Any,
     ) -> Any:
         """Run the model on quantized activations; called as the module's own ``apply``.
 
         Args:
           variables: from `init` or `calibrate`.
           inputs: of the module.
-          mutable: collections that may change; with ``"quantization"`` among them and ``train=True``, ranges move.
-          counts: which examples or tokens count where ranges move, see `trace.calibrate`; the module does not see it.
+          mutable: collections that may change; with ``"quantization"`` among them and
+            ``train=True``, ranges move.
+          counts: which examples or tokens count where ranges move, see `trace.calibrate`; the
+            module does not see it.
           options: anything else the module's ``apply`` takes.
 
         Returns:
@@ -211,14 +236,18 @@ class QuantizedModel:
 
         Raises:
           StateError: if these are not variables of a quantized model.
-          NonFiniteError: naming the site, if these are trained and known, not traced, and a range is not finite.
+          NonFiniteError: naming the site, if these are trained and known, not traced, and a range
+            is not finite.
         """
         plain, ranges = self._parts(variables)
         steps, train = variables[COLLECTION]["steps"], bool(options.get("train", False))
         moving = train and in_filter(mutable, COLLECTION)
         trained = not isinstance(steps, Tracer) and not train and int(steps) > self.start
         how = _delayed(
-            self.how, trained, on=steps >= self.start, frozen=None if self.freeze is None else steps >= self.freeze
+            self.how,
+            trained,
+            on=steps >= self.start,
+            frozen=None if self.freeze is None else steps >= self.freeze,
         )
 
         def run(**options: Any) -> tuple[Any, Any, Any]:
@@ -242,7 +271,10 @@ class QuantizedModel:
         if not in_filter(mutable, COLLECTION):
             return out
         counts = {name.replace("/", "|"): n for name, n in broken.items()}
-        counts = {name: n + counts.get(name, 0) for name, n in variables[COLLECTION].get("broken", counts).items()}
+        counts = {
+            name: n + counts.get(name, 0)
+            for name, n in variables[COLLECTION].get("broken", counts).items()
+        }
         kept = {"steps": steps + int(moving), "ranges": self._split(new)[0], "broken": counts}
         return out[0], {**out[1], COLLECTION: kept}
 
@@ -251,7 +283,11 @@ class QuantizedModel:
         fixed, learned = self._split(ranges)
         params = {**variables["params"], **({LEARNED: learned} if learned else {})}
         none = jnp.zeros((), jnp.int32)
-        own = {"steps": none, "ranges": fixed, "broken": {name.replace("/", "|"): none for name in ranges}}
+        own = {
+            "steps": none,
+            "ranges": fixed,
+            "broken": {name.replace("/", "|"): none for name in ranges},
+        }
         return {**variables, "params": params, COLLECTION: own}
 
     def _split(self, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -260,7 +296,10 @@ class QuantizedModel:
         fixed, learned = {}, {}
         for site, operands in ranges.items():
             for kept, inside in ((fixed, False), (learned, True)):
-                own = {key: {n: x for n, x in own.items() if (n in names) == inside} for key, own in operands.items()}
+                own = {
+                    key: {n: x for n, x in own.items() if (n in names) == inside}
+                    for key, own in operands.items()
+                }
                 kept[site.replace("/", "|")] = _filled(own)
         return _filled(fixed), _filled(learned)
 
@@ -272,14 +311,21 @@ def _filled(tree: dict[str, Any]) -> dict[str, Any]:
 def _plain(variables: Mapping[str, Any]) -> Variables:
     """Return the module's own variables."""
     params = {name: each for name, each in variables["params"].items() if name != LEARNED}
-    return {**{name: each for name, each in variables.items() if name != COLLECTION}, "params": params}
+    return {
+        **{name: each for name, each in variables.items() if name != COLLECTION},
+        "params": params,
+    }
 
 
 def _without(mutable: Any) -> Any:
     """Return which of the module's own collections are mutable."""
     if isinstance(mutable, str):
         return [] if mutable == COLLECTION else mutable
-    return [name for name in mutable if name != COLLECTION] if isinstance(mutable, Iterable) else mutable
+    return (
+        [name for name in mutable if name != COLLECTION]
+        if isinstance(mutable, Iterable)
+        else mutable
+    )
 
 
 def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -> How:
@@ -295,7 +341,11 @@ def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -
 
         def merge(old: Own, new: Own) -> Own:
             moved = each.merge(old, new)
-            return moved if frozen is None else {name: jnp.where(frozen, old[name], moved[name]) for name in old}
+            return (
+                moved
+                if frozen is None
+                else {name: jnp.where(frozen, old[name], moved[name]) for name in old}
+            )
 
         return each._replace(see=see, merge=merge, waits=not trained)
 

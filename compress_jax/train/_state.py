@@ -22,9 +22,11 @@ class TrainState(NamedTuple):
       model_state: the model's other collections, ``{"batch_stats": ...}`` or ``{}``.
       opt_state: of the optimizer over `trainable`.
       key: typed PRNG key of the run; the key of a step is derived from it and the step's number.
-      parts: the parts of the loss that the optimizer trains beside the params (regressors, variances): saved and resumed
-        with the run, and none of the model's, so that nothing exports them.
-      memory: what else the loss keeps from step to step (banks, moving averages): never differentiated, never exported.
+      parts: the parts of the loss that the optimizer trains beside the params (regressors,
+        variances): saved and resumed with the run, and none of the model's, so that nothing exports
+        them.
+      memory: what else the loss keeps from step to step (banks, moving averages): never
+        differentiated, never exported.
     """
 
     step: jax.Array
@@ -56,7 +58,9 @@ class TrainState(NamedTuple):
         Returns:
           ``{"params": view, **model_state}``.
         """
-        params = self.params if compression is None else compression.view(self.params, self.compression)
+        params = (
+            self.params if compression is None else compression.view(self.params, self.compression)
+        )
         return {"params": params, **self.model_state}
 
 
@@ -73,7 +77,8 @@ def create(
 ) -> TrainState:
     """Return the state before the first step.
 
-    Every array is copied: steps donate the state's memory, and the caller's variables must survive that.
+    Every array is copied: steps donate the state's memory, and the caller's variables must survive
+    that.
 
     Args:
       variables: what ``model.init`` returned, or a trained ``{"params": ..., "batch_stats": ...}``.
@@ -88,7 +93,8 @@ def create(
     Raises:
       ValueError: if variables has no ``"params"``.
       TypeError: if key is not a typed PRNG key.
-      ArgumentError: if the optimizer accumulates gradients by itself (`optax.MultiSteps`): see `make_step`.
+      ArgumentError: if the optimizer accumulates gradients by itself (`optax.MultiSteps`): see
+        `make_step`.
 
     Example:
       >>> from compress_jax.core.compression import identity
@@ -98,14 +104,24 @@ def create(
       (0, ['learned', 'params'])
     """
     if "params" not in variables:
-        raise ValueError(f"variables must hold 'params', as model.init returns them; got the keys {sorted(variables)}")
+        raise ValueError(
+            "variables must hold 'params', as model.init returns them; got the keys "
+            f"{sorted(variables)}"
+        )
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        raise TypeError("key must be a typed PRNG key: jax.random.key(seed), not jax.random.PRNGKey(seed)")
-    params, model_state = variables["params"], {name: c for name, c in variables.items() if name != "params"}
+        raise TypeError(
+            "key must be a typed PRNG key: jax.random.key(seed), not jax.random.PRNGKey(seed)"
+        )
+    params, model_state = (
+        variables["params"],
+        {name: c for name, c in variables.items() if name != "params"},
+    )
     learned, fixed = compression.init(params)
     opt_state = optimizer.init(_trainable(params, learned, beside[0]))
     refuse_accumulation(opt_state)
-    state = TrainState(jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *beside)
+    state = TrainState(
+        jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *beside
+    )
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
@@ -121,11 +137,15 @@ def refuse_accumulation(opt_state: Any) -> None:
     Example:
       >>> refuse_accumulation(optax.adam(0.1).init(jnp.ones(2)))
     """
-    found = [each for each in jax.tree.leaves(opt_state, is_leaf=_accumulates) if _accumulates(each)]
+    found = [
+        each for each in jax.tree.leaves(opt_state, is_leaf=_accumulates) if _accumulates(each)
+    ]
     if found:
         raise ArgumentError(
-            f"the optimizer accumulates gradients by itself ({type(found[0]).__name__}): each microbatch would count as a "
-            "step of every schedule, mask and compression, and the mean of their means is not the mean of what counts; "
+            f"the optimizer accumulates gradients by itself ({type(found[0]).__name__}): each "
+            "microbatch would count as a "
+            "step of every schedule, mask and compression, and the mean of their means is not the "
+            "mean of what counts; "
             "use make_step(..., microbatches=n) with the optimizer inside"
         )
 
@@ -146,7 +166,8 @@ def label_optimizer(
     Args:
       params: optimizer of the model's parameters.
       learned: optimizer of the compression's learned arrays.
-      parts: optimizer of what only the loss needs (regressors, variances); None for that of the params.
+      parts: optimizer of what only the loss needs (regressors, variances); None for that of the
+        params.
 
     Returns:
       One optimizer over ``{"params": ..., "learned": ...}``, and ``"parts"`` where there are any.

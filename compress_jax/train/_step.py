@@ -19,13 +19,20 @@ Metrics = dict[str, Any]
 class Loss(Protocol):
     """``loss(params, model_state, batch, key, teacher, train=True) -> (scalar, (new_model_state, metrics))``.
 
-    ``params`` are the params as the compression shows them; ``teacher`` is whatever tree the step was given, or None. The
-    loss may return a `compress_jax.distill.Total` in place of the scalar, and metrics may be totals: then sums and counts
-    travel over devices and microbatches, and the division comes last. A loss of a mask must (see `make_step`).
+    ``params`` are the params as the compression shows them; ``teacher`` is whatever tree the step
+    was given, or None. The loss may return a `compress_jax.distill.Total` in place of the scalar,
+    and metrics may be totals: then sums and counts travel over devices and microbatches, and the
+    division comes last. A loss of a mask must (see `make_step`).
     """
 
     def __call__(
-        self, params: Any, model_state: Any, batch: Any, key: jax.Array, teacher: Any, train: bool = True
+        self,
+        params: Any,
+        model_state: Any,
+        batch: Any,
+        key: jax.Array,
+        teacher: Any,
+        train: bool = True,
     ) -> tuple[jax.Array | Total, tuple[Any, Metrics]]:
         """Return the loss to minimise, and the model state and metrics beside it."""
         ...
@@ -39,8 +46,8 @@ class StatefulLoss(NamedTuple):
       loss: ``(params, parts, model_state, memory, batch, key, teacher, step) -> (scalar, (model_state, memory,
         metrics))``. Gradients flow to params and parts; ``step`` counts from 0, for schedules. As of a `Loss`, the scalar
         and metrics may be totals.
-      totals: as ``loss``, but for the scalar it returns an `Objective`: pairs of a weight and a `Total` each of which is
-        divided last. None if there is just the scalar.
+      totals: as ``loss``, but for the scalar it returns an `Objective`: pairs of a weight and a
+        `Total` each of which is divided last. None if there is just the scalar.
     """
 
     init: Callable[[jax.Array, Any, Any, Any], tuple[Any, Any]]
@@ -67,31 +74,36 @@ def make_step(
 ) -> Step:
     """Return the training step of a loss, an optimizer and a compression.
 
-    With params p, learned l and fixed f, the loss L sees ``w = view(p, (l, f))`` and the optimizer follows
-    ``(dL/dp, dL/dl)``, both through the view. Afterwards the compression is updated with the new params and with
-    ``dL/dw``, the gradient at the weights the model used: dense where a mask is on, as growing methods need it. Weights that
-    the update grows (`prune.set`, `prune.rigl`) restart from zero, with the optimizer's moments of them.
+    With params p, learned l and fixed f, the loss L sees ``w = view(p, (l, f))`` and the optimizer
+    follows ``(dL/dp, dL/dl)``, both through the view. Afterwards the compression is updated with
+    the new params and with ``dL/dw``, the gradient at the weights the model used: dense where a
+    mask is on, as growing methods need it. Weights that the update grows (`prune.set`,
+    `prune.rigl`) restart from zero, with the optimizer's moments of them.
 
-    Means are over all that counts in the step's whole batch, however it is spread: sums and counts are added up over
-    microbatches and devices and divided last, so that the gradient is that of the batch seen at once, whatever its masks.
-    (Losses on how examples lie to each other, batch norm and random numbers see a microbatch, or a device's part, alone.)
+    Means are over all that counts in the step's whole batch, however it is spread: sums and counts
+    are added up over microbatches and devices and divided last, so that the gradient is that of the
+    batch seen at once, whatever its masks. (Losses on how examples lie to each other, batch norm
+    and random numbers see a microbatch, or a device's part, alone.)
 
     Args:
       loss: see `Loss`; or a `StatefulLoss`, whose parts follow their gradients too.
       optimizer: over ``{"params": ..., "learned": ...}``, and ``"parts"`` if the loss has any.
       compression: what the model's weights are seen through.
-      microbatches: into how many parts the batch is cut, one after the other, to need less memory: still one step of the
-        optimizer, of every schedule and of the compression. `optax.MultiSteps` is refused: it averages the means of
-        microbatches, which is another gradient where they count differently, and counts each as a step.
+      microbatches: into how many parts the batch is cut, one after the other, to need less memory:
+        still one step of the optimizer, of every schedule and of the compression.
+        `optax.MultiSteps` is refused: it averages the means of microbatches, which is another
+        gradient where they count differently, and counts each as a step.
 
     Returns:
-      The pure step. ``axis_name`` makes it add up or average gradients, metrics and floating model state over a mapped axis
-      (``pmap_step`` passes it); the step number given to ``compression.update`` counts from 0. The teacher is an argument,
-      so that it is neither baked into the program nor donated.
+      The pure step. ``axis_name`` makes it add up or average gradients, metrics and floating model
+      state over a mapped axis (``pmap_step`` passes it); the step number given to
+      ``compression.update`` counts from 0. The teacher is an argument, so that it is neither baked
+      into the program nor donated.
 
     Raises:
-      ArgumentError: if ``microbatches`` is no number from 1; from the step, if the optimizer accumulates by itself, or if a
-        loss returns the scalar mean of a batch that has a ``"mask"`` while there are several devices or microbatches.
+      ArgumentError: if ``microbatches`` is no number from 1; from the step, if the optimizer
+        accumulates by itself, or if a loss returns the scalar mean of a batch that has a ``"mask"``
+        while there are several devices or microbatches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,7 +119,8 @@ def make_step(
     """
     if isinstance(microbatches, bool) or not isinstance(microbatches, int) or microbatches < 1:
         raise ArgumentError(
-            f"microbatches is how many parts a batch is cut into, a whole number from 1; got {microbatches!r}"
+            "microbatches is how many parts a batch is cut into, a whole number from 1; got "
+            f"{microbatches!r}"
         )
     general = _general(loss)
 
@@ -116,18 +129,24 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         refuse_accumulation(state.opt_state)
         loss_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        if axis_name is not None:  # each device draws its own noise, but all must draw the same masks
+        if (
+            axis_name is not None
+        ):  # each device draws its own noise, but all must draw the same masks
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
 
         def view(trainable: dict[str, Any]) -> Any:
-            seen = compression.view(trainable["params"], CompressionState(trainable["learned"], state.fixed))
+            seen = compression.view(
+                trainable["params"], CompressionState(trainable["learned"], state.fixed)
+            )
             return seen, trainable.get("parts", {})
 
         seen, pull_back = jax.vjp(view, state.trainable)
         kept, rest = (state.model_state, state.memory), (teacher, state.step)
         found = gather(general, seen, kept, batch, loss_key, rest, microbatches, axis_name)
         (grads,) = pull_back(found.slopes)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats; strict callers may not
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # optax mixes int32 counts and floats; strict callers may not
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         compressed = compression.update(
@@ -161,7 +180,14 @@ def _general(loss: Loss | StatefulLoss) -> General:
         plain = getattr(loss, "totals", loss)
 
         def run(
-            params: Any, parts: Any, model_state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
+            params: Any,
+            parts: Any,
+            model_state: Any,
+            memory: Any,
+            batch: Any,
+            key: jax.Array,
+            teacher: Any,
+            step: Any,
         ) -> Any:
             value, (model_state, metrics) = plain(params, model_state, batch, key, teacher)
             return value, (model_state, memory, metrics)

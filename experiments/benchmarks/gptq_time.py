@@ -1,12 +1,14 @@
 """GPTQ of one layer: the time our `gptq` takes, compiling included, beside the published algorithm in torch.
 
-python experiments/benchmarks/gptq_time.py --torch PYTHON                  # 1024x1024; PYTHON has torch; about 1 minute
-python experiments/benchmarks/gptq_time.py --torch PYTHON --size 4096      # 4096x4096; about 10 minutes on 2 busy cores
+python experiments/benchmarks/gptq_time.py --torch PYTHON                  # 1024x1024; PYTHON has
+torch; about 1 minute python experiments/benchmarks/gptq_time.py --torch PYTHON --size 4096      #
+4096x4096; about 10 minutes on 2 busy cores
 
-Both get the same weights, Gram matrix and scales, and start with them in memory. Ours is timed from the call of `gptq` to
-the last rounded weight, in one process whose caches are cleared before every round: tracing, compiling, solving, and the
-check that the Hessian could be factored. Torch runs by itself in a process of its own, where this same file is called with
-``--solve`` after its import and a small warm-up, neither of which counts.
+Both get the same weights, Gram matrix and scales, and start with them in memory. Ours is timed from
+the call of `gptq` to the last rounded weight, in one process whose caches are cleared before every
+round: tracing, compiling, solving, and the check that the Hessian could be factored. Torch runs by
+itself in a process of its own, where this same file is called with ``--solve`` after its import and
+a small warm-up, neither of which counts.
 """
 
 import argparse
@@ -21,7 +23,16 @@ from typing import Any
 import numpy as np
 
 DAMPING, BLOCK = 0.01, 128
-HEAD = ["layer", "int4", "rounds", "ours s", "of it running s", "torch s", "torch, inputs in rows s", "ours / torch"]
+HEAD = [
+    "layer",
+    "int4",
+    "rounds",
+    "ours s",
+    "of it running s",
+    "torch s",
+    "torch, inputs in rows s",
+    "ours / torch",
+]
 HEAD += ["ours / torch, inputs in rows", "output error: nearest", "ours", "torch"]
 
 
@@ -39,7 +50,11 @@ def by_torch(w: Any, gram: Any, scale: Any) -> Any:
     q = torch.zeros_like(w)
     for start in range(0, k, BLOCK):
         end = min(start + BLOCK, k)
-        own, errors, inner = w[:, start:end].clone(), torch.zeros(n, end - start), u[start:end, start:end]
+        own, errors, inner = (
+            w[:, start:end].clone(),
+            torch.zeros(n, end - start),
+            u[start:end, start:end],
+        )
         for i in range(end - start):
             s = scale[:, start + i]
             q[:, start + i] = torch.clamp(torch.round(own[:, i] / s), -8, 7) * s
@@ -78,7 +93,9 @@ def solve(folder: Path, rows: bool) -> None:
     import torch  # pyright: ignore[reportMissingImports]
 
     by = by_torch_in_rows if rows else by_torch
-    w, gram, scale = (torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("w", "gram", "scale"))
+    w, gram, scale = (
+        torch.from_numpy(np.load(folder / f"{name}.npy")) for name in ("w", "gram", "scale")
+    )
     if not rows:
         w, scale = w.T.contiguous(), scale.T.contiguous()
     by(torch.randn(64, 64), torch.eye(64), torch.ones(64, 64))
@@ -86,7 +103,11 @@ def solve(folder: Path, rows: bool) -> None:
     q = by(w.clone(), gram.clone(), scale)
     seconds = time.perf_counter() - began
     np.save(folder / "q.npy", (q if rows else q.T).contiguous().numpy())
-    print(json.dumps({"seconds": seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}))
+    print(
+        json.dumps(
+            {"seconds": seconds, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        )
+    )
 
 
 def layer(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,14 +134,22 @@ def compare(args: argparse.Namespace, granularity: str | int) -> tuple[list[Any]
     state, g = c.init(params), jnp.asarray(moment)
     (how,) = c.pointwise(params, state).values()
     seen = calibrate(lambda p, x: x @ p["kernel"], gram(), params, [jnp.zeros((1, args.size))])
-    fed = {"kernel": {"input": seen["kernel"]["input"]._replace(gram=g, count=jnp.ones_like(seen["kernel"]["input"].count))}}
+    fed = {
+        "kernel": {
+            "input": seen["kernel"]["input"]._replace(
+                gram=g, count=jnp.ones_like(seen["kernel"]["input"].count)
+            )
+        }
+    }
     seen = Calibration(fed, seen.sites)
 
     def ours() -> tuple[float, float, jax.Array]:
         jax.clear_caches()
         times = [time.perf_counter()]
         for _ in range(2):  # what the second time takes was not spent compiling
-            q = jax.block_until_ready(gptq(params, seen, c, state, damping=DAMPING, block=BLOCK).params["kernel"])
+            q = jax.block_until_ready(
+                gptq(params, seen, c, state, damping=DAMPING, block=BLOCK).params["kernel"]
+            )
             times.append(time.perf_counter())
         return times[1] - times[0], times[2] - times[1], q
 
@@ -139,20 +168,33 @@ def compare(args: argparse.Namespace, granularity: str | int) -> tuple[list[Any]
             turns = [("ours", ours), ("torch", theirs), ("rows", lambda: theirs("--rows"))]
             runs.append({key: run() for key, run in turns[i % 3 :] + turns[: i % 3]})
     error = lambda q: float(output_error(params["kernel"], jnp.asarray(q), g))  # noqa: E731
-    errors = [error(c.view(params, state)["kernel"]), error(runs[-1]["ours"][2]), error(runs[-1]["torch"][1])]
+    errors = [
+        error(c.view(params, state)["kernel"]),
+        error(runs[-1]["ours"][2]),
+        error(runs[-1]["torch"][1]),
+    ]
     assert abs(errors[1] / errors[2] - 1) < 0.01 and errors[1] < errors[0], errors
     seconds = {key: [run[key][0]["seconds"] for run in runs] for key in ("torch", "rows")}
     whole, again = ([run["ours"][j] for run in runs] for j in (0, 1))
     median = lambda times: f"{np.median(times):.2f}"  # noqa: E731
     times = [median(whole), median(again), median(seconds["torch"]), median(seconds["rows"])]
     ratios = [ratio(whole, seconds["torch"]), ratio(whole, seconds["rows"])]
-    row = [f"{args.size}x{args.size}", granularity, args.rounds, *times, *ratios, *(f"{each:.5g}" for each in errors)]
+    row = [
+        f"{args.size}x{args.size}",
+        granularity,
+        args.rounds,
+        *times,
+        *ratios,
+        *(f"{each:.5g}" for each in errors),
+    ]
     return row, {key: runs[-1]["torch"][0][key] for key in ("torch", "threads")}
 
 
 def main() -> None:
     """Read the command line; time both granularities, or be the torch half of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=1024, help="inputs and outputs of the layer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)

@@ -62,8 +62,16 @@ def report(name: str, head: list[str], rows: list[list[Any]], **details: Any) ->
     cells = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, {jax.device_count()} {jax.default_backend()} device(s)"
-    load = round(os.getloadavg()[1], 1)  # of the last 5 minutes; one process of two threads makes 1 to 2
-    where = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "load": load, "jax": jax.__version__, **details}
+    load = round(
+        os.getloadavg()[1], 1
+    )  # of the last 5 minutes; one process of two threads makes 1 to 2
+    where = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine,
+        "load": load,
+        "jax": jax.__version__,
+        **details,
+    }
     print(table, where, sep="\n\n")
     RESULTS.mkdir(exist_ok=True)
     note = ", ".join(f"{key}: {value}" for key, value in where.items())

@@ -2,9 +2,10 @@
 
 python experiments/benchmarks/logit_cache.py     # about a minute of two cores
 
-The teacher is a ResNet-8 of width 16 on 28x28 images, the student LeNet-300-100; batch 128, crops that are a function of the
-example and the view (two views). Both students see the same crops in the same order for 40 steps. Steps take turns, reading
-the batch (and the cache) included; distance is that of the trained weights, relative to how far they moved.
+The teacher is a ResNet-8 of width 16 on 28x28 images, the student LeNet-300-100; batch 128, crops
+that are a function of the example and the view (two views). Both students see the same crops in the
+same order for 40 steps. Steps take turns, reading the batch (and the cache) included; distance is
+that of the trained weights, relative to how far they moved.
 """
 
 import tempfile
@@ -42,9 +43,16 @@ def crop(key: jax.Array, image: jax.Array) -> jax.Array:
 
 def main() -> None:
     rng = np.random.default_rng(0)
-    split = {"image": rng.normal(size=(EXAMPLES, 28, 28, 1)).astype(np.float32), "label": np.arange(EXAMPLES) % CLASSES}
+    split = {
+        "image": rng.normal(size=(EXAMPLES, 28, 28, 1)).astype(np.float32),
+        "label": np.arange(EXAMPLES) % CLASSES,
+    }
     split["index"] = np.arange(EXAMPLES, dtype=np.int32)
-    large, small, view = ResNet(depth=8, width=16, stem_stride=2), LeNet300100(), d.by_example(crop, seed=0)
+    large, small, view = (
+        ResNet(depth=8, width=16, stem_stride=2),
+        LeNet300100(),
+        d.by_example(crop, seed=0),
+    )
     teacher = d.Teacher(large.apply, jax.jit(large.init)(jax.random.key(0), split["image"][:1]))
     variables = jax.jit(small.init)(jax.random.key(1), split["image"][:1])
     feed, optimizer = batches(split, BATCH, seed=0), optax.adam(1e-3)
@@ -58,26 +66,46 @@ def main() -> None:
     def written(k: int, dtype: str) -> d.CachedFeed:
         place = folder / f"{k}-{dtype}"
         d.write_cache(
-            place, teacher, split, teacher_sha256=who, data_sha256="random", k=k, views=VIEWS, augment=view, dtype=dtype
+            place,
+            teacher,
+            split,
+            teacher_sha256=who,
+            data_sha256="random",
+            k=k,
+            views=VIEWS,
+            augment=view,
+            dtype=dtype,
         )
-        return d.CachedFeed(feed, d.open_cache(place, teacher_sha256=who, data_sha256="random"), feed.steps_per_epoch)
+        return d.CachedFeed(
+            feed,
+            d.open_cache(place, teacher_sha256=who, data_sha256="random"),
+            feed.steps_per_epoch,
+        )
 
-    forms: dict[Any, tuple[Any, Any, Any]] = {("online", CLASSES, "-"): (Viewed(), d.on_logits(d.kl), teacher)}
+    forms: dict[Any, tuple[Any, Any, Any]] = {
+        ("online", CLASSES, "-"): (Viewed(), d.on_logits(d.kl), teacher)
+    }
     for k, dtype in ((CLASSES, "float32"), (CLASSES, "bfloat16"), (4, "bfloat16")):
         forms["cache", k, dtype] = written(k, dtype), d.on_logits(d.top_k_kl), None
     steps, trained = {}, {}
     for form, (source, term, given) in forms.items():
-        step = jax.jit(make_step(distillation(small, [term], augment=view), optimizer, cj.identity()))
+        step = jax.jit(
+            make_step(distillation(small, [term], augment=view), optimizer, cj.identity())
+        )
         state = create(variables, cj.identity(), optimizer, jax.random.key(2))
         for i in range(STEPS):
             state, _ = step(state, source[i], teacher=given)
         trained[form] = state.params
-        steps[form] = lambda step=step, state=state, source=source, given=given: step(state, source[0], teacher=given)
+        steps[form] = lambda step=step, state=state, source=source, given=given: step(
+            state, source[0], teacher=given
+        )
     runs = interleaved(steps, ROUNDS)
     base, rows = next(iter(forms)), []
     moved = distance(trained[base], variables["params"])
     for form in forms:
-        size = form[1] * (4 + (2 if form[2] == "bfloat16" else 4)) + 4 if form[0] == "cache" else "-"
+        size = (
+            form[1] * (4 + (2 if form[2] == "bfloat16" else 4)) + 4 if form[0] == "cache" else "-"
+        )
         wall = ratio([r.wall for r in runs[form]], [r.wall for r in runs[base]])
         cpu = ratio([r.cpu for r in runs[form]], [r.cpu for r in runs[base]])
         apart = f"{distance(trained[form], trained[base]) / moved:.1e}"

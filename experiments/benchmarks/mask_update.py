@@ -1,11 +1,13 @@
 """Mask update: time and memory of bisection on the float bits, of argsort and of top_k, on one device or on several.
 
-python experiments/benchmarks/mask_update.py                              # 1e6, 1e7, 1e8 weights; about 5 minutes on 2 cores
-python experiments/benchmarks/mask_update.py --devices 8 --sizes 1e7      # sharded over emulated devices; about 5 minutes
-python experiments/benchmarks/mask_update.py --memory --sizes 1e8                 # nothing runs; seconds
-python experiments/benchmarks/mask_update.py --memory --sizes 1e8 --devices 8
+python experiments/benchmarks/mask_update.py                              # 1e6, 1e7, 1e8 weights;
+about 5 minutes on 2 cores python experiments/benchmarks/mask_update.py --devices 8 --sizes 1e7
+# sharded over emulated devices; about 5 minutes python experiments/benchmarks/mask_update.py
+--memory --sizes 1e8                 # nothing runs; seconds python
+experiments/benchmarks/mask_update.py --memory --sizes 1e8 --devices 8
 
-Memory is what the compiled program allocates on each device beside the weights: its temporaries and the mask.
+Memory is what the compiled program allocates on each device beside the weights: its temporaries and
+the mask.
 """
 
 import argparse
@@ -15,13 +17,21 @@ from typing import Any
 
 def arguments() -> argparse.Namespace:
     """Read the command line; it is read before jax is imported, which fixes the number of devices."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=lambda s: int(float(s)), nargs="+", default=[10**6, 10**7, 10**8])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=lambda s: int(float(s)), nargs="+", default=[10**6, 10**7, 10**8]
+    )
     parser.add_argument("--rounds", type=int, help="default: 11 to 1e6 weights, 5 to 1e7, else 1")
     parser.add_argument("--devices", type=int, default=1, help="emulated CPU devices to shard over")
     every = ["bisection", "argsort", "top_k"]
-    parser.add_argument("--methods", nargs="+", choices=every, default=every, help="bisection first")
-    parser.add_argument("--memory", action="store_true", help="compile only, and tell what would be allocated")
+    parser.add_argument(
+        "--methods", nargs="+", choices=every, default=every, help="bisection first"
+    )
+    parser.add_argument(
+        "--memory", action="store_true", help="compile only, and tell what would be allocated"
+    )
     parser.add_argument("--sparsity", type=float, default=0.9)
     return parser.parse_args()
 
@@ -75,15 +85,24 @@ def memory(size: int) -> list[Any]:
     """Return the MB that each method allocates on each device beside its arguments."""
     sizes = [program.memory_analysis() for program in compiled(size).values()]
     found = [each.temp_size_in_bytes + each.output_size_in_bytes for each in sizes]
-    return [f"{size:.0e}", args.devices, f"{4 * size / args.devices / 1e6:,.0f}", *(f"{each / 1e6:,.0f}" for each in found)]
+    return [
+        f"{size:.0e}",
+        args.devices,
+        f"{4 * size / args.devices / 1e6:,.0f}",
+        *(f"{each / 1e6:,.0f}" for each in found),
+    ]
 
 
 def compare(size: int) -> list[Any]:
     """Time the methods on one size and check that they agree."""
     programs = compiled(size)
     shape = (size // 1000, 1000)
-    x = jax.jit(lambda key: jax.random.normal(key, shape), out_shardings=sharding())(jax.random.key(0))
-    times = interleaved({name: lambda f=f: f(x) for name, f in programs.items()}, args.rounds or rounds(size))
+    x = jax.jit(lambda key: jax.random.normal(key, shape), out_shardings=sharding())(
+        jax.random.key(0)
+    )
+    times = interleaved(
+        {name: lambda f=f: f(x) for name, f in programs.items()}, args.rounds or rounds(size)
+    )
     if "argsort" in programs:
         assert bool((programs["bisection"](x) == programs["argsort"](x)).all()), "the masks differ"
     ours, *others = ([run.wall for run in each] for each in times.values())

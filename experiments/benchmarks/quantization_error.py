@@ -1,11 +1,12 @@
 """The relative error of every weight format beside Qwix's, on the same input in the same run.
 
-pip install '.[bench]'
-python experiments/benchmarks/quantization_error.py            # N(0, 1), 1024x1024, scales per channel; about 2 minutes
+pip install '.[bench]' python experiments/benchmarks/quantization_error.py            # N(0, 1),
+1024x1024, scales per channel; about 2 minutes
 
-Qwix has scales by absmax, minmax and root mean square, each times a factor of the user's. A format is compared with Qwix's
-plain rule and with the best factor of any of its rules, found by trying 100 of them on this very input. "Equal" is to nine
-digits; both errors are sums in float64 of float32 numbers.
+Qwix has scales by absmax, minmax and root mean square, each times a factor of the user's. A format
+is compared with Qwix's plain rule and with the best factor of any of its rules, found by trying 100
+of them on this very input. "Equal" is to nine digits; both errors are sums in float64 of float32
+numbers.
 """
 
 import argparse
@@ -21,7 +22,16 @@ from interleave import report
 from compress_jax import quantize
 from compress_jax.core import Compression, nbytes
 
-HEAD = ["format", "granularity", "Qwix", "Qwix, best factor", "ours", "ours: scale", "bits a weight", "beaten"]
+HEAD = [
+    "format",
+    "granularity",
+    "Qwix",
+    "Qwix, best factor",
+    "ours",
+    "ours: scale",
+    "bits a weight",
+    "beaten",
+]
 COLUMNS = ("channel", 128, 64, 32, 16)
 
 
@@ -39,7 +49,9 @@ class Row(NamedTuple):
 def rows() -> Iterator[Row]:
     """Yield the rows of the table: those of the published comparison first, then what else both have."""
 
-    def uniform(bits: int, granularity: str | int = "channel", symmetric: bool = True) -> Compression:
+    def uniform(
+        bits: int, granularity: str | int = "channel", symmetric: bool = True
+    ) -> Compression:
         return quantize.uniform(bits, symmetric, granularity, "mse")
 
     yield Row("int8", "channel", "int8", "absmax", uniform(8))
@@ -54,8 +66,12 @@ def rows() -> Iterator[Row]:
     yield Row("mxfp4", 32, "mxfp4", "absmax", quantize.mxfp4("mse"))
     yield Row("nvfp4", 16, "nvfp4", "absmax", quantize.nvfp4("mse"))
     yield Row("fp4 e2m1", "channel", jnp.float4_e2m1fn, "absmax", quantize.fp4("channel", "mse"))
-    yield Row("fp8 e4m3", "channel", jnp.float8_e4m3fn, "absmax", quantize.fp8("e4m3", "channel", "mse"))
-    yield Row("fp8 e5m2", "channel", jnp.float8_e5m2, "absmax", quantize.fp8("e5m2", "channel", "mse"))
+    yield Row(
+        "fp8 e4m3", "channel", jnp.float8_e4m3fn, "absmax", quantize.fp8("e4m3", "channel", "mse")
+    )
+    yield Row(
+        "fp8 e5m2", "channel", jnp.float8_e5m2, "absmax", quantize.fp8("e5m2", "channel", "mse")
+    )
     yield Row("mxfp8", 32, "mxfp8", "absmax", quantize.mxfp8(scale="mse"))
 
 
@@ -69,7 +85,12 @@ def ours_alone() -> Iterator[tuple[str, str | int, str, Compression]]:
     for scale in ("twn", "mse"):
         yield "ternary", "channel", scale, quantize.ternary(scale=scale)
     yield "binary", "channel", "mse", quantize.binary()
-    yield "fp6 e2m3", "channel", "mse", quantize.tabled(quantize.float_format(2, 3), "channel", "mse")
+    yield (
+        "fp6 e2m3",
+        "channel",
+        "mse",
+        quantize.tabled(quantize.float_format(2, 3), "channel", "mse"),
+    )
 
 
 def relative(w: jax.Array, view: jax.Array) -> float:
@@ -89,19 +110,27 @@ def of_qwix(w: jax.Array, row: Row, rule: str) -> float:
     """Return Qwix's error."""
     tiled = {} if isinstance(row.granularity, str) else {0: row.granularity}
     qtype = jnp.dtype(row.qtype) if row.qtype in ("int8", "int4") else row.qtype
-    packed = qwix.quantize(w, qtype, channelwise_axes=(1,), tiled_axes=tiled, calibration_method=rule)
+    packed = qwix.quantize(
+        w, qtype, channelwise_axes=(1,), tiled_axes=tiled, calibration_method=rule
+    )
     return relative(w, qwix.dequantize(packed))
 
 
 def best_of_qwix(w: jax.Array, row: Row) -> float:
     """Return the least error of Qwix's rules over a grid of factors; all that are symmetric, or the one that is not."""
-    factors = {row.rule: np.linspace(0.2, 1.2, 51)} | ({} if row.rule == "minmax" else {"rms": np.linspace(0.8, 5.7, 50)})
-    return min(of_qwix(w, row, f"{rule},{factor:.3f}") for rule, of in factors.items() for factor in of)
+    factors = {row.rule: np.linspace(0.2, 1.2, 51)} | (
+        {} if row.rule == "minmax" else {"rms": np.linspace(0.8, 5.7, 50)}
+    )
+    return min(
+        of_qwix(w, row, f"{rule},{factor:.3f}") for rule, of in factors.items() for factor in of
+    )
 
 
 def main() -> None:
     """Measure all formats and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", type=int, default=1024, help="rows and columns of the matrix")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -110,14 +139,31 @@ def main() -> None:
         error, bits = of_ours(w, row.ours)
         plain, best = of_qwix(w, row, row.rule), best_of_qwix(w, row)
         least = min(plain, best)
-        verdict = "equal" if np.isclose(error, least, rtol=1e-9, atol=0) else "yes" if error < least else "NO"
-        cells = [f"{plain:.5f} ({row.rule})", f"{best:.5f}", f"{error:.5f}", row.scale, f"{bits:.2f}", verdict]
+        verdict = (
+            "equal"
+            if np.isclose(error, least, rtol=1e-9, atol=0)
+            else "yes"
+            if error < least
+            else "NO"
+        )
+        cells = [
+            f"{plain:.5f} ({row.rule})",
+            f"{best:.5f}",
+            f"{error:.5f}",
+            row.scale,
+            f"{bits:.2f}",
+            verdict,
+        ]
         table.append([row.format, row.granularity, *cells])
     for name, granularity, scale, compression in ours_alone():
         error, bits = of_ours(w, compression)
         table.append([name, granularity, "", "", f"{error:.5f}", scale, f"{bits:.2f}", ""])
     report(
-        "quantization_error", HEAD, table, qwix=qwix.__version__, input=f"N(0, 1), {args.size}x{args.size}, seed {args.seed}"
+        "quantization_error",
+        HEAD,
+        table,
+        qwix=qwix.__version__,
+        input=f"N(0, 1), {args.size}x{args.size}, seed {args.seed}",
     )
 
 

@@ -1,8 +1,10 @@
 """What compression costs a training step: mask, fake quantization, both, and distillation, against the plain step.
 
-python experiments/benchmarks/step_overhead.py            # ResNet-20, batch 64 of 32x32x3; about 3 minutes on 2 cores
+python experiments/benchmarks/step_overhead.py            # ResNet-20, batch 64 of 32x32x3; about 3
+minutes on 2 cores
 
-Every variant is `train.make_step` on the same model, batch and optimizer, jitted once; they take turns.
+Every variant is `train.make_step` on the same model, batch and optimizer, jitted once; they take
+turns.
 """
 
 import argparse
@@ -35,17 +37,26 @@ def kernels(*compressions: Compression) -> Compression:
     return cj.at("**/kernel", cj.chain(*compressions))
 
 
-def stepper(loss: Loss, compression: Compression, variables: Any, batch: Any, teacher: Any) -> partial[Any]:
+def stepper(
+    loss: Loss, compression: Compression, variables: Any, batch: Any, teacher: Any
+) -> partial[Any]:
     """Return one compiled training step, applied to its arguments."""
     state = create(variables, compression, OPTIMIZER, jax.random.key(1))
-    step = jax.jit(make_step(loss, OPTIMIZER, compression)).lower(state, batch, teacher=teacher).compile()
+    step = (
+        jax.jit(make_step(loss, OPTIMIZER, compression))
+        .lower(state, batch, teacher=teacher)
+        .compile()
+    )
     return partial(step, state, batch, teacher=teacher)
 
 
 def variants(depth: int, batch_size: int) -> dict[str, partial[Any]]:
     """Return the steps to compare, by name, the plain one first."""
     student, image_key = ResNet(depth=depth), jax.random.key(0)
-    batch = {"image": jax.random.normal(image_key, (batch_size, 32, 32, 3)), "label": jnp.arange(batch_size) % 10}
+    batch = {
+        "image": jax.random.normal(image_key, (batch_size, 32, 32, 3)),
+        "label": jnp.arange(batch_size) % 10,
+    }
     mask, int8 = magnitude(0.9), uniform(bits=8, granularity="channel")
     init = jax.jit(lambda key, model: model.init(key, batch["image"][:1]), static_argnums=1)
     own = supervised(student)
@@ -58,24 +69,38 @@ def variants(depth: int, batch_size: int) -> dict[str, partial[Any]]:
         "mask and fake quantization": (own, held(kernels(mask, int8)), None),
     }
     for teacher in (depth, 3 * depth - 4):  # as deep as the student, and three times as many blocks
-        cases[f"distillation, ResNet-{teacher} teacher"] = taught(student, ResNet(depth=teacher)), identity(), teacher
+        cases[f"distillation, ResNet-{teacher} teacher"] = (
+            taught(student, ResNet(depth=teacher)),
+            identity(),
+            teacher,
+        )
     variables = init(image_key, student)
     return {
-        name: stepper(loss, c, variables, batch, init(image_key, ResNet(depth=teacher)) if teacher else None)
+        name: stepper(
+            loss, c, variables, batch, init(image_key, ResNet(depth=teacher)) if teacher else None
+        )
         for name, (loss, c, teacher) in cases.items()
     }
 
 
 def taught(student: ResNet, teacher: ResNet) -> Loss:
-    def objective(student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array) -> jax.Array:
+    def objective(
+        student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array
+    ) -> jax.Array:
         return kl(student_logits, teacher_logits, temperature=4.0)
 
-    return distilled(student, lambda variables, x: jnp.asarray(teacher.apply(variables, x, train=False)), objective)
+    return distilled(
+        student,
+        lambda variables, x: jnp.asarray(teacher.apply(variables, x, train=False)),
+        objective,
+    )
 
 
 def main() -> None:
     """Time all variants and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depth", type=int, default=20, help="of the ResNet, 6 n + 2")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=15)
@@ -87,7 +112,9 @@ def main() -> None:
             ratio((r.wall for r in runs), (r.wall for r in plain)),
             ratio((r.cpu for r in runs), (r.cpu for r in plain)),
         )
-        rows.append([name, milliseconds(r.wall for r in runs), milliseconds(r.cpu for r in runs), wall, cpu])
+        rows.append(
+            [name, milliseconds(r.wall for r in runs), milliseconds(r.cpu for r in runs), wall, cpu]
+        )
     model = f"ResNet-{args.depth}, batch {args.batch}"
     report("step_overhead", HEAD, rows, model=model, rounds=args.rounds)
 

@@ -1,16 +1,20 @@
 """Which distillation helps a small student? One teacher, one student, one budget, every method beside the labels alone.
 
-python experiments/distillation/fashion_mnist.py                                     # 30 epochs, all methods
-python experiments/distillation/fashion_mnist.py --epochs 10 --shares 1 0.1 --methods labels KD DKD   # names by beginning
+python experiments/distillation/fashion_mnist.py                                     # 30 epochs,
+all methods python experiments/distillation/fashion_mnist.py --epochs 10 --shares 1 0.1 --methods
+labels KD DKD   # names by beginning
 
-Fashion-MNIST. The teacher is a ResNet-8 trained on the first 20,000 training images with crops and flips. The student has
-two hidden layers, of 64 and 32 units (LeNet-300-100, narrower), and sees 5,000 of those images, as they are, so that the
-teacher's logits and features are computed once and come with the batch. Every run has the same number of steps of 128
-images, the same Adam and the same schedule; only the loss differs. Losses of features get, on one more seed, some shares of
-the published weight, and validation (6,000 images held out of train) chooses. The test split is read once by each final run.
+Fashion-MNIST. The teacher is a ResNet-8 trained on the first 20,000 training images with crops and
+flips. The student has two hidden layers, of 64 and 32 units (LeNet-300-100, narrower), and sees
+5,000 of those images, as they are, so that the teacher's logits and features are computed once and
+come with the batch. Every run has the same number of steps of 128 images, the same Adam and the
+same schedule; only the loss differs. Losses of features get, on one more seed, some shares of the
+published weight, and validation (6,000 images held out of train) chooses. The test split is read
+once by each final run.
 
-Runs that the results file has are not run again (``--fresh`` forgets them); ``--minutes`` begins no run after so long, and
-the same command goes on where it was. Teacher and what it says are kept in the folder ``--work``.
+Runs that the results file has are not run again (``--fresh`` forgets them); ``--minutes`` begins no
+run after so long, and the same command goes on where it was. Teacher and what it says are kept in
+the folder ``--work``.
 """
 
 import argparse
@@ -30,7 +34,15 @@ import compress_jax as cj
 from compress_jax import distill as d
 from compress_jax.data import Data, batches, load, random_crop_flip
 from compress_jax.models import LeNet300100, ResNet
-from compress_jax.train import accuracy, create, distillation, fit, label_optimizer, make_step, supervised
+from compress_jax.train import (
+    accuracy,
+    create,
+    distillation,
+    fit,
+    label_optimizer,
+    make_step,
+    supervised,
+)
 
 RESULTS = Path(__file__).parent / "results"
 TAUGHT, EXAMPLES, BATCH, TEACHER_STEPS, TUNING_SEED = 20_000, 5_000, 128, 936, 1_000
@@ -76,7 +88,10 @@ def methods(labels: np.ndarray, steps: int) -> tuple[dict[str, list[d.Term]], di
         "DIST": [d.on_labels(), d.on_logits(partial(d.dist, beta=2.0, gamma=2.0), temperature=4.0)],
         "logit MSE": [d.on_labels(0.1), d.on_logits(d.mse, 0.9)],
         "JSD": [d.on_labels(0.1), d.on_logits(d.jsd, 0.9, temperature=4.0)],
-        "logit standardisation": [d.on_labels(0.1), d.on_logits(standardized, 9.0, temperature=2.0)],
+        "logit standardisation": [
+            d.on_labels(0.1),
+            d.on_logits(standardized, 9.0, temperature=2.0),
+        ],
     }
     chosen = {
         "RKD": on_last(d.rkd, weight=1.0),
@@ -92,7 +107,10 @@ def methods(labels: np.ndarray, steps: int) -> tuple[dict[str, list[d.Term]], di
 def compressed(steps: int) -> cj.Compression:
     """80 % pruned by the first half of the run, and 4 bits a weight."""
     ramp = cj.prune.cubic(0.8, begin=0, end=steps // 2)
-    prune, grid = cj.prune.magnitude(ramp, scope="global"), cj.quantize.uniform(4, granularity="channel")
+    prune, grid = (
+        cj.prune.magnitude(ramp, scope="global"),
+        cj.quantize.uniform(4, granularity="channel"),
+    )
     return cj.at("**/kernel", cj.chain(cj.every(20, prune), cj.every(20, grid)))
 
 
@@ -104,29 +122,52 @@ def crops(data: Data) -> Any:
 
 def train_teacher(data: Data, split: dict[str, np.ndarray], steps: int = TEACHER_STEPS) -> Any:
     schedule = optax.cosine_onecycle_schedule(steps, 0.2, pct_start=0.2)
-    optimizer = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True))
-    state = create(TEACHER.init(jax.random.key(0), split["image"][:1]), cj.identity(), optimizer, jax.random.key(1))
-    step = jax.jit(make_step(supervised(TEACHER, augment=crops(data)), optimizer, cj.identity()), donate_argnums=0)
+    optimizer = optax.chain(
+        optax.add_decayed_weights(5e-4), optax.sgd(schedule, momentum=0.9, nesterov=True)
+    )
+    state = create(
+        TEACHER.init(jax.random.key(0), split["image"][:1]),
+        cj.identity(),
+        optimizer,
+        jax.random.key(1),
+    )
+    step = jax.jit(
+        make_step(supervised(TEACHER, augment=crops(data)), optimizer, cj.identity()),
+        donate_argnums=0,
+    )
     return fit(step, state, batches(split, BATCH, seed=0), steps=steps, title="teacher").variables()
 
 
 def taught(variables: Any, split: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the teacher's logits and features of each image."""
     run = jax.jit(d.Teacher(see, variables).see)
-    out = [jax.device_get(run(split["image"][i : i + 500])) for i in range(0, len(split["label"]), 500)]
-    features = {f"teacher/{path}": np.concatenate([each[path] for _, each in out]) for path in (LAST,)}
+    out = [
+        jax.device_get(run(split["image"][i : i + 500])) for i in range(0, len(split["label"]), 500)
+    ]
+    features = {
+        f"teacher/{path}": np.concatenate([each[path] for _, each in out]) for path in (LAST,)
+    }
     return {"teacher": np.concatenate([logits for logits, _ in out]), **features}
 
 
-def student_trainer(split: dict[str, np.ndarray], terms: list[Any], c: cj.Compression, steps: int) -> Any:
+def student_trainer(
+    split: dict[str, np.ndarray], terms: list[Any], c: cj.Compression, steps: int
+) -> Any:
     """Return ``(seed, share) -> variables``; what is compiled serves all seeds and weights."""
     loss = distillation(STUDENT, terms)
-    asked = {f"teacher/{path}" for term in terms for path in term.teacher} | {"image", "label", "index", "teacher"}
+    asked = {f"teacher/{path}" for term in terms for path in term.teacher} | {
+        "image",
+        "label",
+        "index",
+        "teacher",
+    }
     optimizer = label_optimizer(*[optax.adam(optax.cosine_decay_schedule(2e-3, steps))] * 3)
     step = jax.jit(make_step(loss, optimizer, c), donate_argnums=0)
 
     def train(seed: int, share: float) -> Any:
-        feed = batches({name: array for name, array in split.items() if name in asked}, BATCH, seed=seed)
+        feed = batches(
+            {name: array for name, array in split.items() if name in asked}, BATCH, seed=seed
+        )
         key = jax.random.key(seed)
         variables = init(key, split["image"][:1])
         parts, memory = loss.init(key, variables, feed[0], None)
@@ -138,20 +179,39 @@ def student_trainer(split: dict[str, np.ndarray], terms: list[Any], c: cj.Compre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=30, help="of every run")
-    parser.add_argument("--shares", nargs="*", type=float, default=[0.1, 0.01], help="of published weights, to choose from")
-    parser.add_argument("--methods", nargs="*", default=[""], help="only those whose names begin so")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many minutes")
+    parser.add_argument(
+        "--shares",
+        nargs="*",
+        type=float,
+        default=[0.1, 0.01],
+        help="of published weights, to choose from",
+    )
+    parser.add_argument(
+        "--methods", nargs="*", default=[""], help="only those whose names begin so"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="begin no run after so many minutes"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--fresh", action="store_true", help="forget the results there are")
-    parser.add_argument("--data", default=None, help="folder of the Fashion-MNIST files, if not to be downloaded")
-    parser.add_argument("--work", default=Path(tempfile.gettempdir()) / "compress_jax_distillation", type=Path)
+    parser.add_argument(
+        "--data", default=None, help="folder of the Fashion-MNIST files, if not to be downloaded"
+    )
+    parser.add_argument(
+        "--work", default=Path(tempfile.gettempdir()) / "compress_jax_distillation", type=Path
+    )
     args = parser.parse_args()
     begun = time.monotonic()
     data = load("fashion_mnist", manual_dir=args.data)
     results: dict[str, Any] = {"teacher": {}, "tuning": {}, "runs": {}}
-    steps, file = args.epochs * (EXAMPLES // BATCH), RESULTS / f"fashion_mnist_{args.epochs}_epochs.json"
+    steps, file = (
+        args.epochs * (EXAMPLES // BATCH),
+        RESULTS / f"fashion_mnist_{args.epochs}_epochs.json",
+    )
     if file.exists() and not args.fresh:
         results = json.loads(file.read_text())
     split, results["teacher"] = prepared(data, args.work)
@@ -167,7 +227,11 @@ def main() -> None:
             if label not in results[group] and time.monotonic() - begun < 60 * args.minutes:
                 start = time.monotonic()
                 measured = accuracy(answer, train(seed, share), getattr(data, part))
-                row = {part: measured, "share": share, "seconds": round(time.monotonic() - start, 1)}
+                row = {
+                    part: measured,
+                    "share": share,
+                    "seconds": round(time.monotonic() - start, 1),
+                }
                 results[group][label] = row
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(json.dumps(results, indent=1) + "\n")
@@ -198,12 +262,20 @@ def prepared(data: Data, work: Path) -> tuple[dict[str, np.ndarray], dict[str, A
     """Return the students' split with what the teacher says beside it, and who the teacher is; kept in the folder."""
     file, said = work / "teacher.safetensors", work / f"said-{EXAMPLES}.npz"
     if not file.exists():
-        cj.save(file, train_teacher(data, {name: array[:TAUGHT] for name, array in data.train.items()}))
+        cj.save(
+            file, train_teacher(data, {name: array[:TAUGHT] for name, array in data.train.items()})
+        )
     variables = cj.unpack(cj.load(file)[0])
     split = {name: array[:EXAMPLES] for name, array in data.train.items()}
     if not said.exists():
-        accuracies = {part: accuracy(said_by, variables, getattr(data, part)) for part in ("validation", "test")}
-        told: dict[str, Any] = {**taught(variables, split), **{f"accuracy {part}": n for part, n in accuracies.items()}}
+        accuracies = {
+            part: accuracy(said_by, variables, getattr(data, part))
+            for part in ("validation", "test")
+        }
+        told: dict[str, Any] = {
+            **taught(variables, split),
+            **{f"accuracy {part}": n for part, n in accuracies.items()},
+        }
         np.savez(said, **told)
     with np.load(said) as arrays:
         about = {part: float(arrays[f"accuracy {part}"]) for part in ("validation", "test")}
@@ -219,13 +291,21 @@ def table(results: dict[str, Any]) -> str:
         rows.setdefault(label.rpartition("/")[0], []).append(100 * row["test"])
     plain = np.mean(rows.get("labels alone", [np.nan]))
     lines = [f"teacher: {100 * results['teacher']['test']:.2f} %", ""]
-    lines += ["| method | weight | test accuracy, mean and deviation | seeds | over labels alone |", "|---|--:|--:|--:|--:|"]
+    lines += [
+        "| method | weight | test accuracy, mean and deviation | seeds | over labels alone |",
+        "|---|--:|--:|--:|--:|",
+    ]
     for name, values in rows.items():
-        share = next(row["share"] for label, row in results["runs"].items() if label.startswith(f"{name}/"))
+        share = next(
+            row["share"] for label, row in results["runs"].items() if label.startswith(f"{name}/")
+        )
         deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
         difference = f"{np.mean(values) - plain:+.2f}"
         weight = f"{share:g} of the published"
-        lines.append(f"| {name} | {weight} | {np.mean(values):.2f} ± {deviation:.2f} | {len(values)} | {difference} |")
+        lines.append(
+            f"| {name} | {weight} | {np.mean(values):.2f} ± {deviation:.2f} | {len(values)} | "
+            f"{difference} |"
+        )
     return "\n".join(lines)
 
 

@@ -2,7 +2,8 @@
 
 python experiments/distillation/losses.py
 
-writes losses.md beside this file; tests/distill/test_losses_table.py fails if a loss has no row or the file is not this.
+writes losses.md beside this file; tests/distill/test_losses_table.py fails if a loss has no row or
+the file is not this.
 """
 
 import inspect
@@ -12,7 +13,10 @@ from pathlib import Path
 from compress_jax import distill
 
 FILE = Path(__file__).parent / "losses.md"
-VALUES, RELATIONS = "test_features.py::test_values_are_the_references", "test_relations.py::test_values_are_the_references"
+VALUES, RELATIONS = (
+    "test_features.py::test_values_are_the_references",
+    "test_relations.py::test_values_are_the_references",
+)
 
 EVIDENCE = {
     "cross_entropy": "test_logits.py::test_mse_and_cross_entropy_against_float64",
@@ -68,7 +72,9 @@ def papers(doc: str) -> str:
     """Return the references."""
     if "References:" not in doc:
         return ""
-    entries = re.split(r"(?<=\.)\n", doc.split("References:")[1].strip())  # each ends with a full stop
+    entries = re.split(
+        r"(?<=\.)\n", doc.split("References:")[1].strip()
+    )  # each ends with a full stop
     return "; ".join(" ".join(entry.split()).rstrip(".") for entry in entries)
 
 

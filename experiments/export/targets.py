@@ -2,9 +2,10 @@
 
 python experiments/export/targets.py --model mlp --data DIR
 
-One model takes one to five minutes on 2 cores. Needs pip install 'compress_jax[onnx,litert]'. Models that classify images
-are trained for a few steps on a part of Fashion-MNIST, so that their answers mean something; the times do not depend on it.
-DIR holds ``fashion_mnist`` with its four files.
+One model takes one to five minutes on 2 cores. Needs pip install 'compress_jax[onnx,litert]'.
+Models that classify images are trained for a few steps on a part of Fashion-MNIST, so that their
+answers mean something; the times do not depend on it. DIR holds ``fashion_mnist`` with its four
+files.
 """
 
 import argparse
@@ -43,13 +44,21 @@ MODELS = {  # the model and its training steps
 def fashion(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     data = cj.data.load("fashion_mnist")
     order = np.random.default_rng(seed).permutation(len(data.train["label"]))[:8192]
-    return data.train["image"][order], data.train["label"][order], data.test["image"][:2048], data.test["label"][:2048]
+    return (
+        data.train["image"][order],
+        data.train["label"][order],
+        data.test["image"][:2048],
+        data.test["label"][:2048],
+    )
 
 
 def trained(model: Any, images: np.ndarray, labels: np.ndarray, steps: int, seed: int) -> Any:
     variables = jax.jit(model.init)(jax.random.key(seed), images[:2])
     optimizer = optax.adam(1e-3)
-    params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
+    params, rest = (
+        variables["params"],
+        {key: value for key, value in variables.items() if key != "params"},
+    )
 
     @jax.jit
     def step(params: Any, rest: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
@@ -78,21 +87,32 @@ def onnx_runtimes_own(plain: Path, file: Path, batches: list[np.ndarray]) -> Non
             return next(feeds, None)
 
     ready = plain.with_suffix(".ready.onnx")
-    extra("onnxruntime.quantization.shape_inference", "onnx").quant_pre_process(str(plain), str(ready))
+    extra("onnxruntime.quantization.shape_inference", "onnx").quant_pre_process(
+        str(plain), str(ready)
+    )
     kinds = quantization.QuantType
     quantization.quantize_static(
-        str(ready), str(file), Reader(), per_channel=True, activation_type=kinds.QUInt8, weight_type=kinds.QInt8
+        str(ready),
+        str(file),
+        Reader(),
+        per_channel=True,
+        activation_type=kinds.QUInt8,
+        weight_type=kinds.QInt8,
     )
 
 
 def beside(ours: Path, theirs: Path, x: np.ndarray, rounds: int) -> str:
     """Return the median ratio of their time to ours at batch 64 on one thread, with quartiles."""
     times = interleaved({"ours": runner(ours, 1), "theirs": runner(theirs, 1)}, [x], rounds)
-    low, middle, high = statistics.quantiles((b / a for a, b in zip(times["ours"], times["theirs"], strict=True)), n=4)
+    low, middle, high = statistics.quantiles(
+        (b / a for a, b in zip(times["ours"], times["theirs"], strict=True)), n=4
+    )
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
-def study(name: str, seed: int, rounds: int, targets: list[str], weights: str) -> list[dict[str, Any]]:
+def study(
+    name: str, seed: int, rounds: int, targets: list[str], weights: str
+) -> list[dict[str, Any]]:
     model, steps = MODELS[name]
     if name == "bert_tiny":
         tokens = np.random.default_rng(seed).integers(0, 30_522, (576, 64)).astype(np.int32)
@@ -106,7 +126,10 @@ def study(name: str, seed: int, rounds: int, targets: list[str], weights: str) -
     fn = lambda variables, x: model.apply(variables, x)  # noqa: E731
     example, batches = train[:64], [train[i : i + 64] for i in range(0, 512, 64)]
     patterns = "**/kernel"
-    int4, int8 = (cj.at(patterns, cj.quantize.uniform(b, granularity=g)) for b, g in ((4, "channel"), (8, "channel")))
+    int4, int8 = (
+        cj.at(patterns, cj.quantize.uniform(b, granularity=g))
+        for b, g in ((4, "channel"), (8, "channel"))
+    )
     packed4, packed8 = (c.pack(variables, c.init(variables)) for c in (int4, int8))
     uint8 = static(bits=8, symmetric=False)
     rows = []
@@ -114,7 +137,13 @@ def study(name: str, seed: int, rounds: int, targets: list[str], weights: str) -
         folder = Path(place)
 
         def measured(
-            target: str, form: str, write: Any, params: Any, suffix: str, baseline: Path | None, **options: Any
+            target: str,
+            form: str,
+            write: Any,
+            params: Any,
+            suffix: str,
+            baseline: Path | None,
+            **options: Any,
         ) -> Path:
             if target not in targets:
                 return Path()
@@ -127,7 +156,9 @@ def study(name: str, seed: int, rounds: int, targets: list[str], weights: str) -
                 print(rows[-1], flush=True)
                 return file
             reference = done.simulation or (lambda x: fn(cj.unpack(params), x))
-            found = cj.export.verify(file, jax.jit(reference), test, labels, baseline=baseline, rounds=rounds)
+            found = cj.export.verify(
+                file, jax.jit(reference), test, labels, baseline=baseline, rounds=rounds
+            )
             seconds = round(time.perf_counter() - start, 1)
             rows.append({"target": target, "form": form, **found.record(), "seconds": seconds})
             print(f"{name} {target} {form}\n{found}", flush=True)
@@ -135,35 +166,64 @@ def study(name: str, seed: int, rounds: int, targets: list[str], weights: str) -
 
         onnx = measured("onnx", "float32", cj.export.to_onnx, variables, ".onnx", None)
         given = {"how": uint8, "batches": batches}
-        ours = measured("onnx", f"static {weights}", cj.export.to_onnx, packed8, ".onnx", onnx, weights=weights, **given)
+        ours = measured(
+            "onnx",
+            f"static {weights}",
+            cj.export.to_onnx,
+            packed8,
+            ".onnx",
+            onnx,
+            weights=weights,
+            **given,
+        )
         if ours.is_file():
             theirs = folder / "theirs.onnx"
             onnx_runtimes_own(onnx, theirs, batches)
             rows[-1]["onnx_runtimes_own_over_ours"] = beside(ours, theirs, example, rounds)
             own = cj.export.verify(theirs, lambda x: fn(variables, x), test, labels, batch_sizes=())
-            rows[-1] |= {"onnx_runtimes_own_bytes": own.nbytes, "onnx_runtimes_own_accuracy": own.accuracy}
-            print("ONNX Runtime's own quantizer: time over ours", rows[-1]["onnx_runtimes_own_over_ours"], flush=True)
+            rows[-1] |= {
+                "onnx_runtimes_own_bytes": own.nbytes,
+                "onnx_runtimes_own_accuracy": own.accuracy,
+            }
+            print(
+                "ONNX Runtime's own quantizer: time over ours",
+                rows[-1]["onnx_runtimes_own_over_ours"],
+                flush=True,
+            )
         measured("onnx", "4-bit weights", cj.export.to_onnx, packed4, ".onnx", onnx)
         lite = measured("litert", "float32", cj.export.to_litert, variables, ".tflite", None)
         measured("litert", "static int8", cj.export.to_litert, packed8, ".tflite", lite, **given)
         measured("litert", "dynamic int4", cj.export.to_litert, packed4, ".tflite", lite)
-        hlo = measured("stablehlo", "float32", cj.export.to_stablehlo, variables, ".stablehlo", None)
+        hlo = measured(
+            "stablehlo", "float32", cj.export.to_stablehlo, variables, ".stablehlo", None
+        )
         measured("stablehlo", "4-bit weights", cj.export.to_stablehlo, packed4, ".stablehlo", hlo)
     return rows
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
-    head = ["target", "form", "bytes", "agreement", "accuracy (JAX)", "batch, threads: speed-up over float32"]
+    head = [
+        "target",
+        "form",
+        "bytes",
+        "agreement",
+        "accuracy (JAX)",
+        "batch, threads: speed-up over float32",
+    ]
     lines = [f"## {name}", "", "| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for row in rows:
         if "failed" in row:
             lines.append(f"| {row['target']} | {row['form']} | failed: {row['failed']} | | | |")
             continue
         speeds = ", ".join(
-            f"{t['batch']}, {t['threads']}: {t['speedup']:.2f}x" for t in row["timings"] if t["baseline"] == t["baseline"]
+            f"{t['batch']}, {t['threads']}: {t['speedup']:.2f}x"
+            for t in row["timings"]
+            if t["baseline"] == t["baseline"]
         )
         accuracy = (
-            f"{100 * row['accuracy']:.2f} ({100 * row['reference']:.2f})" if row["accuracy"] == row["accuracy"] else ""
+            f"{100 * row['accuracy']:.2f} ({100 * row['reference']:.2f})"
+            if row["accuracy"] == row["accuracy"]
+            else ""
         )
         beside = row.get("onnx_runtimes_own_over_ours")
         extra_ = f"; ONNX Runtime's own quantizer: {beside} of our time at 64, 1" if beside else ""
@@ -187,19 +247,28 @@ def main() -> None:
     every = ["onnx", "litert", "stablehlo"]
     parser.add_argument("--targets", nargs="+", choices=every, default=every)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--weights", choices=["int8", "uint8"], default="int8", help="of static ONNX; uint8 without VNNI")
+    parser.add_argument(
+        "--weights",
+        choices=["int8", "uint8"],
+        default="int8",
+        help="of static ONNX; uint8 without VNNI",
+    )
     chosen = parser.parse_args()
     if chosen.data:
         os.environ["COMPRESS_JAX_DATA"] = chosen.data
     rows = study(chosen.model, chosen.seed, chosen.rounds, chosen.targets, chosen.weights)
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    where = f"{os.cpu_count()} cores, {platform.machine()}, VNNI {'yes' if 'vnni' in flags else 'no'}"
+    where = (
+        f"{os.cpu_count()} cores, {platform.machine()}, VNNI {'yes' if 'vnni' in flags else 'no'}"
+    )
     note = f"{time.strftime('%Y-%m-%d')}, seed {chosen.seed}, {where}, load {os.getloadavg()[1]:.1f}, jax {jax.__version__}"
     text = table(chosen.model, rows) + f"\n{note}\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{chosen.model}.md").write_text(text)
-    (RESULTS / f"{chosen.model}.json").write_text(json.dumps({"note": note, "rows": rows}, indent=1, default=str) + "\n")
+    (RESULTS / f"{chosen.model}.json").write_text(
+        json.dumps({"note": note, "rows": rows}, indent=1, default=str) + "\n"
+    )
 
 
 if __name__ == "__main__":

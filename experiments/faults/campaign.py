@@ -17,8 +17,9 @@ def campaign(
     """Run all mutations in children; return counts, and the bad ones.
 
     Args:
-      command: of a child; the numbers of its first mutation and of the one behind its last are put behind it. Of each it
-        prints a line ``{"start": number, "name", "way"}``, and one ``{"kind", "why", "seconds"}``.
+      command: of a child; the numbers of its first mutation and of the one behind its last are put
+        behind it. Of each it prints a line ``{"start": number, "name", "way"}``, and one
+        ``{"kind", "why", "seconds"}``.
       mutations: how many.
       batch: how many a child tries.
       first: number of the first.
@@ -30,7 +31,9 @@ def campaign(
     counts, bad, ways, slowest, number = Counter[str](), [], Counter[str](), 0.0, first
     while number < first + mutations:
         last = min(number + batch, first + mutations)
-        with subprocess.Popen([*command, str(number), str(last)], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [*command, str(number), str(last)], stdout=subprocess.PIPE, text=True
+        ) as process:
             timer = _Timer(process)
             case: dict[str, Any] = {}
             assert process.stdout is not None
@@ -43,7 +46,11 @@ def campaign(
                     continue
                 timer.stop()
                 slowest = max(slowest, told["seconds"])
-                kind = "hang" if told["seconds"] > SECONDS and told["kind"] not in bad_kinds else told["kind"]
+                kind = (
+                    "hang"
+                    if told["seconds"] > SECONDS and told["kind"] not in bad_kinds
+                    else told["kind"]
+                )
                 counts[kind] += 1
                 ways[f"{case['way']}: {kind}"] += 1
                 if kind in bad_kinds:

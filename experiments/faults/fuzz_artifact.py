@@ -2,21 +2,20 @@
 
     python experiments/faults/fuzz_artifact.py --mutations 10000
 
-Small files of every kind of packed node, plain and coded, are changed by `mutations` and sealed again; half of the coded
-ones get the CRC-32 of what they decode to as well. Each is loaded in a child process and counted as
+Small files of every kind of packed node, plain and coded, are changed by `mutations` and sealed
+again; half of the coded ones get the CRC-32 of what they decode to as well. Each is loaded in a
+child process and counted as
 
-    refused       an ArtifactError that names the file
-    unnamed       an ArtifactError that does not
-    raw           any other exception
-    abort         the process ended
-    hang          it took more than 10 seconds
-    memory        loading took more than `max_bytes`, 256 MB here
-    inconsistent  it loads, but does not unpack to what a NumPy reading of it gives, or is another after saving again
-    equal         it loads, and is what it was before
-    other         it loads, and is a consistent other model (a scale is another number, say)
+    refused       an ArtifactError that names the file unnamed       an ArtifactError that does not
+    raw           any other exception abort         the process ended hang          it took more
+    than 10 seconds memory        loading took more than `max_bytes`, 256 MB here inconsistent  it
+    loads, but does not unpack to what a NumPy reading of it gives, or is another after saving again
+    equal         it loads, and is what it was before other         it loads, and is a consistent
+    other model (a scale is another number, say)
 
-What must be zero: unnamed, raw, abort, hang, memory, inconsistent. About 6 minutes of one processor. 2026-11-28, 12,000
-mutations (--first 30000): 10,130 refused, 1,124 other, 746 equal, and none of the rest.
+What must be zero: unnamed, raw, abort, hang, memory, inconsistent. About 6 minutes of one
+processor. 2026-11-28, 12,000 mutations (--first 30000): 10,130 refused, 1,124 other, 746 equal, and
+none of the rest.
 """
 
 import argparse
@@ -107,7 +106,10 @@ def child(kept: Path, first: int, last: int) -> None:
             print(json.dumps({"start": number, "name": name, "way": way}), flush=True)
             start = time.process_time()
             kind, why = outcome(file, originals[name])
-            print(json.dumps({"kind": kind, "why": why, "seconds": time.process_time() - start}), flush=True)
+            print(
+                json.dumps({"kind": kind, "why": why, "seconds": time.process_time() - start}),
+                flush=True,
+            )
 
 
 def _memory(field: str) -> int:
@@ -133,7 +135,9 @@ def _limit(more: int) -> None:
 
 def main() -> None:
     """Run the campaign, print the counts, and fail if any count that must be zero is not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--batch", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0)
@@ -149,7 +153,10 @@ def main() -> None:
             (Path(folder) / name).write_bytes(data)
         command = [sys.executable, "-W", "error", __file__, "--child", folder]
         counts, bad = campaign(command, args.mutations, args.batch, args.first, BAD)
-    print(f"{sum(counts.values()):,} mutations in {(time.perf_counter() - start) / 60:.1f} minutes: {dict(counts)}")
+    print(
+        f"{sum(counts.values()):,} mutations in {(time.perf_counter() - start) / 60:.1f} minutes: "
+        f"{dict(counts)}"
+    )
     if args.bad:
         args.bad.write_text(json.dumps(bad, indent=1))
     for case in bad[:20]:

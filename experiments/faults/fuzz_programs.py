@@ -1,21 +1,23 @@
 """Damaged StableHLO, ONNX and LiteRT files given to `cj.export.verify`: an ExportError, and never the end of the caller.
 
-    python experiments/faults/fuzz_programs.py --suffix .stablehlo --mutations 600
-    python experiments/faults/fuzz_programs.py --suffix .onnx --mutations 300     # needs the extra onnx
-    python experiments/faults/fuzz_programs.py --suffix .tflite --mutations 300   # needs the extra litert
+    python experiments/faults/fuzz_programs.py --suffix .stablehlo --mutations 600 python
+    experiments/faults/fuzz_programs.py --suffix .onnx --mutations 300     # needs the extra onnx
+    python experiments/faults/fuzz_programs.py --suffix .tflite --mutations 300   # needs the extra
+    litert
 
-Bytes are flipped, overwritten, cut and moved; half of the StableHLO files get a right digest again. `verify` runs a file in
-a child process, which takes seconds to start; so a few long-lived children do here what that child does, one file after the
-other, and what ended or held up one of them is given to `verify` itself. Counted are
+Bytes are flipped, overwritten, cut and moved; half of the StableHLO files get a right digest again.
+`verify` runs a file in a child process, which takes seconds to start; so a few long-lived children
+do here what that child does, one file after the other, and what ended or held up one of them is
+given to `verify` itself. Counted are
 
-    refused   an ExportError that names the file
-    answered  it runs, and its answers are compared with JAX's as those of any file
-    ended     it ended or held up its process, and `verify` raised an ExportError that names the file
-    raw       any other exception, in either
-    unnamed   an ExportError that does not name the file
+    refused   an ExportError that names the file answered  it runs, and its answers are compared
+    with JAX's as those of any file ended     it ended or held up its process, and `verify` raised
+    an ExportError that names the file raw       any other exception, in either unnamed   an
+    ExportError that does not name the file
 
-What must be zero: raw, unnamed. A minute or two of one processor each. 2026-11-28: 600 StableHLO files, 547 refused, 51
-answered, 2 ended; 300 ONNX files, 206 refused, 94 answered; 300 LiteRT files, 243 refused, 57 answered; none raw or unnamed.
+What must be zero: raw, unnamed. A minute or two of one processor each. 2026-11-28: 600 StableHLO
+files, 547 refused, 51 answered, 2 ended; 300 ONNX files, 206 refused, 94 answered; 300 LiteRT
+files, 243 refused, 57 answered; none raw or unnamed.
 """
 
 import argparse
@@ -45,7 +47,10 @@ from compress_jax.export._artifact.seal import sealed, unsealed
 from compress_jax.export._verify import running
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
-PARAMS = {"a": jax.random.normal(jax.random.key(1), (8, 16)), "b": jax.random.normal(jax.random.key(2), (16, 4))}
+PARAMS = {
+    "a": jax.random.normal(jax.random.key(1), (8, 16)),
+    "b": jax.random.normal(jax.random.key(2), (16, 4)),
+}
 
 
 def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -55,7 +60,11 @@ def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 
 def write(file: Path) -> None:
     """Export the network to the runtime of a suffix."""
-    writers = {".stablehlo": cj.export.to_stablehlo, ".onnx": cj.export.to_onnx, ".tflite": cj.export.to_litert}
+    writers = {
+        ".stablehlo": cj.export.to_stablehlo,
+        ".onnx": cj.export.to_onnx,
+        ".tflite": cj.export.to_litert,
+    }
     int4 = cj.quantize.uniform(4)
     params = int4.pack(PARAMS, int4.init(PARAMS)) if file.suffix == ".stablehlo" else PARAMS
     writers[file.suffix](apply, params, jnp.asarray(X), file)
@@ -73,7 +82,9 @@ def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
     elif how == 2:
         content = content[:at]
     elif how == 3:
-        content[at : at + 4] = [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", bytes(4), rng.bytes(4)][rng.integers(4)]
+        content[at : at + 4] = [b"\xff\xff\xff\x7f", b"\xff\xff\xff\xff", bytes(4), rng.bytes(4)][
+            rng.integers(4)
+        ]
     elif how == 4:
         content[at : at + int(rng.integers(1, 40))] = b""
     else:
@@ -82,10 +93,19 @@ def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
     if sealed(unsealed(data)) != data:
         return bytes(content), WAYS[how]
     seal = rng.integers(3)  # a right digest, none, or that of the file before it was damaged
-    return [sealed(bytes(content)), bytes(content), bytes(content) + data[len(unsealed(data)) :]][seal], WAYS[how]
+    return [sealed(bytes(content)), bytes(content), bytes(content) + data[len(unsealed(data)) :]][
+        seal
+    ], WAYS[how]
 
 
-WAYS = ("flip a bit", "overwrite bytes", "cut", "overwrite a number", "leave out bytes", "repeat bytes")
+WAYS = (
+    "flip a bit",
+    "overwrite bytes",
+    "cut",
+    "overwrite a number",
+    "leave out bytes",
+    "repeat bytes",
+)
 
 
 def child(original: Path, first: int, last: int) -> None:
@@ -99,7 +119,10 @@ def child(original: Path, first: int, last: int) -> None:
         print(json.dumps({"start": number, "name": str(file), "way": way}), flush=True)
         start = time.process_time()
         kind, why = outcome(file, partial(answers, file))
-        print(json.dumps({"kind": kind, "why": why, "seconds": time.process_time() - start}), flush=True)
+        print(
+            json.dumps({"kind": kind, "why": why, "seconds": time.process_time() - start}),
+            flush=True,
+        )
         file.unlink()
 
 
@@ -126,7 +149,9 @@ def again(file: Path) -> None:
 
 def main() -> None:
     """Run the campaign, print the counts, and fail if any count that must be zero is not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--suffix", default=".stablehlo", choices=running.SUFFIXES)
     parser.add_argument("--mutations", type=int, default=600)
     parser.add_argument("--first", type=int, default=0)
@@ -147,9 +172,15 @@ def main() -> None:
                 kind, why = outcome(file := Path(case["name"]), partial(again, file))
                 counts[case["kind"]] -= 1
                 counts["ended" if kind in ("refused", "answered") else kind] += 1
-                print(f"{case['way']}: {case['why']}; verify: {kind}: {re.sub('/tmp[^ ]*/', '', why)[:150]}")
+                print(
+                    f"{case['way']}: {case['why']}; verify: {kind}: "
+                    f"{re.sub('/tmp[^ ]*/', '', why)[:150]}"
+                )
                 wrong += [{**case, "kind": kind, "why": why}] if kind in ("raw", "unnamed") else []
-    print(f"{sum(counts.values()):,} mutations in {(time.perf_counter() - start) / 60:.1f} minutes: {dict(+counts)}")
+    print(
+        f"{sum(counts.values()):,} mutations in {(time.perf_counter() - start) / 60:.1f} minutes: "
+        f"{dict(+counts)}"
+    )
     for case in wrong[:20]:
         print(json.dumps(case, indent=1))
     raise SystemExit(1 if wrong else 0)

@@ -2,10 +2,11 @@
 
     python experiments/faults/fuzz_workdir.py --trials 300
 
-Each trial takes a copy of the folder, damages one of its files (cut, flipped bits, other types, other versions, garbage,
-another file's content, a folder in its place, nothing there), and calls report, run, eval and inspect on it. Counted are
-the ends: done, one sentence, and what must not be: a raw trace, several lines, and files that the command changed though
-they were not damaged. About 2 seconds a trial on 2 cores.
+Each trial takes a copy of the folder, damages one of its files (cut, flipped bits, other types,
+other versions, garbage, another file's content, a folder in its place, nothing there), and calls
+report, run, eval and inspect on it. Counted are the ends: done, one sentence, and what must not be:
+a raw trace, several lines, and files that the command changed though they were not damaged. About 2
+seconds a trial on 2 cores.
 """
 
 import argparse
@@ -60,7 +61,9 @@ def other_types(data: bytes, rng: random.Random) -> bytes:
     while isinstance(node, dict | list) and node:
         key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
         if not isinstance(node[key], dict | list) or not node[key] or rng.random() < 0.4:
-            node[key] = rng.choice([None, [], {}, "x", -1, 1e400, 10**30, True, "\x1b[2J", "../../etc"])
+            node[key] = rng.choice(
+                [None, [], {}, "x", -1, 1e400, 10**30, True, "\x1b[2J", "../../etc"]
+            )
             break
         node = node[key]
     if isinstance(tree, dict) and rng.random() < 0.5:
@@ -93,7 +96,11 @@ HOW = {
 def damage(folder: Path, rng: random.Random) -> tuple[Path, str]:
     """Damage one file of a folder; return which, and how."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".lock")
-    shallow = [file for file in files if "checkpoints" not in file.parts and "tensorboard" not in file.parts]
+    shallow = [
+        file
+        for file in files
+        if "checkpoints" not in file.parts and "tensorboard" not in file.parts
+    ]
     file, how = rng.choice(shallow if rng.random() < 0.7 else files), rng.choice(list(HOW))
     data = file.read_bytes()
     file.unlink()
@@ -120,13 +127,23 @@ def call(words: list[str]) -> tuple[str, str]:
         return "RAW", err.getvalue()
     if code == 0:
         return "done", ""
-    return ("one sentence" if len(said) == 1 and not any("Error" in line for line in rest) else "SEVERAL"), err.getvalue()
+    return (
+        "one sentence"
+        if len(said) == 1 and not any("Error" in line for line in rest)
+        else "SEVERAL"
+    ), err.getvalue()
 
 
 def kept(folder: Path, but: Path) -> dict[str, bytes]:
     """Return what must not change: checkpoints and artifacts other than the damaged one."""
-    files = [f for f in folder.rglob("*") if f.is_file() and f != but and "tensorboard" not in f.parts]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.suffix in (".safetensors", ".py")}
+    files = [
+        f for f in folder.rglob("*") if f.is_file() and f != but and "tensorboard" not in f.parts
+    ]
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in files
+        if file.suffix in (".safetensors", ".py")
+    }
 
 
 def trial(whole: Path, config: Path, seed: int) -> list[tuple[str, str, str, str]]:
@@ -137,7 +154,11 @@ def trial(whole: Path, config: Path, seed: int) -> list[tuple[str, str, str, str
         file, how = damage(folder, rng)
         name = f"{file.relative_to(folder)} ({how})"
         before = kept(folder, file)
-        commands = {"report": [str(folder)], "eval": [str(folder)], "inspect": [str(folder / "artifact.safetensors")]}
+        commands = {
+            "report": [str(folder)],
+            "eval": [str(folder)],
+            "inspect": [str(folder / "artifact.safetensors")],
+        }
         commands |= {"run": [str(config), "--workdir", str(folder)]}
         for command, words in commands.items():
             end, said = call([command, *words])
@@ -162,7 +183,9 @@ def run(trials: int, seed: int, pictures: bool) -> int:
             for command, end, name, said in trial(whole, config, seed + i):
                 counts[command, end] += 1
                 if end.isupper():
-                    print(f"seed {seed + i}: {command} after {name}: {end}\n{said}", file=sys.stderr)
+                    print(
+                        f"seed {seed + i}: {command} after {name}: {end}\n{said}", file=sys.stderr
+                    )
     for (command, end), count in sorted(counts.items()):
         print(f"{command:8} {end:13} {count}")
     return sum(count for (_, end), count in counts.items() if end.isupper())
@@ -173,7 +196,9 @@ if __name__ == "__main__":
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--pictures", action="store_true", help="draw the report's pictures too, which takes most of the time"
+        "--pictures",
+        action="store_true",
+        help="draw the report's pictures too, which takes most of the time",
     )
     given = parser.parse_args()
     sys.exit(min(run(given.trials, given.seed, given.pictures), 1))

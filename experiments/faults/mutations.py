@@ -1,7 +1,7 @@
 """Artifacts of every kind of node, and ways to damage them behind a repaired checksum.
 
-`samples` writes small files; `mutate` changes one of them, by its structure or by its bytes, and seals it again, so that
-only what `cj.load` knows about the content can refuse it.
+`samples` writes small files; `mutate` changes one of them, by its structure or by its bytes, and
+seals it again, so that only what `cj.load` knows about the content can refuse it.
 """
 
 import copy
@@ -26,9 +26,48 @@ from compress_jax.export._artifact.artifact import DTYPES
 X = jax.random.normal(jax.random.key(0), (12, 10))
 SCARCE = jnp.where(X > 1.5, X, 0)
 SIZES = {name: np.dtype(dtype).itemsize for name, dtype in DTYPES.items()}
-# What stands in the place of a value: types that are not meant, edges of ranges, sizes that no machine has.
-WORST: list[Any] = [None, True, False, -1, 0, 1, 2, 3, 7, 8, 9, 15, 16, 17, 255, 2**31, 10**9, 10**12, 2**53, 2**63, 10**30]
-WORST += [0.5, -0.0, 1e300, "", "Bits", "float32", "bfloat16", "int4", "float64", "object", "\ud800", [], {}, [[]], [0]]
+# What stands in the place of a value: types that are not meant, edges of ranges, sizes that no
+# machine has.
+WORST: list[Any] = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    15,
+    16,
+    17,
+    255,
+    2**31,
+    10**9,
+    10**12,
+    2**53,
+    2**63,
+    10**30,
+]
+WORST += [
+    0.5,
+    -0.0,
+    1e300,
+    "",
+    "Bits",
+    "float32",
+    "bfloat16",
+    "int4",
+    "float64",
+    "object",
+    "\ud800",
+    [],
+    {},
+    [[]],
+    [0],
+]
 WORST += [[1, 0], [10**12, 0], [3, 10**12], [2] * 40, {"dict": []}, {"list": [True]}, {"Gaps": {}}]
 
 
@@ -63,8 +102,14 @@ def nodes() -> dict[str, Any]:
 def samples() -> dict[str, bytes]:
     """Return small files by name: each node beside plain arrays, plain and coded, and one of all nodes."""
     trees = beside_arrays(nodes())
-    trees["all"] = {**nodes(), "four": jnp.arange(5).astype(jnp.int4), "tuple": (jnp.float32(1), {7: jnp.ones((0, 3))})}
-    trees["long"] = {"codes": Bits.pack(jnp.asarray(np.random.default_rng(0).geometric(0.7, 4000) % 16), 4)}
+    trees["all"] = {
+        **nodes(),
+        "four": jnp.arange(5).astype(jnp.int4),
+        "tuple": (jnp.float32(1), {7: jnp.ones((0, 3))}),
+    }
+    trees["long"] = {
+        "codes": Bits.pack(jnp.asarray(np.random.default_rng(0).geometric(0.7, 4000) % 16), 4)
+    }
     return written(trees)
 
 
@@ -145,7 +190,9 @@ def edit_tree(data: bytes, rng: np.random.Generator) -> bytes:
 
 def edit_index(data: bytes, rng: np.random.Generator) -> bytes:
     """Change values of the index of a coded file."""
-    return with_content(data, lambda content: {**content, "index": _edited(content["index"], rng, 1)})
+    return with_content(
+        data, lambda content: {**content, "index": _edited(content["index"], rng, 1)}
+    )
 
 
 def edit_header(data: bytes, rng: np.random.Generator) -> bytes:
@@ -170,7 +217,11 @@ def resize(data: bytes, rng: np.random.Generator) -> bytes:
             tensors[name] = dtype, [size // SIZES[dtype]], (content + bytes(SIZES[dtype]))[:size]
         elif how == 2:
             other = list(SIZES)[rng.integers(len(SIZES))]
-            tensors[name] = other, [len(content) // SIZES[other]], content[: len(content) // SIZES[other] * SIZES[other]]
+            tensors[name] = (
+                other,
+                [len(content) // SIZES[other]],
+                content[: len(content) // SIZES[other] * SIZES[other]],
+            )
         elif how == 3:
             second = names[rng.integers(len(names))]
             tensors[name], tensors[second] = tensors[second], tensors[name]
@@ -186,7 +237,9 @@ def set_values(data: bytes, rng: np.random.Generator) -> bytes:
     header, body = parts(data)
     names = [name for name in header if name != "__metadata__"]
     begin, end = header[names[rng.integers(len(names))]]["data_offsets"]
-    filled = [bytes([255]) * (end - begin), bytes(end - begin), rng.bytes(end - begin)][rng.integers(3)]
+    filled = [bytes([255]) * (end - begin), bytes(end - begin), rng.bytes(end - begin)][
+        rng.integers(3)
+    ]
     return sealed(header, body[:begin] + filled + body[end:])
 
 
@@ -219,17 +272,27 @@ def with_content(data: bytes, change: Callable[[Any], Any]) -> bytes:
     strings = header["__metadata__"]
     if strings["version"] == "1":
         content = change(json.loads(strings["content"]))
-        return sealed({**header, "__metadata__": {**strings, "content": json.dumps(content, separators=(",", ":"))}}, body)
+        return sealed(
+            {
+                **header,
+                "__metadata__": {**strings, "content": json.dumps(content, separators=(",", ":"))},
+            },
+            body,
+        )
     begin, end = header["content"]["data_offsets"]
     content = change(json.loads(zstandard.decompress(body[begin:end])))
-    return with_pieces(data, {"content": zstandard.compress(json.dumps(content, separators=(",", ":")).encode())})
+    return with_pieces(
+        data, {"content": zstandard.compress(json.dumps(content, separators=(",", ":")).encode())}
+    )
 
 
 def with_pieces(data: bytes, pieces: dict[str, bytes]) -> bytes:
     """Return a coded file with other byte strings."""
     header, body = parts(data)
     tensors = {name: _tensor(header[name], body) for name in header if name != "__metadata__"}
-    return _contained(header["__metadata__"], tensors | {name: ("U8", [len(x)], x) for name, x in pieces.items()})
+    return _contained(
+        header["__metadata__"], tensors | {name: ("U8", [len(x)], x) for name, x in pieces.items()}
+    )
 
 
 def _tensor(entry: Any, body: bytes) -> tuple[str, list[int], bytes]:
@@ -251,7 +314,9 @@ def _flipped(data: bytes, rng: np.random.Generator) -> bytes:
     for _ in range(int(rng.integers(1, 4))):
         if changed:
             at = rng.integers(len(changed))
-            changed[at] = changed[at] ^ (1 << rng.integers(8)) if rng.random() < 0.5 else rng.integers(256)
+            changed[at] = (
+                changed[at] ^ (1 << rng.integers(8)) if rng.random() < 0.5 else rng.integers(256)
+            )
     return bytes(changed)
 
 
@@ -268,7 +333,13 @@ def _edited(content: Any, rng: np.random.Generator, edits: int = 3) -> Any:
 
 def _places(value: Any) -> Any:
     """Yield every container with every key of it."""
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, inner in entries:
         yield value, key
         yield from _places(inner)
@@ -282,7 +353,11 @@ def _edit(container: Any, key: Any, rng: np.random.Generator) -> None:
         container[key] = value + int(rng.integers(-3, 4))
     elif how == 3 and isinstance(value, str) and value:
         at = int(rng.integers(len(value)))
-        container[key] = value[:at] + value[at + 1 :] if rng.random() < 0.5 else value[:at] + "0" + value[at + 1 :]
+        container[key] = (
+            value[:at] + value[at + 1 :]
+            if rng.random() < 0.5
+            else value[:at] + "0" + value[at + 1 :]
+        )
     elif how == 4:
         del container[key]
     elif how == 5 and isinstance(container, list):
@@ -325,4 +400,16 @@ PLAIN = (
     set_values,
     bomb,
 )
-CODED = (flip_header, flip_body, cut, edit_content, edit_tree, edit_tree, edit_index, edit_index, resize, set_values, bomb)
+CODED = (
+    flip_header,
+    flip_body,
+    cut,
+    edit_content,
+    edit_tree,
+    edit_tree,
+    edit_index,
+    edit_index,
+    resize,
+    set_values,
+    bomb,
+)

@@ -23,19 +23,30 @@ def assert_consistent(tree: Any) -> None:
             if is_packed(node):
                 assert ours.dtype == node.dtype, (ours.dtype, node.dtype)  # pyright: ignore[reportAttributeAccessIssue]
             wanted = np.asarray(jnp.asarray(theirs).astype(ours.dtype))
-            # XLA takes numbers below the smallest normal one for zero; sums may be taken in another order.
+            # XLA takes numbers below the smallest normal one for zero; sums may be taken in another
+            # order.
             rtol, atol = (0.02, 1e-4) if isinstance(node, LowRank) else (0, 1e-33)
-            np.testing.assert_allclose(np.asarray(ours, np.float64), wanted.astype(np.float64), rtol=rtol, atol=atol)
+            np.testing.assert_allclose(
+                np.asarray(ours, np.float64), wanted.astype(np.float64), rtol=rtol, atol=atol
+            )
 
 
 def reading(node: Any) -> np.ndarray:
     """Return the dense array of a node, float32 or integers."""
-    return READINGS[type(node)](node) if type(node) in READINGS else np.asarray(node).astype(np.float32)
+    return (
+        READINGS[type(node)](node)
+        if type(node) in READINGS
+        else np.asarray(node).astype(np.float32)
+    )
 
 
 def _bits(node: Bits) -> np.ndarray:
     count, data = int(np.prod(node.shape, dtype=object)), np.asarray(node.data)
-    assert data.dtype == np.uint8 and data.shape == (-(-count * node.bits // 8),) and 1 <= node.bits <= 16
+    assert (
+        data.dtype == np.uint8
+        and data.shape == (-(-count * node.bits // 8),)
+        and 1 <= node.bits <= 16
+    )
     flags = np.unpackbits(data, bitorder="little")
     assert not flags[count * node.bits :].any()
     rows = flags[: count * node.bits].reshape(count, node.bits)
@@ -70,8 +81,15 @@ def _kept(node: Any) -> np.ndarray:
 def _quantized(node: Quantized) -> np.ndarray:
     codes, zero = reading(node.codes), np.asarray(node.zero_point)
     bits = node.codes.values.bits if isinstance(node.codes, Sparse) else node.codes.bits  # pyright: ignore
-    assert zero.dtype == np.uint8 and zero.ndim in (0, len(node.layout.scale_shape)) and zero.max(initial=0) < 2**bits
-    scale, zero = _spread(node.layout, node.scale), _spread(node.layout, np.broadcast_to(zero, node.layout.scale_shape))
+    assert (
+        zero.dtype == np.uint8
+        and zero.ndim in (0, len(node.layout.scale_shape))
+        and zero.max(initial=0) < 2**bits
+    )
+    scale, zero = (
+        _spread(node.layout, node.scale),
+        _spread(node.layout, np.broadcast_to(zero, node.layout.scale_shape)),
+    )
     levels = (codes - zero.astype(np.int64)) * _kept(node.codes)
     with np.errstate(all="ignore"):
         return levels.astype(np.float32) * scale.astype(np.float32)
@@ -113,9 +131,15 @@ def _spread(layout: Layout, scale: Any) -> np.ndarray:
 
     def place(axes: Any) -> np.ndarray:
         shape = [layout.shape[axis] for axis in axes]
-        return np.asarray(np.ravel_multi_index(places[list(axes)], shape) if axes else np.zeros(places.shape[1], np.int64))
+        return np.asarray(
+            np.ravel_multi_index(places[list(axes)], shape)
+            if axes
+            else np.zeros(places.shape[1], np.int64)
+        )
 
-    return scale[place(others) // layout.group_size, 0, place(layout.channels)].reshape(layout.shape)
+    return scale[place(others) // layout.group_size, 0, place(layout.channels)].reshape(
+        layout.shape
+    )
 
 
 READINGS = {
@@ -134,4 +158,7 @@ def same(a: Any, b: Any) -> bool:
     if repr(jax.tree.structure([a])) != repr(jax.tree.structure([b])):
         return False
     pairs = zip(jax.tree.leaves([a]), jax.tree.leaves([b]), strict=True)
-    return all((x.dtype, x.shape, np.asarray(x).tobytes()) == (y.dtype, y.shape, np.asarray(y).tobytes()) for x, y in pairs)
+    return all(
+        (x.dtype, x.shape, np.asarray(x).tobytes()) == (y.dtype, y.shape, np.asarray(y).tobytes())
+        for x, y in pairs
+    )

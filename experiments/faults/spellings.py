@@ -1,19 +1,22 @@
 """How the same operations are spelled must not matter to an export: each is written and right, or refused by name.
 
-Claim: of every spelling in `spelled.py` (pooling, norms, dropout, layouts, transposed and batched products, activations,
-attention, over Flax Linen, NNX, Haiku, Keras, Equinox and plain JAX) the ONNX file computes what JAX does, at another batch
-size too, or an ExportError says what to do; no other exception is ever raised. With ``--static`` in uint8 x uint8, where a
-site that has no integer kernel is listed with the reason.
+Claim: of every spelling in `spelled.py` (pooling, norms, dropout, layouts, transposed and batched
+products, activations, attention, over Flax Linen, NNX, Haiku, Keras, Equinox and plain JAX) the
+ONNX file computes what JAX does, at another batch size too, or an ExportError says what to do; no
+other exception is ever raised. With ``--static`` in uint8 x uint8, where a site that has no integer
+kernel is listed with the reason.
 
     python experiments/faults/spellings.py            # 2 minutes on 2 idle cores
     python experiments/faults/spellings.py --static   # 5 minutes
 
-Result, 2026-11-28, on a machine that 8 others used: without --static the first 85 spellings (pooling, norms, dropout) were
-written and right to 1e-6, none refused, none raw. The run was stopped there. Of the others an earlier state of the code
-wrote all that it came to but DenseGeneral with batch axes, where JAX needs a fixed batch. Attention and --static were not
-run since sites are listed instead of refused. An NNX LSTM, whose cell mutates its random state, is not in the table.
+Result, 2026-11-28, on a machine that 8 others used: without --static the first 85 spellings
+(pooling, norms, dropout) were written and right to 1e-6, none refused, none raw. The run was
+stopped there. Of the others an earlier state of the code wrote all that it came to but DenseGeneral
+with batch axes, where JAX needs a fixed batch. Attention and --static were not run since sites are
+listed instead of refused. An NNX LSTM, whose cell mutates its random state, is not in the table.
 
-Needs pip install 'compress_jax[onnx]' dm-haiku keras equinox; spellings of a package that is not there are skipped.
+Needs pip install 'compress_jax[onnx]' dm-haiku keras equinox; spellings of a package that is not
+there are skipped.
 """
 
 import argparse
@@ -35,7 +38,14 @@ from compress_jax.core.errors import ExportError
 from compress_jax.export._verify.agreement import agree
 from compress_jax.export._verify.running import runner
 
-PACKAGES = {"linen": "flax", "nnx": "flax", "jax": "jax", "haiku": "haiku", "keras": "keras", "equinox": "equinox"}
+PACKAGES = {
+    "linen": "flax",
+    "nnx": "flax",
+    "jax": "jax",
+    "haiku": "haiku",
+    "keras": "keras",
+    "equinox": "equinox",
+}
 
 
 def outcome(name: str, static: bool, folder: Path) -> tuple[str, str]:
@@ -50,7 +60,11 @@ def outcome(name: str, static: bool, folder: Path) -> tuple[str, str]:
       ``("written" | "refused" | "raw", details)``.
     """
     fn, params, x = SPELLINGS[name]()
-    options = {"how": cj.quantize.static(8, symmetric=False), "batches": [x], "weights": "uint8"} if static else {}
+    options = (
+        {"how": cj.quantize.static(8, symmetric=False), "batches": [x], "weights": "uint8"}
+        if static
+        else {}
+    )
     try:
         done = cj.export.to_onnx(fn, params, x, folder / "model.onnx", **options)
         if not static:
@@ -60,13 +74,19 @@ def outcome(name: str, static: bool, folder: Path) -> tuple[str, str]:
         return "refused", " ".join(str(error).split())
     except Exception as error:
         return "raw", f"{type(error).__name__}: {error}"
-    floats = [f"{row.name} {row.form}: {row.reason}" for row in done.rows if static and "int8" not in row.form]
+    floats = [
+        f"{row.name} {row.form}: {row.reason}"
+        for row in done.rows
+        if static and "int8" not in row.form
+    ]
     return "written", "; ".join([f"{done.difference:.1e}", *floats])
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--static", action="store_true")
     parser.add_argument("--only", default="", help="part of a name")
     options = parser.parse_args()

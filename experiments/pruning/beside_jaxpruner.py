@@ -1,11 +1,13 @@
 """Every algorithm of JaxPruner beside ours: the same model, data, batches, budget and seeds; and mask updates timed.
 
-COMPRESS_JAX_DATA=DIR python experiments/pruning/beside_jaxpruner.py             # accuracy; about 10 minutes on 2 cores
-python experiments/pruning/beside_jaxpruner.py --time --algorithms magnitude rigl  # mask updates
+COMPRESS_JAX_DATA=DIR python experiments/pruning/beside_jaxpruner.py             # accuracy; about
+10 minutes on 2 cores python experiments/pruning/beside_jaxpruner.py --time --algorithms magnitude
+rigl  # mask updates
 
-JaxPruner is not on PyPI, and calls `jax.tree_map`, which JAX no longer has; `restored_tree_map` puts it back. Nothing is
-chosen: both run with the settings below, taken from JaxPruner's and RigL's papers and scaled to the length of the training;
-test accuracy is measured once a run, after the last step.
+JaxPruner is not on PyPI, and calls `jax.tree_map`, which JAX no longer has; `restored_tree_map`
+puts it back. Nothing is chosen: both run with the settings below, taken from JaxPruner's and RigL's
+papers and scaled to the length of the training; test accuracy is measured once a run, after the
+last step.
 """
 
 import argparse
@@ -55,7 +57,9 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
     """Return our counterpart of an algorithm of JaxPruner."""
     gradual: dict[str, Any] = {"every": EVERY}
 
-    def relative(measure: Callable[[prune.Seen], jax.Array], needs_grads: bool = False) -> cj.Compression:
+    def relative(
+        measure: Callable[[prune.Seen], jax.Array], needs_grads: bool = False
+    ) -> cj.Compression:
         """Return what JaxPruner's global pruners do."""
         score = prune.normalized(prune.Score(measure, needs_grads=needs_grads))
         return prune.masked(score, GRADUAL, scope="global", **gradual)
@@ -74,14 +78,18 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
         "rigl": lambda: prune.rigl(SPARSITY, STEPS, key, drop=DROP, every=EVERY, until=END / STEPS),
     }
     c = methods[algorithm]()
-    if algorithm in DENSE_TO_SPARSE:  # as in JaxPruner, what is pruned stays so, and the last mask is of step END
+    if (
+        algorithm in DENSE_TO_SPARSE
+    ):  # as in JaxPruner, what is pruned stays so, and the last mask is of step END
         c = cj.between(0, END + 1, prune.nested(c))
     return c if algorithm == "no_prune" else cj.at(KERNELS, c)
 
 
 def restored_tree_map(fn: Callable[..., Any], *trees: Any, is_leaf: Any = None) -> Any:
     """Do what `jax.tree_map` did, as JaxPruner relies on it: where the first tree has None, so has the result."""
-    return jax.tree.map(lambda x, *rest: None if x is None else fn(x, *rest), *trees, is_leaf=lambda x: x is None)
+    return jax.tree.map(
+        lambda x, *rest: None if x is None else fn(x, *rest), *trees, is_leaf=lambda x: x is None
+    )
 
 
 @cache
@@ -93,10 +101,19 @@ def jaxpruner() -> Any:
 
 def theirs(algorithm: str, key: jax.Array) -> Any:
     """Return JaxPruner's updater of an algorithm, configured like ours."""
-    config = importlib.import_module("ml_collections").ConfigDict({"algorithm": algorithm, "sparsity": SPARSITY})
+    config = importlib.import_module("ml_collections").ConfigDict(
+        {"algorithm": algorithm, "sparsity": SPARSITY}
+    )
     config.update({"dist_type": "uniform", "rng_seed": key})
     if algorithm in ("set", "rigl"):
-        config.update({"update_freq": EVERY, "update_start_step": 1, "update_end_step": END, "drop_fraction": DROP})
+        config.update(
+            {
+                "update_freq": EVERY,
+                "update_start_step": 1,
+                "update_end_step": END,
+                "drop_fraction": DROP,
+            }
+        )
     elif "ste" not in algorithm and algorithm != "static_sparse":
         config.update({"update_freq": EVERY, "update_start_step": BEGIN, "update_end_step": END})
     return jaxpruner().create_updater_from_config(config)
@@ -132,7 +149,9 @@ def optimizer() -> optax.GradientTransformation:
 def train_ours(algorithm: str) -> Callable[..., Any]:
     """Return the training of a seed: ``(key, data) -> params as the model sees them``."""
 
-    def loss(params: Any, model_state: Any, batch: Any, key: Any, teacher: Any, train: bool = True) -> Any:
+    def loss(
+        params: Any, model_state: Any, batch: Any, key: Any, teacher: Any, train: bool = True
+    ) -> Any:
         return cross_entropy(params, batch), (model_state, {})
 
     @jax.jit
@@ -140,7 +159,9 @@ def train_ours(algorithm: str) -> Callable[..., Any]:
         c = ours(algorithm, jax.random.fold_in(key, 9))
         step = make_step(loss, optimizer(), c)
         state = create(start(key), c, optimizer(), key)
-        state = jax.lax.fori_loop(0, STEPS, lambda i, state: step(state, batch_of(key, i, data))[0], state)
+        state = jax.lax.fori_loop(
+            0, STEPS, lambda i, state: step(state, batch_of(key, i, data))[0], state
+        )
         return c.view(state.params, state.compression)
 
     return run
@@ -158,7 +179,9 @@ def train_theirs(algorithm: str) -> Callable[..., Any]:
 
         def step(i: jax.Array, carry: Any) -> Any:
             params, state = carry
-            grads = jax.grad(cross_entropy)(updater.pre_forward_update(params, state), batch_of(key, i, data))
+            grads = jax.grad(cross_entropy)(
+                updater.pre_forward_update(params, state), batch_of(key, i, data)
+            )
             updates, state = wrapped.update(grads, state, params)
             params = optax.apply_updates(params, updates)
             return updater.post_gradient_update(params, state), state
@@ -174,7 +197,9 @@ def start(key: jax.Array) -> Any:
     return Net().init(key, jnp.ones((1, 196)))
 
 
-def batch_of(key: jax.Array, i: jax.Array, data: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def batch_of(
+    key: jax.Array, i: jax.Array, data: dict[str, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """Return the batch of a step, the same on both sides."""
     chosen = jax.random.randint(jax.random.fold_in(key, i), (BATCH,), 0, len(data["y"]))
     return data["x"][chosen], data["y"][chosen]
@@ -194,8 +219,13 @@ def pruned(params: Any) -> float:
 
 def compare(seeds: int, algorithms: list[str]) -> None:
     """Train everything on both sides and write the table."""
-    data, file = {name: jnp.asarray(x) for name, x in read().items()}, RESULTS / "beside_jaxpruner.json"
-    rows = json.loads(file.read_text())["rows"] if file.exists() else {}  # one may run a few algorithms at a time
+    data, file = (
+        {name: jnp.asarray(x) for name, x in read().items()},
+        RESULTS / "beside_jaxpruner.json",
+    )
+    rows = (
+        json.loads(file.read_text())["rows"] if file.exists() else {}
+    )  # one may run a few algorithms at a time
     for algorithm in algorithms:
         began, found = time.time(), {}
         for side, train in (("theirs", train_theirs), ("ours", train_ours)):
@@ -210,15 +240,28 @@ def compare(seeds: int, algorithms: list[str]) -> None:
 
 def write(name: str, rows: dict[str, Any]) -> None:
     """Write the accuracies as JSON and as a table of means, paired differences and their standard errors."""
-    lines = ["| algorithm | JaxPruner | ours | ours - JaxPruner | sparsity, theirs | ours |", "| --- " * 6 + "|"]
+    lines = [
+        "| algorithm | JaxPruner | ours | ours - JaxPruner | sparsity, theirs | ours |",
+        "| --- " * 6 + "|",
+    ]
     for algorithm, found in rows.items():
         gaps = [a - b for a, b in zip(found["ours"], found["theirs"], strict=True)]
         error = statistics.stdev(gaps) / len(gaps) ** 0.5
         cells = [algorithm, *(f"{statistics.mean(found[side]):.2f}" for side in ("theirs", "ours"))]
         cells += [f"{statistics.mean(gaps):+.2f} ± {error:.2f}"]
-        cells += [f"{100 * statistics.mean(found[f'{side} sparsity']):.2f} %" for side in ("theirs", "ours")]
+        cells += [
+            f"{100 * statistics.mean(found[f'{side} sparsity']):.2f} %"
+            for side in ("theirs", "ours")
+        ]
         lines.append("| " + " | ".join(cells) + " |")
-    settings = {"sparsity": SPARSITY, "steps": STEPS, "begin": BEGIN, "end": END, "every": EVERY, "drop": DROP}
+    settings = {
+        "sparsity": SPARSITY,
+        "steps": STEPS,
+        "begin": BEGIN,
+        "end": END,
+        "every": EVERY,
+        "drop": DROP,
+    }
     where = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, **settings}
     note = ", ".join(f"{key}: {value}" for key, value in where.items())
     RESULTS.mkdir(exist_ok=True)
@@ -234,8 +277,12 @@ def clock(rounds: int, algorithms: list[str]) -> None:
     grads, lines = jax.tree.map(jnp.sin, params), []
     for algorithm in algorithms:
         updater, c = theirs(algorithm, jax.random.key(1)), ours(algorithm, jax.random.key(1))
-        their_state = updater.wrap_optax(optax.adam(1e-3)).init(params)._replace(count=jnp.int32(DUE))
-        their_update: Any = jax.jit(updater.update_state).lower(their_state, params, grads).compile()
+        their_state = (
+            updater.wrap_optax(optax.adam(1e-3)).init(params)._replace(count=jnp.int32(DUE))
+        )
+        their_update: Any = (
+            jax.jit(updater.update_state).lower(their_state, params, grads).compile()
+        )
         our_state, now = c.init(params), jnp.int32(DUE)
         our_update: Any = jax.jit(lambda p, s, g, i, c=c: c.update(p, s, step=i, grads=g))
         our_update = our_update.lower(params, our_state, grads, now).compile()
@@ -245,7 +292,14 @@ def clock(rounds: int, algorithms: list[str]) -> None:
         }
         times = interleave.interleaved(runs, rounds)
         a, b = ([run.wall for run in times[side]] for side in ("theirs", "ours"))
-        lines.append([algorithm, interleave.milliseconds(a), interleave.milliseconds(b), interleave.ratio(a, b)])
+        lines.append(
+            [
+                algorithm,
+                interleave.milliseconds(a),
+                interleave.milliseconds(b),
+                interleave.ratio(a, b),
+            ]
+        )
         print(lines[-1], flush=True)
     head = ["algorithm", "JaxPruner ms", "ours ms", "JaxPruner / ours"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 4, *lines])
@@ -258,7 +312,9 @@ ALGORITHMS = ["no_prune", "random", "magnitude", "saliency", "global_magnitude",
 ALGORITHMS += ["magnitude_ste", "random_ste", "static_sparse", "set", "rigl"]
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, choices=ALGORITHMS)
     parser.add_argument("--time", action="store_true", help="time mask updates instead")

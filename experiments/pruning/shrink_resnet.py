@@ -1,13 +1,15 @@
 """Channels removed from a residual network: 2 and 4 times fewer multiply-accumulates, fine-tuned, and timed.
 
-COMPRESS_JAX_DATA=DIR python experiments/pruning/shrink_resnet.py --seed 0      # minutes on a GPU, an hour on 2 cores
-python experiments/pruning/shrink_resnet.py --speed                             # wall-clock time beside the MACs
-python experiments/pruning/shrink_resnet.py --table                             # the means of all seeds that were run
+COMPRESS_JAX_DATA=DIR python experiments/pruning/shrink_resnet.py --seed 0      # minutes on a GPU,
+an hour on 2 cores python experiments/pruning/shrink_resnet.py --speed                             #
+wall-clock time beside the MACs python experiments/pruning/shrink_resnet.py --table
+# the means of all seeds that were run
 
-ResNet-8 of width 16 (stem of stride 2) on Fashion-MNIST: the first examples train it, then it is fine-tuned with the float
-network as teacher, hinton's loss, batch norm in training mode (``--examples``, ``--epochs``). `shrink` is left at its
-defaults (L2, every group alike); with ``--choose`` the validation split chooses among three ways after half an epoch of
-fine-tuning at 2x. The test split is looked at once for each row, at the end.
+ResNet-8 of width 16 (stem of stride 2) on Fashion-MNIST: the first examples train it, then it is
+fine-tuned with the float network as teacher, hinton's loss, batch norm in training mode
+(``--examples``, ``--epochs``). `shrink` is left at its defaults (L2, every group alike); with
+``--choose`` the validation split chooses among three ways after half an epoch of fine-tuning at 2x.
+The test split is looked at once for each row, at the end.
 """
 
 import argparse
@@ -51,10 +53,14 @@ def learn(variables: Any, x: jax.Array) -> Any:
 FULL = partial(infer, MODEL)
 
 
-def train(fn: Any, variables: Any, data: Data, epochs: float, rate: float, seed: int, teacher: Any = None) -> Any:
+def train(
+    fn: Any, variables: Any, data: Data, epochs: float, rate: float, seed: int, teacher: Any = None
+) -> Any:
     """Train all variables of a function that returns logits and batch statistics; a teacher's variables are optional."""
     steps = round(epochs * len(data.train["label"]) / BATCH)
-    optimizer = optax.adamw(optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps), weight_decay=1e-4)
+    optimizer = optax.adamw(
+        optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps), weight_decay=1e-4
+    )
 
     def loss(params: Any, rest: Any, x: jax.Array, y: jax.Array, teacher: Any) -> Any:
         logits, new = fn({"params": params, **rest}, x)
@@ -68,7 +74,10 @@ def train(fn: Any, variables: Any, data: Data, epochs: float, rate: float, seed:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), {**rest, **new}, state
 
-    params, rest = variables["params"], {key: value for key, value in variables.items() if key != "params"}
+    params, rest = (
+        variables["params"],
+        {key: value for key, value in variables.items() if key != "params"},
+    )
     state, feed = optimizer.init(params), batches(data.train, BATCH, seed=seed)
     for index in range(steps):
         batch = feed[index]
@@ -98,7 +107,15 @@ def criteria(data: Data, variables: Any, choose: bool) -> dict[str, dict[str, An
 def tuned(data: Data, full: Any, small: Any, epochs: float, seed: int, variables: Any) -> Any:
     """Fine-tune what is left, batch statistics too, in the training-mode function with the same channels kept."""
     x = jnp.asarray(data.train["image"][:BATCH])
-    return train(cj.prune.narrow(learn, full, x, kept=small.kept).fn, variables, data, epochs, 1e-3, seed, full)
+    return train(
+        cj.prune.narrow(learn, full, x, kept=small.kept).fn,
+        variables,
+        data,
+        epochs,
+        1e-3,
+        seed,
+        full,
+    )
 
 
 def run(data: Data, args: argparse.Namespace) -> dict[str, Any]:
@@ -126,13 +143,23 @@ def run(data: Data, args: argparse.Namespace) -> dict[str, Any]:
         print(small.table, flush=True)
         after = tuned(data, full, small, tuning, seed + 1000, small.params)
         every = {target: small.params, f"{target}, tuned": after}
-        return {name: row(data, small.fn, params, small.table.after) for name, params in every.items()}
+        return {
+            name: row(data, small.fn, params, small.table.after) for name, params in every.items()
+        }
 
-    found = record.once("full", lambda: {"full": row(data, FULL, full, cj.trace.cost(FULL, full, x))})
+    found = record.once(
+        "full", lambda: {"full": row(data, FULL, full, cj.trace.cost(FULL, full, x))}
+    )
     for target in args.targets:
         found |= record.once(target, partial(rows, target))
     examples = len(data.train["label"])
-    details = {"seed": seed, "examples": examples, "epochs": args.epochs, "chosen": chosen, "seconds": record.seconds}
+    details = {
+        "seed": seed,
+        "examples": examples,
+        "epochs": args.epochs,
+        "chosen": chosen,
+        "seconds": record.seconds,
+    }
     return {**details, "validation": scores, "rows": found}
 
 
@@ -162,7 +189,10 @@ class Record:
 
 def row(data: Data, fn: Any, variables: Any, cost: Any) -> dict[str, Any]:
     """Return accuracy on test and on validation, and the size."""
-    found = {name: accuracy(fn, variables, split) for name, split in (("test", data.test), ("validation", data.validation))}
+    found = {
+        name: accuracy(fn, variables, split)
+        for name, split in (("test", data.test), ("validation", data.validation))
+    }
     return {**found, "macs": cost.macs // BATCH, "params": cost.params}
 
 
@@ -171,7 +201,9 @@ def speed(widths: list[int], rounds: int = 11) -> list[dict[str, Any]]:
     rows = []
     for width in widths:
         model = ResNet(depth=8, width=width, stem_stride=2)
-        images = {size: jax.random.normal(jax.random.key(1), (size, 28, 28, 1)) for size in (1, 128)}
+        images = {
+            size: jax.random.normal(jax.random.key(1), (size, 28, 28, 1)) for size in (1, 128)
+        }
         variables, fn = jax.jit(model.init)(jax.random.key(0), images[1]), partial(infer, model)
         models: dict[str, Any] = {"full": (jax.jit(fn), variables)}
         macs = {"full": cj.trace.cost(fn, variables, images[1]).macs}
@@ -180,10 +212,18 @@ def speed(widths: list[int], rounds: int = 11) -> list[dict[str, Any]]:
             models[target], macs[target] = (small.fn, small.params), small.table.after.macs
         for size, x in images.items():
             repeats = 64 if size == 1 else 1
-            runs = {name: partial(repeat, partial(run, params, x), repeats) for name, (run, params) in models.items()}
+            runs = {
+                name: partial(repeat, partial(run, params, x), repeats)
+                for name, (run, params) in models.items()
+            }
             timed = interleaved(runs, rounds)
             for name, of in timed.items():
-                fewer = {"width": width, "batch": size, "model": name, "MACs, fewer": f"{macs['full'] / macs[name]:.2f}x"}
+                fewer = {
+                    "width": width,
+                    "batch": size,
+                    "model": name,
+                    "MACs, fewer": f"{macs['full'] / macs[name]:.2f}x",
+                }
                 cpu = ratio((each.cpu for each in timed["full"]), (each.cpu for each in of))
                 wall = ratio((each.wall for each in timed["full"]), (each.wall for each in of))
                 time_of = milliseconds(each.wall / repeats for each in of)
@@ -201,31 +241,60 @@ def repeat(call: Any, times: int) -> Any:
 
 def table() -> str:
     """Return the means over all seeds, as Markdown."""
-    records = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("shrink_resnet_seed*.json"))]
-    lines = ["| model | MACs | parameters | test accuracy (sd) | difference to full |", "| --- | --- | --- | --- | --- |"]
+    records = [
+        json.loads(path.read_text()) for path in sorted(RESULTS.glob("shrink_resnet_seed*.json"))
+    ]
+    lines = [
+        "| model | MACs | parameters | test accuracy (sd) | difference to full |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     for name in records[0]["rows"]:
         found = [record["rows"][name] for record in records]
         tests = [100 * each["test"] for each in found]
-        apart = [100 * (each["test"] - record["rows"]["full"]["test"]) for each, record in zip(found, records, strict=True)]
+        apart = [
+            100 * (each["test"] - record["rows"]["full"]["test"])
+            for each, record in zip(found, records, strict=True)
+        ]
         spread = f" ({statistics.stdev(tests):.2f})" if len(tests) > 1 else ""
-        sizes = (f"{statistics.mean(each[key] for each in found):,.0f}" for key in ("macs", "params"))
-        lines.append(
-            f"| {name} | {' | '.join(sizes)} | {statistics.mean(tests):.2f}{spread} | {statistics.mean(apart):+.2f} |"
+        sizes = (
+            f"{statistics.mean(each[key] for each in found):,.0f}" for key in ("macs", "params")
         )
-    lines += ["", f"seeds: {len(records)}; minutes a seed: {[round(each['seconds'] / 60, 1) for each in records]}"]
-    lines += [f"seed {each['seed']}: {each['chosen']}; tried on validation: {each['validation']}" for each in records]
+        lines.append(
+            f"| {name} | {' | '.join(sizes)} | {statistics.mean(tests):.2f}{spread} | "
+            f"{statistics.mean(apart):+.2f} |"
+        )
+    lines += [
+        "",
+        f"seeds: {len(records)}; minutes a seed: "
+        f"{[round(each['seconds'] / 60, 1) for each in records]}",
+    ]
+    lines += [
+        f"seed {each['seed']}: {each['chosen']}; tried on validation: {each['validation']}"
+        for each in records
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Run one seed, or time, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seed", type=int)
     parser.add_argument("--examples", type=int, default=54_000, help="that train")
-    parser.add_argument("--epochs", type=int, nargs=2, default=[20, 20], help="of training, and of fine-tuning")
-    parser.add_argument("--choose", action="store_true", help="among ways to prune, on validation; else the default")
+    parser.add_argument(
+        "--epochs", type=int, nargs=2, default=[20, 20], help="of training, and of fine-tuning"
+    )
+    parser.add_argument(
+        "--choose", action="store_true", help="among ways to prune, on validation; else the default"
+    )
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--cache", type=Path, default=Path("shrink_resnet_cache"), help="of an interrupted run's parts")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("shrink_resnet_cache"),
+        help="of an interrupted run's parts",
+    )
     parser.add_argument("--speed", action="store_true")
     parser.add_argument("--widths", type=int, nargs="+", default=[16, 64], help="to time")
     parser.add_argument("--table", action="store_true")
@@ -236,9 +305,13 @@ def main() -> None:
         data = load("fashion_mnist")
         data.train.update({name: values[: args.examples] for name, values in data.train.items()})
         record = run(data, args)
-        (RESULTS / f"shrink_resnet_seed{args.seed}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (RESULTS / f"shrink_resnet_seed{args.seed}.json").write_text(
+            json.dumps(record, indent=1) + "\n"
+        )
     if args.speed:
-        (RESULTS / "shrink_resnet_speed.json").write_text(json.dumps(speed(args.widths), indent=1) + "\n")
+        (RESULTS / "shrink_resnet_speed.json").write_text(
+            json.dumps(speed(args.widths), indent=1) + "\n"
+        )
     if args.table or args.seed is not None:
         text = table()
         (RESULTS / "shrink_resnet.md").write_text(text + "\n")

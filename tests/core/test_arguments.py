@@ -18,8 +18,16 @@ NUMBERS = (
     ("a list", [4]),
     ("infinity", np.inf),
 )
-PLACES = tuple(each for each in NUMBERS if each[0] not in ("a list", "nothing"))  # an axis may be None
-WHOLE = (*NUMBERS, ("a fraction", 2.5), ("a whole float", 4.0), ("far below", -1000), ("an array", np.array([4, 4])))
+PLACES = tuple(
+    each for each in NUMBERS if each[0] not in ("a list", "nothing")
+)  # an axis may be None
+WHOLE = (
+    *NUMBERS,
+    ("a fraction", 2.5),
+    ("a whole float", 4.0),
+    ("far below", -1000),
+    ("an array", np.array([4, 4])),
+)
 FLAGS = (("one", 1), ("a string", "yes"), ("a number", 0.0), ("a list", []))
 NAMES = (("unknown", "nonsense"), ("a number", 3.5), ("a list", ["absmax"]), ("a flag", True))
 
@@ -43,7 +51,9 @@ SCORED = {
     "movement": lambda sparsity=0.5, **o: prune.movement(sparsity, **o),
     "random": lambda sparsity=0.5, **o: prune.random(sparsity, KEY, **o),
     "scored": lambda sparsity=0.5, **o: prune.scored({}, sparsity, **o),
-    "masked": lambda sparsity=0.5, **o: prune.masked(prune.Score(lambda seen: seen.x), sparsity, **o),
+    "masked": lambda sparsity=0.5, **o: prune.masked(
+        prune.Score(lambda seen: seen.x), sparsity, **o
+    ),
 }
 GROWN = {
     "set": lambda sparsity=0.5, steps=10, key=KEY, **o: prune.set(sparsity, steps, key, **o),
@@ -60,7 +70,12 @@ def table():
 
     for name, make in QUANTIZERS.items():
         if name not in ("mxfp8", "mxfp4", "nvfp4"):
-            add(name, make, "granularity", [each for each in WHOLE if each[0] != "a string"] + [("unknown", "row")])
+            add(
+                name,
+                make,
+                "granularity",
+                [each for each in WHOLE if each[0] != "a string"] + [("unknown", "row")],
+            )
         add(name, make, "pad", FLAGS)
         add(name, make, "axis", [*PLACES, ("floats", (0, 1.0)), ("none", ())])
         if name != "lsq":
@@ -73,9 +88,17 @@ def table():
             "clip",
             [each for each in NUMBERS if each[0] != "nothing"] + [("zero", 0), ("less", -1.0)],
         )
-    for name, make in (("uniform", quantize.uniform), ("lsq", quantize.lsq), ("static", quantize.static)):
+    for name, make in (
+        ("uniform", quantize.uniform),
+        ("lsq", quantize.lsq),
+        ("static", quantize.static),
+    ):
         add(name, make, "bits", (*WHOLE, ("one", 1), ("nine", 9)))
-    for name, make in (("dynamic", quantize.dynamic), ("pact", quantize.pact), ("lsq_inputs", quantize.lsq_inputs)):
+    for name, make in (
+        ("dynamic", quantize.dynamic),
+        ("pact", quantize.pact),
+        ("lsq_inputs", quantize.lsq_inputs),
+    ):
         add(name, make, "bits", (*WHOLE, ("one", 1), ("nine", 9)))
     add("uniform", quantize.uniform, "symmetric", FLAGS)
     add("uniform", quantize.uniform, "narrow", FLAGS)
@@ -85,14 +108,20 @@ def table():
     add("static", quantize.static, "clipped", FLAGS)
     add("static", quantize.static, "range", NAMES)
     add("static", quantize.static, "momentum", (*NUMBERS, ("one", 1.0), ("less", -0.1)))
-    add("pact", quantize.pact, "alpha", [each for each in NUMBERS if each[0] != "nothing"] + [("zero", 0)])
+    add(
+        "pact",
+        quantize.pact,
+        "alpha",
+        [each for each in NUMBERS if each[0] != "nothing"] + [("zero", 0)],
+    )
     add("float_format", lambda m: quantize.float_format(2, m), "m", WHOLE)
     for name, make in SCORED.items():
         add(
             name,
             make,
             "sparsity",
-            [e for e in NUMBERS if (name, e[0]) != ("movement", "a list")] + [("much", 1.1), ("less", -1)],
+            [e for e in NUMBERS if (name, e[0]) != ("movement", "a list")]
+            + [("much", 1.1), ("less", -1)],
         )
         add(name, make, "every", (*WHOLE, ("zero", 0)))
         add(name, make, "scope", NAMES)
@@ -103,7 +132,12 @@ def table():
         add(name, make, "every", (*WHOLE, ("zero", 0)))
         add(name, make, "until", [*NUMBERS, ("much", 1.5)])
         add(name, make, "drop", [*NUMBERS, ("much", 1.5)])
-        add(name, make, "key", [("none", None), ("a seed", 0), ("an old key", np.zeros(2, np.uint32))])
+        add(
+            name,
+            make,
+            "key",
+            [("none", None), ("a seed", 0), ("an old key", np.zeros(2, np.uint32))],
+        )
     add("fisher", SCORED["fisher"], "decay", [*NUMBERS, ("much", 1.5)])
     add("saliency", SCORED["saliency"], "decay", [*NUMBERS, ("one", 1.0)])
     add("movement", SCORED["movement"], "rate", NUMBERS)
@@ -112,25 +146,68 @@ def table():
     add("cubic", lambda final: prune.cubic(final, 0, 5), "final", (*NUMBERS, ("much", 2)))
     add("n_m", lambda n: prune.n_m(n, 8), "n", (*WHOLE, ("zero", 0), ("much", 9)))
     add("n_m", lambda axis: prune.n_m(2, 4, axis), "axis", (*PLACES[:3], ("twice", (1, 1))))
-    add("block", prune.block, "shape", [("a number", 4), ("floats", (2.0, 2)), ("flags", (True, 2)), ("zero", (0, 2))])
+    add(
+        "block",
+        prune.block,
+        "shape",
+        [("a number", 4), ("floats", (2.0, 2)), ("flags", (True, 2)), ("zero", (0, 2))],
+    )
     add("channel", lambda reduce: prune.channel(-1, reduce), "reduce", NAMES)
-    add("head", lambda heads: prune.head(-1, heads), "heads", [e for e in WHOLE if e[0] != "nothing"] + [("zero", 0)])
+    add(
+        "head",
+        lambda heads: prune.head(-1, heads),
+        "heads",
+        [e for e in WHOLE if e[0] != "nothing"] + [("zero", 0)],
+    )
     add("rounds", prune.rounds, "share", [*NUMBERS, ("one", 1)])
     add("kmeans", cluster.kmeans, "clusters", (*WHOLE, ("one", 1), ("many", 2**16)))
-    add("kmeans", lambda iterations: cluster.kmeans(2, iterations=iterations), "iterations", (*WHOLE, ("zero", 0)))
+    add(
+        "kmeans",
+        lambda iterations: cluster.kmeans(2, iterations=iterations),
+        "iterations",
+        (*WHOLE, ("zero", 0)),
+    )
     add("kmeans", lambda keep_zeros: cluster.kmeans(2, keep_zeros=keep_zeros), "keep_zeros", FLAGS)
     add("svd", lowrank.svd, "rank", (*WHOLE, ("zero", 0)))
-    add("svd", lambda energy: lowrank.svd(energy=energy), "energy", (*NUMBERS, ("zero", 0.0), ("much", 1.1)))
-    for name, make in {"at": lambda p: cj.at(p, identity()), "rules": lambda p: cj.rules([(p, identity())])}.items():
-        add(name, make, "p", [("nothing", None), ("a number", 3), ("no glob", ()), ("numbers", ("a", 1))])
-    broken = [("nothing", None), ("a function", jnp.round), ("a constructor", prune.magnitude), ("a number", 4)]
+    add(
+        "svd",
+        lambda energy: lowrank.svd(energy=energy),
+        "energy",
+        (*NUMBERS, ("zero", 0.0), ("much", 1.1)),
+    )
+    for name, make in {
+        "at": lambda p: cj.at(p, identity()),
+        "rules": lambda p: cj.rules([(p, identity())]),
+    }.items():
+        add(
+            name,
+            make,
+            "p",
+            [("nothing", None), ("a number", 3), ("no glob", ()), ("numbers", ("a", 1))],
+        )
+    broken = [
+        ("nothing", None),
+        ("a function", jnp.round),
+        ("a constructor", prune.magnitude),
+        ("a number", 4),
+    ]
     add("at", lambda c: cj.at("**", c), "c", broken)
     add("chain", lambda c: cj.chain(identity(), c), "c", broken)
     add("every", lambda c: cj.every(2, c), "c", broken)
     add("between", lambda c: cj.between(0, 2, c), "c", broken)
     add("every", lambda n: cj.every(n, identity()), "n", (*WHOLE, ("zero", 0)))
-    add("between", lambda start: cj.between(start, None, identity()), "start", [e for e in WHOLE if e[0] != "far below"])
-    add("between", lambda stop: cj.between(1, stop, identity()), "stop", [e for e in WHOLE if e[0] != "nothing"])
+    add(
+        "between",
+        lambda start: cj.between(start, None, identity()),
+        "start",
+        [e for e in WHOLE if e[0] != "far below"],
+    )
+    add(
+        "between",
+        lambda stop: cj.between(1, stop, identity()),
+        "stop",
+        [e for e in WHOLE if e[0] != "nothing"],
+    )
     return rows
 
 
@@ -169,12 +246,24 @@ def test_numpy_numbers_are_numbers():
 
 def test_gradients_that_do_not_fit_are_refused():
     params = {"w": jnp.ones((8, 4)), "v": jnp.ones((8, 4))}
-    for c in (prune.movement(0.5), prune.fisher(0.5), prune.saliency(0.5), prune.rigl(0.5, 10, KEY, every=1)):
-        for each in (c, cj.at("w", c), cj.every(1, cj.chain(identity(), c)), cj.between(-1, None, c)):
+    for c in (
+        prune.movement(0.5),
+        prune.fisher(0.5),
+        prune.saliency(0.5),
+        prune.rigl(0.5, 10, KEY, every=1),
+    ):
+        for each in (
+            c,
+            cj.at("w", c),
+            cj.every(1, cj.chain(identity(), c)),
+            cj.between(-1, None, c),
+        ):
             state = each.init(params)
             for shape in ((4,), (8, 1), (8, 4, 1), ()):
                 with pytest.raises(ShapeError, match=r"'w'.*\(8, 4\)"):
-                    each.update(params, state, step=1, grads={"w": jnp.ones(shape), "v": jnp.ones((8, 4))})
+                    each.update(
+                        params, state, step=1, grads={"w": jnp.ones(shape), "v": jnp.ones((8, 4))}
+                    )
             with pytest.raises(ArgumentError, match="gradient"):
                 each.update(params, state, step=1)
             with pytest.raises(ArgumentError, match="kernel"):

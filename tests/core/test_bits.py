@@ -17,14 +17,20 @@ def little_endian(values: list[int], bits: int) -> bytes:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 16), st.sampled_from([(), (1,), (0, 3), (7,), (2, 5), (3, 1, 3)]), st.randoms(use_true_random=False))
+@given(
+    st.integers(1, 16),
+    st.sampled_from([(), (1,), (0, 3), (7,), (2, 5), (3, 1, 3)]),
+    st.randoms(use_true_random=False),
+)
 def test_round_trip_and_the_very_bytes(bits, shape, random):
     values = [random.randrange(2**bits) for _ in range(int(np.prod(shape)))]
     packed = Bits.pack(jnp.asarray(np.array(values, np.uint16).reshape(shape)), bits)
     assert np.asarray(packed.data).tobytes() == little_endian(values, bits)
     assert packed.nbytes == -(-len(values) * bits // 8)
     out = packed.unpack()
-    assert out.shape == shape and out.dtype == packed.dtype == (jnp.uint8 if bits <= 8 else jnp.uint16)
+    assert out.shape == shape and out.dtype == packed.dtype == (
+        jnp.uint8 if bits <= 8 else jnp.uint16
+    )
     assert np.ravel(out).tolist() == values
 
 
@@ -76,7 +82,9 @@ masks = st.one_of(
 @example([False] * 63 + [True], 3)  # many fillers in a row
 def test_gaps_hold_any_mask(mask, bits):
     gaps = Gaps.pack(jnp.asarray(np.array(mask)), bits)
-    assert decoded(gaps.runs.unpack().tolist(), 2**bits - 1, len(mask)) == [int(kept) for kept in mask]
+    assert decoded(gaps.runs.unpack().tolist(), 2**bits - 1, len(mask)) == [
+        int(kept) for kept in mask
+    ]
     assert gaps.unpack().tolist() == [int(kept) for kept in mask]
     assert gaps.nbytes == -(-gaps.runs.shape[0] * bits // 8)
 
@@ -86,12 +94,16 @@ def test_filler_symbols_are_as_in_deep_compression():
     assert gaps.runs.unpack().tolist() == [3, 3, 1, 0]
 
 
-@pytest.mark.parametrize("ones", [[], [0], [63], [5, 6, 40], list(range(64)), list(range(0, 64, 9))])
+@pytest.mark.parametrize(
+    "ones", [[], [0], [63], [5, 6, 40], list(range(64)), list(range(0, 64, 9))]
+)
 def test_best_width_is_the_smallest_of_all_widths(ones):
     mask = jnp.asarray(np.isin(np.arange(64), ones))
     best = Gaps.best_width(mask)
     lengths = {bits: bits * Gaps.pack(mask, bits).runs.shape[0] for bits in (2, 3, 4, 5, 6, 7, 12)}
-    assert bits_in(Gaps.pack(mask, best)) == min([*lengths.values(), bits_in(Gaps.pack(mask, best))])
+    assert bits_in(Gaps.pack(mask, best)) == min(
+        [*lengths.values(), bits_in(Gaps.pack(mask, best))]
+    )
 
 
 def bits_in(gaps: Gaps) -> int:

@@ -20,11 +20,17 @@ from compress_jax.core import (
 from compress_jax.core.layout import Layout
 from compress_jax.core.packed import Quantized, Sparse, unpack
 
-PARAMS = {"a": {"kernel": jnp.array([[1.0, -2.0], [0.25, 4.0]]), "bias": jnp.array([3.0, 0.5])}, "n": jnp.array(7)}
+PARAMS = {
+    "a": {"kernel": jnp.array([[1.0, -2.0], [0.25, 4.0]]), "bias": jnp.array([3.0, 0.5])},
+    "n": jnp.array(7),
+}
 
-# Its state is the leaf as it was when last looked at, plus 100 for every update: which shows what was seen, and when.
+# Its state is the leaf as it was when last looked at, plus 100 for every update: which shows what
+# was seen, and when.
 remember = leafwise(
-    lambda x, learned, fixed: fixed + 0 * x, init=lambda x, key: (None, x), update=lambda x, _, fixed, **__: (None, x + 100)
+    lambda x, learned, fixed: fixed + 0 * x,
+    init=lambda x, key: (None, x),
+    update=lambda x, _, fixed, **__: (None, x + 100),
 )
 double = leafwise(lambda x, learned, fixed: 2 * x)
 add_one = leafwise(lambda x, learned, fixed: x + 1)
@@ -36,7 +42,12 @@ positive = leafwise(
 whole = leafwise(
     lambda x, learned, fixed: jnp.round(x) + 0.0,  # never -0.0
     pack=lambda x, *_: Quantized.pack(
-        (jnp.round(x) + 8).astype(int), 4, jnp.ones((1,) * x.ndim), jnp.uint8(8), Layout.of(x.shape, "tensor"), x.dtype
+        (jnp.round(x) + 8).astype(int),
+        4,
+        jnp.ones((1,) * x.ndim),
+        jnp.uint8(8),
+        Layout.of(x.shape, "tensor"),
+        x.dtype,
     ),
 )
 
@@ -75,7 +86,9 @@ def test_chain_packs_the_smallest_form_that_is_exact():
     node = both.pack(big, both.init(big))["w"]
     assert isinstance(node, Quantized) and isinstance(node.codes, Sparse)
     assert np.array_equal(node.unpack(), jnp.zeros((64, 64)).at[3, 4].set(3.0))
-    assert node.nbytes == 1 + node.codes.mask.nbytes + 4 + 1  # one code, where it is, scale and zero point
+    assert (
+        node.nbytes == 1 + node.codes.mask.nbytes + 4 + 1
+    )  # one code, where it is, scale and zero point
     assert node.nbytes < whole.pack(big, whole.init(big))["w"].nbytes
     inexact = chain(whole, add_one, double)  # no stage's packed form is the final view
     assert not isinstance(inexact.pack(big, inexact.init(big))["w"], Quantized)
@@ -83,10 +96,15 @@ def test_chain_packs_the_smallest_form_that_is_exact():
 
 
 def test_chain_packs_the_very_bits_signed_zeros_too():
-    negate = leafwise(lambda x, *_: -x, pack=lambda x, *_: Sparse.pack(-x, x != 0))  # its zeros lose their sign
+    negate = leafwise(
+        lambda x, *_: -x, pack=lambda x, *_: Sparse.pack(-x, x != 0)
+    )  # its zeros lose their sign
     c, params = chain(negate), {"w": jnp.array([0.0, 1.0])}
     packed = unpack(c.pack(params, c.init(params)))["w"]
-    assert np.signbit(np.asarray(packed)).tolist() == np.signbit(np.asarray(c.view(params, c.init(params))["w"])).tolist()
+    assert (
+        np.signbit(np.asarray(packed)).tolist()
+        == np.signbit(np.asarray(c.view(params, c.init(params))["w"])).tolist()
+    )
 
 
 def test_leaves_that_are_not_arrays_pass_through():
@@ -100,7 +118,11 @@ def test_leaves_that_are_not_arrays_pass_through():
 def test_at_leaves_the_rest_alone_and_says_so():
     c = at("**/kernel", double)
     seen = c.view(PARAMS, c.init(PARAMS))
-    assert kernel(seen) == kernel(scaled(2)) and seen["a"]["bias"] is PARAMS["a"]["bias"] and seen["n"] is PARAMS["n"]
+    assert (
+        kernel(seen) == kernel(scaled(2))
+        and seen["a"]["bias"] is PARAMS["a"]["bias"]
+        and seen["n"] is PARAMS["n"]
+    )
     assert c.skipped(PARAMS) == dict.fromkeys(["a/bias", "n"], "no pattern matches it")
     for call in (c.init, c.skipped, lambda p: c.view(p, CompressionState({"0": {}}, {"0": {}}))):
         with pytest.raises(NoMatchError, match=r"(?s)kernel.*b/weight"):
@@ -130,7 +152,9 @@ def test_grads_stats_and_key_reach_the_right_leaf():
         told[x.size] = (int(step), grad.tolist(), stats, key is not None)
         return learned, fixed
 
-    c = chain(identity(), at("a/*", every(1, between(-1, None, leafwise(lambda x, *_: x, update=listen)))))
+    c = chain(
+        identity(), at("a/*", every(1, between(-1, None, leafwise(lambda x, *_: x, update=listen))))
+    )
     grads = scaled(-1.0)
     inputs = {"grads": grads, "stats": {"a/bias": "s"}, "key": jax.random.key(0)}
     c.update(PARAMS, c.init(PARAMS), step=3, **inputs)
@@ -175,7 +199,16 @@ def test_between_is_off_then_refits_then_follows_then_freezes(jitted):
 def test_between_begins_even_if_its_first_step_is_not_seen(jitted):
     assert run(between(3, 6, remember), [0, 2, 4, 5, 6, 8], jitted) == [1, 3, 5, 106, 106, 106]
     assert run(between(3, 6, remember), [0, 8, 9], jitted) == [1, 9, 9]
-    assert run(every(2, between(3, None, remember)), range(8), jitted) == [1, 2, 3, 4, 5, 5, 107, 107]
+    assert run(every(2, between(3, None, remember)), range(8), jitted) == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        5,
+        107,
+        107,
+    ]
 
 
 @BOTH
@@ -189,15 +222,26 @@ def test_between_packs_what_it_shows():
     state, params = c.init({"w": jnp.array([1.4])}), {"w": jnp.array([1.4])}
     assert c.pack(params, state) is params
     state = c.update(params, state, step=1)
-    assert isinstance(c.pack(params, state)["w"], Quantized) and c.view(params, state)["w"].tolist() == [1.0]
+    assert isinstance(c.pack(params, state)["w"], Quantized) and c.view(params, state)[
+        "w"
+    ].tolist() == [1.0]
 
 
 def test_before_between_starts_its_learned_arrays_get_no_gradient():
-    c = between(1, None, leafwise(lambda x, learned, _: learned * x, init=lambda x, key: (jnp.full_like(x, 3.0), None)))
+    c = between(
+        1,
+        None,
+        leafwise(
+            lambda x, learned, _: learned * x, init=lambda x, key: (jnp.full_like(x, 3.0), None)
+        ),
+    )
     params = {"w": jnp.array([2.0])}
 
     def slopes(state):
-        grad = jax.grad(lambda params, learned: c.view(params, state._replace(learned=learned))["w"].sum(), argnums=(0, 1))
+        grad = jax.grad(
+            lambda params, learned: c.view(params, state._replace(learned=learned))["w"].sum(),
+            argnums=(0, 1),
+        )
         return [g["w"].tolist() for g in grad(params, state.learned)]
 
     state = c.init(params)
@@ -233,7 +277,8 @@ def test_a_state_of_something_else_is_refused(c, state):
 
 
 @pytest.mark.parametrize(
-    "wrong", [lambda: every(0, remember), lambda: between(3, 3, remember), lambda: between(3, 1, remember)]
+    "wrong",
+    [lambda: every(0, remember), lambda: between(3, 3, remember), lambda: between(3, 1, remember)],
 )
 def test_impossible_times_are_refused(wrong):
     with pytest.raises(ValueError, match="period|after"):

@@ -22,7 +22,9 @@ def test_rows_say_what_became_of_each_leaf():
     kernel = table["dense/kernel"]
     stored = Sparse.pack(PARAMS["dense"]["kernel"], PARAMS["dense"]["kernel"] != 0).nbytes
     assert (kernel.form, kernel.shape, kernel.reason) == ("Sparse", (64, 64), "")
-    assert kernel.nbytes == stored and kernel.bits == 8 * stored / 4096 and kernel.sparsity == 63 / 64
+    assert (
+        kernel.nbytes == stored and kernel.bits == 8 * stored / 4096 and kernel.sparsity == 63 / 64
+    )
     assert table["mixed"].reason == "no pattern matches it"
     assert (table["mixed"].nbytes, table["mixed"].bits, table["mixed"].form) == (8, 16.0, "dense")
     assert table["n"].reason == "int32 is not a floating-point dtype"
@@ -31,7 +33,11 @@ def test_rows_say_what_became_of_each_leaf():
 
 def test_totals_are_those_of_the_packed_tree():
     table = coverage(sparse, PARAMS)
-    assert table.nbytes == nbytes(sparse.pack(PARAMS, sparse.init(PARAMS))) == sum(row.nbytes for row in table.rows)
+    assert (
+        table.nbytes
+        == nbytes(sparse.pack(PARAMS, sparse.init(PARAMS)))
+        == sum(row.nbytes for row in table.rows)
+    )
     assert table.bits == 8 * table.nbytes / (4096 + 64 + 4 + 1)
 
 
@@ -65,9 +71,18 @@ def test_nnx_states_have_the_same_table():
 
 def test_text_holds_every_row_aligned_and_the_total():
     lines = str(coverage(at("dense/kernel", sparse), PARAMS)).splitlines()
-    assert len(lines) == 6 and lines[0].split()[:2] == ["path", "shape"] and lines[-1].startswith("total")
+    assert (
+        len(lines) == 6
+        and lines[0].split()[:2] == ["path", "shape"]
+        and lines[-1].startswith("total")
+    )
     column = lines[0].index("form")
-    assert [line[column:].split()[0] for line in lines[1:5]] == ["dense", "Sparse", "dense", "dense"]
+    assert [line[column:].split()[0] for line in lines[1:5]] == [
+        "dense",
+        "Sparse",
+        "dense",
+        "dense",
+    ]
     assert all("no pattern matches it" in lines[i] for i in (1, 3, 4))
 
 

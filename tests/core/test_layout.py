@@ -23,13 +23,19 @@ def numbered(shape):
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(SHAPES), st.sampled_from(["tensor", "channel", 2, 5, 64]), st.data())
 def test_restore_undoes_arrange(shape, granularity, data):
-    axes = data.draw(st.sets(st.integers(-len(shape), len(shape) - 1), min_size=1, max_size=2) if shape else st.just({0}))
+    axes = data.draw(
+        st.sets(st.integers(-len(shape), len(shape) - 1), min_size=1, max_size=2)
+        if shape
+        else st.just({0})
+    )
     layout = Layout.of(shape, granularity, tuple(axes), pad=True)
     x = numbered(shape)
     arranged = np.asarray(layout.arrange(x))
     assert np.array_equal(layout.restore(jnp.asarray(arranged)), x)
     kept = np.sort(np.ravel(arranged))
-    assert np.array_equal(kept[kept > 0], np.ravel(x)) and (kept >= 0).all()  # all entries once, the rest is padding
+    assert (
+        np.array_equal(kept[kept > 0], np.ravel(x)) and (kept >= 0).all()
+    )  # all entries once, the rest is padding
     assert np.broadcast_shapes(layout.scale_shape, arranged.shape) == arranged.shape
     assert np.max(arranged, axis=layout.reduced, keepdims=True).shape == layout.scale_shape
 

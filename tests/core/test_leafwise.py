@@ -9,7 +9,9 @@ from compress_jax.core.leafwise import check_finite
 
 double = leafwise(lambda x, learned, fixed: 2 * x)
 centred = leafwise(
-    lambda x, learned, fixed: x - fixed, init=lambda x, key: (None, x.mean()), update=lambda x, *_, **__: (None, x.mean())
+    lambda x, learned, fixed: x - fixed,
+    init=lambda x, key: (None, x.mean()),
+    update=lambda x, *_, **__: (None, x.mean()),
 )
 noise = leafwise(
     lambda x, learned, fixed: x + learned,
@@ -20,9 +22,17 @@ BAD = {"a": {"w": jnp.array([1.0, jnp.nan, jnp.inf])}, "b": jnp.ones(2)}
 
 
 def test_only_floating_leaves_with_entries_are_touched():
-    params = {"f": jnp.ones(2), "h": jnp.ones(2, jnp.bfloat16), "i": jnp.arange(2), "b": jnp.array(True), "e": jnp.zeros(0)}
+    params = {
+        "f": jnp.ones(2),
+        "h": jnp.ones(2, jnp.bfloat16),
+        "i": jnp.arange(2),
+        "b": jnp.array(True),
+        "e": jnp.zeros(0),
+    }
     seen = double.view(params, double.init(params))
-    assert [seen[k].tolist() for k in "fhi"] == [[2.0, 2.0], [2.0, 2.0], [0, 1]] and seen["h"].dtype == jnp.bfloat16
+    assert [seen[k].tolist() for k in "fhi"] == [[2.0, 2.0], [2.0, 2.0], [0, 1]] and seen[
+        "h"
+    ].dtype == jnp.bfloat16
     assert double.skipped(params) == {
         "i": "int32 is not a floating-point dtype",
         "b": "bool is not a floating-point dtype",
@@ -31,7 +41,9 @@ def test_only_floating_leaves_with_entries_are_touched():
 
 
 def test_why_not_leaves_a_leaf_alone_with_its_own_reason():
-    thin = leafwise(lambda x, *_: 0 * x, why_not=lambda path, x: f"{path} is thin" if x.ndim < 2 else None)
+    thin = leafwise(
+        lambda x, *_: 0 * x, why_not=lambda path, x: f"{path} is thin" if x.ndim < 2 else None
+    )
     params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
     assert thin.skipped(params) == {"b": "b is thin"}
     assert thin.view(params, thin.init(params))["b"].tolist() == [1.0, 1.0]
@@ -39,7 +51,8 @@ def test_why_not_leaves_a_leaf_alone_with_its_own_reason():
 
 def test_state_is_kept_by_path_learned_and_fixed_apart():
     both = leafwise(
-        lambda x, a, b: x * a + b, init=lambda x, key: (jnp.ones_like(x), jnp.zeros_like(x) if x.size > 1 else None)
+        lambda x, a, b: x * a + b,
+        init=lambda x, key: (jnp.ones_like(x), jnp.zeros_like(x) if x.size > 1 else None),
     )
     state = both.init({"a": {"w": jnp.ones(2)}, "s": jnp.ones(1)})
     assert set(state.learned) == {"a/w", "s"} and set(state.fixed) == {"a/w"}
@@ -54,9 +67,14 @@ def test_randomness_of_a_leaf_does_not_depend_on_other_leaves():
 
 
 def test_keys_of_update_differ_by_leaf_and_by_key():
-    drawn = leafwise(lambda x, *_: x, update=lambda x, *_, key, **__: (None, jax.random.normal(key)))
+    drawn = leafwise(
+        lambda x, *_: x, update=lambda x, *_, key, **__: (None, jax.random.normal(key))
+    )
     params = {"v": jnp.ones(1), "w": jnp.ones(1)}
-    draws = [drawn.update(params, drawn.init(params), step=0, key=jax.random.key(k)).fixed for k in (0, 0, 1)]
+    draws = [
+        drawn.update(params, drawn.init(params), step=0, key=jax.random.key(k)).fixed
+        for k in (0, 0, 1)
+    ]
     assert draws[0] == draws[1]
     assert len({float(draws[i][k]) for i in (0, 2) for k in "vw"}) == 4
 
@@ -93,4 +111,9 @@ def test_without_an_update_the_state_stays_and_without_a_pack_the_view_is_packed
     state = noise.init(params)
     assert noise.update(params, state, step=3) is state
     assert noise.pack(params, state)["w"].tolist() == noise.view(params, state)["w"].tolist()
-    assert centred.update({"w": jnp.array([5.0])}, centred.init({"w": jnp.array([1.0])}), step=0).fixed["w"] == 5.0
+    assert (
+        centred.update(
+            {"w": jnp.array([5.0])}, centred.init({"w": jnp.array([1.0])}), step=0
+        ).fixed["w"]
+        == 5.0
+    )

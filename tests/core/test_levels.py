@@ -47,7 +47,9 @@ def test_rounding_is_that_of_ml_dtypes_bit_for_bit(name):
 @each_format
 def test_the_table_of_values_is_that_of_ml_dtypes(name):
     format = FORMATS[name]
-    cast = np.arange(2**format.bits).astype(np.uint8).view(getattr(ml_dtypes, name)).astype(np.float32)
+    cast = (
+        np.arange(2**format.bits).astype(np.uint8).view(getattr(ml_dtypes, name)).astype(np.float32)
+    )
     finite = np.isfinite(cast)
     np.testing.assert_array_equal(np.array(format.values, np.float32)[finite], cast[finite])
     assert format.largest == cast[finite].max() and format.reserved == (~finite).sum() / 2
@@ -74,7 +76,9 @@ def test_nothing_finite_or_infinite_is_rounded_to_what_is_no_number(name, x):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 7), st.integers(0, 8), st.integers(0, 2), st.integers(0, 99))
 def test_any_float_rounds_to_a_nearest_number(exponent_bits, mantissa_bits, reserved, seed):
-    format = Float(exponent_bits, mantissa_bits, min(reserved, 2 ** (exponent_bits + mantissa_bits) - 2))
+    format = Float(
+        exponent_bits, mantissa_bits, min(reserved, 2 ** (exponent_bits + mantissa_bits) - 2)
+    )
     x = (np.random.default_rng(seed).normal(size=50) * format.largest / 2).astype(np.float32)
     numbers, x64 = np.unique(np.array(format.values)), x.astype(np.float64)
     place = np.clip(np.searchsorted(numbers, x64), 1, len(numbers) - 1)
@@ -99,7 +103,14 @@ def test_any_table_rounds_to_the_nearest_level_and_ties_go_up(levels, seed):
 
 
 def test_bits_and_largest_of_tables():
-    assert [Table(tuple(map(float, range(n)))).bits for n in (2, 3, 4, 5, 16, 17)] == [1, 2, 2, 3, 4, 5]
+    assert [Table(tuple(map(float, range(n)))).bits for n in (2, 3, 4, 5, 16, 17)] == [
+        1,
+        2,
+        2,
+        3,
+        4,
+        5,
+    ]
     assert Table((-5.0, 1.0)).largest == 5.0
 
 
@@ -108,4 +119,6 @@ def test_exponents_and_powers_are_exact():
     powers = np.ldexp(np.float32(1), exponents)
     np.testing.assert_array_equal(power_of_two(jnp.asarray(exponents, jnp.int32)), powers)
     np.testing.assert_array_equal(exponent_of(jnp.asarray(-powers)), exponents)
-    np.testing.assert_array_equal(exponent_of(jnp.asarray(np.nextafter(powers[1:], np.float32(0)))), exponents[:-1])
+    np.testing.assert_array_equal(
+        exponent_of(jnp.asarray(np.nextafter(powers[1:], np.float32(0)))), exponents[:-1]
+    )

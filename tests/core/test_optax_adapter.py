@@ -27,7 +27,10 @@ def descend(tx, steps=5, params=PARAMS):
 
 
 def test_with_the_identity_it_is_the_optimizer_itself():
-    wrapped, plain = descend(as_optax(optax.sgd(0.1, momentum=0.9), identity()))[0], descend(optax.sgd(0.1, momentum=0.9))[0]
+    wrapped, plain = (
+        descend(as_optax(optax.sgd(0.1, momentum=0.9), identity()))[0],
+        descend(optax.sgd(0.1, momentum=0.9))[0],
+    )
     for key in PARAMS:
         np.testing.assert_allclose(wrapped[key], plain[key], rtol=1e-6)
 

@@ -31,7 +31,9 @@ NAMES = ["body/bias", "body/kernel", "head/bias", "head/kernel"]
 def test_linen_nnx_and_plain_dicts_have_the_same_names():
     linen = Mlp().init(jax.random.key(0), jnp.ones((1, 2)))["params"]
     _, state = nnx.split(NnxMlp(nnx.Rngs(0)), nnx.Param)
-    plain = {layer: {leaf: jnp.ones(1) for leaf in ("kernel", "bias")} for layer in ("head", "body")}
+    plain = {
+        layer: {leaf: jnp.ones(1) for leaf in ("kernel", "bias")} for layer in ("head", "body")
+    }
     assert list(flatten(linen)[0]) == list(flatten(state)[0]) == list(flatten(plain)[0]) == NAMES
 
 
@@ -48,7 +50,10 @@ def test_containers_of_every_kind_nest_and_rebuild_exactly():
     leaves, rebuild = flatten(tree)
     assert leaves == {"blocks/0/w": 1.0, "blocks/1/0/w": 2.0, "blocks/1/1": 3.0, "n": 4}
     assert rebuild(leaves) == tree
-    assert rebuild({path: -x for path, x in leaves.items()})["blocks"] == [{"w": -1.0}, ({"w": -2.0}, -3.0)]
+    assert rebuild({path: -x for path, x in leaves.items()})["blocks"] == [
+        {"w": -1.0},
+        ({"w": -2.0}, -3.0),
+    ]
 
 
 def test_a_dict_key_named_value_keeps_its_name_and_a_bare_leaf_has_an_empty_one():
@@ -105,7 +110,11 @@ def glob(pattern: str, text: str) -> bool:
     if pattern == "/**":
         return text == "" or text[0] == "/"
     if pattern.startswith("**/"):
-        return any(glob(pattern[3:], text[i:]) for i in range(len(text) + 1) if i == 0 or text[i - 1] == "/")
+        return any(
+            glob(pattern[3:], text[i:])
+            for i in range(len(text) + 1)
+            if i == 0 or text[i - 1] == "/"
+        )
     if pattern.startswith("**"):
         return any(glob(pattern[2:], text[i:]) for i in range(len(text) + 1))
     if pattern.startswith("*"):
@@ -114,7 +123,9 @@ def glob(pattern: str, text: str) -> bool:
         return pattern == text
     cut = pattern.index("]") + 1 if pattern[0] == "[" else 1
     head, rest = pattern[:cut], pattern[cut:]
-    one = {"?": text[0] != "/", "[ab]": text[0] in "ab", "[!a]": text[0] not in "a/"}.get(head, head == text[0])
+    one = {"?": text[0] != "/", "[ab]": text[0] in "ab", "[!a]": text[0] not in "a/"}.get(
+        head, head == text[0]
+    )
     return one and glob(rest, text[1:])
 
 

@@ -31,7 +31,9 @@ THINNED = {
     "magnitude": lambda s, n, end: magnitude(s, every=n),
     "every of it": lambda s, n, end: cj.every(n, magnitude(s)),
     "every of at": lambda s, n, end: cj.every(n, cj.at("*", magnitude(s))),
-    "at of every of a chain": lambda s, n, end: cj.at("*", cj.every(n, cj.chain(magnitude(s), cj.quantize.uniform(8)))),
+    "at of every of a chain": lambda s, n, end: cj.at(
+        "*", cj.every(n, cj.chain(magnitude(s), cj.quantize.uniform(8)))
+    ),
     "both": lambda s, n, end: cj.every(n, magnitude(s, every=n + 1)),
     "by name": lambda s, n, end: cj.every(n, magnitude({"w": s})),
     "saliency": lambda s, n, end: cj.prune.saliency(s, every=n),
@@ -65,7 +67,9 @@ def test_what_freezes_it_makes_a_last_update_first(name):
     np.testing.assert_allclose(sparsities(c, 12)[7:], 0.72, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", [each for each in NAMES if each.values[0] not in ("saliency", "movement", "fisher")])
+@pytest.mark.parametrize(
+    "name", [each for each in NAMES if each.values[0] not in ("saliency", "movement", "fisher")]
+)
 def test_what_starts_later_starts_where_the_schedule_is(name):
     seen = sparsities(cj.between(5, None, THINNED[name](RAMP, 100, 10)), 12)
     np.testing.assert_allclose(seen[[4, 5, 10, 11]], [0, 0.45, 0.9, 0.9], atol=2e-3)
@@ -81,7 +85,9 @@ def test_a_thinned_schedule_is_never_ahead_and_arrives(end, n, start, length):
     seen = sparsities(c, stop + 3)
     at = np.minimum(np.arange(stop + 4) / end, 1) * 0.8
     assert (seen[:start] == 0).all()
-    assert (seen[start:] <= at[start + 1 :] + 1e-3).all() and (seen[start:] >= at[start] - 1e-3).all()
+    assert (seen[start:] <= at[start + 1 :] + 1e-3).all() and (
+        seen[start:] >= at[start] - 1e-3
+    ).all()
     np.testing.assert_allclose(seen[stop - 1 :], at[stop], atol=1e-3)
 
 
@@ -104,7 +110,9 @@ def test_thinned_updates_stay_thin():
         return state
 
     plain = magnitude(cubic(0.5, 0, 50))
-    counted = plain._replace(update=cj.core.schedules.Scheduled(update, cj.core.schedules.schedules_of(plain)))
+    counted = plain._replace(
+        update=cj.core.schedules.Scheduled(update, cj.core.schedules.schedules_of(plain))
+    )
     sparsities(cj.every(20, counted), 100)
     jax.effects_barrier()
     assert sorted(calls) == [0, 20, 40, 50, 50, 60, 80]
@@ -114,8 +122,15 @@ def test_a_compression_of_ones_own_needs_to_know_nothing_of_steps():
     def init(params):
         return CompressionState({}, {"start": params["w"]})
 
-    own = Compression(init, lambda p, s: s.fixed["start"] and p, lambda p, s, *, step, **_: s, lambda p, s: p)
-    for c in (cj.between(2, 5, own), cj.every(3, own), cj.chain(own, cj.identity()), cj.at("*", own)):
+    own = Compression(
+        init, lambda p, s: s.fixed["start"] and p, lambda p, s, *, step, **_: s, lambda p, s: p
+    )
+    for c in (
+        cj.between(2, 5, own),
+        cj.every(3, own),
+        cj.chain(own, cj.identity()),
+        cj.at("*", own),
+    ):
         params = {"w": jnp.float32(1.0)}
         state = c.init(params)
         for step in range(7):
@@ -124,6 +139,10 @@ def test_a_compression_of_ones_own_needs_to_know_nothing_of_steps():
 
 
 def test_a_state_begins_at_the_step_it_is_told():
-    for c in (magnitude(RAMP), cj.at("*", cj.chain(magnitude(RAMP), cj.identity())), cj.every(4, magnitude(RAMP))):
+    for c in (
+        magnitude(RAMP),
+        cj.at("*", cj.chain(magnitude(RAMP), cj.identity())),
+        cj.every(4, magnitude(RAMP)),
+    ):
         seen = c.view(PARAMS, c.init(PARAMS, step=5))["w"]
         assert abs(float((seen == 0).mean()) - 0.45) < 2e-3

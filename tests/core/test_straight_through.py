@@ -54,7 +54,9 @@ def test_under_jit_and_vmap(wrap):
 
 def test_under_scan():
     def total(x):
-        return jax.lax.scan(lambda carry, _: (soft(carry, -0.9, 0.9) * 2.0, carry.sum()), x, None, length=3)[0].sum()
+        return jax.lax.scan(
+            lambda carry, _: (soft(carry, -0.9, 0.9) * 2.0, carry.sum()), x, None, length=3
+        )[0].sum()
 
     assert jax.grad(total)(X).tolist() == [8.0] * X.size
 
@@ -65,10 +67,18 @@ def test_integer_and_boolean_arguments_and_none():
         return jnp.where(keep, jnp.round(x[index]), 0.0)
 
     fn = straight_through(chosen)
-    x, index, keep = jnp.array([0.6, 1.6, 2.6]), jnp.array([2, 0, 1]), jnp.array([True, False, True])
+    x, index, keep = (
+        jnp.array([0.6, 1.6, 2.6]),
+        jnp.array([2, 0, 1]),
+        jnp.array([True, False, True]),
+    )
     assert fn(x, index, keep, None).tolist() == [3.0, 0.0, 2.0]
-    assert jax.jit(jax.grad(lambda x: (fn(x, index, keep, None) * jnp.arange(3.0)).sum()))(x).tolist() == [0.0, 1.0, 2.0]
-    grads = jax.grad(lambda *a: fn(*a, None).sum(), argnums=(0, 1, 2), allow_int=True)(x, index, keep)
+    assert jax.jit(jax.grad(lambda x: (fn(x, index, keep, None) * jnp.arange(3.0)).sum()))(
+        x
+    ).tolist() == [0.0, 1.0, 2.0]
+    grads = jax.grad(lambda *a: fn(*a, None).sum(), argnums=(0, 1, 2), allow_int=True)(
+        x, index, keep
+    )
     assert grads[0].tolist() == [1.0, 1.0, 1.0]
     assert grads[1].dtype == grads[2].dtype == jax.dtypes.float0
     batch = jax.vmap(fn, in_axes=(0, None, None, None))(jnp.stack([x, 2 * x]), index, keep, None)

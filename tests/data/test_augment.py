@@ -29,7 +29,9 @@ def test_every_result_is_one_shift_of_its_image_and_all_shifts_occur(images):
     out = np.asarray(random_crop_flip(jax.random.key(0), images, pad=1, fill=jnp.asarray(fill)))
     seen = []
     for before, after in zip(np.asarray(images), out, strict=True):
-        found = [how for how, window in _candidates(before, 1, fill) if np.array_equal(window, after)]
+        found = [
+            how for how, window in _candidates(before, 1, fill) if np.array_equal(window, after)
+        ]
         assert len(found) == 1
         seen += found
     assert {how[2] for how in seen} == {True, False}
@@ -37,7 +39,9 @@ def test_every_result_is_one_shift_of_its_image_and_all_shifts_occur(images):
 
 
 def test_without_padding_and_mirror_it_is_the_identity(images):
-    np.testing.assert_array_equal(random_crop_flip(jax.random.key(3), images, pad=0, flip=False), images)
+    np.testing.assert_array_equal(
+        random_crop_flip(jax.random.key(3), images, pad=0, flip=False), images
+    )
 
 
 def test_without_mirror_no_image_is_mirrored(images):

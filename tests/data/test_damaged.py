@@ -34,7 +34,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("how", HOW)
 def test_damage_is_told_or_makes_no_difference(how: str, prepared, tmp_path: Path):
     base, right = prepared
-    for i, name in enumerate(sorted(str(f.relative_to(base)) for f in base.rglob("*") if f.is_file())):
+    for i, name in enumerate(
+        sorted(str(f.relative_to(base)) for f in base.rglob("*") if f.is_file())
+    ):
         folder = shutil.copytree(base, tmp_path / str(i))
         file = folder / name
         data = file.read_bytes()
@@ -49,4 +51,6 @@ def test_damage_is_told_or_makes_no_difference(how: str, prepared, tmp_path: Pat
             assert "delete it or choose another data_dir" in str(error), name
         else:
             assert found.fingerprint == right.fingerprint and found.maximum == right.maximum, name
-            assert (found.train["image"] == right.train["image"]).all() and found.classes == right.classes
+            assert (
+                found.train["image"] == right.train["image"]
+            ).all() and found.classes == right.classes

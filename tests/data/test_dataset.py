@@ -14,8 +14,12 @@ def test_statistics_come_from_what_is_trained_on_only(digits_dir):
     pixels = raw.train["image"].astype(np.float64)
     np.testing.assert_allclose(data.mean, [pixels.mean()], rtol=1e-6)
     np.testing.assert_allclose(data.std, [pixels.std()], rtol=1e-6)
-    everything = np.concatenate([raw.train["image"], raw.validation["image"], raw.test["image"]]).astype(np.float64)
-    assert abs(everything.mean() - pixels.mean()) > 1e-4  # so the comparison above tells the two apart
+    everything = np.concatenate(
+        [raw.train["image"], raw.validation["image"], raw.test["image"]]
+    ).astype(np.float64)
+    assert (
+        abs(everything.mean() - pixels.mean()) > 1e-4
+    )  # so the comparison above tells the two apart
     for part in ("train", "validation", "test"):
         expected = (getattr(raw, part)["image"] - data.mean) / data.std
         np.testing.assert_array_equal(getattr(data, part)["image"], expected)

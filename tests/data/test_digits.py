@@ -20,7 +20,9 @@ def _rows(images, labels):
 def test_the_three_splits_together_are_exactly_scikit_learns_arrays(raw):
     source = load_digits()
     parts = raw.train, raw.validation, raw.test
-    images = np.concatenate([p["image"] for p in parts]) * np.float32(16)  # k / 16 is exact in binary
+    images = np.concatenate([p["image"] for p in parts]) * np.float32(
+        16
+    )  # k / 16 is exact in binary
     labels = np.concatenate([p["label"] for p in parts])
     np.testing.assert_array_equal(_rows(images, labels), _rows(source.images, source.target))
 

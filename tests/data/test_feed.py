@@ -8,7 +8,10 @@ from compress_jax.data import batches, eval_batches
 
 
 def _split(n):
-    return {"image": np.arange(n, dtype=np.float32)[:, None] * 2, "label": np.arange(n, dtype=np.int32)}
+    return {
+        "image": np.arange(n, dtype=np.float32)[:, None] * 2,
+        "label": np.arange(n, dtype=np.int32),
+    }
 
 
 def _labels(feed, steps):
@@ -18,7 +21,9 @@ def _labels(feed, steps):
 def test_a_batch_is_a_function_of_seed_and_step():
     a, b = batches(_split(50), 8, seed=3), batches(_split(50), 8, seed=3)
     forwards = _labels(a, range(20))
-    assert _labels(b, reversed(range(20))) == forwards[::-1]  # a run resumed at any step sees what it would have seen
+    assert (
+        _labels(b, reversed(range(20))) == forwards[::-1]
+    )  # a run resumed at any step sees what it would have seen
     assert _labels(batches(_split(50), 8, seed=4), range(20)) != forwards
 
 
@@ -47,7 +52,8 @@ def test_epochs_are_shuffled_differently():
 
 
 def test_all_examples_come_equally_often_in_each_place():
-    # 200 epochs of 10 examples: each should come first about 20 times; 5 standard deviations are 21.
+    # 200 epochs of 10 examples: each should come first about 20 times; 5 standard deviations are
+    # 21.
     feed = batches(_split(10), 1, seed=0)
     first = [feed[e * 10]["label"].item() for e in range(200)]
     counts = np.bincount(first, minlength=10)
@@ -57,7 +63,9 @@ def test_all_examples_come_equally_often_in_each_place():
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_processes_share_the_global_batch(count):
     whole = batches(_split(50), 16, seed=1)
-    shards = [batches(_split(50), 16, seed=1, process_index=p, process_count=count) for p in range(count)]
+    shards = [
+        batches(_split(50), 16, seed=1, process_index=p, process_count=count) for p in range(count)
+    ]
     for step in (0, 2, 3, 10):
         joined = np.stack([s[step]["label"] for s in shards], axis=1).ravel()
         np.testing.assert_array_equal(joined, whole[step]["label"])
@@ -76,11 +84,16 @@ def test_impossible_batches_are_refused():
 @given(n=st.integers(0, 40), size=st.integers(1, 50), count=st.sampled_from([1, 2, 3]))
 def test_eval_batches_count_every_example_once(n, size, count):
     size *= count
-    parts = [list(eval_batches(_split(n), size, process_index=p, process_count=count)) for p in range(count)]
+    parts = [
+        list(eval_batches(_split(n), size, process_index=p, process_count=count))
+        for p in range(count)
+    ]
     assert {len(p) for p in parts} == {-(-n // size)}
     seen = []
     for batch in sum(parts, []):
-        assert {key: array.shape[0] for key, array in batch.items()} == dict.fromkeys(batch, size // count)
+        assert {key: array.shape[0] for key, array in batch.items()} == dict.fromkeys(
+            batch, size // count
+        )
         assert batch["mask"].dtype == bool and not batch["image"][~batch["mask"]].any()
         seen += batch["label"][batch["mask"]].tolist()
     assert sorted(seen) == list(range(n))

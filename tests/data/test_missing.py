@@ -19,12 +19,18 @@ def _write(folder, n=2):
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
-def test_without_files_and_network_the_error_names_every_folder_and_what_to_do(name, offline, tmp_path, monkeypatch):
+def test_without_files_and_network_the_error_names_every_folder_and_what_to_do(
+    name, offline, tmp_path, monkeypatch
+):
     monkeypatch.setenv("COMPRESS_JAX_DATA", str(tmp_path / "mine"))
     with pytest.raises(DataError) as caught:
         load(name, data_dir=tmp_path / "home")
     text = str(caught.value)
-    for expected in (tmp_path / "mine" / name, tmp_path / "home" / "downloads" / "manual", tmp_path / "home" / name):
+    for expected in (
+        tmp_path / "mine" / name,
+        tmp_path / "home" / "downloads" / "manual",
+        tmp_path / "home" / name,
+    ):
         assert str(expected) in text
     for expected in ("COMPRESS_JAX_DATA", "manual_dir", 'load("digits")', "http", *idx.FILES):
         assert expected in text
@@ -52,7 +58,9 @@ def test_a_file_cut_short_is_refused(offline, tmp_path):
         load("fashion_mnist", data_dir=tmp_path / "home", manual_dir=tmp_path / "manual")
 
 
-@pytest.mark.parametrize("content", [b"", b"\0\0\x08", b"\0\0\x08\x01\0\0\0\x05ab", b"\0\0\x0d\x01\0\0\0\x01a", b"hello"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\0\0\x08", b"\0\0\x08\x01\0\0\0\x05ab", b"\0\0\x0d\x01\0\0\0\x01a", b"hello"]
+)
 def test_what_is_not_idx_is_refused(tmp_path, content):
     path = tmp_path / "file.gz"
     path.write_bytes(gzip.compress(content))

@@ -15,10 +15,15 @@ def tiny(tmp_path_factory):
     """IDX files of random images, 30 to train and 7 to test, and the arrays in them."""
     folder, rng, arrays = tmp_path_factory.mktemp("idx"), np.random.default_rng(0), {}
     for part, n in (("train", 30), ("t10k", 7)):
-        images, labels = rng.integers(0, 256, (n, 28, 28), np.uint8), rng.integers(0, 10, n, np.uint8)
+        images, labels = (
+            rng.integers(0, 256, (n, 28, 28), np.uint8),
+            rng.integers(0, 10, n, np.uint8),
+        )
         for kind, array in (("images", images), ("labels", labels)):
             header = b"\0\0\x08" + bytes([array.ndim]) + np.array(array.shape, ">i4").tobytes()
-            (folder / idx.file_name(part, kind)).write_bytes(gzip.compress(header + array.tobytes()))
+            (folder / idx.file_name(part, kind)).write_bytes(
+                gzip.compress(header + array.tobytes())
+            )
         arrays[part] = images, labels
     return folder, arrays
 
@@ -34,8 +39,13 @@ def test_round_trip_of_small_files(stock, tiny, tmp_path):
     builder.download_and_prepare()
     for split, part in (("train", "train"), ("test", "t10k")):
         out = read(builder, split)
-        got = sorted((image.tobytes(), int(label)) for image, label in zip(out["image"], out["label"], strict=True))
-        assert got == sorted((image.tobytes(), int(label)) for image, label in zip(*arrays[part], strict=True))
+        got = sorted(
+            (image.tobytes(), int(label))
+            for image, label in zip(out["image"], out["label"], strict=True)
+        )
+        assert got == sorted(
+            (image.tobytes(), int(label)) for image, label in zip(*arrays[part], strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
@@ -50,7 +60,11 @@ def test_ours_describe_the_data_as_the_stock_builders_do(name, tmp_path):
 @pytest.mark.slow
 def test_the_real_fashion_mnist(fashion_files, tmp_path):
     data = load("fashion_mnist", data_dir=tmp_path, manual_dir=fashion_files, normalised=False)
-    assert [len(p["label"]) for p in (data.train, data.validation, data.test)] == [54000, 6000, 10000]
+    assert [len(p["label"]) for p in (data.train, data.validation, data.test)] == [
+        54000,
+        6000,
+        10000,
+    ]
     source = idx.read(fashion_files / "t10k-images-idx3-ubyte.gz")
     labels = idx.read(fashion_files / "t10k-labels-idx1-ubyte.gz")
     pixels = np.rint(data.test["image"] * 255).astype(np.uint8)

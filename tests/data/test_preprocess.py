@@ -9,7 +9,10 @@ from compress_jax.data import clean, normalise, scale_to_unit, statistics
 
 def _split(images, labels=None):
     images = np.asarray(images, np.float32)
-    return {"image": images, "label": np.arange(len(images), dtype=np.int32) if labels is None else np.asarray(labels)}
+    return {
+        "image": images,
+        "label": np.arange(len(images), dtype=np.int32) if labels is None else np.asarray(labels),
+    }
 
 
 def test_non_finite_examples_are_dropped_and_counted():
@@ -27,7 +30,11 @@ def test_repeats_are_dropped_only_if_asked_and_the_first_stays():
     assert dropped == {"non_finite": 0, "duplicate": 1}
 
 
-@given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.integers(0, 2)))
+@given(
+    hnp.arrays(
+        np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=6), elements=st.integers(0, 2)
+    )
+)
 def test_cleaning_twice_changes_nothing_and_keeps_the_set_of_examples(images):
     kept, dropped = clean({"image": images}, drop_duplicates=True)
     again, none = clean(kept, drop_duplicates=True)
@@ -58,7 +65,9 @@ def test_statistics_of_nothing_are_refused():
 
 def test_scaling_float_images_leaves_the_input_alone():
     images = np.full((1, 1, 1), 8, np.float32)
-    assert scale_to_unit({"image": images}, maximum=16)["image"].item() == 0.5 and images.item() == 8
+    assert (
+        scale_to_unit({"image": images}, maximum=16)["image"].item() == 0.5 and images.item() == 8
+    )
 
 
 def test_the_functions_are_pure():

@@ -21,8 +21,12 @@ LOSSES = {
     "dist": lambda s, t, temperature: distill.dist(s, t, temperature=temperature),
     "hard_label": lambda s, t, temperature: distill.hard_label(s, t, 0.1),
     "total_variation": lambda s, t, temperature: distill.total_variation(s, t),
-    "standardize": lambda s, t, temperature: distill.kl(distill.standardize(s), distill.standardize(t), temperature),
-    "ensemble": lambda s, t, temperature: distill.kl(s, distill.ensemble([t, -t], [3, 1], temperature), temperature),
+    "standardize": lambda s, t, temperature: distill.kl(
+        distill.standardize(s), distill.standardize(t), temperature
+    ),
+    "ensemble": lambda s, t, temperature: distill.kl(
+        s, distill.ensemble([t, -t], [3, 1], temperature), temperature
+    ),
     "averaged": lambda s, t, temperature: distill.averaged(distill.kl)(s, [t, -t]),
     "hinton": lambda s, t, temperature: distill.hinton(0.5, temperature)(s, t, LABELS),
     "top_k_2": lambda s, t, temperature: distill.top_k_kl(s, distill.top_k(t, 2, temperature)),
@@ -43,7 +47,12 @@ LOGITS = hnp.arrays(np.float32, (3, 6), elements=st.sampled_from([np.float32(x) 
 
 
 @every_loss
-@given(LOGITS, LOGITS, st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]), st.sampled_from([1.0, 4.0]))
+@given(
+    LOGITS,
+    LOGITS,
+    st.sampled_from([jnp.float32, jnp.bfloat16, jnp.float16]),
+    st.sampled_from([1.0, 4.0]),
+)
 @settings(deadline=None, max_examples=60)
 def test_values_and_gradients_are_finite(name, s, t, dtype, temperature):
     largest = min(float(jnp.finfo(dtype).max), 1e30)
@@ -55,12 +64,21 @@ def test_values_and_gradients_are_finite(name, s, t, dtype, temperature):
 
 
 @every_loss
-@pytest.mark.parametrize("logits", [np.zeros((3, 6)), np.full((3, 6), 3333.3), np.full((3, 6), 1e30), np.eye(6)[:3] * 1e4])
+@pytest.mark.parametrize(
+    "logits",
+    [np.zeros((3, 6)), np.full((3, 6), 3333.3), np.full((3, 6), 1e30), np.eye(6)[:3] * 1e4],
+)
 def test_equal_logits_of_both_cost_nothing_but_constants(name, logits):
     logits = jnp.asarray(logits, jnp.float32)
     value, gradient = GRADIENTS(name, logits, logits, 4.0)
     assert jnp.isfinite(value).all() and jnp.isfinite(gradient).all()
-    if name not in ("hard_label", "hinton", "dist", "ensemble", "averaged"):  # whose minimum is elsewhere or not zero
+    if name not in (
+        "hard_label",
+        "hinton",
+        "dist",
+        "ensemble",
+        "averaged",
+    ):  # whose minimum is elsewhere or not zero
         np.testing.assert_allclose(value, 0, atol=1e-5)
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
@@ -88,7 +106,9 @@ def test_short_logits_are_reduced_in_float32(name, dtype):
     s, t = (3 * jax.random.normal(jax.random.key(i), (3, 6)).astype(dtype) for i in range(2))
     value, _ = GRADIENTS(name, s, t, 2.0)
     wide, _ = GRADIENTS(name, s.astype(jnp.float32), t.astype(jnp.float32), 2.0)
-    np.testing.assert_allclose(value, wide, rtol=3e-7)  # two roundings of float32; float16's would be 1e-3
+    np.testing.assert_allclose(
+        value, wide, rtol=3e-7
+    )  # two roundings of float32; float16's would be 1e-3
 
 
 @every_loss
@@ -98,11 +118,17 @@ def test_gradients_are_those_of_finite_differences(name):
         value, gradient = GRADIENTS(name, s, t, 2.0)
         assert value.dtype == jnp.float64
         direction = jax.random.normal(jax.random.key(7), s.shape, jnp.float64)
-        after, before = (GRADIENTS(name, s + sign * 1e-5 * direction, t, 2.0)[0].sum() for sign in (1, -1))
-        np.testing.assert_allclose((gradient * direction).sum(), (after - before) / 2e-5, rtol=1e-7, atol=1e-8)
+        after, before = (
+            GRADIENTS(name, s + sign * 1e-5 * direction, t, 2.0)[0].sum() for sign in (1, -1)
+        )
+        np.testing.assert_allclose(
+            (gradient * direction).sum(), (after - before) / 2e-5, rtol=1e-7, atol=1e-8
+        )
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("top_k_2", "top_k_all", "averaged")])
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES if name not in ("top_k_2", "top_k_all", "averaged")]
+)
 def test_other_numbers_of_classes_are_an_error(name):
     with pytest.raises(ShapeError, match=r"\(3, 6\).*\(3, 5\)"):
         LOSSES[name](jnp.zeros((3, 6)), jnp.zeros((3, 5)), 1.0)

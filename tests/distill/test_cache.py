@@ -11,7 +11,13 @@ import pytest
 
 import compress_jax as cj
 from compress_jax import distill as d
-from compress_jax.core.errors import ArgumentError, ConfigError, DataError, NonFiniteError, StateError
+from compress_jax.core.errors import (
+    ArgumentError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    StateError,
+)
 from compress_jax.core.record import sealed
 from compress_jax.data import batches
 from compress_jax.models import LeNet300100
@@ -54,7 +60,9 @@ def test_each_view_of_each_example_has_its_own_logits(tmp_path, dtype, error):
     expected = seen(index, view)
     np.testing.assert_array_equal(top.ids, np.argsort(-expected, axis=-1)[:, :3])
     largest = np.take_along_axis(expected, top.ids, axis=-1)
-    np.testing.assert_allclose(top.log_probs.astype(np.float64), largest, rtol=error, atol=error * 1e-2)
+    np.testing.assert_allclose(
+        top.log_probs.astype(np.float64), largest, rtol=error, atol=error * 1e-2
+    )
     np.testing.assert_allclose(top.tail, 1 - np.exp(largest).sum(-1), atol=1e-5)
     assert not list(tmp_path.glob("*.new")) and (top.log_probs[2] != top.log_probs[3]).any()
 
@@ -88,7 +96,9 @@ def test_a_cache_that_was_cut_off_goes_on_and_lacks_what_it_lacks(tmp_path, monk
     d.write_cache(tmp_path, lambda x: stopping(x, 99), SPLIT, **options)
     assert len(asked) == 2  # the 9 rows that were missing, by 6
     again = d.open_cache(tmp_path, **WHO)(np.arange(N), np.zeros(N, int))
-    assert (again.ids[:12] == whole.ids).all() and sorted(again.ids[20].tolist()) == list(range(CLASSES))
+    assert (again.ids[:12] == whole.ids).all() and sorted(again.ids[20].tolist()) == list(
+        range(CLASSES)
+    )
 
 
 def contents(cache):
@@ -118,7 +128,9 @@ def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog,
     monkeypatch.setattr("compress_jax.distill._teachers.cache.block_rows", lambda k, dtype: 4)
     right = contents(write(tmp_path / "right", views=2, augment=VIEW))
     rng = np.random.default_rng(0)
-    for name in sorted(file.name for file in (tmp_path / "right").iterdir() if file.suffix in (".json", ".npy")):
+    for name in sorted(
+        file.name for file in (tmp_path / "right").iterdir() if file.suffix in (".json", ".npy")
+    ):
         folder = shutil.copytree(tmp_path / "right", tmp_path / f"{how}-{name}")
         file = folder / name
         file.write_bytes(DAMAGE[how](file.read_bytes(), rng))
@@ -146,7 +158,14 @@ def test_a_file_of_another_cache_or_place_is_none_of_this_one(tmp_path):
     assert contents(write(tmp_path / "mine", views=2, augment=VIEW)) == right
 
 
-CHANGES = [{"version": 1}, {"version": 3}, {"processes": 0}, {"processes": 2}, {"k": -1}, {"dtype": "x"}]
+CHANGES = [
+    {"version": 1},
+    {"version": 3},
+    {"processes": 0},
+    {"processes": 2},
+    {"k": -1},
+    {"dtype": "x"},
+]
 CHANGES += [{"temperature": "hot"}, {"views": 1.5}, {"examples": 10**30}]
 
 
@@ -190,7 +209,9 @@ def test_logits_that_are_not_finite_are_refused_by_example(tmp_path):
 
 def test_what_does_not_belong_is_refused(tmp_path):
     cache = write(tmp_path)
-    with pytest.raises(StateError, match="another teacher: teacher_sha256 aaaaaaaaaaaaaaaa, now cccccccccccccccc"):
+    with pytest.raises(
+        StateError, match="another teacher: teacher_sha256 aaaaaaaaaaaaaaaa, now cccccccccccccccc"
+    ):
         d.open_cache(tmp_path, teacher_sha256="c" * 64, data_sha256="b" * 64)
     with pytest.raises(StateError, match="another data"):
         d.open_cache(tmp_path, teacher_sha256="a" * 64, data_sha256="c" * 64)
@@ -219,7 +240,10 @@ def test_training_from_the_cache_is_training_online(tmp_path, dtype, error):
     frozen = d.Teacher(lambda v, x: x @ v["kernel"], {"kernel": KERNEL})
     variables, key = model.init(jax.random.key(0), SPLIT["image"]), jax.random.key(1)
     trained = []
-    for term, online in ((d.on_logits(d.kl, temperature=2.0), True), (d.on_logits(d.top_k_kl), False)):
+    for term, online in (
+        (d.on_logits(d.kl, temperature=2.0), True),
+        (d.on_logits(d.top_k_kl), False),
+    ):
         loss = distillation(model, [term], augment=VIEW)
         step = jax.jit(make_step(loss, optimizer, cj.identity()))
         state = create(variables, cj.identity(), optimizer, key)
@@ -232,4 +256,7 @@ def test_training_from_the_cache_is_training_online(tmp_path, dtype, error):
         assert "teacher_accuracy" in metrics
     for a, b in zip(*map(jax.tree.leaves, trained), strict=True):
         assert jnp.linalg.norm(a - b) <= error * jnp.linalg.norm(a)
-    assert any((x != y).any() for x, y in zip(*map(jax.tree.leaves, (trained[0], variables["params"])), strict=True))
+    assert any(
+        (x != y).any()
+        for x, y in zip(*map(jax.tree.leaves, (trained[0], variables["params"])), strict=True)
+    )

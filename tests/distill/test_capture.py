@@ -17,7 +17,11 @@ class Net(linen.Module):
     """A shared layer, a nested module, a method, a sown value and an output that is no array."""
 
     def setup(self):
-        self.shared, self.cell, self.inner = linen.Dense(4), linen.RNN(linen.LSTMCell(4), return_carry=True), Inner()
+        self.shared, self.cell, self.inner = (
+            linen.Dense(4),
+            linen.RNN(linen.LSTMCell(4), return_carry=True),
+            Inner(),
+        )
         self.head = linen.Dense(3)
 
     def encode(self, x):
@@ -63,10 +67,19 @@ def test_linen_features_are_what_the_modules_return(net):
     np.testing.assert_allclose(features["shared"], first, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(features["shared:1"], second, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(features["encode"], second, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(features["inner/norm"], second / np.sqrt(1 + 1e-5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        features["inner/norm"], second / np.sqrt(1 + 1e-5), rtol=1e-4, atol=1e-5
+    )
     dense = features["inner/norm"] @ params["inner"]["dense"]["kernel"]
     np.testing.assert_allclose(features["inner/dense"], dense, rtol=1e-5, atol=1e-6)
-    assert set(features) == {"inner/norm", "inner/dense", "inner/Dropout_0", "shared", "shared:1", "encode"}
+    assert set(features) == {
+        "inner/norm",
+        "inner/dense",
+        "inner/Dropout_0",
+        "shared",
+        "shared:1",
+        "encode",
+    }
 
 
 def test_linen_outputs_that_are_no_arrays_and_sown_values_have_names(net):
@@ -83,7 +96,9 @@ def test_linen_outputs_that_are_no_arrays_and_sown_values_have_names(net):
 def test_linen_collections_come_back_as_apply_returns_them(net):
     model, variables = net
     kwargs = {"train": True, "mutable": ["batch_stats"], "rngs": {"dropout": jax.random.key(2)}}
-    (out, state), features = jax.jit(lambda v: capture(model, "inner/norm")(v, X, **kwargs))(variables)
+    (out, state), features = jax.jit(lambda v: capture(model, "inner/norm")(v, X, **kwargs))(
+        variables
+    )
     expected, expected_state = run(model, variables, X, **kwargs)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
     assert set(state) == {"batch_stats"}
@@ -134,7 +149,9 @@ def test_only_what_matches_leaves_the_model():
 def test_a_student_learns_its_teachers_attention():
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     teacher, student = ResNet(depth=8, width=8), ResNet(depth=8, width=4)
-    theirs, ours = (jax.jit(model.init)(jax.random.key(i), x) for i, model in enumerate((teacher, student)))
+    theirs, ours = (
+        jax.jit(model.init)(jax.random.key(i), x) for i, model in enumerate((teacher, student))
+    )
     _, target = jax.jit(capture(teacher, "block_?_0"))(theirs, x)
 
     def loss(params):
@@ -171,8 +188,14 @@ def test_linen_loops_and_remat():
     out, features = jax.jit(capture(Layers(True), ("layers/dense", "last")))(variables, X)
     assert features["layers/dense"].shape == (3, 5, 4)
     np.testing.assert_allclose(features["last"], out, rtol=1e-6)
-    gradient = jax.grad(lambda v: capture(Layers(True), "layers/dense")(v, X)[1]["layers/dense"][1].sum())(variables)
-    assert [bool((row != 0).any()) for row in gradient["params"]["layers"]["dense"]["kernel"]] == [True, True, False]
+    gradient = jax.grad(
+        lambda v: capture(Layers(True), "layers/dense")(v, X)[1]["layers/dense"][1].sum()
+    )(variables)
+    assert [bool((row != 0).any()) for row in gradient["params"]["layers"]["dense"]["kernel"]] == [
+        True,
+        True,
+        False,
+    ]
     with pytest.raises(NoMatchError, match="layers/dense.*variable_axes=.'intermediates': 0"):
         capture(Layers(False), "layers/dense")(variables, X)
 
@@ -213,14 +236,18 @@ def test_nnx_features_are_what_the_modules_return():
     assert set(features) == {"blocks/0", "blocks/0/norm", "blocks/1", "blocks/1/norm", "encode"}
     np.testing.assert_allclose(out, model(X), rtol=1e-5, atol=1e-6)
     first = model.blocks[0]
-    np.testing.assert_allclose(features["blocks/0/norm"], first.norm(first.dense(X)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        features["blocks/0/norm"], first.norm(first.dense(X)), rtol=1e-5, atol=1e-6
+    )
     np.testing.assert_allclose(features["blocks/1"], nnx.relu(features["blocks/1/norm"]), rtol=1e-6)
     np.testing.assert_allclose(features["encode"], features["blocks/1"], rtol=1e-6)
 
 
 def test_nnx_sown_values_are_features_too():
     graph, state = nnx.split(Sowing(nnx.Rngs(0)))
-    _, features = jax.jit(lambda state, x: capture(nnx.merge(graph, state), ("before", "block"))(x))(state, X)
+    _, features = jax.jit(
+        lambda state, x: capture(nnx.merge(graph, state), ("before", "block"))(x)
+    )(state, X)
     np.testing.assert_allclose(features["before"], 2 * X, rtol=1e-6)
     assert set(features) == {"before", "block"}
 

@@ -28,7 +28,23 @@ def normal(x):
 
 
 LARGE = float(np.finfo(np.float32).max)
-EXTREMES = [-LARGE, -1e19, -1e4, -1.0, -1e-8, -1e-13, -1e-30, 0.0, 1e-40, 1e-20, 1e-10, 1.0, 1e4, 1e30, LARGE]
+EXTREMES = [
+    -LARGE,
+    -1e19,
+    -1e4,
+    -1.0,
+    -1e-8,
+    -1e-13,
+    -1e-30,
+    0.0,
+    1e-40,
+    1e-20,
+    1e-10,
+    1.0,
+    1e4,
+    1e30,
+    LARGE,
+]
 
 N, DIM, K = 40, 16, 12
 
@@ -72,10 +88,15 @@ def test_crd_gradients_reach_both_embeddings_and_not_the_bank():
     for own, gradient, other in [(s, to_student, rows[1]), (t, to_teacher, rows[0])]:
         direction = draw(9, (B, DIM))
         ends = [
-            noise_contrast(own + h * direction, other, np.asarray(index), np.asarray(negatives), 0.5) for h in (1e-6, -1e-6)
+            noise_contrast(
+                own + h * direction, other, np.asarray(index), np.asarray(negatives), 0.5
+            )
+            for h in (1e-6, -1e-6)
         ]
         slope = (ends[0] - ends[1]).sum() / 2e-6
-        np.testing.assert_allclose((np.asarray(gradient, np.float64) * direction).sum(), slope, rtol=1e-4)
+        np.testing.assert_allclose(
+            (np.asarray(gradient, np.float64) * direction).sum(), slope, rtol=1e-4
+        )
     np.testing.assert_array_equal(np.concatenate(to_bank), 0)
 
 
@@ -83,7 +104,9 @@ def test_shared_negatives_are_the_same_for_all_anchors():
     s, t, bank, index, negatives = contrast_case()
     each = jnp.tile(negatives[:1], (B, 1))
     np.testing.assert_allclose(
-        crd(single(s), single(t), bank, index, negatives[0]), crd(single(s), single(t), bank, index, each), rtol=1e-5
+        crd(single(s), single(t), bank, index, negatives[0]),
+        crd(single(s), single(t), bank, index, each),
+        rtol=1e-5,
     )
 
 
@@ -94,7 +117,9 @@ def test_the_constant_is_what_the_first_batch_would_estimate():
     np.testing.assert_allclose(estimate, 1 / (2 * 128 * temperature**2), atol=0.02)
 
 
-@given(hnp.arrays(np.float32, (2, DIM), elements=st.sampled_from([np.float32(x) for x in EXTREMES])))
+@given(
+    hnp.arrays(np.float32, (2, DIM), elements=st.sampled_from([np.float32(x) for x in EXTREMES]))
+)
 @settings(deadline=None, max_examples=30)
 def test_crd_is_finite_at_any_finite_features(features):
     value, gradient = CONTRAST(features)
@@ -139,14 +164,18 @@ def test_negatives_are_of_other_classes_and_all_equally_likely():
         counts = np.bincount(row, minlength=7)
         np.testing.assert_array_equal(np.flatnonzero(counts), allowed)
         share = 1 / len(allowed)
-        np.testing.assert_allclose(counts[allowed] / 30000, share, atol=5 * np.sqrt(share * (1 - share) / 30000))
+        np.testing.assert_allclose(
+            counts[allowed] / 30000, share, atol=5 * np.sqrt(share * (1 - share) / 30000)
+        )
 
 
 def test_contrast_brings_the_embeddings_of_one_example_together():
     features = single(draw(0, (N, 10))), single(draw(0, (N, 10)) @ draw(1, (10, 12)))
     part, bank = embedding(DIM), crd_bank(jax.random.key(1), N, DIM)
     keys = jax.random.split(jax.random.key(2))
-    params = [part.init(key, each.shape, each.shape) for key, each in zip(keys, features, strict=True)]
+    params = [
+        part.init(key, each.shape, each.shape) for key, each in zip(keys, features, strict=True)
+    ]
     optimizer = optax.sgd(0.1, momentum=0.9)
     index = jnp.arange(N)
 
@@ -175,13 +204,17 @@ def test_contrast_brings_the_embeddings_of_one_example_together():
 def test_a_bank_spread_over_devices_is_updated_alike():
     s, t, bank, index, negatives = contrast_case()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    spread = jax.device_put(bank, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    spread = jax.device_put(
+        bank, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    )
     s, t = single(s), single(t)
     moved = jax.jit(crd_update)
     for got, expected in zip(moved(spread, s, t, index), moved(bank, s, t, index), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-6)
     loss = jax.jit(crd)
-    np.testing.assert_allclose(loss(s, t, spread, index, negatives), loss(s, t, bank, index, negatives), rtol=1e-5)
+    np.testing.assert_allclose(
+        loss(s, t, spread, index, negatives), loss(s, t, bank, index, negatives), rtol=1e-5
+    )
 
 
 def test_embeddings_of_two_sizes_are_an_error():

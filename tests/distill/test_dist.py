@@ -13,12 +13,20 @@ def logits(seed, shape=(16, 10), scale=2.0):
     return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
-@pytest.mark.parametrize("temperature, beta, gamma", [(1.0, 1.0, 1.0), (4.0, 2.0, 2.0), (1.0, 0.0, 1.0), (2.0, 1.0, 0.0)])
+@pytest.mark.parametrize(
+    "temperature, beta, gamma", [(1.0, 1.0, 1.0), (4.0, 2.0, 2.0), (1.0, 0.0, 1.0), (2.0, 1.0, 0.0)]
+)
 def test_it_is_pearsons_correlation_of_rows_and_columns(temperature, beta, gamma):
     s, t = logits(0), logits(1)
-    p_s, p_t = (scipy.special.softmax(np.asarray(z, np.float64) / temperature, axis=-1) for z in (s, t))
-    rows = np.array([1 - scipy.stats.pearsonr(a, b).statistic for a, b in zip(p_s, p_t, strict=True)])
-    columns = np.mean([1 - scipy.stats.pearsonr(a, b).statistic for a, b in zip(p_s.T, p_t.T, strict=True)])
+    p_s, p_t = (
+        scipy.special.softmax(np.asarray(z, np.float64) / temperature, axis=-1) for z in (s, t)
+    )
+    rows = np.array(
+        [1 - scipy.stats.pearsonr(a, b).statistic for a, b in zip(p_s, p_t, strict=True)]
+    )
+    columns = np.mean(
+        [1 - scipy.stats.pearsonr(a, b).statistic for a, b in zip(p_s.T, p_t.T, strict=True)]
+    )
     expected = temperature**2 * (beta * rows + gamma * columns)
     np.testing.assert_allclose(dist(s, t, beta, gamma, temperature), expected, rtol=1e-5, atol=1e-5)
 
@@ -42,7 +50,9 @@ def test_columns_of_rare_classes_count_as_much_as_others():
     opposite = rare.copy()
     opposite[:, 0] = 2e-9 - rare[:, 0]
     s, t = (jnp.log(jnp.asarray(x, jnp.float32)) for x in (opposite, rare))
-    np.testing.assert_allclose(dist(s, t, beta=0.0), 2 / 10, rtol=1e-3)  # one of ten columns has correlation -1, not 1
+    np.testing.assert_allclose(
+        dist(s, t, beta=0.0), 2 / 10, rtol=1e-3
+    )  # one of ten columns has correlation -1, not 1
 
 
 def test_uniform_students_have_bounded_gradients():
@@ -54,8 +64,12 @@ def test_uniform_students_have_bounded_gradients():
 
 def test_tokens_are_one_batch():
     s, t = logits(0), logits(1)
-    np.testing.assert_allclose(dist(s.reshape(4, 4, 10), t.reshape(4, 4, 10)), dist(s, t).reshape(4, 4), rtol=1e-6)
-    assert jnp.abs(dist(s[:4], t[:4]) - dist(s, t)[:4]).max() > 1e-3  # other columns: they belong to the batch
+    np.testing.assert_allclose(
+        dist(s.reshape(4, 4, 10), t.reshape(4, 4, 10)), dist(s, t).reshape(4, 4), rtol=1e-6
+    )
+    assert (
+        jnp.abs(dist(s[:4], t[:4]) - dist(s, t)[:4]).max() > 1e-3
+    )  # other columns: they belong to the batch
 
 
 def test_a_sharded_batch_has_the_columns_of_the_whole():

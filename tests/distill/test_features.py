@@ -13,7 +13,21 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from compress_jax.core.errors import ShapeError
-from compress_jax.distill import ab, attention, cka_loss, fsp, ft, hint, mgd, nst, ofd, ofd_margin, resize, review, vid
+from compress_jax.distill import (
+    ab,
+    attention,
+    cka_loss,
+    fsp,
+    ft,
+    hint,
+    mgd,
+    nst,
+    ofd,
+    ofd_margin,
+    resize,
+    review,
+    vid,
+)
 
 B, H, W, C = 3, 6, 6, 5
 SHAPE = (B, H, W, C)
@@ -61,7 +75,9 @@ def pooled(f, size):
 
 
 def pyramid(s, t):
-    losses = [((s - t) ** 2).mean()] + [((pooled(s, k) - pooled(t, k)) ** 2).mean() for k in (3, 2, 1)]
+    losses = [((s - t) ** 2).mean()] + [
+        ((pooled(s, k) - pooled(t, k)) ** 2).mean() for k in (3, 2, 1)
+    ]
     return np.average(losses, weights=[1, 1 / 2, 1 / 4, 1 / 8])
 
 
@@ -76,12 +92,18 @@ def our_flow(s, t):
 
 LOSSES = {
     "hint": (hint, per_example(lambda s, t: ((s - t) ** 2).mean())),
-    "attention": (attention, per_example(lambda s, t: ((attention_map(s, 2) - attention_map(t, 2)) ** 2).mean())),
+    "attention": (
+        attention,
+        per_example(lambda s, t: ((attention_map(s, 2) - attention_map(t, 2)) ** 2).mean()),
+    ),
     "attention of power 3": (
         partial(attention, p=3),
         per_example(lambda s, t: ((attention_map(s, 3) - attention_map(t, 3)) ** 2).mean()),
     ),
-    "ft": (ft, per_example(lambda s, t: np.abs(s / np.linalg.norm(s) - t / np.linalg.norm(t)).mean())),
+    "ft": (
+        ft,
+        per_example(lambda s, t: np.abs(s / np.linalg.norm(s) - t / np.linalg.norm(t)).mean()),
+    ),
     "ft, squared": (
         partial(ft, p=2),
         per_example(lambda s, t: ((s / np.linalg.norm(s) - t / np.linalg.norm(t)) ** 2).mean()),
@@ -90,7 +112,11 @@ LOSSES = {
     "nst": (nst, per_example(selectivity)),
     "vid": (
         lambda s, t: vid(s, t, jnp.asarray(VARIANCE, jnp.float32)),
-        per_example(lambda s, t: -scipy.stats.norm.logpdf(t, s, np.sqrt(VARIANCE)).mean() - np.log(2 * np.pi) / 2),
+        per_example(
+            lambda s, t: (
+                -scipy.stats.norm.logpdf(t, s, np.sqrt(VARIANCE)).mean() - np.log(2 * np.pi) / 2
+            )
+        ),
     ),
     "ab": (ab, per_example(activation_boundary)),
     "ofd": (lambda s, t: ofd(s, t, jnp.asarray(MARGIN, jnp.float32)), per_example(overhaul)),
@@ -118,10 +144,14 @@ def test_values_are_the_references(ours, reference):
 @every_loss
 def test_gradients_are_finite_differences_of_the_float64_reference(ours, reference):
     s, t = draw(0), draw(1)
-    gradient = np.asarray(jax.jit(jax.grad(lambda s: ours(s, single(t)).sum()))(single(s)), np.float64)
+    gradient = np.asarray(
+        jax.jit(jax.grad(lambda s: ours(s, single(t)).sum()))(single(s)), np.float64
+    )
     for seed in range(3):
         direction = draw(10 + seed)
-        slope = (reference(s + 1e-6 * direction, t) - reference(s - 1e-6 * direction, t)).sum() / 2e-6
+        slope = (
+            reference(s + 1e-6 * direction, t) - reference(s - 1e-6 * direction, t)
+        ).sum() / 2e-6
         np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=2e-4, atol=1e-6)
 
 
@@ -140,7 +170,9 @@ def test_half_precision_features_are_reduced_in_float32(ours, reference):
     s, t = (single(draw(seed)).astype(jnp.bfloat16) for seed in (0, 1))
     value = ours(s, t)
     assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, reference(np.asarray(s, np.float64), np.asarray(t, np.float64)), rtol=1e-4)
+    np.testing.assert_allclose(
+        value, reference(np.asarray(s, np.float64), np.asarray(t, np.float64)), rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["hint", "attention", "ft", "fsp", "nst", "review"])
@@ -151,15 +183,35 @@ def test_equal_features_cost_nothing(name):
 
 
 LARGE, HUGE = float(np.finfo(np.float32).max), float(np.float32(1e37))
-EXTREMES = [-LARGE, -1e19, -1e4, -1.0, -1e-8, -1e-13, -1e-30, 0.0, 1e-40, 1e-20, 1e-10, 1.0, 1e4, 1e30, LARGE]
-ANY = hnp.arrays(np.float32, (2, 2, 2, 5), elements=st.sampled_from([np.float32(x) for x in EXTREMES]))
+EXTREMES = [
+    -LARGE,
+    -1e19,
+    -1e4,
+    -1.0,
+    -1e-8,
+    -1e-13,
+    -1e-30,
+    0.0,
+    1e-40,
+    1e-20,
+    1e-10,
+    1.0,
+    1e4,
+    1e30,
+    LARGE,
+]
+ANY = hnp.arrays(
+    np.float32, (2, 2, 2, 5), elements=st.sampled_from([np.float32(x) for x in EXTREMES])
+)
 
 
 def value_and_gradient(ours):
     return jax.jit(jax.value_and_grad(lambda s, t: ours(s, t).mean()))
 
 
-FINITE = {name: value_and_gradient(ours) for name, (ours, _) in LOSSES.items()} | {"cka": value_and_gradient(cka_loss)}
+FINITE = {name: value_and_gradient(ours) for name, (ours, _) in LOSSES.items()} | {
+    "cka": value_and_gradient(cka_loss)
+}
 
 
 @pytest.mark.parametrize("name", FINITE)
@@ -214,9 +266,14 @@ def test_the_activation_boundary_loss_ends_at_the_margin():
 
 
 def test_the_margin_is_the_mean_of_the_negative_half_of_a_normal():
-    scale, bias = np.array([1.0, -2.0, 0.5, 1.0, 1.0, 1.0]), np.array([0.0, 1.0, -3.0, 4.0, 8.5, -40.0])
+    scale, bias = (
+        np.array([1.0, -2.0, 0.5, 1.0, 1.0, 1.0]),
+        np.array([0.0, 1.0, -3.0, 4.0, 8.5, -40.0]),
+    )
     for got, s, b in zip(ofd_margin(single(scale), single(bias)), np.abs(scale), bias, strict=True):
-        low = max(-40 * s, -s * s / max(b, s) * 40) if b > 0 else b - 10 * s  # beyond is less than 1e-16 of the mass
+        low = (
+            max(-40 * s, -s * s / max(b, s) * 40) if b > 0 else b - 10 * s
+        )  # beyond is less than 1e-16 of the mass
         density = partial(scipy.stats.norm.pdf, loc=b, scale=s)
         mass, _ = scipy.integrate.quad(density, low, 0, epsabs=0)
         first, _ = scipy.integrate.quad(lambda x, density=density: x * density(x), low, 0, epsabs=0)
@@ -241,7 +298,9 @@ def test_mgd_hides_whole_positions_and_as_many_as_it_should():
     np.testing.assert_array_equal(mgd(x, x, lambda shown: shown, jax.random.key(0), ratio=1.0), 1.0)
 
 
-@pytest.mark.parametrize("old, other, new", [(8, 4, 4), (7, 5, 3), (3, 1, 7), (4, 2, 8), (9, 6, 1), (5, 3, 4)])
+@pytest.mark.parametrize(
+    "old, other, new", [(8, 4, 4), (7, 5, 3), (3, 1, 7), (4, 2, 8), (9, 6, 1), (5, 3, 4)]
+)
 def test_resize_takes_the_mean_of_what_each_position_covers(old, other, new):
     x = draw(0, (2, old, other, 3))
     expected = np.zeros((2, new, 2, 3))
@@ -256,7 +315,9 @@ def test_resize_takes_the_mean_of_what_each_position_covers(old, other, new):
 def test_resize_keeps_what_has_the_size_and_pools_sequences():
     x = single(draw(0))
     assert resize(x, (H, W)) is x
-    np.testing.assert_allclose(resize(x[:, 0], (2,)), x[:, 0].reshape(B, 2, 3, C).mean(2), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        resize(x[:, 0], (2,)), x[:, 0].reshape(B, 2, 3, C).mean(2), rtol=1e-5, atol=1e-6
+    )
     assert resize(x.astype(jnp.bfloat16), (2, 2)).dtype == jnp.bfloat16
     with pytest.raises(ShapeError, match="2 axes of positions"):
         resize(x, (2,))

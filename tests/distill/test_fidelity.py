@@ -76,8 +76,14 @@ def test_sums_of_batches_add_up_and_padding_does_not_count():
     logits, labels = 2 * normal(0, (100, 5)), jnp.arange(100) % 5
     whole = calibration(logits, labels)
     parts = [calibration(logits[:30], labels[:30]), calibration(logits[30:], labels[30:])]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), jax.tree.map(jnp.add, *parts), whole)
-    padded = calibration(jnp.concatenate([logits, jnp.zeros((28, 5))]), jnp.concatenate([labels, jnp.full(28, -1)]))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6),
+        jax.tree.map(jnp.add, *parts),
+        whole,
+    )
+    padded = calibration(
+        jnp.concatenate([logits, jnp.zeros((28, 5))]), jnp.concatenate([labels, jnp.full(28, -1)])
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), padded, whole)
 
 

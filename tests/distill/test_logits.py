@@ -22,9 +22,13 @@ def probabilities(z, temperature=1.0):
 @pytest.mark.parametrize("shape", [(32, 10), (2, 3, 100), (7,)])
 def test_kl_is_scipys_relative_entropy(temperature, shape):
     s, t = logits(0, shape), logits(1, shape)
-    expected = temperature**2 * scipy.special.rel_entr(probabilities(t, temperature), probabilities(s, temperature)).sum(-1)
+    expected = temperature**2 * scipy.special.rel_entr(
+        probabilities(t, temperature), probabilities(s, temperature)
+    ).sum(-1)
     np.testing.assert_allclose(kl(s, t, temperature), expected, rtol=2e-5, atol=1e-5)
-    np.testing.assert_allclose(jax.jit(kl)(s, t, jnp.float32(temperature)), expected, rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(kl)(s, t, jnp.float32(temperature)), expected, rtol=2e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 1000.0])
@@ -65,8 +69,12 @@ def test_mse_and_cross_entropy_against_float64():
     np.testing.assert_allclose(mse(s, t), (difference**2).mean(-1), rtol=1e-6)
     log_p = scipy.special.log_softmax(np.asarray(s, np.float64), axis=-1)
     q = 0.9 * np.eye(10)[labels] + 0.1 / 10
-    np.testing.assert_allclose(cross_entropy(s, jnp.asarray(labels)), -log_p[np.arange(32), labels], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(cross_entropy(s, jnp.asarray(labels), 0.1), -(q * log_p).sum(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        cross_entropy(s, jnp.asarray(labels)), -log_p[np.arange(32), labels], rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        cross_entropy(s, jnp.asarray(labels), 0.1), -(q * log_p).sum(-1), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -74,7 +82,9 @@ def test_hard_labels_are_the_teachers_predictions(smoothing):
     s, t = logits(0), logits(1)
     log_p = scipy.special.log_softmax(np.asarray(s, np.float64), axis=-1)
     q = (1 - smoothing) * np.eye(10)[np.asarray(t).argmax(-1)] + smoothing / 10
-    np.testing.assert_allclose(hard_label(s, t, smoothing), -(q * log_p).sum(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        hard_label(s, t, smoothing), -(q * log_p).sum(-1), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_hinton_takes_schedules_inside_a_compiled_step():
@@ -88,7 +98,9 @@ def test_hinton_mixes_labels_and_teacher():
     np.testing.assert_allclose(hinton(1.0)(s, t, labels), cross_entropy(s, labels), rtol=1e-6)
     np.testing.assert_allclose(hinton(0.0, 3.0)(s, t, labels), kl(s, t, 3.0), rtol=1e-6)
     mixed = 0.25 * cross_entropy(s, labels, 0.1) + 0.75 * kl(s, t, 2.0)
-    np.testing.assert_allclose(hinton(0.25, 2.0, label_smoothing=0.1)(s, t, labels), mixed, rtol=1e-6)
+    np.testing.assert_allclose(
+        hinton(0.25, 2.0, label_smoothing=0.1)(s, t, labels), mixed, rtol=1e-6
+    )
 
 
 LARGE = float(np.finfo(np.float32).max)
@@ -108,7 +120,9 @@ def test_losses_and_gradients_are_finite_at_any_finite_logits(dtype, s, t, tempe
         assert gradient.dtype == dtype and jnp.isfinite(gradient).all()
     expected = temperature * (probabilities(s, temperature) - probabilities(t, temperature))
     student = jax.grad(lambda s: kl(s, t, temperature).sum())(s).astype(jnp.float32)
-    np.testing.assert_allclose(student, expected, atol=1e-5 * temperature if dtype == jnp.float32 else temperature / 100)
+    np.testing.assert_allclose(
+        student, expected, atol=1e-5 * temperature if dtype == jnp.float32 else temperature / 100
+    )
 
 
 def _extreme(s, t, temperature):

@@ -10,10 +10,14 @@ from compress_jax import distill
 
 SCRIPT = Path(__file__).parents[2] / "experiments/distillation/losses.py"
 NO_LOSSES = set(
-    "Bank Cache CachedFeed Calibration Drift Objective Part Schedule Seen Teacher Teachers Term TopK Total activation "
-    "agreement buckets by_example calibration calibration_error capture cast cka contrast conv crd_bank crd_negatives "
-    "crd_update deconv drift embedding fingerprint fusion gaussian generate generator hexadecimal linear masked_mean "
-    "masked_total next_tokens norm ofd_margin on_features on_labels on_logits on_policy on_weights open_cache paraphraser "
+    "Bank Cache CachedFeed Calibration Drift Objective Part Schedule Seen Teacher Teachers Term "
+    "TopK Total activation "
+    "agreement buckets by_example calibration calibration_error capture cast cka contrast conv "
+    "crd_bank crd_negatives "
+    "crd_update deconv drift embedding fingerprint fusion gaussian generate generator hexadecimal "
+    "linear masked_mean "
+    "masked_total next_tokens norm ofd_margin on_features on_labels on_logits on_policy "
+    "on_weights open_cache paraphraser "
     "pool projector require_same resize sequential token_total top_k translator write_cache".split()
 )
 
@@ -36,7 +40,9 @@ def test_the_tests_it_names_exist(script):
 
 def test_the_file_is_what_the_script_writes_with_a_formula_and_a_paper_in_each_row(script):
     text = script["table"]()
-    assert SCRIPT.with_name("losses.md").read_text() == text, "run python experiments/distillation/losses.py"
+    assert SCRIPT.with_name("losses.md").read_text() == text, (
+        "run python experiments/distillation/losses.py"
+    )
     rows = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) == len(script["EVIDENCE"])
     assert all("`" in row[2] and re.search(r"(19|20)\d\d", row[3]) for row in rows)

@@ -22,7 +22,12 @@ TOKENS = jnp.arange(T)[None] < LENGTHS[:, None]
 ROWS = jnp.array([True, True, False, True, False])
 HEAD = jax.random.normal(jax.random.key(9), (C, 7))
 LABELS = jax.random.randint(jax.random.key(8), (B, T), 0, C)
-UNMASKED = {"standardize", "virtual_teacher", "ensemble", "l2_sp"}  # of logits or of weights: nothing is averaged
+UNMASKED = {
+    "standardize",
+    "virtual_teacher",
+    "ensemble",
+    "l2_sp",
+}  # of logits or of weights: nothing is averaged
 
 
 def on(loss, **options):
@@ -47,9 +52,13 @@ TERMS = {
     "ensembled": of(lambda s, t: d.ensembled(d.kl)(s, [t, -t])),
     "averaged": of(lambda s, t, *, mask=None: d.averaged(d.dist)(s, [t, -t], mask=mask)),
     "top_k_kl": of(lambda s, t: d.top_k_kl(s, d.top_k(t, 2))),
-    "chunked_kl": on(lambda s, t, *, mask=None: d.chunked_kl(s, HEAD, t, HEAD[::-1], chunk=4, mask=mask)),
+    "chunked_kl": on(
+        lambda s, t, *, mask=None: d.chunked_kl(s, HEAD, t, HEAD[::-1], chunk=4, mask=mask)
+    ),
     "chunked_hinton": on(
-        lambda s, t, *, mask=None: d.chunked_hinton(s, HEAD, t, HEAD, jnp.zeros(s.shape[:-1], jnp.int32), chunk=4, mask=mask)
+        lambda s, t, *, mask=None: d.chunked_hinton(
+            s, HEAD, t, HEAD, jnp.zeros(s.shape[:-1], jnp.int32), chunk=4, mask=mask
+        )
     ),
     "hint": on(d.hint),
     "attention": on(d.attention),
@@ -88,7 +97,10 @@ class Given(nn.Module):
 
 def arrays(seed, batch=B):
     keys = jax.random.split(jax.random.key(seed), 3)
-    return {n: jax.random.normal(k, (batch, T, C)) for n, k in zip(("logits", "mid", "end"), keys, strict=True)}
+    return {
+        n: jax.random.normal(k, (batch, T, C))
+        for n, k in zip(("logits", "mid", "end"), keys, strict=True)
+    }
 
 
 def told(x):
@@ -104,10 +116,14 @@ PARTS, MEMORY = OBJECTIVE.init(jax.random.key(2), {"params": STUDENT}, BATCH, No
 @jax.jit
 def run(params, batch):
     def value(params, parts):
-        loss, (_, memory, metrics) = OBJECTIVE.loss(params, parts, {}, MEMORY, batch, jax.random.key(3), None, jnp.int32(0))
+        loss, (_, memory, metrics) = OBJECTIVE.loss(
+            params, parts, {}, MEMORY, batch, jax.random.key(3), None, jnp.int32(0)
+        )
         return loss, (metrics, memory)
 
-    (_, (metrics, memory)), slopes = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(params, PARTS)
+    (_, (metrics, memory)), slopes = jax.value_and_grad(value, argnums=(0, 1), has_aux=True)(
+        params, PARTS
+    )
     return {name: metrics[name] for name in TERMS}, slopes, memory
 
 
@@ -118,11 +134,16 @@ def dirty(x, mask, padding):
 
 def masked(mask, padding=None):
     """Return losses, gradients and memory, after what does not count was overwritten."""
-    student, teacher = (x if padding is None else dirty(x, mask, padding) for x in (STUDENT, TEACHER))
+    student, teacher = (
+        x if padding is None else dirty(x, mask, padding) for x in (STUDENT, TEACHER)
+    )
     counts = jnp.broadcast_to(mask if mask.ndim == 2 else mask[:, None], (B, T))
     labels = LABELS if padding is None else jnp.where(counts, LABELS, -100)
     index = BATCH["index"] if padding is None else jnp.where(counts.any(1), BATCH["index"], 0)
-    return run(student, {**BATCH, "x": student, **told(teacher), "label": labels, "index": index, "mask": mask})
+    return run(
+        student,
+        {**BATCH, "x": student, **told(teacher), "label": labels, "index": index, "mask": mask},
+    )
 
 
 def test_every_loss_has_a_row():
@@ -146,10 +167,15 @@ def test_padding_changes_no_value_no_gradient_and_no_memory(mask, padding):
 def test_a_mask_of_examples_gives_what_the_examples_give_alone():
     kept = np.flatnonzero(ROWS)
     alone = {name: (x if name == "index" else x)[kept] for name, x in BATCH.items() if name != "x"}
-    expected = run({name: x[kept] for name, x in STUDENT.items()}, {**alone, "x": {n: x[kept] for n, x in STUDENT.items()}})
+    expected = run(
+        {name: x[kept] for name, x in STUDENT.items()},
+        {**alone, "x": {n: x[kept] for n, x in STUDENT.items()}},
+    )
     found = masked(ROWS)
     for name in set(TERMS) - {"crd"}:  # whose negatives are drawn for the shape of the batch
-        np.testing.assert_allclose(found[0][name], expected[0][name], rtol=2e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            found[0][name], expected[0][name], rtol=2e-5, atol=1e-6, err_msg=name
+        )
 
 
 def test_a_mask_of_tokens_gives_what_the_tokens_give_alone():
@@ -160,7 +186,11 @@ def test_a_mask_of_tokens_gives_what_the_tokens_give_alone():
     batch = {"x": student, "label": LABELS[TOKENS][:, None], **told(teacher)}
     alone = distillation(Given(), [TERMS[name](name) for name in sorted(PER_TOKEN)], inputs="x")
     found = masked(TOKENS)[0]
-    expected = jax.jit(lambda: alone.loss(student, PARTS, {}, {}, batch, jax.random.key(3), None, jnp.int32(0))[1][2])()
+    expected = jax.jit(
+        lambda: alone.loss(student, PARTS, {}, {}, batch, jax.random.key(3), None, jnp.int32(0))[1][
+            2
+        ]
+    )()
     for name in PER_TOKEN:
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
@@ -169,7 +199,9 @@ def test_masks_of_other_ranks_are_the_same_mask():
     reference = masked(jnp.broadcast_to(ROWS[:, None], (B, T)))
     for mask in (ROWS, ROWS[:, None, None].astype(jnp.int32)):
         for name, value in run(STUDENT, {**BATCH, "mask": mask})[0].items():
-            np.testing.assert_allclose(value, reference[0][name], rtol=1e-5, atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                value, reference[0][name], rtol=1e-5, atol=1e-6, err_msg=name
+            )
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -180,7 +212,12 @@ def test_a_mask_that_does_not_fit_is_refused_and_the_term_is_named(name):
     for shape in ((B, T + 1), (B + 1,), (1, B, T)):
         batch = {**BATCH, "mask": jnp.ones(shape)}
         with pytest.raises(ShapeError, match=f"{name}|predictions"):
-            jax.eval_shape(lambda p, b=batch: alone.loss(p, parts, {}, memory, b, jax.random.key(0), None, 0)[0], STUDENT)
+            jax.eval_shape(
+                lambda p, b=batch: alone.loss(p, parts, {}, memory, b, jax.random.key(0), None, 0)[
+                    0
+                ],
+                STUDENT,
+            )
 
 
 def lossy(term, **changed):
@@ -211,7 +248,9 @@ def test_a_loss_of_ones_own_cannot_forget_the_mask():
 def test_a_term_may_have_a_mask_of_its_own_by_name():
     term = d.on_features(d.hint, "mid", "mid", mask="patches")
     found = lossy(term, patches=~TOKENS)
-    expected = np.square(np.asarray(STUDENT["mid"] - TEACHER["mid"], np.float64))[~np.asarray(TOKENS)].mean()
+    expected = np.square(np.asarray(STUDENT["mid"] - TEACHER["mid"], np.float64))[
+        ~np.asarray(TOKENS)
+    ].mean()
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     with pytest.raises(Exception, match="'hint'.*'patches'.*only"):
         lossy(term)
@@ -235,11 +274,15 @@ def test_what_fits_is_what_the_rule_says(data):
     while len(trimmed) > len(leading) and trimmed[-1] == 1:
         trimmed = trimmed[:-1]
     padded = trimmed + (1,) * (len(leading) - len(trimmed))
-    right = len(padded) == len(leading) and all(n in (1, size) for n, size in zip(padded, leading, strict=True))
+    right = len(padded) == len(leading) and all(
+        n in (1, size) for n, size in zip(padded, leading, strict=True)
+    )
     assert fits(jnp.ones(shape), leading) == right
     if right:
         mask = np.arange(np.prod(shape, dtype=int)).reshape(shape) % 2
-        np.testing.assert_array_equal(fitted(mask, leading), np.broadcast_to(mask.reshape(padded), leading))
+        np.testing.assert_array_equal(
+            fitted(mask, leading), np.broadcast_to(mask.reshape(padded), leading)
+        )
 
 
 def test_weights_are_not_additive_masks_and_not_words():
@@ -253,11 +296,15 @@ def test_standardised_logits_leave_masked_classes_out(value):
     there = jnp.array([True, True, False, True, True, False])
     s, t = (jnp.where(there, x["logits"], value) for x in (STUDENT, TEACHER))
     short = [x["logits"][..., np.flatnonzero(there)] for x in (STUDENT, TEACHER)]
-    loss, slope = jax.value_and_grad(lambda s: d.kl(d.standardize(s), d.standardize(t), 2.0).sum())(s)
+    loss, slope = jax.value_and_grad(lambda s: d.kl(d.standardize(s), d.standardize(t), 2.0).sum())(
+        s
+    )
     expected = d.kl(*map(d.standardize, short), 2.0).sum()
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     assert expected > 0.1 and jnp.isfinite(slope).all() and not slope[..., ~there].any()
-    by_hand = [d.standardize(jnp.where(there, x["logits"], -1e4), mask=there) for x in (STUDENT, TEACHER)]
+    by_hand = [
+        d.standardize(jnp.where(there, x["logits"], -1e4), mask=there) for x in (STUDENT, TEACHER)
+    ]
     np.testing.assert_allclose(d.kl(*by_hand, 2.0).sum(), expected, rtol=1e-5)
 
 

@@ -79,7 +79,9 @@ def descend(loss, params, steps=30, rate=0.02):
         updates, state = optimizer.update(gradient, state)
         return (optax.apply_updates(params, updates), state), value
 
-    (params, _), values = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))((params, optimizer.init(params)))
+    (params, _), values = jax.jit(lambda carry: jax.lax.scan(step, carry, length=steps))(
+        (params, optimizer.init(params))
+    )
     return values[0], values[-1], params
 
 
@@ -88,7 +90,10 @@ def test_parts_give_the_teachers_shape_and_learn_its_features(part, student, tea
     params = start(part, student, teacher)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     s, t = draw(1, student), jax.nn.relu(draw(2, teacher))
-    assert part.apply(params, s).shape == teacher and part.apply(params, s[:2]).shape == (2, *teacher[1:])
+    assert part.apply(params, s).shape == teacher and part.apply(params, s[:2]).shape == (
+        2,
+        *teacher[1:],
+    )
     before, after, _ = descend(lambda params: hint(part.apply(params, s), t).mean(), params)
     assert after < 0.9 * before
 
@@ -97,15 +102,21 @@ def test_parts_give_the_teachers_shape_and_learn_its_features(part, student, tea
 def test_parts_see_each_example_alone_and_compute_in_float32(part, student, teacher):
     params = start(part, student, teacher)
     s = draw(1, student)
-    np.testing.assert_allclose(part.apply(params, s)[1:2], part.apply(params, s[1:2]), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        part.apply(params, s)[1:2], part.apply(params, s[1:2]), rtol=1e-4, atol=1e-5
+    )
     half = part.apply(params, s.astype(jnp.bfloat16))
     assert half.dtype == jnp.float32
-    np.testing.assert_array_equal(half, part.apply(params, s.astype(jnp.bfloat16).astype(jnp.float32)))
+    np.testing.assert_array_equal(
+        half, part.apply(params, s.astype(jnp.bfloat16).astype(jnp.float32))
+    )
 
 
 @every_part
 def test_the_key_decides_and_nothing_else(part, student, teacher):
-    first, again, other = (start(part, student, teacher, key) for key in (KEY, KEY, jax.random.key(1)))
+    first, again, other = (
+        start(part, student, teacher, key) for key in (KEY, KEY, jax.random.key(1))
+    )
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), first, again)))
     assert not all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), first, other)))
     _, rebuild = flatten(first)
@@ -114,7 +125,9 @@ def test_the_key_decides_and_nothing_else(part, student, teacher):
 
 LARGE = float(np.finfo(np.float32).max)
 ANY = hnp.arrays(
-    np.float32, (2, 2, 2, 5), elements=st.sampled_from([np.float32(x) for x in (-LARGE, -1, 0, 1e-20, 1, 1e19)])
+    np.float32,
+    (2, 2, 2, 5),
+    elements=st.sampled_from([np.float32(x) for x in (-LARGE, -1, 0, 1e-20, 1, 1e19)]),
 )
 
 
@@ -146,7 +159,9 @@ FINITE = {name: _finite(part) for name, part in zip(
 
 def test_linear_is_a_matrix_product():
     params = linear().init(KEY, S, T) | {"bias": jnp.arange(8.0)}
-    expected = np.asarray(draw(1), np.float64) @ np.asarray(params["kernel"], np.float64) + np.arange(8)
+    expected = np.asarray(draw(1), np.float64) @ np.asarray(
+        params["kernel"], np.float64
+    ) + np.arange(8)
     np.testing.assert_allclose(linear().apply(params, draw(1)), expected, rtol=1e-4, atol=1e-5)
     assert set(linear(bias=False).init(KEY, S, T)) == {"kernel"}
 
@@ -158,14 +173,20 @@ def test_conv_is_scipys_correlation(window, stride):
     params = start(part, student, teacher)
     x, kernel = (np.asarray(each, np.float64) for each in (draw(1, student), params["kernel"]))
     for j in range(3):
-        full = sum(scipy.signal.correlate2d(x[0, ..., i], kernel[..., i, j], mode="same") for i in range(2))
-        np.testing.assert_allclose(part.apply(params, draw(1, student))[0, ..., j], full[::stride, ::stride], atol=1e-5)
+        full = sum(
+            scipy.signal.correlate2d(x[0, ..., i], kernel[..., i, j], mode="same") for i in range(2)
+        )
+        np.testing.assert_allclose(
+            part.apply(params, draw(1, student))[0, ..., j], full[::stride, ::stride], atol=1e-5
+        )
 
 
 def test_deconv_spreads_each_position_over_its_window():
     params = {"kernel": jnp.ones((2, 2, 1, 1)), "bias": jnp.zeros(1)}
     x = draw(1, (1, 3, 4, 1))
-    np.testing.assert_allclose(deconv(window=2).apply(params, x), jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), rtol=1e-6)
+    np.testing.assert_allclose(
+        deconv(window=2).apply(params, x), jnp.repeat(jnp.repeat(x, 2, 1), 2, 2), rtol=1e-6
+    )
 
 
 def test_norm_takes_mean_and_variance_over_channels():
@@ -211,7 +232,9 @@ def test_the_likeliest_variance_is_the_mean_square_of_what_is_not_explained():
 def test_the_variance_starts_where_it_is_told_to_and_stays_positive():
     for first in (0.1, 1.0, 5.0):
         params = gaussian(variance=first).init(KEY, S, T)
-        np.testing.assert_allclose(gaussian(variance=first).apply(params, draw(1))[1], first, rtol=1e-4)
+        np.testing.assert_allclose(
+            gaussian(variance=first).apply(params, draw(1))[1], first, rtol=1e-4
+        )
     params["raw_variance"] = jnp.full(8, -1e4)
     mean, variance = gaussian().apply(params, draw(1))
     assert (variance > 0).all()
@@ -230,12 +253,16 @@ def test_factor_transfer_paraphrases_then_translates():
     t, s = draw(1, T), draw(2)
     teller = paraphraser(0.5)
     params = start(teller, T, T)
-    before, after, params = descend(lambda params: hint(teller.apply(params, t)[1], t).mean(), params, steps=60)
+    before, after, params = descend(
+        lambda params: hint(teller.apply(params, t)[1], t).mean(), params, steps=60
+    )
     assert after < 0.9 * before
     factor, _ = jax.jit(teller.apply)(params, t)
     assert factor.shape == (4, 6, 6, 4)
     translate = start(translator(), S, factor.shape)
-    before, after, _ = descend(lambda p: ft(translator().apply(p, s), factor).mean(), translate, steps=60, rate=0.5)
+    before, after, _ = descend(
+        lambda p: ft(translator().apply(p, s), factor).mean(), translate, steps=60, rate=0.5
+    )
     assert after < 0.95 * before
 
 
@@ -252,8 +279,15 @@ def test_mgd_trains_its_generator():
 @pytest.mark.parametrize("name", ["ab", "ofd", "ickd", "review"])
 def test_a_regressor_lowers_every_loss_that_needs_one(name):
     t, s = draw(1, T), draw(2)
-    loss = {"ab": ab, "ickd": ickd, "review": review, "ofd": lambda s, t: ofd(s, t, jnp.full(8, -0.5))}[name]
-    before, after, _ = descend(lambda p: loss(linear().apply(p, s), t).mean(), linear().init(KEY, S, T))
+    loss = {
+        "ab": ab,
+        "ickd": ickd,
+        "review": review,
+        "ofd": lambda s, t: ofd(s, t, jnp.full(8, -0.5)),
+    }[name]
+    before, after, _ = descend(
+        lambda p: loss(linear().apply(p, s), t).mean(), linear().init(KEY, S, T)
+    )
     assert after < 0.95 * before
 
 
@@ -266,7 +300,9 @@ def test_fusion_lets_earlier_stages_see_deeper_ones_and_not_the_reverse():
     out = jax.jit(fusion().apply)(params, features)
     assert [each.shape for each in out] == STAGES[1]
     for stage in range(3):
-        gradients = jax.jit(jax.grad(lambda f, stage=stage: jnp.square(fusion().apply(params, f)[stage]).sum()))(features)
+        gradients = jax.jit(
+            jax.grad(lambda f, stage=stage: jnp.square(fusion().apply(params, f)[stage]).sum())
+        )(features)
         assert [bool((g != 0).any()) for g in gradients] == [deeper >= stage for deeper in range(3)]
 
 
@@ -288,7 +324,9 @@ def test_parts_have_an_optimizer_label_and_names_of_their_own():
     part = sequential(linear(8), norm(), activation(), linear())
     trainable = {"params": {"kernel": jnp.ones((5, 5))}, "parts": {"hint": part.init(KEY, S, T)}}
     assert "parts/hint/0/kernel" in match("parts/**", flatten(trainable)[0])
-    optimizer = optax.partition({"params": optax.sgd(0.0), "parts": optax.sgd(0.1)}, {"params": "params", "parts": "parts"})
+    optimizer = optax.partition(
+        {"params": optax.sgd(0.0), "parts": optax.sgd(0.1)}, {"params": "params", "parts": "parts"}
+    )
 
     def loss(trainable):
         s = draw(1) @ trainable["params"]["kernel"]
@@ -299,10 +337,13 @@ def test_parts_have_an_optimizer_label_and_names_of_their_own():
     assert (updates["parts"]["hint"]["0"]["kernel"] != 0).any()
 
 
-@pytest.mark.parametrize("part", [linear(), conv(), sequential(linear(6), linear()), projector(), generator()])
+@pytest.mark.parametrize(
+    "part", [linear(), conv(), sequential(linear(6), linear()), projector(), generator()]
+)
 def test_a_part_that_cannot_give_the_teachers_positions_says_which_can(part):
     with pytest.raises(
-        ShapeError, match=r"\(4, 6, 6, .\).*\(4, 3, 3, 8\).*conv\(stride=...\).*deconv\(stride=...\).*resize"
+        ShapeError,
+        match=r"\(4, 6, 6, .\).*\(4, 3, 3, 8\).*conv\(stride=...\).*deconv\(stride=...\).*resize",
     ):
         part.init(KEY, S, (4, 3, 3, 8))
     with pytest.raises(ShapeError, match="up to 3 axes"):

@@ -82,7 +82,9 @@ def channels(f):
 
 def inter_channel(s, t):
     s, t = (x.reshape(B, -1, x.shape[-1]) for x in (s, t))
-    return np.array([((channels(a) - channels(b)) ** 2).sum() / a.shape[-1] for a, b in zip(s, t, strict=True)])
+    return np.array(
+        [((channels(a) - channels(b)) ** 2).sum() / a.shape[-1] for a, b in zip(s, t, strict=True)]
+    )
 
 
 PAIR, MAPS = ((B, 7), (B, 4)), ((B, 3, 3, 4), (B, 2, 2, 4))
@@ -91,10 +93,17 @@ LOSSES = {
     "rkd_angle": (rkd_angle, lambda s, t: huber(angles(s) - angles(t)).mean((1, 2)), PAIR),
     "rkd": (
         rkd,
-        lambda s, t: 25 * huber(distances(s) - distances(t)).mean(1) + 50 * huber(angles(s) - angles(t)).mean((1, 2)),
+        lambda s, t: (
+            25 * huber(distances(s) - distances(t)).mean(1)
+            + 50 * huber(angles(s) - angles(t)).mean((1, 2))
+        ),
         PAIR,
     ),
-    "similarity": (similarity, lambda s, t: ((normal(s @ s.T) - normal(t @ t.T)) ** 2).sum(1) / B, PAIR),
+    "similarity": (
+        similarity,
+        lambda s, t: ((normal(s @ s.T) - normal(t @ t.T)) ** 2).sum(1) / B,
+        PAIR,
+    ),
     "pkt": (pkt, divergence, PAIR),
     "cc": (cc, lambda s, t: ((kernel(s) - kernel(t)) ** 2).mean(1), PAIR),
     "cka": (cka_loss, alignment, PAIR),
@@ -114,21 +123,29 @@ def test_values_are_the_references(ours, reference, shapes):
 @every_loss
 def test_gradients_are_finite_differences_of_the_float64_reference(ours, reference, shapes):
     s, t = draw(0, shapes[0]), draw(1, shapes[1])
-    gradient = np.asarray(jax.jit(jax.grad(lambda s: ours(s, single(t)).sum()))(single(s)), np.float64)
+    gradient = np.asarray(
+        jax.jit(jax.grad(lambda s: ours(s, single(t)).sum()))(single(s)), np.float64
+    )
     for seed in range(3):
         direction = draw(10 + seed, shapes[0])
-        slope = (reference(s + 1e-6 * direction, t).sum() - reference(s - 1e-6 * direction, t).sum()) / 2e-6
+        slope = (
+            reference(s + 1e-6 * direction, t).sum() - reference(s - 1e-6 * direction, t).sum()
+        ) / 2e-6
         np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=5e-4, atol=1e-5)
 
 
 @every_loss
-def test_the_teacher_gets_no_gradient_and_half_precision_is_reduced_in_float32(ours, reference, shapes):
+def test_the_teacher_gets_no_gradient_and_half_precision_is_reduced_in_float32(
+    ours, reference, shapes
+):
     s, t = single(draw(0, shapes[0])), single(draw(1, shapes[1]))
     np.testing.assert_array_equal(jax.grad(lambda t: ours(s, t).sum())(t), 0)
     s, t = s.astype(jnp.bfloat16), t.astype(jnp.bfloat16)
     value = ours(s, t)
     assert value.dtype == jnp.float32
-    np.testing.assert_allclose(value, reference(np.asarray(s, np.float64), np.asarray(t, np.float64)), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        value, reference(np.asarray(s, np.float64), np.asarray(t, np.float64)), rtol=1e-3, atol=1e-6
+    )
 
 
 @every_loss
@@ -161,7 +178,10 @@ def test_what_each_relation_does_not_see(seed, scale):
     }
     for loss, variants in blind.items():
         for variant in variants:
-            got, expected = JITTED[loss](single(variant), single(t)), JITTED[loss](single(s), single(t))
+            got, expected = (
+                JITTED[loss](single(variant), single(t)),
+                JITTED[loss](single(s), single(t)),
+            )
             np.testing.assert_allclose(got, expected, rtol=2e-3, atol=1e-6)
 
 
@@ -193,7 +213,23 @@ def test_examples_that_coincide_leave_the_other_gradients_alone():
 
 
 LARGE = float(np.finfo(np.float32).max)
-EXTREMES = [-LARGE, -1e19, -1e4, -1.0, -1e-8, -1e-13, -1e-30, 0.0, 1e-40, 1e-20, 1e-10, 1.0, 1e4, 1e30, LARGE]
+EXTREMES = [
+    -LARGE,
+    -1e19,
+    -1e4,
+    -1.0,
+    -1e-8,
+    -1e-13,
+    -1e-30,
+    0.0,
+    1e-40,
+    1e-20,
+    1e-10,
+    1.0,
+    1e4,
+    1e30,
+    LARGE,
+]
 ANY = hnp.arrays(np.float32, (3, 2, 4), elements=st.sampled_from([np.float32(x) for x in EXTREMES]))
 
 

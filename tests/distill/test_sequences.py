@@ -23,7 +23,9 @@ def bigram(tokens):
 
 def test_draws_have_the_models_distribution_and_prompts_stay():
     tokens = jnp.tile(jnp.array([[3, 1, 0, 0]]), (20_000, 1))
-    drawn, mask = jax.jit(partial(d.generate, bigram, temperature=2.0))(tokens, jnp.full(20_000, 2), KEY)
+    drawn, mask = jax.jit(partial(d.generate, bigram, temperature=2.0))(
+        tokens, jnp.full(20_000, 2), KEY
+    )
     assert (drawn[:, :2] == jnp.array([[3, 1]])).all()
     assert (mask == jnp.array([[False, True, True, False]])).all()
     first = np.exp(np.asarray(jax.nn.log_softmax(TABLE / 2), np.float64))
@@ -42,7 +44,11 @@ def test_the_likeliest_token_comes_without_noise_and_an_end_ends():
 
 def test_the_fraction_of_answers_that_are_the_students_own():
     n = 400
-    batch = {"tokens": jnp.full((n, 6), 4), "length": jnp.full(n, 2), "mask": jnp.zeros((n, 6), bool)}
+    batch = {
+        "tokens": jnp.full((n, 6), 4),
+        "length": jnp.full(n, 2),
+        "mask": jnp.zeros((n, 6), bool),
+    }
     zeros = lambda tokens: 99.0 * jax.nn.one_hot(0 * tokens, 5)  # noqa: E731
     for fraction, low, high in ((0.0, 0.0, 0.0), (0.3, 0.2, 0.4), (1.0, 1.0, 1.0)):
         new = jax.jit(lambda batch, f=fraction: d.on_policy(f)(KEY, batch, zeros))(batch)
@@ -59,7 +65,11 @@ class Bigram(nn.Module):
 
 
 def test_a_student_learns_its_teacher_on_its_own_samples_or_the_teachers():
-    model, optimizer, teacher = Bigram(), optax.adam(0.1), d.Teacher(lambda v, tokens: v["table"][tokens], {"table": TABLE})
+    model, optimizer, teacher = (
+        Bigram(),
+        optax.adam(0.1),
+        d.Teacher(lambda v, tokens: v["table"][tokens], {"table": TABLE}),
+    )
     tokens = jax.random.randint(jax.random.key(2), (32, 8), 0, VOCABULARY)
     batch = {"tokens": tokens, "length": jnp.ones(32, jnp.int32), "mask": jnp.ones((32, 8), bool)}
     batch["label"] = d.next_tokens(tokens)
@@ -71,7 +81,9 @@ def test_a_student_learns_its_teacher_on_its_own_samples_or_the_teachers():
     copied = {"tokens": written, "label": d.next_tokens(written), "mask": mask}
     for loss, given, distance in ((own, batch, 0.01), (theirs, copied, 0.05)):
         variables = model.init(KEY, tokens)
-        state = create(variables, cj.identity(), optimizer, KEY, loss.init(KEY, variables, given, teacher))
+        state = create(
+            variables, cj.identity(), optimizer, KEY, loss.init(KEY, variables, given, teacher)
+        )
         step = jax.jit(make_step(loss, optimizer, cj.identity()))
         for _ in range(80):
             state, metrics = step(state, given, teacher=teacher)
@@ -89,6 +101,8 @@ def test_padding_teaches_nothing():
     def value(tokens):
         batch = {"tokens": tokens, "label": tokens, "mask": mask}
         teacher = d.Teacher(lambda v, tokens: v["table"][tokens], {"table": TABLE})
-        return loss.loss(variables["params"], {}, {}, {}, batch, KEY, teacher, jnp.zeros((), jnp.int32))[0]
+        return loss.loss(
+            variables["params"], {}, {}, {}, batch, KEY, teacher, jnp.zeros((), jnp.int32)
+        )[0]
 
     assert float(value(jnp.array([[1, 2, 3, 4]]))) == float(value(jnp.array([[1, 2, 0, 0]])))

@@ -10,7 +10,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import compress_jax as cj
 from compress_jax.core import ShapeError, identity
-from compress_jax.distill import Teacher, Teachers, capture, cast, drift, fingerprint, hexadecimal, hinton, resize
+from compress_jax.distill import (
+    Teacher,
+    Teachers,
+    capture,
+    cast,
+    drift,
+    fingerprint,
+    hexadecimal,
+    hinton,
+    resize,
+)
 from compress_jax.models import LeNet300100
 from compress_jax.train._losses import distilled
 from compress_jax.train._state import create
@@ -36,8 +46,12 @@ def teacher_of(model):
 
 def test_logits_are_those_of_the_model_in_eval_mode():
     model, teacher = Normed(), teacher_of(Normed())
-    np.testing.assert_array_equal(teacher(INPUTS), model.apply(teacher.variables, INPUTS, train=False))
-    np.testing.assert_allclose(teacher(INPUTS)[:4], teacher(INPUTS[:4]), atol=1e-6)  # other examples do not matter
+    np.testing.assert_array_equal(
+        teacher(INPUTS), model.apply(teacher.variables, INPUTS, train=False)
+    )
+    np.testing.assert_allclose(
+        teacher(INPUTS)[:4], teacher(INPUTS[:4]), atol=1e-6
+    )  # other examples do not matter
 
 
 def test_no_gradient_goes_through():
@@ -47,10 +61,15 @@ def test_no_gradient_goes_through():
 
 
 def test_short_weights_drift_little_and_give_float32_logits():
-    with jax.numpy_dtype_promotion("standard"):  # Linen's batch norm mixes its float32 statistics with bfloat16
+    with jax.numpy_dtype_promotion(
+        "standard"
+    ):  # Linen's batch norm mixes its float32 statistics with bfloat16
         full, half = teacher_of(Normed()), teacher_of(Normed(dtype=jnp.bfloat16)).cast(jnp.bfloat16)
         drifted, exact = half(INPUTS), full(INPUTS)
-    dtypes = {name: {leaf.dtype for leaf in jax.tree.leaves(tree)} for name, tree in half.variables.items()}
+    dtypes = {
+        name: {leaf.dtype for leaf in jax.tree.leaves(tree)}
+        for name, tree in half.variables.items()
+    }
     assert dtypes == {"params": {jnp.dtype(jnp.bfloat16)}, "batch_stats": {jnp.dtype(jnp.float32)}}
     assert drifted.dtype == jnp.float32
     np.testing.assert_allclose(drifted, exact, atol=0.03 * float(jnp.abs(exact).max()))
@@ -93,7 +112,9 @@ def test_a_student_learns_its_teachers_logits_in_the_training_step():
     student, optimizer = LeNet300100(classes=3, hidden=(16,)), optax.adam(0.01)
     teacher = teacher_of(Normed())
     loss = distilled(student, Teacher.__call__, hinton(alpha=0.0, temperature=2.0))
-    state = create(student.init(jax.random.key(2), INPUTS), identity(), optimizer, jax.random.key(3))
+    state = create(
+        student.init(jax.random.key(2), INPUTS), identity(), optimizer, jax.random.key(3)
+    )
     step = jax.jit(make_step(loss, optimizer, identity()), donate_argnums=0)
     batch = {"image": INPUTS, "label": jnp.zeros(16, jnp.int32)}
     before = jax.tree.map(jnp.copy, teacher)
@@ -114,10 +135,19 @@ def test_a_teacher_of_8_bit_weights_stays_packed_and_drifts_little(tmp_path):
     stored, _ = cj.load(tmp_path / "teacher.safetensors")  # an artifact is a teacher as it is
     teacher = Teacher(model.apply, stored)
     moved = jax.jit(drift)(teacher, full, INPUTS)
-    assert 0 < moved.largest < 0.05 * jnp.abs(full(INPUTS)).max() and moved.agreement == 1 and moved.kl < 1e-3
-    largest = max(jax.tree.leaves(teacher.variables["params"]["Dense_0"]["kernel"]), key=lambda leaf: leaf.size)
+    assert (
+        0 < moved.largest < 0.05 * jnp.abs(full(INPUTS)).max()
+        and moved.agreement == 1
+        and moved.kl < 1e-3
+    )
+    largest = max(
+        jax.tree.leaves(teacher.variables["params"]["Dense_0"]["kernel"]),
+        key=lambda leaf: leaf.size,
+    )
     assert largest.dtype == jnp.uint8
-    assert hexadecimal(fingerprint(teacher)) == hexadecimal(fingerprint(Teacher(model.apply, packed)))
+    assert hexadecimal(fingerprint(teacher)) == hexadecimal(
+        fingerprint(Teacher(model.apply, packed))
+    )
     assert hexadecimal(fingerprint(teacher)) != hexadecimal(fingerprint(full))
 
 
@@ -125,15 +155,23 @@ def test_the_hash_is_of_every_array_its_place_and_its_kind():
     trees = [{"a": jnp.ones(4)}, {"b": jnp.ones(4)}, {"a": jnp.ones((2, 2))}, {"a": jnp.ones(4, jnp.int32)},
              {"a": jnp.ones(4).at[3].set(2)}, {"a": jnp.ones(4), "b": jnp.ones(4)}]  # fmt: skip
     assert len({hexadecimal(fingerprint(tree)) for tree in trees}) == len(trees)
-    assert hexadecimal(fingerprint({"a": np.ones(4, np.float32)})) == hexadecimal(fingerprint(trees[0]))
+    assert hexadecimal(fingerprint({"a": np.ones(4, np.float32)})) == hexadecimal(
+        fingerprint(trees[0])
+    )
 
 
 def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
-    half = Teacher(lambda v, x: x.reshape(len(x), -1) * v["w"], {"w": jnp.float32(2.0)}, view=partial(resize, size=(2, 2)))
+    half = Teacher(
+        lambda v, x: x.reshape(len(x), -1) * v["w"],
+        {"w": jnp.float32(2.0)},
+        view=partial(resize, size=(2, 2)),
+    )
     images = jnp.arange(16.0).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(half(images), [[5.0, 9.0, 21.0, 25.0]])
     assert half.cast(jnp.bfloat16).view is half.view
-    both = Teachers((half, Teacher(capture(LeNet300100(hidden=(3,)), ("dense_0",)), _variables(images))))
+    both = Teachers(
+        (half, Teacher(capture(LeNet300100(hidden=(3,)), ("dense_0",)), _variables(images)))
+    )
     with pytest.raises(ShapeError, match=r"\(1, 4\), \(1, 10\)"):
         both(images)
     _, features = both.members[1].see(images)

@@ -49,10 +49,14 @@ def test_totals_of_devices_add_up_under_shard_map():
 
     data = PartitionSpec("data")
     spread = jax.shard_map(loss, mesh=mesh, in_specs=(data, data, data), out_specs=PartitionSpec())
-    np.testing.assert_allclose(jax.jit(spread)(S, T, MASK), token_total(kl, S, T, MASK).mean, rtol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(spread)(S, T, MASK), token_total(kl, S, T, MASK).mean, rtol=1e-6
+    )
     placed = [jax.device_put(x, NamedSharding(mesh, data)) for x in (S, T, MASK)]
     np.testing.assert_allclose(
-        jax.jit(lambda *x: token_total(kl, *x).mean)(*placed), token_total(kl, S, T, MASK).mean, rtol=1e-6
+        jax.jit(lambda *x: token_total(kl, *x).mean)(*placed),
+        token_total(kl, S, T, MASK).mean,
+        rtol=1e-6,
     )
 
 
@@ -62,7 +66,10 @@ def test_padding_reaches_neither_value_nor_gradient(padding):
         return token_total(kl, s, t, MASK).mean
 
     dirty = [jnp.where(MASK[..., None], x, padding) for x in (S, T)]
-    (value, gradient), (clean, clean_gradient) = jax.value_and_grad(loss)(*dirty), jax.value_and_grad(loss)(S, T)
+    (value, gradient), (clean, clean_gradient) = (
+        jax.value_and_grad(loss)(*dirty),
+        jax.value_and_grad(loss)(S, T),
+    )
     assert value == clean
     np.testing.assert_array_equal(gradient, clean_gradient)
     np.testing.assert_array_equal(jnp.where(MASK[..., None], 0, gradient), 0)
@@ -70,7 +77,9 @@ def test_padding_reaches_neither_value_nor_gradient(padding):
 
 
 def test_nothing_to_learn_from_costs_nothing():
-    value, gradient = jax.value_and_grad(lambda s: token_total(kl, s, T, jnp.zeros_like(MASK)).mean)(S)
+    value, gradient = jax.value_and_grad(
+        lambda s: token_total(kl, s, T, jnp.zeros_like(MASK)).mean
+    )(S)
     assert value == 0
     np.testing.assert_array_equal(gradient, 0)
 
@@ -91,4 +100,8 @@ def test_masks_of_another_shape_are_an_error():
 
 def test_a_total_is_a_tree_that_goes_through_scans():
     totals = jax.lax.map(lambda x: token_total(kl, *x), (S, T, MASK))
-    np.testing.assert_allclose(Total(totals.sum.sum(), totals.count.sum()).mean, token_total(kl, S, T, MASK).mean, rtol=1e-6)
+    np.testing.assert_allclose(
+        Total(totals.sum.sum(), totals.count.sum()).mean,
+        token_total(kl, S, T, MASK).mean,
+        rtol=1e-6,
+    )

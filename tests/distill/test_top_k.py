@@ -29,7 +29,10 @@ def test_it_is_kl_over_k_plus_one_buckets(k, temperature):
     top = top_k(t, k, temperature)
     assert top.ids.dtype == jnp.int32 and top.ids.shape == (4, 5, k) and top.tail.shape == (4, 5)
     np.testing.assert_array_equal(top.ids, np.argsort(-np.asarray(t), axis=-1)[..., :k])
-    p, q = coarse(probabilities(t, temperature), top.ids), coarse(probabilities(s, temperature), top.ids)
+    p, q = (
+        coarse(probabilities(t, temperature), top.ids),
+        coarse(probabilities(s, temperature), top.ids),
+    )
     np.testing.assert_allclose(jnp.exp(top.log_probs), p[..., :k], rtol=1e-5)
     np.testing.assert_allclose(top.tail, p[..., k], rtol=1e-4)
     expected = temperature**2 * scipy.special.rel_entr(p, q).sum(-1)
@@ -66,14 +69,18 @@ def test_other_divergences_take_the_buckets_too():
     s, t = logits(0), logits(1)
     top = top_k(t, 12)
     for divergence in (reverse_kl, jsd):
-        np.testing.assert_allclose(divergence(*buckets(s, top)), divergence(s, t), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            divergence(*buckets(s, top)), divergence(s, t), rtol=1e-4, atol=1e-5
+        )
     assert (jsd(*buckets(s, top_k(t, 3))) <= jsd(s, t) + 1e-6).all()
 
 
 def test_a_tail_too_small_for_a_difference_is_kept():
     t = jnp.array([0.0, -40.0, -40.0])
     top = top_k(t, 1)
-    np.testing.assert_allclose(top.tail, 2 * np.exp(-40.0), rtol=1e-5)  # 1 minus the rest is 0 in float32
+    np.testing.assert_allclose(
+        top.tail, 2 * np.exp(-40.0), rtol=1e-5
+    )  # 1 minus the rest is 0 in float32
     student = jnp.array([0.0, -41.0, -41.0])
     gradient = jax.grad(lambda s: top_k_kl(s, top))(student)
     np.testing.assert_allclose(gradient[1:], np.exp(-41.0) - np.exp(-40.0), rtol=1e-4)

@@ -6,7 +6,16 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from compress_jax.distill import averaged, cross_entropy, dkd, ensemble, kl, reverse_kl, standardize, virtual_teacher
+from compress_jax.distill import (
+    averaged,
+    cross_entropy,
+    dkd,
+    ensemble,
+    kl,
+    reverse_kl,
+    standardize,
+    virtual_teacher,
+)
 
 
 def logits(seed, shape=(16, 10), scale=3.0):
@@ -19,7 +28,9 @@ def probabilities(z, temperature=1.0):
 
 def test_standardised_logits_are_z_scores():
     z = logits(0) + 7
-    np.testing.assert_allclose(standardize(z), scipy.stats.zscore(np.asarray(z, np.float64), axis=-1), atol=1e-5)
+    np.testing.assert_allclose(
+        standardize(z), scipy.stats.zscore(np.asarray(z, np.float64), axis=-1), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("scale, shift", [(1e-2, 0.0), (1e4, 1e4), (1e30, 0.0), (3.0, -50.0)])
@@ -27,12 +38,16 @@ def test_scale_and_shift_are_free(scale, shift):
     z = logits(0, scale=1.0)
     np.testing.assert_allclose(standardize(scale * z + shift), standardize(z), atol=2e-4)
     direction = jax.grad(lambda s: kl(standardize(s), standardize(logits(1)), 2.0).sum())(z)
-    np.testing.assert_allclose((direction * z).sum(-1), 0, atol=1e-4)  # no pull on the range of the student's logits
+    np.testing.assert_allclose(
+        (direction * z).sum(-1), 0, atol=1e-4
+    )  # no pull on the range of the student's logits
     np.testing.assert_allclose(direction.sum(-1), 0, atol=1e-5)
 
 
 def test_equal_logits_are_zeros_and_still_learn():
-    gradient = jax.grad(lambda s: kl(standardize(s), standardize(logits(1)), 2.0).sum())(jnp.full((16, 10), 3333.3))
+    gradient = jax.grad(lambda s: kl(standardize(s), standardize(logits(1)), 2.0).sum())(
+        jnp.full((16, 10), 3333.3)
+    )
     np.testing.assert_array_equal(standardize(jnp.full((2, 10), 3333.3)), 0)
     assert jnp.isfinite(gradient).all() and 1 < jnp.abs(gradient).max() < 2e3
 
@@ -40,15 +55,21 @@ def test_equal_logits_are_zeros_and_still_learn():
 def test_a_virtual_teacher_is_a_smoothed_label():
     labels = jnp.arange(16) % 10
     q = probabilities(virtual_teacher(labels, 10, 0.8))
-    np.testing.assert_allclose(q, 0.8 * np.eye(10)[labels] + (0.2 / 9) * (1 - np.eye(10)[labels]), rtol=1e-6)
+    np.testing.assert_allclose(
+        q, 0.8 * np.eye(10)[labels] + (0.2 / 9) * (1 - np.eye(10)[labels]), rtol=1e-6
+    )
     s, smoothing = logits(0), 0.2 * 10 / 9  # the same distribution, as label smoothing writes it
     entropy = -(q * np.log(q)).sum(-1)
     np.testing.assert_allclose(
-        kl(s, virtual_teacher(labels, 10, 0.8)) + entropy, cross_entropy(s, labels, smoothing), rtol=1e-5
+        kl(s, virtual_teacher(labels, 10, 0.8)) + entropy,
+        cross_entropy(s, labels, smoothing),
+        rtol=1e-5,
     )
     soft = probabilities(np.log(q), 20.0)
     expected = 400 * scipy.special.rel_entr(soft, probabilities(s, 20.0)).sum(-1)
-    np.testing.assert_allclose(kl(s, virtual_teacher(labels, 10, 0.8), 20.0), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        kl(s, virtual_teacher(labels, 10, 0.8), 20.0), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("classes, probability", [(1, 0.9), (10, 0.05), (10, 1.0)])
@@ -62,7 +83,9 @@ def test_a_virtual_teacher_knows_better_than_chance(classes, probability):
 def test_an_ensemble_is_the_mean_of_probabilities(weights, temperature):
     teachers = [logits(i) for i in range(1, 4)]
     shares = np.asarray(weights or [1.0, 1.0, 1.0]) / np.sum(weights or [1.0, 1.0, 1.0])
-    mean = sum(share * probabilities(t, temperature) for share, t in zip(shares, teachers, strict=True))
+    mean = sum(
+        share * probabilities(t, temperature) for share, t in zip(shares, teachers, strict=True)
+    )
     together = ensemble(teachers, weights, temperature)
     np.testing.assert_allclose(jax.nn.softmax(together / temperature), mean, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(ensemble(jnp.stack(teachers), weights, temperature), together)
@@ -86,7 +109,9 @@ def test_averaged_weighs_losses_and_hands_on_labels():
     expected = 0.25 * dkd(s, teachers[0], labels) + 0.75 * dkd(s, teachers[1], labels)
     np.testing.assert_allclose(averaged(dkd, [1, 3])(s, teachers, labels), expected, rtol=1e-6)
     np.testing.assert_allclose(
-        averaged(dkd)(s, jnp.stack([teachers[0]] * 3), labels), dkd(s, teachers[0], labels), rtol=1e-6
+        averaged(dkd)(s, jnp.stack([teachers[0]] * 3), labels),
+        dkd(s, teachers[0], labels),
+        rtol=1e-6,
     )
 
 
@@ -106,10 +131,15 @@ def test_schedules_of_weight_and_temperature_are_arrays_inside_one_compiled_step
     @jax.jit
     def loss(step):
         traces.append(None)
-        return (cross_entropy(s, labels) + warmup(step) * dkd(s, t, labels, temperature=cooling(step))).mean()
+        return (
+            cross_entropy(s, labels) + warmup(step) * dkd(s, t, labels, temperature=cooling(step))
+        ).mean()
 
     values = [float(loss(step)) for step in (0, 5, 10)]
     schedule = [(0.0, 4.0), (0.5, 2.5), (1.0, 1.0)]
-    expected = [(cross_entropy(s, labels) + w * dkd(s, t, labels, temperature=T)).mean() for w, T in schedule]
+    expected = [
+        (cross_entropy(s, labels) + w * dkd(s, t, labels, temperature=T)).mean()
+        for w, T in schedule
+    ]
     np.testing.assert_allclose(values, expected, rtol=1e-5)
     assert len(traces) == 1

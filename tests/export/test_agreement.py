@@ -14,8 +14,15 @@ def results(seed: int, *shape: int) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10_000), rows=st.integers(1, 20), width=st.integers(1, 40), channel=st.integers(0, 39))
-def test_a_channel_that_is_constant_or_shifted_is_refused_however_many_are_right(seed, rows, width, channel):
+@given(
+    seed=st.integers(0, 10_000),
+    rows=st.integers(1, 20),
+    width=st.integers(1, 40),
+    channel=st.integers(0, 39),
+)
+def test_a_channel_that_is_constant_or_shifted_is_refused_however_many_are_right(
+    seed, rows, width, channel
+):
     right, channel = results(seed, rows, width), channel % width
     wrong = right.copy()
     wrong[:, channel] += 0.1 * np.sqrt((right**2).mean())
@@ -37,9 +44,14 @@ def test_channels_are_looked_for_on_every_axis_but_the_examples(axis):
 @given(seed=st.integers(0, 10_000), noise=st.floats(1e-3, 0.03))
 def test_rounding_of_the_size_that_the_simulation_has_passes(seed, noise):
     floats = results(seed, 64, 16)
-    ours, theirs = floats + noise * results(seed + 1, 64, 16), floats + noise * results(seed + 2, 64, 16)
+    ours, theirs = (
+        floats + noise * results(seed + 1, 64, 16),
+        floats + noise * results(seed + 2, 64, 16),
+    )
     difference = agree(ours, theirs, 1e-3, "a against b", floats)
-    np.testing.assert_allclose(difference, np.sqrt(((ours - theirs) ** 2).mean() / (ours**2).mean()), rtol=1e-9)
+    np.testing.assert_allclose(
+        difference, np.sqrt(((ours - theirs) ** 2).mean() / (ours**2).mean()), rtol=1e-9
+    )
 
 
 def test_a_simulation_that_is_nothing_but_rounding_does_not_excuse_everything():

@@ -62,7 +62,10 @@ def test_it_comes_back_from_disk_and_its_size_is_what_was_said(tmp_path):
 
 def test_the_container_is_small(tmp_path):
     params, two_bits = {"w": jnp.ones((256, 256))}, cj.quantize.uniform(2)
-    assert cj.save(tmp_path / "f", two_bits.pack(params, two_bits.init(params))) < 256 * 256 * 2 / 8 + 900
+    assert (
+        cj.save(tmp_path / "f", two_bits.pack(params, two_bits.init(params)))
+        < 256 * 256 * 2 / 8 + 900
+    )
 
 
 def test_metadata_may_be_left_out(tmp_path):
@@ -80,7 +83,11 @@ def test_plain_safetensors_reads_it(file):
 
 def test_the_same_model_gives_the_same_bytes_in_any_process(file):
     program, out = f"{MODEL}\nimport sys\ncj.save(sys.argv[1], *model())", file.with_name("another")
-    environment = {**os.environ, "PYTHONHASHSEED": "12345", "PYTHONPATH": str(Path(cj.__file__).parents[1])}
+    environment = {
+        **os.environ,
+        "PYTHONHASHSEED": "12345",
+        "PYTHONPATH": str(Path(cj.__file__).parents[1]),
+    }
     subprocess.run([sys.executable, "-c", program, out], env=environment, check=True)
     assert out.read_bytes() == file.read_bytes()
 
@@ -96,7 +103,13 @@ def test_any_flipped_byte_is_an_error(file, data):
 
 
 @pytest.mark.parametrize(
-    ("old", "new"), [('"dtype":"F32"', '"dtype":"I32"'), ('"dtype":"U8"', '"dtype":"I8"'), (":[8,2]", ":[2,8]"), (",", ", ")]
+    ("old", "new"),
+    [
+        ('"dtype":"F32"', '"dtype":"I32"'),
+        ('"dtype":"U8"', '"dtype":"I8"'),
+        (":[8,2]", ":[2,8]"),
+        (",", ", "),
+    ],
 )
 def test_a_header_that_reads_the_bytes_otherwise_is_an_error(old, new, file):
     """What safetensors itself takes for good: the digest has to be of the header too."""
@@ -166,7 +179,9 @@ def test_a_newer_version_says_to_upgrade(file):
 
 
 @pytest.mark.parametrize(
-    "value", [object(), float("nan"), float("inf"), {1, 2}, {(1, 2): 3}, jnp.ones(2), b"x"], ids=lambda v: type(v).__name__
+    "value",
+    [object(), float("nan"), float("inf"), {1, 2}, {(1, 2): 3}, jnp.ones(2), b"x"],
+    ids=lambda v: type(v).__name__,
 )
 def test_metadata_that_json_cannot_hold_is_an_error_and_writes_nothing(value, tmp_path):
     with pytest.raises(ArtifactError, match="JSON"):
@@ -196,7 +211,10 @@ def test_a_write_that_stops_midway_leaves_the_old_file_and_nothing_else(size, tm
     file = tmp_path / "model.safetensors"
     cj.save(file, PACKED, METADATA)
     before = file.read_bytes()
-    with full_disk(size), pytest.raises(ArtifactError, match=r"cannot write .*too large.*unchanged"):
+    with (
+        full_disk(size),
+        pytest.raises(ArtifactError, match=r"cannot write .*too large.*unchanged"),
+    ):
         cj.save(file, {"x": jnp.zeros(50_000)})
     assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]
     with full_disk(size), pytest.raises(ArtifactError) as error:
@@ -204,7 +222,9 @@ def test_a_write_that_stops_midway_leaves_the_old_file_and_nothing_else(size, tm
     assert "unchanged" not in str(error.value) and os.listdir(tmp_path) == [file.name]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota")])
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Quota")]
+)
 @pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
 def test_a_full_disk_is_said_to_be_full(where, error, tmp_path, monkeypatch):
     file = tmp_path / "f"
@@ -214,7 +234,9 @@ def test_a_full_disk_is_said_to_be_full(where, error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(where, fail)
-    with pytest.raises(ArtifactError, match="the disk is full; the file that was there is unchanged"):
+    with pytest.raises(
+        ArtifactError, match="the disk is full; the file that was there is unchanged"
+    ):
         write_atomically(file, b"new")
     assert file.read_bytes() == b"old" and os.listdir(tmp_path) == ["f"]
 
@@ -252,10 +274,25 @@ def test_nothing_in_a_file_is_run(tmp_path):
 def test_a_file_written_by_hand_from_the_documentation_is_read(tmp_path):
     """Version 1 as it is described; were this test to change, old files would be lost."""
     codes, layout = {"Bits": {"data": True, "bits": 4, "shape": [2, 2]}}, [[2, 2], [1], None]
-    kernel = {"Quantized": {"codes": codes, "scale": True, "zero_point": True, "layout": layout, "dtype": "float16"}}
-    tree = {"dict": [["k", kernel], ["n", {"dict": [[7, {"list": ["bfloat16", None, {"tuple": [True]}]}]]}]]}
+    kernel = {
+        "Quantized": {
+            "codes": codes,
+            "scale": True,
+            "zero_point": True,
+            "layout": layout,
+            "dtype": "float16",
+        }
+    }
+    tree = {
+        "dict": [
+            ["k", kernel],
+            ["n", {"dict": [[7, {"list": ["bfloat16", None, {"tuple": [True]}]}]]}],
+        ]
+    }
     tensors = {
-        "k.codes": np.array([0x81, 0x9F], np.uint8),  # 1, 8, 15, 9, the first in the lower half of its byte
+        "k.codes": np.array(
+            [0x81, 0x9F], np.uint8
+        ),  # 1, 8, 15, 9, the first in the lower half of its byte
         "k.scale": np.array([[0.5, 2.0]], np.float32),
         "k.zero_point": np.array(8, np.uint8),
         "n/7/0": np.array([[0x80, 0x3F], [0x00, 0xC0]], np.uint8),  # 1.0 and -2.0, lower byte first

@@ -14,7 +14,9 @@ from compress_jax.export._simulate import simulation
 from compress_jax.export._verify.running import runner
 
 UINT8 = cj.quantize.static(8, symmetric=False)
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 
 
 @pytest.fixture
@@ -29,7 +31,9 @@ def array(seed, *shape):
 
 
 def constants(onnx, path):
-    return {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+    return {
+        each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer
+    }
 
 
 LAYOUTS = {
@@ -67,12 +71,20 @@ def test_the_bias_of_a_channel_that_is_nearly_zero_is_kept(size, model, onnx, tm
     x = np.asarray(10 * array(0, *((16, 12) if isinstance(model, nn.Dense) else (4, 5, 5, 3))))
     kernel = model.init(jax.random.key(1), x)["params"]["kernel"].at[..., [0, 4]].multiply(size)
     params = {"params": {"kernel": kernel, "bias": jnp.array([0.5, 0, 0.1, -0.2, -1.7, 1])}}
-    done = to_onnx(lambda p, x: model.apply(p, x), params, x, tmp_path / "m.onnx", how=UINT8, batches=[x])
+    done = to_onnx(
+        lambda p, x: model.apply(p, x), params, x, tmp_path / "m.onnx", how=UINT8, batches=[x]
+    )
     found = constants(onnx, done.path)
-    step = next(value for name, value in found.items() if name.endswith("kernel:step") or name == "params/kernel:step")
+    step = next(
+        value
+        for name, value in found.items()
+        if name.endswith("kernel:step") or name == "params/kernel:step"
+    )
     bias = found["params/kernel:bias:int"].astype(np.float64) * found["params/kernel:bias:step"]
     products = np.abs(np.asarray(kernel)).sum((*range(kernel.ndim - 1),)) * np.abs(x).max()
-    np.testing.assert_allclose(bias, params["params"]["bias"], rtol=1e-5, atol=1e-9 + products.max() / 1000)
+    np.testing.assert_allclose(
+        bias, params["params"]["bias"], rtol=1e-5, atol=1e-9 + products.max() / 1000
+    )
     np.testing.assert_allclose(bias[[0, 4]], [0.5, -1.7], rtol=1e-5)
     assert step.shape == (6,) and (step > 0).all()
 
@@ -86,14 +98,21 @@ def test_sites_without_an_integer_kernel_stay_float_and_are_listed(onnx, tmp_pat
     shapes = {"up": (3, 3, 3, 6), "scan": (2, 6, 6), "dense": (6, 8), "experts": (2, 4, 5)}
     params = {name: array(i, *shape) / 2 for i, (name, shape) in enumerate(shapes.items())}
     x = np.asarray(array(9, 3, 4, 4, 3))
-    done = to_onnx(fn, params, x, tmp_path / "m.onnx", how=UINT8, batches=[x], weights="uint8", batch="example")
+    done = to_onnx(
+        fn, params, x, tmp_path / "m.onnx", how=UINT8, batches=[x], weights="uint8", batch="example"
+    )
     rows = {row.name: row for row in done.rows}
     assert rows["dense"].form == "uint8 x uint8" and not rows["dense"].reason
-    for name, words in (("up", "transposed"), ("scan", "inside a loop"), ("experts", "batch of weights")):
+    for name, words in (
+        ("up", "transposed"),
+        ("scan", "inside a loop"),
+        ("experts", "batch of weights"),
+    ):
         assert rows[name].form == "float32" and words in rows[name].reason
     np.testing.assert_allclose(runner(done.path)(x), done.simulation(x), atol=2e-2)
     with pytest.raises(
-        ExportError, match="no site can be computed in integers: 'scan': inside a loop.*; 'up': .*transposed"
+        ExportError,
+        match="no site can be computed in integers: 'scan': inside a loop.*; 'up': .*transposed",
     ):
         how = [("dense", None), ("experts", None), ("**", UINT8)]
         to_onnx(fn, params, x, tmp_path / "n.onnx", how=how, batches=[x], batch="example")
@@ -113,7 +132,11 @@ def test_ranges_that_are_not_finite_are_refused_by_every_integer_path(value):
 
 class Dropping(nnx.Module):
     def __init__(self, rngs):
-        self.a, self.drop, self.b = nnx.Linear(8, 6, rngs=rngs), nnx.Dropout(0.5, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+        self.a, self.drop, self.b = (
+            nnx.Linear(8, 6, rngs=rngs),
+            nnx.Dropout(0.5, rngs=rngs),
+            nnx.Linear(6, 3, rngs=rngs),
+        )
 
     def __call__(self, x):
         return self.b(self.drop(nnx.relu(self.a(x))))
@@ -146,7 +169,10 @@ def test_keys_of_every_implementation_and_shape(implementation, tmp_path):
     keys = jax.random.split(jax.random.key(3, impl=implementation), 6).reshape(2, 3)
     cj.save(tmp_path / "k.st", {"keys": keys})
     again = cj.load(tmp_path / "k.st")[0]["keys"]
-    assert again.dtype == keys.dtype and (jax.random.key_data(again) == jax.random.key_data(keys)).all()
+    assert (
+        again.dtype == keys.dtype
+        and (jax.random.key_data(again) == jax.random.key_data(keys)).all()
+    )
 
 
 def test_a_state_with_random_keys_is_exported(dropping, onnx, tmp_path):

@@ -60,7 +60,9 @@ def test_the_digest_is_that_of_the_bytes_before_it_and_jax_passes_over_it(progra
 def test_a_damaged_program_is_an_error_that_names_it(change, said, program, tmp_path):
     file = tmp_path / "bad.stablehlo"
     file.write_bytes(change(program.read_bytes()))
-    with pytest.raises(ExportError, match=rf"{re.escape(str(file))}.*{said}"):  # these do not crash: no child is needed
+    with pytest.raises(
+        ExportError, match=rf"{re.escape(str(file))}.*{said}"
+    ):  # these do not crash: no child is needed
         runner(file)
 
 
@@ -89,7 +91,9 @@ def test_a_program_that_never_ends_is_ended(tmp_path):
 
     pytest.importorskip("flatbuffers")
     file = tmp_path / "forever.stablehlo"
-    exported = jax.export.export(jax.jit(lambda x: forever(x, x)))(jax.ShapeDtypeStruct((64, 4), jnp.float32))
+    exported = jax.export.export(jax.jit(lambda x: forever(x, x)))(
+        jax.ShapeDtypeStruct((64, 4), jnp.float32)
+    )
     file.write_bytes(sealed(exported.serialize()))
     refused(file, "has not answered after 15 seconds", timeout=15)
 
@@ -108,7 +112,11 @@ def test_a_program_that_wants_more_memory_than_allowed_is_an_error(tmp_path):
 @pytest.mark.parametrize("end", [signal.SIGSEGV, signal.SIGABRT, 3])
 def test_a_child_that_crashes_is_an_error_that_says_how(end, program, tmp_path):
     """What runtimes do to their process: a true signal."""
-    line = f"import os; os.kill(os.getpid(), {int(end)})" if isinstance(end, signal.Signals) else f"raise SystemExit({end})"
+    line = (
+        f"import os; os.kill(os.getpid(), {int(end)})"
+        if isinstance(end, signal.Signals)
+        else f"raise SystemExit({end})"
+    )
     done = subprocess.run(["python", "-c", line], capture_output=True, check=False)
     said = end.name if isinstance(end, signal.Signals) else "failed"
     with pytest.raises(ExportError, match=f"{program}.*{said}"):
@@ -116,7 +124,9 @@ def test_a_child_that_crashes_is_an_error_that_says_how(end, program, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".tflite"])
-@pytest.mark.parametrize("content", [b"", b"\x00" * 500, os.urandom(500)], ids=["empty", "zeros", "noise"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 500, os.urandom(500)], ids=["empty", "zeros", "noise"]
+)
 def test_other_runtimes_files_that_are_none_are_errors(suffix, content, tmp_path):
     package = {".onnx": "onnxruntime", ".tflite": "ai_edge_litert"}[suffix]
     pytest.importorskip(package, reason="needs pip install 'compress_jax[onnx,litert]'")

@@ -36,8 +36,12 @@ def types(path):
 def test_float_is_the_function(mlp, tmp_path):
     fn, params, x = mlp
     done = to_litert(fn, params, x, tmp_path / "m.tflite")
-    assert done.nbytes == done.path.stat().st_size and {row.form for row in done.rows} == {"float32"}
-    np.testing.assert_allclose(run(interpreter(done.path), [x]), fn(params, x), rtol=1e-4, atol=1e-5)
+    assert done.nbytes == done.path.stat().st_size and {row.form for row in done.rows} == {
+        "float32"
+    }
+    np.testing.assert_allclose(
+        run(interpreter(done.path), [x]), fn(params, x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_static_int8_uses_our_grids(mlp, tmp_path):
@@ -48,7 +52,11 @@ def test_static_int8_uses_our_grids(mlp, tmp_path):
     }
     done = to_litert(fn, params, x, tmp_path / "m.tflite", how=INT8, ranges=ranges, batches=[x])
     assert not [row.reason for row in done.rows if row.reason]
-    scales = {round(float(s), 5) for each in types(done.path).values() for s in each["quantization_parameters"]["scales"]}
+    scales = {
+        round(float(s), 5)
+        for each in types(done.path).values()
+        for s in each["quantization_parameters"]["scales"]
+    }
     assert {0.04, 0.02, 0.01} <= scales
 
 
@@ -56,8 +64,19 @@ def test_residual_networks_are_integers_throughout(tmp_path):
     model = ResNet(depth=8, width=4)
     x = np.asarray(jax.random.normal(jax.random.key(0), (4, 16, 16, 3)))
     params = jax.jit(model.init)(jax.random.key(1), x)
-    done = to_litert(lambda p, x: model.apply(p, x), params, x, tmp_path / "m.tflite", how=INT8, batches=[x, x[::-1]])
-    kernels = [each for each in types(done.path).values() if len(each["shape"]) == 4 and each["dtype"] == np.float32]
+    done = to_litert(
+        lambda p, x: model.apply(p, x),
+        params,
+        x,
+        tmp_path / "m.tflite",
+        how=INT8,
+        batches=[x, x[::-1]],
+    )
+    kernels = [
+        each
+        for each in types(done.path).values()
+        if len(each["shape"]) == 4 and each["dtype"] == np.float32
+    ]
     assert len(kernels) <= 1 and done.difference < 0.1  # the image itself comes in floats
     assert not [row.name for row in done.rows if row.reason]
 
@@ -68,7 +87,14 @@ def test_a_transformer_of_tokens_multiplies_in_int8_and_normalises_in_floats(tmp
     params = jax.jit(model.init)(jax.random.key(0), tokens)
     c = cj.at("**/kernel", cj.quantize.uniform(8, granularity="channel"))
     packed, batches = c.pack(params, c.init(params)), [tokens, tokens[::-1]]
-    done = to_litert(lambda p, x: model.apply(p, x), packed, tokens, tmp_path / "m.tflite", how=INT8, batches=batches)
+    done = to_litert(
+        lambda p, x: model.apply(p, x),
+        packed,
+        tokens,
+        tmp_path / "m.tflite",
+        how=INT8,
+        batches=batches,
+    )
     assert done.difference < 0.1 and not [row.reason for row in done.rows if row.reason]
     roots = [each for name, each in types(done.path).items() if "rsqrt" in name]
     assert roots and all(each["dtype"] == np.float32 for each in roots)
@@ -103,7 +129,9 @@ def test_a_crash_of_the_runtime_is_an_error(mlp, tmp_path, monkeypatch):
         return real([sys.executable, "-c", "import os; os.abort()"], **options)
 
     monkeypatch.setattr("compress_jax.export._litert.to_litert.subprocess.run", dies)
-    with pytest.raises(ExportError, match="LiteRT runtime, on the converted model, crashed .signal 6."):
+    with pytest.raises(
+        ExportError, match="LiteRT runtime, on the converted model, crashed .signal 6."
+    ):
         to_litert(fn, params, x, tmp_path / "m.tflite")
     assert not (tmp_path / "m.tflite").exists()
 
@@ -116,7 +144,10 @@ def test_the_bias_of_a_channel_that_is_nearly_zero_is_kept(size, tmp_path):
     fn = lambda p, x: x @ p["kernel"] + p["bias"][None]  # noqa: E731
     done = to_litert(fn, params, x, tmp_path / "m.tflite", how=INT8, batches=[x])
     assert done.notes and "2 channels" in done.notes[0]
-    found, wanted = run(interpreter(done.path), [x]), x.astype(np.float64) @ np.asarray(kernel) + np.asarray(params["bias"])
+    found, wanted = (
+        run(interpreter(done.path), [x]),
+        x.astype(np.float64) @ np.asarray(kernel) + np.asarray(params["bias"]),
+    )
     step = np.ptp(wanted) / 255
     assert np.abs(found[:, [0, 4]] - wanted[:, [0, 4]]).max() < step
     assert np.abs(found - wanted).max() < 8 * step

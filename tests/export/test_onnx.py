@@ -17,7 +17,9 @@ from compress_jax.quantize._activations.static import static
 onnx = pytest.importorskip("onnx", reason="needs pip install 'compress_jax[onnx]'")
 pytest.importorskip("onnxruntime", reason="needs pip install 'compress_jax[onnx]'")
 pytest.importorskip("jax2onnx", reason="needs pip install 'compress_jax[onnx]'")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning"
+)
 
 UINT8 = static(bits=8, symmetric=False)
 
@@ -39,7 +41,11 @@ def variables(model, x, seed=0):
                 * jax.random.uniform(next(keys), leaf.shape, minval=0.5, maxval=1.5)
                 * (-1 if "norm_0" in name and "scale" in name else 1)
             )
-        return leaf + 0.1 * jax.random.normal(next(keys), leaf.shape) if "mean" in name or "bias" in name else leaf
+        return (
+            leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)
+            if "mean" in name or "bias" in name
+            else leaf
+        )
 
     return jax.tree_util.tree_map_with_path(noisy, tree)
 
@@ -49,8 +55,12 @@ def call(model):
 
 
 def run(path, *inputs):
-    session = extra("onnxruntime", "onnx").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return session.run(None, {each.name: x for each, x in zip(session.get_inputs(), inputs, strict=True)})[0]
+    session = extra("onnxruntime", "onnx").InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
+    return session.run(
+        None, {each.name: x for each, x in zip(session.get_inputs(), inputs, strict=True)}
+    )[0]
 
 
 def operators(path):
@@ -90,7 +100,9 @@ def test_float_is_the_function_at_any_batch_size(name, tmp_path):
     done = to_onnx(call(model), weights, x, tmp_path / "m.onnx")
     assert done.nbytes == (tmp_path / "m.onnx").stat().st_size
     five = np.concatenate([x, x[:2]])
-    np.testing.assert_allclose(run(done.path, five), jax.jit(model.apply)(weights, five), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(
+        run(done.path, five), jax.jit(model.apply)(weights, five), rtol=1e-3, atol=1e-4
+    )
 
 
 def test_batch_norm_is_folded(resnet, tmp_path):
@@ -103,9 +115,13 @@ def test_batch_norm_is_folded(resnet, tmp_path):
 def test_static_integers_follow_the_simulation(name, tmp_path):
     model, x = MODELS[name]
     weights, batches = variables(model, x), [x, x[::-1].copy()]
-    done = to_onnx(call(model), weights, x, tmp_path / "m.onnx", how=UINT8, batches=batches, weights="uint8")
+    done = to_onnx(
+        call(model), weights, x, tmp_path / "m.onnx", how=UINT8, batches=batches, weights="uint8"
+    )
     floats = [row.name for row in done.rows if row.form != "uint8 x uint8"]
-    assert all("@" in name for name in floats), floats  # products of two activations, which `static` leaves alone
+    assert all("@" in name for name in floats), (
+        floats
+    )  # products of two activations, which `static` leaves alone
     assert done.difference < 0.05
 
 
@@ -117,8 +133,20 @@ def test_scales_and_codes_in_the_file_are_ours(lenet, tmp_path):
         f"params/{name}/kernel": {"input": {"low": jnp.float32(low), "high": jnp.float32(high)}}
         for name, low, high in [("dense_0", -3.0, 2.1), ("dense_1", 0.0, 5.1), ("head", 0.0, 2.55)]
     }
-    done = to_onnx(fn, packed, x, tmp_path / "m.onnx", how=UINT8, ranges=ranges, weights="uint8", tolerance=0.02)
-    constants = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(done.path).graph.initializer}
+    done = to_onnx(
+        fn,
+        packed,
+        x,
+        tmp_path / "m.onnx",
+        how=UINT8,
+        ranges=ranges,
+        weights="uint8",
+        tolerance=0.02,
+    )
+    constants = {
+        each.name: onnx.numpy_helper.to_array(each)
+        for each in onnx.load(done.path).graph.initializer
+    }
     scales = sorted(float(value) for name, value in constants.items() if name.endswith(":scale"))
     np.testing.assert_allclose(scales, [0.01, 0.02, 0.02], rtol=1e-6)
     node = packed["params"]["head"]["kernel"]
@@ -128,14 +156,21 @@ def test_scales_and_codes_in_the_file_are_ours(lenet, tmp_path):
 
 def test_a_hand_made_integer_product(tmp_path):
     fn = lambda p, x: x @ p["kernel"]  # noqa: E731
-    kernel, x = jnp.array([[127.0, 1.0], [-64.0, 127.0]]) / 64, np.array([[1.0, 2.0], [0.26, -1.0]], np.float32)
+    kernel, x = (
+        jnp.array([[127.0, 1.0], [-64.0, 127.0]]) / 64,
+        np.array([[1.0, 2.0], [0.26, -1.0]], np.float32),
+    )
     ranges = {"kernel": {"input": {"low": jnp.float32(-1), "high": jnp.float32(4.1)}}}
-    done = to_onnx(fn, {"kernel": kernel}, x, tmp_path / "m.onnx", how=UINT8, ranges=ranges, weights="uint8")
+    done = to_onnx(
+        fn, {"kernel": kernel}, x, tmp_path / "m.onnx", how=UINT8, ranges=ranges, weights="uint8"
+    )
     seen = (np.clip(np.round(x / 0.02) + 50, 0, 255) - 50) * 0.02
     np.testing.assert_allclose(run(done.path, x), seen @ np.asarray(kernel, np.float64), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("bits", "granularity"), [(4, 16), (4, "channel"), (8, 32), (3, 16), (2, "tensor")])
+@pytest.mark.parametrize(
+    ("bits", "granularity"), [(4, 16), (4, "channel"), (8, 32), (3, 16), (2, "tensor")]
+)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_weight_only_blocks_multiply_as_the_packed_weights(bits, granularity, symmetric, tmp_path):
     fn = lambda p, x: x @ p["kernel"]  # noqa: E731
@@ -145,8 +180,14 @@ def test_weight_only_blocks_multiply_as_the_packed_weights(bits, granularity, sy
     packed = c.pack(params, c.init(params))
     done = to_onnx(fn, packed, x, tmp_path / "m.onnx", accuracy_level=0, tolerance=1e-5)
     assert done.rows[0].form.startswith("MatMulNBits") and operators(done.path)["MatMulNBits"] == 1
-    assert {each.name for each in onnx.load(done.path).graph.initializer} <= {"kernel:blocks", "kernel:step", "kernel:zero"}
-    np.testing.assert_allclose(run(done.path, x), x @ np.asarray(cj.unpack(packed)["kernel"]), rtol=1e-3, atol=1e-3)
+    assert {each.name for each in onnx.load(done.path).graph.initializer} <= {
+        "kernel:blocks",
+        "kernel:step",
+        "kernel:zero",
+    }
+    np.testing.assert_allclose(
+        run(done.path, x), x @ np.asarray(cj.unpack(packed)["kernel"]), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_packed_convolutions_are_small_in_the_file_and_exact(resnet, tmp_path):
@@ -154,8 +195,17 @@ def test_packed_convolutions_are_small_in_the_file_and_exact(resnet, tmp_path):
     sizes = {}
     for bits in (8, 4):
         c = cj.at("**/kernel", cj.quantize.uniform(bits, granularity="channel"))
-        done = to_onnx(fn, c.pack(params, c.init(params)), x, tmp_path / "m.onnx", accuracy_level=0, tolerance=1e-4)
-        assert all("float32 when loaded" in row.form or "MatMulNBits" in row.form for row in done.rows)
+        done = to_onnx(
+            fn,
+            c.pack(params, c.init(params)),
+            x,
+            tmp_path / "m.onnx",
+            accuracy_level=0,
+            tolerance=1e-4,
+        )
+        assert all(
+            "float32 when loaded" in row.form or "MatMulNBits" in row.form for row in done.rows
+        )
         sizes[bits] = done.nbytes
     weights = sum(leaf.size for leaf in jax.tree.leaves(params["params"]) if leaf.ndim > 1)
     assert sizes[8] - sizes[4] > 0.4 * weights
@@ -163,10 +213,26 @@ def test_packed_convolutions_are_small_in_the_file_and_exact(resnet, tmp_path):
 
 def test_pruned_models_are_exported_too(lenet, tmp_path):
     fn, params, x = lenet
-    c = cj.at("**/kernel", cj.chain(cj.prune.magnitude(0.8), cj.quantize.uniform(8, granularity="channel")))
-    done = to_onnx(fn, c.pack(params, c.init(params)), x, tmp_path / "m.onnx", how=UINT8, batches=[x], weights="uint8")
-    codes = [each for each in onnx.load(done.path).graph.initializer if each.name.endswith("kernel:int")]
-    assert all(0.75 < (onnx.numpy_helper.to_array(each) == 128).mean() < 0.95 for each in codes) and len(codes) == 3
+    c = cj.at(
+        "**/kernel",
+        cj.chain(cj.prune.magnitude(0.8), cj.quantize.uniform(8, granularity="channel")),
+    )
+    done = to_onnx(
+        fn,
+        c.pack(params, c.init(params)),
+        x,
+        tmp_path / "m.onnx",
+        how=UINT8,
+        batches=[x],
+        weights="uint8",
+    )
+    codes = [
+        each for each in onnx.load(done.path).graph.initializer if each.name.endswith("kernel:int")
+    ]
+    assert (
+        all(0.75 < (onnx.numpy_helper.to_array(each) == 128).mean() < 0.95 for each in codes)
+        and len(codes) == 3
+    )
 
 
 def test_what_cannot_be_fast_is_an_error_and_leaves_no_file(lenet, tmp_path):
@@ -183,8 +249,18 @@ def test_what_cannot_be_fast_is_an_error_and_leaves_no_file(lenet, tmp_path):
 
 def test_sites_that_cannot_be_are_left_in_floats_and_listed_among_those_that_can(lenet, tmp_path):
     fn, params, x = lenet
-    c = cj.at("**/kernel", cj.quantize.uniform(4, granularity=16))  # a single group for each channel of the head alone
-    done = to_onnx(fn, c.pack(params, c.init(params)), x, tmp_path / "m.onnx", how=UINT8, batches=[x], weights="uint8")
+    c = cj.at(
+        "**/kernel", cj.quantize.uniform(4, granularity=16)
+    )  # a single group for each channel of the head alone
+    done = to_onnx(
+        fn,
+        c.pack(params, c.init(params)),
+        x,
+        tmp_path / "m.onnx",
+        how=UINT8,
+        batches=[x],
+        weights="uint8",
+    )
     rows = {row.name.split("/")[1]: row for row in done.rows}
     assert rows["head"] == ("params/head/kernel", "uint8 x uint8", "")
     for name in ("dense_0", "dense_1"):

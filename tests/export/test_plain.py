@@ -27,15 +27,28 @@ def primitives(jaxpr):
 
 
 @pytest.mark.parametrize(
-    "spec", ["bi,ij->bj", "bi,ji->bj", "bti,ihk->bthk", "bthk,hkd->btd", "bi,i->b", "bhi,ikh->bk", "ij,jb->ib"]
+    "spec",
+    [
+        "bi,ij->bj",
+        "bi,ji->bj",
+        "bti,ihk->bthk",
+        "bthk,hkd->btd",
+        "bi,i->b",
+        "bhi,ikh->bk",
+        "ij,jb->ib",
+    ],
 )
 @pytest.mark.parametrize("first", [True, False])
 def test_every_product_has_its_parameter_on_the_right_as_a_matrix(spec, first):
     sizes = dict(zip("bthijkd", (2, 3, 2, 4, 5, 3, 6), strict=True))
-    left, right, out = (tuple(part) for part in (*spec.split("->")[0].split(","), spec.split("->")[1]))
+    left, right, out = (
+        tuple(part) for part in (*spec.split("->")[0].split(","), spec.split("->")[1])
+    )
     x, w = array(0, *(sizes[c] for c in left)), array(1, *(sizes[c] for c in right))
     swapped = f"{''.join(right)},{''.join(left)}->{''.join(out)}"
-    fn = (lambda w, x: jnp.einsum(swapped, w, x)) if first else (lambda w, x: jnp.einsum(spec, x, w))
+    fn = (
+        (lambda w, x: jnp.einsum(swapped, w, x)) if first else (lambda w, x: jnp.einsum(spec, x, w))
+    )
     (dot,) = [eqn for eqn in same(fn, w, x).jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert dot.params["dimension_numbers"] == (((dot.invars[0].aval.ndim - 1,), (0,)), ((), ()))
     assert dot.invars[1].aval.ndim == 2 and dot.invars[1].aval.size == w.size
@@ -48,13 +61,21 @@ def test_every_convolution_is_in_a_layout_that_the_converter_knows(image, kernel
     x = array(0, *(sizes[c] for c in image))
     w = array(1, *({"H": 3, "W": 2, "I": 3, "O": 4}[c] for c in kernel))
     numbers = (image, kernel, "NWCH")
-    made = same(lambda w, x: lax.conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=numbers), w, x, 1e-4)
+    made = same(
+        lambda w, x: lax.conv_general_dilated(x, w, (1, 2), "SAME", dimension_numbers=numbers),
+        w,
+        x,
+        1e-4,
+    )
     (conv,) = [eqn for eqn in made.jaxpr.eqns if eqn.primitive.name == "conv_general_dilated"]
     numbers = conv.params["dimension_numbers"]
     assert numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-@pytest.mark.parametrize(("start", "reduce"), [(-jnp.inf, lax.max), (jnp.inf, lax.min), (0.25, lax.max), (-0.25, lax.min)])
+@pytest.mark.parametrize(
+    ("start", "reduce"),
+    [(-jnp.inf, lax.max), (jnp.inf, lax.min), (0.25, lax.max), (-0.25, lax.min)],
+)
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 def test_every_window_is_a_maximum_from_the_bottom(start, reduce, padding):
     fn = lambda _, x: lax.reduce_window(x, start, reduce, (1, 3, 2), (1, 2, 1), padding)  # noqa: E731
@@ -72,11 +93,15 @@ def test_loops_branches_and_calls_stay_what_they_are():
     def fn(p, x):
         y, ys = lax.scan(lambda h, w: (jnp.tanh(w @ h), h.sum()), jax.jit(jnp.sin)(x), p["w"])
         y = lax.cond(y.sum() > 0, lambda y: p["b"] @ y, lambda y: -y, y)
-        _, y = lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, p["b"] @ s[1]), (jnp.int32(0), y))
+        _, y = lax.while_loop(
+            lambda s: s[0] < 3, lambda s: (s[0] + 1, p["b"] @ s[1]), (jnp.int32(0), y)
+        )
         return twice(y), ys, jax.checkpoint(jnp.cos)(y)
 
     names = primitives(same(fn, {"w": array(0, 3, 4, 4) / 2, "b": array(1, 4, 4) / 2}, array(2, 4)))
-    assert {"scan", "while", "cond"} <= set(names) and not {"jit", "pjit", "custom_jvp_call"} & set(names)
+    assert {"scan", "while", "cond"} <= set(names) and not {"jit", "pjit", "custom_jvp_call"} & set(
+        names
+    )
 
 
 def test_what_no_result_needs_is_dropped_with_what_it_captures():

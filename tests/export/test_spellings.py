@@ -17,7 +17,9 @@ STATIC_LEFT = {  # spellings that have sites without an integer kernel, and what
     "jax: einsum of experts": "a batch of weights",
     "jax: layers in a scan": "inside a loop",
 }
-REFUSED = {"linen: DenseGeneral with batch axes": "batch='example'"}  # JAX itself cannot trace it at any batch size
+REFUSED = {
+    "linen: DenseGeneral with batch axes": "batch='example'"
+}  # JAX itself cannot trace it at any batch size
 ALWAYS = (  # one of each kind; the others are slow by their number
     "linen: max_pool(x, (2, 2), strides=(2, 2))",
     "linen: avg_pool(..., count_include_pad=False)",
@@ -40,7 +42,10 @@ def loaded():
 
 
 SPELLINGS = loaded()
-names = [pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow, id=name) for name in SPELLINGS.SPELLINGS]
+names = [
+    pytest.param(name, marks=() if name in ALWAYS else pytest.mark.slow, id=name)
+    for name in SPELLINGS.SPELLINGS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +62,10 @@ def result(name, static, folder):
 
 
 def test_there_are_enough_spellings_of_each_package():
-    count = {prefix: sum(name.startswith(f"{prefix}:") for name in SPELLINGS.SPELLINGS) for prefix in SPELLINGS.PACKAGES}
+    count = {
+        prefix: sum(name.startswith(f"{prefix}:") for name in SPELLINGS.SPELLINGS)
+        for prefix in SPELLINGS.PACKAGES
+    }
     assert sum(count.values()) >= 150 and all(n >= 10 for n in count.values()), count
 
 

@@ -13,7 +13,9 @@ from compress_jax.core.errors import ExportError
 from compress_jax.export._stablehlo import to_stablehlo
 from compress_jax.models import DSCNN, Bert, BertClassifier, LeNet5, LeNet300100, ResNet, ViT
 
-pytest.importorskip("flatbuffers", reason="jax.export writes its files with the package flatbuffers")
+pytest.importorskip(
+    "flatbuffers", reason="jax.export writes its files with the package flatbuffers"
+)
 
 STRANGER = """
 import sys, jax, numpy as np, safetensors.numpy
@@ -62,14 +64,18 @@ def strangers(tmp_path, kinds):
     for weights, form in kinds:
         name, (compression, bits) = f"{weights}-{form}", FORMS[form]
         small = packed(compression, params) if compression else params
-        exported = to_stablehlo(fn, small, jnp.asarray(x[:2]), tmp_path / f"{name}.stablehlo", weights=weights)
+        exported = to_stablehlo(
+            fn, small, jnp.asarray(x[:2]), tmp_path / f"{name}.stablehlo", weights=weights
+        )
         files = [tmp_path / f"{name}.stablehlo", tmp_path / f"{name}.safetensors"]
         assert exported.nbytes == sum(file.stat().st_size for file in files if file.exists())
         assert exported.nbytes < bits / 8 * 2 * 256**2 + 16_384, name  # bias, program
         wanted[name] = fn(cj.unpack(small), x)
     subprocess.run([sys.executable, "-c", STRANGER, str(tmp_path), *wanted], check=True)
     for name, logits in wanted.items():
-        np.testing.assert_allclose(np.load(tmp_path / f"{name}.npy"), logits, rtol=1e-4, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            np.load(tmp_path / f"{name}.npy"), logits, rtol=1e-4, atol=1e-5, err_msg=name
+        )
 
 
 def test_a_process_without_this_package_computes_the_same_from_packed_weights(tmp_path):
@@ -83,7 +89,9 @@ def test_every_form_runs_in_a_process_without_this_package(weights, tmp_path):
 
 
 def test_the_rows_tell_how_each_parameter_is_stored(tmp_path):
-    exported = to_stablehlo(fn, packed(FORMS["int8"][0], layers(8)), jnp.ones((1, 8)), tmp_path / "m.stablehlo")
+    exported = to_stablehlo(
+        fn, packed(FORMS["int8"][0], layers(8)), jnp.ones((1, 8)), tmp_path / "m.stablehlo"
+    )
     assert {row.name: row.form.split(",")[:2] for row in exported.rows} == {
         "a/bias": ["float32", " 32 bytes"],
         "a/kernel": ["Quantized", " 8 bits"],
@@ -98,8 +106,17 @@ def test_two_inputs_share_the_symbolic_batch_and_an_example_may_fix_it(tmp_path)
 
     params, file = {"w": jnp.eye(3)}, tmp_path / "m.stablehlo"
     to_stablehlo(both, params, (jnp.ones((2, 3)), jnp.ones((2, 3))), file)
-    assert jax.export.deserialize(bytearray(file.read_bytes())).call(jnp.ones((7, 3)), jnp.ones((7, 3))).shape == (7, 3)
-    to_stablehlo(both, params, (jnp.ones((2, 3)), jnp.ones((2, 3))), file, batch="example", platforms=("cpu",))
+    assert jax.export.deserialize(bytearray(file.read_bytes())).call(
+        jnp.ones((7, 3)), jnp.ones((7, 3))
+    ).shape == (7, 3)
+    to_stablehlo(
+        both,
+        params,
+        (jnp.ones((2, 3)), jnp.ones((2, 3))),
+        file,
+        batch="example",
+        platforms=("cpu",),
+    )
     program = jax.export.deserialize(bytearray(file.read_bytes()))
     assert (program.platforms, program.in_avals[0].shape) == (("cpu",), (2, 3))
 
@@ -107,7 +124,13 @@ def test_two_inputs_share_the_symbolic_batch_and_an_example_may_fix_it(tmp_path)
 def test_bfloat16_leaves_go_through_either_way(tmp_path):
     params, file = {"w": jnp.asarray([[1.5, -2.25]], jnp.bfloat16)}, tmp_path / "m.stablehlo"
     for weights in ("constants", "arguments"):
-        exported = to_stablehlo(lambda p, x: x @ p["w"].astype(jnp.float32), params, jnp.ones((1, 1)), file, weights=weights)
+        exported = to_stablehlo(
+            lambda p, x: x @ p["w"].astype(jnp.float32),
+            params,
+            jnp.ones((1, 1)),
+            file,
+            weights=weights,
+        )
         assert exported.difference == 0
 
 
@@ -123,7 +146,12 @@ def test_bfloat16_leaves_go_through_either_way(tmp_path):
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_a_reason(tmp_path, arguments, words):
-    given = {"fn": lambda p, x: x @ p["w"], "params": {"w": jnp.eye(3)}, "example": jnp.ones((2, 3)), "path": "m.stablehlo"}
+    given = {
+        "fn": lambda p, x: x @ p["w"],
+        "params": {"w": jnp.eye(3)},
+        "example": jnp.ones((2, 3)),
+        "path": "m.stablehlo",
+    }
     given |= arguments
     given["path"] = tmp_path / given["path"]
     with pytest.raises(ExportError, match=words):
@@ -140,7 +168,10 @@ def test_what_cannot_be_exported_is_refused_with_a_reason(tmp_path, arguments, w
         (LeNet5(), jnp.ones((2, 32, 32, 1))),
         (ResNet(20), jnp.ones((2, 32, 32, 3))),
         (ViT(depth=2), jnp.ones((2, 32, 32, 3))),
-        (BertClassifier(Bert(width=128, depth=2, heads=2)), jnp.array([[101, 7592, 102], [101, 102, 0]])),
+        (
+            BertClassifier(Bert(width=128, depth=2, heads=2)),
+            jnp.array([[101, 7592, 102], [101, 102, 0]]),
+        ),
         (DSCNN(), jnp.ones((2, 49, 10, 1))),
     ],
     ids=["mlp", "lenet5", "resnet20", "vit", "bert-tiny", "ds-cnn"],
@@ -149,7 +180,10 @@ def test_every_reference_network_is_exported_at_its_packed_size(model, x, bits, 
     variables = jax.jit(model.init)(jax.random.key(0), x)
     if bits:
         c = cj.at(("**/kernel", "**/embedding"), cj.quantize.uniform(bits, granularity="channel"))
-        variables = {**variables, "params": c.pack(variables["params"], c.init(variables["params"]))}
+        variables = {
+            **variables,
+            "params": c.pack(variables["params"], c.init(variables["params"])),
+        }
     exported = to_stablehlo(model.apply, variables, x, tmp_path / "m.stablehlo")
     assert exported.difference < 1e-5
     assert exported.nbytes < cj.core.nbytes(variables) + 150_000

@@ -48,7 +48,9 @@ def test_the_parts_add_up_to_the_file(coded, tmp_path):
     written = cj.save(tmp_path / "f", PACKED, METADATA, coded=coded)
     parts = breakdown(tmp_path / "f")
     assert sum(part.nbytes for part in parts) == pytest.approx(written)
-    assert {part.path for part in parts} == {*flatten(PACKED)[0], ""} and min(part.nbytes for part in parts) >= 0
+    assert {part.path for part in parts} == {*flatten(PACKED)[0], ""} and min(
+        part.nbytes for part in parts
+    ) >= 0
 
 
 def test_codes_count_as_their_entropy_and_the_rest_as_it_is_compressed(tmp_path):

@@ -36,7 +36,11 @@ def test_a_table_costs_next_to_nothing_beside_the_entropy(counts):
     )  # half a sixteenth of a bit either way; what is rarer than 2^-15.9 costs more
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 200), st.integers(0, 2**32 - 1)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 9), st.integers(0, 200), st.integers(0, 2**32 - 1)), max_size=5
+    )
+)
 @settings(deadline=None)
 def test_streams_come_back_in_order(sizes):
     streams = []
@@ -60,12 +64,17 @@ def test_tables_are_shared_where_that_saves_bytes():
 
 TREES = st.recursive(
     st.one_of(
-        hnp.arrays(st.sampled_from([np.float32, np.int8, np.bool_, np.uint16]), hnp.array_shapes(min_dims=0, min_side=0)),
+        hnp.arrays(
+            st.sampled_from([np.float32, np.int8, np.bool_, np.uint16]),
+            hnp.array_shapes(min_dims=0, min_side=0),
+        ),
         st.tuples(st.integers(1, 16), st.integers(0, 40)).map(
             lambda of: Bits.pack(jnp.arange(of[1]) * 7919 % 2 ** of[0], of[0])
         ),
     ),
-    lambda leaves: st.dictionaries(st.sampled_from("abcd"), leaves, max_size=3) | st.lists(leaves, max_size=3),
+    lambda leaves: (
+        st.dictionaries(st.sampled_from("abcd"), leaves, max_size=3) | st.lists(leaves, max_size=3)
+    ),
     max_leaves=6,
 )
 
@@ -98,7 +107,9 @@ def test_a_changed_byte_of_a_coded_file_is_an_error(tmp_path):
 
 
 def test_a_coder_that_decodes_otherwise_is_noticed():
-    described, tensors = structure.encode({"k": Bits.pack(jax.random.bits(jax.random.key(0), (999,)) % 5 // 2, 2)})
+    described, tensors = structure.encode(
+        {"k": Bits.pack(jax.random.bits(jax.random.key(0), (999,)) % 5 // 2, 2)}
+    )
     coded = code(described, tensors)
     words = np.frombuffer(coded.ans, "<u4").copy()
     words[-1] ^= 2**20
@@ -126,9 +137,21 @@ def test_the_file_of_the_reference_tensor_is_its_entropy(tmp_path):
     ("model", "shape", "compression"),
     [
         (LeNet300100(), (28, 28, 1), cj.quantize.uniform(4, granularity="channel")),
-        (LeNet300100(), (28, 28, 1), cj.chain(cj.prune.magnitude(0.9), cj.cluster.kmeans(16, iterations=5))),
-        (LeNet5(features=(20, 50), hidden=(500,)), (28, 28, 1), cj.quantize.uniform(8, granularity="channel")),
-        (ResNet(depth=20), (32, 32, 3), cj.chain(cj.prune.magnitude(0.8), cj.quantize.uniform(4, granularity="channel"))),
+        (
+            LeNet300100(),
+            (28, 28, 1),
+            cj.chain(cj.prune.magnitude(0.9), cj.cluster.kmeans(16, iterations=5)),
+        ),
+        (
+            LeNet5(features=(20, 50), hidden=(500,)),
+            (28, 28, 1),
+            cj.quantize.uniform(8, granularity="channel"),
+        ),
+        (
+            ResNet(depth=20),
+            (32, 32, 3),
+            cj.chain(cj.prune.magnitude(0.8), cj.quantize.uniform(4, granularity="channel")),
+        ),
     ],
     ids=["int4", "pruned and shared", "int8", "pruned int4"],
 )
@@ -141,6 +164,8 @@ def test_a_whole_model_is_within_two_percent_of_its_entropy(model, shape, compre
     described, tensors = structure.encode(packed)
     held = dict(structure.places(described))
     symbols = {name: unpacked(tensors[name], *of) for name, of in held.items() if of}
-    least = sum(entropy(symbols[name]) / 8 if name in symbols else x.nbytes for name, x in tensors.items())
+    least = sum(
+        entropy(symbols[name]) / 8 if name in symbols else x.nbytes for name, x in tensors.items()
+    )
     assert written < 1.02 * least
     assert written < cj.save(tmp_path / "plain", packed)

@@ -88,19 +88,37 @@ def test_a_packed_node_comes_back_with_what_it_unpacks_to(name):
     for field in dataclasses.fields(node):
         if field.metadata.get("static"):
             value = getattr(node, field.name)
-            assert repr(value) == repr(getattr(back, field.name)), f"{field.name}, and a -0.0 is no 0"
+            assert repr(value) == repr(getattr(back, field.name)), (
+                f"{field.name}, and a -0.0 is no 0"
+            )
 
 
 def test_the_nodes_above_are_of_every_kind_and_nesting():
     def kinds(node):
-        inner = [x for f in dataclasses.fields(node) if type(x := getattr(node, f.name)).__name__ in NODES]
-        return {type(node).__name__}.union(*({f"{type(node).__name__}/{k}" for k in kinds(x)} for x in inner))
+        inner = [
+            x
+            for f in dataclasses.fields(node)
+            if type(x := getattr(node, f.name)).__name__ in NODES
+        ]
+        return {type(node).__name__}.union(
+            *({f"{type(node).__name__}/{k}" for k in kinds(x)} for x in inner)
+        )
 
     found = set().union(*map(kinds, NODES_TO_SAVE.values()))
     assert {name.split("/")[-1] for name in found} == set(NODES)
-    assert {"Quantized/Bits", "Quantized/Sparse/Bits", "Quantized/Sparse/Gaps/Bits", "Clustered/Bits"} <= found
+    assert {
+        "Quantized/Bits",
+        "Quantized/Sparse/Bits",
+        "Quantized/Sparse/Gaps/Bits",
+        "Clustered/Bits",
+    } <= found
     assert {"Tabled/Bits", "Tabled/Sparse/Bits", "Tabled/Sparse/Gaps/Bits"} <= found
-    assert {"Clustered/Sparse/Gaps/Bits", "LowRank/Quantized/Bits", "LowRank/Clustered/Bits", "Sparse/Gaps/Bits"} <= found
+    assert {
+        "Clustered/Sparse/Gaps/Bits",
+        "LowRank/Quantized/Bits",
+        "LowRank/Clustered/Bits",
+        "Sparse/Gaps/Bits",
+    } <= found
 
 
 DTYPES = [
@@ -119,7 +137,9 @@ def test_an_array_of_any_dtype_and_shape_comes_back(dtype, shape):
 
 
 def test_bits_of_floats_that_are_no_number_come_back():
-    x = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x80000000, 0x00000001], np.uint32).view(np.float32)
+    x = np.array([0x7FC00001, 0xFFC12345, 0x7F800000, 0x80000000, 0x00000001], np.uint32).view(
+        np.float32
+    )
     assert np.asarray(pass_through([x])[0]).tobytes() == x.tobytes()
 
 
@@ -150,7 +170,16 @@ def test_containers_and_keys_come_back():
         "empty": [{}, [], (), None],
         "nested": ({"a": [one, None]}, [(one,)], one),
         "numbers": {1: one, -2: one, 0: {"x": one}},
-        "odd": {"": one, " ": one, "a.b": one, "ä/ö": one, '"\\\n\t': one, "\x00": one, "💥": one, "sha256": one},
+        "odd": {
+            "": one,
+            " ": one,
+            "a.b": one,
+            "ä/ö": one,
+            '"\\\n\t': one,
+            "\x00": one,
+            "💥": one,
+            "sha256": one,
+        },
         "dict": {"dict": one, "Quantized": {"codes": one}, "tuple": one},
     }
     back = pass_through(tree)
@@ -159,7 +188,9 @@ def test_containers_and_keys_come_back():
     assert list(back["numbers"]) == [1, -2, 0] and list(back["odd"]) == list(tree["odd"])
 
 
-@pytest.mark.parametrize("tree", [X, None, [], (), {}, NODES_TO_SAVE["quantized"]], ids=lambda tree: type(tree).__name__)
+@pytest.mark.parametrize(
+    "tree", [X, None, [], (), {}, NODES_TO_SAVE["quantized"]], ids=lambda tree: type(tree).__name__
+)
 def test_the_root_may_be_anything(tree):
     assert_same(tree, pass_through(tree))
 
@@ -173,7 +204,10 @@ class Net(nnx.Module):
 def test_an_nnx_state_becomes_a_nested_dict():
     state = nnx.split(Net())[1]
     quantize = cj.at("**/kernel", cj.quantize.uniform(4))
-    packed, view = quantize.pack(state, quantize.init(state)), quantize.view(state, quantize.init(state))
+    packed, view = (
+        quantize.pack(state, quantize.init(state)),
+        quantize.view(state, quantize.init(state)),
+    )
     back = pass_through(packed)
     assert is_packed(back["layers"][0]["kernel"]) and type(back["layers"]) is dict
     assert_same(nnx.to_pure_dict(view), cj.unpack(back))
@@ -237,7 +271,12 @@ def test_two_leaves_of_one_name_are_refused(tree):
 
 
 @pytest.mark.parametrize(
-    ("structure", "said"), [({"dict": [["x", True]]}, "'x'"), ({"Cake": {}}, "'Cake'"), ({"Bits": {"data": "int4"}}, "''")]
+    ("structure", "said"),
+    [
+        ({"dict": [["x", True]]}, "'x'"),
+        ({"Cake": {}}, "'Cake'"),
+        ({"Bits": {"data": "int4"}}, "''"),
+    ],
 )
 def test_a_structure_that_names_what_is_not_there_is_an_error(structure, said):
     with pytest.raises(ArtifactError, match=said):
@@ -247,5 +286,7 @@ def test_a_structure_that_names_what_is_not_there_is_an_error(structure, said):
 def test_default_static_fields_cost_nothing():
     structure, tensors = encode({"w": NODES_TO_SAVE["pruned, quantized"]})
     node = structure["dict"][0][1]["Quantized"]
-    assert set(node) == {"codes", "scale", "zero_point", "layout"} and set(node["codes"]["Sparse"]) == {"values", "mask"}
+    assert set(node) == {"codes", "scale", "zero_point", "layout"} and set(
+        node["codes"]["Sparse"]
+    ) == {"values", "mask"}
     assert set(tensors) == {"w.codes.values", "w.codes.mask", "w.scale", "w.zero_point"}

@@ -47,7 +47,9 @@ F32 = np.float32
 CODES = Bits(u8(0x21, 0x43), 4, (2, 2))  # 1, 2, 3, 4
 ONE = Layout((2, 2))
 QUANTIZED = Quantized(CODES, np.ones((1, 1), F32), u8(8)[0:1].reshape(1, 1), ONE)
-TABLED = Tabled(CODES, np.ones((1, 1), F32), None, Table((-2.0, -1.0, 0.0, 1.0, 2.0, *range(3, 8))), ONE)
+TABLED = Tabled(
+    CODES, np.ones((1, 1), F32), None, Table((-2.0, -1.0, 0.0, 1.0, 2.0, *range(3, 8))), ONE
+)
 CLUSTERED = Clustered(CODES, np.arange(5, dtype=F32))
 SPARSE = Sparse(np.array([5, 6], F32), Bits(u8(0b0110), 1, (2, 2)))
 GAPS = Gaps(Bits(u8(0b00_01), 2, (2,)), (3,))  # one zero, a one, no zero, a one
@@ -58,7 +60,9 @@ RIGHT = [CODES, QUANTIZED, TABLED, CLUSTERED, SPARSE, GAPS, LOW]
 
 def left_out(**fields: Any) -> Sparse:
     """Return codes of which two are left out."""
-    return Sparse(**{"values": Bits(u8(0x21), 4, (2,)), "mask": Bits(u8(0b0110), 1, (2, 2)), **fields})
+    return Sparse(
+        **{"values": Bits(u8(0x21), 4, (2,)), "mask": Bits(u8(0b0110), 1, (2, 2)), **fields}
+    )
 
 
 WRONG = [  # a node that is right, fields that make it wrong, and what the error says
@@ -104,7 +108,8 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (TABLED, {"codes": Bits(u8(0x21, 0xA3), 4, (2, 2))}, "one of the codes is 10"),
     (TABLED, {"layout": Layout((4,))}, "layout"),
     (TABLED, {"dtype": np.dtype(np.float64)}, "x64"),
-    (CLUSTERED, {"codes": Bits(u8(0x21, 0x63), 4, (2, 2))}, "one of the codes is 6, and there are codes for 0 to 5"),
+    (CLUSTERED, {"codes": Bits(u8(0x21, 0x63), 4, (2, 2))}, "one of the codes is 6, and there are "
+                                                            "codes for 0 to 5"),
     (CLUSTERED, {"codes": left_out(fill=6)}, "fill is 6"),
     (CLUSTERED, {"codes": left_out(fill=0.5)}, "fill of codes"),
     (CLUSTERED, {"codebook": np.arange(3, dtype=F32)}, "one of the codes is 4"),
@@ -117,7 +122,8 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (LOW, {"left": np.ones((6, 2), np.int32)}, "floating"),
     (LOW, {"left": np.ones(6, F32)}, "two axes"),
     (LOW, {"right": CODES}, "an array must stand here, not a Bits"),
-    (LOW, {"right": dataclasses.replace(QUANTIZED, zero_point=u8(16).reshape(1, 1))}, "no code of 4 bits"),
+    (LOW, {"right": dataclasses.replace(QUANTIZED, zero_point=u8(16).reshape(1, 1))}, "no code of "
+                                                                                      "4 bits"),
     (LOW, {"right": dataclasses.replace(QUANTIZED)}, r"do not make the shape \[2, 3, 4\]"),
     (LOW, {"shape": (2, 4, 3)}, "do not make"),
     (LOW, {"shape": (2, 3, 5)}, "do not make"),
@@ -129,16 +135,24 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("node", [*RIGHT, *map(on_host, NODES_TO_SAVE.values())], ids=lambda node: type(node).__name__)
+@pytest.mark.parametrize(
+    "node", [*RIGHT, *map(on_host, NODES_TO_SAVE.values())], ids=lambda node: type(node).__name__
+)
 def test_what_is_right_passes_decoded_or_not_and_the_memory_counted_covers_it(node):
     check(node, "x")
     check(specified(node), "x")
     dense = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, node).unpack())
     assert dense.shape == node.shape
-    assert memory(node) == memory(specified(node)) >= node.nbytes + math.prod(dense.shape) * dense.dtype.itemsize
+    assert (
+        memory(node)
+        == memory(specified(node))
+        >= node.nbytes + math.prod(dense.shape) * dense.dtype.itemsize
+    )
 
 
-@pytest.mark.parametrize(("node", "fields", "said"), WRONG, ids=lambda x: type(x).__name__ if x in RIGHT else None)
+@pytest.mark.parametrize(
+    ("node", "fields", "said"), WRONG, ids=lambda x: type(x).__name__ if x in RIGHT else None
+)
 def test_what_is_wrong_is_refused_by_name(node, fields, said):
     with pytest.raises(ArtifactError, match=rf"entry 'dense/kernel[^']*': .*({said})"):
         check(dataclasses.replace(node, **fields), "dense/kernel")
@@ -154,7 +168,9 @@ def test_every_kind_of_node_and_each_of_its_fields_has_a_check():
 
 def test_a_groups_padding_counts_as_memory():
     """A layout may pad a group of two entries to a billion."""
-    node = dataclasses.replace(QUANTIZED, layout=Layout((2, 2), (1,), 10**9), scale=np.ones((1, 1, 2), F32))
+    node = dataclasses.replace(
+        QUANTIZED, layout=Layout((2, 2), (1,), 10**9), scale=np.ones((1, 1, 2), F32)
+    )
     node = dataclasses.replace(node, zero_point=u8(8)[0:1].reshape(1, 1, 1))
     check(node, "x")
     assert memory(node) > 4 * 2 * 10**9
@@ -172,7 +188,9 @@ FIELD_VALUES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELD_VALUES for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in FIELD_VALUES for value in values]
+)
 def test_a_field_beyond_its_range_is_refused_by_name(field, value):
     from compress_jax.export._artifact.fields import static
 
@@ -199,7 +217,9 @@ def file(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("tree", TREES, ids=str)
 def test_a_structure_that_is_none_is_refused(tree, coded, file):
     cj.save(file, {"x": jnp.ones(2)}, coded=coded)
-    file.write_bytes(mutations.with_content(file.read_bytes(), lambda content: {**content, "tree": tree}))
+    file.write_bytes(
+        mutations.with_content(file.read_bytes(), lambda content: {**content, "tree": tree})
+    )
     with pytest.raises(ArtifactError, match=str(file)):
         cj.load(file)
 
@@ -207,7 +227,11 @@ def test_a_structure_that_is_none_is_refused(tree, coded, file):
 def test_a_tensor_that_is_missing_or_of_another_name_or_one_too_many_is_refused(file):
     cj.save(file, {"x": jnp.ones(2)})
     for tree, said in (({"dict": [["b", True]]}, "entry 'b'"), ({"dict": []}, "1 tensors")):
-        file.write_bytes(mutations.with_content(file.read_bytes(), lambda content, tree=tree: {**content, "tree": tree}))
+        file.write_bytes(
+            mutations.with_content(
+                file.read_bytes(), lambda content, tree=tree: {**content, "tree": tree}
+            )
+        )
         with pytest.raises(ArtifactError, match=f"{file}: .*{said}"):
             cj.load(file)
 
@@ -239,7 +263,9 @@ INDEX = [
 @pytest.mark.parametrize("index", INDEX, ids=str)
 def test_an_index_that_does_not_fit_its_structure_is_refused(index, file):
     cj.save(file, {"codes": Bits.pack(jnp.arange(40) % 16, 4), "x": jnp.ones(2)}, coded=True)
-    file.write_bytes(mutations.with_content(file.read_bytes(), lambda content: {**content, "index": index}))
+    file.write_bytes(
+        mutations.with_content(file.read_bytes(), lambda content: {**content, "index": index})
+    )
     with pytest.raises(ArtifactError, match=str(file)):
         cj.load(file)
 
@@ -280,14 +306,20 @@ def test_bytes_that_stand_for_no_value_are_refused(file):
 def claim(file: Path, tree: Any, index: Any) -> None:
     """Write a coded file of a structure and an index, with nothing behind them."""
     cj.save(file, {}, coded=True)
-    data = mutations.with_content(file.read_bytes(), lambda content: {**content, "tree": tree, "index": index})
+    data = mutations.with_content(
+        file.read_bytes(), lambda content: {**content, "tree": tree, "index": index}
+    )
     file.write_bytes(mutations.with_pieces(data, {"ans": b"", "rest": zstandard.compress(b"")}))
 
 
 @pytest.mark.parametrize("size", [10**9, 10**12, 2**47])
 @pytest.mark.parametrize("rare", ["ff", "fe"])
 def test_a_few_bytes_that_claim_many_symbols_cost_neither_memory_nor_time(size, rare, file):
-    claim(file, {"Bits": {"data": True, "bits": 1, "shape": [size]}}, {"tensors": [0], "tables": ["00" + rare], "crc32": 0})
+    claim(
+        file,
+        {"Bits": {"data": True, "bits": 1, "shape": [size]}},
+        {"tensors": [0], "tables": ["00" + rare], "crc32": 0},
+    )
     assert file.stat().st_size < 600
     tracemalloc.start()
     with pytest.raises(ArtifactError, match="entry ''.*limit.*max_bytes"):
@@ -330,7 +362,9 @@ def test_limits_can_be_raised_and_lowered(file):
     file.write_bytes(mutations.sealed(header, body))
     with pytest.raises(ArtifactError, match="nested"):
         cj.load(file)
-    assert jax.tree.structure(cj.load(file, limits=Limits(depth=120))[0]) == jax.tree.structure(deep)
+    assert jax.tree.structure(cj.load(file, limits=Limits(depth=120))[0]) == jax.tree.structure(
+        deep
+    )
     cj.save(file, [jnp.ones(2)] * 11)
     for limits, said in ((Limits(arrays=10), "arrays"), (Limits(header=500), "header")):
         with pytest.raises(ArtifactError, match=said):
@@ -356,7 +390,10 @@ def test_what_could_not_be_loaded_is_not_saved(file):
 def test_mutations_behind_a_right_checksum_are_refused_or_consistent(tmp_path):
     """A small part of experiments/faults/fuzz_artifact.py, which has the campaign of 10,000."""
     nested = dataclasses.replace(QUANTIZED, codes=left_out(mask=GAPS_OF_FOUR))
-    nodes = {f"{type(node).__name__} {i}": jax.tree.map(jnp.asarray, node) for i, node in enumerate([*RIGHT, nested])}
+    nodes = {
+        f"{type(node).__name__} {i}": jax.tree.map(jnp.asarray, node)
+        for i, node in enumerate([*RIGHT, nested])
+    }
     files = mutations.written(mutations.beside_arrays(nodes))
     counts = dict.fromkeys(("refused", "other", "equal"), 0)
     for number in range(120):

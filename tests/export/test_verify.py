@@ -30,7 +30,12 @@ def linear(tmp_path_factory):
 def test_a_faithful_file_passes_and_its_numbers_are_those_of_numpy(linear):
     folder, reference, x, labels = linear
     done = verify(folder / "m.stablehlo", reference, x, labels, batch_sizes=())
-    assert done.passed and (done.agreement, done.accuracy, done.reference, done.examples) == (1.0, 1.0, 1.0, 70)
+    assert done.passed and (done.agreement, done.accuracy, done.reference, done.examples) == (
+        1.0,
+        1.0,
+        1.0,
+        70,
+    )
     assert done.nbytes == (folder / "m.stablehlo").stat().st_size and done.difference < 1e-6
 
 
@@ -39,8 +44,14 @@ def test_a_file_that_answers_otherwise_fails_and_says_why(linear):
     done = verify(folder / "wrong.stablehlo", reference, x, labels, batch_sizes=())
     scores = np.asarray(reference(x))
     share = (scores.argmax(-1) == (-scores).argmax(-1)).mean()
-    assert not done.passed and math.isclose(done.agreement, share) and math.isclose(done.difference, 2.0, rel_tol=1e-5)
-    assert any("agreement" in each for each in done.failures) and any("points below" in each for each in done.failures)
+    assert (
+        not done.passed
+        and math.isclose(done.agreement, share)
+        and math.isclose(done.difference, 2.0, rel_tol=1e-5)
+    )
+    assert any("agreement" in each for each in done.failures) and any(
+        "points below" in each for each in done.failures
+    )
     assert "FAILED" in str(done) and json.loads(json.dumps(done.record()))["passed"] is False
 
 
@@ -52,9 +63,21 @@ def test_without_labels_only_agreement_counts(linear):
 
 def test_times_are_taken_beside_the_baseline(linear):
     folder, reference, x, _ = linear
-    done = verify(folder / "m.stablehlo", reference, x, baseline=folder / "wrong.stablehlo", batch_sizes=(1, 8), rounds=3)
-    assert [each.batch for each in done.timings] == [1, 8] and all(each.seconds > 0 for each in done.timings)
-    assert all(each.low <= each.speedup <= each.high for each in done.timings) and done.baseline_bytes > 0
+    done = verify(
+        folder / "m.stablehlo",
+        reference,
+        x,
+        baseline=folder / "wrong.stablehlo",
+        batch_sizes=(1, 8),
+        rounds=3,
+    )
+    assert [each.batch for each in done.timings] == [1, 8] and all(
+        each.seconds > 0 for each in done.timings
+    )
+    assert (
+        all(each.low <= each.speedup <= each.high for each in done.timings)
+        and done.baseline_bytes > 0
+    )
 
 
 def test_a_slowdown_is_called_one():
@@ -64,8 +87,13 @@ def test_a_slowdown_is_called_one():
 
 def test_files_take_turns():
     calls = []
-    found = interleaved({name: lambda x, name=name: calls.append(name) for name in "ab"}, [np.ones(1)], 3)
-    assert "".join(calls) == "abbaabba" and {name: len(times) for name, times in found.items()} == {"a": 3, "b": 3}
+    found = interleaved(
+        {name: lambda x, name=name: calls.append(name) for name in "ab"}, [np.ones(1)], 3
+    )
+    assert "".join(calls) == "abbaabba" and {name: len(times) for name, times in found.items()} == {
+        "a": 3,
+        "b": 3,
+    }
 
 
 def test_what_cannot_be_run_is_an_error(linear, tmp_path):
@@ -84,5 +112,7 @@ def test_onnx_goes_through_the_same_gate(linear, tmp_path):
     _, _, x, _ = linear
     fn, weights = lambda p, x: jax.nn.relu(x @ p["kernel"]), {"kernel": jnp.eye(5)}  # noqa: E731
     to_onnx(fn, weights, x[:2], tmp_path / "m.onnx")
-    done = verify(tmp_path / "m.onnx", lambda x: fn(weights, x), x, threads=(1,), batch_sizes=(1,), rounds=2)
+    done = verify(
+        tmp_path / "m.onnx", lambda x: fn(weights, x), x, threads=(1,), batch_sizes=(1,), rounds=2
+    )
     assert done.passed and done.timings[0].threads == 1

@@ -14,7 +14,10 @@ def kernel(shape, seed=0):
     """Return a kernel whose singular values fall off, as those of trained ones do."""
     rng = np.random.default_rng(seed)
     m, n = int(np.prod(shape[:-1])), shape[-1]
-    u, v = np.linalg.qr(rng.standard_normal((m, min(m, n))))[0], np.linalg.qr(rng.standard_normal((n, min(m, n))))[0]
+    u, v = (
+        np.linalg.qr(rng.standard_normal((m, min(m, n))))[0],
+        np.linalg.qr(rng.standard_normal((n, min(m, n))))[0],
+    )
     return jnp.asarray((u * 0.8 ** np.arange(min(m, n)) @ v.T).reshape(shape), jnp.float32)
 
 
@@ -34,16 +37,24 @@ def test_error_is_the_tail_of_the_singular_values(shape, rank):
 
 
 def test_a_matrix_of_low_rank_is_reproduced():
-    left, right = jax.random.normal(jax.random.key(0), (50, 5)), jax.random.normal(jax.random.key(1), (5, 30))
+    left, right = (
+        jax.random.normal(jax.random.key(0), (50, 5)),
+        jax.random.normal(jax.random.key(1), (5, 30)),
+    )
     x, c = left @ right, svd(5)
     np.testing.assert_allclose(c.view({"w": x}, c.init({"w": x}))["w"], x, atol=1e-5)
 
 
 def test_factors_are_balanced():
     factors = svd(4).init({"w": kernel((40, 24))}).learned["w"]
-    gram_left, gram_right = factors["left"].T @ factors["left"], factors["right"] @ factors["right"].T
+    gram_left, gram_right = (
+        factors["left"].T @ factors["left"],
+        factors["right"] @ factors["right"].T,
+    )
     np.testing.assert_allclose(gram_left, gram_right, atol=1e-6)
-    np.testing.assert_allclose(jnp.diag(gram_left), singular_values(kernel((40, 24)))[:4], rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.diag(gram_left), singular_values(kernel((40, 24)))[:4], rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.999])
@@ -63,7 +74,10 @@ def test_energy_of_zeros_and_of_everything():
     seen = c.view({"zeros": zeros, "full": full}, state)
     np.testing.assert_array_equal(seen["zeros"], 0)
     np.testing.assert_array_equal(seen["full"], full)
-    assert "factors of rank 6 take 336 bytes, the 6x8 array itself 192" in c.skipped({"full": full})["full"]
+    assert (
+        "factors of rank 6 take 336 bytes, the 6x8 array itself 192"
+        in c.skipped({"full": full})["full"]
+    )
     update = c.update({"zeros": zeros, "full": full}, state, step=jnp.array(0))
     assert jax.tree.structure(update) == jax.tree.structure(state)
 
@@ -71,13 +85,18 @@ def test_energy_of_zeros_and_of_everything():
 @pytest.mark.parametrize("c", [svd(6), svd(energy=0.95)], ids=["rank", "energy"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_packed_is_what_was_seen(c, dtype):
-    params = {"dense": {"kernel": kernel((96, 64)).astype(dtype), "bias": jnp.ones(64, dtype)}, "conv": kernel(CONV)}
+    params = {
+        "dense": {"kernel": kernel((96, 64)).astype(dtype), "bias": jnp.ones(64, dtype)},
+        "conv": kernel(CONV),
+    }
     state = c.init(params)
     packed = c.pack(params, state)
     assert isinstance(packed["dense"]["kernel"], LowRank) and isinstance(packed["conv"], LowRank)
     seen = jax.jit(c.view)(params, state)
     jax.tree.map(np.testing.assert_array_equal, unpack(packed), seen)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), seen) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), seen) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), params
+    )
     table = coverage(c, params, state)
     rank = state.learned["dense/kernel"]["left"].shape[1]
     assert table["dense/kernel"].nbytes == 4 * rank * (96 + 64)
@@ -132,7 +151,9 @@ def test_training_the_factors_fits_what_the_truncation_lost():
 def test_rank_starts_under_jit_and_energy_says_why_it_cannot():
     params = {"w": kernel((20, 12))}
     c = between(1, None, svd(3))
-    state = jax.jit(lambda params, state, step: c.update(params, state, step=step))(params, c.init(params), jnp.array(1))
+    state = jax.jit(lambda params, state, step: c.update(params, state, step=step))(
+        params, c.init(params), jnp.array(1)
+    )
     assert jnp.linalg.matrix_rank(c.view(params, state)["w"], rtol=1e-5) == 3
     with pytest.raises(ShapeError, match=r"give svd\(rank"):
         jax.jit(svd(energy=0.9).init)(params)

@@ -1,7 +1,7 @@
 """Weights of PyTorch models, by their names: our networks compute what theirs do, and what does not fit is listed.
 
-The default tests know PyTorch's conventions from an independent forward pass in NumPy float64; the slow ones ask torch,
-torchvision and transformers themselves, where these are installed.
+The default tests know PyTorch's conventions from an independent forward pass in NumPy float64; the
+slow ones ask torch, torchvision and transformers themselves, where these are installed.
 """
 
 import jax
@@ -23,7 +23,8 @@ def hugging_face(seed=0):
     """Return random weights under the names, and in the shapes, of Hugging Face's BertModel."""
     random = np.random.default_rng(seed)
     shapes = {
-        f"embeddings.{name}_embeddings.weight": (n, 8) for name, n in [("word", 30), ("position", 6), ("token_type", 2)]
+        f"embeddings.{name}_embeddings.weight": (n, 8)
+        for name, n in [("word", 30), ("position", 6), ("token_type", 2)]
     }
     dense = {"pooler.dense": (8, 8)}
     for i in range(2):
@@ -31,7 +32,10 @@ def hugging_face(seed=0):
         dense |= {f"{layer}.attention.self.{n}": (8, 8) for n in ("query", "key", "value")}
         dense |= {f"{layer}.attention.output.dense": (8, 8), f"{layer}.output.dense": (8, 32)}
         dense |= {f"{layer}.intermediate.dense": (32, 8)}
-    norms = ["embeddings", *(f"encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.output", "output"))]
+    norms = [
+        "embeddings",
+        *(f"encoder.layer.{i}.{n}" for i in range(2) for n in ("attention.output", "output")),
+    ]
     shapes |= {f"{name}.weight": shape for name, shape in dense.items()}
     shapes |= {f"{name}.bias": shape[:1] for name, shape in dense.items()}
     shapes |= {f"{name}.LayerNorm.{end}": (8,) for name in norms for end in ("weight", "bias")}
@@ -50,16 +54,25 @@ def reference(w, tokens, segments):
         return centred * w[f"{name}.LayerNorm.weight"] + w[f"{name}.LayerNorm.bias"]
 
     w = {name: x.astype(np.float64) for name, x in w.items()}
-    x = w["embeddings.word_embeddings.weight"][tokens] + w["embeddings.token_type_embeddings.weight"][segments]
+    x = (
+        w["embeddings.word_embeddings.weight"][tokens]
+        + w["embeddings.token_type_embeddings.weight"][segments]
+    )
     x = norm(x + w["embeddings.position_embeddings.weight"][: tokens.shape[1]], "embeddings")
     for layer in ("encoder.layer.0", "encoder.layer.1"):
-        q, k, v = (linear(x, f"{layer}.attention.self.{n}").reshape(2, 5, 2, 4) for n in ("query", "key", "value"))
+        q, k, v = (
+            linear(x, f"{layer}.attention.self.{n}").reshape(2, 5, 2, 4)
+            for n in ("query", "key", "value")
+        )
         mixed = np.zeros_like(q)
         for b, head in np.ndindex(2, 2):
             scores = q[b, :, head] @ k[b, :, head].T / 2 + np.where(tokens[b] == 0, -np.inf, 0)
             weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
             mixed[b, :, head] = weights @ v[b, :, head]
-        x = norm(x + linear(mixed.reshape(2, 5, 8), f"{layer}.attention.output.dense"), f"{layer}.attention.output")
+        x = norm(
+            x + linear(mixed.reshape(2, 5, 8), f"{layer}.attention.output.dense"),
+            f"{layer}.attention.output",
+        )
         hidden = linear(x, f"{layer}.intermediate.dense")
         hidden = hidden * (1 + erf(hidden / np.sqrt(2))) / 2
         x = norm(x + linear(hidden, f"{layer}.output.dense"), f"{layer}.output")
@@ -72,13 +85,20 @@ def shapes(model, x):
 
 def test_bert_computes_what_the_reference_does():
     weights, model = hugging_face(), BertClassifier(Bert(**SIZES), classes=3)
-    head = {"classifier.weight": np.eye(3, 8, dtype=np.float32), "classifier.bias": np.zeros(3, np.float32)}
+    head = {
+        "classifier.weight": np.eye(3, 8, dtype=np.float32),
+        "classifier.bias": np.zeros(3, np.float32),
+    }
     variables = pretrained.bert(shapes(model, TOKENS), {**weights, **head})
     logits = jax.jit(model.apply)(variables, TOKENS, None, SEGMENTS)
     hidden, pooled = reference(weights, TOKENS, SEGMENTS)
     np.testing.assert_allclose(logits, pooled[:, :3], rtol=1e-4, atol=1e-5)
     encoder = pretrained.bert(shapes(Bert(**SIZES), TOKENS), weights, ignore=["pooler.*"])
-    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), encoder["params"], variables["params"]["encoder"]))
+    assert jax.tree.all(
+        jax.tree.map(
+            lambda a, b: bool((a == b).all()), encoder["params"], variables["params"]["encoder"]
+        )
+    )
     got = Bert(**SIZES).apply(encoder, TOKENS, None, SEGMENTS)
     np.testing.assert_allclose(got, hidden, rtol=1e-4, atol=1e-5)
 
@@ -90,11 +110,16 @@ def test_prefixes_and_old_names_of_layer_norms_are_understood(tmp_path):
     for name, x in weights.items():
         stem, _, end = name.rpartition(".")
         renamed[f"bert.{stem}.{old[end] if 'LayerNorm' in stem else end}"] = x
-    renamed |= {"bert.embeddings.position_ids": np.arange(6)[None], "cls.predictions.bias": np.zeros(30, np.float32)}
+    renamed |= {
+        "bert.embeddings.position_ids": np.arange(6)[None],
+        "cls.predictions.bias": np.zeros(30, np.float32),
+    }
     safetensors.numpy.save_file(renamed, tmp_path / "model.safetensors")
     plain = pretrained.bert(shapes(model, TOKENS), weights, ignore=["pooler.*"])
     filled = pretrained.bert(
-        shapes(model, TOKENS), pretrained.read(tmp_path / "model.safetensors"), ignore=["pooler.*", "cls.*"]
+        shapes(model, TOKENS),
+        pretrained.read(tmp_path / "model.safetensors"),
+        ignore=["pooler.*", "cls.*"],
     )
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), plain, filled))
 
@@ -118,7 +143,9 @@ def test_a_fresh_head_stays_as_it_was_initialised():
     weights, model = hugging_face(), BertClassifier(Bert(**SIZES), classes=3)
     variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
     filled = pretrained.bert(variables, weights, fresh="params/head/*")
-    np.testing.assert_array_equal(filled["params"]["head"]["kernel"], variables["params"]["head"]["kernel"])
+    np.testing.assert_array_equal(
+        filled["params"]["head"]["kernel"], variables["params"]["head"]["kernel"]
+    )
     with pytest.raises(WeightsError, match="given as shapes only"):
         pretrained.bert(shapes(model, TOKENS), weights, fresh="params/head/*")
 
@@ -146,11 +173,14 @@ def test_imagenet_networks_have_the_published_parameters(arguments, parameters):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("resnet18", {}), ("resnet50", {"blocks": (3, 4, 6, 3), "bottleneck": True})]
+    ("name", "arguments"),
+    [("resnet18", {}), ("resnet50", {"blocks": (3, 4, 6, 3), "bottleneck": True})],
 )
 def test_resnets_compute_what_torchvision_does(name, arguments):
     torch = pytest.importorskip("torch", reason="the reference is torchvision's own network")
-    torchvision = pytest.importorskip("torchvision", reason="the reference is torchvision's own network")
+    torchvision = pytest.importorskip(
+        "torchvision", reason="the reference is torchvision's own network"
+    )
     torch.manual_seed(0)
     theirs = getattr(torchvision.models, name)()
     x = torch.randn(2, 3, 65, 96)
@@ -160,15 +190,21 @@ def test_resnets_compute_what_torchvision_does(name, arguments):
     model, images = ImageNetResNet(**arguments), x.numpy().transpose(0, 2, 3, 1)
     weights = {key: value.numpy() for key, value in theirs.state_dict().items()}
     variables = pretrained.resnet(shapes(model, images), weights)
-    np.testing.assert_allclose(jax.jit(model.apply)(variables, images), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        jax.jit(model.apply)(variables, images), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max()
+    )
 
 
 @pytest.mark.slow
 def test_bert_computes_what_transformers_does():
     torch = pytest.importorskip("torch", reason="the reference is transformers' own network")
-    transformers = pytest.importorskip("transformers", reason="the reference is transformers' own network")
+    transformers = pytest.importorskip(
+        "transformers", reason="the reference is transformers' own network"
+    )
     torch.manual_seed(0)
-    config = transformers.BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+    config = transformers.BertConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+    )
     theirs = transformers.BertForSequenceClassification(config).eval()
     tokens, mask = np.random.default_rng(0).integers(1, 30_522, (3, 9)), np.ones((3, 9), int)
     mask[1, 6:] = 0
@@ -177,4 +213,6 @@ def test_bert_computes_what_transformers_does():
     model = BertClassifier(Bert(width=128, depth=2, heads=2))
     weights = {key: value.numpy() for key, value in theirs.state_dict().items()}
     variables = pretrained.bert(shapes(model, tokens), weights)
-    np.testing.assert_allclose(jax.jit(model.apply)(variables, tokens, mask), wanted, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(model.apply)(variables, tokens, mask), wanted, rtol=1e-4, atol=1e-5
+    )

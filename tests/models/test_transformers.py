@@ -22,12 +22,28 @@ def count(model, x):
 @pytest.mark.parametrize(
     ("model", "x", "parameters"),
     [
-        (ViT(width=192, heads=3, **IMAGENET), jnp.zeros((1, 224, 224, 3)), 5_717_416),  # Touvron et al., table 1: 5M
+        (
+            ViT(width=192, heads=3, **IMAGENET),
+            jnp.zeros((1, 224, 224, 3)),
+            5_717_416,
+        ),  # Touvron et al., table 1: 5M
         (ViT(width=384, heads=6, **IMAGENET), jnp.zeros((1, 224, 224, 3)), 22_050_664),  # 22M
-        (ViT(width=768, heads=12, **IMAGENET), jnp.zeros((1, 224, 224, 3)), 86_567_656),  # Dosovitskiy et al.: 86M
-        (BertClassifier(Bert(width=128, depth=2, heads=2)), TOKENS, 4_385_920 + 258),  # Turc et al., table 1: 4.4M; the head
+        (
+            ViT(width=768, heads=12, **IMAGENET),
+            jnp.zeros((1, 224, 224, 3)),
+            86_567_656,
+        ),  # Dosovitskiy et al.: 86M
+        (
+            BertClassifier(Bert(width=128, depth=2, heads=2)),
+            TOKENS,
+            4_385_920 + 258,
+        ),  # Turc et al., table 1: 4.4M; the head
         (BertClassifier(Bert()), TOKENS, 109_482_240 + 1_538),  # Devlin et al.: 110M
-        (BertClassifier(Bert(width=384, depth=6)), TOKENS, 22_713_216 + 770),  # MiniLM-L6-H384: 22.7M
+        (
+            BertClassifier(Bert(width=384, depth=6)),
+            TOKENS,
+            22_713_216 + 770,
+        ),  # MiniLM-L6-H384: 22.7M
         (GPT(), TOKENS, 124_439_808),  # Radford et al.: 124M (117M as first printed)
         (GPT(scan=True, remat=True), TOKENS, 124_439_808),
         (DSCNN(), jnp.zeros((1, 49, 10, 1)), 23_756),  # MLPerf Tiny
@@ -40,12 +56,20 @@ def test_parameter_counts_are_the_published_ones(model, x, parameters):
 
 MODELS = {
     "vit": (ViT(7, width=8, depth=1, heads=2), jnp.ones((2, 8, 12, 1)), (2, 7)),
-    "vit-token": (ViT(7, width=8, depth=1, heads=2, pool="token", gelu="exact"), jnp.ones((2, 8, 12, 1)), (2, 7)),
+    "vit-token": (
+        ViT(7, width=8, depth=1, heads=2, pool="token", gelu="exact"),
+        jnp.ones((2, 8, 12, 1)),
+        (2, 7),
+    ),
     "bert": (BertClassifier(Bert(depth=1, **TINY), 3), TOKENS, (2, 3)),
     "gpt": (GPT(depth=2, **TINY), TOKENS, (2, 4, 20)),
     "gpt-scan": (GPT(depth=2, scan=True, **TINY), TOKENS, (2, 4, 20)),
     "ds-cnn": (DSCNN(width=8, blocks=1), jnp.ones((2, 9, 7, 1)), (2, 12)),
-    "ds-cnn-shifts": (DSCNN(width=8, blocks=1, depthwise="shifts"), jnp.ones((2, 9, 7, 1)), (2, 12)),
+    "ds-cnn-shifts": (
+        DSCNN(width=8, blocks=1, depthwise="shifts"),
+        jnp.ones((2, 9, 7, 1)),
+        (2, 12),
+    ),
 }
 
 
@@ -82,7 +106,9 @@ def test_attention_is_the_formula_in_float64():
     q, k, v = (a.reshape(2, 3, 2, 4).transpose(0, 2, 1, 3) for a in (q, k, v))
     scores = np.where(mask, q @ k.transpose(0, 1, 3, 2) / 2, -np.inf)
     weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
-    wanted = (weights @ v).transpose(0, 2, 1, 3).reshape(2, 3, 8) @ np.asarray(params["out"]["kernel"], np.float64)
+    wanted = (weights @ v).transpose(0, 2, 1, 3).reshape(2, 3, 8) @ np.asarray(
+        params["out"]["kernel"], np.float64
+    )
     got = model.apply({"params": params}, jnp.asarray(x, jnp.float32), jnp.asarray(mask))
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -91,9 +117,17 @@ def test_flax_attention_agrees():
     x = jax.random.normal(jax.random.key(0), (2, 3, 8))
     ours, theirs = Attention(heads=2), nn.MultiHeadDotProductAttention(num_heads=2)
     params = ours.init(jax.random.key(1), x)["params"]
-    split = {n: {"kernel": params[n]["kernel"].reshape(8, 2, 4), "bias": params[n]["bias"].reshape(2, 4)} for n in params}
-    split["out"] = {"kernel": params["out"]["kernel"].reshape(2, 4, 8), "bias": params["out"]["bias"]}
-    np.testing.assert_allclose(ours.apply({"params": params}, x), theirs.apply({"params": split}, x), rtol=1e-5, atol=1e-6)
+    split = {
+        n: {"kernel": params[n]["kernel"].reshape(8, 2, 4), "bias": params[n]["bias"].reshape(2, 4)}
+        for n in params
+    }
+    split["out"] = {
+        "kernel": params["out"]["kernel"].reshape(2, 4, 8),
+        "bias": params["out"]["bias"],
+    }
+    np.testing.assert_allclose(
+        ours.apply({"params": params}, x), theirs.apply({"params": split}, x), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_scanned_layers_are_the_unrolled_ones():
@@ -107,11 +141,17 @@ def test_scanned_layers_are_the_unrolled_ones():
         return jnp.square(model.apply({"params": params}, TOKENS)).mean()
 
     value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, model)
-    scanned = jax.jit(jax.value_and_grad(loss), static_argnums=1)(stacked, model.clone(scan=True, remat=True))
+    scanned = jax.jit(jax.value_and_grad(loss), static_argnums=1)(
+        stacked, model.clone(scan=True, remat=True)
+    )
     np.testing.assert_allclose(scanned[0], value, rtol=1e-5)
     for i in range(3):
         got = jax.tree.map(lambda x, i=i: x[i], scanned[1]["layers"])
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), got, grads[f"layer_{i}"])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7),
+            got,
+            grads[f"layer_{i}"],
+        )
 
 
 def test_gpt_does_not_see_the_future_and_sees_the_past():

@@ -10,7 +10,20 @@ from hypothesis import strategies as st
 import compress_jax as cj
 from compress_jax.core import ConfigError, NoMatchError
 from compress_jax.core.amount import amount_exact
-from compress_jax.prune import block, channel, erk, for_bytes, for_flops, gains, lamp, magnitude, n_m, random, rigl, shares
+from compress_jax.prune import (
+    block,
+    channel,
+    erk,
+    for_bytes,
+    for_flops,
+    gains,
+    lamp,
+    magnitude,
+    n_m,
+    random,
+    rigl,
+    shares,
+)
 from compress_jax.trace import cost
 
 
@@ -31,7 +44,10 @@ def test_erk_reaches_the_total_exactly_in_proportion(kernels, sparsity):
     assert sum(kept.values()) == total - amount_exact(sparsity, total)
     full = [path for path, x in params.items() if kept[path] == x.size]
     ratio = {path: kept[path] / sum(x.shape) for path, x in params.items()}
-    for path, x in params.items():  # all but the full ones in proportion, and the full ones would get no less
+    for (
+        path,
+        x,
+    ) in params.items():  # all but the full ones in proportion, and the full ones would get no less
         for other, y in params.items():
             if other not in full:
                 assert ratio[path] <= ratio[other] + 1.01 / sum(x.shape) + 1.01 / sum(y.shape)
@@ -39,14 +55,22 @@ def test_erk_reaches_the_total_exactly_in_proportion(kernels, sparsity):
 
 def test_erk_of_a_resnet_layer_is_the_papers():
     """Two layers by hand: eps (3+3+16+16)/(3*3*16*16) and eps (1+1+64+10)/640, together 30 % of all weights."""
-    params = {"conv": jnp.ones((3, 3, 16, 16)), "head": jnp.ones((1, 1, 64, 10)), "bias": jnp.ones(10)}
+    params = {
+        "conv": jnp.ones((3, 3, 16, 16)),
+        "head": jnp.ones((1, 1, 64, 10)),
+        "bias": jnp.ones(10),
+    }
     eps = 0.3 * (2304 + 640) / (38 + 76)
     found = erk(params, 0.7)
-    np.testing.assert_allclose([found["conv"], found["head"]], [1 - eps * 38 / 2304, 1 - eps * 76 / 640], atol=1e-3)
+    np.testing.assert_allclose(
+        [found["conv"], found["head"]], [1 - eps * 38 / 2304, 1 - eps * 76 / 640], atol=1e-3
+    )
     assert "bias" not in found
     plain = erk(params, 0.7, kernel=False)
     share = 0.3 * (2304 + 640) / (9 * (16 + 16) + 74)
-    np.testing.assert_allclose([plain["conv"], plain["head"]], [1 - share * 32 / 256, 1 - share * 74 / 640], atol=1e-3)
+    np.testing.assert_allclose(
+        [plain["conv"], plain["head"]], [1 - share * 32 / 256, 1 - share * 74 / 640], atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("kernel", [True, False])
@@ -67,7 +91,10 @@ def test_erk_gives_a_stack_what_its_layers_get_alone(kernel):
 
 
 def test_erk_masks_have_that_total():
-    params = {"a": jax.random.normal(jax.random.key(0), (10, 30)), "b": jax.random.normal(jax.random.key(1), (30, 20))}
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (10, 30)),
+        "b": jax.random.normal(jax.random.key(1), (30, 20)),
+    }
     state = magnitude(erk(params, 0.8)).init(params)
     assert sum(int(mask.sum()) for mask in state.fixed.values()) == 180
     with pytest.raises(NoMatchError):
@@ -99,13 +126,18 @@ def test_lamp_is_its_formula_and_never_empties_a_layer():
 
 
 def test_an_allocation_is_handed_on_exactly():
-    params = {"a": jax.random.normal(jax.random.key(0), (7, 11)), "b": 3 * jax.random.normal(jax.random.key(1), (5, 3))}
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (7, 11)),
+        "b": 3 * jax.random.normal(jax.random.key(1), (5, 3)),
+    }
     c = cj.chain(cj.between(0, None, lamp(0.6)), cj.quantize.uniform(bits=8))
     state = c.init(params)
     wanted = {path: int((~mask).sum()) for path, mask in state.fixed["0"]["of"].items()}
     found = shares(params, state)
     for other in (random(found, jax.random.key(0)), magnitude(found)):
-        assert {path: int((~mask).sum()) for path, mask in other.init(params).fixed.items()} == wanted
+        assert {
+            path: int((~mask).sum()) for path, mask in other.init(params).fixed.items()
+        } == wanted
     grown = rigl(found, 10, jax.random.key(0)).init(params)
     assert shares(params, grown) == found
 
@@ -115,11 +147,16 @@ def network(params, x):
     return x @ params["head"]
 
 
-NETWORK = {"conv": jax.random.normal(jax.random.key(0), (8, 3, 3, 3)), "head": jax.random.normal(jax.random.key(1), (8, 10))}
+NETWORK = {
+    "conv": jax.random.normal(jax.random.key(0), (8, 3, 3, 3)),
+    "head": jax.random.normal(jax.random.key(1), (8, 10)),
+}
 IMAGE = jnp.ones((2, 3, 6, 6))
 
 
-@pytest.mark.parametrize("rule", [lambda s: {"conv": s}, lambda s: {"conv": s, "head": s}, lambda s: erk(NETWORK, s)])
+@pytest.mark.parametrize(
+    "rule", [lambda s: {"conv": s}, lambda s: {"conv": s, "head": s}, lambda s: erk(NETWORK, s)]
+)
 def test_a_budget_of_operations_is_just_met(rule):
     c = magnitude(for_flops(0.3, rule, network, NETWORK, IMAGE))
     after = cost(network, NETWORK, IMAGE, compression=c, state=c.init(NETWORK))
@@ -134,7 +171,10 @@ def test_a_budget_of_operations_is_just_met(rule):
 
 
 def test_a_budget_of_bytes_is_just_met():
-    params = {"a": jax.random.normal(jax.random.key(0), (64, 64)), "b": jax.random.normal(jax.random.key(1), (16, 16))}
+    params = {
+        "a": jax.random.normal(jax.random.key(0), (64, 64)),
+        "b": jax.random.normal(jax.random.key(1), (16, 16)),
+    }
     c = magnitude(for_bytes(0.2, lambda s: {"a": s}, params, turns=7))
     share = cj.nbytes(c.pack(params, c.init(params))) / cj.nbytes(params)
     assert 0.19 < share <= 0.2
@@ -157,4 +197,7 @@ def test_what_zeros_buy_depends_on_their_pattern():
         assert row.stored == cj.nbytes(c.pack(params, c.init(params)))
     text = str(gains(params, made["unstructured"].init(params)))
     assert "50.0%" in text and "bytes only" in text
-    assert gains({"w": jnp.ones(9)}, magnitude(0.5).init({"w": jnp.ones(9)})).rows[0].pattern == "unstructured"
+    assert (
+        gains({"w": jnp.ones(9)}, magnitude(0.5).init({"w": jnp.ones(9)})).rows[0].pattern
+        == "unstructured"
+    )

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from compress_jax.core.amount import MOST, amount
 
-sizes = st.integers(1, MOST) | st.sampled_from([1, 2, 3, 2**24 + 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, MOST])
+sizes = st.integers(1, MOST) | st.sampled_from(
+    [1, 2, 3, 2**24 + 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, MOST]
+)
 
 
 def as_int(pruned):
@@ -37,7 +39,9 @@ def test_a_float32_array_is_exact_in_integers(t, size):
 @settings(deadline=None)
 @given(st.floats(0, 1, width=32), st.integers(1, 2**30))
 def test_any_float32_is_within_one_part_in_2_to_the_25(s, size):
-    assert abs(as_int(amount(jnp.float32(s), size)) - Fraction(s) * size) <= Fraction(1, 2) + Fraction(size, 2**25)
+    assert abs(as_int(amount(jnp.float32(s), size)) - Fraction(s) * size) <= Fraction(
+        1, 2
+    ) + Fraction(size, 2**25)
 
 
 @pytest.mark.parametrize("size", [1, 10, 999, 2**33 + 7])
@@ -55,7 +59,9 @@ def test_what_lies_outside_is_clipped_and_nan_prunes_nothing(kind):
 def test_tracing_changes_nothing():
     traced = jax.jit(amount, static_argnums=1)
     for s in np.linspace(0, 1, 23, dtype=np.float32):
-        assert as_int(traced(jnp.asarray(s), 3_000_000_019)) == as_int(amount(jnp.asarray(s), 3_000_000_019))
+        assert as_int(traced(jnp.asarray(s), 3_000_000_019)) == as_int(
+            amount(jnp.asarray(s), 3_000_000_019)
+        )
 
 
 def test_more_than_it_can_rank_is_refused():

@@ -44,7 +44,8 @@ TICKET = cj.at("w", cj.every(EVERY, nested(magnitude(rounds(0.5, EVERY)))))
 
 def same(a, b):
     return all(
-        np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
+        np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True)
     )
 
 
@@ -56,13 +57,20 @@ def test_one_loop_goes_through_all_rounds(weights):
     for k in range(1, ROUNDS + 1):
         end = k * EVERY + 1  # states[i] is what i steps made; the step numbered k * EVERY prunes
         kept = 36 - round((1 - 0.5**k) * 36)
-        assert masks[end].sum() == kept and (masks[end] <= masks[end - 1]).all() and masks[end - 1].sum() > kept
+        assert (
+            masks[end].sum() == kept
+            and (masks[end] <= masks[end - 1]).all()
+            and masks[end - 1].sum() > kept
+        )
         back = states[end + 2]
         assert same(back.params, states[TO].params if weights else states[end].params)
         inner = lambda s: s.opt_state.inner_states["params"].inner_state.inner  # noqa: E731
         assert same(inner(back), inner(states[TO]))
         survivors = np.abs(states[end].params["w"])[masks[end - 1]]  # the smallest of them are gone
-        assert np.abs(states[end].params["w"])[masks[end]].min() >= np.sort(survivors)[len(survivors) - kept]
+        assert (
+            np.abs(states[end].params["w"])[masks[end]].min()
+            >= np.sort(survivors)[len(survivors) - kept]
+        )
 
 
 def test_the_wrapper_is_the_pure_transition():
@@ -81,10 +89,14 @@ def test_the_wrapper_is_the_pure_transition():
     assert int(state.step) == TO and same(state.params, saved.params)
     for _ in range(EVERY - 2):
         state, _ = step(state, None)
-    *_, before, other = trajectory(rewinding(inner, EVERY, TO), TICKET, 2 * EVERY + 1)  # the last step prunes again
+    *_, before, other = trajectory(
+        rewinding(inner, EVERY, TO), TICKET, 2 * EVERY + 1
+    )  # the last step prunes again
     assert same(state.fixed, before.fixed)
     other = other._replace(fixed=before.fixed)
-    for a, b in zip(*map(jax.tree.leaves, (state.variables(c), other.variables(TICKET))), strict=True):
+    for a, b in zip(
+        *map(jax.tree.leaves, (state.variables(c), other.variables(TICKET))), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-6)  # two programs round alike but for the last bit
 
 
@@ -93,7 +105,9 @@ def test_only_the_learning_rate_goes_back():
     saved = create(variables(), TICKET, optimizer, jax.random.key(0))
     state = saved._replace(step=jnp.int32(7), params=variables(5)["params"])
     after = rewind(state, saved, state.compression, weights=False)
-    assert int(after.step) == 0 and after.params is state.params and after.opt_state is saved.opt_state
+    assert (
+        int(after.step) == 0 and after.params is state.params and after.opt_state is saved.opt_state
+    )
 
 
 def test_it_starts_from_given_weights_exactly():

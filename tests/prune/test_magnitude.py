@@ -19,7 +19,10 @@ def params():
     one, two = jax.random.split(jax.random.key(0))
     return {
         "a": {"kernel": jnp.round(3 * jax.random.normal(one, (16, 24))), "bias": jnp.zeros(24)},
-        "b": {"kernel": jax.random.normal(two, (8, 16, 32)).astype(jnp.bfloat16), "scale": jnp.float32(0.5)},
+        "b": {
+            "kernel": jax.random.normal(two, (8, 16, 32)).astype(jnp.bfloat16),
+            "scale": jnp.float32(0.5),
+        },
     }
 
 
@@ -63,7 +66,9 @@ def test_view_is_the_masked_params_and_pack_ships_it(params, scope):
     for seen, x, mask in zip(flat_view, flat_params, state.fixed.values(), strict=True):
         assert (seen.dtype, seen.shape) == (x.dtype, x.shape)
         assert seen.tobytes() == np.where(mask, x, np.zeros((), x.dtype)).tobytes()
-    assert [x.tobytes() for x in jax.tree.leaves(cj.unpack(packed))] == [x.tobytes() for x in flat_view]
+    assert [x.tobytes() for x in jax.tree.leaves(cj.unpack(packed))] == [
+        x.tobytes() for x in flat_view
+    ]
     assert isinstance(packed["b"]["kernel"], Sparse)
     assert packed["b"]["kernel"].nbytes < params["b"]["kernel"].nbytes / 4
 
@@ -77,13 +82,18 @@ def test_pruned_negative_weights_become_positive_zeros():
 def test_what_packing_would_enlarge_stays_dense(params):
     c = magnitude(0.0)
     packed = c.pack(params, c.init(params))
-    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, Sparse)))
+    assert all(
+        isinstance(leaf, jax.Array)
+        for leaf in jax.tree.leaves(packed, is_leaf=lambda x: isinstance(x, Sparse))
+    )
 
 
 def test_gradient_is_masked(params):
     c = magnitude(0.6)
     state = c.init(params)
-    ones = jax.grad(lambda p: sum(jnp.sum(3 * x.astype(jnp.float32)) for x in jax.tree.leaves(c.view(p, state))))(params)
+    ones = jax.grad(
+        lambda p: sum(jnp.sum(3 * x.astype(jnp.float32)) for x in jax.tree.leaves(c.view(p, state)))
+    )(params)
     for gradient, mask in zip(jax.tree.leaves(ones), state.fixed.values(), strict=True):
         np.testing.assert_array_equal(np.asarray(gradient, np.float32), 3.0 * np.asarray(mask))
 
@@ -115,7 +125,10 @@ def test_jit_and_eager_give_the_same_mask(params):
         c = magnitude(optax.linear_schedule(0.0, 1.0, 7), scope=scope)
         state = c.init(params)
         for step in (0, 3, 6):
-            eager, jitted = c.update(params, state, step=step), jax.jit(c.update)(params, state, step=jnp.int32(step))
+            eager, jitted = (
+                c.update(params, state, step=step),
+                jax.jit(c.update)(params, state, step=jnp.int32(step)),
+            )
             jax.tree.map(np.testing.assert_array_equal, eager, jitted)
 
 
@@ -130,7 +143,9 @@ def test_pruned_weights_stay_and_can_come_back():
     state = c.init(x)
     assert state.fixed["w"].tolist() == [False, True]
     gradient = jax.grad(lambda p: (c.view(p, state)["w"] ** 2).sum())(x)
-    x = jax.tree.map(lambda w, g: w - 0.2 * g, x, gradient)  # the kept one shrinks by 0.8, the pruned one keeps its 1.0
+    x = jax.tree.map(
+        lambda w, g: w - 0.2 * g, x, gradient
+    )  # the kept one shrinks by 0.8, the pruned one keeps its 1.0
     x = jax.tree.map(lambda w, g: w - 0.2 * g, x, gradient)
     assert c.update(x, state, step=1).fixed["w"].tolist() == [True, False]
     assert c.view(x, c.update(x, state, step=1))["w"].tolist() == [1.0, 0.0]
@@ -152,7 +167,9 @@ SHARDINGS = [
 
 @pytest.mark.parametrize(("scope", "axes", "spec"), SHARDINGS)
 def test_sharded_is_unsharded_bit_for_bit_without_gathering(scope, axes, spec):
-    x = jnp.round(4 * jax.random.normal(jax.random.key(3), (8, 16, 24)))  # many ties at every threshold
+    x = jnp.round(
+        4 * jax.random.normal(jax.random.key(3), (8, 16, 24))
+    )  # many ties at every threshold
     whole = {"one": x, "two": 0.5 * x[::-1]}
     sharding = NamedSharding(mesh(axes), PartitionSpec(*spec))
     split = jax.device_put(whole, sharding)
@@ -162,7 +179,9 @@ def test_sharded_is_unsharded_bit_for_bit_without_gathering(scope, axes, spec):
     unsharded = jax.jit(c.update)
     program = compiled.as_text() or ""
     assert "all-gather" not in program and "all-to-all" not in program
-    assert set(re.findall(r"= (\S+) all-reduce\(", program)) == {"u32[]"}  # devices tell each other counts, nothing else
+    assert set(re.findall(r"= (\S+) all-reduce\(", program)) == {
+        "u32[]"
+    }  # devices tell each other counts, nothing else
     for step in (0, 3, 9):
         sharded = compiled(split, state, step=jnp.int32(step))
         expected = unsharded(whole, state, step=step)
@@ -188,7 +207,12 @@ def test_bad_weights_are_refused_by_name(params, scope, bad):
     c = magnitude(0.5, scope=scope)
     state = c.init(params)
     params = {**params, "a": {**params["a"], "kernel": params["a"]["kernel"].at[3, 4].set(bad)}}
-    for call in (c.init, lambda p: c.update(p, state, step=0), lambda p: c.view(p, state), lambda p: c.pack(p, state)):
+    for call in (
+        c.init,
+        lambda p: c.update(p, state, step=0),
+        lambda p: c.view(p, state),
+        lambda p: c.pack(p, state),
+    ):
         with pytest.raises(NonFiniteError, match="a/kernel"):
             call(params)
 
@@ -217,7 +241,23 @@ def test_gradual_pruning_of_chosen_leaves_starts_and_stops(params):
         state = update(params, state, step=jnp.int32(step))
         counts[step] = sum(int((x == 0).sum()) for x in jax.tree.leaves(c.view(params, state)))
     dense = sum(int((x == 0).sum()) for x in jax.tree.leaves(params))
-    assert counts[3] == dense < counts[4] < counts[5] < counts[6] < counts[7] == counts[8] == counts[11]
+    assert (
+        counts[3]
+        == dense
+        < counts[4]
+        < counts[5]
+        < counts[6]
+        < counts[7]
+        == counts[8]
+        == counts[11]
+    )
     total = params["a"]["kernel"].size + params["b"]["kernel"].size
-    for step, at in ((4, 4), (6, 6), (7, 8)):  # it starts at what the schedule says there, and ends at that of step 8
-        assert abs(counts[step] - params["a"]["bias"].size - total * (0.8 - 0.8 * (1 - at / 10) ** 3)) < 1
+    for step, at in (
+        (4, 4),
+        (6, 6),
+        (7, 8),
+    ):  # it starts at what the schedule says there, and ends at that of step 8
+        assert (
+            abs(counts[step] - params["a"]["bias"].size - total * (0.8 - 0.8 * (1 - at / 10) ** 3))
+            < 1
+        )

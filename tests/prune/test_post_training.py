@@ -25,7 +25,9 @@ INT4 = uniform(bits=4, granularity="channel")
 def layer(k=61, n=16, rows=300, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, k)) @ rng.normal(size=(k, k))
-    return {"kernel": jnp.asarray(rng.normal(size=(k, n)), jnp.float32)}, jnp.asarray(x, jnp.float32)
+    return {"kernel": jnp.asarray(rng.normal(size=(k, n)), jnp.float32)}, jnp.asarray(
+        x, jnp.float32
+    )
 
 
 def fn(p, x):
@@ -72,13 +74,16 @@ CASES = {"60 %": (0.6, None), "2:4": (None, n_m(2, 4)), "1:3": (None, n_m(1, 3))
 
 
 @pytest.mark.parametrize(
-    ("case", "quantizer"), [("60 %", None), ("2:4", None), ("1:3", None), ("60 %", INT4), ("2:4", INT4)]
+    ("case", "quantizer"),
+    [("60 %", None), ("2:4", None), ("1:3", None), ("60 %", INT4), ("2:4", INT4)],
 )
 def test_sparsegpt_is_the_papers_algorithm(case, quantizer):
     (share, groups), (params, x) = CASES[case], layer()
     x = x.at[:, 5].set(0)  # an input that is always zero
     size = 15 if case == "1:3" else 16
-    solved = sparsegpt(params, calibrated(params, x), share, groups, quantizer=quantizer, block=size)
+    solved = sparsegpt(
+        params, calibrated(params, x), share, groups, quantizer=quantizer, block=size
+    )
     n, m = (groups.n, groups.m) if groups else (0, 1)
     scale = None
     if quantizer is not None:
@@ -126,9 +131,13 @@ def test_groups_of_a_convolution_run_along_its_channels(solve):
     kernel, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, (8, 6, 6, shape[2])))
 
     def conv(p, x):
-        return jax.lax.conv_general_dilated(x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jax.lax.conv_general_dilated(
+            x, p["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
-    pruned = solve({"kernel": kernel}, calibrate(conv, gram(), {"kernel": kernel}, [x]), None, n_m(2, 4))
+    pruned = solve(
+        {"kernel": kernel}, calibrate(conv, gram(), {"kernel": kernel}, [x]), None, n_m(2, 4)
+    )
     kept = np.asarray(pruned.state.fixed["kernel"])
     for start in range(0, shape[2], 4):
         group = kept[:, :, start : start + 4]
@@ -144,7 +153,9 @@ def test_groups_run_along_what_is_summed_and_the_note_says_so(solve):
     seen = calibrate(lambda p, x: jnp.einsum("bi,ihd->bhd", x, p["query"]), gram(), params, [x])
     pruned = solve(params, seen, None, n_m(2, 4))
     assert (np.asarray(pruned.state.fixed["query"]).reshape(2, 4, 6).sum(1) == 2).all()
-    assert "(0,)" in pruned.notes["query"] and not solve(params, seen, None, n_m(2, 4, axis=0)).notes
+    assert (
+        "(0,)" in pruned.notes["query"] and not solve(params, seen, None, n_m(2, 4, axis=0)).notes
+    )
 
 
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
@@ -175,7 +186,10 @@ def test_every_layer_of_a_model_is_pruned_or_listed(entry):
     rng = np.random.default_rng(0)
 
     def fresh(x):
-        return jnp.asarray(rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.permuted(np.asarray(x)), x.dtype)
+        return jnp.asarray(
+            rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.permuted(np.asarray(x)),
+            x.dtype,
+        )
 
     seen = calibrate(model, gram(), variables, [jax.tree.map(fresh, inputs) for _ in range(6)])
     kernels = tuple(entry.contracted)
@@ -187,7 +201,10 @@ def test_every_layer_of_a_model_is_pruned_or_listed(entry):
     three = [smallest.view(variables, smallest.init(variables)), quick.params, solved.params]
     totals = np.zeros(3)
     for path, task in ((path, task) for path, own in tasks.items() for task in own):
-        w, *pruned = (task.form.matrices(task.box.take(flatten(tree)[0][path])) for tree in (variables, *three))
+        w, *pruned = (
+            task.form.matrices(task.box.take(flatten(tree)[0][path]))
+            for tree in (variables, *three)
+        )
         totals += [float(output_error(w, each, task.gram).sum()) for each in pruned]
         assert (pruned[2] == 0).mean() >= 0.49
     assert not tasks or totals[2] < 0.9 * totals[0]
@@ -206,7 +223,11 @@ def exact(pruned):
 def test_the_result_is_exact_and_its_masks_hold():
     params, x = layer()
     solved = sparsegpt(
-        {**params, "bias": jnp.ones(16)}, calibrated(params, x), 0.5, quantizer=cj.at("kernel", INT4), block=16
+        {**params, "bias": jnp.ones(16)},
+        calibrated(params, x),
+        0.5,
+        quantizer=cj.at("kernel", INT4),
+        block=16,
     )
     assert exact(solved) and "no calibrated site uses it" in solved.skipped["bias"]
     c, other = solved.compression, jax.tree.map(lambda w: w + 1, solved.params)
@@ -223,7 +244,9 @@ def test_wanda_then_gptq_rounds_what_is_kept():
     seen = calibrated(params, x)
     half = wanda(params, seen, 0.5)
     rounded = cj.quantize.gptq(params, seen, cj.chain(half.compression, INT4))
-    assert ((rounded.params["kernel"] != 0) <= half.state.fixed["kernel"]).all() and not rounded.skipped
+    assert (
+        (rounded.params["kernel"] != 0) <= half.state.fixed["kernel"]
+    ).all() and not rounded.skipped
 
 
 def test_a_share_for_each_leaf_and_leaves_that_only_the_quantizer_covers():
@@ -244,7 +267,12 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ConfigError, match="magnitude"):
         solver(params, seen, 0.5, block((4, 4)))
     with pytest.raises(ConfigError, match="'kernel' entry by entry"):
-        solver(params, seen, 0.5, quantizer=INT4._replace(pointwise=lambda params, state: {}, bind=None))  # as k-means
+        solver(
+            params,
+            seen,
+            0.5,
+            quantizer=INT4._replace(pointwise=lambda params, state: {}, bind=None),
+        )  # as k-means
     with pytest.raises(ConfigError, match="no zero for 'kernel'"):
         solver(params, seen, 0.5, quantizer=binary())
     with pytest.raises(NoMatchError, match="nothing"):
@@ -260,7 +288,10 @@ def test_what_cannot_be_done_is_said():
 
 def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_path):
     data = cj.data.load("digits", data_dir=tmp_path)
-    model, (images, labels) = LeNet300100(), map(jnp.asarray, (data.train["image"], data.train["label"]))
+    model, (images, labels) = (
+        LeNet300100(),
+        map(jnp.asarray, (data.train["image"], data.train["label"])),
+    )
     params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
     optimizer = optax.sgd(0.1, 0.9)
 
@@ -273,7 +304,9 @@ def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_
             params, moments = carry
 
             def loss(p):
-                return optax.softmax_cross_entropy_with_integer_labels(forward(p, images[chosen]), labels[chosen]).mean()
+                return optax.softmax_cross_entropy_with_integer_labels(
+                    forward(p, images[chosen]), labels[chosen]
+                ).mean()
 
             updates, moments = optimizer.update(jax.grad(loss)(params), moments)
             return (optax.apply_updates(params, updates), moments), None
@@ -284,12 +317,22 @@ def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_
     params = trained(params)
     name = "dense_1/kernel"
     seen, held_out = (
-        calibrate(forward, gram(), params, [x], where=name) for x in (images[:512], jnp.asarray(data.validation["image"]))
+        calibrate(forward, gram(), params, [x], where=name)
+        for x in (images[:512], jnp.asarray(data.validation["image"]))
     )
-    kernel, gram_ = flatten(params)[0][name], problems(held_out, flatten(params)[0])[0][name][0].gram[0]
+    kernel, gram_ = (
+        flatten(params)[0][name],
+        problems(held_out, flatten(params)[0])[0][name][0].gram[0],
+    )
     for sparsity, structure in ((0.7, None), (None, n_m(2, 4))):
         smallest = cj.at(name, magnitude(sparsity, structure))
         by_magnitude = smallest.view(params, smallest.init(params))
-        ours = [solve(params, seen, sparsity, structure, where=name).params for solve in (sparsegpt, wanda)]
-        errors = [float(output_error(kernel, flatten(tree)[0][name], gram_)) for tree in (*ours, by_magnitude)]
+        ours = [
+            solve(params, seen, sparsity, structure, where=name).params
+            for solve in (sparsegpt, wanda)
+        ]
+        errors = [
+            float(output_error(kernel, flatten(tree)[0][name], gram_))
+            for tree in (*ours, by_magnitude)
+        ]
         assert errors[0] < 0.8 * errors[1] and errors[1] < 0.95 * errors[2], (sparsity, errors)

@@ -24,7 +24,9 @@ TURN = jax.jit(turnover)
 
 def largest(keys, count):
     """Flat indices of the largest keys, the later one among equals."""
-    return np.argsort(np.asarray(keys, np.float64).ravel(), kind="stable")[len(np.ravel(keys)) - count :]
+    return np.argsort(np.asarray(keys, np.float64).ravel(), kind="stable")[
+        len(np.ravel(keys)) - count :
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,12 +41,20 @@ def test_turnover_is_a_sort_of_the_kept_and_a_sort_of_the_others(x, growth, live
     scores = np.where(expected, 1000, abs(growth.astype(int)).ravel())
     expected = np.zeros(40, bool)
     expected[largest(scores, count)] = True
-    found = TURN(*(jnp.asarray(a, jnp.float32) for a in (x, growth)), live, jnp.float32(eighths / 8), jnp.float32(drop / 8))
+    found = TURN(
+        *(jnp.asarray(a, jnp.float32) for a in (x, growth)),
+        live,
+        jnp.float32(eighths / 8),
+        jnp.float32(drop / 8),
+    )
     np.testing.assert_array_equal(found, expected.reshape(5, 8))
     assert found.sum() == count
 
 
-KEY, PARAMS = jax.random.key(0), {"a": {"kernel": jax.random.normal(jax.random.key(1), (20, 30))}, "bias": jnp.ones(3)}
+KEY, PARAMS = (
+    jax.random.key(0),
+    {"a": {"kernel": jax.random.normal(jax.random.key(1), (20, 30))}, "bias": jnp.ones(3)},
+)
 GRADS = {"a": {"kernel": jax.random.normal(jax.random.key(2), (20, 30))}, "bias": jnp.ones(3)}
 RULES = {"**/kernel": 0.9}
 
@@ -61,7 +71,10 @@ def test_masks_change_when_they_should_and_never_in_size(make):
         np.testing.assert_array_equal(new.fixed["a/kernel"]["grown"], after & ~before)
         changed[step], state = bool((before != after).any()), new
         grown[step] = int((after & ~before).sum())
-    assert [step for step, flag in changed.items() if flag] == [5, 10]  # at 15 the drop fraction has come to 0
+    assert [step for step, flag in changed.items() if flag] == [
+        5,
+        10,
+    ]  # at 15 the drop fraction has come to 0
     for step, count in grown.items():  # some of the dropped ones come back at once
         assert count <= math.ceil(60 * 0.15 * (1 + math.cos(math.pi * step / 15)))
 
@@ -116,7 +129,9 @@ OPTIMIZERS = {
     "sgd": optax.sgd(0.1, momentum=0.9),
     "adamw, clipped": optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)),
     "lion, averaged": optax.chain(optax.lion(0.1), optax.ema(0.9)),
-    "by parts": optax.partition({"x": optax.adam(0.1), "y": optax.rmsprop(0.1)}, {"params": "x", "learned": "y"}),
+    "by parts": optax.partition(
+        {"x": optax.adam(0.1), "y": optax.rmsprop(0.1)}, {"params": "x", "learned": "y"}
+    ),
     "masked": optax.masked(optax.adam(0.1), {"params": True, "learned": False}),
     "many steps": optax.MultiSteps(optax.adam(0.1), 3),
     "factored": optax.adafactor(0.1, min_dim_size_to_factor=4, momentum=0.9),
@@ -135,7 +150,9 @@ def test_moments_restart_whatever_the_optimizer(name):
     flags = jnp.zeros((4, 6), bool).at[1, 2].set(True)
     reset = reset_moments(state, params, {"a/w": flags})
     touched = 0
-    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(reset), strict=True):
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(reset), strict=True
+    ):
         mine = jnp.shape(old) == (4, 6) and "['b']" not in jax.tree_util.keystr(path)
         np.testing.assert_array_equal(new, jnp.where(flags, 0, old) if mine else old)
         touched += mine
@@ -147,7 +164,9 @@ def test_moments_restart_whatever_the_optimizer(name):
 def test_restart_finds_growth_inside_combinators():
     params = {"a": {"kernel": jnp.ones((10, 10))}, "bias": jnp.ones(3)}
     inner = rigl(0.5, 100, KEY, every=1, drop=lambda step: 0.5)
-    c = cj.at("**/kernel", cj.chain(cj.between(0, None, cj.every(2, inner)), cj.quantize.uniform(bits=8)))
+    c = cj.at(
+        "**/kernel", cj.chain(cj.between(0, None, cj.every(2, inner)), cj.quantize.uniform(bits=8))
+    )
     state = c.init(params)
     grads = {"a": {"kernel": jnp.arange(100.0).reshape(10, 10)}, "bias": jnp.ones(3)}
     for step, expected in [(2, True), (3, False)]:
@@ -171,10 +190,16 @@ def test_in_the_training_step_grown_weights_start_from_zero():
     y = x[:, :3] * x[:, 3:6]
 
     def loss(params, model_state, batch, key, teacher, train=True):
-        return jnp.square(model.apply({"params": params}, batch[0]) - batch[1]).mean(), (model_state, {})
+        return jnp.square(model.apply({"params": params}, batch[0]) - batch[1]).mean(), (
+            model_state,
+            {},
+        )
 
     variables = model.init(jax.random.key(1), x)
-    c, optimizer = rigl(erk(variables["params"], 0.8), 40, KEY, every=4, drop=lambda step: 0.5), optax.adam(0.01)
+    c, optimizer = (
+        rigl(erk(variables["params"], 0.8), 40, KEY, every=4, drop=lambda step: 0.5),
+        optax.adam(0.01),
+    )
     state, step = create(variables, c, optimizer, KEY), jax.jit(make_step(loss, optimizer, c))
     first = None
     for i in range(13):
@@ -182,8 +207,14 @@ def test_in_the_training_step_grown_weights_start_from_zero():
         first = metrics["loss"] if first is None else first
         new = state.fixed["Dense_0/kernel"]["mask"] & ~old.fixed["Dense_0/kernel"]["mask"]
         assert bool(new.any()) == (i in (4, 8, 12))
-        for tree in (state.params, state.opt_state[0].mu["params"], state.opt_state[0].nu["params"]):
-            assert (tree["Dense_0"]["kernel"][new] == 0).all() and (tree["Dense_0"]["kernel"][~new] != 0).any()
+        for tree in (
+            state.params,
+            state.opt_state[0].mu["params"],
+            state.opt_state[0].nu["params"],
+        ):
+            assert (tree["Dense_0"]["kernel"][new] == 0).all() and (
+                tree["Dense_0"]["kernel"][~new] != 0
+            ).any()
     assert metrics["loss"] < first
     kept = sum(int(leaf["mask"].sum()) for leaf in state.fixed.values())
     assert kept == round(0.2 * (8 * 16 + 16 * 3))
@@ -194,7 +225,11 @@ def test_straight_through_trains_what_it_does_not_use():
     params = {"w": jnp.array([1.0, -2.0, 3.0, -4.0]), "steps": jnp.array(1)}
     state = c.init(params)
     np.testing.assert_array_equal(c.view(params, state)["w"], [0, 0, 3, -4])
-    slope = jax.grad(lambda w: (c.view({**params, "w": w}, state)["w"] ** 2 + c.view({**params, "w": w}, state)["w"]).sum())
+    slope = jax.grad(
+        lambda w: (
+            c.view({**params, "w": w}, state)["w"] ** 2 + c.view({**params, "w": w}, state)["w"]
+        ).sum()
+    )
     np.testing.assert_array_equal(slope(params["w"]), [1, 1, 7, -7])
 
 
@@ -204,7 +239,9 @@ def test_top_kast_uses_one_set_and_trains_a_larger_one():
     state = c.update(params, c.init(params), step=0)
     view = c.view(params, state)["w"]
     np.testing.assert_array_equal(view, [0, 0, 0, 0, 0, 0, 0, 0, 9, 10])
-    np.testing.assert_array_equal(jax.grad(lambda p: c.view(p, state)["w"].sum())(params)["w"], [0] * 5 + [1] * 5)
+    np.testing.assert_array_equal(
+        jax.grad(lambda p: c.view(p, state)["w"].sum())(params)["w"], [0] * 5 + [1] * 5
+    )
     np.testing.assert_array_equal(cj.unpack(c.pack(params, state))["w"], view)
     with pytest.raises(ValueError, match="backward is below the sparsity"):
         top_kast(0.5, 0.8)

@@ -24,7 +24,9 @@ from compress_jax.prune import (
 )
 
 SHAPE, N = (6, 8), 48
-STEPS = [tuple(np.random.default_rng((i, j)).normal(size=SHAPE) for j in range(2)) for i in range(4)]
+STEPS = [
+    tuple(np.random.default_rng((i, j)).normal(size=SHAPE) for j in range(2)) for i in range(4)
+]
 
 
 def kept(scores, pruned):
@@ -36,7 +38,11 @@ def kept(scores, pruned):
 
 def follow(c):
     """Run the updates as a training loop would, and return the masks after each."""
-    state, update, masks = c.init({"w": jnp.asarray(STEPS[0][0], jnp.float32)}), jax.jit(c.update), []
+    state, update, masks = (
+        c.init({"w": jnp.asarray(STEPS[0][0], jnp.float32)}),
+        jax.jit(c.update),
+        [],
+    )
     assert np.asarray(mask(state)).all()  # nothing is known of the gradients yet
     for step, (w, g) in enumerate(STEPS):
         params, grads = ({"w": jnp.asarray(x, jnp.float32)} for x in (w, g))
@@ -59,14 +65,23 @@ def running(terms, decay, fresh):
 
 SCORES = {
     "saliency": (saliency(0.75), [abs(w * g) for w, g in STEPS]),
-    "saliency, averaged": (saliency(0.75, decay=0.9), running([abs(w * g) for w, g in STEPS], 0.9, 0.1)),
+    "saliency, averaged": (
+        saliency(0.75, decay=0.9),
+        running([abs(w * g) for w, g in STEPS], 0.9, 0.1),
+    ),
     "fisher": (
         fisher(0.75, decay=0.5),
-        [w**2 * f / 2 for (w, _), f in zip(STEPS, running([g**2 for _, g in STEPS], 0.5, 0.5), strict=True)],
+        [
+            w**2 * f / 2
+            for (w, _), f in zip(STEPS, running([g**2 for _, g in STEPS], 0.5, 0.5), strict=True)
+        ],
     ),
     "fisher, summed": (
         fisher(0.75, decay=1.0),
-        [w**2 * f / 2 for (w, _), f in zip(STEPS, running([g**2 for _, g in STEPS], 1.0, 1.0), strict=True)],
+        [
+            w**2 * f / 2
+            for (w, _), f in zip(STEPS, running([g**2 for _, g in STEPS], 1.0, 1.0), strict=True)
+        ],
     ),
     "movement": (movement(0.75), running([-w * g for w, g in STEPS], 1.0, 1.0)),
 }
@@ -81,7 +96,9 @@ def test_masks_are_those_of_the_formula(name):
 
 def test_soft_movement_keeps_what_is_above_the_threshold():
     penalty, rate, scores = 0.5, 0.1, np.zeros(SHAPE)
-    for found, (w, g) in zip(follow(movement(threshold=-0.02, rate=rate, penalty=penalty)), STEPS, strict=True):
+    for found, (w, g) in zip(
+        follow(movement(threshold=-0.02, rate=rate, penalty=penalty)), STEPS, strict=True
+    ):
         sigmoid = 1 / (1 + np.exp(-scores))
         scores = scores - rate * (w * g + penalty * sigmoid * (1 - sigmoid))
         np.testing.assert_array_equal(found, scores > -0.02)
@@ -127,7 +144,10 @@ def test_given_scores_are_compared_by_value_and_checked():
     params = {"a": jnp.ones((2, 3)), "b": jnp.ones(2)}
     scores = {"a": jnp.array([[-5.0, 1.0, 2.0], [3.0, 4.0, 9.0]]), "b": jnp.array([0.0, 8.0])}
     state = scored(scores, 0.5, scope="global").init(params)
-    assert [m["mask"].tolist() for m in state.fixed.values()] == [[[False, False, False], [True] * 3], [False, True]]
+    assert [m["mask"].tolist() for m in state.fixed.values()] == [
+        [[False, False, False], [True] * 3],
+        [False, True],
+    ]
     later = scored(scores, lambda step: 0.25 * step, scope="global")
     assert int((~later.update(params, later.init(params), step=1).fixed["a"]["mask"]).sum()) == 1
     with pytest.raises(StateError, match="leaf 'b' has no scores"):
@@ -153,7 +173,9 @@ def test_snip_and_grasp_are_their_formulas():
     w, x, h = np.array([1.0, -2.0, 0.5]), np.array([3.0, 1.0, -1.0]), np.array([1.0, 2.0, 4.0])
     params = {"w": jnp.asarray(w, jnp.float32), "steps": jnp.array(3)}
     gradient = h * x**2 * w
-    np.testing.assert_allclose(snip(quadratic, params, jnp.asarray(x, jnp.float32))["w"], abs(w * gradient), rtol=1e-6)
+    np.testing.assert_allclose(
+        snip(quadratic, params, jnp.asarray(x, jnp.float32))["w"], abs(w * gradient), rtol=1e-6
+    )
     scores = grasp(quadratic, params, jnp.asarray(x, jnp.float32))
     np.testing.assert_allclose(scores["w"], w * (h * x**2 * gradient), rtol=1e-6)
     assert scores["steps"] == 0
@@ -165,7 +187,10 @@ def network(params, x):
     return x
 
 
-LAYERS = {f"l{i}": jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 32), (32, 32), (32, 3)])}
+LAYERS = {
+    f"l{i}": jax.random.normal(jax.random.key(i), shape)
+    for i, shape in enumerate([(4, 32), (32, 32), (32, 3)])
+}
 
 
 def test_synaptic_flow_is_conserved():
@@ -180,9 +205,14 @@ def test_synaptic_flow_is_conserved():
 
 def test_synflow_in_rounds_leaves_a_path_open_at_the_exact_total():
     scores = synflow(network, LAYERS, jnp.zeros((1, 4)), sparsity=0.97, rounds=8)
-    masks = {path: each["mask"] for path, each in scored(scores, 0.97, scope="global").init(LAYERS).fixed.items()}
+    masks = {
+        path: each["mask"]
+        for path, each in scored(scores, 0.97, scope="global").init(LAYERS).fixed.items()
+    }
     assert sum(int((~mask).sum()) for mask in masks.values()) == round(0.97 * (128 + 1024 + 96))
-    flow = network({path: mask.astype(jnp.float32) for path, mask in masks.items()}, jnp.ones((1, 4)))
+    flow = network(
+        {path: mask.astype(jnp.float32) for path, mask in masks.items()}, jnp.ones((1, 4))
+    )
     assert flow.sum() > 0
     with pytest.raises(ValueError, match="at least one round"):
         synflow(network, LAYERS, jnp.zeros((1, 4)), rounds=0)
@@ -207,15 +237,28 @@ def test_without_regrowth_a_mask_only_shrinks(regrow):
     c = c if regrow else nested(c)
     state = c.init({"w": jnp.array([1.0, 2.0, 3.0, 4.0])})
     later = c.update({"w": jnp.array([9.0, 2.0, 3.0, 1.0])}, state, step=1)
-    assert later.fixed["w"].tolist() == ([True, False, True, False] if regrow else [False, True, True, False])
+    assert later.fixed["w"].tolist() == (
+        [True, False, True, False] if regrow else [False, True, True, False]
+    )
 
 
 def test_scores_relative_to_their_leaf_do_not_depend_on_its_size():
-    params = {name: jnp.asarray(np.random.default_rng(i).normal(size=(7, 9)), jnp.float32) for i, name in enumerate("ab")}
-    scaled, plain = {"a": 2.0**80 * params["a"], "b": 2.0**-80 * params["b"]}, Score(lambda seen: seen.x)
+    params = {
+        name: jnp.asarray(np.random.default_rng(i).normal(size=(7, 9)), jnp.float32)
+        for i, name in enumerate("ab")
+    }
+    scaled, plain = (
+        {"a": 2.0**80 * params["a"], "b": 2.0**-80 * params["b"]},
+        Score(lambda seen: seen.x),
+    )
 
     def masks(score, params):
-        return np.stack([mask for _, mask in sorted(masked(score, 0.5, scope="global").init(params).fixed.items())])
+        return np.stack(
+            [
+                mask
+                for _, mask in sorted(masked(score, 0.5, scope="global").init(params).fixed.items())
+            ]
+        )
 
     assert np.array_equal(masks(normalized(plain), params), masks(normalized(plain), scaled))
     assert not np.array_equal(masks(plain, params), masks(plain, scaled))
@@ -232,7 +275,9 @@ def test_a_bare_function_and_scores_of_another_shape_are_refused_by_name():
             call()
     rows = Score(lambda seen: seen.x[0])
     for score in (rows, normalized(rows)):
-        with pytest.raises(ShapeError, match=r"leaf 'w' of shape \(3, 4\) was given scores of shape \(4,\)"):
+        with pytest.raises(
+            ShapeError, match=r"leaf 'w' of shape \(3, 4\) was given scores of shape \(4,\)"
+        ):
             masked(score, 0.5).init(params)
 
 
@@ -249,7 +294,10 @@ REMEMBERING = {
 
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_a_step_whose_gradients_are_not_finite_is_skipped_whole(name):
-    c, params = REMEMBERING[name](), {"w": jax.random.normal(jax.random.key(1), (6, 4)), "v": jnp.arange(1.0, 9.0)}
+    c, params = (
+        REMEMBERING[name](),
+        {"w": jax.random.normal(jax.random.key(1), (6, 4)), "v": jnp.arange(1.0, 9.0)},
+    )
     update = jax.jit(c.update)
     grads = jax.tree.map(jnp.cos, params)
     state = update(params, c.init(params), step=2, grads=grads)
@@ -258,7 +306,10 @@ def test_a_step_whose_gradients_are_not_finite_is_skipped_whole(name):
         both = (jax.tree.leaves(each.fixed) for each in (state, skipped))
         kept = [bool((old == new).all()) for old, new in zip(*both, strict=True)]
         assert all(kept) or name == "rigl"  # of which "grown" is emptied
-        assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(update(params, skipped, step=6, grads=grads).fixed))
+        assert all(
+            bool(jnp.isfinite(x).all())
+            for x in jax.tree.leaves(update(params, skipped, step=6, grads=grads).fixed)
+        )
         with pytest.raises(NonFiniteError, match="w"):
             c.update(params, state, step=4, grads={**grads, "w": grads["w"].at[1, 1].set(bad)})
 
@@ -268,8 +319,12 @@ def test_gradients_however_large_never_make_a_score_infinite(name):
     c, params = REMEMBERING[name](), {"w": jnp.array([1e30, -1e20, 0.0, 3.0])}
     state = c.init(params)
     for sign in (1.0, -1.0, 1.0):
-        state = jax.jit(c.update)(params, state, step=0, grads={"w": jnp.array([3e38, sign * 3e38, 3e38, 1e-30])})
-    assert jnp.isfinite(state.fixed["w"]["carried"]).all() and int(state.fixed["w"]["mask"].sum()) == 2
+        state = jax.jit(c.update)(
+            params, state, step=0, grads={"w": jnp.array([3e38, sign * 3e38, 3e38, 1e-30])}
+        )
+    assert (
+        jnp.isfinite(state.fixed["w"]["carried"]).all() and int(state.fixed["w"]["mask"].sum()) == 2
+    )
 
 
 def test_scores_that_are_nan_rank_nothing():

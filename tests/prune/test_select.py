@@ -37,14 +37,20 @@ def test_equals_stable_argsort_at_every_count(shape, dtype):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-2, 2))), st.floats(0, 1))
+@given(
+    st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-2, 2))),
+    st.floats(0, 1),
+)
 def test_equals_stable_argsort_among_ties(values, share):
     assert_same([jnp.asarray(values, jnp.float32)], round(share * values.size))
 
 
 @settings(max_examples=150, deadline=None)
 @given(
-    hnp.arrays(np.float32, (4, 6), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)), st.integers(0, 24)
+    hnp.arrays(
+        np.float32, (4, 6), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+    ),
+    st.integers(0, 24),
 )
 def test_equals_stable_argsort_for_any_floats(values, k):
     """Subnormals and infinities included; both sides read the bits, so no flush to zero can blur them."""
@@ -55,11 +61,19 @@ def test_equals_stable_argsort_for_any_floats(values, k):
 @given(st.integers(0, 2**32 - 1), st.integers(0, 60))
 def test_several_arrays_are_one_sequence(seed, k):
     rng = np.random.default_rng(seed)
-    assert_same([jnp.asarray(rng.integers(-3, 4, shape), jnp.float32) for shape in [(4, 5), (), (3, 3, 3), (12,)]], k)
+    assert_same(
+        [
+            jnp.asarray(rng.integers(-3, 4, shape), jnp.float32)
+            for shape in [(4, 5), (), (3, 3, 3), (12,)]
+        ],
+        k,
+    )
 
 
 def test_arrays_of_different_dtypes_compare_by_value():
-    arrays = [jax.random.normal(jax.random.key(i), (9,)).astype(dtype) for i, dtype in enumerate(DTYPES)]
+    arrays = [
+        jax.random.normal(jax.random.key(i), (9,)).astype(dtype) for i, dtype in enumerate(DTYPES)
+    ]
     arrays.append(arrays[1].astype(jnp.float32))  # ties across dtypes
     for k in range(46):
         assert_same(arrays, k)

@@ -36,7 +36,11 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.BatchNorm(not self.train, name="norm")(nn.Conv(self.width, (3, 3), use_bias=False, name="conv")(x)))
+        x = nn.relu(
+            nn.BatchNorm(not self.train, name="norm")(
+                nn.Conv(self.width, (3, 3), use_bias=False, name="conv")(x)
+            )
+        )
         x = x + nn.Conv(self.width, (1, 1), name="mix")(x)
         x = nn.relu(nn.LayerNorm(name="layer_norm")(x))
         return nn.Dense(3, name="head")(x.reshape(x.shape[0], -1))
@@ -48,7 +52,9 @@ IMAGES = jnp.asarray(RNG.normal(size=(2, 4, 4, 2)), jnp.float32)
 def variables():
     leaves, rebuild = flatten(jax.eval_shape(Net().init, jax.random.key(0), IMAGES))
     rng = np.random.default_rng(3)
-    return rebuild({path: jnp.asarray(rng.uniform(0.5, 1.5, x.shape), "float32") for path, x in leaves.items()})
+    return rebuild(
+        {path: jnp.asarray(rng.uniform(0.5, 1.5, x.shape), "float32") for path, x in leaves.items()}
+    )
 
 
 def lowest(score, count):
@@ -91,7 +97,11 @@ def test_criteria_against_numpy():
         ),
         "fisher": (
             importance.second_order(squared),
-            [((W0 * g["w0"]) ** 2).sum(0) / 2, ((W1 * g["w1"]) ** 2).sum(1) / 2, (b * g["b0"]) ** 2 / 2],
+            [
+                ((W0 * g["w0"]) ** 2).sum(0) / 2,
+                ((W1 * g["w1"]) ** 2).sum(1) / 2,
+                (b * g["b0"]) ** 2 / 2,
+            ],
         ),
         "fpgm": (importance.fpgm(), apart),
         "scale": (importance.norm_scale("b*"), [np.abs(b)]),
@@ -104,7 +114,9 @@ def test_criteria_against_numpy():
     for name, (criterion, members) in expected.items():
         for reduction, reduce in (("mean", np.mean), ("sum", np.sum), ("max", np.max)):
             scores = channel_scores(found, PARAMS, {"w0", "w1", "w2"}, criterion, reduction, "none")
-            np.testing.assert_allclose(scores["w0:1"], reduce(members, axis=0), rtol=2e-4, err_msg=f"{name} {reduction}")
+            np.testing.assert_allclose(
+                scores["w0:1"], reduce(members, axis=0), rtol=2e-4, err_msg=f"{name} {reduction}"
+            )
     scores = channel_scores(found, PARAMS, {"w0", "w1", "w2"}, importance.magnitude(), "sum", "l2")
     np.testing.assert_allclose([np.square(score).sum() for score in scores.values()], 1, rtol=1e-12)
 
@@ -130,7 +142,12 @@ def test_local_takes_the_lowest_of_each_group(half):
     expected = {"w0": W0[:, i], "w1": W1[i][:, j], "w2": W2[j], "b0": np.asarray(PARAMS["b0"])[i]}
     for path, array in expected.items():
         np.testing.assert_array_equal(small.params[path], array.astype("float32"))
-    h = np.maximum(np.maximum(np.asarray(X, np.float64) @ W0[:, i] + expected["b0"], 0) @ expected["w1"], 0) @ W2[j]
+    h = (
+        np.maximum(
+            np.maximum(np.asarray(X, np.float64) @ W0[:, i] + expected["b0"], 0) @ expected["w1"], 0
+        )
+        @ W2[j]
+    )
     np.testing.assert_allclose(small.fn(small.params, X), h, rtol=1e-4, atol=1e-5)
 
 
@@ -138,7 +155,9 @@ def test_global_takes_the_lowest_of_all():
     scores = [(W0**2).sum(0) + (W1**2).sum(1), (W1**2).sum(0) + (W2**2).sum(1)]
     small = shrink(mlp, PARAMS, X, ratio=0.5, reduction="sum", normalise="none", scope="global")
     bound = np.sort(np.concatenate(scores))[6]
-    assert [left.tolist() for left in small.kept.values()] == [np.flatnonzero(each >= bound).tolist() for each in scores]
+    assert [left.tolist() for left in small.kept.values()] == [
+        np.flatnonzero(each >= bound).tolist() for each in scores
+    ]
     capped = shrink(mlp, PARAMS, X, ratio=0.9, scope="global", most=0.75)
     assert [len(left) for left in capped.kept.values()] == [2, 1]
 
@@ -163,7 +182,11 @@ def test_isomorphic_groups_compete():
 
 def test_ratios_exclusions_and_multiples_are_in_the_table():
     table = str(shrink(mlp, PARAMS, X, ratio={"w0*": 0.5}).table)
-    assert "w0:1      8      4\n" in table and "w1:1      4      4  ratio 0" in table and "frozen (output): w2:1" in table
+    assert (
+        "w0:1      8      4\n" in table
+        and "w1:1      4      4  ratio 0" in table
+        and "frozen (output): w2:1" in table
+    )
     assert f"macs: {6 * (40 + 32 + 12)} -> {6 * (20 + 16 + 12)}" in table
     small = shrink(mlp, PARAMS, X, ratio=0.5, exclude="w1*", round_to=3)
     assert [tuple(row[1:]) for row in small.table.rows] == [(8, 6, ""), (4, 4, "excluded")]
@@ -189,7 +212,10 @@ def test_a_target_is_met_by_the_smallest_removal(share):
 
 def test_channels_of_zeros_go_without_a_change():
     dead = [0, 2, 3, 7]
-    p = PARAMS | {"w0": PARAMS["w0"].at[:, jnp.array(dead)].set(0), "b0": PARAMS["b0"].at[jnp.array(dead)].set(0)}
+    p = PARAMS | {
+        "w0": PARAMS["w0"].at[:, jnp.array(dead)].set(0),
+        "b0": PARAMS["b0"].at[jnp.array(dead)].set(0),
+    }
     p["w1"] = p["w1"].at[jnp.array(dead)].set(0)
     small = shrink(mlp, p, X, ratio={"w0:1": 0.5})
     assert small.kept["w0:1"].tolist() == [1, 4, 5, 6]
@@ -214,14 +240,20 @@ def test_a_module_made_with_the_new_width_is_the_same_model():
     full = variables()
     small = shrink(Net().apply, full, IMAGES, ratio=0.5)
     assert [len(left) for left in small.kept.values()] == [4]
-    np.testing.assert_allclose(small.fn(small.params, IMAGES), Net(4).apply(small.params, IMAGES), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        small.fn(small.params, IMAGES), Net(4).apply(small.params, IMAGES), rtol=1e-5, atol=1e-5
+    )
 
     def learn(width):
         return lambda v, x: Net(width, train=True).apply(v, x, mutable=["batch_stats"])
 
     got = narrow(learn(8), full, IMAGES, kept=json.loads(json.dumps(lists(small.kept))))
     expected = jax.jit(learn(4))(small.params, IMAGES)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got.fn(small.params, IMAGES), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+        got.fn(small.params, IMAGES),
+        expected,
+    )
 
 
 def test_nnx_states_shrink():
@@ -243,8 +275,12 @@ def test_nnx_states_shrink():
 OPTIMIZERS = {
     "adam": optax.adam(1e-3),
     "sgd": optax.sgd(1e-2, momentum=0.9),
-    "adamw, clipped, accumulated": optax.MultiSteps(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 2),
-    "two of them": optax.partition({"a": optax.adam(1e-3), "b": optax.lion(1e-3)}, lambda p: {k: "ab"[k > "b0"] for k in p}),
+    "adamw, clipped, accumulated": optax.MultiSteps(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), 2
+    ),
+    "two of them": optax.partition(
+        {"a": optax.adam(1e-3), "b": optax.lion(1e-3)}, lambda p: {k: "ab"[k > "b0"] for k in p}
+    ),
     "hyperparameters": optax.inject_hyperparams(optax.rmsprop)(learning_rate=1e-3),
     "averaged": optax.contrib.schedule_free_adamw(1e-3),
     "factored": optax.adafactor(1e-3, min_dim_size_to_factor=2),
@@ -257,12 +293,16 @@ REST = [name for name in OPTIMIZERS if name not in QUICK]
 
 
 @pytest.mark.parametrize(
-    "name", ["adam", "factored", "lbfgs", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)]
+    "name",
+    ["adam", "factored", "lbfgs", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)],
 )
 def test_optimizer_states_are_carried_over(name, half, few):
     """They have the shapes of a fresh state, and updates of the carried one are updates of the kept channels."""
     with jax.numpy_dtype_promotion("standard"):
-        optimizer, small = OPTIMIZERS[name], few if name == "factored" else half  # 5 by 8 must not become 5 by 4
+        optimizer, small = (
+            OPTIMIZERS[name],
+            few if name == "factored" else half,
+        )  # 5 by 8 must not become 5 by 4
         state = optimizer.init(PARAMS)
         carried = small.carry(state)
         fresh = optimizer.init(small.params)
@@ -340,4 +380,6 @@ def test_an_error_says_what_is_wrong():
         seen = cj.trace.calibrate(mlp, cj.trace.reducers.absmax(), PARAMS, [X])
         shrink(mlp, PARAMS, X, ratio=0.5, importance=cj.prune.importance.activation(seen))
     with pytest.raises(ShapeError, match="'w0' has shape"):
-        shrink(mlp, PARAMS, X, ratio=0.5, importance=cj.prune.importance.taylor({"w0": jnp.ones(3)}))
+        shrink(
+            mlp, PARAMS, X, ratio=0.5, importance=cj.prune.importance.taylor({"w0": jnp.ones(3)})
+        )

@@ -32,7 +32,9 @@ def masker(structure):
     """Compile the mask of a structure once for all sparsities of a shape."""
     if hasattr(structure, "m"):
         return jax.jit(lambda x, sparsity: magnitude(None, structure).init({"w": x}).fixed["w"])
-    return jax.jit(lambda x, sparsity: magnitude(lambda step: sparsity, structure).init({"w": x}).fixed["w"])
+    return jax.jit(
+        lambda x, sparsity: magnitude(lambda step: sparsity, structure).init({"w": x}).fixed["w"]
+    )
 
 
 def mask_of(values, structure, sparsity=0.0):
@@ -43,7 +45,10 @@ def units_pruned(values, window, reduce, sparsity):
     """The mask by loops: score every unit in float64, sort by score and then by position, prune the first ones."""
     values = np.abs(np.asarray(values, np.float64))
     starts = [range(0, n, w) for n, w in zip(values.shape, window, strict=True)]
-    units = [tuple(slice(i, i + w) for i, w in zip(corner, window, strict=True)) for corner in itertools.product(*starts)]
+    units = [
+        tuple(slice(i, i + w) for i, w in zip(corner, window, strict=True))
+        for corner in itertools.product(*starts)
+    ]
     scores = [REDUCE[reduce](values[unit]) for unit in units]
     mask = np.ones(values.shape, bool)
     for index in np.argsort(scores, kind="stable")[: math.floor(sparsity * len(units) + 0.5)]:
@@ -53,7 +58,9 @@ def units_pruned(values, window, reduce, sparsity):
 
 @pytest.mark.parametrize("reduce", REDUCE)
 @settings(max_examples=15, deadline=None)
-@given(hnp.arrays(np.int8, (5, 7), elements=WHOLE), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0]))
+@given(
+    hnp.arrays(np.int8, (5, 7), elements=WHOLE), st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0])
+)
 def test_blocks_with_remainders_are_chosen_as_by_loops(reduce, values, sparsity):
     expected = units_pruned(values, (2, 3), reduce, sparsity)
     np.testing.assert_array_equal(mask_of(values, block((2, 3), reduce), sparsity), expected)
@@ -101,7 +108,9 @@ def test_n_of_m_runs_along_the_contracting_axis():
     values = np.random.default_rng(1).normal(size=(3, 3, 8, 5)).astype(np.float32)
     kept = mask_of(values, n_m(2, 4)).reshape(3, 3, 2, 4, 5)
     assert (kept.sum(3) == 2).all()
-    output = np.random.default_rng(2).normal(size=(3, 4, 6)).astype(np.float32)  # an attention's [heads, head_dim, out]
+    output = (
+        np.random.default_rng(2).normal(size=(3, 4, 6)).astype(np.float32)
+    )  # an attention's [heads, head_dim, out]
     joined = mask_of(output, n_m(1, 6, axis=(0, 1))).reshape(2, 6, 6)
     np.testing.assert_array_equal(joined, groups_kept(output.reshape(12, 6), 1, 6).reshape(2, 6, 6))
     assert (mask_of(output, n_m(2, 4, axis=1)).sum(1) == 2).all()
@@ -114,9 +123,13 @@ def test_a_sparsity_beside_n_of_m_must_agree():
             magnitude(other, n_m(2, 4))
 
 
-@pytest.mark.parametrize("structure", [block((2, 3)), channel(), head(0), n_m(2, 4, axis=0)], ids=str)
+@pytest.mark.parametrize(
+    "structure", [block((2, 3)), channel(), head(0), n_m(2, 4, axis=0)], ids=str
+)
 def test_sharded_masks_are_the_unsharded_ones(structure):
-    x = {"w": jax.random.normal(jax.random.key(0), (8, 24))}  # not integers: sums must not depend on their order
+    x = {
+        "w": jax.random.normal(jax.random.key(0), (8, 24))
+    }  # not integers: sums must not depend on their order
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     c = magnitude(None if hasattr(structure, "m") else 0.6, structure)
     make = jax.jit(c.init)
@@ -140,24 +153,34 @@ def test_blocks_of_huge_and_tiny_numbers_are_ordered():
     for unit in (1e-38, 1e-20, 1.0, 1e20, 1e37):
         values = np.array([[3, 3, 1, 1, 2, 2]]) * unit
         for reduce in REDUCE:
-            assert mask_of(values, block((1, 2), reduce), 1 / 3).tolist() == [[True, True, False, False, True, True]]
+            assert mask_of(values, block((1, 2), reduce), 1 / 3).tolist() == [
+                [True, True, False, False, True, True]
+            ]
 
 
 def test_leaves_without_such_units_are_left_alone_and_say_why():
     params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4), "scale": jnp.float32(1.0)}
     reasons = magnitude(None, n_m(2, 4)).skipped(params)
-    assert reasons == {"bias": "it has no axis -2, only 1", "scale": "it is a scalar and has no axis -2"}
+    assert reasons == {
+        "bias": "it has no axis -2, only 1",
+        "scale": "it is a scalar and has no axis -2",
+    }
     assert set(magnitude(0.5, block((2, 2))).init(params).fixed) == {"kernel"}
     odd = magnitude(0.5, head(0, heads=4)).skipped(params)
     assert odd["kernel"] == "4 heads do not divide the 6 entries of axis 0"
-    assert cj.coverage(magnitude(0.5, channel(1)), params)["bias"].reason == "it has no axis 1, only 1"
+    assert (
+        cj.coverage(magnitude(0.5, channel(1)), params)["bias"].reason == "it has no axis 1, only 1"
+    )
     assert "same one" in magnitude(0.5, channel((0, -2))).skipped(params)["kernel"]
 
 
 def test_a_map_gives_each_leaf_its_own_sparsity():
     params = {"a": jnp.arange(1.0, 11.0), "b": jnp.arange(1.0, 11.0), "c": jnp.ones(10)}
     c = magnitude({"a": 0.2, "b": lambda step: 0.1 * step})
-    pruned = {path: int((~mask).sum()) for path, mask in c.update(params, c.init(params), step=7).fixed.items()}
+    pruned = {
+        path: int((~mask).sum())
+        for path, mask in c.update(params, c.init(params), step=7).fixed.items()
+    }
     assert pruned == {"a": 2, "b": 7} and c.skipped(params) == {"c": "no sparsity is given for it"}
     with pytest.raises(NoMatchError, match="'d'"):
         magnitude({"d": 0.5}).init(params)

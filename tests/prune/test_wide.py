@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from compress_jax.core.exact import Wide, add, choose, count, less, multiply, subtract, total, wide
 
-words64 = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**64 - 1])
+words64 = st.integers(0, 2**64 - 1) | st.sampled_from(
+    [0, 1, 2**32 - 1, 2**32, 2**32 + 1, 2**64 - 1]
+)
 words32 = st.integers(0, 2**32 - 1) | st.sampled_from([0, 1, 2**16 - 1, 2**16, 2**24, 2**32 - 1])
 
 

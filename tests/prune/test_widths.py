@@ -39,7 +39,9 @@ def test_half_of_a_width_is_half_whatever_makes_it_up(groups, ratio, multiple):
     step = math.lcm(multiple, min(groups, 32 // groups) if 1 < groups < 32 else 1)
     assert width % multiple == 0 and abs(width - 32 * (1 - ratio)) < step
     if 1 < groups < 32:
-        assert f"width params/Conv_0/kernel:3: 32 -> {width}" in str(small.table) and "is shortened by" in str(small.table)
+        assert f"width params/Conv_0/kernel:3: 32 -> {width}" in str(
+            small.table
+        ) and "is shortened by" in str(small.table)
 
 
 def attention(p, x):
@@ -60,7 +62,9 @@ def test_heads_and_their_features_are_one_width_however_it_is_stored(stored):
         small = cj.prune.shrink(attention, p, x, ratio=0.5, exclude="o:*", **options)
         assert [math.prod(small.params[name].shape) for name in "qkv"] == [6 * 16] * 3
     names = [group.name for group in cj.trace.groups(attention, p, x)]
-    both = cj.prune.shrink(attention, p, x, ratio={names[0]: 0.5, names[1]: 0.5})  # each as it is said
+    both = cj.prune.shrink(
+        attention, p, x, ratio={names[0]: 0.5, names[1]: 0.5}
+    )  # each as it is said
     assert math.prod(both.params["q"].shape) == 6 * 8
 
 
@@ -77,7 +81,10 @@ def reshaped(p, x):
 @pytest.mark.parametrize("pinned", [False, True])
 def test_interleaved_channels_are_those_of_the_reshape(pinned):
     rng = np.random.default_rng(1)
-    p = {"up": jnp.asarray(rng.normal(size=(6, 16)), jnp.float32), "down": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32)}
+    p = {
+        "up": jnp.asarray(rng.normal(size=(6, 16)), jnp.float32),
+        "down": jnp.asarray(rng.normal(size=(8, 6)), jnp.float32),
+    }
     x = jnp.asarray(rng.normal(size=(3, 6)), jnp.float32)
 
     def fn(p, x):
@@ -85,7 +92,11 @@ def test_interleaved_channels_are_those_of_the_reshape(pinned):
         return interleaved(p, x)
 
     found, same = cj.trace.groups(fn, p, x), cj.trace.groups(reshaped, p, x)
-    assert [(g.name, g.size, g.members) for g in found] == [(g.name, g.size, g.members) for g in same] != []
+    assert (
+        [(g.name, g.size, g.members) for g in found]
+        == [(g.name, g.size, g.members) for g in same]
+        != []
+    )
     assert found.frozen == same.frozen and cj.trace.verify_groups(fn, p, x, groups=found).ok
     small = cj.prune.narrow(fn, p, x, kept={"up:1": [1, 4, 6]})
     np.testing.assert_allclose(small.fn(small.params, x), reshaped(small.params, x), rtol=1e-5)
@@ -96,16 +107,26 @@ def mlp(p, x):
 
 
 SHAPES = {"a": (5, 6), "b": (6,), "w": (6, 6), "o": (6, 3)}
-P = {name: jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32) for name, shape in SHAPES.items()}
+P = {
+    name: jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
+    for name, shape in SHAPES.items()
+}
 
 
-@pytest.mark.parametrize("kept", [{"a:1": [0, 2, 5], "w:1": [1, 2, 3, 5]}, {"a:1": [0, 2, 5]}, {"w:1": [0]}])
+@pytest.mark.parametrize(
+    "kept", [{"a:1": [0, 2, 5], "w:1": [1, 2, 3, 5]}, {"a:1": [0, 2, 5]}, {"w:1": [0]}]
+)
 @pytest.mark.parametrize("name", ["adafactor", "sm3"])
 def test_moments_of_square_kernels_are_carried_by_name(name, kept):
     """Row and column means know which axis they lack, also where the longer axis becomes the shorter one."""
-    optimizer = {"adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=1), "sm3": optax.sm3(1e-3)}[name]
+    optimizer = {
+        "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=1),
+        "sm3": optax.sm3(1e-3),
+    }[name]
     small = cj.prune.narrow(mlp, P, jnp.ones((2, 5)), kept=kept)
-    state = jax.tree.map(lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), optimizer.init(P))
+    state = jax.tree.map(
+        lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), optimizer.init(P)
+    )
     carried, fresh = small.carry(state), optimizer.init(small.params)
     assert jax.tree.map(jnp.shape, carried) == jax.tree.map(jnp.shape, fresh)
     for path, size in SHAPES.items():

@@ -86,7 +86,10 @@ def test_two_level_scales_are_those_of_numpy(seed):
     tensor = peak.max() * np.float32(1 / (448 * 6))
     assert fixed["tensor_scale"] == tensor
     expected = np.maximum(
-        (peak * np.float32(1 / 6) * (1 / tensor)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32), 2.0**-9
+        (peak * np.float32(1 / 6) * (1 / tensor))
+        .astype(ml_dtypes.float8_e4m3fn)
+        .astype(np.float32),
+        2.0**-9,
     )
     np.testing.assert_array_equal(fixed["scale"], expected)
     assert float(fixed["scale"].max()) == 448
@@ -107,10 +110,15 @@ def test_an_error_of_choice_is_never_above_that_of_a_rule():
     x, layout = arranged(blocks(2, 32, octaves=2), 32)
     best = error(x, np.asarray(best_power(x, layout, E2M1)["scale"], np.float64), E2M1)
     for rule in (floor, ceil):
-        assert (best <= error(x, np.asarray(rule(x, layout, E2M1)["scale"], np.float64), E2M1) * (1 + 1e-5)).all()
+        assert (
+            best
+            <= error(x, np.asarray(rule(x, layout, E2M1)["scale"], np.float64), E2M1) * (1 + 1e-5)
+        ).all()
 
 
-@pytest.mark.parametrize("c", [mxfp8(), mxfp8("e5m2", "ceil"), mxfp4(), mxfp4("mse"), nvfp4(), nvfp4("mse")])
+@pytest.mark.parametrize(
+    "c", [mxfp8(), mxfp8("e5m2", "ceil"), mxfp4(), mxfp4("mse"), nvfp4(), nvfp4("mse")]
+)
 def test_stored_scales_are_the_very_numbers_that_were_trained_with(c):
     w = jnp.asarray(blocks(3, 32, octaves=3))
     state = c.init({"w": w})

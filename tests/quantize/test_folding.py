@@ -24,7 +24,9 @@ def params(*kernels, n=N, seed=0):
 
 def rel(fn, old, new, x):
     a, b = (jax.tree.leaves(fn(p, x)) for p in (old, new))
-    return max(float(jnp.abs(i - j).max() / (jnp.abs(i).max() + 1e-6)) for i, j in zip(a, b, strict=True))
+    return max(
+        float(jnp.abs(i - j).max() / (jnp.abs(i).max() + 1e-6)) for i, j in zip(a, b, strict=True)
+    )
 
 
 def row(x):
@@ -39,23 +41,43 @@ SPELLINGS = {
     "flax": lambda p, y: (y - row(p["mean"])) * row(scale(p)) + row(p["beta"]),
     "keras": lambda p, y: y * row(scale(p)) + row(p["beta"] - p["mean"] * scale(p)),
     "keras 3": lambda p, y: y * row(scale(p)) + row(-p["mean"] * scale(p) + p["beta"]),
-    "division": lambda p, y: (y - row(p["mean"])) / row(jnp.sqrt(p["var"] + 1e-3)) * row(p["gain"]) + row(p["beta"]),
-    "division last": lambda p, y: row(p["gain"]) * (y - row(p["mean"])) / row(jnp.sqrt(1e-3 + p["var"])) + row(p["beta"]),
-    "power": lambda p, y: row(p["beta"]) + row(p["gain"] * (p["var"] + 1e-3) ** -0.5) * (y - row(p["mean"])),
+    "division": lambda p, y: (
+        (y - row(p["mean"])) / row(jnp.sqrt(p["var"] + 1e-3)) * row(p["gain"]) + row(p["beta"])
+    ),
+    "division last": lambda p, y: (
+        row(p["gain"]) * (y - row(p["mean"])) / row(jnp.sqrt(1e-3 + p["var"])) + row(p["beta"])
+    ),
+    "power": lambda p, y: (
+        row(p["beta"]) + row(p["gain"] * (p["var"] + 1e-3) ** -0.5) * (y - row(p["mean"]))
+    ),
     "negated": lambda p, y: row(p["beta"]) - (row(p["mean"]) - y) * row(scale(p)),
     "one plus gain": lambda p, y: (
-        (y - row(p["mean"])) * row((1 + p["gain"]) * jax.lax.rsqrt(p["var"] + 1e-3)) + row(p["beta"])
+        (y - row(p["mean"])) * row((1 + p["gain"]) * jax.lax.rsqrt(p["var"] + 1e-3))
+        + row(p["beta"])
     ),
-    "deviation": lambda p, y: (y - row(p["mean"])) / row(jnp.sqrt(p["var"]) + 1e-3) * row(p["gain"]) + row(p["beta"]),
-    "no gain": lambda p, y: (y - row(p["mean"])) * row(jax.lax.rsqrt(p["var"] + 1e-3)) + row(p["beta"]),
+    "deviation": lambda p, y: (
+        (y - row(p["mean"])) / row(jnp.sqrt(p["var"]) + 1e-3) * row(p["gain"]) + row(p["beta"])
+    ),
+    "no gain": lambda p, y: (
+        (y - row(p["mean"])) * row(jax.lax.rsqrt(p["var"] + 1e-3)) + row(p["beta"])
+    ),
     "no offset": lambda p, y: (y - row(p["mean"])) * row(scale(p)),
     "no mean": lambda p, y: y * row(scale(p)) + row(p["beta"]),
     "biased": lambda p, y: (y + row(p["bias"]) - row(p["mean"])) * row(scale(p)) + row(p["beta"]),
     "biased, no offset": lambda p, y: (y + row(p["bias"]) - row(p["mean"])) * row(scale(p)),
-    "in two": lambda p, y: ((y * 2.0 - row(p["mean"])) / 3.0) * row(scale(p)) * 0.5 + row(p["beta"]),
-    "inner function": lambda p, y: jax.jit(lambda p, y: (y - row(p["mean"])) * row(scale(p)) + row(p["beta"]))(p, y),
-    "captured": lambda p, y: (y - row(p["mean"])) * row(scale(p) * np.arange(1.0, N + 1, dtype=np.float32)) + row(p["beta"]),
-    "clipped variance": lambda p, y: (y - row(p["mean"])) * row(p["gain"] / jnp.sqrt(jnp.maximum(p["var"], 0) + 1e-3)),
+    "in two": lambda p, y: (
+        ((y * 2.0 - row(p["mean"])) / 3.0) * row(scale(p)) * 0.5 + row(p["beta"])
+    ),
+    "inner function": lambda p, y: jax.jit(
+        lambda p, y: (y - row(p["mean"])) * row(scale(p)) + row(p["beta"])
+    )(p, y),
+    "captured": lambda p, y: (
+        (y - row(p["mean"])) * row(scale(p) * np.arange(1.0, N + 1, dtype=np.float32))
+        + row(p["beta"])
+    ),
+    "clipped variance": lambda p, y: (
+        (y - row(p["mean"])) * row(p["gain"] / jnp.sqrt(jnp.maximum(p["var"], 0) + 1e-3))
+    ),
 }
 
 
@@ -80,13 +102,21 @@ def test_a_parameter_with_any_other_use_stays_the_same_function(spelling):
         "penalized": lambda p, z, each: z + (p[each] ** 2).sum(),
         "behind relu": lambda p, z, each: jax.nn.relu(z) * row(p[each]),
         "at an index": lambda p, z, each: z + p[each][0],
-        "decides": lambda p, z, each: jax.lax.cond(p[each].sum() > 3.0, lambda z: z, lambda z: -z, z),
-        "a loop's end": lambda p, z, each: jax.lax.while_loop(lambda s: s.sum() < p[each].sum(), lambda s: 2 * s, abs(z)),
+        "decides": lambda p, z, each: jax.lax.cond(
+            p[each].sum() > 3.0, lambda z: z, lambda z: -z, z
+        ),
+        "a loop's end": lambda p, z, each: jax.lax.while_loop(
+            lambda s: s.sum() < p[each].sum(), lambda s: 2 * s, abs(z)
+        ),
         "added": lambda p, z, each: z + row(p[each]),
         "twice": lambda p, z, each: z * row(p[each]),
     }
-    for each, (how, then) in itertools.product(["mean", "var", "gain", "beta", "bias"], later.items()):
-        fn = lambda p, x, each=each, then=then: then(p, SPELLINGS[spelling](p, x @ p["kernel"]), each)  # noqa: E731
+    for each, (how, then) in itertools.product(
+        ["mean", "var", "gain", "beta", "bias"], later.items()
+    ):
+        fn = lambda p, x, each=each, then=then: then(
+            p, SPELLINGS[spelling](p, x @ p["kernel"]), each
+        )  # noqa: E731
         result = fold_batch_norm(fn, p, X)
         assert rel(fn, p, result.params, X) < 1e-5, (each, how)
         needed = each in ("mean", "var", "gain") or (each, spelling) == ("bias", "biased")
@@ -104,10 +134,14 @@ def test_a_parameter_with_any_other_use_stays_the_same_function(spelling):
         lambda p, x: SPELLINGS["flax"](p, x @ (p["kernel"] / jnp.linalg.norm(p["kernel"]))),
         lambda p, x: SPELLINGS["flax"](p, x @ jnp.sign(p["kernel"])),
         lambda p, x: SPELLINGS["flax"](p, x @ p["kernel"]) + SPELLINGS["keras"](p, x @ p["other"]),
-        lambda p, x: (lambda y: jnp.tanh(SPELLINGS["flax"](p, y)) + jnp.sin(SPELLINGS["no mean"](p, y)))(x @ p["kernel"]),
+        lambda p, x: (
+            lambda y: jnp.tanh(SPELLINGS["flax"](p, y)) + jnp.sin(SPELLINGS["no mean"](p, y))
+        )(x @ p["kernel"]),
         lambda p, x: jnp.tanh(x @ p["kernel"]) * row(scale(p)) + row(p["beta"]),
         lambda p, x: SPELLINGS["flax"](p, x @ p["kernel"] + x),
-        lambda p, x: ((x[:1] + jnp.zeros((N, N))) @ p["kernel"] - p["mean"][:, None]) * scale(p)[:, None],  # along the batch
+        lambda p, x: (
+            ((x[:1] + jnp.zeros((N, N))) @ p["kernel"] - p["mean"][:, None]) * scale(p)[:, None]
+        ),  # along the batch
     ],
 )
 def test_what_must_not_be_folded_is_listed(fn):
@@ -125,12 +159,16 @@ def test_a_norm_inside_a_longer_chain_is_folded_as_far_as_it_goes():
         return z + z * row(p["film"])
 
     result = fold_batch_norm(fn, p, X)
-    assert result.folded == {"kernel": ("mean", "var", "beta")} and rel(fn, p, result.params, X) < 1e-6
+    assert (
+        result.folded == {"kernel": ("mean", "var", "beta")} and rel(fn, p, result.params, X) < 1e-6
+    )
     assert (result.params["film"] == p["film"]).all()
 
 
 def conv(x, k, spec=("NHWC", "HWIO", "NHWC"), groups=1):
-    return jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=spec, feature_group_count=groups)
+    return jax.lax.conv_general_dilated(
+        x, k, (1, 1), "SAME", dimension_numbers=spec, feature_group_count=groups
+    )
 
 
 def norm(p, y, axis):
@@ -148,18 +186,36 @@ LAYERS = {
         (6, 4, 3, 3),
         6,
     ),
-    "transposed back": (lambda p, x: norm(p, conv(x, p["k"]).transpose(0, 3, 1, 2), 1), (3, 3, 4, 6), 6),
+    "transposed back": (
+        lambda p, x: norm(p, conv(x, p["k"]).transpose(0, 3, 1, 2), 1),
+        (3, 3, 4, 6),
+        6,
+    ),
     "depthwise": (lambda p, x: norm(p, conv(x, p["k"], groups=4), -1), (3, 3, 1, 8), 8),
-    "keras depthwise": (lambda p, x: norm(p, conv(x, p["k"].reshape(3, 3, 1, 8), groups=4), -1), (3, 3, 4, 2), 8),
+    "keras depthwise": (
+        lambda p, x: norm(p, conv(x, p["k"].reshape(3, 3, 1, 8), groups=4), -1),
+        (3, 3, 4, 2),
+        8,
+    ),
     "grouped": (lambda p, x: norm(p, conv(x, p["k"], groups=2), -1), (3, 3, 2, 6), 6),
     "transposed kernel": (lambda p, x: norm(p, x @ p["k"].T, -1), (6, 4), 6),
-    "conv transpose": (lambda p, x: norm(p, jax.lax.conv_transpose(x, p["k"], (2, 2), "SAME"), -1), (3, 3, 4, 6), 6),
+    "conv transpose": (
+        lambda p, x: norm(p, jax.lax.conv_transpose(x, p["k"], (2, 2), "SAME"), -1),
+        (3, 3, 4, 6),
+        6,
+    ),
     "its kernel transposed": (
-        lambda p, x: norm(p, jax.lax.conv_transpose(x, p["k"], (2, 2), "SAME", transpose_kernel=True), -1),
+        lambda p, x: norm(
+            p, jax.lax.conv_transpose(x, p["k"], (2, 2), "SAME", transpose_kernel=True), -1
+        ),
         (3, 3, 6, 4),
         6,
     ),
-    "heads": (lambda p, x: norm(p, jnp.einsum("bhwc,cnd->bhwnd", x, p["k"]).reshape(2, 5, 5, 6), -1), (4, 2, 3), 6),
+    "heads": (
+        lambda p, x: norm(p, jnp.einsum("bhwc,cnd->bhwnd", x, p["k"]).reshape(2, 5, 5, 6), -1),
+        (4, 2, 3),
+        6,
+    ),
     "kernel first": (lambda p, x: norm(p, jnp.einsum("cn,bhwc->nbhw", p["k"], x), 0), (4, 6), 6),
 }
 
@@ -190,10 +246,16 @@ def test_layers_in_a_scan_are_folded_each_with_its_own_norm():
 
     def shared(p, x):  # one kernel, a norm for each turn
         kernel = p["kernel"][0]
-        return jax.lax.scan(lambda x, q: layer(x, {**q, "kernel": kernel}), x, {k: p[k] for k in NAMES})[0]
+        return jax.lax.scan(
+            lambda x, q: layer(x, {**q, "kernel": kernel}), x, {k: p[k] for k in NAMES}
+        )[0]
 
     result = fold_batch_norm(shared, stacked, X)
-    assert not result.folded and result.skipped["kernel"] and rel(shared, stacked, result.params, X) == 0
+    assert (
+        not result.folded
+        and result.skipped["kernel"]
+        and rel(shared, stacked, result.params, X) == 0
+    )
 
 
 def test_averages_corrected_by_a_counter_are_folded_but_not_by_what_would_change():
@@ -202,10 +264,15 @@ def test_averages_corrected_by_a_counter_are_folded_but_not_by_what_would_change
     def fn(p, x, by="steps"):
         count = jnp.where(p[by].sum() == 0, 1.0, 1 - 0.9 ** p[by].sum().astype(jnp.float32))
         y = x @ p["kernel"]
-        return (y - row(p["mean"] / count)) / row(jnp.sqrt(p["var"] / count + 1e-3)) * row(p["gain"]) + row(p["beta"])
+        return (y - row(p["mean"] / count)) / row(jnp.sqrt(p["var"] / count + 1e-3)) * row(
+            p["gain"]
+        ) + row(p["beta"])
 
     result = fold_batch_norm(fn, p, X)
-    assert result.folded == {"kernel": ("mean", "var", "gain", "beta")} and int(result.params["steps"]) == 7
+    assert (
+        result.folded == {"kernel": ("mean", "var", "gain", "beta")}
+        and int(result.params["steps"]) == 7
+    )
     assert rel(fn, p, result.params, X) < 1e-5
     for by in NAMES:
         result = fold_batch_norm(lambda p, x, by=by: fn(p, x, by), p, X)

@@ -9,7 +9,9 @@ from compress_jax.quantize import float_format
 from compress_jax.quantize._scales.levels import BINARY, E2M1, E4M3, E5M2, NF4, TERNARY
 
 
-@pytest.mark.parametrize(("levels", "dtype"), [(E4M3, "float8_e4m3fn"), (E5M2, "float8_e5m2"), (E2M1, "float4_e2m1fn")])
+@pytest.mark.parametrize(
+    ("levels", "dtype"), [(E4M3, "float8_e4m3fn"), (E5M2, "float8_e5m2"), (E2M1, "float4_e2m1fn")]
+)
 def test_the_named_floats_have_the_range_of_the_dtypes(levels, dtype):
     info = ml_dtypes.finfo(dtype)
     assert (levels.bits, levels.largest) == (info.bits, float(info.max))

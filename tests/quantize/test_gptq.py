@@ -17,7 +17,9 @@ from tests.trace.zoo import ZOO
 def layer(k=32, n=16, rows=200, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, k)) @ rng.normal(size=(k, k))
-    return {"kernel": jnp.asarray(rng.normal(size=(k, n)), jnp.float32)}, jnp.asarray(x, jnp.float32)
+    return {"kernel": jnp.asarray(rng.normal(size=(k, n)), jnp.float32)}, jnp.asarray(
+        x, jnp.float32
+    )
 
 
 def fn(p, x):
@@ -49,7 +51,12 @@ def by_the_paper(w, x, scale, zero, top, damping=0.01, act_order=False):
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
-    "options", [{"bits": 4, "granularity": "channel"}, {"bits": 3, "granularity": 8}, {"bits": 4, "symmetric": False}]
+    "options",
+    [
+        {"bits": 4, "granularity": "channel"},
+        {"bits": 3, "granularity": 8},
+        {"bits": 4, "symmetric": False},
+    ],
 )
 @pytest.mark.parametrize("k", [32, 200])
 def test_it_is_the_papers_algorithm(options, act_order, k):
@@ -61,9 +68,13 @@ def test_it_is_the_papers_algorithm(options, act_order, k):
     solved = solve(params, x, c, act_order=act_order, block=16)
     (how,) = c.pointwise(params, solved.state).values()
     scale, zero = (np.asarray(each, np.float64) for each in how.operands)
-    expected = by_the_paper(params["kernel"], x, scale, zero, 2 ** options["bits"] - 1, act_order=act_order)
+    expected = by_the_paper(
+        params["kernel"], x, scale, zero, 2 ** options["bits"] - 1, act_order=act_order
+    )
     ours = np.asarray(solved.params["kernel"])
-    wrong = np.abs(ours - expected) > 1e-4 * scale  # a tie that float32 decides otherwise changes what comes after it
+    wrong = (
+        np.abs(ours - expected) > 1e-4 * scale
+    )  # a tie that float32 decides otherwise changes what comes after it
     assert wrong.mean() < 0.02
     moment = np.asarray(x, np.float64).T @ np.asarray(x, np.float64)
     error = lambda q: np.einsum("kn,kl,ln", q - params["kernel"], moment, q - params["kernel"])  # noqa: E731
@@ -92,7 +103,10 @@ def test_large_layers_are_solved_in_halves(monkeypatch):
 CHAIN = cj.chain(cj.prune.magnitude(0.5), uniform(bits=4, granularity="channel"))
 
 
-@pytest.mark.parametrize("c", [uniform(bits=2, granularity="channel"), uniform(bits=4, granularity=8, scale="mse"), CHAIN])
+@pytest.mark.parametrize(
+    "c",
+    [uniform(bits=2, granularity="channel"), uniform(bits=4, granularity=8, scale="mse"), CHAIN],
+)
 def test_the_view_of_what_is_solved_is_exact_and_its_error_lower(c):
     params, x = layer()
     solved = solve(params, x, c)
@@ -102,7 +116,9 @@ def test_the_view_of_what_is_solved_is_exact_and_its_error_lower(c):
     assert np.asarray(packed).tobytes() == np.asarray(seen).tobytes()
     nearest = c.view(params, solved.state)["kernel"]
     moment = x.T @ x / len(x)
-    assert output_error(params["kernel"], seen, moment) < 0.95 * output_error(params["kernel"], nearest, moment)
+    assert output_error(params["kernel"], seen, moment) < 0.95 * output_error(
+        params["kernel"], nearest, moment
+    )
 
 
 def test_pruned_weights_stay_pruned():
@@ -128,7 +144,10 @@ def fresh(inputs, seed):
     rng = np.random.default_rng(seed)
 
     def like(x):
-        return jnp.asarray(rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.permuted(np.asarray(x)), x.dtype)
+        return jnp.asarray(
+            rng.normal(size=x.shape) if x.dtype == jnp.float32 else rng.permuted(np.asarray(x)),
+            x.dtype,
+        )
 
     return jax.tree.map(like, inputs)
 
@@ -144,10 +163,15 @@ def test_every_layer_of_a_model_is_solved_or_listed(entry):
     assert set(solved.skipped) | set(kernels) == set(leaves)
     tasks, reasons = problems(seen, {path: leaves[path] for path in kernels})
     assert set(reasons) == set(solved.skipped) & set(kernels)
-    nearest, new = (flatten(tree)[0] for tree in (solved.compression.view(variables, solved.state), solved.params))
+    nearest, new = (
+        flatten(tree)[0]
+        for tree in (solved.compression.view(variables, solved.state), solved.params)
+    )
     totals = np.zeros(2)
     for path, task in ((path, task) for path, own in tasks.items() for task in own):
-        w, rounded, ours = (task.form.matrices(task.box.take(each[path])) for each in (leaves, nearest, new))
+        w, rounded, ours = (
+            task.form.matrices(task.box.take(each[path])) for each in (leaves, nearest, new)
+        )
         errors = [output_error(w, each, task.gram) for each in (rounded, ours)]
         assert (errors[1] <= errors[0] * (1 + 1e-6)).all(), path
         totals += [float(each.sum()) for each in errors]

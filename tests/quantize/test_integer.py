@@ -11,7 +11,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import compress_jax as cj
 from compress_jax.core.errors import NoMatchError, ShapeError, StateError
 from compress_jax.core.paths import flatten
-from compress_jax.quantize import activations, contractions, dynamic, integer, lsq, lsq_inputs, nf4, pact, static, uniform
+from compress_jax.quantize import (
+    activations,
+    contractions,
+    dynamic,
+    integer,
+    lsq,
+    lsq_inputs,
+    nf4,
+    pact,
+    static,
+    uniform,
+)
 from compress_jax.quantize._integer.integer_dot import Coded, accumulate, product
 from compress_jax.trace import sites
 from tests.trace.zoo import ZOO
@@ -36,7 +47,9 @@ def contracted(fn, *args):
         for eqn in jaxpr.eqns:
             if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
                 found.add(tuple(str(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)))
-            for inside in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            for inside in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+            ):
                 if hasattr(inside, "eqns"):
                     walk(inside)
 
@@ -54,7 +67,11 @@ def codes(seed, *shape):
 def coded(codes, zero, kept):
     """Put a zero for each row of some kept axis, or one for all, or none, beside codes."""
     shape = tuple(codes.shape[axis] for axis in kept)
-    zeros = {"none": None, "one": jnp.full((1,) * (len(kept) + 1), -17), "rows": jnp.asarray(codes_of_rows(shape))}[zero]
+    zeros = {
+        "none": None,
+        "one": jnp.full((1,) * (len(kept) + 1), -17),
+        "rows": jnp.asarray(codes_of_rows(shape)),
+    }[zero]
     wide = 0 if zeros is None else np.asarray(zeros, np.int64)
     return Coded(jnp.asarray(codes, jnp.int8), jnp.ones((1,) * (len(kept) + 1)), zeros), wide
 
@@ -67,7 +84,9 @@ def codes_of_rows(shape):
 @pytest.mark.parametrize("right", ["none", "one", "rows"])
 def test_a_product_is_that_of_int64(left, right):
     a, b = codes(0, 2, 3, 40), codes(1, 2, 40, 5)
-    (site,) = sites(lambda w, x: jnp.einsum("bmk,bkn->bmn", x, w), jnp.zeros(b.shape), jnp.zeros(a.shape))
+    (site,) = sites(
+        lambda w, x: jnp.einsum("bmk,bkn->bmn", x, w), jnp.zeros(b.shape), jnp.zeros(a.shape)
+    )
     flipped = site.lhs_shape != a.shape
     lhs, zero_a = coded(a, left, (0, 1))
     rhs, zero_b = coded(b, right, (0, 2))
@@ -100,7 +119,9 @@ def test_a_convolution_is_that_of_int64(zero, groups, stride):
     image, kernel, pads = codes(2, 2, 6, 7, 4), codes(3, 3, 3, 4 // groups, 8), [(1, 1)] * 2
 
     def fn(w, x):
-        return jax.lax.conv_general_dilated(x, w, (stride, stride), pads, dimension_numbers=NHWC, feature_group_count=groups)
+        return jax.lax.conv_general_dilated(
+            x, w, (stride, stride), pads, dimension_numbers=NHWC, feature_group_count=groups
+        )
 
     (site,) = sites(fn, jnp.zeros(kernel.shape), jnp.zeros(image.shape))
     lhs, zero_x = coded(image, zero, (0,))
@@ -112,11 +133,22 @@ def test_a_convolution_is_that_of_int64(zero, groups, stride):
 
 
 def test_groups_are_scaled_one_by_one():
-    a, b, scale = codes(4, 3, 12), codes(5, 12, 5), np.random.default_rng(0).uniform(0.1, 1, (5, 4)).astype(np.float32)
+    a, b, scale = (
+        codes(4, 3, 12),
+        codes(5, 12, 5),
+        np.random.default_rng(0).uniform(0.1, 1, (5, 4)).astype(np.float32),
+    )
     (site,) = sites(lambda w, x: x @ w, jnp.zeros(b.shape), jnp.zeros(a.shape))
     lhs = Coded(jnp.asarray(a, jnp.int8), jnp.full((1, 1), 0.5))
-    ours = product(site, lhs, Coded(jnp.asarray(b, jnp.int8), jnp.asarray(scale), jnp.full((1, 1), 3)))
-    parts = [a[:, 3 * g : 3 * g + 3] @ (b[3 * g : 3 * g + 3] - 3) * (0.5 * scale[:, g].astype(np.float64)) for g in range(4)]
+    ours = product(
+        site, lhs, Coded(jnp.asarray(b, jnp.int8), jnp.asarray(scale), jnp.full((1, 1), 3))
+    )
+    parts = [
+        a[:, 3 * g : 3 * g + 3]
+        @ (b[3 * g : 3 * g + 3] - 3)
+        * (0.5 * scale[:, g].astype(np.float64))
+        for g in range(4)
+    ]
     np.testing.assert_allclose(ours, sum(parts), rtol=1e-5)
 
 
@@ -127,23 +159,37 @@ def two(w, x):
     return jax.nn.relu(x @ w["up"]["kernel"] + w["up"]["bias"][None]) @ w["down"]["kernel"]
 
 
-DENSE = {"up": {"kernel": normal(12, 16), "bias": normal(16, seed=1)}, "down": {"kernel": normal(16, 8, seed=2)}}
+DENSE = {
+    "up": {"kernel": normal(12, 16), "bias": normal(16, seed=1)},
+    "down": {"kernel": normal(16, 8, seed=2)},
+}
 
 
 def images(w, x):
     for name in ("up", "down"):
-        x = jax.lax.conv_general_dilated(x, w[name]["kernel"], (1, 1), "SAME", dimension_numbers=NHWC)
+        x = jax.lax.conv_general_dilated(
+            x, w[name]["kernel"], (1, 1), "SAME", dimension_numbers=NHWC
+        )
         x = jax.nn.relu(x + w["up"]["bias"].reshape(1, 1, 1, -1)) if name == "up" else x
     return x
 
 
-CONVS = {"up": {"kernel": normal(3, 3, 4, 8), "bias": normal(8, seed=1)}, "down": {"kernel": normal(1, 3, 8, 6, seed=2)}}
+CONVS = {
+    "up": {"kernel": normal(3, 3, 4, 8), "bias": normal(8, seed=1)},
+    "down": {"kernel": normal(1, 3, 8, 6, seed=2)},
+}
 CASES = {
     "W8A8": (uniform(bits=8, granularity="channel"), dynamic()),
     "W8A8 static": (uniform(bits=8), static(symmetric=False)),
-    "W8A8 both asymmetric": (uniform(bits=8, symmetric=False, granularity="channel"), dynamic(8, False, "token")),
+    "W8A8 both asymmetric": (
+        uniform(bits=8, symmetric=False, granularity="channel"),
+        dynamic(8, False, "token"),
+    ),
     "W4A8": (uniform(bits=4, granularity="channel"), dynamic(granularity="token")),
-    "W4A8 groups": (uniform(bits=4, symmetric=False, granularity=4), static(symmetric=False, range="mse")),
+    "W4A8 groups": (
+        uniform(bits=4, symmetric=False, granularity=4),
+        static(symmetric=False, range="mse"),
+    ),
     "W3A4": (uniform(bits=3, granularity="channel"), static(4, range="percentile")),
     "W4A4 LSQ": (lsq(4, "channel"), lsq_inputs(4)),
     "W2A4 PACT": (lsq(2), pact(4)),
@@ -156,7 +202,9 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("fn, params, shape", [(two, DENSE, (5, 12)), (images, CONVS, (3, 6, 6, 4))], ids=["dot", "conv"])
+@pytest.mark.parametrize(
+    "fn, params, shape", [(two, DENSE, (5, 12)), (images, CONVS, (3, 6, 6, 4))], ids=["dot", "conv"]
+)
 def test_integers_give_what_the_simulation_gives(case, fn, params, shape):
     weights, how = CASES[case]
     packed, x = packed_by(cj.at("**/kernel", weights), params), normal(*shape, seed=7)
@@ -168,11 +216,16 @@ def test_integers_give_what_the_simulation_gives(case, fn, params, shape):
         assert all("convolution sums over" in row.reason for row in ours.table.rows)
         return
     assert contracted(ours.apply, ours.params, x) == {("int8", "int8", "int32")}
-    assert ours.table.integer == 1 and all(row.compute.endswith("-> int32") for row in ours.table.rows)
+    assert ours.table.integer == 1 and all(
+        row.compute.endswith("-> int32") for row in ours.table.rows
+    )
 
 
 def test_w8a8_is_numpys_arithmetic_in_int64():
-    packed, x = packed_by(uniform(bits=8, granularity="channel"), {"kernel": normal(50, 6)}), normal(9, 50, seed=3)
+    packed, x = (
+        packed_by(uniform(bits=8, granularity="channel"), {"kernel": normal(50, 6)}),
+        normal(9, 50, seed=3),
+    )
     ours = integer(lambda w, x: x @ w["kernel"], packed, x, how=dynamic())
     node = packed["kernel"]
     w = np.asarray(node.codes.unpack(), np.int64) - 128
@@ -197,7 +250,9 @@ def test_weights_alone_are_the_unpacked_model_and_stay_packed_in_memory(bits):
 
 def test_layers_in_a_scan_are_unpacked_one_at_a_time():
     def fn(w, x):
-        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w["kernel"] + w["bias"][None]), None), x, w["layers"])[0]
+        return jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w["kernel"] + w["bias"][None]), None), x, w["layers"]
+        )[0]
 
     layers, x = {"kernel": normal(3, 8, 8), "bias": normal(3, 8, seed=1)}, normal(5, 8, seed=2)
     c = cj.at("**/kernel", uniform(bits=4, granularity="channel", axis=(0, -1)))
@@ -207,7 +262,10 @@ def test_layers_in_a_scan_are_unpacked_one_at_a_time():
         ranges = simulated.init({"layers": layers}, [x]) if simulated else None
         ours = integer(fn, packed, x, how=how, ranges=ranges)
         dense = cj.unpack(packed)
-        close(ours.apply(ours.params, x), simulated.apply(dense, ranges, x) if simulated else fn(dense, x))
+        close(
+            ours.apply(ours.params, x),
+            simulated.apply(dense, ranges, x) if simulated else fn(dense, x),
+        )
         assert ours.params["weights"]["layers"]["kernel"]["bits4"].shape == (3, 4, 8)
         assert how is None or ours.table.integer == 1
 
@@ -224,7 +282,9 @@ QUICK = ["mlp/linen", "lenet/nnx", "llama/linen"]
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENTRIES], ids=str
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in ENTRIES],
+    ids=str,
 )
 def test_the_zoo_in_integers(name):
     fn, variables, inputs, packed = zoo(name)
@@ -232,8 +292,11 @@ def test_the_zoo_in_integers(name):
     out = ours.apply(ours.params, *inputs)
     simulated = jax.jit(activations(fn, dynamic()).apply)(cj.unpack(packed), {}, *inputs)
     for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(simulated), strict=True):
-        # A value on a rounding tie may fall to either side, where what came before is equal to float rounding only.
-        assert np.linalg.norm(np.float64(a) - np.float64(b)) <= 0.02 * max(np.linalg.norm(np.float64(b)), 1e-9)
+        # A value on a rounding tie may fall to either side, where what came before is equal to
+        # float rounding only.
+        assert np.linalg.norm(np.float64(a) - np.float64(b)) <= 0.02 * max(
+            np.linalg.norm(np.float64(b)), 1e-9
+        )
     found = sites(fn, variables, *inputs)
     assert [row.name for row in ours.table.rows] == [site.name for site in found]
     assert all(row.reason or row.compute == "int8 x int8 -> int32" for row in ours.table.rows)
@@ -244,7 +307,11 @@ FLAX = [name for name in ENTRIES if name.endswith(("/linen", "/nnx"))]
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in ("mlp/linen", "mlp/nnx") else pytest.param(name, marks=pytest.mark.slow) for name in FLAX]
+    "name",
+    [
+        name if name in ("mlp/linen", "mlp/nnx") else pytest.param(name, marks=pytest.mark.slow)
+        for name in FLAX
+    ],
 )
 def test_five_lines(name):
     apply, params, (x,) = ENTRIES[name].make()
@@ -274,8 +341,13 @@ def test_sharded_is_unsharded_bit_for_bit(case):
     x = normal(8, 12, seed=7)
     ranges = activations(two, how).init(DENSE, [x])
     again = activations(two, how).init(DENSE, [placed(x)])
-    first = {path: np.asarray(each) for path, each in flatten(ranges)[0].items() if path.startswith("up")}
-    assert all(each.tobytes() == np.asarray(flatten(again)[0][path]).tobytes() for path, each in first.items())
+    first = {
+        path: np.asarray(each) for path, each in flatten(ranges)[0].items() if path.startswith("up")
+    }
+    assert all(
+        each.tobytes() == np.asarray(flatten(again)[0][path]).tobytes()
+        for path, each in first.items()
+    )
     ours = integer(two, packed_by(cj.at("**/kernel", weights), DENSE), x, how=how, ranges=ranges)
     alone = ours.apply(ours.params, x)
     spread = jax.tree.map(placed, ours.params)
@@ -304,7 +376,11 @@ def test_every_reason():
     )
     table = contractions(fn, packed_by(c, params), normal(4, 8), how=dynamic())
     reasons = {row.name: row.reason for row in table.rows}
-    assert reasons["q"] == "" and "not quantized" in reasons["plain"] and "changed on its way" in reasons["changed"]
+    assert (
+        reasons["q"] == ""
+        and "not quantized" in reasons["plain"]
+        and "changed on its way" in reasons["changed"]
+    )
     assert "not as integers" in reasons["table"] and "scale varies" in reasons["rows"]
     assert any("product of two activations" in reason for reason in reasons.values())
     assert 0 < table.integer < 1 and table["q"].macs == 4 * 8 * 8
@@ -325,6 +401,8 @@ def test_errors():
     rows = integer(two, packed, x, how=dynamic(granularity="token"))
     bad = jnp.isnan(rows.apply(rows.params, x.at[1, 1].set(jnp.nan)))
     assert bad[1].all() and not bad[0].any()
-    per_shape = integer(lambda w, x: x @ w["kernel"][: x.shape[1]], packed["up"], normal(5, 12), how=dynamic())
+    per_shape = integer(
+        lambda w, x: x @ w["kernel"][: x.shape[1]], packed["up"], normal(5, 12), how=dynamic()
+    )
     with pytest.raises(ShapeError, match="another for these"):
         per_shape.apply(per_shape.params, normal(5, 6))

@@ -70,9 +70,13 @@ def test_figures_for_a_normal_matrix_in_groups(group, figure):
     assert frobenius(quantize.uniform(4, granularity=group, scale="mse")) < 0.93 * figure
 
 
-@pytest.mark.parametrize(("symmetric", "scale", "figure"), [(True, "absmax", 0.00784), (False, "minmax", 0.00738)])
+@pytest.mark.parametrize(
+    ("symmetric", "scale", "figure"), [(True, "absmax", 0.00784), (False, "minmax", 0.00738)]
+)
 def test_figures_of_the_plain_ranges_at_8_bits(symmetric, scale, figure):
-    assert frobenius(quantize.uniform(8, symmetric, "channel", scale)) == pytest.approx(figure, rel=2e-3)
+    assert frobenius(quantize.uniform(8, symmetric, "channel", scale)) == pytest.approx(
+        figure, rel=2e-3
+    )
 
 
 def frobenius(c) -> float:

@@ -41,7 +41,9 @@ def test_values_and_gradients_are_the_papers(bits, alpha):
     upstream = np.broadcast_to(np.asarray(PARAMS["kernel"], np.float64).sum(1), x.shape)
     np.testing.assert_allclose(dx, upstream * ((wide >= 0) & (wide < alpha)), rtol=1e-5, atol=1e-6)
     own = grads["kernel"]["input"]
-    np.testing.assert_allclose(float(own["alpha"]), (upstream * (wide >= alpha)).sum(), rtol=1e-4)  # equation 3
+    np.testing.assert_allclose(
+        float(own["alpha"]), (upstream * (wide >= alpha)).sum(), rtol=1e-4
+    )  # equation 3
     assert float(own["zero_point"]) == 0
 
 
@@ -49,18 +51,26 @@ def test_with_negative_activations_the_lower_end_follows_alpha():
     """Its derivative is the finite difference of the clipped value."""
     x = jnp.full((1, 6), -9.0)
     clipping = activations(fn, pact(3))
-    out = lambda alpha: clipping.apply({"kernel": jnp.eye(6)}, given(alpha=alpha, zero_point=4), x).sum()  # noqa: E731
-    slope = jax.grad(lambda a: clipping.apply({"kernel": jnp.eye(6)}, {"kernel": {"input": a}}, x).sum())
+    out = lambda alpha: clipping.apply(
+        {"kernel": jnp.eye(6)}, given(alpha=alpha, zero_point=4), x
+    ).sum()  # noqa: E731
+    slope = jax.grad(
+        lambda a: clipping.apply({"kernel": jnp.eye(6)}, {"kernel": {"input": a}}, x).sum()
+    )
     np.testing.assert_allclose(float(out(1.5)), -6 * 1.5 * 4 / 3, rtol=1e-6)
     np.testing.assert_allclose(
-        float(slope(given(alpha=1.5, zero_point=4)["kernel"]["input"])["alpha"]), float(out(2.0) - out(1.0)), rtol=1e-5
+        float(slope(given(alpha=1.5, zero_point=4)["kernel"]["input"])["alpha"]),
+        float(out(2.0) - out(1.0)),
+        rtol=1e-5,
     )
 
 
 def test_where_it_starts():
     x = normal(30, 6)
     signed = activations(fn, pact(4)).init(PARAMS, [x])["kernel"]["input"]
-    assert float(signed["alpha"]) == np.abs(np.asarray(x)).max() and float(signed["zero_point"]) == 8
+    assert (
+        float(signed["alpha"]) == np.abs(np.asarray(x)).max() and float(signed["zero_point"]) == 8
+    )
     paper = activations(fn, pact(4, alpha=10.0)).init(PARAMS, [jax.nn.relu(x)])["kernel"]["input"]
     assert float(paper["alpha"]) == 10 and float(paper["zero_point"]) == 0
 
@@ -92,9 +102,9 @@ def test_decay_pulls_alpha_down_until_clipping_costs_more(way):
     still = activations(fn, pact(2, alpha=10.0)).init({"kernel": jnp.eye(6)}, [x])
     assert (
         float(
-            jax.grad(lambda r: ((clipping.apply({"kernel": jnp.eye(6)}, r, x) - x) ** 2).mean())(still)["kernel"]["input"][
-                "alpha"
-            ]
+            jax.grad(lambda r: ((clipping.apply({"kernel": jnp.eye(6)}, r, x) - x) ** 2).mean())(
+                still
+            )["kernel"]["input"]["alpha"]
         )
         == 0
     )
@@ -104,13 +114,20 @@ def test_neither_training_nor_decay_moves_the_zero_point():
     x = normal(30, 6)
     signed = activations(fn, pact(2))
     ranges = signed.init(PARAMS, [x])
-    slopes = jax.grad(lambda r: signed.apply(PARAMS, r, x).sum() + pact_decay(r, 0.1))(ranges)["kernel"]["input"]
+    slopes = jax.grad(lambda r: signed.apply(PARAMS, r, x).sum() + pact_decay(r, 0.1))(ranges)[
+        "kernel"
+    ]["input"]
     assert float(ranges["kernel"]["input"]["zero_point"]) == 2
     assert float(slopes["zero_point"]) == 0 and float(slopes["alpha"]) != 0
 
 
 def test_decay_is_half_the_sum_of_squares():
-    tree = {"a": {"input": {"alpha": jnp.array([3.0, 4.0]), "zero_point": jnp.array([9.0, 9.0])}}, "scale": jnp.ones(3)}
+    tree = {
+        "a": {"input": {"alpha": jnp.array([3.0, 4.0]), "zero_point": jnp.array([9.0, 9.0])}},
+        "scale": jnp.ones(3),
+    }
     assert float(pact_decay(tree, 0.2)) == pytest.approx(2.5)
     assert float(pact_decay({"w": jnp.ones(3)}, 0.2)) == 0
-    assert jax.grad(lambda tree: pact_decay(tree, 0.2))(tree)["a"]["input"]["alpha"].tolist() == pytest.approx([0.6, 0.8])
+    assert jax.grad(lambda tree: pact_decay(tree, 0.2))(tree)["a"]["input"][
+        "alpha"
+    ].tolist() == pytest.approx([0.6, 0.8])

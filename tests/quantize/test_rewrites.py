@@ -26,7 +26,9 @@ def trained_looking(variables, seed=0):
     for path, x in leaves.items():
         if x.ndim <= 2 and jnp.issubdtype(x.dtype, jnp.floating) and "kernel" not in path:
             noise = jnp.asarray(rng.normal(size=x.shape), x.dtype)
-            leaves[path] = x * jnp.exp(0.3 * noise) if path.endswith(("var", "scale")) else x + 0.3 * noise
+            leaves[path] = (
+                x * jnp.exp(0.3 * noise) if path.endswith(("var", "scale")) else x + 0.3 * noise
+            )
     return rebuild(leaves)
 
 
@@ -60,11 +62,16 @@ def relu_params(seed=0):
 def test_equalised_ranges_are_equal_and_quantize_better():
     params, x = relu_params()
     result = equalize(relu_net, params, x)
-    np.testing.assert_allclose(jnp.abs(result.params["a"]).max(0), jnp.abs(result.params["c"]).max(1), rtol=1e-5)
+    np.testing.assert_allclose(
+        jnp.abs(result.params["a"]).max(0), jnp.abs(result.params["c"]).max(1), rtol=1e-5
+    )
     exact = relu_net(params, x)
     np.testing.assert_allclose(relu_net(result.params, x), exact, rtol=1e-4, atol=1e-4)
     c = uniform(4)
-    errors = [float(jnp.abs(relu_net(c.view(p, c.init(p)), x) - exact).mean()) for p in (params, result.params)]
+    errors = [
+        float(jnp.abs(relu_net(c.view(p, c.init(p)), x) - exact).mean())
+        for p in (params, result.params)
+    ]
     assert errors[1] < 0.7 * errors[0] and set(result.folded) == {"a", "c"} and not result.skipped
 
 
@@ -75,7 +82,12 @@ def test_what_has_no_partner_is_listed():
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet/linen", pytest.param("mobilenet/nnx", marks=slow), pytest.param("unet/nnx", marks=slow)]
+    "name",
+    [
+        "resnet/linen",
+        pytest.param("mobilenet/nnx", marks=slow),
+        pytest.param("unet/nnx", marks=slow),
+    ],
 )
 def test_folded_and_equalised_networks_are_the_same_function(name):
     run, model, variables, inputs = model_of(name)
@@ -84,9 +96,9 @@ def test_folded_and_equalised_networks_are_the_same_function(name):
     if name != "unet/nnx":
         leaves = flatten(folded.params)[0]
         assert all("norm" in path for paths in folded.folded.values() for path in paths)
-        assert {path for path in leaves if "conv" in path and path.endswith("kernel")} <= set(folded.folded) | set(
-            folded.skipped
-        )
+        assert {path for path in leaves if "conv" in path and path.endswith("kernel")} <= set(
+            folded.folded
+        ) | set(folded.skipped)
         assert sum("no batch norm" in why for why in folded.skipped.values()) == len(folded.skipped)
         assert all((leaves[path] == 1).all() for path in leaves if path.endswith("norm/scale"))
     result = equalize(model, folded.params, *inputs)
@@ -95,11 +107,15 @@ def test_folded_and_equalised_networks_are_the_same_function(name):
 
 
 def test_a_norm_is_not_folded_if_the_kernels_output_goes_elsewhere():
-    p = {name: jnp.full(2, 2.0) for name in ("mean", "var", "gain", "shift")} | {"kernel": jnp.ones((3, 2))}
+    p = {name: jnp.full(2, 2.0) for name in ("mean", "var", "gain", "shift")} | {
+        "kernel": jnp.ones((3, 2))
+    }
 
     def fn(p, x, skip=True):
         y = x @ p["kernel"]
-        z = (y - p["mean"][None]) * (jax.lax.rsqrt(p["var"] + 1e-3) * p["gain"])[None] + p["shift"][None]
+        z = (y - p["mean"][None]) * (jax.lax.rsqrt(p["var"] + 1e-3) * p["gain"])[None] + p["shift"][
+            None
+        ]
         return z + y if skip else z
 
     x = jnp.arange(6.0).reshape(2, 3)
@@ -107,17 +123,22 @@ def test_a_norm_is_not_folded_if_the_kernels_output_goes_elsewhere():
     result = fold_batch_norm(lambda p, x: fn(p, x, skip=False), p, x)
     assert result.folded == {"kernel": ("mean", "var", "gain", "shift")}
     np.testing.assert_allclose(fn(result.params, x, False), fn(p, x, False), rtol=1e-5)
-    np.testing.assert_allclose(x @ result.params["kernel"] + result.params["shift"][None], fn(p, x, False), rtol=1e-5)
+    np.testing.assert_allclose(
+        x @ result.params["kernel"] + result.params["shift"][None], fn(p, x, False), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
-    "name", ["llama/nnx", pytest.param("vit/linen", marks=slow), pytest.param("tied_lm/linen", marks=slow)]
+    "name",
+    ["llama/nnx", pytest.param("vit/linen", marks=slow), pytest.param("tied_lm/linen", marks=slow)],
 )
 def test_rotated_transformers_are_the_same_function_with_fewer_outliers(name):
     run, model, variables, inputs = model_of(name)
     result = rotate(model, variables, *inputs, key=jax.random.key(0))
     if name == "tied_lm/linen":  # a table that is read with a scale and written without
-        assert not result.rotated or all("embed" not in str(paths) for paths in result.rotated.values())
+        assert not result.rotated or all(
+            "embed" not in str(paths) for paths in result.rotated.values()
+        )
     else:
         stream = max(result.rotated.values(), key=len)
         assert len(stream) >= 6 and all(result.skipped.values())
@@ -144,7 +165,9 @@ def test_a_rotation_spreads_an_outlier_channel():
     assert peak(result.params["in"]) < 0.75 * peak(p["in"])
 
 
-@pytest.mark.parametrize(("size", "ones"), [(8, False), (12, False), (7, False), (16, True), (9, True), (2, True)])
+@pytest.mark.parametrize(
+    ("size", "ones"), [(8, False), (12, False), (7, False), (16, True), (9, True), (2, True)]
+)
 def test_rotations_are_orthogonal_and_spread(size, ones):
     q = rotation(size, jax.random.key(size), ones)
     np.testing.assert_allclose(q @ q.T, np.eye(size), atol=1e-6)
@@ -158,8 +181,12 @@ def test_corrected_biases_restore_the_means_of_outputs():
     params, x = relu_params()
     kernels, c = ("a", "c"), uniform(2)
     seen = {**params, **{name: c.view(params[name], c.init(params[name])) for name in kernels}}
-    result = correct_bias(relu_net, params, seen, calibrate(relu_net, moments(), params, [x[:40], x[40:]]), x)
-    assert result.corrected == {"b": "a"} and result.skipped == {"c": "no parameter is added to what it gives"}
+    result = correct_bias(
+        relu_net, params, seen, calibrate(relu_net, moments(), params, [x[:40], x[40:]]), x
+    )
+    assert result.corrected == {"b": "a"} and result.skipped == {
+        "c": "no parameter is added to what it gives"
+    }
     means = [(x @ p["a"] + p["b"][None]).mean(0) for p in (params, result.params, seen)]
     np.testing.assert_allclose(means[1], means[0], atol=1e-5)
     assert float(jnp.abs(means[2] - means[0]).max()) > 1e-2
@@ -172,10 +199,14 @@ def test_biases_of_a_convolution_are_corrected_too():
     leaves, rebuild = flatten(variables)
     views = {path: c.view(x, c.init(x)) for path, x in leaves.items() if path.endswith("kernel")}
     seen = rebuild({**leaves, **views})
-    result = correct_bias(model, variables, seen, calibrate(model, moments(), variables, [inputs]), *inputs)
+    result = correct_bias(
+        model, variables, seen, calibrate(model, moments(), variables, [inputs]), *inputs
+    )
     assert set(result.corrected.values()) == set(views) and not result.skipped
     exact = run(variables, *inputs)
-    errors = [float(jnp.abs((run(p, *inputs) - exact).mean(0)).mean()) for p in (seen, result.params)]
+    errors = [
+        float(jnp.abs((run(p, *inputs) - exact).mean(0)).mean()) for p in (seen, result.params)
+    ]
     assert errors[1] < errors[0]
 
 
@@ -187,18 +218,32 @@ def on(mesh, x, *axes):
 def test_sharded_params_and_data_give_what_one_device_gives(axes):
     mesh = Mesh(np.array(jax.devices()), ("d",))
     rng = np.random.default_rng(0)
-    params = {"a": rng.normal(size=(16, 24)), "b": rng.normal(size=24), "c": rng.normal(size=(24, 8))}
+    params = {
+        "a": rng.normal(size=(16, 24)),
+        "b": rng.normal(size=24),
+        "c": rng.normal(size=(24, 8)),
+    }
     params = {name: jnp.asarray(x, jnp.float32) for name, x in params.items()}
     x = jnp.asarray(rng.normal(size=(64, 16)), jnp.float32)
-    spread = {"a": on(mesh, params["a"], *axes), "b": on(mesh, params["b"], "d"), "c": on(mesh, params["c"], *axes)}
+    spread = {
+        "a": on(mesh, params["a"], *axes),
+        "b": on(mesh, params["b"], "d"),
+        "c": on(mesh, params["c"], *axes),
+    }
     c = uniform(4, granularity="channel")
     rounded, smoothed = [], []
     for p, data in ((params, x), (spread, on(mesh, x, "d", None))):
         kernels = {"a": p["a"], "c": p["c"]}
         rounded.append(
-            gptq(kernels, calibrate(lambda k, x, p=p: relu_net({**p, **k}, x), gram(), kernels, [data]), c).params
+            gptq(
+                kernels,
+                calibrate(lambda k, x, p=p: relu_net({**p, **k}, x), gram(), kernels, [data]),
+                c,
+            ).params
         )
-        smoothed.append(smooth(relu_net, p, calibrate(relu_net, absmax("channel"), p, [data]), data).params)
+        smoothed.append(
+            smooth(relu_net, p, calibrate(relu_net, absmax("channel"), p, [data]), data).params
+        )
     for one, other in (rounded, smoothed):
         for name in one:
             np.testing.assert_allclose(one[name], other[name], rtol=1e-6, atol=1e-6)

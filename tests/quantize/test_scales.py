@@ -28,7 +28,9 @@ def groups():
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_absmax_puts_the_extreme_on_the_last_level_and_never_on_a_tie(bits):
     scale, zero = scale_of(absmax, Grid(bits))
-    np.testing.assert_allclose(scale, np.abs(W).max(0, keepdims=True) / (2 ** (bits - 1) - 1), rtol=1e-6)
+    np.testing.assert_allclose(
+        scale, np.abs(W).max(0, keepdims=True) / (2 ** (bits - 1) - 1), rtol=1e-6
+    )
     levels = np.abs(W / scale).max(0)
     np.testing.assert_allclose(levels, np.round(levels), atol=1e-4)
     assert zero == 2 ** (bits - 1)
@@ -54,7 +56,9 @@ def test_percentile_is_that_of_numpy_even_where_a_group_is_padded(percent):
     np.testing.assert_allclose(7 * scale[0], np.percentile(np.abs(W), percent, axis=0), rtol=1e-5)
     scale, _ = scale_of(rule, Grid(4), PADDED)
     for got, group in zip(scale, groups(), strict=True):
-        np.testing.assert_allclose(7 * got[0], np.percentile(np.abs(group), percent, axis=0), rtol=1e-5)
+        np.testing.assert_allclose(
+            7 * got[0], np.percentile(np.abs(group), percent, axis=0), rtol=1e-5
+        )
 
 
 def test_asymmetric_percentile_cuts_half_on_either_side():
@@ -99,15 +103,23 @@ def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits, n
     def expected_error(step: float) -> float:
         edges = np.concatenate([[-12.0], (levels[:-1] + 0.5) * step, [12.0]])
         nodes, weights = np.polynomial.legendre.leggauss(16)
-        pieces = max(1, 512 // len(levels))  # refine wide cells so that Gauss-Legendre is exact to rounding
-        fine = np.unique(np.concatenate([np.linspace(a, b, pieces) for a, b in zip(edges, edges[1:], strict=False)]))
+        pieces = max(
+            1, 512 // len(levels)
+        )  # refine wide cells so that Gauss-Legendre is exact to rounding
+        fine = np.unique(
+            np.concatenate(
+                [np.linspace(a, b, pieces) for a, b in zip(edges, edges[1:], strict=False)]
+            )
+        )
         half, mid = np.diff(fine) / 2, (fine[1:] + fine[:-1]) / 2
         x = mid[:, None] + half[:, None] * nodes
         rounded = step * np.clip(np.round(x / step), levels[0], levels[-1])
         return float((half[:, None] * weights * (x - rounded) ** 2 * stats.norm.pdf(x)).sum())
 
     step = normal_clip(Grid(bits, narrow=narrow)) / (2 ** (bits - 1) - 1)
-    best = optimize.minimize_scalar(expected_error, bounds=(step / 2, step * 2), method="bounded", options={"xatol": 1e-9})
+    best = optimize.minimize_scalar(
+        expected_error, bounds=(step / 2, step * 2), method="bounded", options={"xatol": 1e-9}
+    )
     assert step == pytest.approx(best.x, rel=1e-4)
 
 
@@ -115,8 +127,13 @@ def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits, n
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [0.0, 1e-42, 2e-38, 1e-30, 1e37])
 def test_no_size_of_weights_gives_an_unusable_scale(rule, symmetric, size):
-    w, grid = jnp.asarray(np.float32(size) * np.array([1, -0.5, 0.25], np.float32)), Grid(8, symmetric)
+    w, grid = (
+        jnp.asarray(np.float32(size) * np.array([1, -0.5, 0.25], np.float32)),
+        Grid(8, symmetric),
+    )
     scale, zero = rule(w, Layout.of((3,), "tensor"), grid)
     assert np.isfinite(float(1 / scale[0])) and float(scale[0]) > 0
     back = grid.decode(grid.encode(w, scale, zero), scale, zero)
-    assert float(jnp.abs(back - w).max()) <= max(0.51 * float(scale[0]) if size else 0.0, 0.1 * size)
+    assert float(jnp.abs(back - w).max()) <= max(
+        0.51 * float(scale[0]) if size else 0.0, 0.1 * size
+    )

@@ -32,7 +32,12 @@ def divergence(counts: np.ndarray, zero: int, share: float, groups: int) -> floa
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 999), st.sampled_from([0, 11, 32, 64]), st.sampled_from([2, 4, 8]), st.sampled_from([1, 3]))
+@given(
+    st.integers(0, 999),
+    st.sampled_from([0, 11, 32, 64]),
+    st.sampled_from([2, 4, 8]),
+    st.sampled_from([1, 3]),
+)
 def test_the_share_has_the_least_divergence_of_all_tried(seed, zero, groups, stride):
     rng = np.random.default_rng(seed)
     counts = rng.poisson(rng.choice([0.3, 3, 300], 64) * rng.random(64)).astype(np.int32)
@@ -62,7 +67,9 @@ def test_entropy_is_the_least_divergent_range_of_a_histogram(grid):
     reach = float(scale[0]) * (grid.qmax if grid.symmetric else grid.top) / (high - low)
     nearest = int(np.argmin(np.abs(np.array(shares) - reach)))
     np.testing.assert_allclose(reach, shares[nearest], rtol=1e-4)
-    assert divergences[nearest] <= min(divergences) * 1.02  # an entry may fall into the next bin in float32
+    assert (
+        divergences[nearest] <= min(divergences) * 1.02
+    )  # an entry may fall into the next bin in float32
     assert shares[nearest] < 0.5
 
 
@@ -74,15 +81,24 @@ def test_entropy_of_channels_is_that_of_each_and_padding_does_not_count():
     np.testing.assert_allclose(scale[0], np.concatenate(alone), rtol=1e-6)
     layout = Layout.of(w.shape, 256, pad=True)
     padded, _ = rule(layout.arrange(w), layout, Grid(4))
-    np.testing.assert_allclose(padded[1, 0, 0], rule(w[256:, 0], Layout((144,)), Grid(4))[0][0], rtol=1e-6)
+    np.testing.assert_allclose(
+        padded[1, 0, 0], rule(w[256:, 0], Layout((144,)), Grid(4))[0][0], rtol=1e-6
+    )
 
 
-def shrunk(w: np.ndarray, p: float, maxshrink: float, points: int, patience: int, bits: int) -> float:
+def shrunk(
+    w: np.ndarray, p: float, maxshrink: float, points: int, patience: int, bits: int
+) -> float:
     """The search of llm-compressor's MSE observer over one set, symmetric; returns the scale."""
     top, best, least, waited = np.abs(w).max(), 1.0, np.inf, 0
     for i in range(round(maxshrink * points)):
         scale = top * (1 - i / points) / (2 ** (bits - 1) - 1)
-        error = (np.abs(w - scale * np.clip(np.round(w / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)) ** p).sum()
+        error = (
+            np.abs(
+                w - scale * np.clip(np.round(w / scale), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+            )
+            ** p
+        ).sum()
         if error < least:
             least, best, waited = error, 1 - i / points, 0
         else:
@@ -92,7 +108,9 @@ def shrunk(w: np.ndarray, p: float, maxshrink: float, points: int, patience: int
     return top * best / (2 ** (bits - 1) - 1)
 
 
-@pytest.mark.parametrize(("options", "bits"), [({}, 4), ({}, 8), ({"p": 2.0, "maxshrink": 0.8, "patience": 50}, 3)])
+@pytest.mark.parametrize(
+    ("options", "bits"), [({}, 4), ({}, 8), ({"p": 2.0, "maxshrink": 0.8, "patience": 50}, 3)]
+)
 def test_pnorm_is_the_published_search(options, bits):
     w = np.random.default_rng(0).normal(size=(256, 12)).astype(np.float32)
     settings_ = {"p": 2.4, "maxshrink": 0.2, "points": 100, "patience": 5, **options}
@@ -102,7 +120,10 @@ def test_pnorm_is_the_published_search(options, bits):
 
 
 def test_pnorm_shrinks_both_ends_of_an_asymmetric_range():
-    w, grid = jnp.asarray(np.random.default_rng(0).exponential(size=500) - 0.2, jnp.float32), Grid(3, symmetric=False)
+    w, grid = (
+        jnp.asarray(np.random.default_rng(0).exponential(size=500) - 0.2, jnp.float32),
+        Grid(3, symmetric=False),
+    )
     layout = Layout((500,))
     full, _ = pnorm(w, layout, grid, maxshrink=0.01)
     scale, zero = pnorm(w, layout, grid, maxshrink=1.0, patience=100)

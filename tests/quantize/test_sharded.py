@@ -1,8 +1,9 @@
 """Calibrated ranges and quantization-aware training on eight devices give what one device gives.
 
-Ranges are maxima and counts, which no order of summing changes: bit for bit. A training step sums gradients over devices in
-another order, and a weight or an activation near a tie may then take the other code: training is held to a small part of
-the distance that it goes (a sum over one device alone would be most of it).
+Ranges are maxima and counts, which no order of summing changes: bit for bit. A training step sums
+gradients over devices in another order, and a weight or an activation near a tie may then take the
+other code: training is held to a small part of the distance that it goes (a sum over one device
+alone would be most of it).
 """
 
 import jax
@@ -17,7 +18,9 @@ from compress_jax.core.paths import flatten
 from compress_jax.quantize import activations, lsq, lsq_inputs, pact, static, uniform
 
 INPUTS = {
-    **{range: static(4, range=range) for range in ("minmax", "ema", "percentile", "entropy", "mse")},
+    **{
+        range: static(4, range=range) for range in ("minmax", "ema", "percentile", "entropy", "mse")
+    },
     "asymmetric": static(symmetric=False, range="percentile"),
     "channel": static(granularity="channel"),
     "LSQ": lsq_inputs(4),
@@ -54,13 +57,19 @@ def test_ranges_of_sharded_batches(name):
     together = flatten(quantized.init(PARAMS, [on(x, "data") for x in BATCHES]))[0]
     assert alone.keys() == together.keys() and any(path.startswith("up") for path in alone)
     for path, x in alone.items():
-        # What enters the first layer is the data. What enters the second was summed by another program.
-        exact = path.startswith("up") and name not in ("LSQ", "LSQ+")  # whose rule takes a mean of magnitudes
+        # What enters the first layer is the data. What enters the second was summed by another
+        # program.
+        exact = path.startswith("up") and name not in (
+            "LSQ",
+            "LSQ+",
+        )  # whose rule takes a mean of magnitudes
         np.testing.assert_allclose(together[path], x, rtol=0 if exact else 1e-5, atol=0)
 
 
 @pytest.mark.parametrize("how", ["ema", "LSQ", "PACT"])
-@pytest.mark.parametrize("weights", [uniform(4, granularity="channel"), lsq(4, "channel")], ids=["uniform", "lsq"])
+@pytest.mark.parametrize(
+    "weights", [uniform(4, granularity="channel"), lsq(4, "channel")], ids=["uniform", "lsq"]
+)
 def test_quantization_aware_steps(weights, how):
     c, quantized = cj.at("**/kernel", weights), activations(model, INPUTS[how])
     optimizer = optax.sgd(0.01)
@@ -84,7 +93,10 @@ def test_quantization_aware_steps(weights, how):
             free, moments = step(free, moments, state, place(x), place(model(PARAMS, x)))
         return free
 
-    alone, together = trained(begun, lambda x: x), trained((spread(PARAMS), *begun[1:]), lambda x: on(x, "data"))
+    alone, together = (
+        trained(begun, lambda x: x),
+        trained((spread(PARAMS), *begun[1:]), lambda x: on(x, "data")),
+    )
     assert not together[0]["up"]["kernel"].sharding.is_fully_replicated
     for a, b, c in zip(*map(jax.tree.leaves, (alone, together, begun)), strict=True):
         assert np.linalg.norm(b - a) <= 0.3 * np.linalg.norm(a - c) + 1e-6

@@ -45,7 +45,10 @@ def fed_apart(p, x):
 SLICED = {
     "index": lambda w: (w[0], w[1]),
     "negative": lambda w: (w[-2], w[-1]),
-    "traced index": lambda w: (jax.lax.dynamic_index_in_dim(w, jnp.int32(0), keepdims=False), jnp.take(w, 1, 0)),
+    "traced index": lambda w: (
+        jax.lax.dynamic_index_in_dim(w, jnp.int32(0), keepdims=False),
+        jnp.take(w, 1, 0),
+    ),
     "range": lambda w: (w[:1][0], w[1:].reshape(8, 6)),
     "unpacked": lambda w: tuple(w),
 }
@@ -71,13 +74,20 @@ def test_slices_come_out_as_each_would_alone(solve):
 def test_a_loop_over_experts_is_solved_expert_by_expert():
     p = {"w": normal(3, 3, 8, 8)}
     loop = lambda p, x: sum(jnp.tanh(x * (i + 1)) @ p["w"][i] for i in range(3))  # noqa: E731
-    batched = lambda p, x: jnp.einsum("eti,eio->eto", jnp.stack([jnp.tanh(x * i) for i in (1, 2, 3)]), p["w"])  # noqa: E731
-    one, other = (gptq(p, calibrate(fn, gram(), p, [X]), STACK).params["w"] for fn in (loop, batched))
+    batched = lambda p, x: jnp.einsum(
+        "eti,eio->eto", jnp.stack([jnp.tanh(x * i) for i in (1, 2, 3)]), p["w"]
+    )  # noqa: E731
+    one, other = (
+        gptq(p, calibrate(fn, gram(), p, [X]), STACK).params["w"] for fn in (loop, batched)
+    )
     np.testing.assert_allclose(one, other, atol=1e-6)
 
 
 JOINED = {
-    "outputs": (lambda p, x: x @ jnp.concatenate([p["0"], p["1"]], -1), lambda p, x: (x @ p["0"], x @ p["1"])),
+    "outputs": (
+        lambda p, x: x @ jnp.concatenate([p["0"], p["1"]], -1),
+        lambda p, x: (x @ p["0"], x @ p["1"]),
+    ),
     "stacked": (
         lambda p, x: jnp.einsum("bi,nio->bno", x, jnp.stack([p["0"], p["1"]])),
         lambda p, x: (x @ p["0"], x @ p["1"]),
@@ -116,10 +126,14 @@ def test_joined_kernels_are_solved_as_each_would_be_alone(spelling):
         assert (solved.params[name] != solved.compression.view(ALONE, solved.state)[name]).any()
 
 
-@pytest.mark.parametrize("solve", [SOLVERS["sparsegpt"], SOLVERS["wanda"]], ids=["sparsegpt", "wanda"])
+@pytest.mark.parametrize(
+    "solve", [SOLVERS["sparsegpt"], SOLVERS["wanda"]], ids=["sparsegpt", "wanda"]
+)
 def test_joined_kernels_are_pruned_as_each_would_be_alone(solve):
     together, apart = JOINED["outputs"]
-    ours, expected = (solve(ALONE, calibrate(fn, gram(), ALONE, [X]), EACH) for fn in (together, apart))
+    ours, expected = (
+        solve(ALONE, calibrate(fn, gram(), ALONE, [X]), EACH) for fn in (together, apart)
+    )
     assert all(jnp.allclose(ours[name], expected[name], atol=1e-6) for name in "01")
 
 
@@ -148,16 +162,26 @@ def test_of_a_kernel_of_which_some_rows_are_used_those_are_solved_and_the_rest_i
     solved = gptq(ROWS, seen, c)
     few = {"a": ROWS["a"][:4]}
     expected = gptq(few, calibrate(lambda p, x: x[:, :4] @ p["a"], gram(), few, [TALL]), EACH)
-    scale = np.ravel(solved.state.fixed["0"]["a"]["scale"]) == np.ravel(expected.state.fixed["a"]["scale"])
+    scale = np.ravel(solved.state.fixed["0"]["a"]["scale"]) == np.ravel(
+        expected.state.fixed["a"]["scale"]
+    )
     np.testing.assert_array_equal(solved.params["a"][:4, scale], expected.params["a"][:, scale])
-    np.testing.assert_array_equal(solved.params["a"][4:], solved.compression.view(ROWS, solved.state)["a"][4:])
-    assert "16 of its entries" in solved.skipped["a"] and "16 of its entries" in solved.notes["a"] and scale.any()
+    np.testing.assert_array_equal(
+        solved.params["a"][4:], solved.compression.view(ROWS, solved.state)["a"][4:]
+    )
+    assert (
+        "16 of its entries" in solved.skipped["a"]
+        and "16 of its entries" in solved.notes["a"]
+        and scale.any()
+    )
 
 
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
 @pytest.mark.parametrize("groups", [None, n_m(1, 3)])
 def test_of_a_kernel_of_which_some_rows_are_used_all_is_pruned_as_much_as_was_asked(solve, groups):
-    pruned = solve(ROWS, calibrate(used_rows, gram(), ROWS, [TALL]), None if groups else 0.5, groups, where="a")
+    pruned = solve(
+        ROWS, calibrate(used_rows, gram(), ROWS, [TALL]), None if groups else 0.5, groups, where="a"
+    )
     kept = np.asarray(pruned.state.fixed["a"])
     assert (kept.reshape(2, 3, 8).sum(1) <= 1).all() if groups else (~kept).sum() == 24
     np.testing.assert_array_equal(np.asarray(pruned.params["a"]) != 0, kept)
@@ -166,7 +190,9 @@ def test_of_a_kernel_of_which_some_rows_are_used_all_is_pruned_as_much_as_was_as
 def test_smooth_balances_the_rows_that_are_used_and_the_function_stays():
     p = {**ROWS, "s": jnp.asarray([100.0, 1, 1, 1, 1, 1])}
     result = smooth(used_rows, p, calibrate(used_rows, reducers.absmax("channel"), p, [TALL]), TALL)
-    np.testing.assert_allclose(used_rows(result.params, TALL), used_rows(p, TALL), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        used_rows(result.params, TALL), used_rows(p, TALL), rtol=1e-4, atol=1e-4
+    )
     assert result.folded == {"a": ("s",)} and float(result.params["s"][0]) < 50
     np.testing.assert_array_equal(result.params["a"][4:], p["a"][4:])
     np.testing.assert_array_equal(result.params["s"][4:], p["s"][4:])
@@ -175,7 +201,9 @@ def test_smooth_balances_the_rows_that_are_used_and_the_function_stays():
 def test_correct_bias_restores_the_means_of_what_the_used_rows_give():
     c = cj.at("a", uniform(bits=2, granularity="channel"))
     view = c.view(ROWS, c.init(ROWS))
-    result = correct_bias(used_rows, ROWS, view, calibrate(used_rows, reducers.moments(), ROWS, [TALL]), TALL)
+    result = correct_bias(
+        used_rows, ROWS, view, calibrate(used_rows, reducers.moments(), ROWS, [TALL]), TALL
+    )
     means = [used_rows(p, TALL).mean(0) for p in (ROWS, result.params)]
     np.testing.assert_allclose(means[1], means[0], atol=1e-5)
     assert result.corrected == {"b": "a"}
@@ -196,15 +224,24 @@ def test_a_grouped_convolution_s_bias_is_corrected_and_a_joined_one_listed():
 
     def fn(p, x):
         names = ("NHC", "HIO", "NHC")
-        y = jax.lax.conv_general_dilated(x, p["k"], (1,), "VALID", dimension_numbers=names, feature_group_count=4)
+        y = jax.lax.conv_general_dilated(
+            x, p["k"], (1,), "VALID", dimension_numbers=names, feature_group_count=4
+        )
         both = jnp.concatenate([p["0"], p["1"]], -1)
         return y + p["b"][None, None], jnp.concatenate([x, x], -1) @ both + p["c"][None, None]
 
     c = cj.at(("k", "0", "1"), uniform(bits=2))
     view = c.view(p, c.init(p))
     result = correct_bias(fn, p, view, calibrate(fn, reducers.moments(), p, [x]), x)
-    assert result.corrected == {"b": "k"} and "joined" in result.skipped["0"] and "joined" in result.skipped["1"]
-    lost = [float(jnp.abs((fn(q, x)[0] - fn(p, x)[0]).mean((0, 1))).max()) for q in (view, result.params)]
+    assert (
+        result.corrected == {"b": "k"}
+        and "joined" in result.skipped["0"]
+        and "joined" in result.skipped["1"]
+    )
+    lost = [
+        float(jnp.abs((fn(q, x)[0] - fn(p, x)[0]).mean((0, 1))).max())
+        for q in (view, result.params)
+    ]
     assert lost[1] < 0.5 * lost[0]
 
 
@@ -216,7 +253,9 @@ def test_activations_of_unreached_experts_and_used_rows_score_channels():
     score = activation(seen)(member)
     assert score is not None
     np.testing.assert_allclose(score[:4], (TALL[:, :4] ** 2).mean(0), rtol=1e-5)
-    np.testing.assert_allclose(score[4:], score[:4].mean(), rtol=1e-5)  # never read: as an average one
+    np.testing.assert_allclose(
+        score[4:], score[:4].mean(), rtol=1e-5
+    )  # never read: as an average one
 
     def branches(p, x):
         return jax.lax.cond(x.mean() < 1e6, lambda: x @ p["0"], lambda: x @ p["1"])

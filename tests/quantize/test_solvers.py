@@ -52,19 +52,29 @@ SOLVERS = {
 
 def errors(params, new, seen):
     tasks, _ = problems(seen, params)
-    return {path: float(output_error(params[path], new[path], tasks[path][0].gram[0])) for path in KERNELS}
+    return {
+        path: float(output_error(params[path], new[path], tasks[path][0].gram[0]))
+        for path in KERNELS
+    }
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-@pytest.mark.parametrize("c", [C3, pytest.param(CHAIN, marks=pytest.mark.slow)], ids=["3 bits", "pruned"])
+@pytest.mark.parametrize(
+    "c", [C3, pytest.param(CHAIN, marks=pytest.mark.slow)], ids=["3 bits", "pruned"]
+)
 def test_a_solver_beats_rounding_to_nearest_on_real_data_and_is_exact(digits, name, c):
     params, _, seen = digits
     solve, share = SOLVERS[name]
     solved = solve(params, seen, c)
     view = c.view(solved.params, solved.state)
     assert all((view[path] == solved.params[path]).all() for path in params)
-    assert all((cj.unpack(c.pack(solved.params, solved.state))[path] == view[path]).all() for path in params)
-    nearest, ours = (errors(params, new, seen) for new in (c.view(params, c.init(params)), solved.params))
+    assert all(
+        (cj.unpack(c.pack(solved.params, solved.state))[path] == view[path]).all()
+        for path in params
+    )
+    nearest, ours = (
+        errors(params, new, seen) for new in (c.view(params, c.init(params)), solved.params)
+    )
     assert all(ours[path] <= share * nearest[path] for path in KERNELS), (nearest, ours)
     assert (solved.params["bias"] == params["bias"]).all()
 
@@ -73,7 +83,10 @@ def test_awq_beats_rounding_to_nearest_on_the_outputs_of_the_network(digits):
     params, x, seen = digits
     solved = awq(fn, params, seen, C3, x[:2])
     assert (C3.view(solved.params, solved.state)["down"] == solved.params["down"]).all()
-    assert solved.notes["up"].startswith("not scaled: nothing before it can make up") and "bias" in solved.notes["down"]
+    assert (
+        solved.notes["up"].startswith("not scaled: nothing before it can make up")
+        and "bias" in solved.notes["down"]
+    )
     exact, nearest = fn(params, x), fn(C3.view(params, C3.init(params)), x)
     distance = lambda y: float(((y - exact) ** 2).mean())  # noqa: E731
     assert distance(fn(solved.params, x)) < 0.8 * distance(nearest)
@@ -177,8 +190,12 @@ def test_hqq_is_the_float64_splitting(bits):
     seen = np.asarray(c.view({"w": jnp.asarray(w)}, c.init({"w": jnp.asarray(w)}))["w"], np.float64)
     start = (np.maximum(w.max(0), 0) - np.minimum(w.min(0), 0)) / (2**bits - 1)
     ours = ((np.abs(w - seen) / start) ** 0.7).sum(0)
-    np.testing.assert_allclose(ours, least, rtol=0.02)  # a tie that float32 rounds otherwise leads elsewhere
-    close = np.isclose(np.ravel(state["scale"]), scale, rtol=1e-3) & (np.ravel(state["zero_point"]) == zero)
+    np.testing.assert_allclose(
+        ours, least, rtol=0.02
+    )  # a tie that float32 rounds otherwise leads elsewhere
+    close = np.isclose(np.ravel(state["scale"]), scale, rtol=1e-3) & (
+        np.ravel(state["zero_point"]) == zero
+    )
     assert close.mean() >= 0.8
 
 
@@ -192,7 +209,13 @@ def test_hqq_lowers_its_norm_also_in_groups_that_are_not_full(symmetric):
 
 
 @pytest.mark.parametrize(
-    "c", [uniform(bits=3), uniform(bits=4, symmetric=False, granularity=8), cj.quantize.nf4(8), cj.quantize.fp8()]
+    "c",
+    [
+        uniform(bits=3),
+        uniform(bits=4, symmetric=False, granularity=8),
+        cj.quantize.nf4(8),
+        cj.quantize.fp8(),
+    ],
 )
 def test_neighbours_are_the_two_levels_around_a_weight(c):
     w = jnp.asarray(np.random.default_rng(5).normal(size=(16, 4)), jnp.float32)

@@ -21,7 +21,9 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
     assert (np.asarray(many) == np.round(np.asarray(many))).all()
     share = wide - np.floor(wide)
     np.testing.assert_allclose(
-        np.asarray(many, np.float64).mean(0), wide, atol=5 * np.sqrt((share * (1 - share)).max() / 4000)
+        np.asarray(many, np.float64).mean(0),
+        wide,
+        atol=5 * np.sqrt((share * (1 - share)).max() / 4000),
     )
     assert (np.asarray(many)[:, share == 0] == np.asarray(x)[share == 0]).all()
 
@@ -48,7 +50,9 @@ def test_forward_is_untouched_and_backward_is_right_on_average_in_integers():
         error = np.abs(draws.mean(0) - true)
         assert draws.std(0).min() > 0 and (error < 5 * draws.std(0) / np.sqrt(512) + 1e-5).all()
         assert np.linalg.norm(draws[0] - true) < 0.05 * np.linalg.norm(true)
-    program = str(jax.make_jaxpr(jax.grad(loss, argnums=1), static_argnums=())(jax.random.key(0), PARAMS, X))
+    program = str(
+        jax.make_jaxpr(jax.grad(loss, argnums=1), static_argnums=())(jax.random.key(0), PARAMS, X)
+    )
     assert "preferred_element_type=int32" in program and "i8[5,8]" in program
 
 
@@ -57,7 +61,9 @@ def test_a_scan_draws_anew_in_every_turn_and_unknown_sites_are_named():
         return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
     w = jnp.stack([jnp.eye(4)] * 3) + 0.1
-    gradient = jax.grad(lambda w: quantized_backward(fn, jax.random.key(0), bits=3)(w, normal(2, 4)).sum())(w)
+    gradient = jax.grad(
+        lambda w: quantized_backward(fn, jax.random.key(0), bits=3)(w, normal(2, 4)).sum()
+    )(w)
     assert np.isfinite(gradient).all() and (gradient[0] != gradient[1]).any()
     with pytest.raises(NoMatchError):
         quantized_backward(two, jax.random.key(0), where="nothing")(PARAMS, X)

@@ -37,7 +37,9 @@ BLOCKS = {
 
 
 def weights(seed: int = 0, shape: tuple[int, ...] = (16, 8), dtype=jnp.float32) -> jax.Array:
-    return (jnp.asarray(np.random.default_rng(seed).laplace(size=shape), jnp.float32) + 0.2).astype(dtype)
+    return (jnp.asarray(np.random.default_rng(seed).laplace(size=shape), jnp.float32) + 0.2).astype(
+        dtype
+    )
 
 
 def bits_of(x: jax.Array) -> np.ndarray:
@@ -61,19 +63,30 @@ def test_view_is_idempotent_bit_for_bit_and_never_minus_zero(seed, name, granula
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 9), st.sampled_from([E2M1, E4M3, NF4, TERNARY, BINARY]), st.sampled_from(GRANULARITIES))
+@given(
+    st.integers(0, 9),
+    st.sampled_from([E2M1, E4M3, NF4, TERNARY, BINARY]),
+    st.sampled_from(GRANULARITIES),
+)
 def test_every_weight_goes_to_the_nearest_level(seed, levels, granularity):
     w = weights(seed)
     view, fixed = viewed(tabled(levels, granularity), w)
     layout = Layout.of(w.shape, granularity)
     scale = np.asarray(layout.spread(fixed["scale"]), np.float64)
-    distance = np.abs(np.asarray(w, np.float64)[..., None] - scale[..., None] * np.unique(np.array(levels.values))).min(-1)
-    np.testing.assert_allclose(np.abs(np.asarray(view, np.float64) - w), distance, atol=1e-6 * float(jnp.abs(w).max()))
+    distance = np.abs(
+        np.asarray(w, np.float64)[..., None] - scale[..., None] * np.unique(np.array(levels.values))
+    ).min(-1)
+    np.testing.assert_allclose(
+        np.abs(np.asarray(view, np.float64) - w), distance, atol=1e-6 * float(jnp.abs(w).max())
+    )
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
 def test_fp8_of_a_tensor_is_the_cast_of_ml_dtypes_times_the_scale(kind):
-    w, dtype = weights(1, (64, 8)), {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[kind]
+    w, dtype = (
+        weights(1, (64, 8)),
+        {"e4m3": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}[kind],
+    )
     scale = np.abs(np.asarray(w)).max() * np.float32(1 / float(ml_dtypes.finfo(dtype).max))
     cast = (np.asarray(w) * (1 / scale)).astype(dtype)
     view, fixed = viewed(fp8(kind), w)
@@ -115,7 +128,9 @@ def test_levels_on_one_side_of_zero_never_get_a_negative_scale():
 
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
 def test_what_is_packed_is_what_was_trained_compiled_or_not(name):
-    params = {dtype: weights(1, (48, 8), jnp.dtype(dtype)) for dtype in ("float32", "bfloat16", "float16")}
+    params = {
+        dtype: weights(1, (48, 8), jnp.dtype(dtype)) for dtype in ("float32", "bfloat16", "float16")
+    }
     options = [{"granularity": g} for g in ("tensor", "channel", 20)] if name in FORMATS else [{}]
     compressions = [{**FORMATS, **BLOCKS}[name](**each, pad=True) for each in options]
     states = [c.init(params) for c in compressions]
@@ -187,7 +202,9 @@ def test_degenerate_leaves(name):
     view = c.view(params, c.init(params))
     assert all(bool(jnp.isfinite(x).all()) for x in view.values())
     for path in ("one", "scalar", "constant", "huge"):
-        np.testing.assert_allclose(view[path], params[path], rtol=0.2)  # mxfp4 saturates at 6 of up to 8
+        np.testing.assert_allclose(
+            view[path], params[path], rtol=0.2
+        )  # mxfp4 saturates at 6 of up to 8
     assert float(jnp.abs(view["zeros"]).max()) == (2.0**-126 if name == "binary" else 0.0)
     assert float(jnp.abs(view["tiny"]).max()) < 1e-36
 
@@ -209,7 +226,9 @@ def test_an_artifact_holds_them_exactly_and_at_their_size(name, tmp_path):
     packed = c.pack({"w": w}, c.init({"w": w}))
     written = cj.save(tmp_path / "model.safetensors", packed)
     back, _ = cj.load(tmp_path / "model.safetensors")
-    assert back["w"].scale.dtype == packed["w"].scale.dtype and back["w"].levels == packed["w"].levels
+    assert (
+        back["w"].scale.dtype == packed["w"].scale.dtype and back["w"].levels == packed["w"].levels
+    )
     np.testing.assert_array_equal(bits_of(cj.unpack(back)["w"]), bits_of(cj.unpack(packed)["w"]))
     assert written < packed["w"].nbytes + 2500  # the header
 
@@ -241,7 +260,9 @@ def test_non_finite_weights_are_refused_with_their_path(bad):
         c.init(broken)
 
 
-@pytest.mark.parametrize(("c", "size"), [(nf4(), 64), (quantize.mxfp8(), 32), (quantize.nvfp4(), 16)])
+@pytest.mark.parametrize(
+    ("c", "size"), [(nf4(), 64), (quantize.mxfp8(), 32), (quantize.nvfp4(), 16)]
+)
 def test_groups_that_do_not_divide_are_refused_with_their_path(c, size):
     with pytest.raises(ShapeError, match=rf"'dense/kernel'.*groups of {size}.*pad=True"):
         c.init({"dense": {"kernel": jnp.ones((10, 2))}})
@@ -275,7 +296,8 @@ def test_wrong_arguments_say_what_is_right(make, message):
         make()
 
 
-# Qwix 0.1.8 on the same kind of input, the best factor of any of its rules; experiments/benchmarks/quantization_error.py.
+# Qwix 0.1.8 on the same kind of input, the best factor of any of its rules;
+# experiments/benchmarks/quantization_error.py.
 FIGURES = {
     "nf4 channel": (nf4("channel", "mse"), 0.0992),
     "nf4 groups": (nf4(64, "mse"), 0.0913),

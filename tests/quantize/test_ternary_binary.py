@@ -20,7 +20,11 @@ def sets(x: Any, granularity: Any) -> list[np.ndarray]:
     """Return what shares a scale, the groups without their padding."""
     whole = np.asarray(x, np.float64)
     if granularity == 20:
-        return [whole[rows, j] for j in range(4) for rows in (slice(0, 20), slice(20, 40), slice(40, 50))]
+        return [
+            whole[rows, j]
+            for j in range(4)
+            for rows in (slice(0, 20), slice(20, 40), slice(40, 50))
+        ]
     return [whole] if granularity == "tensor" else np.split(whole, 4, axis=1)
 
 
@@ -61,7 +65,9 @@ def test_xnor_is_sign_times_mean_magnitude_and_padding_does_not_count(granularit
 
 
 def test_the_sign_of_zero_is_plus():
-    np.testing.assert_array_equal(view(binary(scale=1.0), np.array([0.0, -0.0, 1e-30, -1e-30], np.float32)), [1, 1, 1, -1])
+    np.testing.assert_array_equal(
+        view(binary(scale=1.0), np.array([0.0, -0.0, 1e-30, -1e-30], np.float32)), [1, 1, 1, -1]
+    )
 
 
 @pytest.mark.parametrize("make", [ternary, binary])
@@ -71,9 +77,12 @@ def test_a_clipped_gradient_ends_where_magnitudes_exceed_the_bound(make):
         c = make(clip=clip)
         state = c.init({"w": w})
         np.testing.assert_array_equal(
-            jax.grad(lambda w, c=c, state=state: 2 * c.view({"w": w}, state)["w"].sum())(w), expected
+            jax.grad(lambda w, c=c, state=state: 2 * c.view({"w": w}, state)["w"].sum())(w),
+            expected,
         )
-        np.testing.assert_array_equal(c.view({"w": w}, state)["w"], make().view({"w": w}, make().init({"w": w}))["w"])
+        np.testing.assert_array_equal(
+            c.view({"w": w}, state)["w"], make().view({"w": w}, make().init({"w": w}))["w"]
+        )
 
 
 @pytest.mark.parametrize("scale", ["twn", "mse"])

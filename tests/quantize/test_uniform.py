@@ -21,7 +21,9 @@ cheap_scales = st.sampled_from([s for s in SCALES if s != "mse"])
 
 
 def weights(seed: int = 0, shape: tuple[int, ...] = (16, 8), dtype=jnp.float32) -> jax.Array:
-    return (jnp.asarray(np.random.default_rng(seed).laplace(size=shape), jnp.float32) + 0.2).astype(dtype)
+    return (jnp.asarray(np.random.default_rng(seed).laplace(size=shape), jnp.float32) + 0.2).astype(
+        dtype
+    )
 
 
 def bits_of(x: jax.Array) -> np.ndarray:
@@ -50,26 +52,42 @@ def test_every_weight_goes_to_the_nearest_level(seed, bits, symmetric, granulari
     view, fixed = viewed(c, w)
     s, z = (np.asarray(fixed[key], np.float64) for key in ("scale", "zero_point"))
     if granularity == 4:  # [4 groups, 1, 8] -> [16, 8]
-        s, z = np.repeat(s, 4, axis=1).reshape(16, 8), (np.repeat(z, 4, axis=1).reshape(16, 8) if z.ndim else z)
+        s, z = (
+            np.repeat(s, 4, axis=1).reshape(16, 8),
+            (np.repeat(z, 4, axis=1).reshape(16, 8) if z.ndim else z),
+        )
     codes = np.asarray(view) / s + z
     assert codes.round().min() >= 0 and codes.round().max() <= 2**bits - 1
     np.testing.assert_allclose(codes, codes.round(), atol=1e-3)
     inside = (w / s + z >= 0) & (w / s + z <= 2**bits - 1)
     assert np.all(np.abs(view - w)[inside] <= np.broadcast_to(s, w.shape)[inside] * 0.5001)
-    np.testing.assert_array_equal(codes.round()[~inside], np.where(w / s + z < 0, 0, 2**bits - 1)[~inside])
+    np.testing.assert_array_equal(
+        codes.round()[~inside], np.where(w / s + z < 0, 0, 2**bits - 1)[~inside]
+    )
 
 
-@pytest.mark.parametrize(("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")])
+@pytest.mark.parametrize(
+    ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
+)
 def test_error_falls_with_every_bit(scale, symmetric):
     w, choices = weights(), (2, 4, 8) if scale == "mse" else range(2, 9)
-    errors = [float(jnp.abs(viewed(uniform(b, symmetric, "channel", scale), w)[0] - w).mean()) for b in choices]
+    errors = [
+        float(jnp.abs(viewed(uniform(b, symmetric, "channel", scale), w)[0] - w).mean())
+        for b in choices
+    ]
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(b, True) for b in range(2, 9)] + [(2, False), (5, False), (8, False)])
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(b, True) for b in range(2, 9)] + [(2, False), (5, False), (8, False)]
+)
 def test_what_is_packed_is_what_was_trained_compiled_or_not(bits, symmetric):
-    params = {dtype: weights(1, (16, 8), jnp.dtype(dtype)) for dtype in ("float32", "bfloat16", "float16")}
-    compressions = [uniform(bits, symmetric, granularity, pad=True) for granularity in ("tensor", "channel", 12)]
+    params = {
+        dtype: weights(1, (16, 8), jnp.dtype(dtype)) for dtype in ("float32", "bfloat16", "float16")
+    }
+    compressions = [
+        uniform(bits, symmetric, granularity, pad=True) for granularity in ("tensor", "channel", 12)
+    ]
     states = [c.init(params) for c in compressions]
 
     def views(params, states):
@@ -91,11 +109,15 @@ def test_what_is_packed_is_what_was_trained_compiled_or_not(bits, symmetric):
 def test_every_scale_rule_packs_what_it_shows(scale):
     c, w = uniform(3, True, "channel", scale), weights(2)
     state = c.init({"w": w})
-    np.testing.assert_array_equal(bits_of(cj.unpack(c.pack({"w": w}, state))["w"]), bits_of(c.view({"w": w}, state)["w"]))
+    np.testing.assert_array_equal(
+        bits_of(cj.unpack(c.pack({"w": w}, state))["w"]), bits_of(c.view({"w": w}, state)["w"])
+    )
 
 
 def test_codes_are_really_packed():
-    w = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, size=(128, 8)), jnp.float32)  # few zeros: dense codes
+    w = jnp.asarray(
+        np.random.default_rng(0).uniform(-1, 1, size=(128, 8)), jnp.float32
+    )  # few zeros: dense codes
     c = uniform(4, True, "channel")
     packed = c.pack({"w": w}, c.init({"w": w}))["w"]
     assert packed.codes.nbytes == 128 * 8 // 2 and packed.nbytes == 128 * 8 // 2 + 8 * 4 + 1
@@ -129,7 +151,9 @@ def test_update_follows_the_weights_and_compiles_once():
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-@pytest.mark.parametrize(("symmetric", "scale"), [(True, "absmax"), (False, "minmax"), (True, "mse")])
+@pytest.mark.parametrize(
+    ("symmetric", "scale"), [(True, "absmax"), (False, "minmax"), (True, "mse")]
+)
 def test_sharded_on_any_axis_is_as_unsharded(axis, granularity, symmetric, scale):
     c, w = uniform(4, symmetric, granularity, scale), weights(3, (32, 16))
     spec = PartitionSpec(*("d" if a == axis else None for a in range(2)))
@@ -137,13 +161,17 @@ def test_sharded_on_any_axis_is_as_unsharded(axis, granularity, symmetric, scale
     there = jax.device_put(w, sharding)
     (here_view, here), (there_view, fixed) = viewed(c, w), viewed(c, there)
     assert there_view.sharding.is_equivalent_to(sharding, 2)
-    np.testing.assert_allclose(fixed["scale"], here["scale"], rtol=0 if scale in ("absmax", "minmax") else 1e-6)
+    np.testing.assert_allclose(
+        fixed["scale"], here["scale"], rtol=0 if scale in ("absmax", "minmax") else 1e-6
+    )
     np.testing.assert_array_equal(fixed["zero_point"], here["zero_point"])
     if scale in ("absmax", "minmax"):
         np.testing.assert_array_equal(bits_of(there_view), bits_of(here_view))
 
 
-@pytest.mark.parametrize(("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")])
+@pytest.mark.parametrize(
+    ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
+)
 def test_degenerate_leaves(symmetric, scale):
     c = uniform(4, symmetric, "channel", scale)
     params = {
@@ -165,7 +193,11 @@ def test_degenerate_leaves(symmetric, scale):
 def test_non_finite_weights_are_refused_with_their_path(bad):
     c, good = uniform(), {"dense": {"kernel": jnp.ones((2, 2))}}
     state, broken = c.init(good), {"dense": {"kernel": jnp.full((2, 2), bad)}}
-    for call in (lambda: c.init(broken), lambda: c.view(broken, state), lambda: c.pack(broken, state)):
+    for call in (
+        lambda: c.init(broken),
+        lambda: c.view(broken, state),
+        lambda: c.pack(broken, state),
+    ):
         with pytest.raises(NonFiniteError, match="dense/kernel"):
             call()
 
@@ -199,8 +231,12 @@ def test_wrong_arguments_say_what_is_right(arguments, message):
 
 def test_a_rule_may_be_a_function_of_ones_own():
     w = weights()
-    np.testing.assert_array_equal(viewed(uniform(3, scale=rms), w)[0], viewed(uniform(3, scale="rms"), w)[0])
-    halves = uniform(4, scale=lambda w, layout, grid: (jnp.full(layout.scale_shape, 0.5), grid.middle))
+    np.testing.assert_array_equal(
+        viewed(uniform(3, scale=rms), w)[0], viewed(uniform(3, scale="rms"), w)[0]
+    )
+    halves = uniform(
+        4, scale=lambda w, layout, grid: (jnp.full(layout.scale_shape, 0.5), grid.middle)
+    )
     np.testing.assert_array_equal(viewed(halves, w)[0], np.clip(np.round(2 * w), -8, 7) / 2)
 
 
@@ -211,7 +247,9 @@ def test_channels_may_be_any_axes():
 
 
 def test_pruned_weights_stay_zero_and_only_the_others_are_stored():
-    w = jnp.where(jax.random.uniform(jax.random.key(0), (64, 32)) < 0.05, weights(shape=(64, 32)), 0.0)
+    w = jnp.where(
+        jax.random.uniform(jax.random.key(0), (64, 32)) < 0.05, weights(shape=(64, 32)), 0.0
+    )
     for symmetric in (True, False):
         c = uniform(8, symmetric, "channel")
         state = c.init({"w": w})

@@ -55,7 +55,9 @@ def test_clipping_leaves_what_was_never_reached_and_counts_dead_inputs():
     scale = lambda state: np.ravel(state.fixed["0"]["w"]["scale"]).reshape(4, 6)  # noqa: E731
     np.testing.assert_array_equal(scale(solved.state)[3], scale(plain)[3])
     assert "w[3]" in solved.notes["w"]
-    big = {"w": W["w"].at[1, 2].set(9.0)}  # only a dead input has large weights: they are not cut off as if they were none
+    big = {
+        "w": W["w"].at[1, 2].set(9.0)
+    }  # only a dead input has large weights: they are not cut off as if they were none
     assert (clip(big, SEEN, STACKED).params["w"][1, 2] > 4).all()
 
 
@@ -83,7 +85,9 @@ def test_nothing_is_pruned_at_sparsity_0_and_with_a_quantizer_it_is_rounded():
     np.testing.assert_allclose(sparsegpt(W, SEEN, 0.0).params["w"], W["w"], atol=1e-5)
     both = sparsegpt(W, SEEN, 0.25, quantizer=STACKED)
     kept = both.state.fixed["0"]["w"][3]
-    np.testing.assert_array_equal(both.params["w"][3], jnp.where(kept, STACKED.view(W, STACKED.init(W))["w"][3], 0))
+    np.testing.assert_array_equal(
+        both.params["w"][3], jnp.where(kept, STACKED.view(W, STACKED.init(W))["w"][3], 0)
+    )
 
 
 @rounders
@@ -100,7 +104,9 @@ def test_a_branch_that_never_ran_and_rows_of_a_table_that_no_token_hit(solve):
     np.testing.assert_array_equal(solved.params["no"], nearest["no"])
     np.testing.assert_array_equal(solved.params["table"][7:], nearest["table"][7:])
     assert "never reached no" in solved.notes["no"] and "5 of 12" in solved.notes["table"]
-    assert (solved.params["yes"] != nearest["yes"]).any() or solve is ROUNDERS["adaround"]  # few steps
+    assert (solved.params["yes"] != nearest["yes"]).any() or solve is ROUNDERS[
+        "adaround"
+    ]  # few steps
 
 
 def spread(x):
@@ -128,7 +134,9 @@ def hard():
 
 def error(p, new, x):
     x = np.asarray(x, np.float64)
-    return (((x @ (np.asarray(new["w"], np.float64) - np.asarray(p["w"], np.float64))) ** 2).mean(0)).sum()
+    return (
+        ((x @ (np.asarray(new["w"], np.float64) - np.asarray(p["w"], np.float64))) ** 2).mean(0)
+    ).sum()
 
 
 @rounders
@@ -150,7 +158,10 @@ def test_no_input_makes_sparsegpt_worse_than_magnitude_or_less_sparse(hard, solv
     pruned = solve(p, seen[case], 0.5)
     assert np.isfinite(pruned.params["w"]).all() and int((~pruned.state.fixed["w"]).sum()) == 20
     smallest = cj.prune.magnitude(0.5).view(p, cj.prune.magnitude(0.5).init(p))
-    if solve is sparsegpt and case not in ("nearly dead", "one input"):  # there some inputs count as average ones
+    if solve is sparsegpt and case not in (
+        "nearly dead",
+        "one input",
+    ):  # there some inputs count as average ones
         assert error(p, pruned.params, HARD[case]) <= error(p, smallest, HARD[case]) * (1 + 1e-4)
 
 
@@ -160,7 +171,11 @@ def test_held_out_data_decide_between_the_solution_and_rounding_to_nearest(solve
     p, x = {"w": normal(14, 16, 8)}, normal(15, 512, 16)
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     few, many = (calibrate(fn, gram(), p, [rows]) for rows in (x[:2], x))
-    misled, judged, well = solve(p, few, C3), solve(p, few, C3, held_out=many), solve(p, many, C3, held_out=many)
+    misled, judged, well = (
+        solve(p, few, C3),
+        solve(p, few, C3, held_out=many),
+        solve(p, many, C3, held_out=many),
+    )
     nearest = misled.compression.view(p, misled.state)
     errors = [error(p, each, x) for each in (misled.params, judged.params, well.params, nearest)]
     assert errors[0] > errors[3] and errors[1] == errors[3] >= errors[2], errors
@@ -176,7 +191,9 @@ def test_each_layer_of_a_stack_is_judged_by_itself():
     c = cj.at("w", uniform(bits=3, granularity="channel", axis=(0, -1)))
     solved = gptq(p, calibrate(fn, gram(), p, [few]), c, held_out=calibrate(fn, gram(), p, [x]))
     nearest = solved.compression.view(p, solved.state)["w"]
-    assert (solved.params["w"][0] != nearest[0]).any() and (solved.params["w"][1] == nearest[1]).all()
+    assert (solved.params["w"][0] != nearest[0]).any() and (
+        solved.params["w"][1] == nearest[1]
+    ).all()
     assert "w[1]" in solved.notes["w"] and "w[0]" not in solved.notes["w"]
 
 
@@ -192,7 +209,10 @@ def test_sparsegpt_and_wanda_are_judged_by_held_out_data():
     smallest = cj.prune.magnitude(0.5).view(p, cj.prune.magnitude(0.5).init(p))
     for solve in PRUNERS.values():
         judged = solve(p, few, 0.5, held_out=many)
-        assert error(p, judged.params, x) <= 1.3 * error(p, smallest, x) and "solved no better" in judged.notes["w"]
+        assert (
+            error(p, judged.params, x) <= 1.3 * error(p, smallest, x)
+            and "solved no better" in judged.notes["w"]
+        )
     assert error(p, sparsegpt(p, few, 0.5).params, x) > error(p, smallest, x)
 
 
@@ -201,10 +221,17 @@ def test_awq_does_not_let_an_unreached_expert_decide():
     fn = lambda p, x: experts(p, x * p["scale"][None, None])  # noqa: E731
     solved = awq(fn, p, calibrate(fn, gram(), p, [X]), STACKED, X, clipped=False)
     assert "never reached w[3]" in solved.notes["w"] and np.isfinite(solved.params["w"]).all()
-    np.testing.assert_array_equal(solved.compression.view(solved.params, solved.state)["w"], solved.params["w"])
+    np.testing.assert_array_equal(
+        solved.compression.view(solved.params, solved.state)["w"], solved.params["w"]
+    )
     task = problems(SEEN, W)[0]["w"][0]
-    before = [output_error(W["w"], each, task.filled).sum() for each in (STACKED.view(W, STACKED.init(W))["w"],)]
-    after = output_error(W["w"], solved.params["w"] * solved.params["scale"][None, :, None], task.filled).sum()
+    before = [
+        output_error(W["w"], each, task.filled).sum()
+        for each in (STACKED.view(W, STACKED.init(W))["w"],)
+    ]
+    after = output_error(
+        W["w"], solved.params["w"] * solved.params["scale"][None, :, None], task.filled
+    ).sum()
     assert float(after) <= float(before[0]) * (1 + 1e-5)
 
 

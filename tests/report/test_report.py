@@ -18,11 +18,51 @@ from compress_jax.export import save
 from compress_jax.report import Table, html_table, markdown_table
 
 ROWS = [
-    {"name": "teacher", "parameters": 90, "nbytes": 4000, "validation": 0.98, "test": 0.97, "accepted": None, "reason": ""},
-    {"name": "student", "parameters": 45, "nbytes": 2000, "validation": 0.97, "test": 0.96, "accepted": None, "reason": ""},
-    {"name": "a<b>", "parameters": 45, "nbytes": 500, "validation": 0.96, "test": None, "accepted": True, "reason": "fine"},
-    {"name": "mild|", "parameters": 45, "nbytes": 250, "validation": 0.95, "test": 0.94, "accepted": True, "reason": "ok"},
-    {"name": "strong", "parameters": 45, "nbytes": 100, "validation": 0.5, "test": None, "accepted": False, "reason": "bad"},
+    {
+        "name": "teacher",
+        "parameters": 90,
+        "nbytes": 4000,
+        "validation": 0.98,
+        "test": 0.97,
+        "accepted": None,
+        "reason": "",
+    },
+    {
+        "name": "student",
+        "parameters": 45,
+        "nbytes": 2000,
+        "validation": 0.97,
+        "test": 0.96,
+        "accepted": None,
+        "reason": "",
+    },
+    {
+        "name": "a<b>",
+        "parameters": 45,
+        "nbytes": 500,
+        "validation": 0.96,
+        "test": None,
+        "accepted": True,
+        "reason": "fine",
+    },
+    {
+        "name": "mild|",
+        "parameters": 45,
+        "nbytes": 250,
+        "validation": 0.95,
+        "test": 0.94,
+        "accepted": True,
+        "reason": "ok",
+    },
+    {
+        "name": "strong",
+        "parameters": 45,
+        "nbytes": 100,
+        "validation": 0.5,
+        "test": None,
+        "accepted": False,
+        "reason": "bad",
+    },
 ]
 
 
@@ -32,19 +72,40 @@ def folder(tmp_path: Path) -> Path:
     weights = np.random.default_rng(0).normal(size=(8, 5)).astype(np.float32)
     node = Clustered(Bits.pack(jnp.asarray(weights > 0, jnp.uint8), 1), jnp.array([-0.8, 0.8]))
     bias = jnp.zeros(5)
-    save(tmp_path / "student.safetensors", {"params": {"d": {"kernel": jnp.asarray(weights), "bias": bias}}})
-    metadata = {"name": "mild|", "left_alone": {"no pattern matches it": ["d/bias"]}, "model": "M(\n  1\n)"}
-    save(tmp_path / "artifact.safetensors", {"params": {"d": {"kernel": node, "bias": bias}}}, metadata)
+    save(
+        tmp_path / "student.safetensors",
+        {"params": {"d": {"kernel": jnp.asarray(weights), "bias": bias}}},
+    )
+    metadata = {
+        "name": "mild|",
+        "left_alone": {"no pattern matches it": ["d/bias"]},
+        "model": "M(\n  1\n)",
+    }
+    save(
+        tmp_path / "artifact.safetensors",
+        {"params": {"d": {"kernel": node, "bias": bias}}},
+        metadata,
+    )
     rows = [{**row, "bits": 8 * row["nbytes"] / row["parameters"]} for row in ROWS]
     results = {"experiment": "by <hand>", "chosen": "mild|", "met": True, "rows": rows}
     (tmp_path / "results.json").write_text(json.dumps(results))
     requirement = {"max_drop": 0.04, "min_ratio": 3.0, "max_bytes": None, "reference": "teacher"}
-    about = {"config": "hand.py", "arguments": {"bits": 1}, "flags": ["--bits", "1"], "versions": {"jax": "1"}}
+    about = {
+        "config": "hand.py",
+        "arguments": {"bits": 1},
+        "flags": ["--bits", "1"],
+        "versions": {"jax": "1"},
+    }
     (tmp_path / "run.json").write_text(json.dumps({**about, "requirement": requirement}))
     (tmp_path / "log.txt").write_text("mild|: accepted: ok\nstrong: refused: bad\n")
     (tmp_path / "student").mkdir()
-    lines = [{"step": 1, "train/loss": 2.0, "train/accuracy": 0.5}, {"step": 2, "train/loss": None, "train/accuracy": 0.75}]
-    (tmp_path / "student" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {"step": 1, "train/loss": 2.0, "train/accuracy": 0.5},
+        {"step": 2, "train/loss": None, "train/accuracy": 0.75},
+    ]
+    (tmp_path / "student" / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     return tmp_path
 
 
@@ -56,14 +117,18 @@ class Links(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]):
         self.tags.append(tag)
-        self.targets.extend(value or "" for name, value in attrs if name in ("src", "href", "srcset", "data"))
+        self.targets.extend(
+            value or "" for name, value in attrs if name in ("src", "href", "srcset", "data")
+        )
 
 
 def test_page_needs_nothing_else(folder: Path):
     page = report.write(folder).read_text()
     links = Links()
     links.feed(page)
-    assert len(links.targets) == 4 and all(target.startswith("data:image/png;base64,") for target in links.targets)
+    assert len(links.targets) == 4 and all(
+        target.startswith("data:image/png;base64,") for target in links.targets
+    )
     assert "http" not in page.replace("http-equiv", "") and "url(" not in page
     assert not {"script", "link", "iframe"} & set(links.tags)
 
@@ -87,11 +152,19 @@ def test_markdown_rows_are_those_of_the_results(folder: Path):
         )
         assert name == row["name"] and int(nbytes.replace(",", "")) == row["nbytes"]
         assert float(validation.rstrip(" %")) == pytest.approx(100 * row["validation"], abs=0.005)
-        assert test == "-" if row["test"] is None else float(test.rstrip(" %")) == pytest.approx(100 * row["test"])
+        assert (
+            test == "-"
+            if row["test"] is None
+            else float(test.rstrip(" %")) == pytest.approx(100 * row["test"])
+        )
         assert float(ratio.rstrip("x")) == pytest.approx(2000 / row["nbytes"], abs=0.05)
         assert float(to_teacher.rstrip("x")) == pytest.approx(4000 / row["nbytes"], abs=0.05)
         assert float(bits) == pytest.approx(8 * row["nbytes"] / row["parameters"], abs=0.005)
-    assert rows[3][0].strip() == "**mild\\|**" and rows[3][-1].strip() == "**chosen**" and rows[4][-1].strip() == "refused"
+    assert (
+        rows[3][0].strip() == "**mild\\|**"
+        and rows[3][-1].strip() == "**chosen**"
+        and rows[4][-1].strip() == "refused"
+    )
 
 
 def test_decisions_and_what_was_left_alone_are_told(folder: Path):
@@ -127,4 +200,6 @@ def test_tables_align_numbers_only():
         "| a | 1,000 | - |",
         "| **b** | **2.5 %** | **word** |",
     ]
-    assert html_table(table).count('class="n"') == 3 and html_table(table).count('class="total"') == 1
+    assert (
+        html_table(table).count('class="n"') == 3 and html_table(table).count('class="total"') == 1
+    )

@@ -23,7 +23,16 @@ from compress_jax.report._plots import tradeoff
 from compress_jax.report._read import read_run
 from compress_jax.report._tables import escaped
 
-NAMES = ["$\\frac$ and $", "_private", "a|b", "<img src=x>", "\x1b[2Jred\x1b]0;t\x07", "**bold** `x`", "\u202eturned", "層"]
+NAMES = [
+    "$\\frac$ and $",
+    "_private",
+    "a|b",
+    "<img src=x>",
+    "\x1b[2Jred\x1b]0;t\x07",
+    "**bold** `x`",
+    "\u202eturned",
+    "層",
+]
 
 
 def printed(table: Table, width: int) -> list[str]:
@@ -33,8 +42,17 @@ def printed(table: Table, width: int) -> list[str]:
 
 
 def rows(names: list[str]) -> list[dict]:
-    numbers = {"nbytes": 1_234_567, "validation": 0.975, "test": 0.97, "bits": 4.25, "reason": "fine"}
-    return [{"name": name, "accepted": None if name in ("teacher", "student") else True, **numbers} for name in names]
+    numbers = {
+        "nbytes": 1_234_567,
+        "validation": 0.975,
+        "test": 0.97,
+        "bits": 4.25,
+        "reason": "fine",
+    }
+    return [
+        {"name": name, "accepted": None if name in ("teacher", "student") else True, **numbers}
+        for name in names
+    ]
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
@@ -43,8 +61,19 @@ def test_no_word_of_the_results_is_ever_broken(width: int):
     lines = printed(report.results_table(rows(names), "prune-91-int4"), width)
     text = "\n".join(lines)
     assert max(map(len, lines)) <= width
-    for word in ("teacher", "prune-91-int4", "candidate", "1,234,567", "97.50 %", "validation", "accuracy", "chosen"):
-        assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text), f"{word} is broken at {width} columns"
+    for word in (
+        "teacher",
+        "prune-91-int4",
+        "candidate",
+        "1,234,567",
+        "97.50 %",
+        "validation",
+        "accuracy",
+        "chosen",
+    ):
+        assert re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text), (
+            f"{word} is broken at {width} columns"
+        )
     assert len(lines) <= 12 * len(names)
 
 
@@ -52,13 +81,19 @@ words = st.text(st.characters(codec="utf-8"), max_size=40)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(words, words, st.integers(0, 10**9).map(str)), min_size=1, max_size=4), st.integers(20, 120))
+@given(
+    st.lists(st.tuples(words, words, st.integers(0, 10**9).map(str)), min_size=1, max_size=4),
+    st.integers(20, 120),
+)
 def test_every_cell_of_any_table_is_there_and_moves_no_cursor(cells, width):
     table = Table("title", ("one", "two words", "n"), tuple(cells))
     lines = printed(table, width)
     assert all(printable(line) == line for line in lines)
     assert all(row[2] in "\n".join(lines) for row in cells), "a number is never broken"
-    if max(len(word) for row in cells for cell in row for word in [*printable(cell).split(), ""]) <= 20:
+    if (
+        max(len(word) for row in cells for cell in row for word in [*printable(cell).split(), ""])
+        <= 20
+    ):
         words = {word for row in cells for cell in row for word in printable(cell).split()}
         assert all(word in "\n".join(lines) for word in words)
 
@@ -69,7 +104,9 @@ def test_any_text_stays_one_cell_of_markdown_and_html(text):
     lines = markdown_table(table).splitlines()
     assert len(lines) == 3 and len(re.findall(r"(?<!\\)(?:\\\\)*\|", lines[2])) == 2
     cell = html_table(table).split("<tbody>")[1]
-    assert re.sub(r"</?t(?:r|d|body|able)( class=\"\w+\")?>|</div>", "", cell) == html.escape(printable(text))
+    assert re.sub(r"</?t(?:r|d|body|able)( class=\"\w+\")?>|</div>", "", cell) == html.escape(
+        printable(text)
+    )
     assert not {"<", ">"} & set(escaped(text))
     back = re.sub(r"\\([\\`*|~$\[\]!_#+-])", r"\1", escaped(text))  # what a reader of Markdown sees
     seen = printable(text, lines=True).replace("\n", " ").replace("\t", " ")
@@ -81,18 +118,26 @@ def folder(tmp_path: Path) -> Path:
     """A finished run whose names are all odd."""
     weights = {"params": {name: {"kernel": jnp.ones((4, 4))} for name in NAMES}}
     for name in ("student", "artifact"):
-        save(tmp_path / f"{name}.safetensors", weights, {"model": NAMES[4], "left_alone": {NAMES[3]: NAMES}})
+        save(
+            tmp_path / f"{name}.safetensors",
+            weights,
+            {"model": NAMES[4], "left_alone": {NAMES[3]: NAMES}},
+        )
     found = rows(["student", *NAMES])
     results = {"experiment": NAMES[3], "chosen": NAMES[0], "met": True, "rows": found}
     (tmp_path / "results.json").write_text(json.dumps(results))
     (tmp_path / "log.txt").write_text("\n".join(NAMES))
     for name in NAMES:
         (tmp_path / "candidates" / name).mkdir(parents=True)
-        (tmp_path / "candidates" / name / "metrics.jsonl").write_text('{"step": 1, "train/loss": 1.0}\n')
+        (tmp_path / "candidates" / name / "metrics.jsonl").write_text(
+            '{"step": 1, "train/loss": 1.0}\n'
+        )
     return tmp_path
 
 
-def test_odd_names_go_through_every_page_and_picture(folder: Path, capfd: pytest.CaptureFixture[str]):
+def test_odd_names_go_through_every_page_and_picture(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+):
     assert main(["report", str(folder)]) == 0
     page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
     for shown in (page, text, *capfd.readouterr()):

@@ -25,7 +25,17 @@ def split(seed: int, n: int) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="session")
 def blobs() -> Data:
     splits = split(0, 256), split(1, 60), split(2, 70)
-    return Data("blobs", *splits, 3, "0" * 64, ("a", "b", "c"), np.zeros(1, np.float32), np.ones(1, np.float32), 1.0, {})
+    return Data(
+        "blobs",
+        *splits,
+        3,
+        "0" * 64,
+        ("a", "b", "c"),
+        np.zeros(1, np.float32),
+        np.ones(1, np.float32),
+        1.0,
+        {},
+    )
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +45,9 @@ def model() -> LeNet300100:
 
 @pytest.fixture(scope="session")
 def mesh() -> Callable[[int], Mesh]:
-    return lambda n: jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,))
+    return lambda n: jax.make_mesh(
+        (n,), ("data",), devices=jax.devices()[:n], axis_types=(AxisType.Auto,)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +58,9 @@ def training() -> Callable[[int], Training]:
 @pytest.fixture(scope="session")
 def quantized(training) -> Callable[..., Candidate]:
     """A candidate that keeps the accuracy, called ``int{bits}``."""
-    return lambda bits, steps=1: Candidate(f"int{bits}", cj.at("**/kernel", cj.quantize.uniform(bits)), training(steps))
+    return lambda bits, steps=1: Candidate(
+        f"int{bits}", cj.at("**/kernel", cj.quantize.uniform(bits)), training(steps)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -58,5 +72,10 @@ def nothing(training) -> Candidate:
 @pytest.fixture(scope="session")
 def experiment(blobs, model, mesh, training, quantized) -> Callable[..., Experiment]:
     """An experiment on one device, without a teacher; keyword arguments change it."""
-    usual = {"data": blobs, "student": Network(model, training(30)), "candidates": (quantized(8),), "mesh": mesh(1)}
+    usual = {
+        "data": blobs,
+        "student": Network(model, training(30)),
+        "candidates": (quantized(8),),
+        "mesh": mesh(1),
+    }
     return lambda **changes: Experiment("blobs", **{**usual, **changes})

@@ -28,7 +28,17 @@ def tables(draw):
         scores[path] = {option: draw(SCORES) for option in options}
         sizes[path] = {option: draw(st.integers(0, 30)) for option in options}
         work[path] = {option: draw(st.integers(0, 30)) for option in options}
-    return Sensitivities("kl", scores, sizes, work, dict.fromkeys(scores, 1), {}, {"bias": "no"}, draw(st.integers(0, 9)), 5)
+    return Sensitivities(
+        "kl",
+        scores,
+        sizes,
+        work,
+        dict.fromkeys(scores, 1),
+        {},
+        {"bias": "no"},
+        draw(st.integers(0, 9)),
+        5,
+    )
 
 
 def every(table, max_bytes, max_bitops):
@@ -44,8 +54,12 @@ def every(table, max_bytes, max_bitops):
 
 
 def check_within(table, found, max_bytes, max_bitops):
-    assert found.nbytes == table.left_nbytes + sum(table.nbytes[path][name] for path, name in found.items())
-    assert found.bitops == table.left_bitops + sum(table.bitops[path][name] for path, name in found.items())
+    assert found.nbytes == table.left_nbytes + sum(
+        table.nbytes[path][name] for path, name in found.items()
+    )
+    assert found.bitops == table.left_bitops + sum(
+        table.bitops[path][name] for path, name in found.items()
+    )
     assert found.nbytes <= max_bytes and found.bitops <= max_bitops
 
 
@@ -76,7 +90,10 @@ def test_a_larger_budget_is_never_worse(table, budget, more):
 @given(tables(), st.integers(0, 130))
 def test_the_refusal_names_what_can_be_reached(table, max_bitops):
     least = table.left_nbytes + sum(min(sizes.values()) for sizes in table.nbytes.values())
-    with pytest.raises(ConfigError, match=rf"max_bytes={least - 1} .* is {least} bytes, {table.left_nbytes} of them"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"max_bytes={least - 1} .* is {least} bytes, {table.left_nbytes} of them",
+    ):
         allocate(table, max_bytes=least - 1)
     assert allocate(table, max_bytes=least).nbytes == least
     try:
@@ -85,7 +102,9 @@ def test_the_refusal_names_what_can_be_reached(table, max_bitops):
         return
     together = [n for n in range(least, most.nbytes + 1) if every(table, n, max_bitops)]
     if together[0] > least:  # each budget can be met, but not both
-        with pytest.raises(ConfigError, match=rf"together with max_bitops={max_bitops}: .* is {together[0]} bytes"):
+        with pytest.raises(
+            ConfigError, match=rf"together with max_bitops={max_bitops}: .* is {together[0]} bytes"
+        ):
             allocate(table, least, max_bitops)
 
 
@@ -121,7 +140,9 @@ OPTIONS = {
 def model():
     rng = np.random.default_rng(0)
     shapes = {"a": (16, 24), "b[0]": (24, 20), "c*": (20, 4), "bias": (1, 4)}
-    params = {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    params = {
+        path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()
+    }
 
     def fn(p, x):
         return jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b[0]"]) @ p["c*"] + p["bias"]

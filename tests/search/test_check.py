@@ -58,12 +58,18 @@ CANDIDATES = {
 @pytest.mark.parametrize("which", CANDIDATES)
 def test_a_candidate_that_cannot_work_is_named(which, experiment, training):
     make, said = CANDIDATES[which]
-    refuses(experiment(candidates=under(make(), training, name="the one")), "candidate 'the one'", said)
+    refuses(
+        experiment(candidates=under(make(), training, name="the one")), "candidate 'the one'", said
+    )
 
 
 def test_a_candidate_may_need_values(experiment, training):
     """What cannot be traced is said to be unchecked, and is none the worse for it."""
-    needs = BASE._replace(init=lambda p: cj.CompressionState({}, {"n": jnp.asarray(float(jax.tree.leaves(p)[0].max()))}))
+    needs = BASE._replace(
+        init=lambda p: cj.CompressionState(
+            {}, {"n": jnp.asarray(float(jax.tree.leaves(p)[0].max()))}
+        )
+    )
     (sentence,) = check(experiment(candidates=under(needs, training)), {})
     assert "candidate 'it'" in sentence and "not checked" in sentence
 
@@ -100,7 +106,10 @@ def test_a_loss_that_cannot_compare_student_and_teacher(experiment, model, train
 def test_training_that_cannot_take_a_step(training_changes, experiment, model, training, quantized):
     brief = dataclasses.replace(training(1), **training_changes)
     refuses(experiment(student=Network(model, brief)), "student: ")
-    refuses(experiment(candidates=(dataclasses.replace(quantized(4), training=brief),)), "candidate 'int4': ")
+    refuses(
+        experiment(candidates=(dataclasses.replace(quantized(4), training=brief),)),
+        "candidate 'int4': ",
+    )
 
 
 DATA = {
@@ -111,7 +120,11 @@ DATA = {
     "fewer labels": ("label", lambda x: x[1:], "one length"),
     "bytes": ("image", lambda x: x.astype(np.uint8), "uint8"),
     "another shape": ("image", lambda x: x[:, :2], "[2, 4, 1]"),
-    "a NaN": ("image", lambda x: np.where(np.arange(len(x))[:, None, None, None] == 5, np.float32("nan"), x), "is 5"),
+    "a NaN": (
+        "image",
+        lambda x: np.where(np.arange(len(x))[:, None, None, None] == 5, np.float32("nan"), x),
+        "is 5",
+    ),
     "nothing": ("image", lambda x: None, "'image'"),
 }
 
@@ -133,11 +146,23 @@ def test_what_cannot_be_written_in_the_end_is_refused_at_the_start(about, experi
     assert not list(tmp_path.iterdir())
 
 
-def test_what_works_passes_and_computes_nothing(experiment, model, training, quantized, monkeypatch):
+def test_what_works_passes_and_computes_nothing(
+    experiment, model, training, quantized, monkeypatch
+):
     monkeypatch.setattr(jax, "jit", lambda *args, **kwargs: pytest.fail("something was compiled"))
-    loss = (cj.distill.on_logits(cj.distill.kl), cj.distill.on_features(cj.distill.hint, "dense_1", "dense_1"))
-    candidates = (*under(cj.quantize.lsq(4), training), quantized(4), *under(cj.cluster.kmeans(4), training, "k", 0))
-    assert check(experiment(teacher=Network(model, training(1)), loss=loss, candidates=candidates), {}) == []
+    loss = (
+        cj.distill.on_logits(cj.distill.kl),
+        cj.distill.on_features(cj.distill.hint, "dense_1", "dense_1"),
+    )
+    candidates = (
+        *under(cj.quantize.lsq(4), training),
+        quantized(4),
+        *under(cj.cluster.kmeans(4), training, "k", 0),
+    )
+    assert (
+        check(experiment(teacher=Network(model, training(1)), loss=loss, candidates=candidates), {})
+        == []
+    )
 
 
 FIELDS = [
@@ -154,7 +179,9 @@ FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "field", "values"), FIELDS, ids=lambda each: str(getattr(each, "__name__", each))[:20])
+@pytest.mark.parametrize(
+    ("kind", "field", "values"), FIELDS, ids=lambda each: str(getattr(each, "__name__", each))[:20]
+)
 def test_a_field_of_the_wrong_type_or_range_is_refused_by_name(kind, field, values):
     usual = {"optimizer": optax.sgd(0.1), "steps": 1} if kind is Training else {}
     for value in values:
@@ -177,7 +204,9 @@ def test_fields_of_an_experiment(changes, experiment):
         experiment(**changes)
 
 
-@pytest.mark.parametrize("compression", [cj.quantize.gptq, cj.prune.shrink, "int4", None, [cj.identity()]])
+@pytest.mark.parametrize(
+    "compression", [cj.quantize.gptq, cj.prune.shrink, "int4", None, [cj.identity()]]
+)
 def test_a_candidate_needs_a_compression(compression, training):
     with pytest.raises(ConfigError, match="candidate 'x': compression must be a Compression"):
         Candidate("x", compression, training(1))

@@ -44,7 +44,12 @@ def test_what_is_made_alike_is_alike_also_after_use(which):
     assert ingredients(it=MAKE[which]()) == before
     if isinstance(one, cj.Compression):
         params = {"a": {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}}
-        one.pack(params, one.update(params, one.init(params), step=jnp.asarray(10), grads=params, key=jax.random.key(0)))
+        one.pack(
+            params,
+            one.update(
+                params, one.init(params), step=jnp.asarray(10), grads=params, key=jax.random.key(0)
+            ),
+        )
         assert ingredients(it=one) == before, "using it is no change"
 
 
@@ -129,7 +134,9 @@ EDITS = {
 }
 
 
-def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, helpers: str) -> dict[str, dict[str, str]]:
+def loaded(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, helpers: str
+) -> dict[str, dict[str, str]]:
     """Return the ingredients of everything, from files imported anew."""
     folder.mkdir(exist_ok=True)
     (folder / "helpers.py").write_text(helpers)
@@ -142,7 +149,9 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, helpers: str) -> dict[
 
 
 @pytest.mark.parametrize("edit", EDITS, ids=lambda edit: edit[1][:20].strip())
-def test_code_of_ones_own_counts_by_what_it_does_and_only_where_it_is_used(edit, tmp_path, monkeypatch):
+def test_code_of_ones_own_counts_by_what_it_does_and_only_where_it_is_used(
+    edit, tmp_path, monkeypatch
+):
     before = loaded(tmp_path / "before", monkeypatch, HELPERS)
     after = loaded(tmp_path / "after", monkeypatch, HELPERS.replace(*edit))
     assert HELPERS.count(edit[0]) == 1 or edit[0] == "return x - 1"
@@ -161,7 +170,10 @@ def test_another_process_finds_the_same(tmp_path, monkeypatch):
         print(json.dumps({name: ingredients(it=value) for name, value in own.everything().items()}))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    assert json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout) == here
+    assert (
+        json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+        == here
+    )
 
 
 def test_what_a_function_keeps_as_it_runs_is_no_setting():

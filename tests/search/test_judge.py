@@ -18,16 +18,22 @@ def row(nbytes: int = 1000, validation: float = 0.95, **known) -> Assessment:
     return Assessment("row", 3000, nbytes, validation, **known)
 
 
-@pytest.mark.parametrize(("accurate", "small", "fits"), list(itertools.product([True, False], repeat=3)))
+@pytest.mark.parametrize(
+    ("accurate", "small", "fits"), list(itertools.product([True, False], repeat=3))
+)
 def test_accepted_is_every_part_of_the_requirement(accurate, small, fits):
     wanted = Requirement(
-        max_drop=0.01 if accurate else 0.0, min_ratio=12 if small else 12.1, max_bytes=1000 if fits else 999
+        max_drop=0.01 if accurate else 0.0,
+        min_ratio=12 if small else 12.1,
+        max_bytes=1000 if fits else 999,
     )
     judged = judge(row(validation=0.94), STUDENT, REFERENCE, wanted)
     assert (judged.accurate, judged.accepted) == (accurate, accurate and small and fits)
     failures = {"below 95.00 %": accurate, "not 12.1x": small, "more than 999": fits}
     assert all((text not in judged.reason) == met for text, met in failures.items())
-    assert judged.accepted == all(text in judged.reason for text in ("at least 94.00 %", "12.0x smaller", "1,000 bytes"))
+    assert judged.accepted == all(
+        text in judged.reason for text in ("at least 94.00 %", "12.0x smaller", "1,000 bytes")
+    )
 
 
 def test_without_limits_anything_as_accurate_is_accepted():
@@ -63,7 +69,9 @@ def test_when_to_stop(order, accurate, stop):
 
 
 rows = st.lists(
-    st.builds(row, st.integers(1, 9), st.sampled_from([0.5, 0.6, 0.7]), accepted=st.booleans()), min_size=1, max_size=8
+    st.builds(row, st.integers(1, 9), st.sampled_from([0.5, 0.6, 0.7]), accepted=st.booleans()),
+    min_size=1,
+    max_size=8,
 )
 
 
@@ -81,4 +89,6 @@ def test_the_chosen_one_is_the_smallest_accepted_or_else_the_most_accurate(rows)
 
 def test_a_row_goes_to_json_with_its_bits():
     written = json.loads(json.dumps(row(nbytes=1500).as_dict()))
-    assert written["bits"] == 4.0 and Assessment(**{k: v for k, v in written.items() if k != "bits"}) == row(nbytes=1500)
+    assert written["bits"] == 4.0 and Assessment(
+        **{k: v for k, v in written.items() if k != "bits"}
+    ) == row(nbytes=1500)

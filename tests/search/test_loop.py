@@ -44,14 +44,20 @@ def distilled(experiment, model, training, quantized, asked):
     candidates = quantized(8, steps=3), quantized(4, steps=3)
     teacher = Network(dataclasses.replace(model, hidden=(32, 24)), training(30))
     about = {"loss": loss, "teacher": teacher, "teacher_dtype": jnp.bfloat16}
-    return experiment(candidates=candidates, requirement=Requirement(max_drop=0.1), order="all", **about)
+    return experiment(
+        candidates=candidates, requirement=Requirement(max_drop=0.1), order="all", **about
+    )
 
 
 @pytest.fixture(scope="module")
 def run(distilled, tmp_path_factory):
     """A finished run that tests only read: ``(workdir, result, lines)``."""
     workdir, lines = tmp_path_factory.mktemp("run"), []
-    return workdir, compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=lines.append), lines
+    return (
+        workdir,
+        compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=lines.append),
+        lines,
+    )
 
 
 def test_the_result_is_the_smallest_that_passed(run):
@@ -59,8 +65,16 @@ def test_the_result_is_the_smallest_that_passed(run):
     assert [row.name for row in result.rows] == ["teacher", "student", "int8", "int4"]
     assert result.met and result.chosen.name == "int4" and result.chosen is result.rows[-1]
     assert result.artifact == workdir / "artifact.safetensors"
-    assert result.artifact.read_bytes() == (workdir / "candidates/int4/artifact.safetensors").read_bytes()
-    assert [line.split(":")[0] for line in lines] == ["teacher", "student in float32", "int8", "int4"]
+    assert (
+        result.artifact.read_bytes()
+        == (workdir / "candidates/int4/artifact.safetensors").read_bytes()
+    )
+    assert [line.split(":")[0] for line in lines] == [
+        "teacher",
+        "student in float32",
+        "int8",
+        "int4",
+    ]
     assert all(": accepted: " in line for line in lines[2:])
 
 
@@ -71,14 +85,19 @@ def test_results_json_says_the_same(run):
     assert results["rows"] == [row.as_dict() for row in result.rows]
 
 
-def test_coded_candidates_are_smaller_and_what_they_are_compared_with_stays_plain(run, distilled, tmp_path):
+def test_coded_candidates_are_smaller_and_what_they_are_compared_with_stays_plain(
+    run, distilled, tmp_path
+):
     workdir, result, _ = run
     shutil.copytree(workdir, tmp_path / "again")  # trained already: only written and measured again
     again = compress(dataclasses.replace(distilled, coded=True), tmp_path / "again", say=silent)
     sizes = [(row.nbytes, other.nbytes) for row, other in zip(result.rows, again.rows, strict=True)]
     assert all(coded < 0.8 * plain for plain, coded in sizes[2:])
     for name in ("teacher", "student"):
-        tensors = [safetensors.numpy.load_file(folder / f"{name}.safetensors") for folder in (workdir, tmp_path / "again")]
+        tensors = [
+            safetensors.numpy.load_file(folder / f"{name}.safetensors")
+            for folder in (workdir, tmp_path / "again")
+        ]
         assert sorted(tensors[0]) == sorted(tensors[1]) and "ans" not in tensors[1]
     assert "ans" in safetensors.numpy.load_file(again.artifact)
     assert again.chosen.test == result.chosen.test and leaves(cj.load(again.artifact)[0]) == leaves(
@@ -88,7 +107,11 @@ def test_coded_candidates_are_smaller_and_what_they_are_compared_with_stays_plai
 
 def test_sizes_are_those_on_disk_and_accuracies_those_of_the_files(run, distilled):
     workdir, result, _ = run
-    files = "teacher.safetensors", "student.safetensors", *(f"candidates/int{b}/artifact.safetensors" for b in (8, 4))
+    files = (
+        "teacher.safetensors",
+        "student.safetensors",
+        *(f"candidates/int{b}/artifact.safetensors" for b in (8, 4)),
+    )
     for row, file in zip(result.rows, files, strict=True):
         model = distilled.teacher.model if row.name == "teacher" else distilled.student.model
         variables = cj.unpack(cj.load(workdir / file)[0])
@@ -96,13 +119,17 @@ def test_sizes_are_those_on_disk_and_accuracies_those_of_the_files(run, distille
         assert row.validation == accuracy(model.apply, variables, distilled.data.validation) > 0.8
         assert row.parameters == sum(leaf.size for leaf in jax.tree.leaves(variables))
         tested = row.name != "int8"  # the test split is for the final table alone
-        assert row.test == (accuracy(model.apply, variables, distilled.data.test) if tested else None)
+        assert row.test == (
+            accuracy(model.apply, variables, distilled.data.test) if tested else None
+        )
 
 
 def test_the_artifact_says_what_it_is(run, distilled):
     _, result, _ = run
     packed, metadata = cj.load(result.artifact)
-    assert [type(layer["kernel"]).__name__ for layer in packed["params"].values()] == ["Quantized"] * 3
+    assert [type(layer["kernel"]).__name__ for layer in packed["params"].values()] == [
+        "Quantized"
+    ] * 3
     assert metadata == {
         "experiment": "blobs", "name": "int4", "model": "LeNet300100(classes=3, hidden=(24, 16))", "data": "blobs",
         "data_sha256": "0" * 64, "validation": result.chosen.validation, "arguments": {"bits": 4},
@@ -114,12 +141,18 @@ def test_the_teacher_is_kept_in_its_own_dtype_and_asked_for_float32(run, asked):
     workdir, _, _ = run
     variables = cj.load(workdir / "teacher.safetensors")[0]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"bfloat16"}
-    assert asked and all(call == [((32, 3), "float32"), ((32, 3), "float32"), ((32,), "int32")] for call in asked)
+    assert asked and all(
+        call == [((32, 3), "float32"), ((32, 3), "float32"), ((32,), "int32")] for call in asked
+    )
 
 
 def test_again_in_the_same_folder_is_the_same_without_a_step(run, distilled, monkeypatch):
     workdir, result, lines = run
-    files = [*workdir.glob("*.safetensors"), *workdir.rglob("*.json*"), *workdir.rglob("artifact.safetensors")]
+    files = [
+        *workdir.glob("*.safetensors"),
+        *workdir.rglob("*.json*"),
+        *workdir.rglob("artifact.safetensors"),
+    ]
     before, again = {file: file.read_bytes() for file in files}, []
 
     class NoBatches:
@@ -127,8 +160,14 @@ def test_again_in_the_same_folder_is_the_same_without_a_step(run, distilled, mon
             raise AssertionError("a finished stage was trained again")
 
     monkeypatch.setattr("compress_jax.search._stages.batches", lambda *args, **kwargs: NoBatches())
-    assert compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=again.append) == result
-    assert again == lines and {file: file.read_bytes() for file in files} == before and len(before) >= 10
+    assert (
+        compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=again.append) == result
+    )
+    assert (
+        again == lines
+        and {file: file.read_bytes() for file in files} == before
+        and len(before) >= 10
+    )
 
 
 @pytest.fixture(scope="module")
@@ -136,30 +175,52 @@ def restored(run, distilled):
     """The networks of the finished run, as another may take them."""
     workdir, _, _ = run
     files = {"teacher": workdir / "teacher.safetensors", "student": workdir / "student.safetensors"}
-    return {name: Network(getattr(distilled, name).model, artifact=file) for name, file in files.items()}
+    return {
+        name: Network(getattr(distilled, name).model, artifact=file) for name, file in files.items()
+    }
 
 
 def test_networks_are_restored_from_artifacts(run, distilled, restored, tmp_path):
     workdir, result, _ = run
-    again = compress(dataclasses.replace(distilled, **restored), tmp_path, about={"arguments": {"bits": 4}}, say=silent)
+    again = compress(
+        dataclasses.replace(distilled, **restored),
+        tmp_path,
+        about={"arguments": {"bits": 4}},
+        say=silent,
+    )
     assert not (tmp_path / "teacher").exists() and not (tmp_path / "student").exists()
     assert again.rows == result.rows and again.artifact.read_bytes() == result.artifact.read_bytes()
 
 
 def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_path):
     candidate = Candidate("itself", cj.identity(), training(1))
-    about = {"student": restored["student"], "teacher": "student", "loss": lambda s, t, y: jnp.square(s - t).sum(-1)}
+    about = {
+        "student": restored["student"],
+        "teacher": "student",
+        "loss": lambda s, t, y: jnp.square(s - t).sum(-1),
+    }
     result = compress(experiment(**about, candidates=(candidate,)), tmp_path, say=silent)
     assert [row.name for row in result.rows] == ["student", "itself"]
     (line,) = (tmp_path / "candidates/itself/metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["train/loss"] == 0.0
 
 
-def test_the_loss_may_be_terms_that_see_features_and_learn_parts(run, distilled, experiment, training, tmp_path):
+def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
+    run, distilled, experiment, training, tmp_path
+):
     """With a term of the logits alone it is the loss of each example; a hint's regressor is trained, and never shipped."""
-    student, teacher = distilled.student, Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors")
-    about = {"student": student, "teacher": teacher, "candidates": (Candidate("none", cj.identity(), training(2)),)}
-    hint = cj.distill.on_features(cj.distill.hint, "dense_1", "dense_0", 0.1, part=cj.distill.linear())
+    student, teacher = (
+        distilled.student,
+        Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors"),
+    )
+    about = {
+        "student": student,
+        "teacher": teacher,
+        "candidates": (Candidate("none", cj.identity(), training(2)),),
+    }
+    hint = cj.distill.on_features(
+        cj.distill.hint, "dense_1", "dense_0", 0.1, part=cj.distill.linear()
+    )
     losses = {
         "function": lambda student, teacher, labels: cj.distill.kl(student, teacher, 2.0),
         "term": (cj.distill.on_logits(cj.distill.kl, temperature=2.0),),
@@ -171,28 +232,42 @@ def test_the_loss_may_be_terms_that_see_features_and_learn_parts(run, distilled,
         again = compress(experiment(**about, loss=loss), tmp_path / name, say=silent)
         assert again == result
         found[name] = cj.load(result.artifact)[0]
-    for one, other in zip(*(jax.tree.leaves(found[name]) for name in ("function", "term")), strict=True):
+    for one, other in zip(
+        *(jax.tree.leaves(found[name]) for name in ("function", "term")), strict=True
+    ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
     assert leaves(found["hint"]) != leaves(found["term"])
     assert jax.tree.structure(found["hint"]) == jax.tree.structure(found["term"])
     with pytest.raises(ConfigError, match="name of its own"):
         experiment(**about, loss=(hint, hint))
     for wrong in (hint, [hint], "kl"):
-        with pytest.raises(ConfigError, match=r"a tuple of distill.Term, and is a (Term|list|str); one term is \(term,\)"):
+        with pytest.raises(
+            ConfigError,
+            match=r"a tuple of distill.Term, and is a (Term|list|str); one term is \(term,\)",
+        ):
             experiment(**about, loss=wrong)
 
 
-def test_the_float32_student_may_learn_from_labels_alone(run, distilled, experiment, training, tmp_path):
+def test_the_float32_student_may_learn_from_labels_alone(
+    run, distilled, experiment, training, tmp_path
+):
     """With a teacher for the candidates only, it is the very student of an experiment that has no teacher."""
     about = {"student": distilled.student, "requirement": Requirement(max_drop=0.99)}
     none = Candidate("none", cj.identity(), training(1))
     alone = compress(experiment(**about, candidates=(none,)), tmp_path / "alone", say=silent)
     teacher = Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors")
-    with_teacher = experiment(**about, candidates=(none,), teacher=teacher, loss=distilled.loss, float32_student="labels")
+    with_teacher = experiment(
+        **about, candidates=(none,), teacher=teacher, loss=distilled.loss, float32_student="labels"
+    )
     result = compress(with_teacher, tmp_path / "both", say=silent)
-    files = [(tmp_path / folder / "student.safetensors").read_bytes() for folder in ("alone", "both")]
+    files = [
+        (tmp_path / folder / "student.safetensors").read_bytes() for folder in ("alone", "both")
+    ]
     assert files[0] == files[1] and result.rows[1].validation == alone.rows[0].validation
-    losses = [json.loads((tmp_path / folder / "candidates/none/metrics.jsonl").read_text()) for folder in ("alone", "both")]
+    losses = [
+        json.loads((tmp_path / folder / "candidates/none/metrics.jsonl").read_text())
+        for folder in ("alone", "both")
+    ]
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
 
 
@@ -204,10 +279,16 @@ def test_the_float32_student_may_learn_from_labels_alone(run, distilled, experim
         ("all", ["nothing", "int8"], ["nothing", "int8"]),
     ],
 )
-def test_the_order_decides_who_is_tried(order, names, tried, experiment, restored, quantized, nothing, tmp_path):
+def test_the_order_decides_who_is_tried(
+    order, names, tried, experiment, restored, quantized, nothing, tmp_path
+):
     known = {"int8": quantized(8), "int4": quantized(4), "nothing": nothing}
     candidates = tuple(known[name] for name in names)
-    about = {"candidates": candidates, "student": restored["student"], "requirement": Requirement(max_drop=0.2)}
+    about = {
+        "candidates": candidates,
+        "student": restored["student"],
+        "requirement": Requirement(max_drop=0.2),
+    }
     result = compress(experiment(order=order, **about), tmp_path, say=silent)
     assert [row.name for row in result.rows] == ["student", *tried]
     assert result.met and result.chosen.name == "int8"
@@ -215,21 +296,35 @@ def test_the_order_decides_who_is_tried(order, names, tried, experiment, restore
     assert sorted(folder.name for folder in (tmp_path / "candidates").iterdir()) == sorted(tried)
 
 
-def test_if_none_passes_the_most_accurate_is_written_and_said_to_fail(experiment, restored, quantized, nothing, tmp_path):
-    about = {"candidates": (nothing, quantized(8)), "order": "all", "requirement": Requirement(max_bytes=100)}
+def test_if_none_passes_the_most_accurate_is_written_and_said_to_fail(
+    experiment, restored, quantized, nothing, tmp_path
+):
+    about = {
+        "candidates": (nothing, quantized(8)),
+        "order": "all",
+        "requirement": Requirement(max_bytes=100),
+    }
     lines = []
     result = compress(experiment(student=restored["student"], **about), tmp_path, say=lines.append)
     assert not result.met and result.chosen.name == "int8" and result.chosen.accurate
     assert "refused" in lines[-1] and "more than 100" in lines[-1]
-    assert result.artifact.read_bytes() == (tmp_path / "candidates/int8/artifact.safetensors").read_bytes()
+    assert (
+        result.artifact.read_bytes()
+        == (tmp_path / "candidates/int8/artifact.safetensors").read_bytes()
+    )
     assert json.loads((tmp_path / "results.json").read_text())["met"] is False
 
 
-def test_a_pack_that_lies_is_caught_before_it_is_believed(experiment, restored, quantized, tmp_path):
+def test_a_pack_that_lies_is_caught_before_it_is_believed(
+    experiment, restored, quantized, tmp_path
+):
     honest = quantized(8)
 
     def lie(params, state):
-        return {**params, "head": {**params["head"], "bias": params["head"]["bias"] + jnp.float32(2**-10)}}
+        return {
+            **params,
+            "head": {**params["head"], "bias": params["head"]["bias"] + jnp.float32(2**-10)},
+        }
 
     liar = dataclasses.replace(honest, compression=honest.compression._replace(pack=lie, bind=None))
     with pytest.raises(CompressError, match="int8/artifact.safetensors does not give the logits"):
@@ -239,25 +334,47 @@ def test_a_pack_that_lies_is_caught_before_it_is_believed(experiment, restored, 
 
 def test_a_file_that_is_no_network_is_an_error(experiment, model, tmp_path):
     cj.save(tmp_path / "file", {"kernel": jnp.ones(3)})
-    for file, said in ((tmp_path / "file", "holds no 'params'"), (tmp_path / "none", "cannot read")):
+    for file, said in (
+        (tmp_path / "file", "holds no 'params'"),
+        (tmp_path / "none", "cannot read"),
+    ):
         with pytest.raises(ArtifactError, match=f"{said}"):
-            compress(experiment(student=Network(model, artifact=file)), tmp_path / "run", say=silent)
+            compress(
+                experiment(student=Network(model, artifact=file)), tmp_path / "run", say=silent
+            )
 
 
 def test_eight_devices_train_what_one_does(experiment, quantized, model, mesh, tmp_path):
-    variables, candidate, states = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))), quantized(4, steps=20), []
+    variables, candidate, states = (
+        model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))),
+        quantized(4, steps=20),
+        [],
+    )
     for n in (1, 8):
-        about = (model, variables, candidate.compression, candidate.training, "stage", tmp_path / str(n), None)
+        about = (
+            model,
+            variables,
+            candidate.compression,
+            candidate.training,
+            "stage",
+            tmp_path / str(n),
+            None,
+        )
         states.append(train(experiment(mesh=mesh(n)), *about))
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(states[-1].params)} == {n}
     for one, eight in zip(*(jax.tree.leaves(state.trainable) for state in states), strict=True):
         np.testing.assert_allclose(one, eight, atol=2e-4, rtol=1e-3)
-    for before, after in zip(jax.tree.leaves(variables["params"]), jax.tree.leaves(states[0].params), strict=True):
+    for before, after in zip(
+        jax.tree.leaves(variables["params"]), jax.tree.leaves(states[0].params), strict=True
+    ):
         assert abs(np.asarray(before) - np.asarray(after)).max() > 0.01, "both learned something"
 
 
 def test_the_key_of_a_stage_is_its_own_and_the_seeds():
-    keys = [jax.random.key_data(stage_key(*of)).tolist() for of in [(0, "a"), (0, "b"), (1, "a"), (0, "a")]]
+    keys = [
+        jax.random.key_data(stage_key(*of)).tolist()
+        for of in [(0, "a"), (0, "b"), (1, "a"), (0, "a")]
+    ]
     assert keys[0] == keys[3] and len({tuple(key) for key in keys}) == 3
 
 
@@ -278,4 +395,8 @@ def test_a_model_is_described_without_addresses(experiment, tmp_path):
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
     assess(experiment(), model, "row", variables, dict(variables), tmp_path / "file", {})
     described = cj.load(tmp_path / "file")[1]["model"]
-    assert described.startswith("Odd(hidden=5, act=<function ") and " at 0x" not in described and "start" not in described
+    assert (
+        described.startswith("Odd(hidden=5, act=<function ")
+        and " at 0x" not in described
+        and "start" not in described
+    )

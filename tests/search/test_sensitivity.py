@@ -8,19 +8,32 @@ import pytest
 from sklearn.datasets import load_digits
 
 import compress_jax as cj
-from compress_jax.core import ConfigError, DataError, NoMatchError, NonFiniteError, ShapeError, identity
+from compress_jax.core import (
+    ConfigError,
+    DataError,
+    NoMatchError,
+    NonFiniteError,
+    ShapeError,
+    identity,
+)
 from compress_jax.quantize import uniform
 from compress_jax.search._allocate import allocate
 from compress_jax.search._sensitivity import Sensitivities, divergence, sensitivities
 from compress_jax.trace import cost
 
-OPTIONS = {"int2": uniform(2, granularity="channel"), "int4": uniform(4, granularity="channel"), "float32": identity()}
+OPTIONS = {
+    "int2": uniform(2, granularity="channel"),
+    "int4": uniform(4, granularity="channel"),
+    "float32": identity(),
+}
 
 
 def params(seed=0):
     rng = np.random.default_rng(seed)
     shapes = {"one": (6, 5), "two": (5, 3), "bias": (1, 3)}
-    return {path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()}
+    return {
+        path: jnp.asarray(rng.normal(size=shape), jnp.float32) for path, shape in shapes.items()
+    }
 
 
 def logits(p, x):
@@ -33,7 +46,10 @@ def loss(p, x, y):
 
 def batches(n=3, seed=1):
     rng = np.random.default_rng(seed)
-    return [(jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), jnp.asarray(rng.integers(3, size=4))) for _ in range(n)]
+    return [
+        (jnp.asarray(rng.normal(size=(4, 6)), jnp.float32), jnp.asarray(rng.integers(3, size=4)))
+        for _ in range(n)
+    ]
 
 
 def compressed(p, path, option):
@@ -77,7 +93,9 @@ def test_fisher_is_the_mean_squared_gradient_times_the_squared_change():
         return -log_softmax(in_float64(p, x))[np.arange(len(y)), np.asarray(y)].mean()
 
     for path in ("one", "two"):
-        change = np.asarray(compressed(p, path, "int4")[path], np.float64) - np.asarray(p[path], np.float64)
+        change = np.asarray(compressed(p, path, "int4")[path], np.float64) - np.asarray(
+            p[path], np.float64
+        )
         expected = 0.0
         for x, y in data:
             for index in np.ndindex(p[path].shape):
@@ -94,7 +112,10 @@ def test_fisher_is_the_mean_squared_gradient_times_the_squared_change():
 def test_hutchinson_estimates_the_trace_of_each_leafs_block():
     p, data = params(), batches()
     table = sensitivities(loss, p, data, OPTIONS, "hutchinson", key=jax.random.key(0), probes=300)
-    blocks = {path: jax.jit(jax.hessian(lambda w, x, y, path=path: loss({**p, path: w}, x, y))) for path in ("one", "two")}
+    blocks = {
+        path: jax.jit(jax.hessian(lambda w, x, y, path=path: loss({**p, path: w}, x, y)))
+        for path in ("one", "two")
+    }
     for path in blocks:
         n, trace = p[path].size, 0.0
         for x, y in data:
@@ -111,17 +132,32 @@ def test_hutchinson_estimates_the_trace_of_each_leafs_block():
 def test_bytes_work_and_what_stays():
     p, (x, _) = params(), batches()[0]
     options = {**OPTIONS, "groups": uniform(4, granularity=3), "int8": uniform(8)}
-    table = sensitivities(logits, {**p, "steps": jnp.arange(3)}, [x], options, "mse", activation_bits=4)
-    assert table.left == {"bias": "no product and no lookup uses it", "steps": "no product and no lookup uses it"}
+    table = sensitivities(
+        logits, {**p, "steps": jnp.arange(3)}, [x], options, "mse", activation_bits=4
+    )
+    assert table.left == {
+        "bias": "no product and no lookup uses it",
+        "steps": "no product and no lookup uses it",
+    }
     assert table.left_nbytes == 12 + p["bias"].nbytes
     assert list(table.scores["two"]) == ["int2", "int4", "float32", "int8"]
     assert "do not divide" in table.refused["two"]["groups"]
     c = cj.at("one", options["groups"])
     assert table.nbytes["one"]["groups"] == cj.coverage(c, p)["one"].nbytes
     assert table.macs == {"one": 4 * 6 * 5, "two": 4 * 5 * 3}
-    assert table.bitops["one"] == {"int2": 960, "int4": 1920, "float32": 15360, "groups": 1920, "int8": 3840}
+    assert table.bitops["one"] == {
+        "int2": 960,
+        "int4": 1920,
+        "float32": 15360,
+        "groups": 1920,
+        "int8": 3840,
+    }
     text = str(table)
-    assert "two cannot be groups: " in text and "bias stays: no product" in text and "int4: mse" in text
+    assert (
+        "two cannot be groups: " in text
+        and "bias stays: no product" in text
+        and "int4: mse" in text
+    )
 
 
 def test_the_table_survives_json():
@@ -139,7 +175,9 @@ def test_parameters_in_one_product_share_its_work():
     def fn(p, x):
         return x @ jnp.concatenate([p["a"], p["b"]], 1)
 
-    table = sensitivities(fn, p, [jnp.ones((3, 4))], {"int2": uniform(2), "float32": identity()}, "mse")
+    table = sensitivities(
+        fn, p, [jnp.ones((3, 4))], {"int2": uniform(2), "float32": identity()}, "mse"
+    )
     assert table.macs == {"a": 24, "b": 72}
     for choice in ({"a": "int2", "b": "float32"}, {"a": "int2", "b": "int2"}):
         c = cj.rules([(path, uniform(2)) for path, option in choice.items() if option == "int2"])
@@ -185,7 +223,10 @@ def digits():
     images, labels = load_digits(return_X_y=True)
     x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
     rng, sizes = np.random.default_rng(0), (64, 40, 40, 40, 40, 40, 10)
-    kernels = [rng.normal(size=shape) * (2 / shape[0]) ** 0.5 for shape in zip(sizes, sizes[1:], strict=False)]
+    kernels = [
+        rng.normal(size=shape) * (2 / shape[0]) ** 0.5
+        for shape in zip(sizes, sizes[1:], strict=False)
+    ]
     start = {f"w{i}": jnp.asarray(kernel, jnp.float32) for i, kernel in enumerate(kernels)}
 
     def fn(p, x):
@@ -206,7 +247,8 @@ def digits():
 
     trained, _ = jax.jit(lambda p: jax.lax.fori_loop(0, 400, step, (p, optimizer.init(p))))(start)
     assert (fn(trained, x[900:]).argmax(-1) == y[900:]).mean() > 0.9
-    # The same function with a scale that one unit spoils for a whole layer: whether bits go there is no matter of chance.
+    # The same function with a scale that one unit spoils for a whole layer: whether bits go there
+    # is no matter of chance.
     trained["w2"], trained["w3"] = trained["w2"].at[:, 0].mul(8), trained["w3"].at[0].divide(8)
     return fn, objective, trained, x, y
 
@@ -215,8 +257,12 @@ def digits():
 def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measure):
     fn, objective, p, x, y = digits
     options = {f"int{n}": uniform(n) for n in (3, 4, 5, 6)}
-    data = [(x[i : i + 100], y[i : i + 100])[: 1 if measure == "kl" else 2] for i in range(0, 900, 100)]
-    table = sensitivities(fn if measure == "kl" else objective, p, data, options, measure, key=jax.random.key(0))
+    data = [
+        (x[i : i + 100], y[i : i + 100])[: 1 if measure == "kl" else 2] for i in range(0, 900, 100)
+    ]
+    table = sensitivities(
+        fn if measure == "kl" else objective, p, data, options, measure, key=jax.random.key(0)
+    )
 
     def moved(c):
         """How far the distributions on images that were not seen move."""
@@ -233,7 +279,10 @@ def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measu
 def test_a_leaf_that_no_batch_reached_counts_as_an_average_one(measure):
     """A branch that never ran scores 0 for every option: that must not make it the first to be stored in 2 bits."""
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {name: jax.random.normal(key, (6, 6)) for name, key in zip(("seen", "never"), keys, strict=False)}
+    params = {
+        name: jax.random.normal(key, (6, 6))
+        for name, key in zip(("seen", "never"), keys, strict=False)
+    }
     x = jax.random.normal(keys[2], (8, 6))
 
     def fn(p, x):
@@ -241,10 +290,15 @@ def test_a_leaf_that_no_batch_reached_counts_as_an_average_one(measure):
         return jnp.square(y).mean() if measure == "fisher" else y
 
     table = sensitivities(fn, params, [x], {"int2": uniform(2), "int8": uniform(8)}, measure)
-    change = {path: float(jnp.square(uniform(2).view(w, uniform(2).init(w)) - w).sum()) for path, w in params.items()}
+    change = {
+        path: float(jnp.square(uniform(2).view(w, uniform(2).init(w)) - w).sum())
+        for path, w in params.items()
+    }
     assert table.scores["never"]["int2"] > table.scores["never"]["int8"] > 0
     rates = [table.scores[path]["int2"] / change[path] for path in ("never", "seen")]
     assert 0.2 < rates[0] / rates[1] < 5
     assert (
-        set(table.notes) == {"never"} and "say nothing" in str(table) and Sensitivities.from_json(table.to_json()) == table
+        set(table.notes) == {"never"}
+        and "say nothing" in str(table)
+        and Sensitivities.from_json(table.to_json()) == table
     )

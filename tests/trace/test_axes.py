@@ -10,25 +10,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress_jax.trace._groups.analyze import Walk
-from compress_jax.trace._groups.axes import MISALIGNED, UNIT, Axes, concatenation, pieces, product, unify
+from compress_jax.trace._groups.axes import (
+    MISALIGNED,
+    UNIT,
+    Axes,
+    concatenation,
+    pieces,
+    product,
+    unify,
+)
 from compress_jax.trace._jaxpr.interpret import interpret
 
 
 def free(axes, axis):
     """Return the coordinates in every leaf that nothing freezes."""
-    return {leaf: places for leaf, places in axes.coordinates(axis).items() if axes.reason(leaf) is None}
+    return {
+        leaf: places for leaf, places in axes.coordinates(axis).items() if axes.reason(leaf) is None
+    }
 
 
 def same(axes, a, b):
     first, second = free(axes, a), free(axes, b)
-    return first.keys() == second.keys() and all((first[leaf] == second[leaf]).all() for leaf in first)
+    return first.keys() == second.keys() and all(
+        (first[leaf] == second[leaf]).all() for leaf in first
+    )
 
 
 @st.composite
 def trees(draw, axes, known, size, depth=3):
     """Draw an axis of a given size: a leaf, new or known, or a product or a sum of smaller ones."""
     divisors = [n for n in range(2, size) if size % n == 0]
-    kinds = ["leaf"] + (["product"] if divisors and depth else []) + (["sum"] if size > 1 and depth else [])
+    kinds = (
+        ["leaf"]
+        + (["product"] if divisors and depth else [])
+        + (["sum"] if size > 1 and depth else [])
+    )
     kind = draw(st.sampled_from(kinds))
     if kind == "leaf":
         new = axes.leaf(size, draw(st.sampled_from([None, None, None, "why"])))
@@ -106,7 +122,9 @@ def test_a_sum_is_cut_where_either_is():
     axes = Axes()
     a, b, c, d = leaves(axes, 3, 5, 4, 4)
     unify(axes, concatenation([a, b]), concatenation([c, d]))
-    assert sizes(axes, a) == [3] and sizes(axes, b) == [4] and not axes.reasons  # 3 + 1 + 4; 1 is no leaf
+    assert (
+        sizes(axes, a) == [3] and sizes(axes, b) == [4] and not axes.reasons
+    )  # 3 + 1 + 4; 1 is no leaf
 
 
 def test_a_product_that_meets_a_sum_is_cut_into_rows():
@@ -122,7 +140,11 @@ def test_a_product_with_a_sum_in_front_is_a_sum():
     axes = Axes()
     left, right, dim = leaves(axes, 2, 4, 3)
     first, second = pieces(axes, product([concatenation([left, right]), dim]), [6, 12])
-    assert same(axes, first, product([left, dim])) and same(axes, second, product([right, dim])) and not axes.reasons
+    assert (
+        same(axes, first, product([left, dim]))
+        and same(axes, second, product([right, dim]))
+        and not axes.reasons
+    )
 
 
 def test_rows_that_are_cut_inside_are_matched_as_a_whole():
@@ -138,7 +160,9 @@ def test_what_does_not_fit_is_frozen():
     unify(axes, product([a, b]), product([c, d]))
     assert {axes.reason(leaf) for leaf in (a, b, c, d)} == {MISALIGNED}
     e, f, g = leaves(axes, 2, 5, 5)
-    unify(axes, product([e, f]), concatenation([axes.leaf(3), axes.leaf(7)]))  # 3 lies inside a row of 5
+    unify(
+        axes, product([e, f]), concatenation([axes.leaf(3), axes.leaf(7)])
+    )  # 3 lies inside a row of 5
     assert axes.reason(e) == axes.reason(f) == MISALIGNED
     unify(axes, g, axes.leaf(7))
     assert axes.reason(g) == MISALIGNED
@@ -171,7 +195,9 @@ def test_repeated_leaves():
 
 
 SHAPES = (
-    st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3).map(tuple).filter(lambda s: 1 < math.prod(s) <= 48)
+    st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=3)
+    .map(tuple)
+    .filter(lambda s: 1 < math.prod(s) <= 48)
 )
 
 
@@ -181,7 +207,9 @@ def programs(draw):
     shape = draw(SHAPES)
     steps, shapes = [], [shape, shape]
     for _ in range(draw(st.integers(1, 6))):
-        step = draw(st.sampled_from([_reshape, _transpose, _concatenate, _split, _slice, _stack]))(draw, shapes)
+        step = draw(st.sampled_from([_reshape, _transpose, _concatenate, _split, _slice, _stack]))(
+            draw, shapes
+        )
         steps.append(step)
         shapes = [value.shape for value in step(np, [np.zeros(each) for each in shapes])]
         if math.prod(shapes[-1]) > 400:
@@ -207,7 +235,11 @@ def _transpose(draw, shapes):
 def _concatenate(draw, shapes):
     i = draw(st.integers(0, len(shapes) - 1))
     axis = draw(st.integers(0, len(shapes[i]) - 1))
-    fits = [j for j, s in enumerate(shapes) if len(s) == len(shapes[i]) and _without(s, axis) == _without(shapes[i], axis)]
+    fits = [
+        j
+        for j, s in enumerate(shapes)
+        if len(s) == len(shapes[i]) and _without(s, axis) == _without(shapes[i], axis)
+    ]
     j = draw(st.sampled_from(fits))
     return lambda xp, values: [*values, xp.concatenate([values[i], values[j]], axis)]
 
@@ -220,7 +252,10 @@ def _split(draw, shapes):
     i = draw(st.integers(0, len(shapes) - 1))
     axis = draw(st.integers(0, len(shapes[i]) - 1))
     at = draw(st.integers(1, max(1, shapes[i][axis] - 1)))
-    return lambda xp, values: [*values, *xp.split(values[i], [at], axis)[: 2 if at < shapes[i][axis] else 1]]
+    return lambda xp, values: [
+        *values,
+        *xp.split(values[i], [at], axis)[: 2 if at < shapes[i][axis] else 1],
+    ]
 
 
 def _slice(draw, shapes):
@@ -265,6 +300,11 @@ def place(axes, dims, shape):
     """Return for every entry, in C order, the coordinates in all free leaves along its axes."""
     along = [free(axes, axis) for axis in dims]
     return [
-        Counter((leaf, int(c[i])) for i, each in zip(index, along, strict=True) for leaf, c in each.items() if c[i] >= 0)
+        Counter(
+            (leaf, int(c[i]))
+            for i, each in zip(index, along, strict=True)
+            for leaf, c in each.items()
+            if c[i] >= 0
+        )
         for index in np.ndindex(*shape)
     ]

@@ -35,7 +35,8 @@ def ones(*shape, dtype=jnp.float32):
 
 
 @pytest.mark.parametrize(
-    ("name", "gmacs", "parameters"), [("resnet50/linen", 4.09, 25_557_032), ("vit_b16/linen", 17.56, 86_567_656)]
+    ("name", "gmacs", "parameters"),
+    [("resnet50/linen", 4.09, 25_557_032), ("vit_b16/linen", 17.56, 86_567_656)],
 )
 def test_published_costs(name, gmacs, parameters):
     """At 224x224, as torchvision lists them: convolutions on padding and both products of attention included."""
@@ -57,12 +58,22 @@ def test_attention_is_the_share_of_vit_that_the_formula_says():
 def test_what_is_known_by_hand_of_the_zoo(name):
     total = made(name)[3]
     assert total.macs == ENTRIES[name].macs == sum(each.macs for each in total.by_site.values())
-    assert not total.notes.keys() - {"cond", "while", "sort", "random_bits", "random_split"}, "an operation is missing"
+    assert not total.notes.keys() - {"cond", "while", "sort", "random_bits", "random_split"}, (
+        "an operation is missing"
+    )
 
 
 SQUARE = ones(6, 6)
-PARAMS = {"up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32), "bias": ones(1, 16)}}
-PARAMS["down"] = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32), "bias": ones(1, 4)}
+PARAMS = {
+    "up": {
+        "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32),
+        "bias": ones(1, 16),
+    }
+}
+PARAMS["down"] = {
+    "kernel": jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32),
+    "bias": ones(1, 4),
+}
 X = ones(3, 8)
 
 
@@ -84,7 +95,9 @@ def test_a_loop_costs_what_its_turns_cost():
             x = turn(params, x)
         return x
 
-    scanned = cost(lambda p, x: lax.scan(lambda x, _: (turn(p, x), None), x, None, length=5)[0], SQUARE, SQUARE)
+    scanned = cost(
+        lambda p, x: lax.scan(lambda x, _: (turn(p, x), None), x, None, length=5)[0], SQUARE, SQUARE
+    )
     unrolled = cost(loop, SQUARE, SQUARE)
     numbers = (5 * 6**3, 5 * (2 * 6**3 + 36), 5 * 36, 5 * 36 * 4)
     for total in (scanned, unrolled):
@@ -105,19 +118,32 @@ def test_sharded_over_devices_it_costs_the_same():
     args = {"up": ones(6, 10)}, ones(8, 6)
     whole, pieces = cost(fn, *args), cost(sharded, *args)
     assert pieces.by_site["up"].count == 8
-    for number in ("macs", "flops", "transcendentals", "params", "bit_operations", "activation_bytes"):
+    for number in (
+        "macs",
+        "flops",
+        "transcendentals",
+        "params",
+        "bit_operations",
+        "activation_bytes",
+    ):
         assert getattr(pieces, number) == getattr(whole, number) > 0, number
 
 
 def test_a_while_loop_counts_once_and_says_so():
-    total = cost(lambda w, x: lax.while_loop(lambda y: y[0, 0] < 9, lambda y: jnp.exp(y @ w), x), SQUARE, SQUARE)
+    total = cost(
+        lambda w, x: lax.while_loop(lambda y: y[0, 0] < 9, lambda y: jnp.exp(y @ w), x),
+        SQUARE,
+        SQUARE,
+    )
     assert (total.macs, total.transcendentals) == (6**3, 36)
     assert "one" in total.notes["while"]
     assert "1?" in str(total).splitlines()[1].split()
 
 
 def test_every_branch_counts_and_it_says_so():
-    total = cost(lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w), SQUARE, SQUARE)
+    total = cost(
+        lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ w, lambda: x @ w @ w), SQUARE, SQUARE
+    )
     assert total.macs == 3 * 6**3 and all(each.site.conditional for each in total.by_site.values())
     assert "every branch" in total.notes["cond"]
 
@@ -127,7 +153,9 @@ def test_what_nobody_looks_into_is_listed():
         out[...] = x[...] @ w[...]
 
     def fn(w, x):
-        y = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((6, 6), jnp.float32), interpret=True)(x, w)
+        y = pl.pallas_call(
+            kernel, out_shape=jax.ShapeDtypeStruct((6, 6), jnp.float32), interpret=True
+        )(x, w)
         return jnp.fft.fft(jnp.sort(y)).real
 
     total = cost(fn, SQUARE, SQUARE)
@@ -139,8 +167,15 @@ def test_what_nobody_looks_into_is_listed():
 def test_statistics_are_no_parameters():
     _, variables, _, total = made("resnet/linen")
     sizes = {path: x.size for path, x in flatten(variables)[0].items()}
-    assert total.params == sum(size for path, size in sizes.items() if path.startswith("params/")) < sum(sizes.values())
-    assert cost(lambda p, x: x @ p["table"], {"table": SQUARE, "codes": jnp.arange(5)}, SQUARE).params == 36 + 5
+    assert (
+        total.params
+        == sum(size for path, size in sizes.items() if path.startswith("params/"))
+        < sum(sizes.values())
+    )
+    assert (
+        cost(lambda p, x: x @ p["table"], {"table": SQUARE, "codes": jnp.arange(5)}, SQUARE).params
+        == 36 + 5
+    )
 
 
 def test_a_tied_parameter_shows_at_both_sites_and_counts_once():
@@ -171,10 +206,19 @@ def test_the_table_has_a_row_for_each_site_and_the_total():
     prune = kernels(cj.prune.magnitude(0.75))
     dense, sparse = (str(cost(model, PARAMS, X, compression=c)).splitlines() for c in (None, prune))
     assert [line.split()[0] for line in dense[:4]] == ["site", "up/kernel", "down/kernel", "total"]
-    assert dense[1].split() == "up/kernel 3x8 * 8x16 > 3x16 1 384 66.7% 128 32 x 32 393k 192".split()
+    assert (
+        dense[1].split() == "up/kernel 3x8 * 8x16 > 3x16 1 384 66.7% 128 32 x 32 393k 192".split()
+    )
     assert dense[3].split() == "total 576 100.0% 212 590k 240".split()
-    assert sparse[1].split() == "up/kernel 3x8 * 8x16 > 3x16 1 384 66.7% 128 32 x 32 393k 25.0% 98.3k 192".split()
-    assert str(cost(lambda p, x: x + p, SQUARE, SQUARE)).splitlines()[-1].startswith("36 FLOPs: 0 in these products, 36 in")
+    assert (
+        sparse[1].split()
+        == "up/kernel 3x8 * 8x16 > 3x16 1 384 66.7% 128 32 x 32 393k 25.0% 98.3k 192".split()
+    )
+    assert (
+        str(cost(lambda p, x: x + p, SQUARE, SQUARE))
+        .splitlines()[-1]
+        .startswith("36 FLOPs: 0 in these products, 36 in")
+    )
 
 
 @example(999_999)

@@ -16,8 +16,16 @@ def ones(*shape, dtype=jnp.float32):
 
 
 SQUARE = ones(6, 6)
-PARAMS = {"up": {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32), "bias": ones(1, 16)}}
-PARAMS["down"] = {"kernel": jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32), "bias": ones(1, 4)}
+PARAMS = {
+    "up": {
+        "kernel": jnp.asarray(np.random.default_rng(0).normal(size=(8, 16)), jnp.float32),
+        "bias": ones(1, 16),
+    }
+}
+PARAMS["down"] = {
+    "kernel": jnp.asarray(np.random.default_rng(1).normal(size=(16, 4)), jnp.float32),
+    "bias": ones(1, 4),
+}
 X = ones(3, 8)
 UP, DOWN = 3 * 8 * 16, 3 * 16 * 4
 
@@ -33,7 +41,11 @@ def kernels(compression):
 
 def test_without_a_compression_bits_are_those_of_the_dtypes():
     assert cost(model, PARAMS, X).bit_operations == (UP + DOWN) * 32 * 32
-    half = cost(lambda p, x: x.astype(jnp.bfloat16) @ p.astype(jnp.int8).astype(jnp.bfloat16), SQUARE, SQUARE)
+    half = cost(
+        lambda p, x: x.astype(jnp.bfloat16) @ p.astype(jnp.int8).astype(jnp.bfloat16),
+        SQUARE,
+        SQUARE,
+    )
     assert half.bit_operations == 6**3 * 16 * 16 and half.activation_bytes == 36 * 2
     integer = lambda p, x: lax.dot(x.astype(jnp.int8), p, preferred_element_type=jnp.int32)  # noqa: E731
     assert cost(integer, ones(6, 6, dtype=jnp.int8), SQUARE).bit_operations == 6**3 * 8 * 8
@@ -55,13 +67,17 @@ def test_quantized_weights_have_the_bits_of_their_codes(bits, granularity):
 PRUNE, QUANTIZE = kernels(cj.prune.magnitude(0.75)), kernels(cj.quantize.uniform(4))
 
 
-@pytest.mark.parametrize(("compression", "bits"), [(PRUNE, 32), (QUANTIZE, 4), (cj.chain(PRUNE, QUANTIZE), 4)])
+@pytest.mark.parametrize(
+    ("compression", "bits"), [(PRUNE, 32), (QUANTIZE, 4), (cj.chain(PRUNE, QUANTIZE), 4)]
+)
 def test_effective_numbers_leave_out_products_with_zero(compression, bits):
     """Each weight meets the three rows of the input once."""
     seen = flatten(compression.view(PARAMS, compression.init(PARAMS)))[0]
     left = {path: np.count_nonzero(np.asarray(seen[path])) for path in ("up/kernel", "down/kernel")}
     total = cost(model, PARAMS, X, compression=compression, activation_bits=8)
-    assert {path: each.effective_macs for path, each in total.by_site.items()} == {path: 3 * n for path, n in left.items()}
+    assert {path: each.effective_macs for path, each in total.by_site.items()} == {
+        path: 3 * n for path, n in left.items()
+    }
     assert total.effective_macs == 3 * sum(left.values()) < total.macs == UP + DOWN
     assert total.effective_bit_operations == total.effective_macs * bits * 8
     assert total.bit_operations == total.macs * bits * 8
@@ -84,7 +100,9 @@ def test_a_state_is_used_and_packed_params_need_no_compression():
     prune = kernels(cj.prune.magnitude(sparsity))
     state = prune.init(PARAMS)
     later = prune.update(PARAMS, state, step=jnp.asarray(10))
-    before, after = (cost(model, PARAMS, X, compression=prune, state=s).effective_macs for s in (state, later))
+    before, after = (
+        cost(model, PARAMS, X, compression=prune, state=s).effective_macs for s in (state, later)
+    )
     assert 2 * after == before == UP + DOWN
     assert cost(model, prune.pack(PARAMS, later), X).effective_macs == after
 
@@ -102,7 +120,9 @@ def test_rules_give_sites_different_bits():
 def test_parameters_side_by_side_have_their_mean():
     params = {"a": PARAMS["up"]["kernel"], "b": PARAMS["up"]["kernel"][:, :8]}
     mixed = cj.rules([("a", cj.quantize.uniform(4)), ("b", cj.quantize.uniform(7))])
-    total = cost(lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1), params, X, compression=mixed)
+    total = cost(
+        lambda p, x: x @ jnp.concatenate([p["a"], p["b"]], 1), params, X, compression=mixed
+    )
     (site,) = total.by_site.values()
     assert site.weight_bits == 5 and site.params == 8 * 24
 
@@ -115,7 +135,9 @@ def test_bits_of_activations_are_for_data_only():
     rotation = np.eye(6, dtype=np.float32)
     turned = cost(lambda p, x: x @ rotation, {"unused": SQUARE}, SQUARE, activation_bits=8)
     assert turned.bit_operations == 6**3 * 8 * 32
-    factors = cost(lambda p, x: p["a"] @ p["b"], {"a": SQUARE, "b": SQUARE}, SQUARE, activation_bits=8)
+    factors = cost(
+        lambda p, x: p["a"] @ p["b"], {"a": SQUARE, "b": SQUARE}, SQUARE, activation_bits=8
+    )
     assert factors.bit_operations == 6**3 * 32 * 32
 
 

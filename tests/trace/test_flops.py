@@ -36,7 +36,9 @@ def normalised(params, x):
 
 def convolve(x, w, stride=1, padding="VALID", **options):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, w, (stride, stride), padding, dimension_numbers=numbers, **options)
+    return lax.conv_general_dilated(
+        x, w, (stride, stride), padding, dimension_numbers=numbers, **options
+    )
 
 
 def biggest(x):
@@ -57,16 +59,40 @@ EXACT = {
     "attention": (attention, dict.fromkeys("qkv", SQUARE), ones(2, 5, 6)),
     "normalised": (normalised, {"w": SQUARE}, ones(5, 6)),
     "convolution": (lambda p, x: convolve(x, p["w"], 2), KERNEL, IMAGE),
-    "grouped": (lambda p, x: convolve(x, p["w"], feature_group_count=2), {"w": ones(3, 3, 2, 8)}, IMAGE),
-    "depthwise": (lambda p, x: convolve(x, p["w"], feature_group_count=4), {"w": ones(3, 3, 1, 8)}, IMAGE),
+    "grouped": (
+        lambda p, x: convolve(x, p["w"], feature_group_count=2),
+        {"w": ones(3, 3, 2, 8)},
+        IMAGE,
+    ),
+    "depthwise": (
+        lambda p, x: convolve(x, p["w"], feature_group_count=4),
+        {"w": ones(3, 3, 1, 8)},
+        IMAGE,
+    ),
     "dilated": (lambda p, x: convolve(x, p["w"], rhs_dilation=(2, 2)), KERNEL, IMAGE),
     "transposed": (lambda p, x: lax.conv_transpose(x, p["w"], (2, 2), "VALID"), KERNEL, IMAGE),
     "gradient of a convolution": (backward, KERNEL, IMAGE),
-    "gradient of a maximum": (value_and_grad(lambda p, x: biggest(x * p["w"]).sum()), {"w": IMAGE}, IMAGE),
+    "gradient of a maximum": (
+        value_and_grad(lambda p, x: biggest(x * p["w"]).sum()),
+        {"w": IMAGE},
+        IMAGE,
+    ),
     "statistics": (lambda p, x: (x @ p["w"]).var(0) / x.max(0), {"w": SQUARE}, ones(5, 6)),
-    "vmapped": (lambda p, x: jax.vmap(lambda row: jnp.tanh(row @ p["w"]))(x), {"w": SQUARE}, ones(5, 6)),
-    "nested": (lambda p, x: jax.jit(jax.checkpoint(lambda y: jnp.exp(y @ p["w"])))(x), {"w": SQUARE}, ones(5, 6)),
-    "cast": (lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16), {"w": SQUARE}, ones(5, 6)),
+    "vmapped": (
+        lambda p, x: jax.vmap(lambda row: jnp.tanh(row @ p["w"]))(x),
+        {"w": SQUARE},
+        ones(5, 6),
+    ),
+    "nested": (
+        lambda p, x: jax.jit(jax.checkpoint(lambda y: jnp.exp(y @ p["w"])))(x),
+        {"w": SQUARE},
+        ones(5, 6),
+    ),
+    "cast": (
+        lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16),
+        {"w": SQUARE},
+        ones(5, 6),
+    ),
     "updated": (lambda p, x: (x @ p["w"]).at[:2].add(x[:2]), {"w": SQUARE}, ones(5, 6)),
 }
 
@@ -108,21 +134,40 @@ def on_padding(site):
     for axis, (low, _) in enumerate(p["padding"]):
         size, window, out = (
             shape[spec[2 + axis]]
-            for shape, spec in zip((site.lhs_shape, site.rhs_shape, site.out_shape), numbers, strict=True)
+            for shape, spec in zip(
+                (site.lhs_shape, site.rhs_shape, site.out_shape), numbers, strict=True
+            )
         )
         start = np.arange(out)[:, None] * p["window_strides"][axis] - low
         at = start + np.arange(window) * p["rhs_dilation"][axis]
         dilation = p["lhs_dilation"][axis]
         real *= int(((at >= 0) & (at <= (size - 1) * dilation) & (at % dilation == 0)).sum())
     out, kernel = site.out_shape, site.rhs_shape
-    return site.macs - real * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+    return (
+        site.macs
+        - real * out[numbers.out_spec[0]] * out[numbers.out_spec[1]] * kernel[numbers.rhs_spec[1]]
+    )
 
 
-STRAIGHT = ["mlp", "lenet", "resnet", "resnet_train", "vit", "moe", "mobilenet", "unet", "tied_lm"]  # without loops
+STRAIGHT = [
+    "mlp",
+    "lenet",
+    "resnet",
+    "resnet_train",
+    "vit",
+    "moe",
+    "mobilenet",
+    "unet",
+    "tied_lm",
+]  # without loops
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"{name}/{kind}" for name in STRAIGHT for kind in ("linen", "nnx")), *(entry.name for entry in BIG)]
+    "name",
+    [
+        *(f"{name}/{kind}" for name in STRAIGHT for kind in ("linen", "nnx")),
+        *(entry.name for entry in BIG),
+    ],
 )
 def test_models_cost_what_xla_says_once_padding_is_left_out(name):
     """Not exactly: XLA adds up in float32, guards lookups against indices out of range and folds constants."""

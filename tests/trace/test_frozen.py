@@ -69,7 +69,9 @@ def test_what_does_not(middle):
 
 
 def test_a_constant_freezes_only_what_it_tells_apart():
-    mask = np.kron(np.array([[1.0, 2.0]], "float32"), np.ones((4, 3), "float32"))  # halves differ, columns within do not
+    mask = np.kron(
+        np.array([[1.0, 2.0]], "float32"), np.ones((4, 3), "float32")
+    )  # halves differ, columns within do not
     found = groups(lambda p, x: ((x @ p["w"]).reshape(4, 2, 3) * mask.reshape(4, 2, 3)).reshape(4, 6) @ p["v"],
                    shapes(w=(5, 6), v=(6, 3)), VECTOR)  # fmt: skip
     assert [group.coordinates[("w", 1)].tolist() for group in found] == [[0, 1, 2] * 2]
@@ -79,7 +81,12 @@ def test_a_constant_freezes_only_what_it_tells_apart():
 def test_parameters_without_effect_are_no_group():
     found = groups(lambda p, x: x @ p["w"][:, :3], shapes(w=(5, 8), unused=(4, 4)), VECTOR)
     assert not len(found)
-    assert found.frozen == {("w", 0): "input", ("w", 1): "output, unused", ("unused", 0): "unused", ("unused", 1): "unused"}
+    assert found.frozen == {
+        ("w", 0): "input",
+        ("w", 1): "output, unused",
+        ("unused", 0): "unused",
+        ("unused", 1): "unused",
+    }
 
 
 def test_a_group_twice_in_one_axis_is_frozen():
@@ -88,18 +95,28 @@ def test_a_group_twice_in_one_axis_is_frozen():
         return (h[:, :, None] * h[:, None, :]).reshape(4, -1) @ p["v"]
 
     found = groups(fn, shapes(w=(5, 6), v=(36, 3)), VECTOR)
-    assert not len(found) and found.frozen[("w", 1)] == found.frozen[("v", 0)] == "twice in one axis"
+    assert (
+        not len(found) and found.frozen[("w", 1)] == found.frozen[("v", 0)] == "twice in one axis"
+    )
 
 
 def test_a_table_shows_groups_frozen_axes_and_unknown_ops():
     text = str(hidden(lambda h: jnp.fft.fft(h).real))
-    assert "no groups" in text and "frozen (unknown op fft): v:0, w:1" in text and "unknown ops: fft x1" in text
+    assert (
+        "no groups" in text
+        and "frozen (unknown op fft): v:0, w:1" in text
+        and "unknown ops: fft x1" in text
+    )
     assert "w:1" in str(hidden(jnp.tanh)).splitlines()[1]
 
 
 def test_groups_are_a_list():
     found = hidden(jnp.tanh)
-    assert len(found) == len(list(found)) == 1 and found[0] is found[-1] is found["w:1"] and found[:1] == (found[0],)
+    assert (
+        len(found) == len(list(found)) == 1
+        and found[0] is found[-1] is found["w:1"]
+        and found[:1] == (found[0],)
+    )
     with pytest.raises(NoMatchError, match="w:1"):
         found["w:0"]
     with pytest.raises(ShapeError, match="coordinates 0 to 5"):

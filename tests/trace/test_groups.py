@@ -15,7 +15,8 @@ from tests.trace.zoo_entry import randomise
 from tests.trace.zoo_layers import causal_attention, rope
 
 IMAGE, VECTOR, SEQUENCE = (
-    jnp.asarray(np.random.default_rng(0).normal(size=s), "float32") for s in ((2, 6, 6, 3), (4, 5), (2, 7, 8))
+    jnp.asarray(np.random.default_rng(0).normal(size=s), "float32")
+    for s in ((2, 6, 6, 3), (4, 5), (2, 7, 8))
 )
 
 
@@ -27,14 +28,19 @@ def members(found):
     return {group.name: set(group.members) for group in found}
 
 
-@pytest.mark.parametrize("name", ["mlp", "lenet", "resnet", "resnet_train", "vit", "llama", "moe", "mobilenet", "unet"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "lenet", "resnet", "resnet_train", "vit", "llama", "moe", "mobilenet", "unet"]
+)
 def test_linen_and_nnx_agree(name):
     def found(framework):
         entry = next(each for each in ZOO if each.name == f"{name}/{framework}")
         return groups(*entry.make()[:2], *entry.make()[2])
 
     strip = lambda path: path.removeprefix("params/").removeprefix("batch_stats/")  # noqa: E731
-    linen, nnx = ({frozenset((strip(p), i) for p, i in group.members) for group in found(f)} for f in ("linen", "nnx"))
+    linen, nnx = (
+        {frozenset((strip(p), i) for p, i in group.members) for group in found(f)}
+        for f in ("linen", "nnx")
+    )
     assert linen == nnx and len(linen) > 1
 
 
@@ -42,9 +48,13 @@ def test_linen_and_nnx_agree(name):
 def test_networks_of_published_size_by_shapes_alone(entry):
     fn, variables, inputs = entry.make()
     found = groups(fn, variables, *inputs)
-    # ResNet: two inside each of 16 blocks, one for the stream of each of 4 stages, the stem.
-    # ViT: heads, their queries' and their values' features and the hidden ones of each of 12 blocks, the stream.
-    assert len(found) == {"resnet50/linen": 2 * 16 + 4 + 1, "vit_b16/linen": 4 * 12 + 1}[entry.name] and not found.unknown
+    # ResNet: two inside each of 16 blocks, one for the stream of each of 4 stages, the stem. ViT:
+    # heads, their queries' and their values' features and the hidden ones of each of 12 blocks, the
+    # stream.
+    assert (
+        len(found) == {"resnet50/linen": 2 * 16 + 4 + 1, "vit_b16/linen": 4 * 12 + 1}[entry.name]
+        and not found.unknown
+    )
 
 
 def test_mlp():
@@ -65,7 +75,9 @@ class Residual(nn.Module):
     def __call__(self, x):
         norm = partial(nn.BatchNorm, use_running_average=not self.train)
         x = nn.Conv(self.widths[0], (3, 3), use_bias=False, name="stem")(x)
-        y = nn.Conv(self.widths[1], (3, 3), use_bias=False, name="first")(nn.relu(norm(name="norm_0")(x)))
+        y = nn.Conv(self.widths[1], (3, 3), use_bias=False, name="first")(
+            nn.relu(norm(name="norm_0")(x))
+        )
         y = nn.Conv(self.widths[0], (3, 3), name="second")(nn.relu(norm(name="norm_1")(y)))
         return nn.Dense(3, name="head")((x + y).mean((1, 2)))
 
@@ -83,10 +95,18 @@ def test_residual_convolutions(train):
     found = groups(fn, variables, IMAGE)
 
     def norm(i):
-        scale, stats = (f"params/norm_{i}", ("scale", "bias")), (f"batch_stats/norm_{i}", ("mean", "var"))
+        scale, stats = (
+            (f"params/norm_{i}", ("scale", "bias")),
+            (f"batch_stats/norm_{i}", ("mean", "var")),
+        )
         return {(f"{path}/{leaf}", 0) for path, names in (scale, stats) for leaf in names}
 
-    stream = {("params/stem/kernel", 3), ("params/second/kernel", 3), ("params/second/bias", 0), ("params/first/kernel", 2)}
+    stream = {
+        ("params/stem/kernel", 3),
+        ("params/second/kernel", 3),
+        ("params/second/bias", 0),
+        ("params/first/kernel", 2),
+    }
     inner = {("params/first/kernel", 3), ("params/second/kernel", 2)}
     assert members(found) == {
         "params/stem/kernel:3": stream | norm(0) | {("params/head/kernel", 0)},
@@ -115,7 +135,9 @@ def attention(p, x, rotate=False):
     q, k, v = (jnp.einsum("btd,de->bte", x, p[name]).reshape(2, 7, -1, 4) for name in "qkv")
     if rotate:
         q, k = rope(q), rope(k)
-    return causal_attention(q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)).reshape(2, 7, -1) @ p["out"]
+    return (
+        causal_attention(q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2)).reshape(2, 7, -1) @ p["out"]
+    )
 
 
 GQA = {"q": (8, 16), "k": (8, 8), "v": (8, 8), "out": (16, 8)}
@@ -124,8 +146,17 @@ GQA = {"q": (8, 16), "k": (8, 8), "v": (8, 8), "out": (16, 8)}
 def test_grouped_query_attention():
     """Key heads with their queries; queries within a key head; features of queries and keys; features of values."""
     found = groups(attention, shapes(**GQA), SEQUENCE)
-    heads, feature, value = {("q", 1), ("k", 1), ("v", 1), ("out", 0)}, {("q", 1), ("k", 1)}, {("v", 1), ("out", 0)}
-    assert members(found) == {"q:1": heads, "q:1#2": {("q", 1), ("out", 0)}, "q:1#3": feature, "v:1": value}
+    heads, feature, value = (
+        {("q", 1), ("k", 1), ("v", 1), ("out", 0)},
+        {("q", 1), ("k", 1)},
+        {("v", 1), ("out", 0)},
+    )
+    assert members(found) == {
+        "q:1": heads,
+        "q:1#2": {("q", 1), ("out", 0)},
+        "q:1#3": feature,
+        "v:1": value,
+    }
     assert [group.size for group in found] == [2, 2, 4, 4]
     assert found["q:1"].coordinates[("q", 1)].tolist() == [0] * 8 + [1] * 8
     assert found["q:1#2"].coordinates[("out", 0)].tolist() == ([0] * 4 + [1] * 4) * 2
@@ -136,7 +167,10 @@ def test_grouped_query_attention():
 def test_rotary_positions_freeze_the_features_of_queries_and_keys():
     found = groups(partial(attention, rotate=True), shapes(**GQA), SEQUENCE)
     assert list(members(found)) == ["q:1", "q:1#2", "v:1"]
-    assert found.frozen[("q", 1)] == found.frozen[("k", 1)] == "numbered by iota" and ("v", 1) not in found.frozen
+    assert (
+        found.frozen[("q", 1)] == found.frozen[("k", 1)] == "numbered by iota"
+        and ("v", 1) not in found.frozen
+    )
 
 
 @pytest.mark.parametrize("layout", ["split", "three last"])
@@ -151,9 +185,13 @@ def test_fused_queries_keys_and_values(layout):
 
     params = shapes(qkv=(8, 24), out=(8, 8))
     found = groups(fn, params, SEQUENCE)
-    qk, v = sorted([group for group in found if group.size == 4], key=lambda group: len(group.members))
+    qk, v = sorted(
+        [group for group in found if group.size == 4], key=lambda group: len(group.members)
+    )
     (heads,) = [group for group in found if group.size == 2]
-    assert set(heads.members) == set(v.members) == {("qkv", 1), ("out", 0)} and qk.members == (("qkv", 1),)
+    assert set(heads.members) == set(v.members) == {("qkv", 1), ("out", 0)} and qk.members == (
+        ("qkv", 1),
+    )
     index = np.arange(24).reshape((2, 3, 4) if layout == "three last" else (3, 2, 4))
     along = 0 if layout == "three last" else 1
     place = np.argwhere(index >= 0)
@@ -177,7 +215,9 @@ def test_fused_kernels_indexed_after_a_reshape():
 
 def test_flattened_feature_map_keeps_and_permutes_by_coordinates():
     def fn(p, x):
-        y = jax.lax.conv_general_dilated(x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        y = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
         return jnp.tanh(y).reshape(2, -1) @ p["head"]
 
     params = shapes(conv=(3, 3, 3, 4), head=(144, 5))
@@ -197,7 +237,12 @@ def test_flattened_feature_map_keeps_and_permutes_by_coordinates():
 def test_keep_takes_several_groups_of_one_axis():
     found = groups(attention, shapes(**GQA), SEQUENCE)
     smaller = found.keep(shapes(**GQA), {"q:1": [1], "v:1": [0, 2, 3]})
-    assert {path: leaf.shape for path, leaf in smaller.items()} == {"q": (8, 8), "k": (8, 4), "v": (8, 3), "out": (6, 8)}
+    assert {path: leaf.shape for path, leaf in smaller.items()} == {
+        "q": (8, 8),
+        "k": (8, 4),
+        "v": (8, 3),
+        "out": (6, 8),
+    }
     np.testing.assert_array_equal(smaller["v"], shapes(**GQA)["v"][:, 4:][:, [0, 2, 3]])
 
 
@@ -222,12 +267,20 @@ def test_grouped_and_depthwise_convolutions():
 
 
 def test_names_and_order_depend_neither_on_widths_nor_on_the_order_of_the_tree():
-    names = [[group.name for group in groups(*residual(widths=widths), IMAGE)] for widths in ((4, 6), (6, 4), (5, 5))]
+    names = [
+        [group.name for group in groups(*residual(widths=widths), IMAGE)]
+        for widths in ((4, 6), (6, 4), (5, 5))
+    ]
     assert names[0] == names[1] == names[2] == ["params/stem/kernel:3", "params/first/kernel:3"]
 
     def named(first, second):
         fn = lambda p, x: jnp.tanh(jnp.tanh(x @ p[first]) @ p[second]) @ p["head"]  # noqa: E731
-        return [group.name for group in groups(fn, shapes(**{first: (5, 6), second: (6, 7), "head": (7, 3)}), VECTOR)]
+        return [
+            group.name
+            for group in groups(
+                fn, shapes(**{first: (5, 6), second: (6, 7), "head": (7, 3)}), VECTOR
+            )
+        ]
 
     assert named("a", "b") == ["a:1", "b:1"] and named("z", "b") == ["z:1", "b:1"]
 

@@ -23,7 +23,9 @@ def _dense(draw, shape):
 
 def _scale(draw, shape):
     axis = _axis(draw, shape)
-    return [shape[axis : axis + 1]], lambda x, w: x * jnp.expand_dims(w, [i for i in range(x.ndim) if i != axis])
+    return [
+        shape[axis : axis + 1]
+    ], lambda x, w: x * jnp.expand_dims(w, [i for i in range(x.ndim) if i != axis])
 
 
 def _table(draw, shape):
@@ -59,7 +61,10 @@ def _slice(draw, shape):
 
 def _join(draw, shape):
     """Put a value beside a changed copy of itself, in one of several ways."""
-    axis, kind = _axis(draw, shape), draw(st.sampled_from(["concatenate", "stack", "tile", "repeat", "pad", "halves"]))
+    axis, kind = (
+        _axis(draw, shape),
+        draw(st.sampled_from(["concatenate", "stack", "tile", "repeat", "pad", "halves"])),
+    )
     half = shape[axis] // 2
     return [], {
         "concatenate": lambda x: jnp.concatenate([x, jnp.tanh(x)], axis),
@@ -73,8 +78,13 @@ def _join(draw, shape):
 
 def _ordered(draw, shape):
     """Something that goes by the order of an axis, or that no rule is known for."""
-    axis, kind = _axis(draw, shape), draw(st.sampled_from(["cumsum", "sort", "flip", "take", "fft", "iota", "write"]))
-    mask = np.arange(shape[axis], dtype="float32").reshape([-1 if i == axis else 1 for i in range(len(shape))])
+    axis, kind = (
+        _axis(draw, shape),
+        draw(st.sampled_from(["cumsum", "sort", "flip", "take", "fft", "iota", "write"])),
+    )
+    mask = np.arange(shape[axis], dtype="float32").reshape(
+        [-1 if i == axis else 1 for i in range(len(shape))]
+    )
     return [], {
         "cumsum": lambda x: jnp.cumsum(x, axis),
         "sort": lambda x: jnp.sort(x, axis),
@@ -91,15 +101,31 @@ def _pair(draw, shape):
     axis, kind = _axis(draw, shape), draw(st.sampled_from(["scores", "outer", "scan", "cond"]))
     return [], {
         "scores": lambda x: (
-            jnp.matmul(jnp.tanh(x)[..., None], x[..., None, :]) if x.ndim < 2 else x @ jnp.swapaxes(x, -1, -2)
+            jnp.matmul(jnp.tanh(x)[..., None], x[..., None, :])
+            if x.ndim < 2
+            else x @ jnp.swapaxes(x, -1, -2)
         ),
         "outer": lambda x: jnp.expand_dims(x, axis) * jnp.expand_dims(jnp.tanh(x), axis + 1),
-        "scan": lambda x: jax.lax.scan(lambda c, row: (c + row, jnp.tanh(c)), jnp.zeros(shape[1:]), x)[1],
+        "scan": lambda x: jax.lax.scan(
+            lambda c, row: (c + row, jnp.tanh(c)), jnp.zeros(shape[1:]), x
+        )[1],
         "cond": lambda x: jax.lax.cond(jnp.abs(x).sum() > 1.2345, jnp.tanh, lambda x: 2 * x, x),
     }[kind]
 
 
-STEPS = [_dense] * 5 + [_scale, _table, _normalise, _reshape, _reshape, _transpose, _slice, _join, _join, _ordered, _pair]
+STEPS = [_dense] * 5 + [
+    _scale,
+    _table,
+    _normalise,
+    _reshape,
+    _reshape,
+    _transpose,
+    _slice,
+    _join,
+    _join,
+    _ordered,
+    _pair,
+]
 
 
 @st.composite
@@ -109,7 +135,9 @@ def networks(draw, choice=tuple(STEPS), last=jax.nn.softplus):  # positive: sums
     for i in range(draw(st.integers(2, 9))):
         needs, step = draw(st.sampled_from(choice))(draw, shape)
         names = [f"{i}/{step.__name__}{j}" for j in range(len(needs))]
-        new = jax.eval_shape(step, *(jax.ShapeDtypeStruct(each, jnp.float32) for each in (shape, *needs))).shape
+        new = jax.eval_shape(
+            step, *(jax.ShapeDtypeStruct(each, jnp.float32) for each in (shape, *needs))
+        ).shape
         if 0 < math.prod(new) <= 600 and 0 < len(new) <= 4:
             shape, params = new, params | dict(zip(names, needs, strict=True))
             steps.append((names, step))
@@ -128,10 +156,14 @@ def networks(draw, choice=tuple(STEPS), last=jax.nn.softplus):  # positive: sums
 def test_every_group_passes_the_permutation_check(network):
     fn, shapes = network
     rng = np.random.default_rng(0)
-    params = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    params = {
+        name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()
+    }
     x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
     found = groups(fn, params, x)
     report = verify_groups(fn, params, x, groups=found, tolerance=1e-3)
     assert report.ok, f"{report}\n{jax.make_jaxpr(fn)(params, x)}"
     listed = {member for group in found for member in group.members} | found.frozen.keys()
-    assert listed == {(name, i) for name, shape in shapes.items() for i, size in enumerate(shape) if size > 1}
+    assert listed == {
+        (name, i) for name, shape in shapes.items() for i, size in enumerate(shape) if size > 1
+    }

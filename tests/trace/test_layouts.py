@@ -24,7 +24,9 @@ def letters(fn, params, *inputs) -> dict[str, str]:
 def conv(kernel_spec: str, **options):
     def fn(p, x):
         numbers = ("NHWC", kernel_spec, "NHWC")
-        return jax.lax.conv_general_dilated(x, p["w"], (1, 1), "SAME", dimension_numbers=numbers, **options)
+        return jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=numbers, **options
+        )
 
     return fn
 
@@ -51,8 +53,18 @@ SPELLINGS = {
         "sio",
     ),
     "scan": (rows, (4, 3, 3), (2, 3), "sio"),
-    "scan over axis 1": (lambda p, x: rows({"w": jnp.moveaxis(p["w"], 1, 0)}, x), (3, 4, 3), (2, 3), "iso"),
-    "fori": (lambda p, x: jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(x @ p["w"][i]), x), (4, 3, 3), (2, 3), "sio"),
+    "scan over axis 1": (
+        lambda p, x: rows({"w": jnp.moveaxis(p["w"], 1, 0)}, x),
+        (3, 4, 3),
+        (2, 3),
+        "iso",
+    ),
+    "fori": (
+        lambda p, x: jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(x @ p["w"][i]), x),
+        (4, 3, 3),
+        (2, 3),
+        "sio",
+    ),
     "nested scan": (
         lambda p, x: jax.lax.scan(lambda x, w: (rows({"w": w}, x), None), x, p["w"])[0],
         (2, 4, 3, 3),
@@ -75,7 +87,12 @@ SPELLINGS = {
         (1, 6, 6, 4),
         "wwoi",
     ),
-    "cast, masked": (lambda p, x: x @ (p["w"].astype(jnp.bfloat16) * 2).astype(jnp.float32).T, (4, 3), (2, 3), "oi"),
+    "cast, masked": (
+        lambda p, x: x @ (p["w"].astype(jnp.bfloat16) * 2).astype(jnp.float32).T,
+        (4, 3),
+        (2, 3),
+        "oi",
+    ),
     "one output": (lambda p, x: x @ p["w"], (3, 1), (2, 3), "io"),
     "a vector": (lambda p, x: x @ p["w"], (3,), (2, 3), "i"),
 }
@@ -101,7 +118,9 @@ def test_what_has_no_product_keeps_the_convention_and_says_so():
 
 
 def test_uses_that_disagree_are_noted():
-    found = layouts(lambda p, x: (x @ p["w"]) @ p["w"].T + (x @ p["w"].T), {"w": ones(3, 3)}, ones(2, 3))["w"]
+    found = layouts(
+        lambda p, x: (x @ p["w"]) @ p["w"].T + (x @ p["w"].T), {"w": ones(3, 3)}, ones(2, 3)
+    )["w"]
     assert found.letters == "oi" and "disagree" in found.note
 
 
@@ -117,14 +136,18 @@ def test_other_people_s_layers():
     attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
     params = attention.init(jax.random.key(0), x[None])["params"]
     found = letters(lambda p, x: attention.apply({"params": p}, x), params, x[None])
-    assert {found[f"{name}/kernel"] for name in ("query", "key", "value")} == {"ioo"} and found["out/kernel"] == "iio"
+    assert {found[f"{name}/kernel"] for name in ("query", "key", "value")} == {"ioo"} and found[
+        "out/kernel"
+    ] == "iio"
 
     linear = eqx.nn.Linear(6, 4, key=jax.random.key(0))
     arrays, rest = eqx.partition(linear, eqx.is_array)
     found = letters(lambda p, x: jax.vmap(eqx.combine(p, rest))(x), arrays, x)
     assert found["weight"] == "oi"
 
-    graph, state = nnx.split(nnx.vmap(lambda rngs: nnx.Linear(6, 6, rngs=rngs))(nnx.Rngs(0).split(3)))
+    graph, state = nnx.split(
+        nnx.vmap(lambda rngs: nnx.Linear(6, 6, rngs=rngs))(nnx.Rngs(0).split(3))
+    )
 
     def run(state, x):
         @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
@@ -145,7 +168,10 @@ def test_binding_gives_each_output_of_a_transposed_kernel_its_own_scale():
     int4 = cj.quantize.uniform(4, granularity="channel")
 
     def error(c):
-        return float(jnp.linalg.norm(fn(c.view(params, c.init(params)), x) - fn(params, x)) / jnp.linalg.norm(fn(params, x)))
+        return float(
+            jnp.linalg.norm(fn(c.view(params, c.init(params)), x) - fn(params, x))
+            / jnp.linalg.norm(fn(params, x))
+        )
 
     by_hand = error(cj.quantize.uniform(4, granularity="channel", axis=0))
     assert error(cj.bind(int4, fn, params, x)) == by_hand < 0.7 * error(int4)
@@ -178,13 +204,18 @@ def test_coverage_doubts_what_looks_otherwise():
     }
     table = cj.coverage(cj.quantize.uniform(8, granularity="channel"), params)
     assert "axis 0" in table["torch/weight"].doubt and "[out, in" in table["conv/kernel"].doubt
-    assert "stacks of 3" in table["stack/kernel"].doubt and "size 1" in table["depthwise/kernel"].doubt
+    assert (
+        "stacks of 3" in table["stack/kernel"].doubt and "size 1" in table["depthwise/kernel"].doubt
+    )
     assert table["flax/kernel"].doubt == "" and table["flax/kernel"].axes == "io"
     assert "use cj.bind" in str(table)
 
 
 def test_coverage_warns_of_an_emptied_layer():
-    params = {"w": jnp.stack([jnp.full((4, 4), 1e-3), jnp.ones((4, 4)), jnp.full((4, 4), 2.0)]), "v": jnp.ones((4, 4))}
+    params = {
+        "w": jnp.stack([jnp.full((4, 4), 1e-3), jnp.ones((4, 4)), jnp.full((4, 4), 2.0)]),
+        "v": jnp.ones((4, 4)),
+    }
     c = cj.prune.magnitude(0.25, scope="global")
 
     def fn(params, x):
@@ -196,14 +227,27 @@ def test_coverage_warns_of_an_emptied_layer():
     whole = cj.prune.magnitude(0.5, scope="global")
     zeros = {"v": jnp.zeros((4, 4))}
     assert cj.coverage(cj.quantize.uniform(4), zeros)["v"].doubt == ""
-    assert "every weight is zero" in cj.coverage(whole, {"v": params["v"], "w": params["w"][0]})["w"].doubt
+    assert (
+        "every weight is zero"
+        in cj.coverage(whole, {"v": params["v"], "w": params["w"][0]})["w"].doubt
+    )
 
 
 def test_inputs_that_the_function_does_not_take_are_refused_by_name():
     with pytest.raises(cj.core.ShapeError, match=r"inputs/0 float32\[2,3\].*\(3,\) and \(4,\)"):
-        cj.bind(cj.quantize.uniform(8), lambda p, x: x @ p["w"], {"w": jnp.ones((4, 4))}, jnp.ones((2, 3)))
+        cj.bind(
+            cj.quantize.uniform(8),
+            lambda p, x: x @ p["w"],
+            {"w": jnp.ones((4, 4))},
+            jnp.ones((2, 3)),
+        )
 
 
 def test_axes_of_a_layer():
     axes = Axes((2, 3, 4, 5), outputs=(1, 3), stack=(0, 2), window=(), source="trace")
-    assert axes.letters == "soso" and axes.layer.shape == (3, 5) and axes.layer.outputs == (0, 1) and axes.layers == 8
+    assert (
+        axes.letters == "soso"
+        and axes.layer.shape == (3, 5)
+        and axes.layer.outputs == (0, 1)
+        and axes.layers == 8
+    )

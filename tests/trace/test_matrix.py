@@ -12,8 +12,11 @@ from compress_jax.layerwise._problem import MatrixForm, problems, why_not
 from compress_jax.trace import calibrate, gram, observe, sites
 from tests.trace.zoo import ZOO
 
-# What NNX multiplies by is what Linen does; the kernel that is multiplied by is not the stored one under fake quantization.
-MODELS = [entry for entry in ZOO if "/nnx" not in entry.name and entry.name != "plain/fake_quantized"]
+# What NNX multiplies by is what Linen does; the kernel that is multiplied by is not the stored one
+# under fake quantization.
+MODELS = [
+    entry for entry in ZOO if "/nnx" not in entry.name and entry.name != "plain/fake_quantized"
+]
 
 
 @pytest.mark.parametrize("entry", MODELS, ids=[entry.name for entry in MODELS])
@@ -22,7 +25,11 @@ def test_gram_and_matrices_give_the_energy_of_every_output(entry):
     fn, variables, inputs = entry.make()
 
     def energy(site, lhs, rhs):
-        return jnp.sum(site.contract(lhs, rhs).astype(jnp.float32) ** 2) if site.kind != "ragged_dot" else jnp.nan
+        return (
+            jnp.sum(site.contract(lhs, rhs).astype(jnp.float32) ** 2)
+            if site.kind != "ragged_dot"
+            else jnp.nan
+        )
 
     _, energies = jax.jit(observe(fn, energy))(variables, *inputs)
     seen = calibrate(fn, gram(), variables, [inputs])
@@ -32,7 +39,10 @@ def test_gram_and_matrices_give_the_energy_of_every_output(entry):
     for site in seen.sites.values():
         assert site.param is None or site.param in tasks or site.param in reasons
         if site.param in tasks and not site.conditional:
-            group = (site.param, *site.also)  # joined in one product: their columns make its outputs together
+            group = (
+                site.param,
+                *site.also,
+            )  # joined in one product: their columns make its outputs together
             energy_of[group] = energy_of.get(group, 0) + energies[site.name].sum()
     for group in energy_of:
         of_group[group] = sum(energy_by_problems(leaves[path], tasks[path]) for path in group)
@@ -47,7 +57,9 @@ def energy_by_problems(leaf, tasks):
     total = 0.0
     for task in tasks:
         w = task.form.matrices(task.box.take(leaf.astype(jnp.float32)))
-        np.testing.assert_array_equal(task.box.put(leaf, task.form.stored(w).astype(leaf.dtype)), leaf)
+        np.testing.assert_array_equal(
+            task.box.put(leaf, task.form.stored(w).astype(leaf.dtype)), leaf
+        )
         rows = task.rows[:, None, None].astype(jnp.float32)
         total += jnp.einsum("bkn,bkl,bln->", w, task.gram * rows, w, precision="highest")
     return total
@@ -87,7 +99,10 @@ def test_reasons():
 
 
 def test_a_shared_parameter_is_fed_by_all_its_sites():
-    params, x = {"w": jnp.ones((3, 3))}, jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)
+    params, x = (
+        {"w": jnp.ones((3, 3))},
+        jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32),
+    )
     fn = lambda p, x: jnp.sin(x @ p["w"]) @ p["w"]  # noqa: E731
     tasks, _ = problems(calibrate(fn, gram(), params, [x, x]), params)
     hidden = jnp.sin(x @ params["w"])
@@ -97,5 +112,9 @@ def test_a_shared_parameter_is_fed_by_all_its_sites():
     assert not tasks and "different axes" in reasons["w"]
     unseen, _ = problems(calibrate(fn, gram(), params, [x], where="w#2"), params)
     assert jax.tree.all(
-        jax.tree.map(lambda a, b: bool(jnp.allclose(a, b, rtol=1e-5)), unseen["w"][0].gram[0], hidden.T @ hidden / 6)
+        jax.tree.map(
+            lambda a, b: bool(jnp.allclose(a, b, rtol=1e-5)),
+            unseen["w"][0].gram[0],
+            hidden.T @ hidden / 6,
+        )
     )

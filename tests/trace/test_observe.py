@@ -60,7 +60,9 @@ def test_nested_scans_stack_outermost_first():
         return jax.lax.scan(lambda x, rows: jax.lax.scan(inner, x, rows), jnp.zeros(6), x)
 
     x = normal(2, 3, 6)
-    _, seen = observe(fn, lambda site, lhs, rhs: {"largest": jnp.abs(lhs).max(), "row": lhs, "loops": site.count})(PARAMS, x)
+    _, seen = observe(
+        fn, lambda site, lhs, rhs: {"largest": jnp.abs(lhs).max(), "row": lhs, "loops": site.count}
+    )(PARAMS, x)
     np.testing.assert_array_equal(seen["u"]["row"], x)
     np.testing.assert_array_equal(seen["u"]["largest"], jnp.abs(x).max(-1))
     assert (seen["u"]["loops"] == 6).all() and seen["u"]["loops"].shape == (2, 3)
@@ -68,14 +70,18 @@ def test_nested_scans_stack_outermost_first():
 
 def test_a_scan_in_reverse_keeps_the_order_of_its_slices():
     x = normal(3, 6)
-    _, seen = observe(lambda p, x: jax.lax.scan(lambda c, x: (c, x @ p["w"]), 0, x, reverse=True), largest)(PARAMS, x)
+    _, seen = observe(
+        lambda p, x: jax.lax.scan(lambda c, x: (c, x @ p["w"]), 0, x, reverse=True), largest
+    )(PARAMS, x)
     np.testing.assert_array_equal(seen["w"], jnp.abs(x).max(1))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2])
 def test_branches_not_taken_are_unobserved(taken):
     def fn(p, i, x):
-        return jax.lax.switch(i, [lambda x: x[:, :4], lambda x: x @ p["w"], lambda x: jnp.sin(x) @ p["u"] @ p["w"]], x)
+        return jax.lax.switch(
+            i, [lambda x: x[:, :4], lambda x: x @ p["w"], lambda x: jnp.sin(x) @ p["u"] @ p["w"]], x
+        )
 
     reduce = lambda site, lhs, rhs: (jnp.abs(lhs).max(), lhs.size)  # noqa: E731
     for i in (taken, jnp.int32(taken)):
@@ -89,7 +95,9 @@ def test_branches_not_taken_are_unobserved(taken):
 
 def test_a_while_loop_keeps_the_last_turn_or_merges():
     def fn(p, n, x):
-        return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, 2 * jnp.sin(c[1] @ p["u"])), (0, x))[1]
+        return jax.lax.while_loop(
+            lambda c: c[0] < n, lambda c: (c[0] + 1, 2 * jnp.sin(c[1] @ p["u"])), (0, x)
+        )[1]
 
     inputs, x = [], X
     for _ in range(5):
@@ -130,7 +138,9 @@ def test_custom_derivatives_and_vmap():
     assert float(seen["u"]) == by_hand(X)
     np.testing.assert_allclose(seen["w"], by_hand(X @ PARAMS["u"]), rtol=1e-6)
     grad = lambda f: jax.jit(jax.grad(lambda p, x: f(p, x).sum(), (0, 1)))(PARAMS, X)  # noqa: E731
-    jax.tree.map(np.testing.assert_array_equal, grad(lambda p, x: observe(fn, largest)(p, x)[0]), grad(fn))
+    jax.tree.map(
+        np.testing.assert_array_equal, grad(lambda p, x: observe(fn, largest)(p, x)[0]), grad(fn)
+    )
     xs = jnp.stack([X, 3 * X])
     _, each = jax.vmap(observe(fn, largest), (None, 0))(PARAMS, xs)
     np.testing.assert_array_equal(each["u"], jnp.abs(xs).max((1, 2)))
@@ -141,7 +151,9 @@ def test_sharded_batches_give_the_single_device_statistics():
     x = normal(16, 6)
     fn = lambda p, x: jnp.tanh(x @ p["u"]) @ p["w"]  # noqa: E731
     alone = jax.jit(observe(fn, largest))(PARAMS, x)
-    sharded = jax.jit(observe(fn, largest))(PARAMS, jax.device_put(x, NamedSharding(mesh, P("data"))))
+    sharded = jax.jit(observe(fn, largest))(
+        PARAMS, jax.device_put(x, NamedSharding(mesh, P("data")))
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), alone, sharded)
     assert sharded[0].sharding.spec == P("data")
 
@@ -153,7 +165,9 @@ def test_calibration_over_batches_is_one_pass_over_all():
     counted = lambda p, x: (traces.append(1), fn(p, x))[1]  # noqa: E731
     ranges = calibrate(counted, absmax(), PARAMS, iter(batches))
     whole = calibrate(fn, absmax(), PARAMS, [jnp.concatenate(batches)])
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), ranges.statistics, whole.statistics)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-6), ranges.statistics, whole.statistics
+    )
     assert len(traces) == 1  # one trace for all batches
     pairs = calibrate(lambda p, x, y: (x + y) @ p["w"], absmax(), PARAMS, [(X, X)])
     assert float(pairs["w"]["input"]) == by_hand(2 * X)

@@ -30,7 +30,9 @@ def model(p, x):
     there = (jnp.abs(x).max(-1) < 50.0)[:, None, None, :]
     q, k, v = jnp.einsum("btd,dchk->cbhtk", x, p["qkv"])
     scores = jnp.where(there, jnp.einsum("bhqk,bhsk->bhqs", q, k), -1e9)
-    y = jnp.einsum("bhqs,bhsk->bhqk", jax.nn.softmax(scores), jnp.where(there[:, :, 0, :, None], v, 0.0))
+    y = jnp.einsum(
+        "bhqs,bhsk->bhqk", jax.nn.softmax(scores), jnp.where(there[:, :, 0, :, None], v, 0.0)
+    )
     y = x + jnp.einsum("bhqk,hkd->bqd", y, p["out"])
     rows = y.reshape(-1, D)
     up = jnp.tanh(rows @ p["up"])
@@ -45,7 +47,9 @@ WHERE = ("qkv", "out", "up", "stack", "head")
 
 def alone(reduce, where=WHERE):
     """Return statistics of each sequence by itself, without padding."""
-    return calibrate(model, reduce, P, [X[i : i + 1, :n] for i, n in enumerate(LENGTHS) if n], where)
+    return calibrate(
+        model, reduce, P, [X[i : i + 1, :n] for i, n in enumerate(LENGTHS) if n], where
+    )
 
 
 def close(found, expected):
@@ -126,21 +130,31 @@ def test_a_recurrent_layer_counts_its_turns():
 @pytest.mark.parametrize("padding", ["SAME", ((2, 0),)])
 def test_windows_stand_at_positions_that_count(padding):
     w = {"kernel": jnp.ones((3, D, 2))}
-    fn = lambda w, x: jax.lax.conv_general_dilated(x, w["kernel"], (1,), padding, dimension_numbers=("NHC", "HIO", "NHC"))  # noqa: E731
+    fn = lambda w, x: jax.lax.conv_general_dilated(
+        x, w["kernel"], (1,), padding, dimension_numbers=("NHC", "HIO", "NHC")
+    )  # noqa: E731
     clean = jnp.where(TOKENS[..., None], X, 0.0)
     found = calibrate(fn, reducers.gram(), w, [clean], mask=[TOKENS])["kernel"]["input"]
-    own = [calibrate(fn, reducers.gram(), w, [X[i : i + 1, :n]])["kernel"]["input"] for i, n in enumerate(LENGTHS) if n]
+    own = [
+        calibrate(fn, reducers.gram(), w, [X[i : i + 1, :n]])["kernel"]["input"]
+        for i, n in enumerate(LENGTHS)
+        if n
+    ]
     np.testing.assert_allclose(found.gram, sum(each.gram for each in own), rtol=1e-5)
     assert int(found.count) == sum(LENGTHS)
     rows = calibrate(fn, reducers.gram(), w, [X], mask=[np.array([1, 0, 0, 1])])["kernel"]["input"]
-    np.testing.assert_allclose(rows.gram, calibrate(fn, reducers.gram(), w, [X[::3]])["kernel"]["input"].gram, rtol=1e-5)
+    np.testing.assert_allclose(
+        rows.gram, calibrate(fn, reducers.gram(), w, [X[::3]])["kernel"]["input"].gram, rtol=1e-5
+    )
 
 
 REFUSED = {
     "sorted": lambda p, x: jnp.sort(x, axis=1) @ p["up"],
     "reversed": lambda p, x: x[:, ::-1] @ p["up"],
     "permuted": lambda p, x: x[:, jnp.argsort(x[0, :, 0])] @ p["up"],
-    "of single tokens that data choose": lambda p, x: x.reshape(-1, D)[jnp.argsort(x[..., 0].ravel())[:5]] @ p["up"],
+    "of single tokens that data choose": lambda p, x: (
+        x.reshape(-1, D)[jnp.argsort(x[..., 0].ravel())[:5]] @ p["up"]
+    ),
     "strided": lambda p, x: x[:, ::2] @ p["up"],
     "an unknown primitive": lambda p, x: jnp.fft.rfft(x, axis=1).real @ p["up"],
     "with tokens in front": lambda p, x: jnp.concatenate([x[:, :1] * 0, x], axis=1) @ p["up"],
@@ -162,5 +176,8 @@ def test_a_reducer_without_masks_refuses_them():
 @pytest.mark.parametrize("solve", [cj.prune.wanda, cj.prune.sparsegpt])
 def test_solvers_solve_for_what_counts(solve):
     padded = calibrate(model, reducers.gram(), P, [PADDED], "up", mask=[TOKENS])
-    one, other = (solve(P, each, 0.5, where="up").params["up"] for each in (padded, alone(reducers.gram(), "up")))
+    one, other = (
+        solve(P, each, 0.5, where="up").params["up"]
+        for each in (padded, alone(reducers.gram(), "up"))
+    )
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

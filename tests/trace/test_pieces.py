@@ -30,7 +30,10 @@ def written_out(pieces, shape, firsts):
             for size, stride in digits:
                 along = (along[:, None] + np.arange(size) * stride).reshape(-1)
             place = place + along.reshape([-1 if i == axis else 1 for i in range(len(shape))])
-        box = tuple(slice(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True))
+        box = tuple(
+            slice(start, start + size)
+            for start, size in zip(piece.starts, piece.sizes, strict=True)
+        )
         operand[box] = place
     return operand
 
@@ -46,7 +49,9 @@ def moves(draw):
     """Draw a way to make one operand of three parameters, by moves that keep entries as they are."""
     shape, chosen = (4, 6, 2), []
     for _ in range(draw(st.integers(1, 5))):
-        kind = draw(st.sampled_from("transpose slice reshape merge rev pad join stack index take".split()))
+        kind = draw(
+            st.sampled_from("transpose slice reshape merge rev pad join stack index take".split())
+        )
         axis = draw(st.integers(0, len(shape) - 1))
         if kind == "transpose":
             order = draw(st.permutations(range(len(shape))))
@@ -68,23 +73,37 @@ def moves(draw):
         elif kind == "rev":
             chosen.append(lambda x, p, axis=axis: jnp.flip(x, axis))
         elif kind == "pad":
-            chosen.append(lambda x, p, axis=axis: jnp.pad(x, [(int(i == axis), 0) for i in range(x.ndim)]))
+            chosen.append(
+                lambda x, p, axis=axis: jnp.pad(x, [(int(i == axis), 0) for i in range(x.ndim)])
+            )
             shape = tuple(n + (i == axis) for i, n in enumerate(shape))
         elif kind == "join":
             name = f"other{len(chosen)}"
             other = tuple(3 if i == axis else n for i, n in enumerate(shape))
-            chosen.append((name, other, lambda x, p, axis=axis, name=name: jnp.concatenate([x, p[name]], axis)))
+            chosen.append(
+                (
+                    name,
+                    other,
+                    lambda x, p, axis=axis, name=name: jnp.concatenate([x, p[name]], axis),
+                )
+            )
             shape = tuple(n + 3 * (i == axis) for i, n in enumerate(shape))
         elif kind == "stack" and len(shape) < 5:
             name = f"other{len(chosen)}"
-            chosen.append((name, shape, lambda x, p, axis=axis, name=name: jnp.stack([p[name], x], axis)))
+            chosen.append(
+                (name, shape, lambda x, p, axis=axis, name=name: jnp.stack([p[name], x], axis))
+            )
             shape = (*shape[:axis], 2, *shape[axis:])
         elif kind in ("index", "take") and len(shape) > 2:
             i = draw(st.integers(0, shape[axis] - 1))
             chosen.append(
                 (lambda x, p, i=i, axis=axis: jnp.take(x, i, axis))
                 if kind == "take"
-                else (lambda x, p, i=i, axis=axis: jax.lax.dynamic_index_in_dim(x, jnp.int32(i), axis, keepdims=False))
+                else (
+                    lambda x, p, i=i, axis=axis: jax.lax.dynamic_index_in_dim(
+                        x, jnp.int32(i), axis, keepdims=False
+                    )
+                )
             )
             shape = (*shape[:axis], *shape[axis + 1 :])
     params = {"w": jnp.zeros((4, 6, 2))}
@@ -120,14 +139,18 @@ def test_problems_give_the_energy_of_the_outputs(case, seed):
     """sum |x W|^2 is the sum over a product's columns, whichever parameters they come from."""
     params, operand = case
     rng = np.random.default_rng(seed)
-    params = {path: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for path, x in params.items()}
+    params = {
+        path: jnp.asarray(rng.normal(size=x.shape), jnp.float32) for path, x in params.items()
+    }
     shape = jax.eval_shape(operand, params).shape
     x = jnp.asarray(rng.normal(size=(5, shape[0])), jnp.float32)
     fn = lambda p, x: jnp.tensordot(x, operand(p), 1)  # noqa: E731
     seen = calibrate(fn, gram(), params, [x])
     tasks, reasons = problems(seen, params)
     (site,) = seen.sites.values()
-    along_inputs = any(piece.sizes[0] != shape[0] for piece in site.pieces)  # then rows of several meet in one column
+    along_inputs = any(
+        piece.sizes[0] != shape[0] for piece in site.pieces
+    )  # then rows of several meet in one column
     if reasons or along_inputs:
         assert all(reasons.values())
         return
@@ -136,27 +159,37 @@ def test_problems_give_the_energy_of_the_outputs(case, seed):
         for task in own:
             part = task.box.take(params[path])
             matrices = task.form.matrices(part)
-            np.testing.assert_array_equal(task.box.put(params[path], task.form.stored(matrices)), params[path])
+            np.testing.assert_array_equal(
+                task.box.put(params[path], task.form.stored(matrices)), params[path]
+            )
             w = np.asarray(matrices, np.float64)
             energy += np.einsum("bkn,bkl,bln", w, np.asarray(task.gram, np.float64) * 5, w)
-    np.testing.assert_allclose(energy, (np.asarray(fn(params, x), np.float64) ** 2).sum(), rtol=1e-4)
+    np.testing.assert_allclose(
+        energy, (np.asarray(fn(params, x), np.float64) ** 2).sum(), rtol=1e-4
+    )
 
 
 P = {name: jnp.ones((3, 4)) for name in "ab"} | {"s": jnp.ones((2, 3, 4)), "i": jnp.arange(2)}
 REFUSED = {
     "combined": lambda p, x: x @ (p["a"] + p["b"]),
     "data or": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
-    "the turn of a loop": lambda p, x: jax.lax.fori_loop(0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))),
+    "the turn of a loop": lambda p, x: jax.lax.fori_loop(
+        0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))
+    ),
     "several parameters": lambda p, x: x @ (p["a"] @ p["b"].T),
     "several indices": lambda p, x: jnp.tensordot(x, p["s"][jnp.array([1, 0, 1])], [[1], [1]]),
-    "not the same in every": lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda: p["a"], lambda: p["b"]).T @ x.T,
+    "not the same in every": lambda p, x: (
+        jax.lax.cond(x[0, 0] > 0, lambda: p["a"], lambda: p["b"]).T @ x.T
+    ),
 }
 
 
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_cannot_be_told_is_refused_for_the_true_reason(reason):
     params = {path: x for path, x in P.items() if path != "i"}
-    tasks, reasons = problems(calibrate(REFUSED[reason], gram(), params, [jnp.ones((5, 3))]), params)
+    tasks, reasons = problems(
+        calibrate(REFUSED[reason], gram(), params, [jnp.ones((5, 3))]), params
+    )
     assert any(reason.split(" (")[0] in why for why in reasons.values()), reasons
     assert not set(tasks) & set(reasons)
 
@@ -165,7 +198,10 @@ def test_a_kernel_that_its_own_norm_or_a_gain_changes_is_laid_out_and_what_chang
     normed = lambda p, x: x @ (p["a"] / jnp.linalg.norm(p["a"], axis=0)[None] * p["b"][:1])  # noqa: E731
     (site,) = sites(normed, P, jnp.ones((5, 3)))
     (piece,) = site.pieces
-    assert (piece.path, piece.offset, piece.sizes) == ("a", 0, (3, 4)) and set(piece.changed) == {"div", "mul"}
+    assert (piece.path, piece.offset, piece.sizes) == ("a", 0, (3, 4)) and set(piece.changed) == {
+        "div",
+        "mul",
+    }
 
 
 def test_slices_that_overlap_are_refused():
@@ -193,8 +229,13 @@ def test_a_kernel_that_runs_backwards_meets_the_right_inputs():
     tasks, _ = problems(calibrate(lambda p, x: x @ p["w"][::-1], gram(), p, [x]), p)
     (task,) = tasks["w"]
     w = task.form.matrices(task.box.take(p["w"]))[0]
-    np.testing.assert_allclose(jnp.diagonal(w.T @ task.gram[0] @ w), (x @ p["w"][::-1])[0] ** 2, rtol=1e-6)
-    assert task.box.flips == (0,) and laid(*(lambda s: (s, s.pieces[0]))(sites(lambda p, x: x @ p["w"], p, x)[0]))[0].whole
+    np.testing.assert_allclose(
+        jnp.diagonal(w.T @ task.gram[0] @ w), (x @ p["w"][::-1])[0] ** 2, rtol=1e-6
+    )
+    assert (
+        task.box.flips == (0,)
+        and laid(*(lambda s: (s, s.pieces[0]))(sites(lambda p, x: x @ p["w"], p, x)[0]))[0].whole
+    )
 
 
 def test_matrices_are_named_by_their_place_in_the_parameter():

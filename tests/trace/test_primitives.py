@@ -20,7 +20,9 @@ from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._resize import widths
 from compress_jax.trace._symmetry import exponents, rotation
 
-REGISTERED = {each.name for each in vars(core.primitives).values() if isinstance(each, core.Primitive)}
+REGISTERED = {
+    each.name for each in vars(core.primitives).values() if isinstance(each, core.Primitive)
+}
 PASSING = {
     "checkpoint_name": lambda x: checkpoint_name(x, "here"),
     "optimization_barrier": jax.lax.optimization_barrier,
@@ -33,8 +35,15 @@ PASSING = {
     "weak": lambda x: jax.lax.convert_element_type(jax.lax.optimization_barrier(x), jnp.float32),
     "reshard": lambda x: jax.sharding.reshard(x, PartitionSpec()),
 }
-WHOLE = ("checkpoint_name", "barrier of two", "reduce_precision")  # with what takes seconds: surgery, rotation, folding
-MESHES = {"sharding_constraint": jax.sharding.AxisType.Auto, "reshard": jax.sharding.AxisType.Explicit}
+WHOLE = (
+    "checkpoint_name",
+    "barrier of two",
+    "reduce_precision",
+)  # with what takes seconds: surgery, rotation, folding
+MESHES = {
+    "sharding_constraint": jax.sharding.AxisType.Auto,
+    "reshard": jax.sharding.AxisType.Explicit,
+}
 
 
 def test_every_primitive_is_in_one_class():
@@ -49,13 +58,38 @@ HANDLED = {  # the classes that a table must know as a whole; what passes values
     "axes": (analyze.RULES, set(primitives.CLASSES) - {"passed", "control", "opaque"}),
     "flops": (
         _cost.FREE | _cost.EACH | _cost.TRANSCENDENTAL | _cost.BOTH.keys() | _cost.RULES.keys(),
-        {"passed", "moves", "joins", "indexed", "updates", "sums", "signs", "comparisons", "arithmetic", "casts", "running"}
+        {
+            "passed",
+            "moves",
+            "joins",
+            "indexed",
+            "updates",
+            "sums",
+            "signs",
+            "comparisons",
+            "arithmetic",
+            "casts",
+            "running",
+        }
         | {"numbers", "collectives", "silent", "contractions"},
     ),
-    "turning": (rotation.RULES, {"casts", "moves", "joins", "indexed", "sums", "signs", "contractions"}),
+    "turning": (
+        rotation.RULES,
+        {"casts", "moves", "joins", "indexed", "sums", "signs", "contractions"},
+    ),
     "scaling": (
         {*exponents.RULES, "split", "unstack"},
-        {"casts", "moves", "joins", "indexed", "sums", "signs", "comparisons", "windows", "contractions"},
+        {
+            "casts",
+            "moves",
+            "joins",
+            "indexed",
+            "sums",
+            "signs",
+            "comparisons",
+            "windows",
+            "contractions",
+        },
     ),
 }
 
@@ -72,7 +106,17 @@ def test_rule_tables_hold_whole_classes_and_nothing_unknown(table):
 
 def test_what_changes_shape_is_resized():
     """All that have a static shape, size or limit among their parameters."""
-    static = {"broadcast_in_dim", "reshape", "slice", "split", "tile", "pad", "iota", "dynamic_slice", "gather"}
+    static = {
+        "broadcast_in_dim",
+        "reshape",
+        "slice",
+        "split",
+        "tile",
+        "pad",
+        "iota",
+        "dynamic_slice",
+        "gather",
+    }
     assert static <= widths.RULES.keys()
 
 
@@ -88,12 +132,24 @@ def tagged(fn, tag, start=0, every=1):
             return tag(x) if floating and next(counter) % every == 0 else x
 
         env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
-        env |= dict(zip(closed.jaxpr.invars, map(through, jax.tree.leaves((params, inputs))), strict=True))
+        env |= dict(
+            zip(closed.jaxpr.invars, map(through, jax.tree.leaves((params, inputs))), strict=True)
+        )
         for eqn in closed.jaxpr.eqns:
-            args = [atom.val if isinstance(atom, core.Literal) else env[atom] for atom in eqn.invars]
+            args = [
+                atom.val if isinstance(atom, core.Literal) else env[atom] for atom in eqn.invars
+            ]
             made = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
-            env |= dict(zip(eqn.outvars, map(through, made if eqn.primitive.multiple_results else [made]), strict=True))
-        return jax.tree.unflatten(jax.tree.structure(shape), [env[var] for var in closed.jaxpr.outvars])
+            env |= dict(
+                zip(
+                    eqn.outvars,
+                    map(through, made if eqn.primitive.multiple_results else [made]),
+                    strict=True,
+                )
+            )
+        return jax.tree.unflatten(
+            jax.tree.structure(shape), [env[var] for var in closed.jaxpr.outvars]
+        )
 
     return run
 
@@ -104,12 +160,21 @@ def block(p, x):
     n = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-6) * p["scale"][None]
     gate, up = jnp.split(n @ p["gate_up"], 2, axis=-1)
     h = h + (jax.nn.silu(gate) * up) @ p["down"]
-    y = (h @ p["conv"] - p["mean"][None]) * jax.lax.rsqrt(p["var"][None] + 1e-3) * p["gain"][None] + p["shift"][None]
+    y = (h @ p["conv"] - p["mean"][None]) * jax.lax.rsqrt(p["var"][None] + 1e-3) * p["gain"][
+        None
+    ] + p["shift"][None]
     y = jax.lax.scan(lambda c, w: (jax.nn.relu(c @ w), None), jax.nn.relu(y), p["stack"])[0]
     return jax.nn.relu(y @ p["up"] + p["bias"][None]) @ p["out"]
 
 
-SHAPES = {"table": (11, 5), "in": (5, 8), "scale": (8,), "gate_up": (8, 12), "down": (6, 8), "conv": (8, 4)}
+SHAPES = {
+    "table": (11, 5),
+    "in": (5, 8),
+    "scale": (8,),
+    "gate_up": (8, 12),
+    "down": (6, 8),
+    "conv": (8, 4),
+}
 SHAPES |= dict.fromkeys(("mean", "var", "gain", "shift"), (4,))
 SHAPES |= {"stack": (2, 4, 4), "up": (4, 6), "bias": (6,), "out": (6, 3)}
 RNG = np.random.default_rng(0)
@@ -119,9 +184,15 @@ X = jnp.array([3, 1, 4, 1])
 
 def answers(fn, quick=False):
     """All that the library says of a function, as values that can be compared."""
-    sites, found, cost = cj.trace.sites(fn, P, X), cj.trace.groups(fn, P, X), cj.trace.cost(fn, P, X)
+    sites, found, cost = (
+        cj.trace.sites(fn, P, X),
+        cj.trace.groups(fn, P, X),
+        cj.trace.cost(fn, P, X),
+    )
     told = {
-        "sites": [(s.name, s.param, s.param_axes, s.stack_axes, s.also, s.uses, s.loops) for s in sites],
+        "sites": [
+            (s.name, s.param, s.param_axes, s.stack_axes, s.also, s.uses, s.loops) for s in sites
+        ],
         "unseen": cj.trace.unseen(fn, P, X),
         "groups": [(g.name, g.size, g.members) for g in found],
         "frozen": found.frozen,
@@ -139,12 +210,18 @@ def answers(fn, quick=False):
     c = cj.quantize.uniform(8, granularity="channel")
     integer = cj.quantize.contractions(fn, c.pack(P, c.init(P)), X, how=cj.quantize.dynamic())
     return told | {
-        "shrunk": ({k: v.tolist() for k, v in small.kept.items()}, [number[1:5] for number in small.table.numbers]),
+        "shrunk": (
+            {k: v.tolist() for k, v in small.kept.items()},
+            [number[1:5] for number in small.table.numbers],
+        ),
         "shrunk params": small.params,
         "shrunk value": small.fn(small.params, X),
         "rotated": (rotated.rotated, rotated.skipped),
         "equalized": equal,
-        "folded": (sorted(folded.folded), sorted(folded.skipped)),  # reasons speak of what the last step was
+        "folded": (
+            sorted(folded.folded),
+            sorted(folded.skipped),
+        ),  # reasons speak of what the last step was
         "integer": str(integer),
         "smoothed": smooth,
     }
@@ -165,8 +242,18 @@ def same(a, b):
 
 
 def test_the_block_has_something_to_find_for_each():
-    assert plain()["rotated"][0] and plain()["folded"][0] and plain()["equalized"].folded and plain()["smoothed"].folded
-    assert plain()["shrunk"][1] and "int8 x int8" in plain()["integer"] and plain()["unseen"] and plain()["groups"]
+    assert (
+        plain()["rotated"][0]
+        and plain()["folded"][0]
+        and plain()["equalized"].folded
+        and plain()["smoothed"].folded
+    )
+    assert (
+        plain()["shrunk"][1]
+        and "int8 x int8" in plain()["integer"]
+        and plain()["unseen"]
+        and plain()["groups"]
+    )
 
 
 @pytest.mark.parametrize("how", PASSING)

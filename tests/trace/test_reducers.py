@@ -47,20 +47,40 @@ REDUCERS = {
 }
 ROUNDED = {"moments", "absmean"}  # divide, so that another order of the batches rounds differently
 every = pytest.mark.parametrize("name", REDUCERS)
-commutative = pytest.mark.parametrize("name", [name for name in REDUCERS if name != "minmax moving"])
+commutative = pytest.mark.parametrize(
+    "name", [name for name in REDUCERS if name != "minmax moving"]
+)
 
 
 def dot_site(lhs, rhs, contracting, batch=((), ()), operand="rhs", kind="dot"):
-    return Site("w", kind, operand and "w", operand, lhs, rhs, (), *["float32"] * 3, contracting, batch)
+    return Site(
+        "w", kind, operand and "w", operand, lhs, rhs, (), *["float32"] * 3, contracting, batch
+    )
 
 
 def conv_site(lhs, rhs, numbers, operand="rhs", **params):
     spatial = len(lhs) - 2
-    same = {"precision": None, "padding": ((0, 0),) * spatial, "feature_group_count": 1, "batch_group_count": 1}
+    same = {
+        "precision": None,
+        "padding": ((0, 0),) * spatial,
+        "feature_group_count": 1,
+        "batch_group_count": 1,
+    }
     same |= {name: (1,) * spatial for name in ("window_strides", "lhs_dilation", "rhs_dilation")}
     contracting = ((numbers.lhs_spec[1],), tuple(sorted(numbers.rhs_spec[1:])))
     params = same | {"dimension_numbers": numbers} | params
-    return Site("w", "conv", operand and "w", operand, lhs, rhs, (), *["float32"] * 3, contracting, params=params)
+    return Site(
+        "w",
+        "conv",
+        operand and "w",
+        operand,
+        lhs,
+        rhs,
+        (),
+        *["float32"] * 3,
+        contracting,
+        params=params,
+    )
 
 
 NCHW = ConvDimensionNumbers(*[(0, 1, 2, 3)] * 3)
@@ -90,7 +110,10 @@ def same(a, b, tolerance=0.0):
 
 def unseen(statistics):
     """What a branch of cond that was not taken leaves."""
-    return jax.tree.map(lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0), statistics)
+    return jax.tree.map(
+        lambda x: jnp.full_like(x, jnp.nan if jnp.issubdtype(x.dtype, jnp.floating) else 0),
+        statistics,
+    )
 
 
 # --- The laws, for every reducer.
@@ -105,7 +128,10 @@ def test_two_batches_are_one_large_batch(name):
 
 @commutative
 def test_merging_is_associative(name):
-    merge, (a, b, c) = REDUCERS[name].merge, [measured(name, 5.0**i * whole(6, 3, seed=i)) for i in range(3)]
+    merge, (a, b, c) = (
+        REDUCERS[name].merge,
+        [measured(name, 5.0**i * whole(6, 3, seed=i)) for i in range(3)],
+    )
     same(merge(merge(a, b), c), merge(a, merge(b, c)), 1e-6 if name in ROUNDED else 0)
 
 
@@ -123,13 +149,17 @@ def test_what_did_not_run_is_neutral(name):
 def test_nothing_seen_finishes_as_nan(name):
     finished = REDUCERS[name].finish(unseen(measured(name, normal(6, 3))))["input"]
     floats = [x for x in jax.tree.leaves(finished) if jnp.issubdtype(x.dtype, jnp.floating)]
-    assert all(np.isnan(x).all() for x in floats) and (floats or (np.array(finished.count) == 0).all())
+    assert all(np.isnan(x).all() for x in floats) and (
+        floats or (np.array(finished.count) == 0).all()
+    )
 
 
 @every
 def test_statistics_of_loops_merge_and_finish_turn_by_turn(name):
     reducer = REDUCERS[name]
-    olds, news = ([measured(name, 3.0**i * normal(6, 3, seed=seed + i)) for i in range(6)] for seed in (0, 10))
+    olds, news = (
+        [measured(name, 3.0**i * normal(6, 3, seed=seed + i)) for i in range(6)] for seed in (0, 10)
+    )
     olds[4], news[2] = unseen(olds[4]), unseen(news[2])
     stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x).reshape(2, 3, *x[0].shape), *trees)  # noqa: E731
     merged = [reducer.merge(old, new) for old, new in zip(olds, news, strict=True)]
@@ -151,11 +181,17 @@ def test_jit_and_lower_precision_and_integers(name):
 @every
 def test_zeros_have_finite_statistics(name):
     reducer, zeros = REDUCERS[name], measured(name, np.zeros((6, 3)))
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(reducer.finish(reducer.merge(zeros, zeros))))
+    assert all(
+        np.isfinite(leaf).all()
+        for leaf in jax.tree.leaves(reducer.finish(reducer.merge(zeros, zeros)))
+    )
 
 
 @every
-@pytest.mark.parametrize("axis, kind", [(0, AxisType.Auto), (1, AxisType.Auto), (2, AxisType.Auto), (0, AxisType.Explicit)])
+@pytest.mark.parametrize(
+    "axis, kind",
+    [(0, AxisType.Auto), (1, AxisType.Auto), (2, AxisType.Auto), (0, AxisType.Explicit)],
+)
 def test_sharded_input(name, axis, kind):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
     x, site = normal(8, 8, 16), dot_site((8, 8, 16), (16, 4), ((2,), (0,)))
@@ -164,16 +200,22 @@ def test_sharded_input(name, axis, kind):
     tolerance = 1e-5 if name == "gram" else 1e-6 if name in ROUNDED | {"norm"} else 0
     same(jax.device_get(run(sharded)), jax.device_get(run(x)), tolerance)
     if axis < 2 or name != "gram":  # whose products need all channels
-        assert "all-gather" not in run.lower(sharded).compile().as_text()  # memory: activations stay where they are
+        assert (
+            "all-gather" not in run.lower(sharded).compile().as_text()
+        )  # memory: activations stay where they are
 
 
 @every
 def test_two_activations_are_measured_each(name):
     site = dot_site((2, 6, 3), (2, 3, 5), ((2,), (1,)), ((0,), (0,)), operand=None)
-    scores = REDUCERS[name].reduce(site, jnp.asarray(normal(2, 6, 3)), jnp.asarray(normal(2, 3, 5, seed=1)))
+    scores = REDUCERS[name].reduce(
+        site, jnp.asarray(normal(2, 6, 3)), jnp.asarray(normal(2, 3, 5, seed=1))
+    )
     assert list(scores) == ["lhs", "rhs"]
     mirrored = dot_site((2, 3, 5), (2, 6, 3), ((1,), (2,)), ((0,), (0,)), operand=None)
-    swapped = REDUCERS[name].reduce(mirrored, jnp.asarray(normal(2, 3, 5, seed=1)), jnp.asarray(normal(2, 6, 3)))
+    swapped = REDUCERS[name].reduce(
+        mirrored, jnp.asarray(normal(2, 3, 5, seed=1)), jnp.asarray(normal(2, 6, 3))
+    )
     same(scores, {"lhs": swapped["rhs"], "rhs": swapped["lhs"]}, 1e-6)
 
 
@@ -182,12 +224,32 @@ def test_two_activations_are_measured_each(name):
 PAIRED = ((2, 0), (0, 1))
 CHANNELS = {
     "dense": (DENSE, (6, 3), lambda x: x),
-    "two axes, the last first": (dot_site((2, 3, 4), (4, 2, 5), PAIRED), (2, 3, 4), lambda x: x.transpose(1, 2, 0)),
-    "kernel on the left": (dot_site((4, 3), (3, 6), ((1,), (0,)), operand="lhs"), (3, 6), lambda x: x.T),
-    "experts": (dot_site((5, 2, 3), (2, 3, 4), ((2,), (1,)), ((1,), (0,))), (5, 2, 3), lambda x: x.swapaxes(0, 1)),
+    "two axes, the last first": (
+        dot_site((2, 3, 4), (4, 2, 5), PAIRED),
+        (2, 3, 4),
+        lambda x: x.transpose(1, 2, 0),
+    ),
+    "kernel on the left": (
+        dot_site((4, 3), (3, 6), ((1,), (0,)), operand="lhs"),
+        (3, 6),
+        lambda x: x.T,
+    ),
+    "experts": (
+        dot_site((5, 2, 3), (2, 3, 4), ((2,), (1,)), ((1,), (0,))),
+        (5, 2, 3),
+        lambda x: x.swapaxes(0, 1),
+    ),
     "ragged": (dot_site((7, 3), (2, 3, 4), ((1,), (1,)), kind="ragged_dot"), (7, 3), lambda x: x),
-    "NCHW": (conv_site((2, 3, 4, 5), (6, 3, 2, 2), NCHW), (2, 3, 4, 5), lambda x: x.transpose(0, 2, 3, 1)),
-    "hypernetwork": (conv_site((2, 3, 4, 5), (6, 3, 2, 2), NCHW, operand="lhs"), (6, 3, 2, 2), lambda x: x),
+    "NCHW": (
+        conv_site((2, 3, 4, 5), (6, 3, 2, 2), NCHW),
+        (2, 3, 4, 5),
+        lambda x: x.transpose(0, 2, 3, 1),
+    ),
+    "hypernetwork": (
+        conv_site((2, 3, 4, 5), (6, 3, 2, 2), NCHW, operand="lhs"),
+        (6, 3, 2, 2),
+        lambda x: x,
+    ),
 }
 WIDTHS = {"two axes, the last first": 8, "hypernetwork": 12}
 
@@ -234,7 +296,11 @@ def test_moving_range():
     for x in batches:
         new = reducer(DENSE, jnp.asarray(x), KERNEL)
         statistics = new if statistics is None else reducer.merge(statistics, new)
-        low, high = (x.min(), x.max()) if low is None else (0.9 * low + 0.1 * x.min(), 0.9 * high + 0.1 * x.max())
+        low, high = (
+            (x.min(), x.max())
+            if low is None
+            else (0.9 * low + 0.1 * x.min(), 0.9 * high + 0.1 * x.max())
+        )
     np.testing.assert_allclose(reducer.finish(statistics)["input"][:2], [low, high], rtol=1e-6)
 
 
@@ -254,12 +320,20 @@ def test_nan_is_not_hidden():
         assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(measured(name, x)))
     assert measured("outliers", x)["input"].entries[1] == (~(np.abs(x[:, 1]) < 2)).sum()
     for bad in (np.nan, np.inf):
-        merged = histogram().merge(histogram()(DENSE, jnp.asarray(x) * 0 + bad, KERNEL), histogram()(DENSE, KERNEL, KERNEL))
-        assert np.isnan(percentile(merged["input"], 99.0)) and np.isnan(percentile(magnitudes(merged["input"]), 50.0))
+        merged = histogram().merge(
+            histogram()(DENSE, jnp.asarray(x) * 0 + bad, KERNEL), histogram()(DENSE, KERNEL, KERNEL)
+        )
+        assert np.isnan(percentile(merged["input"], 99.0)) and np.isnan(
+            percentile(magnitudes(merged["input"]), 50.0)
+        )
 
 
 def test_counts_stay_at_the_most_rather_than_turn_negative():
-    old = {"input": measured("outliers", np.full((6, 3), 9.0))["input"]._replace(count=jnp.int32(2**31 - 3))}
+    old = {
+        "input": measured("outliers", np.full((6, 3), 9.0))["input"]._replace(
+            count=jnp.int32(2**31 - 3)
+        )
+    }
     seen = outliers().merge(old, measured("outliers", np.full((6, 3), 9.0)))["input"]
     assert int(seen.count) == 2**31 - 1 and seen.entries.tolist() == [12] * 3
 
@@ -303,22 +377,38 @@ def products(draw):
     order = slice(None, None, -1 if flip else 1)
     (left_batch, left), (right_batch, right) = axes[order]
     lhs, rhs = (tuple(map(int, shape)) for shape in shapes[order])
-    return dot_site(lhs, rhs, (left, right), (left_batch, right_batch), operand="lhs" if flip else "rhs")
+    return dot_site(
+        lhs, rhs, (left, right), (left_batch, right_batch), operand="lhs" if flip else "rhs"
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @example(CHANNELS["two axes, the last first"][0], 0)
 @given(products(), st.integers(0, 99))
 def test_gram_of_any_product(site, seed):
-    lhs, rhs = jnp.asarray(whole(*site.lhs_shape, seed=seed)), jnp.asarray(whole(*site.rhs_shape, seed=seed + 1))
+    lhs, rhs = (
+        jnp.asarray(whole(*site.lhs_shape, seed=seed)),
+        jnp.asarray(whole(*site.rhs_shape, seed=seed + 1)),
+    )
     product = partial(jax.lax.dot_general, dimension_numbers=(site.contracting, site.batch))
-    seen, out = jax.jit(lambda lhs, rhs: (gram()(site, lhs, rhs)["input"], product(lhs, rhs)))(lhs, rhs)
+    seen, out = jax.jit(lambda lhs, rhs: (gram()(site, lhs, rhs)["input"], product(lhs, rhs)))(
+        lhs, rhs
+    )
     which = 1 - site.inputs["input"]
-    kernel, axes, batch = np.asarray((lhs, rhs)[which], np.float64), site.contracting[which], site.batch[which]
-    batches, width = tuple(kernel.shape[axis] for axis in batch), math.prod(kernel.shape[axis] for axis in axes)
+    kernel, axes, batch = (
+        np.asarray((lhs, rhs)[which], np.float64),
+        site.contracting[which],
+        site.batch[which],
+    )
+    batches, width = (
+        tuple(kernel.shape[axis] for axis in batch),
+        math.prod(kernel.shape[axis] for axis in axes),
+    )
     assert seen.gram.shape == (*batches, width, width)
     assert int(seen.count) * math.prod(batches) * width == (rhs, lhs)[which].size
-    matrices = np.moveaxis(kernel, (*batch, *axes), range(len(batch + axes))).reshape(math.prod(batches), width, -1)
+    matrices = np.moveaxis(kernel, (*batch, *axes), range(len(batch + axes))).reshape(
+        math.prod(batches), width, -1
+    )
     assert squared_error(seen.gram, matrices) == (np.asarray(out, np.float64) ** 2).sum()
 
 
@@ -328,7 +418,10 @@ def convolutions(draw):
     spatial = draw(st.integers(1, 2))
     per = partial(lambda elements: tuple(draw(elements) for _ in range(spatial)))
     features, examples = draw(st.sampled_from([(1, 1), (1, 1), (2, 1), (3, 1), (1, 2)]))
-    channels, width = features * draw(st.integers(1, 2)), features * examples * draw(st.integers(1, 2))
+    channels, width = (
+        features * draw(st.integers(1, 2)),
+        features * examples * draw(st.integers(1, 2)),
+    )
     window, gaps, holes = per(st.integers(1, 3)), per(st.integers(1, 2)), per(st.integers(1, 2))
     padding = tuple((draw(st.integers(-1, 2)), draw(st.integers(-1, 2))) for _ in range(spatial))
     sizes = tuple(
@@ -340,7 +433,12 @@ def convolutions(draw):
     lhs, rhs = np.zeros(spatial + 2, int), np.zeros(spatial + 2, int)
     lhs[list(specs[0])] = (2 * examples, channels, *sizes)
     rhs[list(specs[1])] = (width, channels // features, *window)
-    params = dict(padding=padding, window_strides=per(st.integers(1, 3)), lhs_dilation=holes, rhs_dilation=gaps)
+    params = dict(
+        padding=padding,
+        window_strides=per(st.integers(1, 3)),
+        lhs_dilation=holes,
+        rhs_dilation=gaps,
+    )
     groups = dict(feature_group_count=features, batch_group_count=examples)
     return conv_site(tuple(map(int, lhs)), tuple(map(int, rhs)), numbers, **params, **groups)
 
@@ -350,17 +448,36 @@ def unfolded(site, x):
     p, numbers = site.params, site.params["dimension_numbers"]
     x = np.asarray(x, np.float64).transpose(numbers.lhs_spec)
     kernel = [site.rhs_shape[axis] for axis in numbers.rhs_spec[2:]]
-    spread = np.zeros((*x.shape[:2], *((n - 1) * hole + 1 for n, hole in zip(x.shape[2:], p["lhs_dilation"], strict=True))))
+    spread = np.zeros(
+        (
+            *x.shape[:2],
+            *((n - 1) * hole + 1 for n, hole in zip(x.shape[2:], p["lhs_dilation"], strict=True)),
+        )
+    )
     spread[(..., *(slice(None, None, hole) for hole in p["lhs_dilation"]))] = x
     reach = [(wide - 1) * gap + 1 for wide, gap in zip(kernel, p["rhs_dilation"], strict=True)]
-    lengths = [n + low + high for n, (low, high) in zip(spread.shape[2:], p["padding"], strict=True)]
-    positions = [range(0, n - r + 1, stride) for n, r, stride in zip(lengths, reach, p["window_strides"], strict=True)]
-    order = [numbers.rhs_spec.index(axis) - 1 for axis in site.contracting[1]]  # 0: channel, then the window's axes
+    lengths = [
+        n + low + high for n, (low, high) in zip(spread.shape[2:], p["padding"], strict=True)
+    ]
+    positions = [
+        range(0, n - r + 1, stride)
+        for n, r, stride in zip(lengths, reach, p["window_strides"], strict=True)
+    ]
+    order = [
+        numbers.rhs_spec.index(axis) - 1 for axis in site.contracting[1]
+    ]  # 0: channel, then the window's axes
 
     def entry(example, channels, start, offsets):
-        at = [s + o * gap - low for s, o, gap, (low, _) in zip(start, offsets, p["rhs_dilation"], p["padding"], strict=True)]
+        at = [
+            s + o * gap - low
+            for s, o, gap, (low, _) in zip(
+                start, offsets, p["rhs_dilation"], p["padding"], strict=True
+            )
+        ]
         inside = all(0 <= a < n for a, n in zip(at, spread.shape[2:], strict=True))
-        return spread[(example, channels, *at)] if inside else np.zeros(channels.stop - channels.start)
+        return (
+            spread[(example, channels, *at)] if inside else np.zeros(channels.stop - channels.start)
+        )
 
     def row(example, channels, start):
         cells = [entry(example, channels, start, offsets) for offsets in np.ndindex(*kernel)]
@@ -383,14 +500,26 @@ def unfolded(site, x):
 @settings(max_examples=25, deadline=None)
 @given(convolutions(), st.integers(0, 99))
 def test_gram_of_any_convolution(site, seed):
-    lhs, rhs = jnp.asarray(whole(*site.lhs_shape, seed=seed)), jnp.asarray(whole(*site.rhs_shape, seed=seed + 1))
-    seen, out = jax.jit(lambda lhs, rhs: (gram()(site, lhs, rhs)["input"], site.contract(lhs, rhs)))(lhs, rhs)
+    lhs, rhs = (
+        jnp.asarray(whole(*site.lhs_shape, seed=seed)),
+        jnp.asarray(whole(*site.rhs_shape, seed=seed + 1)),
+    )
+    seen, out = jax.jit(
+        lambda lhs, rhs: (gram()(site, lhs, rhs)["input"], site.contract(lhs, rhs))
+    )(lhs, rhs)
     rows, out = unfolded(site, lhs), np.asarray(out, np.float64)
     groups = len(rows)
-    assert seen.gram.shape == ((groups,) if groups > 1 else ()) + 2 * rows.shape[2:] and seen.count == rows.shape[1]
-    np.testing.assert_array_equal(seen.gram.reshape(groups, *seen.gram.shape[-2:]), rows.swapaxes(1, 2) @ rows)
+    assert (
+        seen.gram.shape == ((groups,) if groups > 1 else ()) + 2 * rows.shape[2:]
+        and seen.count == rows.shape[1]
+    )
+    np.testing.assert_array_equal(
+        seen.gram.reshape(groups, *seen.gram.shape[-2:]), rows.swapaxes(1, 2) @ rows
+    )
     axes = (site.params["dimension_numbers"].rhs_spec[0], *site.contracting[1])
-    matrices = np.moveaxis(np.asarray(rhs, np.float64), axes, range(len(axes))).reshape(groups, -1, rows.shape[2])
+    matrices = np.moveaxis(np.asarray(rhs, np.float64), axes, range(len(axes))).reshape(
+        groups, -1, rows.shape[2]
+    )
     assert squared_error(seen.gram, matrices.swapaxes(1, 2)) == (out**2).sum()
 
 
@@ -398,22 +527,30 @@ def test_gram_of_any_convolution(site, seed):
 def test_gram_of_a_kernel_that_is_data(features, examples):
     """A kernel that another network made: its rows are output channels, and it meets the same windows in the same order."""
     shapes = (2, 3 * features, 4, 5), (4, 3, 2, 2)
-    site = conv_site(*shapes, NCHW, operand=None, feature_group_count=features, batch_group_count=examples)
+    site = conv_site(
+        *shapes, NCHW, operand=None, feature_group_count=features, batch_group_count=examples
+    )
     lhs, rhs = (jnp.asarray(whole(*shape)) for shape in shapes)
     seen, count = gram()(site, lhs, rhs), features * examples
     images, kernels = (np.asarray(seen[key].gram).reshape(count, 12, 12) for key in ("lhs", "rhs"))
-    np.testing.assert_array_equal(kernels, np.einsum("gnk,gnl->gkl", *[np.asarray(rhs).reshape(count, -1, 12)] * 2))
+    np.testing.assert_array_equal(
+        kernels, np.einsum("gnk,gnl->gkl", *[np.asarray(rhs).reshape(count, -1, 12)] * 2)
+    )
     assert (images * kernels).sum() == (np.asarray(site.contract(lhs, rhs), np.float64) ** 2).sum()
     assert int(seen["rhs"].count) == 4 // count
 
 
 def test_gram_of_a_ragged_product_is_over_all_rows():
     site, x = dot_site((7, 3), (2, 3, 4), ((1,), (1,)), kind="ragged_dot"), whole(7, 3)
-    np.testing.assert_array_equal(gram()(site, jnp.asarray(x), jnp.zeros((2, 3, 4)))["input"].gram, x.T @ x)
+    np.testing.assert_array_equal(
+        gram()(site, jnp.asarray(x), jnp.zeros((2, 3, 4)))["input"].gram, x.T @ x
+    )
 
 
 def test_gram_is_summed_in_float32():
-    x = 1 + np.arange(768).reshape(256, 3) % 128 / 128  # exact in bfloat16; its products and sums are only in float32
+    x = (
+        1 + np.arange(768).reshape(256, 3) % 128 / 128
+    )  # exact in bfloat16; its products and sums are only in float32
     seen = gram()(DENSE, jnp.asarray(x, jnp.bfloat16), KERNEL)["input"]
     np.testing.assert_array_equal(seen.gram, x.T @ x)
 
@@ -443,7 +580,9 @@ def test_histogram_counts_what_numpy_counts(x):
     assert largest < top and (top / 2 <= largest or top == 2.0**-96)
     ends = np.arange(9) / 8 * top
     np.testing.assert_array_equal(edges(seen), np.concatenate([-ends[:0:-1], ends]))
-    above, below = (np.histogram(part.astype(np.float64), ends)[0] for part in (x[x >= 0], -x[x < 0]))
+    above, below = (
+        np.histogram(part.astype(np.float64), ends)[0] for part in (x[x >= 0], -x[x < 0])
+    )
     np.testing.assert_array_equal(exact(seen.counts), [*below[::-1], *above])
     np.testing.assert_array_equal(exact(magnitudes(seen).counts), [*[0] * 8, *above + below])
 
@@ -466,13 +605,19 @@ def test_counts_go_on_past_32_bits():
 
 @settings(max_examples=60, deadline=None)
 @example([1.0, -1.0], 0)
-@given(st.lists(values, min_size=2, max_size=40), st.sampled_from([0, 0.1, 1, 25, 50, 50.1, 90, 99, 99.9, 100]))
+@given(
+    st.lists(values, min_size=2, max_size=40),
+    st.sampled_from([0, 0.1, 1, 25, 50, 50.1, 90, 99, 99.9, 100]),
+)
 def test_percentile_is_within_a_bin_of_that_rank(x, percent):
     padded = np.float32(x + x[:1] * (40 - len(x)))  # one shape, one compilation
     seen, x = counted(padded[:, None], 256), np.sort(padded).astype(np.float64)
     for of, ordered in ((seen, x), (magnitudes(seen), np.sort(np.abs(x)))):
         rank, width = percent / 100 * len(x), 2.0 ** (int(seen.exponent) + 1) / 256
-        lower, upper = ordered[max(math.ceil(rank - 1e-4) - 1, 0)], ordered[min(math.floor(rank + 1e-4), len(x) - 1)]
+        lower, upper = (
+            ordered[max(math.ceil(rank - 1e-4) - 1, 0)],
+            ordered[min(math.floor(rank + 1e-4), len(x) - 1)],
+        )
         assert lower - width <= float(percentile(of, percent)) <= upper + width
     assert float(percentile(seen, 0)) == x[0] and float(percentile(seen, 100)) == x[-1]
     assert float(percentile(magnitudes(seen), 100)) == np.abs(x).max()
@@ -492,7 +637,12 @@ def test_the_last_entries_of_very_many_are_resolved():
     """Of 2**33 entries a few lie far out: counted from the other end, float32 would not tell them from none."""
     upper, lower = np.zeros(16, np.uint32), np.zeros(16, np.uint32)
     upper[8], lower[15] = 2, 1024
-    seen = Histogram(Counts(jnp.asarray(upper), jnp.asarray(lower)), jnp.int32(0), *jnp.float32([0, 0.99]), jnp.int32(1))
+    seen = Histogram(
+        Counts(jnp.asarray(upper), jnp.asarray(lower)),
+        jnp.int32(0),
+        *jnp.float32([0, 0.99]),
+        jnp.int32(1),
+    )
     assert 0.875 <= float(percentile(seen, 100 * (1 - 2**-24))) <= 0.99
     assert 0 <= float(percentile(seen, 100 * (1 - 2**-22))) <= 0.125
 
@@ -502,7 +652,10 @@ def test_the_last_entries_of_very_many_are_resolved():
 
 def test_observed_through_loops_and_branches():
     """Sites as the tracer describes them: a grouped convolution in a scan, and a product in a branch rarely taken."""
-    params, x = {"conv": jnp.asarray(whole(2, 2, 2, 4)), "w": jnp.asarray(whole(4, 3))}, jnp.asarray(whole(3, 2, 5, 4, 4))
+    params, x = (
+        {"conv": jnp.asarray(whole(2, 2, 2, 4)), "w": jnp.asarray(whole(4, 3))},
+        jnp.asarray(whole(3, 2, 5, 4, 4)),
+    )
     sums = sorted(float(image.sum()) for image in x)
     rare = (sums[1] + sums[2]) / 2
 
@@ -510,7 +663,9 @@ def test_observed_through_loops_and_branches():
         def turn(carry, image):
             options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=2)
             y = jax.lax.conv_general_dilated(image, params["conv"], (2, 1), "SAME", **options)
-            return carry, jax.lax.cond(image.sum() > rare, lambda y: y @ params["w"], lambda y: 0 * y[..., :3], y)
+            return carry, jax.lax.cond(
+                image.sum() > rare, lambda y: y @ params["w"], lambda y: 0 * y[..., :3], y
+            )
 
         return jax.lax.scan(turn, 0.0, x)[1]
 

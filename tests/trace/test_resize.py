@@ -17,11 +17,13 @@ from tests.trace.zoo_entry import randomise
 from tests.trace.zoo_linen import ViT
 
 ENTRIES = {entry.name: entry for entry in ZOO}
-# Parameters of these may simply be shorter: no shape is written down in them, so they say themselves what is right.
+# Parameters of these may simply be shorter: no shape is written down in them, so they say
+# themselves what is right.
 QUICK = "mlp/nnx plain/cast plain/convolutions plain/routed plain/custom_jvp plain/custom_vjp plain/scanned".split()
 DIRECT = """moe/nnx lenet/nnx resnet/nnx resnet_train/nnx plain/operators plain/on_the_left plain/transposed
 plain/contracted_in_place plain/einsum plain/both_parameters plain/low_rank plain/vmapped""".split()
-# In these, some groups go through a norm or a softmax, for which a channel of zeros is not the same as none.
+# In these, some groups go through a norm or a softmax, for which a channel of zeros is not the same
+# as none.
 NORMALISED = {
     "vit": "patches/kernel:3",
     "llama": "embed/embedding:1",
@@ -31,7 +33,11 @@ NORMALISED = {
     "moe/nnx": "up:0",
     "convnet": "dense/layers/2/weight:0",
 }
-ZEROED = [*(name for name in ENTRIES if name.endswith(("/linen", "/equinox"))), "recurrent/nnx", "plain/reshaped"]
+ZEROED = [
+    *(name for name in ENTRIES if name.endswith(("/linen", "/equinox"))),
+    "recurrent/nnx",
+    "plain/reshaped",
+]
 ZEROED.remove("lenet/linen")  # quick
 
 
@@ -44,7 +50,10 @@ def made(name):
 def half(found, seed=0):
     """Keep a random half of every group, of odd ones the smaller."""
     rng = np.random.default_rng(seed)
-    return {group.name: np.sort(rng.permutation(group.size)[: max(1, group.size // 2)]) for group in found}
+    return {
+        group.name: np.sort(rng.permutation(group.size)[: max(1, group.size // 2)])
+        for group in found
+    }
 
 
 def zeroed(variables, found, kept):
@@ -53,7 +62,9 @@ def zeroed(variables, found, kept):
     for name, channels in kept.items():
         for path, axis in found[name].members:
             if not path.endswith("var"):
-                mask = np.moveaxis(np.zeros(leaves[path].shape, bool), axis, -1) | found[name].mask((path, axis), channels)
+                mask = np.moveaxis(np.zeros(leaves[path].shape, bool), axis, -1) | found[name].mask(
+                    (path, axis), channels
+                )
                 leaves[path] = jnp.where(np.moveaxis(mask, -1, axis), leaves[path], 0)
     return rebuild(leaves)
 
@@ -64,18 +75,26 @@ def assert_close(a, b, tolerance=2e-5):
     for path, x in b.items():
         assert a[path].shape == x.shape and a[path].dtype == x.dtype, path
         x, y = np.asarray(x, np.float32), np.asarray(a[path], np.float32)
-        np.testing.assert_allclose(y, x, rtol=0, atol=tolerance * max(np.abs(x).max(initial=0), 1e-3), err_msg=path)
+        np.testing.assert_allclose(
+            y, x, rtol=0, atol=tolerance * max(np.abs(x).max(initial=0), 1e-3), err_msg=path
+        )
 
 
 def scalar(fn, inputs):
     def loss(variables):
-        leaves = [x for x in jax.tree.leaves(fn(variables, *inputs)) if jnp.issubdtype(x.dtype, jnp.floating)]
+        leaves = [
+            x
+            for x in jax.tree.leaves(fn(variables, *inputs))
+            if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
         return sum(jnp.sin(x.astype(jnp.float32)).sum() for x in leaves)
 
     return loss
 
 
-@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in DIRECT)])
+@pytest.mark.parametrize(
+    "name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in DIRECT)]
+)
 def test_it_is_the_function_of_shorter_parameters(name):
     """In value and gradient, where the function itself takes parameters of any width."""
     fn, variables, inputs, found = made(name)
@@ -87,11 +106,17 @@ def test_it_is_the_function_of_shorter_parameters(name):
     assert_close(*gradients, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["lenet/linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ZEROED)])
+@pytest.mark.parametrize(
+    "name", ["lenet/linen", *(pytest.param(name, marks=pytest.mark.slow) for name in ZEROED)]
+)
 def test_removed_channels_of_zeros_make_no_difference(name):
     fn, variables, inputs, found = made(name)
     apart = next((group for start, group in NORMALISED.items() if name.startswith(start)), None)
-    kept = {group: left for group, left in half(found, 1).items() if group.removeprefix("params/") != apart}
+    kept = {
+        group: left
+        for group, left in half(found, 1).items()
+        if group.removeprefix("params/") != apart
+    }
     if not kept:
         return
     smaller = resize(fn, variables, found, kept)(found.keep(variables, kept), *inputs)
@@ -111,8 +136,12 @@ def test_the_whole_zoo_runs_and_trains_at_half_its_widths(name):
     smaller = resize(fn, variables, found, kept)
     short = jax.eval_shape(lambda v: found.keep(v, kept), variables)
     shapes = lambda tree: jax.tree.map(jnp.shape, tree)  # noqa: E731
-    out, full = (jax.eval_shape(each, v, *inputs) for each, v in ((smaller, short), (fn, variables)))
-    assert shapes(out[0] if "train" in name else out) == shapes(full[0] if "train" in name else full)
+    out, full = (
+        jax.eval_shape(each, v, *inputs) for each, v in ((smaller, short), (fn, variables))
+    )
+    assert shapes(out[0] if "train" in name else out) == shapes(
+        full[0] if "train" in name else full
+    )
     if ENTRIES[name].reverse:
         assert shapes(jax.eval_shape(jax.grad(scalar(smaller, inputs)), short)) == shapes(short)
 
@@ -120,13 +149,19 @@ def test_the_whole_zoo_runs_and_trains_at_half_its_widths(name):
 def test_all_kept_is_the_function_itself():
     fn, variables, inputs, found = made("resnet_train/linen")
     everything = {group.name: range(group.size) for group in found}
-    assert_close(resize(fn, variables, found, everything)(variables, *inputs), jax.jit(fn)(variables, *inputs), 0)
+    assert_close(
+        resize(fn, variables, found, everything)(variables, *inputs),
+        jax.jit(fn)(variables, *inputs),
+        0,
+    )
 
 
 def test_a_residual_network_of_half_the_width_is_the_same():
     """The module made with other arguments: convolutions, norms in training mode, their new statistics."""
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
-    learn = lambda width: partial(ResNet(depth=8, width=width).apply, train=True, mutable=["batch_stats"])  # noqa: E731
+    learn = lambda width: partial(
+        ResNet(depth=8, width=width).apply, train=True, mutable=["batch_stats"]
+    )  # noqa: E731
     variables = randomise(jax.eval_shape(ResNet(depth=8, width=4).init, jax.random.key(0), x))
     found = groups(learn(4), variables, x)
     kept = half(found)
@@ -140,11 +175,19 @@ def test_a_residual_network_of_half_the_width_is_the_same():
 def test_a_transformer_of_half_the_width_is_the_same():
     """Layer norms over a shorter axis, half of the heads, half of the hidden features."""
     fn, variables, inputs, found = made("vit/linen")
-    whole = {group.name for group in found if group.size == 4 and "attention" in group.name and group.name.endswith(":2")}
+    whole = {
+        group.name
+        for group in found
+        if group.size == 4 and "attention" in group.name and group.name.endswith(":2")
+    }
     kept = {name: left for name, left in half(found).items() if name not in whole}
     smaller, short = resize(fn, variables, found, kept), found.keep(variables, kept)
     module = ViT(width=8, heads=2, hidden=14)
-    assert len(whole) == 4 and short["params"]["block_0"]["attention"]["query"]["kernel"].shape == (8, 2, 4)
+    assert len(whole) == 4 and short["params"]["block_0"]["attention"]["query"]["kernel"].shape == (
+        8,
+        2,
+        4,
+    )
     assert_close(smaller(short, *inputs), jax.jit(module.apply)(short, *inputs), 1e-5)
 
 
@@ -155,16 +198,26 @@ def test_counts_of_means_and_variances_follow_and_other_numbers_stay(written_dow
     def fn(p, x):
         x = (x @ p["a"]).reshape((2, 6) if written_down else (2, -1))
         unbiased = jnp.var(x, 1, keepdims=True, ddof=1)
-        return jnp.stack([x.mean(1), unbiased[:, 0], (x.sum(1) * (1 / 6)), x.sum(1) / 4, x.std(1)]), (x / 6) @ p["b"]
+        return jnp.stack(
+            [x.mean(1), unbiased[:, 0], (x.sum(1) * (1 / 6)), x.sum(1) / 4, x.std(1)]
+        ), (x / 6) @ p["b"]
 
     p = randomise({"a": np.empty((3, 6)), "b": np.empty((6, 1))})
     x = randomise({"x": np.empty((2, 3))})["x"]
     found, left = groups(fn, p, x), [0, 2, 5]
     got, product = resize(fn, p, found, {"a:1": left})(found.keep(p, {"a:1": left}), x)
     h = np.asarray(x, np.float64) @ np.asarray(p["a"], np.float64)[:, left]
-    expected = [h.mean(1), h.var(1, ddof=1), h.mean(1) if written_down else h.sum(1) / 6, h.sum(1) / 4, h.std(1)]
+    expected = [
+        h.mean(1),
+        h.var(1, ddof=1),
+        h.mean(1) if written_down else h.sum(1) / 6,
+        h.sum(1) / 4,
+        h.std(1),
+    ]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(product, h / 6 @ np.asarray(p["b"], np.float64)[left], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        product, h / 6 @ np.asarray(p["b"], np.float64)[left], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_shapes_that_are_written_down_follow():
@@ -183,8 +236,12 @@ def test_shapes_that_are_written_down_follow():
     assert [(group.name, group.size) for group in found] == [("a:1", 3), ("a:1#2", 4)]
     kept = {"a:1": [0, 2], "a:1#2": [1]}
     h = (np.asarray(x @ p["a"]).reshape(2, 3, 4) + np.asarray(p["c"]))[:, [0, 2]][:, :, [1]]
-    expected = (2 * h * h).reshape(2, 2) @ np.asarray(p["b"]).reshape(3, 4, 2)[[0, 2]][:, [1]].reshape(2, 2)
-    np.testing.assert_allclose(resize(fn, p, found, kept)(found.keep(p, kept), x), expected, rtol=1e-5)
+    expected = (2 * h * h).reshape(2, 2) @ np.asarray(p["b"]).reshape(3, 4, 2)[[0, 2]][
+        :, [1]
+    ].reshape(2, 2)
+    np.testing.assert_allclose(
+        resize(fn, p, found, kept)(found.keep(p, kept), x), expected, rtol=1e-5
+    )
 
 
 def test_other_inputs_dtypes_and_transformations():
@@ -208,7 +265,9 @@ def test_an_error_says_what_is_wrong():
     for wrong in ([], [99], [-1]):
         with pytest.raises(ShapeError, match="coordinates 0 to 19"):
             resize(fn, variables, found, {first: wrong})
-    with pytest.raises(ShapeError, match="dense_0/bias' has shape .20,., but what is kept of it has shape .2,."):
+    with pytest.raises(
+        ShapeError, match="dense_0/bias' has shape .20,., but what is kept of it has shape .2,."
+    ):
         resize(fn, variables, found, {first: [0, 1]})(variables, *inputs)
     with pytest.raises(ShapeError, match="only in one of the two"):
         resize(fn, variables, found, {first: [0, 1]})({**variables, "more": jnp.ones(3)}, *inputs)

@@ -14,22 +14,31 @@ MEANS = {  # of h over its last axis of d entries: whatever becomes of d, these 
     "sum / d": lambda h, d: h * jax.lax.rsqrt((h * h).sum(-1, keepdims=True) / d),
     "norm * root": lambda h, d: h / jnp.linalg.norm(h, axis=-1, keepdims=True) * d**0.5,
     "norm / root": lambda h, d: h / (jnp.linalg.norm(h, axis=-1, keepdims=True) * d**-0.5),
-    "guarded norm": lambda h, d: h * d**0.5 / jnp.maximum(jnp.linalg.norm(h, axis=-1, keepdims=True), 1e-6),
+    "guarded norm": lambda h, d: (
+        h * d**0.5 / jnp.maximum(jnp.linalg.norm(h, axis=-1, keepdims=True), 1e-6)
+    ),
     "epsilon": lambda h, d: h * (jax.lax.rsqrt((h * h).sum(-1, keepdims=True) + 1e-6) * d**0.5),
     "einsum": lambda h, d: h * jax.lax.rsqrt(jnp.einsum("...d,...d->...", h, h)[..., None] / d),
     "ones": lambda h, d: h - h @ jnp.ones((h.shape[-1], 1)) / d,
     "averages": lambda h, d: h - h @ jnp.full((h.shape[-1], 1), 1 / d),
     "before": lambda h, d: h * jax.lax.rsqrt((h * h / d).sum(-1, keepdims=True)),
     "root before": lambda h, d: h * jax.lax.rsqrt(((h / d**0.5) ** 2).sum(-1, keepdims=True)),
-    "two means": lambda h, d: h - h.mean(-1, keepdims=True) * (jnp.square(h).sum(-1, keepdims=True) * (1 / d)),
+    "two means": lambda h, d: (
+        h - h.mean(-1, keepdims=True) * (jnp.square(h).sum(-1, keepdims=True) * (1 / d))
+    ),
     "unbiased": lambda h, d: h / h.std(-1, keepdims=True, ddof=1),
     "unbiased by hand": lambda h, d: (
         h / jnp.sqrt(jnp.square(h - h.mean(-1, keepdims=True)).sum(-1, keepdims=True) / (d - 1))
     ),
-    "traced root": lambda h, d: h / jnp.linalg.norm(h, axis=-1, keepdims=True) * jnp.sqrt(jnp.float32(d)),
+    "traced root": lambda h, d: (
+        h / jnp.linalg.norm(h, axis=-1, keepdims=True) * jnp.sqrt(jnp.float32(d))
+    ),
 }
 RNG = np.random.default_rng(0)
-P = {"a": jnp.asarray(RNG.normal(size=(5, 16)), jnp.float32), "o": jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32)}
+P = {
+    "a": jnp.asarray(RNG.normal(size=(5, 16)), jnp.float32),
+    "o": jnp.asarray(RNG.normal(size=(16, 2)), jnp.float32),
+}
 X = jnp.asarray(RNG.normal(size=(3, 5)), jnp.float32)
 LEFT = {"a:1": [0, 2, 3, 7, 11, 12]}
 
@@ -60,11 +69,16 @@ def test_means_in_any_spelling_are_those_of_the_same_code_at_the_new_width(name,
 
 
 def energy(scale):
-    return lambda p, x: (x @ p["a"]) @ p["o"] + scale * jnp.sum((x @ p["a"]) ** 2, -1, keepdims=True)
+    return lambda p, x: (
+        (x @ p["a"]) @ p["o"] + scale * jnp.sum((x @ p["a"]) ** 2, -1, keepdims=True)
+    )
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8, 11])
-@pytest.mark.parametrize("count", [lambda n: n, lambda n: n - 1, lambda n: 1 / n, lambda n: 1 / (n - 1), lambda n: n**-0.5])
+@pytest.mark.parametrize(
+    "count",
+    [lambda n: n, lambda n: n - 1, lambda n: 1 / n, lambda n: 1 / (n - 1), lambda n: n**-0.5],
+)
 def test_a_scale_that_looks_like_a_count_stays(width, count):
     """Of a function that reads its width from its parameters: it is the function with zeros at what is removed."""
     n = max(2, width)
@@ -77,7 +91,9 @@ def test_a_scale_that_looks_like_a_count_stays(width, count):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("number, follows", [(1 / 16, True), (1 / 15, False), (0.25, False), (0.7, False)])
+@pytest.mark.parametrize(
+    "number, follows", [(1 / 16, True), (1 / 15, False), (0.25, False), (0.7, False)]
+)
 def test_of_what_runs_at_one_width_only_a_count_beside_its_sum_follows(number, follows):
     """``1 / (n - 1)`` only where a mean was taken off before; ``n ** -.5`` beside a sum is none of its counts."""
     fn = network(lambda h, d: h + number * h.sum(-1, keepdims=True), 16)
@@ -101,12 +117,21 @@ def test_a_scale_beside_a_product_stays_is_listed_and_can_be_overruled():
     found = groups(Attention().apply, v, x)
     name = "params/MultiHeadDotProductAttention_0/query/kernel:2"
     (number,) = resized_numbers(Attention().apply, v, x, groups=found, kept={name: [0]})
-    assert (number.old, number.new, number.follows, number.counts) == (2, 2, False, (name,)) and "scale" in str(number)
+    assert (number.old, number.new, number.follows, number.counts) == (
+        2,
+        2,
+        False,
+        (name,),
+    ) and "scale" in str(number)
     said = {number.name: True}
-    (number,) = resized_numbers(Attention().apply, v, x, groups=found, kept={name: [0]}, numbers=said)
+    (number,) = resized_numbers(
+        Attention().apply, v, x, groups=found, kept={name: [0]}, numbers=said
+    )
     assert number.follows and number.new == 1
     with pytest.raises(NoMatchError, match="stays"):
-        resized_numbers(Attention().apply, v, x, groups=found, kept={name: [0]}, numbers={"norm/div": True})
+        resized_numbers(
+            Attention().apply, v, x, groups=found, kept={name: [0]}, numbers={"norm/div": True}
+        )
 
 
 def test_what_is_said_is_what_is_done():
@@ -114,7 +139,9 @@ def test_what_is_said_is_what_is_done():
     found = groups(fn, P, X)
     short = found.keep(P, LEFT)
     kept = resize(fn, P, found, LEFT, numbers={"**": False})(short, X)
-    np.testing.assert_allclose(kept, network(lambda h, d: MEANS["sum / d"](h, 16))(short, X), rtol=1e-5)
+    np.testing.assert_allclose(
+        kept, network(lambda h, d: MEANS["sum / d"](h, 16))(short, X), rtol=1e-5
+    )
 
 
 def test_the_gradient_is_that_of_the_same_code_and_so_is_a_second_step():
@@ -126,8 +153,8 @@ def test_the_gradient_is_that_of_the_same_code_and_so_is_a_second_step():
         np.testing.assert_allclose(loss(once)(short)[name], slope, rtol=1e-4, atol=1e-5)
     again = groups(once, short, X)
     fewer = {"a:1": [1, 2, 4]}
-    assert {number.reason for number in resized_numbers(once, short, X, groups=again, kept=fewer)} == {
-        "as in the same code at the new width"
-    }
+    assert {
+        number.reason for number in resized_numbers(once, short, X, groups=again, kept=fewer)
+    } == {"as in the same code at the new width"}
     twice = again.keep(short, fewer)
     np.testing.assert_allclose(resize(once, short, again, fewer)(twice, X), fn(twice, X), rtol=1e-5)

@@ -21,7 +21,9 @@ def normal(*shape):
 
 PARAMS = {"u": normal(6, 6), "w": normal(6, 4)}
 X = normal(5, 6)
-MESH = jax.make_mesh((min(8, jax.device_count()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = jax.make_mesh(
+    (min(8, jax.device_count()),), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+)
 
 
 @jax.custom_jvp
@@ -40,12 +42,16 @@ def reversed_gradient(x, w):
     return x @ w
 
 
-reversed_gradient.defvjp(lambda x, w: (x @ w, (x, w)), lambda saved, g: (-g @ saved[1].T, -saved[0].T @ g))
+reversed_gradient.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (-g @ saved[1].T, -saved[0].T @ g)
+)
 
 
 def saves_some(p, x):
     layer = lambda x: jnp.sin(checkpoint_name(x @ p["u"], "product"))  # noqa: E731
-    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("product"))(layer(x))
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names("product"))(
+        layer(x)
+    )
 
 
 def differentiates_inside(p, x):
@@ -67,11 +73,21 @@ def constrained(p, x):
 FUNCTIONS = {
     "matmul": lambda p, x: jnp.tanh(x @ p["u"]) @ p["w"],
     "jit": lambda p, x: jax.jit(lambda x: jnp.tanh(x @ p["u"]))(x),
-    "scan": lambda p, x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["u"]), x.sum()), x, None, length=3),
-    "scan in reverse": lambda p, x: jax.lax.scan(lambda c, x: (jnp.tanh(c @ p["u"]), x @ p["w"]), x[0], x, reverse=True),
-    "unrolled scan": lambda p, x: jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["u"]), None), x, None, length=4, unroll=2)[0],
-    "cond": lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ p["u"], lambda: jnp.cos(x) @ p["u"] @ p["u"]),
-    "switch": lambda p, x: jax.lax.switch(2, [lambda x: x, lambda x: x @ p["u"], lambda x: x @ p["u"] @ p["u"]], x),
+    "scan": lambda p, x: jax.lax.scan(
+        lambda x, _: (jnp.tanh(x @ p["u"]), x.sum()), x, None, length=3
+    ),
+    "scan in reverse": lambda p, x: jax.lax.scan(
+        lambda c, x: (jnp.tanh(c @ p["u"]), x @ p["w"]), x[0], x, reverse=True
+    ),
+    "unrolled scan": lambda p, x: jax.lax.scan(
+        lambda x, _: (jnp.tanh(x @ p["u"]), None), x, None, length=4, unroll=2
+    )[0],
+    "cond": lambda p, x: jax.lax.cond(
+        x[0, 0] > 0, lambda: x @ p["u"], lambda: jnp.cos(x) @ p["u"] @ p["u"]
+    ),
+    "switch": lambda p, x: jax.lax.switch(
+        2, [lambda x: x, lambda x: x @ p["u"], lambda x: x @ p["u"] @ p["u"]], x
+    ),
     "remat": lambda p, x: jax.checkpoint(lambda x: jnp.sin(x @ p["u"]))(x),
     "remat with a policy": saves_some,
     "gradient inside": differentiates_inside,
@@ -80,18 +96,31 @@ FUNCTIONS = {
     "relu and silu": lambda p, x: jax.nn.silu(jax.nn.relu(x @ p["u"]) @ p["u"]),
     "random": random_inside,
     "constrained": constrained,
-    "ragged": lambda p, x: jax.lax.ragged_dot(x, jnp.stack([p["u"], 2 * p["u"]]), jnp.array([2, 3], jnp.int32)),
-    "integers": lambda p, x: jnp.round(x).astype(jnp.int8) @ jnp.round(p["u"]).astype(jnp.int8) + jnp.int8(1),
-    "bfloat16": lambda p, x: (x.astype(jnp.bfloat16) @ p["u"].astype(jnp.bfloat16)).astype(jnp.float32),
+    "ragged": lambda p, x: jax.lax.ragged_dot(
+        x, jnp.stack([p["u"], 2 * p["u"]]), jnp.array([2, 3], jnp.int32)
+    ),
+    "integers": lambda p, x: (
+        jnp.round(x).astype(jnp.int8) @ jnp.round(p["u"]).astype(jnp.int8) + jnp.int8(1)
+    ),
+    "bfloat16": lambda p, x: (x.astype(jnp.bfloat16) @ p["u"].astype(jnp.bfloat16)).astype(
+        jnp.float32
+    ),
     "nested": lambda p, x: jax.lax.scan(
-        lambda x, _: (jax.lax.cond(x[0, 0] > 0, jax.checkpoint(lambda x: jax.jit(jnp.matmul)(x, p["u"])), jnp.sin, x), None),
+        lambda x, _: (
+            jax.lax.cond(
+                x[0, 0] > 0, jax.checkpoint(lambda x: jax.jit(jnp.matmul)(x, p["u"])), jnp.sin, x
+            ),
+            None,
+        ),
         x,
         None,
         length=3,
     )[0],
 }
 ONLY_FORWARD = {
-    "while": lambda p, x: jax.lax.while_loop(lambda x: (jnp.abs(x @ p["u"])).sum() < 1e3, lambda x: x @ p["u"] + x, x),
+    "while": lambda p, x: jax.lax.while_loop(
+        lambda x: (jnp.abs(x @ p["u"])).sum() < 1e3, lambda x: x @ p["u"] + x, x
+    ),
     "fori of unknown length": lambda p, x: jax.lax.fori_loop(
         0, jnp.int32(x[0, 0] ** 2) + 2, lambda i, x: jnp.sin(x @ p["u"]), x
     ),
@@ -108,7 +137,9 @@ def assert_equal(a, b):
 
 
 def loss(fn):
-    return lambda p, x: sum(jnp.sum(jnp.cos(y.astype(jnp.float32))) for y in jax.tree.leaves(fn(p, x)))
+    return lambda p, x: sum(
+        jnp.sum(jnp.cos(y.astype(jnp.float32))) for y in jax.tree.leaves(fn(p, x))
+    )
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -117,7 +148,9 @@ def test_a_rule_that_changes_nothing_changes_nothing(name):
     seen = []
     again = rewrite(fn, lambda site, lhs, rhs: (seen.append(site), (lhs, rhs))[1])
     assert_equal(jax.jit(again)(PARAMS, X), jax.jit(fn)(PARAMS, X))
-    assert {site.name for site in seen} == {site.name for site in sites(fn, PARAMS, X)}  # the rule was reached everywhere
+    assert {site.name for site in seen} == {
+        site.name for site in sites(fn, PARAMS, X)
+    }  # the rule was reached everywhere
     assert_equal(again(PARAMS, X), fn(PARAMS, X))
 
 
@@ -125,7 +158,10 @@ def test_a_rule_that_changes_nothing_changes_nothing(name):
 def test_gradients_are_the_originals(name):
     fn = FUNCTIONS[name]
     again = rewrite(fn, same)
-    assert_equal(jax.jit(jax.grad(loss(again), (0, 1)))(PARAMS, X), jax.jit(jax.grad(loss(fn), (0, 1)))(PARAMS, X))
+    assert_equal(
+        jax.jit(jax.grad(loss(again), (0, 1)))(PARAMS, X),
+        jax.jit(jax.grad(loss(fn), (0, 1)))(PARAMS, X),
+    )
     if name != "custom_vjp":
         tangents = jax.tree.map(jnp.ones_like, (PARAMS, X))
         run = lambda f: jax.jit(lambda *a: jax.jvp(f, *a))((PARAMS, X), tangents)  # noqa: E731
@@ -139,7 +175,13 @@ def test_vmap_is_the_originals(name):
     assert_equal(run(rewrite(fn, same)), run(fn))
 
 
-OTHERWISE = {"ragged", "integers", "custom_jvp", "custom_vjp", "gradient inside"}  # weights enter not only as one operand
+OTHERWISE = {
+    "ragged",
+    "integers",
+    "custom_jvp",
+    "custom_vjp",
+    "gradient inside",
+}  # weights enter not only as one operand
 
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - OTHERWISE))
@@ -148,14 +190,18 @@ def test_a_rule_reaches_every_site_with_its_effect(name):
 
     def halve(site, lhs, rhs):
         return (
-            (lhs, rhs * jnp.asarray(0.5, rhs.dtype)) if site.operand == "rhs" else (lhs * jnp.asarray(0.5, lhs.dtype), rhs)
+            (lhs, rhs * jnp.asarray(0.5, rhs.dtype))
+            if site.operand == "rhs"
+            else (lhs * jnp.asarray(0.5, lhs.dtype), rhs)
         )
 
     halved = jax.tree.map(lambda w: w * 0.5, PARAMS)
     fn, changed = FUNCTIONS[name], rewrite(FUNCTIONS[name], halve)
     assert_equal(jax.jit(changed)(PARAMS, X), jax.jit(fn)(halved, X))
     ours = jax.jit(jax.grad(loss(changed)))(PARAMS, X)
-    by_hand = jax.jit(jax.grad(lambda p, x: loss(fn)(jax.tree.map(lambda w: w * 0.5, p), x)))(PARAMS, X)
+    by_hand = jax.jit(jax.grad(lambda p, x: loss(fn)(jax.tree.map(lambda w: w * 0.5, p), x)))(
+        PARAMS, X
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6), ours, by_hand)
 
 
@@ -175,7 +221,9 @@ def test_custom_derivative_rules_stay_the_authors(fn, factor):
 
 def test_what_a_rule_captures_is_differentiated():
     def total(scale, p, x):
-        fn = lambda p, x: jax.lax.scan(jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None)), x, None, length=3)[0]  # noqa: E731
+        fn = lambda p, x: jax.lax.scan(
+            jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None)), x, None, length=3
+        )[0]  # noqa: E731
         return rewrite(fn, lambda site, lhs, rhs: (lhs * scale, rhs))(p, x).sum()
 
     def by_hand(scale, p, x):
@@ -184,7 +232,9 @@ def test_what_a_rule_captures_is_differentiated():
         return x.sum()
 
     for jit in (jax.jit, lambda f: f):
-        np.testing.assert_allclose(jit(jax.grad(total))(1.5, PARAMS, X), jax.grad(by_hand)(1.5, PARAMS, X), rtol=1e-4)
+        np.testing.assert_allclose(
+            jit(jax.grad(total))(1.5, PARAMS, X), jax.grad(by_hand)(1.5, PARAMS, X), rtol=1e-4
+        )
 
 
 def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
@@ -192,11 +242,18 @@ def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
     scales = jnp.array([0.5, 1.0, 2.0])
 
     def fn(p, x):
-        return jax.lax.scan(jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None)), x, None, length=3)[0] @ p["w"]
+        return (
+            jax.lax.scan(
+                jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None)), x, None, length=3
+            )[0]
+            @ p["w"]
+        )
 
     def ours(scales, p, x):
         given = {"u": {"scale": scales}, "w": {"scale": jnp.float32(3)}}
-        return rewrite(fn, lambda site, lhs, rhs, own: (lhs * own["scale"], rhs), given=given)(p, x).sum()
+        return rewrite(fn, lambda site, lhs, rhs, own: (lhs * own["scale"], rhs), given=given)(
+            p, x
+        ).sum()
 
     def by_hand(scales, p, x):
         for scale in scales:
@@ -204,16 +261,22 @@ def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
         return ((3 * x) @ p["w"]).sum()
 
     for a, b in zip(
-        jax.value_and_grad(ours)(scales, PARAMS, X), jax.value_and_grad(by_hand)(scales, PARAMS, X), strict=True
+        jax.value_and_grad(ours)(scales, PARAMS, X),
+        jax.value_and_grad(by_hand)(scales, PARAMS, X),
+        strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-4)
     with pytest.raises(ShapeError, match=r"'u'.*leading axes \(3,\)"):
         rewrite(fn, lambda *a: a[1:3], given={"u": scales[:2], "w": scales})(PARAMS, X)
     with pytest.raises(NoMatchError, match="nothing is given for site 'w'"):
         rewrite(fn, lambda *a: a[1:3], given={"u": scales})(PARAMS, X)
-    mapped = jax.shard_map(lambda p, x: x @ p["w"], mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data"))
+    mapped = jax.shard_map(
+        lambda p, x: x @ p["w"], mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data")
+    )
     each, x = jnp.arange(8.0), normal(8, 6)
-    scaled = rewrite(mapped, lambda site, lhs, rhs, own: (lhs * own, rhs), given={"w": each})(PARAMS, x)
+    scaled = rewrite(mapped, lambda site, lhs, rhs, own: (lhs * own, rhs), given={"w": each})(
+        PARAMS, x
+    )
     np.testing.assert_allclose(scaled, (x * each[:, None]) @ PARAMS["w"], rtol=1e-4, atol=1e-5)
 
 
@@ -223,7 +286,9 @@ def test_the_whole_contraction_can_be_replaced():
         return site.contract(*codes, preferred_element_type=jnp.int32).astype(jnp.float32) / 64
 
     def by_hand(p, x):
-        return (jnp.round(x * 8).astype(jnp.int32) @ jnp.round(p["w"] * 8).astype(jnp.int32)).astype(jnp.float32) / 64
+        return (
+            jnp.round(x * 8).astype(jnp.int32) @ jnp.round(p["w"] * 8).astype(jnp.int32)
+        ).astype(jnp.float32) / 64
 
     assert_equal(rewrite(lambda p, x: x @ p["w"], integers)(PARAMS, X), by_hand(PARAMS, X))
     conv = lambda p, x: jax.lax.conv_general_dilated(  # noqa: E731
@@ -279,15 +344,22 @@ def test_no_tracer_is_kept_from_one_gradient_to_the_next():
     again = rewrite(lambda p, x: jnp.sin(x @ p["w"]), same)
     with jax.checking_leaks():
         first = jax.jit(jax.grad(loss(again)))(PARAMS, X)
-    assert_equal(jax.grad(loss(again))(PARAMS, X), jax.grad(loss(lambda p, x: jnp.sin(x @ p["w"])))(PARAMS, X))
+    assert_equal(
+        jax.grad(loss(again))(PARAMS, X),
+        jax.grad(loss(lambda p, x: jnp.sin(x @ p["w"])))(PARAMS, X),
+    )
     assert first["w"].shape == (6, 4)
 
 
 def test_rewrites_compose_and_are_seen_by_sites():
     fn = FUNCTIONS["scan"]
-    twice = rewrite(rewrite(fn, lambda s, lhs, rhs: (2 * lhs, rhs)), lambda s, lhs, rhs: (lhs, rhs / 2))
+    twice = rewrite(
+        rewrite(fn, lambda s, lhs, rhs: (2 * lhs, rhs)), lambda s, lhs, rhs: (lhs, rhs / 2)
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), twice(PARAMS, X), fn(PARAMS, X))
-    assert [(s.name, s.loops) for s in sites(twice, PARAMS, X)] == [(s.name, s.loops) for s in sites(fn, PARAMS, X)]
+    assert [(s.name, s.loops) for s in sites(twice, PARAMS, X)] == [
+        (s.name, s.loops) for s in sites(fn, PARAMS, X)
+    ]
 
 
 def test_sharded_arguments_and_shard_map():

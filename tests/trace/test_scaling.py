@@ -26,12 +26,16 @@ def scaled(variables, found, seed=0):
     return rebuild(leaves)
 
 
-@pytest.mark.parametrize("entry", [pytest.param(e, id=e.name, marks=() if e.name in QUICK else (slow,)) for e in ZOO])
+@pytest.mark.parametrize(
+    "entry", [pytest.param(e, id=e.name, marks=() if e.name in QUICK else (slow,)) for e in ZOO]
+)
 def test_scaled_models_are_the_same_function(entry):
     model, variables, inputs = entry.make()
     found, why = scalings(model, variables, *inputs)
     run = jax.jit(model)
-    old, new = (jax.tree.leaves(run(each, *inputs)) for each in (variables, scaled(variables, found)))
+    old, new = (
+        jax.tree.leaves(run(each, *inputs)) for each in (variables, scaled(variables, found))
+    )
     for a, b in zip(old, new, strict=True):
         if jnp.issubdtype(a.dtype, jnp.inexact):
             np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(a).max() + 1))
@@ -76,7 +80,9 @@ def test_layers_of_a_loop_have_factors_of_their_own_unless_the_loop_carries_them
         return x @ p["out"]
 
     layers = {"up": jnp.ones((4, 3, 5)), "down": jnp.ones((4, 5, 3))}
-    found, _ = scalings(fn, {"in": jnp.ones((2, 3)), "layers": layers, "out": jnp.ones((3, 2))}, jnp.ones((1, 2)))
+    found, _ = scalings(
+        fn, {"in": jnp.ones((2, 3)), "layers": layers, "out": jnp.ones((3, 2))}, jnp.ones((1, 2))
+    )
     stacks = {frozenset(part.path for part in scaling.parts): scaling.stack for scaling in found}
     assert stacks == {
         frozenset({"layers/up", "layers/down"}): (4,),
@@ -86,11 +92,17 @@ def test_layers_of_a_loop_have_factors_of_their_own_unless_the_loop_carries_them
 
 @pytest.mark.parametrize(
     ("act", "reason"),
-    [(jnp.tanh, "tanh"), (lambda x: x + 1.0, "added"), (lambda x: x - x.mean(-1, keepdims=True), "reduce_sum")],
+    [
+        (jnp.tanh, "tanh"),
+        (lambda x: x + 1.0, "added"),
+        (lambda x: x - x.mean(-1, keepdims=True), "reduce_sum"),
+    ],
 )
 def test_what_fixes_a_scale_is_named(act, reason):
     found, why = scalings(
-        lambda p, x: act(x @ p["a"]) @ p["b"], {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))}, jnp.ones((1, 2))
+        lambda p, x: act(x @ p["a"]) @ p["b"],
+        {"a": jnp.ones((2, 3)), "b": jnp.ones((3, 2))},
+        jnp.ones((1, 2)),
     )
     assert not found and reason in why["a", 1]
 
@@ -99,7 +111,11 @@ numbers = st.integers(-3, 3)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6).flatmap(lambda n: st.lists(st.lists(numbers, min_size=n, max_size=n), min_size=1, max_size=5)))
+@given(
+    st.integers(1, 6).flatmap(
+        lambda n: st.lists(st.lists(numbers, min_size=n, max_size=n), min_size=1, max_size=5)
+    )
+)
 def test_null_spaces_are_exact_complete_and_reach_least_far(rows):
     n = len(rows[0])
     basis = null_space(range(n), [{i: Fraction(x) for i, x in enumerate(row) if x} for row in rows])
@@ -107,4 +123,8 @@ def test_null_spaces_are_exact_complete_and_reach_least_far(rows):
     assert not (np.array(rows) @ vectors.T).any()
     assert len(basis) == n - np.linalg.matrix_rank(np.array(rows))
     assert len(basis) == (np.linalg.matrix_rank(vectors) if len(basis) else 0)
-    assert len({min(vector) for vector in basis}) == len({max(vector) for vector in basis}) == len(basis)
+    assert (
+        len({min(vector) for vector in basis})
+        == len({max(vector) for vector in basis})
+        == len(basis)
+    )

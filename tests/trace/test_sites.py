@@ -43,7 +43,9 @@ WAYS = {  # ways to write x @ w
     "new axis": lambda p, x: x @ jnp.squeeze(p["w"][None], 0),
     "cast": lambda p, x: x.astype(jnp.bfloat16) @ p["w"].astype(jnp.bfloat16),
     "masked": lambda p, x: x @ jnp.where(jnp.abs(p["w"]) > jnp.median(jnp.abs(p["w"])), p["w"], 0),
-    "fake-quantized": lambda p, x: x @ (jnp.round(p["w"] / jnp.abs(p["w"]).max(0, keepdims=True)) * jnp.abs(p["w"]).max()),
+    "fake-quantized": lambda p, x: (
+        x @ (jnp.round(p["w"] / jnp.abs(p["w"]).max(0, keepdims=True)) * jnp.abs(p["w"]).max())
+    ),
     "barrier": lambda p, x: x @ jax.lax.optimization_barrier(p["w"]),
     "noisy": lambda p, x: x @ (p["w"] + jax.random.normal(jax.random.key(0), (6, 4))),
     "cond": lambda p, x: jax.lax.cond(x[0, 0] > 0, lambda: x @ p["w"], lambda: jnp.zeros((5, 4))),
@@ -87,8 +89,15 @@ def test_three_operands_of_an_einsum_are_two_sites():
 
 def test_ragged_dot():
     params = {"experts": normal(3, 6, 4)}
-    site = only(lambda p, x: jax.lax.ragged_dot(x, p["experts"], jnp.array([1, 3, 1], jnp.int32)), params)
-    assert (site.kind, site.param, site.operand, site.param_axes) == ("ragged_dot", "experts", "rhs", (1,))
+    site = only(
+        lambda p, x: jax.lax.ragged_dot(x, p["experts"], jnp.array([1, 3, 1], jnp.int32)), params
+    )
+    assert (site.kind, site.param, site.operand, site.param_axes) == (
+        "ragged_dot",
+        "experts",
+        "rhs",
+        (1,),
+    )
     assert site.macs == 5 * 6 * 4
 
 
@@ -106,7 +115,9 @@ def test_stacked_layers_by_index_by_scan_and_by_slices():
 
     scanned, looped = only(by_scan, params), only(by_loop, params)
     assert scanned.loops == looped.loops == (3,) and scanned.count == 3
-    assert scanned.param_axes == looped.param_axes == (1,) and scanned.stack_axes == looped.stack_axes == (0,)
+    assert scanned.param_axes == looped.param_axes == (
+        1,
+    ) and scanned.stack_axes == looped.stack_axes == (0,)
     indexed = sites(by_index, params, X)
     assert [site.name for site in indexed] == ["layers", "layers#2", "layers#3"]
     assert all(site.param_axes == (1,) and site.stack_axes == (0,) for site in indexed)
@@ -157,7 +168,13 @@ def test_both_uses_of_a_tied_embedding_show():
 
 
 def test_parameters_meet():
-    params = {"a": normal(4, 2), "b": normal(2, 3), "w": normal(6, 4), "scale": normal(4), "v": normal(6, 2)}
+    params = {
+        "a": normal(4, 2),
+        "b": normal(2, 3),
+        "w": normal(6, 4),
+        "scale": normal(4),
+        "v": normal(6, 2),
+    }
     scaled = only(lambda p, x: x @ (p["w"] * p["scale"][None]), params)
     assert scaled.param == "w" and scaled.also == ()
     lora = sites(lambda p, x: x @ (p["w"] + p["v"] @ p["a"].T), params, X)
@@ -178,8 +195,12 @@ def test_every_view_of_the_library_is_seen_through():
     ]
     for view in views:
         state = view.init(params)
-        found = sites(lambda p, x, v=view, s=state: x @ v.view(p, s)["dense"]["kernel"], params, normal(3, 8))
-        assert [(site.name, site.operand, site.param_axes) for site in found] == [("dense/kernel", "rhs", (0,))]
+        found = sites(
+            lambda p, x, v=view, s=state: x @ v.view(p, s)["dense"]["kernel"], params, normal(3, 8)
+        )
+        assert [(site.name, site.operand, site.param_axes) for site in found] == [
+            ("dense/kernel", "rhs", (0,))
+        ]
 
 
 def test_a_view_that_does_not_read_the_weights_says_so():
@@ -187,7 +208,9 @@ def test_a_view_that_does_not_read_the_weights_says_so():
     state = shared.init(params)
     codes = state.fixed["dense/kernel"]
     fn = lambda p, x: x @ state.learned["dense/kernel"][codes]  # noqa: E731
-    assert only(fn, params, normal(3, 8)).param is None and set(unseen(fn, params, normal(3, 8))) == {"dense/kernel"}
+    assert only(fn, params, normal(3, 8)).param is None and set(
+        unseen(fn, params, normal(3, 8))
+    ) == {"dense/kernel"}
     in_variables = lambda v, x: x @ v["state"].learned["dense/kernel"][codes]  # noqa: E731
     site = only(in_variables, {"params": params, "state": state}, normal(3, 8))
     assert site.param == "state/learned/dense/kernel"
@@ -204,9 +227,14 @@ def test_loops_that_carry_a_parameter_or_start_from_constants():
     found = sites(unrolled, {**W, "u": normal(4, 4)}, X)
     assert [(site.param, site.loops) for site in found] == [("w", (3,)), ("u", (3,))]
     condition = sites(
-        lambda p, x: jax.lax.while_loop(lambda h: (h @ p["u"]).sum() > 9, lambda h: h @ p["u"], x), {"u": normal(6, 6)}, X
+        lambda p, x: jax.lax.while_loop(lambda h: (h @ p["u"]).sum() > 9, lambda h: h @ p["u"], x),
+        {"u": normal(6, 6)},
+        X,
     )
-    assert [(site.name, site.conditional, site.count) for site in condition] == [("u", True, 1), ("u#2", True, 1)]
+    assert [(site.name, site.conditional, site.count) for site in condition] == [
+        ("u", True, 1),
+        ("u#2", True, 1),
+    ]
 
 
 def test_nested_loops_multiply():
@@ -236,7 +264,9 @@ def test_convolutions():
     params = {"k": normal(3, 3, 4, 6), "d": normal(3, 3, 1, 4)}
     conv = partial(jax.lax.conv_general_dilated, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     full, depthwise = sites(
-        lambda p, x: conv(conv(x, p["d"], (1, 1), "SAME", feature_group_count=4), p["k"], (2, 2), "VALID"),
+        lambda p, x: conv(
+            conv(x, p["d"], (1, 1), "SAME", feature_group_count=4), p["k"], (2, 2), "VALID"
+        ),
         params,
         normal(2, 8, 8, 4),
     )[::-1]
@@ -247,8 +277,14 @@ def test_convolutions():
 
 def test_unseen_says_what_is_not_contracted_and_why():
     params = {"table": normal(9, 6), "position": normal(5, 6), "w": normal(6, 4)}
-    left = unseen(lambda p, t: (p["table"][t] + p["position"]) @ p["w"], params, jnp.zeros(5, jnp.int32))
-    assert set(left) == {"table", "position"} and "gather" in left["table"] and "no contraction" in left["position"]
+    left = unseen(
+        lambda p, t: (p["table"][t] + p["position"]) @ p["w"], params, jnp.zeros(5, jnp.int32)
+    )
+    assert (
+        set(left) == {"table", "position"}
+        and "gather" in left["table"]
+        and "no contraction" in left["position"]
+    )
 
 
 def test_a_kernel_that_nobody_looks_into_is_reported():
@@ -278,7 +314,9 @@ def test_what_is_not_an_array_is_refused_by_name():
 def test_moves_keep_track_of_the_axes(draw):
     """A random chain of moves: the axes claimed to be summed over are those along which the weights really are summed."""
     shape = draw.draw(st.permutations([2, 3, 4]))
-    moves = draw.draw(st.lists(st.sampled_from(["transpose", "merge", "split", "expand", "flip"]), max_size=5))
+    moves = draw.draw(
+        st.lists(st.sampled_from(["transpose", "merge", "split", "expand", "flip"]), max_size=5)
+    )
     order = draw.draw(st.permutations(range(3)))
     pick = draw.draw(st.integers(0, 10))
 
@@ -314,7 +352,9 @@ def test_which_loop_runs_along_a_stacked_axis():
 
     def fn(p, x):
         def layer(x, w):
-            return x, jax.lax.scan(lambda h, row: (jnp.tanh(row @ w["in"] + h @ w["hidden"]), h), jnp.zeros(6), x)[1]
+            return x, jax.lax.scan(
+                lambda h, row: (jnp.tanh(row @ w["in"] + h @ w["hidden"]), h), jnp.zeros(6), x
+            )[1]
 
         return jax.lax.scan(layer, x, p["layers"])
 
@@ -322,5 +362,7 @@ def test_which_loop_runs_along_a_stacked_axis():
         assert site.loops == (3, 3) and (site.stack_axes, site.stack_loops) == ((0,), (0,))
     (indexed,) = sites(lambda p, x: x @ p["layers"]["in"][1], params, X)
     assert (indexed.stack_axes, indexed.stack_loops) == ((0,), (None,))
-    (experts,) = sites(lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["layers"]["in"]), params, normal(3, 5, 6))
+    (experts,) = sites(
+        lambda p, x: jnp.einsum("ebi,eio->ebo", x, p["layers"]["in"]), params, normal(3, 5, 6)
+    )
     assert (experts.batch_axes, experts.param_axes, experts.stack_axes) == ((0,), (1,), ())

@@ -24,7 +24,12 @@ def test_the_zoo(entry):
     fn, variables, inputs = entry.make()
     found = groups(fn, variables, *inputs)
     assert not found.unknown
-    every = {(path, i) for path, leaf in flatten(variables)[0].items() for i, size in enumerate(leaf.shape) if size > 1}
+    every = {
+        (path, i)
+        for path, leaf in flatten(variables)[0].items()
+        for i, size in enumerate(leaf.shape)
+        if size > 1
+    }
     assert {member for group in found for member in group.members} | found.frozen.keys() == every
     if entry.name == "plain/dropout":
         return  # its noise is not permuted
@@ -32,7 +37,9 @@ def test_the_zoo(entry):
     assert report.ok, report
     for name, missed in report.undetected.items():
         alone = len(found[name].members) == 1
-        assert all(alone or path.endswith("key/bias") for path, _ in missed), report  # softmax cancels the keys' bias
+        assert all(alone or path.endswith("key/bias") for path, _ in missed), (
+            report
+        )  # softmax cancels the keys' bias
 
 
 def test_the_check_catches_a_wrong_group_and_a_wrong_member():
@@ -44,7 +51,9 @@ def test_the_check_catches_a_wrong_group_and_a_wrong_member():
     report = verify_groups(fn, params, VECTOR, groups=bad)
     assert not report.ok and report.checks[0].error > 1e-2 and "FAILS" in str(report)
     report = verify_groups(fn, params | {"b": jnp.ones(6)}, VECTOR)
-    assert report.ok and report.undetected == {"w:1": (("b", 0),)} and "undetected: b:0" in str(report)
+    assert (
+        report.ok and report.undetected == {"w:1": (("b", 0),)} and "undetected: b:0" in str(report)
+    )
 
 
 def test_the_check_fails_on_nan_and_needs_arrays():

@@ -15,7 +15,11 @@ from tests.trace.zoo import BIG, ZOO
 ENTRIES = {entry.name: entry for entry in (*ZOO, *BIG)}
 quick = pytest.mark.parametrize("name", [entry.name for entry in ZOO])
 every = pytest.mark.parametrize("name", ENTRIES)
-BOTH = [name.removesuffix("/nnx") for name in ENTRIES if name.endswith("/nnx") and name != "recurrent/nnx"]
+BOTH = [
+    name.removesuffix("/nnx")
+    for name in ENTRIES
+    if name.endswith("/nnx") and name != "recurrent/nnx"
+]
 
 
 @cache
@@ -30,7 +34,9 @@ def arrays(tree):
 
 def bodies(eqn):
     leaves = jax.tree.leaves(list(eqn.params.values()))
-    return [getattr(leaf, "jaxpr", leaf) for leaf in leaves if isinstance(leaf, (Jaxpr, ClosedJaxpr))]
+    return [
+        getattr(leaf, "jaxpr", leaf) for leaf in leaves if isinstance(leaf, (Jaxpr, ClosedJaxpr))
+    ]
 
 
 def loops(eqn):
@@ -51,10 +57,14 @@ def count(jaxpr):
 
 
 MACS = {
-    "dot_general": lambda p, lhs, rhs, out: math.prod([*out, *(lhs[axis] for axis in p["dimension_numbers"][0][0])]),
+    "dot_general": lambda p, lhs, rhs, out: math.prod(
+        [*out, *(lhs[axis] for axis in p["dimension_numbers"][0][0])]
+    ),
     "ragged_dot_general": lambda p, lhs, rhs, out: math.prod([*lhs, out[-1]]),
     "conv_general_dilated": lambda p, lhs, rhs, out: (
-        math.prod([*out, *rhs]) // rhs[p["dimension_numbers"].rhs_spec[0]] // math.prod(p["lhs_dilation"])
+        math.prod([*out, *rhs])
+        // rhs[p["dimension_numbers"].rhs_spec[0]]
+        // math.prod(p["lhs_dilation"])
     ),
 }
 
@@ -80,7 +90,9 @@ def test_variables_have_no_symmetry(name):
     leaves, _ = flatten(made(name)[2])
     assert {str(leaf.dtype) for leaf in leaves.values()} == {"float32"}
     assert not [path for path, leaf in leaves.items() if len(np.unique(leaf)) < 0.99 * leaf.size]
-    assert all((np.asarray(leaf) > 0).all() for path, leaf in leaves.items() if path.endswith("/var"))
+    assert all(
+        (np.asarray(leaf) > 0).all() for path, leaf in leaves.items() if path.endswith("/var")
+    )
 
 
 @every
@@ -88,7 +100,9 @@ def test_the_table_is_complete(name):
     entry, (leaves, _) = ENTRIES[name], flatten(made(name)[2])
     matrices = {path for path, leaf in leaves.items() if leaf.ndim > 1}
     assert entry.contracted.keys() <= leaves.keys() and entry.uncontracted.keys() <= matrices
-    assert not entry.contracted.keys() & entry.uncontracted.keys() and all(entry.uncontracted.values())
+    assert not entry.contracted.keys() & entry.uncontracted.keys() and all(
+        entry.uncontracted.values()
+    )
     assert matrices <= entry.contracted.keys() | entry.uncontracted.keys()
 
 
@@ -106,7 +120,9 @@ def test_every_contracted_parameter_matters(name):
 def test_it_has_gradients(name):
     """Traced only; the values are whatever reads the computation must keep."""
     fn, _, variables, inputs = made(name)
-    gradient = jax.eval_shape(jax.grad(lambda v: sum(leaf.sum() for leaf in jax.tree.leaves(fn(v, *inputs)))), variables)
+    gradient = jax.eval_shape(
+        jax.grad(lambda v: sum(leaf.sum() for leaf in jax.tree.leaves(fn(v, *inputs)))), variables
+    )
     assert jax.tree.map(np.shape, gradient) == jax.tree.map(np.shape, variables)
 
 
@@ -134,18 +150,38 @@ def test_linen_and_nnx_agree(model):
 def test_published_sizes_and_costs(entry):
     """GMAC as torchvision publishes them for these weights: all convolutions and products, attention's two included."""
     leaves, _ = flatten(made(entry.name)[2])
-    assert sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/")) == entry.parameters
-    assert round(entry.macs / 1e9, 3) == {"resnet50/linen": 4.089, "vit_b16/linen": 17.564}[entry.name]
+    assert (
+        sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))
+        == entry.parameters
+    )
+    assert (
+        round(entry.macs / 1e9, 3) == {"resnet50/linen": 4.089, "vit_b16/linen": 17.564}[entry.name]
+    )
 
 
 def test_contractions_lie_in_every_kind_of_nesting():
     def around(jaxpr):
         for eqn in jaxpr.eqns:
             inside = [chain for body in bodies(eqn) for chain in around(body)]
-            yield from [(eqn.primitive.name,)] if eqn.primitive.name in MACS else [(eqn.primitive.name, *c) for c in inside]
+            yield from (
+                [(eqn.primitive.name,)]
+                if eqn.primitive.name in MACS
+                else [(eqn.primitive.name, *c) for c in inside]
+            )
 
-    traces = [jax.make_jaxpr(fn)(v, *x).jaxpr for fn, _, v, x in (made(entry.name) for entry in ZOO)]
+    traces = [
+        jax.make_jaxpr(fn)(v, *x).jaxpr for fn, _, v, x in (made(entry.name) for entry in ZOO)
+    ]
     chains = {chain for jaxpr in traces for chain in around(jaxpr)}
     names = {name for chain in chains for name in chain}
-    assert {"jit", "scan", "while", "cond", "custom_jvp_call", "custom_vjp_call", "shard_map", *MACS} <= names
+    assert {
+        "jit",
+        "scan",
+        "while",
+        "cond",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "shard_map",
+        *MACS,
+    } <= names
     assert names & {"remat", "remat2", "checkpoint"} and ("scan", "scan", "dot_general") in chains

@@ -1,6 +1,7 @@
 """The zoo: models and functions on which whatever reads a computation is tested, with what it must find in them.
 
-`ZOO` is quick: each entry traces, compiles and runs in about a second. `BIG` is abstract. Importing this builds nothing.
+`ZOO` is quick: each entry traces, compiles and runs in about a second. `BIG` is abstract. Importing
+this builds nothing.
 """
 
 from importlib.util import find_spec
@@ -34,7 +35,11 @@ MODELS = {  # name: the class in both frameworks, its input, what is known
 
 def _linen(name: str) -> Entry:
     kind, draw, known = MODELS[name]
-    return Entry(f"{name}/linen", linen(lambda: getattr(linen_models, kind)(), draw), lambda: known().under("params/"))
+    return Entry(
+        f"{name}/linen",
+        linen(lambda: getattr(linen_models, kind)(), draw),
+        lambda: known().under("params/"),
+    )
 
 
 def _nnx(name: str) -> Entry:
@@ -63,7 +68,11 @@ ZOO: tuple[Entry, ...] = (
         flax_nnx(lambda rngs: nnx_models.ResNet(rngs, train=True), IMAGES, mutable=BatchStat),
         answers.resnet,
     ),
-    Entry("recurrent/linen", linen(linen_models.Recurrent, TOKENS), lambda: answers.recurrent_linen().under("params/")),
+    Entry(
+        "recurrent/linen",
+        linen(linen_models.Recurrent, TOKENS),
+        lambda: answers.recurrent_linen().under("params/"),
+    ),
     Entry("recurrent/nnx", flax_nnx(nnx_models.Recurrent, TOKENS), answers.recurrent_nnx),
     *PLAIN,
     *NESTED,

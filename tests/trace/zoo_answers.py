@@ -8,7 +8,13 @@ HEAD_BIAS = "bias, one row for each head"
 
 
 def mlp() -> Answer:
-    return answer({"dense_0/kernel": ROWS * 12 * 20, "dense_1/kernel": ROWS * 20 * 28, "dense_2/kernel": ROWS * 28 * 10})
+    return answer(
+        {
+            "dense_0/kernel": ROWS * 12 * 20,
+            "dense_1/kernel": ROWS * 20 * 28,
+            "dense_2/kernel": ROWS * 28 * 10,
+        }
+    )
 
 
 def lenet() -> Answer:
@@ -43,18 +49,41 @@ def vit(
     patches = (image // patch) ** 2
     tokens = patches + 1
     macs = {"patches/kernel": patches * patch**2 * 3 * width, "head/kernel": width * classes}
-    macs |= {f"block_{i}/{name}/kernel": tokens * width * hidden for i in range(layers) for name in ("up", "down")}
+    macs |= {
+        f"block_{i}/{name}/kernel": tokens * width * hidden
+        for i in range(layers)
+        for name in ("up", "down")
+    }
     blocks = [f"block_{i}/attention" for i in range(layers)]
-    macs |= {f"{b}/{name}/kernel": tokens * width**2 for b in blocks for name in ("query", "key", "value", "out")}
+    macs |= {
+        f"{b}/{name}/kernel": tokens * width**2
+        for b in blocks
+        for name in ("query", "key", "value", "out")
+    }
     uncontracted = {"first": "the class token", "positions": "added"}
-    uncontracted |= {f"{b}/{name}/bias": HEAD_BIAS for b in blocks for name in ("query", "key", "value")}
+    uncontracted |= {
+        f"{b}/{name}/bias": HEAD_BIAS for b in blocks for name in ("query", "key", "value")
+    }
     macs = {path: batch * each for path, each in macs.items()}
-    return answer(macs, anonymous=[batch * tokens**2 * width] * 2 * layers, uncontracted=uncontracted)
+    return answer(
+        macs, anonymous=[batch * tokens**2 * width] * 2 * layers, uncontracted=uncontracted
+    )
 
 
 def llama() -> Answer:
-    layer = {"q": 16 * 16, "k": 16 * 8, "v": 16 * 8, "out": 16 * 16, "gate": 16 * 20, "up": 16 * 20, "down": 20 * 16}
-    scales = {f"layers/{name}/scale": "of a norm, stacked over layers" for name in ("attention_norm", "mlp_norm")}
+    layer = {
+        "q": 16 * 16,
+        "k": 16 * 8,
+        "v": 16 * 8,
+        "out": 16 * 16,
+        "gate": 16 * 20,
+        "up": 16 * 20,
+        "down": 20 * 16,
+    }
+    scales = {
+        f"layers/{name}/scale": "of a norm, stacked over layers"
+        for name in ("attention_norm", "mlp_norm")
+    }
     return answer(
         {"head/kernel": TOKENS * 16 * 23},
         {f"layers/{name}/kernel": TOKENS * size for name, size in layer.items()},
@@ -68,14 +97,18 @@ def recurrent_linen() -> Answer:
     """Linen keeps a kernel for each gate; the LSTM joins them, the GRU does not."""
     into, back = (tuple(f"lstm/{side}{gate}/kernel" for gate in "ifgo") for side in "ih")
     macs = dict.fromkeys(into, 6 * 10) | dict.fromkeys(back, 10 * 10)
-    macs |= {f"gru/i{gate}/kernel": 10 * 7 for gate in "rzn"} | {f"gru/h{gate}/kernel": 7 * 7 for gate in "rzn"}
+    macs |= {f"gru/i{gate}/kernel": 10 * 7 for gate in "rzn"} | {
+        f"gru/h{gate}/kernel": 7 * 7 for gate in "rzn"
+    }
     return _recurrent(macs, joined=(into, back))
 
 
 def recurrent_nnx() -> Answer:
     """NNX keeps one kernel for all gates."""
     macs = {"lstm/cell/dense_i/kernel": 6 * 40, "lstm/cell/dense_h/kernel": 10 * 40}
-    return _recurrent(macs | {"gru/cell/dense_i/kernel": 10 * 21, "gru/cell/dense_h/kernel": 7 * 21})
+    return _recurrent(
+        macs | {"gru/cell/dense_i/kernel": 10 * 21, "gru/cell/dense_h/kernel": 7 * 21}
+    )
 
 
 def _recurrent(macs: dict[str, int], joined: tuple[tuple[str, ...], ...] = ()) -> Answer:
@@ -89,7 +122,11 @@ def _recurrent(macs: dict[str, int], joined: tuple[tuple[str, ...], ...] = ()) -
 
 
 def moe() -> Answer:
-    dense = {"stem/kernel": ROWS * 12 * 16, "router/kernel": ROWS * 16 * 4, "head/kernel": ROWS * 16 * 10}
+    dense = {
+        "stem/kernel": ROWS * 12 * 16,
+        "router/kernel": ROWS * 16 * 4,
+        "head/kernel": ROWS * 16 * 10,
+    }
     experts = {"up": ROWS * 4 * 16 * 20, "down": ROWS * 4 * 20 * 16}
     return answer(dense | experts, anonymous=[ROWS * 4 * 16])
 

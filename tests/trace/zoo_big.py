@@ -10,7 +10,12 @@ from tests.trace.zoo_answers import vit
 from tests.trace.zoo_entry import Answer, Entry, Made, answer
 from tests.trace.zoo_linen import ConvNorm, ViT
 
-STAGES = ((3, 64, 56), (4, 128, 28), (6, 256, 14), (3, 512, 7))  # blocks, width, size of their outputs
+STAGES = (
+    (3, 64, 56),
+    (4, 128, 28),
+    (6, 256, 14),
+    (3, 512, 7),
+)  # blocks, width, size of their outputs
 
 
 class Bottleneck(nn.Module):
@@ -51,7 +56,10 @@ def resnet50() -> Answer:
             if not i:
                 layers[f"{block}/shortcut"] = smaller**2 * into * 4 * width
             into, size = 4 * width, smaller
-    return answer({f"{name}/conv/kernel": macs for name, macs in layers.items()} | {"head/kernel": 2048 * 1000})
+    return answer(
+        {f"{name}/conv/kernel": macs for name, macs in layers.items()}
+        | {"head/kernel": 2048 * 1000}
+    )
 
 
 def abstract(module: nn.Module) -> Made:
@@ -62,7 +70,12 @@ def abstract(module: nn.Module) -> Made:
 
 BASE: dict[str, Any] = {"patch": 16, "width": 768, "hidden": 3072, "layers": 12, "classes": 1000}
 BIG = (
-    Entry("resnet50/linen", lambda: abstract(ResNet50()), lambda: resnet50().under("params/"), parameters=25_557_032),
+    Entry(
+        "resnet50/linen",
+        lambda: abstract(ResNet50()),
+        lambda: resnet50().under("params/"),
+        parameters=25_557_032,
+    ),
     Entry(
         "vit_b16/linen",
         lambda: abstract(ViT(heads=12, **BASE)),

@@ -18,16 +18,18 @@ Draw = Callable[[np.random.Generator], Any]
 class Answer:
     """What the architecture says about its contractions (dot_general, convolution, ragged_dot); nothing here is traced.
 
-    A scan's body runs as often as the scan is long, a shard_map's as often as there are devices; each branch of a cond
-    and the body of a while loop count once.
+    A scan's body runs as often as the scan is long, a shard_map's as often as there are devices;
+    each branch of a cond and the body of a while loop count once.
 
     Attributes:
       contracted: how often each parameter is contracted in one call.
-      macs: multiply-accumulates of all contractions of one call: |out| times what is summed over, positions on padding
-        included, the zeros that a transposed convolution puts between its inputs left out.
+      macs: multiply-accumulates of all contractions of one call: |out| times what is summed over,
+        positions on padding included, the zeros that a transposed convolution puts between its
+        inputs left out.
       uncontracted: parameters of rank 2 and more that feed no contraction, and why.
       anonymous: how many contractions are between activations only.
-      joined: parameters that enter the same contractions together, put side by side; each counts for each of them.
+      joined: parameters that enter the same contractions together, put side by side; each counts
+        for each of them.
     """
 
     contracted: dict[str, int]
@@ -56,7 +58,8 @@ class Entry:
 
     Attributes:
       name: such as ``"resnet/linen"``.
-      make: returns ``(fn, variables, inputs)``: ``fn(variables, *inputs)`` is pure, variables are float32 arrays.
+      make: returns ``(fn, variables, inputs)``: ``fn(variables, *inputs)`` is pure, variables are
+        float32 arrays.
       answer: returns what must be found in it.
       parameters: its size as published, where it is published.
       reverse: whether JAX can differentiate it backwards (a while loop it can not).
@@ -90,7 +93,11 @@ class Entry:
 
 
 def answer(
-    once: dict[str, int], looped: dict[str, int] | None = None, loops: int = 1, anonymous: Sequence[int] = (), **rest: Any
+    once: dict[str, int],
+    looped: dict[str, int] | None = None,
+    loops: int = 1,
+    anonymous: Sequence[int] = (),
+    **rest: Any,
 ) -> Answer:
     """Add up an answer from ``{path: multiply-accumulates of one run}``.
 
@@ -122,7 +129,12 @@ def randomise(shapes: Any, seed: int = 0) -> Any:
     """
     rng = np.random.default_rng(seed)
     leaves, rebuild = flatten(shapes)
-    return rebuild({path: jax.numpy.asarray(_draw(rng, path, leaf.shape), "float32") for path, leaf in leaves.items()})
+    return rebuild(
+        {
+            path: jax.numpy.asarray(_draw(rng, path, leaf.shape), "float32")
+            for path, leaf in leaves.items()
+        }
+    )
 
 
 def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -134,9 +146,15 @@ def _draw(rng: np.random.Generator, path: str, shape: tuple[int, ...]) -> np.nda
     return rng.normal(0, 1 / math.sqrt(math.prod(shape[-3:-1])), shape)
 
 
-def plain(fn: Callable[..., Any], params: dict[str, tuple[int, ...]], *draws: Draw) -> Callable[[], Made]:
+def plain(
+    fn: Callable[..., Any], params: dict[str, tuple[int, ...]], *draws: Draw
+) -> Callable[[], Made]:
     """Return the ``make`` of a function, of its parameters' shapes and of its inputs."""
-    return lambda: (fn, randomise({path: np.empty(shape) for path, shape in params.items()}), inputs(*draws))
+    return lambda: (
+        fn,
+        randomise({path: np.empty(shape) for path, shape in params.items()}),
+        inputs(*draws),
+    )
 
 
 def inputs(*draws: Draw) -> tuple[jax.Array, ...]:

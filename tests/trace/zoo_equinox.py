@@ -35,8 +35,13 @@ def make() -> Made:
 
 def known() -> Answer:
     layers = {"conv/weight": 4**2 * 4**2 * 3 * 6, "head/weight": 20 * 10}
-    layers |= {f"dense/layers/{i}/weight": size for i, size in enumerate([6 * 14, 14 * 14, 14 * 20])}
-    return answer({path: 2 * macs for path, macs in layers.items()}, uncontracted={"conv/bias": "bias, with axes of 1"})
+    layers |= {
+        f"dense/layers/{i}/weight": size for i, size in enumerate([6 * 14, 14 * 14, 14 * 20])
+    }
+    return answer(
+        {path: 2 * macs for path, macs in layers.items()},
+        uncontracted={"conv/bias": "bias, with axes of 1"},
+    )
 
 
 EQUINOX = (Entry("convnet/equinox", make, known),)

@@ -22,7 +22,9 @@ def rope(x: jax.Array) -> jax.Array:
     frequency = 1e4 ** (-jnp.arange(half, dtype=x.dtype) / half)
     angle = jnp.arange(x.shape[1], dtype=x.dtype)[None, :, None, None] * frequency[None, None, None]
     a, b = jnp.split(x, 2, -1)
-    return jnp.concatenate([a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1)
+    return jnp.concatenate(
+        [a * jnp.cos(angle) - b * jnp.sin(angle), b * jnp.cos(angle) + a * jnp.sin(angle)], -1
+    )
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

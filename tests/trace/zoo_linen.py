@@ -53,7 +53,14 @@ class ConvNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         window, strides = (self.kernel, self.kernel), (self.stride, self.stride)
-        x = nn.Conv(self.width, window, strides, feature_group_count=self.groups, use_bias=False, name="conv")(x)
+        x = nn.Conv(
+            self.width,
+            window,
+            strides,
+            feature_group_count=self.groups,
+            use_bias=False,
+            name="conv",
+        )(x)
         return nn.BatchNorm(use_running_average=not self.train, name="norm")(x)
 
 
@@ -121,10 +128,14 @@ class LlamaBlock(nn.Module):
     def __call__(self, x, _):
         dense = partial(nn.Dense, use_bias=False)
         y = nn.RMSNorm(name="attention_norm")(x)
-        q, k, v = (heads(dense(4 * n, name=name)(y), n) for name, n in [("q", 4), ("k", 2), ("v", 2)])
+        q, k, v = (
+            heads(dense(4 * n, name=name)(y), n) for name, n in [("q", 4), ("k", 2), ("v", 2)]
+        )
         x = x + dense(16, name="out")(causal_attention(rope(q), rope(k), v))
         y = nn.RMSNorm(name="mlp_norm")(x)
-        return x + dense(16, name="down")(nn.silu(dense(20, name="gate")(y)) * dense(20, name="up")(y)), None
+        return x + dense(16, name="down")(
+            nn.silu(dense(20, name="gate")(y)) * dense(20, name="up")(y)
+        ), None
 
 
 class Llama(nn.Module):

@@ -79,13 +79,17 @@ def cond(v, x):
 
 
 def switch(v, x, index):
-    return lax.switch(index, [lambda y: y[:, :8], lambda y: y @ v["a"], lambda y: jnp.tanh(y @ v["a"])], x)
+    return lax.switch(
+        index, [lambda y: y[:, :8], lambda y: y @ v["a"], lambda y: jnp.tanh(y @ v["a"])], x
+    )
 
 
 def while_loop(v, x):
     """A while loop whose number of turns depends on the data."""
     small = lambda carry: (carry[0] < 4) & (jnp.abs(carry[1]).max() < 100)  # noqa: E731
-    return lax.while_loop(small, lambda carry: (carry[0] + 1, carry[1] + jnp.tanh(carry[1] @ v["w"])), (0, x))[1]
+    return lax.while_loop(
+        small, lambda carry: (carry[0] + 1, carry[1] + jnp.tanh(carry[1] @ v["w"])), (0, x)
+    )[1]
 
 
 def fori_loop(v, x):
@@ -94,7 +98,12 @@ def fori_loop(v, x):
 
 def carried(v, x):
     """The kernel goes round a loop with the activations."""
-    return lax.fori_loop(0, 3, lambda _, carry: (jnp.tanh(carry[0] @ carry[1]), carry[1]), (x, v["w"]))[0] @ v["b"]
+    return (
+        lax.fori_loop(
+            0, 3, lambda _, carry: (jnp.tanh(carry[0] @ carry[1]), carry[1]), (x, v["w"])
+        )[0]
+        @ v["b"]
+    )
 
 
 def scanned(v, x):
@@ -142,7 +151,11 @@ def dropout(v, x, seed):
 
 def sharded(v, x):
     """Column-parallel, then row-parallel over all devices."""
-    columns, rows, everywhere = PartitionSpec(None, "model"), PartitionSpec("model"), PartitionSpec()
+    columns, rows, everywhere = (
+        PartitionSpec(None, "model"),
+        PartitionSpec("model"),
+        PartitionSpec(),
+    )
 
     @partial(
         jax.shard_map,
@@ -183,8 +196,17 @@ NESTED = (
         plain(switch, {"a": (12, 8)}, VECTORS, lambda _: np.int32(2)),
         lambda: Answer({"a": 2}, 2 * 3 * 12 * 8),
     ),
-    Entry("plain/while_loop", plain(while_loop, {"w": (12, 12)}, VECTORS), partial(answer, {"w": SQUARE}), reverse=False),
-    Entry("plain/fori_loop", plain(fori_loop, {"w": (12, 12)}, VECTORS), partial(answer, {}, {"w": SQUARE}, loops=3)),
+    Entry(
+        "plain/while_loop",
+        plain(while_loop, {"w": (12, 12)}, VECTORS),
+        partial(answer, {"w": SQUARE}),
+        reverse=False,
+    ),
+    Entry(
+        "plain/fori_loop",
+        plain(fori_loop, {"w": (12, 12)}, VECTORS),
+        partial(answer, {}, {"w": SQUARE}, loops=3),
+    ),
     Entry(
         "plain/carried",
         plain(carried, {"w": (12, 12), "b": (12, 10)}, VECTORS),
@@ -200,7 +222,11 @@ NESTED = (
         plain(nested_scan, {"inner": (2, 3, 12, 12), "outer": (2, 12, 12)}, VECTORS),
         lambda: Answer({"inner": 2 * 3, "outer": 2}, macs=(2 * 3 + 2) * SQUARE),
     ),
-    Entry("plain/mapped", plain(mapped, {"w": (5, 12, 8)}, VECTORS), partial(answer, {}, {"w": 3 * 12 * 8}, loops=5)),
+    Entry(
+        "plain/mapped",
+        plain(mapped, {"w": (5, 12, 8)}, VECTORS),
+        partial(answer, {}, {"w": 3 * 12 * 8}, loops=5),
+    ),
     Entry("plain/vmapped", plain(vmapped, {"a": (8, 12), "b": (10, 8)}, VECTORS), AB_ANSWER),
     Entry(
         "plain/vmapped_ensemble",

@@ -12,7 +12,9 @@ from tests.trace.zoo_entry import Draw, Made, inputs, randomise
 from tests.trace.zoo_layers import causal_attention, heads, max_pool, rope
 
 
-def flax_nnx(model: Callable[[nnx.Rngs], nnx.Module], *draws: Draw, mutable: Any = None) -> Callable[[], Made]:
+def flax_nnx(
+    model: Callable[[nnx.Rngs], nnx.Module], *draws: Draw, mutable: Any = None
+) -> Callable[[], Made]:
     """Return the ``make`` of a module, of its inputs and of the kind of variables it returns anew."""
 
     def make() -> Made:
@@ -56,7 +58,9 @@ class LeNet(nnx.Module):
 class ConvNorm(nnx.Module):
     def __init__(self, into, width, rngs, kernel=3, stride=1, groups=1, train=False):
         window, strides = (kernel, kernel), (stride, stride)
-        self.conv = nnx.Conv(into, width, window, strides, feature_group_count=groups, use_bias=False, rngs=rngs)
+        self.conv = nnx.Conv(
+            into, width, window, strides, feature_group_count=groups, use_bias=False, rngs=rngs
+        )
         self.norm = nnx.BatchNorm(width, use_running_average=not train, rngs=rngs)
 
     def __call__(self, x):
@@ -67,7 +71,9 @@ class ResidualBlock(nnx.Module):
     def __init__(self, into, width, stride, train, rngs):
         layer = partial(ConvNorm, rngs=rngs, train=train)
         self.first, self.second = layer(into, width, stride=stride), layer(width, width)
-        self.shortcut = layer(into, width, kernel=1, stride=stride) if (into, stride) != (width, 1) else None
+        self.shortcut = (
+            layer(into, width, kernel=1, stride=stride) if (into, stride) != (width, 1) else None
+        )
 
     def __call__(self, x):
         y = self.second(nnx.relu(self.first(x)))
@@ -87,7 +93,10 @@ class ResNet(nnx.Module):
 
 class EncoderBlock(nnx.Module):
     def __init__(self, rngs):
-        self.attention_norm, self.mlp_norm = nnx.LayerNorm(16, rngs=rngs), nnx.LayerNorm(16, rngs=rngs)
+        self.attention_norm, self.mlp_norm = (
+            nnx.LayerNorm(16, rngs=rngs),
+            nnx.LayerNorm(16, rngs=rngs),
+        )
         self.attention = nnx.MultiHeadAttention(4, 16, decode=False, keep_rngs=False, rngs=rngs)
         self.up, self.down = nnx.Linear(16, 28, rngs=rngs), nnx.Linear(28, 16, rngs=rngs)
 
@@ -99,7 +108,10 @@ class EncoderBlock(nnx.Module):
 class ViT(nnx.Module):
     def __init__(self, rngs):
         self.patches = nnx.Conv(3, 16, (4, 4), (4, 4), rngs=rngs)
-        self.first, self.positions = nnx.Param(jnp.zeros((1, 1, 16))), nnx.Param(jnp.zeros((1, 17, 16)))
+        self.first, self.positions = (
+            nnx.Param(jnp.zeros((1, 1, 16))),
+            nnx.Param(jnp.zeros((1, 17, 16))),
+        )
         self.block_0, self.block_1 = EncoderBlock(rngs), EncoderBlock(rngs)
         self.norm, self.head = nnx.LayerNorm(16, rngs=rngs), nnx.Linear(16, 10, rngs=rngs)
 
@@ -129,7 +141,10 @@ class Llama(nnx.Module):
     def __init__(self, rngs):
         self.embed = nnx.Embed(23, 16, rngs=rngs)
         self.layers = nnx.split_rngs(splits=3)(nnx.vmap(LlamaBlock))(rngs)
-        self.norm, self.head = nnx.RMSNorm(16, rngs=rngs), nnx.Linear(16, 23, use_bias=False, rngs=rngs)
+        self.norm, self.head = (
+            nnx.RMSNorm(16, rngs=rngs),
+            nnx.Linear(16, 23, use_bias=False, rngs=rngs),
+        )
 
     def __call__(self, tokens):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
@@ -149,7 +164,10 @@ class Recurrent(nnx.Module):
 
     def __call__(self, tokens):
         start = [jnp.zeros((tokens.shape[0], width)) for width in (10, 10, 7)]
-        lstm, gru = cast(Any, self.lstm), cast(Any, self.gru)  # annotated as if a carry came back too
+        lstm, gru = (
+            cast(Any, self.lstm),
+            cast(Any, self.gru),
+        )  # annotated as if a carry came back too
         x = lstm(self.embed(tokens), initial_carry=(start[0], start[1]))
         return self.head(gru(x, initial_carry=start[2])[:, -1])
 
@@ -220,8 +238,16 @@ class UNet(nnx.Module):
 class DecoderBlock(nnx.Module):
     def __init__(self, rngs):
         dense = partial(nnx.Linear, rngs=rngs)
-        self.attention_norm, self.mlp_norm = nnx.LayerNorm(16, rngs=rngs), nnx.LayerNorm(16, rngs=rngs)
-        self.qkv, self.out, self.up, self.down = dense(16, 48), dense(16, 16), dense(16, 30), dense(30, 16)
+        self.attention_norm, self.mlp_norm = (
+            nnx.LayerNorm(16, rngs=rngs),
+            nnx.LayerNorm(16, rngs=rngs),
+        )
+        self.qkv, self.out, self.up, self.down = (
+            dense(16, 48),
+            dense(16, 16),
+            dense(16, 30),
+            dense(30, 16),
+        )
 
     def __call__(self, x):
         q, k, v = (heads(each, 4) for each in jnp.split(self.qkv(self.attention_norm(x)), 3, -1))

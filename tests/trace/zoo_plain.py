@@ -28,7 +28,11 @@ def transposed(v, x):
 
 def contracted_in_place(v, x):
     """A transposed kernel without a transpose: dimension numbers say what is summed over."""
-    return lax.dot_general(jnp.tanh(lax.dot_general(x, v["a"], (((1,), (1,)), ((), ())))), v["b"], (((1,), (0,)), ((), ())))
+    return lax.dot_general(
+        jnp.tanh(lax.dot_general(x, v["a"], (((1,), (1,)), ((), ())))),
+        v["b"],
+        (((1,), (0,)), ((), ())),
+    )
 
 
 def einsum(v, x):
@@ -40,7 +44,9 @@ def reshaped(v, x):
 
 
 def cast(v, x):
-    y = jnp.matmul(x.astype("bfloat16"), v["a"].astype("bfloat16"), preferred_element_type=jnp.float32)
+    y = jnp.matmul(
+        x.astype("bfloat16"), v["a"].astype("bfloat16"), preferred_element_type=jnp.float32
+    )
     return jnp.tanh(y) @ v["b"].astype("bfloat16").astype("float32")
 
 
@@ -96,10 +102,18 @@ def convolutions(v, x):
     """Channels first, grouped, dilated, strided; then one-dimensional."""
     layout = ("NCHW", "OIHW", "NCHW")
     y = lax.conv_general_dilated(
-        x, v["grouped"], (2, 2), "SAME", rhs_dilation=(2, 2), dimension_numbers=layout, feature_group_count=2
+        x,
+        v["grouped"],
+        (2, 2),
+        "SAME",
+        rhs_dilation=(2, 2),
+        dimension_numbers=layout,
+        feature_group_count=2,
     )
     y = jnp.tanh(y).reshape(*y.shape[:2], -1)
-    return lax.conv_general_dilated(y, v["line"], (1,), "VALID", dimension_numbers=("NCW", "WIO", "NWC"))
+    return lax.conv_general_dilated(
+        y, v["line"], (1,), "VALID", dimension_numbers=("NCW", "WIO", "NWC")
+    )
 
 
 def rank_1(v, x):
@@ -115,9 +129,21 @@ PLAIN = (
         plain(operators, {"a": (12, 8), "b": (8, 10), "c": (10, 6), "d": (6, 5)}, VECTORS),
         partial(answer, {"a": A, "b": B, "c": 3 * 10 * 6, "d": 3 * 6 * 5}),
     ),
-    Entry("plain/tensordot", plain(tensordot, {"a": (4, 10, 5)}, normal(3, 5, 4)), partial(answer, {"a": 3 * 5 * 4 * 10})),
-    Entry("plain/on_the_left", plain(on_the_left, {"a": (8, 12), "b": (10, 8)}, VECTORS), partial(answer, {"a": A, "b": B})),
-    Entry("plain/transposed", plain(transposed, {"a": (8, 12), "b": (10, 8)}, VECTORS), partial(answer, {"a": A, "b": B})),
+    Entry(
+        "plain/tensordot",
+        plain(tensordot, {"a": (4, 10, 5)}, normal(3, 5, 4)),
+        partial(answer, {"a": 3 * 5 * 4 * 10}),
+    ),
+    Entry(
+        "plain/on_the_left",
+        plain(on_the_left, {"a": (8, 12), "b": (10, 8)}, VECTORS),
+        partial(answer, {"a": A, "b": B}),
+    ),
+    Entry(
+        "plain/transposed",
+        plain(transposed, {"a": (8, 12), "b": (10, 8)}, VECTORS),
+        partial(answer, {"a": A, "b": B}),
+    ),
     Entry(
         "plain/contracted_in_place",
         plain(contracted_in_place, {"a": (8, 12), "b": (8, 10)}, VECTORS),
@@ -130,19 +156,39 @@ PLAIN = (
         partial(answer, {"a": 3 * 12 * 10, "b": 3 * 10 * 14}),
     ),
     Entry("plain/cast", plain(cast, AB, VECTORS), partial(answer, {"a": A, "b": B})),
-    Entry("plain/stacked", plain(stacked, {"w": (2, 12, 12)}, VECTORS), lambda: Answer({"w": 2}, macs=2 * 3 * 12 * 12)),
-    Entry("plain/sliced", plain(sliced, {"w": (12, 17)}, VECTORS), lambda: Answer({"w": 2}, macs=3 * 12 * (8 + 9))),
+    Entry(
+        "plain/stacked",
+        plain(stacked, {"w": (2, 12, 12)}, VECTORS),
+        lambda: Answer({"w": 2}, macs=2 * 3 * 12 * 12),
+    ),
+    Entry(
+        "plain/sliced",
+        plain(sliced, {"w": (12, 17)}, VECTORS),
+        lambda: Answer({"w": 2}, macs=3 * 12 * (8 + 9)),
+    ),
     Entry(
         "plain/joined",
         plain(joined, {"a": (12, 8), "b": (12, 5)}, VECTORS),
         partial(answer, {"a": A, "b": 3 * 12 * 5}, joined=(("a", "b"),)),
     ),
-    Entry("plain/fake_quantized", plain(fake_quantized, {"a": (12, 8), "scale": (8,)}, VECTORS), partial(answer, {"a": A})),
-    Entry("plain/shared", plain(shared, {"w": (12, 12)}, VECTORS), lambda: Answer({"w": 3}, macs=3 * 3 * 12 * 12)),
+    Entry(
+        "plain/fake_quantized",
+        plain(fake_quantized, {"a": (12, 8), "scale": (8,)}, VECTORS),
+        partial(answer, {"a": A}),
+    ),
+    Entry(
+        "plain/shared",
+        plain(shared, {"w": (12, 12)}, VECTORS),
+        lambda: Answer({"w": 3}, macs=3 * 3 * 12 * 12),
+    ),
     Entry(
         "plain/both_parameters",
         plain(both_parameters, {"a": (12, 8), "style": (1, 6), "b": (6, 8)}, VECTORS),
-        partial(answer, {"a": A, "b": 6 * 8}, uncontracted={"style": "the smaller operand of a product of parameters"}),
+        partial(
+            answer,
+            {"a": A, "b": 6 * 8},
+            uncontracted={"style": "the smaller operand of a product of parameters"},
+        ),
     ),
     Entry(
         "plain/low_rank",

@@ -54,7 +54,9 @@ def write(directory, *steps):
 
 def restore(directory, target=None):
     with Checkpoints(directory, keep=5) as checkpoints:
-        return checkpoints.restore_latest(tree(99) if target is None else target), checkpoints.steps()
+        return checkpoints.restore_latest(
+            tree(99) if target is None else target
+        ), checkpoints.steps()
 
 
 def test_every_kind_of_leaf_comes_back_exactly(tmp_path):
@@ -88,7 +90,10 @@ def test_what_is_being_saved_may_be_donated(tmp_path):
 
 
 def flip_a_byte(checkpoint: Path):
-    largest = max((p for p in checkpoint.rglob("*") if p.is_file() and "/d/" in str(p)), key=lambda p: p.stat().st_size)
+    largest = max(
+        (p for p in checkpoint.rglob("*") if p.is_file() and "/d/" in str(p)),
+        key=lambda p: p.stat().st_size,
+    )
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
@@ -116,21 +121,27 @@ def alter_the_record(checkpoint: Path):
     path.write_text(json.dumps(meta))
 
 
-# tensorstore reads arrays in threads; those that fail after the first find their event loop gone, and say so.
+# tensorstore reads arrays in threads; those that fail after the first find their event loop gone,
+# and say so.
 loud = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 DAMAGES = [flip_a_byte, truncate, empty, spoil_the_record, alter_the_record]
 
 
 @loud
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_can_be_saved_anew(damage, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_can_be_saved_anew(
+    damage, tmp_path, caplog
+):
     write(tmp_path, 3, 7)
     damage(tmp_path / "7")
     with caplog.at_level(logging.WARNING):
         (step, found), steps = restore(tmp_path)
     assert step == 3 and steps == [3]
     assert_same(found, tree(3))
-    assert any("checkpoint 7" in record.message and "damaged" in record.message for record in caplog.records)
+    assert any(
+        "checkpoint 7" in record.message and "damaged" in record.message
+        for record in caplog.records
+    )
     write(tmp_path, 7)
     assert restore(tmp_path)[0][0] == 7
 
@@ -140,7 +151,9 @@ def test_if_all_are_damaged_that_is_an_error_and_nothing_is_removed(tmp_path):
     write(tmp_path, 3, 7)
     flip_a_byte(tmp_path / "3")
     empty(tmp_path / "7")
-    with pytest.raises(CheckpointError, match="every checkpoint in .* is damaged.*remove the directory"):
+    with pytest.raises(
+        CheckpointError, match="every checkpoint in .* is damaged.*remove the directory"
+    ):
         restore(tmp_path)
     assert (tmp_path / "3").exists() and (tmp_path / "7").exists()
 
@@ -150,7 +163,10 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_the_leaves(tmp_pat
     other = {**tree(), "float": jnp.zeros((8, 8)), "mask": jnp.zeros(7), "more": jnp.zeros(1)}
     with pytest.raises(CheckpointError, match="another model") as error:
         restore(tmp_path, other)
-    for line in ("float: saved float32[64, 8], wanted float32[8, 8]", "mask: saved bool[7], wanted float32[7]"):
+    for line in (
+        "float: saved float32[64, 8], wanted float32[8, 8]",
+        "mask: saved bool[7], wanted float32[7]",
+    ):
         assert line in str(error.value)
     assert "more: saved nothing, wanted float32[1]" in str(error.value)
     assert restore(tmp_path)[0][0] == 3
@@ -175,14 +191,22 @@ def test_a_step_before_one_that_is_saved_cannot_be_saved(tmp_path):
 def test_restoring_onto_another_mesh(tmp_path):
     write(tmp_path, 3)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    target = {**tree(99), "float": jax.device_put(jnp.zeros((64, 8)), NamedSharding(mesh, P("data")))}
+    target = {
+        **tree(99),
+        "float": jax.device_put(jnp.zeros((64, 8)), NamedSharding(mesh, P("data"))),
+    }
     (_, found), _ = restore(tmp_path, target)
     assert found["float"].sharding == target["float"].sharding
     assert_same(found, tree(3))
 
 
 def test_a_train_state_survives(tmp_path):
-    state = create({"params": {"w": jnp.ones(3)}, "batch_stats": {}}, identity(), optax.adamw(0.1), jax.random.key(4))
+    state = create(
+        {"params": {"w": jnp.ones(3)}, "batch_stats": {}},
+        identity(),
+        optax.adamw(0.1),
+        jax.random.key(4),
+    )
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(0, state)
         found = checkpoints.restore_latest(jax.tree.map(jnp.copy, state))

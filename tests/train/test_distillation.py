@@ -13,7 +13,17 @@ from flax import nnx
 import compress_jax as cj
 from compress_jax import distill as d
 from compress_jax.core.errors import ConfigError, NoMatchError, StateError
-from compress_jax.train import create, distillation, fit, graduate, jit_step, label_optimizer, make_step, mutual_step, place
+from compress_jax.train import (
+    create,
+    distillation,
+    fit,
+    graduate,
+    jit_step,
+    label_optimizer,
+    make_step,
+    mutual_step,
+    place,
+)
 
 
 class Net(nn.Module):
@@ -23,7 +33,9 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(self.width, name="body")(x))
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(
+            nn.Dense(self.width, name="body")(x)
+        )
         return nn.Dense(3, name="head")(nn.relu(x))
 
 
@@ -37,7 +49,9 @@ HINT = partial(d.on_features, d.hint, "body", "body", part=d.linear())
 
 def begin(loss, optimizer, c=None, teacher=TEACHER, model=SMALL, batch=BATCH):
     variables, key = model.init(jax.random.key(2), X), jax.random.key(3)
-    return create(variables, c or cj.identity(), optimizer, key, loss.init(key, variables, batch, teacher))
+    return create(
+        variables, c or cj.identity(), optimizer, key, loss.init(key, variables, batch, teacher)
+    )
 
 
 def compiled(loss, optimizer, c=None):
@@ -83,7 +97,11 @@ def test_the_loss_is_the_scheduled_sum_of_what_its_terms_give():
 
 
 def test_a_resumed_run_is_the_same_run_with_parts_bank_and_average(tmp_path):
-    terms = [d.on_labels(), HINT(1.0), d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5)]
+    terms = [
+        d.on_labels(),
+        HINT(1.0),
+        d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5),
+    ]
     loss = distillation(SMALL, terms)
     optimizer = adam(optax.adam(0.05))
     step = compiled(loss, optimizer)
@@ -103,7 +121,9 @@ def test_features_that_no_term_uses_cost_nothing():
     def flops(teacher, terms):
         loss = distillation(SMALL, terms)
         state = begin(loss, optax.sgd(0.1), teacher=teacher)
-        lowered = jax.jit(make_step(loss, optax.sgd(0.1), cj.identity())).lower(state, BATCH, teacher=teacher)
+        lowered = jax.jit(make_step(loss, optax.sgd(0.1), cj.identity())).lower(
+            state, BATCH, teacher=teacher
+        )
         return lowered.compile().cost_analysis()["flops"]
 
     kl = d.on_logits(d.kl)
@@ -123,9 +143,15 @@ class Graph(nnx.Module):
 
 def test_nnx_students_train_on_features_with_dropout_and_batch_statistics():
     graphdef, params, rest = nnx.split(Graph(nnx.Rngs(0)), nnx.Param, ...)
-    loss, optimizer, key = distillation(graphdef, [d.on_logits(d.kl), HINT(1.0)]), adam(), jax.random.key(0)
+    loss, optimizer, key = (
+        distillation(graphdef, [d.on_logits(d.kl), HINT(1.0)]),
+        adam(),
+        jax.random.key(0),
+    )
     variables = {"params": params, "rest": rest}
-    state = create(variables, cj.identity(), optimizer, key, loss.init(key, variables, BATCH, TEACHER))
+    state = create(
+        variables, cj.identity(), optimizer, key, loss.init(key, variables, BATCH, TEACHER)
+    )
     step, losses = compiled(loss, optimizer), []
     for _ in range(40):
         state, metrics = step(state, BATCH, teacher=TEACHER)
@@ -156,30 +182,42 @@ def test_the_batch_is_augmented_once_for_both_and_the_teacher_has_its_own_view()
     def augment(key, batch):
         return {**batch, "image": batch["image"] * jax.random.uniform(key)}
 
-    teacher = d.Teacher(lambda v, x: x[:, :3] + 0.0 * v["w"], {"w": jnp.zeros(())}, view=lambda x: 2.0 * x)
+    teacher = d.Teacher(
+        lambda v, x: x[:, :3] + 0.0 * v["w"], {"w": jnp.zeros(())}, view=lambda x: 2.0 * x
+    )
 
     def compare(seen, parts, memory):
         return jnp.square(2.0 * seen.batch["image"][:, :3] - seen.teacher_logits).sum(-1), memory
 
     loss = distillation(SMALL, [d.Term("difference", compare)], augment=augment)
-    _, metrics = compiled(loss, optax.sgd(0.1))(begin(loss, optax.sgd(0.1), teacher=teacher), BATCH, teacher=teacher)
+    _, metrics = compiled(loss, optax.sgd(0.1))(
+        begin(loss, optax.sgd(0.1), teacher=teacher), BATCH, teacher=teacher
+    )
     assert float(metrics["difference"]) == 0.0
 
 
 def test_the_students_own_average_teaches_it():
-    loss, optimizer = distillation(SMALL, [d.on_labels(), d.on_logits(d.kl)], average=0.75), optax.sgd(0.5)
+    loss, optimizer = (
+        distillation(SMALL, [d.on_labels(), d.on_logits(d.kl)], average=0.75),
+        optax.sgd(0.5),
+    )
     state, step = begin(loss, optimizer, teacher=None), compiled(loss, optimizer)
     expected = state.params
     for _ in range(3):
         expected = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * p, expected, state.params)
         state, metrics = step(state, BATCH)
-    for x, y in zip(jax.tree.leaves(state.memory["average"]["params"]), jax.tree.leaves(expected), strict=True):
+    for x, y in zip(
+        jax.tree.leaves(state.memory["average"]["params"]), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
     assert float(metrics["kl"]) > 0
 
 
 def test_prune_quantize_and_distill_in_one_step():
-    c = cj.at("**/kernel", cj.chain(cj.prune.magnitude(0.5), cj.quantize.uniform(4, granularity="channel")))
+    c = cj.at(
+        "**/kernel",
+        cj.chain(cj.prune.magnitude(0.5), cj.quantize.uniform(4, granularity="channel")),
+    )
     loss, optimizer = distillation(SMALL, [d.on_logits(d.kl), HINT(1.0)]), adam()
     state, step = begin(loss, optimizer, c), compiled(loss, optimizer, c)
     losses = []
@@ -188,7 +226,9 @@ def test_prune_quantize_and_distill_in_one_step():
         losses.append(float(metrics["loss"]))
     seen = state.variables(c)["params"]["body"]["kernel"]
     assert (seen == 0).mean() >= 0.5 and losses[-1] < 0.7 * losses[0]
-    same(cj.unpack(c.pack(state.params, state.compression)), c.view(state.params, state.compression))
+    same(
+        cj.unpack(c.pack(state.params, state.compression)), c.view(state.params, state.compression)
+    )
 
 
 def test_weights_and_several_teachers_and_masks():
@@ -207,22 +247,37 @@ def test_weights_and_several_teachers_and_masks():
     soft = 4 * (p * (jnp.log(p) - jax.nn.log_softmax(logits / 2))).sum(-1)
     np.testing.assert_allclose(metrics["mean of probabilities"], soft[:5].mean(), rtol=1e-3)
     each = [d.mse(logits, each) for each in stacked]
-    np.testing.assert_allclose(metrics["mean of losses"], (0.25 * each[0] + 0.75 * each[1])[:5].mean(), rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics["mean of losses"], (0.25 * each[0] + 0.75 * each[1])[:5].mean(), rtol=1e-4
+    )
 
     own = d.Teacher(SMALL.apply, SMALL.init(jax.random.key(8), X))
     loss = distillation(SMALL, [d.on_weights(pattern="**/kernel")])
-    _, metrics = compiled(loss, optax.sgd(0.1))(begin(loss, optax.sgd(0.1), teacher=own), BATCH, teacher=own)
+    _, metrics = compiled(loss, optax.sgd(0.1))(
+        begin(loss, optax.sgd(0.1), teacher=own), BATCH, teacher=own
+    )
     params = SMALL.init(jax.random.key(2), X)["params"]
-    difference = [params[k]["kernel"] - own.variables["params"][k]["kernel"] for k in ("body", "head")]
-    np.testing.assert_allclose(metrics["l2_sp"], sum(0.5 * jnp.square(x).sum() for x in difference), rtol=1e-5)
+    difference = [
+        params[k]["kernel"] - own.variables["params"][k]["kernel"] for k in ("body", "head")
+    ]
+    np.testing.assert_allclose(
+        metrics["l2_sp"], sum(0.5 * jnp.square(x).sum() for x in difference), rtol=1e-5
+    )
 
 
 @pytest.mark.slow
 def test_mutual_learning_brings_students_together_and_graduates_teach():
     terms = [d.on_labels(0.1), d.on_logits(d.kl)]
     losses, optimizer = [distillation(model, terms) for model in (SMALL, LARGE)], optax.adam(0.02)
-    states = tuple(begin(loss, optimizer, teacher=None, model=m) for loss, m in zip(losses, (SMALL, LARGE), strict=True))
-    step = jax.jit(mutual_step([make_step(x, optimizer, cj.identity()) for x in losses], [SMALL.apply, LARGE.apply]))
+    states = tuple(
+        begin(loss, optimizer, teacher=None, model=m)
+        for loss, m in zip(losses, (SMALL, LARGE), strict=True)
+    )
+    step = jax.jit(
+        mutual_step(
+            [make_step(x, optimizer, cj.identity()) for x in losses], [SMALL.apply, LARGE.apply]
+        )
+    )
     first, _ = step(states, BATCH)[1]
     for _ in range(60):
         states, (own, _) = step(states, BATCH)
@@ -235,15 +290,28 @@ def test_mutual_learning_brings_students_together_and_graduates_teach():
 
 @pytest.mark.slow
 def test_eight_devices_train_the_parts_the_bank_and_the_student_of_one():
-    terms = [d.on_logits(d.top_k_kl), HINT(1.0), d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5)]
+    terms = [
+        d.on_logits(d.top_k_kl),
+        HINT(1.0),
+        d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5),
+    ]
     loss, optimizer = distillation(SMALL, terms), optax.sgd(0.05)
     logits, features = TEACHER.see(X)
-    batch = {**BATCH, "teacher": d.top_k(logits, 2), **{f"teacher/{path}": x for path, x in features.items()}}
+    batch = {
+        **BATCH,
+        "teacher": d.top_k(logits, 2),
+        **{f"teacher/{path}": x for path, x in features.items()},
+    }
     ended = []
     for n in (1, 8):
-        mesh = jax.make_mesh((n,), ("data",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,))
+        mesh = jax.make_mesh(
+            (n,), ("data",), devices=jax.devices()[:n], axis_types=(jax.sharding.AxisType.Auto,)
+        )
         state = begin(loss, optimizer, teacher=None, batch=batch)
-        step, state = jit_step(make_step(loss, optimizer, cj.identity()), mesh, state), place(state, mesh)
+        step, state = (
+            jit_step(make_step(loss, optimizer, cj.identity()), mesh, state),
+            place(state, mesh),
+        )
         for _ in range(2):
             state, metrics = step(state, batch)
         ended.append((state.params, state.parts, state.memory["crd"]["bank"], metrics))
@@ -256,9 +324,13 @@ def test_errors_name_what_is_missing():
         distillation(SMALL, [d.on_logits(d.kl), d.on_logits(d.kl)])
     with pytest.raises(ConfigError, match="Linen module or the graphdef"):
         distillation(Graph(nnx.Rngs(0)), [d.on_labels()])
-    with pytest.raises(NoMatchError, match="teacher has no feature 'head', only .'body', 'norm'.*capture"):
+    with pytest.raises(
+        NoMatchError, match="teacher has no feature 'head', only .'body', 'norm'.*capture"
+    ):
         begin(distillation(SMALL, [d.on_features(d.hint, "body", "head")]), optax.sgd(0.1))
     loss = distillation(SMALL, [d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5)])
     state = begin(loss, optax.sgd(0.1))
     with pytest.raises(ConfigError, match="'index'.*'image', 'label'"):
-        make_step(loss, optax.sgd(0.1), cj.identity())(state, {"image": X, "label": BATCH["label"]}, teacher=TEACHER)
+        make_step(loss, optax.sgd(0.1), cj.identity())(
+            state, {"image": X, "label": BATCH["label"]}, teacher=TEACHER
+        )

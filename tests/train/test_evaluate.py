@@ -23,12 +23,16 @@ def test_the_result_is_that_of_the_whole_split_at_once(n, seed):
     w = rng.normal(size=(3, 4)).astype(np.float32)
     whole = split["image"].astype(np.float64) @ w
     np.testing.assert_allclose(logits(linear, w, split, batch_size=5), whole, atol=1e-5)
-    assert accuracy(linear, w, split, batch_size=5) == (whole.argmax(-1) == split["label"]).sum() / n
+    assert (
+        accuracy(linear, w, split, batch_size=5) == (whole.argmax(-1) == split["label"]).sum() / n
+    )
 
 
 def test_padding_is_never_counted_even_where_it_would_be_right():
     split = {"image": np.ones((3, 2), np.float32), "label": np.array([1, 1, 1])}
-    assert accuracy(lambda w, x: x * w, jnp.array([[1.0, 0.0]]), split, batch_size=8) == 0.0  # a pad's label would be 0
+    assert (
+        accuracy(lambda w, x: x * w, jnp.array([[1.0, 0.0]]), split, batch_size=8) == 0.0
+    )  # a pad's label would be 0
 
 
 def test_it_compiles_once_though_apply_is_a_new_object_at_every_mention():
@@ -50,7 +54,12 @@ def test_it_compiles_once_though_apply_is_a_new_object_at_every_mention():
 
 
 def test_logits_of_a_bfloat16_model_come_as_float32():
-    out = logits(lambda w, x: x.astype(jnp.bfloat16), None, {"image": np.ones((3, 2), np.float32)}, batch_size=2)
+    out = logits(
+        lambda w, x: x.astype(jnp.bfloat16),
+        None,
+        {"image": np.ones((3, 2), np.float32)},
+        batch_size=2,
+    )
     assert out.dtype == np.float32 and out.shape == (3, 2)
 
 

@@ -19,5 +19,8 @@ def test_flops_are_those_of_the_matrix_products_and_pieces_add_up():
     assert abs(book.flops["student"] / products - 1) < 0.2
     assert book.flops["loss"] > 2 * 3 * 128 * 64 * 256  # the regressor, forward and backward
     for pieces in (book.seconds, book.flops):
-        assert abs(pieces["teacher"] + pieces["student"] + pieces["loss"] - pieces["whole"]) <= 1e-6 * pieces["whole"]
+        assert (
+            abs(pieces["teacher"] + pieces["student"] + pieces["loss"] - pieces["whole"])
+            <= 1e-6 * pieces["whole"]
+        )
     assert book.share("whole") == (1.0, 1.0) and "| teacher |" in str(book)

@@ -17,7 +17,15 @@ import pytest
 
 from compress_jax.core import CheckpointError, NonFiniteError, at, leafwise, straight_through
 from compress_jax.models import LeNet300100
-from compress_jax.train import Interrupted, create, fit, label_optimizer, make_step, supervised, watch_signals
+from compress_jax.train import (
+    Interrupted,
+    create,
+    fit,
+    label_optimizer,
+    make_step,
+    supervised,
+    watch_signals,
+)
 
 STEPS = 12
 
@@ -32,7 +40,9 @@ class Feed:
         self.asked.append(step)
         scale = self.happens(step)
         rng = np.random.default_rng(step)
-        image = rng.normal(size=(8, 5)).astype(np.float32) * np.float32(1 if scale is None else scale)
+        image = rng.normal(size=(8, 5)).astype(np.float32) * np.float32(
+            1 if scale is None else scale
+        )
         return {"image": image, "label": rng.integers(0, 3, 8)}
 
 
@@ -55,12 +65,17 @@ def make(traces=None):
     def augment(key, batch):
         if traces is not None:
             traces.append(1)
-        return {**batch, "image": batch["image"] + 0.1 * jax.random.normal(key, batch["image"].shape)}
+        return {
+            **batch,
+            "image": batch["image"] + 0.1 * jax.random.normal(key, batch["image"].shape),
+        }
 
     optimizer = label_optimizer(optax.adam(1e-2), optax.sgd(1e-3))
     step = make_step(supervised(model, augment=augment), optimizer, compression)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5)))
-    return jax.jit(step, donate_argnums=0), lambda: create(variables, compression, optimizer, jax.random.key(1))
+    return jax.jit(step, donate_argnums=0), lambda: create(
+        variables, compression, optimizer, jax.random.key(1)
+    )
 
 
 made_once = functools.cache(make)  # a resumed run need not compile again for these tests
@@ -101,13 +116,17 @@ def test_a_shorter_run_continued_is_the_longer_run(uninterrupted, tmp_path):
     run(tmp_path, steps=4)
     state = run(tmp_path, feed)
     assert feed.asked == list(range(4, STEPS))
-    recorded = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    recorded = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert recorded == [2, 4, 6, 8, 10, 12]
     assert_like_uninterrupted(state, tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_saves_and_can_be_continued(signum, code, uninterrupted, tmp_path):
+def test_a_signal_finishes_the_step_saves_and_can_be_continued(
+    signum, code, uninterrupted, tmp_path
+):
     handler = signal.getsignal(signum)
     feed = Feed(lambda step: signal.raise_signal(signum) if step == 6 else None)
     with pytest.raises(Interrupted, match="after step 7") as stopped:
@@ -120,7 +139,9 @@ def test_a_signal_finishes_the_step_saves_and_can_be_continued(signum, code, uni
     assert resumed.asked[0] == 7
 
 
-def test_a_signal_at_the_last_step_stops_what_would_come_next_and_loses_nothing(uninterrupted, tmp_path):
+def test_a_signal_at_the_last_step_stops_what_would_come_next_and_loses_nothing(
+    uninterrupted, tmp_path
+):
     feed = Feed(lambda step: signal.raise_signal(signal.SIGINT) if step == STEPS - 1 else None)
     with pytest.raises(Interrupted, match=f"SIGINT after step {STEPS}"):
         run(tmp_path, feed)
@@ -129,7 +150,9 @@ def test_a_signal_at_the_last_step_stops_what_would_come_next_and_loses_nothing(
     assert resumed.asked == []
 
 
-def test_an_error_in_the_middle_loses_only_what_came_after_the_last_checkpoint(uninterrupted, tmp_path):
+def test_an_error_in_the_middle_loses_only_what_came_after_the_last_checkpoint(
+    uninterrupted, tmp_path
+):
     def fail(step):
         if step == 10:
             raise OSError("the disk is gone")
@@ -156,12 +179,19 @@ def test_a_longer_run_in_the_directory_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(("log_every", "save_every"), [(2, 100), (100, 2)])
-def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(log_every, save_every, uninterrupted, tmp_path):
+def test_divergence_names_the_step_and_keeps_the_last_good_checkpoint(
+    log_every, save_every, uninterrupted, tmp_path
+):
     run(tmp_path, steps=4)
-    with pytest.raises(NonFiniteError, match=r"nan.* at step 8 .*last good checkpoint is of step (4|6)\).*learning rate"):
+    with pytest.raises(
+        NonFiniteError,
+        match=r"nan.* at step 8 .*last good checkpoint is of step (4|6)\).*learning rate",
+    ):
         feed = Feed(lambda step: float("nan") if step >= 6 else None)
         run(tmp_path, feed, log_every=log_every, save_every=save_every)
-    assert_like_uninterrupted(run(tmp_path), tmp_path, uninterrupted) if log_every == 2 else run(tmp_path)
+    assert_like_uninterrupted(run(tmp_path), tmp_path, uninterrupted) if log_every == 2 else run(
+        tmp_path
+    )
 
 
 def test_evaluation_runs_when_asked_and_at_the_end(tmp_path):
@@ -187,7 +217,9 @@ def test_off_the_main_thread_it_trains_and_touches_no_handler(uninterrupted, tmp
 
 
 def test_the_second_signal_acts_as_it_always_did(request):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process of pytest-xdist ignores it
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a process of pytest-xdist ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with watch_signals() as received, pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
@@ -210,11 +242,16 @@ def test_sigkill_at_a_random_moment_changes_nothing(tmp_path):
     moment = float(rng.uniform(0.0, 2.0))
     killed = tmp_path / "killed"
     child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, __file__, str(killed)], env={**os.environ, "JAX_PLATFORMS": "cpu"}
+        [sys.executable, "-c", CHILD, __file__, str(killed)],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     try:
         deadline = time.monotonic() + 60
-        while not (killed / "checkpoints" / "20").exists() and time.monotonic() < deadline and child.poll() is None:
+        while (
+            not (killed / "checkpoints" / "20").exists()
+            and time.monotonic() < deadline
+            and child.poll() is None
+        ):
             time.sleep(0.01)
         time.sleep(moment)
         assert child.poll() is None, "it ended before it could be killed"
@@ -225,4 +262,6 @@ def test_sigkill_at_a_random_moment_changes_nothing(tmp_path):
     resumed = run(killed, feed, steps=400, save_every=200)
     assert 0 < feed.asked[0] < 400, f"killed {moment} s after the first checkpoint"
     whole = run(tmp_path / "whole", steps=400, save_every=1000)
-    assert_like_uninterrupted(resumed, killed, (whole, (tmp_path / "whole" / "metrics.jsonl").read_text()))
+    assert_like_uninterrupted(
+        resumed, killed, (whole, (tmp_path / "whole" / "metrics.jsonl").read_text())
+    )

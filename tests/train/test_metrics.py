@@ -19,11 +19,17 @@ def test_each_line_is_on_disk_before_the_next_is_written(tmp_path):
     writer = JsonLines(tmp_path / "deep" / "metrics.jsonl")
     for step in (1, 2):
         writer.write(step, {"loss": np.float32(0.5), "bad": float("nan")})
-        assert lines(tmp_path / "deep" / "metrics.jsonl")[-1] == {"step": step, "loss": 0.5, "bad": None}
+        assert lines(tmp_path / "deep" / "metrics.jsonl")[-1] == {
+            "step": step,
+            "loss": 0.5,
+            "bad": None,
+        }
     writer.close()
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30
+)
 @given(cut=st.integers(0, 200), resume=st.integers(0, 12))
 def test_a_resumed_file_is_that_of_an_uninterrupted_run_wherever_it_was_cut(tmp_path, cut, resume):
     path = tmp_path / "metrics.jsonl"
@@ -63,7 +69,11 @@ def test_tensorboard_writes_an_event_file(tmp_path):
 def test_progress_shows_title_steps_and_values(terminal, tmp_path):
     with (tmp_path / "out").open("w+") as file:
         with progress(
-            "teaching", 20, 5, console=Console(file=file, force_terminal=terminal, width=200), seconds=0
+            "teaching",
+            20,
+            5,
+            console=Console(file=file, force_terminal=terminal, width=200),
+            seconds=0,
         ) as report:
             for step in range(6, 21):
                 report(step, {"loss": 0.125} if step % 10 == 0 else {})

@@ -59,10 +59,14 @@ def run(step, state, feed, **kwargs):
 
 
 def assert_close(actual, wanted, atol):
-    for (path, a), b in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True):
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(actual), jax.tree.leaves(wanted), strict=True
+    ):
         if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+        np.testing.assert_allclose(
+            np.asarray(a), np.asarray(b), rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path)
+        )
 
 
 def setup(model, size, dtype=jnp.float32):
@@ -83,12 +87,17 @@ def test_lenet_in_float32(rules):
     together, same = run(jit_step(step, mesh(), placed, rules=rules), placed, feed)
     assert_close(together, alone, 1e-6)
     assert_close(same, metrics, 1e-6)
-    assert together.params["dense_0"]["kernel"].sharding == shardings(new(), mesh(), rules).params["dense_0"]["kernel"]
+    assert (
+        together.params["dense_0"]["kernel"].sharding
+        == shardings(new(), mesh(), rules).params["dense_0"]["kernel"]
+    )
     mapped, same = run(pmap_step(step), replicate(new()), feed)
     assert_close(unreplicate(mapped), alone, 1e-6)
     assert_close(unreplicate(same), metrics, 1e-6)
     for a in jax.tree.leaves(mapped.params):
-        np.testing.assert_array_equal(a, np.broadcast_to(a[:1], a.shape))  # no device drifts from the others
+        np.testing.assert_array_equal(
+            a, np.broadcast_to(a[:1], a.shape)
+        )  # no device drifts from the others
 
 
 @pytest.mark.slow
@@ -109,12 +118,18 @@ def test_resnet_with_batch_norm_in_float64():
 def test_whatever_shadows_a_parameter_lives_where_it_does():
     _, new = setup(LeNet300100(hidden=(16, 8)), 4)
     where = shardings(new(), mesh(), RULES)
-    pairs = jax.tree.leaves_with_path(jax.tree.map(lambda s: s.spec, where), is_leaf=lambda x: isinstance(x, P))
+    pairs = jax.tree.leaves_with_path(
+        jax.tree.map(lambda s: s.spec, where), is_leaf=lambda x: isinstance(x, P)
+    )
     specs = {jax.tree_util.keystr(path, simple=True, separator="/"): spec for path, spec in pairs}
     kernels = {name: spec for name, spec in specs.items() if "dense_0/kernel" in name}
     assert len(kernels) == 5  # the parameter, its mask, its learned scale, and Adam's two moments
-    assert {name for name, spec in kernels.items() if spec == P()} == {"learned/0/dense_0/kernel"}  # a scalar
-    assert all(spec == P() for name, spec in specs.items() if "head" in name or "dense_1/bias" in name)
+    assert {name for name, spec in kernels.items() if spec == P()} == {
+        "learned/0/dense_0/kernel"
+    }  # a scalar
+    assert all(
+        spec == P() for name, spec in specs.items() if "head" in name or "dense_1/bias" in name
+    )
 
 
 def test_augmentation_is_the_same_for_any_sharding_of_the_batch():
@@ -126,7 +141,9 @@ def test_augmentation_is_the_same_for_any_sharding_of_the_batch():
     optimizer, new = setup(model, 4)
     step = make_step(supervised(model, augment=augment), optimizer, rounding())
     start = place(new(), mesh())
-    assert_close(run(jit_step(step, mesh(), start), start, feed), run(jax.jit(step), new(), feed), 1e-6)
+    assert_close(
+        run(jit_step(step, mesh(), start), start, feed), run(jax.jit(step), new(), feed), 1e-6
+    )
 
 
 def test_under_pmap_devices_draw_their_own_noise_but_the_same_masks():
@@ -136,7 +153,10 @@ def test_under_pmap_devices_draw_their_own_noise_but_the_same_masks():
     compression = leafwise(
         lambda x, learned, fixed: x * fixed,
         init=lambda x, key: (None, jnp.ones_like(x)),
-        update=lambda x, learned, fixed, *, step, grad, stats, key: (None, jax.random.uniform(key, x.shape)),
+        update=lambda x, learned, fixed, *, step, grad, stats, key: (
+            None,
+            jax.random.uniform(key, x.shape),
+        ),
         key=jax.random.key(5),
     )
     state = create({"params": {"w": jnp.ones(4)}}, compression, optax.sgd(0.1), jax.random.key(0))
@@ -144,7 +164,9 @@ def test_under_pmap_devices_draw_their_own_noise_but_the_same_masks():
     mapped, metrics = pmap_step(step)(replicate(state), np.zeros((8, 1), np.float32))
     alone, alone_metrics = jax.jit(step)(state, np.zeros((8, 1), np.float32))
     assert_close(unreplicate(mapped).fixed, alone.fixed, 0.0)
-    assert abs(float(metrics["noise"][0]) - float(alone_metrics["noise"])) > 1e-6  # a mean of eight draws
+    assert (
+        abs(float(metrics["noise"][0]) - float(alone_metrics["noise"])) > 1e-6
+    )  # a mean of eight draws
 
 
 def test_the_state_is_donated_and_neither_its_original_nor_the_teacher_are():
@@ -152,7 +174,11 @@ def test_the_state_is_donated_and_neither_its_original_nor_the_teacher_are():
     optimizer, new = setup(model, 4)
     original = new()
     teacher = jax.device_put(original.variables(), jax.sharding.NamedSharding(mesh(), P()))
-    step = make_step(distilled(model, model.apply, lambda s, t, y: jnp.square(s - t).mean(-1)), optimizer, rounding())
+    step = make_step(
+        distilled(model, model.apply, lambda s, t, y: jnp.square(s - t).mean(-1)),
+        optimizer,
+        rounding(),
+    )
     placed = place(original, mesh())
     run(jit_step(step, mesh(), placed), placed, feed, teacher=teacher)
     assert placed.params["head"]["kernel"].is_deleted()
@@ -172,17 +198,24 @@ def test_both_compile_once():
 
     step = make_step(loss, optax.adam(0.1), identity())
     state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.adam(0.1), jax.random.key(0))
-    for compiled, start in ((jit_step(step, mesh(), state), place(state, mesh())), (pmap_step(step), replicate(state))):
+    for compiled, start in (
+        (jit_step(step, mesh(), state), place(state, mesh())),
+        (pmap_step(step), replicate(state)),
+    ):
         del traces[:]
         before = jax.tree.map(lambda x: x.sharding, start)
         end, _ = run(compiled, start, 5 * [np.ones(8, np.float32)])
         assert len(traces) == 1
-        assert all(jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b, end, before)))  # else a second compilation
+        assert all(
+            jax.tree.leaves(jax.tree.map(lambda a, b: a.sharding == b, end, before))
+        )  # else a second compilation
 
 
 def test_what_cannot_be_divided_is_named():
     _, new = setup(LeNet300100(hidden=(12, 8)), 4)
-    with pytest.raises(ShapeError, match=r"dense_0/kernel has shape \(16, 12\); 12 cannot be divided evenly over 8"):
+    with pytest.raises(
+        ShapeError, match=r"dense_0/kernel has shape \(16, 12\); 12 cannot be divided evenly over 8"
+    ):
         shardings(new(), mesh(), [("**/kernel", P(None, "data"))])
     with pytest.raises(ShapeError, match="too few axes"):
         shardings(new(), mesh(), [("**/bias", P(None, "data"))])

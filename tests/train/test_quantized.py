@@ -48,7 +48,9 @@ def run(model, steps, compression=None):
 
 
 def same(a, b):
-    return all(bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+    return all(
+        bool((x == y).all()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
 
 
 def test_it_starts_when_it_should_and_ranges_and_norms_freeze():
@@ -57,13 +59,21 @@ def test_it_starts_when_it_should_and_ranges_and_norms_freeze():
     states = run(quantized(Net(), how, start=2, freeze=3, freeze_batch_norm=3), 4)
     for step in (1, 2):  # not before its time: the very training without it
         np.testing.assert_allclose(
-            states[step].params["Dense_0"]["kernel"], plain[step].params["Dense_0"]["kernel"], rtol=1e-6
+            states[step].params["Dense_0"]["kernel"],
+            plain[step].params["Dense_0"]["kernel"],
+            rtol=1e-6,
         )
-    assert not np.allclose(states[3].params["Dense_1"]["kernel"], plain[3].params["Dense_1"]["kernel"], rtol=1e-6)
+    assert not np.allclose(
+        states[3].params["Dense_1"]["kernel"], plain[3].params["Dense_1"]["kernel"], rtol=1e-6
+    )
     ranges = [state.model_state["quantization"]["ranges"] for state in states]
     norms = [state.model_state["batch_stats"] for state in states]
     assert np.isnan(jax.tree.leaves(ranges[0])[0]).all()
-    assert not same(ranges[1], ranges[2]) and not same(ranges[2], ranges[3]) and same(ranges[3], ranges[4])
+    assert (
+        not same(ranges[1], ranges[2])
+        and not same(ranges[2], ranges[3])
+        and same(ranges[3], ranges[4])
+    )
     assert not same(norms[2], norms[3]) and same(norms[3], norms[4])
     assert [int(state.model_state["quantization"]["steps"]) for state in states] == [0, 1, 2, 3, 4]
 
@@ -79,7 +89,9 @@ def test_what_is_learned_is_trained_and_ships_in_integers():
     plain = weights.pack(variables, weights.init(variables))
     ours = integer(model.model.apply, plain, X, how=model.how, ranges=ranges)
     assert ours.table.integer == 1
-    np.testing.assert_allclose(ours.apply(ours.params, X), model.apply(seen, X), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        ours.apply(ours.params, X), model.apply(seen, X), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_calibrating_a_trained_model_is_quantization_after_training():
@@ -107,7 +119,9 @@ def test_steps_that_overflow_leave_ranges_alone_and_are_reported():
         model.parts(variables)  # not trained yet: no range to ship
     for i in range(5):
         variables = step(variables, x.at[0, 0].set(jnp.inf) if i == 2 else x)
-    assert model.broken(variables) == {"params/Dense_0/kernel": 1}  # on its grid what is infinite saturates
+    assert model.broken(variables) == {
+        "params/Dense_0/kernel": 1
+    }  # on its grid what is infinite saturates
     plain, ranges = model.parts(variables)
     assert all(jnp.isfinite(v).all() for v in jax.tree.leaves(ranges))
     assert not same(model.apply(variables, x), Net(norm=False).apply(plain, x))

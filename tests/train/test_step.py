@@ -17,10 +17,15 @@ def scaled() -> Compression:
 
     def init(params):
         ones = jax.tree.map(jnp.ones_like, params)
-        return CompressionState({"scale": jnp.float32(2.0)}, {"mask": ones, "seen": jnp.zeros((), jnp.int32), "grads": ones})
+        return CompressionState(
+            {"scale": jnp.float32(2.0)},
+            {"mask": ones, "seen": jnp.zeros((), jnp.int32), "grads": ones},
+        )
 
     def view(params, state):
-        return jax.tree.map(lambda p, m: state.learned["scale"] * m * p, params, state.fixed["mask"])
+        return jax.tree.map(
+            lambda p, m: state.learned["scale"] * m * p, params, state.fixed["mask"]
+        )
 
     def update(params, state, *, step, grads=None, stats=None, key=None):
         assert key is not None
@@ -36,19 +41,29 @@ def quadratic(params, model_state, batch, key, teacher, train=True):
 
 def test_one_step_follows_the_analytic_gradients_of_params_and_learned():
     optimizer = label_optimizer(optax.sgd(0.1), optax.sgd(0.01))
-    state = create({"params": {"w": jnp.array([1.0, -1.0])}}, scaled(), optimizer, jax.random.key(0))
+    state = create(
+        {"params": {"w": jnp.array([1.0, -1.0])}}, scaled(), optimizer, jax.random.key(0)
+    )
     step = make_step(quadratic, optimizer, scaled())
     new, metrics = step(state, jnp.array([1.0, 3.0]))
     residual = np.array([2.0 * 1 - 1, 2.0 * -1 - 3])  # scale * w - batch
-    np.testing.assert_allclose(new.params["w"], np.array([1.0, -1.0]) - 0.1 * residual * 2.0, rtol=1e-6)
-    np.testing.assert_allclose(new.learned["scale"], 2.0 - 0.01 * (residual @ [1.0, -1.0]), rtol=1e-6)
+    np.testing.assert_allclose(
+        new.params["w"], np.array([1.0, -1.0]) - 0.1 * residual * 2.0, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        new.learned["scale"], 2.0 - 0.01 * (residual @ [1.0, -1.0]), rtol=1e-6
+    )
     np.testing.assert_allclose(metrics["loss"], 0.5 * residual @ residual, rtol=1e-6)
     assert int(new.fixed["seen"]) == 100 and int(new.step) == 1
-    np.testing.assert_array_equal(new.fixed["grads"]["w"], residual)  # at the weights the model used
+    np.testing.assert_array_equal(
+        new.fixed["grads"]["w"], residual
+    )  # at the weights the model used
     masked, metrics = step(new, jnp.array([1.0, 3.0]))
     assert float(metrics["w"]) == 0.0  # the updated mask is in force
     np.testing.assert_array_equal(masked.params["w"], new.params["w"])
-    np.testing.assert_array_equal(masked.fixed["grads"]["w"], [-1.0, -3.0])  # dense, though all is masked
+    np.testing.assert_array_equal(
+        masked.fixed["grads"]["w"], [-1.0, -3.0]
+    )  # dense, though all is masked
 
 
 def test_it_is_traced_once_over_many_steps():
@@ -70,7 +85,9 @@ def test_it_is_traced_once_over_many_steps():
 def test_create_copies_so_that_donation_leaves_the_callers_arrays_alive():
     kernel = jnp.ones((4, 4))
     state = create({"params": {"w": kernel}}, identity(), optax.adam(0.1), jax.random.key(0))
-    jax.jit(make_step(quadratic, optax.adam(0.1), identity()), donate_argnums=0)(state, jnp.zeros((4, 4)))
+    jax.jit(make_step(quadratic, optax.adam(0.1), identity()), donate_argnums=0)(
+        state, jnp.zeros((4, 4))
+    )
     assert kernel.sum() == 16.0
     assert state.params["w"].is_deleted()
 
@@ -87,8 +104,15 @@ def test_every_step_and_every_run_draws_its_own_numbers():
         return params["w"].sum(), (model_state, {"drawn": jax.random.uniform(key)})
 
     step = jax.jit(make_step(loss, optax.sgd(0.1), identity()))
-    runs = [create({"params": {"w": jnp.ones(2)}}, identity(), optax.sgd(0.1), jax.random.key(seed)) for seed in (0, 0, 1)]
-    drawn = [float(step(step(state, None)[0] if late else state, None)[1]["drawn"]) for state in runs for late in (0, 1)]
+    runs = [
+        create({"params": {"w": jnp.ones(2)}}, identity(), optax.sgd(0.1), jax.random.key(seed))
+        for seed in (0, 0, 1)
+    ]
+    drawn = [
+        float(step(step(state, None)[0] if late else state, None)[1]["drawn"])
+        for state in runs
+        for late in (0, 1)
+    ]
     assert drawn[0:2] == drawn[2:4] and len(set(drawn)) == 4
 
 
@@ -128,7 +152,9 @@ def test_the_teacher_is_an_argument_that_sees_the_augmented_batch_and_gets_no_gr
     def augment(key, batch):
         return {**batch, "image": 2 * batch["image"]}
 
-    loss = distilled(model, lambda t, x: x @ t["w"], lambda s, t, y: (0.0 * s + t).sum(-1), augment=augment)
+    loss = distilled(
+        model, lambda t, x: x @ t["w"], lambda s, t, y: (0.0 * s + t).sum(-1), augment=augment
+    )
     variables = model.init(jax.random.key(0), batch["image"])
 
     def value(params, teacher):

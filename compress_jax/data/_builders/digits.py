@@ -10,8 +10,9 @@ import tensorflow_datasets as tfds
 def is_test(labels: np.ndarray) -> np.ndarray:
     """Choose the test examples: in each class every fifth, in the order of the source.
 
-    The source has no official split. This one is stratified and depends on nothing but the labels. The source is ordered
-    by writer, so every writer is in both splits: it measures new digits, not new writers.
+    The source has no official split. This one is stratified and depends on nothing but the labels.
+    The source is ordered by writer, so every writer is in both splits: it measures new digits, not
+    new writers.
 
     Args:
       labels: integers ``[n]``.
@@ -45,7 +46,8 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
         return tfds.core.DatasetInfo(
             builder=self,
-            description="Optical recognition of handwritten digits (UCI), test part, as shipped with scikit-learn.",
+            description="Optical recognition of handwritten digits (UCI), test part, as shipped "
+            "with scikit-learn.",
             features=features,
             supervised_keys=("image", "label"),
             homepage="https://archive.ics.uci.edu/dataset/80",
@@ -65,7 +67,9 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             "test": self._generate_examples(images, labels, np.flatnonzero(test)),
         }
 
-    def _generate_examples(self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Iterator[Any]:
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray
+    ) -> Iterator[Any]:
         """Yield the examples at ``rows``, keyed by their place in the source."""
         for row in rows.tolist():
             yield row, {"image": images[row], "label": int(labels[row])}

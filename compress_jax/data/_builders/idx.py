@@ -49,7 +49,8 @@ def missing(folder: Path) -> list[str]:
 def read(path: Any, sha256: str | None = None) -> np.ndarray:
     """Read one gzipped IDX file of bytes.
 
-    The checksum is of the content, not of the gzip file: Debian's copies differ from upstream's in the gzip header only.
+    The checksum is of the content, not of the gzip file: Debian's copies differ from upstream's in
+    the gzip header only.
 
     Args:
       path: the ``.gz`` file.
@@ -64,12 +65,16 @@ def read(path: Any, sha256: str | None = None) -> np.ndarray:
     try:
         content = gzip.decompress(Path(path).read_bytes())
     except (OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as gzip ({error}). Delete it and fetch it again.") from error
+        raise DataError(
+            f"{path} cannot be read as gzip ({error}). Delete it and fetch it again."
+        ) from error
     digest = hashlib.sha256(content).hexdigest()
     if sha256 is not None and digest != sha256:
         raise DataError(
-            f"{path} is damaged or belongs to another data set: its decompressed content has sha256\n  {digest}, expected"
-            f"\n  {sha256}.\nDelete it and fetch it again, or put the right four files in a folder of their own."
+            f"{path} is damaged or belongs to another data set: its decompressed content has "
+            f"sha256\n  {digest}, expected"
+            f"\n  {sha256}.\nDelete it and fetch it again, or put the right four files in a "
+            "folder of their own."
         )
     return _parse(path, content)
 
@@ -77,7 +82,11 @@ def read(path: Any, sha256: str | None = None) -> np.ndarray:
 def _parse(path: Any, content: bytes) -> np.ndarray:
     """Split an IDX file into its header (two zeros, type 8, rank, then the sizes as big-endian int32) and its bytes."""
     rank = content[3] if content[:3] == b"\x00\x00\x08" and len(content) > 3 else 0
-    shape = tuple(int(n) for n in np.frombuffer(content[4 : 4 + 4 * rank].ljust(4 * rank, b"\0"), ">i4"))
+    shape = tuple(
+        int(n) for n in np.frombuffer(content[4 : 4 + 4 * rank].ljust(4 * rank, b"\0"), ">i4")
+    )
     if rank == 0 or len(content) != 4 + 4 * rank + int(np.prod(shape)):
-        raise DataError(f"{path} is not an IDX file of bytes, or is cut short. Delete it and fetch it again.")
+        raise DataError(
+            f"{path} is not an IDX file of bytes, or is cut short. Delete it and fetch it again."
+        )
     return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)

@@ -33,7 +33,9 @@ class MNIST(stock.MNIST, skip_registration=True):
         "t10k-labels-idx1-ubyte.gz": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
     }
 
-    def __init__(self, *, folder: Path | None = None, advance: Callable[[int], None] = _ignore, **kwargs: Any):
+    def __init__(
+        self, *, folder: Path | None = None, advance: Callable[[int], None] = _ignore, **kwargs: Any
+    ):
         """Keep the two arguments of our own; the others are `tfds.core.DatasetBuilder`'s."""
         self.folder, self.advance = folder, advance
         super().__init__(**kwargs)

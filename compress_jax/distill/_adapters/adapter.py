@@ -1,8 +1,9 @@
 """Parts: the small learned maps that some losses need between student and teacher, as pairs of pure functions.
 
-A part's params are a plain tree of float32 arrays: put them beside the student's under an optimizer label of their own, save
-and resume them with the run, and leave them out of what is exported. No part has a state or averages over the batch. They
-compute in float32, finite with finite gradients at any finite features.
+A part's params are a plain tree of float32 arrays: put them beside the student's under an optimizer
+label of their own, save and resume them with the run, and leave them out of what is exported. No
+part has a state or averages over the batch. They compute in float32, finite with finite gradients
+at any finite features.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,8 +22,8 @@ class Part(NamedTuple):
     """A learned map from the student's features towards the teacher's.
 
     Attributes:
-      init: ``(key, student_shape, teacher_shape) -> params``; shapes with the batch, ``[batch, *positions, channels]``
-        (lists of them in `fusion`).
+      init: ``(key, student_shape, teacher_shape) -> params``; shapes with the batch,
+        ``[batch, *positions, channels]`` (lists of them in `fusion`).
       apply: ``(params, features) -> features``, of any batch.
 
     Example:
@@ -42,11 +43,15 @@ def fits(part: Part, params: Any, student_shape: Shape, teacher_shape: Shape) ->
     Example:
       >>> fits(activation(), {}, (8, 4, 4, 2), (8, 4, 4, 2))
     """
-    given = jax.eval_shape(part.apply, params, jax.ShapeDtypeStruct(tuple(student_shape), jnp.float32)).shape
+    given = jax.eval_shape(
+        part.apply, params, jax.ShapeDtypeStruct(tuple(student_shape), jnp.float32)
+    ).shape
     if given[1:] != tuple(teacher_shape[1:]):
         raise ShapeError(
-            f"this part turns features {tuple(student_shape)} into {given}, the teacher's are {tuple(teacher_shape)}: take "
-            "conv(stride=...) for fewer positions, deconv(stride=...) for more, or resize one of them"
+            f"this part turns features {tuple(student_shape)} into {given}, the teacher's are "
+            f"{tuple(teacher_shape)}: take "
+            "conv(stride=...) for fewer positions, deconv(stride=...) for more, or resize one of "
+            "them"
         )
 
 
@@ -69,8 +74,8 @@ def activation(function: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Part
 def norm(epsilon: float = 1e-5) -> Part:
     """Return a normalisation of the channels at each position, "layer norm": it needs no batch and keeps no averages.
 
-    ``scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias``, mean and variance over channels, in float32. Where the
-    published parts have batch norm, ours have this.
+    ``scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias``, mean and variance over channels, in
+    float32. Where the published parts have batch norm, ours have this.
 
     Args:
       epsilon: added to the variance.
@@ -103,8 +108,8 @@ def sequential(*parts: Part) -> Part:
       *parts: each takes what the one before returns; a width of None means the teacher's.
 
     Returns:
-      A `Part` with params ``{"0": ..., "1": ...}``. Its ``init`` raises a ShapeError if what comes out has another shape
-      than the teacher's features.
+      A `Part` with params ``{"0": ..., "1": ...}``. Its ``init`` raises a ShapeError if what comes
+      out has another shape than the teacher's features.
 
     Example:
       >>> part = sequential(norm(), activation())
@@ -117,7 +122,9 @@ def sequential(*parts: Part) -> Part:
         params, shape = {}, student_shape
         for i, (part, own) in enumerate(zip(parts, jax.random.split(key, len(parts)), strict=True)):
             params[str(i)] = part.init(own, shape, teacher_shape)
-            shape = jax.eval_shape(part.apply, params[str(i)], jax.ShapeDtypeStruct(tuple(shape), jnp.float32)).shape
+            shape = jax.eval_shape(
+                part.apply, params[str(i)], jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+            ).shape
         fits(whole, params, student_shape, teacher_shape)
         return params
 
@@ -141,8 +148,8 @@ def linear(width: int | None = None, *, bias: bool = True) -> Part:
       bias: whether it adds one.
 
     Returns:
-      A `Part` with params ``{"kernel": [channels, width], "bias": [width]}``. Its ``init`` raises a ShapeError if positions
-      of student and teacher differ and no width is given.
+      A `Part` with params ``{"kernel": [channels, width], "bias": [width]}``. Its ``init`` raises a
+      ShapeError if positions of student and teacher differ and no width is given.
 
     Example:
       >>> params = linear().init(jax.random.key(0), (8, 16), (8, 64))
@@ -164,8 +171,9 @@ def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bo
       bias: whether it adds one.
 
     Returns:
-      A `Part` with params ``{"kernel": [*window, channels, width], "bias": [width]}``. Its ``init`` raises a ShapeError if
-      what comes out does not have the teacher's positions and no width is given.
+      A `Part` with params ``{"kernel": [*window, channels, width], "bias": [width]}``. Its ``init``
+      raises a ShapeError if what comes out does not have the teacher's positions and no width is
+      given.
 
     Example:
       >>> params = conv(stride=2).init(jax.random.key(0), (8, 16, 16, 4), (8, 8, 8, 6))
@@ -175,12 +183,15 @@ def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bo
     return _convolution(width, bias, window, stride, transposed=False)
 
 
-def deconv(width: int | None = None, *, window: int = 4, stride: int = 2, bias: bool = True) -> Part:
+def deconv(
+    width: int | None = None, *, window: int = 4, stride: int = 2, bias: bool = True
+) -> Part:
     """Return a transposed convolution over the positions: n become ``n * stride``, for a teacher that has more of them.
 
     Args:
       width: channels it returns; None for the teacher's.
-      window: positions that each one reaches along each axis; a multiple of the stride avoids checkerboards.
+      window: positions that each one reaches along each axis; a multiple of the stride avoids
+        checkerboards.
       stride: 2 for a teacher with twice the positions along each axis.
       bias: whether it adds one.
 
@@ -213,9 +224,13 @@ def _convolution(width: int | None, bias: bool, window: int, stride: int, transp
         if axes == 0:
             y = x @ kernel
         elif transposed:
-            y = jax.lax.conv_transpose(x, kernel, (stride,) * axes, "SAME", dimension_numbers=_layout(axes))
+            y = jax.lax.conv_transpose(
+                x, kernel, (stride,) * axes, "SAME", dimension_numbers=_layout(axes)
+            )
         else:
-            y = jax.lax.conv_general_dilated(x, kernel, (stride,) * axes, "SAME", dimension_numbers=_layout(axes))
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (stride,) * axes, "SAME", dimension_numbers=_layout(axes)
+            )
         return y + per_channel(params["bias"], y.ndim) if "bias" in params else y
 
     return Part(init, apply)
@@ -224,6 +239,9 @@ def _convolution(width: int | None, bias: bool, window: int, stride: int, transp
 def _layout(axes: int) -> tuple[str, str, str]:
     """Return JAX's names for ``[batch, *positions, channels]`` and ``[*window, in, out]``."""
     if not 1 <= axes <= 3:
-        raise ShapeError(f"a convolution takes [batch, *positions, channels] with up to 3 axes of positions, got {axes}")
+        raise ShapeError(
+            "a convolution takes [batch, *positions, channels] with up to 3 axes of positions, "
+            f"got {axes}"
+        )
     positions = "XYZ"[:axes]
     return f"N{positions}C", f"{positions}IO", f"N{positions}C"

@@ -17,12 +17,14 @@ from compress_jax.distill._masks import Mask, kept, of_features
 def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Return features at other positions: each new one is the mean of the old ones it covers ("adaptive average pooling").
 
-    Along an axis from n to m positions, the i-th is the mean of those from ``floor(i n / m)`` up to, not including,
-    ``ceil((i + 1) n / m)``. Where m divides n this is average pooling, where n divides m it repeats (nearest neighbour).
+    Along an axis from n to m positions, the i-th is the mean of those from ``floor(i n / m)`` up
+    to, not including, ``ceil((i + 1) n / m)``. Where m divides n this is average pooling, where n
+    divides m it repeats (nearest neighbour).
 
     Args:
       features: ``[batch, *positions, channels]``, any floating dtype.
-      size: the new positions, one number for each axis: ``(4, 4)`` for images, ``(16,)`` for sequences.
+      size: the new positions, one number for each axis: ``(4, 4)`` for images, ``(16,)`` for
+        sequences.
 
     Returns:
       ``[batch, *size, channels]``, the dtype of ``features``.
@@ -37,7 +39,10 @@ def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
       [0.0, 0.0, 1.0, 1.0]
     """
     if len(size) != features.ndim - 2 or min(size, default=1) < 1:
-        raise ShapeError(f"features {features.shape} have {features.ndim - 2} axes of positions, resize was given {size}")
+        raise ShapeError(
+            f"features {features.shape} have {features.ndim - 2} axes of positions, resize was "
+            f"given {size}"
+        )
     for axis, new in enumerate(size, start=1):
         if features.shape[axis] != new:
             means = jnp.asarray(_means(features.shape[axis], new), features.dtype)
@@ -85,16 +90,18 @@ _out = sequential(conv(bias=False), norm())
 def fusion(width: int | None = None) -> Part:
     """Return the part of `review`: attention-based fusion of each stage with those after it.
 
-    From the last stage to the first, with ``x = norm(linear(f))``: the last has ``z = x``; the others, with y the z of the
-    stage after it, resized to their positions, ``z = a[0] * x + a[1] * y``, ``a = sigmoid(linear([x, y]))`` at each
-    position. What comes out of a stage is ``norm(conv(z))``.
+    From the last stage to the first, with ``x = norm(linear(f))``: the last has ``z = x``; the
+    others, with y the z of the stage after it, resized to their positions,
+    ``z = a[0] * x + a[1] * y``, ``a = sigmoid(linear([x, y]))`` at each position. What comes out of
+    a stage is ``norm(conv(z))``.
 
     Args:
       width: channels of z; None for those of the student's last stage, at most 512.
 
     Returns:
-      A `Part` over lists of features, first stage first: ``init`` takes lists of shapes and raises a ShapeError if the
-      positions of a stage differ (`resize` the teacher's), ``apply`` returns a list in the teacher's shapes.
+      A `Part` over lists of features, first stage first: ``init`` takes lists of shapes and raises
+      a ShapeError if the positions of a stage differ (`resize` the teacher's), ``apply`` returns a
+      list in the teacher's shapes.
 
     Example:
       >>> student, teacher = [(8, 4, 4, 2), (8, 2, 2, 4)], [(8, 4, 4, 6), (8, 2, 2, 12)]
@@ -103,14 +110,22 @@ def fusion(width: int | None = None) -> Part:
       [(8, 4, 4, 6), (8, 2, 2, 12)]
 
     References:
-      Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section 3.2 and figure 3 (ABF).
+      Chen et al., "Distilling Knowledge via Knowledge Review", CVPR 2021, section 3.2 and figure 3
+      (ABF).
     """
 
     def init(key: jax.Array, student_shape: Sequence[Shape], teacher_shape: Sequence[Shape]) -> Any:
-        if [tuple(shape[1:-1]) for shape in student_shape] != [tuple(shape[1:-1]) for shape in teacher_shape]:
-            raise ShapeError(f"stages {student_shape} and {teacher_shape} differ in positions: distill.resize the teacher's")
+        if [tuple(shape[1:-1]) for shape in student_shape] != [
+            tuple(shape[1:-1]) for shape in teacher_shape
+        ]:
+            raise ShapeError(
+                f"stages {student_shape} and {teacher_shape} differ in positions: distill.resize "
+                "the teacher's"
+            )
         middle = min(512, student_shape[-1][-1]) if width is None else width
-        stages = zip(jax.random.split(key, len(student_shape)), student_shape, teacher_shape, strict=True)
+        stages = zip(
+            jax.random.split(key, len(student_shape)), student_shape, teacher_shape, strict=True
+        )
         return {str(i): _stage(*stage, middle) for i, stage in enumerate(stages)}
 
     return Part(init, _apply)

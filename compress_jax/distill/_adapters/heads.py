@@ -8,7 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.distill._adapters.adapter import Part, Shape, activation, conv, linear, norm, sequential
+from compress_jax.distill._adapters.adapter import (
+    Part,
+    Shape,
+    activation,
+    conv,
+    linear,
+    norm,
+    sequential,
+)
 from compress_jax.distill._losses.shapes import flat, unit
 
 _leaky = activation(partial(jax.nn.leaky_relu, negative_slope=0.1))
@@ -16,7 +24,9 @@ _leaky = activation(partial(jax.nn.leaky_relu, negative_slope=0.1))
 
 def _scaled(build: Callable[[int], Part]) -> Part:
     """Return the part that is built for the teacher's number of channels; what it applies must not depend on that."""
-    return Part(lambda key, student, teacher: build(teacher[-1]).init(key, student, teacher), build(1).apply)
+    return Part(
+        lambda key, student, teacher: build(teacher[-1]).init(key, student, teacher), build(1).apply
+    )
 
 
 def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 1e-5) -> Part:
@@ -30,7 +40,8 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
       epsilon: least variance.
 
     Returns:
-      A `Part` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the teacher's.
+      A `Part` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the
+      teacher's.
 
     Example:
       >>> params = gaussian().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 3))
@@ -39,9 +50,16 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
       ((1, 4, 4, 3), [5.0, 5.0, 5.0])
 
     References:
-      Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2.
+      Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section
+      2.
     """
-    mean = sequential(linear(hidden, bias=False), activation(), linear(hidden, bias=False), activation(), linear(bias=False))
+    mean = sequential(
+        linear(hidden, bias=False),
+        activation(),
+        linear(hidden, bias=False),
+        activation(),
+        linear(bias=False),
+    )
 
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
         raw = jnp.full(teacher_shape[-1], math.log(math.expm1(variance - epsilon)), jnp.float32)
@@ -56,7 +74,8 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
 def embedding(dim: int = 128) -> Part:
     """Return the part of `crd`: features flattened, mapped linearly and brought to norm 1.
 
-    Student and teacher get one each, whose ``init`` is given the shape of its own features (the second shape is not used).
+    Student and teacher get one each, whose ``init`` is given the shape of its own features (the
+    second shape is not used).
 
     Args:
       dim: of the embedding.
@@ -84,8 +103,9 @@ def embedding(dim: int = 128) -> Part:
 def projector(factor: int = 2) -> Part:
     """Return SimKD's projector: a bottleneck from the student's last feature map to the teacher's; its loss is `hint`.
 
-    Linear, 3x3 convolution, linear; each with `norm` and ReLU; the teacher's channels divided by ``factor`` inside. Unlike
-    all other parts this one is shipped: the student is its backbone, the projector and the teacher's own classifier.
+    Linear, 3x3 convolution, linear; each with `norm` and ReLU; the teacher's channels divided by
+    ``factor`` inside. Unlike all other parts this one is shipped: the student is its backbone, the
+    projector and the teacher's own classifier.
 
     Args:
       factor: of the bottleneck.
@@ -99,7 +119,8 @@ def projector(factor: int = 2) -> Part:
       ((1, 4, 4, 6), (2, 3))
 
     References:
-      Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, section 3.
+      Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, section
+      3.
     """
 
     def build(channels: int) -> Part:
@@ -139,7 +160,8 @@ def translator() -> Part:
       (1, 4, 4, 3)
 
     References:
-      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, section 3.2.
+      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
+      NeurIPS 2018, section 3.2.
     """
     return sequential(*(part for _ in range(3) for part in (conv(), norm(), _leaky)))
 
@@ -147,14 +169,15 @@ def translator() -> Part:
 def paraphraser(rate: float = 0.5) -> Part:
     """Return the teacher's part of `ft`: an autoencoder of its features, whose code is the factor.
 
-    Three 3x3 convolutions to ``rate`` times the channels and three back. Train it first, on the teacher's features alone, by
-    ``hint(reconstruction, features)``.
+    Three 3x3 convolutions to ``rate`` times the channels and three back. Train it first, on the
+    teacher's features alone, by ``hint(reconstruction, features)``.
 
     Args:
       rate: channels of the factor, as a share of the teacher's.
 
     Returns:
-      A `Part` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the teacher's shape twice.
+      A `Part` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the
+      teacher's shape twice.
 
     Example:
       >>> params = paraphraser().init(jax.random.key(0), (8, 4, 4, 6), (8, 4, 4, 6))
@@ -163,14 +186,21 @@ def paraphraser(rate: float = 0.5) -> Part:
       ((1, 4, 4, 3), (1, 4, 4, 6))
 
     References:
-      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, equation 1.
+      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
+      NeurIPS 2018, equation 1.
     """
-    encode, decode = translator(), sequential(conv(), norm(), _leaky, conv(), norm(), _leaky, conv())
+    encode, decode = (
+        translator(),
+        sequential(conv(), norm(), _leaky, conv(), norm(), _leaky, conv()),
+    )
 
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
         code = (*teacher_shape[:-1], max(int(rate * teacher_shape[-1]), 1))
         first, second = jax.random.split(key)
-        return {"encode": encode.init(first, teacher_shape, code), "decode": decode.init(second, code, teacher_shape)}
+        return {
+            "encode": encode.init(first, teacher_shape, code),
+            "decode": decode.init(second, code, teacher_shape),
+        }
 
     def apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         factor = encode.apply(params["encode"], x)

@@ -41,17 +41,23 @@ def crd_bank(key: jax.Array, examples: int, dim: int = 128) -> Bank:
     """
     student, teacher = jax.random.split(key)
     bound = math.sqrt(3 / dim)
-    draw = [jax.random.uniform(each, (examples, dim), minval=-bound, maxval=bound) for each in (student, teacher)]
+    draw = [
+        jax.random.uniform(each, (examples, dim), minval=-bound, maxval=bound)
+        for each in (student, teacher)
+    ]
     return Bank(*draw)
 
 
-def crd_negatives(key: jax.Array, index: jax.Array, labels: jax.Array, count: int = 16384) -> jax.Array:
+def crd_negatives(
+    key: jax.Array, index: jax.Array, labels: jax.Array, count: int = 16384
+) -> jax.Array:
     """Return examples of other classes for each anchor, drawn uniformly and with replacement.
 
     Args:
       key: typed PRNG key of this step.
       index: integers ``[batch]``, the anchors' numbers among the training examples.
-      labels: integers ``[examples]``, the classes of all training examples; ``arange(examples)`` to exclude only the anchor.
+      labels: integers ``[examples]``, the classes of all training examples; ``arange(examples)`` to
+        exclude only the anchor.
       count: negatives of each anchor.
 
     Returns:
@@ -82,19 +88,21 @@ def crd(
 ) -> jax.Array:
     """Return the noise-contrastive loss of telling pairs of one example from pairs of two, both ways.
 
-    For an anchor a of one model, ``softplus(-l(a, b+)) + sum_k softplus(l(a, b_k))`` with b from the bank of the other,
-    b+ of the anchor's own example, and ``l(a, b) = a . b / temperature - log(K) - 1 / (2 dim temperature**2)``. This is the
-    authors' ``h = e / (e + K / N)``, ``e = exp(a . b / temperature) / Z``, for N examples. They estimate Z, which is N times
-    the mean of ``exp(a . b / temperature)``, from the first batch and a new bank; here it is what that tends to. The usual
-    weight is 0.8.
+    For an anchor a of one model, ``softplus(-l(a, b+)) + sum_k softplus(l(a, b_k))`` with b from
+    the bank of the other, b+ of the anchor's own example, and
+    ``l(a, b) = a . b / temperature - log(K) - 1 / (2 dim temperature**2)``. This is the authors'
+    ``h = e / (e + K / N)``, ``e = exp(a . b / temperature) / Z``, for N examples. They estimate Z,
+    which is N times the mean of ``exp(a . b / temperature)``, from the first batch and a new bank;
+    here it is what that tends to. The usual weight is 0.8.
 
     Args:
       student: ``[batch, dim]``, embeddings of norm 1 (the part `embedding`), any floating dtype.
-      teacher: ``[batch, dim]``, of the teacher's features by a part of its own. Gradients flow to that part, so stop them
-        before it: ``embed.apply(params, jax.lax.stop_gradient(features))``.
+      teacher: ``[batch, dim]``, of the teacher's features by a part of its own. Gradients flow to
+        that part, so stop them before it: ``embed.apply(params, jax.lax.stop_gradient(features))``.
       bank: last embeddings; no gradient flows to them. After the step give it to `crd_update`.
       index: integers ``[batch]``, numbers of the examples in the bank.
-      negatives: integers ``[batch, K]`` from `crd_negatives`, or ``[K]`` shared by the batch, which takes far less memory.
+      negatives: integers ``[batch, K]`` from `crd_negatives`, or ``[K]`` shared by the batch, which
+        takes far less memory.
       temperature: above 0.
       mask: which examples count, see `masks`; the loss of the others is 0.
 
@@ -112,16 +120,21 @@ def crd(
       True
 
     References:
-      Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, equations 10, 18 and 19.
+      Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, equations 10,
+      18 and 19.
     """
     same_shape(student, teacher)
     counts = None if mask is None else of_examples(mask, len(student))
     student, teacher, index = (kept(each, counts) for each in (student, teacher, index))
     forward = _one_way(bounded(student, 1), bank.teacher, index, negatives, temperature)
-    return kept(forward + _one_way(bounded(teacher, 1), bank.student, index, negatives, temperature), counts)
+    return kept(
+        forward + _one_way(bounded(teacher, 1), bank.student, index, negatives, temperature), counts
+    )
 
 
-def _one_way(anchor: jax.Array, bank: jax.Array, index: jax.Array, negatives: jax.Array, temperature: float) -> jax.Array:
+def _one_way(
+    anchor: jax.Array, bank: jax.Array, index: jax.Array, negatives: jax.Array, temperature: float
+) -> jax.Array:
     """Return the loss ``[batch]`` of anchors ``[batch, dim]`` against one bank."""
     bank = jax.lax.stop_gradient(bank)
     others = "kd" if negatives.ndim == 1 else "bkd"
@@ -149,9 +162,11 @@ def crd_update(
       bank: before.
       student: ``[batch, dim]``, the embeddings `crd` was given.
       teacher: ``[batch, dim]``.
-      index: integers ``[batch]``, numbers of the examples, each once; of one given twice, one embedding is kept.
+      index: integers ``[batch]``, numbers of the examples, each once; of one given twice, one
+        embedding is kept.
       momentum: share of the old embedding.
-      mask: which examples count, see `masks`; the others leave the bank as it is, whatever their number says.
+      mask: which examples count, see `masks`; the others leave the bank as it is, whatever their
+        number says.
 
     Returns:
       A `Bank`; no gradient flows through it.
@@ -165,13 +180,18 @@ def crd_update(
        [0.     1.    ]]
 
     References:
-      Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, section 3.2.
+      Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
+      2018, section 3.2.
     """
     counts = jnp.ones(len(student)) if mask is None else of_examples(mask, len(student))
-    places = jnp.where(counts != 0, index, len(bank.student))  # of the others: beyond the end, where nothing is written
+    places = jnp.where(
+        counts != 0, index, len(bank.student)
+    )  # of the others: beyond the end, where nothing is written
 
     def moved(rows: jax.Array, new: jax.Array) -> jax.Array:
         new = jax.lax.stop_gradient(at_least_float32(kept(new, counts)))
-        return rows.at[places].set(unit(momentum * rows[kept(index, counts)] + (1 - momentum) * new), mode="drop")
+        return rows.at[places].set(
+            unit(momentum * rows[kept(index, counts)] + (1 - momentum) * new), mode="drop"
+        )
 
     return Bank(moved(bank.student, student), moved(bank.teacher, teacher))

@@ -6,23 +6,34 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.distill._losses.relations import both, counting, gram, mean_over_examples
-from compress_jax.distill._losses.shapes import flat, pair, rescaled, rows, same_batch, same_channels, unit
+from compress_jax.distill._losses.shapes import (
+    flat,
+    pair,
+    rescaled,
+    rows,
+    same_batch,
+    same_channels,
+    unit,
+)
 from compress_jax.distill._masks import Mask, kept
 from compress_jax.distill._teachers.fidelity import centred, cka
 
 
-def pkt(student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7, *, mask: Mask | None = None) -> jax.Array:
+def pkt(
+    student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7, *, mask: Mask | None = None
+) -> jax.Array:
     """Return the divergence of the probabilities that one example is another's neighbour: probabilistic knowledge transfer.
 
-    ``mean_j p_t[i, j] * log(p_t[i, j] / p_s[i, j])``, ``p[i, j]`` being ``(1 + cos(x_i, x_j)) / 2``, each row divided by its
-    sum; ``epsilon`` is added to both in the logarithm. It does not change when an example is scaled. The usual weight is
-    30,000.
+    ``mean_j p_t[i, j] * log(p_t[i, j] / p_s[i, j])``, ``p[i, j]`` being
+    ``(1 + cos(x_i, x_j)) / 2``, each row divided by its sum; ``epsilon`` is added to both in the
+    logarithm. It does not change when an example is scaled. The usual weight is 30,000.
 
     Args:
       student: ``[batch, ...]``, any floating dtype, usually the pooled features.
       teacher: ``[batch, ...]``.
       epsilon: bounds the logarithm where the student's probability is zero.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       ``[batch]``, row i's; the mean over j, not the sum, as in the authors' code.
@@ -35,8 +46,8 @@ def pkt(student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7, *, mask: 
       [0. 0.] [0.0294 0.0294]
 
     References:
-      Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer", ECCV 2018, section 3
-      (cosine kernel).
+      Passalis and Tefas, "Learning Deep Representations with Probabilistic Knowledge Transfer",
+      ECCV 2018, section 3 (cosine kernel).
     """
     same_batch(student, teacher)
     counts = counting(mask, student)
@@ -50,19 +61,28 @@ def _neighbours(x: jax.Array, counts: jax.Array) -> jax.Array:
     return kernel / jnp.where(counts, kernel.sum(axis=1), 1.0)[:, None]
 
 
-def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 2, *, mask: Mask | None = None) -> jax.Array:
+def cc(
+    student: jax.Array,
+    teacher: jax.Array,
+    gamma: float = 0.4,
+    order: int = 2,
+    *,
+    mask: Mask | None = None,
+) -> jax.Array:
     """Return the mean squared difference of correlations between examples: correlation congruence.
 
-    ``mean_j (k(s_i, s_j) - k(t_i, t_j))**2`` with the Gaussian kernel ``exp(-gamma * |x - y|**2)`` of directions, expanded:
-    ``k(x, y) = sum_{p=0..order} exp(-2 gamma) * (2 gamma)**p / p! * (x . y)**p``. It does not change when an example is
-    scaled.
+    ``mean_j (k(s_i, s_j) - k(t_i, t_j))**2`` with the Gaussian kernel ``exp(-gamma * |x - y|**2)``
+    of directions, expanded:
+    ``k(x, y) = sum_{p=0..order} exp(-2 gamma) * (2 gamma)**p / p! * (x . y)**p``. It does not
+    change when an example is scaled.
 
     Args:
       student: ``[batch, ...]``, any floating dtype, usually the pooled features.
       teacher: ``[batch, ...]``.
       gamma: of the kernel.
       order: of the Taylor series.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       ``[batch]``, row i's.
@@ -75,8 +95,8 @@ def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 
       [0. 0.] [0.1266 0.1266]
 
     References:
-      Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, section 3 (Gaussian kernel by Taylor
-      series).
+      Peng et al., "Correlation Congruence for Knowledge Distillation", ICCV 2019, section 3
+      (Gaussian kernel by Taylor series).
     """
     same_batch(student, teacher)
     s, t = (_kernel(each, gamma, order) for each in pair(student, teacher, mask))
@@ -86,19 +106,23 @@ def cc(student: jax.Array, teacher: jax.Array, gamma: float = 0.4, order: int = 
 def _kernel(x: jax.Array, gamma: float, order: int) -> jax.Array:
     """Return ``[batch, batch]``, the Gaussian kernel's Taylor series."""
     cosine = gram(unit(flat(x)))
-    weights = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
+    weights = [
+        math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)
+    ]
     return jnp.polyval(jnp.array(weights[::-1], cosine.dtype), cosine)
 
 
 def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return one minus the centred kernel alignment: 0 where the student's features are the teacher's, rotated and scaled.
 
-    ``1 - CKA(s, t)``, see `cka`. A number for the whole batch, as alignment is no sum over examples.
+    ``1 - CKA(s, t)``, see `cka`. A number for the whole batch, as alignment is no sum over
+    examples.
 
     Args:
       student: ``[batch, ...]``, any floating dtype.
       teacher: ``[batch, ...]``.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       A scalar, 0 to 1; 1, with gradient 0, where the student's features do not vary.
@@ -112,8 +136,9 @@ def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None
       0.0
 
     References:
-      Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, section 3.
-      Saha, Bialkowski and Khalifa, "Distilling Representational Similarity using Centered Kernel Alignment", BMVC 2022.
+      Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, section
+      3. Saha, Bialkowski and Khalifa, "Distilling Representational Similarity using Centered Kernel
+      Alignment", BMVC 2022.
     """
     same_batch(student, teacher)
     counts = counting(mask, student)
@@ -130,9 +155,10 @@ def _centred(x: jax.Array, counts: jax.Array) -> jax.Array:
 def ickd(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far correlations between channels differ: inter-channel correlation distillation.
 
-    ``sum_ij (R_s[i, j] - R_t[i, j])**2 / channels`` with ``R = F' F``, F being ``[positions, channels]``, each row divided
-    by its Euclidean norm. Positions may differ, channels must be brought to the teacher's. It does not change with scale.
-    The usual weight is 500.
+    ``sum_ij (R_s[i, j] - R_t[i, j])**2 / channels`` with ``R = F' F``, F being
+    ``[positions, channels]``, each row divided by its Euclidean norm. Positions may differ,
+    channels must be brought to the teacher's. It does not change with scale. The usual weight is
+    500.
 
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype, after a regressor.
@@ -151,7 +177,8 @@ def ickd(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) ->
       [0.] [0.5858]
 
     References:
-      Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge Distillation", ICCV 2021, section 3.
+      Liu et al., "Exploring Inter-Channel Correlation for Diversity-Preserved Knowledge
+      Distillation", ICCV 2021, section 3.
     """
     same_batch(student, teacher)
     same_channels(student, teacher)

@@ -19,22 +19,26 @@ def dist(
 ) -> jax.Array:
     """Return how badly the probabilities correlate over classes and over examples, in float32.
 
-    ``T**2 * (beta * (1 - r(p_s[b, :], p_t[b, :])) + gamma * (1 - mean_c r(p_s[:, c], p_t[:, c])))`` for example b, with
-    ``p = softmax(logits / T)`` and r Pearson's correlation. The first part, of a row, is the example's own. The second, of
-    the columns, belongs to the batch: every example gets the same, so that the mean over the batch is the paper's loss.
+    ``T**2 * (beta * (1 - r(p_s[b, :], p_t[b, :])) + gamma * (1 - mean_c r(p_s[:, c], p_t[:, c])))``
+    for example b, with ``p = softmax(logits / T)`` and r Pearson's correlation. The first part, of
+    a row, is the example's own. The second, of the columns, belongs to the batch: every example
+    gets the same, so that the mean over the batch is the paper's loss.
 
     Args:
-      student_logits: ``[..., classes]``, any floating dtype, any finite values. All leading axes together are the batch
-        that columns run over: other examples in it change the second part, and so does a smaller microbatch.
+      student_logits: ``[..., classes]``, any floating dtype, any finite values. All leading axes
+        together are the batch that columns run over: other examples in it change the second part,
+        and so does a smaller microbatch.
       teacher_logits: same shape; no gradient goes here.
       beta: weight of the rows.
       gamma: weight of the columns.
-      temperature: T > 0. The paper has ``beta = gamma = 1``, T = 1 on ImageNet and ``beta = gamma = 2``, T = 4 on CIFAR.
-      mask: which examples or tokens count, see `masks`; columns run over those only, and the loss of the others is 0.
+      temperature: T > 0. The paper has ``beta = gamma = 1``, T = 1 on ImageNet and
+        ``beta = gamma = 2``, T = 4 on CIFAR.
+      mask: which examples or tokens count, see `masks`; columns run over those only, and the loss
+        of the others is 0.
 
     Returns:
-      ``[...]``. A row or column that is constant, to a relative 1e-4 of its length, has no correlation to speak of: it
-      counts as one of 0 and its gradient is bounded.
+      ``[...]``. A row or column that is constant, to a relative 1e-4 of its length, has no
+      correlation to speak of: it counts as one of 0 and its gradient is bounded.
 
     Raises:
       ShapeError: if the shapes of the logits differ.
@@ -45,8 +49,8 @@ def dist(
       (['0.00', '0.00'], ['3.87', '3.81'])
 
     References:
-      Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, section 3 (inter-class relation:
-      rows; intra-class relation: columns).
+      Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, section 3
+      (inter-class relation: rows; intra-class relation: columns).
     """
     leading = student_logits.shape[:-1]
     counts = jnp.ones(leading, bool)
@@ -64,11 +68,15 @@ def dist(
 
 def _correlation(x: jax.Array, y: jax.Array, axis: int, counts: jax.Array) -> jax.Array:
     """Return Pearson's correlation along an axis of two arrays of probabilities, over what counts."""
-    return (unit(x, axis, _floor(x, axis), counts) * unit(y, axis, _floor(y, axis), counts)).sum(axis)
+    return (unit(x, axis, _floor(x, axis), counts) * unit(y, axis, _floor(y, axis), counts)).sum(
+        axis
+    )
 
 
 def _floor(x: jax.Array, axis: int) -> jax.Array:
     """Return the length below which differences are noise: relative, as the columns of rare classes are small."""
     largest = x.max(axis, keepdims=True)
-    length = largest * jnp.sqrt(jnp.square(x / jnp.maximum(largest, 1e-30)).sum(axis, keepdims=True))
+    length = largest * jnp.sqrt(
+        jnp.square(x / jnp.maximum(largest, 1e-30)).sum(axis, keepdims=True)
+    )
     return jax.lax.stop_gradient(jnp.maximum(1e-4 * length, 1e-30))

@@ -1,9 +1,10 @@
 """Losses that ask the student's features, or what a part makes of them, to be the teacher's, position by position.
 
-Each takes arrays ``[batch, *positions, channels]`` and returns the loss of each example, ``[batch]`` in float32, finite with
-finite gradients at any finite features; no gradient reaches the teacher. `hint`, `review` and `mgd` are means over positions
-and channels, so that a weight does not depend on sizes. With a ``mask`` (see `masks`) what does not count has loss 0 and is
-not read; one of positions makes the result ``[batch, *positions]``, to be averaged by `masked_mean`.
+Each takes arrays ``[batch, *positions, channels]`` and returns the loss of each example,
+``[batch]`` in float32, finite with finite gradients at any finite features; no gradient reaches the
+teacher. `hint`, `review` and `mgd` are means over positions and channels, so that a weight does not
+depend on sizes. With a ``mask`` (see `masks`) what does not count has loss 0 and is not read; one
+of positions makes the result ``[batch, *positions]``, to be averaged by `masked_mean`.
 """
 
 from collections.abc import Callable
@@ -26,14 +27,22 @@ from compress_jax.distill._losses.shapes import (
     same_shape,
     unit,
 )
-from compress_jax.distill._masks import Mask, has_positions, kept, mean_of_each, mean_of_positions, of_features
+from compress_jax.distill._masks import (
+    Mask,
+    has_positions,
+    kept,
+    mean_of_each,
+    mean_of_positions,
+    of_features,
+)
 
 
 def hint(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the mean squared difference of features: FitNets' hint, and SimKD's loss.
 
-    ``mean((s - t)**2)`` over positions and channels, s being the student's features after a regressor (`linear`, `conv`,
-    `deconv`; SimKD: `projector`) where shapes differ. FitNets has half the sum; the usual weight of the mean is 100.
+    ``mean((s - t)**2)`` over positions and channels, s being the student's features after a
+    regressor (`linear`, `conv`, `deconv`; SimKD: `projector`) where shapes differ. FitNets has half
+    the sum; the usual weight of the mean is 100.
 
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
@@ -51,20 +60,23 @@ def hint(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) ->
       [2.0]
 
     References:
-      Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3.
-      Chen et al., "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, equation 3.
+      Romero et al., "FitNets: Hints for Thin Deep Nets", ICLR 2015, equation 3. Chen et al.,
+      "Knowledge Distillation with the Reused Teacher Classifier", CVPR 2022, equation 3.
     """
     same_shape(student, teacher)
     student, teacher = pair(student, teacher, mask)
     return mean_of_positions(jnp.square(bounded(student, 2) - bounded(teacher, 2)), mask)
 
 
-def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array, *, mask: Mask | None = None) -> jax.Array:
+def vid(
+    mean: jax.Array, teacher: jax.Array, variance: jax.Array, *, mask: Mask | None = None
+) -> jax.Array:
     """Return the negative log-likelihood of the teacher's features under a Gaussian that the student predicts.
 
-    ``mean(1/2 * ((t - mean)**2 / variance + log(variance)))``, the constant ``log(2 pi) / 2`` left out: a bound of the
-    mutual information. A channel that the student cannot predict gets a large variance and little weight. The part
-    `gaussian` makes ``mean`` and ``variance`` and must be trained, variances too.
+    ``mean(1/2 * ((t - mean)**2 / variance + log(variance)))``, the constant ``log(2 pi) / 2`` left
+    out: a bound of the mutual information. A channel that the student cannot predict gets a large
+    variance and little weight. The part `gaussian` makes ``mean`` and ``variance`` and must be
+    trained, variances too.
 
     Args:
       mean: ``[batch, *positions, channels]``, predicted from the student's features.
@@ -83,8 +95,8 @@ def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array, *, mask: Mask 
       [1.0]
 
     References:
-      Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section 2 (a Gaussian whose
-      variance does not depend on the example).
+      Ahn et al., "Variational Information Distillation for Knowledge Transfer", CVPR 2019, section
+      2 (a Gaussian whose variance does not depend on the example).
     """
     same_shape(mean, teacher)
     mean, teacher = pair(mean, teacher, mask)
@@ -94,19 +106,25 @@ def vid(mean: jax.Array, teacher: jax.Array, variance: jax.Array, *, mask: Mask 
 
 
 def review(
-    student: jax.Array, teacher: jax.Array, levels: tuple[int, ...] = (4, 2, 1), *, mask: Mask | None = None
+    student: jax.Array,
+    teacher: jax.Array,
+    levels: tuple[int, ...] = (4, 2, 1),
+    *,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Return the mean squared difference of features at several resolutions: ReviewKD's hierarchical context loss.
 
-    ``sum_k w[k] * hint(resize(s, k), resize(t, k)) / sum_k w[k]`` with weight 1 for the features themselves, 1/2, 1/4 and
-    1/8 for their averages over grids of 4, 2 and 1 positions a side; grids not smaller than the features are left out.
-    ReviewKD adds this loss over its stages, after the part `fusion`, with weight 1 reached over 20 epochs.
+    ``sum_k w[k] * hint(resize(s, k), resize(t, k)) / sum_k w[k]`` with weight 1 for the features
+    themselves, 1/2, 1/4 and 1/8 for their averages over grids of 4, 2 and 1 positions a side; grids
+    not smaller than the features are left out. ReviewKD adds this loss over its stages, after the
+    part `fusion`, with weight 1 reached over 20 epochs.
 
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
       teacher: same shape.
       levels: positions a side of each coarser grid.
-      mask: which examples or positions count, see `masks`; a coarser position is the mean of those in it that count.
+      mask: which examples or positions count, see `masks`; a coarser position is the mean of those
+        in it that count.
 
     Returns:
       ``[batch]``, also with a mask of positions.
@@ -132,13 +150,17 @@ def review(
     return loss / total
 
 
-def _coarse(features: jax.Array, mask: Mask | None, size: tuple[int, ...]) -> tuple[jax.Array, Mask | None]:
+def _coarse(
+    features: jax.Array, mask: Mask | None, size: tuple[int, ...]
+) -> tuple[jax.Array, Mask | None]:
     """Return features at coarser positions, means of what counts, and which of those count."""
     if mask is None or not has_positions(mask):
         return resize(features, size), mask
     counts = (of_features(mask, features) > 0).astype(features.dtype)[..., None]
     share = resize(counts, size)
-    return resize(kept(features, counts[..., 0]), size) / jnp.where(share > 0, share, 1.0), share[..., 0]
+    return resize(kept(features, counts[..., 0]), size) / jnp.where(share > 0, share, 1.0), share[
+        ..., 0
+    ]
 
 
 def mgd(
@@ -152,13 +174,16 @@ def mgd(
 ) -> jax.Array:
     """Return how well the teacher's features can be made from the student's with most positions hidden.
 
-    ``mean((generate(mask * s) - t)**2)``; the mask hides a position, all channels of it, with probability ``ratio``. The
-    paper has the sum over positions and channels, times 7e-5 for classification and 2e-5 for detection.
+    ``mean((generate(mask * s) - t)**2)``; the mask hides a position, all channels of it, with
+    probability ``ratio``. The paper has the sum over positions and channels, times 7e-5 for
+    classification and 2e-5 for detection.
 
     Args:
-      student: ``[batch, *positions, channels]``, any floating dtype, brought to what ``generate`` takes.
+      student: ``[batch, *positions, channels]``, any floating dtype, brought to what ``generate``
+        takes.
       teacher: ``[batch, *positions, channels]``.
-      generate: ``features -> features`` in the teacher's shape: ``partial(part.apply, params)`` of the part `generator`.
+      generate: ``features -> features`` in the teacher's shape: ``partial(part.apply, params)`` of
+        the part `generator`.
       key: typed PRNG key of this step.
       ratio: share of positions hidden, 0 to 1.
       mask: which examples or positions count, see `masks`; ``generate`` sees zeros at the others.
@@ -186,11 +211,14 @@ def mgd(
 # may differ there.
 
 
-def attention(student: jax.Array, teacher: jax.Array, p: float = 2, *, mask: Mask | None = None) -> jax.Array:
+def attention(
+    student: jax.Array, teacher: jax.Array, p: float = 2, *, mask: Mask | None = None
+) -> jax.Array:
     """Return the mean squared difference of attention maps: attention transfer.
 
-    ``mean((Q(s) - Q(t))**2)`` over positions, Q being ``mean(abs(f)**p)`` over channels, divided by its Euclidean norm over
-    positions. It does not change with the scale of either; numbers of channels may differ. The usual weight is 1000.
+    ``mean((Q(s) - Q(t))**2)`` over positions, Q being ``mean(abs(f)**p)`` over channels, divided by
+    its Euclidean norm over positions. It does not change with the scale of either; numbers of
+    channels may differ. The usual weight is 1000.
 
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
@@ -224,11 +252,14 @@ def _attention(features: jax.Array, p: float) -> jax.Array:
     return unit((jnp.abs(rescaled(rows(features), (1, 2))) ** p).mean(axis=2))
 
 
-def ft(student: jax.Array, teacher: jax.Array, p: float = 1, *, mask: Mask | None = None) -> jax.Array:
+def ft(
+    student: jax.Array, teacher: jax.Array, p: float = 1, *, mask: Mask | None = None
+) -> jax.Array:
     """Return the mean distance of normalised factors: factor transfer.
 
-    ``mean(abs(s / norm(s) - t / norm(t))**p)`` with norms over all of an example's factor. The teacher's factor comes from
-    the part `paraphraser`, trained before on its features alone, the student's from the part `translator`.
+    ``mean(abs(s / norm(s) - t / norm(t))**p)`` with norms over all of an example's factor. The
+    teacher's factor comes from the part `paraphraser`, trained before on its features alone, the
+    student's from the part `translator`.
 
     Args:
       student: ``[batch, ...]``, a translator's output, any floating dtype.
@@ -247,7 +278,8 @@ def ft(student: jax.Array, teacher: jax.Array, p: float = 1, *, mask: Mask | Non
       ([0.0], [1.0, 1.0])
 
     References:
-      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer", NeurIPS 2018, equation 2.
+      Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
+      NeurIPS 2018, equation 2.
     """
     same_shape(student, teacher)
     student, teacher = pair(student, teacher, mask)
@@ -256,17 +288,23 @@ def ft(student: jax.Array, teacher: jax.Array, p: float = 1, *, mask: Mask | Non
 
 
 def fsp(
-    student: tuple[jax.Array, jax.Array], teacher: tuple[jax.Array, jax.Array], *, mask: Mask | None = None
+    student: tuple[jax.Array, jax.Array],
+    teacher: tuple[jax.Array, jax.Array],
+    *,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Return the mean squared difference of the flow of solution procedure, what lies between two layers.
 
-    ``mean((G(s) - G(t))**2)`` with ``G[i, j] = mean(f[i] * g[j])`` over positions, f being the features where a stage begins
-    and g those where it ends. Positions of student and teacher may differ; the two of a pair must agree (`resize`).
+    ``mean((G(s) - G(t))**2)`` with ``G[i, j] = mean(f[i] * g[j])`` over positions, f being the
+    features where a stage begins and g those where it ends. Positions of student and teacher may
+    differ; the two of a pair must agree (`resize`).
 
     Args:
-      student: two arrays ``[batch, *positions, channels]``, any floating dtype, channels as the teacher's.
+      student: two arrays ``[batch, *positions, channels]``, any floating dtype, channels as the
+        teacher's.
       teacher: two arrays.
-      mask: which examples or positions count, see `masks`; one of positions must fit all four arrays.
+      mask: which examples or positions count, see `masks`; one of positions must fit all four
+        arrays.
 
     Returns:
       ``[batch]``.
@@ -280,8 +318,8 @@ def fsp(
       [4.0]
 
     References:
-      Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and Transfer Learning",
-      CVPR 2017, equations 1 and 2.
+      Yim et al., "A Gift from Knowledge Distillation: Fast Optimization, Network Minimization and
+      Transfer Learning", CVPR 2017, equations 1 and 2.
     """
     for own, other in zip(student, teacher, strict=True):
         same_batch(own, other)
@@ -294,7 +332,10 @@ def fsp(
 def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
     """Return ``[batch, channels of first, channels of second]``."""
     if first.shape[:-1] != second.shape[:-1]:
-        raise ShapeError(f"fsp pairs features of equal positions, got {first.shape} and {second.shape}: distill.resize one")
+        raise ShapeError(
+            f"fsp pairs features of equal positions, got {first.shape} and {second.shape}: "
+            "distill.resize one"
+        )
     counts = jnp.ones(first.shape[:-1]) if mask is None else of_features(mask, first) > 0
     number = jnp.maximum(counts.reshape(first.shape[0], -1).sum(axis=1), 1).astype(first.dtype)
     first, second = rows(bounded(first, 4)), rows(bounded(second, 4))
@@ -304,8 +345,9 @@ def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
 def nst(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the maximum mean discrepancy of where channels are active: neuron selectivity transfer.
 
-    ``mean k(s_i, s_j) + mean k(t_i, t_j) - 2 mean k(s_i, t_j)`` with ``k(x, y) = (x . y)**2``, a channel being the vector of
-    its values over positions, of norm 1. Numbers of channels may differ. The usual weight is 50.
+    ``mean k(s_i, s_j) + mean k(t_i, t_j) - 2 mean k(s_i, t_j)`` with ``k(x, y) = (x . y)**2``, a
+    channel being the vector of its values over positions, of norm 1. Numbers of channels may
+    differ. The usual weight is 50.
 
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
@@ -323,8 +365,8 @@ def nst(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> 
       [2.0]
 
     References:
-      Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017, section 4 (polynomial
-      kernel, d = 2, c = 0).
+      Huang and Wang, "Like What You Like: Knowledge Distill via Neuron Selectivity Transfer", 2017,
+      section 4 (polynomial kernel, d = 2, c = 0).
     """
     same_positions(student, teacher)
     s, t = (unit(rows(each), axis=1) for each in pair(student, teacher, mask))

@@ -8,23 +8,34 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compress_jax.distill._losses.temperature import Scalar, bounded, largest, log_distributions, pair, squared
+from compress_jax.distill._losses.temperature import (
+    Scalar,
+    bounded,
+    largest,
+    log_distributions,
+    pair,
+    squared,
+)
 
 Objective: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """``(student_logits, teacher_logits, labels) -> loss of each example``."""
 
 
-def kl(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
+def kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0
+) -> jax.Array:
     """Return the divergence of the student's softened distribution from the teacher's, in float32.
 
-    ``T**2 * KL(p_t || p_s) = T**2 * sum_c p_t[c] * (log p_t[c] - log p_s[c])`` with ``p = softmax(logits / T)``. The factor
-    keeps the gradient's size: ``dL/dstudent_logits = T * (p_s - p_t)``, and ``p_s - p_t`` shrinks as ``1/T``.
+    ``T**2 * KL(p_t || p_s) = T**2 * sum_c p_t[c] * (log p_t[c] - log p_s[c])`` with
+    ``p = softmax(logits / T)``. The factor keeps the gradient's size:
+    ``dL/dstudent_logits = T * (p_s - p_t)``, and ``p_s - p_t`` shrinks as ``1/T``.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
-      teacher_logits: same shape. A target: no gradient goes here, so that in mutual learning each of two students takes
-        the other's logits as they are.
-      temperature: T > 0, a number or a scalar array, such as an optax schedule's value at this step.
+      teacher_logits: same shape. A target: no gradient goes here, so that in mutual learning each
+        of two students takes the other's logits as they are.
+      temperature: T > 0, a number or a scalar array, such as an optax schedule's value at this
+        step.
 
     Returns:
       ``[...]``, in nats: summed over classes. Its mean over examples is "batchmean".
@@ -38,7 +49,8 @@ def kl(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar
       [0.13079999387264252]
 
     References:
-      Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2 (equation 2: the gradient).
+      Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2
+      (equation 2: the gradient).
     """
     log_student, log_teacher = log_distributions(student_logits, teacher_logits, temperature)
     return squared(temperature, (jnp.exp(log_teacher) * (log_teacher - log_student)).sum(axis=-1))
@@ -47,14 +59,16 @@ def kl(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar
 def mse(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     """Return the mean squared difference of the logits, in float32.
 
-    ``1/C * sum_c (s[c] - t[c])**2``. For logits of equal means it is twice the limit of `kl` at infinite temperature.
+    ``1/C * sum_c (s[c] - t[c])**2``. For logits of equal means it is twice the limit of `kl` at
+    infinite temperature.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype.
       teacher_logits: same shape; no gradient goes here.
 
     Returns:
-      ``[...]``: the mean over classes. Beyond differences of about 1e19 it overflows float32, as its value does.
+      ``[...]``: the mean over classes. Beyond differences of about 1e19 it overflows float32, as
+        its value does.
 
     Raises:
       ShapeError: if the shapes of the logits differ.
@@ -64,8 +78,8 @@ def mse(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
       [2.0]
 
     References:
-      Kim et al., "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge Distillation", IJCAI 2021,
-      equations 2 and 5.
+      Kim et al., "Comparing Kullback-Leibler Divergence and Mean Squared Error Loss in Knowledge
+      Distillation", IJCAI 2021, equations 2 and 5.
     """
     student, teacher = pair(student_logits, teacher_logits)
     return jnp.square(student - teacher).mean(axis=-1)
@@ -74,7 +88,8 @@ def mse(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
     """Return the cross entropy of the labels, in float32.
 
-    ``-sum_c q[c] * log softmax(logits)[c]`` with ``q = (1 - label_smoothing) * onehot(label) + label_smoothing / C``.
+    ``-sum_c q[c] * log softmax(logits)[c]`` with
+    ``q = (1 - label_smoothing) * onehot(label) + label_smoothing / C``.
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -89,7 +104,8 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
       [0.6930999755859375]
 
     References:
-      Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7 (smoothing).
+      Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016,
+      section 7 (smoothing).
     """
     logits = bounded(logits)
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -98,10 +114,13 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     return (1 - label_smoothing) * loss - label_smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
 
 
-def hard_label(student_logits: jax.Array, teacher_logits: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+def hard_label(
+    student_logits: jax.Array, teacher_logits: jax.Array, label_smoothing: float = 0.0
+) -> jax.Array:
     """Return the cross entropy of the teacher's prediction, in float32: the teacher as a labeller.
 
-    ``-sum_c q[c] * log softmax(s)[c]`` with ``q = (1 - label_smoothing) * onehot(argmax t) + label_smoothing / C``.
+    ``-sum_c q[c] * log softmax(s)[c]`` with
+    ``q = (1 - label_smoothing) * onehot(argmax t) + label_smoothing / C``.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -119,21 +138,25 @@ def hard_label(student_logits: jax.Array, teacher_logits: jax.Array, label_smoot
       [0.6930999755859375]
 
     References:
-      Touvron et al., "Training data-efficient image transformers and distillation through attention", ICML 2021, equation 3.
-      Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", CVPR 2016, section 7 (smoothing).
+      Touvron et al., "Training data-efficient image transformers and distillation through
+      attention", ICML 2021, equation 3. Szegedy et al., "Rethinking the Inception Architecture for
+      Computer Vision", CVPR 2016, section 7 (smoothing).
     """
     student, teacher = pair(student_logits, teacher_logits)
     return cross_entropy(student, teacher.argmax(axis=-1), label_smoothing)
 
 
-def hinton(alpha: Scalar = 0.1, temperature: Scalar = 4.0, *, label_smoothing: float = 0.0) -> Objective:
+def hinton(
+    alpha: Scalar = 0.1, temperature: Scalar = 4.0, *, label_smoothing: float = 0.0
+) -> Objective:
     """Return the classical objective of distillation: part labels, part teacher.
 
     ``alpha * CE(student, label) + (1 - alpha) * T**2 * KL(p_t || p_s)``.
 
     Args:
-      alpha: weight of the labels, 0 to 1. 0.1 with T = 4 is usual on CIFAR, 0.5 with T = 1 on ImageNet. It may be an array,
-        such as an optax schedule's value at this step; only numbers are checked.
+      alpha: weight of the labels, 0 to 1. 0.1 with T = 4 is usual on CIFAR, 0.5 with T = 1 on
+        ImageNet. It may be an array, such as an optax schedule's value at this step; only numbers
+        are checked.
       temperature: T > 0, see `kl`.
       label_smoothing: of the labels, see `cross_entropy`.
 
@@ -168,11 +191,14 @@ def hinton(alpha: Scalar = 0.1, temperature: Scalar = 4.0, *, label_smoothing: f
 # total variation.
 
 
-def reverse_kl(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0) -> jax.Array:
+def reverse_kl(
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0
+) -> jax.Array:
     """Return the divergence of the teacher's softened distribution from the student's, in float32.
 
-    ``T**2 * KL(p_s || p_t) = T**2 * sum_c p_s[c] * (log p_s[c] - log p_t[c])``: it seeks a mode, where `kl` covers all of
-    them. ``dL/ds[c] = T * p_s[c] * (log p_s[c] - log p_t[c] - KL(p_s || p_t))``.
+    ``T**2 * KL(p_s || p_t) = T**2 * sum_c p_s[c] * (log p_s[c] - log p_t[c])``: it seeks a mode,
+    where `kl` covers all of them.
+    ``dL/ds[c] = T * p_s[c] * (log p_s[c] - log p_t[c] - KL(p_s || p_t))``.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -197,12 +223,19 @@ def reverse_kl(student_logits: jax.Array, teacher_logits: jax.Array, temperature
     return squared(temperature, (jnp.exp(log_student) * (log_student - log_teacher)).sum(axis=-1))
 
 
-def jsd(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0, beta: float = 0.5) -> jax.Array:
+def jsd(
+    student_logits: jax.Array,
+    teacher_logits: jax.Array,
+    temperature: Scalar = 1.0,
+    beta: float = 0.5,
+) -> jax.Array:
     """Return the generalised Jensen-Shannon divergence, in float32.
 
-    ``T**2 * (beta * KL(p_t || m) + (1 - beta) * KL(p_s || m))`` with ``m = beta * p_t + (1 - beta) * p_s``. Divided by
-    ``beta`` it tends to `kl` as beta goes to 0, and divided by ``1 - beta`` to `reverse_kl` as beta goes to 1; at 0 and at 1
-    themselves, where the formula would be zero, it is `kl` and `reverse_kl`. Between them it is at most ``T**2 * log 2``.
+    ``T**2 * (beta * KL(p_t || m) + (1 - beta) * KL(p_s || m))`` with
+    ``m = beta * p_t + (1 - beta) * p_s``. Divided by ``beta`` it tends to `kl` as beta goes to 0,
+    and divided by ``1 - beta`` to `reverse_kl` as beta goes to 1; at 0 and at 1 themselves, where
+    the formula would be zero, it is `kl` and `reverse_kl`. Between them it is at most
+    ``T**2 * log 2``.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -222,8 +255,8 @@ def jsd(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scala
       [0.6930999755859375]
 
     References:
-      Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", ICLR 2024,
-      section 2 (generalised Jensen-Shannon divergence).
+      Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
+      Mistakes", ICLR 2024, section 2 (generalised Jensen-Shannon divergence).
     """
     if not 0 <= beta <= 1:
         raise ValueError(f"beta must be 0 (forward) to 1 (reverse), got {beta}")
@@ -244,8 +277,8 @@ def mixture(log_student: jax.Array, log_teacher: jax.Array, beta: float) -> jax.
 def total_variation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     """Return the total variation distance of the two distributions, in float32, 0 to 1.
 
-    ``1/2 * sum_c |p_s[c] - p_t[c]|`` at temperature 1. ``1 - `` this is the share of a student's samples that speculative
-    decoding with the teacher accepts.
+    ``1/2 * sum_c |p_s[c] - p_t[c]|`` at temperature 1. ``1 - `` this is the share of a student's
+    samples that speculative decoding with the teacher accepts.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -262,8 +295,9 @@ def total_variation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
       [0.25]
 
     References:
-      Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023, section 3.
-      Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative Decoding", ICML 2023, corollary 3.6.
+      Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation", ACL 2023,
+      section 3. Leviathan, Kalman and Matias, "Fast Inference from Transformers via Speculative
+      Decoding", ICML 2023, corollary 3.6.
     """
     log_student, log_teacher = log_distributions(student_logits, teacher_logits)
     return 0.5 * jnp.abs(jnp.exp(log_student) - jnp.exp(log_teacher)).sum(axis=-1)
@@ -285,8 +319,9 @@ def dkd(
 
     ``T**2 * (alpha * TCKD + beta * NCKD)``. With ``p = softmax(logits / T)`` and y the label,
     ``TCKD = KL((p_t[y], 1 - p_t[y]) || (p_s[y], 1 - p_s[y]))`` and ``NCKD = KL(r_t || r_s)``, where
-    ``r[c] = p[c] / (1 - p[y])`` for the classes c other than y. `kl` is this with ``alpha = 1`` and, for each example,
-    ``beta = 1 - p_t[y]``. All of it is differences of logsumexps, so nothing is the logarithm of a rounded zero.
+    ``r[c] = p[c] / (1 - p[y])`` for the classes c other than y. `kl` is this with ``alpha = 1``
+    and, for each example, ``beta = 1 - p_t[y]``. All of it is differences of logsumexps, so nothing
+    is the logarithm of a rounded zero.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -297,8 +332,9 @@ def dkd(
       temperature: T > 0.
 
     Returns:
-      ``[...]``, in nats. The paper's objective is ``cross_entropy(s, y) + warmup * dkd(s, t, y)``, whose ``warmup`` is
-      ``optax.linear_schedule(0.0, 1.0, transition_steps)`` over the first 20 epochs.
+      ``[...]``, in nats. The paper's objective is ``cross_entropy(s, y) + warmup * dkd(s, t, y)``,
+      whose ``warmup`` is ``optax.linear_schedule(0.0, 1.0, transition_steps)`` over the first 20
+      epochs.
 
     Raises:
       ShapeError: if the shapes of the logits differ.
@@ -309,12 +345,14 @@ def dkd(
       '1.117'
 
     References:
-      Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, section 3 (the decoupling into TCKD and NCKD,
-      and the loss that weighs them).
+      Zhao et al., "Decoupled Knowledge Distillation", CVPR 2022, section 3 (the decoupling into
+      TCKD and NCKD, and the loss that weighs them).
     """
     student, teacher = pair(student_logits, teacher_logits, temperature)
     target = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
-    far = -4 * largest(student.dtype, temperature, student.shape[-1])  # finite, and yet of probability zero
+    far = -4 * largest(
+        student.dtype, temperature, student.shape[-1]
+    )  # finite, and yet of probability zero
     student_hit, student_miss, student_others = _decouple(student, target, far)
     teacher_hit, teacher_miss, teacher_others = _decouple(teacher, target, far)
     of_target = _term(teacher_hit, student_hit) + _term(teacher_miss, student_miss)
@@ -323,7 +361,9 @@ def dkd(
     return squared(temperature, alpha * of_target + beta * of_others)
 
 
-def _decouple(logits: jax.Array, target: jax.Array, far: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _decouple(
+    logits: jax.Array, target: jax.Array, far: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return ``log p[y]``, ``log(1 - p[y])`` and, over all classes, ``log r``: that of y itself is about ``far``."""
     others = jnp.where(target, far, logits)
     odds = jnp.where(target, logits, 0).sum(axis=-1) - jax.nn.logsumexp(others, axis=-1)

@@ -1,9 +1,10 @@
 """Losses on how the examples of a batch lie to each other, so that widths of student and teacher may differ.
 
-Each takes ``[batch, ...]`` (the rest is flattened) and returns the share of each example, ``[batch]`` in float32. The loss
-is its mean, yet each share depends on the whole batch that the function is given: under `train.pmap_step`, a device's own.
-Finite with finite gradients at any finite features; no gradient reaches the teacher. With a ``mask`` (see `masks`) the
-result is that of the examples that count alone, and 0 for the others; positions that do not count are zeros.
+Each takes ``[batch, ...]`` (the rest is flattened) and returns the share of each example,
+``[batch]`` in float32. The loss is its mean, yet each share depends on the whole batch that the
+function is given: under `train.pmap_step`, a device's own. Finite with finite gradients at any
+finite features; no gradient reaches the teacher. With a ``mask`` (see `masks`) the result is that
+of the examples that count alone, and 0 for the others; positions that do not count are zeros.
 """
 
 import jax
@@ -18,14 +19,16 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 def rkd_distance(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far distances between examples, in units of their mean, differ: relational distillation by pairs.
 
-    ``mean_j huber(d_s[i, j] / mean(d_s) - d_t[i, j] / mean(d_t))`` with Euclidean distances d, means over distances that are
-    not zero, and ``huber(x) = x**2 / 2`` up to 1, ``abs(x) - 1/2`` beyond. It does not change when either is moved, rotated
-    or scaled. The usual weight is 25.
+    ``mean_j huber(d_s[i, j] / mean(d_s) - d_t[i, j] / mean(d_t))`` with Euclidean distances d,
+    means over distances that are not zero, and ``huber(x) = x**2 / 2`` up to 1, ``abs(x) - 1/2``
+    beyond. It does not change when either is moved, rotated or scaled. The usual weight is 25.
 
     Args:
-      student: ``[batch, ...]``, any floating dtype; takes ``batch**2`` times the memory of one example.
+      student: ``[batch, ...]``, any floating dtype; takes ``batch**2`` times the memory of one
+        example.
       teacher: ``[batch, ...]``.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       ``[batch]``, example i's.
@@ -57,8 +60,8 @@ def _distances(x: jax.Array, counts: jax.Array) -> jax.Array:
 def _differences(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[batch, batch, features]``: from the second example to the first, of a common scale; 0 if either is none.
 
-    Equal examples must differ by exactly 0, also where XLA fuses a product into the difference: so the scale comes after,
-    and before it only a power of two, against overflow.
+    Equal examples must differ by exactly 0, also where XLA fuses a product into the difference: so
+    the scale comes after, and before it only a power of two, against overflow.
     """
     x = flat(at_least_float32(x)) / 4
     return rescaled(kept(x[:, None] - x[None], both(counts)))
@@ -67,13 +70,16 @@ def _differences(x: jax.Array, counts: jax.Array) -> jax.Array:
 def rkd_angle(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far the cosines of angles between examples differ: relational distillation by triplets.
 
-    ``mean_jk huber(cos_s[j, i, k] - cos_t[j, i, k])``, the angle at example i between the directions to j and k; 0 where one
-    of them is i. It does not change when either is moved, rotated or scaled. The usual weight is 50.
+    ``mean_jk huber(cos_s[j, i, k] - cos_t[j, i, k])``, the angle at example i between the
+    directions to j and k; 0 where one of them is i. It does not change when either is moved,
+    rotated or scaled. The usual weight is 50.
 
     Args:
-      student: ``[batch, ...]``, any floating dtype; takes ``batch**2`` times the memory of one example.
+      student: ``[batch, ...]``, any floating dtype; takes ``batch**2`` times the memory of one
+        example.
       teacher: ``[batch, ...]``.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       ``[batch]``, example i's.
@@ -102,7 +108,12 @@ def _cosines(x: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def rkd(
-    student: jax.Array, teacher: jax.Array, distance: float = 25.0, angle: float = 50.0, *, mask: Mask | None = None
+    student: jax.Array,
+    teacher: jax.Array,
+    distance: float = 25.0,
+    angle: float = 50.0,
+    *,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Return relational distillation, distances and angles together.
 
@@ -113,7 +124,8 @@ def rkd(
       teacher: ``[batch, ...]``.
       distance: weight of `rkd_distance`.
       angle: weight of `rkd_angle`.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       ``[batch]``.
@@ -128,19 +140,23 @@ def rkd(
     References:
       Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2.
     """
-    return distance * rkd_distance(student, teacher, mask=mask) + angle * rkd_angle(student, teacher, mask=mask)
+    return distance * rkd_distance(student, teacher, mask=mask) + angle * rkd_angle(
+        student, teacher, mask=mask
+    )
 
 
 def similarity(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return how far inner products between examples differ: similarity-preserving distillation.
 
-    ``sum_j (G_s[i, j] - G_t[i, j])**2 / batch`` with ``G = X X'``, each row divided by its Euclidean norm: the mean over i
-    is ``norm(G_s - G_t)**2 / batch**2``. It does not change when either is rotated or scaled. The usual weight is 3000.
+    ``sum_j (G_s[i, j] - G_t[i, j])**2 / batch`` with ``G = X X'``, each row divided by its
+    Euclidean norm: the mean over i is ``norm(G_s - G_t)**2 / batch**2``. It does not change when
+    either is rotated or scaled. The usual weight is 3000.
 
     Args:
       student: ``[batch, ...]``, any floating dtype, features with all their positions.
       teacher: ``[batch, ...]``.
-      mask: which examples (or, of features with positions, which positions) count, see `masks`; no other enters a relation.
+      mask: which examples (or, of features with positions, which positions) count, see `masks`; no
+        other enters a relation.
 
     Returns:
       ``[batch]``, row i's.
@@ -167,7 +183,11 @@ def counting(mask: Mask | None, features: jax.Array) -> jax.Array:
       >>> counting(jnp.array([[1, 0], [0, 0]]), jnp.ones((2, 2, 3))).tolist()
       [True, False]
     """
-    return jnp.ones(features.shape[0], bool) if mask is None else of_examples(mask, features.shape[0]) > 0
+    return (
+        jnp.ones(features.shape[0], bool)
+        if mask is None
+        else of_examples(mask, features.shape[0]) > 0
+    )
 
 
 def both(counts: jax.Array) -> jax.Array:

@@ -22,20 +22,26 @@ def generate(
 ) -> tuple[jax.Array, jax.Array]:
     """Continue prompts up to the width of their array, token by token, in one compiled loop.
 
-    ``x[i + 1] ~ softmax(logits(x)[i] / temperature)`` for every position from the prompt's last on. Each step runs the model
-    over the whole array: simple, right for any causal model, and as many forwards as there are positions. No gradient flows.
+    ``x[i + 1] ~ softmax(logits(x)[i] / temperature)`` for every position from the prompt's last on.
+    Each step runs the model over the whole array: simple, right for any causal model, and as many
+    forwards as there are positions. No gradient flows.
 
     Args:
-      logits: ``tokens [batch, width] -> [batch, width, vocabulary]``, causal: position i sees tokens up to i.
-      tokens: integers ``[batch, width]``, prompts at the left; what is to the right of them is not read.
+      logits: ``tokens [batch, width] -> [batch, width, vocabulary]``, causal: position i sees
+        tokens up to i.
+      tokens: integers ``[batch, width]``, prompts at the left; what is to the right of them is not
+        read.
       lengths: integers ``[batch]``, of the prompts, at least 1.
       key: typed PRNG key.
-      temperature: 0 takes the likeliest token: greedy, as sequence-level distillation takes the teacher's mode.
-      end: the token that ends a sequence; what follows is ``end`` too, and does not count. None: none does.
+      temperature: 0 takes the likeliest token: greedy, as sequence-level distillation takes the
+        teacher's mode.
+      end: the token that ends a sequence; what follows is ``end`` too, and does not count. None:
+        none does.
 
     Returns:
-      ``(tokens, mask)``: integers ``[batch, width]``; booleans ``[batch, width]``, at i whether token i + 1 was generated:
-      the mask of the losses of logits ``[batch, width, vocabulary]``, ``end`` itself included. The last is False.
+      ``(tokens, mask)``: integers ``[batch, width]``; booleans ``[batch, width]``, at i whether
+      token i + 1 was generated: the mask of the losses of logits ``[batch, width, vocabulary]``,
+      ``end`` itself included. The last is False.
 
     Example:
       >>> follow = lambda tokens: 9.0 * jax.nn.one_hot((tokens + 1) % 5, 5)
@@ -44,17 +50,28 @@ def generate(
       ([[2, 0, 1, 2]], [[False, True, True, False]])
 
     References:
-      Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, section 3.2 (there by beam search).
+      Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, section 3.2 (there by beam
+      search).
     """
     width = tokens.shape[1]
 
-    def one(carry: tuple[jax.Array, jax.Array], at: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+    def one(
+        carry: tuple[jax.Array, jax.Array], at: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         tokens, ended = carry
         z = bounded(jax.lax.stop_gradient(logits(tokens))[:, at])
-        drawn = z.argmax(-1) if temperature == 0 else jax.random.categorical(jax.random.fold_in(key, at), z / temperature)
+        drawn = (
+            z.argmax(-1)
+            if temperature == 0
+            else jax.random.categorical(jax.random.fold_in(key, at), z / temperature)
+        )
         drawn = drawn.astype(tokens.dtype)
         own = (at + 1 >= lengths) & ~ended
-        after = tokens[:, at + 1] if end is None else jnp.where(ended, jnp.asarray(end, tokens.dtype), tokens[:, at + 1])
+        after = (
+            tokens[:, at + 1]
+            if end is None
+            else jnp.where(ended, jnp.asarray(end, tokens.dtype), tokens[:, at + 1])
+        )
         new = jnp.where(own, drawn, after)
         ended = ended if end is None else ended | (own & (drawn == end))
         return (tokens.at[:, at + 1].set(new), ended), own
@@ -92,8 +109,9 @@ def on_policy(
 ) -> Callable[[jax.Array, Any, Logits], Any]:
     """Return what replaces some answers of a batch by the student's own, for the teacher to correct.
 
-    Each example is, with probability ``fraction``, its prompt continued by the student as it is now; the loss then is any
-    divergence of the tokens, as ``partial(jsd, beta=0.9)`` or `reverse_kl`, over the mask. Sampling has no gradient.
+    Each example is, with probability ``fraction``, its prompt continued by the student as it is
+    now; the loss then is any divergence of the tokens, as ``partial(jsd, beta=0.9)`` or
+    `reverse_kl`, over the mask. Sampling has no gradient.
 
     Args:
       fraction: share of examples that are the student's own, 0 to 1; the others stay as they are.
@@ -114,13 +132,15 @@ def on_policy(
       [[2, 3, 4]]
 
     References:
-      Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes", ICLR 2024,
-      algorithm 1 (there the choice is of whole batches).
+      Agarwal et al., "On-Policy Distillation of Language Models: Learning from Self-Generated
+      Mistakes", ICLR 2024, algorithm 1 (there the choice is of whole batches).
     """
 
     def resample(key: jax.Array, batch: Any, logits: Logits) -> Any:
         first, second = jax.random.split(key)
-        drawn, own = generate(logits, batch[tokens], batch[length], first, temperature=temperature, end=end)
+        drawn, own = generate(
+            logits, batch[tokens], batch[length], first, temperature=temperature, end=end
+        )
         chosen = jax.random.bernoulli(second, fraction, (len(drawn), 1))
         new = jnp.where(chosen, drawn, batch[tokens])
         counts = jnp.where(chosen, own, batch[mask].astype(bool))

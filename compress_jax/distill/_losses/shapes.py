@@ -46,7 +46,9 @@ def same_positions(student: Any, teacher: Any) -> None:
     """
     same_batch(student, teacher)
     if student.shape[:-1] != teacher.shape[:-1]:
-        raise ShapeError(f"{_both(student, teacher)} differ in positions, the axes between: {POSITIONS}")
+        raise ShapeError(
+            f"{_both(student, teacher)} differ in positions, the axes between: {POSITIONS}"
+        )
 
 
 def same_batch(student: Any, teacher: Any) -> None:
@@ -57,9 +59,15 @@ def same_batch(student: Any, teacher: Any) -> None:
       >>> same_batch(jnp.ones((2, 4)), jnp.ones((2, 8, 8, 16)))
     """
     if min(student.ndim, teacher.ndim) < 2:
-        raise ShapeError(f"{_both(student, teacher)} must be [batch, ..., channels]: give the batch an axis of its own")
+        raise ShapeError(
+            f"{_both(student, teacher)} must be [batch, ..., channels]: give the batch an axis of "
+            "its own"
+        )
     if student.shape[0] != teacher.shape[0]:
-        raise ShapeError(f"{_both(student, teacher)} are of different numbers of examples: give both models the same batch")
+        raise ShapeError(
+            f"{_both(student, teacher)} are of different numbers of examples: give both models "
+            "the same batch"
+        )
 
 
 def _both(student: Any, teacher: Any) -> str:
@@ -88,7 +96,10 @@ def pair(student: jax.Array, teacher: jax.Array, mask: Mask | None) -> tuple[jax
     student, teacher = at_least_float32(student), frozen(teacher)
     if mask is None:
         return student, teacher
-    counts = of_features(mask, student, "the student's features"), of_features(mask, teacher, "the teacher's features")
+    counts = (
+        of_features(mask, student, "the student's features"),
+        of_features(mask, teacher, "the teacher's features"),
+    )
     return kept(student, counts[0]), kept(teacher, counts[1])
 
 
@@ -140,8 +151,8 @@ _clip = straight_through(jnp.clip)
 def bounded(x: jax.Array, power: int) -> jax.Array:
     """Return ``x`` in float32, kept so small that a sum over all its entries to a power, with any usual weight, is finite.
 
-    The bound is 1e7 times 100 for power 4 and millions of entries, more for less. It is straight-through: gradients are
-    those of the bounded value, never zero.
+    The bound is 1e7 times 100 for power 4 and millions of entries, more for less. It is
+    straight-through: gradients are those of the bounded value, never zero.
 
     Args:
       x: any floating array.
@@ -162,7 +173,8 @@ def bounded(x: jax.Array, power: int) -> jax.Array:
 def rescaled(x: jax.Array, axis: Axes = None) -> jax.Array:
     """Return ``x / max(abs(x))`` in float32, the maximum taken over some axes; what is zero there stays zero.
 
-    The divisor counts as a constant for gradients, which makes no difference to a loss that does not depend on scale.
+    The divisor counts as a constant for gradients, which makes no difference to a loss that does
+    not depend on scale.
 
     Args:
       x: any floating array.
@@ -175,7 +187,9 @@ def rescaled(x: jax.Array, axis: Axes = None) -> jax.Array:
       >>> rescaled(jnp.array([[1e38, -2e38], [0.0, 0.0]]), axis=1).tolist()
       [[0.5, -1.0], [0.0, 0.0]]
     """
-    x = at_least_float32(x) / 16  # XLA may multiply by the inverse, and that of the largest floats is flushed to 0
+    x = (
+        at_least_float32(x) / 16
+    )  # XLA may multiply by the inverse, and that of the largest floats is flushed to 0
     size = jax.lax.stop_gradient(jnp.abs(x).max(axis=axis, keepdims=True))
     alive = size > SMALLEST / 16
     return jnp.where(alive, x / jnp.where(alive, size, 1.0), 0.0)

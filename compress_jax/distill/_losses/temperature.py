@@ -14,8 +14,9 @@ _clip = straight_through(jnp.clip)
 def bounded(logits: jax.Array, temperature: Scalar = 1.0, classes: int | None = None) -> jax.Array:
     """Return ``logits / temperature`` in float32, kept so far from overflow that any loss of them is finite.
 
-    The bound, about 1e37 divided by the number of classes and ``temperature**2``, leaves room for differences, sums over
-    classes and the factor ``temperature**2``. It is straight-through: gradients are those of the unbounded loss.
+    The bound, about 1e37 divided by the number of classes and ``temperature**2``, leaves room for
+    differences, sums over classes and the factor ``temperature**2``. It is straight-through:
+    gradients are those of the unbounded loss.
 
     Args:
       logits: ``[..., classes]``, any floating dtype.
@@ -33,10 +34,14 @@ def bounded(logits: jax.Array, temperature: Scalar = 1.0, classes: int | None = 
 
 def largest(dtype: jnp.dtype, temperature: Scalar, classes: int) -> jax.Array:
     """Return the bound of `bounded`: no softened logit lies beyond it."""
-    return jnp.finfo(dtype).max / 32 / classes / jnp.maximum(jnp.asarray(temperature, dtype), 1) ** 2
+    return (
+        jnp.finfo(dtype).max / 32 / classes / jnp.maximum(jnp.asarray(temperature, dtype), 1) ** 2
+    )
 
 
-def pair(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0) -> tuple[jax.Array, jax.Array]:
+def pair(
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0
+) -> tuple[jax.Array, jax.Array]:
     """Return both bounded softened logits; no gradient goes to the teacher's.
 
     Raises:
@@ -44,10 +49,14 @@ def pair(student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scal
     """
     if student_logits.shape != teacher_logits.shape:
         raise ShapeError(
-            f"student logits {student_logits.shape} and teacher logits {teacher_logits.shape} must have the same shape, "
-            "[..., classes]; drop the classes that only one of them knows, or use a loss on features"
+            f"student logits {student_logits.shape} and teacher logits {teacher_logits.shape} "
+            "must have the same shape, "
+            "[..., classes]; drop the classes that only one of them knows, or use a loss on "
+            "features"
         )
-    return bounded(student_logits, temperature), jax.lax.stop_gradient(bounded(teacher_logits, temperature))
+    return bounded(student_logits, temperature), jax.lax.stop_gradient(
+        bounded(teacher_logits, temperature)
+    )
 
 
 def log_distributions(

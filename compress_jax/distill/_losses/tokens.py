@@ -18,9 +18,9 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 class Total:
     """A sum and what it is a sum over, kept apart, as a mean of means is no mean when the numbers of tokens differ.
 
-    It is a pytree: add the totals of microbatches, or ``jax.lax.psum`` those of devices, and take the mean at the end. For
-    gradients accumulated over microbatches, differentiate ``total.sum`` and divide by the sum of all counts, which has no
-    gradient.
+    It is a pytree: add the totals of microbatches, or ``jax.lax.psum`` those of devices, and take
+    the mean at the end. For gradients accumulated over microbatches, differentiate ``total.sum``
+    and divide by the sum of all counts, which has no gradient.
 
     Attributes:
       sum: float32 scalar.
@@ -48,13 +48,13 @@ class Total:
 def masked_total(loss: jax.Array, mask: jax.Array) -> Total:
     """Return the sum of the losses that count and their number.
 
-    ``sum_i mask[i] * loss[i]`` and ``sum_i mask[i]``. Losses whose mask is 0 are not read, even if they are NaN; their
-    gradients are another matter, see `token_total`.
+    ``sum_i mask[i] * loss[i]`` and ``sum_i mask[i]``. Losses whose mask is 0 are not read, even if
+    they are NaN; their gradients are another matter, see `token_total`.
 
     Args:
       loss: ``[...]``, a floating dtype.
-      mask: ``[...]`` or as `masks` tells: ``[batch]`` and ``[batch, sequence, 1]`` fit ``[batch, sequence]``. Booleans, or
-        weights >= 0 of any number dtype.
+      mask: ``[...]`` or as `masks` tells: ``[batch]`` and ``[batch, sequence, 1]`` fit
+        ``[batch, sequence]``. Booleans, or weights >= 0 of any number dtype.
 
     Returns:
       A `Total`.
@@ -75,8 +75,9 @@ def masked_total(loss: jax.Array, mask: jax.Array) -> Total:
 def masked_mean(loss: jax.Array, mask: jax.Array) -> jax.Array:
     """Return the mean of the losses that count, 0 if none does.
 
-    ``sum_i mask[i] * loss[i] / sum_i mask[i]``: right for a batch that is all there, under ``jit`` on any sharding. Where it
-    is in parts (microbatches, ``shard_map``), add up each part's `masked_total` instead.
+    ``sum_i mask[i] * loss[i] / sum_i mask[i]``: right for a batch that is all there, under ``jit``
+    on any sharding. Where it is in parts (microbatches, ``shard_map``), add up each part's
+    `masked_total` instead.
 
     Args:
       loss: ``[...]``, a floating dtype.
@@ -104,8 +105,9 @@ def token_total(
 ) -> Total:
     """Return a loss of logits summed over the tokens that count, and their number.
 
-    ``sum_i mask[i] * loss(student_logits[i], teacher_logits[i])`` over tokens i. Logits of the others are replaced by zeros
-    before the loss sees them, so that neither value nor gradient depends on them, even where padding made them NaN.
+    ``sum_i mask[i] * loss(student_logits[i], teacher_logits[i])`` over tokens i. Logits of the
+    others are replaced by zeros before the loss sees them, so that neither value nor gradient
+    depends on them, even where padding made them NaN.
 
     Args:
       loss: per token, such as `kl`, `reverse_kl` or `jsd`.
@@ -127,7 +129,8 @@ def token_total(
       0.13079999387264252
 
     References:
-      Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, section 3.1 (word-level distillation).
+      Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, section 3.1 (word-level
+      distillation).
     """
     counts = fitted(mask, student_logits.shape[:-1], "the tokens")
     student, teacher = kept(student_logits, counts), kept(teacher_logits, counts)

@@ -14,17 +14,22 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 # Rows centred and scaled to unit length, with finite gradients where a row is constant or huge.
 
 
-def unit(x: jax.Array, axis: int, floor: float | jax.Array, counts: jax.Array | None = None) -> jax.Array:
+def unit(
+    x: jax.Array, axis: int, floor: float | jax.Array, counts: jax.Array | None = None
+) -> jax.Array:
     """Return ``(x - mean) / max(||x - mean||, floor)`` along an axis: rows of length 1, shorter below the floor.
 
-    Constant rows give exact zeros: differences to the maximum are taken first, and these are zero before any rounding.
-    Nothing is squared before it was divided by the row's largest difference, so that no square over- or underflows.
+    Constant rows give exact zeros: differences to the maximum are taken first, and these are zero
+    before any rounding. Nothing is squared before it was divided by the row's largest difference,
+    so that no square over- or underflows.
 
     Args:
       x: floats.
       axis: the axis that is normalised.
-      floor: > 0, a number or an array that broadcasts against ``x``. Gradients are at most ``1 / floor``.
-      counts: booleans of the shape of ``x``, which entries are there; the others are 0, and nothing depends on them.
+      floor: > 0, a number or an array that broadcasts against ``x``. Gradients are at most
+        ``1 / floor``.
+      counts: booleans of the shape of ``x``, which entries are there; the others are 0, and nothing
+        depends on them.
 
     Returns:
       An array of the shape of ``x``.
@@ -37,7 +42,9 @@ def unit(x: jax.Array, axis: int, floor: float | jax.Array, counts: jax.Array | 
     centred = jnp.where(counts, centred - centred.sum(axis, keepdims=True) / number, 0)
     size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(centred).max(axis, keepdims=True), floor))
     scaled = centred / size
-    return scaled * jax.lax.rsqrt(jnp.maximum(jnp.square(scaled).sum(axis, keepdims=True), jnp.square(floor / size)))
+    return scaled * jax.lax.rsqrt(
+        jnp.maximum(jnp.square(scaled).sum(axis, keepdims=True), jnp.square(floor / size))
+    )
 
 
 Teachers = Sequence[jax.Array] | jax.Array
@@ -50,19 +57,23 @@ NEVER = -1e9
 def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = None) -> jax.Array:
     """Return logits of mean 0 and standard deviation 1 over the classes, in float32.
 
-    ``(z - mean(z)) / max(std(z), floor)``, to be given to `kl` for student and teacher alike: the student then matches
-    the teacher's order and proportions, and is free in the range of its own logits. Classes that a model masks out (logits
-    of -inf, or beside ordinary ones of -1e9 or below, or of the least number of their dtype) are no part of mean and
-    deviation, of which they would leave nothing to learn; they come back as -1e9, of probability 0.
+    ``(z - mean(z)) / max(std(z), floor)``, to be given to `kl` for student and teacher alike: the
+    student then matches the teacher's order and proportions, and is free in the range of its own
+    logits. Classes that a model masks out (logits of -inf, or beside ordinary ones of -1e9 or
+    below, or of the least number of their dtype) are no part of mean and deviation, of which they
+    would leave nothing to learn; they come back as -1e9, of probability 0.
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
-      floor: a smaller deviation than this is taken as this. Gradients are at most its inverse; equal logits give zeros.
-      mask: booleans that broadcast against ``logits``, which classes there are, where a model marks the others by a number
-        of its own (-1e4, say). It is beside what is found out from the logits.
+      floor: a smaller deviation than this is taken as this. Gradients are at most its inverse;
+        equal logits give zeros.
+      mask: booleans that broadcast against ``logits``, which classes there are, where a model marks
+        the others by a number of its own (-1e4, say). It is beside what is found out from the
+        logits.
 
     Returns:
-      ``[..., classes]``. The paper's loss is ``0.1 * CE + 9 * kl(standardize(s), standardize(t), temperature=2.0)`` or so.
+      ``[..., classes]``. The paper's loss is
+      ``0.1 * CE + 9 * kl(standardize(s), standardize(t), temperature=2.0)`` or so.
 
     Example:
       >>> print(standardize(jnp.array([1.0, 3.0, 5.0])).round(3))
@@ -72,22 +83,30 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1.
     """
     never = max(NEVER, float(jnp.finfo(logits.dtype).min))
-    # Beside ordinary logits such a number is a mark; where even the largest is of that size, all are logits.
+    # Beside ordinary logits such a number is a mark; where even the largest is of that size, all
+    # are logits.
     ordinary = jnp.abs(logits.max(axis=-1, keepdims=True)) < jnp.asarray(-never, logits.dtype)
-    there = jnp.isnan(logits) | (logits > jnp.asarray(never, logits.dtype)) | (~ordinary & ~jnp.isneginf(logits))
+    there = (
+        jnp.isnan(logits)
+        | (logits > jnp.asarray(never, logits.dtype))
+        | (~ordinary & ~jnp.isneginf(logits))
+    )
     if mask is not None:
         there &= jnp.broadcast_to(jnp.asarray(mask).astype(bool), logits.shape)
     classes = jnp.maximum(there.sum(axis=-1, keepdims=True), 1)
     root = jnp.sqrt(classes.astype(at_least_float32(logits).dtype))
-    return jnp.where(there, root * unit(bounded(kept(logits, there)), -1, floor * root, there), NEVER)
+    return jnp.where(
+        there, root * unit(bounded(kept(logits, there)), -1, floor * root, there), NEVER
+    )
 
 
 def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -> jax.Array:
     """Return the logits of a teacher that needs no network: right, with one probability, on every example.
 
-    ``log p`` with ``p[label] = probability`` and ``p[c] = (1 - probability) / (classes - 1)`` elsewhere. With the student's
-    logits and T = 20 or more in `kl` this is teacher-free distillation by regularisation; the other teacher-free form,
-    self-training, is `kl` with an earlier copy of the student as its `Teacher`.
+    ``log p`` with ``p[label] = probability`` and ``p[c] = (1 - probability) / (classes - 1)``
+    elsewhere. With the student's logits and T = 20 or more in `kl` this is teacher-free
+    distillation by regularisation; the other teacher-free form, self-training, is `kl` with an
+    earlier copy of the student as its `Teacher`.
 
     Args:
       labels: integers ``[...]``.
@@ -105,25 +124,36 @@ def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -
       ['0.050', '0.900', '0.050']
 
     References:
-      Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR 2020, section 4
-      (Tf-KD: self-training and the manually designed teacher).
+      Yuan et al., "Revisiting Knowledge Distillation via Label Smoothing Regularization", CVPR
+      2020, section 4 (Tf-KD: self-training and the manually designed teacher).
     """
     if classes < 2 or not 1 / classes < probability < 1:
         raise ValueError(
-            f"probability must be between 1/classes and 1, of at least 2 classes; got {probability} of {classes}"
+            "probability must be between 1/classes and 1, of at least 2 classes; got "
+            f"{probability} of {classes}"
         )
     others = (1 - probability) / (classes - 1)
-    return jnp.log(jnp.where(jax.nn.one_hot(labels, classes, dtype=bool), jnp.float32(probability), jnp.float32(others)))
+    return jnp.log(
+        jnp.where(
+            jax.nn.one_hot(labels, classes, dtype=bool),
+            jnp.float32(probability),
+            jnp.float32(others),
+        )
+    )
 
 
-def ensemble(teacher_logits: Teachers, weights: Sequence[float] | None = None, temperature: Scalar = 1.0) -> jax.Array:
+def ensemble(
+    teacher_logits: Teachers, weights: Sequence[float] | None = None, temperature: Scalar = 1.0
+) -> jax.Array:
     """Return the logits of one teacher whose softened probabilities are the mean of several teachers', in float32.
 
-    ``T * log sum_m w_m softmax(t_m / T)``: with the same temperature in `kl` the student learns the mean of probabilities.
-    (The gradient of `kl` is then also that of the mean of the losses, see `averaged`.)
+    ``T * log sum_m w_m softmax(t_m / T)``: with the same temperature in `kl` the student learns the
+    mean of probabilities. (The gradient of `kl` is then also that of the mean of the losses, see
+    `averaged`.)
 
     Args:
-      teacher_logits: ``[teachers, ..., classes]``, or a sequence of ``[..., classes]``. No gradient goes here.
+      teacher_logits: ``[teachers, ..., classes]``, or a sequence of ``[..., classes]``. No gradient
+        goes here.
       weights: one of each teacher, not negative, of any sum; the default is the same for all.
       temperature: T > 0, that of the loss.
 
@@ -150,19 +180,22 @@ def ensemble(teacher_logits: Teachers, weights: Sequence[float] | None = None, t
     return jnp.asarray(temperature, log_mean.dtype) * log_mean
 
 
-def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = None) -> Callable[..., jax.Array]:
+def averaged(
+    loss: Callable[..., jax.Array], weights: Sequence[float] | None = None
+) -> Callable[..., jax.Array]:
     """Return the loss of several teachers that is the weighted mean of a loss of each.
 
     ``sum_m w_m * loss(student_logits, t_m, ...)`` with weights of sum 1.
 
     Args:
-      loss: ``(student_logits, teacher_logits, *rest) -> [...]``, such as `kl`, `dkd` or what `hinton` returns.
+      loss: ``(student_logits, teacher_logits, *rest) -> [...]``, such as `kl`, `dkd` or what
+        `hinton` returns.
       weights: one of each teacher, not negative, of any sum; the default is the same for all.
 
     Returns:
-      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes them; it takes a
-      ``mask`` if the loss does, and other options by name. It raises ValueError if there is not one weight a teacher, or
-      one is negative, or all are zero.
+      ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes
+      them; it takes a ``mask`` if the loss does, and other options by name. It raises ValueError if
+      there is not one weight a teacher, or one is negative, or all are zero.
 
     Example:
       >>> from compress_jax.distill import mse
@@ -173,25 +206,34 @@ def averaged(loss: Callable[..., jax.Array], weights: Sequence[float] | None = N
       You et al., "Learning from Multiple Teacher Networks", KDD 2017, section 3.
     """
 
-    def mean(student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, **options: Any) -> jax.Array:
+    def mean(
+        student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, **options: Any
+    ) -> jax.Array:
         shares = _shares(weights, len(teacher_logits))
         losses = [loss(student_logits, each, *rest, **options) for each in teacher_logits]
-        return sum((share * each for share, each in zip(shares[1:], losses[1:], strict=True)), shares[0] * losses[0])
+        return sum(
+            (share * each for share, each in zip(shares[1:], losses[1:], strict=True)),
+            shares[0] * losses[0],
+        )
 
     return masked_like(loss, mean)
 
 
-def ensembled(loss: Callable[..., jax.Array], weights: Sequence[float] | None = None) -> Callable[..., jax.Array]:
+def ensembled(
+    loss: Callable[..., jax.Array], weights: Sequence[float] | None = None
+) -> Callable[..., jax.Array]:
     """Return the loss of several teachers that is a loss of the mean of their probabilities, see `ensemble`.
 
     ``loss(student_logits, ensemble(teacher_logits, weights, T), *rest, temperature=T)``.
 
     Args:
-      loss: ``(student_logits, teacher_logits, *rest, temperature=...) -> [...]``, such as `kl` or `jsd`.
+      loss: ``(student_logits, teacher_logits, *rest, temperature=...) -> [...]``, such as `kl` or
+        `jsd`.
       weights: one of each teacher, not negative, of any sum; the default is the same for all.
 
     Returns:
-      ``(student_logits, teacher_logits, *rest, temperature=1.0) -> [...]`` with teacher logits as `ensemble` takes them.
+      ``(student_logits, teacher_logits, *rest, temperature=1.0) -> [...]`` with teacher logits as
+      `ensemble` takes them.
 
     Example:
       >>> from compress_jax.distill import kl
@@ -204,7 +246,11 @@ def ensembled(loss: Callable[..., jax.Array], weights: Sequence[float] | None = 
     """
 
     def of(
-        student_logits: jax.Array, teacher_logits: Teachers, *rest: jax.Array, temperature: Scalar = 1.0, **options: Any
+        student_logits: jax.Array,
+        teacher_logits: Teachers,
+        *rest: jax.Array,
+        temperature: Scalar = 1.0,
+        **options: Any,
     ) -> jax.Array:
         mean = ensemble(teacher_logits, weights, temperature)
         return loss(student_logits, mean, *rest, temperature=temperature, **options)
@@ -217,5 +263,7 @@ def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
     """Return weights of sum 1."""
     weights = [1.0] * teachers if weights is None else [float(weight) for weight in weights]
     if len(weights) != teachers or min(weights) < 0 or sum(weights) == 0:
-        raise ValueError(f"{teachers} teachers need as many weights, none negative, not all zero; got {weights}")
+        raise ValueError(
+            f"{teachers} teachers need as many weights, none negative, not all zero; got {weights}"
+        )
     return [weight / sum(weights) for weight in weights]

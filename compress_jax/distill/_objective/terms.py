@@ -28,7 +28,8 @@ class Seen(NamedTuple):
 
     Attributes:
       student_logits: ``[..., classes]``.
-      teacher_logits: same shape; ``[teachers, ..., classes]`` of several; a `TopK` from a cache; None without a teacher.
+      teacher_logits: same shape; ``[teachers, ..., classes]`` of several; a `TopK` from a cache;
+        None without a teacher.
       labels: integers ``[...]``, or probabilities ``[..., classes]`` after a mixup.
       student: features by path.
       teacher: features by path.
@@ -37,8 +38,9 @@ class Seen(NamedTuple):
       batch: all entries of the batch, augmented.
       key: typed PRNG key of the step and the term.
       step: int32 scalar, counts from 0.
-      mask: of the term: which examples or tokens count, see `masks`; None where the batch has none. What does not count is
-        zero already in logits, labels and features, so that nothing computed of them is NaN or inf by padding.
+      mask: of the term: which examples or tokens count, see `masks`; None where the batch has none.
+        What does not count is zero already in logits, labels and features, so that nothing computed
+        of them is NaN or inf by padding.
     """
 
     student_logits: Any
@@ -63,16 +65,19 @@ class Term(NamedTuple):
 
     Attributes:
       name: of its metric, its parts and its memory; each term of an objective has another.
-      loss: ``(seen, parts, memory) -> (loss, memory)``. The loss is of each example or token, in the shape that the mask
-        fits; or a `Total`, of a loss that has looked at ``seen.mask`` itself. A scalar is refused where there is a mask,
-        as nobody knows what of the padding is in it.
+      loss: ``(seen, parts, memory) -> (loss, memory)``. The loss is of each example or token, in
+        the shape that the mask fits; or a `Total`, of a loss that has looked at ``seen.mask``
+        itself. A scalar is refused where there is a mask, as nobody knows what of the padding is in
+        it.
       weight: a number or an optax schedule.
       student: globs of the student's features that it looks at, see `capture`.
       teacher: globs of the teacher's.
-      init: ``(key, seen) -> (parts, memory)``, given a `Seen` of shapes: parts are trained beside the student by an
-        optimizer of their own, the memory is rewritten by each step; neither is exported.
+      init: ``(key, seen) -> (parts, memory)``, given a `Seen` of shapes: parts are trained beside
+        the student by an optimizer of their own, the memory is rewritten by each step; neither is
+        exported.
       mask: the batch's entry that says what of this term counts; None for that of the objective.
-      whole: whether it looks at no example, but at the model (`on_weights`): no mask concerns it, and it returns a scalar.
+      whole: whether it looks at no example, but at the model (`on_weights`): no mask concerns it,
+        and it returns a scalar.
     """
 
     name: str
@@ -102,7 +107,11 @@ def _name(loss: Callable[..., Any]) -> str:
 
 
 def on_labels(
-    weight: Schedule = 1.0, *, label_smoothing: float = 0.0, name: str = "labels", mask: str | None = None
+    weight: Schedule = 1.0,
+    *,
+    label_smoothing: float = 0.0,
+    name: str = "labels",
+    mask: str | None = None,
 ) -> Term:
     """Return the term of the labels: `cross_entropy`, also with the probabilities that a mixup makes of labels.
 
@@ -142,10 +151,11 @@ def on_logits(
     """Return the term of a loss of the student's and the teacher's logits.
 
     Args:
-      loss: ``(student_logits, teacher_logits) -> [...]``, such as `kl`, `dist` or `top_k_kl` with a cache; options by
-        ``functools.partial``. Of several teachers it gets the stacked logits: see `averaged` and `ensembled`. A loss that
-        couples examples or tokens must have a parameter ``mask``, as `dist` does, and is given it by name; one that does
-        not is tried on random logits, and refused if what it says of one entry depends on another.
+      loss: ``(student_logits, teacher_logits) -> [...]``, such as `kl`, `dist` or `top_k_kl` with a
+        cache; options by ``functools.partial``. Of several teachers it gets the stacked logits: see
+        `averaged` and `ensembled`. A loss that couples examples or tokens must have a parameter
+        ``mask``, as `dist` does, and is given it by name; one that does not is tried on random
+        logits, and refused if what it says of one entry depends on another.
       weight: a number or an optax schedule.
       temperature: given to the loss by name; a number or an optax schedule. None gives none.
       labels: whether the loss takes the labels third, as `dkd` and what `hinton` returns do.
@@ -167,7 +177,9 @@ def on_logits(
         options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
         rest = (seen.labels,) if labels else ()
         given = (seen.student_logits, seen.teacher_logits, *rest)
-        each = masked(f"the term {own!r}", loss, given, seen.mask, seen.student_logits.ndim - 1, **options)
+        each = masked(
+            f"the term {own!r}", loss, given, seen.mask, seen.student_logits.ndim - 1, **options
+        )
         return of_logits(own, each, seen.student_logits, seen.mask, takes_mask(loss)), memory
 
     own = name or _name(loss)
@@ -188,27 +200,31 @@ def on_features(
 ) -> Term:
     """Return the term of a loss of features: a hint, attention, a relation, a statistic.
 
-    ``loss(part(of_student(f_s)), of_teacher(f_t))``; what a part returns beside its features (the variances of `gaussian`)
-    goes to the loss after the teacher's, as `vid` takes it.
+    ``loss(part(of_student(f_s)), of_teacher(f_t))``; what a part returns beside its features (the
+    variances of `gaussian`) goes to the loss after the teacher's, as `vid` takes it.
 
     Args:
-      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``. It is given the mask by name if
-        it has a parameter ``mask``, as all losses here do; else it must return one number for each entry of the mask, and
-        is tried on random features, and refused if what it says of one entry depends on another.
+      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``. It is
+        given the mask by name if it has a parameter ``mask``, as all losses here do; else it must
+        return one number for each entry of the mask, and is tried on random features, and refused
+        if what it says of one entry depends on another.
       student: path of the student's feature; with several, part and loss get lists.
       teacher: path of the teacher's.
       weight: a number or an optax schedule.
       part: what brings the student's features to the teacher's; trained with the student.
-      of_student: ``feature -> feature``, applied to each before, such as `pool`, the mean over positions. If it has a
-        parameter ``mask`` it is given the mask; if not, it must leave the positions that the mask is of where they are.
-      of_teacher: likewise, such as ``partial(resize, size=(8, 8))``, or a `paraphraser` that was trained before.
+      of_student: ``feature -> feature``, applied to each before, such as `pool`, the mean over
+        positions. If it has a parameter ``mask`` it is given the mask; if not, it must leave the
+        positions that the mask is of where they are.
+      of_teacher: likewise, such as ``partial(resize, size=(8, 8))``, or a `paraphraser` that was
+        trained before.
       name: of the term; by default that of the loss.
-      mask: the batch's entry of what counts, see `Term`: ``[batch, *positions]`` of these features, where it is not the
-        objective's.
+      mask: the batch's entry of what counts, see `Term`: ``[batch, *positions]`` of these features,
+        where it is not the objective's.
 
     Returns:
-      A `Term`. Its ``init`` and its ``loss`` raise a NoMatchError if no feature of that path was captured, and a ShapeError
-      if the mask fits neither the features' ``[batch, *positions]`` nor, in features without positions, their batch.
+      A `Term`. Its ``init`` and its ``loss`` raise a NoMatchError if no feature of that path was
+      captured, and a ShapeError if the mask fits neither the features' ``[batch, *positions]`` nor,
+      in features without positions, their batch.
 
     Example:
       >>> from compress_jax.distill import hint, linear
@@ -240,7 +256,9 @@ def on_features(
     return Term(named, of, weight, _tuple(student), _tuple(teacher), init, mask)
 
 
-def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**", name: str = "l2_sp") -> Term:
+def on_weights(
+    weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**", name: str = "l2_sp"
+) -> Term:
     """Return the term of `l2_sp`: the student's weights, as its compression shows them, near the teacher's.
 
     Args:
@@ -249,7 +267,8 @@ def on_weights(weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**"
       name: of the term.
 
     Returns:
-      A `Term`, for a teacher whose ``variables`` are ``{"params": ...}`` of the student's own shapes.
+      A `Term`, for a teacher whose ``variables`` are ``{"params": ...}`` of the student's own
+      shapes.
 
     Example:
       >>> on_weights(0.01).name
@@ -271,13 +290,29 @@ def _arrays(seen: Seen) -> Seen:
     return Seen(None, None, None, seen.student, seen.teacher, None, None, None, None, None)
 
 
-def _each(paths: Paths, features: Mapping[str, Any], of: Callable[..., Any] | None, whose: str, term: str, mask: Any) -> Any:
+def _each(
+    paths: Paths,
+    features: Mapping[str, Any],
+    of: Callable[..., Any] | None,
+    whose: str,
+    term: str,
+    mask: Any,
+) -> Any:
     """Return the feature of one path, or the list of those of several, zero where the mask says so."""
     missing = [path for path in _tuple(paths) if path not in features]
     if missing:
-        how = "give it apply=capture(model, patterns)" if whose == "teacher" else "its model captures what terms ask for"
-        raise NoMatchError(f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {how}")
-    found = [shown(features[path], of, f"the {whose}'s {path!r} in term {term!r}", mask) for path in _tuple(paths)]
+        how = (
+            "give it apply=capture(model, patterns)"
+            if whose == "teacher"
+            else "its model captures what terms ask for"
+        )
+        raise NoMatchError(
+            f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {how}"
+        )
+    found = [
+        shown(features[path], of, f"the {whose}'s {path!r} in term {term!r}", mask)
+        for path in _tuple(paths)
+    ]
     return found[0] if isinstance(paths, str) else found
 
 
@@ -301,13 +336,14 @@ def contrast(
 ) -> Term:
     """Return the term of `crd`, its two embeddings as parts and its bank as memory.
 
-    The bank is written where the loss is made, so that negatives of a step are those of the steps before. It takes the
-    whole batch: train by ``jit`` (a mesh is fine), not by ``pmap``.
+    The bank is written where the loss is made, so that negatives of a step are those of the steps
+    before. It takes the whole batch: train by ``jit`` (a mesh is fine), not by ``pmap``.
 
     Args:
       student: path of the student's feature, usually the last before the head.
       teacher: path of the teacher's.
-      labels: integers ``[examples]``, of all training examples; ``arange(examples)`` to exclude only the anchor itself.
+      labels: integers ``[examples]``, of all training examples; ``arange(examples)`` to exclude
+        only the anchor itself.
       weight: a number or an optax schedule.
       dim: of the embeddings.
       negatives: of each anchor; the paper has 16384.
@@ -315,7 +351,8 @@ def contrast(
       momentum: see `crd_update`.
       index: the batch's entry with the examples' numbers, ``0 .. examples - 1``.
       name: of the term.
-      mask: the batch's entry of what counts, see `Term`; examples that do not count leave the bank as it is.
+      mask: the batch's entry of what counts, see `Term`; examples that do not count leave the bank
+        as it is.
 
     Returns:
       A `Term`. Its loss raises a ConfigError if the batch has no such entry.
@@ -341,7 +378,8 @@ def contrast(
     def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
         if index not in seen.batch:
             raise ConfigError(
-                f"crd keeps a bank by example: the batch needs their numbers as {index!r}, has {[*seen.batch]}"
+                f"crd keeps a bank by example: the batch needs their numbers as {index!r}, has "
+                f"{[*seen.batch]}"
             )
         at = seen.batch[index]
         own = part.apply(parts["student"], seen.student[student])
@@ -349,7 +387,9 @@ def contrast(
         bank = Bank(*memory["bank"])
         drawn = crd_negatives(seen.key, at, memory["labels"], negatives)
         counts = None if seen.mask is None else of_examples(seen.mask, len(own))
-        value = total_of(name, crd(own, other, bank, at, drawn, temperature, mask=counts), counts, True)
+        value = total_of(
+            name, crd(own, other, bank, at, drawn, temperature, mask=counts), counts, True
+        )
         return value, {**memory, "bank": crd_update(bank, own, other, at, momentum, mask=counts)}
 
     return Term(name, loss, weight, (student,), (teacher,), init, mask)

@@ -21,8 +21,8 @@ def total_of(name: str, loss: jax.Array | Total, mask: Any, told: bool) -> jax.A
 
     Args:
       name: of the term, for errors.
-      loss: of each entry that the mask is of; or a scalar of a loss that was told the mask, which then weighs as many as
-        there are examples that count.
+      loss: of each entry that the mask is of; or a scalar of a loss that was told the mask, which
+        then weighs as many as there are examples that count.
       mask: or None.
       told: whether the loss took the mask.
 
@@ -42,12 +42,16 @@ def total_of(name: str, loss: jax.Array | Total, mask: Any, told: bool) -> jax.A
         number = (of_examples(mask, jnp.shape(mask)[0]) > 0).sum().astype(loss.dtype)
         return Total(jnp.where(number > 0, loss, 0) * number, number)
     if loss.ndim == 0:
-        raise ShapeError(f"the term {name!r} gave one number of a batch with a mask, in which padding may count: {TOLD}")
+        raise ShapeError(
+            f"the term {name!r} gave one number of a batch with a mask, in which padding may "
+            f"count: {TOLD}"
+        )
     try:
         return masked_total(loss, mask)
     except ShapeError as error:
         raise ShapeError(
-            f"the loss of term {name!r} has shape {tuple(loss.shape)}, and its mask {tuple(jnp.shape(mask))} does not fit: "
+            f"the loss of term {name!r} has shape {tuple(loss.shape)}, and its mask "
+            f"{tuple(jnp.shape(mask))} does not fit: "
             f"{TOLD}; or name another mask of the batch by the term's mask=..."
         ) from error
 
@@ -67,14 +71,21 @@ def of_logits(name: str, loss: Any, logits: jax.Array, mask: Any, told: bool) ->
     return total_of(name, loss, fits, told)
 
 
-def of_features(name: str, loss: Any, features: jax.Array, mask: Any, told: bool) -> jax.Array | Total:
+def of_features(
+    name: str, loss: Any, features: jax.Array, mask: Any, told: bool
+) -> jax.Array | Total:
     """Return a loss of features, over what counts; of each example, if the loss saw to its positions or there are none.
 
     Example:
       >>> of_features("hint", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), jnp.array([1, 0]), True).mean.tolist()
       1.0
     """
-    if mask is None or isinstance(loss, Total) or loss.ndim != 1 or not (told or features.ndim == 2):
+    if (
+        mask is None
+        or isinstance(loss, Total)
+        or loss.ndim != 1
+        or not (told or features.ndim == 2)
+    ):
         return total_of(name, loss, mask, told)
     return total_of(name, loss, of_examples(mask, features.shape[0]), told)
 
@@ -105,15 +116,29 @@ def shown(feature: jax.Array, of: Callable[..., Any] | None, what: str, mask: An
     if takes_mask(of):
         return of(feature, mask=mask)
     made = of(feature)
-    if mask is not None and has_positions(mask) and feature.ndim > 2 and made.shape[:-1] != feature.shape[:-1]:
+    if (
+        mask is not None
+        and has_positions(mask)
+        and feature.ndim > 2
+        and made.shape[:-1] != feature.shape[:-1]
+    ):
         raise ShapeError(
-            f"{what} was {feature.shape} and is made {made.shape} by a function that does not know of the mask "
-            f"{tuple(jnp.shape(mask))}, so padding would count: let it take mask=..., as distill.pool does"
+            f"{what} was {feature.shape} and is made {made.shape} by a function that does not "
+            "know of the mask "
+            f"{tuple(jnp.shape(mask))}, so padding would count: let it take mask=..., as "
+            "distill.pool does"
         )
     return made
 
 
-def masked(what: str, loss: Callable[..., Any], given: tuple[Any, ...], mask: Any, units: int, **options: Any) -> Any:
+def masked(
+    what: str,
+    loss: Callable[..., Any],
+    given: tuple[Any, ...],
+    mask: Any,
+    units: int,
+    **options: Any,
+) -> Any:
     """Return ``loss(*given, **options)``, with the mask if the loss takes one, and else only if it needs none.
 
     Args:
@@ -137,9 +162,13 @@ def masked(what: str, loss: Callable[..., Any], given: tuple[Any, ...], mask: An
     try:
         coupled = couples(loss, given, units, **options)
     except Exception as error:
-        raise ArgumentError(f"{what}: whether its loss needs the mask could not be tried ({error}); {TOLD}") from error
+        raise ArgumentError(
+            f"{what}: whether its loss needs the mask could not be tried ({error}); {TOLD}"
+        ) from error
     if coupled:
-        raise ArgumentError(f"{what}: its loss of one entry depends on others, so that padding would count; {TOLD}")
+        raise ArgumentError(
+            f"{what}: its loss of one entry depends on others, so that padding would count; {TOLD}"
+        )
     return loss(*given, **options)
 
 
@@ -162,17 +191,28 @@ def couples(loss: Callable[..., Any], given: tuple[Any, ...], units: int, **opti
       (False, True)
     """
     leaves, tree = jax.tree.flatten(given)
-    return _couples(loss, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves), tree, units, tuple(options))
+    return _couples(
+        loss, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves), tree, units, tuple(options)
+    )
 
 
 @functools.lru_cache(128)
-def _couples(loss: Callable[..., Any], shapes: tuple[Any, ...], tree: Any, units: int, options: tuple[str, ...]) -> bool:
+def _couples(
+    loss: Callable[..., Any],
+    shapes: tuple[Any, ...],
+    tree: Any,
+    units: int,
+    options: tuple[str, ...],
+) -> bool:
     leaves = [jax.ShapeDtypeStruct(*each) for each in shapes]
     leading = leaves[0].shape[:units]
 
     @jax.jit
     def tried(seed: jax.Array) -> jax.Array:
-        keys = [[jax.random.fold_in(key, i) for key in (jax.random.key(0), seed)] for i in range(len(leaves))]
+        keys = [
+            [jax.random.fold_in(key, i) for key in (jax.random.key(0), seed)]
+            for i in range(len(leaves))
+        ]
         made = [_drawn(leaf, leading, *each) for leaf, each in zip(leaves, keys, strict=True)]
         return loss(*jax.tree.unflatten(tree, made), **dict.fromkeys(options, 1.0))
 
@@ -185,7 +225,8 @@ def _couples(loss: Callable[..., Any], shapes: tuple[Any, ...], tree: Any, units
 def _drawn(x: Any, leading: tuple[int, ...], common: jax.Array, own: jax.Array) -> jax.Array:
     """Return an array of three entries along each leading axis: the first from one key, the others from another.
 
-    What is of several teachers has them in front; what has no such axes is 1 (variances that a part gives).
+    What is of several teachers has them in front; what has no such axes is 1 (variances that a part
+    gives).
     """
     units = len(leading)
     at = next((i for i in (0, 1) if x.shape[i : i + units] == leading), None)

@@ -1,10 +1,11 @@
 """A teacher's logits on disk, by example and by view: computed once, read without loading, refused when they do not belong.
 
-A directory: ``cache.json`` says what it is, and each process of P that wrote it has four files of numbers (NumPy's format,
-memory-mapped, never pickle) with its examples p, p + P, p + 2 P ...: ``ids`` int32 ``[rows, views, k]``, ``log_probs``
-bfloat16 (or float32), stored as integers of that size, ``tail`` float32 ``[rows, views]``, and ``digests`` uint8
-``[blocks, views, 32]``: the sha256 of each block of rows in a view, zeros where it was not written yet. Nothing is given
-out before its block's digest was seen to be right.
+A directory: ``cache.json`` says what it is, and each process of P that wrote it has four files of
+numbers (NumPy's format, memory-mapped, never pickle) with its examples p, p + P, p + 2 P ...:
+``ids`` int32 ``[rows, views, k]``, ``log_probs`` bfloat16 (or float32), stored as integers of that
+size, ``tail`` float32 ``[rows, views]``, and ``digests`` uint8 ``[blocks, views, 32]``: the sha256
+of each block of rows in a view, zeros where it was not written yet. Nothing is given out before its
+block's digest was seen to be right.
 """
 
 import contextlib
@@ -23,7 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import ArgumentError, ConfigError, DataError, NonFiniteError, StateError
+from compress_jax.core.errors import (
+    ArgumentError,
+    ConfigError,
+    DataError,
+    NonFiniteError,
+    StateError,
+)
 from compress_jax.core.record import POSITIVE, TEXT, Kind, read_record, sealed
 from compress_jax.distill._teachers.teacher import Teacher
 from compress_jax.distill._teachers.top_k import TopK, top_k
@@ -44,8 +51,12 @@ _ABOUT = {
     "examples": POSITIVE,
     "views": POSITIVE,
     "k": POSITIVE,
-    "temperature": Kind("a number above 0", lambda value: isinstance(value, float) and 0 < value < np.inf),
-    "dtype": Kind(f"one of {', '.join(STORED)}", lambda value: isinstance(value, str) and value in STORED),
+    "temperature": Kind(
+        "a number above 0", lambda value: isinstance(value, float) and 0 < value < np.inf
+    ),
+    "dtype": Kind(
+        f"one of {', '.join(STORED)}", lambda value: isinstance(value, str) and value in STORED
+    ),
     "processes": POSITIVE,
     "block": POSITIVE,
     "sha256": TEXT,
@@ -61,14 +72,21 @@ def read_about(directory: Path) -> dict[str, Any] | None:
     """Return what ``cache.json`` says, or None if there is none; refuse a damaged one, or one of another version."""
     if not os.path.lexists(directory / "cache.json"):
         return None
-    return read_record(directory / "cache.json", _ABOUT, "remove the directory and write the cache again", DataError)
+    return read_record(
+        directory / "cache.json",
+        _ABOUT,
+        "remove the directory and write the cache again",
+        DataError,
+    )
 
 
 def claim(directory: Path, about: dict[str, Any]) -> dict[str, Any]:
     """Say what a directory is, or see that it is that; return what it says, its digest too."""
     about = {"version": VERSION, **about}
     with _writable(directory), (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes of one job come here together; each holds it for a moment
+        fcntl.flock(
+            lock, fcntl.LOCK_EX
+        )  # processes of one job come here together; each holds it for a moment
         if (found := read_about(directory)) is None:
             own = directory / ".cache.json.new"
             own.write_bytes(sealed(about))
@@ -77,7 +95,9 @@ def claim(directory: Path, about: dict[str, Any]) -> dict[str, Any]:
     pairs = [(name, found.get(name), now) for name, now in about.items() if found.get(name) != now]
     if pairs:
         differs = ", ".join(f"{name}: {there} there, {now} now" for name, there, now in pairs)
-        raise StateError(f"{directory} holds another cache ({differs}); use a new directory, or remove it")
+        raise StateError(
+            f"{directory} holds another cache ({differs}); use a new directory, or remove it"
+        )
     return found
 
 
@@ -92,7 +112,8 @@ def writing(directory: Path, process: int, processes: int) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise StateError(
-                f"another process is writing part {process} of {processes} of the cache in {directory}; wait for it, or "
+                f"another process is writing part {process} of {processes} of the cache in "
+                f"{directory}; wait for it, or "
                 "give each process its own process_index"
             ) from error
         yield
@@ -145,9 +166,12 @@ class Shard:
             row = rows[(blocks == block) & (views == view)][0]
             example = int(row) * self.about["processes"] + self.process
             if state == "missing":
-                raise DataError(f"the cache lacks example {example}, view {view}: go on with write_cache")
+                raise DataError(
+                    f"the cache lacks example {example}, view {view}: go on with write_cache"
+                )
             raise DataError(
-                f"the cache in {self.directory} is damaged at example {example}, view {view}: what is stored differs from "
+                f"the cache in {self.directory} is damaged at example {example}, view {view}: "
+                "what is stored differs from "
                 "what was written; write_cache writes it again"
             )
 
@@ -156,13 +180,16 @@ class Shard:
         states = [self._state(block, view) for block in range(len(self.digests))]
         if damaged := states.count("damaged"):
             _log.warning(
-                "%d of %d blocks of view %d of process %d in %s differ from what was written; they are written again",
+                "%d of %d blocks of view %d of process %d in %s differ from what was written; "
+                "they are written again",
                 damaged, len(states), view, self.process, self.directory,
             )  # fmt: skip
         wrong = np.repeat([state != "right" for state in states], self.about["block"])
         return np.flatnonzero(wrong[: len(self.arrays[0])])
 
-    def write(self, rows: np.ndarray, view: int, values: tuple[Any, Any, Any], following: int | None) -> None:
+    def write(
+        self, rows: np.ndarray, view: int, values: tuple[Any, Any, Any], following: int | None
+    ) -> None:
         """Store values of rows, and the digests of blocks that are whole by now: all but the ``following`` row's."""
         for array, own in zip(self.arrays, values, strict=True):
             array[rows, view] = own
@@ -203,14 +230,25 @@ class Shard:
         return digest.digest()
 
 
-def _files(directory: Path, about: dict[str, Any], process: int) -> list[tuple[Path, np.dtype, tuple[int, ...]]]:
+def _files(
+    directory: Path, about: dict[str, Any], process: int
+) -> list[tuple[Path, np.dtype, tuple[int, ...]]]:
     """Return path, dtype and shape of each file of a process."""
     rows = len(range(process, about["examples"], about["processes"]))
     narrow = (rows, about["views"])
-    kinds = {"ids": ("<i4", (*narrow, about["k"])), "log_probs": (STORED[about["dtype"]], (*narrow, about["k"]))}
-    kinds |= {"tail": ("<f4", narrow), "digests": ("u1", (-(-rows // about["block"]), about["views"], WIDTH))}
+    kinds = {
+        "ids": ("<i4", (*narrow, about["k"])),
+        "log_probs": (STORED[about["dtype"]], (*narrow, about["k"])),
+    }
+    kinds |= {
+        "tail": ("<f4", narrow),
+        "digests": ("u1", (-(-rows // about["block"]), about["views"], WIDTH)),
+    }
     end = f"{process:05d}-of-{about['processes']:05d}.npy"
-    return [(directory / f"{name}-{end}", np.dtype(dtype), shape) for name, (dtype, shape) in kinds.items()]
+    return [
+        (directory / f"{name}-{end}", np.dtype(dtype), shape)
+        for name, (dtype, shape) in kinds.items()
+    ]
 
 
 def _header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
@@ -228,7 +266,9 @@ def _wrong(path: Path, header: bytes, size: int) -> str | None:
     if path.stat().st_size != size:
         return f"it has {path.stat().st_size:,} bytes, not {size:,}"
     with path.open("rb") as file:
-        return None if file.read(len(header)) == header else "it begins otherwise than it was written"
+        return (
+            None if file.read(len(header)) == header else "it begins otherwise than it was written"
+        )
 
 
 def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
@@ -236,7 +276,10 @@ def _opened(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     header = _header(dtype, shape)
     if not os.path.lexists(path):
         process, processes = path.stem.rsplit("-", 3)[-3::2]
-        raise DataError(f"{path} is missing: process {int(process)} of {int(processes)} has not written its part")
+        raise DataError(
+            f"{path} is missing: process {int(process)} of {int(processes)} has not written its "
+            "part"
+        )
     try:
         wrong = _wrong(path, header, len(header) + int(np.prod(shape)) * dtype.itemsize)
         if wrong is None:
@@ -252,11 +295,15 @@ def _made(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.memmap:
     size = len(header) + int(np.prod(shape)) * dtype.itemsize
     if os.path.lexists(path) and (wrong := _wrong(path, header, size)) is not None:
         if not path.is_file():
-            raise DataError(f"{path} is damaged: {wrong}; remove it, and write_cache writes it again")
+            raise DataError(
+                f"{path} is damaged: {wrong}; remove it, and write_cache writes it again"
+            )
         _log.warning("%s is damaged: %s; what is lost is written again", path, wrong)
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.truncate(size)
-        if hasattr(os, "posix_fallocate"):  # a full disk is found now, not when a page of the map cannot be stored
+        if hasattr(
+            os, "posix_fallocate"
+        ):  # a full disk is found now, not when a page of the map cannot be stored
             os.posix_fallocate(file.fileno(), 0, max(size, 1))
         file.write(header)
     return _mapped(path, dtype, shape, "r+", len(header))
@@ -274,21 +321,31 @@ def _writable(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-        raise DataError(f"cannot write the cache in {directory}: {why}; what was written stays, go on later") from error
+        why = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT)
+            else error.strerror or str(error)
+        )
+        raise DataError(
+            f"cannot write the cache in {directory}: {why}; what was written stays, go on later"
+        ) from error
 
 
 Augment = Callable[[Any, Any], Any]
 
 
-def by_example(augment: Augment, seed: int, *, index: str = "index", view: str = "view", inputs: str = "image") -> Augment:
+def by_example(
+    augment: Augment, seed: int, *, index: str = "index", view: str = "view", inputs: str = "image"
+) -> Augment:
     """Return an augmentation that is a function of the example's number and of a view's number, and of nothing else.
 
-    A cache by example alone gives the logits of another crop than the student sees; with this one the crop of (example,
-    view) is the same whenever and in whatever batch it comes, so that its logits are its own.
+    A cache by example alone gives the logits of another crop than the student sees; with this one
+    the crop of (example, view) is the same whenever and in whatever batch it comes, so that its
+    logits are its own.
 
     Args:
-      augment: ``(key, image) -> image`` of one example; of a whole batch of one, ``lambda key, x: f(key, x[None])[0]``.
+      augment: ``(key, image) -> image`` of one example; of a whole batch of one,
+        ``lambda key, x: f(key, x[None])[0]``.
       seed: of all views.
       index: the batch's entry with the examples' numbers.
       view: the batch's entry with the views' numbers, 0 or more.
@@ -308,7 +365,10 @@ def by_example(augment: Augment, seed: int, *, index: str = "index", view: str =
     def one(index: jax.Array, view: jax.Array, x: jax.Array) -> jax.Array:
         return augment(jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), view), x)
 
-    return lambda key, batch: {**batch, inputs: jax.vmap(one)(batch[index], batch[view], batch[inputs])}
+    return lambda key, batch: {
+        **batch,
+        inputs: jax.vmap(one)(batch[index], batch[view], batch[inputs]),
+    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,15 +394,23 @@ class Cache:
           A `TopK` of NumPy arrays ``[batch, k]``.
 
         Raises:
-          DataError: if one of them is out of range, was never written, or is damaged; it names the first.
+          DataError: if one of them is out of range, was never written, or is damaged; it names the
+            first.
         """
         index, view = np.asarray(index), np.asarray(view)
         for name, at in (("index", index), ("view", view)):
             most = self.about["examples" if name == "index" else "views"]
             if at.min(initial=0) < 0 or at.max(initial=0) >= most:
-                raise DataError(f"the cache holds {name} 0 to {most - 1}, and was asked for {at.min()} to {at.max()}")
+                raise DataError(
+                    f"the cache holds {name} 0 to {most - 1}, and was asked for {at.min()} to "
+                    f"{at.max()}"
+                )
         shape = (len(index), self.about["k"])
-        found = np.empty(shape, np.int32), np.empty(shape, STORED[self.about["dtype"]]), np.empty(len(index), np.float32)
+        found = (
+            np.empty(shape, np.int32),
+            np.empty(shape, STORED[self.about["dtype"]]),
+            np.empty(len(index), np.float32),
+        )
         for process, shard in enumerate(self.shards):
             mine = index % len(self.shards) == process
             rows = index[mine] // len(self.shards)
@@ -350,7 +418,11 @@ class Cache:
             for array, stored in zip(found, shard.arrays, strict=True):
                 array[mine] = stored[rows, view[mine]]
         ids, log_probs, tail = found
-        arrays: Any = {"ids": ids, "log_probs": log_probs.view(jnp.dtype(self.about["dtype"])), "tail": tail}
+        arrays: Any = {
+            "ids": ids,
+            "log_probs": log_probs.view(jnp.dtype(self.about["dtype"])),
+            "tail": tail,
+        }
         return TopK(**arrays, temperature=self.about["temperature"])
 
 
@@ -373,8 +445,9 @@ def write_cache(
 ) -> None:
     """Write a teacher's top-k logits of every example in every view. Started again, it goes on where it was.
 
-    What is there already is read and held against its digests first; what is missing is computed, and what is damaged is
-    logged as a warning and computed again. One process at a time writes a part.
+    What is there already is read and held against its digests first; what is missing is computed,
+    and what is damaged is logged as a warning and computed again. One process at a time writes a
+    part.
 
     Args:
       directory: of the cache, shared by all processes; made if missing.
@@ -386,7 +459,8 @@ def write_cache(
       views: augmented views of each example.
       augment: from `by_example`; the training must use the same. None for the examples as they are.
       temperature: of the probabilities, see `TopK`.
-      dtype: of the log-probabilities, ``"bfloat16"`` (relative error at most 2**-8 of each) or ``"float32"``.
+      dtype: of the log-probabilities, ``"bfloat16"`` (relative error at most 2**-8 of each) or
+        ``"float32"``.
       batch_size: examples at once.
       inputs: the split's entry that is given to the teacher.
       process_index: which process this is; None asks JAX.
@@ -395,8 +469,10 @@ def write_cache(
     Raises:
       ConfigError: if ``dtype`` is none of these.
       ArgumentError: if a number is out of range.
-      StateError: if the directory holds another cache (it says what differs), or another process is writing this part.
-      DataError: if ``cache.json`` is damaged, or the disk is full or not writable; what was written stays.
+      StateError: if the directory holds another cache (it says what differs), or another process is
+        writing this part.
+      DataError: if ``cache.json`` is damaged, or the disk is full or not writable; what was written
+        stays.
       NonFiniteError: if a logit is NaN or infinite; it names the example.
 
     Example:
@@ -413,23 +489,40 @@ def write_cache(
     size = len(split[inputs])
     _require_counts(examples=size, views=views, k=k, batch_size=batch_size, process_count=count)
     if not 0 <= mine < count:
-        raise ArgumentError(f"process_index must be 0 to {count - 1}, as process_count is {count}; got {mine}")
-    about = {"teacher_sha256": teacher_sha256, "data_sha256": data_sha256, "examples": size, "views": views, "k": k}
-    about |= {"temperature": float(temperature), "dtype": dtype, "processes": count, "block": block_rows(k, dtype)}
+        raise ArgumentError(
+            f"process_index must be 0 to {count - 1}, as process_count is {count}; got {mine}"
+        )
+    about = {
+        "teacher_sha256": teacher_sha256,
+        "data_sha256": data_sha256,
+        "examples": size,
+        "views": views,
+        "k": k,
+    }
+    about |= {
+        "temperature": float(temperature),
+        "dtype": dtype,
+        "processes": count,
+        "block": block_rows(k, dtype),
+    }
     rows = np.arange(mine, size, count)
 
     @jax.jit
     def see(teacher: Any, batch: Any) -> TopK:
         return top_k(teacher((augment(None, batch) if augment else batch)[inputs]), k, temperature)
 
-    asked = teacher if isinstance(teacher, Teacher) else jax.tree_util.Partial(teacher)  # arguments, not constants
+    asked = (
+        teacher if isinstance(teacher, Teacher) else jax.tree_util.Partial(teacher)
+    )  # arguments, not constants
 
     def ask(at: np.ndarray, view: int) -> TopK:
         padded = rows[np.resize(at, batch_size)]  # one shape, one program
         batch = {inputs: split[inputs][padded], "index": padded, "view": np.full(batch_size, view)}
         top = jax.tree.map(lambda x: x[: len(at)], jax.device_get(see(asked, batch)))
         if (bad := ~np.isfinite(top.tail)).any():
-            raise NonFiniteError(f"the teacher's logits of example {rows[at[bad][0]]}, view {view} are not finite")
+            raise NonFiniteError(
+                f"the teacher's logits of example {rows[at[bad][0]]}, view {view} are not finite"
+            )
         return top
 
     with writing(Path(directory), mine, count):
@@ -440,10 +533,14 @@ def write_cache(
                 at, later = missing[start : start + batch_size], missing[start + batch_size :]
                 top = ask(at, view)
                 log_probs = top.log_probs.astype(jnp.dtype(dtype)).view(STORED[dtype])
-                shard.write(at, view, (top.ids, log_probs, top.tail), int(later[0]) if len(later) else None)
+                shard.write(
+                    at, view, (top.ids, log_probs, top.tail), int(later[0]) if len(later) else None
+                )
 
 
-def open_cache(directory: str | os.PathLike[str], *, teacher_sha256: str, data_sha256: str) -> Cache:
+def open_cache(
+    directory: str | os.PathLike[str], *, teacher_sha256: str, data_sha256: str
+) -> Cache:
     """Open a cache that belongs to a teacher and to data.
 
     Args:
@@ -469,10 +566,13 @@ def open_cache(directory: str | os.PathLike[str], *, teacher_sha256: str, data_s
     for name, now in (("teacher_sha256", teacher_sha256), ("data_sha256", data_sha256)):
         if about[name] != now:
             raise StateError(
-                f"the cache in {directory} is of another {name.split('_')[0]}: {name} {about[name][:16]}, now {now[:16]}; "
+                f"the cache in {directory} is of another {name.split('_')[0]}: {name} "
+                f"{about[name][:16]}, now {now[:16]}; "
                 "write one in a new directory"
             )
-    return Cache(about, [Shard.for_reading(Path(directory), about, p) for p in range(about["processes"])])
+    return Cache(
+        about, [Shard.for_reading(Path(directory), about, p) for p in range(about["processes"])]
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -492,7 +592,9 @@ class CachedFeed:
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Return the batch of a step."""
         batch = self.feed[step]
-        view = np.full(len(batch["index"]), step // self.steps_per_epoch % self.cache.about["views"], np.int32)
+        view = np.full(
+            len(batch["index"]), step // self.steps_per_epoch % self.cache.about["views"], np.int32
+        )
         return {**batch, "view": view, "teacher": self.cache(batch["index"], view)}
 
 

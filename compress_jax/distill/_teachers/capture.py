@@ -14,19 +14,20 @@ CALL = "__call__"
 def capture(model: Any, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
     """Return a function that runs a model and also returns what chosen submodules of it returned.
 
-    A feature is named by its module, ``"block_0/conv_1"``; the output of a method other than ``__call__`` by module and
-    method, ``"encoder/attend"``; what the model itself sows (Linen: in "intermediates", NNX: as ``nnx.Intermediate``) by
-    module and name. A second call's are named ``"dense:1"``, a third's ``"dense:2"``; the arrays of an output that is no
-    array ``"lstm/0"``, ``"lstm/1"``. The model is not changed, and what is not captured is not computed for it.
+    A feature is named by its module, ``"block_0/conv_1"``; the output of a method other than
+    ``__call__`` by module and method, ``"encoder/attend"``; what the model itself sows (Linen: in
+    "intermediates", NNX: as ``nnx.Intermediate``) by module and name. A second call's are named
+    ``"dense:1"``, a third's ``"dense:2"``; the arrays of an output that is no array ``"lstm/0"``,
+    ``"lstm/1"``. The model is not changed, and what is not captured is not computed for it.
 
     Args:
-      model: a Linen module, to be called as its ``apply``; or, in NNX, a module, a method of one or a function whose first
-        argument is one (under ``jax.jit`` make it inside, by ``nnx.merge``).
+      model: a Linen module, to be called as its ``apply``; or, in NNX, a module, a method of one or
+        a function whose first argument is one (under ``jax.jit`` make it inside, by ``nnx.merge``).
       patterns: a glob of names or a tuple of them, each of which must match; see `core.match`.
 
     Returns:
-      For Linen ``(variables, *args, mutable=False, **kwargs) -> (what apply returns, features)``, for NNX
-      ``(*args, **kwargs) -> (output, features)``; features are ``{name: array}``.
+      For Linen ``(variables, *args, mutable=False, **kwargs) -> (what apply returns, features)``,
+      for NNX ``(*args, **kwargs) -> (output, features)``; features are ``{name: array}``.
 
     Raises:
       NoMatchError: when called, if a pattern matches nothing; it lists what there is.
@@ -47,9 +48,13 @@ def capture(model: Any, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
     if isinstance(model, linen.Module):
         return _linen(model, patterns)
     if not callable(model) or isinstance(model, type):
-        raise ConfigError(f"capture takes a Linen module or an NNX module, method or function, got {model!r}")
+        raise ConfigError(
+            f"capture takes a Linen module or an NNX module, method or function, got {model!r}"
+        )
     if not hasattr(nnx, "capture"):
-        raise ConfigError("features of NNX modules need flax >= 0.12.6, which has nnx.capture: upgrade flax")
+        raise ConfigError(
+            "features of NNX modules need flax >= 0.12.6, which has nnx.capture: upgrade flax"
+        )
     return _nnx(model, patterns)
 
 
@@ -67,7 +72,9 @@ def _linen(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
             return matches(patterns, called[-1])
 
         both = union_filters(mutable, "intermediates")
-        out, state = model.apply(variables, *args, mutable=both, capture_intermediates=chosen, **kwargs)
+        out, state = model.apply(
+            variables, *args, mutable=both, capture_intermediates=chosen, **kwargs
+        )
         kept = dict(state)
         stored = flatten_dict(kept.pop("intermediates", {}))
         return (out if mutable is False else (out, kept)), _features(patterns, stored, called)
@@ -81,11 +88,17 @@ def _nnx(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
     run_all = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        owner = getattr(model, "__self__", model if isinstance(model, nnx.Module) else next(iter(args), None))
+        owner = getattr(
+            model, "__self__", model if isinstance(model, nnx.Module) else next(iter(args), None)
+        )
         if not isinstance(owner, nnx.Module):
-            raise ConfigError(f"{model} is not called on an NNX module; trace.observe sees inside any function")
+            raise ConfigError(
+                f"{model} is not called on an NNX module; trace.observe sees inside any function"
+            )
         out, state = run_all(*args, **kwargs)
-        return out, _features(patterns, {keys: each.get_value() for keys, each in nnx.to_flat_state(state)})
+        return out, _features(
+            patterns, {keys: each.get_value() for keys, each in nnx.to_flat_state(state)}
+        )
 
     return run
 
@@ -95,20 +108,35 @@ def _path(keys: Iterable[Any]) -> str:
     return "/".join(str(key) for key in keys if key != CALL)
 
 
-def _features(patterns: tuple[str, ...], stored: Mapping[Any, Any], called: Iterable[str] = ()) -> dict[str, jax.Array]:
+def _features(
+    patterns: tuple[str, ...], stored: Mapping[Any, Any], called: Iterable[str] = ()
+) -> dict[str, jax.Array]:
     """Return the arrays that any pattern matches, of ``{keys: tuple of outputs, one a call}``."""
     outputs = {_path(keys): value for keys, value in stored.items()}
     paths = dict.fromkeys(path for path in (*called, *outputs) if path)
     lost = [pattern for pattern in patterns if not set(match(pattern, paths)) & set(outputs)]
     if lost:
         add = "give its nn.scan or nn.vmap variable_axes={'intermediates': 0, ...}"
-        raise NoMatchError(f"{lost} match only what ran in a lifted transformation that keeps no intermediates: {add}")
+        raise NoMatchError(
+            f"{lost} match only what ran in a lifted transformation that keeps no intermediates: "
+            f"{add}"
+        )
     chosen = {path: value for path, value in outputs.items() if path and matches(patterns, path)}
-    calls = [(path, value if isinstance(value, tuple) else (value,)) for path, value in chosen.items()]
-    return {leaf: x for path, values in calls for i, out in enumerate(values) for leaf, x in _leaves(f"{path}:{i}", out)}
+    calls = [
+        (path, value if isinstance(value, tuple) else (value,)) for path, value in chosen.items()
+    ]
+    return {
+        leaf: x
+        for path, values in calls
+        for i, out in enumerate(values)
+        for leaf, x in _leaves(f"{path}:{i}", out)
+    }
 
 
 def _leaves(path: str, out: Any) -> list[tuple[str, jax.Array]]:
     """Return the arrays of one output by name."""
     pairs = jax.tree_util.tree_flatten_with_path(out)[0]
-    return [("/".join([path.removesuffix(":0"), *([name(keys)] if keys else [])]), leaf) for keys, leaf in pairs]
+    return [
+        ("/".join([path.removesuffix(":0"), *([name(keys)] if keys else [])]), leaf)
+        for keys, leaf in pairs
+    ]

@@ -24,7 +24,8 @@ from compress_jax.distill._teachers.teacher import Teacher
 class Teachers:
     """Several frozen models, each with its own dtype and view; losses get their stacked logits.
 
-    `ensembled` makes of a loss one of the mean of their probabilities, `averaged` the mean of the losses of each.
+    `ensembled` makes of a loss one of the mean of their probabilities, `averaged` the mean of the
+    losses of each.
 
     Attributes:
       members: the teachers.
@@ -53,16 +54,21 @@ class Teachers:
         seen = [member.see(inputs) for member in self.members]
         shapes = [logits.shape for logits, _ in seen]
         if len(set(shapes)) > 1:
-            raise ShapeError(f"teachers of one student must have its classes, and give logits of one shape; got {shapes}")
-        features = {f"{i}/{path}": x for i, (_, found) in enumerate(seen) for path, x in found.items()}
+            raise ShapeError(
+                "teachers of one student must have its classes, and give logits of one shape; "
+                f"got {shapes}"
+            )
+        features = {
+            f"{i}/{path}": x for i, (_, found) in enumerate(seen) for path, x in found.items()
+        }
         return jnp.stack([logits for logits, _ in seen]), features
 
 
 def fingerprint(teacher: Any) -> jax.Array:
     """Return who a teacher is: the SHA-256 of its arrays, by path, dtype, shape and content.
 
-    Two teachers with the same hash give the same logits under the same ``apply``. Arrays that are packed are hashed as what
-    they unpack to, so that a file's teacher is the one that was saved.
+    Two teachers with the same hash give the same logits under the same ``apply``. Arrays that are
+    packed are hashed as what they unpack to, so that a file's teacher is the one that was saved.
 
     Args:
       teacher: a `Teacher`, `Teachers` or a tree of variables; concrete arrays.
@@ -113,7 +119,10 @@ def require_same(memory: Mapping[str, Any], teacher: Any) -> None:
     """
     began, now = hexadecimal(memory["teacher"]), hexadecimal(fingerprint(teacher))
     if began != now:
-        raise StateError(f"this run began with teacher {began[:16]}, and is given {now[:16]}: restore the first one")
+        raise StateError(
+            f"this run began with teacher {began[:16]}, and is given {now[:16]}: restore the "
+            "first one"
+        )
 
 
 class Drift(NamedTuple):
@@ -150,7 +159,11 @@ def drift(teacher: Teacher, reference: Teacher, inputs: Any, mask: Any = None) -
       1.0
     """
     own, other = teacher(inputs), reference(inputs)
-    counts = jnp.ones(own.shape[:-1]) if mask is None else fitted(mask, own.shape[:-1], "the logits", examples=True)
+    counts = (
+        jnp.ones(own.shape[:-1])
+        if mask is None
+        else fitted(mask, own.shape[:-1], "the logits", examples=True)
+    )
     own, other = kept(own, counts), kept(other, counts)
     means = (masked_mean(each(own, other), counts) for each in (kl, agreement))
     return Drift(jnp.abs(own - other).max(), *means)

@@ -14,7 +14,8 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
     """Tell where the student predicts what its teacher predicts, right or wrong.
 
-    ``1[argmax s == argmax t]``; its mean is the top-1 agreement. For the divergence of the predictions see `kl`.
+    ``1[argmax s == argmax t]``; its mean is the top-1 agreement. For the divergence of the
+    predictions see `kl`.
 
     Args:
       student_logits: ``[..., classes]``.
@@ -31,7 +32,8 @@ def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
       [1.0, 0.0]
 
     References:
-      Stanton et al., "Does Knowledge Distillation Really Work?", NeurIPS 2021 (average top-1 agreement).
+      Stanton et al., "Does Knowledge Distillation Really Work?", NeurIPS 2021 (average top-1
+      agreement).
     """
     student, teacher = pair(student_logits, teacher_logits)
     return (student.argmax(axis=-1) == teacher.argmax(axis=-1)).astype(jnp.float32)
@@ -40,9 +42,10 @@ def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
 def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     """Return the linear centred kernel alignment of two representations of the same examples, in float32.
 
-    ``||Y' X||**2 / (||X' X|| * ||Y' Y||)``, Frobenius norms, with X and Y centred over the examples. It does not change when
-    either is rotated or scaled, so that the widths of student and teacher may differ. Computed from the Gram matrices
-    ``X X'`` and ``Y Y'``, of a size that does not depend on the widths.
+    ``||Y' X||**2 / (||X' X|| * ||Y' Y||)``, Frobenius norms, with X and Y centred over the
+    examples. It does not change when either is rotated or scaled, so that the widths of student and
+    teacher may differ. Computed from the Gram matrices ``X X'`` and ``Y Y'``, of a size that does
+    not depend on the widths.
 
     Args:
       x: ``[examples, ...]``, any floating dtype; features are flattened.
@@ -50,8 +53,9 @@ def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
       mask: which examples count, see `masks`.
 
     Returns:
-      A scalar, 0 to 1; 0 if either does not vary over the examples. Both arrays get gradients. With fewer examples than
-      features it is biased upwards: compare values of the same number of examples only.
+      A scalar, 0 to 1; 0 if either does not vary over the examples. Both arrays get gradients. With
+      fewer examples than features it is biased upwards: compare values of the same number of
+      examples only.
 
     Raises:
       ShapeError: if the numbers of examples differ.
@@ -62,10 +66,14 @@ def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
       1.0
 
     References:
-      Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, section 3 (linear CKA).
+      Kornblith et al., "Similarity of Neural Network Representations Revisited", ICML 2019, section
+      3 (linear CKA).
     """
     if x.shape[0] != y.shape[0]:
-        raise ShapeError(f"both representations must be of the same examples, got {x.shape[0]} and {y.shape[0]} of them")
+        raise ShapeError(
+            f"both representations must be of the same examples, got {x.shape[0]} and "
+            f"{y.shape[0]} of them"
+        )
     counts = jnp.ones(x.shape[0], bool) if mask is None else of_examples(mask, x.shape[0]) > 0
     gram_x, gram_y = _gram(x, counts), _gram(y, counts)
     return (gram_x * gram_y).sum() / jnp.maximum(_length(gram_x) * _length(gram_y), 1e-12)
@@ -116,12 +124,14 @@ def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibra
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
-      labels: integers ``[...]``; a negative one marks an example that does not count, such as padding. With a teacher's
-        predictions as labels, it is the calibration of the student's trust in its teacher.
+      labels: integers ``[...]``; a negative one marks an example that does not count, such as
+        padding. With a teacher's predictions as labels, it is the calibration of the student's
+        trust in its teacher.
       bins: how many; bin i holds confidences above ``i / bins`` and to ``(i + 1) / bins``.
 
     Returns:
-      The sums; `calibration_error` sums them up. Add them over batches by ``jax.tree.map(jnp.add, a, b)``.
+      The sums; `calibration_error` sums them up. Add them over batches by
+      ``jax.tree.map(jnp.add, a, b)``.
 
     Example:
       >>> calibration(jnp.array([[0.0, 0.0], [0.0, 99.0]]), jnp.array([0, 0]), bins=2).count.tolist()
@@ -134,7 +144,11 @@ def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibra
     confidence = jnp.exp(jax.nn.log_softmax(logits).max(axis=-1)).astype(jnp.float32)
     at = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     counts, right = labels >= 0, logits.argmax(axis=-1) == labels
-    each = (counts.astype(jnp.float32), confidence * counts.astype(jnp.float32), (counts & right).astype(jnp.float32))
+    each = (
+        counts.astype(jnp.float32),
+        confidence * counts.astype(jnp.float32),
+        (counts & right).astype(jnp.float32),
+    )
     return Calibration(*(jnp.zeros(bins, jnp.float32).at[at].add(value) for value in each))
 
 

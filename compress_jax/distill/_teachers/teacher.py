@@ -47,18 +47,19 @@ def at_least_float32(logits: jax.Array) -> jax.Array:
 class Teacher:
     """A frozen model: call it on inputs, get float32 logits that no gradient goes through.
 
-    It is a pytree whose leaves are the variables, so it goes into a jitted step as an argument: its arrays are neither
-    compiled into the program nor donated, and take whatever sharding they are placed with. Two teachers of the same
-    ``apply`` share one compiled step.
+    It is a pytree whose leaves are the variables, so it goes into a jitted step as an argument: its
+    arrays are neither compiled into the program nor donated, and take whatever sharding they are
+    placed with. Two teachers of the same ``apply`` share one compiled step.
 
     Attributes:
-      apply: ``(variables, inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules whose ``train`` is False
-        by default; or ``-> (logits, features by path)``, which `capture` makes of it. Define it once; a new lambda for
-        each call would compile the step anew.
-      variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``. Leaves may be packed: 8-bit
-        weights stay so in memory, and what ``load`` reads of a file is a teacher as it is.
-      view: ``inputs -> inputs``, how the teacher sees what the student was given: at its own resolution, say. None for as
-        it is.
+      apply: ``(variables, inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules
+        whose ``train`` is False by default; or ``-> (logits, features by path)``, which `capture`
+        makes of it. Define it once; a new lambda for each call would compile the step anew.
+      variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``. Leaves
+        may be packed: 8-bit weights stay so in memory, and what ``load`` reads of a file is a
+        teacher as it is.
+      view: ``inputs -> inputs``, how the teacher sees what the student was given: at its own
+        resolution, say. None for as it is.
 
     Example:
       >>> def linear(variables, x):
@@ -86,7 +87,8 @@ class Teacher:
     def cast(self, dtype: Any) -> "Teacher":
         """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.
 
-        Half the memory for bfloat16. What the layers compute in is the model's own affair (Linen's ``dtype``).
+        Half the memory for bfloat16. What the layers compute in is the model's own affair (Linen's
+        ``dtype``).
 
         Args:
           dtype: a floating dtype such as ``jnp.bfloat16``.
@@ -95,5 +97,7 @@ class Teacher:
           A new Teacher; if its variables have no ``"params"``, all of them are cast.
         """
         if isinstance(self.variables, dict) and "params" in self.variables:
-            return replace(self, variables={**self.variables, "params": cast(self.variables["params"], dtype)})
+            return replace(
+                self, variables={**self.variables, "params": cast(self.variables["params"], dtype)}
+            )
         return replace(self, variables=cast(self.variables, dtype))

@@ -20,7 +20,8 @@ class TopK:
       ids: int32 ``[..., k]``, likeliest first.
       log_probs: float32 (or what a cache stores) ``[..., k]``, at the temperature below.
       tail: float32 ``[...]``, the probability of all other classes together.
-      temperature: that of the distributions. It is stored since a tail cannot be softened afterwards.
+      temperature: that of the distributions. It is stored since a tail cannot be softened
+        afterwards.
     """
 
     ids: jax.Array
@@ -32,10 +33,12 @@ class TopK:
 def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
     """Return the k likeliest classes of a teacher and the probability of the rest.
 
-    ``log softmax(t / T)`` of the k largest, and ``1 - sum`` of their probabilities, computed as the sum over the others.
+    ``log softmax(t / T)`` of the k largest, and ``1 - sum`` of their probabilities, computed as the
+    sum over the others.
 
     Args:
-      teacher_logits: ``[..., classes]``, any floating dtype, any finite values. No gradient goes here.
+      teacher_logits: ``[..., classes]``, any floating dtype, any finite values. No gradient goes
+        here.
       k: 1 to classes.
       temperature: T > 0, a number.
 
@@ -51,7 +54,9 @@ def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
       [1 2] [0.6 0.3] 0.1
     """
     if not 1 <= k <= teacher_logits.shape[-1]:
-        raise ValueError(f"k must be 1 to {teacher_logits.shape[-1]}, the number of classes; got {k}")
+        raise ValueError(
+            f"k must be 1 to {teacher_logits.shape[-1]}, the number of classes; got {k}"
+        )
     log_p = jax.nn.log_softmax(bounded(jax.lax.stop_gradient(teacher_logits), temperature))
     log_probs, ids = jax.lax.top_k(log_p, k)
     tail = jnp.put_along_axis(jnp.exp(log_p), ids, 0, axis=-1, inplace=False).sum(axis=-1)
@@ -61,9 +66,10 @@ def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
 def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
     """Return the divergence of the student from a teacher of whom only the top k classes are known, in float32.
 
-    ``T**2 * (sum over the k of p_t * (log p_t - log p_s) + tail_t * (log tail_t - log tail_s))``, the student's tail being
-    the probability of all its other classes: `kl` of the two distributions over k + 1 buckets. With ``k = classes`` it is
-    `kl`, and it is never more. Its gradient reaches every class: those of the tail share one pull,
+    ``T**2 * (sum over the k of p_t * (log p_t - log p_s) + tail_t * (log tail_t - log tail_s))``,
+    the student's tail being the probability of all its other classes: `kl` of the two distributions
+    over k + 1 buckets. With ``k = classes`` it is `kl`, and it is never more. Its gradient reaches
+    every class: those of the tail share one pull,
     ``dL/ds[c] = T * p_s[c] * (1 - tail_t / tail_s)``, which renormalising over the k would lose.
 
     Args:
@@ -82,8 +88,8 @@ def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
       ('0.4458', '0.4458')
 
     References:
-      Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL 2025, section 3 (what
-      truncation alone does to the gradient).
+      Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL
+      2025, section 3 (what truncation alone does to the gradient).
     """
     student, teacher = buckets(student_logits, top)
     return squared(top.temperature, kl(student, teacher))
@@ -92,15 +98,16 @@ def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
 def buckets(student_logits: jax.Array, top: TopK) -> tuple[jax.Array, jax.Array]:
     """Return both distributions over k + 1 buckets as logits of temperature 1, for any divergence to take.
 
-    ``log p`` of the teacher's top k classes, and last the logarithm of the mass of all others; where that is zero, a number
-    below any other log-probability and yet finite.
+    ``log p`` of the teacher's top k classes, and last the logarithm of the mass of all others;
+    where that is zero, a number below any other log-probability and yet finite.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
       top: of the teacher, with leading axes as the student's; its temperature is used.
 
     Returns:
-      ``(student, teacher)``, both ``[..., k + 1]``. Multiply a divergence of them by the squared temperature.
+      ``(student, teacher)``, both ``[..., k + 1]``. Multiply a divergence of them by the squared
+      temperature.
 
     Raises:
       ShapeError: if the leading axes differ.
@@ -112,12 +119,18 @@ def buckets(student_logits: jax.Array, top: TopK) -> tuple[jax.Array, jax.Array]
     """
     if student_logits.shape[:-1] != top.ids.shape[:-1]:
         shapes = f"{student_logits.shape[:-1]} and {top.ids.shape[:-1]}"
-        raise ShapeError(f"leading axes of student logits and of the teacher's top k must be the same, got {shapes}")
+        raise ShapeError(
+            "leading axes of student logits and of the teacher's top k must be the same, got "
+            f"{shapes}"
+        )
     log_q = jax.nn.log_softmax(bounded(student_logits, top.temperature))
     far = -4 * largest(log_q.dtype, top.temperature, log_q.shape[-1])
     others = jnp.put_along_axis(log_q, top.ids, far, axis=-1, inplace=False)
     log_tail_q = jax.nn.logsumexp(others, axis=-1, keepdims=True)
     student = jnp.concatenate([jnp.take_along_axis(log_q, top.ids, axis=-1), log_tail_q], axis=-1)
-    log_probs, tail = (jax.lax.stop_gradient(at_least_float32(x)).astype(log_q.dtype) for x in (top.log_probs, top.tail))
+    log_probs, tail = (
+        jax.lax.stop_gradient(at_least_float32(x)).astype(log_q.dtype)
+        for x in (top.log_probs, top.tail)
+    )
     log_tail = jnp.where(tail > 0, jnp.log(jnp.where(tail > 0, tail, 1)), far)
     return student, jnp.concatenate([log_probs, log_tail[..., None]], axis=-1)

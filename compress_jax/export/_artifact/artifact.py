@@ -1,15 +1,17 @@
 """The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
 
-A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings ``format`` =
-``"compress_jax"``, ``version``, and ``sha256`` = hex digest of the whole file as it is with 64 zeros in place of the
-digest. Its content is JSON with ``tree`` (see `structure`) and ``metadata`` (free-form: model, data, config, accuracy).
-Nothing in the file is ever executed.
+A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings
+``format`` = ``"compress_jax"``, ``version``, and ``sha256`` = hex digest of the whole file as it is
+with 64 zeros in place of the digest. Its content is JSON with ``tree`` (see `structure`) and
+``metadata`` (free-form: model, data, config, accuracy). Nothing in the file is ever executed.
 
-Version 1, plain: the content is one more string, ``content``, and the tensors of the tree are those of the container. Codes
-of 1 to 16 bits are packed without gaps, least significant bit first, into uint8 tensors.
+Version 1, plain: the content is one more string, ``content``, and the tensors of the tree are those
+of the container. Codes of 1 to 16 bits are packed without gaps, least significant bit first, into
+uint8 tensors.
 
-Version 2, coded: the container has three uint8 tensors. ``content`` is the JSON, compressed by zstandard, with the entry
-``index`` besides; ``ans`` and ``rest`` hold the tensors of the tree as `streams` says: their symbols at their entropy.
+Version 2, coded: the container has three uint8 tensors. ``content`` is the JSON, compressed by
+zstandard, with the entry ``index`` besides; ``ans`` and ``rest`` hold the tensors of the tree as
+`streams` says: their symbols at their entropy.
 """
 
 import contextlib
@@ -32,7 +34,15 @@ from compress_jax.export._artifact.fields import extents, refuse
 from compress_jax.export._artifact.limits import Budget, Limits
 from compress_jax.export._artifact.structure import Tensors, encode
 from compress_jax.export._artifact.validation import checked, few, grammar, shallow, survey
-from compress_jax.export._coding.streams import Coded, code, expanded, specified, squeezed, uncode, unsqueezed
+from compress_jax.export._coding.streams import (
+    Coded,
+    code,
+    expanded,
+    specified,
+    squeezed,
+    uncode,
+    unsqueezed,
+)
 
 # The safetensors container, read with no trust: text and tensors of a file, every number of its
 # header looked at.
@@ -63,7 +73,9 @@ def header_of(data: bytes) -> tuple[dict[str, Any], int]:
     """
     end = 8 + int.from_bytes(data[:8], "little")
     if not 8 < end <= len(data):
-        raise ArtifactError(f"its {len(data)} bytes are no safetensors file: a header would end at {end}")
+        raise ArtifactError(
+            f"its {len(data)} bytes are no safetensors file: a header would end at {end}"
+        )
     header = parsed(data[8:end], "the header")
     if not isinstance(header, dict):
         raise ArtifactError("its header is not an object of JSON")
@@ -89,7 +101,9 @@ def parsed(text: bytes | str, what: str) -> Any:
     """
     try:
         text = text if isinstance(text, str) else text.decode()
-        return json.loads(text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_constant)
+        return json.loads(
+            text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_constant
+        )
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{what} is no JSON that can be read: {error}") from error
 
@@ -112,7 +126,9 @@ def _constant(text: str) -> float:
     raise ValueError(f"{text} is no number of JSON")
 
 
-def tensors_of(data: bytes, header: dict[str, Any], start: int, seen: Callable[[int], None]) -> dict[str, np.ndarray]:
+def tensors_of(
+    data: bytes, header: dict[str, Any], start: int, seen: Callable[[int], None]
+) -> dict[str, np.ndarray]:
     """Return the tensors of a container; they share its memory.
 
     Args:
@@ -135,10 +151,16 @@ def tensors_of(data: bytes, header: dict[str, Any], start: int, seen: Callable[[
         size = math.prod(shape) * dtype.itemsize
         if end - begin != size or not 0 <= begin <= end <= len(data) - start:
             raise refuse(
-                name, f"{dtype} of shape {list(shape)} has {size:,} bytes, and the file has {begin:,} to {end:,} for it"
+                name,
+                f"{dtype} of shape {list(shape)} has {size:,} bytes, and the file has {begin:,} "
+                f"to {end:,} for it",
             )
         spans.append((begin, end))
-        flat = np.frombuffer(data, dtype, math.prod(shape), start + begin) if size else np.zeros(0, dtype)
+        flat = (
+            np.frombuffer(data, dtype, math.prod(shape), start + begin)
+            if size
+            else np.zeros(0, dtype)
+        )
         tensors[name] = flat.reshape(shape)
     at = 0
     for begin, end in sorted(spans):
@@ -152,7 +174,9 @@ def tensors_of(data: bytes, header: dict[str, Any], start: int, seen: Callable[[
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse(name, "a tensor has a dtype, a shape and data_offsets, nothing less and nothing more")
+        raise refuse(
+            name, "a tensor has a dtype, a shape and data_offsets, nothing less and nothing more"
+        )
     dtype, offsets = entry["dtype"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(name, f"the dtype {dtype!r} is none that compress_jax writes")
@@ -169,22 +193,28 @@ LIMITS = Limits()
 FORMAT, PLAIN, VERSION, BLANK = "compress_jax", 1, 2, "0" * 64
 
 
-def save(path: str | os.PathLike[str], packed: Any, metadata: dict[str, Any] | None = None, *, coded: bool = False) -> int:
+def save(
+    path: str | os.PathLike[str],
+    packed: Any,
+    metadata: dict[str, Any] | None = None,
+    *,
+    coded: bool = False,
+) -> int:
     """Write packed params to one file, atomically: a full disk or a kill leaves an old file as it was.
 
     Args:
       path: the file to write.
       packed: params as `Compression.pack` returns them (plain arrays are fine too).
       metadata: anything JSON can hold: names of model and data, config, accuracy.
-      coded: whether to store codes, masks and indices at their entropy, and everything else compressed, rather than as
-        tensors that any safetensors reader finds.
+      coded: whether to store codes, masks and indices at their entropy, and everything else
+        compressed, rather than as tensors that any safetensors reader finds.
 
     Returns:
       Bytes written.
 
     Raises:
-      ArtifactError: if a leaf or the metadata cannot be written, `load` would find a packed node inconsistent, or the disk
-        is full or not writable.
+      ArtifactError: if a leaf or the metadata cannot be written, `load` would find a packed node
+        inconsistent, or the disk is full or not writable.
 
     Example:
       >>> import jax.numpy as jnp
@@ -206,22 +236,26 @@ def load(
 ) -> tuple[Any, dict[str, Any]]:
     """Read a file that `save` wrote.
 
-    A file is looked at before it is believed: its checksum, then every number of its header and its structure, then memory
-    is allocated, then codes, masks and their shapes are held against each other. So a file that was made to do harm costs an
-    error, and neither the process nor its memory.
+    A file is looked at before it is believed: its checksum, then every number of its header and its
+    structure, then memory is allocated, then codes, masks and their shapes are held against each
+    other. So a file that was made to do harm costs an error, and neither the process nor its
+    memory.
 
     Args:
       path: the file.
-      max_bytes: memory that the file, its arrays and what `unpack` makes of them may take; None for 512 MiB or 1,024 times
-        the size of the file, whichever is more. Give more for a file that you trust.
-      limits: how large its header may be, how many arrays it may have, and how deeply its tree may be nested.
+      max_bytes: memory that the file, its arrays and what `unpack` makes of them may take; None for
+        512 MiB or 1,024 times the size of the file, whichever is more. Give more for a file that
+        you trust.
+      limits: how large its header may be, how many arrays it may have, and how deeply its tree may
+        be nested.
 
     Returns:
-      ``(packed, metadata)``; ``compress_jax.unpack(packed)`` gives bit for bit the params that were evaluated.
+      ``(packed, metadata)``; ``compress_jax.unpack(packed)`` gives bit for bit the params that were
+      evaluated.
 
     Raises:
-      ArtifactError: if there is no such file, or it is damaged, foreign, inconsistent, of a newer version, or beyond a
-        limit; says which entry, and what is wrong with it.
+      ArtifactError: if there is no such file, or it is damaged, foreign, inconsistent, of a newer
+        version, or beyond a limit; says which entry, and what is wrong with it.
 
     Example:
       >>> import jax.numpy as jnp
@@ -237,7 +271,9 @@ def load(
         return checked(content["tree"], tensors, depth=limits.depth), content["metadata"]
 
 
-def opened(path: Path, max_bytes: int | None = None, limits: Limits = LIMITS) -> tuple[dict[str, Any], Tensors | Coded]:
+def opened(
+    path: Path, max_bytes: int | None = None, limits: Limits = LIMITS
+) -> tuple[dict[str, Any], Tensors | Coded]:
     """Read a file and verify all of it that can be verified before its tensors are decoded.
 
     Args:
@@ -273,7 +309,9 @@ def opened(path: Path, max_bytes: int | None = None, limits: Limits = LIMITS) ->
             return content, tensors
         pieces = _pieces(tensors)
         budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
-        content = _content(unsqueezed(pieces["content"], "its content"), {"tree", "metadata", "index"}, limits)
+        content = _content(
+            unsqueezed(pieces["content"], "its content"), {"tree", "metadata", "index"}, limits
+        )
         grammar(content["tree"], limits)
         coded = Coded(content["index"], pieces["ans"], pieces["rest"])
         survey(content["tree"], specified(content["tree"], coded), budget, limits)
@@ -293,20 +331,31 @@ def _version(data: bytes, header: dict[str, Any]) -> int:
     """Return the version of a container after a look at its strings and its digest."""
     strings = header.get("__metadata__", {})
     if not isinstance(strings, dict) or strings.get("format") != FORMAT:
-        raise ArtifactError("it is a safetensors file, but not one that compress_jax wrote; load it with safetensors")
+        raise ArtifactError(
+            "it is a safetensors file, but not one that compress_jax wrote; load it with "
+            "safetensors"
+        )
     number = strings.get("version")
     if isinstance(number, str) and number.isdecimal() and int(number) > VERSION:
         raise ArtifactError(
-            f"it has format version {number}, and this version of compress_jax reads up to {VERSION}; upgrade compress_jax"
+            f"it has format version {number}, and this version of compress_jax reads up to "
+            f"{VERSION}; upgrade compress_jax"
         )
     known = {"format", "version", "sha256"} | ({"content"} if number == str(PLAIN) else set())
-    if number not in (str(PLAIN), str(VERSION)) or strings.keys() != known or set(map(type, strings.values())) != {str}:
+    if (
+        number not in (str(PLAIN), str(VERSION))
+        or strings.keys() != known
+        or set(map(type, strings.values())) != {str}
+    ):
         raise ArtifactError(
-            f"it is damaged: its header must have the strings {', '.join(sorted(known))}, and a known version"
+            f"it is damaged: its header must have the strings {', '.join(sorted(known))}, and a "
+            "known version"
         )
     digest = strings["sha256"]
     if hashlib.sha256(_reseal(data, digest, BLANK)).hexdigest() != digest:
-        raise ArtifactError("it is truncated or damaged: its checksum does not match. Copy or write it again")
+        raise ArtifactError(
+            "it is truncated or damaged: its checksum does not match. Copy or write it again"
+        )
     return int(number)
 
 
@@ -328,27 +377,36 @@ def _pieces(tensors: Tensors) -> dict[str, bytes]:
 
 
 def _plain(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
-    return _container(tensors, {"version": str(PLAIN), "content": _json({"tree": tree, "metadata": metadata})})
+    return _container(
+        tensors, {"version": str(PLAIN), "content": _json({"tree": tree, "metadata": metadata})}
+    )
 
 
 def _coded(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
     parts = code(tree, tensors)
     content = _json({"tree": tree, "metadata": metadata, "index": parts.index})
     pieces = {"ans": parts.ans, "content": squeezed(content.encode()), "rest": parts.rest}
-    return _container({name: np.frombuffer(piece, np.uint8) for name, piece in pieces.items()}, {"version": str(VERSION)})
+    return _container(
+        {name: np.frombuffer(piece, np.uint8) for name, piece in pieces.items()},
+        {"version": str(VERSION)},
+    )
 
 
 def _json(content: dict[str, Any]) -> str:
     try:
         return json.dumps(content, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"the metadata, or a key of the tree, cannot be written as JSON: {error}") from error
+        raise ArtifactError(
+            f"the metadata, or a key of the tree, cannot be written as JSON: {error}"
+        ) from error
 
 
 def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
     """Return the whole file."""
     try:
-        data = _ordered(safetensors.numpy.save(tensors, {"format": FORMAT, **strings, "sha256": BLANK}))
+        data = _ordered(
+            safetensors.numpy.save(tensors, {"format": FORMAT, **strings, "sha256": BLANK})
+        )
     except ValueError as error:  # a name that is no text
         raise ArtifactError(f"a key of the tree cannot be the name of a tensor: {error}") from error
     return _reseal(data, BLANK, hashlib.sha256(data).hexdigest())
@@ -357,7 +415,9 @@ def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
 def _ordered(data: bytes) -> bytes:
     """Sort the header: safetensors writes its metadata in an order that differs from process to process."""
     size = int.from_bytes(data[:8], "little")
-    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    header = json.dumps(
+        json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
+    ).encode()
     header += b" " * (-len(header) % 8)  # the tensors stay aligned
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
@@ -386,7 +446,9 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
             temporary = Path(file.name)
             file.write(data)
             file.flush()

@@ -19,9 +19,11 @@ class Part(NamedTuple):
 
     Attributes:
       path: the leaf; empty for what belongs to none.
-      cause: ``"codes"``, ``"mask"``, ``"values"``, ``"scale"``, ``"codebook"``, ...: the field of the packed node;
-        ``"array"`` for a plain array; ``"header and metadata"`` for the rest of the file.
-      nbytes: in the file; of a coded file, a share of what is coded together, so not a whole number.
+      cause: ``"codes"``, ``"mask"``, ``"values"``, ``"scale"``, ``"codebook"``, ...: the field of
+        the packed node; ``"array"`` for a plain array; ``"header and metadata"`` for the rest of
+        the file.
+      nbytes: in the file; of a coded file, a share of what is coded together, so not a whole
+        number.
     """
 
     path: str
@@ -29,11 +31,13 @@ class Part(NamedTuple):
     nbytes: float
 
 
-def breakdown(path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS) -> list[Part]:
+def breakdown(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS
+) -> list[Part]:
     """Return what every byte of an artifact is for; the sum is the size of the file.
 
-    In a coded file a stream of symbols counts as the information it has under its table, and what zstandard compressed
-    together is shared out in proportion.
+    In a coded file a stream of symbols counts as the information it has under its table, and what
+    zstandard compressed together is shared out in proportion.
 
     Args:
       path: a file that `save` wrote.
@@ -60,7 +64,11 @@ def breakdown(path: str | os.PathLike[str], *, max_bytes: int | None = None, lim
     content, parts = opened(path, max_bytes, limits)
     tree, size = content["tree"], path.stat().st_size
     with of_file(path):
-        sizes = _coded(tree, parts) if isinstance(parts, Coded) else {name: x.nbytes for name, x in parts.items()}
+        sizes = (
+            _coded(tree, parts)
+            if isinstance(parts, Coded)
+            else {name: x.nbytes for name, x in parts.items()}
+        )
     rows = []
     for place, structure in leaves(tree):
         for name, _ in places(structure, place):
@@ -77,7 +85,10 @@ def _coded(tree: object, parts: Coded) -> dict[str, float]:
     tensors = zip(decoded(tree, parts), places(tree), parts.index["tensors"], strict=True)
     for (name, tensor), (_, held), entry in tensors:
         if isinstance(entry, int) and held:
-            counts, used = np.bincount(unpacked(tensor, *held), minlength=2 ** held[0]), tables[entry] != NEVER
+            counts, used = (
+                np.bincount(unpacked(tensor, *held), minlength=2 ** held[0]),
+                tables[entry] != NEVER,
+            )
             sizes[name] = float(-np.log2(probabilities(tables[entry])[used]) @ counts[used]) / 8
         else:
             sizes[name] = tensor.nbytes * len(parts.rest) / raw

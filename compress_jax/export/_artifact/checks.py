@@ -1,7 +1,8 @@
 """What must hold between the fields of a packed node, one function for each kind of node.
 
-Each takes a node whose arrays are NumPy's, or a `Spec` of shape and dtype where nothing is decoded yet; values are looked
-at where they are there. A new kind of node is one more function and one more entry of `CHECKS`.
+Each takes a node whose arrays are NumPy's, or a `Spec` of shape and dtype where nothing is decoded
+yet; values are looked at where they are there. A new kind of node is one more function and one more
+entry of `CHECKS`.
 """
 
 import dataclasses
@@ -59,8 +60,8 @@ def check(node: Any, where: str) -> None:
 def memory(node: Any) -> int:
     """Return the bytes that a node takes at most while it is decoded and unpacked.
 
-    Its arrays count twice, and every entry of it and of the nodes inside it four bytes, padded groups included: an int32
-    code, or a float32 value.
+    Its arrays count twice, and every entry of it and of the nodes inside it four bytes, padded
+    groups included: an int32 code, or a float32 value.
 
     Args:
       node: a packed node, an array or a `Spec`.
@@ -94,13 +95,17 @@ def intact(array: np.ndarray, where: str) -> None:
     if array.dtype == bool:
         whole = (array.view(np.uint8) <= 1).all()
     elif array.dtype.name in NARROW:
-        whole = (array.astype(np.float32).astype(array.dtype).view(np.uint8) == array.view(np.uint8)).all()
+        whole = (
+            array.astype(np.float32).astype(array.dtype).view(np.uint8) == array.view(np.uint8)
+        ).all()
     else:
         return
     _need(bool(whole), where, f"some bytes stand for no {array.dtype.name}")
 
 
-NARROW = frozenset("int1 int2 int4 uint1 uint2 uint4 float4_e2m1fn float6_e2m3fn float6_e3m2fn".split())
+NARROW = frozenset(
+    "int1 int2 int4 uint1 uint2 uint4 float4_e2m1fn float6_e2m3fn float6_e3m2fn".split()
+)
 
 
 def _need(fine: bool, where: str, problem: str) -> None:
@@ -116,15 +121,33 @@ def _nbytes(array: Any) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
-def _array(x: Any, where: str, dtypes: Collection[str] = (), shape: tuple[int, ...] | None = None) -> None:
+def _array(
+    x: Any, where: str, dtypes: Collection[str] = (), shape: tuple[int, ...] | None = None
+) -> None:
     """See that a field is an array, of one of some dtypes, of a shape."""
-    _need(isinstance(x, (Spec, np.ndarray)), where, f"an array must stand here, not a {type(x).__name__}")
+    _need(
+        isinstance(x, (Spec, np.ndarray)),
+        where,
+        f"an array must stand here, not a {type(x).__name__}",
+    )
     known = jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
-    _need(known, where, f"{x.dtype.name} inside a packed node needs jax.config.update('jax_enable_x64', True)")
+    _need(
+        known,
+        where,
+        f"{x.dtype.name} inside a packed node needs jax.config.update('jax_enable_x64', True)",
+    )
     if dtypes:
-        _need(x.dtype.name in dtypes, where, f"it has dtype {x.dtype.name}, and it must be {' or '.join(dtypes)}")
+        _need(
+            x.dtype.name in dtypes,
+            where,
+            f"it has dtype {x.dtype.name}, and it must be {' or '.join(dtypes)}",
+        )
     if shape is not None:
-        _need(tuple(x.shape) == shape, where, f"it has shape {list(x.shape)}, and the other fields ask for {list(shape)}")
+        _need(
+            tuple(x.shape) == shape,
+            where,
+            f"it has shape {list(x.shape)}, and the other fields ask for {list(shape)}",
+        )
     if isinstance(x, np.ndarray):
         intact(x, where)
 
@@ -146,7 +169,9 @@ def _gaps(node: Gaps, where: str) -> None:
     _bits(node.runs, where)
     size, longest = math.prod(node.shape), 2**node.runs.bits - 1
     _need(
-        len(node.runs.shape) == 1 and size < COUNTED, where, "gaps must be one row of symbols for fewer than 2**31 entries"
+        len(node.runs.shape) == 1 and size < COUNTED,
+        where,
+        "gaps must be one row of symbols for fewer than 2**31 entries",
     )
     total = sum(int(s.sum(dtype=np.int64)) + int((s < longest).sum()) for s in _symbols(node.runs))
     _need(total <= size, where, f"the gaps reach to entry {total:,} of a mask that has {size:,}")
@@ -156,18 +181,36 @@ def _sparse(node: Sparse, where: str) -> None:
     _kind(node.mask, f"{where}.mask", Bits, Gaps)
     check(node.mask, f"{where}.mask")
     if isinstance(node.mask, Bits):
-        _need(node.mask.bits == 1, f"{where}.mask", f"a mask has 1 bit an entry, not {node.mask.bits}")
+        _need(
+            node.mask.bits == 1, f"{where}.mask", f"a mask has 1 bit an entry, not {node.mask.bits}"
+        )
     _need(math.prod(node.shape) < COUNTED, where, "a mask must have fewer than 2**31 entries")
     if isinstance(node.values, Bits):
         _bits(node.values, f"{where}.values")
-        _need(isinstance(node.fill, int) and 0 <= node.fill <= 2**16, where, f"the fill of codes cannot be {node.fill}")
+        _need(
+            isinstance(node.fill, int) and 0 <= node.fill <= 2**16,
+            where,
+            f"the fill of codes cannot be {node.fill}",
+        )
     else:
         _array(node.values, f"{where}.values")
-        _need(_holds(node.values.dtype, node.fill), where, f"{node.values.dtype.name} does not hold the fill {node.fill}")
+        _need(
+            _holds(node.values.dtype, node.fill),
+            where,
+            f"{node.values.dtype.name} does not hold the fill {node.fill}",
+        )
     values = node.values.shape
-    _need(len(values) == 1, f"{where}.values", f"values must be in one row, and have shape {list(values)}")
+    _need(
+        len(values) == 1,
+        f"{where}.values",
+        f"values must be in one row, and have shape {list(values)}",
+    )
     kept = _ones(node.mask)
-    _need(kept in (None, values[0]), where, f"the mask keeps {kept} entries, and there are {values[0]} values")
+    _need(
+        kept in (None, values[0]),
+        where,
+        f"the mask keeps {kept} entries, and there are {values[0]} values",
+    )
 
 
 def _quantized(node: Quantized, where: str) -> None:
@@ -178,7 +221,8 @@ def _quantized(node: Quantized, where: str) -> None:
     _need(
         _broadcasts(node.zero_point.shape, node.layout.scale_shape),
         f"{where}.zero_point",
-        f"it has shape {list(node.zero_point.shape)}, and scales have {list(node.layout.scale_shape)}",
+        f"it has shape {list(node.zero_point.shape)}, and scales have "
+        f"{list(node.layout.scale_shape)}",
     )
     if isinstance(node.zero_point, np.ndarray):
         top = int(node.zero_point.max(initial=0))
@@ -193,7 +237,11 @@ def _tabled(node: Tabled, where: str) -> None:
     if node.tensor_scale is not None:
         layers = tuple(node.shape[a] for a in node.layout.stack)
         _array(node.tensor_scale, f"{where}.tensor_scale", ("float32",), layers)
-    _need(bits == node.levels.bits, where, f"codes have {bits} bits, and the levels need {node.levels.bits}")
+    _need(
+        bits == node.levels.bits,
+        where,
+        f"codes have {bits} bits, and the levels need {node.levels.bits}",
+    )
     if isinstance(node.levels, Table):
         _below(node.codes, len(node.levels.values), f"{where}.codes")
     _dtype(node.dtype, where)
@@ -215,22 +263,40 @@ def _clustered(node: Clustered, where: str) -> None:
 
 def _low_rank(node: LowRank, where: str) -> None:
     layers, rank = _layers(node.stack, node.shape, where), len(node.shape)
-    left, right = (_factor(getattr(node, name), layers, f"{where}.{name}") for name in ("left", "right"))
+    left, right = (
+        _factor(getattr(node, name), layers, f"{where}.{name}") for name in ("left", "right")
+    )
     _need(left[1] == right[0], where, f"factors of {list(left)} and {list(right)} have no product")
     exist = all(-rank <= a < rank for a in node.columns)
-    _need(exist, where, f"the columns {list(node.columns)} are no axes of the shape {list(node.shape)}")
+    _need(
+        exist,
+        where,
+        f"the columns {list(node.columns)} are no axes of the shape {list(node.shape)}",
+    )
     columns = {a % rank for a in node.columns}
-    _need(len(columns) == len(node.columns) and not columns & set(node.stack), where, "an axis has two purposes")
+    _need(
+        len(columns) == len(node.columns) and not columns & set(node.stack),
+        where,
+        "an axis has two purposes",
+    )
     fits = math.prod(node.shape[a] for a in columns) == right[1]
     fits = fits and math.prod(node.shape) == left[0] * right[1] * math.prod(layers)
-    _need(fits, where, f"factors of {list(left)} and {list(right)} do not make the shape {list(node.shape)}")
+    _need(
+        fits,
+        where,
+        f"factors of {list(left)} and {list(right)} do not make the shape {list(node.shape)}",
+    )
     _dtype(node.dtype, where)
 
 
 def _layers(stack: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple[int, ...]:
     """Return the sizes of the axes that hold layers."""
     ascending = all(0 <= a < len(shape) for a in stack) and list(stack) == sorted(set(stack))
-    _need(ascending, where, f"the stack {list(stack)} is no list of ascending axes of the shape {list(shape)}")
+    _need(
+        ascending,
+        where,
+        f"the stack {list(stack)} is no list of ascending axes of the shape {list(shape)}",
+    )
     return tuple(shape[a] for a in stack)
 
 
@@ -239,9 +305,18 @@ def _factor(x: Any, layers: tuple[int, ...], where: str) -> tuple[int, int]:
         check(x, where)
     else:
         _array(x, where)
-        _need(jnp.issubdtype(x.dtype, jnp.floating), where, f"a factor is floating point, not {x.dtype.name}")
+        _need(
+            jnp.issubdtype(x.dtype, jnp.floating),
+            where,
+            f"a factor is floating point, not {x.dtype.name}",
+        )
     wanted = len(x.shape) == len(layers) + 2 and x.shape[: len(layers)] == layers
-    _need(wanted, where, f"a factor has two axes behind its layers {list(layers)}, and this has shape {list(x.shape)}")
+    _need(
+        wanted,
+        where,
+        f"a factor has two axes behind its layers {list(layers)}, and this has shape "
+        f"{list(x.shape)}",
+    )
     rows, columns = x.shape[-2:]
     return rows, columns
 
@@ -251,13 +326,21 @@ def _codes(node: Any, where: str, fill: bool = False) -> int:
     _kind(node, where, Bits, Sparse)
     if isinstance(node, Sparse):
         _kind(node.values, f"{where}.values", Bits)
-        _need(fill or node.fill == 0, where, f"codes that are left out stand for zero, and the fill is {node.fill}")
+        _need(
+            fill or node.fill == 0,
+            where,
+            f"codes that are left out stand for zero, and the fill is {node.fill}",
+        )
     check(node, where)
     return width(node)
 
 
 def _layout(layout: Layout, shape: tuple[int, ...], where: str) -> None:
-    _need(layout.shape == shape, where, f"the layout is of shape {list(layout.shape)}, and the codes of {list(shape)}")
+    _need(
+        layout.shape == shape,
+        where,
+        f"the layout is of shape {list(layout.shape)}, and the codes of {list(shape)}",
+    )
 
 
 def _dtype(dtype: np.dtype, where: str) -> None:
@@ -268,16 +351,26 @@ def _dtype(dtype: np.dtype, where: str) -> None:
 def _below(codes: Bits | Sparse, end: int, where: str) -> None:
     """See that all codes, and what stands for those left out, are below an end."""
     if isinstance(codes, Sparse):
-        _need(codes.fill < end, where, f"the fill is {codes.fill}, and there are codes for 0 to {end - 1} only")
+        _need(
+            codes.fill < end,
+            where,
+            f"the fill is {codes.fill}, and there are codes for 0 to {end - 1} only",
+        )
     bits = codes.values if isinstance(codes, Sparse) else codes
     assert isinstance(bits, Bits)
     if 2**bits.bits > end:
         top = max((int(symbols.max(initial=0)) for symbols in _symbols(bits)), default=0)
-        _need(top < end, where, f"one of the codes is {top}, and there are codes for 0 to {end - 1} only")
+        _need(
+            top < end,
+            where,
+            f"one of the codes is {top}, and there are codes for 0 to {end - 1} only",
+        )
 
 
 def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return not shape or (len(shape) == len(wanted) and all(n in (1, m) for n, m in zip(shape, wanted, strict=True)))
+    return not shape or (
+        len(shape) == len(wanted) and all(n in (1, m) for n, m in zip(shape, wanted, strict=True))
+    )
 
 
 def _holds(dtype: np.dtype, fill: float) -> bool:

@@ -11,11 +11,16 @@ from compress_jax.core.errors import ArtifactError
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Levels, Table
 
-LARGEST, RANK = 2**48, 32  # entries and axes of an array: more than any machine holds, and than NumPy 1 takes
+LARGEST, RANK = (
+    2**48,
+    32,
+)  # entries and axes of an array: more than any machine holds, and than NumPy 1 takes
 # Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
 KEY = "key:"  # before the implementation of a typed random key
 KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # uint32 words of a key of each
-NATIVE = frozenset("bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split())
+NATIVE = frozenset(
+    "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()
+)
 
 
 def refuse(where: str, problem: str) -> ArtifactError:
@@ -117,7 +122,9 @@ def _floating(value: Any) -> np.dtype:
 def _layout(value: Any) -> Layout:
     """Return a layout whose axes exist and have one purpose each; fields with defaults may be missing at the end."""
     given = _sequence(value)
-    if not len(given) <= len(Layout._fields) or len(Layout._fields) - len(given) > len(Layout._field_defaults):
+    if not len(given) <= len(Layout._fields) or len(Layout._fields) - len(given) > len(
+        Layout._field_defaults
+    ):
         raise ValueError(f"it must be a list of {', '.join(Layout._fields)}")
     found = dict(zip(Layout._fields, given, strict=False))
     shape, group_size = extents(found.pop("shape")), found.pop("group_size", None)
@@ -149,10 +156,18 @@ def _levels(value: Any) -> Levels:
     if len(given) == 1:
         return Table(_ascending(_sequence(given[0])))
     if not 2 <= len(given) <= 3 or not all(map(_whole, given)):
-        raise ValueError("it must be a list of exponent_bits, mantissa_bits and reserved, or one list of numbers")
+        raise ValueError(
+            "it must be a list of exponent_bits, mantissa_bits and reserved, or one list of numbers"
+        )
     found = Float(*given)
-    if not (1 <= found.exponent_bits <= 7 and 0 <= found.mantissa_bits <= 8 and 0 <= found.reserved < 2 ** (found.bits - 1)):
-        raise ValueError("exponents have 1 to 7 bits, mantissas 0 to 8, and fewer are reserved than there are")
+    if not (
+        1 <= found.exponent_bits <= 7
+        and 0 <= found.mantissa_bits <= 8
+        and 0 <= found.reserved < 2 ** (found.bits - 1)
+    ):
+        raise ValueError(
+            "exponents have 1 to 7 bits, mantissas 0 to 8, and fewer are reserved than there are"
+        )
     return found
 
 
@@ -160,7 +175,11 @@ def _ascending(given: Sequence[Any]) -> tuple[float, ...]:
     values = tuple(map(_number, given))
     with np.errstate(over="ignore"):
         rounded = np.array(values, np.float64).astype(np.float32)
-    if not 1 <= len(values) <= 2**16 or not (rounded == values).all() or not (np.diff(rounded) > 0).all():
+    if (
+        not 1 <= len(values) <= 2**16
+        or not (rounded == values).all()
+        or not (np.diff(rounded) > 0).all()
+    ):
         raise ValueError("a table is 1 to 65,536 ascending float32 numbers")
     return values
 

@@ -60,7 +60,8 @@ class Budget:
         self.taken += size
         if self.taken > self.max_bytes:
             raise ArtifactError(
-                f"with {what}, memory would grow to {self.taken:,} bytes, and the limit is {self.max_bytes:,}; if you trust "
+                f"with {what}, memory would grow to {self.taken:,} bytes, and the limit is "
+                f"{self.max_bytes:,}; if you trust "
                 f"the file, pass a larger max_bytes"
             )
 
@@ -77,7 +78,8 @@ class Budget:
         """
         if size > limits.header:
             raise ArtifactError(
-                f"{what} has {size:,} bytes, and the limit is {limits.header:,}; if you trust the file, pass "
+                f"{what} has {size:,} bytes, and the limit is {limits.header:,}; if you trust the "
+                "file, pass "
                 "limits=export.Limits(header=...)"
             )
         self.take(PARSED * size, what)

@@ -1,13 +1,16 @@
 """A packed tree as JSON structure plus named raw tensors, and back; what `artifact` puts into the file.
 
-The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``, ``{"tuple": [...]}`` and
-``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse, Tabled, Clustered, LowRank, Bits, Gaps) is a
-packed node; its static fields are plain JSON, and those that have their default value are left out. ``true`` is a tensor;
-where safetensors has no such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last
-axis. ``"key:threefry2x32"`` is a typed random key of that implementation, and its tensor the key's data (uint32).
+The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``,
+``{"tuple": [...]}`` and ``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse,
+Tabled, Clustered, LowRank, Bits, Gaps) is a packed node; its static fields are plain JSON, and
+those that have their default value are left out. ``true`` is a tensor; where safetensors has no
+such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last
+axis. ``"key:threefry2x32"`` is a typed random key of that implementation, and its tensor the key's
+data (uint32).
 
-The name of a tensor is its place: ``"dense/kernel"`` for containers, ``".scale"`` after it for the field of a node that has
-more than one tensor. NNX states become plain nested dicts, and named tuples plain ones.
+The name of a tensor is its place: ``"dense/kernel"`` for containers, ``".scale"`` after it for the
+field of a node that has more than one tensor. NNX states become plain nested dicts, and named
+tuples plain ones.
 """
 
 import dataclasses
@@ -24,7 +27,9 @@ from compress_jax.core.errors import ArtifactError
 from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse, Tabled
 from compress_jax.export._artifact.fields import KEY, NATIVE, refuse, static
 
-NODES = {node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)}
+NODES = {
+    node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)
+}
 
 Tensors = dict[str, np.ndarray]
 
@@ -39,7 +44,8 @@ def encode(tree: Any) -> tuple[Any, Tensors]:
       ``(structure, {name: NumPy array})``.
 
     Raises:
-      ArtifactError: if a leaf is not an array, a key is neither text nor integer, or two leaves have the same name.
+      ArtifactError: if a leaf is not an array, a key is neither text nor integer, or two leaves
+        have the same name.
     """
     tensors: Tensors = {}
 
@@ -50,7 +56,11 @@ def encode(tree: Any) -> tuple[Any, Tensors]:
             arrays = {k: visit(getattr(x, k), where) for k, where in _places(type(x), path).items()}
             return {type(x).__name__: {**arrays, **statics}}
         if isinstance(x, Mapping):
-            return {"dict": [[_key(key, path), visit(value, _below(path, key))] for key, value in x.items()]}
+            return {
+                "dict": [
+                    [_key(key, path), visit(value, _below(path, key))] for key, value in x.items()
+                ]
+            }
         if isinstance(x, (list, tuple)):
             kind = "list" if isinstance(x, list) else "tuple"
             return {kind: [visit(value, _below(path, i)) for i, value in enumerate(x)]}
@@ -75,27 +85,41 @@ def _below(path: str, key: Any) -> str:
 
 def _key(key: Any, path: str) -> str | int:
     if not isinstance(key, (str, int)):
-        raise ArtifactError(f"the key {key!r} in {path!r} is a {type(key).__name__}; only text and integers can be saved")
+        raise ArtifactError(
+            f"the key {key!r} in {path!r} is a {type(key).__name__}; only text and integers can "
+            "be saved"
+        )
     return key
 
 
 def _places(cls: Any, path: str) -> dict[str, str]:
     """Return where each field of a node that holds tensors has them; an only one has the node's own place."""
     names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
-    return {name: f"{path}.{name}" for name in names} if len(names) > 1 else dict.fromkeys(names, path)
+    return (
+        {name: f"{path}.{name}" for name in names} if len(names) > 1 else dict.fromkeys(names, path)
+    )
 
 
 def _statics(node: Any) -> dict[str, Any]:
     """Return the static fields of a node that differ from their defaults, as JSON takes them."""
     fields = [field for field in dataclasses.fields(node) if field.metadata.get("static")]
     values = {field.name: getattr(node, field.name) for field in fields}
-    told = {field.name for field in fields if repr(values[field.name]) != repr(field.default)}  # -0.0 == 0, but is not 0
-    return {name: value.name if isinstance(value, np.dtype) else value for name, value in values.items() if name in told}
+    told = {
+        field.name for field in fields if repr(values[field.name]) != repr(field.default)
+    }  # -0.0 == 0, but is not 0
+    return {
+        name: value.name if isinstance(value, np.dtype) else value
+        for name, value in values.items()
+        if name in told
+    }
 
 
 def _leaf(x: Any, path: str, tensors: Tensors) -> bool | str:
     if path in tensors or path == "__metadata__":  # the latter is what safetensors calls its own
-        raise ArtifactError(f"two entries would be named {path!r} in the file; rename a key that contains '/', '.' or '__'")
+        raise ArtifactError(
+            f"two entries would be named {path!r} in the file; rename a key that contains '/', "
+            "'.' or '__'"
+        )
     if is_key(x):
         tensors[path] = np.asarray(jax.random.key_data(x))
         return f"{KEY}{jax.random.key_impl(x)}"
@@ -111,7 +135,9 @@ def _numpy(x: Any, path: str) -> np.ndarray:
     dtype = getattr(getattr(x, "dtype", None), "name", "")
     if not isinstance(x, (jax.Array, np.ndarray, np.generic)) or not hasattr(jnp, dtype):
         what = " ".join(filter(None, (type(x).__name__, dtype)))
-        raise ArtifactError(f"leaf {path!r} is a {what}, and only arrays of numbers and packed nodes can be saved")
+        raise ArtifactError(
+            f"leaf {path!r} is a {what}, and only arrays of numbers and packed nodes can be saved"
+        )
     return np.asarray(x, jnp.dtype(dtype), order="C")
 
 
@@ -143,8 +169,10 @@ def build(
 
     Args:
       structure: the JSON structure.
-      array: ``(name, dtype) -> what stands for the tensor of this name``; the dtype is True where safetensors has it.
-      leaf: ``(array or packed node, path) -> what stands in its place``; not called for what is inside a packed node.
+      array: ``(name, dtype) -> what stands for the tensor of this name``; the dtype is True where
+        safetensors has it.
+      leaf: ``(array or packed node, path) -> what stands in its place``; not called for what is
+        inside a packed node.
       path: where in the tree the structure stands.
       depth: how many containers and nodes may stand inside each other.
 
@@ -159,13 +187,22 @@ def build(
     if structure is True or isinstance(structure, str):
         return leaf(array(path, structure), path)
     if depth < 1:
-        raise refuse(path, "it is nested more deeply than the limit allows; pass limits=export.Limits(depth=...)")
+        raise refuse(
+            path,
+            "it is nested more deeply than the limit allows; pass limits=export.Limits(depth=...)",
+        )
     kind, content = _only(structure, path)
     inside = {"array": array, "leaf": leaf, "depth": depth - 1}
     if kind == "dict":
-        return {key: build(value, path=_below(path, key), **inside) for key, value in _pairs(content, path)}
+        return {
+            key: build(value, path=_below(path, key), **inside)
+            for key, value in _pairs(content, path)
+        }
     if kind in ("list", "tuple"):
-        values = [build(value, path=_below(path, i), **inside) for i, value in enumerate(_listed(content, path))]
+        values = [
+            build(value, path=_below(path, i), **inside)
+            for i, value in enumerate(_listed(content, path))
+        ]
         return values if kind == "list" else tuple(values)
     if kind not in NODES:
         raise refuse(path, f"a node of kind {kind!r}, which this version does not know")
@@ -189,15 +226,29 @@ def _pairs(content: Any, path: str) -> list[Any]:
     """Return the entries of a dict after a look at its keys: JAX sorts them, so they must be all text or all integers."""
     seen: dict[str | int, type] = {}
     for pair in _listed(content, path):
-        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))):
-            raise refuse(path, "in the file's structure, a pair of a key and a node must stand here")
-        if isinstance(pair[0], str) and not pair[0].isascii() and pair[0] != pair[0].encode(errors="replace").decode():
-            raise refuse(path, f"the key {pair[0]!r} is no Unicode text, so it can be the name of no tensor")
+        if not (
+            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))
+        ):
+            raise refuse(
+                path, "in the file's structure, a pair of a key and a node must stand here"
+            )
+        if (
+            isinstance(pair[0], str)
+            and not pair[0].isascii()
+            and pair[0] != pair[0].encode(errors="replace").decode()
+        ):
+            raise refuse(
+                path, f"the key {pair[0]!r} is no Unicode text, so it can be the name of no tensor"
+            )
         if pair[0] in seen:
             raise refuse(path, f"the key {pair[0]!r} is there twice")
         seen[pair[0]] = str if isinstance(pair[0], str) else int
     if len(set(seen.values())) > 1:
-        raise refuse(path, f"the keys {list(seen)[:9]} are text and integers, and JAX takes dicts of one of them only")
+        raise refuse(
+            path,
+            f"the keys {list(seen)[:9]} are text and integers, and JAX takes dicts of one of them "
+            "only",
+        )
     return content
 
 
@@ -205,11 +256,20 @@ def _made(cls: Any, content: Any, path: str, inside: dict[str, Any]) -> Any:
     """Return a packed node of the fields that the structure has for it."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     if not isinstance(content, dict) or not content.keys() <= fields.keys():
-        raise refuse(path, f"a {cls.__name__} has the fields {', '.join(fields)}, and the file has others")
-    if missing := [k for k in fields if k not in content and fields[k].default is dataclasses.MISSING]:
+        raise refuse(
+            path, f"a {cls.__name__} has the fields {', '.join(fields)}, and the file has others"
+        )
+    if missing := [
+        k for k in fields if k not in content and fields[k].default is dataclasses.MISSING
+    ]:
         raise refuse(path, f"a {cls.__name__} without its field {missing[0]!r}")
     where = _places(cls, path)
-    return cls(**{k: build(v, path=where[k], **inside) if k in where else static(k, v, path) for k, v in content.items()})
+    return cls(
+        **{
+            k: build(v, path=where[k], **inside) if k in where else static(k, v, path)
+            for k, v in content.items()
+        }
+    )
 
 
 def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int] | None]]:
@@ -254,7 +314,9 @@ def leaves(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
       >>> list(leaves(tree))
       [('k', {'Bits': {'data': True, 'bits': 3, 'shape': (8,)}}), ('b/0', True)]
     """
-    kind, content = next(iter(structure.items())) if isinstance(structure, dict) else ("", structure)
+    kind, content = (
+        next(iter(structure.items())) if isinstance(structure, dict) else ("", structure)
+    )
     if kind == "dict":
         for key, value in content:
             yield from leaves(value, _below(path, key))
@@ -270,8 +332,8 @@ def typed(name: str, dtype: str | Literal[True], tensors: Tensors) -> Any:
 
     Args:
       name: of the tensor.
-      dtype: True where safetensors has it, else its name, and the tensor holds each entry's bytes as a last axis; or the
-        implementation of a typed random key, and the tensor holds its words.
+      dtype: True where safetensors has it, else its name, and the tensor holds each entry's bytes
+        as a last axis; or the implementation of a typed random key, and the tensor holds its words.
       tensors: of the file.
 
     Returns:
@@ -295,7 +357,9 @@ def on_device(array: Any) -> jax.Array | np.ndarray:
     """Return an array as JAX's, or as it is where JAX would cut its 64 bits to 32."""
     if isinstance(array, jax.Array):
         return array
-    return jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+    return (
+        jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
+    )
 
 
 def _random_key(path: str, implementation: str, data: Any) -> jax.Array:

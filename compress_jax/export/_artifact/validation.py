@@ -68,11 +68,19 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
         if dtype.startswith(KEY):
             words = KEY_WORDS[dtype.removeprefix(KEY)]
             if spec.dtype != np.uint32 or spec.shape[-1:] != (words,):
-                raise refuse(name, f"{dtype} is stored as rows of {words} uint32, not {spec.dtype} {list(spec.shape)}")
+                raise refuse(
+                    name,
+                    f"{dtype} is stored as rows of {words} uint32, not {spec.dtype} "
+                    f"{list(spec.shape)}",
+                )
             return spec
         found = dtype_named(dtype)
         if spec.dtype != np.uint8 or spec.shape[-1:] != (found.itemsize,):
-            raise refuse(name, f"{dtype} is stored as rows of {found.itemsize} bytes, not {spec.dtype} {list(spec.shape)}")
+            raise refuse(
+                name,
+                f"{dtype} is stored as rows of {found.itemsize} bytes, not {spec.dtype} "
+                f"{list(spec.shape)}",
+            )
         return Spec(spec.shape[:-1], found)
 
     def leaf(found: Any, path: str) -> None:
@@ -83,7 +91,14 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
     build(structure, array, leaf, depth=limits.depth)
 
 
-def checked(structure: Any, tensors: Tensors, path: str = "", *, keep: bool = True, depth: int = Limits().depth) -> Any:
+def checked(
+    structure: Any,
+    tensors: Tensors,
+    path: str = "",
+    *,
+    keep: bool = True,
+    depth: int = Limits().depth,
+) -> Any:
     """Return the tree of a structure and its tensors once all that they hold agrees.
 
     Args:
@@ -116,7 +131,8 @@ def few(count: int, limits: Limits) -> None:
     """Raise ArtifactError if there are more arrays than the limit allows."""
     if count > limits.arrays:
         raise ArtifactError(
-            f"it has more than {limits.arrays:,} arrays; if you trust the file, pass limits=export.Limits(arrays=...)"
+            f"it has more than {limits.arrays:,} arrays; if you trust the file, pass "
+            "limits=export.Limits(arrays=...)"
         )
 
 
@@ -127,7 +143,9 @@ def shallow(metadata: Any, limits: Limits) -> None:
     level = [metadata]
     for _ in range(limits.depth):
         inside = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [each for values in inside for each in values if isinstance(each, (dict, list, tuple))]
+        level = [
+            each for values in inside for each in values if isinstance(each, (dict, list, tuple))
+        ]
         if not level:
             return
     raise ArtifactError(f"the metadata is nested more deeply than {limits.depth} levels")
@@ -137,7 +155,9 @@ def _foreign(name: str, dtype: str) -> None:
     """See that a dtype which is named is one, and that safetensors has it not; or that it is a kind of random key."""
     if dtype.startswith(KEY):
         if dtype.removeprefix(KEY) not in KEY_WORDS:
-            raise refuse(name, f"{dtype[:40]!r} is none of the random keys there are: {', '.join(KEY_WORDS)}")
+            raise refuse(
+                name, f"{dtype[:40]!r} is none of the random keys there are: {', '.join(KEY_WORDS)}"
+            )
         return
     try:
         found = dtype_named(dtype)

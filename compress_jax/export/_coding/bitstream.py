@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-PIECE = 2**20  # symbols that are unpacked at once; a multiple of 8, so that a piece begins on a whole byte
+PIECE = (
+    2**20
+)  # symbols that are unpacked at once; a multiple of 8, so that a piece begins on a whole byte
 
 
 def unpacked(data: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -69,12 +71,18 @@ def repacked(symbols: np.ndarray, bits: int) -> np.ndarray:
       >>> repacked(np.array([1, 8, 15, 9]), 4).tolist()
       [129, 159]
     """
-    packed = [_packed(symbols[start : start + PIECE], bits) for start in range(0, len(symbols), PIECE)]
+    packed = [
+        _packed(symbols[start : start + PIECE], bits) for start in range(0, len(symbols), PIECE)
+    ]
     return np.concatenate(packed or [np.zeros(0, np.uint8)])
 
 
 def _packed(symbols: np.ndarray, bits: int) -> np.ndarray:
     wide = _wide(bits)
     octets = symbols.astype(f"<u{wide // 8}").view(np.uint8)
-    flags = octets if bits == 1 else np.unpackbits(octets, bitorder="little").reshape(-1, wide)[:, :bits]
+    flags = (
+        octets
+        if bits == 1
+        else np.unpackbits(octets, bitorder="little").reshape(-1, wide)[:, :bits]
+    )
     return np.packbits(flags.ravel(), bitorder="little")

@@ -30,8 +30,8 @@ class Stream(NamedTuple):
 def quantized(counts: np.ndarray) -> np.ndarray:
     """Return the table of a histogram: each symbol's information in sixteenths of a bit.
 
-    The probability of symbol s is ``2 ** (-table[s] / 16)``, divided by the sum of all; 254 stands for whatever is rarer,
-    255 for what never occurs.
+    The probability of symbol s is ``2 ** (-table[s] / 16)``, divided by the sum of all; 254 stands
+    for whatever is rarer, 255 for what never occurs.
 
     Args:
       counts: how often each symbol occurs, ``[symbols]``.
@@ -45,7 +45,9 @@ def quantized(counts: np.ndarray) -> np.ndarray:
     """
     with np.errstate(divide="ignore"):
         information = -STEPS * np.log2(counts / max(counts.sum(), 1))
-    return np.where(counts > 0, np.clip(np.round(information), 0, NEVER - 1), NEVER).astype(np.uint8)
+    return np.where(counts > 0, np.clip(np.round(information), 0, NEVER - 1), NEVER).astype(
+        np.uint8
+    )
 
 
 def probabilities(table: np.ndarray) -> np.ndarray:
@@ -146,7 +148,8 @@ class Decoder:
         """
         if not self._coder.is_empty():
             raise ArtifactError(
-                "its coded symbols are more than its tensors have: the file was made by hand, or the installed constriction "
+                "its coded symbols are more than its tensors have: the file was made by hand, or "
+                "the installed constriction "
                 "codes otherwise than the one that wrote it"
             )
 

@@ -20,8 +20,8 @@ def stream(
 ) -> Iterator[tuple[str, Any]]:
     """Yield the leaves of an artifact, one at a time, in the order of the tree.
 
-    The file's own bytes are read at once and its checksum is verified before the first leaf; then one leaf after the other
-    is decoded. What all leaves decode to is verified after the last.
+    The file's own bytes are read at once and its checksum is verified before the first leaf; then
+    one leaf after the other is decoded. What all leaves decode to is verified after the last.
 
     Args:
       path: a file that `save` wrote.
@@ -29,7 +29,8 @@ def stream(
       limits: as of `load`.
 
     Yields:
-      ``(path, leaf)``: the place in the tree, keys joined by ``/``, and the array or packed node that `load` has there.
+      ``(path, leaf)``: the place in the tree, keys joined by ``/``, and the array or packed node
+        that `load` has there.
 
     Raises:
       ArtifactError: as `load`.
@@ -46,11 +47,17 @@ def stream(
     content, parts = opened(Path(path), max_bytes, limits)
     tree, total = content["tree"], 0
     with of_file(path):
-        tensors = decoded(tree, parts) if isinstance(parts, Coded) else ((name, parts[name]) for name, _ in places(tree))
+        tensors = (
+            decoded(tree, parts)
+            if isinstance(parts, Coded)
+            else ((name, parts[name]) for name, _ in places(tree))
+        )
         for place, structure in leaves(tree):
             own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
             for tensor in own.values():
-                total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
+                total = zlib.crc32(
+                    np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total
+                )
             yield place, checked(structure, own, place)
         if isinstance(parts, Coded):
             check(total, parts)

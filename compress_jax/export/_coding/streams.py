@@ -1,10 +1,11 @@
 """The tensors of an artifact as few bytes: symbols at their entropy, all else by zstandard where that is smaller.
 
-``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see `entropy`), ``rest`` the
-bytes of all other tensors, one after the other, the bytes of equal significance of each side by side, compressed as a
-whole. Both follow the order of the tree. ``index`` has an entry for each tensor: the number of its table if it is coded;
-``null`` if it is packed symbols that zstandard makes smaller; else its dtype and shape. ``tables`` are hexadecimal, two
-digits a symbol.
+``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see
+`entropy`), ``rest`` the bytes of all other tensors, one after the other, the bytes of equal
+significance of each side by side, compressed as a whole. Both follow the order of the tree.
+``index`` has an entry for each tensor: the number of its table if it is coded; ``null`` if it is
+packed symbols that zstandard makes smaller; else its dtype and shape. ``tables`` are hexadecimal,
+two digits a symbol.
 """
 
 import math
@@ -20,7 +21,14 @@ from compress_jax.export._artifact.checks import Spec
 from compress_jax.export._artifact.fields import NATIVE, extents, refuse
 from compress_jax.export._artifact.structure import Tensors, places
 from compress_jax.export._coding.bitstream import repacked, unpacked
-from compress_jax.export._coding.entropy import NEVER, Decoder, Stream, encode, probabilities, quantized
+from compress_jax.export._coding.entropy import (
+    NEVER,
+    Decoder,
+    Stream,
+    encode,
+    probabilities,
+    quantized,
+)
 
 # Which streams of symbols share a table: merged while the table saved costs more than the bits
 # lost.
@@ -32,8 +40,9 @@ HEAD = 4  # bytes of a table beside its entries
 def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
     """Return the group of each stream; streams of one group are described by the sum of their histograms.
 
-    From every stream by itself on, the two groups whose union saves most are joined, until no union saves anything. The cost
-    of a group is that of its symbols under its quantized table, and of the table.
+    From every stream by itself on, the two groups whose union saves most are joined, until no union
+    saves anything. The cost of a group is that of its symbols under its quantized table, and of the
+    table.
 
     Args:
       counts: a histogram for each stream.
@@ -49,7 +58,12 @@ def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
     members = [[i] for i in range(len(counts))]
     histograms = [np.asarray(each, np.int64) for each in counts]
     costs = [cost(each) for each in histograms]
-    savings = {(i, j): _saved(histograms, costs, i, j) for j in range(len(counts)) for i in range(j) if kinds[i] == kinds[j]}
+    savings = {
+        (i, j): _saved(histograms, costs, i, j)
+        for j in range(len(counts))
+        for i in range(j)
+        if kinds[i] == kinds[j]
+    }
     while savings and max(savings.values()) > 0:
         i, j = max(savings, key=lambda pair: (savings[pair], pair))
         members[i] += members[j]
@@ -58,7 +72,10 @@ def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
         savings = {pair: value for pair, value in savings.items() if j not in pair}
         savings |= {pair: _saved(histograms, costs, *pair) for pair in savings if i in pair}
     group = {stream: which for which, of in enumerate(members) for stream in of}
-    order = {which: number for number, which in enumerate(dict.fromkeys(group[i] for i in range(len(counts))))}
+    order = {
+        which: number
+        for number, which in enumerate(dict.fromkeys(group[i] for i in range(len(counts))))
+    }
     return [order[group[i]] for i in range(len(counts))]
 
 
@@ -122,14 +139,24 @@ def code(structure: Any, tensors: Tensors) -> Coded:
     symbols = {name: unpacked(tensors[name], *held) for name, held in found if held}
     kinds = {name: held[0] for name, held in found if held}
     counts = {name: np.bincount(each, minlength=2 ** kinds[name]) for name, each in symbols.items()}
-    names = [name for name in symbols if cost(counts[name]) <= len(squeezed(tensors[name].tobytes()))]
-    groups = dict(zip(names, share([counts[n] for n in names], [kinds[n] for n in names]), strict=True))
-    totals = [np.sum([counts[n] for n in names if groups[n] == g], axis=0) for g in range(len(set(groups.values())))]
+    names = [
+        name for name in symbols if cost(counts[name]) <= len(squeezed(tensors[name].tobytes()))
+    ]
+    groups = dict(
+        zip(names, share([counts[n] for n in names], [kinds[n] for n in names]), strict=True)
+    )
+    totals = [
+        np.sum([counts[n] for n in names if groups[n] == g], axis=0)
+        for g in range(len(set(groups.values())))
+    ]
     tables = [quantized(total) for total in totals]
     words = encode([Stream(symbols[name], tables[groups[name]]) for name in names])
     others = [(name, held) for name, held in found if name not in groups]
     rest = b"".join(_planes(tensors[name]) for name, _ in others)
-    described = {name: None if held else [tensors[name].dtype.name, list(tensors[name].shape)] for name, held in others}
+    described = {
+        name: None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
+        for name, held in others
+    }
     index = {
         "tensors": [groups.get(name, described.get(name)) for name, _ in found],
         "tables": [table.tobytes().hex() for table in tables],
@@ -149,7 +176,8 @@ def uncode(structure: Any, coded: Coded) -> Tensors:
       The tensors by name.
 
     Raises:
-      ArtifactError: if what is decoded is not what was coded, as a coder of another version might do.
+      ArtifactError: if what is decoded is not what was coded, as a coder of another version might
+        do.
     """
     tensors = dict(decoded(structure, coded))
     check(_sum(tensors.values()), coded)
@@ -160,7 +188,8 @@ def check(total: int, coded: Coded) -> None:
     """Raise ArtifactError unless the CRC-32 of all decoded bytes is that of what was coded."""
     if total != coded.index["crc32"]:
         raise ArtifactError(
-            "the tensors do not decode to what was written, though the file is whole: the installed constriction or numpy "
+            "the tensors do not decode to what was written, though the file is whole: the "
+            "installed constriction or numpy "
             "codes otherwise than the one that wrote it; please report both versions"
         )
 
@@ -190,9 +219,13 @@ def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
         else:
             size += math.prod(spec.shape) * spec.dtype.itemsize
     if used != set(range(len(tables))):
-        raise ArtifactError(f"its index has {len(tables)} tables, and the tensors name {sorted(used)}")
+        raise ArtifactError(
+            f"its index has {len(tables)} tables, and the tensors name {sorted(used)}"
+        )
     if (claimed := expanded(coded.rest, "its tensors")) != size:
-        raise ArtifactError(f"its tensors unpack to {claimed:,} bytes, and by its index they have {size:,}")
+        raise ArtifactError(
+            f"its tensors unpack to {claimed:,} bytes, and by its index they have {size:,}"
+        )
     return specs
 
 
@@ -201,10 +234,16 @@ def _index(coded: Coded) -> list[bytes]:
     index = coded.index
     if not isinstance(index, dict) or index.keys() != {"tensors", "tables", "crc32"}:
         raise ArtifactError("its index must have tensors, tables and crc32")
-    if not isinstance(index["tensors"], list) or not isinstance(index["tables"], list) or type(index["crc32"]) is not int:
+    if (
+        not isinstance(index["tensors"], list)
+        or not isinstance(index["tables"], list)
+        or type(index["crc32"]) is not int
+    ):
         raise ArtifactError("its index must have a list of tensors, a list of tables and a number")
     if len(coded.ans) % 4:
-        raise ArtifactError(f"its coded symbols are {len(coded.ans)} bytes, which are no words of 4")
+        raise ArtifactError(
+            f"its coded symbols are {len(coded.ans)} bytes, which are no words of 4"
+        )
     try:
         return [bytes.fromhex(table) for table in index["tables"]]
     except (TypeError, ValueError) as error:
@@ -215,7 +254,11 @@ def _spec(name: str, held: tuple[int, int] | None, entry: Any) -> Spec:
     if held is not None and (entry is None or type(entry) is int):
         return Spec((-(-held[0] * held[1] // 8),), np.dtype(np.uint8))
     if held is not None or not isinstance(entry, list) or len(entry) != 2:
-        raise refuse(name, "the index must have a table or null for packed symbols, and a dtype and a shape for all else")
+        raise refuse(
+            name,
+            "the index must have a table or null for packed symbols, and a dtype and a shape for "
+            "all else",
+        )
     dtype, shape = entry
     if not isinstance(dtype, str) or dtype not in NATIVE:
         raise refuse(name, f"the index has the unknown dtype {dtype!r}")
@@ -229,10 +272,16 @@ def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[byte
     """See that the table of a stream is there, is as long as there are symbols, and lets some of them occur."""
     assert held is not None
     if not 0 <= entry < len(tables):
-        raise refuse(name, f"the index has {len(tables)} tables, and this is coded by number {entry}")
+        raise refuse(
+            name, f"the index has {len(tables)} tables, and this is coded by number {entry}"
+        )
     table = tables[entry]
     if len(table) != 2 ** held[0]:
-        raise refuse(name, f"codes of {held[0]} bits have {2 ** held[0]} symbols, and their table has {len(table)}")
+        raise refuse(
+            name,
+            f"codes of {held[0]} bits have {2 ** held[0]} symbols, and their table has "
+            f"{len(table)}",
+        )
     if held[1] and set(table) == {NEVER}:
         raise refuse(name, f"by its table no symbol ever occurs, and there are {held[1]:,}")
 
@@ -314,5 +363,7 @@ def _planes(x: np.ndarray) -> bytes:
 def _sum(tensors: Any) -> int:
     total = 0
     for tensor in tensors:
-        total = zlib.crc32(np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total)
+        total = zlib.crc32(
+            np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total
+        )
     return total

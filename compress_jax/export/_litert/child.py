@@ -1,7 +1,8 @@
 """The process that converts and runs once: both are native code, and where it crashes it takes only this process along.
 
-``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and ``arrays.npz`` there, and
-writes ``model.tflite``, ``answer.json`` and what the model gives for the example, ``results.npz``.
+``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and
+``arrays.npz`` there, and writes ``model.tflite``, ``answer.json`` and what the model gives for the
+example, ``results.npz``.
 """
 
 import json
@@ -58,7 +59,11 @@ def products(data: bytes) -> tuple[Any, list[Product]]:
       ``(tree, operators)``.
     """
     schema = extra("ai_edge_litert.schema_py_generated", "litert")
-    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
+    names = {
+        number: name
+        for name, number in vars(schema.BuiltinOperator).items()
+        if isinstance(number, int)
+    }
     model = schema.ModelT.InitFromPackedBuf(data, 0)
     return model, list(_products(model, names))
 
@@ -83,7 +88,12 @@ def _stored(model: Any, tensor: Any) -> Any:
 def _values(model: Any, tensor: Any) -> np.ndarray:
     """Return a constant in floats."""
     schema = extra("ai_edge_litert.schema_py_generated", "litert").TensorType
-    kinds = {schema.FLOAT32: np.float32, schema.INT8: np.int8, schema.INT32: np.int32, schema.INT64: np.int64}
+    kinds = {
+        schema.FLOAT32: np.float32,
+        schema.INT8: np.int8,
+        schema.INT32: np.int32,
+        schema.INT64: np.int64,
+    }
     raw = np.frombuffer(bytes(_stored(model, tensor)), kinds[tensor.type])
     return raw.reshape(tensor.shape).astype(np.float64) * _steps(tensor)
 
@@ -166,16 +176,29 @@ def held(plain: bytes, quantized: bytes) -> None:
             wanted, steps = _values(first, mine), _steps(other)
             off, largest = np.abs(_values(second, other) - wanted), np.abs(wanted).max()
             if (off > 0.51 * steps + 1e-5 * np.abs(wanted)).any():
-                raise ExportError(f"LiteRT's quantizer wrote {_name(mine)!r} wrong: {off.max():.3g} off, of {largest:.3g}")
+                raise ExportError(
+                    f"LiteRT's quantizer wrote {_name(mine)!r} wrong: {off.max():.3g} off, of "
+                    f"{largest:.3g}"
+                )
 
 
 SIGNATURE = "serving_default"
-# Ends stay float32, as in every other export; a SELECT may be of indices, which the quantizer would round and crash on.
+# Ends stay float32, as in every other export; a SELECT may be of indices, which the quantizer would
+# round and crash on.
 FLOAT = ("INPUT", "OUTPUT", "SELECT")
-# Models that normalise activations compute in int8 where weights are multiplied, as the simulation does, and in floats
-# elsewhere: in 8 bits the epsilon beside a variance has a scale that the runtime aborts at, and a small vision transformer
-# was 6 times further from the simulation and took 1.8 times as long.
-WEIGHTS = ("FULLY_CONNECTED", "CONV_2D", "DEPTHWISE_CONV_2D", "CONV_2D_TRANSPOSE", "EMBEDDING_LOOKUP", "GATHER", "GATHER_ND")
+# Models that normalise activations compute in int8 where weights are multiplied, as the simulation
+# does, and in floats elsewhere: in 8 bits the epsilon beside a variance has a scale that the
+# runtime aborts at, and a small vision transformer was 6 times further from the simulation and took
+# 1.8 times as long.
+WEIGHTS = (
+    "FULLY_CONNECTED",
+    "CONV_2D",
+    "DEPTHWISE_CONV_2D",
+    "CONV_2D_TRANSPOSE",
+    "EMBEDDING_LOOKUP",
+    "GATHER",
+    "GATHER_ND",
+)
 
 
 def main(folder: Path) -> None:
@@ -184,13 +207,19 @@ def main(folder: Path) -> None:
     Args:
       folder: see above.
     """
-    job, arrays = json.loads((folder / "job.json").read_text()), dict(np.load(folder / "arrays.npz"))
+    job, arrays = (
+        json.loads((folder / "job.json").read_text()),
+        dict(np.load(folder / "arrays.npz")),
+    )
     data = convert((folder / "module.mlir").read_text(), job["inputs"], job["outputs"])
     answer: dict[str, Any] = {"matched": {}, "missing": [], "widened": 0}
     if job["recipe"]:
         plain, quantizer, ranges = data, _quantizer(data, job["recipe"]), None
         if quantizer.need_calibration:
-            batches = [{name: arrays[f"{name}:{i}"] for name in job["inputs"]} for i in range(job["batches"])]
+            batches = [
+                {name: arrays[f"{name}:{i}"] for name in job["inputs"]}
+                for i in range(job["batches"])
+            ]
             ranges = quantizer.calibrate({SIGNATURE: batches})
             answer |= put_ranges(data, ranges, job, arrays)
             plain, answer["widened"] = widened(data, ranges)
@@ -210,7 +239,11 @@ def _quantizer(data: bytes, name: str) -> Any:
     recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), name)()
     quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
     found = operators(data)
-    multiplied = {*WEIGHTS, *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()), "ALL_SUPPORTED"}
+    multiplied = {
+        *WEIGHTS,
+        *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()),
+        "ALL_SUPPORTED",
+    }
     for kind in extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName:
         if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
             quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
@@ -224,17 +257,24 @@ def operators(data: bytes) -> dict[str, bool]:
       data: its bytes.
 
     Returns:
-      Such as ``{"FULLY_CONNECTED": True, "BATCH_MATMUL": False}``; that one multiplies two activations.
+      Such as ``{"FULLY_CONNECTED": True, "BATCH_MATMUL": False}``; that one multiplies two
+      activations.
     """
     schema = extra("ai_edge_litert.schema_py_generated", "litert")
-    names = {number: name for name, number in vars(schema.BuiltinOperator).items() if isinstance(number, int)}
+    names = {
+        number: name
+        for name, number in vars(schema.BuiltinOperator).items()
+        if isinstance(number, int)
+    }
     model, found = schema.ModelT.InitFromPackedBuf(data, 0), {}
     for graph in model.subgraphs:
         for each in graph.operators:
             code = model.operatorCodes[each.opcodeIndex]
             name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
             buffers = [model.buffers[graph.tensors[i].buffer] for i in each.inputs if i >= 0]
-            found[name] = found.get(name, False) or any(b.data is not None or b.size for b in buffers)
+            found[name] = found.get(name, False) or any(
+                b.data is not None or b.size for b in buffers
+            )
     return found
 
 
@@ -257,9 +297,13 @@ def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
     with context:
         context.allow_unregistered_dialects = True
         module = ir.Module.parse(text)
-        api.set_signature(module.operation, signature_name=SIGNATURE, input_names=inputs, output_names=outputs)
+        api.set_signature(
+            module.operation, signature_name=SIGNATURE, input_names=inputs, output_names=outputs
+        )
         config = api.ConvertToTFLConfig()
-        config.model_origin_framework = "PYTORCH"  # the converter's name for modules that are StableHLO
+        config.model_origin_framework = (
+            "PYTORCH"  # the converter's name for modules that are StableHLO
+        )
         config.canonicalizing_inf_as_min_max_float = False
         api.run_convert_to_tfl_passes(module, passes.PassManager(), config)
         return bytes(api.export_flatbuffer_to_bytes(module.operation))
@@ -270,7 +314,8 @@ def put_ranges(
 ) -> dict[str, Any]:
     """Put our ranges in the place of those that the quantizer measured, for every tensor that is a site's activation.
 
-    LiteRT keeps images as JAX does, so that such a tensor equals the activation entry by entry on the same example.
+    LiteRT keeps images as JAX does, so that such a tensor equals the activation entry by entry on
+    the same example.
 
     Args:
       data: the float flatbuffer.
@@ -288,7 +333,11 @@ def put_ranges(
         ours = arrays[f"site:{site}"]
         slack = 1e-3 * (np.abs(ours).max() or 1)
         for name, theirs in seen.items():
-            if name in ranges and theirs.size == ours.size and np.allclose(theirs.ravel(), ours.ravel(), 1e-3, slack):
+            if (
+                name in ranges
+                and theirs.size == ours.size
+                and np.allclose(theirs.ravel(), ours.ravel(), 1e-3, slack)
+            ):
                 matched.setdefault(site, []).append(name)
                 for key, end in (("min", low), ("max", high)):
                     ranges[name][key] = np.full(np.shape(ranges[name][key]), end, np.float32)

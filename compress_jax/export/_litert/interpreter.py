@@ -59,7 +59,9 @@ def run(made: Any, inputs: Sequence[np.ndarray]) -> np.ndarray:
     return made.get_tensor(first["index"])
 
 
-def results(made: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> list[np.ndarray]:
+def results(
+    made: Any, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
+) -> list[np.ndarray]:
     """Return all results, by the names of the model's signature.
 
     Args:

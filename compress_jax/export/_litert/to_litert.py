@@ -22,7 +22,10 @@ from compress_jax.export._simulate import Simulation, simulation
 from compress_jax.export._verify.agreement import agree
 from compress_jax.trace import observe
 
-EXACT, ROUNDED = 1e-3, 0.05  # the difference from JAX that is allowed without and with rounded activations
+EXACT, ROUNDED = (
+    1e-3,
+    0.05,
+)  # the difference from JAX that is allowed without and with rounded activations
 
 
 def to_litert(
@@ -40,12 +43,14 @@ def to_litert(
 ) -> Exported:
     """Write a function and its params as a LiteRT flatbuffer, and see that LiteRT computes the same.
 
-    With a static quantizer ``how`` the model computes in int8: activations on our grids wherever a tensor of the flatbuffer
-    is the activation of a site, on grids of the same calibration batches elsewhere. Packed weights without ``how`` become
-    int8, or int4 where none has more than 4 bits, and activations are rounded as they come. LiteRT's quantizer takes each
-    channel's largest weight for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
-    grouped scales are rounded anew, which the difference that is returned tells. Beside the scale of a channel that is
-    nearly zero int32 could not hold its bias: one of its weights is made large enough, which ``notes`` tell.
+    With a static quantizer ``how`` the model computes in int8: activations on our grids wherever a
+    tensor of the flatbuffer is the activation of a site, on grids of the same calibration batches
+    elsewhere. Packed weights without ``how`` become int8, or int4 where none has more than 4 bits,
+    and activations are rounded as they come. LiteRT's quantizer takes each channel's largest weight
+    for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
+    grouped scales are rounded anew, which the difference that is returned tells. Beside the scale
+    of a channel that is nearly zero int32 could not hold its bias: one of its weights is made large
+    enough, which ``notes`` tell.
 
     Args:
       fn: a pure function of params and inputs.
@@ -53,19 +58,21 @@ def to_litert(
       example: an input, or a tuple of inputs; the file runs batches of exactly this size.
       path: the file.
       how: ``static(bits=8, symmetric=False)``, or pairs, as for `quantize.activations`.
-      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not given.
+      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not
+        given.
       batches: calibration inputs of the example's shape; needed with ``how``.
       where: as for `quantize.activations`.
-      weights: what packed weights without ``how`` are for: ``"dynamic"`` integer products, or to be ``"stored"`` small and
-        multiplied in float32.
-      tolerance: as for `to_onnx`, but 0.05 by default where values are rounded: LiteRT rounds sums and other functions too.
+      weights: what packed weights without ``how`` are for: ``"dynamic"`` integer products, or to be
+        ``"stored"`` small and multiplied in float32.
+      tolerance: as for `to_onnx`, but 0.05 by default where values are rounded: LiteRT rounds sums
+        and other functions too.
 
     Returns:
       ``Exported(path, target, nbytes, rows, difference, simulation, notes)``.
 
     Raises:
-      ExportError: if the packages are not installed, the converter fails or crashes, or results are not those of JAX. No
-        file is written then.
+      ExportError: if the packages are not installed, the converter fails or crashes, or results are
+        not those of JAX. No file is written then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,7 +84,9 @@ def to_litert(
     inputs = _tuple(example)
     batches = [_tuple(each) for each in batches]
     if how is not None and not batches:
-        raise ExportError("LiteRT has an integer kernel only between tensors that all have ranges: pass batches=")
+        raise ExportError(
+            "LiteRT has an integer kernel only between tensors that all have ranges: pass batches="
+        )
     simulated = simulation(fn, params, inputs, how, ranges, batches, where)
     recipe = "static_wi8_ai8" if simulated.grids else _recipe(params, weights)
     data, answer, theirs = _in_a_child(simulated, inputs, batches, recipe)
@@ -93,7 +102,10 @@ def to_litert(
 def _notes(answer: Mapping[str, Any]) -> tuple[str, ...]:
     if not answer["widened"]:
         return ()
-    return (f"{answer['widened']} channels got one larger weight, so that their bias fits in int32 beside LiteRT's scales",)
+    return (
+        f"{answer['widened']} channels got one larger weight, so that their bias fits in int32 "
+        "beside LiteRT's scales",
+    )
 
 
 def _tuple(example: Any) -> tuple[np.ndarray, ...]:
@@ -101,7 +113,9 @@ def _tuple(example: Any) -> tuple[np.ndarray, ...]:
 
 
 def _recipe(params: Any, weights: str) -> str:
-    leaves = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if isinstance(leaf, Quantized)]
+    leaves = [
+        leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if isinstance(leaf, Quantized)
+    ]
     if not leaves:
         return ""
     bits = 4 if max(width(leaf.codes) for leaf in leaves) <= 4 else 8
@@ -122,9 +136,18 @@ def _in_a_child(
         arrays |= {f"{name}:{i}": x for name, x in zip(names, batch, strict=True)}
     if simulated.grids:
         arrays |= _activations(simulated, inputs)
-    ends = {name: [-float(s) * int(z), float(s) * (255 - int(z))] for name, (s, z) in simulated.grids.items()}
+    ends = {
+        name: [-float(s) * int(z), float(s) * (255 - int(z))]
+        for name, (s, z) in simulated.grids.items()
+    }
     outputs = [f"y{i}" for i in range(len(jax.tree.leaves(lowered.out_info)))]
-    job = {"inputs": names, "outputs": outputs, "recipe": recipe, "batches": len(batches), "sites": ends}
+    job = {
+        "inputs": names,
+        "outputs": outputs,
+        "recipe": recipe,
+        "batches": len(batches),
+        "sites": ends,
+    }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "module.mlir").write_text(str(lowered.compiler_ir("stablehlo")))
@@ -135,7 +158,11 @@ def _in_a_child(
         if done.returncode or not (folder / "results.npz").exists():
             said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
             how = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-            part = "runtime, on the converted model," if (folder / "model.tflite").exists() else "converter"
+            part = (
+                "runtime, on the converted model,"
+                if (folder / "model.tflite").exists()
+                else "converter"
+            )
             raise ExportError(f"the LiteRT {part} {how}; the last it said: {said}")
         answer = json.loads((folder / "answer.json").read_text())
         results = np.load(folder / "results.npz")
@@ -153,11 +180,23 @@ def _rows(simulated: Simulation, recipe: str, answer: Mapping[str, Any]) -> list
     rows = []
     for site in simulated.sites:
         if site.name in answer["missing"]:
-            rows.append(Row(site.name, "int8", "no tensor of the flatbuffer is its activation: LiteRT's own range"))
+            rows.append(
+                Row(
+                    site.name,
+                    "int8",
+                    "no tensor of the flatbuffer is its activation: LiteRT's own range",
+                )
+            )
         elif site.name in simulated.left:
             rows.append(Row(site.name, "as LiteRT's quantizer does", simulated.left[site.name]))
         elif recipe:
-            rows.append(Row(site.name, "int8 x int8" if simulated.grids else recipe.replace("_afp32", ""), ""))
+            rows.append(
+                Row(
+                    site.name,
+                    "int8 x int8" if simulated.grids else recipe.replace("_afp32", ""),
+                    "",
+                )
+            )
         else:
             rows.append(Row(site.name, "float32", "not quantized"))
     return rows

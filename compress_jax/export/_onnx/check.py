@@ -42,11 +42,20 @@ def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
     there = sum(counts[kind] for kind in KERNELS)
     if there >= len(wanted):
         return {}
-    left = {name.removesuffix(":int") for each in graph.node for name in each.input if each.op_type == "DequantizeLinear"}
+    left = {
+        name.removesuffix(":int")
+        for each in graph.node
+        for name in each.input
+        if each.op_type == "DequantizeLinear"
+    }
     names = [name for name in wanted if name in left]
     if not names:
         raise ExportError(
-            f"ONNX Runtime would compute {len(wanted) - there} of {len(wanted)} quantized sites in floats, slower than "
-            f"without quantization, and does not tell which; leave some of them out of `how`: {', '.join(wanted)}"
+            f"ONNX Runtime would compute {len(wanted) - there} of {len(wanted)} quantized sites "
+            "in floats, slower than "
+            "without quantization, and does not tell which; leave some of them out of `how`: "
+            f"{', '.join(wanted)}"
         )
-    return dict.fromkeys(names, "ONNX Runtime would compute it in floats, slower than without quantization")
+    return dict.fromkeys(
+        names, "ONNX Runtime would compute it in floats, slower than without quantization"
+    )

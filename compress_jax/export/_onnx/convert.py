@@ -39,7 +39,10 @@ def pools(model: Any, inputs: Sequence[np.ndarray]) -> None:
         before = made.get(each.input[0]) if each.op_type == "ReduceMax" else None
         if before is None or before.op_type != "Reshape" or len(taken[before.output[0]]) > 1:
             continue
-        shape, axes = constants.get(before.input[1]), constants.get(each.input[1]) if len(each.input) > 1 else None
+        shape, axes = (
+            constants.get(before.input[1]),
+            constants.get(each.input[1]) if len(each.input) > 1 else None,
+        )
         if shape is not None and axes is not None and (shape.size, sorted(axes % 6)) == (6, [2, 4]):
             if not g.attribute(each, "keepdims", 1):
                 found[each.output[0]] = (before, shape)
@@ -48,7 +51,9 @@ def pools(model: Any, inputs: Sequence[np.ndarray]) -> None:
     images = evaluate(model, list({before.input[0] for before, _ in found.values()}), inputs)
     nodes = []
     for each in graph.node:
-        if each.output[0] in found and _tiles(images[found[each.output[0]][0].input[0]].shape, found[each.output[0]][1]):
+        if each.output[0] in found and _tiles(
+            images[found[each.output[0]][0].input[0]].shape, found[each.output[0]][1]
+        ):
             before, shape = found[each.output[0]]
             nodes += _pool(before.input[0], each.output[0], [int(shape[2]), int(shape[4])])
         else:
@@ -73,8 +78,9 @@ def _pool(name: str, out: str, window: list[int]) -> list[Any]:
 def windows(model: Any) -> None:
     """Exchange every ``Unsqueeze - Unsqueeze - MaxPool or Conv - Squeeze`` that the converter wrote for a window.
 
-    It makes of any window, of whatever axes, a pool or a convolution with ones over all axes of ``x[None, None]``, more than
-    the runtime has kernels for: what it wants is a pool of those axes alone that have a window.
+    It makes of any window, of whatever axes, a pool or a convolution with ones over all axes of
+    ``x[None, None]``, more than the runtime has kernels for: what it wants is a pool of those axes
+    alone that have a window.
 
     Args:
       model: changed.
@@ -88,7 +94,12 @@ def windows(model: Any) -> None:
         alone = len(after) == 1 and len(taken.get(each.output[0], [])) == 1
         window = _window(each, constants)
         squeezed = alone and after[0].op_type == "Squeeze"
-        if source and window and squeezed and (new := list(_exchanged(each, source, after[0].output[0], window, graph))):
+        if (
+            source
+            and window
+            and squeezed
+            and (new := list(_exchanged(each, source, after[0].output[0], window, graph)))
+        ):
             nodes += new
             after[0].output[0] = f"{after[0].output[0]}:unused"
         else:
@@ -118,7 +129,12 @@ def _window(each: Any, constants: Any) -> list[int]:
     if each.op_type == "MaxPool":
         return [int(n) for n in g.attribute(each, "kernel_shape", [])]
     kernel = constants.get(each.input[1]) if len(each.input) == 2 else None
-    alone = kernel is not None and kernel.ndim > 2 and kernel.shape[:2] == (1, 1) and bool((kernel == 1).all())
+    alone = (
+        kernel is not None
+        and kernel.ndim > 2
+        and kernel.shape[:2] == (1, 1)
+        and bool((kernel == 1).all())
+    )
     return list(kernel.shape[2:]) if kernel is not None and alone else []
 
 
@@ -128,7 +144,9 @@ def _exchanged(each: Any, source: str, out: str, window: list[int], graph: Any) 
     strides = g.attribute(each, "strides", [1] * rank)
     pads = g.attribute(each, "pads", [0] * 2 * rank)
     dilations = g.attribute(each, "dilations", [1] * rank)
-    pooled = [a for a in range(rank) if window[a] > 1 or strides[a] > 1 or pads[a] or pads[a + rank]]
+    pooled = [
+        a for a in range(rank) if window[a] > 1 or strides[a] > 1 or pads[a] or pads[a + rank]
+    ]
     kept = [a for a in range(rank) if a not in pooled]
     while len(kept) > 2 and len(pooled) < MOST:
         pooled.insert(0, kept.pop())
@@ -156,12 +174,18 @@ def _exchanged(each: Any, source: str, out: str, window: list[int], graph: Any) 
         yield g.node("MaxPool", [source], last, **options)
     else:
         yield g.node("AveragePool", [source], f"{name}:mean", count_include_pad=1, **options)
-        count = g.add(graph, f"{name}:count", np.asarray(np.prod(window), g.initializers(graph)[each.input[1]].dtype))
+        count = g.add(
+            graph,
+            f"{name}:count",
+            np.asarray(np.prod(window), g.initializers(graph)[each.input[1]].dtype),
+        )
         yield g.node("Mul", [f"{name}:mean", count], last)
     back = [order.index(a) for a in range(rank)]
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
     if missing:
-        steps.append(("Squeeze", [g.add(graph, f"{name}:axes_back", np.asarray(missing, np.int64))], {}))
+        steps.append(
+            ("Squeeze", [g.add(graph, f"{name}:axes_back", np.asarray(missing, np.int64))], {})
+        )
     if back != list(range(rank)):
         steps.append(("Transpose", [], {"perm": back}))
     steps = steps or [("Identity", [], {})]
@@ -186,12 +210,14 @@ def convert(
 ) -> Any:
     """Convert a function of params and inputs.
 
-    There are two ways. ``"layers"``: the converter recognizes whole layers and functions by name and has nodes of its own
-    for them, the faster graph, if it knows the way in which they are called. ``"operations"``: JAX traces the function, and
-    the converter sees JAX's primitives alone (see `plain`), so that no spelling matters.
+    There are two ways. ``"layers"``: the converter recognizes whole layers and functions by name
+    and has nodes of its own for them, the faster graph, if it knows the way in which they are
+    called. ``"operations"``: JAX traces the function, and the converter sees JAX's primitives alone
+    (see `plain`), so that no spelling matters.
 
-    The parameters are inputs to the converter, so whatever it does to one (a transpose to the target's layout, a reshape) is
-    a node of the graph; afterwards they are constants under their paths. What is quantized is found by name, not by value.
+    The parameters are inputs to the converter, so whatever it does to one (a transpose to the
+    target's layout, a reshape) is a node of the graph; afterwards they are constants under their
+    paths. What is quantized is found by name, not by value.
 
     Args:
       fn: the function.
@@ -202,7 +228,8 @@ def convert(
       way: see above.
 
     Returns:
-      The ``ModelProto``, its inputs ``x`` (or ``x0``, ``x1``, ...) and its outputs ``y`` (or ``y0``, ...).
+      The ``ModelProto``, its inputs ``x`` (or ``x0``, ``x1``, ...) and its outputs ``y`` (or
+      ``y0``, ...).
 
     Raises:
       ExportError: if the converter cannot.
@@ -232,7 +259,9 @@ def convert(
             )
     except Exception as error:
         advice = "; pass batch='example' for exactly its size" if dynamic else ""
-        raise ExportError(f"jax2onnx cannot convert this function: {type(error).__name__}: {error}{advice}") from error
+        raise ExportError(
+            f"jax2onnx cannot convert this function: {type(error).__name__}: {error}{advice}"
+        ) from error
     _bake(model, leaves)
     windows(model)
     _constant_shapes(model, inputs, dynamic)
@@ -244,14 +273,21 @@ def convert(
 def _specs(inputs: Sequence[np.ndarray], dynamic: bool) -> list[jax.ShapeDtypeStruct]:
     """Return the shapes of inputs, with one symbol for the batch of all of them."""
     (size,) = jax.export.symbolic_shape("B")
-    return [jax.ShapeDtypeStruct((size, *x.shape[1:]) if dynamic and x.ndim else x.shape, x.dtype) for x in inputs]
+    return [
+        jax.ShapeDtypeStruct((size, *x.shape[1:]) if dynamic and x.ndim else x.shape, x.dtype)
+        for x in inputs
+    ]
 
 
-def _operations(flat: Callable[..., Any], specs: Sequence[Any], weights: Sequence[Any]) -> Callable[..., Any]:
+def _operations(
+    flat: Callable[..., Any], specs: Sequence[Any], weights: Sequence[Any]
+) -> Callable[..., Any]:
     """Return a function that the converter sees as JAX's primitives: nothing in it has a name that it would recognise."""
     traced = jax.make_jaxpr(flat)(*specs, *weights)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        made = jax.make_jaxpr(plain(traced, [True] * len(specs) + [False] * len(weights)))(*specs, *weights)
+        made = jax.make_jaxpr(plain(traced, [True] * len(specs) + [False] * len(weights)))(
+            *specs, *weights
+        )
     return jaxpr_as_fun(live(made))
 
 
@@ -307,12 +343,19 @@ def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
 def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) -> None:
     """Write the shapes of reshapes as constants, -1 where the batch decides: a chain of small nodes less for each."""
     known = {each.name for each in model.graph.initializer}
-    reshapes = [each for each in model.graph.node if each.op_type == "Reshape" and each.input[1] not in known]
+    reshapes = [
+        each
+        for each in model.graph.node
+        if each.op_type == "Reshape" and each.input[1] not in known
+    ]
     if not reshapes:
         return
     names = list(dict.fromkeys(each.input[1] for each in reshapes))
     sizes = (2, 3) if dynamic else (len(inputs[0]),)
-    seen = [evaluate(model, names, [np.resize(x, (n, *x.shape[1:])) if dynamic else x for x in inputs]) for n in sizes]
+    seen = [
+        evaluate(model, names, [np.resize(x, (n, *x.shape[1:])) if dynamic else x for x in inputs])
+        for n in sizes
+    ]
     for name in names:
         first, last = seen[0][name], seen[-1][name]
         if (first != last).sum() > 1:
@@ -330,7 +373,9 @@ def _without_nothing(graph: Any) -> None:
         if each.op_type != "Gemm" or len(each.input) < 3:
             continue
         bias = constants.get(each.input[2])
-        if g.attribute(each, "beta", 1.0) == 0 or (bias is not None and bias.ndim == 0 and not bias):
+        if g.attribute(each, "beta", 1.0) == 0 or (
+            bias is not None and bias.ndim == 0 and not bias
+        ):
             del each.input[2]
             for option in [a for a in each.attribute if a.name == "beta"]:
                 each.attribute.remove(option)

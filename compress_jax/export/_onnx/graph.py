@@ -28,7 +28,9 @@ def add(graph: Any, name: str, value: np.ndarray, kind: int | None = None) -> st
 
 def node(op: str, inputs: Iterable[str], output: str, **attributes: Any) -> Any:
     """Return a node of one result, called after it."""
-    return extra("onnx.helper", "onnx").make_node(op, list(inputs), [output], name=f"{op}:{output}", **attributes)
+    return extra("onnx.helper", "onnx").make_node(
+        op, list(inputs), [output], name=f"{op}:{output}", **attributes
+    )
 
 
 def attribute(each: Any, name: str, default: Any) -> Any:

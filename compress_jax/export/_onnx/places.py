@@ -41,7 +41,11 @@ class Placed:
         if self.node.op_type == "MatMul":
             return 1
         scaled = any(g.attribute(self.node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
-        return None if scaled or g.attribute(self.node, "transA", 0) else 1 - g.attribute(self.node, "transB", 0)
+        return (
+            None
+            if scaled or g.attribute(self.node, "transA", 0)
+            else 1 - g.attribute(self.node, "transB", 0)
+        )
 
 
 def place(model: Any, weights: Mapping[str, Weight], sites: Sequence[Site]) -> dict[str, Placed]:
@@ -111,4 +115,6 @@ def int8(placed: Placed) -> tuple[np.ndarray, np.ndarray] | str:
         return "its weights are not symmetric (use symmetric=True)"
     dead = scale == 0  # a batch norm that multiplies by 0
     shape = [-1 if i == axis else 1 for i in range(levels.ndim)]
-    return np.where(dead.reshape(shape), 0, levels).astype(np.int8), np.where(dead, 1, scale).astype(np.float32)
+    return np.where(dead.reshape(shape), 0, levels).astype(np.int8), np.where(
+        dead, 1, scale
+    ).astype(np.float32)

@@ -1,8 +1,8 @@
 """A function in the few forms that the converter knows, however its operations were spelled.
 
-The converter has rules for whole layers, which it recognizes by the names of functions, and these rules know some of the
-ways to call them. JAX's own trace has one form for each operation; what is left to do is to write its operations in the
-layouts that the converter has rules for.
+The converter has rules for whole layers, which it recognizes by the names of functions, and these
+rules know some of the ways to call them. JAX's own trace has one form for each operation; what is
+left to do is to write its operations in the layouts that the converter has rules for.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,8 @@ def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:
 
     Args:
       jaxpr: of the function.
-      data: whether each of its arguments is an input, not a parameter: a product has its parameter on the right.
+      data: whether each of its arguments is an input, not a parameter: a product has its parameter
+        on the right.
 
     Returns:
       ``(*arrays) -> results``.
@@ -59,7 +60,9 @@ def live(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
             eqns.append(eqn)
             needed.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
     kept = [(var, x) for var, x in zip(inner.constvars, jaxpr.consts, strict=True) if var in needed]
-    return ClosedJaxpr(inner.replace(eqns=eqns[::-1], constvars=[var for var, _ in kept]), [x for _, x in kept])
+    return ClosedJaxpr(
+        inner.replace(eqns=eqns[::-1], constvars=[var for var, _ in kept]), [x for _, x in kept]
+    )
 
 
 def _run(jaxpr: ClosedJaxpr, arrays: list[Any], data: list[bool]) -> tuple[list[Any], list[bool]]:
@@ -69,7 +72,10 @@ def _run(jaxpr: ClosedJaxpr, arrays: list[Any], data: list[bool]) -> tuple[list[
         return (atom.val, False) if isinstance(atom, Literal) else env[atom]
 
     env |= {var: (x, False) for var, x in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)}
-    env |= {var: pair for var, pair in zip(jaxpr.jaxpr.invars, zip(arrays, data, strict=True), strict=True)}
+    env |= {
+        var: pair
+        for var, pair in zip(jaxpr.jaxpr.invars, zip(arrays, data, strict=True), strict=True)
+    }
     for eqn in jaxpr.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         with eqn.ctx.manager:
@@ -103,7 +109,9 @@ def _bodies(eqn: JaxprEqn, inside: Any, arrays: list[Any], data: list[bool]) -> 
                 return results[: scan.carry], results[scan.carry :]
 
             options = {key: eqn.params[key] for key in ("reverse", "unroll")}
-            carried, ys = lax.scan(turn, arrays[start:end], arrays[end:], length=scan.length, **options)
+            carried, ys = lax.scan(
+                turn, arrays[start:end], arrays[end:], length=scan.length, **options
+            )
             return [*carried, *ys]
         case While() as loop:
             start = loop.condition_consts
@@ -111,21 +119,31 @@ def _bodies(eqn: JaxprEqn, inside: Any, arrays: list[Any], data: list[bool]) -> 
             head, consts, carry = arrays[:start], arrays[start:end], arrays[end:]
 
             def more(carry: list[Any]) -> Any:
-                return _run(loop.condition, [*head, *carry], [*data[:start], *[True] * len(carry)])[0][0]
+                return _run(loop.condition, [*head, *carry], [*data[:start], *[True] * len(carry)])[
+                    0
+                ][0]
 
             def step(carry: list[Any]) -> list[Any]:
-                return _run(loop.body, [*consts, *carry], [*data[start:end], *[True] * len(carry)])[0]
+                return _run(loop.body, [*consts, *carry], [*data[start:end], *[True] * len(carry)])[
+                    0
+                ]
 
             return list(lax.while_loop(more, step, carry))
         case Branches(bodies):
-            made = [lambda *operands, body=body: _run(body, list(operands), data[1:])[0] for body in bodies]
+            made = [
+                lambda *operands, body=body: _run(body, list(operands), data[1:])[0]
+                for body in bodies
+            ]
             return list(lax.switch(arrays[0], made, *arrays[1:]))
     return None
 
 
 def _dot(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
     """Write a product without batch axes as ``[..., k] @ [k, n]``, its parameter on the right."""
-    (contracting, batch), preferred = eqn.params["dimension_numbers"], eqn.params["preferred_element_type"]
+    (contracting, batch), preferred = (
+        eqn.params["dimension_numbers"],
+        eqn.params["preferred_element_type"],
+    )
     if batch[0]:
         return None
     swapped = data[1] and not data[0]
@@ -139,7 +157,9 @@ def _dot(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
     left = jnp.transpose(x, (*rows, *xs)).reshape(*(lead or [1]), size)
     right = jnp.transpose(w, (*ws, *columns)).reshape(size, -1)
     numbers = (((left.ndim - 1,), (0,)), ((), ()))
-    y = lax.dot_general(left, right, numbers, precision=eqn.params["precision"], preferred_element_type=preferred)
+    y = lax.dot_general(
+        left, right, numbers, precision=eqn.params["precision"], preferred_element_type=preferred
+    )
     y = y.reshape(*lead, *tail)
     return jnp.transpose(y, (*range(len(lead), y.ndim), *range(len(lead)))) if swapped else y
 
@@ -187,7 +207,9 @@ def _reducer(eqn: JaxprEqn) -> str:
 def _window_max(x: Any, params: dict[str, Any]) -> Any:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
-    start = np.asarray(low, x.dtype)  # a constant: JAX has a primitive of its own for windows that start from it
+    start = np.asarray(
+        low, x.dtype
+    )  # a constant: JAX has a primitive of its own for windows that start from it
     return lax.reduce_window(x, start, lax.max, **{name: params[name] for name in names})
 
 

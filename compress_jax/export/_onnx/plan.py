@@ -74,7 +74,8 @@ def write(
       model: changed.
       places: of the sites to quantize, each with an `int8` weight.
       grids: of their activations, by site.
-      extremes: ``(names of tensors) -> {name: (lowest, highest)}``, asked once, if results of convolutions need ranges.
+      extremes: ``(names of tensors) -> {name: (lowest, highest)}``, asked once, if results of
+        convolutions need ranges.
       unsigned: whether weights are written as uint8, 128 standing for zero.
 
     Returns:
@@ -86,7 +87,9 @@ def write(
     codes = Codes({each.node.input[each.data]: grids[site] for site, each in places.items()})
     nodes = [each.node for each in places.values()]
     missing = _results(model.graph, nodes, codes)
-    codes.grids |= {name: _finite(name, *ends) for name, ends in (extremes(missing) if missing else {}).items()}
+    codes.grids |= {
+        name: _finite(name, *ends) for name, ends in (extremes(missing) if missing else {}).items()
+    }
     _without_relu(model.graph, codes)
     _moves(model.graph, codes)
     sums = {each.output[0] for each in model.graph.node if _summed(each, codes)}
@@ -97,7 +100,8 @@ def write(
 def _finite(name: str, low: np.float32, high: np.float32) -> Grid:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ExportError(
-            f"tensor {name!r} goes from {low} to {high} over the calibration batches; leave out the batch that does it"
+            f"tensor {name!r} goes from {low} to {high} over the calibration batches; leave out "
+            "the batch that does it"
         )
     return grid_of(low, high)
 
@@ -105,7 +109,11 @@ def _finite(name: str, low: np.float32, high: np.float32) -> Grid:
 def _end(taken: Mapping[str, list[Any]], name: str) -> str:
     """Return the result of a node after the Relu that its kernel takes in."""
     only = taken.get(name, [])
-    return only[0].output[0] if len(only) == 1 and only[0] is not None and only[0].op_type == "Relu" else name
+    return (
+        only[0].output[0]
+        if len(only) == 1 and only[0] is not None and only[0].op_type == "Relu"
+        else name
+    )
 
 
 def _results(graph: Any, nodes: Iterable[Any], codes: Codes) -> list[str]:
@@ -142,7 +150,9 @@ def _without_relu(graph: Any, codes: Codes) -> None:
             before = made[each.input[0]]
             before.output[list(before.output).index(each.input[0])] = name
             dropped.add(name)
-    kept = [each for each in graph.node if not (each.op_type == "Relu" and each.output[0] in dropped)]
+    kept = [
+        each for each in graph.node if not (each.op_type == "Relu" and each.output[0] in dropped)
+    ]
     g.replace_nodes(graph, kept)
 
 
@@ -169,7 +179,9 @@ def _moves(graph: Any, codes: Codes) -> None:
                 codes.whole.add(each.output[0])
 
 
-def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool) -> list[str]:
+def _rewrite(
+    model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool
+) -> list[str]:
     """Put the nodes in; return what must be told."""
     graph, out, notes = model.graph, [], []
     outputs = {each.name for each in graph.output}
@@ -214,7 +226,9 @@ def _rewrite(model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[P
     return notes
 
 
-def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) -> tuple[list[Any], list[str]]:
+def _weights(
+    graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool
+) -> tuple[list[Any], list[str]]:
     """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that do so, and a note."""
     found = int8(placed)
     assert not isinstance(found, str) and placed.channel is not None
@@ -224,8 +238,13 @@ def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) 
     if bias is not None and (bias.ndim != 1 or len(bias) != len(scale)):
         bias = None
     if bias is not None:
-        levels, scale, changed = representable(levels, scale, placed.weight.values, placed.channel, bias, float(grid[0]))
-        note = [f"{placed.site}: the weights of {changed} channels have larger scales, so that the bias fits in int32"]
+        levels, scale, changed = representable(
+            levels, scale, placed.weight.values, placed.channel, bias, float(grid[0])
+        )
+        note = [
+            f"{placed.site}: the weights of {changed} channels have larger scales, so that the "
+            "bias fits in int32"
+        ]
         note = note if changed else []
     if unsigned:
         levels = (levels.astype(np.int16) + 128).astype(np.uint8)
@@ -241,7 +260,10 @@ def _weights(graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool) 
 
 def _dequantized(graph: Any, name: str, codes: np.ndarray, scale: np.ndarray, axis: int) -> Any:
     parts = (codes, scale, np.full(scale.shape, 128 if codes.dtype == np.uint8 else 0, codes.dtype))
-    names = [g.add(graph, f"{name}:{what}", x) for what, x in zip(("int", "step", "zero"), parts, strict=True)]
+    names = [
+        g.add(graph, f"{name}:{what}", x)
+        for what, x in zip(("int", "step", "zero"), parts, strict=True)
+    ]
     return g.node("DequantizeLinear", names, f"{name}:weight", axis=axis)
 
 
@@ -320,28 +342,50 @@ def plan(fn: Callable[..., Any], params: Any, inputs: Sequence[np.ndarray], aske
         raise ExportError("; operation by operation: ".join(dict.fromkeys(failures)))
     if asked.how is not None and not best.simulated.grids:
         reasons = [f"{name!r}: {reason}" for name, reason in best.simulated.left.items()]
-        raise ExportError(f"no site can be computed in integers: {'; '.join(reasons) or '`how` names none'}")
+        raise ExportError(
+            f"no site can be computed in integers: {'; '.join(reasons) or '`how` names none'}"
+        )
     if failures:
-        best = replace(best, notes=(f"converted operation by operation, as layers could not be: {failures[0]}", *best.notes))
+        best = replace(
+            best,
+            notes=(
+                f"converted operation by operation, as layers could not be: {failures[0]}",
+                *best.notes,
+            ),
+        )
     return best
 
 
 def _lost(made: Plan) -> bool:
     """Tell whether another graph might compute more sites in integers."""
-    return any(name not in made.places or reason.startswith("ONNX Runtime") for name, reason in made.simulated.left.items())
+    return any(
+        name not in made.places or reason.startswith("ONNX Runtime")
+        for name, reason in made.simulated.left.items()
+    )
 
 
-def _planned(fn: Callable[..., Any], params: Any, inputs: Sequence[np.ndarray], asked: Asked, way: Way) -> Plan:
+def _planned(
+    fn: Callable[..., Any], params: Any, inputs: Sequence[np.ndarray], asked: Asked, way: Way
+) -> Plan:
     """Convert in one way; leave out site after site until the runtime computes the others in integers."""
     leaves, rebuild = flatten(params)
     keys = {path: x for path, x in leaves.items() if is_key(x)}
     arrays = {path: np.asarray(to_dense(x)) for path, x in leaves.items() if path not in keys}
-    converted = convert(fn, arrays, lambda arrays: rebuild({**arrays, **keys}), inputs, asked.dynamic, way)
+    converted = convert(
+        fn, arrays, lambda arrays: rebuild({**arrays, **keys}), inputs, asked.dynamic, way
+    )
     floating = jax.jit(fn)(unpack(params), *inputs)
-    agree(floating, run(converted, inputs), FLOAT, "the float graph in ONNX Runtime against the function in JAX")
+    agree(
+        floating,
+        run(converted, inputs),
+        FLOAT,
+        "the float graph in ONNX Runtime against the function in JAX",
+    )
     left, ranges = {}, asked.ranges
     while True:
-        simulated = simulation(fn, params, inputs, asked.how, ranges, asked.batches, asked.where, left)
+        simulated = simulation(
+            fn, params, inputs, asked.how, ranges, asked.batches, asked.where, left
+        )
         left, ranges = dict(simulated.left), simulated.ranges
         model, weights = _settled(converted, simulated.packed)
         places = place(model, weights, simulated.sites)
@@ -368,12 +412,17 @@ def _settled(converted: Any, packed: Any) -> tuple[Any, dict[str, Weight]]:
     return model, {name: weight for name, weight in weights.items() if name in there}
 
 
-def _integers(model: Any, places: Mapping[str, Placed], simulated: Simulation, asked: Asked) -> tuple[str, ...]:
+def _integers(
+    model: Any, places: Mapping[str, Placed], simulated: Simulation, asked: Asked
+) -> tuple[str, ...]:
     """Quantize what the simulation quantizes; return what must be told of it."""
 
     def measured(names: Sequence[str]) -> Mapping[str, Any]:
         if not asked.batches:
-            raise ExportError(f"{len(names)} results of convolutions go into residual sums and need ranges: pass batches=")
+            raise ExportError(
+                f"{len(names)} results of convolutions go into residual sums and need ranges: "
+                "pass batches="
+            )
         return extremes(model, names, asked.batches)
 
     chosen = {name: each for name, each in places.items() if name in simulated.grids}

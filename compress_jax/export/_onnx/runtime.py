@@ -30,7 +30,9 @@ def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") ->
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, f"ORT_{_level(level)}")
+    options.graph_optimization_level = getattr(
+        runtime.GraphOptimizationLevel, f"ORT_{_level(level)}"
+    )
     if save:
         options.optimized_model_filepath = save
     source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
@@ -57,7 +59,8 @@ def run(model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
 
     Args:
       model: a ``ModelProto``.
-      inputs: in the order of the function's; those that it does not use may be missing from the model.
+      inputs: in the order of the function's; those that it does not use may be missing from the
+        model.
 
     Returns:
       The results.
@@ -67,7 +70,11 @@ def run(model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """
     made = session(model)
     every = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
-    feed = {name: x for name, x in zip(every, inputs, strict=True) if name in {each.name for each in made.get_inputs()}}
+    feed = {
+        name: x
+        for name, x in zip(every, inputs, strict=True)
+        if name in {each.name for each in made.get_inputs()}
+    }
     return _run(made, None, feed)
 
 
@@ -78,7 +85,9 @@ def _run(made: Any, names: Sequence[str] | None, feed: dict[str, np.ndarray]) ->
         raise ExportError(f"ONNX Runtime cannot run the exported model: {error}") from error
 
 
-def evaluate(model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+def evaluate(
+    model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]
+) -> dict[str, np.ndarray]:
     """Return the values of any tensors of a model for some inputs."""
     onnx = extra("onnx", "onnx")
     copy = onnx.ModelProto()

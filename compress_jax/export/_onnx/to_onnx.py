@@ -33,7 +33,8 @@ def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
     Args:
       model: changed.
       placed: a site whose weight has codes.
-      accuracy_level: 0 or 1 multiplies in float32; 4 rounds the activations of each block to int8, which is faster.
+      accuracy_level: 0 or 1 multiplies in float32; 4 rounds the activations of each block to int8,
+        which is faster.
 
     Returns:
       What was done, in words; empty if nothing could be.
@@ -41,22 +42,37 @@ def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
     node, weight, axis = placed.node, placed.weight, placed.channel
     if node.op_type == "Conv" or axis is None or weight.codes is None:
         return ""
-    codes, zero, scale = (x if axis else x.T for x in (weight.codes, weight.zero, weight.scale) if x is not None)  # [k, n]
+    codes, zero, scale = (
+        x if axis else x.T for x in (weight.codes, weight.zero, weight.scale) if x is not None
+    )  # [k, n]
     block = _block(scale, zero)
     if not block:
         return ""
     bits = 4 if weight.bits <= 4 else 8
-    codes, zero = codes + 2 ** (bits - 1) - 2 ** (weight.bits - 1), zero + 2 ** (bits - 1) - 2 ** (weight.bits - 1)
+    codes, zero = (
+        codes + 2 ** (bits - 1) - 2 ** (weight.bits - 1),
+        zero + 2 ** (bits - 1) - 2 ** (weight.bits - 1),
+    )
     steps, zeros = scale[::block].T, zero[::block].T  # [n, blocks]
     missing = -len(codes) % block
-    blocks = np.pad(codes.T, ((0, 0), (0, missing)), constant_values=2 ** (bits - 1)).reshape(len(steps), -1, block)
+    blocks = np.pad(codes.T, ((0, 0), (0, missing)), constant_values=2 ** (bits - 1)).reshape(
+        len(steps), -1, block
+    )
     names = [g.add(model.graph, f"{placed.site}:blocks", _bytes(blocks, bits))]
     names.append(g.add(model.graph, f"{placed.site}:step", np.ascontiguousarray(steps).ravel()))
     if (zeros != 2 ** (bits - 1)).any():
         names.append(g.add(model.graph, f"{placed.site}:zero", _bytes(zeros, bits).ravel()))
     new = g.node("MatMulNBits", [node.input[0], *names], node.output[0], domain=g.MICROSOFT)
-    sizes = {"K": len(codes), "N": len(steps), "bits": bits, "block_size": block, "accuracy_level": accuracy_level}
-    new.attribute.extend(extra("onnx.helper", "onnx").make_attribute(name, value) for name, value in sizes.items())
+    sizes = {
+        "K": len(codes),
+        "N": len(steps),
+        "bits": bits,
+        "block_size": block,
+        "accuracy_level": accuracy_level,
+    }
+    new.attribute.extend(
+        extra("onnx.helper", "onnx").make_attribute(name, value) for name, value in sizes.items()
+    )
     _exchange(model, node, new)
     return f"MatMulNBits, {bits} bits in blocks of {block}"
 
@@ -136,7 +152,10 @@ def unused(found: Mapping[str, Weight], model: Any) -> set[str]:
     return {name for name in found if name not in taken}
 
 
-EXACT, ROUNDED = 1e-3, 0.02  # the difference from JAX that is allowed without and with rounded activations
+EXACT, ROUNDED = (
+    1e-3,
+    0.02,
+)  # the difference from JAX that is allowed without and with rounded activations
 
 
 def to_onnx(
@@ -156,39 +175,49 @@ def to_onnx(
 ) -> Exported:
     r"""Write a function and its params as an ONNX file, and see that ONNX Runtime computes the same.
 
-    What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer ``how`` the contractions run
-    in integers: activations as uint8, :math:`x = s (q - z)` with the very scales of the simulation
-    ``activations(fn, how).apply(unpack(params), ranges, x)``; weights as their codes, a scale for each output channel.
-    Batch norm is folded into the scales, which leaves the codes what they are. Weights that are still arrays there are
-    quantized by ``uniform(8, granularity="channel")`` along the axes that no site sums over. A site that the runtime has no
-    integer kernel for stays in floats and is listed with the reason; if none has one, that is an error. Without
-    ``how``, packed integers become weight-only 4- or 8-bit blocks (``MatMulNBits``) in matrix products, and elsewhere small
-    constants that are unfolded when the file is loaded.
+    What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer
+    ``how`` the contractions run in integers: activations as uint8, :math:`x = s (q - z)` with the
+    very scales of the simulation ``activations(fn, how).apply(unpack(params), ranges, x)``; weights
+    as their codes, a scale for each output channel. Batch norm is folded into the scales, which
+    leaves the codes what they are. Weights that are still arrays there are quantized by
+    ``uniform(8, granularity="channel")`` along the axes that no site sums over. A site that the
+    runtime has no integer kernel for stays in floats and is listed with the reason; if none has
+    one, that is an error. Without ``how``, packed integers become weight-only 4- or 8-bit blocks
+    (``MatMulNBits``) in matrix products, and elsewhere small constants that are unfolded when the
+    file is loaded.
 
     Args:
-      fn: a pure function of params and inputs, such as ``model.apply``; only what it computes in inference.
+      fn: a pure function of params and inputs, such as ``model.apply``; only what it computes in
+        inference.
       params: its params, packed or not; pruned and shrunk ones too.
       example: an input, or a tuple of inputs; the first axis is the batch.
       path: the file.
-      how: ``static(bits=8, symmetric=False)``, or pairs of a glob over sites and such a quantizer or None, as for
-        `quantize.activations`.
-      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not given.
-      batches: calibration inputs, each as ``example``: for ranges, and for results that no site takes (residual sums).
+      how: ``static(bits=8, symmetric=False)``, or pairs of a glob over sites and such a quantizer
+        or None, as for `quantize.activations`.
+      ranges: ``activations(fn, how).init(unpack(params), batches)``; made from ``batches`` if not
+        given.
+      batches: calibration inputs, each as ``example``: for ranges, and for results that no site
+        takes (residual sums).
       where: as for `quantize.activations`.
-      batch: ``"any"`` for batches of any size, or ``"example"`` for exactly the shapes of the example.
-      weights: the type of weights beside uint8 activations; the codes are the same. ``"int8"`` has the fastest kernels, but
-        on x86 processors without VNNI they saturate sums of two products at 16 bits; ``"uint8"`` is exact everywhere.
-      accuracy_level: of ``MatMulNBits``: 4 rounds activations to int8 in blocks, 0 multiplies in float32.
-      tolerance: the root mean square difference from the simulation that is allowed on the example, relative to the
-        result's: by default 1e-3, and 0.02 where activations are rounded. Every channel of every result is held to it, see
-        `agreement.agree`.
+      batch: ``"any"`` for batches of any size, or ``"example"`` for exactly the shapes of the
+        example.
+      weights: the type of weights beside uint8 activations; the codes are the same. ``"int8"`` has
+        the fastest kernels, but on x86 processors without VNNI they saturate sums of two products
+        at 16 bits; ``"uint8"`` is exact everywhere.
+      accuracy_level: of ``MatMulNBits``: 4 rounds activations to int8 in blocks, 0 multiplies in
+        float32.
+      tolerance: the root mean square difference from the simulation that is allowed on the example,
+        relative to the result's: by default 1e-3, and 0.02 where activations are rounded. Every
+        channel of every result is held to it, see `agreement.agree`.
 
     Returns:
-      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``; ``print`` shows what became of every site.
+      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``; ``print`` shows what
+      became of every site.
 
     Raises:
-      ExportError: if the packages are not installed, the function cannot be converted, no site can be computed in integers
-        although ``how`` is given, or results are not those of JAX. No file is written then.
+      ExportError: if the packages are not installed, the function cannot be converted, no site can
+        be computed in integers although ``how`` is given, or results are not those of JAX. No file
+        is written then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -197,14 +226,21 @@ def to_onnx(
       Row(name='kernel', form='float32', reason='not quantized')
 
     References:
-      ONNX Runtime, "Quantize ONNX models" (the QDQ format), https://onnxruntime.ai/docs/performance/model-optimizations.
+      ONNX Runtime, "Quantize ONNX models" (the QDQ format),
+      https://onnxruntime.ai/docs/performance/model-optimizations.
     """
     inputs = [np.asarray(x) for x in (example if isinstance(example, tuple) else (example,))]
-    batches = [tuple(np.asarray(x) for x in (each if isinstance(each, tuple) else (each,))) for each in batches]
+    batches = [
+        tuple(np.asarray(x) for x in (each if isinstance(each, tuple) else (each,)))
+        for each in batches
+    ]
     asked = Asked(how, ranges, batches, where, batch == "any", weights == "uint8")
     planned = plan(fn, params, inputs, asked)
     model, simulated = planned.model, planned.simulated
-    rows = {site.name: Row(site.name, "float32", simulated.left.get(site.name, "not quantized")) for site in simulated.sites}
+    rows = {
+        site.name: Row(site.name, "float32", simulated.left.get(site.name, "not quantized"))
+        for site in simulated.sites
+    }
     form = "uint8 x uint8" if weights == "uint8" else "uint8 x int8"
     rows |= {name: Row(name, form, "") for name in simulated.grids}
     floats = {name: each for name, each in planned.places.items() if name not in simulated.grids}
@@ -212,15 +248,32 @@ def to_onnx(
     check.valid(model)
     rounds = bool(simulated.grids) or any("MatMulNBits" in row.form for row in rows.values())
     allowed = tolerance if tolerance is not None else ROUNDED if rounds else EXACT
-    ours, floating = jax.jit(simulated.apply)(*inputs), planned.floating if simulated.grids and tolerance is None else None
-    difference = agree(ours, run(model, inputs), allowed, "ONNX Runtime against the simulation in JAX", floating)
+    ours, floating = (
+        jax.jit(simulated.apply)(*inputs),
+        planned.floating if simulated.grids and tolerance is None else None,
+    )
+    difference = agree(
+        ours, run(model, inputs), allowed, "ONNX Runtime against the simulation in JAX", floating
+    )
     data = model.SerializeToString()
     write_atomically(Path(path), data)
-    return Exported(Path(path), "onnx", len(data), tuple(rows.values()), difference, simulated.apply, planned.notes)
+    return Exported(
+        Path(path),
+        "onnx",
+        len(data),
+        tuple(rows.values()),
+        difference,
+        simulated.apply,
+        planned.notes,
+    )
 
 
 def _weights_only(
-    model: Any, weights: Mapping[str, Weight], places: Mapping[str, Placed], rows: Mapping[str, Row], accuracy_level: int
+    model: Any,
+    weights: Mapping[str, Weight],
+    places: Mapping[str, Placed],
+    rows: Mapping[str, Row],
+    accuracy_level: int,
 ) -> dict[str, Row]:
     """Keep packed integers small where they are multiplied, or else where they are stored."""
     done: dict[str, Row] = {}

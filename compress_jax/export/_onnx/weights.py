@@ -41,7 +41,9 @@ class Weight:
         if not isinstance(leaf, Quantized):
             return cls(path, values)
         spread = leaf.layout.spread
-        zero = np.asarray(spread(jnp.broadcast_to(leaf.zero_point.astype(jnp.int32), leaf.layout.scale_shape)))
+        zero = np.asarray(
+            spread(jnp.broadcast_to(leaf.zero_point.astype(jnp.int32), leaf.layout.scale_shape))
+        )
         codes = np.asarray(leaf.codes.unpack()).astype(np.int32)
         if isinstance(leaf.codes, Sparse):  # what was left out stands for zero
             codes = np.where(np.asarray(leaf.codes.mask.unpack()) != 0, codes, zero)
@@ -49,7 +51,11 @@ class Weight:
 
     def move(self, change: Any) -> "Weight":
         """Return the weight with its entries elsewhere."""
-        parts = {name: change(x) for name in ("values", "codes", "zero", "scale") if (x := getattr(self, name)) is not None}
+        parts = {
+            name: change(x)
+            for name in ("values", "codes", "zero", "scale")
+            if (x := getattr(self, name)) is not None
+        }
         return replace(self, moved=True, **parts)
 
     def scaled(self, factor: np.ndarray) -> "Weight":
@@ -59,7 +65,9 @@ class Weight:
             return replace(self, values=values)
         top, flip = 2**self.bits - 1, factor < 0
         codes, zero = (np.where(flip, top - x, x) for x in (self.codes, self.zero))
-        return replace(self, values=values, codes=codes, zero=zero, scale=self.scale * np.abs(factor))
+        return replace(
+            self, values=values, codes=codes, zero=zero, scale=self.scale * np.abs(factor)
+        )
 
     @property
     def levels(self) -> np.ndarray:
@@ -131,17 +139,31 @@ def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
         shape = [int(n) for n in rest[0]]
         return None if 0 in shape else lambda x: x.reshape(shape)
     axes = tuple(int(a) for a in rest[0]) if rest else None
-    return (lambda x: np.squeeze(x, axes)) if op == "Squeeze" else (lambda x: np.expand_dims(x, axes or ()))
+    return (
+        (lambda x: np.squeeze(x, axes))
+        if op == "Squeeze"
+        else (lambda x: np.expand_dims(x, axes or ()))
+    )
 
 
-def _fold_batch_norm(graph: Any, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]) -> None:
+def _fold_batch_norm(
+    graph: Any, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]
+) -> None:
     """Multiply the kernels of convolutions by the scale of the batch norm behind them; each channel's codes stay."""
     made, taken = g.producers(graph), g.consumers(graph)
     for norm in [each for each in graph.node if each.op_type == "BatchNormalization"]:
         conv, numbers = made.get(norm.input[0]), [constants.get(name) for name in norm.input[1:5]]
-        if conv is None or conv.op_type != "Conv" or len(taken[norm.input[0]]) > 1 or any(x is None for x in numbers):
+        if (
+            conv is None
+            or conv.op_type != "Conv"
+            or len(taken[norm.input[0]]) > 1
+            or any(x is None for x in numbers)
+        ):
             continue
-        kernel, first = conv.input[1], constants.get(conv.input[2]) if len(conv.input) > 2 else np.float32(0)
+        kernel, first = (
+            conv.input[1],
+            constants.get(conv.input[2]) if len(conv.input) > 2 else np.float32(0),
+        )
         if kernel not in weights or len(taken[kernel]) > 1 or first is None:
             continue
         gain, bias, mean, variance = (np.asarray(x, np.float64) for x in numbers)
@@ -149,7 +171,11 @@ def _fold_batch_norm(graph: Any, weights: dict[str, Weight], constants: Mapping[
         weights[kernel] = weights[kernel].scaled(
             factor.astype(np.float32).reshape(-1, *(1,) * (weights[kernel].values.ndim - 1))
         )
-        folded = g.add(graph, f"{weights[kernel].path}:bias", (bias + (first - mean) * factor).astype(np.float32))
+        folded = g.add(
+            graph,
+            f"{weights[kernel].path}:bias",
+            (bias + (first - mean) * factor).astype(np.float32),
+        )
         conv.input[:] = [conv.input[0], kernel, folded]
         conv.output[0] = norm.output[0]
         graph.node.remove(norm)

@@ -15,10 +15,11 @@ MOST = 0.1  # of a result's size, that rounding may explain at all
 def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = None) -> float:
     r"""Compare results with those of JAX.
 
-    The root mean square difference of every result, relative to that result's size, may be ``tolerance``, and of every index
-    of every axis but the first (of each channel, say) twice as much of the whole result's size. Where values are rounded,
-    ``floats`` tells how much rounding explains: three times the simulation's own difference from it, and at most a tenth of
-    the result's size.
+    The root mean square difference of every result, relative to that result's size, may be
+    ``tolerance``, and of every index of every axis but the first (of each channel, say) twice as
+    much of the whole result's size. Where values are rounded, ``floats`` tells how much rounding
+    explains: three times the simulation's own difference from it, and at most a tenth of the
+    result's size.
 
     Args:
       ours: what JAX computes: an array or a tree of them.
@@ -31,7 +32,8 @@ def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = Non
       The largest relative difference of a whole result.
 
     Raises:
-      ExportError: if it is larger, or shapes differ, or one holds NaN or inf where the other does not.
+      ExportError: if it is larger, or shapes differ, or one holds NaN or inf where the other does
+        not.
 
     Example:
       >>> right, wrong = np.array([[3.0, 0.1], [4.0, 0.2]]), np.array([[3.0, 0.0], [4.0, 0.0]])
@@ -46,7 +48,10 @@ def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = Non
     if len(mine) != len(others):
         raise ExportError(f"{what}: there are {len(others)} results instead of {len(mine)}")
     each = zip(mine, others, plain, strict=True)
-    return max((_agree(a, b, c, tolerance, _named(what, i, mine)) for i, (a, b, c) in enumerate(each)), default=0.0)
+    return max(
+        (_agree(a, b, c, tolerance, _named(what, i, mine)) for i, (a, b, c) in enumerate(each)),
+        default=0.0,
+    )
 
 
 def _named(what: str, index: int, results: list[Any]) -> str:
@@ -59,7 +64,9 @@ def _agree(ours: Any, theirs: Any, plain: Any, tolerance: float, what: str) -> f
         raise ExportError(f"{what}: the result has shape {theirs.shape} instead of {ours.shape}")
     ours, theirs, plain = (x.astype(np.float64) for x in (ours, theirs, plain))
     finite = np.isfinite(ours)
-    if not ((ours == theirs) | (np.isnan(ours) & np.isnan(theirs)) | (finite & np.isfinite(theirs))).all():
+    if not (
+        (ours == theirs) | (np.isnan(ours) & np.isnan(theirs)) | (finite & np.isfinite(theirs))
+    ).all():
         raise ExportError(f"{what}: one result holds NaN or inf where the other does not")
     ours, theirs, plain = (np.where(finite, x, 0) for x in (ours, theirs, plain))
     size = _rms(ours) or 1.0
@@ -67,13 +74,18 @@ def _agree(ours: Any, theirs: Any, plain: Any, tolerance: float, what: str) -> f
     allowed = np.hypot(tolerance * size, min(NOISE * _rms(rounding), MOST * size))
     difference = float(_rms(off) / size)
     if not _rms(off) <= allowed:
-        raise ExportError(f"{what}: results differ by {difference:.2g} of their size, and {allowed / size:.2g} is allowed")
+        raise ExportError(
+            f"{what}: results differ by {difference:.2g} of their size, and {allowed / size:.2g} "
+            "is allowed"
+        )
     for axis in range(1, ours.ndim):
         _channels(off, rounding, axis, size, tolerance, what)
     return difference
 
 
-def _channels(off: np.ndarray, rounding: np.ndarray, axis: int, size: float, tolerance: float, what: str) -> None:
+def _channels(
+    off: np.ndarray, rounding: np.ndarray, axis: int, size: float, tolerance: float, what: str
+) -> None:
     """Hold each index of an axis to what its own rounding explains."""
     others = tuple(a for a in range(off.ndim) if a != axis)
     found, noise = _rms(off, others), np.maximum(_rms(rounding, others), _rms(rounding))
@@ -81,7 +93,8 @@ def _channels(off: np.ndarray, rounding: np.ndarray, axis: int, size: float, tol
     if (found > allowed).any():
         worst = int((found / np.maximum(allowed, np.finfo(float).tiny)).argmax())
         raise ExportError(
-            f"{what}: index {worst} of axis {axis} differs by {found[worst] / size:.2g} of the result's size, and "
+            f"{what}: index {worst} of axis {axis} differs by {found[worst] / size:.2g} of the "
+            "result's size, and "
             f"{allowed[worst] / size:.2g} is allowed"
         )
 

@@ -1,7 +1,8 @@
 """An exported file as a function of arrays, whatever runtime it is for.
 
-Runtimes are native code: a file that is damaged, or made to do harm, may end the process. `verify` therefore uses this
-module in a process of its own (see `isolated`); files that you wrote yourself may be run anywhere.
+Runtimes are native code: a file that is damaged, or made to do harm, may end the process. `verify`
+therefore uses this module in a process of its own (see `isolated`); files that you wrote yourself
+may be run anywhere.
 """
 
 import contextlib
@@ -34,8 +35,8 @@ def runner(path: Path, threads: int = 0) -> Runner:
       threads: how many; 0 is one for each core.
 
     Returns:
-      ``(*inputs) -> result``, the first result if there are several. A flatbuffer is run on pieces of its own batch size.
-      It raises ExportError if the runtime fails.
+      ``(*inputs) -> result``, the first result if there are several. A flatbuffer is run on pieces
+      of its own batch size. It raises ExportError if the runtime fails.
 
     Raises:
       ExportError: if the suffix is none of these, there is no such file, or the runtime refuses it.
@@ -131,7 +132,9 @@ def scores(call: Callable[..., Any], arrays: Sequence[np.ndarray], size: int = 6
     return np.concatenate(results).astype(np.float64)
 
 
-def interleaved(files: Mapping[str, Runner], batch: Sequence[np.ndarray], rounds: int) -> dict[str, list[float]]:
+def interleaved(
+    files: Mapping[str, Runner], batch: Sequence[np.ndarray], rounds: int
+) -> dict[str, list[float]]:
     """Time functions in turns; a first round does not count.
 
     Args:
@@ -163,7 +166,8 @@ class Measured(NamedTuple):
 
     Attributes:
       scores: float64, for all inputs.
-      times: for each number of threads and batch size ``{"threads", "batch", "export": seconds, "float": seconds}``.
+      times: for each number of threads and batch size
+        ``{"threads", "batch", "export": seconds, "float": seconds}``.
     """
 
     scores: np.ndarray
@@ -171,7 +175,12 @@ class Measured(NamedTuple):
 
 
 def measured(
-    path: Path, arrays: Sequence[np.ndarray], job: Mapping[str, Any], *, timeout: float, max_bytes: int | None
+    path: Path,
+    arrays: Sequence[np.ndarray],
+    job: Mapping[str, Any],
+    *,
+    timeout: float,
+    max_bytes: int | None,
 ) -> Measured:
     """Run a file, and time it beside another, in a child process.
 
@@ -180,7 +189,8 @@ def measured(
       arrays: inputs; the first axis counts examples.
       job: ``baseline`` (a path or None), ``threads`` (numbers), ``batch_sizes`` and ``rounds``.
       timeout: seconds after which the child is ended.
-      max_bytes: memory that it may take beyond what it starts with; None for 8 GiB or 64 times files and inputs.
+      max_bytes: memory that it may take beyond what it starts with; None for 8 GiB or 64 times
+        files and inputs.
 
     Returns:
       Scores and times.
@@ -193,15 +203,27 @@ def measured(
     room = max(FLOOR, FACTOR * size) if max_bytes is None else max_bytes
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "job.json").write_text(json.dumps({**job, "path": str(path), "max_bytes": room, "inputs": len(arrays)}))
+        (folder / "job.json").write_text(
+            json.dumps({**job, "path": str(path), "max_bytes": room, "inputs": len(arrays)})
+        )
         for i, x in enumerate(arrays):
             np.save(folder / f"{i}.npy", x)
-        command = [sys.executable, "-W", "ignore", "-m", "compress_jax.export._verify.running", place]
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "compress_jax.export._verify.running",
+            place,
+        ]
         try:
-            done = subprocess.run(command, capture_output=True, env=_environment(), timeout=timeout, check=False)
+            done = subprocess.run(
+                command, capture_output=True, env=_environment(), timeout=timeout, check=False
+            )
         except subprocess.TimeoutExpired as error:
             raise ExportError(
-                f"{path} has not answered after {timeout:g} seconds; pass a larger timeout= if it may"
+                f"{path} has not answered after {timeout:g} seconds; pass a larger timeout= if it "
+                "may"
             ) from error
         return _answer(path, folder, done)
 
@@ -211,7 +233,11 @@ def _answer(path: Path, folder: Path, done: subprocess.CompletedProcess[bytes]) 
     file = folder / "answer.json"
     if done.returncode or not file.exists():
         said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[-1][:500]
-        how = f"crashed ({signal.Signals(-done.returncode).name})" if done.returncode < 0 else "failed"
+        how = (
+            f"crashed ({signal.Signals(-done.returncode).name})"
+            if done.returncode < 0
+            else "failed"
+        )
         raise ExportError(f"{path}: its runtime {how}; the last it said: {said}")
     answer = json.loads(file.read_text())
     if "error" in answer:
@@ -223,7 +249,11 @@ def _environment() -> dict[str, str]:
     """Return the child's environment: this package, this precision, and a device that two processes may share."""
     root = str(Path(__file__).parents[2])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    found = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64))}  # pyright: ignore
+    found = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64)),
+    }  # pyright: ignore
     if jax.default_backend() != "gpu":  # a TPU belongs to the one process that has it
         found["JAX_PLATFORMS"] = "cpu"
     return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **found}
@@ -249,7 +279,9 @@ def main(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(answer))
 
 
-def _times(path: Path, job: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+def _times(
+    path: Path, job: Mapping[str, Any], arrays: Sequence[np.ndarray]
+) -> list[dict[str, Any]]:
     fixed, found = batch_of(path), []
     sizes = [fixed] if fixed is not None and job["batch_sizes"] else job["batch_sizes"]
     for threads in job["threads"] if sizes else ():
@@ -258,7 +290,9 @@ def _times(path: Path, job: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> 
             files["float"] = runner(Path(job["baseline"]), threads)
         for size in sizes:
             batch = [np.resize(x, (size, *x.shape[1:])) for x in arrays]
-            found.append({"threads": threads, "batch": size, **interleaved(files, batch, job["rounds"])})
+            found.append(
+                {"threads": threads, "batch": size, **interleaved(files, batch, job["rounds"])}
+            )
     return found
 
 

@@ -80,10 +80,14 @@ class Verification(NamedTuple):
         size = f"{self.nbytes:,} bytes"
         if self.baseline_bytes:
             size += f", {self.baseline_bytes / self.nbytes:.2f}x smaller than the float export's {self.baseline_bytes:,}"
-        rows = [("agreement with JAX", f"{100 * self.agreement:.2f} % of {self.examples:,} examples")]
+        rows = [
+            ("agreement with JAX", f"{100 * self.agreement:.2f} % of {self.examples:,} examples")
+        ]
         rows.append(("difference from JAX", f"{self.difference:.2g} of the result's size"))
         if not np.isnan(self.accuracy):
-            rows.append(("accuracy", f"{100 * self.accuracy:.2f} %, in JAX {100 * self.reference:.2f} %"))
+            rows.append(
+                ("accuracy", f"{100 * self.accuracy:.2f} %, in JAX {100 * self.reference:.2f} %")
+            )
         rows.append(("size", size))
         for each in self.timings:
             name = f"batch {each.batch}, {each.threads} thread{'s' * (each.threads > 1)}"
@@ -97,7 +101,11 @@ class Verification(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """Return everything as JSON takes it."""
-        fields = {**self._asdict(), "path": self.path.name, "timings": [each._asdict() for each in self.timings]}
+        fields = {
+            **self._asdict(),
+            "path": self.path.name,
+            "timings": [each._asdict() for each in self.timings],
+        }
         return {**fields, "passed": self.passed, "failures": list(self.failures)}
 
 
@@ -118,11 +126,13 @@ def verify(
 ) -> Verification:
     """Run an exported file in its own runtime and hold it against JAX and against the float export.
 
-    The file runs in a process of its own: what is damaged, or was made to do harm, costs an error and not the caller.
+    The file runs in a process of its own: what is damaged, or was made to do harm, costs an error
+    and not the caller.
 
     Args:
       path: ``.onnx``, ``.tflite`` or ``.stablehlo``.
-      reference: ``(*inputs) -> scores [batch, classes]`` in JAX: the simulation that the export must follow.
+      reference: ``(*inputs) -> scores [batch, classes]`` in JAX: the simulation that the export
+        must follow.
       inputs: test inputs, an array or a tuple of arrays; the first axis counts examples.
       labels: integer labels, for accuracies.
       baseline: the float export for the same runtime; sizes and times are compared with its.
@@ -132,13 +142,15 @@ def verify(
       min_agreement: the smallest share of equal answers that passes.
       max_drop: the largest loss of accuracy against JAX that passes, 0.01 for a point.
       timeout: seconds that the file may take for everything.
-      max_bytes: memory that it may take; None for 8 GiB or 64 times the files and the inputs, whichever is more.
+      max_bytes: memory that it may take; None for 8 GiB or 64 times the files and the inputs,
+        whichever is more.
 
     Returns:
       The numbers; ``print`` shows them, slowdowns as plainly as speed-ups.
 
     Raises:
-      ExportError: if the file cannot be run at all: it is damaged or foreign, crashes its runtime, or goes beyond a limit.
+      ExportError: if the file cannot be run at all: it is damaged or foreign, crashes its runtime,
+        or goes beyond a limit.
 
     Example:
       >>> import tempfile, jax.numpy as jnp
@@ -166,12 +178,16 @@ def verify(
     theirs, times = measured(path, arrays, job, timeout=timeout, max_bytes=max_bytes)
     ours = scores(reference, arrays)
     if ours.shape != theirs.shape:
-        raise ExportError(f"{path} returns {list(theirs.shape)} where JAX returns {list(ours.shape)}")
+        raise ExportError(
+            f"{path} returns {list(theirs.shape)} where JAX returns {list(ours.shape)}"
+        )
     agreement = float((ours.argmax(-1) == theirs.argmax(-1)).mean())
     difference = float(np.sqrt(((ours - theirs) ** 2).mean()) / (np.sqrt((ours**2).mean()) or 1))
     accuracy = known = float("nan")
     if labels is not None:
-        accuracy, known = (float((scores.argmax(-1) == np.asarray(labels)).mean()) for scores in (theirs, ours))
+        accuracy, known = (
+            float((scores.argmax(-1) == np.asarray(labels)).mean()) for scores in (theirs, ours)
+        )
     failures = []
     if not np.isfinite(theirs).all():
         failures.append("results are not finite")
@@ -192,5 +208,11 @@ def _timing(times: Mapping[str, Sequence[float]], batch: int, threads: int) -> T
     ratios = [b / a for a, b in zip(export, float_, strict=True)]
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
     return Timing(
-        batch, threads, statistics.median(export), statistics.median(float_), float(middle), float(low), float(high)
+        batch,
+        threads,
+        statistics.median(export),
+        statistics.median(float_),
+        float(middle),
+        float(low),
+        float(high),
     )

@@ -35,16 +35,23 @@ def ratios(ratio: Ratio, names: list[str]) -> dict[str, float]:
     table = ratio if isinstance(ratio, Mapping) else {"**": ratio}
     for pattern, share in table.items():
         if not 0 <= share <= 1:
-            raise ConfigError(f"ratio {share} for {pattern!r}: the share of channels to remove lies between 0 and 1")
+            raise ConfigError(
+                f"ratio {share} for {pattern!r}: the share of channels to remove lies between 0 "
+                "and 1"
+            )
         if names:
             match(pattern, names)
-    return {name: next((share for glob, share in table.items() if matches(glob, name)), 0.0) for name in names}
+    return {
+        name: next((share for glob, share in table.items() if matches(glob, name)), 0.0)
+        for name in names
+    }
 
 
 def pools(groups: list[Group], share: dict[str, float], scope: str) -> list[list[Group]]:
     """Return which groups compete: those of one ratio, if they may (each for itself, all, or those built alike).
 
-    Groups are built alike if their members are: as many parameters of the same last name, rank and axis.
+    Groups are built alike if their members are: as many parameters of the same last name, rank and
+    axis.
 
     Args:
       groups: that take part.
@@ -79,8 +86,9 @@ def choose(
 ) -> dict[str, np.ndarray]:
     """Return the channels that stay of groups that compete.
 
-    The ``round(ratio * channels)`` of the lowest scores go, a half rounded up; of equal scores the later ones first. No
-    group loses more than its share ``most``, nor its last channel; then what stays is rounded up to a multiple.
+    The ``round(ratio * channels)`` of the lowest scores go, a half rounded up; of equal scores the
+    later ones first. No group loses more than its share ``most``, nor its last channel; then what
+    stays is rounded up to a multiple.
 
     Args:
       pool: the groups.
@@ -100,7 +108,11 @@ def choose(
     """
     order = {group.name: np.lexsort((-np.arange(group.size), scores[group.name])) for group in pool}
     cap = {group.name: min(amount_exact(most, group.size), group.size - 1) for group in pool}
-    lowest = [(scores[name][i], place, -i, name) for place, name in enumerate(order) for i in order[name][: cap[name]]]
+    lowest = [
+        (scores[name][i], place, -i, name)
+        for place, name in enumerate(order)
+        for i in order[name][: cap[name]]
+    ]
     gone = sorted(lowest)[: amount_exact(ratio, sum(group.size for group in pool))]
     kept = {}
     for group in pool:
@@ -123,7 +135,8 @@ class Width(NamedTuple):
 
     Attributes:
       path: of the kernel.
-      axes: of the stored kernel that make it up: several where it is stored as a tensor (``[in, heads, head_dim]``).
+      axes: of the stored kernel that make it up: several where it is stored as a tensor
+        (``[in, heads, head_dim]``).
       size: how many there are.
       times: by name of a group, in how many of them each of its channels lies.
       products: pairs of groups that multiply.
@@ -169,7 +182,9 @@ def widths(found: Groups, sites: Sequence[Site], leaves: Mapping[str, Any]) -> t
             continue
         shape = np.shape(leaves[site.param])
         gone = (*site.param_axes, *site.batch_axes, *site.stack_axes)
-        into = [axis for axis in site.param_axes if site.kind != "conv" or (site.param, axis) in members]
+        into = [
+            axis for axis in site.param_axes if site.kind != "conv" or (site.param, axis) in members
+        ]
         for axes in (into, [axis for axis in range(len(shape)) if axis not in gone]):
             chosen = tuple(axis for axis in sorted(axes) if shape[axis] > 1)
             if any((site.param, axis) in members for axis in chosen):
@@ -188,7 +203,9 @@ def _width(found: Groups, path: str, axes: Axes, shape: tuple[int, ...]) -> Widt
         ]
         times[group.name] = math.prod(int(count) for count in counts)
     pairs = ((a, b) for i, a in enumerate(inside) for b in inside[i + 1 :])
-    products = frozenset(frozenset((a.name, b.name)) for a, b in pairs if _multiply(a, b, path, axes))
+    products = frozenset(
+        frozenset((a.name, b.name)) for a, b in pairs if _multiply(a, b, path, axes)
+    )
     return Width(path, axes, math.prod(_sizes(axes, shape)), times, products)
 
 
@@ -201,18 +218,26 @@ def _multiply(a: Group, b: Group, path: str, axes: Axes) -> bool:
     for i in axes:
         for j in axes:
             ours, theirs = a.coordinates.get((path, i)), b.coordinates.get((path, j))
-            if ours is not None and theirs is not None and (i != j or ((ours >= 0) & (theirs >= 0)).any()):
+            if (
+                ours is not None
+                and theirs is not None
+                and (i != j or ((ours >= 0) & (theirs >= 0)).any())
+            ):
                 return True
     return False
 
 
 def one_of_each(
-    taking: Sequence[Group], every: Iterable[Width], share: Mapping[str, float], ratio: Any, most: float
+    taking: Sequence[Group],
+    every: Iterable[Width],
+    share: Mapping[str, float],
+    ratio: Any,
+    most: float,
 ) -> dict[str, str]:
     """Return which groups stay whole, and why, so that a ratio is one of widths: of groups that multiply one loses channels.
 
-    It is the one that comes closest to the ratio, the outer one of those that come as close (heads, before their features).
-    Of groups that different globs of a ratio speak of, each loses its own.
+    It is the one that comes closest to the ratio, the outer one of those that come as close (heads,
+    before their features). Of groups that different globs of a ratio speak of, each loses its own.
 
     Args:
       taking: groups that may lose channels.
@@ -233,10 +258,16 @@ def one_of_each(
             beside[b].add(a)
 
     def off(group: Group) -> float:
-        lost = min(amount_exact(share[group.name], group.size), amount_exact(most, group.size), group.size - 1)
+        lost = min(
+            amount_exact(share[group.name], group.size),
+            amount_exact(most, group.size),
+            group.size - 1,
+        )
         return abs(lost / group.size - share[group.name])
 
-    order = sorted(taking, key=lambda group: (-len(beside[group.name]), off(group), names.index(group.name)))
+    order = sorted(
+        taking, key=lambda group: (-len(beside[group.name]), off(group), names.index(group.name))
+    )
     whole: dict[str, str] = {}
     for group in order:
         if group.name not in whole:
@@ -247,7 +278,11 @@ def one_of_each(
 
 def _said_by(ratio: Any, name: str) -> str | None:
     """Return the glob that a group's ratio comes from."""
-    return next((glob for glob in ratio if matches(glob, name)), None) if isinstance(ratio, Mapping) else None
+    return (
+        next((glob for glob in ratio if matches(glob, name)), None)
+        if isinstance(ratio, Mapping)
+        else None
+    )
 
 
 def steps(taking: Sequence[Group], every: Iterable[Width], round_to: int) -> dict[str, int]:

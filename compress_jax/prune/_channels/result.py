@@ -24,7 +24,9 @@ class Cut(NamedTuple):
     indices: dict[int, np.ndarray]
 
 
-def cuts(groups: Groups, kept: Mapping[str, Sequence[int] | np.ndarray], leaves: dict[str, Any]) -> dict[str, Cut]:
+def cuts(
+    groups: Groups, kept: Mapping[str, Sequence[int] | np.ndarray], leaves: dict[str, Any]
+) -> dict[str, Cut]:
     """Return how each parameter gets smaller, those that stay whole too."""
     found = {path: Cut(np.shape(leaf), {}) for path, leaf in leaves.items()}
     masks: dict[tuple[str, int], np.ndarray] = {}
@@ -69,8 +71,10 @@ def _leaf(path: str, leaf: Any, names: Mapping[str, Cut], cuts: Mapping[str, Cut
         and any(c.indices for c in cuts.values())
     ):
         raise ShapeError(
-            f"{path!r} has as many entries as all parameters together, and does not say which are whose; start it anew for "
-            "the smaller parameters, or keep the optimizer's state as a tree (without optax.flatten)"
+            f"{path!r} has as many entries as all parameters together, and does not say which are "
+            "whose; start it anew for "
+            "the smaller parameters, or keep the optimizer's state as a tree (without "
+            "optax.flatten)"
         )
     return leaf
 
@@ -80,13 +84,17 @@ def _carried(path: str, leaf: Any, cut: Cut, rest: Sequence[str]) -> Any:
         return leaf
     options = _by_name(path, leaf.shape, cut.shape, rest) or _axes(leaf.shape, cut.shape)
     ways = {
-        tuple((i, axis) for i, axis in enumerate(axes) if leaf.shape[i] != 1 and axis in cut.indices) for axes in options
+        tuple(
+            (i, axis) for i, axis in enumerate(axes) if leaf.shape[i] != 1 and axis in cut.indices
+        )
+        for axes in options
     }
     distinct = {tuple((i, cut.indices[axis].tobytes()) for i, axis in way) for way in ways}
     if len(distinct) != 1:
         what = "several of its axes could be those of" if distinct else "it has other axes than"
         raise ShapeError(
-            f"{path!r} has shape {leaf.shape}: {what} the parameter of shape {cut.shape} that it belongs to; "
+            f"{path!r} has shape {leaf.shape}: {what} the parameter of shape {cut.shape} that it "
+            "belongs to; "
             "leave it out and start it anew for the smaller parameters"
         )
     for i, axis in next(iter(ways)):
@@ -94,18 +102,28 @@ def _carried(path: str, leaf: Any, cut: Cut, rest: Sequence[str]) -> Any:
     return leaf
 
 
-def _by_name(path: str, shape: tuple[int, ...], full: tuple[int, ...], rest: Sequence[str]) -> list[tuple[int, ...]]:
+def _by_name(
+    path: str, shape: tuple[int, ...], full: tuple[int, ...], rest: Sequence[str]
+) -> list[tuple[int, ...]]:
     """Return which axes a leaf has where its path says so: factored moments (adafactor), and one vector an axis (SM3)."""
     keys = path.split("/")
     for key in FACTORS:
         if key in keys and (axes := _without(full, _largest(full)[FACTORS[key]])) is not None:
             return [axes] if shape == tuple(full[axis] for axis in axes) else []
-    if len(rest) == 1 and rest[0].isdigit() and int(rest[0]) < len(full) and shape == (full[int(rest[0])],):
+    if (
+        len(rest) == 1
+        and rest[0].isdigit()
+        and int(rest[0]) < len(full)
+        and shape == (full[int(rest[0])],)
+    ):
         return [(int(rest[0]),)]
     return []
 
 
-FACTORS = {"v_row": 1, "v_col": 0}  # optax's names: which of the two largest axes, the second first, they are means over
+FACTORS = {
+    "v_row": 1,
+    "v_col": 0,
+}  # optax's names: which of the two largest axes, the second first, they are means over
 
 
 def _largest(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -130,7 +148,8 @@ def _swapped(leaves: dict[str, Any], names: Mapping[str, Cut]) -> dict[str, Any]
         old, new = _largest(cut.shape), _largest(short)
         if set(old) != set(new):
             raise ShapeError(
-                f"{path!r} is a mean over axis {old[1]} of a parameter of shape {cut.shape}; of shape {short} it would be "
+                f"{path!r} is a mean over axis {old[1]} of a parameter of shape {cut.shape}; of "
+                f"shape {short} it would be "
                 f"one over axis {new[1]}; leave it out and start it anew for the smaller parameters"
             )
         if old != new:
@@ -145,7 +164,11 @@ def _axes(shape: tuple[int, ...], full: tuple[int, ...]) -> list[tuple[int, ...]
     if more > 0:
         return [(*[-1] * more, *range(len(full)))] if shape[more:] == full else []
     ways = combinations(range(len(full)), len(shape))
-    return [axes for axes in ways if all(n in (1, full[axis]) for n, axis in zip(shape, axes, strict=True))]
+    return [
+        axes
+        for axes in ways
+        if all(n in (1, full[axis]) for n, axis in zip(shape, axes, strict=True))
+    ]
 
 
 class Row(NamedTuple):
@@ -165,8 +188,10 @@ class Removal(NamedTuple):
       frozen: ``(path, axis)`` of axes that are in no group, or not as a whole, and why.
       before: cost of the full model.
       after: cost of the smaller one.
-      widths: ``(kernel and axes, width before, width after)`` of widths that several groups make up together.
-      numbers: constants that count what got shorter, or look as if they did: what they were, what they are now, and why.
+      widths: ``(kernel and axes, width before, width after)`` of widths that several groups make up
+        together.
+      numbers: constants that count what got shorter, or look as if they did: what they were, what
+        they are now, and why.
     """
 
     rows: tuple[Row, ...]
@@ -180,9 +205,14 @@ class Removal(NamedTuple):
         """Return the table."""
         width = max([len(row.group) for row in self.rows], default=5)
         lines = [f"{'group':<{width}}   size   kept"]
-        lines += [f"{row.group:<{width}}  {row.size:>5}  {row.kept:>5}  {row.reason}".rstrip() for row in self.rows]
+        lines += [
+            f"{row.group:<{width}}  {row.size:>5}  {row.kept:>5}  {row.reason}".rstrip()
+            for row in self.rows
+        ]
         for reason in dict.fromkeys(self.frozen.values()):
-            axes = ", ".join(f"{path}:{axis}" for (path, axis), why in self.frozen.items() if why == reason)
+            axes = ", ".join(
+                f"{path}:{axis}" for (path, axis), why in self.frozen.items() if why == reason
+            )
             lines.append(f"frozen ({reason}): {axes}")
         lines += [f"width {name}: {old} -> {new}" for name, old, new in self.widths if new < old]
         lines += [f"number {number}" for number in self.numbers]
@@ -198,7 +228,8 @@ class Shrunk(NamedTuple):
     Attributes:
       params: the smaller parameters (or variables), of the same structure.
       fn: ``fn(params, *inputs)``, compiled; differentiate it, quantize its params, shrink it again.
-      kept: by group the channels that stayed, ascending; JSON-able with ``.tolist()``, `narrow` takes them.
+      kept: by group the channels that stayed, ascending; JSON-able with ``.tolist()``, `narrow`
+        takes them.
       table: what was removed, and what was not and why.
       cuts: by path of a parameter its old shape and, by axis, the indices that stayed.
     """
@@ -212,10 +243,12 @@ class Shrunk(NamedTuple):
     def carry(self, tree: Any) -> Any:
         """Return a tree that was made for the full parameters (an optimizer's state) as it is for the smaller ones.
 
-        A leaf belongs to the parameter whose path its own ends in (``0/mu/params/conv/kernel``; also without the
-        collection, ``0/mu/conv/kernel``), or a part of it does (SM3's ``0/mu/conv/kernel/1``, of axis 1). Axes of the
-        parameter that it has, it loses the same indices of; leaves of no parameter (counts, rates) stay. Factored moments
-        (adafactor's ``v_row``, ``v_col``) are known by name, and exchanged where a kernel's longest axis is another now.
+        A leaf belongs to the parameter whose path its own ends in (``0/mu/params/conv/kernel``;
+        also without the collection, ``0/mu/conv/kernel``), or a part of it does (SM3's
+        ``0/mu/conv/kernel/1``, of axis 1). Axes of the parameter that it has, it loses the same
+        indices of; leaves of no parameter (counts, rates) stay. Factored moments (adafactor's
+        ``v_row``, ``v_col``) are known by name, and exchanged where a kernel's longest axis is
+        another now.
 
         Args:
           tree: of any optax optimizer, of averages of parameters, or of gradients.
@@ -224,8 +257,8 @@ class Shrunk(NamedTuple):
           The tree.
 
         Raises:
-          ShapeError: if a leaf belongs to a parameter, but it cannot be told which of its axes it has, or if it holds all
-            parameters in one vector (``optax.flatten``).
+          ShapeError: if a leaf belongs to a parameter, but it cannot be told which of its axes it
+            has, or if it holds all parameters in one vector (``optax.flatten``).
         """
         return carried(tree, self.cuts)
 
@@ -274,23 +307,41 @@ def narrowed(
 ) -> Shrunk:
     """Return `narrow` of groups that are known already, with a reason for each that stays whole."""
     indices = {name: np.unique(np.asarray(channels, int)) for name, channels in kept.items()}
-    shorter = {name: left for name, left in indices.items() if not np.array_equal(left, np.arange(found[name].size))}
+    shorter = {
+        name: left
+        for name, left in indices.items()
+        if not np.array_equal(left, np.arange(found[name].size))
+    }
     smaller = found.keep(params, shorter)
     small_fn = resize(fn, params, found, shorter, numbers)
     listed = resized_numbers(fn, params, *inputs, groups=found, kept=shorter, numbers=numbers)
     rows = [
         Row(group.name, group.size, len(shorter[group.name]))
         if group.name in shorter
-        else Row(group.name, group.size, group.size, reasons.get(group.name, "no channel is among those to go"))
+        else Row(
+            group.name,
+            group.size,
+            group.size,
+            reasons.get(group.name, "no channel is among those to go"),
+        )
         for group in found
     ]
     before, after = cost(fn, params, *inputs), cost(small_fn, smaller, *inputs)
-    table = Removal(tuple(rows), dict(found.frozen), before, after, _widths(found, before, params, smaller), listed)
+    table = Removal(
+        tuple(rows),
+        dict(found.frozen),
+        before,
+        after,
+        _widths(found, before, params, smaller),
+        listed,
+    )
     every = {group.name: indices.get(group.name, np.arange(group.size)) for group in found}
     return Shrunk(smaller, small_fn, every, table, cuts(found, shorter, flatten(params)[0]))
 
 
-def _widths(found: Groups, before: Cost, params: Any, smaller: Any) -> tuple[tuple[str, int, int], ...]:
+def _widths(
+    found: Groups, before: Cost, params: Any, smaller: Any
+) -> tuple[tuple[str, int, int], ...]:
     """Return the widths that several groups make up together, before and after."""
     old, new = flatten(params)[0], flatten(smaller)[0]
     every = widths(found, [each.site for each in before.by_site.values()], old)

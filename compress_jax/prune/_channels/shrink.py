@@ -8,7 +8,15 @@ import numpy as np
 
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.paths import Patterns, flatten, match
-from compress_jax.prune._channels.choice import Ratio, choose, one_of_each, pools, ratios, steps, widths
+from compress_jax.prune._channels.choice import (
+    Ratio,
+    choose,
+    one_of_each,
+    pools,
+    ratios,
+    steps,
+    widths,
+)
 from compress_jax.prune._channels.result import Shrunk, narrowed
 from compress_jax.prune.importance import Importance, channel_scores, magnitude
 from compress_jax.trace import Groups, cost, groups, resize, sites
@@ -34,45 +42,51 @@ def shrink(
 ) -> Shrunk:
     r"""Remove the least important channels, heads and hidden features of a model for good.
 
-    Parameter axes that belong together (through residuals, norms, reshapes) are found in the function's jaxpr, and lose the
-    same channels: ``print(compress_jax.trace.groups(fn, params, *inputs))`` shows them by name. The smaller model is the
-    function itself with shorter axes, so the model's code need not know: where its widths are arguments, a module made with
-    the new widths gives the same outputs for the same parameters. Means, variances and norms are over what is left. Other
-    numbers are what the code itself says at the new width where it runs there (its widths are read from its parameters);
-    where it does not, they stay: attention scores are still divided by the root of the old head dimension. The table lists
-    every number that counts, or seems to count, what got shorter. Channels that hold only zeros go without a change, but
-    for what is a mean over them.
+    Parameter axes that belong together (through residuals, norms, reshapes) are found in the
+    function's jaxpr, and lose the same channels:
+    ``print(compress_jax.trace.groups(fn, params, *inputs))`` shows them by name. The smaller model
+    is the function itself with shorter axes, so the model's code need not know: where its widths
+    are arguments, a module made with the new widths gives the same outputs for the same parameters.
+    Means, variances and norms are over what is left. Other numbers are what the code itself says at
+    the new width where it runs there (its widths are read from its parameters); where it does not,
+    they stay: attention scores are still divided by the root of the old head dimension. The table
+    lists every number that counts, or seems to count, what got shorter. Channels that hold only
+    zeros go without a change, but for what is a mean over them.
 
     One call is one step: train what it returns, then shrink ``(small.fn, small.params)`` again.
 
     Args:
-      fn: a pure function of ``(params, *inputs)``; params may be variables with batch statistics, fn may return them anew.
+      fn: a pure function of ``(params, *inputs)``; params may be variables with batch statistics,
+        fn may return them anew.
       params: tree of arrays.
       inputs: trees of arrays or ``ShapeDtypeStruct``; only their shapes matter.
-      ratio: share of every width to remove, 0 to 1, or ``{glob over names of groups: share}`` of which the first that
-        matches counts. Of groups that multiply to one width (heads and the features of each, groups of a norm and the
-        channels of each) one loses channels: the one that comes closest, the outer one first; globs of their own take from
-        each. With ``macs`` the proportions between groups; by default all alike.
-      macs: share of multiply-accumulates to keep at most, above 0 and below 1: the smallest removal that gets there, by
-        bisection.
-      importance: what is important, see `compress_jax.prune.importance`; by default the squared L2 norm of kernels.
+      ratio: share of every width to remove, 0 to 1, or ``{glob over names of groups: share}`` of
+        which the first that matches counts. Of groups that multiply to one width (heads and the
+        features of each, groups of a norm and the channels of each) one loses channels: the one
+        that comes closest, the outer one first; globs of their own take from each. With ``macs``
+        the proportions between groups; by default all alike.
+      macs: share of multiply-accumulates to keep at most, above 0 and below 1: the smallest removal
+        that gets there, by bisection.
+      importance: what is important, see `compress_jax.prune.importance`; by default the squared L2
+        norm of kernels.
       reduction: of what the members of a group say: ``"mean"``, ``"sum"`` or ``"max"``.
-      normalise: what scores of a group are divided by, for comparison with others: their ``"mean"``, ``"sum"``, ``"max"``,
-        ``"l2"`` or ``"none"``.
-      scope: ``"local"``: every group loses its ratio; ``"global"``: all channels compete; ``"isomorphic"``: those of groups
-        built alike do.
+      normalise: what scores of a group are divided by, for comparison with others: their
+        ``"mean"``, ``"sum"``, ``"max"``, ``"l2"`` or ``"none"``.
+      scope: ``"local"``: every group loses its ratio; ``"global"``: all channels compete;
+        ``"isomorphic"``: those of groups built alike do.
       exclude: globs over names of groups that stay whole.
-      round_to: widths that are left (what a kernel takes or gives: heads times their features) are rounded up to a multiple
-        (128 for matrix units).
+      round_to: widths that are left (what a kernel takes or gives: heads times their features) are
+        rounded up to a multiple (128 for matrix units).
       most: largest share that one group may lose, 0 to 1.
-      numbers: ``{glob over names of numbers in the table: whether they follow the width}`` for those that are taken for a
-        count and are none, or the other way round; first match wins.
+      numbers: ``{glob over names of numbers in the table: whether they follow the width}`` for
+        those that are taken for a count and are none, or the other way round; first match wins.
 
     Returns:
       ``Shrunk(params, fn, kept, table, cuts)``; ``print(small.table)``.
 
     Raises:
-      ConfigError: for impossible arguments, if nothing is or can be removed (unless ratio is 0), if macs is out of reach.
+      ConfigError: for impossible arguments, if nothing is or can be removed (unless ratio is 0), if
+        macs is out of reach.
       NoMatchError: if a glob matches no group, or no number.
       NonFiniteError: if an importance is not finite.
 
@@ -92,8 +106,8 @@ def shrink(
       [[3.0, 3.0, 3.0]]
 
     References:
-      Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023. Fang et al., Isomorphic Pruning for Vision Models,
-      ECCV 2024 (the scope).
+      Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023. Fang et al., Isomorphic
+      Pruning for Vision Models, ECCV 2024 (the scope).
     """
     _check(ratio, macs, round_to, most)
     found = groups(fn, params, *inputs)
@@ -113,7 +127,9 @@ def shrink(
     taking = [group for group in taking if group.name not in reasons]
     multiples = steps(taking, every, round_to)
     reasons |= {
-        group.name: f"not wider than the multiple {round_to}" for group in taking if group.size <= multiples[group.name]
+        group.name: f"not wider than the multiple {round_to}"
+        for group in taking
+        if group.size <= multiples[group.name]
     }
     taking = [group for group in taking if group.name not in reasons]
     if not taking and ratio != 0:
@@ -122,28 +138,45 @@ def shrink(
 
     def kept(factor: float) -> Kept:
         lost = {name: min(factor * own, 1.0) for name, own in share.items()}
-        parts = (choose(pool, scores, lost[pool[0].name], multiples, most) for pool in pools(taking, share, scope))
+        parts = (
+            choose(pool, scores, lost[pool[0].name], multiples, most)
+            for pool in pools(taking, share, scope)
+        )
         return {name: left for part in parts for name, left in part.items()}
 
-    chosen = kept(1.0) if macs is None else _bisect(fn, params, inputs, found, kept, macs, 1 / max(share.values()))
+    chosen = (
+        kept(1.0)
+        if macs is None
+        else _bisect(fn, params, inputs, found, kept, macs, 1 / max(share.values()))
+    )
     if ratio != 0 and all(len(chosen[group.name]) == group.size for group in taking):
         sizes = ", ".join(f"{group.name} has {group.size}" for group in taking)
-        raise ConfigError(f"nothing is removed at ratio={ratio}, round_to={round_to}, most={most}: {sizes} channels")
+        raise ConfigError(
+            f"nothing is removed at ratio={ratio}, round_to={round_to}, most={most}: {sizes} "
+            "channels"
+        )
     return narrowed(fn, params, inputs, found, chosen, reasons, numbers)
 
 
 def _check(ratio: Ratio | None, macs: float | None, round_to: int, most: float) -> None:
     if ratio is None and macs is None:
         raise ConfigError(
-            "say how much to remove: ratio=0.5 of the channels, or macs=0.5 of the multiply-accumulates to keep"
+            "say how much to remove: ratio=0.5 of the channels, or macs=0.5 of the "
+            "multiply-accumulates to keep"
         )
     if macs is not None and not 0 < macs < 1:
-        raise ConfigError(f"macs={macs}: the share of multiply-accumulates to keep lies above 0 and below 1")
+        raise ConfigError(
+            f"macs={macs}: the share of multiply-accumulates to keep lies above 0 and below 1"
+        )
     if round_to < 1 or not 0 <= most <= 1:
-        raise ConfigError(f"round_to={round_to} must be at least 1 and most={most} lie between 0 and 1")
+        raise ConfigError(
+            f"round_to={round_to} must be at least 1 and most={most} lie between 0 and 1"
+        )
 
 
-def _reasons(found: Groups, share: dict[str, float], excluded: set[str], scores: dict[str, np.ndarray]) -> dict[str, str]:
+def _reasons(
+    found: Groups, share: dict[str, float], excluded: set[str], scores: dict[str, np.ndarray]
+) -> dict[str, str]:
     """Return why groups stay whole."""
     reasons = {}
     for group in found:
@@ -179,7 +212,10 @@ def _bisect(
     low, high = 0.0, most
     if left(kept(high)) > target:
         least = left(kept(high)) / max(target / macs, 1)
-        raise ConfigError(f"macs={macs} is out of reach: {least:.3g} of them are left when all that may be removed is")
+        raise ConfigError(
+            f"macs={macs} is out of reach: {least:.3g} of them are left when all that may be "
+            "removed is"
+        )
     for _ in range(STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if left(kept(middle)) <= target else (middle, high)

@@ -37,10 +37,12 @@ def kept(
       target: how many, of which units, compared within what.
       step: the step the target is looked up at.
       signed: order scores by value; by default by magnitude.
-      axes: of every leaf; by default as Flax stores kernels. With ``scope="leaf"`` each layer of a stack counts by itself.
+      axes: of every leaf; by default as Flax stores kernels. With ``scope="leaf"`` each layer of a
+        stack counts by itself.
 
     Returns:
-      bool masks by path, true where an entry is kept. Of equal scores the one earlier in C order is pruned first.
+      bool masks by path, true where an entry is kept. Of equal scores the one earlier in C order is
+      pruned first.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,20 +53,34 @@ def kept(
     axes = axes or {path: Axes.convention(x.shape) for path, x in scores.items()}
     if isinstance(structure, NofM):
         along = {path: structure.axes(axes[path]) for path in scores}
-        return {path: largest_of_each(key(x), structure.n, structure.m, along[path]) for path, x in scores.items()}
+        return {
+            path: largest_of_each(key(x), structure.n, structure.m, along[path])
+            for path, x in scores.items()
+        }
     pools = {path: _pooled(x, structure, axes[path], signed) for path, x in scores.items()}
     if target.scope == "global":
         share = target.share(next(iter(pools)), step) if pools else 0.0
-        pruned = dict(zip(pools, _of_all(list(pools.values()), share, target.floor, key), strict=True)) if pools else {}
+        pruned = (
+            dict(zip(pools, _of_all(list(pools.values()), share, target.floor, key), strict=True))
+            if pools
+            else {}
+        )
     else:
-        pruned = {path: _smallest_of_layers(pool, axes[path], target.share(path, step), key) for path, pool in pools.items()}
+        pruned = {
+            path: _smallest_of_layers(pool, axes[path], target.share(path, step), key)
+            for path, pool in pools.items()
+        }
     return {path: _spread(~mask, structure, axes[path]) for path, mask in pruned.items()}
 
 
-def _smallest_of_layers(pool: jax.Array, axes: Axes, share: Any, key: Callable[..., jax.Array]) -> jax.Array:
+def _smallest_of_layers(
+    pool: jax.Array, axes: Axes, share: Any, key: Callable[..., jax.Array]
+) -> jax.Array:
     """Return a mask of the smallest units of every layer, which are pruned."""
     pruned = amount(share, pool.size // max(axes.layers, 1))
-    return over_layers(lambda layer: smallest([layer], pruned, key)[0], axes, ("leaf",), "leaf")(pool)
+    return over_layers(lambda layer: smallest([layer], pruned, key)[0], axes, ("leaf",), "leaf")(
+        pool
+    )
 
 
 def _of_all(pools: list[jax.Array], share: Any, floor: float, key: Any) -> list[jax.Array]:
@@ -95,7 +111,9 @@ def _spread(flags: jax.Array, structure: Structure | None, axes: Axes) -> jax.Ar
 # broken or not due.
 
 
-def gradients_of(leaves: Mapping[str, Any], params: Params, grads: Any, needed: bool) -> dict[str, Any]:
+def gradients_of(
+    leaves: Mapping[str, Any], params: Params, grads: Any, needed: bool
+) -> dict[str, Any]:
     """Return the gradients of some leaves that `update` was given, by path, all of them of their leaf's shape.
 
     Args:
@@ -115,24 +133,30 @@ def gradients_of(leaves: Mapping[str, Any], params: Params, grads: Any, needed: 
     found = flatten(grads)[0] if grads is not None else {}
     if unknown := [path for path in found if path not in flatten(params)[0]]:
         raise ArgumentError(
-            f"there are gradients for {', '.join(unknown)}, but no such leaf; there are: {', '.join(leaves)}"
+            f"there are gradients for {', '.join(unknown)}, but no such leaf; there are: "
+            f"{', '.join(leaves)}"
         )
     missing = [path for path in leaves if found.get(path) is None]
     if needed and missing:
         raise ArgumentError(
-            f"this method looks at gradients, and there is none for {', '.join(missing)}; give update(..., grads=...) "
+            f"this method looks at gradients, and there is none for {', '.join(missing)}; give "
+            "update(..., grads=...) "
             "the gradient of the loss at the weights the model used"
         )
     found = {path: found[path] for path in leaves if found.get(path) is not None}
     for path, grad in found.items():
         if jnp.shape(grad) != leaves[path].shape:
-            raise ShapeError(f"leaf {path!r} has shape {leaves[path].shape}, its gradient {jnp.shape(grad)}")
+            raise ShapeError(
+                f"leaf {path!r} has shape {leaves[path].shape}, its gradient {jnp.shape(grad)}"
+            )
         if needed:
             check_finite(f"{path} (its gradient)", grad)
     return found
 
 
-def unless_broken(gradients: Mapping[str, Any], new: CompressionState, old: CompressionState) -> CompressionState:
+def unless_broken(
+    gradients: Mapping[str, Any], new: CompressionState, old: CompressionState
+) -> CompressionState:
     """Return the new state, or under ``jit`` the old one whole if any gradient is not finite: a step an optimizer skips.
 
     Args:

@@ -48,12 +48,14 @@ class Score(NamedTuple):
     """How much each entry of a leaf matters; what matters least is pruned.
 
     Attributes:
-      measure: ``(Seen) -> scores``, floating point, the shape of the leaf. Of a stack it is given one layer at a time, what
-        is carried cut likewise.
-      begin: ``(Seen) -> carried``, any tree of arrays, for a score that remembers; None for one that does not.
+      measure: ``(Seen) -> scores``, floating point, the shape of the leaf. Of a stack it is given
+        one layer at a time, what is carried cut likewise.
+      begin: ``(Seen) -> carried``, any tree of arrays, for a score that remembers; None for one
+        that does not.
       follow: ``(Seen) -> carried`` at every update; by default what is carried stays.
       signed: scores are compared by value; by default by magnitude.
-      needs_grads: it cannot be measured without gradients. Until the first come with an update, everything is kept.
+      needs_grads: it cannot be measured without gradients. Until the first come with an update,
+        everything is kept.
     """
 
     measure: Callable[[Seen], jax.Array]
@@ -66,8 +68,9 @@ class Score(NamedTuple):
 def normalized(score: Score) -> Score:
     r"""Return a score that counts relative to its leaf: :math:`s / \lVert s \rVert_2`, and zero in a leaf of zeros.
 
-    Within a leaf this changes nothing. With ``scope="global"`` leaves of large entries no longer outlive those of small ones
-    for that alone. The norm is a sum, so masks may differ in the last bit of a score between shardings.
+    Within a leaf this changes nothing. With ``scope="global"`` leaves of large entries no longer
+    outlive those of small ones for that alone. The norm is a sum, so masks may differ in the last
+    bit of a score between shardings.
 
     Args:
       score: any.
@@ -85,7 +88,8 @@ def normalized(score: Score) -> Score:
       {'large': [0.0, 30.0], 'small': [0.0, 0.20000000298023224]}
 
     References:
-      Lee et al., "JaxPruner: A concise library for sparsity research", 2023, arXiv:2304.14082 (its global pruners).
+      Lee et al., "JaxPruner: A concise library for sparsity research", 2023, arXiv:2304.14082 (its
+      global pruners).
     """
 
     def measure(seen: Seen) -> jax.Array:
@@ -108,31 +112,37 @@ def masked(
 ) -> Compression:
     r"""Prune the entries of lowest score, exactly as many as the sparsity says.
 
-    ``view(x) = x`` where the mask is true, else ``+0.0``; the gradient is the view's own. The params stay dense under it. Of
-    equal scores the one earlier in C order is pruned first; nothing is sorted, and masks are the same under every sharding
-    wherever scores are.
+    ``view(x) = x`` where the mask is true, else ``+0.0``; the gradient is the view's own. The
+    params stay dense under it. Of equal scores the one earlier in C order is pruned first; nothing
+    is sorted, and masks are the same under every sharding wherever scores are.
 
     Args:
       score: of each entry.
-      sparsity: share of the entries (of the units of a structure) to prune: a number, an optax schedule of the step, or
-        ``{glob: either}``, as `erk` and others return it: leaves that no glob matches are left alone. None with `n_m`.
+      sparsity: share of the entries (of the units of a structure) to prune: a number, an optax
+        schedule of the step, or ``{glob: either}``, as `erk` and others return it: leaves that no
+        glob matches are left alone. None with `n_m`.
       structure: `n_m`, `block`, `channel` or `head`; None for single entries.
-      scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
-      every: masks are chosen anew at steps divisible by it, and when a schedule reaches its last value; what a score
-        remembers is updated at every step.
-      floor: with ``scope="global"``, the share of every leaf's units that stays, and at least one: a threshold for all may
-        empty a leaf, which ends training. The sparsity is then missed where the floors leave less to prune.
+      scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share
+        one threshold.
+      every: masks are chosen anew at steps divisible by it, and when a schedule reaches its last
+        value; what a score remembers is updated at every step.
+      floor: with ``scope="global"``, the share of every leaf's units that stays, and at least one:
+        a threshold for all may empty a leaf, which ends training. The sparsity is then missed where
+        the floors leave less to prune.
 
     Returns:
-      The Compression. ``fixed[path]`` is the mask, or ``{"mask": mask, "carried": what the score remembers}``. Packs to
-      `Sparse` where that is smaller than the dense array.
+      The Compression. ``fixed[path]`` is the mask, or
+      ``{"mask": mask, "carried": what the score remembers}``. Packs to `Sparse` where that is
+      smaller than the dense array.
 
     Raises:
-      ArgumentError: for impossible arguments; in `update`, if the score needs gradients and there are none.
+      ArgumentError: for impossible arguments; in `update`, if the score needs gradients and there
+        are none.
       TypeError: if the score is not a `Score`.
       ShapeError: in `init` and `update`, if a leaf's scores or gradients are not of its shape.
-      NonFiniteError: outside ``jit``, if scores are NaN or gradients that the score needs are not finite. Under ``jit`` the
-        whole state stays as it was in a step with such gradients, and all masks in one with such scores.
+      NonFiniteError: outside ``jit``, if scores are NaN or gradients that the score needs are not
+        finite. Under ``jit`` the whole state stays as it was in a step with such gradients, and all
+        masks in one with such scores.
 
     Example:
       >>> oldest = Score(lambda seen: jnp.arange(seen.x.size, dtype=jnp.float32).reshape(seen.x.shape))
@@ -142,13 +152,18 @@ def masked(
     """
     if whole("every", every) < 1:
         raise ArgumentError(f"masks are chosen every 1 or more steps, got every={every}")
-    return _Masked(_is_score(score), Target.of(sparsity, structure, scope, floor), every).compression()
+    return _Masked(
+        _is_score(score), Target.of(sparsity, structure, scope, floor), every
+    ).compression()
 
 
 def _is_score(score: Any) -> Score:
     """Return the argument if it is a `Score`: a bare function would fail far from here."""
     if not isinstance(score, Score):
-        raise TypeError(f"a score is a prune.Score, got {score!r}; wrap a function of what is seen: prune.Score(fn)")
+        raise TypeError(
+            f"a score is a prune.Score, got {score!r}; wrap a function of what is seen: "
+            "prune.Score(fn)"
+        )
     return score
 
 
@@ -161,12 +176,17 @@ def measured(score: Any, seen: Seen, axes: Axes) -> jax.Array:
     """
     found = _by_layer(score, seen, axes) if axes.stack else score.measure(seen)
     if found.shape != seen.x.shape:
-        raise ShapeError(f"leaf {seen.path!r} of shape {seen.x.shape} was given scores of shape {found.shape}")
+        raise ShapeError(
+            f"leaf {seen.path!r} of shape {seen.x.shape} was given scores of shape {found.shape}"
+        )
     if not isinstance(found, Tracer):
         with jax.ensure_compile_time_eval():  # known scores may be used by a traced branch
             bad = int(jnp.isnan(found).sum())
         if bad:
-            raise NonFiniteError(f"leaf {seen.path!r} was given {bad} scores that are NaN, among which none is the least")
+            raise NonFiniteError(
+                f"leaf {seen.path!r} was given {bad} scores that are NaN, among which none is the "
+                "least"
+            )
     return found
 
 
@@ -176,7 +196,9 @@ def _by_layer(score: Any, seen: Seen, axes: Axes) -> jax.Array:
     def measure(x: jax.Array, grad: Any, carried: Any, layer: Any) -> jax.Array:
         return score.measure(seen._replace(x=x, grad=grad, carried=carried, layer=layer))
 
-    layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(tuple(axes.shape[a] for a in axes.stack))
+    layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(
+        tuple(axes.shape[a] for a in axes.stack)
+    )
     args = ("leaf", "leaf", "leaf", "state")
     return over_layers(measure, axes, args, "leaf")(seen.x, seen.grad, seen.carried, layers)
 
@@ -211,12 +233,22 @@ def of_masks(leaves: "Leaves") -> Compression:
 
     def view(params: Params, state: CompressionState) -> Params:
         every, rebuild = flatten(params)
-        seen = {path: where_finite(x, see(x, mask)) for path, (x, mask) in masks(params, state).items()}
+        seen = {
+            path: where_finite(x, see(x, mask)) for path, (x, mask) in masks(params, state).items()
+        }
         return rebuild({**every, **seen})
 
     def packed(params: Params, state: CompressionState) -> Params:
         every, rebuild = flatten(params)
-        return rebuild({**every, **{path: pack(see(x, mask), mask) for path, (x, mask) in masks(params, state).items()}})
+        return rebuild(
+            {
+                **every,
+                **{
+                    path: pack(see(x, mask), mask)
+                    for path, (x, mask) in masks(params, state).items()
+                },
+            }
+        )
 
     def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
         return {path: Pointwise(see, (mask,)) for path, (_, mask) in masks(params, state).items()}
@@ -244,7 +276,9 @@ class Leaves(NamedTuple):
 
     def skipped(self, params: Params) -> dict[str, str]:
         """Return the leaves that are left alone, with the reasons."""
-        return {path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))}
+        return {
+            path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))
+        }
 
     def of(self, params: Params) -> dict[str, jax.Array]:
         """Return the leaves that are pruned, by path, all found to be finite."""
@@ -263,7 +297,10 @@ def fixed_of(state: CompressionState, path: str) -> Any:
     """Return a leaf's fixed state, or say whose state this is."""
     if path not in state.fixed:
         known = ", ".join(map(str, state.fixed)) or "none"
-        raise StateError(f"the compression state has nothing for leaf {path!r} (it has: {known}); was it made by `init`?")
+        raise StateError(
+            f"the compression state has nothing for leaf {path!r} (it has: {known}); was it made "
+            "by `init`?"
+        )
     return state.fixed[path]
 
 
@@ -289,40 +326,69 @@ class _Masked(NamedTuple):
         return self._replace(known=known).compression()
 
     def init(self, params: Params, *, step: Any = 0) -> CompressionState:
-        self.target.check(path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None)
+        self.target.check(
+            path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None
+        )
         seen = {path: Seen(path, x, step) for path, x in self.leaves.of(params).items()}
         if self.score.begin is not None:
-            seen = {path: each._replace(carried=self.score.begin(each)) for path, each in seen.items()}
+            seen = {
+                path: each._replace(carried=self.score.begin(each)) for path, each in seen.items()
+            }
         if self.score.needs_grads:
-            return self.state(seen, {path: jnp.full_like(each.x, True, dtype=bool) for path, each in seen.items()})
+            return self.state(
+                seen, {path: jnp.full_like(each.x, True, dtype=bool) for path, each in seen.items()}
+            )
         return self.state(seen, self.masks(params, seen, step))
 
     def update(
-        self, params: Params, state: CompressionState, *, step: Any, grads: Any = None, stats: Any = None, key: Any = None
+        self,
+        params: Params,
+        state: CompressionState,
+        *,
+        step: Any,
+        grads: Any = None,
+        stats: Any = None,
+        key: Any = None,
     ) -> CompressionState:
         leaves = self.leaves.of(params)
         gradients = gradients_of(leaves, params, grads, self.score.needs_grads)
         seen, old = {}, {}
         for path, x in leaves.items():
             fixed = fixed_of(state, path)
-            old[path], carried = mask_of(fixed), fixed["carried"] if self.score.begin is not None else None
+            old[path], carried = (
+                mask_of(fixed),
+                fixed["carried"] if self.score.begin is not None else None,
+            )
             each = Seen(path, x, step, gradients.get(path), carried, fold_path(key, path))
-            seen[path] = each._replace(carried=self.score.follow(each)) if self.score.follow is not None else each
+            seen[path] = (
+                each._replace(carried=self.score.follow(each))
+                if self.score.follow is not None
+                else each
+            )
         acts, at = (True, step) if self.every == 1 else due(self.every, self.target.schedules, step)
         masks = chosen(acts, lambda: self.masks(params, seen, at, old), lambda: old)
         before = CompressionState({}, {path: state.fixed[path] for path in leaves})
-        return unless_broken(gradients if self.score.needs_grads else {}, self.state(seen, masks), before)
+        return unless_broken(
+            gradients if self.score.needs_grads else {}, self.state(seen, masks), before
+        )
 
-    def masks(self, params: Params, seen: dict[str, Seen], step: Any, old: Masks | None = None) -> Masks:
+    def masks(
+        self, params: Params, seen: dict[str, Seen], step: Any, old: Masks | None = None
+    ) -> Masks:
         axes = self.leaves.axes(params)
         scores = {path: measured(self.score, each, axes[path]) for path, each in seen.items()}
         masks = kept(scores, self.target, step, signed=self.score.signed, axes=axes)
         if old is None or not scores:
             return masks
-        broken = jnp.stack([jnp.isnan(score).any() for score in scores.values()]).any()  # under jit: NaN ranks nothing
+        broken = jnp.stack(
+            [jnp.isnan(score).any() for score in scores.values()]
+        ).any()  # under jit: NaN ranks nothing
         return {path: jnp.where(broken, old[path], mask) for path, mask in masks.items()}
 
     def state(self, seen: dict[str, Seen], masks: Masks) -> CompressionState:
         if self.score.begin is None:
             return CompressionState({}, masks)
-        return CompressionState({}, {path: {"mask": mask, "carried": seen[path].carried} for path, mask in masks.items()})
+        return CompressionState(
+            {},
+            {path: {"mask": mask, "carried": seen[path].carried} for path, mask in masks.items()},
+        )

@@ -1,9 +1,9 @@
 """The k smallest entries, found by bisection: no sort, no reshape, and so the same bits under every sharding.
 
-Floats order like unsigned integers made of their bits (`magnitude_bits`, `value_bits`), so the k-th smallest of them is
-found by halving an interval of integers and counting, about 32 passes for float32. The counts are all that devices
-exchange. Where several entries equal the threshold, further bisections on their position, one an axis, single out the
-first ones.
+Floats order like unsigned integers made of their bits (`magnitude_bits`, `value_bits`), so the k-th
+smallest of them is found by halving an interval of integers and counting, about 32 passes for
+float32. The counts are all that devices exchange. Where several entries equal the threshold,
+further bisections on their position, one an axis, single out the first ones.
 """
 
 import math
@@ -60,7 +60,11 @@ def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple
         middle = low + (high - low) // 2
         counted = below(middle)
         over = less(k, counted)
-        return jnp.where(over, low, middle), jnp.where(over, middle, high), choose(over, reached, counted)
+        return (
+            jnp.where(over, low, middle),
+            jnp.where(over, middle, high),
+            choose(over, reached, counted),
+        )
 
     low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, wide(0)))
     return low, reached
@@ -82,8 +86,12 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
     """
     chosen = jnp.zeros_like(flags)
     for axis, length in enumerate(flags.shape):
-        where = partial(jax.lax.broadcasted_iota, jnp.uint32, flags.shape, axis)  # made anew: kept it is 4 bytes an entry
-        end, taken = bisect(lambda t, f=flags, p=where: count(f & (p() < t)), k, jnp.uint32(length + 1))
+        where = partial(
+            jax.lax.broadcasted_iota, jnp.uint32, flags.shape, axis
+        )  # made anew: kept it is 4 bytes an entry
+        end, taken = bisect(
+            lambda t, f=flags, p=where: count(f & (p() < t)), k, jnp.uint32(length + 1)
+        )
         chosen |= flags & (where() < end)
         flags &= where() == end
         k = subtract(k, taken)
@@ -103,7 +111,10 @@ def value_bits(x: jax.Array) -> jax.Array:
       >>> value_bits(jnp.array([-1.0, -0.0, 0.0, 1.0])).tolist()
       [1082130432, 2147483648, 2147483648, 3212836864]
     """
-    pattern, magnitude = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")), magnitude_bits(x)
+    pattern, magnitude = (
+        jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")),
+        magnitude_bits(x),
+    )
     zero = jnp.asarray(2 ** (jnp.iinfo(pattern.dtype).bits - 1), pattern.dtype)
     return jnp.where(pattern >= zero, zero - magnitude, zero + magnitude)
 
@@ -126,8 +137,9 @@ def smallest(
 ) -> list[jax.Array]:
     """Return masks of the ``k`` smallest entries among all arrays taken together; by default of smallest magnitude.
 
-    They are those a stable argsort of the concatenated keys lists first: of equal ones, the one in the earlier array, and in
-    an array the one earlier in C order. Arrays of different dtypes are compared in the wider one.
+    They are those a stable argsort of the concatenated keys lists first: of equal ones, the one in
+    the earlier array, and in an array the one earlier in C order. Arrays of different dtypes are
+    compared in the wider one.
 
     Args:
       arrays: floating point, any shapes.
@@ -149,12 +161,15 @@ def smallest(
 
 
 @partial(jax.jit, static_argnums=0)
-def smallest_by(key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, ...]], k: Wide) -> list[jax.Array]:
+def smallest_by(
+    key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, ...]], k: Wide
+) -> list[jax.Array]:
     """Return masks of the ``k`` entries whose key is smallest, the earlier one first where keys are equal.
 
     Args:
-      key: ``(*part) -> unsigned integers`` of one dtype, entry by entry. The largest integer of the dtype says that an entry
-        must not be chosen. One and the same function at every call, as what is compiled belongs to it.
+      key: ``(*part) -> unsigned integers`` of one dtype, entry by entry. The largest integer of the
+        dtype says that an entry must not be chosen. One and the same function at every call, as
+        what is compiled belongs to it.
       parts: for each array what its keys are made of: arrays of one shape.
       k: how many in all, at most as many as may be chosen.
 
@@ -171,7 +186,9 @@ def smallest_by(key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, 
     top = jnp.iinfo(jax.eval_shape(key, *parts[0]).dtype)
 
     def below(t: jax.Array) -> Wide:
-        t, own = jax.lax.optimization_barrier((t, list(parts)))  # else all keys are kept: another copy of the weights
+        t, own = jax.lax.optimization_barrier(
+            (t, list(parts))
+        )  # else all keys are kept: another copy of the weights
         return reduce(add, [count(key(*part) < t) for part in own])
 
     threshold, reached = bisect(below, k, jnp.asarray(top.max, top.dtype))
@@ -207,8 +224,9 @@ Axes = tuple[int, ...]
 def largest_of_each(keys: jax.Array, n: int, m: int, axes: Axes) -> jax.Array:
     """Return a mask of the ``n`` entries of largest key in every group of ``m``.
 
-    Several axes are joined in C order and then cut into groups. Of equal keys the later entry is kept. A last group of
-    fewer than m keeps ``min(n, its size)``: padded to m with entries that are never kept, it too has at most n.
+    Several axes are joined in C order and then cut into groups. Of equal keys the later entry is
+    kept. A last group of fewer than m keeps ``min(n, its size)``: padded to m with entries that are
+    never kept, it too has at most n.
 
     Args:
       keys: unsigned integers, below the largest of their dtype.
@@ -239,7 +257,9 @@ def _grouped(line: jax.Array, n: int, m: int, axis: int) -> jax.Array:
     pads = [(0, groups * m - length if a == axis else 0) for a in range(line.ndim)]
     ranked = jnp.pad(line + jnp.ones((), line.dtype), pads)  # padding, 0, is below every key
     grid = ranked.reshape(*line.shape[:axis], groups, m, *line.shape[axis + 1 :])
-    return _above(grid, n, m, axis + 1).reshape(ranked.shape)[(*(slice(None),) * axis, slice(length))]
+    return _above(grid, n, m, axis + 1).reshape(ranked.shape)[
+        (*(slice(None),) * axis, slice(length))
+    ]
 
 
 def _above(grid: jax.Array, n: int, m: int, axis: int) -> jax.Array:

@@ -1,7 +1,7 @@
 """Structures: which entries are kept or pruned together. Small values, given to any pruning method.
 
-A structure says of a leaf's axes whether it fits (`why_not`), and what goes together: the window of a unit, or groups of
-which n of m entries are kept.
+A structure says of a leaf's axes whether it fits (`why_not`), and what goes together: the window of
+a unit, or groups of which n of m entries are kept.
 """
 
 import math
@@ -52,9 +52,9 @@ def units(shape: tuple[int, ...], window: Window) -> tuple[int, ...]:
 def pooled(scores: jax.Array, window: Window, reduce: str) -> jax.Array:
     r"""Return the score of every unit.
 
-    Of the scores s in a unit (a last one that is not full has fewer): ``"sum"`` :math:`\sum s`, ``"mean"`` their mean,
-    ``"l2"`` :math:`\sqrt{\sum s^2}`, ``"max"`` the largest. Sums are taken in fixed point (`exact_sum`), so that the
-    result has the same bits under every sharding.
+    Of the scores s in a unit (a last one that is not full has fewer): ``"sum"`` :math:`\sum s`,
+    ``"mean"`` their mean, ``"l2"`` :math:`\sqrt{\sum s^2}`, ``"max"`` the largest. Sums are taken
+    in fixed point (`exact_sum`), so that the result has the same bits under every sharding.
 
     Args:
       scores: floating point, any shape.
@@ -96,7 +96,9 @@ def spread(flags: jax.Array, window: Window, shape: tuple[int, ...]) -> jax.Arra
       [[True, True, False], [True, True, False]]
     """
     grid = flags.reshape([k for n in flags.shape for k in (n, 1)])
-    full = jnp.broadcast_to(grid, [k for n, w in zip(flags.shape, window, strict=True) for k in (n, w)])
+    full = jnp.broadcast_to(
+        grid, [k for n, w in zip(flags.shape, window, strict=True) for k in (n, w)]
+    )
     whole = full.reshape([n * w for n, w in zip(flags.shape, window, strict=True)])
     return whole[tuple(slice(n) for n in shape)]
 
@@ -168,13 +170,19 @@ class Block:
         """Say why a leaf has no such blocks, or return None."""
         rank = len(layout.shape) - len(layout.stack)
         few = rank < len(self.shape)
-        return f"blocks of shape {self.shape} need rank {len(self.shape)}, it has {rank}" if few else None
+        return (
+            f"blocks of shape {self.shape} need rank {len(self.shape)}, it has {rank}"
+            if few
+            else None
+        )
 
     def window(self, layout: Layout) -> Window:
         """Return the shape of a block in the rank of the array, no longer than the array; 1 along stacked layers."""
         own = layout.layer.shape
         full = iter((1,) * (len(own) - len(self.shape)) + self.shape)
-        return tuple(1 if a in layout.stack else min(next(full), n) for a, n in enumerate(layout.shape))
+        return tuple(
+            1 if a in layout.stack else min(next(full), n) for a, n in enumerate(layout.shape)
+        )
 
 
 @dataclass(frozen=True)
@@ -198,7 +206,9 @@ class Channel:
         if missing := _missing(axes, layout):
             return missing
         if self.parts and shape[axes[0]] % self.parts:
-            return f"{self.parts} heads do not divide the {shape[axes[0]]} entries of axis {axes[0]}"
+            return (
+                f"{self.parts} heads do not divide the {shape[axes[0]]} entries of axis {axes[0]}"
+            )
         return None
 
     def window(self, layout: Layout) -> Window:
@@ -206,7 +216,9 @@ class Channel:
         shape, axes = layout.shape, self.along(layout)
         chosen = {axis % len(shape) for axis in axes}
         run = shape[axes[0]] // self.parts if self.parts else 1
-        return tuple(1 if a in layout.stack else run if a in chosen else n for a, n in enumerate(shape))
+        return tuple(
+            1 if a in layout.stack else run if a in chosen else n for a, n in enumerate(shape)
+        )
 
 
 Structure: TypeAlias = NofM | Block | Channel
@@ -215,9 +227,10 @@ Structure: TypeAlias = NofM | Block | Channel
 def n_m(n: int, m: int, axis: int | Axes | None = None) -> NofM:
     """Return the structure that keeps ``n`` of every ``m`` consecutive entries along an axis.
 
-    It sets the sparsity, ``1 - n / m``: give None as the method's, or that number. For hardware, ``axis`` is what the
-    product sums over. A trace tells it (`cj.bind`); without one it is -2, as Flax kernels ``[in, out]`` and
-    ``[height, width, in, out]`` have it. A last group that is not full keeps ``min(n, its size)``.
+    It sets the sparsity, ``1 - n / m``: give None as the method's, or that number. For hardware,
+    ``axis`` is what the product sums over. A trace tells it (`cj.bind`); without one it is -2, as
+    Flax kernels ``[in, out]`` and ``[height, width, in, out]`` have it. A last group that is not
+    full keeps ``min(n, its size)``.
 
     Args:
       n: how many are kept.
@@ -250,12 +263,13 @@ def n_m(n: int, m: int, axis: int | Axes | None = None) -> NofM:
 def block(shape: Shape, reduce: str = "mean") -> Block:
     """Return the structure of blocks that are kept or pruned as a whole.
 
-    Blocks tile the last axes of an array; those at its ends may be smaller, and count as one block each. The sparsity is the
-    share of blocks.
+    Blocks tile the last axes of an array; those at its ends may be smaller, and count as one block
+    each. The sparsity is the share of blocks.
 
     Args:
       shape: of a block, such as ``(4, 4)``; each size at least 1.
-      reduce: how scores of entries make the score of a block: ``"mean"``, ``"sum"``, ``"l2"`` or ``"max"``.
+      reduce: how scores of entries make the score of a block: ``"mean"``, ``"sum"``, ``"l2"`` or
+        ``"max"``.
 
     Returns:
       The structure.
@@ -275,19 +289,23 @@ def block(shape: Shape, reduce: str = "mean") -> Block:
     """
     sizes = shape if isinstance(shape, (tuple, list)) else ()
     if not sizes or any(not is_whole(size) or size < 1 for size in sizes):
-        raise ArgumentError(f"the shape of a block is a tuple of sizes of at least 1, got {shape!r}")
+        raise ArgumentError(
+            f"the shape of a block is a tuple of sizes of at least 1, got {shape!r}"
+        )
     return Block(tuple(map(int, shape)), check_reduction(reduce))
 
 
 def channel(axis: int | Axes | None = None, reduce: str = "mean") -> Channel:
     """Return the structure of whole channels: everything at one index of an axis.
 
-    The sparsity is the share of channels. Pruned channels are zeros in an array of the same shape; `shrink` removes them.
+    The sparsity is the share of channels. Pruned channels are zeros in an array of the same shape;
+    `shrink` removes them.
 
     Args:
-      axis: which axis indexes channels; several for one unit an index pair. Default: the outputs, which a trace tells
-        (`cj.bind`) and Flax kernels keep last.
-      reduce: how scores of entries make the score of a channel: ``"mean"``, ``"sum"``, ``"l2"`` or ``"max"``.
+      axis: which axis indexes channels; several for one unit an index pair. Default: the outputs,
+        which a trace tells (`cj.bind`) and Flax kernels keep last.
+      reduce: how scores of entries make the score of a channel: ``"mean"``, ``"sum"``, ``"l2"`` or
+        ``"max"``.
 
     Returns:
       The structure.
@@ -312,10 +330,12 @@ def head(axis: int = -2, heads: int | None = None, reduce: str = "mean") -> Chan
     """Return the structure of whole attention heads.
 
     Args:
-      axis: the axis of heads: -2 in Flax's query, key and value kernels ``[in, heads, head_dim]``, 0 in its output kernel
-        ``[heads, head_dim, out]``.
-      heads: if the axis holds ``heads * head_dim`` entries, as in ``[in, heads * head_dim]``: how many heads.
-      reduce: how scores of entries make the score of a head: ``"mean"``, ``"sum"``, ``"l2"`` or ``"max"``.
+      axis: the axis of heads: -2 in Flax's query, key and value kernels ``[in, heads, head_dim]``,
+        0 in its output kernel ``[heads, head_dim, out]``.
+      heads: if the axis holds ``heads * head_dim`` entries, as in ``[in, heads * head_dim]``: how
+        many heads.
+      reduce: how scores of entries make the score of a head: ``"mean"``, ``"sum"``, ``"l2"`` or
+        ``"max"``.
 
     Returns:
       The structure; leaves whose axis ``heads`` does not divide are left alone, and reported.
@@ -351,7 +371,11 @@ def _missing(axes: Axes, layout: Layout) -> str | None:
     shape = layout.shape
     absent = [axis for axis in axes if not -len(shape) <= axis < len(shape)]
     if absent:
-        return f"it has no axis {absent[0]}, only {len(shape)}" if shape else f"it is a scalar and has no axis {absent[0]}"
+        return (
+            f"it has no axis {absent[0]}, only {len(shape)}"
+            if shape
+            else f"it is a scalar and has no axis {absent[0]}"
+        )
     if len({axis % len(shape) for axis in axes}) < len(axes):
         return f"two of the axes {axes} are the same one of its {len(shape)}"
     stacked = [axis for axis in axes if axis % len(shape) in layout.stack]

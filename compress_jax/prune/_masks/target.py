@@ -23,7 +23,8 @@ class Target:
       rules: ``(glob, schedule)``, first match wins.
       structure: what goes together, or None.
       scope: ``"leaf"`` or ``"global"``.
-      floor: share of every leaf that stays under a global threshold, and at least one unit; 0 for none.
+      floor: share of every leaf that stays under a global threshold, and at least one unit; 0 for
+        none.
     """
 
     rules: tuple[tuple[str, Callable[[Any], Any]], ...]
@@ -33,22 +34,28 @@ class Target:
 
     @classmethod
     def of(
-        cls, sparsity: Sparsity | None, structure: Structure | None = None, scope: str = "leaf", floor: float = 0.0
+        cls,
+        sparsity: Sparsity | None,
+        structure: Structure | None = None,
+        scope: str = "leaf",
+        floor: float = 0.0,
     ) -> "Target":
         """Return the target of a method's arguments.
 
         Args:
-          sparsity: share to prune, 0 to 1; an optax schedule of the step; or ``{glob: either}``: leaves that none matches
-            are left alone. None if an `n_m` structure says it.
+          sparsity: share to prune, 0 to 1; an optax schedule of the step; or ``{glob: either}``:
+            leaves that none matches are left alone. None if an `n_m` structure says it.
           structure: from `n_m`, `block`, `channel` or `head`; None for single entries.
-          scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves share one threshold.
+          scope: ``"leaf"``: each leaf reaches the sparsity by itself; ``"global"``: all leaves
+            share one threshold.
           floor: with ``"global"``, the share of every leaf that stays, from 0 to below 1.
 
         Returns:
           The target.
 
         Raises:
-          ArgumentError: if a share is outside [0, 1], the scope is unknown, or the arguments contradict each other.
+          ArgumentError: if a share is outside [0, 1], the scope is unknown, or the arguments
+            contradict each other.
 
         Example:
           >>> Target.of({"**/kernel": 0.5}).share("dense/kernel", 0)
@@ -58,13 +65,21 @@ class Target:
         if structure is not None and not isinstance(structure, Structure):
             refused("structure", structure, "n_m(...), block(...), channel(...), head(...) or None")
         if scope == "global" and (isinstance(sparsity, Mapping) or isinstance(structure, NofM)):
-            raise ArgumentError("with scope='global' one threshold is shared, so give one sparsity, and no n:m structure")
+            raise ArgumentError(
+                "with scope='global' one threshold is shared, so give one sparsity, and no n:m "
+                "structure"
+            )
         if not 0 <= number("floor", floor) < 1 or (floor and scope != "global"):
-            raise ArgumentError(f"floor={floor} is a share of every leaf to keep, from 0 to below 1, with scope='global'")
+            raise ArgumentError(
+                f"floor={floor} is a share of every leaf to keep, from 0 to below 1, with "
+                "scope='global'"
+            )
         if isinstance(structure, NofM):
             return cls((("**", Constant(_implied(sparsity, structure))),), structure, scope)
         if sparsity is None:
-            raise ArgumentError("give a sparsity, got None; only an n_m structure says it by itself")
+            raise ArgumentError(
+                "give a sparsity, got None; only an n_m structure says it by itself"
+            )
         pairs = sparsity.items() if isinstance(sparsity, Mapping) else [("**", sparsity)]
         rules = tuple((str(patterns("a glob", glob)), _schedule(share)) for glob, share in pairs)
         return cls(rules, structure, scope, floor)
@@ -106,15 +121,27 @@ def _schedule(sparsity: Any) -> Callable[[Any], Any]:
     if callable(sparsity):
         return sparsity
     if isinstance(sparsity, (int, float)) and not 0 <= sparsity <= 1:
-        raise ArgumentError(f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}")
-    return Constant(number("sparsity (the share of weights to prune, a number or a schedule of the step)", sparsity, 0, 1))
+        raise ArgumentError(
+            f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}"
+        )
+    return Constant(
+        number(
+            "sparsity (the share of weights to prune, a number or a schedule of the step)",
+            sparsity,
+            0,
+            1,
+        )
+    )
 
 
 def _implied(sparsity: Any, structure: NofM) -> float:
     """Return the sparsity of an n:m structure; another one beside it is a contradiction."""
-    if sparsity is not None and (callable(sparsity) or isinstance(sparsity, Mapping) or sparsity != structure.sparsity):
+    if sparsity is not None and (
+        callable(sparsity) or isinstance(sparsity, Mapping) or sparsity != structure.sparsity
+    ):
         raise ArgumentError(
-            f"{structure.n}:{structure.m} sets the sparsity to {structure.sparsity:g}, so {sparsity!r} cannot be kept; give "
+            f"{structure.n}:{structure.m} sets the sparsity to {structure.sparsity:g}, so "
+            f"{sparsity!r} cannot be kept; give "
             "sparsity=None, and `between` to begin later"
         )
     return structure.sparsity

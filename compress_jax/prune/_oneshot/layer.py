@@ -26,8 +26,9 @@ from compress_jax.trace._jaxpr.strided import Box
 def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[np.ndarray, str]:
     """Return an order of a matrix's rows in which groups are consecutive, padded so that none crosses a block.
 
-    Groups run along the structure's axes if the site sums over them (the channels of a convolution, at each place of its
-    window), else along everything it sums over, which the note says: other groups are of no use to hardware.
+    Groups run along the structure's axes if the site sums over them (the channels of a convolution,
+    at each place of its window), else along everything it sums over, which the note says: other
+    groups are of no use to hardware.
 
     Args:
       form: how the stored parameter becomes matrices ``[k, n]``.
@@ -47,19 +48,30 @@ def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[n
     rows, note = np.arange(form.k), ""
     if structure is not None:
         summed = _summed(form)
-        sizes, axes = [form.shape[axis] for axis in summed], structure.axes(Axes.convention(form.shape))
+        sizes, axes = (
+            [form.shape[axis] for axis in summed],
+            structure.axes(Axes.convention(form.shape)),
+        )
         if not set(axes) <= set(summed):
             note = f"groups run along axes {summed}, which its site sums over, not along {axes}"
             axes = summed
-        grid = np.moveaxis(rows.reshape(sizes), [summed.index(axis) for axis in axes], range(-len(axes), 0))
+        grid = np.moveaxis(
+            rows.reshape(sizes), [summed.index(axis) for axis in axes], range(-len(axes), 0)
+        )
         lines = grid.reshape(-1, math.prod(form.shape[axis] for axis in axes))
-        rows = np.pad(lines, ((0, 0), (0, -lines.shape[1] % structure.m)), constant_values=form.k).ravel()
+        rows = np.pad(
+            lines, ((0, 0), (0, -lines.shape[1] % structure.m)), constant_values=form.k
+        ).ravel()
     return np.pad(rows, (0, -len(rows) % block), constant_values=form.k).astype(np.int32), note
 
 
 def _summed(form: MatrixForm) -> tuple[int, ...]:
     """Return the axes that are summed over: behind those of the batch, as many as make k."""
-    start = next(i for i in range(len(form.order) + 1) if math.prod(form.shape[a] for a in form.order[:i]) == form.batch)
+    start = next(
+        i
+        for i in range(len(form.order) + 1)
+        if math.prod(form.shape[a] for a in form.order[:i]) == form.batch
+    )
     ends = range(start, len(form.order) + 1)
     end = next(i for i in ends if math.prod(form.shape[a] for a in form.order[start:i]) == form.k)
     return form.order[start:end]
@@ -84,7 +96,8 @@ def matrix_masks(
     Args:
       x: what ``form`` makes matrices of.
       norms: of the inputs, ``[batch, k]``.
-      rows: the order of inputs in which groups are consecutive, see `input_order`; of no meaning without groups.
+      rows: the order of inputs in which groups are consecutive, see `input_order`; of no meaning
+        without groups.
       count: how many are pruned within each output, or each matrix; of no meaning with groups.
       form: how ``x`` becomes matrices.
       groups: ``(n, m)``, or None.
@@ -105,8 +118,14 @@ def matrix_masks(
         score = jnp.abs(w) * norm[:, None]
         if groups is None:
             pruned = partial(smallest, k=Wide(jnp.uint32(0), count))
-            return ~(jax.vmap(lambda s: pruned([s])[0], 1, 1)(score) if within == "output" else pruned([score])[0])
-        keys = magnitude_bits(score).at[rows].get(mode="fill", fill_value=2**32 - 1) + 1  # padding wraps around to 0
+            return ~(
+                jax.vmap(lambda s: pruned([s])[0], 1, 1)(score)
+                if within == "output"
+                else pruned([score])[0]
+            )
+        keys = (
+            magnitude_bits(score).at[rows].get(mode="fill", fill_value=2**32 - 1) + 1
+        )  # padding wraps around to 0
         kept = largest_of_each(keys, *groups, (0,))
         return jnp.zeros(w.shape, bool).at[rows].set(kept, mode="drop")
 
@@ -128,7 +147,8 @@ class Leaf(NamedTuple):
 
     Attributes:
       x: its weights.
-      problem: the matrices it is, and what they are fed; inputs that were never seen count as average ones.
+      problem: the matrices it is, and what they are fed; inputs that were never seen count as
+        average ones.
       share: of the weights to prune; of no meaning with ``groups``.
       groups: n:m groups of its inputs, or None.
       seen: how a quantizer sees it; as it is, without one.
@@ -142,14 +162,18 @@ class Leaf(NamedTuple):
 
     def rows(self, block: int = 1) -> tuple[Any, str]:
         """Return the order of inputs in which groups are consecutive, and what is out of the ordinary about it."""
-        return input_order(self.problem.form, self.groups, max(block, self.groups.m if self.groups else 1))
+        return input_order(
+            self.problem.form, self.groups, max(block, self.groups.m if self.groups else 1)
+        )
 
     def masks(self, norms: jax.Array, rows: Any, within: Within) -> jax.Array:
         """Return which weights are kept by their size times the norms ``[batch, k]`` of their inputs."""
         form = self.problem.form
         size = form.k if within == "output" else self.x.size // (form.batch * form.groups)
         groups = self.groups and (self.groups.n, self.groups.m)
-        return matrix_masks(self.x, norms, rows, jnp.uint32(amount_exact(self.share, size)), form, groups, within)
+        return matrix_masks(
+            self.x, norms, rows, jnp.uint32(amount_exact(self.share, size)), form, groups, within
+        )
 
 
 class Solution(NamedTuple):
@@ -173,8 +197,10 @@ class Method(NamedTuple):
 
     Attributes:
       solve: ``Leaf -> Solution``.
-      within: what the share to prune is a share of: each ``"output"``'s inputs or each ``"matrix"``.
-      judged: whether a layer that magnitude serves better by the calibration's own statistics is pruned by magnitude.
+      within: what the share to prune is a share of: each ``"output"``'s inputs or each
+        ``"matrix"``.
+      judged: whether a layer that magnitude serves better by the calibration's own statistics is
+        pruned by magnitude.
     """
 
     solve: Callable[[Leaf], Solution]
@@ -183,7 +209,12 @@ class Method(NamedTuple):
 
 
 def pruned_leaf(
-    path: str, leaf: Leaf, problems: Sequence[Problem], others: Sequence[Problem], method: Method, instead: str
+    path: str,
+    leaf: Leaf,
+    problems: Sequence[Problem],
+    others: Sequence[Problem],
+    method: Method,
+    instead: str,
 ) -> tuple[jax.Array, jax.Array, str]:
     """Prune all of a leaf; a matrix (each layer of a stack by itself) that magnitude serves better is pruned by that.
 
@@ -203,12 +234,27 @@ def pruned_leaf(
     for problem in problems:
         own = replace(problem, gram=_problem.unit(problem.filled))
         part = _part(leaf, own)
-        solution, plain = method.solve(part), part.masks(jnp.ones(own.gram.shape[:2]), part.rows()[0], method.within)
+        solution, plain = (
+            method.solve(part),
+            part.masks(jnp.ones(own.gram.shape[:2]), part.rows()[0], method.within),
+        )
         judge = _problem.judge(problem, others, filled=True)
         judged = method.judged or bool(others)
-        failed = problem.dead.all(1) if solution.failed is None else problem.dead.all(1) | solution.failed
+        failed = (
+            problem.dead.all(1)
+            if solution.failed is None
+            else problem.dead.all(1) | solution.failed
+        )
         new, kept, won, same = _chosen(
-            part.x, part.seen.operands, solution[:2], plain, judge, failed, own.form, part.seen.see, judged
+            part.x,
+            part.seen.operands,
+            solution[:2],
+            plain,
+            judge,
+            failed,
+            own.form,
+            part.seen.see,
+            judged,
         )
         x, mask = problem.box.put(x, new), problem.box.put(mask, kept)
         said += [solution.note] if solution.note else []
@@ -226,7 +272,12 @@ def _part(leaf: Leaf, problem: Problem) -> Leaf:
     """Return the slice of a leaf that a problem is about; groups run along the axes they did."""
     box, groups = problem.box, leaf.groups
     if groups is not None and not box.whole:
-        along = [i for axis in groups.axes(Axes.convention(box.shape)) for i, own in enumerate(box.of) if own == axis]
+        along = [
+            i
+            for axis in groups.axes(Axes.convention(box.shape))
+            for i, own in enumerate(box.of)
+            if own == axis
+        ]
         groups = replace(groups, axis=tuple(along))
     seen = Pointwise(leaf.seen.see, tuple(box.take(each) for each in leaf.seen.operands))
     return Leaf(box.take(leaf.x), problem, leaf.share, groups, seen)
@@ -245,13 +296,22 @@ def _chosen(
     judged: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return weights and mask, which matrices are solved better than by magnitude, and which come out the same."""
-    smallest = see(jnp.where(plain, x, jnp.zeros((), x.dtype)).astype(jnp.float32), *operands).astype(x.dtype)
-    w, new, old, mask, kept = (form.matrices(each) for each in (x, solved[0], smallest, solved[1], plain))
+    smallest = see(
+        jnp.where(plain, x, jnp.zeros((), x.dtype)).astype(jnp.float32), *operands
+    ).astype(x.dtype)
+    w, new, old, mask, kept = (
+        form.matrices(each) for each in (x, solved[0], smallest, solved[1], plain)
+    )
     errors = [column_errors((each - w).astype(jnp.float32), judge).sum(1) for each in (new, old)]
     same = (new == old).all((1, 2)) & (mask == kept).all((1, 2))
     won = ~failed & ((errors[0] < errors[1]) | (not judged))
     choose = won[:, None, None]
-    return form.stored(jnp.where(choose, new, old)), form.stored(jnp.where(choose, mask, kept)), won, same
+    return (
+        form.stored(jnp.where(choose, new, old)),
+        form.stored(jnp.where(choose, mask, kept)),
+        won,
+        same,
+    )
 
 
 def _rest(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
@@ -260,9 +320,15 @@ def _rest(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
     for box in boxes:
         covered = box.put(covered, jnp.ones(box.sizes, bool))
     x = leaf.x.astype(jnp.float32)
-    if leaf.groups is not None:  # what is used comes first, and what is not fills what is left of each group
-        keys = jnp.where(covered, jnp.where(mask, jnp.uint32(2**31), jnp.uint32(0)), magnitude_bits(x))
-        kept = largest_of_each(keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(Axes.convention(x.shape)))
+    if (
+        leaf.groups is not None
+    ):  # what is used comes first, and what is not fills what is left of each group
+        keys = jnp.where(
+            covered, jnp.where(mask, jnp.uint32(2**31), jnp.uint32(0)), magnitude_bits(x)
+        )
+        kept = largest_of_each(
+            keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(Axes.convention(x.shape))
+        )
         return jnp.where(covered, mask, kept)
     free = int((~covered).sum())
     count = min(max(amount_exact(leaf.share, x.size) - int((~mask & covered).sum()), 0), free)

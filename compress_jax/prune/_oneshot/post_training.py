@@ -7,7 +7,16 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core import chain
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound, identity, joined, stamped
+from compress_jax.core.compression import (
+    Compression,
+    CompressionState,
+    Params,
+    Pointwise,
+    bound,
+    identity,
+    joined,
+    stamped,
+)
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.leafwise import check_finite, why_not_float
@@ -26,10 +35,11 @@ class Pruned(NamedTuple):
     """New params that their own compression shows as they are: ``compression.view(params, state) == params``, bit for bit.
 
     Attributes:
-      params: plain arrays; pruned entries are zero, and the others may have moved to make up for them.
+      params: plain arrays; pruned entries are zero, and the others may have moved to make up for
+        them.
       state: of the compression: the masks, and the quantizer's where there is one.
-      compression: holds these masks, whatever `update` is called with: fine-tune under it, pack with it. ``coverage``
-        shows it, with the reasons for what was left alone.
+      compression: holds these masks, whatever `update` is called with: fine-tune under it, pack
+        with it. ``coverage`` shows it, with the reasons for what was left alone.
       skipped: ``{path: reason}``: leaves that were not pruned.
       notes: ``{path: what was out of the ordinary}``.
     """
@@ -67,18 +77,26 @@ def prune(
       The result.
 
     Raises:
-      ConfigError: for another structure than n:m, or a quantizer that does not see weights entry by entry.
+      ConfigError: for another structure than n:m, or a quantizer that does not see weights entry by
+        entry.
       NoMatchError: if a glob matches no leaf.
       NonFiniteError: if a leaf or the statistics are not finite.
     """
     if structure is not None and not isinstance(structure, NofM):
-        raise ConfigError(f"layer-wise pruning knows single weights and n_m groups, not {structure}; use prune.magnitude")
+        raise ConfigError(
+            f"layer-wise pruning knows single weights and n_m groups, not {structure}; use "
+            "prune.magnitude"
+        )
     target, (leaves, rebuild) = Target.of(sparsity, structure), flatten(params)
     tasks, reasons = problems(calibration, leaves)
     judges = problems(held_out, leaves)[0] if held_out is not None else {}
     wanted = match(where, [path for path, x in leaves.items() if why_not_float(path, x) is None])
     target.check(wanted)
-    skipped = {path: why for path, x in leaves.items() if (why := _why_not(path, x, wanted, target, tasks, reasons))}
+    skipped = {
+        path: why
+        for path, x in leaves.items()
+        if (why := _why_not(path, x, wanted, target, tasks, reasons))
+    }
     rounding = bound(quantizer or identity(), layouts_of_sites(calibration.sites.values(), leaves))
     state = rounding.init(params)
     seen = _pointwise(rounding, params, state)
@@ -89,9 +107,13 @@ def prune(
             continue
         check_finite(path, x)
         share = 0.0 if left or structure else float(target.share(path, 0))
-        given = Leaf(x, tasks[path][0], share, None if left else structure, seen.get(path, AS_IT_IS))
+        given = Leaf(
+            x, tasks[path][0], share, None if left else structure, seen.get(path, AS_IT_IS)
+        )
         instead = "rounded to nearest" if left else "pruned by magnitude"
-        new[path], mask, note = pruned_leaf(path, given, tasks[path], judges.get(path, ()), method, instead)
+        new[path], mask, note = pruned_leaf(
+            path, given, tasks[path], judges.get(path, ()), method, instead
+        )
         masks |= {} if left else {path: mask}
         notes |= {path: note} if note else {}
     return _held(rebuild(new), masks, target, quantizer and rounding, state, skipped, notes)
@@ -138,12 +160,15 @@ def _why_not(
     return None if path in tasks else reasons.get(path, "no calibrated site uses it")
 
 
-def _pointwise(quantizer: Compression, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+def _pointwise(
+    quantizer: Compression, params: Params, state: CompressionState
+) -> dict[str, Pointwise]:
     """Return how a quantizer sees each leaf that it does not leave alone."""
     seen, left = quantizer.pointwise(params, state), quantizer.skipped(params)
     if other := [path for path in flatten(params)[0] if path not in seen and path not in left]:
         raise ConfigError(
-            f"the quantizer does not see {other[0]!r} entry by entry, so nothing can be rounded while pruning; give a "
+            f"the quantizer does not see {other[0]!r} entry by entry, so nothing can be rounded "
+            "while pruning; give a "
             "grid or a floating format, or compress again afterwards"
         )
     return seen
@@ -152,4 +177,7 @@ def _pointwise(quantizer: Compression, params: Params, state: CompressionState) 
 def _check_zeros(leaves: Mapping[str, jax.Array], masks: Mapping[str, jax.Array]) -> None:
     for path, mask in masks.items():
         if bool(jnp.any(jnp.where(mask, 0, leaves[path]) != 0)):
-            raise ConfigError(f"the quantizer's grid has no zero for {path!r}, so its weights cannot be pruned under it")
+            raise ConfigError(
+                f"the quantizer's grid has no zero for {path!r}, so its weights cannot be pruned "
+                "under it"
+            )

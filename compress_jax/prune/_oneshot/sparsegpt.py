@@ -38,36 +38,41 @@ def sparsegpt(
 ) -> Pruned:
     r"""Prune a trained model in one shot so that the layers' outputs, not the weights, stay close.
 
-    With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, inputs are taken in blocks.
-    When a block's turn comes, its weights of smallest :math:`w_{ij}^2 / U_{ii}^2` over all outputs are pruned; then each
-    input i in turn becomes :math:`q_i` (zero, or the weight, or with a quantizer the weight rounded), and
-    :math:`w_j \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i, which moves the weights that are kept. Of n:m
-    groups, each is chosen when its own turn comes. Computed from :math:`A = U^{-1}`, hence :math:`A A^\top = H`:
-    nothing is inverted.
+    With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse,
+    inputs are taken in blocks. When a block's turn comes, its weights of smallest
+    :math:`w_{ij}^2 / U_{ii}^2` over all outputs are pruned; then each input i in turn becomes
+    :math:`q_i` (zero, or the weight, or with a quantizer the weight rounded), and
+    :math:`w_j \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i, which moves the weights that
+    are kept. Of n:m groups, each is chosen when its own turn comes. Computed from
+    :math:`A = U^{-1}`, hence :math:`A A^\top = H`: nothing is inverted.
 
-    All sites that `calibrate` saw: dense, einsum, attention projections, convolutions, experts, scanned layers. Calibrated
-    once, every layer answers for the inputs it had before the others were pruned; to go layer by layer, as the paper does,
-    calibrate and solve with one ``where`` after the other.
+    All sites that `calibrate` saw: dense, einsum, attention projections, convolutions, experts,
+    scanned layers. Calibrated once, every layer answers for the inputs it had before the others
+    were pruned; to go layer by layer, as the paper does, calibrate and solve with one ``where``
+    after the other.
 
-    An input that was always zero counts as an average one, so that its weights are pruned by magnitude, as are those of
-    experts and branches that calibration did not reach: nothing is known of either, which is not to say that they do not
-    matter. A layer whose outputs come out no better than by pruning its smallest weights is pruned by magnitude. Notes say
-    where.
+    An input that was always zero counts as an average one, so that its weights are pruned by
+    magnitude, as are those of experts and branches that calibration did not reach: nothing is known
+    of either, which is not to say that they do not matter. A layer whose outputs come out no better
+    than by pruning its smallest weights is pruned by magnitude. Notes say where.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
-      sparsity: share of each matrix to prune, met exactly (blocks share the rounding); or ``{glob: share}``: leaves that no
-        glob matches are left alone; a schedule counts at step 0. None with `n_m`.
+      sparsity: share of each matrix to prune, met exactly (blocks share the rounding); or
+        ``{glob: share}``: leaves that no glob matches are left alone; a schedule counts at step 0.
+        None with `n_m`.
       structure: `n_m`, or None for single weights. Groups run along what a site sums over.
-      where: globs of the leaves to prune. Give ``"**/kernel"`` to leave embeddings alone that are also the last layer.
-      quantizer: a grid, floating format or granularity that sees weights entry by entry; kept weights are rounded in the
-        same pass. Leaves that only it covers are rounded as by GPTQ if calibrated, else to nearest.
-      damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is raised tenfold, up to
-        five times; a note says so.
+      where: globs of the leaves to prune. Give ``"**/kernel"`` to leave embeddings alone that are
+        also the last layer.
+      quantizer: a grid, floating format or granularity that sees weights entry by entry; kept
+        weights are rounded in the same pass. Leaves that only it covers are rounded as by GPTQ if
+        calibrated, else to nearest.
+      damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is
+        raised tenfold, up to five times; a note says so.
       block: inputs whose masks are chosen together; of n:m groups, a matter of speed only.
-      held_out: statistics of other batches, by which layers are compared with pruning by magnitude; by default the
-        calibration's.
+      held_out: statistics of other batches, by which layers are compared with pruning by magnitude;
+        by default the calibration's.
 
     Returns:
       ``Pruned``: exact under its own compression, masks and all.
@@ -90,14 +95,23 @@ def sparsegpt(
       (1024, True)
 
     References:
-      Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,
-      arXiv:2301.00774, algorithm 1; section 3.5 for joint quantization.
+      Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
+      One-Shot", 2023, arXiv:2301.00774, algorithm 1; section 3.5 for joint quantization.
     """
 
     def solve(leaf: Leaf) -> Solution:
         return _leaf(leaf, damping, block)
 
-    return prune(params, calibration, sparsity, structure, where, quantizer, Method(solve, "matrix", True), held_out)
+    return prune(
+        params,
+        calibration,
+        sparsity,
+        structure,
+        where,
+        quantizer,
+        Method(solve, "matrix", True),
+        held_out,
+    )
 
 
 def _leaf(leaf: Leaf, damping: float, block: int) -> Solution:
@@ -108,17 +122,29 @@ def _leaf(leaf: Leaf, damping: float, block: int) -> Solution:
     plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.seen.see)
     counts = _counts(leaf, block, len(rows))
     solved = form.matrices(leaf.x.astype(jnp.float32))
-    masks, left, said = jnp.ones(solved.shape, bool), jnp.ones(len(solved), bool), [note] if note else []
+    masks, left, said = (
+        jnp.ones(solved.shape, bool),
+        jnp.ones(len(solved), bool),
+        [note] if note else [],
+    )
     for attempt in range(TRIES):
         used = damping if attempt == 0 else max(damping, LEAST) * 10**attempt
-        new, mask, factored = _solve(leaf.x, leaf.seen.operands, leaf.problem.gram, used, rows, counts, plan)
+        new, mask, factored = _solve(
+            leaf.x, leaf.seen.operands, leaf.problem.gram, used, rows, counts, plan
+        )
         done = (left & factored)[:, None, None]
-        solved, masks, left = jnp.where(done, new, solved), jnp.where(done, mask, masks), left & ~factored
+        solved, masks, left = (
+            jnp.where(done, new, solved),
+            jnp.where(done, mask, masks),
+            left & ~factored,
+        )
         if not left.any():
             break
     if attempt:
         said.append(f"damping was raised from {damping:g} to {used:g} to factor the Hessian")
-    return Solution(form.stored(solved).astype(leaf.x.dtype), form.stored(masks), "; ".join(said), left)
+    return Solution(
+        form.stored(solved).astype(leaf.x.dtype), form.stored(masks), "; ".join(said), left
+    )
 
 
 def _counts(leaf: Leaf, block: int, rows: int) -> np.ndarray:
@@ -147,7 +173,13 @@ class Plan(NamedTuple):
 
 @partial(jax.jit, static_argnames="plan")
 def _solve(
-    x: jax.Array, operands: Sequence[jax.Array], gram: jax.Array, damping: Any, rows: Any, counts: Any, plan: Plan
+    x: jax.Array,
+    operands: Sequence[jax.Array],
+    gram: jax.Array,
+    damping: Any,
+    rows: Any,
+    counts: Any,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Solve all matrices of a leaf in turn; return them, their masks, and which could be factored."""
     form = plan.form
@@ -160,13 +192,21 @@ def _solve(
 
 
 def _matrix(
-    w: jax.Array, operands: Any, gram: jax.Array, damping: Any, rows: jax.Array, counts: jax.Array, plan: Plan
+    w: jax.Array,
+    operands: Any,
+    gram: jax.Array,
+    damping: Any,
+    rows: jax.Array,
+    counts: jax.Array,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Solve one matrix ``[k, n]``; a Hessian that is not positive definite, or NaN, has no finite factor."""
     k = len(w)
     hessian, _ = damped_hessian(_taken(_taken(gram, rows).T, rows), damping, k)
     factor = upper_factor(hessian)
-    solved, mask = _blocks(_taken(w, rows), [_taken(each, rows) for each in operands], factor, rows < k, counts, plan)
+    solved, mask = _blocks(
+        _taken(w, rows), [_taken(each, rows) for each in operands], factor, rows < k, counts, plan
+    )
     back = partial(jnp.zeros((k, w.shape[1])).at[rows].set, mode="drop", unique_indices=False)
     stored = jnp.zeros((k, w.shape[1]), bool).at[rows].set(mask, mode="drop")
     return back(solved), stored, jnp.isfinite(jnp.diagonal(factor)).all()
@@ -178,7 +218,12 @@ def _taken(x: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 def _blocks(
-    w: jax.Array, operands: list[jax.Array], factor: jax.Array, real: jax.Array, counts: jax.Array, plan: Plan
+    w: jax.Array,
+    operands: list[jax.Array],
+    factor: jax.Array,
+    real: jax.Array,
+    counts: jax.Array,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array]:
     """Prune block by block; before each, add up what the inputs before it owe it."""
     starts = jnp.arange(0, len(w), plan.block)
@@ -189,9 +234,15 @@ def _blocks(
     def turn(missed: jax.Array, block: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         start, count, w, real, operands = block
         columns = jax.lax.dynamic_slice_in_dim(factor, start, plan.block, axis=1)
-        owed = jnp.matmul(columns.T, missed, precision=HIGHEST)  # what is yet to be pruned has missed nothing
+        owed = jnp.matmul(
+            columns.T, missed, precision=HIGHEST
+        )  # what is yet to be pruned has missed nothing
         corner = jax.lax.dynamic_slice_in_dim(columns, start, plan.block)
-        step = partial(_unit, plan=plan, count=count) if plan.groups is None else partial(_grouped, plan=plan)
+        step = (
+            partial(_unit, plan=plan, count=count)
+            if plan.groups is None
+            else partial(_grouped, plan=plan)
+        )
         pruned, kept, missed_here = step(w, operands, owed, corner, real)
         return jax.lax.dynamic_update_slice_in_dim(missed, missed_here, start, 0), (pruned, kept)
 
@@ -201,7 +252,12 @@ def _blocks(
 
 
 def _grouped(
-    w: jax.Array, operands: list[jax.Array], owed: jax.Array, factor: jax.Array, real: jax.Array, plan: Plan
+    w: jax.Array,
+    operands: list[jax.Array],
+    owed: jax.Array,
+    factor: jax.Array,
+    real: jax.Array,
+    plan: Plan,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Prune the n:m groups of a block in turn."""
     assert plan.groups is not None
@@ -217,7 +273,14 @@ def _grouped(
         pruned, kept, missed_here = _unit(w, operands, owed, corner, real, plan)
         return jax.lax.dynamic_update_slice_in_dim(missed, missed_here, start, 0), (pruned, kept)
 
-    groups = (jnp.arange(0, len(w), m), cut(w), [cut(each) for each in operands], cut(owed), cut(factor.T), cut(real))
+    groups = (
+        jnp.arange(0, len(w), m),
+        cut(w),
+        [cut(each) for each in operands],
+        cut(owed),
+        cut(factor.T),
+        cut(real),
+    )
     missed, (pruned, kept) = jax.lax.scan(turn, jnp.zeros_like(w), groups)
     return pruned.reshape(w.shape), kept.reshape(w.shape), missed
 
@@ -235,9 +298,15 @@ def _unit(
     moved = jax.lax.linalg.triangular_solve(factor.T, owed, left_side=True, lower=True)
     score = jnp.abs((w + moved) * jnp.diagonal(factor)[:, None])
     if plan.groups is None:
-        kept = ~smallest_by(_key, [(score, jnp.broadcast_to(real[:, None], score.shape))], Wide(jnp.uint32(0), count))[0]
+        kept = ~smallest_by(
+            _key,
+            [(score, jnp.broadcast_to(real[:, None], score.shape))],
+            Wide(jnp.uint32(0), count),
+        )[0]
     else:
-        kept = largest_of_each(jnp.where(real[:, None], magnitude_bits(score) + 1, 0), *plan.groups, (0,))
+        kept = largest_of_each(
+            jnp.where(real[:, None], magnitude_bits(score) + 1, 0), *plan.groups, (0,)
+        )
     pruned, missed = _rows(w, operands, owed, factor, kept, plan.see)
     return pruned, kept, missed
 
@@ -247,7 +316,12 @@ def _key(score: jax.Array, real: jax.Array) -> jax.Array:
 
 
 def _rows(
-    w: jax.Array, operands: list[jax.Array], owed: jax.Array, factor: jax.Array, kept: jax.Array, see: Callable[..., Any]
+    w: jax.Array,
+    operands: list[jax.Array],
+    owed: jax.Array,
+    factor: jax.Array,
+    kept: jax.Array,
+    see: Callable[..., Any],
 ) -> tuple[jax.Array, jax.Array]:
     """Prune and round rows in turn, each once it has gathered what the rows before it owe it; and what they missed."""
 

@@ -22,24 +22,26 @@ def wanda(
 ) -> Pruned:
     r"""Prune the weights of smallest :math:`|w_{ij}| \cdot \|x_i\|_2`, the same share of each output's inputs.
 
-    ``x_i`` are the values that input i took over the calibration rows. Weights are compared within an output j, and none is
-    changed but to zero. Of equal scores the earlier input is pruned first. An input that was always zero counts as an
-    average one, so that its weights are pruned by magnitude, as are those of experts and branches that calibration did not
-    reach: nothing is known of either, which is not to say that they do not matter. Notes say where.
+    ``x_i`` are the values that input i took over the calibration rows. Weights are compared within
+    an output j, and none is changed but to zero. Of equal scores the earlier input is pruned first.
+    An input that was always zero counts as an average one, so that its weights are pruned by
+    magnitude, as are those of experts and branches that calibration did not reach: nothing is known
+    of either, which is not to say that they do not matter. Notes say where.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
-      sparsity: share to prune of each output's weights, rounded half up; or ``{glob: share}``: leaves that no glob matches
-        are left alone; a schedule counts at step 0. None with `n_m`.
+      sparsity: share to prune of each output's weights, rounded half up; or ``{glob: share}``:
+        leaves that no glob matches are left alone; a schedule counts at step 0. None with `n_m`.
       structure: `n_m`, or None for single weights. Groups run along what a site sums over.
-      where: globs of the leaves to prune. Give ``"**/kernel"`` to leave embeddings alone that are also the last layer.
-      held_out: statistics of other batches: a layer that magnitude serves better there is pruned by magnitude, and a note
-        says so. By default Wanda's choice stands.
+      where: globs of the leaves to prune. Give ``"**/kernel"`` to leave embeddings alone that are
+        also the last layer.
+      held_out: statistics of other batches: a layer that magnitude serves better there is pruned by
+        magnitude, and a note says so. By default Wanda's choice stands.
 
     Returns:
-      ``Pruned``: exact under its own compression. To round what is kept, quantize afterwards, say by `gptq` under
-      ``chain(pruned.compression, grid)``.
+      ``Pruned``: exact under its own compression. To round what is kept, quantize afterwards, say
+      by `gptq` under ``chain(pruned.compression, grid)``.
 
     Raises:
       ConfigError: for a structure other than n:m.
@@ -53,10 +55,19 @@ def wanda(
       [[1.0], [0.0]]
 
     References:
-      Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language Models", 2024,
-      arXiv:2306.11695, equation 1.
+      Sun, Liu, Bair and Kolter, "A Simple and Effective Pruning Approach for Large Language
+      Models", 2024, arXiv:2306.11695, equation 1.
     """
-    return prune(params, calibration, sparsity, structure, where, None, Method(_leaf, "output", False), held_out)
+    return prune(
+        params,
+        calibration,
+        sparsity,
+        structure,
+        where,
+        None,
+        Method(_leaf, "output", False),
+        held_out,
+    )
 
 
 def _leaf(leaf: Leaf) -> Solution:

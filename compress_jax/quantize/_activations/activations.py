@@ -25,18 +25,22 @@ BROKEN = "not finite"  # beside the operands of a site: how many of its statisti
 class Activations(NamedTuple):
     """Pure functions that run a model on quantized activations.
 
-    ``ranges`` is a plain tree, ``{site name: {"input": own}}``, or ``{"lhs": own, "rhs": own}`` of a product of two
-    activations; what ``own`` holds is its quantizer's affair, stacked inside loops.
+    ``ranges`` is a plain tree, ``{site name: {"input": own}}``, or ``{"lhs": own, "rhs": own}`` of
+    a product of two activations; what ``own`` holds is its quantizer's affair, stacked inside
+    loops.
 
     Attributes:
-      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches, each what the model takes after params
-        (a tuple is several arguments), and of them what counts, see `trace.calibrate`. Dynamic quantizers need none.
+      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches, each what the
+        model takes after params (a tuple is several arguments), and of them what counts, see
+        `trace.calibrate`. Dynamic quantizers need none.
       apply: ``(params, ranges, *inputs) -> out``; differentiable in params and in learned ranges.
-      update: ``(params, ranges, *inputs, mask=None) -> (out, new ranges)``: ranges move with this batch, with what of it
-        counts, and the output is that of the new ones. Where a range is NaN, or ``ranges`` is None, this batch sets it.
-        Statistics that are not finite (a batch with an overflow) move nothing.
+      update: ``(params, ranges, *inputs, mask=None) -> (out, new ranges)``: ranges move with this
+        batch, with what of it counts, and the output is that of the new ones. Where a range is NaN,
+        or ``ranges`` is None, this batch sets it. Statistics that are not finite (a batch with an
+        overflow) move nothing.
       table: ``(params, *inputs) -> {site name: what is done there, or why nothing is}``.
-      watch: as ``update``, ``-> (out, new ranges, {site name: int32, how many of its statistics were not finite})``.
+      watch: as ``update``,
+        ``-> (out, new ranges, {site name: int32, how many of its statistics were not finite})``.
     """
 
     init: Callable[..., Ranges]
@@ -51,18 +55,20 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
 
     Args:
       fn: a pure function of params and inputs.
-      how: a quantizer, or pairs of a glob over names of sites and a quantizer, or None to leave them; the first that
-        matches decides, and sites that none matches are left.
-      where: a glob, or several, over names of sites. By default the sites of which one operand is a parameter. A product of
-        two activations (attention scores) has both quantized, if a glob here or in ``how`` other than ``"**"`` matches it.
+      how: a quantizer, or pairs of a glob over names of sites and a quantizer, or None to leave
+        them; the first that matches decides, and sites that none matches are left.
+      where: a glob, or several, over names of sites. By default the sites of which one operand is a
+        parameter. A product of two activations (attention scores) has both quantized, if a glob
+        here or in ``how`` other than ``"**"`` matches it.
 
     Returns:
       The functions. `Activations.table` tells what is done where.
 
     Raises:
       NoMatchError: when called, if a glob matches no site.
-      NonFiniteError: in ``init``, naming the site, if its activations were not finite or it never ran; in ``apply`` and
-        ``update``, if a known range is not finite. Of a traced one the result is NaN.
+      NonFiniteError: in ``init``, naming the site, if its activations were not finite or it never
+        ran; in ``apply`` and ``update``, if a known range is not finite. Of a traced one the result
+        is NaN.
       StateError: in ``apply`` and ``update``, if ``ranges`` lacks a site.
 
     Example:
@@ -82,7 +88,10 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
             return {}
         seen = calibrate(fn, _reducer(how, where), params, batches, mask=mask)
         quantizers = chosen(seen.sites.values(), how, where)
-        return {name: _calibrated(seen.sites[name], each, seen[name]) for name, each in quantizers.items()}
+        return {
+            name: _calibrated(seen.sites[name], each, seen[name])
+            for name, each in quantizers.items()
+        }
 
     def run(
         params: Any, ranges: Ranges | None, inputs: tuple[Any, ...], moving: bool, mask: Any = None
@@ -91,12 +100,20 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
             quantizers = chosen(found.values(), how, where)
             _require(quantizers, ranges, moving)
             kept = {position: site for position, site in found.items() if site.name in quantizers}
-            return Hooks(kept, lambda site, *rest: _quantized(quantizers[site.name], moving, site, *rest))
+            return Hooks(
+                kept, lambda site, *rest: _quantized(quantizers[site.name], moving, site, *rest)
+            )
 
         own = {name: {"own": each} for name, each in (ranges or {}).items()}
         if mask is not None:
-            found = [site for site in sites(fn, params, *inputs) if not isinstance(choose(site, how, where), str)]
-            for name, masks in masks_of(fn, [site.name for site in found], mask, params, *inputs).items():
+            found = [
+                site
+                for site in sites(fn, params, *inputs)
+                if not isinstance(choose(site, how, where), str)
+            ]
+            for name, masks in masks_of(
+                fn, [site.name for site in found], mask, params, *inputs
+            ).items():
                 own[name] = {**own.get(name, {}), "masks": masks}
         return hooked(fn, hooks, None, _Given(own))(params, *inputs)
 
@@ -109,9 +126,18 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
         out, new = run(params, ranges, inputs, moving=True, mask=mask)
         counts: dict[str, Any] = {name: own.pop(BROKEN) for name, own in new.items()}
         broken = {name: count.sum() for name, count in counts.items()}
-        return out, {name: jax.tree.map(_known, (ranges or {}).get(name) or own, own) for name, own in new.items()}, broken
+        return (
+            out,
+            {
+                name: jax.tree.map(_known, (ranges or {}).get(name) or own, own)
+                for name, own in new.items()
+            },
+            broken,
+        )
 
-    def update(params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None) -> tuple[Any, Ranges]:
+    def update(
+        params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None
+    ) -> tuple[Any, Ranges]:
         return watch(params, ranges, *inputs, mask=mask)[:2]
 
     def table(params: Any, *inputs: Any) -> dict[str, str]:
@@ -132,13 +158,16 @@ class _Given(dict[str, Any]):
         return {}
 
 
-def _require(quantizers: dict[str, ActivationQuantizer], ranges: Ranges | None, moving: bool) -> None:
+def _require(
+    quantizers: dict[str, ActivationQuantizer], ranges: Ranges | None, moving: bool
+) -> None:
     if ranges is None and moving:
         return
     for name, each in quantizers.items():
         if each.reducer is not None and name not in (ranges or {}):
             raise StateError(
-                f"there are no ranges for site {name!r}, only for: {', '.join(ranges or {}) or 'none'}; calibrate with "
+                f"there are no ranges for site {name!r}, only for: "
+                f"{', '.join(ranges or {}) or 'none'}; calibrate with "
                 "`init(params, batches)` of the same activations"
             )
         require_finite(name, (ranges or {}).get(name, {}), unknown=moving or each.waits)
@@ -148,7 +177,9 @@ def _reducer(how: How, where: Where) -> Reducer:
     """Return the reducer that keeps at each site what its quantizer needs, under the number of that quantizer."""
     every = [each for _, each in pairs(how) if each is not None]
 
-    def masked(site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]) -> dict[str, Any]:
+    def masked(
+        site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]
+    ) -> dict[str, Any]:
         each = choose(site, how, where)
         if isinstance(each, str) or each.reducer is None:
             return {}
@@ -179,16 +210,26 @@ def _calibrated(site: Site, quantizer: ActivationQuantizer, seen: dict[str, Any]
     for key, own in result.items():
         if any(not isinstance(x, Tracer) and not jnp.isfinite(x).all() for x in own.values()):
             never = not jnp.asarray(getattr(finished[key], "count", 1)).all()
-            why = "it did not run in any batch, or not in every turn of its loop" if never else "they are not finite"
+            why = (
+                "it did not run in any batch, or not in every turn of its loop"
+                if never
+                else "they are not finite"
+            )
             raise NonFiniteError(
-                f"no range for the activations ({key}) of site {site.name!r}: {why}; look at the calibration batches, or "
+                f"no range for the activations ({key}) of site {site.name!r}: {why}; look at the "
+                "calibration batches, or "
                 f"leave the site out with ({site.name!r}, None) before the other pairs of `how`"
             )
     return result
 
 
 def _quantized(
-    quantizer: ActivationQuantizer, moving: bool, site: Site, eqn: JaxprEqn, operands: list[Any], told: dict[str, Any]
+    quantizer: ActivationQuantizer,
+    moving: bool,
+    site: Site,
+    eqn: JaxprEqn,
+    operands: list[Any],
+    told: dict[str, Any],
 ) -> Values:
     """Run a contraction on quantized activations; if ranges move, return those that this batch led to."""
     seen, new, args, given = None, {}, list(operands), told.get("own", {})
@@ -212,7 +253,10 @@ def _moved(quantizer: ActivationQuantizer, old: Own, fresh: Own) -> tuple[Own, j
     if not old:
         return fresh, sound
     both = quantizer.merge(old, fresh)
-    return {name: jnp.where(jnp.isnan(old[name]), fresh[name], _known(old[name], both[name])) for name in old}, sound
+    return {
+        name: jnp.where(jnp.isnan(old[name]), fresh[name], _known(old[name], both[name]))
+        for name in old
+    }, sound
 
 
 def _known(old: jax.Array, new: jax.Array) -> jax.Array:

@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, Placed, checked, rounded, spanned
+from compress_jax.quantize._activations.quantizer import (
+    ActivationQuantizer,
+    Own,
+    Placed,
+    checked,
+    rounded,
+    spanned,
+)
 from compress_jax.trace._jaxpr.site import Site
 
 
@@ -17,9 +24,11 @@ def dynamic(
 
     Args:
       bits: 2 to 8.
-      symmetric: whether the grid's zero is its middle; else the range is from min(x, 0) to max(x, 0).
-      granularity: ``"tensor"`` for one scale, ``"token"`` for one for each row: for all entries that are contracted
-        together. Of a convolution these are all windows of an example, so that each example has a scale.
+      symmetric: whether the grid's zero is its middle; else the range is from min(x, 0) to max(x,
+        0).
+      granularity: ``"tensor"`` for one scale, ``"token"`` for one for each row: for all entries
+        that are contracted together. Of a convolution these are all windows of an example, so that
+        each example has a scale.
 
     Returns:
       The quantizer, with the derivative of the identity.
@@ -39,12 +48,18 @@ def dynamic(
     """
     grid = checked(bits, symmetric)
     if granularity not in ("tensor", "token"):
-        raise ArgumentError(f"granularity must be 'tensor' or 'token', got {granularity!r}; per channel is `static`'s")
+        raise ArgumentError(
+            f"granularity must be 'tensor' or 'token', got {granularity!r}; per channel is "
+            "`static`'s"
+        )
 
     def place(site: Site, index: int, x: jax.Array, own: Own) -> Placed:
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
         axes = together(site, index) if granularity == "token" else None
-        low, high = (reduction(x, axis=axes, keepdims=axes is not None, initial=0) for reduction in (jnp.min, jnp.max))
+        low, high = (
+            reduction(x, axis=axes, keepdims=axes is not None, initial=0)
+            for reduction in (jnp.min, jnp.max)
+        )
         return spanned(low, high, grid)
 
     def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
@@ -62,12 +77,17 @@ def together(site: Site, index: int) -> tuple[int, ...]:
       index: which operand.
 
     Returns:
-      Axes; of a convolution's input its channels and its space, of its kernel all but the output channels.
+      Axes; of a convolution's input its channels and its space, of its kernel all but the output
+      channels.
 
     Example:
       >>> together(Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,))), 0)
       (2,)
     """
     if site.kind == "conv" and index == 0:
-        return tuple(axis for axis in range(len(site.lhs_shape)) if axis != site.params["dimension_numbers"].lhs_spec[0])
+        return tuple(
+            axis
+            for axis in range(len(site.lhs_shape))
+            if axis != site.params["dimension_numbers"].lhs_spec[0]
+        )
     return site.contracting[index]

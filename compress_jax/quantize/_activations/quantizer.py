@@ -1,7 +1,7 @@
 """What quantizes activations: from the operand of a site to a grid for it, and how the operand is seen on that grid.
 
-What belongs to one operand of one site (its range, its learned step) is a small dict of arrays, ``own``: inside a scan of L
-turns the arrays are stacked, ``[L, ...]``, and every turn sees its own.
+What belongs to one operand of one site (its range, its learned step) is a small dict of arrays,
+``own``: inside a scan of L turns the arrays are stacked, ``[L, ...]``, and every turn sees its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,16 +38,21 @@ class ActivationQuantizer(NamedTuple):
 
     Attributes:
       grid: the levels; codes are uint8.
-      place: ``(site, index, x, own) -> (scale float32, zero_point uint8)`` which broadcast against the operand ``x``, number
-        ``index`` of the site. Dynamic ones look at ``x``, static ones at ``own`` only.
+      place: ``(site, index, x, own) -> (scale float32, zero_point uint8)`` which broadcast against
+        the operand ``x``, number ``index`` of the site. Dynamic ones look at ``x``, static ones at
+        ``own`` only.
       see: ``(site, index, x, own) -> x``: the operand as its codes stand for it,
-        ``grid.decode(grid.encode(x, *place), *place)`` bit for bit (NaN stays NaN), in its own dtype, with a derivative.
+        ``grid.decode(grid.encode(x, *place), *place)`` bit for bit (NaN stays NaN), in its own
+        dtype, with a derivative.
       reducer: the statistics that ``ranges`` needs; None if it needs none.
-      ranges: ``(site, finished statistics of this operand) -> own``. Their leading axes are those of the statistics.
-      merge: ``(old own, new own) -> own``, from one batch to the next in training. By default what is there stays.
+      ranges: ``(site, finished statistics of this operand) -> own``. Their leading axes are those
+        of the statistics.
+      merge: ``(old own, new own) -> own``, from one batch to the next in training. By default what
+        is there stays.
       learned: names in ``own`` that an optimizer trains.
       call: the call that makes it, for tables and records.
-      waits: whether nothing is quantized while a range is NaN, as before the first step of training; else that is an error.
+      waits: whether nothing is quantized while a range is NaN, as before the first step of
+        training; else that is an error.
     """
 
     grid: Grid
@@ -86,7 +91,8 @@ def require_finite(name: str, operands: Mapping[str, Own], *, unknown: bool = Fa
             found = np.asarray(value, np.float64)
             if not (np.isfinite(found) | (np.isnan(found) & unknown)).all():
                 raise NonFiniteError(
-                    f"the range of the activations ({key}) of site {name!r} is not finite: {end} is {found.tolist()}; "
+                    f"the range of the activations ({key}) of site {name!r} is not finite: {end} "
+                    f"is {found.tolist()}; "
                     "calibrate anew, on batches without NaN or infinity that reach this site"
                 )
 
@@ -95,7 +101,8 @@ def spanned(low: jax.Array, high: jax.Array, grid: Grid) -> Placed:
     r"""Place a grid on a range, as `scales.spanning` does but with the very same bits compiled or not.
 
     :math:`s = (high / 2 - low / 2) \cdot 2 / (2^{bits} - 1)`: halves are exact, so that no fused multiply-add can round
-    otherwise than two operations do. Where ``low`` is not below 0 an asymmetric grid has the zero point 0.
+    otherwise than two operations do. Where ``low`` is not below 0 an asymmetric grid has the zero
+    point 0.
 
     Of a range that is not finite the scale is NaN, and so is all that is seen on that grid.
 
@@ -112,7 +119,10 @@ def spanned(low: jax.Array, high: jax.Array, grid: Grid) -> Placed:
       (Array(0.02, dtype=float32), Array(0, dtype=uint8))
     """
     known = jnp.isfinite(low) & jnp.isfinite(high)
-    low, high = jnp.where(known, jnp.minimum(low, 0), jnp.nan), jnp.where(known, jnp.maximum(high, 0), jnp.nan)
+    low, high = (
+        jnp.where(known, jnp.minimum(low, 0), jnp.nan),
+        jnp.where(known, jnp.maximum(high, 0), jnp.nan),
+    )
     if grid.symmetric:
         return usable(jnp.maximum(-low, high) * np.float32(1 / grid.qmax)), grid.middle
     scale = usable((0.5 * high - 0.5 * low) * np.float32(2 / grid.top))
@@ -120,7 +130,9 @@ def spanned(low: jax.Array, high: jax.Array, grid: Grid) -> Placed:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def rounded(grid: Grid, clipped: bool, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+def rounded(
+    grid: Grid, clipped: bool, x: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> jax.Array:
     """Return ``x`` on a grid, with the derivative of the identity; NaN stays NaN.
 
     Args:
@@ -143,7 +155,9 @@ def rounded(grid: Grid, clipped: bool, x: jax.Array, scale: jax.Array, zero_poin
 
 
 @rounded.defjvp
-def _(grid: Grid, clipped: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _(
+    grid: Grid, clipped: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     (x, scale, zero_point), dx = primals, tangents[0]
     seen = rounded(grid, clipped, x, scale, zero_point)
     if not clipped:

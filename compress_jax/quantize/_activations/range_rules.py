@@ -1,7 +1,8 @@
 """Which range of activations the levels of a static grid should span, from statistics of calibration batches.
 
-A rule is ``(statistics, grid) -> (low, high)``, float32 and stacked as the statistics are; NaN where nothing was seen, or
-where something was not finite. `activation.spanned` then places the grid.
+A rule is ``(statistics, grid) -> (low, high)``, float32 and stacked as the statistics are; NaN
+where nothing was seen, or where something was not finite. `activation.spanned` then places the
+grid.
 """
 
 import math
@@ -69,13 +70,16 @@ def spread(per_channel: bool = False) -> Reducer:
         axes, values = table.rows if per_channel else tuple(range(table.values.ndim)), table.values
         share: Any = np.float32(1 / max(math.prod(values.shape[axis] for axis in axes), 1))
         if table.there is not None:
-            share = 1 / jnp.maximum(jnp.broadcast_to(table.there, values.shape).sum(axes, dtype=jnp.float32), 1)
+            share = 1 / jnp.maximum(
+                jnp.broadcast_to(table.there, values.shape).sum(axes, dtype=jnp.float32), 1
+            )
 
         def mean(x: jax.Array) -> jax.Array:
             return flat(x.sum(axes) * share)
 
         low, high = (
-            flat(table.reduced(each, values, start, axes)) for each, start in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
+            flat(table.reduced(each, values, start, axes))
+            for each, start in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
         )
         return Spread(mean(values), mean(jnp.abs(values)), mean(values**2), low, high, table.count)
 
@@ -87,7 +91,11 @@ def spread(per_channel: bool = False) -> Reducer:
             return a + aligned(share, a) * (b - a)
 
         low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
-        means = pooled(old.mean, new.mean), pooled(old.magnitude, new.magnitude), pooled(old.square, new.square)
+        means = (
+            pooled(old.mean, new.mean),
+            pooled(old.magnitude, new.magnitude),
+            pooled(old.square, new.square),
+        )
         return Spread(means[0], means[1], means[2], low, high, count)
 
     return of_inputs(measure, combine)
@@ -109,7 +117,8 @@ def widest(seen: Any, grid: Grid) -> Ends:
 def root_mean_square(seen: Spread, grid: Grid) -> Ends:
     """Return the range that is optimal for a normal distribution with the same moments, cut to the extremes.
 
-    Symmetric: k times the root mean square to both sides; asymmetric: mean -+ k standard deviations; k of `normal_clip`.
+    Symmetric: k times the root mean square to both sides; asymmetric: mean -+ k standard
+      deviations; k of `normal_clip`.
 
     Args:
       seen: the moments.
@@ -136,7 +145,8 @@ def percentiles(seen: Histogram, grid: Grid, percent: float | None = None) -> En
     Args:
       seen: the histogram.
       grid: the levels.
-      percent: the share. By default that of a normal distribution within its optimal range, as in `scales.percentile`.
+      percent: the share. By default that of a normal distribution within its optimal range, as in
+        `scales.percentile`.
 
     Returns:
       ``(low, high)``.
@@ -151,13 +161,14 @@ def percentiles(seen: Histogram, grid: Grid, percent: float | None = None) -> En
 def least_entropy(seen: Histogram, grid: Grid, stride: int = 8) -> Ends:
     """Clip where the distribution on the grid is nearest to the true one, by relative entropy (`least_divergent`).
 
-    The two bins that touch zero hold what their neighbours hold: zeros are exact on any grid, and after a ReLU they would
-    outweigh everything.
+    The two bins that touch zero hold what their neighbours hold: zeros are exact on any grid, and
+    after a ReLU they would outweigh everything.
 
     Args:
       seen: the histogram.
       grid: the levels.
-      stride: of the search, in bins, of which there are at least 2048 and 16 for each level: so small can the share be.
+      stride: of the search, in bins, of which there are at least 2048 and 16 for each level: so
+        small can the share be.
 
     Returns:
       ``(low, high)``.
@@ -169,9 +180,15 @@ def least_entropy(seen: Histogram, grid: Grid, stride: int = 8) -> Ends:
     bins = max(2048, 16 * groups)
     if grid.symmetric:
         seen = magnitudes(seen)
-    low, high = (jnp.minimum(seen.low, 0), jnp.maximum(seen.high, 0)) if not grid.symmetric else (0 * seen.high, seen.high)
+    low, high = (
+        (jnp.minimum(seen.low, 0), jnp.maximum(seen.high, 0))
+        if not grid.symmetric
+        else (0 * seen.high, seen.high)
+    )
     counts, half = seen.counts.to_float(), seen.counts.lower.shape[-1] // 2
-    counts = counts.at[..., half].set(counts[..., half + 1]).at[..., half - 1].set(counts[..., half - 2])
+    counts = (
+        counts.at[..., half].set(counts[..., half + 1]).at[..., half - 1].set(counts[..., half - 2])
+    )
     counts = _over(edges(seen), counts, low, high, bins)
     zero = jnp.round(bins * -low / jnp.where(high > low, high - low, 1)).astype(jnp.int32)
     share = least_divergent(counts, zero, groups, stride)
@@ -179,13 +196,17 @@ def least_entropy(seen: Histogram, grid: Grid, stride: int = 8) -> Ends:
     return (-high, high) if grid.symmetric else (low, high)
 
 
-def _over(edges: jax.Array, counts: jax.Array, low: jax.Array, high: jax.Array, bins: int) -> jax.Array:
+def _over(
+    edges: jax.Array, counts: jax.Array, low: jax.Array, high: jax.Array, bins: int
+) -> jax.Array:
     """Spread counts over even bins from low to high: int32 ``[..., bins]``, at most 2**30 in all."""
     counts = counts * jnp.minimum(1, 2.0**30 / jnp.maximum(counts.sum(-1, keepdims=True), 1))
     before = jnp.pad(jnp.cumsum(counts, -1), [(0, 0)] * (counts.ndim - 1) + [(1, 0)])
     steps = jnp.arange(bins + 1, dtype=jnp.float32).reshape(*(1,) * low.ndim, -1) / bins
     wanted = low[..., None] + steps * (high - low)[..., None]
-    return jnp.diff(jnp.round(_each(jnp.interp, low.ndim)(wanted, edges, before)).astype(jnp.int32), axis=-1)
+    return jnp.diff(
+        jnp.round(_each(jnp.interp, low.ndim)(wanted, edges, before)).astype(jnp.int32), axis=-1
+    )
 
 
 def _each(fn: Callable[..., Any], axes: int) -> Callable[..., Any]:
@@ -198,9 +219,9 @@ def _each(fn: Callable[..., Any], axes: int) -> Callable[..., Any]:
 def least_squares(seen: Histogram, grid: Grid) -> Ends:
     r"""Return the range of least mean squared error, by search; both ends are searched on an asymmetric grid.
 
-    The error of a candidate is exact for the density that the histogram describes, even within each bin: with
-    :math:`t = x / s` and :math:`n = clip(round(t))` the antiderivative of :math:`(t - n)^2` is
-    :math:`n / 12 + (t - n)^3 / 3`, continuous everywhere.
+    The error of a candidate is exact for the density that the histogram describes, even within each
+    bin: with :math:`t = x / s` and :math:`n = clip(round(t))` the antiderivative of
+    :math:`(t - n)^2` is :math:`n / 12 + (t - n)^3 / 3`, continuous everywhere.
 
     Args:
       seen: the histogram.
@@ -248,11 +269,18 @@ def _factors(symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
     coarse = np.geomspace(1, 1 / 128, 128 if symmetric else 32)
     fine = np.geomspace(coarse[1], 1 / coarse[1], 17)
     if symmetric:
-        return np.stack([coarse] * 2, 1).astype(np.float32), np.stack([fine] * 2, 1).astype(np.float32)
-    both = (np.stack(np.meshgrid(each, each), -1).reshape(-1, 2).astype(np.float32) for each in (coarse, fine))
+        return np.stack([coarse] * 2, 1).astype(np.float32), np.stack([fine] * 2, 1).astype(
+            np.float32
+        )
+    both = (
+        np.stack(np.meshgrid(each, each), -1).reshape(-1, 2).astype(np.float32)
+        for each in (coarse, fine)
+    )
     first, second = both
     return first, second
 
 
 def _known(seen: Histogram, end: jax.Array) -> jax.Array:
-    return jnp.where(jnp.isfinite(seen.low) & jnp.isfinite(seen.high) & (seen.count > 0), end, jnp.nan)
+    return jnp.where(
+        jnp.isfinite(seen.low) & jnp.isfinite(seen.high) & (seen.count > 0), end, jnp.nan
+    )

@@ -30,9 +30,10 @@ def choose(site: Site, how: How, where: Where = None) -> ActivationQuantizer | s
 
     Args:
       site: the site.
-      how: a quantizer, or pairs of a glob and a quantizer or None; the first glob that matches decides.
-      where: a glob, or several, that must match as well; by default a parameter must be an operand, or a glob in ``how``
-        other than ``"**"`` match.
+      how: a quantizer, or pairs of a glob and a quantizer or None; the first glob that matches
+        decides.
+      where: a glob, or several, that must match as well; by default a parameter must be an operand,
+        or a glob in ``how`` other than ``"**"`` match.
 
     Returns:
       The quantizer, or a reason.
@@ -45,7 +46,10 @@ def choose(site: Site, how: How, where: Where = None) -> ActivationQuantizer | s
       >>> choose(scores, dynamic(bits=4), where="*@*")
       dynamic(bits=4, symmetric=True, granularity='tensor')
     """
-    if not all(jnp.issubdtype((site.lhs_dtype, site.rhs_dtype)[index], jnp.floating) for index in site.inputs.values()):
+    if not all(
+        jnp.issubdtype((site.lhs_dtype, site.rhs_dtype)[index], jnp.floating)
+        for index in site.inputs.values()
+    ):
         return "its activations are not floating-point numbers"
     if where is not None and not matches(where, site.name):
         return "`where` does not name it"
@@ -76,6 +80,8 @@ def chosen(sites: Iterable[Site], how: How, where: Where = None) -> dict[str, Ac
     globs += [] if where is None else [where] if isinstance(where, str) else where
     for glob in globs:
         if not any(matches(glob, name) for name in every):
-            raise NoMatchError(f"pattern {glob!r} matches no site. The sites are:\n  " + "\n  ".join(every))
+            raise NoMatchError(
+                f"pattern {glob!r} matches no site. The sites are:\n  " + "\n  ".join(every)
+            )
     found = {name: choose(site, how, where) for name, site in every.items()}
     return {name: each for name, each in found.items() if isinstance(each, ActivationQuantizer)}

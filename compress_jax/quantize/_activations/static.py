@@ -10,7 +10,14 @@ import numpy as np
 from compress_jax.core.arguments import flag, number
 from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.quantize._activations import range_rules
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, Placed, checked, rounded, spanned
+from compress_jax.quantize._activations.quantizer import (
+    ActivationQuantizer,
+    Own,
+    Placed,
+    checked,
+    rounded,
+    spanned,
+)
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.reducer import Reducer
 from compress_jax.trace.reducers import histogram, minmax
@@ -28,20 +35,23 @@ def static(
 ) -> ActivationQuantizer:
     r"""Quantize an operand by a range that calibration chose; what lies beyond is clipped.
 
-    What belongs to an operand is ``{"low", "high"}``. An asymmetric grid has the zero point 0 where no activation is
-    negative: after a ReLU all codes serve what there is.
+    What belongs to an operand is ``{"low", "high"}``. An asymmetric grid has the zero point 0 where
+    no activation is negative: after a ReLU all codes serve what there is.
 
     Args:
       bits: 2 to 8.
       symmetric: whether the grid's zero is its middle.
-      granularity: ``"tensor"``, or ``"channel"`` for a range for each contracted channel; one that was always zero takes the
-        widest of all. The latter can only be simulated: its scales cannot be taken out of an integer product's sum.
-      range: ``"minmax"``, all that was seen; ``"ema"``, moving averages of the extremes of each batch; ``"percentile"``;
-        ``"entropy"``, least relative entropy; ``"mse"``, least squared error; ``"rms"``, as for a normal distribution with
-        the same moments. Per channel: ``"minmax"``, ``"ema"``, ``"rms"``.
-      momentum: of ``"ema"``; and of every range but ``"minmax"``, which only ever widens, when ranges move in training.
-      percent: of ``"percentile"``: the share of entries within. Default: by bits, 99.99 at 8 and 98.2 at 4
-        (see `quantize.percentile`).
+      granularity: ``"tensor"``, or ``"channel"`` for a range for each contracted channel; one that
+        was always zero takes the widest of all. The latter can only be simulated: its scales cannot
+        be taken out of an integer product's sum.
+      range: ``"minmax"``, all that was seen; ``"ema"``, moving averages of the extremes of each
+        batch; ``"percentile"``; ``"entropy"``, least relative entropy; ``"mse"``, least squared
+        error; ``"rms"``, as for a normal distribution with the same moments. Per channel:
+        ``"minmax"``, ``"ema"``, ``"rms"``.
+      momentum: of ``"ema"``; and of every range but ``"minmax"``, which only ever widens, when
+        ranges move in training.
+      percent: of ``"percentile"``: the share of entries within. Default: by bits, 99.99 at 8 and
+        98.2 at 4 (see `quantize.percentile`).
       clipped: whether what is clipped gets no gradient.
 
     Returns:
@@ -60,8 +70,8 @@ def static(
       [[0.0, 0.0], [1.0, 3.0]]
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.1 (moving averages).
-      Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
+      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section
+      3.1 (moving averages). Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
     """
     grid, clipped = checked(bits, symmetric), flag("clipped", clipped)
     reducer, rule = _rule(range, granularity, momentum, percent)
@@ -80,10 +90,15 @@ def static(
 
     def merge(old: Own, new: Own) -> Own:
         if range == "minmax":
-            return {"low": jnp.minimum(old["low"], new["low"]), "high": jnp.maximum(old["high"], new["high"])}
+            return {
+                "low": jnp.minimum(old["low"], new["low"]),
+                "high": jnp.maximum(old["high"], new["high"]),
+            }
         return {end: old[end] + (1 - momentum) * (new[end] - old[end]) for end in old}
 
-    call = f"static(bits={bits}, symmetric={symmetric}, granularity={granularity!r}, range={range!r})"
+    call = (
+        f"static(bits={bits}, symmetric={symmetric}, granularity={granularity!r}, range={range!r})"
+    )
     return ActivationQuantizer(grid, place, see, reducer, ranges, merge, call=call)
 
 
@@ -93,14 +108,22 @@ def _reached(low: jax.Array, high: jax.Array) -> Placed:
     return jnp.where(never, low.min(), low), jnp.where(never, high.max(), high)
 
 
-def _rule(kind: str, granularity: str, momentum: float, percent: float | None) -> tuple[Reducer, Any]:
+def _rule(
+    kind: str, granularity: str, momentum: float, percent: float | None
+) -> tuple[Reducer, Any]:
     """Return what to observe, and how a range follows from it."""
     if granularity not in ("tensor", "channel"):
-        raise ArgumentError(f"granularity must be 'tensor' or 'channel', got {granularity!r}; 'token' is `dynamic`'s")
+        raise ArgumentError(
+            f"granularity must be 'tensor' or 'channel', got {granularity!r}; 'token' is "
+            "`dynamic`'s"
+        )
     momentum = number("momentum", momentum, 0, 1, below=True)
     percent = None if percent is None else number("percent", percent)
     if percent is not None and not (kind == "percentile" and 0 < percent <= 100):
-        raise ArgumentError(f"percent must be above 0, at most 100, and for 'percentile' only; got {percent} for {kind!r}")
+        raise ArgumentError(
+            f"percent must be above 0, at most 100, and for 'percentile' only; got {percent} for "
+            f"{kind!r}"
+        )
     if kind in ("minmax", "ema"):
         return minmax(momentum if kind == "ema" else None, granularity), range_rules.widest  # pyright: ignore[reportArgumentType]
     if kind == "rms":
@@ -111,10 +134,13 @@ def _rule(kind: str, granularity: str, momentum: float, percent: float | None) -
         "mse": range_rules.least_squares,
     }
     if not isinstance(kind, str) or kind not in rules:
-        raise ArgumentError(f"range must be 'minmax', 'ema', 'percentile', 'entropy', 'mse' or 'rms', got {kind!r}")
+        raise ArgumentError(
+            f"range must be 'minmax', 'ema', 'percentile', 'entropy', 'mse' or 'rms', got {kind!r}"
+        )
     if granularity == "channel":
         raise ArgumentError(
-            f"range={kind!r} needs a histogram, which is kept of a whole operand; use 'minmax', 'ema' or 'rms'"
+            f"range={kind!r} needs a histogram, which is kept of a whole operand; use 'minmax', "
+            "'ema' or 'rms'"
         )
     return histogram(range_rules.BINS), rules[kind]
 
@@ -140,7 +166,10 @@ def along(site: Site, index: int, x: jax.Array, channels: jax.Array) -> jax.Arra
       (1, 1, 3)
     """
     if site.kind == "conv" and index == 1:
-        raise ShapeError(f"site {site.name!r} convolves with an activation as kernel; use granularity='tensor' for it")
+        raise ShapeError(
+            f"site {site.name!r} convolves with an activation as kernel; use granularity='tensor' "
+            "for it"
+        )
     axes = site.batch[index] + site.contracting[index]
     table = channels.reshape([x.shape[axis] for axis in axes])
     table = table.transpose(np.argsort(axes))

@@ -30,7 +30,8 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
       ([0.0, 1.0], 0.25)
 
     References:
-      Gupta et al., "Deep Learning with Limited Numerical Precision", 2015, arXiv:1502.02551, section 3.
+      Gupta et al., "Deep Learning with Limited Numerical Precision", 2015, arXiv:1502.02551,
+      section 3.
     """
     down = jnp.floor(x)
     # Not floor(x + u): near 1 the sum is rounded, and a whole number would be too.
@@ -38,21 +39,26 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def quantized_backward(
-    fn: Callable[..., Any], key: jax.Array, bits: int = 8, where: str | tuple[str, ...] | None = None
+    fn: Callable[..., Any],
+    key: jax.Array,
+    bits: int = 8,
+    where: str | tuple[str, ...] | None = None,
 ) -> Callable[..., Any]:
     r"""Return ``fn`` with the gradients of its contractions computed from integers.
 
-    Forward nothing changes. Backward, each of the two contractions that a contraction's gradient consists of has both its
-    operands, the incoming gradient and the saved operand, rounded stochastically to the symmetric grid that spans them, is
-    computed on the int8 codes with int32 sums, and multiplied by both scales. As the two roundings are independent the
-    gradients' expectation is exact for a given incoming gradient. Quantized operands (`activations`) are saved as they
-    were seen. Reverse mode only.
+    Forward nothing changes. Backward, each of the two contractions that a contraction's gradient
+    consists of has both its operands, the incoming gradient and the saved operand, rounded
+    stochastically to the symmetric grid that spans them, is computed on the int8 codes with int32
+    sums, and multiplied by both scales. As the two roundings are independent the gradients'
+    expectation is exact for a given incoming gradient. Quantized operands (`activations`) are saved
+    as they were seen. Reverse mode only.
 
     Args:
       fn: a pure function of params and inputs.
       key: typed PRNG key; a new one for each training step.
       bits: 2 to 8.
-      where: a glob, or several, over names of sites; by default all but ragged products, which stay as they are.
+      where: a glob, or several, over names of sites; by default all but ragged products, which stay
+        as they are.
 
     Returns:
       ``(params, *inputs) -> out``.
@@ -70,7 +76,8 @@ def quantized_backward(
       [[1.0, 1.0], [0.5, 0.5]]
 
     References:
-      Banner et al., "Scalable Methods for 8-bit Training of Neural Networks", 2018, arXiv:1805.11046, section 4.
+      Banner et al., "Scalable Methods for 8-bit Training of Neural Networks", 2018,
+      arXiv:1805.11046, section 4.
     """
     grid = checked(bits, True)._replace(narrow=True)
 
@@ -96,10 +103,14 @@ def _contraction(site: Site, grid: Grid) -> Callable[..., jax.Array]:
     def pull(_: None, lhs: jax.Array, rhs: jax.Array, gradient: jax.Array) -> Any:
         return jax.vjp(exact, lhs, rhs)[1](gradient)
 
-    def backward(saved: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    def backward(
+        saved: tuple[jax.Array, ...], gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array, None]:
         *operands, key = saved
         inside = sites(pull, None, *operands, gradient)
-        keys = dict(zip((each.name for each in inside), jax.random.split(key, len(inside)), strict=True))
+        keys = dict(
+            zip((each.name for each in inside), jax.random.split(key, len(inside)), strict=True)
+        )
         return *rewrite(pull, partial(_integer, grid), given=keys)(None, *operands, gradient), None
 
     contract = jax.custom_vjp(lambda lhs, rhs, key: exact(lhs, rhs))
@@ -109,8 +120,12 @@ def _contraction(site: Site, grid: Grid) -> Callable[..., jax.Array]:
 
 def _integer(grid: Grid, site: Site, lhs: jax.Array, rhs: jax.Array, key: jax.Array) -> jax.Array:
     """Contract the stochastically rounded codes of both operands."""
-    (a, left), (b, right) = (_codes(grid, x, each) for x, each in zip((lhs, rhs), jax.random.split(key), strict=True))
-    return (site.contract(a, b, jnp.int32).astype(jnp.float32) * (left * right)).astype(site.out_dtype)
+    (a, left), (b, right) = (
+        _codes(grid, x, each) for x, each in zip((lhs, rhs), jax.random.split(key), strict=True)
+    )
+    return (site.contract(a, b, jnp.int32).astype(jnp.float32) * (left * right)).astype(
+        site.out_dtype
+    )
 
 
 def _codes(grid: Grid, x: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -30,7 +30,8 @@ class Contraction:
     Attributes:
       name: of its site.
       kind: ``"dot"``, ``"conv"`` or ``"ragged_dot"``.
-      weight: the format of the parameter, such as ``"int4 channel"`` or ``"float32"``; empty if there is none.
+      weight: the format of the parameter, such as ``"int4 channel"`` or ``"float32"``; empty if
+        there is none.
       activation: the format of the activations, such as ``"int8 token dynamic"`` or ``"float32"``.
       compute: what is multiplied and added, such as ``"int8 x int8 -> int32"``.
       macs: multiply-accumulate operations of one call.
@@ -59,20 +60,36 @@ class Contractions:
     @property
     def integer(self) -> float:
         """The share of multiply-accumulate operations that are of integers, 0 to 1."""
-        return sum(row.macs for row in self.rows if not row.reason) / max(sum(row.macs for row in self.rows), 1)
+        return sum(row.macs for row in self.rows if not row.reason) / max(
+            sum(row.macs for row in self.rows), 1
+        )
 
     def __getitem__(self, name: str) -> Contraction:
         """Return the row of a site by name."""
         for row in self.rows:
             if row.name == name:
                 return row
-        raise NoMatchError(f"no contraction is named {name!r}; there are: {', '.join(row.name for row in self.rows)}")
+        raise NoMatchError(
+            f"no contraction is named {name!r}; there are: "
+            f"{', '.join(row.name for row in self.rows)}"
+        )
 
     def __str__(self) -> str:
         """Return the table as aligned text."""
         head = ("contraction", "kind", "weight", "activation", "compute", "why in floats", "MACs")
-        body = [(r.name, r.kind, r.weight, r.activation, r.compute, r.reason, units(r.macs)) for r in self.rows]
-        total = ("total", "", "", "", f"{self.integer:.1%} in integers", "", units(sum(row.macs for row in self.rows)))
+        body = [
+            (r.name, r.kind, r.weight, r.activation, r.compute, r.reason, units(r.macs))
+            for r in self.rows
+        ]
+        total = (
+            "total",
+            "",
+            "",
+            "",
+            f"{self.integer:.1%} in integers",
+            "",
+            units(sum(row.macs for row in self.rows)),
+        )
         return aligned([head, *body, total], left=6)
 
 
@@ -115,7 +132,9 @@ def shape_of(x: Any) -> Any:
     """Return a leaf as a shape, packed ones as the array they stand for; what is no array stays."""
     if is_packed(x):
         return jax.eval_shape(lambda: x.unpack())
-    return jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
+    return (
+        jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") and hasattr(x, "dtype") else x
+    )
 
 
 def tabulated(steps: dict[str, Step]) -> Contractions:
@@ -132,10 +151,12 @@ class Integer(NamedTuple):
     """A function that computes in integers.
 
     Attributes:
-      params: a plain tree: ``"weights"``, the tree of params with a dict of small arrays in the place of each quantized one
-        (int8 codes in its own shape, or uint8 that hold two of 4 bits; scales), and ``"ranges"`` of the activations.
+      params: a plain tree: ``"weights"``, the tree of params with a dict of small arrays in the
+        place of each quantized one (int8 codes in its own shape, or uint8 that hold two of 4 bits;
+        scales), and ``"ranges"`` of the activations.
       apply: ``(params, *inputs) -> out``, compiled once for each shape of inputs.
-      table: every contraction with its operands' formats, or why it stayed in floats. ``print`` shows it.
+      table: every contraction with its operands' formats, or why it stayed in floats. ``print``
+        shows it.
     """
 
     params: dict[str, Any]
@@ -153,18 +174,22 @@ def integer(
 ) -> Integer:
     r"""Turn a function of packed params into integer inference.
 
-    Where both operands have integer codes the contraction is :math:`s_x s_w \sum (q_x - z_x) (q_w - z_w)`: int8 by int8,
-    summed exactly in int32, scaled once in float32. Activations are coded on the way, by their own range (dynamic) or a
-    calibrated one (static); weights of fewer than 8 bits stay packed in memory and are unpacked where they are used, in
-    loops layer by layer. Everything else is computed as the function says, and what cannot be exact in integers in floats,
-    its activations rounded all the same: scores are those of ``activations(fn, how).apply(unpack(packed), ranges, *inputs)``
-    to rounding.
+    Where both operands have integer codes the contraction is
+    :math:`s_x s_w \sum (q_x - z_x) (q_w - z_w)`: int8 by int8, summed exactly in int32, scaled once
+    in float32. Activations are coded on the way, by their own range (dynamic) or a calibrated one
+    (static); weights of fewer than 8 bits stay packed in memory and are unpacked where they are
+    used, in loops layer by layer. Everything else is computed as the function says, and what cannot
+    be exact in integers in floats, its activations rounded all the same: scores are those of
+    ``activations(fn, how).apply(unpack(packed), ranges, *inputs)`` to rounding.
 
     Args:
-      fn: the pure function of params and inputs that the params were trained for: Linen, NNX, Equinox or plain.
+      fn: the pure function of params and inputs that the params were trained for: Linen, NNX,
+        Equinox or plain.
       packed: what ``Compression.pack`` returned.
-      inputs: trees of arrays or ``ShapeDtypeStruct`` as it will be called with; another batch size is another compilation.
-      how: a quantizer of activations, or pairs of a glob over sites and one, as for `activations`. None: weights only.
+      inputs: trees of arrays or ``ShapeDtypeStruct`` as it will be called with; another batch size
+        is another compilation.
+      how: a quantizer of activations, or pairs of a glob over sites and one, as for `activations`.
+        None: weights only.
       ranges: ``activations(fn, how).init(params, batches)``, if any of the quantizers is static.
       where: as for `activations`.
 
@@ -188,7 +213,8 @@ def integer(
       [[2.5, 7.0]]
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 2.
+      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section
+      2.
     """
     leaves, rebuild = flatten(packed)
     treedef = jax.tree.structure(packed, is_leaf=is_packed)
@@ -202,8 +228,14 @@ def integer(
     @jax.jit
     def apply(params: dict[str, Any], *inputs: Any) -> Any:
         arrays = dict(zip(leaves, treedef.flatten_up_to(params["weights"]), strict=True))
-        dense = {path: stored[path].dense(x) if path in stored else to_dense(x) for path, x in arrays.items()}
-        rule, given = _rule(steps, arrays), {name: _given(step, params["ranges"]) for name, step in steps.items()}
+        dense = {
+            path: stored[path].dense(x) if path in stored else to_dense(x)
+            for path, x in arrays.items()
+        }
+        rule, given = (
+            _rule(steps, arrays),
+            {name: _given(step, params["ranges"]) for name, step in steps.items()},
+        )
         return rewrite(fn, rule, given=given)(rebuild(dense), *inputs)
 
     return Integer({"weights": rebuild(weights), "ranges": kept}, apply, tabulated(steps))
@@ -213,7 +245,8 @@ def _require(steps: Mapping[str, Step], ranges: Mapping[str, Any]) -> None:
     for name, step in steps.items():
         if step.quantizer is not None and step.quantizer.reducer is not None and name not in ranges:
             raise StateError(
-                f"there are no ranges for site {name!r}, only for: {', '.join(ranges) or 'none'}; pass "
+                f"there are no ranges for site {name!r}, only for: {', '.join(ranges) or 'none'}; "
+                "pass "
                 "ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
             )
         if step.quantizer is not None:
@@ -224,13 +257,17 @@ def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
     """Return what a site is handed: its ranges, and which turn of its loops it is in."""
     loops = step.site.loops
     turns = [
-        jnp.broadcast_to(jnp.expand_dims(jnp.arange(n), [*range(i), *range(i + 1, len(loops))]), loops)
+        jnp.broadcast_to(
+            jnp.expand_dims(jnp.arange(n), [*range(i), *range(i + 1, len(loops))]), loops
+        )
         for i, n in enumerate(loops)
     ]
     return {"own": ranges.get(step.site.name, {}), "turns": turns}
 
 
-def _coded(step: Step, index: int, x: jax.Array, own: dict[int, Own], captured: Any, turns: list[Any]) -> Coded:
+def _coded(
+    step: Step, index: int, x: jax.Array, own: dict[int, Own], captured: Any, turns: list[Any]
+) -> Coded:
     """Return an operand in integers: an activation by its range, or the parameter as it is packed."""
     if index in own:
         assert step.quantizer is not None
@@ -241,7 +278,11 @@ def _coded(step: Step, index: int, x: jax.Array, own: dict[int, Own], captured: 
 
 def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[..., Any]:
     """Return the rule that computes every site as was decided."""
-    captured = {name: step.feed.captured(arrays[step.feed.route.path]) for name, step in steps.items() if step.feed}
+    captured = {
+        name: step.feed.captured(arrays[step.feed.route.path])
+        for name, step in steps.items()
+        if step.feed
+    }
 
     def rule(site: Site, lhs: jax.Array, rhs: jax.Array, given: dict[str, Any]) -> Any:
         step, operands = steps[site.name], [lhs, rhs]
@@ -249,7 +290,10 @@ def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[...,
         turns = [given["turns"][loop] for loop in step.feed.route.loops] if step.feed else []
         _same(step, site)
         if not step.reason:
-            left, right = (_coded(step, i, x, own, captured.get(site.name), turns) for i, x in enumerate(operands))
+            left, right = (
+                _coded(step, i, x, own, captured.get(site.name), turns)
+                for i, x in enumerate(operands)
+            )
             return product(site, left, right).astype(site.out_dtype)
         if step.feed is not None and turns:  # unpacked in the loop, one layer at a time
             operands[site.operand == "rhs"] = step.feed.dense(captured[site.name], turns)
@@ -262,8 +306,12 @@ def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[...,
 
 
 def _same(step: Step, site: Site) -> None:
-    if step.feed is not None and step.feed.side.shape != (site.lhs_shape, site.rhs_shape)[site.operand == "rhs"]:
+    if (
+        step.feed is not None
+        and step.feed.side.shape != (site.lhs_shape, site.rhs_shape)[site.operand == "rhs"]
+    ):
         raise ShapeError(
-            f"at site {site.name!r} the parameter has the shape {step.feed.side.shape} for the inputs that `integer` was "
+            f"at site {site.name!r} the parameter has the shape {step.feed.side.shape} for the "
+            "inputs that `integer` was "
             "given, but another for these; convert it with inputs of this shape"
         )

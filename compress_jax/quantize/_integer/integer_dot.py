@@ -18,13 +18,14 @@ from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 class Side:
     """The axes of one operand.
 
-    What belongs to its rows (a scale for each token or output channel) is kept as an array whose axes are ``kept``, any of
-    them 1 long; what belongs to groups of summed entries too has the groups as last axis.
+    What belongs to its rows (a scale for each token or output channel) is kept as an array whose
+    axes are ``kept``, any of them 1 long; what belongs to groups of summed entries too has the
+    groups as last axis.
 
     Attributes:
       shape: of the operand.
-      kept: axes that the result has as well: of a product the batch axes, then the others; of an image the examples, of a
-        kernel its outputs.
+      kept: axes that the result has as well: of a product the batch axes, then the others; of an
+        image the examples, of a kernel its outputs.
       summed: the others, in the order in which the operands are paired.
       out: for each of ``kept``, its axis in the result; rising.
       rank: of the result.
@@ -52,7 +53,9 @@ class Side:
         """
         if jnp.ndim(x) == 0:
             return jnp.reshape(x, (1,) * len(self.kept))
-        return jnp.transpose(x, (*self.kept, *self.summed)).reshape([x.shape[axis] for axis in self.kept])
+        return jnp.transpose(x, (*self.kept, *self.summed)).reshape(
+            [x.shape[axis] for axis in self.kept]
+        )
 
     def facing(self, rows: jax.Array) -> jax.Array:
         """Return what belongs to rows in the shape that broadcasts against the result."""
@@ -62,7 +65,9 @@ class Side:
 
     def matrix(self, x: jax.Array) -> jax.Array:
         """Return the operand as ``[*kept, products]``."""
-        return jnp.transpose(x, (*self.kept, *self.summed)).reshape(*(self.shape[axis] for axis in self.kept), -1)
+        return jnp.transpose(x, (*self.kept, *self.summed)).reshape(
+            *(self.shape[axis] for axis in self.kept), -1
+        )
 
     def operand(self, x: jax.Array) -> jax.Array:
         """Undo `matrix`; ``kept`` axes may be 1 long, and so may be the last if all summed entries share a number."""
@@ -128,8 +133,8 @@ def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array,
       own: what belongs to it.
 
     Returns:
-      The codes of the grid, counted from the middle one. A row that holds NaN has the scale NaN, so that no number comes of
-      it.
+      The codes of the grid, counted from the middle one. A row that holds NaN has the scale NaN, so
+      that no number comes of it.
 
     Example:
       >>> from compress_jax.quantize._activations.dynamic import dynamic
@@ -152,8 +157,8 @@ def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array,
 def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
     r"""Return the contraction of two operands in integers: :math:`s_l s_r \sum (q_l - z_l) (q_r - z_r)`.
 
-    The sum is exact. Where an operand has a scale for each of several groups, the sums of the groups are scaled and added
-    one after the other in float32.
+    The sum is exact. Where an operand has a scale for each of several groups, the sums of the
+    groups are scaled and added one after the other in float32.
 
     Args:
       site: the contraction.
@@ -181,9 +186,9 @@ def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
 def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
     r"""Return :math:`\sum (q_l - z_l) (q_r - z_r)` of operands without groups, int32 and exact.
 
-    It is :math:`\sum q_l q_r - z_l \sum q_r - z_r \sum q_l + z_l z_r \sum 1`, where the other sums are the same contraction
-    with ones: at the border of a padded image they leave out what the padding leaves out. Sums wrap around, so only the
-    result must be within int32 (see `fits`).
+    It is :math:`\sum q_l q_r - z_l \sum q_r - z_r \sum q_l + z_l z_r \sum 1`, where the other sums
+    are the same contraction with ones: at the border of a padded image they leave out what the
+    padding leaves out. Sums wrap around, so only the result must be within int32 (see `fits`).
 
     Args:
       site: the contraction.
@@ -227,7 +232,10 @@ def _by_groups(site: Site, sides: tuple[Side, Side], operands: tuple[Coded, Code
     """Contract group after group; the order of the float32 additions is fixed, so the result is too."""
     groups = max(each.scale.shape[-1] for each in operands)
     batch = len(site.batch[0])
-    codes, scales, zeros = zip(*(_cut(s, each, groups, batch) for s, each in zip(sides, operands, strict=True)), strict=True)
+    codes, scales, zeros = zip(
+        *(_cut(s, each, groups, batch) for s, each in zip(sides, operands, strict=True)),
+        strict=True,
+    )
 
     def turn(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
         left, right, left_zero, right_zero, left_scale, right_scale = group
@@ -235,14 +243,18 @@ def _by_groups(site: Site, sides: tuple[Side, Side], operands: tuple[Coded, Code
         sums -= left_zero[:, :, None] * right.sum(-1, dtype=jnp.int32)[:, None, :]
         sums -= right_zero[:, None, :] * left.sum(-1, dtype=jnp.int32)[:, :, None]
         sums += left_zero[:, :, None] * right_zero[:, None, :] * left.shape[-1]
-        return total + sums.astype(jnp.float32) * (left_scale[:, :, None] * right_scale[:, None, :]), None
+        return total + sums.astype(jnp.float32) * (
+            left_scale[:, :, None] * right_scale[:, None, :]
+        ), None
 
     start = jnp.zeros((codes[0].shape[1], codes[0].shape[2], codes[1].shape[2]), jnp.float32)
     total, _ = jax.lax.scan(turn, start, (*codes, *zeros, *scales))
     return total.reshape(site.out_shape)
 
 
-def _cut(side: Side, operand: Coded, groups: int, batch: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _cut(
+    side: Side, operand: Coded, groups: int, batch: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return codes ``[groups, batch, rows, size]``, scales and zeros ``[groups, batch, rows]``."""
     sizes = [side.shape[axis] for axis in side.kept]
     lead = math.prod(sizes[:batch]), math.prod(sizes[batch:])

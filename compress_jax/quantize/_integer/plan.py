@@ -52,7 +52,8 @@ def pack(codes: jax.Array, bits: int, axis: int) -> Fields:
       axis: along which codes share bytes; the last byte is filled with zeros.
 
     Returns:
-      ``{"bits4", "bits2", "bits1"}``, those of `widths`: uint8, ``ceil(n * width / 8)`` long along the axis.
+      ``{"bits4", "bits2", "bits1"}``, those of `widths`: uint8, ``ceil(n * width / 8)`` long along
+      the axis.
 
     Example:
       >>> codes = jnp.array([[1, 2], [3, 4], [5, 6]], jnp.uint8)
@@ -72,7 +73,9 @@ def _joined(share: jax.Array, width: int) -> jax.Array:
     count = 8 // width
     padded = jnp.pad(share, [(0, 0)] * (share.ndim - 1) + [(0, -share.shape[-1] % count)])
     groups = padded.reshape(*share.shape[:-1], -1, count)
-    return sum((groups[..., i] << np.uint8(i * width) for i in range(1, count)), start=groups[..., 0])
+    return sum(
+        (groups[..., i] << np.uint8(i * width) for i in range(1, count)), start=groups[..., 0]
+    )
 
 
 def unpack(fields: Fields, bits: int, axis: int, size: int) -> jax.Array:
@@ -92,7 +95,9 @@ def unpack(fields: Fields, bits: int, axis: int, size: int) -> jax.Array:
         field = fields[f"bits{width}"]
         at = axis % field.ndim
         places = np.arange(0, 8, width, dtype=np.uint8).reshape(-1, *(1,) * (field.ndim - at - 1))
-        apart = (jnp.expand_dims(field, at + 1) >> jnp.expand_dims(places, tuple(range(at + 1)))) & np.uint8(2**width - 1)
+        apart = (
+            jnp.expand_dims(field, at + 1) >> jnp.expand_dims(places, tuple(range(at + 1)))
+        ) & np.uint8(2**width - 1)
         share = apart.reshape(*field.shape[:at], -1, *field.shape[at + 1 :])
         share = jax.lax.slice_in_dim(share, 0, size, axis=at)
         codes = share if codes is None else (codes << np.uint8(width)) | share
@@ -134,8 +139,9 @@ Arrays = dict[str, jax.Array]
 class Stored:
     """What is known of a quantized parameter beside its arrays.
 
-    The arrays are ``{"codes": int8}`` for 8 bits, else the `fields` of the codes, two of 4 bits a byte; ``"scale"``,
-    float32, and ``"zero_point"``, uint8 and only if it is not the middle of the codes, both as the packed node holds them.
+    The arrays are ``{"codes": int8}`` for 8 bits, else the `fields` of the codes, two of 4 bits a
+    byte; ``"scale"``, float32, and ``"zero_point"``, uint8 and only if it is not the middle of the
+    codes, both as the packed node holds them.
 
     Attributes:
       shape: of the parameter.
@@ -165,7 +171,9 @@ class Stored:
           The form.
         """
         bits = bit_width(node.codes)
-        symmetric = node.zero_point.size == 1 and int(node.zero_point.reshape(())) == 2 ** (bits - 1)
+        symmetric = node.zero_point.size == 1 and int(node.zero_point.reshape(())) == 2 ** (
+            bits - 1
+        )
         axis = best_axis(node.shape, bits, first) if node.shape and bits < 8 else 0
         return cls(tuple(node.shape), jnp.dtype(node.dtype), bits, axis, node.layout, symmetric)
 
@@ -186,12 +194,18 @@ class Stored:
         codes = node.codes.unpack().astype(jnp.int32)
         if isinstance(node.codes, Sparse):  # what was left out stands for zero
             kept = self.layout.arrange(node.codes.mask.unpack()) != 0
-            codes = self.layout.restore(jnp.where(kept, self.layout.arrange(codes), node.zero_point.astype(jnp.int32)))
+            codes = self.layout.restore(
+                jnp.where(kept, self.layout.arrange(codes), node.zero_point.astype(jnp.int32))
+            )
         if self.bits == 8:
             stored = {"codes": (codes - self.middle).astype(jnp.int8)}
         else:
             stored = pack(codes.reshape(self.shape or (1,)), self.bits, self.axis)
-        rest = {"scale": node.scale} if self.symmetric else {"scale": node.scale, "zero_point": node.zero_point}
+        rest = (
+            {"scale": node.scale}
+            if self.symmetric
+            else {"scale": node.scale, "zero_point": node.zero_point}
+        )
         return {**stored, **rest}
 
     def codes(self, arrays: Arrays, picked: tuple[Any, ...] = ()) -> jax.Array:
@@ -241,8 +255,8 @@ class Feed:
       stored: how it is kept.
       route: how it arrives.
       side: the operand.
-      scales: int32 ``[*turns, *kept axes, groups]``: which of the stored scales belongs to each row and group; axes along
-        which they are all the same are 1 long.
+      scales: int32 ``[*turns, *kept axes, groups]``: which of the stored scales belongs to each row
+        and group; axes along which they are all the same are 1 long.
     """
 
     stored: Stored
@@ -260,7 +274,8 @@ class Feed:
           side: the operand.
 
         Returns:
-          The feed; its groups are the longest runs, all equally long, of summed entries that share a scale.
+          The feed; its groups are the longest runs, all equally long, of summed entries that share
+          a scale.
         """
         shape = stored.layout.scale_shape
         places = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
@@ -269,7 +284,10 @@ class Feed:
         order = (*range(turns), *(turns + axis for axis in (*side.kept, *side.summed)))
         kept = [side.shape[axis] for axis in side.kept]
         table = every.transpose(order).reshape(*every.shape[:turns], *kept, -1)
-        changes = np.flatnonzero((table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1)))) + 1
+        changes = (
+            np.flatnonzero((table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1))))
+            + 1
+        )
         size = math.gcd(table.shape[-1], *changes.tolist())
         return cls(stored, route, side, _short(table[..., ::size], turns))
 
@@ -281,13 +299,19 @@ class Feed:
     @property
     def _picked(self) -> int:
         """How many of the first axes are sliced before the codes are unpacked."""
-        return self.route.stacked if self.stored.bits == 8 else min(self.route.stacked, self.stored.axis)
+        return (
+            self.route.stacked
+            if self.stored.bits == 8
+            else min(self.route.stacked, self.stored.axis)
+        )
 
     def captured(self, arrays: Arrays) -> dict[str, Any]:
         """Return what all turns share: the arrays, and the scales by turns and rows."""
         zero = self.stored.zero(arrays)
         zeros = None if zero is None or zero.size == 1 else zero.ravel()[self.scales]
-        zeros = zero.reshape((1,) * self.scales.ndim) if zero is not None and zero.size == 1 else zeros
+        zeros = (
+            zero.reshape((1,) * self.scales.ndim) if zero is not None and zero.size == 1 else zeros
+        )
         return {"arrays": arrays, "scale": arrays["scale"].ravel()[self.scales], "zero": zeros}
 
     def coded(self, captured: dict[str, Any], turns: list[Any]) -> Coded:
@@ -311,12 +335,16 @@ class Feed:
         coded = self.coded(captured, turns)
         levels = coded.codes.astype(jnp.int32)
         levels = levels if coded.zero is None else levels - self._spread(coded.zero)
-        return self.route.cast((levels.astype(jnp.float32) * self._spread(coded.scale)).astype(self.stored.dtype))
+        return self.route.cast(
+            (levels.astype(jnp.float32) * self._spread(coded.scale)).astype(self.stored.dtype)
+        )
 
     def _spread(self, rows: jax.Array) -> jax.Array:
         """Return what belongs to rows and groups in the shape that broadcasts against the operand."""
         groups = rows.shape[-1]
-        return self.side.operand(jnp.repeat(rows, self.side.products // groups, axis=-1) if groups > 1 else rows)
+        return self.side.operand(
+            jnp.repeat(rows, self.side.products // groups, axis=-1) if groups > 1 else rows
+        )
 
 
 def _short(table: np.ndarray, turns: int) -> np.ndarray:
@@ -364,8 +392,12 @@ class Step:
         """What is multiplied and added, in words."""
         if not self.reason:
             names = [each.split()[0] for each in (self.activation, self.weight or self.activation)]
-            return " x ".join(reversed(names) if self.site.operand == "lhs" else names) + " -> int32"
-        parts = ["weights unpacked"] * self.packed + ["activations rounded"] * (self.quantizer is not None)
+            return (
+                " x ".join(reversed(names) if self.site.operand == "lhs" else names) + " -> int32"
+            )
+        parts = ["weights unpacked"] * self.packed + ["activations rounded"] * (
+            self.quantizer is not None
+        )
         return ", ".join([self.site.out_dtype, *parts])
 
 
@@ -381,7 +413,8 @@ def decide(
       where: which sites' activations are quantized.
 
     Returns:
-      How each quantized parameter is kept, by path, and the steps by the names of sites, in program order.
+      How each quantized parameter is kept, by path, and the steps by the names of sites, in program
+      order.
 
     Raises:
       NoMatchError: if a glob matches no site.
@@ -389,13 +422,18 @@ def decide(
     found = routes(traced)
     every = [value for operands in found.values() for value in operands if isinstance(value, Route)]
     stored = {
-        path: Stored.of(leaf, max((route.stacked for route in every if route.path == path), default=0))
+        path: Stored.of(
+            leaf, max((route.stacked for route in every if route.path == path), default=0)
+        )
         for path, leaf in leaves.items()
         if isinstance(leaf, Quantized)
     }
     if how is not None:
         chosen(traced.sites.values(), how, where)  # a glob that matches nothing is an error
-    steps = {site.name: _step(site, found[position], leaves, stored, how, where) for position, site in traced.sites.items()}
+    steps = {
+        site.name: _step(site, found[position], leaves, stored, how, where)
+        for position, site in traced.sites.items()
+    }
     return stored, steps
 
 
@@ -410,10 +448,20 @@ def _step(
     answer = FLOAT if how is None else choose(site, how, where)
     quantizer = None if isinstance(answer, str) else answer
     feed, weight, reason = _weight(site, operands, leaves, stored)
-    reasons = [reason, quantizer and _not_exact(site, quantizer, feed), None if quantizer else answer]
+    reasons = [
+        reason,
+        quantizer and _not_exact(site, quantizer, feed),
+        None if quantizer else answer,
+    ]
     reason = next((each for each in reasons if each), "")
     return Step(
-        site, quantizer, feed, weight, _activation(site, quantizer), is_packed(leaves.get(site.param or "")), str(reason)
+        site,
+        quantizer,
+        feed,
+        weight,
+        _activation(site, quantizer),
+        is_packed(leaves.get(site.param or "")),
+        str(reason),
     )
 
 
@@ -427,10 +475,18 @@ def _weight(
     if not is_packed(leaf):
         return None, str(leaf.dtype), "its parameter is not quantized"
     if site.param not in stored:
-        return None, type(leaf).__name__, f"its parameter is packed as {type(leaf).__name__}, not as integers with a scale"
+        return (
+            None,
+            type(leaf).__name__,
+            f"its parameter is packed as {type(leaf).__name__}, not as integers with a scale",
+        )
     form = stored[site.param]
     if not isinstance(value, Route):
-        return None, form.format, value.reason if isinstance(value, Lost) else "no parameter feeds it"
+        return (
+            None,
+            form.format,
+            value.reason if isinstance(value, Lost) else "no parameter feeds it",
+        )
     feed = Feed.of(form, value, side(site, int(site.operand == "rhs")))
     if feed.groups == feed.side.products > 1:
         return None, form.format, "the parameter's scale varies along the axes that are summed over"
@@ -451,7 +507,11 @@ def _not_exact(site: Site, quantizer: ActivationQuantizer, feed: Feed | None) ->
     largest = 2 ** (quantizer.grid.bits - 1) if quantizer.grid.symmetric else quantizer.grid.top
     other = largest if feed is None else feed.stored.middle * (1 if feed.stored.symmetric else 2)
     products = side(site, 1).products // (1 if feed is None else feed.groups)
-    return "" if fits(products, (largest, other)) else f"sums of {products} products may not fit in int32"
+    return (
+        ""
+        if fits(products, (largest, other))
+        else f"sums of {products} products may not fit in int32"
+    )
 
 
 def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
@@ -460,7 +520,11 @@ def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
     def place(lhs: jax.Array, rhs: jax.Array) -> Any:
         key = next(key for key, each in site.inputs.items() if each == index)
         reducer = quantizer.reducer
-        own = {} if reducer is None else quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
+        own = (
+            {}
+            if reducer is None
+            else quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
+        )
         return quantizer.place(site, index, (lhs, rhs)[index], own)[0]
 
     lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
@@ -475,4 +539,6 @@ def _activation(site: Site, quantizer: ActivationQuantizer | None) -> str:
         return (site.lhs_dtype, site.rhs_dtype)[next(iter(site.inputs.values()))]
     kind = quantizer.call.partition("(")[0]
     sharing = _sharing(site, next(iter(site.inputs.values())), quantizer)
-    return f"int{quantizer.grid.bits} {sharing} {kind}" + ("" if quantizer.grid.symmetric else " asymmetric")
+    return f"int{quantizer.grid.bits} {sharing} {kind}" + (
+        "" if quantizer.grid.symmetric else " asymmetric"
+    )

@@ -1,7 +1,8 @@
 """How a stored parameter reaches the operands of contractions: the moves on its way, which its codes can make as well.
 
-A parameter that is only transposed, reshaped, cut, cast or handed to the turns of a loop arrives as it was stored, entry for
-entry. So its integer codes arrive by the same moves, and no value in between needs to be computed.
+A parameter that is only transposed, reshaped, cut, cast or handed to the turns of a loop arrives as
+it was stored, entry for entry. So its integer codes arrive by the same moves, and no value in
+between needs to be computed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +91,9 @@ class Route:
     @property
     def stacked(self) -> int:
         """How many steps at the beginning pick slices: they can be taken before anything is unpacked."""
-        return next((i for i, step in enumerate(self.steps) if not isinstance(step, Turn)), len(self.steps))
+        return next(
+            (i for i, step in enumerate(self.steps) if not isinstance(step, Turn)), len(self.steps)
+        )
 
     def take(self, x: jax.Array, turns: Sequence[Any] = (), done: int = 0) -> jax.Array:
         """Return what a stored array becomes at the operand in one turn, its dtype as it is.
@@ -176,7 +179,9 @@ class Routes:
             if name in MOVES or name in INDEXED:
                 indices = tuple(each for each in rest if isinstance(each, Fixed))
                 return [Route(first.path, (*first.steps, Move(eqn, i, indices))) for i in outs]
-            if name in CASTS and jnp.issubdtype(getattr(eqn.outvars[0].aval, "dtype", bool), jnp.floating):
+            if name in CASTS and jnp.issubdtype(
+                getattr(eqn.outvars[0].aval, "dtype", bool), jnp.floating
+            ):
                 return [Route(first.path, (*first.steps, Cast(eqn)))]
         return [_lost(args, _changed(name, args))] * len(eqn.outvars)
 

@@ -35,7 +35,9 @@ def positive(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def stepped(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array, gain: jax.Array) -> jax.Array:
+def stepped(
+    grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array, gain: jax.Array
+) -> jax.Array:
     r"""Return ``x`` on a grid of learned step s, with the derivatives of LSQ.
 
     With :math:`v = x / s`, :math:`Q_N = z`, :math:`Q_P = 2^{bits} - 1 - z`:
@@ -77,11 +79,13 @@ def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Tangen
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def shifted(grid: Grid, x: jax.Array, scale: jax.Array, offset: jax.Array, gain: jax.Array) -> jax.Array:
+def shifted(
+    grid: Grid, x: jax.Array, scale: jax.Array, offset: jax.Array, gain: jax.Array
+) -> jax.Array:
     r"""Return ``x`` on a grid of learned step s and learned offset b, with the derivatives of LSQ+.
 
-    The offset is used as the nearest multiple of the step, b = -z s, so that zero stays a level and the codes are those of
-    integers. With :math:`v = (x - b) / s` and :math:`p = 2^{bits} - 1`:
+    The offset is used as the nearest multiple of the step, b = -z s, so that zero stays a level and
+    the codes are those of integers. With :math:`v = (x - b) / s` and :math:`p = 2^{bits} - 1`:
 
     .. math:: \frac{\partial \hat x}{\partial s} = g \cdot \begin{cases}
                   round(v) - v & 0 < v < p \\ 0 & v \le 0 \\ p & v \ge p \end{cases}, \qquad
@@ -117,7 +121,9 @@ def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Tangen
     inside = (v > low) & (v < high)
     slope = jnp.where(v <= low, 0, jnp.where(v >= high, grid.top, jnp.round(v) - v))
     rest = gain * slope * ds + gain * jnp.where(inside, 0, db)
-    return _on_grid(grid, x, scale, zero_point), dx * inside.astype(dx.dtype) + rest.astype(dx.dtype)
+    return _on_grid(grid, x, scale, zero_point), dx * inside.astype(dx.dtype) + rest.astype(
+        dx.dtype
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -127,8 +133,8 @@ def bounded(grid: Grid, x: jax.Array, bound: jax.Array, zero_point: jax.Array) -
     .. math:: \frac{\partial \hat x}{\partial \alpha} = [x \ge \alpha], \qquad
               \frac{\partial \hat x}{\partial x} = [0 \le x < \alpha]
 
-    With a zero point z above 0 the grid reaches down to :math:`-\alpha z / (2^{bits} - 1 - z)`, and below that the
-    derivative in alpha is that of this end.
+    With a zero point z above 0 the grid reaches down to :math:`-\alpha z / (2^{bits} - 1 - z)`, and
+    below that the derivative in alpha is that of this end.
 
     Args:
       grid: the levels.
@@ -175,7 +181,9 @@ def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) 
     return jnp.where(jnp.isnan(x), x, seen)
 
 
-def _place(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _place(
+    grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return where ``x`` is in steps from zero, and the lowest and highest level."""
     zero = zero_point.astype(jnp.float32)
     return x.astype(jnp.float32) * (1 / scale), int(grid.narrow) - zero, grid.top - zero

@@ -20,12 +20,14 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
     r"""Quantize activations to ``2**bits`` levels from 0 to a trained bound.
 
     :math:`\hat x = s \, round(clip(x, 0, \alpha) / s)` with :math:`s = \alpha / (2^{bits} - 1)`; the derivatives are the
-    paper's (`learned_step.bounded`). Where calibration saw values below zero the grid is that of signed integers: it reaches
-    alpha above zero, and one step more below it. Keep alpha from growing with `pact_decay` in the loss.
+    paper's (`learned_step.bounded`). Where calibration saw values below zero the grid is that of
+    signed integers: it reaches alpha above zero, and one step more below it. Keep alpha from
+    growing with `pact_decay` in the loss.
 
     Args:
       bits: 2 to 8.
-      alpha: where the bound starts; the paper takes 10. By default the largest magnitude in calibration.
+      alpha: where the bound starts; the paper takes 10. By default the largest magnitude in
+        calibration.
 
     Returns:
       The quantizer; what belongs to an operand is ``{"alpha", "zero_point"}``.
@@ -45,7 +47,8 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
       1.0
 
     References:
-      Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018, arXiv:1805.06085.
+      Choi et al., "PACT: Parameterized Clipping Activation for Quantized Neural Networks", 2018,
+      arXiv:1805.06085.
     """
     grid = checked(bits, False)
     alpha = None if alpha is None else number("alpha", alpha, 0, above=True)
@@ -63,7 +66,10 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
     def ranges(site: Site, seen: Any) -> Own:
         low, high = range_rules.widest(seen, grid)
         first = usable(jnp.maximum(-low, high)) if alpha is None else jnp.full_like(high, alpha)
-        return {"alpha": jnp.where(jnp.isfinite(high - low), first, jnp.nan), "zero_point": zero_by_sign(grid, low)}
+        return {
+            "alpha": jnp.where(jnp.isfinite(high - low), first, jnp.nan),
+            "zero_point": zero_by_sign(grid, low),
+        }
 
     call = f"pact(bits={bits}, alpha={alpha})"
     return ActivationQuantizer(grid, place, see, minmax(), ranges, learned=("alpha",), call=call)
@@ -72,7 +78,8 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
 def pact_decay(tree: Any, strength: float) -> jax.Array:
     r"""Return :math:`\frac{\lambda}{2} \sum \alpha^2`, the penalty to add to the loss: its gradient is L2 weight decay.
 
-    An optimizer can do the same: ``optax.add_decayed_weights(strength, mask)`` with the mask on the leaves called alpha.
+    An optimizer can do the same: ``optax.add_decayed_weights(strength, mask)`` with the mask on the
+    leaves called alpha.
 
     Args:
       tree: ranges, or params that hold them: whatever leaves are called ``alpha``.
@@ -86,4 +93,7 @@ def pact_decay(tree: Any, strength: float) -> jax.Array:
       0.5
     """
     alphas = [leaf for path, leaf in flatten(tree)[0].items() if path.split("/")[-1] == "alpha"]
-    return jnp.float32(0.5 * strength) * jnp.stack([jnp.zeros(()), *(jnp.square(leaf).sum() for leaf in alphas)]).sum()
+    return (
+        jnp.float32(0.5 * strength)
+        * jnp.stack([jnp.zeros(()), *(jnp.square(leaf).sum() for leaf in alphas)]).sum()
+    )

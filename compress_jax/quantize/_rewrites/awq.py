@@ -33,12 +33,13 @@ def awq(
     r"""Scale the rows of kernels by how large their inputs are, fold the inverse into what comes before, clip, and round.
 
     :math:`s = \bar x^r / (\bar w^{1 - r} + 10^{-4})`, normalised by :math:`\sqrt{\max s \min s}`, :math:`\bar x_j` being the
-    root mean square of channel j and :math:`\bar w_j` the mean of :math:`|W_{jn}| / \max_i |W_{in}|`. Of the grid
-    :math:`r = 0, 1/20, \dots` each group of kernels that share their inputs takes the r with which rounding to nearest errs
-    least in their outputs, or no scaling if that is better still. Then `clip` searches the ranges.
+    root mean square of channel j and :math:`\bar w_j` the mean of
+    :math:`|W_{jn}| / \max_i |W_{in}|`. Of the grid :math:`r = 0, 1/20, \dots` each group of kernels
+    that share their inputs takes the r with which rounding to nearest errs least in their outputs,
+    or no scaling if that is better still. Then `clip` searches the ranges.
 
-    Kernels whose inputs nothing can make up for are clipped and rounded only; a note says why. What can be folded where is
-    read off the function's jaxpr, as `smooth` does.
+    Kernels whose inputs nothing can make up for are clipped and rounded only; a note says why. What
+    can be folded where is read off the function's jaxpr, as `smooth` does.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
@@ -50,7 +51,8 @@ def awq(
       clipped: whether to search the ranges.
 
     Returns:
-      ``Solved``: exact under the compression. What is not compressed (norms, biases) may have taken up scales.
+      ``Solved``: exact under the compression. What is not compressed (norms, biases) may have taken
+        up scales.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -70,42 +72,61 @@ def awq(
       True
 
     References:
-      Lin et al., "AWQ", 2024, arXiv:2306.00978, equations 4 and 5, and its implementation (the normalisation, the part of
-      the weights in s).
+      Lin et al., "AWQ", 2024, arXiv:2306.00978, equations 4 and 5, and its implementation (the
+      normalisation, the part of the weights in s).
     """
     leaves, rebuild = flatten(params)
     tasks, reasons = problems(calibration, leaves)
     compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
     seen = compression.pointwise(params, compression.init(params))
     tasks = {path: task for path, task in tasks.items() if path in seen}
-    skipped = {path: reasons.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
+    skipped = {
+        path: reasons.get(path, "no calibrated site uses it") for path in seen if path not in tasks
+    }
     for path, own in tasks.items():
         _problem.check_finite(path, own)
     found, why = folds(fn, params, inputs, calibration.sites)
     found = [fold for fold in found if all(part.path in tasks for part in fold.consumers)]
     grid = [[_factors(fold, leaves, tasks, i / points) for fold in found] for i in range(points)]
     ones = [jnp.ones((*fold.scaling.stack, fold.scaling.size)) for fold in found]
-    errors = [_errors(rebuild, compression, found, leaves, tasks, factors) for factors in (ones, *grid)]
+    errors = [
+        _errors(rebuild, compression, found, leaves, tasks, factors) for factors in (ones, *grid)
+    ]
     chosen = [int(jnp.argmin(jnp.stack(each))) for each in zip(*errors, strict=True)]
     scaled = dict(leaves)
-    notes = {path: f"not scaled: {why.get(path, 'not all kernels that share its inputs are compressed')}" for path in tasks}
+    notes = {
+        path: f"not scaled: {why.get(path, 'not all kernels that share its inputs are compressed')}"
+        for path in tasks
+    }
     for i, (fold, best) in enumerate(zip(found, chosen, strict=True)):
         scaled |= fold.scaling.apply(scaled, (ones, *grid)[best][i])
-        note = f"scaled with r = {(best - 1) / points:g}, into {', '.join(fold.makers)}" if best else "no scaling was better"
+        note = (
+            f"scaled with r = {(best - 1) / points:g}, into {', '.join(fold.makers)}"
+            if best
+            else "no scaling was better"
+        )
         notes |= dict.fromkeys((part.path for part in fold.consumers), note)
         tasks |= {
-            part.path: _shrunk(tasks[part.path], fold, part, leaves, (ones, *grid)[best][i]) for part in fold.consumers
+            part.path: _shrunk(tasks[part.path], fold, part, leaves, (ones, *grid)[best][i])
+            for part in fold.consumers
         }
-    notes = {path: "; ".join(filter(None, (note, unseen(path, tasks[path])))) for path, note in notes.items()}
+    notes = {
+        path: "; ".join(filter(None, (note, unseen(path, tasks[path]))))
+        for path, note in notes.items()
+    }
     tree = rebuild(scaled)
     state = clipped_state(tree, compression, tasks) if clipped else compression.init(tree)
     skipped = {**compression.skipped(params), **skipped}
     return Solved(compression.view(tree, state), state, skipped, notes, compression)
 
 
-def _shrunk(own: Sequence[Problem], fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any) -> tuple[Problem, ...]:
+def _shrunk(
+    own: Sequence[Problem], fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any
+) -> tuple[Problem, ...]:
     """Return the problems of a kernel whose rows have grown: its inputs have shrunk as much."""
-    grown = jnp.broadcast_to(fold.scaling.spread(part, leaves[part.path].ndim, factors), leaves[part.path].shape)
+    grown = jnp.broadcast_to(
+        fold.scaling.spread(part, leaves[part.path].ndim, factors), leaves[part.path].shape
+    )
     shrunk = []
     for task in own:
         rows = task.form.matrices(task.box.take(grown))[..., 0]
@@ -113,7 +134,9 @@ def _shrunk(own: Sequence[Problem], fold: Fold, part: Part, leaves: Mapping[str,
     return tuple(shrunk)
 
 
-def _factors(fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Sequence[Problem]], r: float) -> Any:
+def _factors(
+    fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Sequence[Problem]], r: float
+) -> Any:
     """Return the factors of a fold for one r, ``[*stack, size]``."""
     inputs, weights = [], []
     for part in fold.consumers:
@@ -151,7 +174,11 @@ def _errors(
     """Return the output error of every fold's kernels if all folds are scaled, seen in the scale they had."""
     scaled, grown = (
         dict(leaves),
-        {part.path: jnp.ones_like(leaves[part.path]) for fold in found for part in fold.scaling.parts},
+        {
+            part.path: jnp.ones_like(leaves[part.path])
+            for fold in found
+            for part in fold.scaling.parts
+        },
     )
     for fold, each in zip(found, factors, strict=True):
         scaled |= fold.scaling.apply(scaled, each)
@@ -160,7 +187,9 @@ def _errors(
     viewed = flatten(compression.view(tree, compression.init(tree)))[0]
 
     def error(path: str) -> Any:
-        delta = viewed[path].astype(jnp.float32) / grown[path].astype(jnp.float32) - leaves[path].astype(jnp.float32)
+        delta = viewed[path].astype(jnp.float32) / grown[path].astype(jnp.float32) - leaves[
+            path
+        ].astype(jnp.float32)
         return jnp.stack([each.sum() for each in output_errors(delta, tasks[path])]).sum()
 
     return [jnp.stack([error(part.path) for part in fold.consumers]).sum() for fold in found]

@@ -63,11 +63,17 @@ def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
     following = {parent: key for key, (_, parent) in found.values.items() if parent is not None}
     while (following.get(here) is not None) and len(found.goes.get(here, ())) == 1:
         (use,) = found.goes[here]
-        if not use.step or use.position not in found.values or found.values[use.position][1] != here:
+        if (
+            not use.step
+            or use.position not in found.values
+            or found.values[use.position][1] != here
+        ):
             break
         here = use.position
         steps.append(here)
-        maps.append(AffineMap(found.kernels[site.position], found.values[here][0], frozenset(steps)))
+        maps.append(
+            AffineMap(found.kernels[site.position], found.values[here][0], frozenset(steps))
+        )
     return maps
 
 
@@ -106,7 +112,9 @@ class _Frame:
             raise Refused("the parameters of its norm are reversed or repeated")
         rest = [axis for axis in range(x.ndim) if axis not in flat]
         if any(x.shape[axis] != 1 for axis in rest):
-            raise Refused("the parameters of its norm do not have one entry for each of its outputs")
+            raise Refused(
+                "the parameters of its norm do not have one entry for each of its outputs"
+            )
         return x.transpose([*flat, *rest]).reshape(self.sizes(x.shape, parts))
 
     @staticmethod
@@ -119,9 +127,16 @@ class _Frame:
         sizes = self.sizes(shape, parts)
         y = y.reshape((1,) * (len(sizes) - y.ndim) + y.shape)
         if any(n not in (1, size) for n, size in zip(y.shape, sizes, strict=True)):
-            raise Refused("its norm differs along an axis that is none of its outputs', or of no parameter of the norm")
+            raise Refused(
+                "its norm differs along an axis that is none of its outputs', or of no parameter "
+                "of the norm"
+            )
         flat = [axis for part in parts for axis in part]
-        full = np.broadcast_to(y, sizes).reshape([shape[axis] for axis in flat]).transpose(np.argsort(flat).tolist())
+        full = (
+            np.broadcast_to(y, sizes)
+            .reshape([shape[axis] for axis in flat])
+            .transpose(np.argsort(flat).tolist())
+        )
         return full.reshape([n if axis in flat else 1 for axis, n in enumerate(shape)])
 
 
@@ -130,8 +145,9 @@ def folded_map(
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     r"""Return new parameters with which a map :math:`y a + b` is the identity but for a shift, and its kernel is scaled.
 
-    Each parameter of the scale takes the value at which its factor is 1; those of the shift become 0, but for one, which
-    takes the value that leaves b as it is. The kernel becomes :math:`W a / a'`, a' being what is left of the scale.
+    Each parameter of the scale takes the value at which its factor is 1; those of the shift become
+    0, but for one, which takes the value that leaves b as it is. The kernel becomes
+    :math:`W a / a'`, a' being what is left of the scale.
 
     Args:
       each: the map.
@@ -147,12 +163,21 @@ def folded_map(
     frame, kernel, scale, shift = _Frame(each), each.kernel, each.made.scale, each.made.shift
     if len(scale.terms) != 1:
         raise Refused("the scale after it is a sum")
-    params = {path: leaves[path] for path in sorted(scale.paths | shift.paths | {kernel.path}) if path in leaves}
-    old = {path: np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64) for path, x in params.items()}
+    params = {
+        path: leaves[path]
+        for path in sorted(scale.paths | shift.paths | {kernel.path})
+        if path in leaves
+    }
+    old = {
+        path: np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
+        for path, x in params.items()
+    }
 
     def value(p: Polynomial, of: Mapping[str, np.ndarray]) -> np.ndarray:
         own = {**arrays, **of}
-        return evaluate(p, lambda atom: frame.spread(atom(own[atom.path]), frame.parts(atom.sliced, atom.dims)))
+        return evaluate(
+            p, lambda atom: frame.spread(atom(own[atom.path]), frame.parts(atom.sliced, atom.dims))
+        )
 
     with np.errstate(all="ignore"):
         before, wanted = value(scale, old), value(shift, old)
@@ -161,16 +186,28 @@ def folded_map(
         if carrier is not None:
             new |= _carried(frame, carrier, shift, wanted, new, value)
         after = value(scale, new)
-        if not np.allclose(value(shift, new), wanted, rtol=1e-6, atol=1e-6 * (np.abs(wanted).max(initial=0) + 1e-30)):
+        if not np.allclose(
+            value(shift, new),
+            wanted,
+            rtol=1e-6,
+            atol=1e-6 * (np.abs(wanted).max(initial=0) + 1e-30),
+        ):
             raise Refused("no parameter of its norm could take up the shift")
-        grown = old[kernel.path] * frame.stored(before / after, old[kernel.path].shape, frame.channels)
-    cast = {path: jnp.asarray(x).astype(leaves[path].dtype) for path, x in {**new, kernel.path: grown}.items()}
+        grown = old[kernel.path] * frame.stored(
+            before / after, old[kernel.path].shape, frame.channels
+        )
+    cast = {
+        path: jnp.asarray(x).astype(leaves[path].dtype)
+        for path, x in {**new, kernel.path: grown}.items()
+    }
     if not all(bool(jnp.isfinite(x).all()) for x in cast.values()):
         raise Refused("folded parameters would not be finite")
     return cast, _in_order(scale, terms, carrier, new)
 
 
-def _neutral(scale: Polynomial, shift: Polynomial, old: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[Term]]:
+def _neutral(
+    scale: Polynomial, shift: Polynomial, old: dict[str, np.ndarray]
+) -> tuple[dict[str, np.ndarray], list[Term]]:
     """Return parameters at which the scale is 1 and those of the shift alone are 0, and the terms they are in."""
     new = dict(old)
     in_scale: set[str] = set()
@@ -194,16 +231,27 @@ def _neutral(scale: Polynomial, shift: Polynomial, old: dict[str, np.ndarray]) -
 def _own(term: Term, shift: Polynomial, in_scale: set[str]) -> Atom | None:
     """Return the parameter that a term of the shift is proportional to, if it is in no other term and not in the scale."""
     for atom, p in term[0]:
-        elsewhere = sum(atom.path in {each.path for each, _ in factors} for factors, _ in shift.terms)
-        if p == 1 and elsewhere == 1 and atom.path not in in_scale and not atom.path.startswith("\0"):
+        elsewhere = sum(
+            atom.path in {each.path for each, _ in factors} for factors, _ in shift.terms
+        )
+        if (
+            p == 1
+            and elsewhere == 1
+            and atom.path not in in_scale
+            and not atom.path.startswith("\0")
+        ):
             return atom
     return None
 
 
-def _carrier(frame: _Frame, terms: list[Term], each: AffineMap, old: Mapping[str, np.ndarray]) -> tuple[Term, Atom] | None:
+def _carrier(
+    frame: _Frame, terms: list[Term], each: AffineMap, old: Mapping[str, np.ndarray]
+) -> tuple[Term, Atom] | None:
     """Return the term whose parameter takes up the shift: the one of fewest factors, a mean before a bias of the layer."""
     scale = {atom.path for atom, _ in each.made.scale.terms[0][0]}
-    found = [(term, atom) for term in terms if (atom := _own(term, each.made.shift, scale)) is not None]
+    found = [
+        (term, atom) for term in terms if (atom := _own(term, each.made.shift, scale)) is not None
+    ]
     full = frame.sizes(old[each.kernel.path].shape, frame.channels)
     wide = [
         (term, atom)
@@ -214,7 +262,12 @@ def _carrier(frame: _Frame, terms: list[Term], each: AffineMap, old: Mapping[str
 
 
 def _carried(
-    frame: _Frame, carrier: tuple[Term, Atom], shift: Polynomial, wanted: np.ndarray, new: dict[str, np.ndarray], value: Any
+    frame: _Frame,
+    carrier: tuple[Term, Atom],
+    shift: Polynomial,
+    wanted: np.ndarray,
+    new: dict[str, np.ndarray],
+    value: Any,
 ) -> dict[str, np.ndarray]:
     (factors, k), own = carrier
     rest = add(shift, Polynomial(((factors, k),)), -1.0)
@@ -224,7 +277,11 @@ def _carried(
     if entries is None:
         raise Refused("no parameter of its norm could take up the shift")
     shape = new[own.path].shape
-    return {own.path: np.broadcast_to(frame.stored(entries, shape, frame.parts(own.sliced, own.dims)), shape)}
+    return {
+        own.path: np.broadcast_to(
+            frame.stored(entries, shape, frame.parts(own.sliced, own.dims)), shape
+        )
+    }
 
 
 def _in_order(
@@ -232,27 +289,35 @@ def _in_order(
 ) -> tuple[str, ...]:
     """Return the paths of a norm: means, variances, gains, the bias, then a bias before it."""
     factors = scale.terms[0][0]
-    spread, gains = ([a.path for a, p in factors if (p < 0) == divides] for divides in (True, False))
+    spread, gains = (
+        [a.path for a, p in factors if (p < 0) == divides] for divides in (True, False)
+    )
     means = [atom.path for own, k in terms for atom, _ in own if k < 0]
     biases = [carrier[1].path] if carrier is not None else []
     rest = [atom.path for own, _ in terms for atom, _ in own]
-    first = [path for path in means if path not in (*spread, *gains, *biases)] or [p for p in means if p in biases]
-    return tuple(path for path in dict.fromkeys([*first, *spread, *gains, *biases, *rest]) if path in new)
+    first = [path for path in means if path not in (*spread, *gains, *biases)] or [
+        p for p in means if p in biases
+    ]
+    return tuple(
+        path for path in dict.fromkeys([*first, *spread, *gains, *biases, *rest]) if path in new
+    )
 
 
 def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Folded:
     r"""Fold batch norms into the kernels before them, so that what is quantized is the kernel that inference applies.
 
     With :math:`g = \gamma / \sqrt{v + \epsilon}` the kernel becomes :math:`W g`, the norm's bias
-    :math:`\beta + (c - \mu) g`, c being the layer's own bias, and what is left of the norm is the identity: mean 0, variance
-    :math:`1 - \epsilon`, scale 1. So the same function runs the params, and is the float function it was. A norm without a
-    bias keeps :math:`(\mu - c) g` as its mean.
+    :math:`\beta + (c - \mu) g`, c being the layer's own bias, and what is left of the norm is the
+    identity: mean 0, variance :math:`1 - \epsilon`, scale 1. So the same function runs the params,
+    and is the float function it was. A norm without a bias keeps :math:`(\mu - c) g` as its mean.
 
-    Which norms follow which kernels is read off the function's jaxpr, so it must be the one of evaluation, in which mean and
-    variance are among ``params``. Any map :math:`y a + b` of a layer's outputs counts, a and b made of parameters, however
-    it is written: ``(y - mean) * (gain * rsqrt(variance + eps)) + bias`` (Flax, Haiku), ``y * inv + (bias - mean * inv)``
-    (Keras), a division by a square root, one without gain, bias or mean. It is folded if it is all that happens to the
-    layer's outputs, and all that its parameters and the kernel are used for.
+    Which norms follow which kernels is read off the function's jaxpr, so it must be the one of
+    evaluation, in which mean and variance are among ``params``. Any map :math:`y a + b` of a
+    layer's outputs counts, a and b made of parameters, however it is written:
+    ``(y - mean) * (gain * rsqrt(variance + eps)) + bias`` (Flax, Haiku),
+    ``y * inv + (bias - mean * inv)`` (Keras), a division by a square root, one without gain, bias
+    or mean. It is folded if it is all that happens to the layer's outputs, and all that its
+    parameters and the kernel are used for.
 
     Args:
       fn: a pure function of ``(params, *inputs)``, in evaluation mode.
@@ -260,7 +325,8 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
       inputs: one example of them; only shapes matter.
 
     Returns:
-      `Folded`: params of the same function; which kernel took up which norm; kernels that took up none and why.
+      `Folded`: params of the same function; which kernel took up which norm; kernels that took up
+      none and why.
 
     Example:
       >>> import jax.numpy as jnp
@@ -272,8 +338,8 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
       {'gain': [1.0, 1.0], 'kernel': [2.0, 2.0], 'mean': [2.0, 2.0], 'var': [0.0, 0.0]}
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018,
-      arXiv:1712.05877, equation 14.
+      Jacob et al., "Quantization and Training of Neural Networks for Efficient
+      Integer-Arithmetic-Only Inference", 2018, arXiv:1712.05877, equation 14.
     """
     leaves, rebuild = flatten(params)
     traced = trace(fn, params, *inputs)
@@ -291,7 +357,9 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
     return Folded(rebuild(leaves), folded, skipped)
 
 
-def _best(found: Walk, site: Site, leaves: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _best(
+    found: Walk, site: Site, leaves: dict[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Fold the longest scale and shift that can be; raise why even that of the whole norm cannot be."""
     maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
     if (why := _kernel_elsewhere(found, site)) or not maps:
@@ -302,7 +370,9 @@ def _best(found: Walk, site: Site, leaves: dict[str, Any]) -> tuple[dict[str, An
             _check_uses(found, each)
             new, paths = folded_map(each, found.arrays, leaves)
             if fixed := sorted(found.fixed & new.keys()):
-                raise Refused(f"its norm depends on the present value of {fixed[0]!r}, which would change")
+                raise Refused(
+                    f"its norm depends on the present value of {fixed[0]!r}, which would change"
+                )
             return new, paths
         except Refused as refused:
             reasons.append(refused)
@@ -310,11 +380,15 @@ def _best(found: Walk, site: Site, leaves: dict[str, Any]) -> tuple[dict[str, An
 
 
 def _kernel_elsewhere(found: Walk, site: Site) -> str | None:
-    uses = sorted(use.name for use in found.uses.get(site.param or "", ()) if use.position != site.position)
+    uses = sorted(
+        use.name for use in found.uses.get(site.param or "", ()) if use.position != site.position
+    )
     if uses:
         return f"it is used elsewhere too: by {', '.join(dict.fromkeys(uses))}"
     if site.position not in found.kernels:
-        return "the site does not see it as it is stored, or contracts in a way that is not followed"
+        return (
+            "the site does not see it as it is stored, or contracts in a way that is not followed"
+        )
     return None
 
 
@@ -324,13 +398,23 @@ def _no_norm(found: Walk, site: Site) -> str:
     uses = found.goes.get(maps[-1].made.key if maps else site.position, ())
     names = ", ".join(sorted(use.name for use in uses)) or "nothing"
     after = "its outputs, shifted," if maps else "its outputs"
-    what = f"{after} are used {len(uses)} times, by {names}" if len(uses) > 1 else f"{after} are followed by {names}"
+    what = (
+        f"{after} are used {len(uses)} times, by {names}"
+        if len(uses) > 1
+        else f"{after} are followed by {names}"
+    )
     return f"no batch norm with fixed statistics is all that follows it: {what}"
 
 
 def _check_uses(found: Walk, each: AffineMap) -> None:
     """Refuse a map whose parameters are used for anything beside it."""
     for path in sorted(each.made.scale.paths | each.made.shift.paths):
-        others = sorted(use.name for use in found.uses.get(path, ()) if use.position not in each.steps or not use.step)
+        others = sorted(
+            use.name
+            for use in found.uses.get(path, ())
+            if use.position not in each.steps or not use.step
+        )
         if others:
-            raise Refused(f"{path!r}, of the norm that follows it, is used elsewhere too: by {others[0]}")
+            raise Refused(
+                f"{path!r}, of the norm that follows it, is used elsewhere too: by {others[0]}"
+            )

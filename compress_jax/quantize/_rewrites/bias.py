@@ -117,19 +117,23 @@ class Corrected(NamedTuple):
 
 
 def correct_bias(
-    fn: Callable[..., Any], params: Params, compressed: Params, calibration: Calibration, *inputs: Any
+    fn: Callable[..., Any],
+    params: Params,
+    compressed: Params,
+    calibration: Calibration,
+    *inputs: Any,
 ) -> Corrected:
     r"""Add to each bias what its layer's kernel lost on average, :math:`b \leftarrow b + (W - \hat W)^\top E[x]`.
 
-    Afterwards the mean of each output over the calibration data is what it was. Of a convolution, E[x] is the mean of each
-    input channel wherever the window stands: padding is left out of account. Which parameter is a layer's bias is read off
-    the function's jaxpr.
+    Afterwards the mean of each output over the calibration data is what it was. Of a convolution,
+    E[x] is the mean of each input channel wherever the window stands: padding is left out of
+    account. Which parameter is a layer's bias is read off the function's jaxpr.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
       params: tree of arrays before compression.
-      compressed: the like after it: ``c.view(params, state)`` or a solver's result. If biases are compressed too, their
-        correction has to be seen through the compression again.
+      compressed: the like after it: ``c.view(params, state)`` or a solver's result. If biases are
+        compressed too, their correction has to be seen through the compression again.
       calibration: ``trace.calibrate(fn, trace.reducers.moments(), params, batches)``.
       inputs: one example of them; only shapes matter.
 
@@ -152,8 +156,8 @@ def correct_bias(
       (0.3, {'bias': 'kernel'})
 
     References:
-      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721, section
-      4.2, with means that are measured.
+      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
+      arXiv:1906.04721, section 4.2, with means that are measured.
     """
     require(calibration, Moments, "reducers.moments()")
     before = flatten(params)[0]
@@ -185,18 +189,28 @@ def _shift(site: Site, shape: tuple[int, ...], lost: Any, seen: Moments) -> tupl
     if reason := why_not(site):
         return None, reason
     if len(site.pieces) != 1:
-        return None, "several parameters are joined in its product, and one bias is added to all of them"
+        return (
+            None,
+            "several parameters are joined in its product, and one bias is added to all of them",
+        )
     never = seen.count == 0
     if bool(never.all()):
         return None, "calibration never reached it"
-    answer = met(site, site.pieces[0], jnp.where(aligned(never, seen.mean), 0.0, seen.mean), jnp.mean)
+    answer = met(
+        site, site.pieces[0], jnp.where(aligned(never, seen.mean), 0.0, seen.mean), jnp.mean
+    )
     if isinstance(answer, str):
         return None, answer
     box, form, means = answer
     if not bool(jnp.isfinite(means).all()):
-        raise NonFiniteError(f"the means of what {site.param!r} is fed are not finite; look at the calibration batches")
+        raise NonFiniteError(
+            f"the means of what {site.param!r} is fed are not finite; look at the calibration "
+            "batches"
+        )
     weighed = form.stored(form.matrices(box.take(lost.astype(jnp.float32))) * means[..., None])
     shift = weighed.sum(summed_axes(form))
     if [n for n in shift.shape if n != 1] != [n for n in shape if n != 1]:
         return None, f"its bias has shape {shape}, its outputs {shift.shape}"
-    return shift.reshape(shape), "some turns of its loop never ran: not corrected for them" if bool(never.any()) else None
+    return shift.reshape(shape), "some turns of its loop never ran: not corrected for them" if bool(
+        never.any()
+    ) else None

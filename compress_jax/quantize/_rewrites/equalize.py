@@ -13,16 +13,20 @@ from compress_jax.trace import sites
 from compress_jax.trace._symmetry.scaling import Part, Scaling, scalings
 
 
-def equalize(fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int = 20, tolerance: float = 1e-3) -> Folded:
+def equalize(
+    fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int = 20, tolerance: float = 1e-3
+) -> Folded:
     r"""Rescale channels between kernels so that both sides use their ranges evenly; the float function stays as it is.
 
-    Channel j that kernels :math:`W_1` produce and :math:`W_2` read is scaled by :math:`s_j = \sqrt{r_{2j} / r_{1j}}` in the
-    former and by its inverse in the latter, :math:`r_{1j}` and :math:`r_{2j}` being the largest magnitudes of the channel in
-    each. That makes them equal, and the least is lost to scales for whole tensors. Repeated until nothing changes, as most
-    kernels are on both sides. Scales for output channels gain little by it.
+    Channel j that kernels :math:`W_1` produce and :math:`W_2` read is scaled by
+    :math:`s_j = \sqrt{r_{2j} / r_{1j}}` in the former and by its inverse in the latter,
+    :math:`r_{1j}` and :math:`r_{2j}` being the largest magnitudes of the channel in each. That
+    makes them equal, and the least is lost to scales for whole tensors. Repeated until nothing
+    changes, as most kernels are on both sides. Scales for output channels gain little by it.
 
-    The pairs are read off the function's jaxpr (``trace.scaling``): through biases, relu, pooling, batch norms (of which the
-    mean and the bias go along), gates, from values to the output projection of attention. Only kernels count for the ranges.
+    The pairs are read off the function's jaxpr (``trace.scaling``): through biases, relu, pooling,
+    batch norms (of which the mean and the bias go along), gates, from values to the output
+    projection of attention. Only kernels count for the ranges.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
@@ -32,7 +36,8 @@ def equalize(fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int =
       tolerance: stop when no factor differs from 1 by more.
 
     Returns:
-      `Folded`: params of the same function; which kernels share a channel with which parameters; kernels in no pair and why.
+      `Folded`: params of the same function; which kernels share a channel with which parameters;
+      kernels in no pair and why.
 
     Raises:
       NonFiniteError: if a parameter holds NaN or infinity.
@@ -45,8 +50,8 @@ def equalize(fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int =
       ([[4.0, 1.0]], [[4.0], [1.0]])
 
     References:
-      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019, arXiv:1906.04721,
-      equation 11.
+      Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
+      arXiv:1906.04721, equation 11.
     """
     leaves, rebuild = flatten(params)
     for path, x in leaves.items():
@@ -70,7 +75,9 @@ def equalize(fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int =
         for part in (*one, *other):
             others = tuple(each.path for each in scaling.parts if each.path != part.path)
             folded[part.path] = tuple(dict.fromkeys((*folded.get(part.path, ()), *others)))
-    skipped = {path: _reason(path, leaves[path].ndim, why) for path in sorted(kernels - set(folded))}
+    skipped = {
+        path: _reason(path, leaves[path].ndim, why) for path in sorted(kernels - set(folded))
+    }
     return Folded(rebuild(leaves), folded, skipped)
 
 
@@ -92,7 +99,10 @@ def _sides(scaling: Scaling, kernels: set[str]) -> tuple[list[Part], list[Part]]
 
 def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: dict[str, Any]) -> Any:
     """Return the factors that make the largest entries of both sides equal; 1 where a side has none."""
-    sides = [jnp.stack([scaling.largest(part, jnp.abs(leaves[part.path])) for part in side]).max(0) for side in (one, other)]
+    sides = [
+        jnp.stack([scaling.largest(part, jnp.abs(leaves[part.path])) for part in side]).max(0)
+        for side in (one, other)
+    ]
     live = (sides[0] > 0) & (sides[1] > 0)
     ratio = jnp.where(live, sides[1], 1.0) / jnp.where(live, sides[0], 1.0)
     return ratio ** (1 / (one[0].power - other[0].power))
@@ -100,4 +110,6 @@ def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: dict[
 
 def _reason(path: str, ndim: int, why: dict[tuple[str, int], str]) -> str:
     said = [why[path, axis] for axis in range(ndim) if (path, axis) in why]
-    return "it shares no channel with another kernel: " + (", ".join(dict.fromkeys(said)) or "only with norms or biases")
+    return "it shares no channel with another kernel: " + (
+        ", ".join(dict.fromkeys(said)) or "only with norms or biases"
+    )

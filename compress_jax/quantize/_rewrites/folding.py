@@ -41,7 +41,9 @@ class Fold(NamedTuple):
     @property
     def makers(self) -> tuple[str, ...]:
         """The paths of the other parts: what makes up for the consumers."""
-        return tuple(dict.fromkeys(part.path for part in self.scaling.parts if part not in self.consumers))
+        return tuple(
+            dict.fromkeys(part.path for part in self.scaling.parts if part not in self.consumers)
+        )
 
     def factors(self, inward: jax.Array) -> jax.Array:
         """Return the factors that multiply the consumers' rows by ``inward``, float32 ``[*stack, size]``."""
@@ -69,11 +71,17 @@ def folds(
             summed.setdefault(site.param, set()).update(site.param_axes or ())
     taken: dict[str, Fold] = {}
     for scaling in found:
-        consumers = [part for part in scaling.parts if set(part.axes) <= summed.get(part.path, set())]
-        if len({part.power for part in consumers}) != 1 or any(part.path in taken for part in consumers):
+        consumers = [
+            part for part in scaling.parts if set(part.axes) <= summed.get(part.path, set())
+        ]
+        if len({part.power for part in consumers}) != 1 or any(
+            part.path in taken for part in consumers
+        ):
             continue
         if len(consumers) < len(scaling.parts):
-            taken |= dict.fromkeys((part.path for part in consumers), Fold(scaling, tuple(consumers)))
+            taken |= dict.fromkeys(
+                (part.path for part in consumers), Fold(scaling, tuple(consumers))
+            )
     reasons = {path: _reason(path, axes, why) for path, axes in summed.items() if path not in taken}
     return list({id(fold): fold for fold in taken.values()}.values()), reasons
 
@@ -83,4 +91,6 @@ def _reason(path: str, axes: set[int], why: Mapping[tuple[str, int], str]) -> st
         return "a reshape mixes the axes that are summed over with others"
     said = [why[path, axis] for axis in sorted(axes) if (path, axis) in why]
     said = [each for each in dict.fromkeys(said) if "window" not in each] or said
-    return "nothing before it can make up for a scale: " + (", ".join(said) or "another kernel takes it up")
+    return "nothing before it can make up for a scale: " + (
+        ", ".join(said) or "another kernel takes it up"
+    )

@@ -29,28 +29,37 @@ class Rotated(NamedTuple):
 
 
 def rotate(
-    fn: Callable[..., Any], params: Params, *inputs: Any, key: jax.Array, where: str | tuple[str, ...] | None = None
+    fn: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    key: jax.Array,
+    where: str | tuple[str, ...] | None = None,
 ) -> Rotated:
     r"""Multiply parameters by random orthogonal matrices that cancel, and so spread outliers over all channels.
 
-    A residual stream x becomes :math:`Q x`: whatever writes to it (embeddings, output projections, biases) is multiplied by
-    Q, whatever reads from it by Q as well, and :math:`(Q W)^\top Q x = W^\top x`. Norms let it through, for
-    :math:`\|Q x\| = \|x\|`, once their scales are moved into the kernels that read them. Where means are taken along x
-    (LayerNorm), Q is drawn among the rotations that leave the vector of ones as it is. Likewise the head dimension of values
-    and output projections, and of queries and keys where nothing (rotary embeddings) tells its coordinates apart.
+    A residual stream x becomes :math:`Q x`: whatever writes to it (embeddings, output projections,
+    biases) is multiplied by Q, whatever reads from it by Q as well, and
+    :math:`(Q W)^\top Q x = W^\top x`. Norms let it through, for :math:`\|Q x\| = \|x\|`, once their
+    scales are moved into the kernels that read them. Where means are taken along x (LayerNorm), Q
+    is drawn among the rotations that leave the vector of ones as it is. Likewise the head dimension
+    of values and output projections, and of queries and keys where nothing (rotary embeddings)
+    tells its coordinates apart.
 
-    Q is a random Hadamard matrix, :math:`H D / \sqrt n` with random signs D, times a random orthogonal matrix for an odd
-    factor of n. Which axes may be rotated is read off the function's jaxpr.
+    Q is a random Hadamard matrix, :math:`H D / \sqrt n` with random signs D, times a random
+    orthogonal matrix for an odd factor of n. Which axes may be rotated is read off the function's
+    jaxpr.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
       params: tree of arrays.
       inputs: one example of them; only shapes matter.
       key: typed PRNG key.
-      where: a glob, or several, over the names of groups of axes (``trace.groups``); by default all.
+      where: a glob, or several, over the names of groups of axes (``trace.groups``); by default
+        all.
 
     Returns:
-      `Rotated`: params of the same function; groups that cannot be rotated are listed with the reason.
+      `Rotated`: params of the same function; groups that cannot be rotated are listed with the
+      reason.
 
     Example:
       >>> p = {"in": jnp.eye(2, 4) * 8, "norm": jnp.array([1.0, 2.0, 3.0, 4.0]), "out": jnp.ones((4, 3))}
@@ -62,9 +71,9 @@ def rotate(
       ({'in:1': ('in', 'out')}, 4.0, [1.0, 1.0, 1.0, 1.0])
 
     References:
-      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024, arXiv:2404.00456, section 4, stage 1
-      (without the rotations at run time).
-      Ashkboos et al., "SliceGPT", 2024, arXiv:2401.15024, theorem 1.
+      Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", 2024,
+      arXiv:2404.00456, section 4, stage 1 (without the rotations at run time). Ashkboos et al.,
+      "SliceGPT", 2024, arXiv:2401.15024, theorem 1.
     """
     leaves, rebuild = flatten(params)
     found, skipped = turns(fn, params, *inputs, where=where)
@@ -74,7 +83,9 @@ def rotate(
             skipped[name] = reason
             continue
         leaves |= _without_gains(turn, leaves)
-        q = jnp.asarray(rotation(turn.group.size, jax.random.fold_in(key, i), turn.keeps_ones), jnp.float32)
+        q = jnp.asarray(
+            rotation(turn.group.size, jax.random.fold_in(key, i), turn.keeps_ones), jnp.float32
+        )
         still = {*turn.still, *(gain.path for gain in turn.gains)}
         members = [member for member in turn.group.members if member[0] not in still]
         for path, axis in members:
@@ -108,14 +119,18 @@ def rotation(size: int, key: jax.Array, keeps_ones: bool = False) -> np.ndarray:
         whole[1:, 1:] = inner
         return mirror @ whole @ mirror
     power = size & -size
-    normal = np.asarray(jax.random.normal(jax.random.fold_in(key, 0), (size // power, size // power)), np.float64)
+    normal = np.asarray(
+        jax.random.normal(jax.random.fold_in(key, 0), (size // power, size // power)), np.float64
+    )
     odd, triangle = np.linalg.qr(normal)
     odd = odd * np.where(np.diag(triangle) < 0, -1.0, 1.0)
     signs = np.asarray(jax.random.rademacher(jax.random.fold_in(key, 1), (size,)), np.float64)
     return np.kron(hadamard(power) / np.sqrt(power), odd) * signs
 
 
-def _turned(x: jax.Array, axis: int, group: Group, member: tuple[str, int], q: jax.Array) -> jax.Array:
+def _turned(
+    x: jax.Array, axis: int, group: Group, member: tuple[str, int], q: jax.Array
+) -> jax.Array:
     """Multiply one axis by a rotation, along every run of coordinates that lies in it."""
     place = group.coordinates[member]
     inside = np.flatnonzero(place >= 0)
@@ -138,7 +153,9 @@ def _why_not(turn: Turn, leaves: dict[str, Any]) -> str | None:
             return f"the scale {gain.path!r} is used in other ways too"
         shifts = [use for use in turn.uses if use.role == "shift" and use.gain == gain]
         if shifts and not bool(jnp.all(leaves[gain.path] != 0)):
-            return f"the scale {gain.path!r} has zeros, and {shifts[0].param.path!r} is added after it"
+            return (
+                f"the scale {gain.path!r} has zeros, and {shifts[0].param.path!r} is added after it"
+            )
     mixed = next((path for path, own in gains.items() if len(own) > 1), None)
     return f"{mixed!r} is used with several scales" if mixed else None
 

@@ -17,16 +17,24 @@ from compress_jax.trace._statistics.calibration import require
 FLOOR = 1e-5
 
 
-def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *inputs: Any, strength: float = 0.5) -> Folded:
+def smooth(
+    fn: Callable[..., Any],
+    params: Params,
+    calibration: Calibration,
+    *inputs: Any,
+    strength: float = 0.5,
+) -> Folded:
     r"""Divide the channels of activations by factors that balance their ranges with those of the weights they meet.
 
     :math:`s_j = \max|X_j|^\alpha / \max|W_j|^{1 - \alpha}`, over all data and all kernels that the channel is fed to; row j
-    of these kernels is multiplied by it, and whatever makes the channel (a norm's scale and bias, a kernel's outputs) is
-    divided by it. The float function stays as it is; quantizing its activations and weights loses less.
+    of these kernels is multiplied by it, and whatever makes the channel (a norm's scale and bias, a
+    kernel's outputs) is divided by it. The float function stays as it is; quantizing its
+    activations and weights loses less.
 
-    What can be folded where is read off the function's jaxpr (``trace.scaling``): through norms, relu, pooling, gates,
-    residual sums, from values through attention, under ``scan`` with factors for each layer. Kernels that nothing can
-    make up for (fed by the input, by gelu or softmax) stay as they are and are listed with the reason.
+    What can be folded where is read off the function's jaxpr (``trace.scaling``): through norms,
+    relu, pooling, gates, residual sums, from values through attention, under ``scan`` with factors
+    for each layer. Kernels that nothing can make up for (fed by the input, by gelu or softmax) stay
+    as they are and are listed with the reason.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
@@ -73,20 +81,31 @@ def smooth(fn: Callable[..., Any], params: Params, calibration: Calibration, *in
             continue
         leaves |= fold.scaling.apply(leaves, fold.factors(_balance(fold, leaves, ranges, strength)))
         folded |= dict.fromkeys(paths, fold.makers)
-    return Folded(rebuild(leaves), folded, skipped, {path: note for path, note in notes.items() if path in folded})
+    return Folded(
+        rebuild(leaves),
+        folded,
+        skipped,
+        {path: note for path, note in notes.items() if path in folded},
+    )
 
 
 def _balance(fold: Fold, leaves: dict[str, Any], ranges: dict[str, Any], strength: float) -> Any:
     """Return what the consumers' rows are multiplied by; 1 for channels that are always zero, or that nothing reads."""
     shape = lambda part: leaves[part.path].shape  # noqa: E731
     largest = fold.scaling.largest
-    inputs = jnp.stack([largest(part, jnp.broadcast_to(ranges[part.path], shape(part))) for part in fold.consumers]).max(0)
-    weights = jnp.stack([largest(part, jnp.abs(leaves[part.path])) for part in fold.consumers]).max(0)
+    inputs = jnp.stack(
+        [largest(part, jnp.broadcast_to(ranges[part.path], shape(part))) for part in fold.consumers]
+    ).max(0)
+    weights = jnp.stack([largest(part, jnp.abs(leaves[part.path])) for part in fold.consumers]).max(
+        0
+    )
     factors = inputs**strength / jnp.maximum(weights, FLOOR) ** (1 - strength)
     return jnp.where((inputs == 0) | (weights == 0), 1.0, jnp.maximum(factors, FLOOR))
 
 
-def _ranges(calibration: Calibration, leaves: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+def _ranges(
+    calibration: Calibration, leaves: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Return the largest magnitude of what every kernel's entries meet, in a shape that broadcasts against the kernel.
 
     Beside it why some have none, and what calibration never saw: the channels there are not scaled.
@@ -95,9 +114,14 @@ def _ranges(calibration: Calibration, leaves: dict[str, Any]) -> tuple[dict[str,
     unplaced: dict[str, str] = {}
     unseen: dict[str, int] = {}
     for site, largest in fed(calibration, leaves):
-        seen = jnp.where(jnp.isnan(largest), 0, largest) if site.conditional else largest  # a branch may not have run
+        seen = (
+            jnp.where(jnp.isnan(largest), 0, largest) if site.conditional else largest
+        )  # a branch may not have run
         if not bool(jnp.isfinite(seen).all()):
-            raise NonFiniteError(f"the ranges of what {site.param!r} is fed are not finite; look at the calibration batches")
+            raise NonFiniteError(
+                f"the ranges of what {site.param!r} is fed are not finite; look at the "
+                "calibration batches"
+            )
         if reason := why_not(site):
             unplaced |= dict.fromkeys((str(site.param), *site.also), reason)
         for piece in site.pieces:
@@ -108,5 +132,7 @@ def _ranges(calibration: Calibration, leaves: dict[str, Any]) -> tuple[dict[str,
             placed, path = beside(*answer), piece.path
             ranges[path] = jnp.maximum(ranges[path], placed) if path in ranges else placed
             unseen[path] = unseen.get(path, 0) + int((answer[2] == 0).sum())
-    notes = {path: f"inputs that were always zero, {n}: not scaled" for path, n in unseen.items() if n}
+    notes = {
+        path: f"inputs that were always zero, {n}: not scaled" for path, n in unseen.items() if n
+    }
     return {path: x for path, x in ranges.items() if path not in unplaced}, unplaced, notes

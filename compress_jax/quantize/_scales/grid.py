@@ -11,14 +11,15 @@ from compress_jax.core.finite import saturate, where_finite
 class Grid(NamedTuple):
     """The ``2**bits`` levels ``code - zero_point`` that are multiplied by a scale, codes running from 0 to ``2**bits - 1``.
 
-    A symmetric grid has the fixed zero point ``2**(bits - 1)``, hence the levels ``-2**(bits - 1) .. 2**(bits - 1) - 1`` of
-    a signed integer. An asymmetric one has a zero point for every scale. Either way zero is a level, so that pruned weights
-    stay exactly zero.
+    A symmetric grid has the fixed zero point ``2**(bits - 1)``, hence the levels
+    ``-2**(bits - 1) .. 2**(bits - 1) - 1`` of a signed integer. An asymmetric one has a zero point
+    for every scale. Either way zero is a level, so that pruned weights stay exactly zero.
 
     Attributes:
       bits: 2 to 8.
       symmetric: whether the zero point is fixed in the middle.
-      narrow: whether a symmetric grid leaves out its lowest level, so that the negative of every level is one.
+      narrow: whether a symmetric grid leaves out its lowest level, so that the negative of every
+        level is one.
 
     Example:
       >>> grid = Grid(bits=3, symmetric=True)
@@ -49,9 +50,10 @@ class Grid(NamedTuple):
     def levels(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
         """Return the nearest level of every entry, ``clip(round(x / scale), lowest, highest)``, in float32.
 
-        The lowest is ``-zero_point``, or one more if the grid is narrow, and the highest ``top - zero_point``. The division
-        is written as a multiplication by ``1 / scale``, as XLA turns it into one under ``jit`` wherever it can: so the
-        levels are the same bits compiled or not.
+        The lowest is ``-zero_point``, or one more if the grid is narrow, and the highest
+        ``top - zero_point``. The division is written as a multiplication by ``1 / scale``, as XLA
+        turns it into one under ``jit`` wherever it can: so the levels are the same bits compiled or
+        not.
 
         Args:
           x: float array in the arrangement of a `Layout`.
@@ -62,7 +64,9 @@ class Grid(NamedTuple):
           Whole numbers, float32, in the shape of ``x``.
         """
         zero = zero_point.astype(jnp.float32)
-        return jnp.clip(jnp.round(x.astype(jnp.float32) * (1 / scale)), int(self.narrow) - zero, self.top - zero)
+        return jnp.clip(
+            jnp.round(x.astype(jnp.float32) * (1 / scale)), int(self.narrow) - zero, self.top - zero
+        )
 
     def encode(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
         """Return the codes of the nearest levels, int32 in ``[0, top]``; arguments as in `levels`."""

@@ -23,14 +23,15 @@ def hqq(
     r"""Minimise :math:`\sum |w - \hat w|^p`, p below 1, without data: a scale rule, ``uniform(scale=hqq, ...)``.
 
     An outlier matrix E is split off: :math:`E \leftarrow shrink_p(w - \hat w, \beta)` with
-    :math:`shrink_p(x, \beta) = sign(x) \, relu(|x| - |x|^{p-1} / \beta)`; then zero point and scale are fitted to what is
-    left, :math:`z \leftarrow mean(c - (w - E) / s)` and, d being :math:`c - z`,
-    :math:`s \leftarrow \langle w - E, d \rangle / \langle d, d \rangle`, c being the codes; :math:`\beta` grows in every
-    step. Weights are measured in steps of the grid that `minmax` places, so that :math:`\beta` means the same for all; of
-    all steps, that one included, each set keeps its best.
+    :math:`shrink_p(x, \beta) = sign(x) \, relu(|x| - |x|^{p-1} / \beta)`; then zero point and scale
+    are fitted to what is left, :math:`z \leftarrow mean(c - (w - E) / s)` and, d being
+    :math:`c - z`, :math:`s \leftarrow \langle w - E, d \rangle / \langle d, d \rangle`, c being the
+    codes; :math:`\beta` grows in every step. Weights are measured in steps of the grid that
+    `minmax` places, so that :math:`\beta` means the same for all; of all steps, that one included,
+    each set keeps its best.
 
-    Here zero points are codes, as every grid's are, so z is rounded, and the scale, which the paper leaves as it is, makes
-    up for it.
+    Here zero points are codes, as every grid's are, so z is rounded, and the scale, which the paper
+    leaves as it is, makes up for it.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -52,13 +53,16 @@ def hqq(
       [0.38, 0.33]
 
     References:
-      Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023, equations 3 to 6.
+      Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models", 2023,
+      equations 3 to 6.
     """
     return _hqq(w, layout, grid, power, beta, growth, steps)
 
 
 @partial(jax.jit, static_argnames=("layout", "grid", "power", "beta", "growth", "steps"))
-def _hqq(w: jax.Array, layout: Layout, grid: Grid, power: float, beta: float, growth: float, steps: int) -> Scale:
+def _hqq(
+    w: jax.Array, layout: Layout, grid: Grid, power: float, beta: float, growth: float, steps: int
+) -> Scale:
     total = partial(jnp.sum, axis=layout.reduced, keepdims=True)
     inside = layout.arrange(jnp.ones(layout.shape))  # padding has no weight
     start, zero = minmax(w, layout, grid)
@@ -77,16 +81,30 @@ def _hqq(w: jax.Array, layout: Layout, grid: Grid, power: float, beta: float, gr
         q = levels(s, z)
         left = (w - s * q) / start
         size = jnp.abs(left)
-        kept = jnp.maximum(size - jnp.where(size > 0, size, 1.0) ** (power - 1) / (beta * growth**i), 0) * jnp.sign(left)
+        kept = jnp.maximum(
+            size - jnp.where(size > 0, size, 1.0) ** (power - 1) / (beta * growth**i), 0
+        ) * jnp.sign(left)
         target = (w - kept * start) * inside
         if not grid.symmetric:
             z = jnp.clip(jnp.round(total((q + z - target / s) * inside) / n), 0, grid.top)
         q = levels(s, z) * inside
         squares = total(q * q)
-        s = usable(jnp.abs(jnp.where(squares > 0, total(target * q) / jnp.where(squares > 0, squares, 1), s)))
+        s = usable(
+            jnp.abs(
+                jnp.where(squares > 0, total(target * q) / jnp.where(squares > 0, squares, 1), s)
+            )
+        )
         now = loss(s, z)
         better = now < least
-        return s, z, jnp.where(better, s, best_s), jnp.where(better, z, best_z), jnp.where(better, now, least)
+        return (
+            s,
+            z,
+            jnp.where(better, s, best_s),
+            jnp.where(better, z, best_z),
+            jnp.where(better, now, least),
+        )
 
-    _, _, scale, zero, _ = jax.lax.fori_loop(0, steps, turn, (start, zero, start, zero, loss(start, zero)))
+    _, _, scale, zero, _ = jax.lax.fori_loop(
+        0, steps, turn, (start, zero, start, zero, loss(start, zero))
+    )
     return scale, grid.middle if grid.symmetric else zero.astype(jnp.uint8)

@@ -15,7 +15,9 @@ from compress_jax.quantize._scales.rules import Scale, extremes, spanning
 Axes = tuple[int, ...] | None
 
 
-def fit(w: jax.Array, levels: jax.Array, scale: jax.Array, axis: Axes = None) -> tuple[jax.Array, jax.Array]:
+def fit(
+    w: jax.Array, levels: jax.Array, scale: jax.Array, axis: Axes = None
+) -> tuple[jax.Array, jax.Array]:
     r"""Return the scale that minimises the squared error for given levels, and that error.
 
     .. math:: s^* = \frac{\langle w, c \rangle}{\langle c, c \rangle}
@@ -34,7 +36,8 @@ def fit(w: jax.Array, levels: jax.Array, scale: jax.Array, axis: Axes = None) ->
       ``(scale, error)``, the reduced axes kept at size 1. Where all levels are 0, ``scale`` is s.
 
     Example:
-      The best factor of the 0/1 matrix nearest to W; without a factor, half the squared error is 0.47.
+      The best factor of the 0/1 matrix nearest to W; without a factor, half the squared error is
+      0.47.
 
       >>> w = jnp.array([[0.5, 0.3, 0.2], [0.4, 0.5, 0.1], [0.1, 0.2, 0.7]])
       >>> f"{0.5 * ((w - jnp.eye(3)) ** 2).sum():.5f}"
@@ -64,12 +67,15 @@ class _Best(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("layout", "grid", "norm", "points"))
-def mse(w: jax.Array, layout: Layout, grid: Grid, *, norm: float = 2.0, points: int | None = None) -> Scale:
+def mse(
+    w: jax.Array, layout: Layout, grid: Grid, *, norm: float = 2.0, points: int | None = None
+) -> Scale:
     r"""Minimise the error of quantization itself, :math:`\sum |w - s \, clip(round(w / s))|^2`, over scale and zero point.
 
-    Clipping ranges are tried on a geometric grid, coarse and then fine around the best; the scale of each is replaced by
-    the exact optimum for the levels it gives (`fit`), and from the best of all, levels and scale are optimised in turns,
-    which can only lower the error. On an asymmetric grid both ends of the range are searched.
+    Clipping ranges are tried on a geometric grid, coarse and then fine around the best; the scale
+    of each is replaced by the exact optimum for the levels it gives (`fit`), and from the best of
+    all, levels and scale are optimised in turns, which can only lower the error. On an asymmetric
+    grid both ends of the range are searched.
 
     Everything happens in one compiled loop whose memory is that of a few copies of ``w``.
 
@@ -78,8 +84,9 @@ def mse(w: jax.Array, layout: Layout, grid: Grid, *, norm: float = 2.0, points: 
       layout: which entries share a scale.
       grid: the levels.
       norm: the exponent of the error; other than 2, scales are only searched, not fitted.
-      points: size of the coarse grid. Default: 64, and more for arrays of less than 2**18 entries, up to 1024: the fewer
-        entries share a scale, the more rugged is the error as a function of it, and the cheaper a trial.
+      points: size of the coarse grid. Default: 64, and more for arrays of less than 2**18 entries,
+        up to 1024: the fewer entries share a scale, the more rugged is the error as a function of
+        it, and the cheaper a trial.
 
     Returns:
       ``(scale, zero_point)``.
@@ -104,7 +111,9 @@ def mse(w: jax.Array, layout: Layout, grid: Grid, *, norm: float = 2.0, points: 
 
     def search(best: _Best, factors: np.ndarray) -> _Best:
         def body(i: jax.Array, found: _Best) -> _Best:
-            low, high = (end * jnp.asarray(factors)[i, j] for j, end in enumerate((best.low, best.high)))
+            low, high = (
+                end * jnp.asarray(factors)[i, j] for j, end in enumerate((best.low, best.high))
+            )
             return found.better_of(attempt(*spanning(low, high, grid), low, high))
 
         return jax.lax.fori_loop(0, len(factors), body, best)
@@ -131,11 +140,16 @@ def _ends(unit: jax.Array, layout: Layout, grid: Grid) -> tuple[jax.Array, jax.A
 
 def _factors(grid: Grid, points: int) -> tuple[np.ndarray, np.ndarray]:
     """Return what to multiply the ends of the range with, ``[trials, 2]`` each: over all sizes, then near the best."""
-    # Ranges beyond the entries suit weights that are on a coarser grid already; a symmetric range moves both its ends.
+    # Ranges beyond the entries suit weights that are on a coarser grid already; a symmetric range
+    # moves both its ends.
     if grid.symmetric:
         coarse = np.geomspace(2 * grid.qmax / (grid.qmax + 1), 1 / 512, points)
         fine = np.geomspace(coarse[1] / coarse[0], coarse[0] / coarse[1], 33)
-        return np.stack([coarse] * 2, 1).astype(np.float32), np.stack([fine] * 2, 1).astype(np.float32)
+        return np.stack([coarse] * 2, 1).astype(np.float32), np.stack([fine] * 2, 1).astype(
+            np.float32
+        )
     coarse = np.geomspace(3 / 2, 1 / 64, round(1.25 * points**0.5))
     fine = np.geomspace(coarse[1] / coarse[0], coarse[0] / coarse[1], 9)
-    return np.array(list(product(coarse, coarse)), np.float32), np.array(list(product(fine, fine)), np.float32)
+    return np.array(list(product(coarse, coarse)), np.float32), np.array(
+        list(product(fine, fine)), np.float32
+    )

@@ -53,12 +53,15 @@ BINARY = Table((-1.0, 1.0))
 def float_format(exponent_bits: int, mantissa_bits: int, *, reserved: int = 0) -> Float:
     """Return a floating-point format of a sign, an exponent and a mantissa.
 
-    The exponent bias is ``2**(exponent_bits - 1) - 1``, and an exponent of zeros means a subnormal number, as in IEEE 754.
+    The exponent bias is ``2**(exponent_bits - 1) - 1``, and an exponent of zeros means a subnormal
+    number, as in IEEE 754.
 
     Args:
       exponent_bits: 1 to 7.
-      mantissa_bits: 0 to 8; 0 leaves powers of two, where the tie between two of them goes to the larger.
-      reserved: how many of the largest magnitude codes are kept for infinity and NaN; such codes are never used.
+      mantissa_bits: 0 to 8; 0 leaves powers of two, where the tie between two of them goes to the
+        larger.
+      reserved: how many of the largest magnitude codes are kept for infinity and NaN; such codes
+        are never used.
 
     Returns:
       The format, for `tabled`.
@@ -75,15 +78,21 @@ def float_format(exponent_bits: int, mantissa_bits: int, *, reserved: int = 0) -
     References:
       Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, section 5.3.
     """
-    exponent_bits, mantissa_bits = whole("exponent_bits", exponent_bits), whole("mantissa_bits", mantissa_bits)
+    exponent_bits, mantissa_bits = (
+        whole("exponent_bits", exponent_bits),
+        whole("mantissa_bits", mantissa_bits),
+    )
     reserved = whole("reserved", reserved)
     if exponent_bits not in range(1, 8) or mantissa_bits not in range(9):
         raise ArgumentError(
-            f"a float takes 1 to 7 exponent and 0 to 8 mantissa bits, got {exponent_bits} and {mantissa_bits}"
+            f"a float takes 1 to 7 exponent and 0 to 8 mantissa bits, got {exponent_bits} and "
+            f"{mantissa_bits}"
         )
     magnitudes = 2 ** (exponent_bits + mantissa_bits)
     if reserved not in range(magnitudes - 1):
-        raise ArgumentError(f"reserved must leave a number above 0 among {magnitudes} magnitudes, got {reserved}")
+        raise ArgumentError(
+            f"reserved must leave a number above 0 among {magnitudes} magnitudes, got {reserved}"
+        )
     return Float(exponent_bits, mantissa_bits, reserved)
 
 
@@ -142,11 +151,12 @@ class _Best(NamedTuple):
 def mse(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     r"""Minimise the error of quantization itself, :math:`\sum (w - s \, \ell(w / s))^2`, where l is the nearest level.
 
-    Scales are tried on a geometric grid, coarse and then fine around the best, each replaced by the exact optimum for the
-    levels it gives (`fit`); from the best of all, levels and scale are optimised in turns, which can only lower the error.
+    Scales are tried on a geometric grid, coarse and then fine around the best, each replaced by the
+    exact optimum for the levels it gives (`fit`); from the best of all, levels and scale are
+    optimised in turns, which can only lower the error.
 
-    The grid reaches down to where the largest level is half the least possible root mean square of n entries with that peak,
-    :math:`\max |w| / 2 \sqrt n`.
+    The grid reaches down to where the largest level is half the least possible root mean square of
+    n entries with that peak, :math:`\max |w| / 2 \sqrt n`.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -167,7 +177,9 @@ def mse(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 
     def attempt(scale: jax.Array) -> _Best:
         fitted, error = fit(unit, levels.round(unit * (1 / scale)), scale, layout.reduced)
-        fits = fitted > 0  # where levels lie on one side of zero, entries of the other may want a negative scale
+        fits = (
+            fitted > 0
+        )  # where levels lie on one side of zero, entries of the other may want a negative scale
         return _Best(jnp.where(fits, error, jnp.inf), jnp.where(fits, fitted, scale), scale)
 
     def search(best: _Best, factors: np.ndarray) -> _Best:
@@ -185,7 +197,8 @@ def mse(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 
 def _factors(w: jax.Array, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
     """Return what to multiply a scale with: over all sizes, then between the neighbours of the best."""
-    # The fewer entries share a scale, the more rugged is the error as a function of it, and the cheaper is a trial.
+    # The fewer entries share a scale, the more rugged is the error as a function of it, and the
+    # cheaper is a trial.
     points = max(64, min(1024, 2**24 // w.size))
     coarse = np.geomspace(2, 0.5 / np.sqrt(counts(layout).max()), points)
     fine = np.geomspace(coarse[1] / coarse[0], coarse[0] / coarse[1], 33)

@@ -1,7 +1,8 @@
 """Scale rules: which range of a weight distribution the levels of a grid should span.
 
-A rule is a pure function ``(w, layout, grid) -> (scale, zero_point)`` of an array in the arrangement of a `Layout`, float32.
-It first calibrates (what range?) and then places the grid on that range (`spanning`); rounding is the grid's own business.
+A rule is a pure function ``(w, layout, grid) -> (scale, zero_point)`` of an array in the
+arrangement of a `Layout`, float32. It first calibrates (what range?) and then places the grid on
+that range (`spanning`); rounding is the grid's own business.
 """
 
 import math
@@ -19,9 +20,10 @@ from compress_jax.quantize._scales.grid import Grid
 Scale = tuple[jax.Array, jax.Array]
 Rule = Callable[[jax.Array, Layout, Grid], Scale]
 
-# The step that minimises the mean squared error of a unit normal on the symmetric grid of 2, 3, ... 8 bits, which has one
-# level more below zero than above. By numerical minimisation of the exact integral; the tests repeat it. Max, "Quantizing
-# for Minimum Distortion", 1960, table II, has those of the narrow grids, with as many levels on either side.
+# The step that minimises the mean squared error of a unit normal on the symmetric grid of 2, 3, ...
+# 8 bits, which has one level more below zero than above. By numerical minimisation of the exact
+# integral; the tests repeat it. Max, "Quantizing for Minimum Distortion", 1960, table II, has those
+# of the narrow grids, with as many levels on either side.
 _NORMAL_STEP = (1.0483852, 0.6018242, 0.3386079, 0.1887922, 0.1041794, 0.0568873, 0.0307656)
 _NARROW_STEP = (1.2240064, 0.6507697, 0.3534113, 0.1932485, 0.1054876, 0.0572613, 0.0308701)
 
@@ -52,9 +54,11 @@ def extremes(w: jax.Array, layout: Layout) -> tuple[jax.Array, jax.Array]:
 def spanning(low: jax.Array, high: jax.Array, grid: Grid) -> Scale:
     r"""Place the levels of a grid on a range of values.
 
-    Symmetric: :math:`s = \max(-low, high) / q_{max}`, so that the range ends on a level and never on a rounding tie.
-    Asymmetric: :math:`s = (high - low) / (2^{bits} - 1)` and :math:`z = round(-low / s)`, the range widened to include 0.
-    A set of zeros only has the scale 1; no scale is so small that its inverse is infinite.
+    Symmetric: :math:`s = \max(-low, high) / q_{max}`, so that the range ends on a level and never
+      on a rounding tie.
+    Asymmetric: :math:`s = (high - low) / (2^{bits} - 1)` and :math:`z = round(-low / s)`, the range
+    widened to include 0. A set of zeros only has the scale 1; no scale is so small that its inverse
+    is infinite.
 
     Args:
       low: float32 of the shape of the scales.
@@ -62,7 +66,8 @@ def spanning(low: jax.Array, high: jax.Array, grid: Grid) -> Scale:
       grid: the levels.
 
     Returns:
-      ``(scale, zero_point)``: float32 of the shape of ``low``; uint8 of that shape, or a scalar if symmetric.
+      ``(scale, zero_point)``: float32 of the shape of ``low``; uint8 of that shape, or a scalar if
+        symmetric.
 
     Example:
       >>> scale, zero_point = spanning(jnp.array([-1.0]), jnp.array([5.0]), Grid(bits=2, symmetric=False))
@@ -128,15 +133,16 @@ def minmax(w: jax.Array, layout: Layout, grid: Grid) -> Scale:
 def percentile(w: jax.Array, layout: Layout, grid: Grid, *, percent: float | None = None) -> Scale:
     """Span the range that holds a given share of the entries: a clipping that a few outliers cannot widen.
 
-    On a symmetric grid the share of magnitudes up to the bound; on an asymmetric one, half of what is cut lies below and
-    half above. Sorts the entries. Interpolates linearly between neighbours, as ``numpy.percentile``.
+    On a symmetric grid the share of magnitudes up to the bound; on an asymmetric one, half of what
+    is cut lies below and half above. Sorts the entries. Interpolates linearly between neighbours,
+    as ``numpy.percentile``.
 
     Args:
       w: float32, arranged by ``layout``.
       layout: which entries share a scale.
       grid: the levels.
-      percent: between 0 and 100. Default: the share of a normal distribution within its optimal range (`normal_clip`), which
-        is 70.6, 92.9, 98.2, 99.5, 99.9, 99.97, 99.99 at 2 to 8 bits.
+      percent: between 0 and 100. Default: the share of a normal distribution within its optimal
+        range (`normal_clip`), which is 70.6, 92.9, 98.2, 99.5, 99.9, 99.97, 99.99 at 2 to 8 bits.
 
     Returns:
       ``(scale, zero_point)``.
@@ -168,9 +174,14 @@ def _from_top(w: jax.Array, layout: Layout, cut: float) -> jax.Array:
     """Return the value that a share ``cut`` of the entries exceeds, or 0: so padding, being zeros, cannot matter."""
     descending = jnp.maximum(jnp.sort(as_sets(w, layout), axis=-1, descending=True), 0)
     last = descending.shape[-1] - 1
-    place = np.broadcast_to((counts(layout) - 1) * cut, layout.scale_shape).reshape(*descending.shape[:-1], 1)
+    place = np.broadcast_to((counts(layout) - 1) * cut, layout.scale_shape).reshape(
+        *descending.shape[:-1], 1
+    )
     before, part = np.floor(place).astype(np.int32), (place % 1).astype(np.float32)
-    ends = (jnp.take_along_axis(descending, np.minimum(at, last), axis=-1) for at in (before, before + 1))
+    ends = (
+        jnp.take_along_axis(descending, np.minimum(at, last), axis=-1)
+        for at in (before, before + 1)
+    )
     upper, lower = ends
     return (upper + part * (lower - upper)).reshape(layout.scale_shape)
 
@@ -179,8 +190,8 @@ def _from_top(w: jax.Array, layout: Layout, cut: float) -> jax.Array:
 def rms(w: jax.Array, layout: Layout, grid: Grid) -> Scale:
     """Span the range that is optimal for a normal distribution of the same second moment, but no more than there is.
 
-    Symmetric: ``[-k r, k r]`` with ``r = sqrt(mean(w^2))`` and k from `normal_clip`. Asymmetric: ``mean -+ k std``. Both are
-    cut to the smallest and largest entries.
+    Symmetric: ``[-k r, k r]`` with ``r = sqrt(mean(w^2))`` and k from `normal_clip`. Asymmetric:
+    ``mean -+ k std``. Both are cut to the smallest and largest entries.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -196,7 +207,9 @@ def rms(w: jax.Array, layout: Layout, grid: Grid) -> Scale:
     low, high = extremes(unit, layout)
     mean = jnp.zeros_like(low) if grid.symmetric else total(unit) / n
     reach = normal_clip(grid) * jnp.sqrt(jnp.maximum(total(unit**2) / n - mean**2, 0))
-    return spanning(jnp.maximum(low, mean - reach) * bound, jnp.minimum(high, mean + reach) * bound, grid)
+    return spanning(
+        jnp.maximum(low, mean - reach) * bound, jnp.minimum(high, mean + reach) * bound, grid
+    )
 
 
 def as_sets(w: jax.Array, layout: Layout) -> jax.Array:

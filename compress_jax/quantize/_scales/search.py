@@ -1,6 +1,7 @@
 """Scale rules that search the range: least p-norm of the error, and least relative entropy between the distributions.
 
-Rules as in `compress_jax.quantize.scales`. The one of least squared error is `compress_jax.quantize.least_squares.mse`.
+Rules as in `compress_jax.quantize.scales`. The one of least squared error is
+`compress_jax.quantize.least_squares.mse`.
 """
 
 from functools import partial
@@ -30,15 +31,17 @@ class _Sums(NamedTuple):
 def least_divergent(counts: jax.Array, zero: jax.Array, groups: int, stride: int = 1) -> jax.Array:
     r"""Return to which share of its range a histogram should be clipped before its bins are joined to a few groups.
 
-    A share f keeps the bins of the range about ``zero`` shrunk by f. P is the histogram of those, what lies beyond added to
-    the bins at its ends. Q has the sum of each group of bins, what lies beyond left out, spread evenly over those of them
-    that are not empty in P. The share is that of least
+    A share f keeps the bins of the range about ``zero`` shrunk by f. P is the histogram of those,
+    what lies beyond added to the bins at its ends. Q has the sum of each group of bins, what lies
+    beyond left out, spread evenly over those of them that are not empty in P. The share is that of
+    least
 
     .. math:: KL(P \| Q) = \sum_k p_k \log \frac{p_k}{q_k}
 
     Args:
       counts: int32 ``[..., bins]``, how many entries fell into each bin of evenly spaced ones.
-      zero: int32 ``[...]``, the edge of bins, 0 to ``bins``, that the range shrinks towards; 0 for histograms of magnitudes.
+      zero: int32 ``[...]``, the edge of bins, 0 to ``bins``, that the range shrinks towards; 0 for
+        histograms of magnitudes.
       groups: how many levels there are.
       stride: shares tried are ``stride / bins`` apart, from 1 down to where each group has one bin.
 
@@ -59,12 +62,16 @@ def least_divergent(counts: jax.Array, zero: jax.Array, groups: int, stride: int
     def body(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         share = 1 - i.astype(jnp.float32) * jnp.float32(stride / bins)
         start = jnp.round(zero.astype(jnp.float32) * (1 - share)).astype(jnp.int32)
-        stop = jnp.round(zero.astype(jnp.float32) + (bins - zero).astype(jnp.float32) * share).astype(jnp.int32)
+        stop = jnp.round(
+            zero.astype(jnp.float32) + (bins - zero).astype(jnp.float32) * share
+        ).astype(jnp.int32)
         now = _divergence(sums, start, stop, groups)
         return jnp.minimum(now, best[0]), jnp.where(now < best[0], share, best[1])
 
     least = jnp.full(counts.shape[:-1], jnp.inf)
-    return jax.lax.fori_loop(0, (bins - groups) // stride + 1, body, (least, jnp.ones_like(least)))[1]
+    return jax.lax.fori_loop(0, (bins - groups) // stride + 1, body, (least, jnp.ones_like(least)))[
+        1
+    ]
 
 
 def _prefix(counts: jax.Array) -> _Sums:
@@ -83,7 +90,10 @@ def _entropy(counts: jax.Array) -> jax.Array:
 def _divergence(sums: _Sums, start: jax.Array, stop: jax.Array, groups: int) -> jax.Array:
     """Return KL(P || Q) of the bins from ``start`` to ``stop``, int32 ``[..., 1]``; infinite where Q lacks what P has."""
     every, kept = sums.counts[..., -1:], _between(sums.counts, start, stop)
-    beyond = _between(sums.counts, jnp.zeros_like(start), start), every - _between(sums.counts, jnp.zeros_like(stop), stop)
+    beyond = (
+        _between(sums.counts, jnp.zeros_like(start), start),
+        every - _between(sums.counts, jnp.zeros_like(stop), stop),
+    )
     first, last = _between(sums.counts, start, start + 1), _between(sums.counts, stop - 1, stop)
 
     steps = jnp.arange(groups + 1).reshape(*(1,) * (start.ndim - 1), -1)
@@ -95,9 +105,13 @@ def _divergence(sums: _Sums, start: jax.Array, stop: jax.Array, groups: int) -> 
     filled = filled.at[..., -1:].add(((last == 0) & (beyond[1] > 0)).astype(jnp.int32))
 
     total = jnp.maximum(every, 1).astype(jnp.float32)
-    ends = _entropy(first + beyond[0]) - _entropy(first) + _entropy(last + beyond[1]) - _entropy(last)
+    ends = (
+        _entropy(first + beyond[0]) - _entropy(first) + _entropy(last + beyond[1]) - _entropy(last)
+    )
     own = (_between(sums.entropies, start, stop) + ends) / total - jnp.log(total)
-    density = inner.astype(jnp.float32) / (jnp.maximum(filled, 1) * jnp.maximum(kept, 1)).astype(jnp.float32)
+    density = inner.astype(jnp.float32) / (jnp.maximum(filled, 1) * jnp.maximum(kept, 1)).astype(
+        jnp.float32
+    )
     cross = jnp.where(outer > 0, outer.astype(jnp.float32) / total * jnp.log(density), 0).sum(-1)
     return jnp.where(stop[..., 0] - start[..., 0] < groups, jnp.inf, own[..., 0] - cross)
 
@@ -119,8 +133,9 @@ def pnorm(
 ) -> Scale:
     r"""Shrink the range step by step and keep the one of least :math:`\sum |w - \hat w|^p`.
 
-    Both ends are multiplied by 1, 1 - 1/points, ... as long as more than ``1 - maxshrink`` is left; a set of entries stops
-    after ``patience`` steps without a gain. With p above 2 large errors, hence clipping, weigh more.
+    Both ends are multiplied by 1, 1 - 1/points, ... as long as more than ``1 - maxshrink`` is left;
+    a set of entries stops after ``patience`` steps without a gain. With p above 2 large errors,
+    hence clipping, weigh more.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -135,7 +150,8 @@ def pnorm(
       ``(scale, zero_point)``.
 
     Raises:
-      ArgumentError: if ``p``, ``points`` or ``patience`` is not above 0, or ``maxshrink`` is out of range.
+      ArgumentError: if ``p``, ``points`` or ``patience`` is not above 0, or ``maxshrink`` is out of
+        range.
 
     Example:
       >>> w = jnp.concatenate([jnp.ones(40), -jnp.ones(40), jnp.array([1.1])])
@@ -144,18 +160,22 @@ def pnorm(
       [1.0010000467300415]
 
     References:
-      The defaults are those of llm-compressor's MSE observer: p 2.4, maxshrink 0.2, 100 points, patience 5.
+      The defaults are those of llm-compressor's MSE observer: p 2.4, maxshrink 0.2, 100 points,
+      patience 5.
     """
     if not (p > 0 and 0 < maxshrink <= 1 and points > 0 and patience > 0):
         raise ArgumentError(
-            f"need p, points, patience > 0 and 0 < maxshrink <= 1, got {p}, {points}, {patience}, {maxshrink}"
+            f"need p, points, patience > 0 and 0 < maxshrink <= 1, got {p}, {points}, {patience}, "
+            f"{maxshrink}"
         )
     low, high = extremes(w, layout)
     bound = jnp.maximum(jnp.maximum(-low, high), jnp.finfo(jnp.float32).tiny)
 
     def error(share: jax.Array) -> jax.Array:
         scale, zero_point = spanning(low * share, high * share, grid)
-        left = (w - grid.levels(w, scale, zero_point) * scale) * (1 / bound)  # no power of it overflows
+        left = (w - grid.levels(w, scale, zero_point) * scale) * (
+            1 / bound
+        )  # no power of it overflows
         return (jnp.abs(left) ** p).sum(layout.reduced, keepdims=True)
 
     def body(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -163,23 +183,35 @@ def pnorm(
         share = 1 - i.astype(jnp.float32) * np.float32(1 / points)
         now = error(share)
         gains = (now < least) & (waited < patience)
-        return jnp.where(gains, now, least), jnp.where(gains, share, best), jnp.where(gains, 0, waited + 1)
+        return (
+            jnp.where(gains, now, least),
+            jnp.where(gains, share, best),
+            jnp.where(gains, 0, waited + 1),
+        )
 
-    start = error(jnp.ones(())), jnp.ones(layout.scale_shape), jnp.zeros(layout.scale_shape, jnp.int32)
+    start = (
+        error(jnp.ones(())),
+        jnp.ones(layout.scale_shape),
+        jnp.zeros(layout.scale_shape, jnp.int32),
+    )
     share = jax.lax.fori_loop(1, round(maxshrink * points), body, start)[1]
     return spanning(low * share, high * share, grid)
 
 
 @partial(jax.jit, static_argnames=("layout", "grid", "bins", "stride"))
-def entropy(w: jax.Array, layout: Layout, grid: Grid, *, bins: int = 2048, stride: int = 8) -> Scale:
+def entropy(
+    w: jax.Array, layout: Layout, grid: Grid, *, bins: int = 2048, stride: int = 8
+) -> Scale:
     r"""Clip the range where the quantized distribution is nearest to the true one, :math:`\min KL(P \| Q)`.
 
-    The histogram of magnitudes is clipped at every threshold in turn, and its bins are joined to as many groups as the grid
-    has levels on one side of zero (`least_divergent`). On an asymmetric grid the histogram is that of the values, the groups
-    are as many as there are levels, and both ends of the range are clipped by the same factor.
+    The histogram of magnitudes is clipped at every threshold in turn, and its bins are joined to as
+    many groups as the grid has levels on one side of zero (`least_divergent`). On an asymmetric
+    grid the histogram is that of the values, the groups are as many as there are levels, and both
+    ends of the range are clipped by the same factor.
 
-    Zeros are exact on any grid and are not counted. A histogram wants many entries: this is a rule for whole tensors, and
-    for activations, which it was made for; for weights in channels `mse` is better founded.
+    Zeros are exact on any grid and are not counted. A histogram wants many entries: this is a rule
+    for whole tensors, and for activations, which it was made for; for weights in channels `mse` is
+    better founded.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -206,7 +238,8 @@ def entropy(w: jax.Array, layout: Layout, grid: Grid, *, bins: int = 2048, strid
     groups = grid.qmax + 1 if grid.symmetric else grid.top + 1
     if bins < groups or stride < 1:
         raise ArgumentError(
-            f"entropy needs stride >= 1 and at {grid.bits} bits at least {groups} bins, got {stride} and {bins}"
+            f"entropy needs stride >= 1 and at {grid.bits} bits at least {groups} bins, got "
+            f"{stride} and {bins}"
         )
     low, high = extremes(w, layout)
     if grid.symmetric:
@@ -215,7 +248,9 @@ def entropy(w: jax.Array, layout: Layout, grid: Grid, *, bins: int = 2048, strid
     density = bins / jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)
     zero = jnp.round(-low * density).astype(jnp.int32)
     counts = _histogram(as_sets(w, layout), as_sets((w - low) * density, layout), bins)
-    share = least_divergent(counts, zero.reshape(counts.shape[:-1]), groups, stride).reshape(layout.scale_shape)
+    share = least_divergent(counts, zero.reshape(counts.shape[:-1]), groups, stride).reshape(
+        layout.scale_shape
+    )
     return spanning(low * share, high * share, grid)
 
 
@@ -223,5 +258,9 @@ def _histogram(sets: jax.Array, places: jax.Array, bins: int) -> jax.Array:
     """Count the entries of every set that are not 0 by bin: int32 ``[..., bins]``."""
     places = jnp.clip(places.astype(jnp.int32), 0, bins - 1).reshape(-1, sets.shape[-1])
     rows, counted = jnp.arange(len(places))[:, None], (sets != 0).astype(jnp.int32)
-    counts = jnp.zeros((len(places), bins), jnp.int32).at[rows, places].add(counted.reshape(places.shape))
+    counts = (
+        jnp.zeros((len(places), bins), jnp.int32)
+        .at[rows, places]
+        .add(counted.reshape(places.shape))
+    )
     return counts.reshape(*sets.shape[:-1], bins)

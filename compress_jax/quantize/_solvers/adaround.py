@@ -13,7 +13,10 @@ from compress_jax.layerwise._problem import MatrixForm, Problem
 from compress_jax.layerwise._solve import Solved, better, column_errors, layerwise, neighbours
 from compress_jax.trace import Calibration
 
-LOW, HIGH = -0.1, 1.1  # the sigmoid is stretched to this range and clipped, so that it reaches 0 and 1
+LOW, HIGH = (
+    -0.1,
+    1.1,
+)  # the sigmoid is stretched to this range and clipped, so that it reaches 0 and 1
 
 
 def adaround(
@@ -31,32 +34,36 @@ def adaround(
 ) -> Solved:
     r"""Round every weight up or down, whichever keeps the layers' outputs close, by a continuous relaxation.
 
-    With the levels :math:`w^- \le w \le w^+` and :math:`h(V) = clip(1.2\,\sigma(V) - 0.1, 0, 1)`, it descends by Adam
+    With the levels :math:`w^- \le w \le w^+` and :math:`h(V) = clip(1.2\,\sigma(V) - 0.1, 0, 1)`,
+    it descends by Adam
 
     .. math:: \frac{tr(\Delta^\top G \Delta)}{e} + \lambda \sum_i \bigl(1 - |2 h(V_i) - 1|^\beta\bigr), \quad
         \Delta = w^- + h(V) (w^+ - w^-) - w,
 
-    G being the mean of :math:`x x^\top`, so that the first term is the exact error of a layer's outputs over all calibration
-    data, and e the error per weight of rounding to nearest, so that :math:`\lambda` means the same for every layer. The
-    second term is left out at first; then :math:`\beta` falls and drives every h to 0 or 1. A column of weights for which
-    rounding to nearest turned out better is rounded to nearest.
+    G being the mean of :math:`x x^\top`, so that the first term is the exact error of a layer's
+    outputs over all calibration data, and e the error per weight of rounding to nearest, so that
+    :math:`\lambda` means the same for every layer. The second term is left out at first; then
+    :math:`\beta` falls and drives every h to 0 or 1. A column of weights for which rounding to
+    nearest turned out better is rounded to nearest.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
+      state: its state; by default that of `init` once the compression is bound to the layouts the
+        calibrated sites tell.
       steps: of Adam.
       rate: of Adam.
       weight: :math:`\lambda`.
       warmup: the share of steps without the second term.
       beta: the first and the last :math:`\beta`.
-      held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by
-        default the calibration decides.
+      held_out: statistics of other batches: a layer that rounding to nearest serves better there is
+        rounded to nearest; by default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed. So are, with a
-      note, weights of inputs that were always zero, and experts and branches that calibration did not reach.
+      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and
+      listed. So are, with a note, weights of inputs that were always zero, and experts and branches
+      that calibration did not reach.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -75,13 +82,15 @@ def adaround(
       True
 
     References:
-      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020, arXiv:2004.10568, equations 21 to
-      25.
+      Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", 2020,
+      arXiv:2004.10568, equations 21 to 25.
     """
     options = partial(_solve, steps=steps, rate=rate, weight=weight, warmup=warmup, beta=beta)
 
     def solve(path: str, x: jax.Array, how: Pointwise, problem: Problem) -> tuple[jax.Array, None]:
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats; strict callers may not
+        with jax.numpy_dtype_promotion(
+            "standard"
+        ):  # optax mixes int32 counts and floats; strict callers may not
             return options(x, how.operands, problem.gram, problem.form, how.see), None
 
     return layerwise(params, calibration, compression, state, solve, held_out)
@@ -105,7 +114,9 @@ def _solve(
     low, high = neighbours(w, see, operands)
     gap = high - low
     share = jnp.where(gap > 0, (w - low) / jnp.where(gap > 0, gap, 1), 0.0)
-    unit = column_errors(nearest - w, gram).mean(1) / form.k  # of each matrix, so that a stack is solved as its layers
+    unit = (
+        column_errors(nearest - w, gram).mean(1) / form.k
+    )  # of each matrix, so that a stack is solved as its layers
     unit = jnp.where(unit > 0, unit, 1.0)
 
     def loss(v: jax.Array, power: jax.Array, on: jax.Array) -> jax.Array:
@@ -122,7 +133,9 @@ def _solve(
         v, memory = carry
         left = 1 - jnp.maximum(step - start, 0) / max(steps - start, 1)
         power = beta[1] + (beta[0] - beta[1]) * left
-        updates, memory = optimizer.update(jax.grad(loss)(v, power, (step >= start).astype(jnp.float32)), memory)
+        updates, memory = optimizer.update(
+            jax.grad(loss)(v, power, (step >= start).astype(jnp.float32)), memory
+        )
         return optax.apply_updates(v, updates), memory
 
     v = inverse_soft(share)

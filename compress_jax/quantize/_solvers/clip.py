@@ -18,15 +18,21 @@ FAR = 3e38
 RATIOS = tuple(1 - 0.05 * i for i in range(11))
 
 
-def clip(params: Params, calibration: Calibration, compression: Compression, ratios: tuple[float, ...] = RATIOS) -> Solved:
+def clip(
+    params: Params,
+    calibration: Calibration,
+    compression: Compression,
+    ratios: tuple[float, ...] = RATIOS,
+) -> Solved:
     r"""Choose for every output of a layer how far its weights' ranges are cut, by the error of the layer's outputs.
 
-    All weights are clipped to :math:`r` times the first and last level they could be rounded to, and the compression derives
-    its scales anew. Of all r, each column of weights takes the one with the least :math:`\delta^\top G \delta`, G being the
-    mean of :math:`x x^\top`; a leaf for which one r for all of it does better (a scale for the whole tensor) takes that.
-    Never worse than not clipping. An input that was always zero counts as an average one, and a matrix that calibration did
-    not reach (an expert without tokens) is not clipped: notes say where. The state serves any other solver:
-    ``gptq(params, seen, c, clip(params, seen, c).state)``.
+    All weights are clipped to :math:`r` times the first and last level they could be rounded to,
+    and the compression derives its scales anew. Of all r, each column of weights takes the one with
+    the least :math:`\delta^\top G \delta`, G being the mean of :math:`x x^\top`; a leaf for which
+    one r for all of it does better (a scale for the whole tensor) takes that. Never worse than not
+    clipping. An input that was always zero counts as an average one, and a matrix that calibration
+    did not reach (an expert without tokens) is not clipped: notes say where. The state serves any
+    other solver: ``gptq(params, seen, c, clip(params, seen, c).state)``.
 
     Args:
       params: tree of arrays.
@@ -35,7 +41,8 @@ def clip(params: Params, calibration: Calibration, compression: Compression, rat
       ratios: candidates, among which should be 1.
 
     Returns:
-      ``Solved``: clipped weights, rounded to nearest. Leaves without calibration are not clipped, and listed.
+      ``Solved``: clipped weights, rounded to nearest. Leaves without calibration are not clipped,
+        and listed.
 
     Example:
       >>> from compress_jax.quantize import output_error, uniform
@@ -53,7 +60,9 @@ def clip(params: Params, calibration: Calibration, compression: Compression, rat
     tasks, skipped = problems(calibration, leaves)
     compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
     seen = compression.pointwise(params, compression.init(params))
-    skipped = {path: skipped.get(path, "no calibrated site uses it") for path in seen if path not in tasks}
+    skipped = {
+        path: skipped.get(path, "no calibrated site uses it") for path in seen if path not in tasks
+    }
     tasks = {path: own for path, own in tasks.items() if path in seen}
     state = clipped_state(params, compression, tasks, ratios)
     notes = {path: said for path, own in tasks.items() if (said := unseen(path, own))}
@@ -73,7 +82,10 @@ def _ends(see: Any, x: jax.Array, operands: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def clipped_state(
-    params: Params, compression: Compression, tasks: Mapping[str, Sequence[Problem]], ratios: tuple[float, ...] = RATIOS
+    params: Params,
+    compression: Compression,
+    tasks: Mapping[str, Sequence[Problem]],
+    ratios: tuple[float, ...] = RATIOS,
 ) -> CompressionState:
     """Return the state of the compression on weights clipped as is best; under it the weights as they are round likewise.
 
@@ -94,12 +106,18 @@ def clipped_state(
         return start
 
     def cut(by: Mapping[str, Any]) -> Params:
-        ends = {path: [(end * by[path]).astype(leaves[path].dtype) for end in bounds[path]] for path in by}
+        ends = {
+            path: [(end * by[path]).astype(leaves[path].dtype) for end in bounds[path]]
+            for path in by
+        }
         return rebuild({**leaves, **{path: jnp.clip(leaves[path], *ends[path]) for path in by}})
 
     def errors(by: Mapping[str, Any]) -> dict[str, list[jax.Array]]:
         viewed = flatten(compression.view(params, compression.init(cut(by))))[0]
-        return {path: output_errors((viewed[path] - leaves[path]).astype(jnp.float32), tasks[path]) for path in by}
+        return {
+            path: output_errors((viewed[path] - leaves[path]).astype(jnp.float32), tasks[path])
+            for path in by
+        }
 
     tried = [errors(dict.fromkeys(tasks, ratio)) for ratio in ratios]
     columns, whole = {}, {}
@@ -112,10 +130,17 @@ def clipped_state(
             chosen = jnp.asarray(ratios, jnp.float32)[best][:, None]
             parts = jnp.broadcast_to(chosen, (*task.gram.shape[:2], chosen.shape[-1]))
             columns[path] = task.box.put(columns[path], task.form.stored(parts))
-        total = sum(jnp.stack([each[path][i] for each in tried]).sum((1, 2)) for i in range(len(own)))
+        total = sum(
+            jnp.stack([each[path][i] for each in tried]).sum((1, 2)) for i in range(len(own))
+        )
         whole[path] = jnp.full(leaves[path].shape, ratios[int(jnp.argmin(total))], jnp.float32)
-    totals = [{path: sum(float(x.sum()) for x in each) for path, each in errors(by).items()} for by in (columns, whole)]
-    best = {path: columns[path] if totals[0][path] <= totals[1][path] else whole[path] for path in tasks}
+    totals = [
+        {path: sum(float(x.sum()) for x in each) for path, each in errors(by).items()}
+        for by in (columns, whole)
+    ]
+    best = {
+        path: columns[path] if totals[0][path] <= totals[1][path] else whole[path] for path in tasks
+    }
     return compression.init(cut(best))
 
 

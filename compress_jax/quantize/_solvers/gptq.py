@@ -30,31 +30,35 @@ def gptq(
 ) -> Solved:
     r"""Round weights so that the layers' outputs, not the weights, stay close, by second-order error compensation.
 
-    With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, each input i in turn is
-    rounded to :math:`q_i`, and :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as
-    what it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
-    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the weights as they were; so nothing is ever inverted.
+    With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, each
+    input i in turn is rounded to :math:`q_i`, and
+    :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as what
+    it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
+    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the weights as they were; so
+    nothing is ever inverted.
 
-    The scales (and masks, in a chain) are those of the compression's state; any grid, floating format or granularity that
-    sees weights entry by entry will do. All sites that `calibrate` saw: dense, einsum, attention projections, convolutions,
-    experts, scanned layers, which are solved one after the other by one compiled program.
+    The scales (and masks, in a chain) are those of the compression's state; any grid, floating
+    format or granularity that sees weights entry by entry will do. All sites that `calibrate` saw:
+    dense, einsum, attention projections, convolutions, experts, scanned layers, which are solved
+    one after the other by one compiled program.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
-      damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is raised tenfold, up to
-        five times; a note says so.
+      state: its state; by default that of `init` once the compression is bound to the layouts the
+        calibrated sites tell.
+      damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is
+        raised tenfold, up to five times; a note says so.
       block: inputs after which the error is carried to all that are left.
       act_order: take inputs in the order of falling H's diagonal.
-      held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by
-        default the calibration decides.
+      held_out: statistics of other batches: a layer that rounding to nearest serves better there is
+        rounded to nearest; by default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed. So are, with a
-      note, weights of inputs that were always zero, experts and branches that calibration did not reach, and layers that are
-      not solved better.
+      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and
+      listed. So are, with a note, weights of inputs that were always zero, experts and branches
+      that calibration did not reach, and layers that are not solved better.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -73,18 +77,27 @@ def gptq(
       True
 
     References:
-      Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ", 2023, arXiv:2210.17323, algorithm 1.
-      Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025, arXiv:2507.18553.
+      Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ", 2023, arXiv:2210.17323, algorithm 1. Chen et
+      al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025,
+      arXiv:2507.18553.
     """
 
-    def solve(path: str, x: jax.Array, how: Pointwise, problem: Problem) -> tuple[jax.Array, str | None]:
+    def solve(
+        path: str, x: jax.Array, how: Pointwise, problem: Problem
+    ) -> tuple[jax.Array, str | None]:
         return _leaf(problem.names(path), x, how, problem, damping, block, act_order)
 
     return layerwise(params, calibration, compression, state, solve, held_out)
 
 
 def _leaf(
-    names: list[str], x: jax.Array, how: Pointwise, problem: Problem, damping: float, block: int, act_order: bool
+    names: list[str],
+    x: jax.Array,
+    how: Pointwise,
+    problem: Problem,
+    damping: float,
+    block: int,
+    act_order: bool,
 ) -> tuple[jax.Array, str | None]:
     """Solve one leaf, raising the damping of the matrices that cannot be factored; what remains is not solved."""
     form = problem.form
@@ -100,7 +113,10 @@ def _leaf(
     if attempt:
         said.append(f"damping was raised from {damping:g} to {used:g} to factor the Hessian")
     if len(failed):
-        said.append("no damping makes the Hessian positive definite of " + listed([names[i] for i in failed]))
+        said.append(
+            "no damping makes the Hessian positive definite of "
+            + listed([names[i] for i in failed])
+        )
     return form.stored(solved).astype(x.dtype), "; ".join(said) or None
 
 
@@ -128,11 +144,19 @@ def _solve(
 
 
 def _matrix(
-    w: jax.Array, operands: Any, gram: jax.Array, damping: Any, see: Callable[..., Any], block: int, act_order: bool
+    w: jax.Array,
+    operands: Any,
+    gram: jax.Array,
+    damping: Any,
+    see: Callable[..., Any],
+    block: int,
+    act_order: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Solve one matrix ``[k, n]``; a Hessian that is not positive definite, or NaN, has no finite factor."""
     diagonal = 2 * jnp.diagonal(gram)
-    dead = diagonal == 0  # inputs that were always zero: nothing makes up for them, so they are rounded to nearest
+    dead = (
+        diagonal == 0
+    )  # inputs that were always zero: nothing makes up for them, so they are rounded to nearest
     hessian = _plus_diagonal(2 * gram, jnp.where(dead, 1.0, damping * diagonal.mean()))
     if not act_order:
         factor = upper_factor(hessian)
@@ -145,10 +169,14 @@ def _matrix(
 
 def _plus_diagonal(x: jax.Array, diagonal: jax.Array) -> jax.Array:
     i = jnp.arange(len(x))
-    return jnp.where(i[:, None] == i[None], x + diagonal[None], x)  # in one pass with whatever reads it
+    return jnp.where(
+        i[:, None] == i[None], x + diagonal[None], x
+    )  # in one pass with whatever reads it
 
 
-def _columns(w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Callable[..., Any], block: int) -> jax.Array:
+def _columns(
+    w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Callable[..., Any], block: int
+) -> jax.Array:
     """Round block by block; before each, add up what the inputs before it owe it. What is missing in the end is padded."""
     (k, n), block = w.shape, min(block, len(w))
     tiles = -(-k // max(block, UNSPLIT))
@@ -163,12 +191,16 @@ def _columns(w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Ca
     def turn(missed: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
         columns = jax.lax.dynamic_slice_in_dim(factor, start, block, axis=1)
 
-        def gather(i: Any, owed: jax.Array) -> jax.Array:  # what is yet to be rounded has missed nothing
+        def gather(
+            i: Any, owed: jax.Array
+        ) -> jax.Array:  # what is yet to be rounded has missed nothing
             earlier = cut(columns, i * tile, tile), cut(missed, i * tile, tile)
             return owed + jnp.matmul(earlier[0].T, earlier[1], precision=HIGHEST)
 
         owed = jax.lax.fori_loop(0, -(-start // tile), gather, jnp.zeros((block, n)))
-        rounded, missed_here = _rows(cut(w, start), [cut(x, start) for x in operands], owed, cut(columns, start), see)
+        rounded, missed_here = _rows(
+            cut(w, start), [cut(x, start) for x in operands], owed, cut(columns, start), see
+        )
         return jax.lax.dynamic_update_slice_in_dim(missed, missed_here, start, 0), rounded
 
     _, rounded = jax.lax.scan(turn, jnp.zeros_like(w), jnp.arange(0, len(w), block))
@@ -176,12 +208,16 @@ def _columns(w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Ca
 
 
 def _rows(
-    w: jax.Array, operands: list[jax.Array], owed: jax.Array, factor: jax.Array, see: Callable[..., Any]
+    w: jax.Array,
+    operands: list[jax.Array],
+    owed: jax.Array,
+    factor: jax.Array,
+    see: Callable[..., Any],
 ) -> tuple[jax.Array, jax.Array]:
     """Round the rows of a block in turn; return what they became and what they missed.
 
-    Each row gathers what the rows before it owe it, which reads them; passing each row's error on at once would rewrite the
-    whole block every time.
+    Each row gathers what the rows before it owe it, which reads them; passing each row's error on
+    at once would rewrite the whole block every time.
     """
     diagonal = jnp.diagonal(factor)
     inverse = 1 / jnp.where(diagonal == 0, 1, diagonal)  # padded inputs have none

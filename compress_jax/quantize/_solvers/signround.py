@@ -27,26 +27,28 @@ def signed(
 
     :math:`\hat w = Q(w + V g)`, g being the gap between the two levels around w and :math:`V \in [-1/2, 1/2]` starting at 0,
     :math:`V \leftarrow V - \eta_t \, sign(G (\hat w - w))` with the straight-through gradient of the error of a layer's
-    outputs, :math:`tr((\hat w - w)^\top G (\hat w - w))`, G the mean of :math:`x x^\top` over all calibration data. The rate
-    falls linearly to zero. For each column of weights the best of all steps is kept, rounding to nearest being the first, so
-    none is worse than that.
+    outputs, :math:`tr((\hat w - w)^\top G (\hat w - w))`, G the mean of :math:`x x^\top` over all
+    calibration data. The rate falls linearly to zero. For each column of weights the best of all
+    steps is kept, rounding to nearest being the first, so none is worse than that.
 
-    AutoRound descends on the outputs of whole blocks and learns ranges too; this is its descent on single layers with the
-    ranges of ``state``.
+    AutoRound descends on the outputs of whole blocks and learns ranges too; this is its descent on
+    single layers with the ranges of ``state``.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
       compression: what the weights are to be seen through.
-      state: its state; by default that of `init` once the compression is bound to the layouts the calibrated sites tell.
+      state: its state; by default that of `init` once the compression is bound to the layouts the
+        calibrated sites tell.
       steps: of the descent.
       rate: the first :math:`\eta`; by default ``1 / steps``, with which V can just reach 1/2.
-      held_out: statistics of other batches: a layer that rounding to nearest serves better there is rounded to nearest; by
-        default the calibration decides.
+      held_out: statistics of other batches: a layer that rounding to nearest serves better there is
+        rounded to nearest; by default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and listed. So are, with a
-      note, weights of inputs that were always zero, and experts and branches that calibration did not reach.
+      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and
+      listed. So are, with a note, weights of inputs that were always zero, and experts and branches
+      that calibration did not reach.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -65,11 +67,14 @@ def signed(
       True
 
     References:
-      Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", 2024, arXiv:2309.05516, section 3.
+      Cheng et al., "Optimize Weight Rounding via Signed Gradient Descent", 2024, arXiv:2309.05516,
+      section 3.
     """
 
     def solve(path: str, x: jax.Array, how: Pointwise, problem: Problem) -> tuple[jax.Array, None]:
-        return _solve(x, how.operands, problem.gram, problem.form, how.see, steps, rate or 1 / steps), None
+        return _solve(
+            x, how.operands, problem.gram, problem.form, how.see, steps, rate or 1 / steps
+        ), None
 
     return layerwise(params, calibration, compression, state, solve, held_out)
 

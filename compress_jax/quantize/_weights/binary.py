@@ -26,23 +26,27 @@ def binary(
 ) -> Compression:
     r"""Round weights to s or -s: :math:`\hat w = s \, sign(w)`, the sign of 0 being 1; one bit a weight.
 
-    There is no zero among these levels, so pruned weights come back as s: prune after, ``chain(binary(), magnitude(...))``,
-    or use `ternary`.
+    There is no zero among these levels, so pruned weights come back as s: prune after,
+    ``chain(binary(), magnitude(...))``, or use `ternary`.
 
     Args:
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
-      scale: ``"mse"``, the mean magnitude, which is the scale of least squared error (XNOR-Net); a number for all sets (1 in
-        BinaryConnect); or a function ``(w, layout, levels) -> {"scale": float32}``.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group.
+      scale: ``"mse"``, the mean magnitude, which is the scale of least squared error (XNOR-Net); a
+        number for all sets (1 in BinaryConnect); or a function
+        ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
-      clip: the gradient passes only where ``|w| <= clip``, BinaryConnect's is 1; None passes it everywhere.
+      clip: the gradient passes only where ``|w| <= clip``, BinaryConnect's is 1; None passes it
+        everywhere.
 
     Returns:
       The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`.
 
     Raises:
       ArgumentError: if an argument is none of the above, or a scale is not above 0.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> params, xnor, connect = {"kernel": jnp.array([0.5, -4.0, 0.0])}, binary(), binary(scale=1.0, clip=1.0)
@@ -50,9 +54,14 @@ def binary(
       [[1.5, -1.5, 1.5], [1.0, -1.0, 1.0]]
 
     References:
-      Rastegari et al., "XNOR-Net", 2016, equation 6. Courbariaux, Bengio and David, "BinaryConnect", 2015, section 2.
+      Rastegari et al., "XNOR-Net", 2016, equation 6. Courbariaux, Bengio and David,
+      "BinaryConnect", 2015, section 2.
     """
-    rule = _constant(scale) if isinstance(scale, (int, float, np.number)) else choice(scale, {"mse": mean_magnitude})
+    rule = (
+        _constant(scale)
+        if isinstance(scale, (int, float, np.number))
+        else choice(scale, {"mse": mean_magnitude})
+    )
     return on_levels(BINARY, rule, granularity, axis, pad, clip=clip)
 
 
@@ -71,7 +80,9 @@ def mean_magnitude(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     bound = usable(peak(w, layout))
     total = (jnp.abs(w) * (1 / bound)).sum(layout.reduced, keepdims=True)
     mean = total * (1 / counts(layout)).astype(np.float32) * bound
-    return {"scale": jnp.clip(mean, 2.0**-126, 2.0**126)}  # not 1 where all is zero: here zeros do not stay zeros
+    return {
+        "scale": jnp.clip(mean, 2.0**-126, 2.0**126)
+    }  # not 1 where all is zero: here zeros do not stay zeros
 
 
 def _constant(scale: Any) -> LevelRule:

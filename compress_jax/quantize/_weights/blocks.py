@@ -26,8 +26,9 @@ _compiled = partial(jax.jit, static_argnames=("layout", "levels"))
 def floor(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     r"""Take the power of two of the OCP MX specification, :math:`s = 2^{\lfloor \log_2 \max|w| \rfloor - e_{max}}`.
 
-    With :math:`e_{max} = \lfloor \log_2 \ell_{max} \rfloor`. A block whose largest magnitude, in units of s, lies above the
-    largest level saturates: beyond 6 of up to 8 in e2m1, beyond 448 of up to 512 in e4m3.
+    With :math:`e_{max} = \lfloor \log_2 \ell_{max} \rfloor`. A block whose largest magnitude, in
+    units of s, lies above the largest level saturates: beyond 6 of up to 8 in e2m1, beyond 448 of
+    up to 512 in e4m3.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -35,7 +36,8 @@ def floor(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
       levels: what they are rounded to.
 
     Returns:
-      ``{"scale": float32}``, a power of two from 2^-126 on, exact in float8_e8m0fnu; 1 for a block of zeros.
+      ``{"scale": float32}``, a power of two from 2^-126 on, exact in float8_e8m0fnu; 1 for a block
+      of zeros.
 
     Example:
       >>> from compress_jax.quantize._scales.levels import E2M1
@@ -67,8 +69,9 @@ def ceil(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 def best_power(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     r"""Take the power of two that minimises :math:`\sum (w - s \, \ell(w / s))^2` exactly.
 
-    Tried are the one that clips nothing and those below it, down to where the largest level is less than half the least
-    possible root mean square of a block with that peak. None above it has less error: within the peak it has no level more.
+    Tried are the one that clips nothing and those below it, down to where the largest level is less
+    than half the least possible root mean square of a block with that peak. None above it has less
+    error: within the peak it has no level more.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -90,7 +93,8 @@ def best_power(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 def two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     r"""Scale blocks by an e4m3 number and the tensor by a float32, :math:`s_b = e4m3(\max_b |w| / (\ell_{max} t))`.
 
-    With :math:`t = \max |w| / (448 \, \ell_{max})`, so that the block of the largest magnitude has the largest scale.
+    With :math:`t = \max |w| / (448 \, \ell_{max})`, so that the block of the largest magnitude has
+    the largest scale.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -134,13 +138,19 @@ def _block_codes(w: jax.Array, layout: Layout, levels: Levels) -> tuple[jax.Arra
 
 
 def _cheapest(
-    w: jax.Array, trial: Callable[[jax.Array], jax.Array], trials: int, layout: Layout, levels: Levels
+    w: jax.Array,
+    trial: Callable[[jax.Array], jax.Array],
+    trials: int,
+    layout: Layout,
+    levels: Levels,
 ) -> jax.Array:
     """Return the scale of least squared error among ``trial(0 .. trials - 1)``, the earlier of equals."""
 
     def body(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scale = trial(i)
-        error = ((w - levels.round(w * (1 / scale)) * scale) ** 2).sum(layout.reduced, keepdims=True)
+        error = ((w - levels.round(w * (1 / scale)) * scale) ** 2).sum(
+            layout.reduced, keepdims=True
+        )
         return jnp.minimum(error, best[0]), jnp.where(error < best[0], scale, best[1])
 
     start = jnp.full(layout.scale_shape, jnp.inf), jnp.zeros(layout.scale_shape)
@@ -154,7 +164,9 @@ def _power_below(x: jax.Array) -> jax.Array:
 
 def _floor(peaks: jax.Array, levels: Levels) -> jax.Array:
     exponent = int(np.floor(np.log2(levels.largest)))
-    return jnp.where(peaks == 0, 1.0, _within(_power_below(peaks) * np.float32(2.0**-exponent), levels))
+    return jnp.where(
+        peaks == 0, 1.0, _within(_power_below(peaks) * np.float32(2.0**-exponent), levels)
+    )
 
 
 def _ceil(peaks: jax.Array, levels: Levels) -> jax.Array:
@@ -172,7 +184,10 @@ _TWO_LEVEL = {"absmax": two_level, "mse": best_two_level}
 
 
 def mxfp8(
-    kind: str = "e4m3", scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False
+    kind: str = "e4m3",
+    scale: str | LevelRule = "floor",
+    axis: int | tuple[int, ...] | None = None,
+    pad: bool = False,
 ) -> Compression:
     r"""Round blocks of 32 weights to 8-bit floats times a power of two, the MXFP8 of the OCP specification.
 
@@ -183,11 +198,13 @@ def mxfp8(
       pad: allow a last block that is not full.
 
     Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 8.25 bits a weight.
+      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 8.25 bits a
+      weight.
 
     Raises:
       ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is False.
+      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is
+        False.
 
     Example:
       >>> params, c = {"kernel": jnp.full((32, 2), 0.3)}, mxfp8()
@@ -195,28 +212,35 @@ def mxfp8(
       ([0.3125, 0.3125], 66)
 
     References:
-      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2 and 6.3.
+      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2
+      and 6.3.
     """
-    return on_levels(fp8_levels(kind), choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu)
+    return on_levels(
+        fp8_levels(kind), choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu
+    )
 
 
-def mxfp4(scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False) -> Compression:
+def mxfp4(
+    scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False
+) -> Compression:
     r"""Round blocks of 32 weights to 4-bit floats e2m1 times a power of two, the MXFP4 of the OCP specification.
 
     Args:
-      scale: ``"floor"``, the specification's, which saturates what lies above the largest level; ``"ceil"``, the least power
-        that saturates nothing; ``"mse"``, the power of least squared error, a choice for each block; or a function
+      scale: ``"floor"``, the specification's, which saturates what lies above the largest level;
+        ``"ceil"``, the least power that saturates nothing; ``"mse"``, the power of least squared
+        error, a choice for each block; or a function
         ``(w, layout, levels) -> {"scale": float32 powers of two}``.
       axis: the axis or axes of output channels; blocks run along all others, joined.
       pad: allow a last block that is not full.
 
     Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 4.25 bits a weight: the scales are
-      stored as float8_e8m0fnu.
+      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 4.25 bits a
+      weight: the scales are stored as float8_e8m0fnu.
 
     Raises:
       ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is False.
+      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is
+        False.
 
     Example:
       >>> params = {"kernel": jnp.array([7.0] + 31 * [0.4])[:, None]}
@@ -227,27 +251,32 @@ def mxfp4(scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None =
       [6.0, 0.5]
 
     References:
-      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2 and 6.3.
+      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2
+      and 6.3.
     """
     return on_levels(E2M1, choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu)
 
 
-def nvfp4(scale: str | LevelRule = "absmax", axis: int | tuple[int, ...] | None = None, pad: bool = False) -> Compression:
+def nvfp4(
+    scale: str | LevelRule = "absmax", axis: int | tuple[int, ...] | None = None, pad: bool = False
+) -> Compression:
     r"""Round blocks of 16 weights to 4-bit floats e2m1 times an e4m3 scale of the block times a float32 scale of the tensor.
 
     Args:
-      scale: ``"absmax"``, which puts the largest magnitude of a block on 6, as far as an e4m3 scale can; ``"mse"``, the e4m3
-        scale of least squared error; or a function ``(w, layout, levels) -> {"scale": ..., "tensor_scale": ...}``.
+      scale: ``"absmax"``, which puts the largest magnitude of a block on 6, as far as an e4m3 scale
+        can; ``"mse"``, the e4m3 scale of least squared error; or a function
+        ``(w, layout, levels) -> {"scale": ..., "tensor_scale": ...}``.
       axis: the axis or axes of output channels; blocks run along all others, joined.
       pad: allow a last block that is not full.
 
     Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32, "tensor_scale": float32 scalar}``. Packs to `Tabled`, at 4.5
-      bits a weight: the scales of blocks are stored as float8_e4m3fn.
+      The Compression; ``fixed[path]`` is ``{"scale": float32, "tensor_scale": float32 scalar}``.
+      Packs to `Tabled`, at 4.5 bits a weight: the scales of blocks are stored as float8_e4m3fn.
 
     Raises:
       ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if 16 does not divide the contracting entries of a leaf and ``pad`` is False.
+      ShapeError: in `init`, if 16 does not divide the contracting entries of a leaf and ``pad`` is
+        False.
 
     Example:
       >>> params, c = {"kernel": jnp.linspace(-3.0, 3.0, 16)[:, None]}, nvfp4()

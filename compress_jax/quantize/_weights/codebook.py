@@ -31,12 +31,13 @@ def tabled(
 ) -> Compression:
     r"""Round weights to the nearest of any levels times a scale, :math:`\hat w = s \, \ell(w / s)`.
 
-    As `uniform` in all else: the scales of tensors, channels or groups are the state, the gradient of the view is that of
-    the identity, and the packed model is the trained one bit for bit.
+    As `uniform` in all else: the scales of tensors, channels or groups are the state, the gradient
+    of the view is that of the identity, and the packed model is the trained one bit for bit.
 
     Args:
       levels: a `Float` from `float_format`, or a `Table` of one's own.
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group.
       scale: ``"absmax"``, ``"mse"``, or a function ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
@@ -46,7 +47,8 @@ def tabled(
 
     Raises:
       ArgumentError: if an argument is none of the above, or a table is not ascending.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> powers = tabled(Table((-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)))  # products with these are shifts
@@ -95,14 +97,18 @@ def on_levels(
     def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
         return init(x, None, axes)
 
-    see = partial(_nearest, levels)  # one object, so that what is compiled for one leaf serves the next
+    see = partial(
+        _nearest, levels
+    )  # one object, so that what is compiled for one leaf serves the next
 
     def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
         return _rounded(layout_of(axes), levels, pass_within(x, clip), *_factors(fixed))
 
     def pack(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Tabled:
         layout = layout_of(axes)
-        codes = layout.restore(levels.encode(_scaled(layout.arrange(x), _factors(fixed, layout)[1])))
+        codes = layout.restore(
+            levels.encode(_scaled(layout.arrange(x), _factors(fixed, layout)[1]))
+        )
         scale, tensor = fixed["scale"].astype(scale_dtype), fixed.get("tensor_scale")
         return Tabled.pack(codes, scale, tensor, levels=levels, layout=layout, dtype=x.dtype)
 
@@ -111,17 +117,30 @@ def on_levels(
         return Pointwise(see, tuple(map(layout.spread, _factors(fixed, layout))))
 
     made = call_of("", view, rule=rule, scale_dtype=scale_dtype, axis=axis)
-    return leafwise(view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis, call=made)
+    return leafwise(
+        view,
+        init=init,
+        update=update,
+        pack=pack,
+        pointwise=pointwise,
+        layout=True,
+        axis=axis,
+        call=made,
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _rounded(layout: Layout, levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
+def _rounded(
+    layout: Layout, levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array
+) -> jax.Array:
     """Return an array on its levels, with the derivative of the identity."""
     return layout.restore(_nearest(levels, layout.arrange(x), scale, step))
 
 
 @_rounded.defjvp
-def _(layout: Layout, levels: Levels, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _(
+    layout: Layout, levels: Levels, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, levels, *primals), tangents[0]
 
 
@@ -130,7 +149,8 @@ def _nearest(levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) ->
 
 
 def _scaled(x: jax.Array, step: jax.Array) -> jax.Array:
-    # Not a division: XLA turns one into this product where it can, and compiled or not the bits should be the same.
+    # Not a division: XLA turns one into this product where it can, and compiled or not the bits
+    # should be the same.
     return x.astype(jnp.float32) * (1 / step)
 
 
@@ -139,7 +159,9 @@ def _factors(fixed: Fixed, layout: Layout | None = None) -> tuple[jax.Array, jax
     scale = fixed["scale"]
     if "tensor_scale" in fixed:
         tensor = fixed["tensor_scale"]
-        scale = scale * (tensor if layout is None else layout.expand(tensor))  # [layers] against [layers, ...]
+        scale = scale * (
+            tensor if layout is None else layout.expand(tensor)
+        )  # [layers] against [layers, ...]
     return scale, fixed.get("step", scale)
 
 
@@ -160,7 +182,10 @@ def choice(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> Le
         return given
     if not isinstance(given, str) or given not in rules:
         names = ", ".join(map(repr, rules))
-        raise ArgumentError(f"scale must be {names} or a function (w, layout, levels) -> {{'scale': ...}}, got {given!r}")
+        raise ArgumentError(
+            f"scale must be {names} or a function (w, layout, levels) -> {{'scale': ...}}, got "
+            f"{given!r}"
+        )
     return rules[given]
 
 
@@ -170,9 +195,13 @@ def _checked(levels: Levels) -> Levels:
         return levels
     if not isinstance(levels, Table):
         raise ArgumentError(
-            f"levels must be a Float, as float_format returns, or a Table of ascending numbers, got {levels!r}"
+            "levels must be a Float, as float_format returns, or a Table of ascending numbers, "
+            f"got {levels!r}"
         )
     values = np.array(levels.values, np.float32)
     if values.size < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
-        raise ArgumentError(f"a Table takes at least two ascending numbers that float32 can tell apart, got {levels.values}")
+        raise ArgumentError(
+            "a Table takes at least two ascending numbers that float32 can tell apart, got "
+            f"{levels.values}"
+        )
     return Table(tuple(values.tolist()))

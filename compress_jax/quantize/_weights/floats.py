@@ -17,12 +17,14 @@ def fp8(
 ) -> Compression:
     r"""Round weights to 8-bit floats times a scale, :math:`\hat w = s \, \ell(w / s)`, ties to even, saturating.
 
-    The relative error of a weight is at most 2^-4 in e4m3 and 2^-3 in e5m2, however small it is beside the largest (down to
-    2^-14 and 2^-29 of it). Codes are the bit patterns of float8_e4m3fn and float8_e5m2.
+    The relative error of a weight is at most 2^-4 in e4m3 and 2^-3 in e5m2, however small it is
+    beside the largest (down to 2^-14 and 2^-29 of it). Codes are the bit patterns of float8_e4m3fn
+    and float8_e5m2.
 
     Args:
       kind: ``"e4m3"`` or ``"e5m2"``.
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group.
       scale: ``"absmax"``, ``"mse"``, or a function ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
@@ -32,7 +34,8 @@ def fp8(
 
     Raises:
       ArgumentError: if an argument is none of the above.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -54,11 +57,12 @@ def fp4(
 ) -> Compression:
     r"""Round weights to 4-bit floats e2m1 times a scale, :math:`\hat w = s \, \ell(w / s)`.
 
-    The levels are 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, with a float32 scale for each set; `mxfp4` and `nvfp4`
-    have small scales for small blocks.
+    The levels are 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, with a float32 scale for each
+    set; `mxfp4` and `nvfp4` have small scales for small blocks.
 
     Args:
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group.
       scale: ``"absmax"``, ``"mse"``, or a function ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
@@ -68,7 +72,8 @@ def fp4(
 
     Raises:
       ArgumentError: if an argument is none of the above.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -77,7 +82,8 @@ def fp4(
       [6.0, -3.0, 0.5]
 
     References:
-      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, section 5.3.3.
+      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, section
+      5.3.3.
     """
     return tabled(E2M1, granularity, scale, axis, pad)
 
@@ -91,8 +97,10 @@ def nf4(
     r"""Round weights to NormalFloat4, 16 quantiles of a normal distribution, times a scale.
 
     Args:
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group; QLoRA's is 64.
-      scale: ``"absmax"`` (QLoRA's), ``"mse"``, or a function ``(w, layout, levels) -> {"scale": float32}``.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group; QLoRA's is 64.
+      scale: ``"absmax"`` (QLoRA's), ``"mse"``, or a function
+        ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
 
@@ -101,7 +109,8 @@ def nf4(
 
     Raises:
       ArgumentError: if an argument is none of the above.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> import jax.numpy as jnp
@@ -110,7 +119,8 @@ def nf4(
       [-2.0, 0.15919999778270721, 0.8813999891281128]
 
     References:
-      Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3 and appendix E.
+      Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3 and appendix
+      E.
     """
     return tabled(NF4, granularity, scale, axis, pad)
 

@@ -25,20 +25,25 @@ def ternary(
     r"""Round weights to -s, 0 or s: :math:`\hat w = s \, sign(w) \, [|w| > \Delta]`, two bits a weight.
 
     Args:
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
-      scale: ``"twn"``, the threshold :math:`\Delta = 0.7 \, mean |w|` and for s the mean of the magnitudes above it;
-        ``"mse"``, both of least squared error; or a function ``(w, layout, levels) -> {"scale": float32}``.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group.
+      scale: ``"twn"``, the threshold :math:`\Delta = 0.7 \, mean |w|` and for s the mean of the
+        magnitudes above it; ``"mse"``, both of least squared error; or a function
+        ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
-      clip: the gradient passes only where ``|w| <= clip``, BinaryConnect's is 1; None passes it everywhere.
+      clip: the gradient passes only where ``|w| <= clip``, BinaryConnect's is 1; None passes it
+        everywhere.
 
     Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32, "step": float32, twice the threshold}``, without ``"step"``
-      where the threshold is half the scale. Packs to `Tabled`.
+      The Compression; ``fixed[path]`` is
+      ``{"scale": float32, "step": float32, twice the threshold}``, without ``"step"`` where the
+      threshold is half the scale. Packs to `Tabled`.
 
     Raises:
       ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> params, c = {"kernel": jnp.array([1.0, -0.25, -0.5, 0.25])}, ternary()
@@ -48,7 +53,9 @@ def ternary(
     References:
       Li, Zhang and Liu, "Ternary Weight Networks", 2016, equations 5 and 6.
     """
-    return on_levels(TERNARY, choice(scale, {"twn": twn, "mse": best_ternary}), granularity, axis, pad, clip=clip)
+    return on_levels(
+        TERNARY, choice(scale, {"twn": twn, "mse": best_ternary}), granularity, axis, pad, clip=clip
+    )
 
 
 @partial(jax.jit, static_argnames=("layout", "levels"))
@@ -81,8 +88,8 @@ def twn(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 def best_ternary(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     r"""Return the scale of least squared error, exactly, :math:`\max_k (\sum_{i \le k} |w|_{(i)})^2 / k`.
 
-    With the k largest magnitudes kept, the best scale is their mean, and it saves k times its square of the error. At the
-    best k the threshold lies at half the scale. Sorts the entries.
+    With the k largest magnitudes kept, the best scale is their mean, and it saves k times its
+    square of the error. At the best k the threshold lies at half the scale. Sorts the entries.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -101,7 +108,9 @@ def best_ternary(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     """
     bound = usable(peak(w, layout))
     descending = jnp.sort(as_sets(jnp.abs(w) * (1 / bound), layout), axis=-1, descending=True)
-    kept = np.arange(1, descending.shape[-1] + 1, dtype=np.float32).reshape((1,) * (descending.ndim - 1) + (-1,))
+    kept = np.arange(1, descending.shape[-1] + 1, dtype=np.float32).reshape(
+        (1,) * (descending.ndim - 1) + (-1,)
+    )
     means = jnp.cumsum(descending, axis=-1) / kept
     best = jnp.argmax(means**2 * kept, axis=-1, keepdims=True)
     scale = jnp.take_along_axis(means, best, axis=-1).reshape(layout.scale_shape)

@@ -33,31 +33,36 @@ def uniform(
 ) -> Compression:
     r"""Round weights to evenly spaced levels, :math:`\hat w = s \, (clip(round(w / s) + z, 0, 2^{bits} - 1) - z)`.
 
-    The scale s and zero point z of every tensor, channel or group are the state: `init` and `update` derive them from the
-    weights by a scale rule, `view` and `pack` share them, so the packed model is the trained one bit for bit. Updating at
-    every step follows the weights; ``every(n, uniform(...))`` or ``between(...)`` hold the scales still. The gradient of the
-    view is that of the identity.
+    The scale s and zero point z of every tensor, channel or group are the state: `init` and
+    `update` derive them from the weights by a scale rule, `view` and `pack` share them, so the
+    packed model is the trained one bit for bit. Updating at every step follows the weights;
+    ``every(n, uniform(...))`` or ``between(...)`` hold the scales still. The gradient of the view
+    is that of the identity.
 
     Args:
       bits: 2 to 8.
-      symmetric: the levels are ``-2**(bits-1) .. 2**(bits-1) - 1`` and z is fixed; else z is an integer for every scale, and
-        the range always includes 0. Zero is exact in both. Where no entry is negative, an asymmetric grid by minmax has
-        z = 0: unsigned integers.
-      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a group.
-      scale: ``"absmax"``, ``"minmax"``, ``"percentile"``, ``"rms"``, ``"mse"``, ``"pnorm"``, ``"entropy"`` or a function
-        ``(w, layout, grid) -> (scale, zero_point)`` such as ``partial(quantize.percentile, percent=99.9)``. Default: absmax
-        if symmetric, else minmax.
-      axis: the axis or axes of output channels. Default: what a trace says (`cj.bind`), else the last, where Flax kernels
-        keep theirs. Arrays of rank 1 are one channel.
+      symmetric: the levels are ``-2**(bits-1) .. 2**(bits-1) - 1`` and z is fixed; else z is an
+        integer for every scale, and the range always includes 0. Zero is exact in both. Where no
+        entry is negative, an asymmetric grid by minmax has z = 0: unsigned integers.
+      granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
+        group.
+      scale: ``"absmax"``, ``"minmax"``, ``"percentile"``, ``"rms"``, ``"mse"``, ``"pnorm"``,
+        ``"entropy"`` or a function ``(w, layout, grid) -> (scale, zero_point)`` such as
+        ``partial(quantize.percentile, percent=99.9)``. Default: absmax if symmetric, else minmax.
+      axis: the axis or axes of output channels. Default: what a trace says (`cj.bind`), else the
+        last, where Flax kernels keep theirs. Arrays of rank 1 are one channel.
       pad: allow a last group that is not full.
-      narrow: leave out the level ``-2**(bits-1)`` of a symmetric grid, as integer kernels for weights often demand.
+      narrow: leave out the level ``-2**(bits-1)`` of a symmetric grid, as integer kernels for
+        weights often demand.
 
     Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32, "zero_point": uint8}``. Packs to `Quantized`.
+      The Compression; ``fixed[path]`` is ``{"scale": float32, "zero_point": uint8}``. Packs to
+      `Quantized`.
 
     Raises:
       ArgumentError: if an argument is none of the above.
-      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no such axis.
+      ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
+        such axis.
 
     Example:
       >>> params = {"kernel": jnp.array([[0.9, -3.0], [-1.5, 0.2]])}
@@ -70,12 +75,15 @@ def uniform(
       [[6, 1], [1, 4]]
 
     References:
-      Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018, sections 2.1 to 2.4.
-      Bengio, Leonard and Courville, "Estimating or Propagating Gradients Through Stochastic Neurons", 2013.
+      Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", 2018,
+      sections 2.1 to 2.4. Bengio, Leonard and Courville, "Estimating or Propagating Gradients
+      Through Stochastic Neurons", 2013.
     """
     grid, rule = _checked_grid(bits, symmetric, narrow), _rule(scale, symmetric)
     granularity, axis, pad = sharing(granularity, axis, pad)
-    Layout.of((), granularity, pad=True)  # a wrong granularity is refused here, before there is any leaf
+    Layout.of(
+        (), granularity, pad=True
+    )  # a wrong granularity is refused here, before there is any leaf
 
     def layout_of(axes: Axes) -> Layout:
         return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
@@ -98,24 +106,32 @@ def uniform(
             zero = grid.middle  # a stack holds it once a layer
         return Quantized.pack(codes, grid.bits, fixed["scale"], zero, layout=layout, dtype=x.dtype)
 
-    see = partial(_on_grid, grid)  # one object, so that what is compiled for one leaf serves the next
+    see = partial(
+        _on_grid, grid
+    )  # one object, so that what is compiled for one leaf serves the next
 
     def pointwise(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Pointwise:
         layout = layout_of(axes)
         return Pointwise(see, tuple(layout.spread(fixed[name]) for name in ("scale", "zero_point")))
 
-    return leafwise(view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis)
+    return leafwise(
+        view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis
+    )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _rounded(layout: Layout, grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+def _rounded(
+    layout: Layout, grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> jax.Array:
     """Return an array on its grid, with the derivative of the identity."""
     codes = grid.encode(layout.arrange(x), scale, zero_point)
     return saturate(layout.restore(grid.decode(codes, scale, zero_point)), x.dtype)
 
 
 @_rounded.defjvp
-def _(layout: Layout, grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+def _(
+    layout: Layout, grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, grid, *primals), tangents[0]
 
 
@@ -126,11 +142,14 @@ def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) 
 def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
     if bits is not True and isinstance(bits, int) and bits == 1:
         raise ArgumentError(
-            "bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or quantize.binary()"
+            "bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or "
+            "quantize.binary()"
         )
     bits, symmetric = whole("bits", bits, 2, 8), flag("symmetric", symmetric)
     if not isinstance(narrow, bool) or (narrow and not symmetric):
-        raise ArgumentError(f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}")
+        raise ArgumentError(
+            f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}"
+        )
     return Grid(bits, symmetric, narrow)
 
 
@@ -150,5 +169,8 @@ def _rule(scale: str | rules.Rule | None, symmetric: bool) -> rules.Rule:
     }
     if scale is not None and not (isinstance(scale, str) and scale in named):
         names = ", ".join(repr(name) for name in named if name)
-        raise ArgumentError(f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got {scale!r}")
+        raise ArgumentError(
+            f"scale must be {names} or a function (w, layout, grid) -> (scale, zero_point), got "
+            f"{scale!r}"
+        )
     return named[scale]

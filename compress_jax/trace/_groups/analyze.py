@@ -38,7 +38,9 @@ def _each(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 def _free(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Random bits are as good in any order."""
-    return [tuple(axes.leaf(size) for size in getattr(var.aval, "shape", ())) for var in eqn.outvars]
+    return [
+        tuple(axes.leaf(size) for size in getattr(var.aval, "shape", ())) for var in eqn.outvars
+    ]
 
 
 def _nothing(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
@@ -49,7 +51,12 @@ def _nothing(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 def _iota(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Numbers along one axis tell its indices apart."""
     along = eqn.params["dimension"]
-    return [tuple(axes.leaf(size, "numbered by iota" if i == along else None) for i, size in enumerate(eqn.params["shape"]))]
+    return [
+        tuple(
+            axes.leaf(size, "numbered by iota" if i == along else None)
+            for i, size in enumerate(eqn.params["shape"])
+        )
+    ]
 
 
 def _reduce(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
@@ -80,13 +87,17 @@ def _top_k(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Some indices of one axis, the largest entry first."""
     i = eqn.params.get("axis", -1) % len(args[0])
     axes.freeze(args[0][i], "top_k")
-    return [(*args[0][:i], axes.leaf(eqn.params["k"], "top_k"), *args[0][i + 1 :]) for _ in eqn.outvars]
+    return [
+        (*args[0][:i], axes.leaf(eqn.params["k"], "top_k"), *args[0][i + 1 :]) for _ in eqn.outvars
+    ]
 
 
 def _window(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Pooling: an axis with a window of one goes through."""
     p = eqn.params
-    windows = zip(args[0], p["window_dimensions"], p["window_strides"], p["padding"], shape(eqn), strict=True)
+    windows = zip(
+        args[0], p["window_dimensions"], p["window_strides"], p["padding"], shape(eqn), strict=True
+    )
     return [tuple(_slide(axes, axis, (size, *rest)) for axis, size, *rest in windows)]
 
 
@@ -139,9 +150,13 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
         unify(axes, kernel[out], product([groups, axes.leaf(kernel[out].size // groups.size)]))
     results = dict(zip(numbers.out_spec, (image[batch], kernel[out]), strict=False))
     lengths = [shape(eqn)[i] for i in numbers.out_spec[2:]]
-    for n, (i, j, target, length) in enumerate(zip(space, window, numbers.out_spec[2:], lengths, strict=True)):
+    for n, (i, j, target, length) in enumerate(
+        zip(space, window, numbers.out_spec[2:], lengths, strict=True)
+    ):
         axes.freeze(kernel[j], "spatial window")
-        results[target] = _slide(axes, image[i], (kernel[j].size, p["window_strides"][n], p["padding"][n], length))
+        results[target] = _slide(
+            axes, image[i], (kernel[j].size, p["window_strides"][n], p["padding"][n], length)
+        )
     return [tuple(results[i] for i in range(len(results)))]
 
 
@@ -184,7 +199,11 @@ def summed(eqn: JaxprEqn) -> list[tuple[int, int]]:
     """Return the axes that an equation takes together, as ``(operand, axis)``: those that its result no longer has."""
     if primitives.kind(eqn) is not None:
         return [(1, axis) for axis in primitives.axes(eqn)[0][1]]
-    return [(0, axis) for axis in eqn.params["axes"]] if eqn.primitive.name in primitives.REDUCTIONS else []
+    return (
+        [(0, axis) for axis in eqn.params["axes"]]
+        if eqn.primitive.name in primitives.REDUCTIONS
+        else []
+    )
 
 
 @dataclass
@@ -216,11 +235,16 @@ class Walk:
         """Return the axes of a literal or a captured array: free where every index holds the same."""
         if not getattr(aval, "shape", ()):
             return ()
-        if not isinstance(value, (np.ndarray, jax.Array)) or jnp.issubdtype(value.dtype, jax.dtypes.extended):
+        if not isinstance(value, (np.ndarray, jax.Array)) or jnp.issubdtype(
+            value.dtype, jax.dtypes.extended
+        ):
             return self.fresh(aval, "constant")
         value = np.asarray(value)
         varies = [bool((value != value.take([0], axis)).any()) for axis in range(value.ndim)]
-        return tuple(self.axes.leaf(n, "constant" if vary else None) for n, vary in zip(value.shape, varies, strict=True))
+        return tuple(
+            self.axes.leaf(n, "constant" if vary else None)
+            for n, vary in zip(value.shape, varies, strict=True)
+        )
 
     def join(self, a: Dims, b: Dims) -> Dims:
         """Unify what may be either."""
@@ -243,7 +267,10 @@ class Walk:
 
     def reshard(self, a: Dims, aval: Any) -> Dims:
         """Return the axes of a device's piece, or of the whole: those that are not cut go through."""
-        return tuple(self._recut(axis, size) for axis, size in zip(a, getattr(aval, "shape", ()), strict=True))
+        return tuple(
+            self._recut(axis, size)
+            for axis, size in zip(a, getattr(aval, "shape", ()), strict=True)
+        )
 
     def _recut(self, axis: Axis, size: int) -> Axis:
         if axis.size == size:
@@ -279,7 +306,8 @@ class Analysis:
       traced: its trace.
       walk: the axes of every value in it, by position.
       params: the axes of every parameter, by path.
-      state: which outputs are parameters returned anew: path in the output to path of the parameter.
+      state: which outputs are parameters returned anew: path in the output to path of the
+        parameter.
     """
 
     traced: Traced
@@ -342,6 +370,9 @@ def returned(outputs: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
         parts = path.split("/")
         ends = ["/".join(parts[start:]) for start in range(len(parts))]
         match = next((end for end in ends if end and end in params), None)
-        if match is not None and (params[match].shape, params[match].dtype) == (leaf.shape, leaf.dtype):
+        if match is not None and (params[match].shape, params[match].dtype) == (
+            leaf.shape,
+            leaf.dtype,
+        ):
             found[path] = match
     return found

@@ -1,8 +1,9 @@
 """What an axis of an array is made of, and what is known about it: leaves, products (reshape), sums (concatenate).
 
-Everything that may be permuted or removed as one is a leaf. An axis is then a small tree: ``(heads, head_dim)`` reshaped
-into one axis is a product, row-major; two axes put end to end are a sum. `Axes` remembers which leaves turned out to be the
-same, which turned out to be made of parts, and which must stay as they are, and why.
+Everything that may be permuted or removed as one is a leaf. An axis is then a small tree:
+``(heads, head_dim)`` reshaped into one axis is a product, row-major; two axes put end to end are a
+sum. `Axes` remembers which leaves turned out to be the same, which turned out to be made of parts,
+and which must stay as they are, and why.
 """
 
 import math
@@ -74,7 +75,13 @@ def product(parts: Sequence[Axis]) -> Axis:
       6
     """
     parts = tuple(part for part in parts if part.size != 1)
-    return parts[0] if len(parts) == 1 else Product(math.prod(part.size for part in parts), parts) if parts else UNIT
+    return (
+        parts[0]
+        if len(parts) == 1
+        else Product(math.prod(part.size for part in parts), parts)
+        if parts
+        else UNIT
+    )
 
 
 def concatenation(parts: Sequence[Axis]) -> Axis:
@@ -123,7 +130,9 @@ class Axes:
         while isinstance(axis, Leaf) and axis.label in self.bound:
             following = self.bound[axis.label]
             if isinstance(following, Leaf) and following.label in self.bound:
-                self.bound[axis.label] = self.bound[following.label]  # shortens the way for the next time
+                self.bound[axis.label] = self.bound[
+                    following.label
+                ]  # shortens the way for the next time
             axis = following
         return axis
 
@@ -155,7 +164,11 @@ class Axes:
     def factors(self, axis: Axis) -> list[Axis]:
         """Return the factors of an axis, none of them a product."""
         axis = self.find(axis)
-        return [factor for part in axis.parts for factor in self.factors(part)] if isinstance(axis, Product) else [axis]
+        return (
+            [factor for part in axis.parts for factor in self.factors(part)]
+            if isinstance(axis, Product)
+            else [axis]
+        )
 
     def terms(self, axis: Axis) -> list[Axis]:
         """Return the terms of an axis, none of them a sum, nor a product with a sum in front: ``(a + b) c = a c + b c``."""
@@ -182,11 +195,13 @@ class Axes:
     def coordinates(self, axis: Axis) -> dict[Leaf, np.ndarray]:
         r"""Return for every index of an axis its coordinate in each leaf, -1 where it is in none.
 
-        The coordinates alone say how permuting a leaf permutes the axis: the k-th index in which one coordinate occurs
-        goes where the k-th of the other was. Each coordinate occurs equally often, and its k-th occurrence has the same
-        surroundings as any other's: so it is in a leaf; a sum lists the occurrences of its terms one after the other; a
-        product with the leaf in one factor lists them by that factor's occurrences and the other factors' indices, in an
-        order that does not depend on the coordinate. A leaf in two factors (see `repeated`) has no such coordinates.
+        The coordinates alone say how permuting a leaf permutes the axis: the k-th index in which
+        one coordinate occurs goes where the k-th of the other was. Each coordinate occurs equally
+        often, and its k-th occurrence has the same surroundings as any other's: so it is in a leaf;
+        a sum lists the occurrences of its terms one after the other; a product with the leaf in one
+        factor lists them by that factor's occurrences and the other factors' indices, in an order
+        that does not depend on the coordinate. A leaf in two factors (see `repeated`) has no such
+        coordinates.
 
         Args:
           axis: any axis.
@@ -210,7 +225,9 @@ class Axes:
         for part in axis.parts:
             for leaf, own in self.coordinates(part).items():
                 if isinstance(axis, Sum):
-                    found.setdefault(leaf, np.full(axis.size, -1))[before : before + part.size] = own
+                    found.setdefault(leaf, np.full(axis.size, -1))[before : before + part.size] = (
+                        own
+                    )
                 else:
                     found[leaf] = np.tile(np.repeat(own, axis.size // (before * part.size)), before)
             before = before + part.size if isinstance(axis, Sum) else before * part.size
@@ -226,8 +243,9 @@ MISALIGNED = "reshaped or sliced across its parts"
 def unify(axes: Axes, a: Axis, b: Axis) -> None:
     """Record that two axes are permuted alike: each index of one is the same index of the other.
 
-    A leaf becomes whatever the other axis is. Products are cut into common factors, sums at common places, a product that
-    meets a sum into rows of its first factor. Where that cannot be done (4 x 6 meets 6 x 4), both are frozen.
+    A leaf becomes whatever the other axis is. Products are cut into common factors, sums at common
+    places, a product that meets a sum into rows of its first factor. Where that cannot be done (4 x
+    6 meets 6 x 4), both are frozen.
 
     Args:
       axes: what is known; it is changed.
@@ -245,7 +263,9 @@ def unify(axes: Axes, a: Axis, b: Axis) -> None:
     if a == b:
         return
     if a.size == b.size and isinstance(a, Leaf) and isinstance(b, Leaf):
-        axes.bind(*((a, b) if a.label > b.label else (b, a)))  # the older one stays: parameters are the oldest
+        axes.bind(
+            *((a, b) if a.label > b.label else (b, a))
+        )  # the older one stays: parameters are the oldest
     elif a.size == b.size and isinstance(a, Leaf):
         axes.bind(a, b)
     elif a.size == b.size and isinstance(b, Leaf):
@@ -305,7 +325,9 @@ def _first(axes: Axes, terms: deque[Axis]) -> Axis:
     return first
 
 
-def _align_first(axes: Axes, run: list[Axis], short: deque[Axis], whole: Axis, long: deque[Axis]) -> bool:
+def _align_first(
+    axes: Axes, run: list[Axis], short: deque[Axis], whole: Axis, long: deque[Axis]
+) -> bool:
     """Unify a term with a run of the other's terms of its size, or cut it at the end of the shortest run that lets it."""
     while (size := sum(term.size for term in run)) < whole.size:
         if (cut := _cut(axes, whole, size)) is not None:
@@ -323,7 +345,11 @@ def _cut(axes: Axes, term: Axis, at: int) -> tuple[Axis, Axis] | None:
     """Cut a term in two: a leaf anywhere, a product between rows of its first factor, or None."""
     if isinstance(term, Product):
         first, *rest = axes.factors(term)
-        cut = _cut(axes, first, at * first.size // term.size) if at * first.size % term.size == 0 else None
+        cut = (
+            _cut(axes, first, at * first.size // term.size)
+            if at * first.size % term.size == 0
+            else None
+        )
         return cut and (product([cut[0], *rest]), product([cut[1], *rest]))
     if not isinstance(term, Leaf):
         return None
@@ -444,12 +470,19 @@ def squeeze(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 def expand_dims(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Add axes of size 1."""
     rest = iter(args[0])
-    return [tuple(UNIT if i in eqn.params["dimensions"] else next(rest) for i in range(len(shape(eqn))))]
+    return [
+        tuple(UNIT if i in eqn.params["dimensions"] else next(rest) for i in range(len(shape(eqn))))
+    ]
 
 
 def tile(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Repeat: the number of the copy is a free axis in front of the old one."""
-    return [tuple(product([axes.leaf(times), axis]) for axis, times in zip(args[0], eqn.params["reps"], strict=True))]
+    return [
+        tuple(
+            product([axes.leaf(times), axis])
+            for axis, times in zip(args[0], eqn.params["reps"], strict=True)
+        )
+    ]
 
 
 def stack(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
@@ -528,7 +561,12 @@ def pad(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 def dynamic_slice(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Take a piece of which the start is not known."""
     sizes = eqn.params["slice_sizes"]
-    return [tuple(part(axes, axis, size, "dynamic slice") for axis, size in zip(args[0], sizes, strict=True))]
+    return [
+        tuple(
+            part(axes, axis, size, "dynamic slice")
+            for axis, size in zip(args[0], sizes, strict=True)
+        )
+    ]
 
 
 def dynamic_update_slice(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
@@ -544,15 +582,29 @@ def dynamic_update_slice(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results
 
 def gather(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Look up: axes that indices point into are frozen; those taken whole go through."""
-    numbers, sizes, (table, indices) = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], args[:2]
+    numbers, sizes, (table, indices) = (
+        eqn.params["dimension_numbers"],
+        eqn.params["slice_sizes"],
+        args[:2],
+    )
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     for i in numbers.collapsed_slice_dims:
         axes.freeze(table[i], "looked up by index")
-    for i, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+    for i, j in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
         unify(axes, table[i], indices[j])
-    whole = iter([part(axes, table[i], sizes[i], "looked up by index") for i in range(len(table)) if i not in gone])
+    whole = iter(
+        [
+            part(axes, table[i], sizes[i], "looked up by index")
+            for i in range(len(table))
+            if i not in gone
+        ]
+    )
     rest = iter(indices[:-1])
-    return [tuple(next(whole if i in numbers.offset_dims else rest) for i in range(len(shape(eqn))))]
+    return [
+        tuple(next(whole if i in numbers.offset_dims else rest) for i in range(len(shape(eqn))))
+    ]
 
 
 def scatter(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
@@ -561,7 +613,9 @@ def scatter(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     for i in numbers.inserted_window_dims:
         axes.freeze(table[i], "written by index")
-    for i, j in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
+    for i, j in zip(
+        numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True
+    ):
         unify(axes, table[i], indices[j])
     whole, rest = iter([table[i] for i in range(len(table)) if i not in gone]), iter(indices[:-1])
     for i, axis in enumerate(updates):

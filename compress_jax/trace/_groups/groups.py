@@ -28,13 +28,15 @@ class Group:
     """Channels, heads, features: indices that the same ones of every member belong to.
 
     Attributes:
-      name: where they are produced, such as ``"params/conv/kernel:3"`` for axis 3 of that kernel; a second group produced
-        along the same axis ends in ``#2``. It depends neither on shapes nor on the run.
+      name: where they are produced, such as ``"params/conv/kernel:3"`` for axis 3 of that kernel; a
+        second group produced along the same axis ends in ``#2``. It depends neither on shapes nor
+        on the run.
       size: how many there are.
       members: the parameter axes they lie in, in the order of the tree.
-      coordinates: for each member, which of them each index of the axis belongs to, -1 for none: int array of the axis'
-        length. Where one occurs several times (a flattened feature map), its first occurrences correspond to the others'
-        first ones, the second ones to the second ones, and so on.
+      coordinates: for each member, which of them each index of the axis belongs to, -1 for none:
+        int array of the axis' length. Where one occurs several times (a flattened feature map), its
+        first occurrences correspond to the others' first ones, the second ones to the second ones,
+        and so on.
     """
 
     name: str
@@ -77,7 +79,9 @@ class Group:
         """
         place = self.coordinates[member]
         inside = np.flatnonzero(place >= 0)
-        occurrences = inside[np.argsort(place[inside], kind="stable")].reshape(self.size, -1)  # of each coordinate, in order
+        occurrences = inside[np.argsort(place[inside], kind="stable")].reshape(
+            self.size, -1
+        )  # of each coordinate, in order
         order = np.arange(len(place))
         order[occurrences] = occurrences[np.asarray(permutation)]
         return order
@@ -88,8 +92,9 @@ class Groups:
     """The groups of a function's parameters, in the order in which it produces them; a read-only list.
 
     Attributes:
-      frozen: why parameter axes stay as they are, or a part or a factor of them does, by ``(path, axis)``; axes of size 1
-        left out. Every index of an axis that is not listed lies in a group.
+      frozen: why parameter axes stay as they are, or a part or a factor of them does, by
+        ``(path, axis)``; axes of size 1 left out. Every index of an axis that is not listed lies in
+        a group.
       unknown: how often each primitive occurs that no rule is known for; all it touches is frozen.
     """
 
@@ -147,13 +152,16 @@ class Groups:
             leaves[path] = jnp.take(leaves[path], np.flatnonzero(mask), axis=axis)
         return rebuild(leaves)
 
-    def permute(self, variables: Any, group: Group | str, permutation: Sequence[int] | np.ndarray) -> Any:
+    def permute(
+        self, variables: Any, group: Group | str, permutation: Sequence[int] | np.ndarray
+    ) -> Any:
         """Return variables of which the members of one group are permuted; the function they give is the same.
 
         Args:
           variables: the tree that was analysed, of arrays.
           group: one of the groups, or its name.
-          permutation: of ``range(group.size)``; coordinate ``i`` becomes what ``permutation[i]`` was.
+          permutation: of ``range(group.size)``; coordinate ``i`` becomes what ``permutation[i]``
+            was.
 
         Returns:
           The tree.
@@ -171,7 +179,10 @@ class Groups:
         """
         found: Group = group if isinstance(group, Group) else self[group]
         if sorted(np.asarray(permutation).tolist()) != list(range(found.size)):
-            raise ShapeError(f"{found.name!r} needs a permutation of range({found.size}), not {list(permutation)}")
+            raise ShapeError(
+                f"{found.name!r} needs a permutation of range({found.size}), not "
+                f"{list(permutation)}"
+            )
         leaves, rebuild = flatten(variables)
         return rebuild(permuted(leaves, found, permutation, found.members))
 
@@ -180,7 +191,9 @@ class Groups:
         return "\n".join([*_table(self.items), *_frozen(self.frozen), *_unknown(self.unknown)])
 
 
-def permuted(leaves: dict[str, Any], group: Group, permutation: Any, members: Iterable[Member]) -> dict[str, Any]:
+def permuted(
+    leaves: dict[str, Any], group: Group, permutation: Any, members: Iterable[Member]
+) -> dict[str, Any]:
     """Return leaves of which certain members of a group are permuted.
 
     Args:
@@ -201,26 +214,37 @@ def permuted(leaves: dict[str, Any], group: Group, permutation: Any, members: It
 def _check(group: Group, kept: Sequence[int] | np.ndarray) -> None:
     if not len(kept) or not set(np.asarray(kept).tolist()) <= set(range(group.size)):
         raise ShapeError(
-            f"{group.name!r} has coordinates 0 to {group.size - 1}; keep at least one of them, not {list(kept)}"
+            f"{group.name!r} has coordinates 0 to {group.size - 1}; keep at least one of them, "
+            f"not {list(kept)}"
         )
 
 
 def _table(groups: Sequence[Group]) -> list[str]:
     """Return a line for each group: name, size, members."""
     width = max([len(group.name) for group in groups], default=5)
-    rows = [f"{group.name:<{width}}  {group.size:>5}  {', '.join(map(show, group.members))}" for group in groups]
+    rows = [
+        f"{group.name:<{width}}  {group.size:>5}  {', '.join(map(show, group.members))}"
+        for group in groups
+    ]
     return [f"{'group':<{width}}  {'size':>5}  members", *rows] if rows else ["no groups"]
 
 
 def _frozen(frozen: dict[Member, str]) -> list[str]:
     """Return a line for each reason: what is frozen for it."""
     reasons = dict.fromkeys(frozen.values())
-    return [f"frozen ({reason}): {', '.join(show(m) for m, why in frozen.items() if why == reason)}" for reason in reasons]
+    return [
+        f"frozen ({reason}): {', '.join(show(m) for m, why in frozen.items() if why == reason)}"
+        for reason in reasons
+    ]
 
 
 def _unknown(unknown: dict[str, int]) -> list[str]:
     """Return a line that lists the primitives without a rule."""
-    return ["unknown ops: " + ", ".join(f"{name} x{count}" for name, count in unknown.items())] if unknown else []
+    return (
+        ["unknown ops: " + ", ".join(f"{name} x{count}" for name, count in unknown.items())]
+        if unknown
+        else []
+    )
 
 
 def show(member: Member) -> str:
@@ -240,13 +264,15 @@ INDEXED = "single indices are picked out"
 def groups(fn: Callable[..., Any], variables: Any, *inputs: Any) -> Groups:
     r"""Return the groups of parameter axes that belong together: channels, heads, hidden features.
 
-    For every group and every permutation ``P`` of its coordinates ``fn(P variables, *inputs) == fn(variables, *inputs)``,
-    where ``P`` permutes all members alike. Shortening all members alike therefore leaves out the same features everywhere:
-    it is what structured pruning may remove. They are found by following axes through the function's jaxpr: both operands
-    of a sum, and the contracted axes of a product, are one axis; reshapes and concatenations build axes from parts. What
-    is not understood is frozen: inputs, outputs, constants that vary, positions, windows, whatever is looked up by index
-    and primitives that are not known. Random numbers count as good in any order, so dropout freezes nothing. An output
-    that is a parameter returned anew (batch statistics) goes with that parameter.
+    For every group and every permutation ``P`` of its coordinates
+    ``fn(P variables, *inputs) == fn(variables, *inputs)``, where ``P`` permutes all members alike.
+    Shortening all members alike therefore leaves out the same features everywhere: it is what
+    structured pruning may remove. They are found by following axes through the function's jaxpr:
+    both operands of a sum, and the contracted axes of a product, are one axis; reshapes and
+    concatenations build axes from parts. What is not understood is frozen: inputs, outputs,
+    constants that vary, positions, windows, whatever is looked up by index and primitives that are
+    not known. Random numbers count as good in any order, so dropout freezes nothing. An output that
+    is a parameter returned anew (batch statistics) goes with that parameter.
 
     Args:
       fn: a pure function of ``(variables, *inputs)``.
@@ -254,8 +280,8 @@ def groups(fn: Callable[..., Any], variables: Any, *inputs: Any) -> Groups:
       inputs: trees of the same.
 
     Returns:
-      The groups in the order in which the function produces them, with what is frozen and why; `Groups` permutes and
-      shortens variables, ``print`` shows it all as a table.
+      The groups in the order in which the function produces them, with what is frozen and why;
+      `Groups` permutes and shortens variables, ``print`` shows it all as a table.
 
     Raises:
       ShapeError: if an argument has a leaf that is not an array.
@@ -274,31 +300,49 @@ def groups(fn: Callable[..., Any], variables: Any, *inputs: Any) -> Groups:
       frozen (output): head:1
 
     References:
-      Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (the idea of a dependency graph; here of axes).
+      Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (the idea of a dependency
+      graph; here of axes).
     """
     analysis = analyze(fn, variables, *inputs)
     free, places = _free(analysis), _places(analysis)
     leaves = dict.fromkeys(leaf for along in places.values() for leaf in along if leaf in free)
-    found = {leaf: {member: along[leaf] for member, along in places.items() if leaf in along} for leaf in leaves}
+    found = {
+        leaf: {member: along[leaf] for member, along in places.items() if leaf in along}
+        for leaf in leaves
+    }
     named = _named(analysis, found, places)
-    items = tuple(Group(name, leaf.size, tuple(found[leaf]), found[leaf]) for leaf, name in named.items())
+    items = tuple(
+        Group(name, leaf.size, tuple(found[leaf]), found[leaf]) for leaf, name in named.items()
+    )
     return Groups(items, dict(_frozen_members(analysis, places, free)), analysis.unknown)
 
 
 def _places(analysis: Analysis) -> dict[Member, Coordinates]:
     """Return for each parameter axis longer than 1 the coordinates in the leaves it is made of, in their order."""
-    every = {(path, i): axis for path, dims in analysis.params.items() for i, axis in enumerate(dims) if axis.size > 1}
+    every = {
+        (path, i): axis
+        for path, dims in analysis.params.items()
+        for i, axis in enumerate(dims)
+        if axis.size > 1
+    }
     return {member: analysis.walk.axes.coordinates(axis) for member, axis in every.items()}
 
 
 def _free(analysis: Analysis) -> set[Leaf]:
     """Return the leaves that nothing freezes and that something sums over: others have no effect."""
     walk = analysis.walk
-    used = {leaf for summed in walk.summed.values() for axis in summed for leaf in walk.axes.leaves(axis)}
+    used = {
+        leaf
+        for summed in walk.summed.values()
+        for axis in summed
+        for leaf in walk.axes.leaves(axis)
+    }
     return {leaf for leaf in used if walk.axes.reason(leaf) is None}
 
 
-def _frozen_members(analysis: Analysis, places: dict[Member, Coordinates], free: set[Leaf]) -> Iterator[tuple[Member, str]]:
+def _frozen_members(
+    analysis: Analysis, places: dict[Member, Coordinates], free: set[Leaf]
+) -> Iterator[tuple[Member, str]]:
     """Yield why axes, or parts of them, stay as they are."""
     for member, along in places.items():
         stuck = [analysis.walk.axes.reason(leaf) or "unused" for leaf in along if leaf not in free]
@@ -308,15 +352,22 @@ def _frozen_members(analysis: Analysis, places: dict[Member, Coordinates], free:
 
 
 def _named(
-    analysis: Analysis, found: dict[Leaf, dict[Member, np.ndarray]], places: dict[Member, Coordinates]
+    analysis: Analysis,
+    found: dict[Leaf, dict[Member, np.ndarray]],
+    places: dict[Member, Coordinates],
 ) -> dict[Leaf, str]:
     """Return a name for each group, in the order in which they are produced, then of their place along that axis."""
     order = {member: place for place, member in enumerate(_producers(analysis))}
     late = len(order)
-    first = {leaf: min(axes, key=lambda member: order.get(member, late)) for leaf, axes in found.items()}
+    first = {
+        leaf: min(axes, key=lambda member: order.get(member, late)) for leaf, axes in found.items()
+    }
     seen: Counter[str] = Counter()
     named = {}
-    for leaf in sorted(first, key=lambda leaf: (order.get(first[leaf], late), list(places[first[leaf]]).index(leaf))):
+    for leaf in sorted(
+        first,
+        key=lambda leaf: (order.get(first[leaf], late), list(places[first[leaf]]).index(leaf)),
+    ):
         base = show(first[leaf])
         seen[base] += 1
         named[leaf] = base if seen[base] == 1 else f"{base}#{seen[base]}"
@@ -332,8 +383,12 @@ def _producers(analysis: Analysis) -> list[Member]:
         if site.param is not None:
             gone = (*(site.param_axes or ()), *site.stack_axes)
             kept = [axis for axis in range(len(analysis.params[site.param])) if axis not in gone]
-            made[position] = [(site.param, axis) for axis in (kept if site.param_axes else reversed(kept))]
-    return list(dict.fromkeys(member for position in sorted(made, key=_place) for member in made[position]))
+            made[position] = [
+                (site.param, axis) for axis in (kept if site.param_axes else reversed(kept))
+            ]
+    return list(
+        dict.fromkeys(member for position in sorted(made, key=_place) for member in made[position])
+    )
 
 
 def _place(position: Position) -> tuple[tuple[int, int | str], ...]:
@@ -356,8 +411,9 @@ class Check:
       size: of the group.
       error: largest change of an output, relative to that output's largest entry.
       ok: whether the error is within the tolerance.
-      undetected: members that can be left out of the permutation without any output changing: parameters that have no
-        effect, whose entries are all equal (a bias of zeros), or that are the only member.
+      undetected: members that can be left out of the permutation without any output changing:
+        parameters that have no effect, whose entries are all equal (a bias of zeros), or that are
+        the only member.
     """
 
     name: str
@@ -392,7 +448,11 @@ class Verification:
         width = max([len(check.name) for check in self.checks], default=5)
         rows = [f"{'group':<{width}}   size    error  check"]
         for check in self.checks:
-            missed = f", undetected: {', '.join(map(show, check.undetected))}" if check.undetected else ""
+            missed = (
+                f", undetected: {', '.join(map(show, check.undetected))}"
+                if check.undetected
+                else ""
+            )
             result = ("ok" if check.ok else "FAILS") + missed
             rows.append(f"{check.name:<{width}}  {check.size:>5}  {check.error:7.1e}  {result}")
         return "\n".join(rows)
@@ -408,13 +468,14 @@ def verify_groups(
 ) -> Verification:
     """Check groups by running the function on permuted variables.
 
-    Each group is permuted by a random cycle through all its coordinates, all members alike: the outputs must not change,
-    except that parameters returned anew come back permuted. Then each member in turn is left out, which must change an
-    output. Freshly initialised variables hide errors, since zeros permute to zeros: give them random content before.
+    Each group is permuted by a random cycle through all its coordinates, all members alike: the
+    outputs must not change, except that parameters returned anew come back permuted. Then each
+    member in turn is left out, which must change an output. Freshly initialised variables hide
+    errors, since zeros permute to zeros: give them random content before.
 
     Args:
-      fn: a pure function of ``(variables, *inputs)``; compiled once. Random numbers that it draws are not permuted, so turn
-        dropout off.
+      fn: a pure function of ``(variables, *inputs)``; compiled once. Random numbers that it draws
+        are not permuted, so turn dropout off.
       variables: tree of arrays.
       inputs: trees of arrays.
       groups: what to check; by default what `compress_jax.trace.groups` finds.
@@ -437,9 +498,14 @@ def verify_groups(
     leaves, rebuild = flatten(variables)
     for path, leaf in {**leaves, **flatten({"inputs": list(inputs)})[0]}.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            raise ShapeError(f"{path!r} is only a shape; the permutation check runs the function and needs arrays")
+            raise ShapeError(
+                f"{path!r} is only a shape; the permutation check runs the function and needs "
+                "arrays"
+            )
     compiled = jax.jit(lambda leaves, inputs: flatten(fn(rebuild(leaves), *inputs))[0])
-    rng = np.random.default_rng(np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key)))
+    rng = np.random.default_rng(
+        np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key))
+    )
     expected = compiled(leaves, inputs)
 
     def change(group: Group, permutation: np.ndarray, members: Iterable[Member]) -> float:
@@ -447,25 +513,34 @@ def verify_groups(
         return _change(got, _returned_alike(leaves, expected, group, permutation))
 
     return Verification(
-        tuple(_verified(group, partial(change, group, _cycle(rng, group.size)), tolerance) for group in found)
+        tuple(
+            _verified(group, partial(change, group, _cycle(rng, group.size)), tolerance)
+            for group in found
+        )
     )
 
 
 def _verified(group: Group, change: Callable[[Iterable[Member]], float], tolerance: float) -> Check:
     """Permute a group, whole and with each member left out."""
     error = change(group.members)
-    without = {member: [other for other in group.members if other != member] for member in group.members}
+    without = {
+        member: [other for other in group.members if other != member] for member in group.members
+    }
     undetected = tuple(member for member, others in without.items() if change(others) <= tolerance)
     return Check(group.name, group.size, error, error <= tolerance, undetected)
 
 
-def _returned_alike(leaves: Leaves, expected: Leaves, group: Group, permutation: np.ndarray) -> Leaves:
+def _returned_alike(
+    leaves: Leaves, expected: Leaves, group: Group, permutation: np.ndarray
+) -> Leaves:
     """Permute those outputs that are members returned anew."""
     expected = dict(expected)
     for output, path in returned(expected, leaves).items():
         for member in group.members:
             if member[0] == path:
-                expected[output] = jnp.take(expected[output], group.order(member, permutation), axis=member[1])
+                expected[output] = jnp.take(
+                    expected[output], group.order(member, permutation), axis=member[1]
+                )
     return expected
 
 
@@ -478,7 +553,14 @@ def _cycle(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _change(got: Leaves, expected: Leaves) -> float:
     """Return the largest difference, each output's relative to its largest entry; NaN if there is a NaN."""
-    return float(np.max([0.0, *(_difference(_numbers(got[path]), _numbers(expected[path])) for path in expected)]))
+    return float(
+        np.max(
+            [
+                0.0,
+                *(_difference(_numbers(got[path]), _numbers(expected[path])) for path in expected),
+            ]
+        )
+    )
 
 
 def _numbers(x: Any) -> np.ndarray:
@@ -491,4 +573,6 @@ def _numbers(x: Any) -> np.ndarray:
 def _difference(got: np.ndarray, expected: np.ndarray) -> float:
     same = got == expected  # infinities too
     finite = np.abs(expected[np.isfinite(expected)]).max(initial=0)
-    return float(np.abs(np.where(same, 0, got) - np.where(same, 0, expected)).max(initial=0) / (finite or 1))
+    return float(
+        np.abs(np.where(same, 0, got) - np.where(same, 0, expected)).max(initial=0) / (finite or 1)
+    )

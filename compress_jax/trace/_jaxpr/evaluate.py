@@ -12,7 +12,15 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec, Sharding
 
-from compress_jax.trace._jaxpr.primitives import Branches, Call, Scan, While, manual_axes, nested, opened
+from compress_jax.trace._jaxpr.primitives import (
+    Branches,
+    Call,
+    Scan,
+    While,
+    manual_axes,
+    nested,
+    opened,
+)
 from compress_jax.trace._jaxpr.site import Position, Site
 
 Results = tuple[list[Any], dict[str, Any]]
@@ -22,13 +30,16 @@ Body = Callable[..., Results]
 # rule the author's.
 
 
-def custom_jvp(original: Callable[..., Any], args: Sequence[Any], body: Callable[..., Results]) -> Results:
+def custom_jvp(
+    original: Callable[..., Any], args: Sequence[Any], body: Callable[..., Results]
+) -> Results:
     """Run another body under the tangent rule of the original.
 
     Args:
       original: the function with its rule.
       args: its operands.
-      body: the new body. What it captures (a learned scale) gets no gradient here: the rule knows nothing of it.
+      body: the new body. What it captures (a learned scale) gets no gradient here: the rule knows
+        nothing of it.
 
     Returns:
       The body's results.
@@ -48,7 +59,9 @@ def custom_jvp(original: Callable[..., Any], args: Sequence[Any], body: Callable
     return function(consts, tuple(args))
 
 
-def custom_vjp(original: Callable[..., Any], args: Sequence[Any], body: Callable[..., Results]) -> Results:
+def custom_vjp(
+    original: Callable[..., Any], args: Sequence[Any], body: Callable[..., Results]
+) -> Results:
     """Run another body under the cotangent rule of the original; arguments as for `custom_jvp`."""
     run, consts = _closed(body, args)
 
@@ -66,7 +79,9 @@ def custom_vjp(original: Callable[..., Any], args: Sequence[Any], body: Callable
     return function(consts, tuple(args))
 
 
-def _closed(body: Callable[..., Results], args: Sequence[Any]) -> tuple[Callable[[Any, Any], Results], list[Any]]:
+def _closed(
+    body: Callable[..., Results], args: Sequence[Any]
+) -> tuple[Callable[[Any, Any], Results], list[Any]]:
     """Make what a body captures its argument: functions with custom rules must not close over values of other traces."""
     made, shape = jax.make_jaxpr(body, return_shape=True)(*args)
     flat = jaxpr_as_fun(opened(made))
@@ -75,7 +90,11 @@ def _closed(body: Callable[..., Results], args: Sequence[Any]) -> tuple[Callable
 
 
 def _no_tangent(x: jax.Array) -> Any:
-    return jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else np.zeros(x.shape, jax.dtypes.float0)
+    return (
+        jnp.zeros_like(x)
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+        else np.zeros(x.shape, jax.dtypes.float0)
+    )
 
 
 def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
@@ -104,9 +123,17 @@ def _jit(params: dict[str, Any], body: Body) -> Body:
 
     named.__name__ = params["name"]
     places: dict[str, Any] = {}
-    if any(isinstance(each, Sharding) for each in (*params["in_shardings"], *params["out_shardings"])):
-        given = {side: [each if isinstance(each, Sharding) else None for each in params[side]] for side in SIDES}
-        places = {"in_shardings": tuple(given["in_shardings"]), "out_shardings": (given["out_shardings"], None)}
+    if any(
+        isinstance(each, Sharding) for each in (*params["in_shardings"], *params["out_shardings"])
+    ):
+        given = {
+            side: [each if isinstance(each, Sharding) else None for each in params[side]]
+            for side in SIDES
+        }
+        places = {
+            "in_shardings": tuple(given["in_shardings"]),
+            "out_shardings": (given["out_shardings"], None),
+        }
     return jax.jit(named, keep_unused=params["keep_unused"], inline=params["inline"], **places)
 
 
@@ -119,7 +146,9 @@ def _remat(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Results:
     params = {**eqn.params, "jaxpr": opened(made).jaxpr}
     if isinstance(params["prevent_cse"], tuple):
         params["prevent_cse"] = (True,) * len(made.consts) + params["prevent_cse"]
-    return jax.tree.unflatten(jax.tree.structure(shape), eqn.primitive.bind(*made.consts, *args, **params))
+    return jax.tree.unflatten(
+        jax.tree.structure(shape), eqn.primitive.bind(*made.consts, *args, **params)
+    )
 
 
 def shard_map(params: dict[str, Any], args: Sequence[Any], body: Body, given: Any) -> Results:
@@ -142,23 +171,42 @@ def shard_map(params: dict[str, Any], args: Sequence[Any], body: Body, given: An
 
 def scan(eqn: JaxprEqn, args: Sequence[Any], form: Scan, body: Body, given: Any) -> Results:
     """Build a scan again; its turns take slices of what is given, and their statistics come back stacked likewise."""
-    consts, carry, xs = args[: form.consts], args[form.consts :][: form.carry], args[form.consts + form.carry :]
+    consts, carry, xs = (
+        args[: form.consts],
+        args[form.consts :][: form.carry],
+        args[form.consts + form.carry :],
+    )
 
     def turn(carry: list[Any], slices: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         results, statistics = body(*consts, *carry, *slices[0], given=slices[1])
         return results[: form.carry], (results[form.carry :], statistics)
 
-    options = {key: eqn.params[key] for key in ("reverse", "unroll", "_split_transpose") if key in eqn.params}
-    carried, (ys, statistics) = jax.lax.scan(turn, list(carry), (list(xs), given), length=form.length, **options)
+    options = {
+        key: eqn.params[key]
+        for key in ("reverse", "unroll", "_split_transpose")
+        if key in eqn.params
+    }
+    carried, (ys, statistics) = jax.lax.scan(
+        turn, list(carry), (list(xs), given), length=form.length, **options
+    )
     return [*carried, *ys], statistics
 
 
 def while_loop(
-    args: Sequence[Any], form: While, condition: Body, body: Body, merge: Callable[[Any, Any], Any], sites_in_condition: bool
+    args: Sequence[Any],
+    form: While,
+    condition: Body,
+    body: Body,
+    merge: Callable[[Any, Any], Any],
+    sites_in_condition: bool,
 ) -> Results:
     """Build a while loop again; what its turns see is merged, as the number of turns is not known."""
     split = form.condition_consts + form.body_consts
-    head, consts, carry = args[: form.condition_consts], args[form.condition_consts : split], list(args[split:])
+    head, consts, carry = (
+        args[: form.condition_consts],
+        args[form.condition_consts : split],
+        list(args[split:]),
+    )
 
     def check(carry: list[Any]) -> tuple[Any, dict[str, Any]]:
         (more,), statistics = condition(*head, *carry)
@@ -168,7 +216,11 @@ def while_loop(
         carry, _, seen = state
         carry, new = body(*consts, *carry)
         more, last = check(carry) if sites_in_condition else (None, {})
-        return carry, more, {site: merge(seen[site], value) for site, value in {**new, **last}.items()}
+        return (
+            carry,
+            more,
+            {site: merge(seen[site], value) for site, value in {**new, **last}.items()},
+        )
 
     more, seen = check(carry) if sites_in_condition else (None, {})
     seen = {**unobserved(jax.eval_shape(lambda c: body(*consts, *c)[1], carry)), **seen}
@@ -192,10 +244,14 @@ def branches(eqn: JaxprEqn, args: Sequence[Any], bodies: Sequence[Body]) -> Resu
         return branch
 
     made = [jax.make_jaxpr(complete(body), return_shape=True)(*operands) for body in bodies]
-    return _choose(eqn, index, [jaxpr for jaxpr, _ in made], operands, jax.tree.structure(made[0][1]))
+    return _choose(
+        eqn, index, [jaxpr for jaxpr, _ in made], operands, jax.tree.structure(made[0][1])
+    )
 
 
-def _choose(eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: Sequence[Any], tree: Any) -> Results:
+def _choose(
+    eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: Sequence[Any], tree: Any
+) -> Results:
     """Bind the primitive itself: lax.switch would clamp an index that is already clamped."""
     captured = [const for body in bodies for const in body.consts]
 
@@ -203,11 +259,15 @@ def _choose(eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: 
         """Every branch takes what any of them captures, and uses its own part."""
         run = jaxpr_as_fun(opened(body))
         end = start + len(body.consts)
-        return jax.make_jaxpr(lambda *a: run(*a[start:end], *a[len(captured) :]))(*captured, *operands)
+        return jax.make_jaxpr(lambda *a: run(*a[start:end], *a[len(captured) :]))(
+            *captured, *operands
+        )
 
     starts = itertools.accumulate((len(body.consts) for body in bodies), initial=0)
     alike = tuple(map(alone, bodies, starts))
-    return jax.tree.unflatten(tree, eqn.primitive.bind(index, *captured, *operands, **{**eqn.params, "branches": alike}))
+    return jax.tree.unflatten(
+        tree, eqn.primitive.bind(index, *captured, *operands, **{**eqn.params, "branches": alike})
+    )
 
 
 def unobserved(shapes: Any) -> Any:
@@ -234,7 +294,8 @@ class Hooks:
     Attributes:
       sites: the chosen sites by position.
       apply: ``(site, eqn, operands, given) -> (results, statistics)``; statistics may be ``{}``.
-      merge: ``(old, new) -> statistics`` of one site, from one turn of a ``while`` loop to the next.
+      merge: ``(old, new) -> statistics`` of one site, from one turn of a ``while`` loop to the
+        next.
       around: every position that has a chosen site inside.
     """
 
@@ -245,24 +306,31 @@ class Hooks:
 
     def __post_init__(self) -> None:
         """Gather the positions that lead to chosen sites."""
-        inner = frozenset(position[:end] for position in self.sites for end in range(1, len(position)))
+        inner = frozenset(
+            position[:end] for position in self.sites for end in range(1, len(position))
+        )
         object.__setattr__(self, "around", inner)
 
 
 def evaluate(
-    jaxpr: ClosedJaxpr, args: Sequence[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position = ()
+    jaxpr: ClosedJaxpr,
+    args: Sequence[Any],
+    hooks: Hooks,
+    given: Mapping[Position, Any],
+    position: Position = (),
 ) -> Values:
     """Run a jaxpr with hooks.
 
-    An equation without a chosen site inside is bound as it stands: custom derivative rules, random numbers, sharding
-    constraints and effects are those of the original. One that leads to a chosen site is built again by the public
-    transformation that made it.
+    An equation without a chosen site inside is bound as it stands: custom derivative rules, random
+    numbers, sharding constraints and effects are those of the original. One that leads to a chosen
+    site is built again by the public transformation that made it.
 
     Args:
       jaxpr: the computation.
       args: an array for each of its inputs.
       hooks: what to do where.
-      given: a tree for some of the chosen sites, handed to their hook; loops around a site run along its leading axes.
+      given: a tree for some of the chosen sites, handed to their hook; loops around a site run
+        along its leading axes.
       position: where the computation stands, for nested ones.
 
     Returns:
@@ -280,13 +348,17 @@ def evaluate(
             stack.enter_context(eqn.ctx.manager)
             if scope := str(eqn.source_info.name_stack):
                 stack.enter_context(jax.named_scope(scope))
-            results, seen = _equation(eqn, [read(atom) for atom in eqn.invars], hooks, given, (*position, index))
+            results, seen = _equation(
+                eqn, [read(atom) for atom in eqn.invars], hooks, given, (*position, index)
+            )
         env |= dict(zip(eqn.outvars, results, strict=True))
         statistics |= seen
     return [read(atom) for atom in jaxpr.jaxpr.outvars], statistics
 
 
-def _equation(eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position) -> Values:
+def _equation(
+    eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position
+) -> Values:
     if position in hooks.sites:
         return hooks.apply(hooks.sites[position], eqn, args, given.get(position))
     if position not in hooks.around:
@@ -295,7 +367,9 @@ def _equation(eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Posit
     inside = {place: tree for place, tree in given.items() if place[: len(position)] == position}
 
     def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Callable[..., Values]:
-        return lambda *operands, given=inside: evaluate(jaxpr, operands, hooks, given, (*position, where))
+        return lambda *operands, given=inside: evaluate(
+            jaxpr, operands, hooks, given, (*position, where)
+        )
 
     match nested(eqn):
         case Call(jaxpr, shards) if shards is None:
@@ -306,7 +380,9 @@ def _equation(eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Posit
             return scan(eqn, args, scan, body(scan.body), inside)
         case While() as loop:
             condition = (*position, "cond") in hooks.around
-            return while_loop(args, loop, body(loop.condition, "cond"), body(loop.body), hooks.merge, condition)
+            return while_loop(
+                args, loop, body(loop.condition, "cond"), body(loop.body), hooks.merge, condition
+            )
         case Branches(bodies):
             return branches(eqn, args, [body(jaxpr, index) for index, jaxpr in enumerate(bodies)])
         case _:

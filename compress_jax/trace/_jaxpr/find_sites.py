@@ -30,7 +30,12 @@ from compress_jax.trace._jaxpr.origin import (
 )
 from compress_jax.trace._jaxpr.site import AxisIndices, Position, Site, layouts_of_sites
 
-LEAVES = ("kernel", "embedding", "weight", "w")  # what the parameter of a layer is called: left out where names are joined
+LEAVES = (
+    "kernel",
+    "embedding",
+    "weight",
+    "w",
+)  # what the parameter of a layer is called: left out where names are joined
 CONSTANT_ROWS = "rows of it are read at constant indices"
 NO_SUM = "its products are summed over no axis: it scales entry by entry"
 
@@ -43,12 +48,15 @@ class Found:
       contractions: by position, the equation, the origins of its operands, and its place.
       lookups: by position, the table that rows were gathered from.
       otherwise: by path of a parameter, how it is used where no contraction and no lookup is.
-      sums: positions of contractions of which an operand is one number throughout (``ones``): sums, not layers.
+      sums: positions of contractions of which an operand is one number throughout (``ones``): sums,
+        not layers.
       hidden: by position, the primitive that contracts where nobody looks.
       stacked: by path, the axes of a parameter that loops take one slice of at a time.
     """
 
-    contractions: dict[Position, tuple[JaxprEqn, Origin, Origin, Where]] = field(default_factory=dict)
+    contractions: dict[Position, tuple[JaxprEqn, Origin, Origin, Where]] = field(
+        default_factory=dict
+    )
     lookups: dict[Position, str] = field(default_factory=dict)
     otherwise: dict[str, str] = field(default_factory=dict)
     hidden: dict[Position, str] = field(default_factory=dict)
@@ -78,7 +86,11 @@ class Found:
 
     def stack(self, a: Origin, length: int) -> Origin:
         """Return the origin of slices put together."""
-        return a if a.dims is None else Origin(a.level, a.paths, ((), *a.dims), a.sliced, a.maker, a.label)
+        return (
+            a
+            if a.dims is None
+            else Origin(a.level, a.paths, ((), *a.dims), a.sliced, a.maker, a.label)
+        )
 
     def reshard(self, a: Origin, aval: Any) -> Origin:
         """Return the origin itself: a device's piece comes from where the whole does."""
@@ -100,7 +112,9 @@ class Found:
             elif args[0].level == PARAMETER:
                 self.otherwise.setdefault(args[0].paths[0], CONSTANT_ROWS)
         if eqn.primitive.name == "dot_general":
-            self.otherwise |= {arg.paths[0]: NO_SUM for arg in args if arg.level == PARAMETER and arg.paths}
+            self.otherwise |= {
+                arg.paths[0]: NO_SUM for arg in args if arg.level == PARAMETER and arg.paths
+            }
         return [result] * len(eqn.outvars)
 
 
@@ -125,7 +139,11 @@ def find(closed: ClosedJaxpr, params: dict[str, Any], inputs: Sequence[str]) -> 
       What was seen.
     """
     found = Found(sums=frozenset(numbers(closed)))
-    interpret(found, closed, [*(parameter(path, x.shape) for path, x in params.items()), *map(data, inputs)])
+    interpret(
+        found,
+        closed,
+        [*(parameter(path, x.shape) for path, x in params.items()), *map(data, inputs)],
+    )
     return found
 
 
@@ -144,13 +162,19 @@ def name(found: Found) -> dict[Position, Site]:
             uses.setdefault(path, []).append(names[position])
     for path in found.lookups.values():
         uses.setdefault(path, []).append("gather")
-    return {position: _site(names[position], *found.contractions[position], uses) for position in names}
+    return {
+        position: _site(names[position], *found.contractions[position], uses) for position in names
+    }
 
 
 def _paths(eqn: JaxprEqn, lhs: Origin, rhs: Origin) -> tuple[str, ...]:
     """Return the parameters of a contraction, the main one first: of two operands the one that is not also data's."""
     order = (lhs, rhs) if _operand(eqn, lhs, rhs) == "lhs" else (rhs, lhs)
-    return tuple(dict.fromkeys(path for origin in order if origin.level == PARAMETER for path in origin.paths))
+    return tuple(
+        dict.fromkeys(
+            path for origin in order if origin.level == PARAMETER for path in origin.paths
+        )
+    )
 
 
 def _operand(eqn: JaxprEqn, lhs: Origin, rhs: Origin) -> str | None:
@@ -159,14 +183,17 @@ def _operand(eqn: JaxprEqn, lhs: Origin, rhs: Origin) -> str | None:
         return None
     if not (rhs.paths and lhs.paths):
         return "rhs" if rhs.paths else "lhs"
-    left, right = (_kernel(origin, var.aval) for origin, var in zip((lhs, rhs), eqn.invars, strict=False))
+    left, right = (
+        _kernel(origin, var.aval) for origin, var in zip((lhs, rhs), eqn.invars, strict=False)
+    )
     return "lhs" if left > right else "rhs"
 
 
 def _kernel(origin: Origin, aval: Any) -> tuple[bool, bool, int]:
     """Return how much a value looks like a kernel: one parameter, not repeated along an axis, of many axes longer than 1.
 
-    Learned queries, positions or tokens that are fed to a kernel are sums of parameters, or repeated for every example.
+    Learned queries, positions or tokens that are fed to a kernel are sums of parameters, or
+    repeated for every example.
     """
     if origin.dims is None:
         return False, False, 0
@@ -188,7 +215,9 @@ def _pair(a: str, b: str) -> str:
     shared = 0
     while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
         shared += 1
-    return "/".join([*first[:shared], "@".join(("/".join(first[shared:]), "/".join(second[shared:])))])
+    return "/".join(
+        [*first[:shared], "@".join(("/".join(first[shared:]), "/".join(second[shared:])))]
+    )
 
 
 def _short(label: str) -> str:
@@ -196,12 +225,16 @@ def _short(label: str) -> str:
     return head if head and leaf.partition("#")[0] in LEAVES else label
 
 
-def _site(name: str, eqn: JaxprEqn, lhs: Origin, rhs: Origin, where: Where, uses: dict[str, list[str]]) -> Site:
+def _site(
+    name: str, eqn: JaxprEqn, lhs: Origin, rhs: Origin, where: Where, uses: dict[str, list[str]]
+) -> Site:
     contracting, batch = primitives.axes(eqn)
     operand, paths = _operand(eqn, lhs, rhs), _paths(eqn, lhs, rhs)
     side = 0 if operand == "lhs" else 1
     origin = (lhs, rhs)[side]
-    left, right, out = (cast(jax.ShapeDtypeStruct, var.aval) for var in (*eqn.invars[:2], eqn.outvars[0]))
+    left, right, out = (
+        cast(jax.ShapeDtypeStruct, var.aval) for var in (*eqn.invars[:2], eqn.outvars[0])
+    )
     return Site(
         name=name,
         kind=primitives.kind(eqn) or "",
@@ -265,7 +298,10 @@ class Traced:
     def sites(self) -> dict[Position, Site]:
         """The sites by position, in program order."""
         laid = pieces(self.jaxpr, self.params)
-        return {position: _with_pieces(site, laid[position]) for position, site in name(self.found).items()}
+        return {
+            position: _with_pieces(site, laid[position])
+            for position, site in name(self.found).items()
+        }
 
     def choose(self, where: str | tuple[str, ...] | None) -> dict[Position, Site]:
         """Return the sites whose names match a glob; matching none is an error that lists the names."""
@@ -289,7 +325,8 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     """Trace ``fn(params, *inputs)`` without running it.
 
     Args:
-      fn: a pure function. What is not an array (a flag, a module) is bound before: ``functools.partial``, a closure.
+      fn: a pure function. What is not an array (a flag, a module) is bound before:
+        ``functools.partial``, a closure.
       params: tree of arrays or ``ShapeDtypeStruct``.
       inputs: trees of arrays or ``ShapeDtypeStruct``.
 
@@ -297,14 +334,18 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
       The trace.
 
     Raises:
-      ShapeError: if an argument has a leaf that is not an array, or the function does not take such arrays.
+      ShapeError: if an argument has a leaf that is not an array, or the function does not take such
+        arrays.
     """
     leaves = flatten(params)[0]
     labels = flatten({"inputs": list(inputs)})[0]
     for path, leaf in {**leaves, **labels}.items():
-        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(leaf, (bool, int, float, complex)):
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")) and not isinstance(
+            leaf, (bool, int, float, complex)
+        ):
             raise ShapeError(
-                f"{path!r} is a {type(leaf).__name__}, not an array: bind what is not an array before, as in "
+                f"{path!r} is a {type(leaf).__name__}, not an array: bind what is not an array "
+                "before, as in "
                 "lambda params, x: fn(params, x, train=False)"
             )
     try:
@@ -312,8 +353,12 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     except CompressError:
         raise
     except (TypeError, ValueError) as error:
-        shapes = ", ".join(f"{path} {jax.typeof(leaf)}" for path, leaf in labels.items()) or "no inputs"
-        raise ShapeError(f"the function cannot be traced on these params with {shapes}: {error}") from error
+        shapes = (
+            ", ".join(f"{path} {jax.typeof(leaf)}" for path, leaf in labels.items()) or "no inputs"
+        )
+        raise ShapeError(
+            f"the function cannot be traced on these params with {shapes}: {error}"
+        ) from error
     return Traced(jaxpr, leaves, list(labels), out)
 
 
@@ -323,8 +368,9 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
 def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> list[Site]:
     """List every contraction in ``fn(params, *inputs)``: matrix products, convolutions, ragged products.
 
-    The function is traced, not run. A parameter is followed through transposes, reshapes, casts, slices, gathers of stacked
-    layers, masks and fake quantization, and into jit, remat, scan, while, cond, custom derivatives and shard_map.
+    The function is traced, not run. A parameter is followed through transposes, reshapes, casts,
+    slices, gathers of stacked layers, masks and fake quantization, and into jit, remat, scan,
+    while, cond, custom derivatives and shard_map.
 
     Args:
       fn: a pure function of params and inputs.
@@ -365,25 +411,36 @@ def unseen(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, str]:
     traced = trace(fn, params, *inputs)
     contracted = {path for site in traced.sites.values() for path in (site.param, *site.also)}
     tables = set(traced.found.lookups.values())
-    left = [path for path, x in flatten(params)[0].items() if len(x.shape) > 1 and path not in contracted]
+    left = [
+        path
+        for path, x in flatten(params)[0].items()
+        if len(x.shape) > 1 and path not in contracted
+    ]
     looked_up = "rows of it are looked up (gather); no product uses it"
     other = {path: f"{how}; no contraction uses it" for path, how in traced.found.otherwise.items()}
     hidden = {
-        f"{primitive} at {'/'.join(map(str, position))}": "it contracts inside, where the interpreter does not look"
+        f"{primitive} at {'/'.join(map(str, position))}": "it contracts inside, where the "
+        "interpreter does not look"
         for position, primitive in traced.found.hidden.items()
     }
-    return {path: looked_up if path in tables else other.get(path, "no contraction uses it") for path in left} | hidden
+    return {
+        path: looked_up if path in tables else other.get(path, "no contraction uses it")
+        for path in left
+    } | hidden
 
 
 # What each axis of each parameter is for, read from the products it enters: the layouts that
 # compressions work by.
 
 
-def bind(compression: Compression, fn: Callable[..., Any], params: Any, *inputs: Any) -> Compression:
+def bind(
+    compression: Compression, fn: Callable[..., Any], params: Any, *inputs: Any
+) -> Compression:
     """Return the same compression with the layout of every leaf read from the function that uses it.
 
-    Scales by channel then follow the outputs of each product, whichever axis they are stored on; groups and ``n_m`` run
-    along what is summed over; a leaf that holds several layers or experts is compressed as each of them alone would be.
+    Scales by channel then follow the outputs of each product, whichever axis they are stored on;
+    groups and ``n_m`` run along what is summed over; a leaf that holds several layers or experts is
+    compressed as each of them alone would be.
 
     Args:
       compression: any method, or methods combined.
@@ -392,7 +449,8 @@ def bind(compression: Compression, fn: Callable[..., Any], params: Any, *inputs:
       inputs: trees of arrays or ``ShapeDtypeStruct``.
 
     Returns:
-      The Compression; use it, not the unbound one, for `init` and everything after. ``cj.coverage`` prints the axes.
+      The Compression; use it, not the unbound one, for `init` and everything after. ``cj.coverage``
+      prints the axes.
 
     Raises:
       ArgumentError: if a function of the compression was replaced after it was made.
@@ -420,8 +478,9 @@ def layouts(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, Axes
       inputs: trees of arrays or ``ShapeDtypeStruct``.
 
     Returns:
-      ``{path: Axes}`` of every leaf. Where no product uses a leaf, or what is done to it on its way cannot be followed, its
-      ``source`` is ``"convention"``: outputs last. ``note`` says why, or that its uses disagree.
+      ``{path: Axes}`` of every leaf. Where no product uses a leaf, or what is done to it on its way
+      cannot be followed, its ``source`` is ``"convention"``: outputs last. ``note`` says why, or
+      that its uses disagree.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -10,7 +10,16 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
-from compress_jax.trace._jaxpr.primitives import CASTS, MOVES, PASSED, Branches, Call, Scan, While, nested
+from compress_jax.trace._jaxpr.primitives import (
+    CASTS,
+    MOVES,
+    PASSED,
+    Branches,
+    Call,
+    Scan,
+    While,
+    nested,
+)
 from compress_jax.trace._jaxpr.site import Position
 
 
@@ -20,7 +29,8 @@ class Where:
 
     Attributes:
       position: index of the equation, then the body inside it, then the index there, and so on.
-      loops: lengths of the loops around it, outermost first; a ``shard_map`` is a loop over its devices.
+      loops: lengths of the loops around it, outermost first; a ``shard_map`` is a loop over its
+        devices.
       conditional: whether a branch or a ``while`` loop is around it.
     """
 
@@ -32,7 +42,9 @@ class Where:
         """Return the place of an equation of this body."""
         return replace(self, position=(*self.position, index))
 
-    def inside(self, body: int | str, loop: int | None = None, conditional: bool = False) -> "Where":
+    def inside(
+        self, body: int | str, loop: int | None = None, conditional: bool = False
+    ) -> "Where":
         """Return the place of a body of this equation, ``loop`` times run."""
         loops = self.loops if loop is None else (*self.loops, loop)
         return Where((*self.position, body), loops, self.conditional or conditional)
@@ -41,8 +53,9 @@ class Where:
 class Domain(Protocol):
     """What a value is and what equations do to it.
 
-    The interpreter calls ``join`` where two ways meet (branches, one turn of a loop and the next) and runs a loop's body
-    again until ``same`` holds, so joins must only ever climb and ``equation`` may be called more than once for one place.
+    The interpreter calls ``join`` where two ways meet (branches, one turn of a loop and the next)
+    and runs a loop's body again until ``same`` holds, so joins must only ever climb and
+    ``equation`` may be called more than once for one place.
     """
 
     def constant(self, aval: Any, value: Any) -> Any:
@@ -74,7 +87,9 @@ class Domain(Protocol):
         ...
 
 
-def interpret(domain: Domain, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Where | None = None) -> list[Any]:
+def interpret(
+    domain: Domain, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Where | None = None
+) -> list[Any]:
     """Run a jaxpr over a domain.
 
     Args:
@@ -114,7 +129,8 @@ def _equation(domain: Domain, eqn: JaxprEqn, args: list[Any], where: Where) -> S
         case Branches(bodies):
             _decided(domain, args[:1])
             results = [
-                interpret(domain, body, args[1:], where.inside(index, conditional=True)) for index, body in enumerate(bodies)
+                interpret(domain, body, args[1:], where.inside(index, conditional=True))
+                for index, body in enumerate(bodies)
             ]
             return [_join(domain, ways) for ways in zip(*results, strict=True)]
         case _:
@@ -138,7 +154,9 @@ def _join(domain: Domain, ways: Sequence[Any]) -> Any:
 def _call(domain: Domain, eqn: JaxprEqn, call: Call, args: list[Any], where: Where) -> list[Any]:
     if call.shards is None:
         return interpret(domain, call.body, args, where.inside("body"))
-    pieces = [domain.reshard(a, var.aval) for a, var in zip(args, call.body.jaxpr.invars, strict=True)]
+    pieces = [
+        domain.reshard(a, var.aval) for a, var in zip(args, call.body.jaxpr.invars, strict=True)
+    ]
     results = interpret(domain, call.body, pieces, where.inside("body", loop=call.shards))
     return [domain.reshard(a, var.aval) for a, var in zip(results, eqn.outvars, strict=True)]
 
@@ -158,8 +176,18 @@ def _scan(domain: Domain, scan: Scan, args: list[Any], where: Where) -> list[Any
 def _while(domain: Domain, loop: While, args: list[Any], where: Where) -> list[Any]:
     condition_consts, body_consts, carry = _cut(args, loop.condition_consts, loop.body_consts)
     inside = where.inside("body", conditional=True)
-    carry = _settle(domain, lambda carry: interpret(domain, loop.body, [*body_consts, *carry], inside), carry)
-    _decided(domain, interpret(domain, loop.condition, [*condition_consts, *carry], where.inside("cond", conditional=True)))
+    carry = _settle(
+        domain, lambda carry: interpret(domain, loop.body, [*body_consts, *carry], inside), carry
+    )
+    _decided(
+        domain,
+        interpret(
+            domain,
+            loop.condition,
+            [*condition_consts, *carry],
+            where.inside("cond", conditional=True),
+        ),
+    )
     return carry
 
 
@@ -196,7 +224,8 @@ def numbers(jaxpr: ClosedJaxpr) -> Numbers:
       jaxpr: the computation.
 
     Returns:
-      ``{position: a number or None for each operand}``; positions at which no operand is a number are left out.
+      ``{position: a number or None for each operand}``; positions at which no operand is a number
+      are left out.
 
     Example:
       >>> import jax
@@ -211,7 +240,9 @@ def numbers(jaxpr: ClosedJaxpr) -> Numbers:
 def one_number(value: Any) -> float | None:
     """Return the one value of a constant's entries, if they are real and equal."""
     dtype = getattr(value, "dtype", np.asarray(0.0).dtype)
-    if isinstance(value, Tracer) or not (jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)):
+    if isinstance(value, Tracer) or not (
+        jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+    ):
         return None
     entries = np.asarray(value).reshape(-1)
     return float(entries[0]) if entries.size and (entries == entries[0]).all() else None
@@ -241,7 +272,9 @@ class _Constants:
     def reshard(self, a: float | None, aval: Any) -> float | None:
         return a
 
-    def equation(self, eqn: JaxprEqn, args: list[float | None], where: Where) -> Sequence[float | None]:
+    def equation(
+        self, eqn: JaxprEqn, args: list[float | None], where: Where
+    ) -> Sequence[float | None]:
         made = _made(eqn, args)
         if made is None:
             self.taken[where.position] = tuple(args)

@@ -26,11 +26,14 @@ class Origin:
     """Where one value comes from.
 
     Attributes:
-      level: ``CONSTANT`` (known to the trace, or random), ``PARAMETER`` (of parameters and constants only) or ``DATA``.
-      paths: the parameters it is a view of, the main one first; empty if it is data or made of parameters in another way.
-      dims: for each axis of the value the axes of the stored main parameter that lie in it; None if they cannot be told.
-      sliced: axes of the stored parameter of which the value holds one index, each with the loop whose turn is the index
-        (counted from the outermost), or None.
+      level: ``CONSTANT`` (known to the trace, or random), ``PARAMETER`` (of parameters and
+        constants only) or ``DATA``.
+      paths: the parameters it is a view of, the main one first; empty if it is data or made of
+        parameters in another way.
+      dims: for each axis of the value the axes of the stored main parameter that lie in it; None if
+        they cannot be told.
+      sliced: axes of the stored parameter of which the value holds one index, each with the loop
+        whose turn is the index (counted from the outermost), or None.
       maker: position of the newest contraction in the data's past, or of its input or table.
       label: name of the input or table, where it was not a contraction.
     """
@@ -57,7 +60,9 @@ def join(origins: Sequence[Origin]) -> Origin:
     """Return the origin of what may be any of these values, or is made of all of them in an unknown way."""
     level = max((origin.level for origin in origins), default=CONSTANT)
     if level == DATA:
-        return max((origin for origin in origins if origin.level == DATA), key=lambda origin: origin.maker)
+        return max(
+            (origin for origin in origins if origin.level == DATA), key=lambda origin: origin.maker
+        )
     views = list(dict.fromkeys(origin for origin in origins if origin.paths))
     if len(views) <= 1:
         return views[0] if views else Origin(level)
@@ -79,9 +84,13 @@ def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
     if name in RANDOM:
         return Origin()
     if name in ("gather", "dynamic_slice") and args[0].level == PARAMETER:
-        return _gather(eqn, args, shapes, out) if name == "gather" else _slice(args[0], shapes[0], out)
+        return (
+            _gather(eqn, args, shapes, out) if name == "gather" else _slice(args[0], shapes[0], out)
+        )
     if name in REDUCTIONS or name in INDEX_REDUCTIONS:
-        return args[0] if args[0].level == DATA else Origin(args[0].level)  # a sum of weights is no longer the weights
+        return (
+            args[0] if args[0].level == DATA else Origin(args[0].level)
+        )  # a sum of weights is no longer the weights
     if name in MOVES and args[0].dims is not None:
         return replace(args[0], **MOVES[name](eqn.params, args[0], shapes[0], out))
     return _combine(args, shapes, out)
@@ -91,7 +100,11 @@ def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
     """Element by element: what is broadcast along the result (a scale, a threshold) modifies what fills it."""
     if max((arg.level for arg in args), default=CONSTANT) == DATA:
         return join(args)
-    filling = [arg for arg, shape in zip(args, shapes, strict=False) if arg.paths and shape == out and _fills(arg, shape)]
+    filling = [
+        arg
+        for arg, shape in zip(args, shapes, strict=False)
+        if arg.paths and shape == out and _fills(arg, shape)
+    ]
     known = {path for arg in filling if arg.dims is not None for path in arg.paths}
     views = [arg for arg in filling if arg.dims is not None or not known.issuperset(arg.paths)]
     if views:
@@ -101,7 +114,9 @@ def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
 
 def _fills(origin: Origin, shape: Shape) -> bool:
     """Tell whether a parameter's own axes run along every axis of the value: it was not broadcast to this shape."""
-    return origin.dims is None or all(axes or size == 1 for axes, size in zip(origin.dims, shape, strict=True))
+    return origin.dims is None or all(
+        axes or size == 1 for axes, size in zip(origin.dims, shape, strict=True)
+    )
 
 
 def _transpose(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
@@ -109,12 +124,20 @@ def _transpose(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[st
 
 
 def _squeeze(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    return {"dims": tuple(axes for axis, axes in enumerate(_dims(origin)) if axis not in params["dimensions"])}
+    return {
+        "dims": tuple(
+            axes for axis, axes in enumerate(_dims(origin)) if axis not in params["dimensions"]
+        )
+    }
 
 
 def _expand(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     rest = iter(_dims(origin))
-    return {"dims": tuple(() if axis in params["dimensions"] else next(rest) for axis in range(len(out)))}
+    return {
+        "dims": tuple(
+            () if axis in params["dimensions"] else next(rest) for axis in range(len(out))
+        )
+    }
 
 
 def _broadcast(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
@@ -136,10 +159,15 @@ def _cut(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any
 def _reshape(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     """Match the smallest runs of axes with equal products; every axis of a run may hold every stored axis of it."""
     dims: list[AxisIndices] = [()] * len(out)
-    old, new = [i for i, size in enumerate(shape) if size != 1], [i for i, size in enumerate(out) if size != 1]
+    old, new = (
+        [i for i, size in enumerate(shape) if size != 1],
+        [i for i, size in enumerate(out) if size != 1],
+    )
     while old and new:
         run, target = [old.pop(0)], [new.pop(0)]
-        while (left := math.prod(shape[i] for i in run)) != (right := math.prod(out[i] for i in target)):
+        while (left := math.prod(shape[i] for i in run)) != (
+            right := math.prod(out[i] for i in target)
+        ):
             (run if left < right else target).append((old if left < right else new).pop(0))
         axes = tuple(dict.fromkeys(axis for i in run for axis in _dims(origin)[i]))
         for i in target:
@@ -169,7 +197,9 @@ def _slice(origin: Origin, shape: Shape, out: Shape) -> Origin:
     if origin.dims is None:
         return origin
     single = [1 == after < before for before, after in zip(shape, out, strict=True)]
-    gone = tuple((axis, None) for axes, one in zip(origin.dims, single, strict=True) if one for axis in axes)
+    gone = tuple(
+        (axis, None) for axes, one in zip(origin.dims, single, strict=True) if one for axis in axes
+    )
     dims = tuple(() if one else axes for axes, one in zip(origin.dims, single, strict=True))
     return replace(origin, dims=dims, sliced=(*origin.sliced, *gone))
 
@@ -189,7 +219,9 @@ def _gather(eqn: JaxprEqn, args: Sequence[Origin], shapes: list[Shape], out: Sha
     for target, axis in zip(numbers.offset_dims, kept, strict=True):
         dims[target] = table.dims[axis]
     return replace(
-        table, dims=tuple(dims), sliced=table.sliced if many else (*table.sliced, *((axis, None) for axis in picked))
+        table,
+        dims=tuple(dims),
+        sliced=table.sliced if many else (*table.sliced, *((axis, None) for axis in picked)),
     )
 
 
@@ -250,7 +282,11 @@ class Pieces:
 
     def unstack(self, a: Value, loop: int) -> Value:
         """Return the slice that a turn sees."""
-        return _laid([piece.unstacked(loop) for piece in a.pieces]) if isinstance(a, Laid) else _lost([a])
+        return (
+            _laid([piece.unstacked(loop) for piece in a.pieces])
+            if isinstance(a, Laid)
+            else _lost([a])
+        )
 
     def stack(self, a: Value, length: int) -> Value:
         """Return slices put together."""
@@ -275,12 +311,18 @@ class Pieces:
             return [_joined(eqn, args)]
         if name == "split" and isinstance(args[0], Laid):
             return _parts(eqn, args[0].pieces)
-        if name in PIECE_MOVES and isinstance(args[0], Laid) and all(isinstance(arg, Known) for arg in args[1:]):
+        if (
+            name in PIECE_MOVES
+            and isinstance(args[0], Laid)
+            and all(isinstance(arg, Known) for arg in args[1:])
+        ):
             shape, out = (getattr(var.aval, "shape", ()) for var in (eqn.invars[0], eqn.outvars[0]))
             move = PIECE_MOVES[name]
             return [_laid([move(piece, eqn, args, shape, out) for piece in args[0].pieces])]
         if name in ("gather", "dynamic_slice") and isinstance(args[0], Laid):
-            return [_lost(args, "a slice of it is used, and data or the turn of a loop decide which")] * count
+            return [
+                _lost(args, "a slice of it is used, and data or the turn of a loop decide which")
+            ] * count
         return [_combined(eqn, args)] * count
 
 
@@ -302,7 +344,11 @@ def pieces(closed: ClosedJaxpr, params: Mapping[str, Any]) -> dict[Position, tup
     """
     domain = Pieces()
     rest = [Lost()] * (len(closed.jaxpr.invars) - len(params))
-    interpret(domain, closed, [*(Laid((Piece.whole(path, x.shape),)) for path, x in params.items()), *rest])
+    interpret(
+        domain,
+        closed,
+        [*(Laid((Piece.whole(path, x.shape),)) for path, x in params.items()), *rest],
+    )
     return domain.found
 
 
@@ -349,7 +395,10 @@ def _joined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
 def _parts(eqn: JaxprEqn, given: tuple[Piece, ...]) -> list[Value]:
     ends = np.cumsum([0, *eqn.params["sizes"]]).tolist()
     axis = eqn.params["axis"]
-    return [_laid([piece.cut(axis, *span) for piece in given]) for span in zip(ends[:-1], ends[1:], strict=True)]
+    return [
+        _laid([piece.cut(axis, *span) for piece in given])
+        for span in zip(ends[:-1], ends[1:], strict=True)
+    ]
 
 
 def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
@@ -360,15 +409,29 @@ def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     outs = {getattr(var.aval, "shape", None) for var in eqn.outvars}
     filling: dict[Laid, None] = {}
     for arg, var in zip(args, eqn.invars, strict=True):
-        if isinstance(arg, Laid) and {getattr(var.aval, "shape", None)} == outs and not any(map(_repeated, arg.pieces)):
+        if (
+            isinstance(arg, Laid)
+            and {getattr(var.aval, "shape", None)} == outs
+            and not any(map(_repeated, arg.pieces))
+        ):
             filling[Laid(tuple(replace(piece, changed=()) for piece in arg.pieces))] = None
     if len(filling) != 1:
         paths = {piece.path for arg in args if isinstance(arg, Laid) for piece in arg.pieces}
         several = len(paths) > 1
-        return _lost(args, f"several parameters are combined ({name})" if several else f"it is changed on its way ({name})")
+        return _lost(
+            args,
+            f"several parameters are combined ({name})"
+            if several
+            else f"it is changed on its way ({name})",
+        )
     if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return args[0]
-    done = tuple(dict.fromkeys([c for arg in args if isinstance(arg, Laid) for p in arg.pieces for c in p.changed] + [name]))
+    done = tuple(
+        dict.fromkeys(
+            [c for arg in args if isinstance(arg, Laid) for p in arg.pieces for c in p.changed]
+            + [name]
+        )
+    )
     return Laid(tuple(replace(piece, changed=done) for piece in next(iter(filling)).pieces))
 
 
@@ -382,15 +445,27 @@ def _slice_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shap
 
 
 def _dynamic_slice(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Any:
-    starts = [min(max(int(arg.make()), 0), n - m) for arg, n, m in zip(args[1:], shape, out, strict=True)]
-    return _box(piece, starts, [start + n for start, n in zip(starts, out, strict=True)], (1,) * len(starts))
+    starts = [
+        min(max(int(arg.make()), 0), n - m) for arg, n, m in zip(args[1:], shape, out, strict=True)
+    ]
+    return _box(
+        piece, starts, [start + n for start, n in zip(starts, out, strict=True)], (1,) * len(starts)
+    )
 
 
 def _gather_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Any:
     """One index along some axes, everything along the others: how ``take`` spells a slice."""
-    numbers, sizes, index = eqn.params["dimension_numbers"], eqn.params["slice_sizes"], np.asarray(args[1].make())
+    numbers, sizes, index = (
+        eqn.params["dimension_numbers"],
+        eqn.params["slice_sizes"],
+        np.asarray(args[1].make()),
+    )
     gone = tuple(numbers.collapsed_slice_dims)
-    if index.ndim != 1 or numbers.operand_batching_dims or any(sizes[i] != n for i, n in enumerate(shape) if i not in gone):
+    if (
+        index.ndim != 1
+        or numbers.operand_batching_dims
+        or any(sizes[i] != n for i, n in enumerate(shape) if i not in gone)
+    ):
         return "several indices are picked by one lookup"
     place = dict(zip(numbers.start_index_map, index.tolist(), strict=True))
     for axis in gone:
@@ -401,7 +476,9 @@ def _gather_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Sha
     return left.squeezed(gone) if isinstance(left, Piece) else left
 
 
-def _box(piece: Piece, starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]) -> Piece | str | None:
+def _box(
+    piece: Piece, starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]
+) -> Piece | str | None:
     for axis, span in enumerate(zip(starts, ends, steps, strict=True)):
         left = piece.cut(axis, *map(int, span))
         if not isinstance(left, Piece):
@@ -427,7 +504,9 @@ PIECE_MOVES: dict[str, Callable[..., Piece | str | None]] = {
     "expand_dims": lambda piece, eqn, args, shape, out: piece.broadcast(
         out, shape, tuple(i for i in range(len(out)) if i not in eqn.params["dimensions"])
     ),
-    "broadcast_in_dim": lambda piece, eqn, args, shape, out: piece.broadcast(out, shape, eqn.params["broadcast_dimensions"]),
+    "broadcast_in_dim": lambda piece, eqn, args, shape, out: piece.broadcast(
+        out, shape, eqn.params["broadcast_dimensions"]
+    ),
     "reshape": lambda piece, eqn, args, shape, out: piece.reshaped(shape, out),
     "rev": lambda piece, eqn, args, shape, out: piece.reversed(eqn.params["dimensions"], shape),
     "slice": _slice_piece,

@@ -31,8 +31,8 @@ def hooked(
       given: a tree for each chosen site by name, handed to its hook.
 
     Returns:
-      The function. Inside ``jit`` or another transformation it is part of the trace; outside, it is traced once for each
-      shape of arguments, like a function under ``jit``.
+      The function. Inside ``jit`` or another transformation it is part of the trace; outside, it is
+      traced once for each shape of arguments, like a function under ``jit``.
     """
     cache: dict[ClosedJaxpr, tuple[ClosedJaxpr, Any]] = {}
 
@@ -43,12 +43,16 @@ def hooked(
 
         def with_hooks(*flat: Any) -> tuple[Any, dict[str, Any]]:
             chosen = traced.choose(where)
-            results, statistics = evaluate(traced.jaxpr, flat, hooks(chosen), _placed(chosen, given))
+            results, statistics = evaluate(
+                traced.jaxpr, flat, hooks(chosen), _placed(chosen, given)
+            )
             return jax.tree.unflatten(tree, results), statistics
 
         if any(isinstance(x, Tracer) for x in (*flat, *traced.jaxpr.consts)):
             return with_hooks(*flat)
-        made, shape = cache.get(traced.jaxpr) or jax.make_jaxpr(with_hooks, return_shape=True)(*flat)
+        made, shape = cache.get(traced.jaxpr) or jax.make_jaxpr(with_hooks, return_shape=True)(
+            *flat
+        )
         if not any(isinstance(x, Tracer) for x in made.consts):
             if len(cache) >= CACHED:
                 cache.clear()
@@ -64,11 +68,14 @@ def _placed(chosen: dict[Position, Site], given: Mapping[str, Any] | None) -> di
         return {}
     for site in chosen.values():
         if site.name not in given:
-            raise NoMatchError(f"nothing is given for site {site.name!r}, only for: {', '.join(given) or 'none'}")
+            raise NoMatchError(
+                f"nothing is given for site {site.name!r}, only for: {', '.join(given) or 'none'}"
+            )
         for leaf in jax.tree.leaves(given[site.name]):
             if jnp.shape(leaf)[: len(site.loops)] != site.loops:
                 raise ShapeError(
-                    f"what is given for site {site.name!r} has shape {jnp.shape(leaf)}, but the loops around the site need "
+                    f"what is given for site {site.name!r} has shape {jnp.shape(leaf)}, but the "
+                    "loops around the site need "
                     f"leading axes {site.loops}"
                 )
     return {position: given[site.name] for position, site in chosen.items()}
@@ -88,19 +95,22 @@ def rewrite(
 ) -> Callable[..., Any]:
     """Return ``fn`` with the contractions' operands, or whole contractions, replaced.
 
-    Everything else is evaluated as it stands: gradients, vmap, jit, sharding, random numbers and custom derivative rules are
-    those of the original, and with a rule that changes nothing values and gradients are the original's bit for bit under
-    ``jit``. (Outside ``jit`` JAX runs either one operation at a time; where it fuses them differently, the last bit may
-    differ.)
+    Everything else is evaluated as it stands: gradients, vmap, jit, sharding, random numbers and
+    custom derivative rules are those of the original, and with a rule that changes nothing values
+    and gradients are the original's bit for bit under ``jit``. (Outside ``jit`` JAX runs either one
+    operation at a time; where it fuses them differently, the last bit may differ.)
 
     Args:
       fn: a pure function of params and inputs.
-      rule: ``(site, lhs, rhs) -> (lhs, rhs)`` of the same shapes and dtypes, or an array that replaces the contraction's
-        result (`Site.contract` runs it on other operands). It is called when the function is traced, as under ``jit``.
-      where: a glob, or several, over the names of sites; the other contractions stay. By default the rule sees all.
-      given: a tree of arrays for each such site, by name: the scale of its activations, say. The rule is then called as
-        ``rule(site, lhs, rhs, given[site.name])``. Inside loops every turn has its own: their leading axes are `Site.loops`,
-        as `observe` returns them. They are differentiated like any array.
+      rule: ``(site, lhs, rhs) -> (lhs, rhs)`` of the same shapes and dtypes, or an array that
+        replaces the contraction's result (`Site.contract` runs it on other operands). It is called
+        when the function is traced, as under ``jit``.
+      where: a glob, or several, over the names of sites; the other contractions stay. By default
+        the rule sees all.
+      given: a tree of arrays for each such site, by name: the scale of its activations, say. The
+        rule is then called as ``rule(site, lhs, rhs, given[site.name])``. Inside loops every turn
+        has its own: their leading axes are `Site.loops`, as `observe` returns them. They are
+        differentiated like any array.
 
     Returns:
       ``(params, *inputs) -> out``.
@@ -119,9 +129,14 @@ def rewrite(
     def apply(site: Site, eqn: JaxprEqn, operands: list[Any], own: Any) -> Values:
         answer = rule(site, *operands[:2]) if given is None else rule(site, *operands[:2], own)
         if not isinstance(answer, tuple):
-            return [_checked(site, "result", jnp.asarray(answer), site.out_shape, site.out_dtype)], {}
+            return [
+                _checked(site, "result", jnp.asarray(answer), site.out_shape, site.out_dtype)
+            ], {}
         if len(answer) != 2:
-            raise ShapeError(f"the rule returned {len(answer)} values at site {site.name!r}; return (lhs, rhs) or an array")
+            raise ShapeError(
+                f"the rule returned {len(answer)} values at site {site.name!r}; return (lhs, rhs) "
+                "or an array"
+            )
         lhs = _checked(site, "lhs", answer[0], site.lhs_shape, site.lhs_dtype)
         rhs = _checked(site, "rhs", answer[1], site.rhs_shape, site.rhs_dtype)
         return bind(eqn, [lhs, rhs, *operands[2:]]), {}
@@ -134,6 +149,7 @@ def _checked(site: Site, what: str, x: Any, shape: tuple[int, ...], dtype: str) 
     if x.shape == shape and str(x.dtype) == dtype:
         return jax.lax.convert_element_type(x, x.dtype)  # drops the weak type of Python's numbers
     raise ShapeError(
-        f"the rule's {what} at site {site.name!r} is {x.dtype}{list(x.shape)}, but {dtype}{list(shape)} is needed there; "
+        f"the rule's {what} at site {site.name!r} is {x.dtype}{list(x.shape)}, but "
+        f"{dtype}{list(shape)} is needed there; "
         "cast it back, or return an array in the result's shape to replace the whole contraction"
     )

@@ -21,8 +21,9 @@ class Site:
     """One matrix product or convolution as the trace of a function holds it.
 
     Attributes:
-      name: stable, readable and unique: the path of the parameter, or of the parameters that the operands come from, joined
-        by ``@`` (attention scores are ``block/query@key``); a second use of the same parameter ends in ``#2``.
+      name: stable, readable and unique: the path of the parameter, or of the parameters that the
+        operands come from, joined by ``@`` (attention scores are ``block/query@key``); a second use
+        of the same parameter ends in ``#2``.
       kind: ``"dot"``, ``"conv"`` or ``"ragged_dot"``.
       param: path of the parameter that is an operand, or None if both operands are data.
       operand: which operand the parameter is, ``"lhs"`` or ``"rhs"``, or None.
@@ -32,22 +33,31 @@ class Site:
       lhs_dtype: name of the first operand's dtype.
       rhs_dtype: name of the second operand's dtype.
       out_dtype: name of the result's dtype.
-      contracting: axes summed over, ``(of lhs, of rhs)`` in the order they are paired; of a convolution the input channels,
-        and in the kernel its window too.
-      batch: axes that run along in both operands and the result, ``(of lhs, of rhs)``; for a grouped convolution, none.
-      param_axes: axes of the parameter itself, as it is stored, that are summed over; None if there is no parameter, or if
-        a reshape mixes an axis that is summed over with one that is not.
-      batch_axes: axes of the stored parameter that are batch axes of the product (one kernel an expert); likewise.
-      stack_axes: axes of the stored parameter of which the site sees one slice at a time (layers stacked for ``scan``).
-      stack_loops: for each of them, which entry of ``loops`` runs along it; None if it is an index (``w[2]``).
-      also: paths of further parameters in it: the other operand's, or those that a concatenation or a sum brings in.
-      uses: how the same parameter is used elsewhere: other sites' names, and ``"gather"`` for an embedding table.
-      loops: lengths of the loops around the site, outermost first: of scans, and of ``shard_map`` the number of devices.
-        Statistics come back stacked with this leading shape.
-      conditional: True inside a branch of ``cond`` or a ``while`` loop: it may run any number of times or never.
-      params: the equation's own parameters (dimension numbers, strides, precision), for rules that replace it.
+      contracting: axes summed over, ``(of lhs, of rhs)`` in the order they are paired; of a
+        convolution the input channels, and in the kernel its window too.
+      batch: axes that run along in both operands and the result, ``(of lhs, of rhs)``; for a
+        grouped convolution, none.
+      param_axes: axes of the parameter itself, as it is stored, that are summed over; None if there
+        is no parameter, or if a reshape mixes an axis that is summed over with one that is not.
+      batch_axes: axes of the stored parameter that are batch axes of the product (one kernel an
+        expert); likewise.
+      stack_axes: axes of the stored parameter of which the site sees one slice at a time (layers
+        stacked for ``scan``).
+      stack_loops: for each of them, which entry of ``loops`` runs along it; None if it is an index
+        (``w[2]``).
+      also: paths of further parameters in it: the other operand's, or those that a concatenation or
+        a sum brings in.
+      uses: how the same parameter is used elsewhere: other sites' names, and ``"gather"`` for an
+        embedding table.
+      loops: lengths of the loops around the site, outermost first: of scans, and of ``shard_map``
+        the number of devices. Statistics come back stacked with this leading shape.
+      conditional: True inside a branch of ``cond`` or a ``while`` loop: it may run any number of
+        times or never.
+      params: the equation's own parameters (dimension numbers, strides, precision), for rules that
+        replace it.
       position: where in the nested jaxprs it stands.
-      pieces: which parts of which parameters lie where in the operand that is a parameter; empty if that cannot be told.
+      pieces: which parts of which parameters lie where in the operand that is a parameter; empty if
+        that cannot be told.
       lost: why it cannot.
     """
 
@@ -90,20 +100,33 @@ class Site:
     def macs(self) -> int:
         r"""Multiply-accumulate operations of one call, all runs counted.
 
-        ``|out| * prod(contracted sizes)``. A convolution counts positions that fall on padding, as the literature does. One
-        that is transposed (a dilated input, or a result larger than the input) multiplies each input by each element of the
-        kernel, those whose product is cropped included; so a gradient for an input costs what its convolution costs. A
-        ragged product multiplies each row once, also where it sums over the ragged axis.
+        ``|out| * prod(contracted sizes)``. A convolution counts positions that fall on padding, as
+        the literature does. One that is transposed (a dilated input, or a result larger than the
+        input) multiplies each input by each element of the kernel, those whose product is cropped
+        included; so a gradient for an input costs what its convolution costs. A ragged product
+        multiplies each row once, also where it sums over the ragged axis.
         """
         if self.kind == "conv":
             return self.count * self._convolved()
         numbers = self.params.get("ragged_dot_dimension_numbers")
-        apart = numbers is not None and set(numbers.lhs_ragged_dimensions) <= set(self.contracting[0])
-        results = self.out_shape[1:] if apart else self.out_shape  # a result for each group, of a row in just one of them
-        return self.count * math.prod(results) * math.prod(self.rhs_shape[axis] for axis in self.contracting[1])
+        apart = numbers is not None and set(numbers.lhs_ragged_dimensions) <= set(
+            self.contracting[0]
+        )
+        results = (
+            self.out_shape[1:] if apart else self.out_shape
+        )  # a result for each group, of a row in just one of them
+        return (
+            self.count
+            * math.prod(results)
+            * math.prod(self.rhs_shape[axis] for axis in self.contracting[1])
+        )
 
     def _convolved(self) -> int:
-        shapes = zip((self.lhs_shape, self.rhs_shape, self.out_shape), self.params["dimension_numbers"], strict=True)
+        shapes = zip(
+            (self.lhs_shape, self.rhs_shape, self.out_shape),
+            self.params["dimension_numbers"],
+            strict=True,
+        )
         image, kernel, out = ([shape[axis] for axis in axes] for shape, axes in shapes)
         steps = (self.params["lhs_dilation"], self.params["window_strides"])
         along = zip(image[2:], kernel[2:], out[2:], *steps, strict=True)
@@ -116,7 +139,9 @@ class Site:
             return {"lhs": 0, "rhs": 1}
         return {"input": 1 if self.operand == "lhs" else 0}
 
-    def contract(self, lhs: jax.Array, rhs: jax.Array, preferred_element_type: Any = None) -> jax.Array:
+    def contract(
+        self, lhs: jax.Array, rhs: jax.Array, preferred_element_type: Any = None
+    ) -> jax.Array:
         """Run this very contraction on other operands, of any dtype.
 
         Args:
@@ -131,7 +156,10 @@ class Site:
           ShapeError: for a ragged product, whose group sizes the site does not know.
         """
         if self.kind == "ragged_dot":
-            raise ShapeError(f"site {self.name!r} is a ragged product: its group sizes are data; return operands instead")
+            raise ShapeError(
+                f"site {self.name!r} is a ragged product: its group sizes are data; return "
+                "operands instead"
+            )
         keep = CONV if self.kind == "conv" else ("dimension_numbers", "precision")
         options = {key: self.params[key] for key in keep}
         run = jax.lax.conv_general_dilated if self.kind == "conv" else jax.lax.dot_general
@@ -142,7 +170,9 @@ def _products(image: int, window: int, out: int, dilation: int, stride: int) -> 
     """Return how many pairs of a pixel and an element of the window a convolution multiplies along one axis."""
     if dilation == 1 and (stride > 1 or out <= image):
         return out * window
-    return image * window // stride if window <= out else image * out  # the gradient for a kernel is as large as the kernel
+    return (
+        image * window // stride if window <= out else image * out
+    )  # the gradient for a kernel is as large as the kernel
 
 
 CONV = (
@@ -183,7 +213,9 @@ def layouts_of_sites(
         for path, roles in _uses(site, leaves):
             uses.setdefault(path, []).append((site.macs, roles))
         if site.param is not None and site.param not in uses:
-            lost[site.param] = site.lost or "a reshape mixes the axes that are summed over with others"
+            lost[site.param] = (
+                site.lost or "a reshape mixes the axes that are summed over with others"
+            )
     found = {}
     for path, x in leaves.items():
         own = (stacked or {}).get(path, set())
@@ -202,7 +234,9 @@ def _uses(site: Site, params: Mapping[str, Any]) -> list[tuple[str, Roles]]:
     shape = tuple(params[site.param].shape)
     summed = dict.fromkeys(site.param_axes, INPUT)
     apart = dict.fromkeys((*site.batch_axes, *site.stack_axes), STACK)
-    return [(site.param, {a: {(summed | apart).get(a, OUTPUT)} for a, n in enumerate(shape) if n > 1})]
+    return [
+        (site.param, {a: {(summed | apart).get(a, OUTPUT)} for a, n in enumerate(shape) if n > 1})
+    ]
 
 
 def _roles_of_piece(site: Site, piece: Piece) -> Roles:
@@ -244,14 +278,20 @@ def _stored_axis(piece: Piece, stride: int) -> int:
     return len(piece.shape) - 1
 
 
-def _axes(shape: tuple[int, ...], uses: list[tuple[int, Roles]], stacked: set[int], lost: str) -> Axes:
+def _axes(
+    shape: tuple[int, ...], uses: list[tuple[int, Roles]], stacked: set[int], lost: str
+) -> Axes:
     """Join what the uses of a parameter say of its axes; where they disagree, the use with most products decides."""
     if not uses:
         axes = Axes.convention(shape)
         if not stacked:
             return axes._replace(note=lost and f"outputs taken to be last: {lost}")
         left = [a for a in range(len(shape)) if a not in stacked]
-        return axes._replace(stack=tuple(sorted(stacked)), outputs=tuple(left[-1:]) if len(left) > 1 else (), source="trace")
+        return axes._replace(
+            stack=tuple(sorted(stacked)),
+            outputs=tuple(left[-1:]) if len(left) > 1 else (),
+            source="trace",
+        )
     products: Counter[str] = Counter()
     for macs, roles in uses:
         products[_letters(shape, roles)] += macs
@@ -268,7 +308,9 @@ def _letters(shape: tuple[int, ...], roles: Roles) -> str:
     for axis in range(len(shape)):
         own = roles.get(axis, set())
         plain = own - {STACK} or own
-        letters.append(next((role for role in (INPUT, WINDOW, OUTPUT, STACK) if role in plain), "1"))
+        letters.append(
+            next((role for role in (INPUT, WINDOW, OUTPUT, STACK) if role in plain), "1")
+        )
     if "o" not in letters and "1" in letters:
         letters[len(letters) - 1 - letters[::-1].index("1")] = OUTPUT
     return "".join(letters).replace("1", INPUT)

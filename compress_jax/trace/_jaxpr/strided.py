@@ -1,7 +1,8 @@
 """A part of a stored parameter as it lies in a value: an offset and strides, as NumPy keeps them of a view.
 
-Transposes, reshapes, slices at constant indices, concatenations and loops over stacked layers only change offset and
-strides, so the entry of the parameter behind each entry of a value is known exactly, and nothing is ever computed.
+Transposes, reshapes, slices at constant indices, concatenations and loops over stacked layers only
+change offset and strides, so the entry of the parameter behind each entry of a value is known
+exactly, and nothing is ever computed.
 """
 
 import math
@@ -39,11 +40,14 @@ class Piece:
       path: of the parameter.
       shape: of the parameter.
       offset: where the box's first entry is in the flattened parameter.
-      axes: for each axis of the value, its ``(size, stride)`` in entries of the flattened parameter, outermost first:
-        several where a reshape joined axes, none where only one index is left. The stride is 0 where entries are repeated.
-      starts: for each axis of the value, where the box begins; not 0 beside other parameters or padding.
+      axes: for each axis of the value, its ``(size, stride)`` in entries of the flattened
+        parameter, outermost first: several where a reshape joined axes, none where only one index
+        is left. The stride is 0 where entries are repeated.
+      starts: for each axis of the value, where the box begins; not 0 beside other parameters or
+        padding.
       turns: the loops that run along further axes.
-      changed: the operations that changed entries on the way, such as ``"mul"``; each entry stayed where it was.
+      changed: the operations that changed entries on the way, such as ``"mul"``; each entry stayed
+        where it was.
     """
 
     path: str
@@ -58,7 +62,9 @@ class Piece:
     def whole(cls, path: str, shape: Shape) -> "Piece":
         """Return a parameter as it is stored."""
         strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-        axes = tuple(((n, stride),) if n != 1 else () for n, stride in zip(shape, strides, strict=True))
+        axes = tuple(
+            ((n, stride),) if n != 1 else () for n, stride in zip(shape, strides, strict=True)
+        )
         return cls(path, tuple(shape), 0, axes, (0,) * len(shape))
 
     @property
@@ -68,7 +74,11 @@ class Piece:
 
     def transposed(self, order: tuple[int, ...]) -> "Piece":
         """Return the piece in a transposed value."""
-        return replace(self, axes=tuple(self.axes[i] for i in order), starts=tuple(self.starts[i] for i in order))
+        return replace(
+            self,
+            axes=tuple(self.axes[i] for i in order),
+            starts=tuple(self.starts[i] for i in order),
+        )
 
     def squeezed(self, gone: tuple[int, ...]) -> "Piece":
         """Return the piece in a value that has lost axes of size 1."""
@@ -85,7 +95,9 @@ class Piece:
 
     def moved(self, axis: int, by: int) -> "Piece":
         """Return the piece in a value that has ``by`` more entries before it along an axis."""
-        return replace(self, starts=tuple(start + by * (i == axis) for i, start in enumerate(self.starts)))
+        return replace(
+            self, starts=tuple(start + by * (i == axis) for i, start in enumerate(self.starts))
+        )
 
     def cut(self, axis: int, low: int, high: int, step: int = 1) -> "Piece | str | None":
         """Return what a slice along one axis leaves of the piece: nothing, perhaps; or why it is no box any more."""
@@ -150,11 +162,16 @@ def runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
       >>> runs((2, 3, 1, 4), (6, 2, 2))
       [([0, 1], [0]), ([3], [1, 2])]
     """
-    old, new = [i for i, n in enumerate(before) if n != 1], [i for i, n in enumerate(after) if n != 1]
+    old, new = (
+        [i for i, n in enumerate(before) if n != 1],
+        [i for i, n in enumerate(after) if n != 1],
+    )
     found: list[tuple[list[int], list[int]]] = []
     while old and new:
         run, target = [old.pop(0)], [new.pop(0)]
-        while (left := math.prod(before[i] for i in run)) != (right := math.prod(after[i] for i in target)):
+        while (left := math.prod(before[i] for i in run)) != (
+            right := math.prod(after[i] for i in target)
+        ):
             (run if left < right else target).append((old if left < right else new).pop(0))
         found.append((run, target))
     return found
@@ -178,7 +195,9 @@ def _cut(digits: Digits, start: int, size: int, step: int) -> tuple[int, Digits]
     return None
 
 
-def _regrouped(piece: Piece, before: Shape, run: list[int], after: list[int]) -> list[tuple[Digits, int]] | None:
+def _regrouped(
+    piece: Piece, before: Shape, run: list[int], after: list[int]
+) -> list[tuple[Digits, int]] | None:
     """Return digits and start of each new axis of a run; of a box that is partial, only the run's first axis may be."""
     if any(piece.sizes[i] != before[i] for i in run[1:]):
         return None
@@ -186,8 +205,14 @@ def _regrouped(piece: Piece, before: Shape, run: list[int], after: list[int]) ->
     start, size = piece.starts[run[0]] * width, piece.sizes[run[0]] * width
     if start % rest or size % rest:
         return None
-    digits = _split(tuple(digit for i in run for digit in piece.axes[i]), [size // rest, *after[1:]])
-    return None if digits is None else list(zip(digits, [start // rest, *[0] * (len(after) - 1)], strict=True))
+    digits = _split(
+        tuple(digit for i in run for digit in piece.axes[i]), [size // rest, *after[1:]]
+    )
+    return (
+        None
+        if digits is None
+        else list(zip(digits, [start // rest, *[0] * (len(after) - 1)], strict=True))
+    )
 
 
 def _split(digits: Digits, sizes: list[int]) -> list[Digits] | None:
@@ -238,7 +263,9 @@ class Box:
     @property
     def slices(self) -> tuple[slice, ...]:
         """The ranges, of the fine axes."""
-        return tuple(slice(start, start + size) for start, size in zip(self.starts, self.sizes, strict=True))
+        return tuple(
+            slice(start, start + size) for start, size in zip(self.starts, self.sizes, strict=True)
+        )
 
     @property
     def whole(self) -> bool:
@@ -251,7 +278,14 @@ class Box:
 
     def put(self, x: jax.Array, new: jax.Array) -> jax.Array:
         """Return an array of the parameter's shape with what was cut out replaced."""
-        return new if self.whole else x.reshape(self.fine).at[self.slices].set(jnp.flip(new, self.flips)).reshape(self.shape)
+        return (
+            new
+            if self.whole
+            else x.reshape(self.fine)
+            .at[self.slices]
+            .set(jnp.flip(new, self.flips))
+            .reshape(self.shape)
+        )
 
     def index(self, places: dict[int, int]) -> str:
         """Return the index of one matrix, ``"[3]"``, given its place along some of the fine axes; empty for everything."""
@@ -266,7 +300,11 @@ class Box:
                 low, high = low + first * unit, high + last * unit
             part = str(low) if low == high else f"{low}:{high + 1}"
             words.append(":" if (low, high) == (0, size - 1) and size > 1 else part)
-        while words and words[-1] in (":", "0") and (words[-1] == ":" or self.shape[len(words) - 1] == 1):
+        while (
+            words
+            and words[-1] in (":", "0")
+            and (words[-1] == ":" or self.shape[len(words) - 1] == 1)
+        ):
             words.pop()
         return f"[{', '.join(words)}]" if words else ""
 
@@ -309,7 +347,11 @@ def placed(
     axes: list[_Axis] = []
     for axis, size in enumerate(piece.shape):
         stride = math.prod(piece.shape[axis + 1 :])
-        own = [(n, s // stride, role, rank) for n, s, role, rank in digits if stride <= abs(s) < stride * size]
+        own = [
+            (n, s // stride, role, rank)
+            for n, s, role, rank in digits
+            if stride <= abs(s) < stride * size
+        ]
         found = _axes(axis, size, first // stride % max(size, 1), own)
         if found is None:
             return "a slice of it in steps that do not divide its axis is used"
@@ -322,7 +364,10 @@ def placed(
         sizes=tuple(a.size for a in axes),
         flips=tuple(i for i, a in enumerate(axes) if a.flip),
     )
-    ranked = {role: sorted((a.rank, i) for i, a in enumerate(axes) if a.role == role) for role in ("lead", "summed", "kept")}
+    ranked = {
+        role: sorted((a.rank, i) for i, a in enumerate(axes) if a.role == role)
+        for role in ("lead", "summed", "kept")
+    }
     fixed = [i for i, a in enumerate(axes) if not a.role]
     front = [*fixed, *(i for _, i in ranked["lead"])]
     inner = [i for _, i in ranked["summed"]]
@@ -330,7 +375,9 @@ def placed(
     return box, (*front, *inner, *(i for _, i in ranked["kept"])), (counts[0], counts[1])
 
 
-def _axes(axis: int, size: int, start: int, digits: list[tuple[int, int, str, int]]) -> list[_Axis] | None:
+def _axes(
+    axis: int, size: int, start: int, digits: list[tuple[int, int, str, int]]
+) -> list[_Axis] | None:
     """Write one stored axis out: a fine axis for each digit, and one of a fixed index for what no digit runs along."""
     found: list[_Axis] = []
     outer = size
@@ -350,8 +397,16 @@ def _merged(axes: list[_Axis]) -> list[_Axis]:
     done: list[_Axis] = []
     for axis in axes:
         last = done[-1] if done else None
-        if last is not None and _whole(last) and _whole(axis) and last.role == axis.role and axis.rank == last.rank + 1:
-            done[-1] = replace(last, length=last.length * axis.length, size=last.size * axis.size, rank=axis.rank)
+        if (
+            last is not None
+            and _whole(last)
+            and _whole(axis)
+            and last.role == axis.role
+            and axis.rank == last.rank + 1
+        ):
+            done[-1] = replace(
+                last, length=last.length * axis.length, size=last.size * axis.size, rank=axis.rank
+            )
         else:
             done.append(axis)
     return done

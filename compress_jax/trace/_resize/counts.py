@@ -1,9 +1,9 @@
 r"""Which numbers in a computation count the terms of a sum: what a mean divides by must shrink with the sum's axes.
 
-A mean is a sum divided by a number: nothing ties the number to the axis but its value. So values are followed as products
-:math:`X \prod_i S_i^{p_i}` of powers of sums :math:`S_i` over :math:`n_i` terms, through roots, squares and quotients, and
-a factor :math:`n_i^{-p_i}` on such a value makes a mean of a sum: ``sum(h * h) / n``, ``h / norm(h) * sqrt(n)``,
-``h @ ones / n``.
+A mean is a sum divided by a number: nothing ties the number to the axis but its value. So values
+are followed as products :math:`X \prod_i S_i^{p_i}` of powers of sums :math:`S_i` over :math:`n_i`
+terms, through roots, squares and quotients, and a factor :math:`n_i^{-p_i}` on such a value makes a
+mean of a sum: ``sum(h * h) / n``, ``h / norm(h) * sqrt(n)``, ``h @ ones / n``.
 """
 
 import itertools
@@ -21,7 +21,16 @@ from compress_jax.trace._groups.analyze import Walk
 from compress_jax.trace._groups.axes import Axis, Dims, Leaf
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.interpret import Numbers
-from compress_jax.trace._jaxpr.primitives import CASTS, MOVES, PASSED, Branches, Call, Scan, While, nested
+from compress_jax.trace._jaxpr.primitives import (
+    CASTS,
+    MOVES,
+    PASSED,
+    Branches,
+    Call,
+    Scan,
+    While,
+    nested,
+)
 from compress_jax.trace._jaxpr.site import Position
 from compress_jax.trace._resize.widths import Kept
 
@@ -40,7 +49,8 @@ class Sum(NamedTuple):
       power: of the sum.
       of: what tells the summed value from others.
       centred: whether the mean over the same axes was taken off before.
-      plain: False for a product of two values that is summed up (``q @ k``): a factor beside it may be a scale.
+      plain: False for a product of two values that is summed up (``q @ k``): a factor beside it may
+        be a scale.
     """
 
     axes: tuple[Axis, ...]
@@ -118,8 +128,12 @@ def otherwise(eqn: JaxprEqn, args: list[Known], taken: Sequence[float | None], d
     powers = {"sqrt": HALF, "rsqrt": -HALF, "square": Fraction(2)}
     if name in powers:
         return replace(powered(args[0], powers[name]), dims=dims)
-    if name == "integer_pow" or (name == "pow" and taken[1] is not None and math.isfinite(taken[1])):
-        power = Fraction(eqn.params["y"] if name == "integer_pow" else taken[1] or 0).limit_denominator(64)
+    if name == "integer_pow" or (
+        name == "pow" and taken[1] is not None and math.isfinite(taken[1])
+    ):
+        power = Fraction(
+            eqn.params["y"] if name == "integer_pow" else taken[1] or 0
+        ).limit_denominator(64)
         return replace(powered(args[0], power), dims=dims)
     if name in ("neg", "abs", "real"):
         return replace(args[0], dims=dims, token=Known().token, mean=None)
@@ -139,7 +153,8 @@ class Count(NamedTuple):
     Attributes:
       which: the operand that it is.
       now: what it is if it counts what is left.
-      proven: whether it makes a mean of a sum; else it is a scale as well (attention's, a kernel's).
+      proven: whether it makes a mean of a sum; else it is a scale as well (attention's, a
+        kernel's).
       axes: that are counted.
     """
 
@@ -155,7 +170,8 @@ class Followed:
 
     Attributes:
       counts: of an equation of which one operand looks like a count.
-      calls: of an equation with a body, the axes of its operands and of its results; None for constants.
+      calls: of an equation with a body, the axes of its operands and of its results; None for
+        constants.
     """
 
     counts: dict[Position, Count] = field(default_factory=dict)
@@ -178,7 +194,9 @@ class Follower:
     numbers: Numbers
     noted: Followed = field(default_factory=Followed)
 
-    def run(self, jaxpr: ClosedJaxpr, args: Sequence[Known], position: Position = ()) -> list[Known]:
+    def run(
+        self, jaxpr: ClosedJaxpr, args: Sequence[Known], position: Position = ()
+    ) -> list[Known]:
         """Follow a jaxpr, or one inside it; return what is known of each of its results."""
         env: dict[Any, Known] = {var: Known() for var in jaxpr.jaxpr.constvars}
         env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
@@ -194,7 +212,10 @@ class Follower:
                 results = self._leaf(eqn, operands, place)
             else:
                 results = self._nested(eqn, operands, place)
-                self.noted.calls[place] = [each.dims for each in operands], [each.dims for each in results]
+                self.noted.calls[place] = (
+                    [each.dims for each in operands],
+                    [each.dims for each in results],
+                )
             env |= dict(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
@@ -217,19 +238,33 @@ class Follower:
 
     def _summed(self, value: Known, axes: tuple[Axis, ...], dims: Dims) -> Known:
         """A sum, or one over further axes of what is a sum itself; scales from before that make it a mean are noted."""
-        inner = value.sums[0] if len(value.sums) == 1 and value.sums[0].power == 1 and value.sums[0].plain else None
+        inner = (
+            value.sums[0]
+            if len(value.sums) == 1 and value.sums[0].power == 1 and value.sums[0].plain
+            else None
+        )
         whole = (*inner.axes, *axes) if inner else axes
-        total = Sum(whole, Fraction(1), inner.of if inner else value.token, self._same(value.centred, whole))
+        total = Sum(
+            whole, Fraction(1), inner.of if inner else value.token, self._same(value.centred, whole)
+        )
         if any([self._note(total, scale) for scale in value.scales]):
             return Known(dims)
         return Known(dims, sums=(total,))
 
     def _same(self, a: Sequence[Axis], b: Sequence[Axis]) -> bool:
-        leaves = [{leaf for axis in axes for leaf in self.walk.axes.leaves(axis)} for axes in (a, b)]
+        leaves = [
+            {leaf for axis in axes for leaf in self.walk.axes.leaves(axis)} for axes in (a, b)
+        ]
         return leaves[0] == leaves[1]
 
     def _contracted(
-        self, eqn: JaxprEqn, args: list[Known], operands: list[Dims], taken: Sequence[float | None], dims: Dims, at: Position
+        self,
+        eqn: JaxprEqn,
+        args: list[Known],
+        operands: list[Dims],
+        taken: Sequence[float | None],
+        dims: Dims,
+        at: Position,
     ) -> Known:
         """By a constant that is one number: a sum. A value with itself: a sum of squares. Of others, scales are noted."""
         contracted, _ = primitives.axes(eqn)
@@ -248,30 +283,49 @@ class Follower:
         return Known(dims, sums=(inner,))
 
     def _multiplied(
-        self, name: str, args: list[Known], taken: Sequence[float | None], dims: Dims, position: Position
+        self,
+        name: str,
+        args: list[Known],
+        taken: Sequence[float | None],
+        dims: Dims,
+        position: Position,
     ) -> Known:
         sign = 1 if name == "mul" else -1
         for which in (0, 1):
             if (number := taken[which]) is not None and taken[1 - which] is None:
                 power = sign if which == 1 else 1  # of the number among the result's factors
                 value = args[1 - which] if which or sign == 1 else powered(args[1], Fraction(-1))
-                return self._scaled(replace(value, dims=dims, token=Known().token), Scale(position, which, number, power))
+                return self._scaled(
+                    replace(value, dims=dims, token=Known().token),
+                    Scale(position, which, number, power),
+                )
         made = product_of(args[0], args[1], sign, dims)
         for scale in made.scales:
-            made = self._scaled(replace(made, scales=tuple(s for s in made.scales if s is not scale)), scale)
+            made = self._scaled(
+                replace(made, scales=tuple(s for s in made.scales if s is not scale)), scale
+            )
         return made
 
     def _scaled(self, value: Known, scale: Scale) -> Known:
         """Account for a number among a value's factors: it makes a mean of a sum, or is a scale."""
         for each in value.sums:
             if self._note(each, scale):
-                mean = (each.of, each.axes) if each.power == 1 and len(value.sums) == 1 and each.plain else None
-                return replace(value, sums=tuple(other for other in value.sums if other is not each), mean=mean)
+                mean = (
+                    (each.of, each.axes)
+                    if each.power == 1 and len(value.sums) == 1 and each.plain
+                    else None
+                )
+                return replace(
+                    value, sums=tuple(other for other in value.sums if other is not each), mean=mean
+                )
         return replace(value, scales=(*value.scales, scale), mean=None)
 
     def _note(self, total: Sum, scale: Scale) -> bool:
         """Tell whether a factor is the count of a sum, to the power that makes it a mean; note what its number becomes."""
-        full, now = math.prod(axis.size for axis in total.axes), math.prod(map(self.kept.size, total.axes))
+        full, now = (
+            math.prod(axis.size for axis in total.axes),
+            math.prod(map(self.kept.size, total.axes)),
+        )
         power = float(-total.power / scale.power)  # of the count, in the number
         for less in (0, 1) if total.centred else (0,):
             if full > less and close(scale.number, power_of(full - less, power)):
@@ -282,21 +336,31 @@ class Follower:
         return False
 
     def _nested(self, eqn: JaxprEqn, args: list[Known], position: Position) -> list[Known]:
-        def inside(body: ClosedJaxpr, args: Sequence[Known], name: int | str = "body") -> list[Known]:
+        def inside(
+            body: ClosedJaxpr, args: Sequence[Known], name: int | str = "body"
+        ) -> list[Known]:
             return self.run(body, args, (*position, name))
 
         match nested(eqn):
             case Call(body, shards):
                 if shards is None:
                     return inside(body, args)
-                pieces = [_recut(a, var.aval) for a, var in zip(args, body.jaxpr.invars, strict=True)]
-                return [_recut(a, var.aval) for a, var in zip(inside(body, pieces), eqn.outvars, strict=True)]
+                pieces = [
+                    _recut(a, var.aval) for a, var in zip(args, body.jaxpr.invars, strict=True)
+                ]
+                return [
+                    _recut(a, var.aval)
+                    for a, var in zip(inside(body, pieces), eqn.outvars, strict=True)
+                ]
             case Scan() as scan:
                 start = scan.consts + scan.carry
                 slices = [Known(x.dims and x.dims[1:]) for x in args[start:]]
                 carried = [Known(x.dims) for x in args[scan.consts : start]]
                 results = inside(scan.body, [*args[: scan.consts], *carried, *slices])
-                stacked = [Known(y.dims and (Leaf(scan.length, -1), *y.dims)) for y in results[scan.carry :]]
+                stacked = [
+                    Known(y.dims and (Leaf(scan.length, -1), *y.dims))
+                    for y in results[scan.carry :]
+                ]
                 return [*map(_either, carried, results[: scan.carry]), *stacked]
             case While() as loop:
                 start = loop.condition_consts + loop.body_consts
@@ -305,7 +369,9 @@ class Follower:
                 inside(loop.condition, [*args[: loop.condition_consts], *carried], "cond")
                 return [*map(_either, carried, results)]
             case Branches(bodies):
-                first, *others = (inside(body, args[1:], index) for index, body in enumerate(bodies))
+                first, *others = (
+                    inside(body, args[1:], index) for index, body in enumerate(bodies)
+                )
                 for other in others:
                     first = [*map(_either, first, other)]
                 return first
@@ -320,7 +386,12 @@ def _recut(a: Known, aval: Any) -> Known:
     """Return the axes of a device's piece, or of the whole; those that are cut are frozen and need no identity."""
     if a.dims is None:
         return Known()
-    return Known(tuple(axis if axis.size == n else Leaf(n, -1) for axis, n in zip(a.dims, aval.shape, strict=True)))
+    return Known(
+        tuple(
+            axis if axis.size == n else Leaf(n, -1)
+            for axis, n in zip(a.dims, aval.shape, strict=True)
+        )
+    )
 
 
 def counted(kept: Kept, count: Count) -> Iterator[Leaf]:

@@ -19,7 +19,16 @@ from compress_jax.trace._groups.axes import Axes, Dims, Leaf
 from compress_jax.trace._groups.groups import Groups
 from compress_jax.trace._jaxpr import evaluate
 from compress_jax.trace._jaxpr.interpret import interpret, numbers
-from compress_jax.trace._jaxpr.primitives import PASSED, Branches, Call, Scan, While, bodies, nested, opened
+from compress_jax.trace._jaxpr.primitives import (
+    PASSED,
+    Branches,
+    Call,
+    Scan,
+    While,
+    bodies,
+    nested,
+    opened,
+)
 from compress_jax.trace._jaxpr.site import Position, Shape
 from compress_jax.trace._resize.counts import Count, Followed, Follower, Known, counted
 from compress_jax.trace._resize.widths import Kept, cut, differences, leaves_of, own_width, resized
@@ -30,7 +39,9 @@ Body = Callable[..., tuple[list[Any], dict[str, Any]]]
 # resized as the function is.
 
 
-def custom_jvp(plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: Position) -> list[Any]:
+def custom_jvp(
+    plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: Position
+) -> list[Any]:
     """Run a shorter body under the shorter tangent rule.
 
     Args:
@@ -58,7 +69,9 @@ def custom_jvp(plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: 
     return function(consts, tuple(args))
 
 
-def custom_vjp(plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: Position) -> list[Any]:
+def custom_vjp(
+    plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: Position
+) -> list[Any]:
     """Run a shorter body under the shorter cotangent rule, which starts from the operands; see `custom_jvp`."""
     run, consts = _closed(body, args)
 
@@ -68,7 +81,9 @@ def custom_vjp(plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: 
 
     def backward(args: Any, cotangents: list[Any]) -> Any:
         given = [g for g, var in zip(cotangents, eqn.outvars, strict=True) if _inexact(var.aval)]
-        return None, tuple(_at_moving(_rule(plan, eqn, position, args, given, _backward), args, lambda x: None))
+        return None, tuple(
+            _at_moving(_rule(plan, eqn, position, args, given, _backward), args, lambda x: None)
+        )
 
     function.defvjp(lambda consts, args: (run(consts, args), args), backward)
     return function(consts, tuple(args))
@@ -90,7 +105,9 @@ def _moving(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
     return [value for value, var in zip(values, eqn.invars, strict=True) if _inexact(var.aval)]
 
 
-def _at_moving(values: Sequence[Any], like: Sequence[Any], other: Callable[[Any], Any]) -> list[Any]:
+def _at_moving(
+    values: Sequence[Any], like: Sequence[Any], other: Callable[[Any], Any]
+) -> list[Any]:
     """Put derivatives where they belong, and something else where there are none."""
     rest = iter(values)
     return [next(rest) if _inexact(x) else other(x) for x in like]
@@ -101,7 +118,9 @@ def _function(eqn: JaxprEqn, args: Sequence[Any]) -> Callable[..., list[Any]]:
 
     def function(*moving: Any) -> list[Any]:
         rest = iter(moving)
-        operands = [next(rest) if _inexact(var.aval) else x for x, var in zip(args, eqn.invars, strict=True)]
+        operands = [
+            next(rest) if _inexact(var.aval) else x for x, var in zip(args, eqn.invars, strict=True)
+        ]
         return [x for x in evaluate.bind(eqn, operands) if _inexact(x)]
 
     return function
@@ -116,7 +135,12 @@ def _backward(eqn: JaxprEqn, args: Sequence[Any], cotangents: Sequence[Any]) -> 
 
 
 def _rule(
-    plan: Any, eqn: JaxprEqn, position: Position, args: Sequence[Any], given: Sequence[Any], rule: Callable[..., Any]
+    plan: Any,
+    eqn: JaxprEqn,
+    position: Position,
+    args: Sequence[Any],
+    given: Sequence[Any],
+    rule: Callable[..., Any],
 ) -> list[Any]:
     """Run a rule on shorter values: ``given`` are tangents of the operands (forward) or cotangents of the results."""
     old, results = _shapes(eqn.invars), _shapes(eqn.outvars)
@@ -127,7 +151,10 @@ def _rule(
     operand_dims, result_dims = plan.followed.calls[position]
     dims = [walk.fresh(x) if d is None else d for x, d in zip(old, operand_dims, strict=True)]
     ends = [walk.fresh(x) if d is None else d for x, d in zip(results, result_dims, strict=True)]
-    moving, inexact = _moving(eqn, dims), [d for x, d in zip(results, ends, strict=True) if _inexact(x)]
+    moving, inexact = (
+        _moving(eqn, dims),
+        [d for x, d in zip(results, ends, strict=True) if _inexact(x)],
+    )
     starts = [*dims, *(moving if forward else inexact)]
     for a, b in zip(interpret(walk, made, starts), inexact if forward else moving, strict=True):
         walk.join(b, a)
@@ -147,12 +174,22 @@ def _copied(axes: Axes) -> Axes:
     return made
 
 
-def _translated(kept: Kept, axes: Axes, values: Sequence[Dims], eqn: JaxprEqn) -> dict[Leaf, np.ndarray]:
+def _translated(
+    kept: Kept, axes: Axes, values: Sequence[Dims], eqn: JaxprEqn
+) -> dict[Leaf, np.ndarray]:
     """Return what is kept in terms of axes that a rule has told more about; it must not have taken them apart."""
     found: dict[Leaf, np.ndarray] = {}
-    for leaf in {leaf for dims in values for axis in dims for leaf in kept.axes.leaves(axis) if leaf in kept.indices}:
+    for leaf in {
+        leaf
+        for dims in values
+        for axis in dims
+        for leaf in kept.axes.leaves(axis)
+        if leaf in kept.indices
+    }:
         now, reason = axes.find(leaf), axes.reason(leaf)
-        same = isinstance(now, Leaf) and np.array_equal(found.get(now, kept.indices[leaf]), kept.indices[leaf])
+        same = isinstance(now, Leaf) and np.array_equal(
+            found.get(now, kept.indices[leaf]), kept.indices[leaf]
+        )
         if not (isinstance(now, Leaf) and same) or reason:
             why = reason or "it is taken apart there"
             rule = eqn.params.get("name", eqn.primitive.name)
@@ -182,13 +219,20 @@ class Plan:
     numbers: Mapping[Position, Mapping[int, float]]
 
     @classmethod
-    def of(cls, walk: Walk, indices: dict[Leaf, np.ndarray], jaxpr: ClosedJaxpr, args: Sequence[Known]) -> "Plan":
+    def of(
+        cls, walk: Walk, indices: dict[Leaf, np.ndarray], jaxpr: ClosedJaxpr, args: Sequence[Known]
+    ) -> "Plan":
         """Make the plan of a jaxpr that has been walked over: numbers that make a mean of a sum follow its terms."""
         kept = Kept(walk.axes, indices)
         follower = Follower(walk, kept, numbers(jaxpr))
         follower.run(jaxpr, args)
         counts = follower.noted.counts
-        return cls(walk, kept, follower.noted, {at: {each.which: each.now} for at, each in counts.items() if each.proven})
+        return cls(
+            walk,
+            kept,
+            follower.noted,
+            {at: {each.which: each.now} for at, each in counts.items() if each.proven},
+        )
 
     def run(self, jaxpr: ClosedJaxpr, args: Sequence[Any], position: Position = ()) -> list[Any]:
         """Run the jaxpr, or one inside it, on shorter values; a constant stays whole until an equation takes it."""
@@ -203,7 +247,9 @@ class Plan:
                 stack.enter_context(eqn.ctx.manager)
                 if scope := str(eqn.source_info.name_stack):
                     stack.enter_context(jax.named_scope(scope))
-                results = self._equation(eqn, [read(atom) for atom in eqn.invars], (*position, index))
+                results = self._equation(
+                    eqn, [read(atom) for atom in eqn.invars], (*position, index)
+                )
             env |= dict(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
@@ -229,7 +275,9 @@ class Plan:
             case While() as loop:
                 return _while(args, loop, body(loop.condition, "cond"), body(loop.body))
             case Branches(bodies):
-                return _branches(eqn, args, [body(jaxpr, index) for index, jaxpr in enumerate(bodies)])
+                return _branches(
+                    eqn, args, [body(jaxpr, index) for index, jaxpr in enumerate(bodies)]
+                )
         raise AssertionError(f"{eqn.primitive.name} has no form")
 
     def _leaf(self, eqn: JaxprEqn, args: list[Any], position: Position) -> list[Any]:
@@ -237,7 +285,9 @@ class Plan:
         args = [cut(x, self.kept.shape(dims)) for x, dims in zip(args, operands, strict=True)]
         for which, number in self.numbers.get(position, {}).items():
             args[which] = jnp.full_like(args[which], number)
-        params = eqn.primitive.get_bind_params({**eqn.params, **resized(self.kept, eqn, operands, results)})
+        params = eqn.primitive.get_bind_params(
+            {**eqn.params, **resized(self.kept, eqn, operands, results)}
+        )
         made = eqn.primitive.bind(*args, **params)
         return list(made) if eqn.primitive.multiple_results else [made]
 
@@ -246,7 +296,9 @@ def _scan(eqn: JaxprEqn, args: list[Any], scan: Scan, body: Body) -> list[Any]:
     start = scan.consts + scan.carry
     consts, xs = args[: scan.consts], args[start:]
     first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
-    carry = _settled(lambda carry, first: body(*consts, *carry, *first)[0], args[scan.consts : start], first)
+    carry = _settled(
+        lambda carry, first: body(*consts, *carry, *first)[0], args[scan.consts : start], first
+    )
 
     def turn(*operands: Any, given: Any = None) -> tuple[list[Any], dict[str, Any]]:
         return _as_carried(body(*operands)[0], carry), {}
@@ -262,7 +314,9 @@ def _while(args: list[Any], loop: While, condition: Body, body: Body) -> list[An
     def turn(*operands: Any) -> tuple[list[Any], dict[str, Any]]:
         return _as_carried(body(*operands)[0], carry), {}
 
-    return evaluate.while_loop([*args[:split], *carry], loop, condition, turn, lambda old, new: new, False)[0]
+    return evaluate.while_loop(
+        [*args[:split], *carry], loop, condition, turn, lambda old, new: new, False
+    )[0]
 
 
 def _branches(eqn: JaxprEqn, args: list[Any], bodies: list[Body]) -> list[Any]:
@@ -276,11 +330,15 @@ def _branches(eqn: JaxprEqn, args: list[Any], bodies: list[Body]) -> list[Any]:
     return evaluate.branches(eqn, args, [alike(body) for body in bodies])[0]
 
 
-def _settled(turn: Callable[[list[Any], list[Any]], list[Any]], carry: list[Any], rest: list[Any]) -> list[Any]:
+def _settled(
+    turn: Callable[[list[Any], list[Any]], list[Any]], carry: list[Any], rest: list[Any]
+) -> list[Any]:
     """Return what a loop carries, cut as a turn of it leaves it: a constant it starts from is still whole."""
     while True:
         results = jax.eval_shape(turn, carry, rest)[: len(carry)]
-        shapes = [tuple(map(min, np.shape(x), y.shape)) for x, y in zip(carry, results, strict=True)]
+        shapes = [
+            tuple(map(min, np.shape(x), y.shape)) for x, y in zip(carry, results, strict=True)
+        ]
         if all(np.shape(x) == shape for x, shape in zip(carry, shapes, strict=True)):
             return carry
         carry = [cut(x, shape) for x, shape in zip(carry, shapes, strict=True)]
@@ -288,7 +346,10 @@ def _settled(turn: Callable[[list[Any], list[Any]], list[Any]], carry: list[Any]
 
 def _as_carried(results: list[Any], like: Sequence[Any]) -> list[Any]:
     """Cut those of the first results that are constants and still whole."""
-    return [*(cut(x, np.shape(y)) for x, y in zip(results, like, strict=False)), *results[len(like) :]]
+    return [
+        *(cut(x, np.shape(y)) for x, y in zip(results, like, strict=False)),
+        *results[len(like) :],
+    ]
 
 
 # What numbers become when the axes that they count, or seem to count, get shorter: decided, and
@@ -306,11 +367,13 @@ class Number(NamedTuple):
     """A number in a computation of which an axis was shortened.
 
     Attributes:
-      name: the scope it stands in and its operation, numbered where there are several: ``"block/norm/div"``, ``"mul#2"``.
+      name: the scope it stands in and its operation, numbered where there are several:
+        ``"block/norm/div"``, ``"mul#2"``.
       old: its value at the old width.
       new: its value now.
       follows: whether it is another number now.
-      counts: names of the groups that it counts or seems to count; empty if only the code shows that it depends on a width.
+      counts: names of the groups that it counts or seems to count; empty if only the code shows
+        that it depends on a width.
       reason: why.
     """
 
@@ -346,13 +409,21 @@ def decided(
     jaxpr = analysis.traced.jaxpr
     by_code = {} if code is None else differences(jaxpr, code)
     before, counts = numbers(jaxpr), plan.followed.counts
-    places = {(at, which) for at, each in by_code.items() for which in each} | {(at, c.which) for at, c in counts.items()}
+    places = {(at, which) for at, each in by_code.items() for which in each} | {
+        (at, c.which) for at, c in counts.items()
+    }
     named = _named(jaxpr, places)
     found, changed, differ = [], {}, False
     for (at, which), name in named.items():
         old, count = before[at][which] or 0.0, counts.get(at)
         count = count if count is not None and count.which == which else None
-        own = by_code.get(at, {}).get(which) if code is not None else count.now if count and count.proven else None
+        own = (
+            by_code.get(at, {}).get(which)
+            if code is not None
+            else count.now
+            if count and count.proven
+            else None
+        )
         follows = next((answer for glob, answer in said.items() if matches(glob, name)), None)
         new = own if follows is None else _new(own, count) if follows else None
         over = () if count is None else _over(analysis, plan, groups, count)
@@ -378,7 +449,9 @@ def _over(analysis: Analysis, plan: Plan, groups: Groups, count: Count) -> tuple
     return tuple(group.name for group in groups if axes & set(leaves_of(analysis, group)))
 
 
-def _named(jaxpr: ClosedJaxpr, places: set[tuple[Position, int]]) -> dict[tuple[Position, int], str]:
+def _named(
+    jaxpr: ClosedJaxpr, places: set[tuple[Position, int]]
+) -> dict[tuple[Position, int], str]:
     """Return a name for each operand, in program order."""
     seen: Counter[str] = Counter()
     named = {}
@@ -403,39 +476,49 @@ KeptByGroup = Mapping[str, Sequence[int] | np.ndarray]
 
 
 def resize(
-    fn: Callable[..., Any], variables: Any, groups: Groups, kept: KeptByGroup, numbers: Numbers | None = None
+    fn: Callable[..., Any],
+    variables: Any,
+    groups: Groups,
+    kept: KeptByGroup,
+    numbers: Numbers | None = None,
 ) -> Callable[..., Any]:
     r"""Return the function that ``fn`` is when only some coordinates of some groups are left.
 
-    ``fn`` is traced for variables of the old shapes, and every equation is run with shapes, limits, slices and counts of
-    groups as they are on what is left; loops, branches, calls and rules for derivatives are built again around it. So it
-    does not matter which shapes the model has written down, and none of its code is changed. Constants must be the same
-    along what is shortened, or it would be frozen.
+    ``fn`` is traced for variables of the old shapes, and every equation is run with shapes, limits,
+    slices and counts of groups as they are on what is left; loops, branches, calls and rules for
+    derivatives are built again around it. So it does not matter which shapes the model has written
+    down, and none of its code is changed. Constants must be the same along what is shortened, or it
+    would be frozen.
 
-    Which numbers count what gets shorter (the n of a mean), and which only look like it? Where ``fn`` itself takes the
-    shorter variables and does the same, equation for equation, it says so itself, and it is what is run: the same code at
-    the new width. Where it does not (a module with its widths written down), a number becomes the new count if it makes a
-    mean of a sum over a shortened axis, by its value: :math:`n^{-p}` on the p-th power of a sum over n terms (means,
-    variances, norms, sums by ones); every other number stays, that of attention's scores among them. `resized_numbers` lists
-    them all; ``numbers`` overrules.
+    Which numbers count what gets shorter (the n of a mean), and which only look like it? Where
+    ``fn`` itself takes the shorter variables and does the same, equation for equation, it says so
+    itself, and it is what is run: the same code at the new width. Where it does not (a module with
+    its widths written down), a number becomes the new count if it makes a mean of a sum over a
+    shortened axis, by its value: :math:`n^{-p}` on the p-th power of a sum over n terms (means,
+    variances, norms, sums by ones); every other number stays, that of attention's scores among
+    them. `resized_numbers` lists them all; ``numbers`` overrules.
 
-    The gradient of a mean divides too, but where no sum shows it: shrink a function, then differentiate, not the reverse.
+    The gradient of a mean divides too, but where no sum shows it: shrink a function, then
+    differentiate, not the reverse.
 
     Args:
       fn: a pure function of ``(variables, *inputs)``.
       variables: tree of arrays or ``ShapeDtypeStruct``, of the old shapes.
       groups: what `compress_jax.trace.groups` found in ``fn``.
-      kept: by name of a group the coordinates to keep, in any order (their old order stays); others stay whole.
-      numbers: ``{glob over names of numbers: whether they follow the width}``, first match wins; others as above.
+      kept: by name of a group the coordinates to keep, in any order (their old order stays); others
+        stay whole.
+      numbers: ``{glob over names of numbers: whether they follow the width}``, first match wins;
+        others as above.
 
     Returns:
-      ``smaller(smaller variables, *inputs)``, compiled, for inputs of any shapes that ``fn`` takes; for the variables see
-      `Groups.keep`.
+      ``smaller(smaller variables, *inputs)``, compiled, for inputs of any shapes that ``fn`` takes;
+      for the variables see `Groups.keep`.
 
     Raises:
       NoMatchError: if there is no group of a name.
-      ShapeError: if a coordinate is not one of the group's or none is kept; and, when it is called, if the variables do not
-        have the shapes of what is kept, or if with inputs of these shapes the axes cannot be shortened.
+      ShapeError: if a coordinate is not one of the group's or none is kept; and, when it is called,
+        if the variables do not have the shapes of what is kept, or if with inputs of these shapes
+        the axes cannot be shortened.
 
     Example:
       >>> import jax.numpy as jnp
@@ -458,17 +541,29 @@ def resize(
         work.check(leaves)
         flat = [*leaves.values(), *jax.tree.leaves(inputs)]
         analysis, plan, code, _ = work.plan(variables, inputs)
-        results = plan.run(analysis.traced.jaxpr, flat) if code is None else jaxpr_as_fun(code)(*flat)
+        results = (
+            plan.run(analysis.traced.jaxpr, flat) if code is None else jaxpr_as_fun(code)(*flat)
+        )
         outputs, rebuild_output = flatten(analysis.traced.out)
         made = dict(zip(outputs, results, strict=True))
-        return rebuild_output(made | {out: cut(made[out], work.expected[path]) for out, path in analysis.state.items()})
+        return rebuild_output(
+            made
+            | {out: cut(made[out], work.expected[path]) for out, path in analysis.state.items()}
+        )
 
-    smaller.whole = jax.jit(getattr(fn, "whole", fn), inline=True)  # for the next time: see `own_width`
+    smaller.whole = jax.jit(
+        getattr(fn, "whole", fn), inline=True
+    )  # for the next time: see `own_width`
     return jax.jit(smaller, inline=True)
 
 
 def resized_numbers(
-    fn: Callable[..., Any], variables: Any, *inputs: Any, groups: Groups, kept: KeptByGroup, numbers: Numbers | None = None
+    fn: Callable[..., Any],
+    variables: Any,
+    *inputs: Any,
+    groups: Groups,
+    kept: KeptByGroup,
+    numbers: Numbers | None = None,
 ) -> tuple[Number, ...]:
     """List the numbers in a function that count, or look as if they counted, what `resize` shortens, and what they become.
 
@@ -505,7 +600,10 @@ def resized_numbers(
     for pattern in numbers or {}:
         if not any(matches(pattern, number.name) for number in found):
             listing = "\n  ".join(map(str, found)) or "(none)"
-            raise NoMatchError(f"numbers: {pattern!r} matches no number that may count a width. They are:\n  {listing}")
+            raise NoMatchError(
+                f"numbers: {pattern!r} matches no number that may count a width. They are:\n  "
+                f"{listing}"
+            )
     return found
 
 
@@ -522,25 +620,47 @@ class _Work:
 
     @classmethod
     def of(
-        cls, fn: Callable[..., Any], variables: Any, groups: Groups, kept: KeptByGroup, numbers: Numbers | None
+        cls,
+        fn: Callable[..., Any],
+        variables: Any,
+        groups: Groups,
+        kept: KeptByGroup,
+        numbers: Numbers | None,
     ) -> "_Work":
-        full = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x)), variables)
-        left = {name: np.unique(np.asarray(list(coordinates), int)) for name, coordinates in kept.items()}
+        full = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x)), variables
+        )
+        left = {
+            name: np.unique(np.asarray(list(coordinates), int))
+            for name, coordinates in kept.items()
+        }
         short = flatten(jax.eval_shape(lambda v: groups.keep(v, left), full))[0]
-        return cls(fn, full, {path: x.shape for path, x in short.items()}, groups, left, numbers or {})
+        return cls(
+            fn, full, {path: x.shape for path, x in short.items()}, groups, left, numbers or {}
+        )
 
     def check(self, leaves: dict[str, Any]) -> None:
         if leaves.keys() != self.expected.keys():
             odd = sorted(leaves.keys() ^ self.expected.keys())
-            raise ShapeError(f"these variables are not those shortened: {', '.join(odd)} is only in one of the two")
+            raise ShapeError(
+                f"these variables are not those shortened: {', '.join(odd)} is only in one of the "
+                "two"
+            )
         for path, x in leaves.items():
             if np.shape(x) != self.expected[path]:
-                raise ShapeError(f"{path!r} has shape {np.shape(x)}, but what is kept of it has shape {self.expected[path]}")
+                raise ShapeError(
+                    f"{path!r} has shape {np.shape(x)}, but what is kept of it has shape "
+                    f"{self.expected[path]}"
+                )
 
-    def plan(self, variables: Any, inputs: Sequence[Any]) -> tuple[Analysis, Plan, ClosedJaxpr | None, tuple[Number, ...]]:
+    def plan(
+        self, variables: Any, inputs: Sequence[Any]
+    ) -> tuple[Analysis, Plan, ClosedJaxpr | None, tuple[Number, ...]]:
         """Return the analysis at the old width, the plan, the jaxpr of the function's own code if it does, the numbers."""
         leaves, (old, rebuilt) = flatten(variables)[0], flatten(self.full)
-        wide = rebuilt({path: jax.ShapeDtypeStruct(old[path].shape, x.dtype) for path, x in leaves.items()})
+        wide = rebuilt(
+            {path: jax.ShapeDtypeStruct(old[path].shape, x.dtype) for path, x in leaves.items()}
+        )
         analysis = analyze(self.fn, wide, *inputs)
         indices = _indices(analysis, self.groups, self.kept)
         plan = Plan.of(analysis.walk, indices, analysis.traced.jaxpr, _known(analysis))
@@ -556,13 +676,17 @@ def _known(analysis: Analysis) -> list[Known]:
     return [*map(Known, analysis.params.values()), *data]
 
 
-def _indices(analysis: Analysis, groups: Groups, kept: Mapping[str, np.ndarray]) -> dict[Leaf, np.ndarray]:
+def _indices(
+    analysis: Analysis, groups: Groups, kept: Mapping[str, np.ndarray]
+) -> dict[Leaf, np.ndarray]:
     found: dict[Leaf, np.ndarray] = {}
     for name, coordinates in kept.items():
         leaves = leaves_of(analysis, groups[name])
         reasons = [reason for leaf in leaves if (reason := analysis.walk.axes.reason(leaf))]
         if not leaves or reasons:
             why = reasons[0] if reasons else "its axes are made of other parts"
-            raise ShapeError(f"for inputs of these shapes group {name!r} cannot be shortened: {why}")
+            raise ShapeError(
+                f"for inputs of these shapes group {name!r} cannot be shortened: {why}"
+            )
         found |= dict.fromkeys(leaves, coordinates)
     return found

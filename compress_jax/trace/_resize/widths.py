@@ -44,7 +44,9 @@ class Kept:
             return self.indices.get(axis, np.arange(axis.size))
         if isinstance(axis, Sum):
             starts = np.cumsum([0, *(part.size for part in axis.parts)])
-            return np.concatenate([start + self.of(part) for start, part in zip(starts, axis.parts, strict=False)])
+            return np.concatenate(
+                [start + self.of(part) for start, part in zip(starts, axis.parts, strict=False)]
+            )
         found = np.zeros(1, int)
         for part in axis.parts:
             found = (found[:, None] * part.size + self.of(part)[None, :]).reshape(-1)
@@ -66,8 +68,8 @@ class Kept:
 def leaves_of(analysis: Analysis, group: Group) -> tuple[Leaf, ...]:
     """Return the leaves that a group is in an analysis, perhaps of the same function for inputs of other shapes.
 
-    They are those whose coordinates along every member's axis are the group's: one, or several where shorter inputs no
-    longer tie all members together.
+    They are those whose coordinates along every member's axis are the group's: one, or several
+    where shorter inputs no longer tie all members together.
 
     Args:
       analysis: of the function.
@@ -79,7 +81,11 @@ def leaves_of(analysis: Analysis, group: Group) -> tuple[Leaf, ...]:
     found: list[Leaf] = []
     for path, axis in group.members:
         along = analysis.walk.axes.coordinates(analysis.params[path][axis])
-        same = [leaf for leaf, place in along.items() if np.array_equal(place, group.coordinates[path, axis])]
+        same = [
+            leaf
+            for leaf, place in along.items()
+            if np.array_equal(place, group.coordinates[path, axis])
+        ]
         if not same:
             return ()
         found += same
@@ -96,7 +102,9 @@ def cut(x: Any, shape: Shape) -> Any:
 
 
 Changes = dict[str, Any]
-Rule = Callable[[Kept, JaxprEqn, list[Dims], list[Dims]], Changes]  # (kept, equation, axes of operands, of results)
+Rule = Callable[
+    [Kept, JaxprEqn, list[Dims], list[Dims]], Changes
+]  # (kept, equation, axes of operands, of results)
 
 
 def resized(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
@@ -142,12 +150,19 @@ def _slice(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims])
     """Count what is left before a limit."""
     p = eqn.params
     strides = p["strides"] or [1] * len(operands[0])
-    pieces = zip(operands[0], results[0], p["start_indices"], p["limit_indices"], strides, strict=True)
+    pieces = zip(
+        operands[0], results[0], p["start_indices"], p["limit_indices"], strides, strict=True
+    )
     limits = [_limits(kept, *piece) for piece in pieces]
-    return {"start_indices": tuple(start for start, _ in limits), "limit_indices": tuple(limit for _, limit in limits)}
+    return {
+        "start_indices": tuple(start for start, _ in limits),
+        "limit_indices": tuple(limit for _, limit in limits),
+    }
 
 
-def _limits(kept: Kept, axis: Axis, piece: Axis, start: int, limit: int, stride: int) -> tuple[int, int]:
+def _limits(
+    kept: Kept, axis: Axis, piece: Axis, start: int, limit: int, stride: int
+) -> tuple[int, int]:
     """Return the new start and limit; of a strided slice, rows stay whole or go."""
 
     def before(index: int) -> int:
@@ -167,22 +182,35 @@ def _split(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims])
 def _whole(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
     """Slices that take an axis whole still do; others are of axes that stay."""
     pairs = zip(operands[0], eqn.params["slice_sizes"], strict=True)
-    return {"slice_sizes": tuple(kept.size(axis) if axis.size == size else size for axis, size in pairs)}
+    return {
+        "slice_sizes": tuple(kept.size(axis) if axis.size == size else size for axis, size in pairs)
+    }
 
 
 def _pad(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
     """Padding that a removed channel falls into gets shorter."""
     config = []
-    for axis, (low, high, interior), out in zip(operands[0], eqn.params["padding_config"], results[0], strict=True):
+    for axis, (low, high, interior), out in zip(
+        operands[0], eqn.params["padding_config"], results[0], strict=True
+    ):
         if low > 0 or high > 0:
             left = kept.of(out)
-            low, high = (int((left < low).sum()), int((left >= low + axis.size).sum())) if not interior else (low, high)
+            low, high = (
+                (int((left < low).sum()), int((left >= low + axis.size).sum()))
+                if not interior
+                else (low, high)
+            )
         config.append((low, high, interior))
     return {"padding_config": tuple(config)}
 
 
 def _tile(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    return {"reps": tuple(kept.size(out) // kept.size(axis) for axis, out in zip(operands[0], results[0], strict=True))}
+    return {
+        "reps": tuple(
+            kept.size(out) // kept.size(axis)
+            for axis, out in zip(operands[0], results[0], strict=True)
+        )
+    }
 
 
 def _convolution(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
@@ -230,7 +258,8 @@ def own_width(
       inputs: as in the analysis.
 
     Returns:
-      The jaxpr; None if the function fails, or if an equation is another, has other shapes or takes other arrays.
+      The jaxpr; None if the function fails, or if an equation is another, has other shapes or takes
+      other arrays.
     """
     try:
         made = jax.make_jaxpr(getattr(fn, "whole", fn))(variables, *inputs)
@@ -267,19 +296,39 @@ class _Comparison:
     def alike(self, old: ClosedJaxpr, new: ClosedJaxpr, position: Position = ()) -> bool:
         """Tell whether the second is the first at another width."""
         inputs = (old.jaxpr.invars, new.jaxpr.invars)
-        if any(len(a) != len(b) for a, b in (inputs, (old.eqns, new.eqns), (old.jaxpr.outvars, new.jaxpr.outvars))):
+        if any(
+            len(a) != len(b)
+            for a, b in (inputs, (old.eqns, new.eqns), (old.jaxpr.outvars, new.jaxpr.outvars))
+        ):
             return False
         self.pairs |= dict(zip(*inputs, strict=True))
-        constants = dict(zip((*old.jaxpr.constvars, *new.jaxpr.constvars), (*old.consts, *new.consts), strict=True))
+        constants = dict(
+            zip(
+                (*old.jaxpr.constvars, *new.jaxpr.constvars),
+                (*old.consts, *new.consts),
+                strict=True,
+            )
+        )
         equations = enumerate(zip(old.eqns, new.eqns, strict=True))
-        return all(self._equations(a, b, (*position, i), constants) for i, (a, b) in equations) and all(
-            self._atoms(a, b, constants) for a, b in zip(old.jaxpr.outvars, new.jaxpr.outvars, strict=True)
+        return all(
+            self._equations(a, b, (*position, i), constants) for i, (a, b) in equations
+        ) and all(
+            self._atoms(a, b, constants)
+            for a, b in zip(old.jaxpr.outvars, new.jaxpr.outvars, strict=True)
         )
 
-    def _equations(self, old: JaxprEqn, new: JaxprEqn, position: Position, constants: Mapping[Any, Any]) -> bool:
-        if old.primitive is not new.primitive or len(old.invars) != len(new.invars) or len(old.outvars) != len(new.outvars):
+    def _equations(
+        self, old: JaxprEqn, new: JaxprEqn, position: Position, constants: Mapping[Any, Any]
+    ) -> bool:
+        if (
+            old.primitive is not new.primitive
+            or len(old.invars) != len(new.invars)
+            or len(old.outvars) != len(new.outvars)
+        ):
             return False
-        if not all(self._atoms(a, b, constants) for a, b in zip(old.invars, new.invars, strict=True)):
+        if not all(
+            self._atoms(a, b, constants) for a, b in zip(old.invars, new.invars, strict=True)
+        ):
             return False
         self.pairs |= dict(zip(old.outvars, new.outvars, strict=True))
         if old.primitive.name in PASSED:
@@ -288,8 +337,12 @@ class _Comparison:
         if form is None or other is None:
             return form is other is None and self._leaf(old, new, position)
         ours, others = bodies(form), bodies(other)
-        same = ours.keys() == others.keys() and getattr(form, "length", 0) == getattr(other, "length", 0)
-        return same and all(self.alike(body, others[step], (*position, step)) for step, body in ours.items())
+        same = ours.keys() == others.keys() and getattr(form, "length", 0) == getattr(
+            other, "length", 0
+        )
+        return same and all(
+            self.alike(body, others[step], (*position, step)) for step, body in ours.items()
+        )
 
     def _leaf(self, old: JaxprEqn, new: JaxprEqn, position: Position) -> bool:
         operands, results = self.walk.values[position]
@@ -324,4 +377,6 @@ def _equal(a: Any, b: Any) -> bool:
     if jax.numpy.issubdtype(getattr(a, "dtype", np.float32), jax.dtypes.extended):
         return bool((jax.random.key_data(a) == jax.random.key_data(b)).all())
     x, y = np.asarray(a), np.asarray(b)
-    return x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())  # NaN is the same as NaN
+    return x.shape == y.shape and bool(
+        ((x == y) | ((x != x) & (y != y))).all()
+    )  # NaN is the same as NaN

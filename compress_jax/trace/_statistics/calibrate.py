@@ -75,17 +75,29 @@ class Followed:
         """Return one slice along the first axis."""
         lost: frozenset[Lost] = frozenset()
         if a.reasons is not None and self.holds(a.dims[0]):
-            which = [i for i, axis in enumerate(self.mask) if self.walk.axes.find(axis) == self.walk.axes.find(a.dims[0])]
+            which = [
+                i
+                for i, axis in enumerate(self.mask)
+                if self.walk.axes.find(axis) == self.walk.axes.find(a.dims[0])
+            ]
             lost = frozenset({Lost(SCAN, loop, which[0]) if len(which) == 1 else Lost(SCAN)})
-        return Value(self.walk.unstack(a.dims, loop), None if a.reasons is None else a.reasons | lost)
+        return Value(
+            self.walk.unstack(a.dims, loop), None if a.reasons is None else a.reasons | lost
+        )
 
     def stack(self, a: Value, length: int) -> Value:
         """Return slices put together."""
         dims = self.walk.stack(a.dims, length)
-        turns = [each for each in a.reasons or () if each.axis is not None and self.mask[each.axis].size == length]
+        turns = [
+            each
+            for each in a.reasons or ()
+            if each.axis is not None and self.mask[each.axis].size == length
+        ]
         if len(turns) != 1 or turns[0].axis is None:
             return Value(dims, a.reasons)
-        return Value((self.mask[turns[0].axis], *dims[1:]), (a.reasons or frozenset()) - {turns[0]})  # turns are its entries
+        return Value(
+            (self.mask[turns[0].axis], *dims[1:]), (a.reasons or frozenset()) - {turns[0]}
+        )  # turns are its entries
 
     def reshard(self, a: Value, aval: Any) -> Value:
         """Return a device's piece."""
@@ -102,22 +114,32 @@ class Followed:
 
     def holds(self, axis: Axis) -> bool:
         """Tell whether an axis holds one of the mask's, or a part of it."""
-        return any(set(self.walk.axes.leaves(axis)) & set(self.walk.axes.leaves(one)) for one in self.mask)
+        return any(
+            set(self.walk.axes.leaves(axis)) & set(self.walk.axes.leaves(one)) for one in self.mask
+        )
 
     def _lost(self, eqn: JaxprEqn, args: list[Value], results: Sequence[Dims]) -> frozenset[Lost]:
         name = eqn.primitive.name
-        given = [axis for arg in args if arg.reasons is not None for axis in arg.dims if self.holds(axis)]
+        given = [
+            axis for arg in args if arg.reasons is not None for axis in arg.dims if self.holds(axis)
+        ]
         if name in REORDER:
             along = eqn.params[REORDER[name]]
             chosen = (along,) if isinstance(along, int) else along
             if any(self.holds(arg.dims[i]) for arg in args if arg.dims for i in chosen):
                 return frozenset({Lost(f"{name} reorders it")})
-        if name == "slice" and any(step > 1 and self.holds(axis) for axis, step in _steps(eqn, args)):
+        if name == "slice" and any(
+            step > 1 and self.holds(axis) for axis, step in _steps(eqn, args)
+        ):
             return frozenset({Lost("slice leaves out some of it")})
         made = {leaf for dims in results for axis in dims for leaf in self.walk.axes.leaves(axis)}
         gone = [axis for axis in given if not set(self.walk.axes.leaves(axis)) & made]
         picked = name in PICK and all(_one_less(eqn, arg) for arg in args[:1])
-        return frozenset() if not gone or name in REDUCE or picked else frozenset({Lost(f"{name} mixes or reorders it")})
+        return (
+            frozenset()
+            if not gone or name in REDUCE or picked
+            else frozenset({Lost(f"{name} mixes or reorders it")})
+        )
 
 
 def _steps(eqn: JaxprEqn, args: list[Value]) -> list[tuple[Axis, int]]:
@@ -172,8 +194,8 @@ class Padding:
           index: 0 or 1, which operand.
 
         Returns:
-          The function, to booleans with the axes of the loops around the site, then those of the operand; None if the
-          operand is not made of what the mask is of.
+          The function, to booleans with the axes of the loops around the site, then those of the
+          operand; None if the operand is not made of what the mask is of.
 
         Raises:
           ShapeError: if what counts of it is not known.
@@ -198,19 +220,35 @@ class Padding:
     def _labels(self) -> list[tuple[int, int]]:
         """Return the parts of the mask's axes, ``(axis, factor of it)``, those of size 1 left out."""
         every = enumerate(self.domain.mask)
-        return [(i, j) for i, axis in every for j, part in enumerate(self.domain.walk.axes.factors(axis)) if part.size > 1]
+        return [
+            (i, j)
+            for i, axis in every
+            for j, part in enumerate(self.domain.walk.axes.factors(axis))
+            if part.size > 1
+        ]
 
     def _sizes(self) -> list[int]:
-        return [part.size for axis in self.domain.mask for part in self.domain.walk.axes.factors(axis) if part.size > 1]
+        return [
+            part.size
+            for axis in self.domain.mask
+            for part in self.domain.walk.axes.factors(axis)
+            if part.size > 1
+        ]
 
     def _factors(self, site: Site, axis: Axis) -> Iterator[tuple[int, tuple[int, int] | None]]:
         """Yield the size of each factor of an axis, and which part of the mask it is."""
         axes = self.domain.walk.axes
-        parts = {part: label for label in self._labels() for part in [axes.factors(self.domain.mask[label[0]])[label[1]]]}
+        parts = {
+            part: label
+            for label in self._labels()
+            for part in [axes.factors(self.domain.mask[label[0]])[label[1]]]
+        }
         for factor in axes.factors(axis):
             whole = axes.find(factor)
             if whole not in parts and self.domain.holds(whole):
-                raise self._refuse(site, "only a part of it is there, or it is put together with something else")
+                raise self._refuse(
+                    site, "only a part of it is there, or it is put together with something else"
+                )
             yield factor.size, parts.get(whole)
 
     def _require_places(self, site: Site, places: list[list[tuple[int, Any]]]) -> None:
@@ -221,17 +259,23 @@ class Padding:
         ):
             labelled = any(label is not None for _, label in places[image])
             if labelled and (stride != 1 or site.lhs_shape[image] != site.out_shape[out]):
-                raise self._refuse(site, "its windows are fewer or more than the positions of the mask")
+                raise self._refuse(
+                    site, "its windows are fewer or more than the positions of the mask"
+                )
 
     def _refuse(self, site: Site, reason: str) -> ShapeError:
         return ShapeError(
-            f"what counts of the input of site {site.name!r}, {site.lhs_shape} x {site.rhs_shape}, is not known: of the "
-            f"mask {tuple(axis.size for axis in self.domain.mask)}, {reason}; leave the site out by where=..., or "
+            f"what counts of the input of site {site.name!r}, {site.lhs_shape} x "
+            f"{site.rhs_shape}, is not known: of the "
+            f"mask {tuple(axis.size for axis in self.domain.mask)}, {reason}; leave the site out "
+            "by where=..., or "
             "calibrate with batches that have no padding"
         )
 
 
-def _placed(mask: jax.Array, places: list[list[tuple[int, Any]]], labels: list[tuple[int, int]]) -> jax.Array:
+def _placed(
+    mask: jax.Array, places: list[list[tuple[int, Any]]], labels: list[tuple[int, int]]
+) -> jax.Array:
     """Return the mask in the axes of an operand: an entry counts if all that it belongs to does."""
     flat = [(axis, size, label) for axis, factors in enumerate(places) for size, label in factors]
     where = {label: [i for i, (*_, own) in enumerate(flat) if own == label] for label in labels}
@@ -247,7 +291,9 @@ def _placed(mask: jax.Array, places: list[list[tuple[int, Any]]], labels: list[t
     return result
 
 
-def _spread(mask: jax.Array, flat: list[tuple[int, int, Any]], at: list[int], axes: int) -> jax.Array:
+def _spread(
+    mask: jax.Array, flat: list[tuple[int, int, Any]], at: list[int], axes: int
+) -> jax.Array:
     """Return a mask, whose axes are some factors, with an axis for each of the operand's, 1 where it says nothing."""
     told = {flat[i][0] for i in at}
     thin = mask.reshape([size if i in at else 1 for i, (_, size, _) in enumerate(flat)])
@@ -259,14 +305,17 @@ def _spread(mask: jax.Array, flat: list[tuple[int, int, Any]], at: list[int], ax
 
 
 def observe(
-    fn: Callable[..., Any], reduce: Callable[[Site, Any, Any], Any], where: str | tuple[str, ...] | None = None
+    fn: Callable[..., Any],
+    reduce: Callable[[Site, Any, Any], Any],
+    where: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Return ``(params, *inputs) -> (out, {site name: statistics})``.
 
-    ``reduce`` runs inside the computation, so a Gram matrix or a histogram is made without ever keeping the activations.
-    A site inside ``scan`` returns its statistics stacked, one entry a turn (`Site.loops` is the leading shape); inside
-    ``shard_map``, one a device. Inside a ``while`` loop the turns are merged by ``reduce.merge``, or the last one stays if
-    it has none. Where a branch of ``cond`` was not taken, statistics are NaN if floating, else 0.
+    ``reduce`` runs inside the computation, so a Gram matrix or a histogram is made without ever
+    keeping the activations. A site inside ``scan`` returns its statistics stacked, one entry a turn
+    (`Site.loops` is the leading shape); inside ``shard_map``, one a device. Inside a ``while`` loop
+    the turns are merged by ``reduce.merge``, or the last one stays if it has none. Where a branch
+    of ``cond`` was not taken, statistics are NaN if floating, else 0.
 
     Args:
       fn: a pure function of params and inputs.
@@ -274,7 +323,8 @@ def observe(
       where: a glob, or several, over the names of sites; by default all.
 
     Returns:
-      The observing function; jit it. `out` is that of ``fn`` bit for bit. Nothing is differentiated through statistics.
+      The observing function; jit it. `out` is that of ``fn`` bit for bit. Nothing is differentiated
+      through statistics.
 
     Raises:
       NoMatchError: when called, if no site's name matches ``where``.
@@ -301,23 +351,29 @@ def observe_masked(
       mask: see `masks_of`.
 
     Returns:
-      The observing function; when called it raises a ShapeError that names a site if what counts of it is not known.
+      The observing function; when called it raises a ShapeError that names a site if what counts of
+      it is not known.
     """
 
     def run(params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
         names = [site.name for site in trace(fn, params, *inputs).choose(where).values()]
-        return _observing(fn, reduce, where, masks_of(fn, names, mask, params, *inputs))(params, *inputs)
+        return _observing(fn, reduce, where, masks_of(fn, names, mask, params, *inputs))(
+            params, *inputs
+        )
 
     return run
 
 
-def masks_of(fn: Callable[..., Any], names: Iterable[str], mask: Any, params: Any, *inputs: Any) -> dict[str, Any]:
+def masks_of(
+    fn: Callable[..., Any], names: Iterable[str], mask: Any, params: Any, *inputs: Any
+) -> dict[str, Any]:
     """Return for each of some sites the masks of its activations, by operand; none of one that does not depend on the mask.
 
     Args:
       fn: see `observe`.
       names: of the sites.
-      mask: booleans or numbers, of which 0 does not count, with the leading axes of those inputs that they are of.
+      mask: booleans or numbers, of which 0 does not count, with the leading axes of those inputs
+        that they are of.
       params: tree of arrays.
       inputs: trees of arrays.
 
@@ -332,7 +388,10 @@ def masks_of(fn: Callable[..., Any], names: Iterable[str], mask: Any, params: An
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
     given = [len(shape) > 0 and shape[: mask.ndim] == mask.shape[: len(shape)] for shape in shapes]
     if mask.ndim == 0 or not any(given):
-        raise ShapeError(f"a mask of shape {mask.shape} fits the leading axes of no input, which have the shapes {shapes}")
+        raise ShapeError(
+            f"a mask of shape {mask.shape} fits the leading axes of no input, which have the "
+            f"shapes {shapes}"
+        )
     traced = trace(fn, params, *inputs)
     padding = Padding(traced, mask.shape, given)
     sites = {site.name: site for site in traced.sites.values()}
@@ -340,9 +399,14 @@ def masks_of(fn: Callable[..., Any], names: Iterable[str], mask: Any, params: An
 
 
 def _observing(
-    fn: Callable[..., Any], reduce: Callable[..., Any], where: str | tuple[str, ...] | None, masks: dict[str, Any] | None
+    fn: Callable[..., Any],
+    reduce: Callable[..., Any],
+    where: str | tuple[str, ...] | None,
+    masks: dict[str, Any] | None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    def apply(site: Site, eqn: JaxprEqn, operands: list[Any], own: dict[int, jax.Array] | None) -> Values:
+    def apply(
+        site: Site, eqn: JaxprEqn, operands: list[Any], own: dict[int, jax.Array] | None
+    ) -> Values:
         seen = [jax.lax.stop_gradient(x) for x in operands[:2]]
         statistics = reduce(site, *seen, own) if own else reduce(site, *seen)
         return bind(eqn, operands), {site.name: jax.tree.map(_strong, statistics)}
@@ -358,7 +422,9 @@ def _masks(padding: Padding, site: Site, mask: jax.Array) -> dict[int, jax.Array
     found = {index: padding.of(site, index) for index in site.inputs.values()}
     made = {index: place(mask) for index, place in found.items() if place is not None}
     loops = len(site.loops)
-    return {index: jnp.broadcast_to(x, (*site.loops, *x.shape[loops:])) for index, x in made.items()}
+    return {
+        index: jnp.broadcast_to(x, (*site.loops, *x.shape[loops:])) for index, x in made.items()
+    }
 
 
 def _strong(x: Any) -> jax.Array:
@@ -384,12 +450,14 @@ def calibrate(
 ) -> Calibration:
     """Return the finished statistics of many batches; memory does not grow with their number.
 
-    Batches may differ in length. A site whose statistics then differ in shape (attention's own products, which hold the
-    length) is left out, and listed as such; if ``where`` asks for it, that is an error.
+    Batches may differ in length. A site whose statistics then differ in shape (attention's own
+    products, which hold the length) is left out, and listed as such; if ``where`` asks for it, that
+    is an error.
 
-    With a mask, examples or tokens that do not count enter no statistic, be they NaN: no maximum, histogram, moment, Gram
-    matrix or count. The mask is followed along axes to every site (`trace.padding`); where it cannot be, the site is refused
-    by name. What padding does inside the model, through attention to it say, is the model's affair.
+    With a mask, examples or tokens that do not count enter no statistic, be they NaN: no maximum,
+    histogram, moment, Gram matrix or count. The mask is followed along axes to every site
+    (`trace.padding`); where it cannot be, the site is refused by name. What padding does inside the
+    model, through attention to it say, is the model's affair.
 
     Args:
       fn: a pure function of params and one batch.
@@ -397,9 +465,10 @@ def calibrate(
       params: tree of arrays.
       batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
       where: a glob, or several, over the names of sites; by default all.
-      mask: which examples or tokens of a batch count: ``batch -> mask``, or a mask for each batch, or the name of an entry
-        of batches that are dicts. Booleans (or numbers, of which 0 does not count) with the leading axes of the inputs they
-        are of: ``[batch]`` or ``[batch, sequence]``; inputs with other leading axes have none.
+      mask: which examples or tokens of a batch count: ``batch -> mask``, or a mask for each batch,
+        or the name of an entry of batches that are dicts. Booleans (or numbers, of which 0 does not
+        count) with the leading axes of the inputs they are of: ``[batch]`` or
+        ``[batch, sequence]``; inputs with other leading axes have none.
 
     Returns:
       ``{site name: reduce.finish(statistics)}``, with the sites.
@@ -407,8 +476,8 @@ def calibrate(
     Raises:
       DataError: if there is no batch, or not one mask for each.
       NoMatchError: if no site's name matches ``where``.
-      ShapeError: if a mask fits no input, if what counts of a site is not known, or if statistics of a site that was asked
-        for differ in shape from batch to batch.
+      ShapeError: if a mask fits no input, if what counts of a site is not known, or if statistics
+        of a site that was asked for differ in shape from batch to batch.
       ArgumentError: if there is a mask and the reducer knows of none.
 
     Example:
@@ -449,10 +518,14 @@ def calibrate(
     if total is None:
         raise DataError("there is no batch to calibrate with")
     kept = {name: site for name, site in sites.items() if name not in left_out}
-    return Calibration({site: reduce.finish(statistics) for site, statistics in total.items()}, kept, left_out)
+    return Calibration(
+        {site: reduce.finish(statistics) for site, statistics in total.items()}, kept, left_out
+    )
 
 
-def _with_masks(batches: Iterable[Any], mask: Masks | None) -> Iterator[tuple[Any, jax.Array | None]]:
+def _with_masks(
+    batches: Iterable[Any], mask: Masks | None
+) -> Iterator[tuple[Any, jax.Array | None]]:
     """Yield each batch with its mask as booleans."""
     if mask is None or callable(mask) or isinstance(mask, str):
         for batch in batches:
@@ -463,14 +536,19 @@ def _with_masks(batches: Iterable[Any], mask: Masks | None) -> Iterator[tuple[An
         for batch, own in zip(batches, mask, strict=True):
             yield batch, jnp.asarray(own)
     except ValueError as error:
-        raise DataError("there must be a mask for each batch: give as many, or a function of a batch") from error
+        raise DataError(
+            "there must be a mask for each batch: give as many, or a function of a batch"
+        ) from error
 
 
 def _entry(batch: Any, name: str) -> Any:
     inputs = batch if isinstance(batch, tuple) else (batch,)
     found = [each for each in inputs if isinstance(each, Mapping) and name in each]
     if not found:
-        raise DataError(f"a batch has no entry {name!r} to be its mask: give mask=... a function of a batch, or one a batch")
+        raise DataError(
+            f"a batch has no entry {name!r} to be its mask: give mask=... a function of a batch, "
+            "or one a batch"
+        )
     return found[0][name]
 
 
@@ -482,5 +560,7 @@ def _differ(name: str, old: Any, new: Any, where: str | tuple[str, ...] | None) 
     pair = next((a, b) for a, b in zip(_shapes(old), _shapes(new), strict=True) if a != b)
     why = f"its statistics have the shape {pair[0]} for one batch and {pair[1]} for another, and cannot be merged"
     if where is not None:
-        raise ShapeError(f"site {name!r}: {why}; leave it out of where={where!r}, or give batches of one shape")
+        raise ShapeError(
+            f"site {name!r}: {why}; leave it out of where={where!r}, or give batches of one shape"
+        )
     return why

@@ -41,7 +41,10 @@ class Calibration(Mapping[str, Any]):
         if name in self.left_out:
             raise NoMatchError(f"site {name!r} has no statistics: {self.left_out[name]}")
         if name not in self.statistics:
-            raise NoMatchError(f"no site named {name!r} was observed; there are: {', '.join(self.statistics) or 'none'}")
+            raise NoMatchError(
+                f"no site named {name!r} was observed; there are: "
+                f"{', '.join(self.statistics) or 'none'}"
+            )
         return self.statistics[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -73,12 +76,19 @@ def require(calibration: Any, kind: type, reducer: str) -> None:
     """
     how = f"make them with trace.calibrate(fn, trace.{reducer}, params, batches)"
     if not isinstance(calibration, Calibration):
-        raise StateError(f"calibration is a {type(calibration).__name__}, not the statistics of sites; {how}")
+        raise StateError(
+            f"calibration is a {type(calibration).__name__}, not the statistics of sites; {how}"
+        )
     for name, site in calibration.sites.items():
         if site.param is None:
             continue
-        seen = calibration[name].get("input") if isinstance(calibration[name], Mapping) else calibration[name]
+        seen = (
+            calibration[name].get("input")
+            if isinstance(calibration[name], Mapping)
+            else calibration[name]
+        )
         if not isinstance(seen, kind):
             raise StateError(
-                f"the statistics of site {name!r} are {type(seen).__name__}, and {kind.__name__} is needed; {how}"
+                f"the statistics of site {name!r} are {type(seen).__name__}, and {kind.__name__} "
+                f"is needed; {how}"
             )

@@ -7,29 +7,42 @@ import jax.numpy as jnp
 
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.calibration import Gram
-from compress_jax.trace._statistics.reducer import Reducer, Table, aligned, blank, channels, of_inputs, total, windows
+from compress_jax.trace._statistics.reducer import (
+    Reducer,
+    Table,
+    aligned,
+    blank,
+    channels,
+    of_inputs,
+    total,
+    windows,
+)
 
 
 def gram() -> Reducer:
     r"""Keep :math:`X^\top X` of the rows that meet the weights, and the number of rows.
 
-    With weights W of shape ``[k, n]`` the squared error of the outputs is :math:`\|X \Delta W\|^2 = \langle \Delta W, X^\top
-    X \Delta W \rangle`: all of the data that GPTQ, SparseGPT or the output error of any rounding depends on. The Hessian of
-    GPTQ is ``2 * gram / count``.
+    With weights W of shape ``[k, n]`` the squared error of the outputs is
+    :math:`\|X \Delta W\|^2 = \langle \Delta W, X^\top X \Delta W \rangle`: all of the data that
+    GPTQ, SparseGPT or the output error of any rounding depends on. The Hessian of GPTQ is
+    ``2 * gram / count``.
 
-    Column j stands for row j of ``jnp.moveaxis(w, axes, range(len(axes))).reshape(k, -1)``, w being the other operand and
-    ``axes`` its ``site.contracting``, in that order. A product with batch axes (one kernel for each expert) has one matrix
-    for each of their indices, ``[*batch, k, k]``. A convolution's rows are its windows, k being input channels times window
-    (`windows` says how they are ordered); if it is grouped or depthwise, there is one matrix for each group,
-    ``[groups, k, k]``, and group g feeds the g-th part of the output channels. A ragged product has one matrix over all its
-    rows, as the rows of each group are known only to the computation.
+    Column j stands for row j of ``jnp.moveaxis(w, axes, range(len(axes))).reshape(k, -1)``, w being
+    the other operand and ``axes`` its ``site.contracting``, in that order. A product with batch
+    axes (one kernel for each expert) has one matrix for each of their indices, ``[*batch, k, k]``.
+    A convolution's rows are its windows, k being input channels times window (`windows` says how
+    they are ordered); if it is grouped or depthwise, there is one matrix for each group,
+    ``[groups, k, k]``, and group g feeds the g-th part of the output channels. A ragged product has
+    one matrix over all its rows, as the rows of each group are known only to the computation.
 
-    A convolution's windows of one batch are laid out in memory: as often as they overlap, its input.
+    A convolution's windows of one batch are laid out in memory: as often as they overlap, its
+    input.
 
     Summed in float32 at the highest precision of the device, whatever the dtype of the data.
 
     Returns:
-      A reducer with statistics and result `Gram`: the sum and not the mean, so that it can be merged further.
+      A reducer with statistics and result `Gram`: the sum and not the mean, so that it can be
+      merged further.
 
     Example:
       >>> from compress_jax.trace import calibrate
@@ -42,7 +55,9 @@ def gram() -> Reducer:
       Frantar et al., "GPTQ", 2023, arXiv:2210.17323, equation 1 and section 3.
       Frantar and Alistarh, "Optimal Brain Compression", 2022, arXiv:2208.11580.
     """
-    return of_inputs(_measure, lambda old, new: Gram(old.gram + new.gram, total(old.count, new.count)))
+    return of_inputs(
+        _measure, lambda old, new: Gram(old.gram + new.gram, total(old.count, new.count))
+    )
 
 
 def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gram:
@@ -86,9 +101,8 @@ class Outliers(NamedTuple):
 def moments() -> Reducer:
     r"""Keep mean and variance of each channel, stable however far the mean is from zero.
 
-    Two batches of n and m rows, w = m / (n + m), combine by
-    :math:`\mu = \mu_n + w (\mu_m - \mu_n)` and :math:`\sigma^2 = (1 - w) \sigma_n^2 + w \sigma_m^2 + w (1 - w)(\mu_m -
-    \mu_n)^2`.
+    Two batches of n and m rows, w = m / (n + m), combine by :math:`\mu = \mu_n + w (\mu_m - \mu_n)`
+    and :math:`\sigma^2 = (1 - w) \sigma_n^2 + w \sigma_m^2 + w (1 - w)(\mu_m - \mu_n)^2`.
 
     Returns:
       A reducer with statistics and result `Moments`.
@@ -101,7 +115,8 @@ def moments() -> Reducer:
       ([4.0], [6.5], 4)
 
     References:
-      Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983: the pairwise update.
+      Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983: the pairwise
+      update.
     """
     return of_inputs(lambda site, index, x, mask: _moments(channels(site, index, x, mask)), _pooled)
 
@@ -135,8 +150,8 @@ def norm() -> Reducer:
 
     Wanda scores the weight :math:`W_{ij}` by :math:`|W_{ij}| \|X_j\|_2`.
 
-    Of a convolution these are the norms of its input channels; the norm of each entry of the window, padding and stride
-    counted, is the root of the diagonal of `gram`.
+    Of a convolution these are the norms of its input channels; the norm of each entry of the
+    window, padding and stride counted, is the root of the diagonal of `gram`.
 
     Returns:
       A reducer with statistics `Norm` and for result the norms.
@@ -149,12 +164,16 @@ def norm() -> Reducer:
       [5.0, 1.0]
 
     References:
-      Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024, arXiv:2306.11695, equation 1.
+      Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024,
+      arXiv:2306.11695, equation 1.
     """
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Norm:
         table = channels(site, index, x, mask)
-        return Norm(table.flat(table.reduced(jnp.sum, jnp.square(table.values), 0.0, table.rows)), table.count)
+        return Norm(
+            table.flat(table.reduced(jnp.sum, jnp.square(table.values), 0.0, table.rows)),
+            table.count,
+        )
 
     def combine(old: Norm, new: Norm) -> Norm:
         return Norm(old.squares + new.squares, total(old.count, new.count))
@@ -166,7 +185,8 @@ def outliers(threshold: float = 6.0) -> Reducer:
     r"""Count in each channel the entries of magnitude :math:`|x| \ge` threshold; NaN counts as one.
 
     Args:
-      threshold: positive, in units of the activation. LLM.int8() keeps in 16 bits the channels that reach 6 anywhere.
+      threshold: positive, in units of the activation. LLM.int8() keeps in 16 bits the channels that
+        reach 6 anywhere.
 
     Returns:
       A reducer with statistics and result `Outliers`.
@@ -210,5 +230,9 @@ def _moments(table: Table) -> Moments:
 def _pooled(old: Moments, new: Moments) -> Moments:
     before, now = (aligned(each.count, each.mean).astype(jnp.float32) for each in (old, new))
     share, apart = now / jnp.maximum(before + now, 1), new.mean - old.mean
-    variance = old.variance + share * (new.variance - old.variance) + share * (1 - share) * jnp.square(apart)
+    variance = (
+        old.variance
+        + share * (new.variance - old.variance)
+        + share * (1 - share) * jnp.square(apart)
+    )
     return Moments(old.mean + share * apart, variance, total(old.count, new.count))

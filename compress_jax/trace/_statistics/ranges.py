@@ -64,12 +64,13 @@ def absmax(granularity: Granularity = "tensor") -> Reducer:
 def minmax(momentum: float | None = None, granularity: Granularity = "tensor") -> Reducer:
     r"""Keep the smallest and the largest value seen, or their moving averages over batches.
 
-    With momentum m a further batch moves the range by :math:`low \leftarrow m \, low + (1 - m) \min x`, and ``high``
-    likewise; the first batch sets it. That forgets outliers and depends on the order of the batches.
+    With momentum m a further batch moves the range by
+    :math:`low \leftarrow m \, low + (1 - m) \min x`, and ``high`` likewise; the first batch sets
+    it. That forgets outliers and depends on the order of the batches.
 
     Args:
-      momentum: share of the range that a new batch leaves as it was, from 0 to below 1 (0.99 is usual in training). By
-        default nothing that was seen is ever outside.
+      momentum: share of the range that a new batch leaves as it was, from 0 to below 1 (0.99 is
+        usual in training). By default nothing that was seen is ever outside.
       granularity: ``"tensor"`` for one range, ``"channel"`` for one for each channel.
 
     Returns:
@@ -88,22 +89,31 @@ def minmax(momentum: float | None = None, granularity: Granularity = "tensor") -
       [-1.0, 1.75, 2.0]
 
     References:
-      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section 3.1.
+      Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section
+      3.1.
     """
     over = _over(granularity)
     if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be from 0 to below 1, or None to keep the extremes, got {momentum}")
+        raise ValueError(
+            f"momentum must be from 0 to below 1, or None to keep the extremes, got {momentum}"
+        )
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> MinMax:
         table = channels(site, index, x, mask)
-        low, high = over(jnp.min, table, table.values, jnp.inf), over(jnp.max, table, table.values, -jnp.inf)
+        low, high = (
+            over(jnp.min, table, table.values, jnp.inf),
+            over(jnp.max, table, table.values, -jnp.inf),
+        )
         return MinMax(low, high, table.count)
 
     def combine(old: MinMax, new: MinMax) -> MinMax:
         count = total(old.count, new.count)
         if momentum is None:
             return MinMax(jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high), count)
-        low, high = (before + (1 - momentum) * (now - before) for before, now in zip(old[:2], new[:2], strict=True))
+        low, high = (
+            before + (1 - momentum) * (now - before)
+            for before, now in zip(old[:2], new[:2], strict=True)
+        )
         return MinMax(low, high, count)
 
     return of_inputs(measure, combine)
@@ -114,7 +124,9 @@ def _over(granularity: Granularity) -> Callable[..., jax.Array]:
     if granularity == "tensor":
         return lambda reduction, table, values, start: table.reduced(reduction, values, start)
     if granularity == "channel":
-        return lambda reduction, table, values, start: table.flat(table.reduced(reduction, values, start, table.rows))
+        return lambda reduction, table, values, start: table.flat(
+            table.reduced(reduction, values, start, table.rows)
+        )
     raise ValueError(f"granularity must be 'tensor' or 'channel', got {granularity!r}")
 
 
@@ -161,12 +173,13 @@ class Histogram(NamedTuple):
 def histogram(bins: int = 2048) -> Reducer:
     r"""Keep a histogram of all entries: what percentile and entropy (KL) calibration choose a range from.
 
-    Bin i of n holds :math:`i - n/2 \le x n / 2^{e+1} < i - n/2 + 1`, mirrored below zero (there the edge nearer to zero is
-    the open one). Merging gives exactly the histogram of all batches together. Values that are not finite are in no bin.
+    Bin i of n holds :math:`i - n/2 \le x n / 2^{e+1} < i - n/2 + 1`, mirrored below zero (there the
+    edge nearer to zero is the open one). Merging gives exactly the histogram of all batches
+    together. Values that are not finite are in no bin.
 
     Args:
-      bins: a power of two from 4 to 2**21. The largest magnitude lies in the outer half of the range, so that at least a
-        quarter of the bins serve its side.
+      bins: a power of two from 4 to 2**21. The largest magnitude lies in the outer half of the
+        range, so that at least a quarter of the bins serve its side.
 
     Returns:
       A reducer with statistics and result `Histogram`: one for the whole operand.
@@ -232,7 +245,9 @@ def magnitudes(histogram: Histogram) -> Histogram:
     half = _bins(histogram) // 2
     above = _map(lambda part: part[..., half:], histogram.counts)
     below = _map(lambda part: part[..., half - 1 :: -1], histogram.counts)
-    counts = _map(lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(half, 0)]), above + below)
+    counts = _map(
+        lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(half, 0)]), above + below
+    )
     low, high = histogram.low, histogram.high
     return histogram._replace(
         counts=counts,
@@ -244,9 +259,10 @@ def magnitudes(histogram: Histogram) -> Histogram:
 def percentile(histogram: Histogram, percent: float) -> jax.Array:
     r"""Return the value that a given share of the entries does not exceed.
 
-    Counts from the nearer end, so that the last thousandth of a percent is resolved as well as the first, and interpolates
-    within the bin: at most the width of a bin, :math:`2^{e+1} / n`, from an entry of that rank. 0 and 100 give the smallest
-    and the largest value exactly (but not the smallest magnitude).
+    Counts from the nearer end, so that the last thousandth of a percent is resolved as well as the
+    first, and interpolates within the bin: at most the width of a bin, :math:`2^{e+1} / n`, from an
+    entry of that rank. 0 and 100 give the smallest and the largest value exactly (but not the
+    smallest magnitude).
 
     Args:
       histogram: may be stacked; take `magnitudes` of it for a symmetric range.
@@ -277,12 +293,13 @@ def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None, bins:
     x = table.values
     low, high = table.reduced(jnp.min, x, jnp.inf), table.reduced(jnp.max, x, -jnp.inf)
     exponent = _exponent(jnp.maximum(high, -low))
-    # A power of two scales exactly; the magnitude and then the sign, or what underflows would change sides.
+    # A power of two scales exactly; the magnitude and then the sign, or what underflows would
+    # change sides.
     steps = jnp.floor(jnp.ldexp(jnp.abs(x), half.bit_length() - 1 - exponent))
     place = jnp.where(x < 0, half - 1 - steps, half + steps)
-    place = jnp.where(jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins).astype(
-        jnp.int32
-    )
+    place = jnp.where(
+        jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins
+    ).astype(jnp.int32)
     # Not flattened: each device counts its own part.
     lower = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
     return Histogram(Counts(jnp.zeros_like(lower), lower), exponent, low, high, table.count)
@@ -296,7 +313,9 @@ def _exponent(bound: jax.Array) -> jax.Array:
 
 def _merge(old: Histogram, new: Histogram) -> Histogram:
     exponent = jnp.maximum(old.exponent, new.exponent)
-    counts = _folded(old.counts, exponent - old.exponent) + _folded(new.counts, exponent - new.exponent)
+    counts = _folded(old.counts, exponent - old.exponent) + _folded(
+        new.counts, exponent - new.exponent
+    )
     low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
     return Histogram(counts, exponent, low, high, total(old.count, new.count))
 
@@ -308,9 +327,13 @@ def _folded(counts: Counts, times: jax.Array) -> Counts:
     ends = [(0, 0)] * (counts.lower.ndim - 1) + [(bins // 4, bins // 4)]
 
     def once(time: jax.Array, counts: Counts) -> Counts:
-        even, odd = (_map(lambda part, first=first: part[..., first::2], counts) for first in (0, 1))
+        even, odd = (
+            _map(lambda part, first=first: part[..., first::2], counts) for first in (0, 1)
+        )
         halved = _map(lambda part: jnp.pad(part, ends), even + odd)
-        return Counts(*(jnp.where(time < times[..., None], a, b) for a, b in zip(halved, counts, strict=True)))
+        return Counts(
+            *(jnp.where(time < times[..., None], a, b) for a, b in zip(halved, counts, strict=True))
+        )
 
     return jax.lax.fori_loop(0, bins.bit_length() - 2, once, counts)
 
@@ -326,10 +349,14 @@ def _from_bottom(histogram: Histogram, share: float) -> jax.Array:
     rank = share * upto[..., -1:]
     place = jnp.argmax((upto >= rank) & (counts > 0), axis=-1, keepdims=True)
     inside, here = (jnp.take_along_axis(each, place, axis=-1) for each in (upto - counts, counts))
-    step = (place - _bins(histogram) // 2).astype(jnp.float32) + jnp.clip((rank - inside) / jnp.maximum(here, 1), 0, 1)
+    step = (place - _bins(histogram) // 2).astype(jnp.float32) + jnp.clip(
+        (rank - inside) / jnp.maximum(here, 1), 0, 1
+    )
     value = jnp.ldexp(step, _bin_exponent(histogram))[..., 0]
     low, high, known = histogram.low, histogram.high, blank(histogram)
-    return jnp.where(jnp.isfinite(known.low) & jnp.isfinite(known.high), jnp.clip(value, low, high), jnp.nan)
+    return jnp.where(
+        jnp.isfinite(known.low) & jnp.isfinite(known.high), jnp.clip(value, low, high), jnp.nan
+    )
 
 
 def _bins(histogram: Histogram) -> int:

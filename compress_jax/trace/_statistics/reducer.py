@@ -20,10 +20,12 @@ class Reducer(NamedTuple):
 
     Attributes:
       reduce: ``(site, lhs, rhs) -> statistics``, a tree of arrays, of one batch at one site.
-      merge: ``(old, new) -> statistics`` of both, of one site. Takes statistics stacked over loops as well.
+      merge: ``(old, new) -> statistics`` of both, of one site. Takes statistics stacked over loops
+        as well.
       finish: ``statistics -> result``, once all batches are in.
-      masked: ``(site, lhs, rhs, masks) -> statistics`` of what counts: ``masks`` has booleans for operands of which not all
-        does, by their index, of the operand's rank and 1 along axes that they do not tell apart. None refuses masks.
+      masked: ``(site, lhs, rhs, masks) -> statistics`` of what counts: ``masks`` has booleans for
+        operands of which not all does, by their index, of the operand's rank and 1 along axes that
+        they do not tell apart. None refuses masks.
     """
 
     reduce: Callable[[Site, jax.Array, jax.Array], Any]
@@ -31,14 +33,18 @@ class Reducer(NamedTuple):
     finish: Callable[[Any], Any] = lambda statistics: statistics
     masked: Callable[[Site, jax.Array, jax.Array, dict[int, jax.Array]], Any] | None = None
 
-    def __call__(self, site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array] | None = None) -> Any:
+    def __call__(
+        self, site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array] | None = None
+    ) -> Any:
         """Return ``reduce(site, lhs, rhs)``, of what counts if there are masks of the operands, by their index."""
         if not masks:
             return self.reduce(site, lhs, rhs)
         if self.masked is None:
             raise ArgumentError(
-                "this reducer does not know of masks, so padding would be in its statistics: make it by reducer.of_inputs "
-                "with measure(site, index, x, mask), or as Reducer(..., masked=(site, lhs, rhs, masks) -> statistics)"
+                "this reducer does not know of masks, so padding would be in its statistics: make "
+                "it by reducer.of_inputs "
+                "with measure(site, index, x, mask), or as Reducer(..., masked=(site, lhs, rhs, "
+                "masks) -> statistics)"
             )
         return self.masked(site, lhs, rhs, masks)
 
@@ -54,7 +60,11 @@ def blank(statistics: Any) -> Any:
     """
 
     def fill(x: jax.Array) -> jax.Array:
-        return jnp.where(aligned(statistics.count, x) == 0, jnp.nan, x) if jnp.issubdtype(x.dtype, jnp.floating) else x
+        return (
+            jnp.where(aligned(statistics.count, x) == 0, jnp.nan, x)
+            if jnp.issubdtype(x.dtype, jnp.floating)
+            else x
+        )
 
     return jax.tree.map(fill, statistics)
 
@@ -66,14 +76,17 @@ def of_inputs(
 ) -> Reducer:
     """Return the reducer that measures each activation of a site by itself.
 
-    Its statistics are ``{"input": measured}`` beside a parameter, else ``{"lhs": measured, "rhs": measured}``
-    (`Site.inputs`). What has ``count`` 0 is neutral: the site did not run, in a branch not taken say, and whatever else its
-    statistics hold is ignored. Arrays that carry an explicit sharding are measured under an automatic one.
+    Its statistics are ``{"input": measured}`` beside a parameter, else
+    ``{"lhs": measured, "rhs": measured}`` (`Site.inputs`). What has ``count`` 0 is neutral: the
+    site did not run, in a branch not taken say, and whatever else its statistics hold is ignored.
+    Arrays that carry an explicit sharding are measured under an automatic one.
 
     Args:
-      measure: ``(site, index of the operand, operand, mask) -> NamedTuple`` of arrays, among them ``count``, int32 scalar.
-        The mask is what `channels` and `windows` take, often None. A measure without this argument refuses masks.
-      combine: ``(old, new) -> NamedTuple`` of both. In either, all arrays may have the axes of loops in front.
+      measure: ``(site, index of the operand, operand, mask) -> NamedTuple`` of arrays, among them
+        ``count``, int32 scalar. The mask is what `channels` and `windows` take, often None. A
+        measure without this argument refuses masks.
+      combine: ``(old, new) -> NamedTuple`` of both. In either, all arrays may have the axes of
+        loops in front.
       result: ``NamedTuple -> result``; by default `blank`.
 
     Returns:
@@ -93,10 +106,17 @@ def of_inputs(
     """
     knows = len(inspect.signature(measure).parameters) > 3
 
-    def masked(site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]) -> dict[str, Any]:
-        operands = {key: (index, jnp.asarray((lhs, rhs)[index]), masks.get(index)) for key, index in site.inputs.items()}
+    def masked(
+        site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]
+    ) -> dict[str, Any]:
+        operands = {
+            key: (index, jnp.asarray((lhs, rhs)[index]), masks.get(index))
+            for key, index in site.inputs.items()
+        }
         return {
-            key: _unsharded(lambda *x, i=index: measure(site, i, *x, *(None,) * (knows and len(x) < 2)), x, mask)
+            key: _unsharded(
+                lambda *x, i=index: measure(site, i, *x, *(None,) * (knows and len(x) < 2)), x, mask
+            )
             for key, (index, x, mask) in operands.items()
         }
 
@@ -138,7 +158,11 @@ def _skipping_empty(combine: Callable[[Any, Any], Any], old: Any, new: Any) -> A
 def _unsharded(measure: Callable[..., Any], x: jax.Array, mask: jax.Array | None) -> Any:
     """Sums over a sharded axis are ambiguous where shardings are explicit: leave them to the compiler, the result whole."""
     mesh = jax.typeof(x).sharding.mesh
-    explicit = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit)
+    explicit = tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
     given = (x,) if mask is None else (x, mask)
     if not explicit:
         return measure(*given)
@@ -154,13 +178,15 @@ def _unsharded(measure: Callable[..., Any], x: jax.Array, mask: jax.Array | None
 class Table(NamedTuple):
     """Values whose axes are in the order ``[*batch, *rows, *columns]``; none is merged, so none loses its sharding.
 
-    Statistics are made by `reduced`, `sums` and `count`, to which nothing counts that the mask leaves out.
+    Statistics are made by `reduced`, `sums` and `count`, to which nothing counts that the mask
+    leaves out.
 
     Attributes:
       values: float32; zeros where the mask says so, be they NaN before.
       batch: how many axes are of the batch: each of their indices has a table of its own.
       columns: how many axes are of columns.
-      there: booleans, which entries count, of the rank of ``values``, 1 along axes that it does not tell apart; None: all.
+      there: booleans, which entries count, of the rank of ``values``, 1 along axes that it does not
+        tell apart; None: all.
     """
 
     values: jax.Array
@@ -185,11 +211,15 @@ class Table(NamedTuple):
         if self.there is None:
             return jnp.int32(min(rows, MOST))
         some = self.there.any(axis=tuple(range(self.values.ndim - self.columns, self.values.ndim)))
-        repeated = math.prod(self.values.shape[axis] // self.there.shape[axis] for axis in self.rows)
+        repeated = math.prod(
+            self.values.shape[axis] // self.there.shape[axis] for axis in self.rows
+        )
         number = some.sum(self.rows, dtype=jnp.int32)
         return jnp.where(number > MOST // max(repeated, 1), MOST, number * repeated)
 
-    def reduced(self, reduction: Callable[..., jax.Array], values: jax.Array, start: float, axes: Any = None) -> jax.Array:
+    def reduced(
+        self, reduction: Callable[..., jax.Array], values: jax.Array, start: float, axes: Any = None
+    ) -> jax.Array:
         """Return ``reduction(values, axes, initial=start)`` over what counts, ``start`` being what changes nothing."""
         shown = values if self.there is None else jnp.where(self.there, values, start)
         return reduction(shown, axis=axes, initial=start)
@@ -203,17 +233,20 @@ class Table(NamedTuple):
 def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None) -> Table:
     r"""Return an operand as the table of its channels: every entry of the operand is in it once.
 
-    Columns are the contracting axes, in the order of ``site.contracting``, which pairs them with the other operand's. Of a
-    convolution's input they are its channels, those of all groups side by side, whatever windows an entry falls into.
+    Columns are the contracting axes, in the order of ``site.contracting``, which pairs them with
+    the other operand's. Of a convolution's input they are its channels, those of all groups side by
+    side, whatever windows an entry falls into.
 
     Args:
       site: the contraction.
       index: 0 for the first operand, 1 for the second.
       x: the operand.
-      mask: booleans of the rank of ``x``, which entries count, 1 along axes that it does not tell apart; None is all.
+      mask: booleans of the rank of ``x``, which entries count, 1 along axes that it does not tell
+        apart; None is all.
 
     Returns:
-      ``[*batch axes, *all others, *contracting axes]``. The kernel of a grouped convolution has its groups as batch axis.
+      ``[*batch axes, *all others, *contracting axes]``. The kernel of a grouped convolution has its
+      groups as batch axis.
 
     Example:
       >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
@@ -225,26 +258,34 @@ def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None
         return _kernel(site, x)
     rows = (axis for axis in range(x.ndim) if axis not in batch + columns)
     order = (*batch, *rows, *columns)
-    return _table(x.transpose(order), len(batch), len(columns), None if mask is None else mask.transpose(order))
+    return _table(
+        x.transpose(order),
+        len(batch),
+        len(columns),
+        None if mask is None else mask.transpose(order),
+    )
 
 
 def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None) -> Table:
     r"""Return an operand as the table whose product with the other operand's is the contraction.
 
-    The same as `channels`, but for a convolution's input. There a row is a window: for each example and each position of
-    the output, what the kernel meets (:math:`y = X W`, "im2col"), with padding, strides and holes of either dilation as the
-    site has them. Columns are in the order of ``site.contracting[1]``, so that column j meets row j of
+    The same as `channels`, but for a convolution's input. There a row is a window: for each example
+    and each position of the output, what the kernel meets (:math:`y = X W`, "im2col"), with
+    padding, strides and holes of either dilation as the site has them. Columns are in the order of
+    ``site.contracting[1]``, so that column j meets row j of
 
-    ``jnp.moveaxis(kernel, site.contracting[1], range(n)).reshape(k, -1)``, ``n = len(site.contracting[1])``.
+    ``jnp.moveaxis(kernel, site.contracting[1], range(n)).reshape(k, -1)``,
+    ``n = len(site.contracting[1])``.
 
-    In a grouped or depthwise convolution each group has its own table, with the columns of its own channels.
+    In a grouped or depthwise convolution each group has its own table, with the columns of its own
+    channels.
 
     Args:
       site: the contraction.
       index: 0 for the first operand, 1 for the second.
       x: the operand.
-      mask: see `channels`. A window counts if the position does that it stands at, whole: it may reach into padding, as it
-        does in the model, but for what is not finite there, which is 0.
+      mask: see `channels`. A window counts if the position does that it stands at, whole: it may
+        reach into padding, as it does in the model, but for what is not finite there, which is 0.
 
     Returns:
       ``[*batch axes, *all others, *contracting axes]``; of a convolution's input ``[groups (if more than one), examples,
@@ -260,7 +301,8 @@ def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None)
         rows = _of_windows(mask.transpose(lhs), examples, features)
     x = _slide(site, x.transpose(lhs))
     x = x.reshape(examples, x.shape[0] // examples, features, x.shape[1] // features, *x.shape[2:])
-    # Axes by now: groups of examples, example, groups of features, channel, and then position, offset of each dimension.
+    # Axes by now: groups of examples, example, groups of features, channel, and then position,
+    # offset of each dimension.
     columns = [3 if axis == rhs[1] else 5 + 2 * rhs[2:].index(axis) for axis in site.contracting[1]]
     x = x.transpose(0, 2, 1, *range(4, x.ndim, 2), *columns)
     return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns), rows)
@@ -280,12 +322,20 @@ def _of_windows(mask: jax.Array, examples: int, features: int) -> jax.Array:
 def _slide(site: Site, x: jax.Array) -> jax.Array:
     """Return all windows, ``[example, channel, *(position, offset)]``, of an image, ``[example, channel, *space]``."""
     p, kernel = site.params, site.params["dimension_numbers"].rhs_spec[2:]
-    holes = [(low, high, hole - 1) for (low, high), hole in zip(p["padding"], p["lhs_dilation"], strict=True)]
+    holes = [
+        (low, high, hole - 1)
+        for (low, high), hole in zip(p["padding"], p["lhs_dilation"], strict=True)
+    ]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *holes])
-    for dimension, (stride, gap) in enumerate(zip(p["window_strides"], p["rhs_dilation"], strict=True)):
+    for dimension, (stride, gap) in enumerate(
+        zip(p["window_strides"], p["rhs_dilation"], strict=True)
+    ):
         axis, starts = 2 + 2 * dimension, range(0, gap * site.rhs_shape[kernel[dimension]], gap)
         length = x.shape[axis] - starts[-1]
-        x = jnp.stack([jax.lax.slice_in_dim(x, start, start + length, stride, axis) for start in starts], axis + 1)
+        x = jnp.stack(
+            [jax.lax.slice_in_dim(x, start, start + length, stride, axis) for start in starts],
+            axis + 1,
+        )
     return x
 
 

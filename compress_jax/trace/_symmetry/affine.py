@@ -43,7 +43,8 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
 
     Args:
       eqn: the equation; of its operand.
-      dims: for each axis of the operand, the stored axes in it, the slower first; ``~axis`` for one that is reversed.
+      dims: for each axis of the operand, the stored axes in it, the slower first; ``~axis`` for one
+        that is reversed.
       stored: shape of what is stored.
 
     Returns:
@@ -53,11 +54,17 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
     after: Any = eqn.outvars[0].aval
     name, shape, out = eqn.primitive.name, before.shape, after.shape
     if name == "rev":
-        return tuple(tuple(~axis for axis in axes) if i in eqn.params["dimensions"] else axes for i, axes in enumerate(dims))
+        return tuple(
+            tuple(~axis for axis in axes) if i in eqn.params["dimensions"] else axes
+            for i, axes in enumerate(dims)
+        )
     if name not in MOVES:
         return None
     moved = origin.MOVES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out)["dims"]
-    whole = all(not axes or math.prod(_size(stored, axis) for axis in axes) == n for axes, n in zip(moved, out, strict=True))
+    whole = all(
+        not axes or math.prod(_size(stored, axis) for axis in axes) == n
+        for axes, n in zip(moved, out, strict=True)
+    )
     return moved if whole else None
 
 
@@ -70,7 +77,8 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
       dims: for each axis of that operand, the stored axes in it.
 
     Returns:
-      ``()`` for axes of the result that come from the other operand or a window; None for what is not followed.
+      ``()`` for axes of the result that come from the other operand or a window; None for what is
+      not followed.
     """
     result: Any = eqn.outvars[0].aval
     operands: list[Any] = [var.aval for var in eqn.invars[:2]]
@@ -83,7 +91,10 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
     elif eqn.primitive.name == "dot_general":
         contracting, batch = eqn.params["dimension_numbers"]
         ranks = [len(operand.shape) for operand in operands]
-        free = [[a for a in range(n) if a not in (*contracting[s], *batch[s])] for s, n in enumerate(ranks)]
+        free = [
+            [a for a in range(n) if a not in (*contracting[s], *batch[s])]
+            for s, n in enumerate(ranks)
+        ]
         places = [*enumerate(batch[side])]
         start = len(batch[0]) + (len(free[0]) if side else 0)
         places += [(start + i, axis) for i, axis in enumerate(free[side])]
@@ -162,7 +173,8 @@ class Walk:
       goes: for each mapped value, where it goes.
       uses: for each parameter, where what is made of it goes.
       arrays: captured constants, by a name that no parameter has.
-      fixed: parameters whose present values were looked at (a counter of steps, say): they must stay.
+      fixed: parameters whose present values were looked at (a counter of steps, say): they must
+        stay.
     """
 
     traced: Traced
@@ -175,7 +187,9 @@ class Walk:
 
     def constant(self, aval: Any, value: Any) -> Any:
         """Return a number, or a captured array of them."""
-        if isinstance(value, Tracer) or not jnp.issubdtype(getattr(aval, "dtype", np.dtype(object)), jnp.number):
+        if isinstance(value, Tracer) or not jnp.issubdtype(
+            getattr(aval, "dtype", np.dtype(object)), jnp.number
+        ):
             return Known(None, frozenset())
         if jnp.issubdtype(aval.dtype, jnp.complexfloating) or np.size(value) > LARGEST:
             return Known(None, frozenset())
@@ -243,7 +257,9 @@ class Walk:
         side = 0 if site.operand == "lhs" else 1
         use = Use(site.position, f"site {site.name!r}")
         self.lost(args, use)
-        kernel = args[side] if site.param is not None and not isinstance(args[1 - side], Known) else None
+        kernel = (
+            args[side] if site.param is not None and not isinstance(args[1 - side], Known) else None
+        )
         atom = itself(kernel.poly if isinstance(kernel, Known) else None, site.param)
         dims = None if atom is None else output_axes(eqn, side, atom.dims)
         if atom is None or dims is None:
@@ -257,7 +273,11 @@ class Walk:
     def _known(self, eqn: JaxprEqn, args: list[Known]) -> Sequence[Known]:
         paths = frozenset().union(*(arg.paths for arg in args))
         polys, name, out = [arg.poly for arg in args], eqn.primitive.name, eqn.outvars
-        found = None if len(out) != 1 or None in polys or not polys else self._computed(eqn, name, polys)
+        found = (
+            None
+            if len(out) != 1 or None in polys or not polys
+            else self._computed(eqn, name, polys)
+        )
         if found is not None:
             return [Known(found, paths, poly.as_number(found))]
         value = uniform_result(eqn, [arg.value for arg in args])
@@ -274,7 +294,11 @@ class Walk:
         if name == "integer_pow":
             return poly.power(polys[0], eqn.params["y"])
         if name in ("neg", "exp"):
-            return poly.multiply(polys[0], poly.number(-1)) if name == "neg" else poly.stepped(polys[0], "exp")
+            return (
+                poly.multiply(polys[0], poly.number(-1))
+                if name == "neg"
+                else poly.stepped(polys[0], "exp")
+            )
         if name in BINARY:
             aval: Any = eqn.outvars[0].aval
             one, other = (lifted(p, len(aval.shape)) for p in polys)
@@ -286,7 +310,9 @@ class Walk:
             return p
         if eqn.primitive.name not in MOVES:
             return None
-        return p.moved(lambda atom: laid_out(atom, arranged(eqn, atom.dims, self._shape(atom.path))))
+        return p.moved(
+            lambda atom: laid_out(atom, arranged(eqn, atom.dims, self._shape(atom.path)))
+        )
 
     def _shape(self, path: str) -> Shape:
         return (self.arrays[path] if path in self.arrays else self.traced.params[path]).shape
@@ -301,12 +327,19 @@ class Walk:
         if len(args) == 1:
             return self._moved_map(eqn, old, name)
         known = next((arg for arg in args if isinstance(arg, Known)), None)
-        if len(args) != 2 or known is None or known.poly is None or len(old.dims) != len(aval.shape):
+        if (
+            len(args) != 2
+            or known is None
+            or known.poly is None
+            or len(old.dims) != len(aval.shape)
+        ):
             return None
         other = lifted(known.poly, len(aval.shape))
         if other is None:
             return None
-        scale, shift = scaled_and_shifted(name, old.scale, old.shift, other, first=args[0] is mapped[0])
+        scale, shift = scaled_and_shifted(
+            name, old.scale, old.shift, other, first=args[0] is mapped[0]
+        )
         return None if scale is None or shift is None else replace(old, scale=scale, shift=shift)
 
     def _moved_map(self, eqn: JaxprEqn, old: Mapped, name: str) -> Mapped | None:
@@ -316,8 +349,16 @@ class Walk:
             scale, shift = (poly.multiply(each, poly.number(-1)) for each in (old.scale, old.shift))
         else:
             scale, shift = (self._moved(eqn, each) for each in (old.scale, old.shift))
-        dims = old.dims if name == "neg" else arranged(eqn, old.dims, self._shape(self.kernels[old.site].path))
-        return None if scale is None or shift is None or dims is None else replace(old, scale=scale, shift=shift, dims=dims)
+        dims = (
+            old.dims
+            if name == "neg"
+            else arranged(eqn, old.dims, self._shape(self.kernels[old.site].path))
+        )
+        return (
+            None
+            if scale is None or shift is None or dims is None
+            else replace(old, scale=scale, shift=shift, dims=dims)
+        )
 
     def _used(self, paths: frozenset[str], use: Use) -> None:
         for path in paths:
@@ -335,7 +376,11 @@ def walk(traced: Traced) -> Walk:
     """
     found = Walk(traced)
     params = [
-        Known(poly.parameter(path, len(x.shape)) if _is_float(x) else None, frozenset([path]), scalar(x))
+        Known(
+            poly.parameter(path, len(x.shape)) if _is_float(x) else None,
+            frozenset([path]),
+            scalar(x),
+        )
         for path, x in traced.params.items()
     ]
     rest = [OTHER] * (len(traced.jaxpr.jaxpr.invars) - len(traced.params))

@@ -1,8 +1,9 @@
 """How values scale with the parameters: the powers of a factor along an axis that every value of a computation takes up.
 
-If coordinate j of an axis of parameter p is multiplied by :math:`s_j^{e_p}`, a value is multiplied by :math:`s_j^f` along
-the same axis, f being a linear form in the unknown exponents e: products add forms, sums demand equal ones, and what is
-neither (tanh, the function's output) demands zero. Solutions of all demands leave the function as it is, for every s > 0.
+If coordinate j of an axis of parameter p is multiplied by :math:`s_j^{e_p}`, a value is multiplied
+by :math:`s_j^f` along the same axis, f being a linear form in the unknown exponents e: products add
+forms, sums demand equal ones, and what is neither (tanh, the function's output) demands zero.
+Solutions of all demands leave the function as it is, for every s > 0.
 """
 
 from collections.abc import Callable, Sequence
@@ -71,11 +72,17 @@ def plus(a: Form, b: Form, times: int | Fraction = 1) -> Form:
       >>> plus({u: Fraction(1)}, {u: Fraction(1)}, -1)
       {}
     """
-    total = {name: a.get(name, Fraction(0)) + times * b.get(name, Fraction(0)) for name in {**a, **b}}
+    total = {
+        name: a.get(name, Fraction(0)) + times * b.get(name, Fraction(0)) for name in {**a, **b}
+    }
     return {name: x for name, x in total.items() if x}
 
 
-PARTS = ("slice", "split", "unstack")  # they leave out whole leaves; of those they cut, the axes say that they are frozen
+PARTS = (
+    "slice",
+    "split",
+    "unstack",
+)  # they leave out whole leaves; of those they cut, the axes say that they are frozen
 
 
 @dataclass
@@ -138,7 +145,9 @@ Rule = Callable[[Demands, JaxprEqn, list[Scaled], Dims], Scaled | None]
 def _widened(args: Sequence[Scaled]) -> list[tuple[Field, ...]]:
     """Return the fields of elementwise operands, of which some may be scalars."""
     rank = max(len(arg.fields) for arg in args)
-    return [arg.fields if len(arg.fields) == rank else tuple({} for _ in range(rank)) for arg in args]
+    return [
+        arg.fields if len(arg.fields) == rank else tuple({} for _ in range(rank)) for arg in args
+    ]
 
 
 def _why(args: Sequence[Scaled]) -> str:
@@ -152,16 +161,26 @@ def _sum(times: tuple[int, ...]) -> Rule:
         del demands, eqn
         fields = []
         for a, b in zip(*_widened(args), strict=True):
-            fields.append({leaf: plus(a.get(leaf, {}), b.get(leaf, {}), times[1]) for leaf in {**a, **b}})
-        return Scaled(dims, tuple(fields), args[0].zero or (times[1] == 1 and args[1].zero), why=_why(args))
+            fields.append(
+                {leaf: plus(a.get(leaf, {}), b.get(leaf, {}), times[1]) for leaf in {**a, **b}}
+            )
+        return Scaled(
+            dims, tuple(fields), args[0].zero or (times[1] == 1 and args[1].zero), why=_why(args)
+        )
 
     return rule
 
 
 def _power(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     powers = {"sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "square": Fraction(2)}
-    power = Fraction(eqn.params["y"]) if eqn.primitive.name == "integer_pow" else powers[eqn.primitive.name]
-    fields = tuple({leaf: plus({}, form, power) for leaf, form in own.items()} for own in args[0].fields)
+    power = (
+        Fraction(eqn.params["y"])
+        if eqn.primitive.name == "integer_pow"
+        else powers[eqn.primitive.name]
+    )
+    fields = tuple(
+        {leaf: plus({}, form, power) for leaf, form in own.items()} for own in args[0].fields
+    )
     return Scaled(dims, fields, args[0].zero and power > 0, why=args[0].why)
 
 
@@ -184,7 +203,9 @@ def _compared(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -
 
 
 def _kept(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled | None:
-    if eqn.primitive.name == "convert_element_type" and not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+    if eqn.primitive.name == "convert_element_type" and not jnp.issubdtype(
+        eqn.params["new_dtype"], jnp.inexact
+    ):
         return None
     return Scaled(dims, args[0].fields, args[0].zero, why=args[0].why)
 
@@ -204,7 +225,9 @@ def _transposed(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
 
 def _broadcast(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     to = dict(zip(eqn.params["broadcast_dimensions"], args[0].fields, strict=True))
-    return Scaled(dims, tuple(to.get(i, {}) for i in range(len(dims))), args[0].zero, why=args[0].why)
+    return Scaled(
+        dims, tuple(to.get(i, {}) for i in range(len(dims))), args[0].zero, why=args[0].why
+    )
 
 
 def _reduced(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
@@ -229,7 +252,9 @@ def _apart(demands: Demands, value: Scaled, dims: Dims) -> Scaled:
 
 
 def _window(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    wide = [i for i, (old, new) in enumerate(zip(args[0].dims, dims, strict=True)) if old is not new]
+    wide = [
+        i for i, (old, new) in enumerate(zip(args[0].dims, dims, strict=True)) if old is not new
+    ]
     demands.fix(args[0], "a window runs along it", wide)
     fields = tuple({} if i in wide else own for i, own in enumerate(args[0].fields))
     return Scaled(dims, fields, args[0].zero, why=args[0].why)
@@ -241,10 +266,19 @@ def _concatenated(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dim
     for i in range(len(dims)):
         leaves = {leaf for arg in live for leaf in arg.fields[i]}
         for leaf in leaves:
-            present = [arg.fields[i].get(leaf, {}) for arg in live if i != along or leaf in arg.fields[i]]
+            present = [
+                arg.fields[i].get(leaf, {}) for arg in live if i != along or leaf in arg.fields[i]
+            ]
             demands.equal(present, "it is put beside what does not scale with it")
-        fields.append({leaf: next(arg.fields[i][leaf] for arg in live if leaf in arg.fields[i]) for leaf in leaves})
-    return Scaled(dims, tuple(fields), args == live and all(arg.zero for arg in args), why=_why(args))
+        fields.append(
+            {
+                leaf: next(arg.fields[i][leaf] for arg in live if leaf in arg.fields[i])
+                for leaf in leaves
+            }
+        )
+    return Scaled(
+        dims, tuple(fields), args == live and all(arg.zero for arg in args), why=_why(args)
+    )
 
 
 def _stacked(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
@@ -272,7 +306,9 @@ def _contracted(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
     return Scaled(dims, tuple(fields), zero)
 
 
-def _convolved(demands: Demands, eqn: JaxprEqn, image: Scaled, kernel: Scaled, dims: Dims) -> Scaled | None:
+def _convolved(
+    demands: Demands, eqn: JaxprEqn, image: Scaled, kernel: Scaled, dims: Dims
+) -> Scaled | None:
     p, numbers = eqn.params, eqn.params["dimension_numbers"]
     (batch, channel, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
     if p["batch_group_count"] != 1:
@@ -287,10 +323,13 @@ def _convolved(demands: Demands, eqn: JaxprEqn, image: Scaled, kernel: Scaled, d
         return Scaled(dims, tuple(fields), image.zero or kernel.zero)
     if p["feature_group_count"] != image.dims[channel].size:
         return None
-    # depthwise: each input channel makes outputs of its own, so that it scales them as the kernel does
+    # depthwise: each input channel makes outputs of its own, so that it scales them as the kernel
+    # does
     demands.fix(kernel, "it has one entry", [into])
     a, b = image.fields[channel], kernel.fields[out]
-    fields[numbers.out_spec[1]] = {leaf: plus(a.get(leaf, {}), b.get(leaf, {})) for leaf in {**a, **b}}
+    fields[numbers.out_spec[1]] = {
+        leaf: plus(a.get(leaf, {}), b.get(leaf, {})) for leaf in {**a, **b}
+    }
     return Scaled(dims, tuple(fields), image.zero or kernel.zero)
 
 
@@ -339,7 +378,8 @@ class Walked:
       analysis: the axes of every value.
       hold: parameters that are to stay as they are.
       demands: what they demand of exponents.
-      carried: forms of what loops and branches carry or stack: factors of their own for each turn must not reach them.
+      carried: forms of what loops and branches carry or stack: factors of their own for each turn
+        must not reach them.
       stacks: by parameter, how many of its leading axes loops run along.
       used: parameters that an equation takes.
       whole: those that an equation takes as they are stored, not a loop's slices of them.
@@ -356,13 +396,18 @@ class Walked:
     def start(self, path: str, dims: Dims) -> Scaled:
         """Return a parameter: every leaf of its axes has an unknown of its own."""
         leaves = self.analysis.walk.axes.leaves
-        fields = tuple({leaf: {Unknown(path, i, leaf): Fraction(1)} for leaf in leaves(axis)} for i, axis in enumerate(dims))
+        fields = tuple(
+            {leaf: {Unknown(path, i, leaf): Fraction(1)} for leaf in leaves(axis)}
+            for i, axis in enumerate(dims)
+        )
         return Scaled(dims, fields, param=path)
 
     def constant(self, aval: Any, value: Any) -> Scaled:
         """Return a literal or a captured array."""
         return self.demands.still(
-            tuple(Leaf(n, -1) for n in getattr(aval, "shape", ())), "a constant", _is_zero(aval, value)
+            tuple(Leaf(n, -1) for n in getattr(aval, "shape", ())),
+            "a constant",
+            _is_zero(aval, value),
         )
 
     def join(self, a: Scaled, b: Scaled) -> Scaled:
@@ -406,24 +451,34 @@ class Walked:
     def equation(self, eqn: JaxprEqn, args: list[Scaled], where: Where) -> Sequence[Scaled]:
         """Return how the results of an equation scale."""
         operands, results = self.analysis.walk.values[where.position]
-        args = [Scaled(dims, arg.fields, arg.zero, arg.param, arg.why) for arg, dims in zip(args, operands, strict=True)]
+        args = [
+            Scaled(dims, arg.fields, arg.zero, arg.param, arg.why)
+            for arg, dims in zip(args, operands, strict=True)
+        ]
         name = eqn.primitive.name
         for arg in args:
             if arg.param is not None:
                 self.used.add(arg.param)
-                self.whole |= {arg.param} if len(arg.dims) == len(self.analysis.params[arg.param]) else set()
+                self.whole |= (
+                    {arg.param} if len(arg.dims) == len(self.analysis.params[arg.param]) else set()
+                )
         if name in ("split", "unstack"):
             return [self.demands.moved(args[0], dims, name) for dims in results]
         if name in RULES:
             out = RULES[name](self.demands, eqn, args, results[0])
             if out is not None:
-                return [out if len(results) == 1 else self.demands.moved(out, dims, name) for dims in results]
+                return [
+                    out if len(results) == 1 else self.demands.moved(out, dims, name)
+                    for dims in results
+                ]
         for arg in args:
             self.demands.fix(arg, f"{name} acts on its entries")
         return [self.demands.still(dims, f"{name} acts on its entries") for dims in results]
 
 
 def _is_zero(aval: Any, value: Any) -> bool:
-    if not jnp.issubdtype(aval.dtype, jnp.number) or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+    if not jnp.issubdtype(aval.dtype, jnp.number) or jnp.issubdtype(
+        aval.dtype, jax.dtypes.extended
+    ):
         return False
     return not np.any(np.asarray(value))

@@ -22,8 +22,10 @@ class Atom:
 
     Attributes:
       path: of the parameter.
-      steps: what is done to its entries, in order: ``("add" | "mul" | "pow" | "max", number)`` or ``("exp", 0)``.
-      dims: for each axis of the value, the axes of the stored parameter that lie in it; none where it is broadcast.
+      steps: what is done to its entries, in order: ``("add" | "mul" | "pow" | "max", number)`` or
+        ``("exp", 0)``.
+      dims: for each axis of the value, the axes of the stored parameter that lie in it; none where
+        it is broadcast.
       sliced: stored axes that loops run along, each with the loop, counted from the outermost.
     """
 
@@ -42,7 +44,9 @@ class Atom:
         """Return the entries of which this is the function; None if there are none."""
         y = np.asarray(y, np.float64)
         for kind, number in self.steps[::-1]:
-            if (kind in ("pow", "exp") and not (y > 0).all()) or (kind == "max" and not (y >= number).all()):
+            if (kind in ("pow", "exp") and not (y > 0).all()) or (
+                kind == "max" and not (y >= number).all()
+            ):
                 return None
             y = INVERT[kind](y, number)
         return y
@@ -70,7 +74,8 @@ class Polynomial:
     """A sum of terms, each a number times powers of atoms.
 
     Attributes:
-      terms: ``((atom, power), ...)`` and the number, for each term; no two of the same powers, no number 0.
+      terms: ``((atom, power), ...)`` and the number, for each term; no two of the same powers, no
+        number 0.
 
     Example:
       >>> variance, gain = parameter("variance", 1), parameter("gain", 1)
@@ -132,7 +137,9 @@ def power(a: Polynomial, exponent: float) -> Polynomial | None:
     ((factors, k),) = a.terms
     if k < 0 and exponent != int(exponent):
         return None
-    return _sum([(_product((), tuple((atom, p * exponent) for atom, p in factors)), float(k) ** exponent)])
+    return _sum(
+        [(_product((), tuple((atom, p * exponent) for atom, p in factors)), float(k) ** exponent)]
+    )
 
 
 def stepped(a: Polynomial, kind: str, k: float = 0.0) -> Polynomial | None:
@@ -272,7 +279,9 @@ def sliced(atom: Atom, loop: int) -> Atom | None:
     """Return one slice along the first axis, as a turn of a loop sees it; None if more than one stored axis lies there."""
     if not atom.dims or len(atom.dims[0]) > 1:
         return None
-    return replace(atom, dims=atom.dims[1:], sliced=(*atom.sliced, *((axis, loop) for axis in atom.dims[0])))
+    return replace(
+        atom, dims=atom.dims[1:], sliced=(*atom.sliced, *((axis, loop) for axis in atom.dims[0]))
+    )
 
 
 def scalar(x: Any) -> float | None:
@@ -294,11 +303,15 @@ def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | Non
       The number; None if it is not known or the entries differ.
     """
     avals: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
-    simple = all(hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in avals)
+    simple = all(
+        hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in avals
+    )
     if not values or None in values or len(eqn.outvars) != 1 or not simple or eqn.effects:
         return None
     with jax.ensure_compile_time_eval():
         pairs: Any = zip(avals[: len(values)], values, strict=True)
         operands = [jnp.full(aval.shape, value, aval.dtype) for aval, value in pairs]
-        result = np.asarray(eqn.primitive.bind(*operands, **eqn.params)).astype(np.float64).reshape(-1)
+        result = (
+            np.asarray(eqn.primitive.bind(*operands, **eqn.params)).astype(np.float64).reshape(-1)
+        )
     return float(result[0]) if result.size and (result == result[0]).all() else None

@@ -59,8 +59,8 @@ class Use:
     """How a parameter enters the computation.
 
     Attributes:
-      role: ``"gain"``, ``"read"`` (multiplied by a vector and summed over), ``"shift"`` (added to a vector that has a gain)
-        or ``"other"``.
+      role: ``"gain"``, ``"read"`` (multiplied by a vector and summed over), ``"shift"`` (added to a
+        vector that has a gain) or ``"other"``.
       param: the parameter.
       gain: the gain of the vector it meets.
       position: of the equation.
@@ -135,7 +135,9 @@ def together(a: Kind, b: Kind, ones: bool) -> Kind:
 
 def dropped(kinds: Sequence[Kind], position: tuple[int | str, ...]) -> tuple[Use, ...]:
     """Return the uses of parameters that go into a value that is no longer one."""
-    return tuple(Use("other", kind.param, kind.gain, position) for kind in kinds if kind.param is not None)
+    return tuple(
+        Use("other", kind.param, kind.gain, position) for kind in kinds if kind.param is not None
+    )
 
 
 def _move(scene: Scene) -> Answer:
@@ -144,7 +146,10 @@ def _move(scene: Scene) -> Answer:
 
 
 def _cast(scene: Scene) -> Answer:
-    if scene.eqn.primitive.name == "convert_element_type" and scene.eqn.params["new_dtype"].kind in "iub":
+    if (
+        scene.eqn.primitive.name == "convert_element_type"
+        and scene.eqn.params["new_dtype"].kind in "iub"
+    ):
         return broken("a cast to whole numbers acts on its entries")
     return Answer(scene.args[0])
 
@@ -171,7 +176,13 @@ def _mixture(kinds: Sequence[Kind], scene: Scene, what: str) -> Answer:
 def _shift(kinds: Sequence[Kind], scene: Scene) -> Answer | None:
     """A vector with a gain, plus a parameter: the bias of a layer norm."""
     for vector, bias in (kinds, kinds[::-1]):
-        if vector.gain and vector.param is None and bias.param and not bias.gain and scene.eqn.primitive.name != "sub":
+        if (
+            vector.gain
+            and vector.param is None
+            and bias.param
+            and not bias.gain
+            and scene.eqn.primitive.name != "sub"
+        ):
             return Answer(vector, (Use("shift", bias.param, vector.gain, scene.position),))
     return None
 
@@ -183,15 +194,23 @@ def _sum(scene: Scene) -> Answer:
 def _choice(scene: Scene) -> Answer:
     if scene.args[0].form not in (ZERO, SAME):
         return broken("its entries decide a choice")
-    return _mixture(scene.args[1:], scene, "a choice is made between it and what does not turn with it")
+    return _mixture(
+        scene.args[1:], scene, "a choice is made between it and what does not turn with it"
+    )
 
 
 def _update(scene: Scene) -> Answer:
-    return _mixture(scene.args[:2], scene, "it is written into something that does not turn with it")
+    return _mixture(
+        scene.args[:2], scene, "it is written into something that does not turn with it"
+    )
 
 
 def _scatter(scene: Scene) -> Answer:
-    return _mixture([scene.args[0], scene.args[2]], scene, "it is written into something that does not turn with it")
+    return _mixture(
+        [scene.args[0], scene.args[2]],
+        scene,
+        "it is written into something that does not turn with it",
+    )
 
 
 def _mul(scene: Scene) -> Answer:
@@ -233,7 +252,11 @@ def _div(scene: Scene) -> Answer:
 
 def _reduce_sum(scene: Scene) -> Answer:
     kind = scene.args[0]
-    if kind.form == VECTOR and scene.along[0] & set(scene.eqn.params["axes"]) and (not scene.ones or kind.gain):
+    if (
+        kind.form == VECTOR
+        and scene.along[0] & set(scene.eqn.params["axes"])
+        and (not scene.ones or kind.gain)
+    ):
         return broken("its entries are summed up, as a mean does")
     return _linear(scene)
 
@@ -254,7 +277,9 @@ def _contraction(scene: Scene) -> Answer:
 def _inner(left: Kind, right: Kind, scene: Scene) -> Answer:
     """Summed over the axis: two vectors make a number that does not turn."""
     forms = {left.form, right.form}
-    if forms == {SQUARE, SAME} or (forms == {VECTOR, SAME} and scene.ones and not (left.gain or right.gain)):
+    if forms == {SQUARE, SAME} or (
+        forms == {VECTOR, SAME} and scene.ones and not (left.gain or right.gain)
+    ):
         return Answer(Kind(VECTOR), dropped([left, right], scene.position))
     if forms != {VECTOR}:
         return broken("it is multiplied by what does not turn with it, and summed up")
@@ -270,7 +295,9 @@ def _outer(left: Kind, right: Kind, scene: Scene) -> Answer:
     forms = {left.form, right.form}
     if SQUARE in forms or (forms == {VECTOR} and (left.gain or right.gain)):
         return broken("products of its entries are multiplied further")
-    return Answer(Kind(VECTOR, gain=left.gain or right.gain), dropped([left, right], scene.position))
+    return Answer(
+        Kind(VECTOR, gain=left.gain or right.gain), dropped([left, right], scene.position)
+    )
 
 
 LINEAR = primitives.SIGNS | primitives.INDEXED | {"rev", "cumsum"}
@@ -298,7 +325,8 @@ class Turn:
 
     Attributes:
       group: its members.
-      keeps_ones: whether only by rotations that leave the vector of ones as it is, since means are taken along it.
+      keeps_ones: whether only by rotations that leave the vector of ones as it is, since means are
+        taken along it.
       uses: how its parameters enter the computation.
       still: parameters that lie along it and do not turn: scales of norms, all equal by now.
       gains: scales of norms that must be made equal first.
@@ -361,7 +389,11 @@ def _leaf(analysis: Analysis, group: Group) -> Leaf:
     candidates = None
     for path, axis in group.members:
         own = analysis.walk.axes.coordinates(analysis.params[path][axis])
-        fits = {leaf for leaf, place in own.items() if np.array_equal(place, group.coordinates[path, axis])}
+        fits = {
+            leaf
+            for leaf, place in own.items()
+            if np.array_equal(place, group.coordinates[path, axis])
+        }
         candidates = fits if candidates is None else candidates & fits
     assert candidates
     return candidates.pop()
@@ -404,14 +436,18 @@ class _Walk:
         return self.equal[path]
 
     def constant(self, aval: Any, value: Any) -> Kind:
-        if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or not jnp.issubdtype(aval.dtype, jnp.number):
+        if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or not jnp.issubdtype(
+            aval.dtype, jnp.number
+        ):
             return Kind(SAME)
         return Kind(SAME if np.asarray(value).any() else ZERO)
 
     def join(self, a: Kind, b: Kind) -> Kind:
         kind = together(a, b, self.ones)
         if kind.form == BROKEN and BROKEN not in (a.form, b.form):
-            self.reason = self.reason or "a loop or a branch joins it with what does not turn with it"
+            self.reason = (
+                self.reason or "a loop or a branch joins it with what does not turn with it"
+            )
         if kind not in (a, b):
             self._note(dropped([a, b], ()))
         return kind
@@ -428,7 +464,9 @@ class _Walk:
         return Kind(a.form, Param(a.param.path, (*a.param.stack, loop)), a.gain)
 
     def stack(self, a: Kind, length: int) -> Kind:
-        if a.param is not None and a.param.whole and a.param.stack:  # a loop that hands its slices back, as nnx.scan does
+        if (
+            a.param is not None and a.param.whole and a.param.stack
+        ):  # a loop that hands its slices back, as nnx.scan does
             return Kind(a.form, Param(a.param.path, a.param.stack[:-1]), a.gain)
         self._note(dropped([a], ()))
         return Kind(a.form, gain=a.gain)
@@ -444,7 +482,14 @@ class _Walk:
             return [Kind(BROKEN)] * len(eqn.outvars)
         if not forms & {VECTOR, SQUARE}:
             return [self._still(name, args, dims) for dims in results]
-        scene = Scene(eqn, args, [self._along(dims) for dims in operands], self.ones, self.uniform, where.position)
+        scene = Scene(
+            eqn,
+            args,
+            [self._along(dims) for dims in operands],
+            self.ones,
+            self.uniform,
+            where.position,
+        )
         answer = RULES[name](scene) if name in RULES else broken(f"{name} acts on its entries")
         if answer.kind.form == BROKEN:
             self.reason = self.reason or answer.reason
@@ -458,11 +503,15 @@ class _Walk:
             self.reason = self.reason or "random numbers run along it"
             return Kind(BROKEN)
         zeros = [kind.form == ZERO for kind in args]
-        return Kind(ZERO if (name in STILL_ZERO and all(zeros)) or (name == "mul" and any(zeros)) else SAME)
+        return Kind(
+            ZERO if (name in STILL_ZERO and all(zeros)) or (name == "mul" and any(zeros)) else SAME
+        )
 
     def _along(self, dims: Sequence[Axis]) -> frozenset[int]:
         axes = self.analysis.walk.axes
-        return frozenset(i for i, axis in enumerate(dims) if axis.size > 1 and self.leaf in axes.leaves(axis))
+        return frozenset(
+            i for i, axis in enumerate(dims) if axis.size > 1 and self.leaf in axes.leaves(axis)
+        )
 
     def _note(self, uses: Sequence[Use]) -> None:
         self.uses |= dict.fromkeys(uses)

@@ -25,25 +25,30 @@ Name = TypeVar("Name", bound=Hashable)
 Row = list[Fraction]
 
 
-def null_space(names: Sequence[Name], equations: Iterable[Mapping[Name, Fraction]]) -> list[dict[Name, int]]:
+def null_space(
+    names: Sequence[Name], equations: Iterable[Mapping[Name, Fraction]]
+) -> list[dict[Name, int]]:
     r"""Return a basis of the solutions of homogeneous equations in exact arithmetic.
 
-    Of all bases it is one in minimal-span form: no two vectors begin at the same name, none end at the same, so that what
-    can be balanced by a near neighbour is not balanced by a far one. Independent parts are solved apart.
+    Of all bases it is one in minimal-span form: no two vectors begin at the same name, none end at
+    the same, so that what can be balanced by a near neighbour is not balanced by a far one.
+    Independent parts are solved apart.
 
     Args:
       names: the unknowns, in the order that says what is near.
       equations: coefficients by name; each sum is to be zero.
 
     Returns:
-      ``{name: whole number}`` for each vector, zeros left out; the numbers have no common divisor, the first is positive.
+      ``{name: whole number}`` for each vector, zeros left out; the numbers have no common divisor,
+      the first is positive.
 
     Example:
       >>> null_space("kgbn", [{"k": Fraction(1), "g": Fraction(1), "b": Fraction(-1)}, {"b": Fraction(1), "n": Fraction(1)}])
       [{'k': 1, 'g': -1}, {'g': 1, 'b': 1, 'n': -1}]
 
     References:
-      Kschischang and Sorokine, "On the Trellis Structure of Block Codes", 1995, section IV (minimal-span form).
+      Kschischang and Sorokine, "On the Trellis Structure of Block Codes", 1995, section IV
+      (minimal-span form).
     """
     rows = {frozenset(equation.items()) for equation in equations if equation}
     place = {name: i for i, name in enumerate(names)}
@@ -92,7 +97,12 @@ def _solve(names: list[Name], equations: list[dict[Name, Fraction]]) -> list[Row
     basis = []
     for free in range(len(names)):
         if free not in pivots:
-            basis.append([-pivots[i][free] if i in pivots else Fraction(i == free) for i in range(len(names))])
+            basis.append(
+                [
+                    -pivots[i][free] if i in pivots else Fraction(i == free)
+                    for i in range(len(names))
+                ]
+            )
     return basis
 
 
@@ -104,7 +114,9 @@ def _minimal(basis: list[Row], size: int, names: list[Name]) -> Iterable[dict[Na
             row = _minus(row, rows[at], row[at] / rows[at][at])
         rows[at] = row
     ends: dict[int, int] = {}
-    for start in sorted(rows, reverse=True):  # a later beginning may be taken off an earlier one, never the other way
+    for start in sorted(
+        rows, reverse=True
+    ):  # a later beginning may be taken off an earlier one, never the other way
         while (last := size - 1 - _first(rows[start][::-1])) in ends:
             other = rows[ends[last]]
             rows[start] = _minus(rows[start], other, rows[start][last] / other[last])
@@ -139,7 +151,8 @@ class Part:
       path: of the parameter.
       axes: along which factors run, ascending.
       power: the power, never 0.
-      coordinates: int ``[size of each axis]``, the factor that each of their indices takes, -1 for none.
+      coordinates: int ``[size of each axis]``, the factor that each of their indices takes, -1 for
+        none.
     """
 
     path: str
@@ -155,7 +168,8 @@ class Scaling:
     Attributes:
       size: number of factors.
       parts: the parameters, by the axes that factors run along.
-      stack: sizes of the leading axes of all parameters (layers stacked for ``scan``) along which factors may differ.
+      stack: sizes of the leading axes of all parameters (layers stacked for ``scan``) along which
+        factors may differ.
     """
 
     size: int
@@ -226,9 +240,10 @@ def scalings(
 ) -> tuple[tuple[Scaling, ...], dict[Member, str]]:
     r"""Find the scalings that leave a function as it is, by following powers of a factor through its jaxpr.
 
-    ``fn`` of parameters of which every member's coordinate j is multiplied by :math:`s_j^e` is ``fn`` of the parameters as
-    they were, for every positive s. They follow from linear equations in the exponents: relu, max-pooling, sums over other
-    axes, products and norms' scales let factors through, while gelu, softmax, or the function's output fix them.
+    ``fn`` of parameters of which every member's coordinate j is multiplied by :math:`s_j^e` is
+    ``fn`` of the parameters as they were, for every positive s. They follow from linear equations
+    in the exponents: relu, max-pooling, sums over other axes, products and norms' scales let
+    factors through, while gelu, softmax, or the function's output fix them.
 
     Args:
       fn: a pure function of ``(variables, *inputs)``.
@@ -237,7 +252,8 @@ def scalings(
       hold: paths of parameters that are to stay as they are.
 
     Returns:
-      ``(scalings, {(path, axis): why it cannot be scaled})``; each scaling reaches no further than it must.
+      ``(scalings, {(path, axis): why it cannot be scaled})``; each scaling reaches no further than
+      it must.
 
     Example:
       >>> params = {"up": jnp.ones((3, 4)), "bias": jnp.ones(4), "down": jnp.ones((4, 2))}
@@ -251,7 +267,12 @@ def scalings(
     domain = Walked(analysis, Demands(analysis.walk.axes), frozenset(hold))
     args = [_start(domain, path, leaf) for path, leaf in analysis.traced.params.items()]
     rest = analysis.traced.jaxpr.jaxpr.invars[len(args) :]
-    data = [domain.demands.still(tuple(Leaf(n, -1) for n in var.aval.shape), "it is the function's input") for var in rest]
+    data = [
+        domain.demands.still(
+            tuple(Leaf(n, -1) for n in var.aval.shape), "it is the function's input"
+        )
+        for var in rest
+    ]
     results = interpret(domain, analysis.traced.jaxpr, [*args, *data])
     starts = dict(zip(analysis.params, args, strict=True))
     for path, value in zip(flatten(analysis.traced.out)[0], results, strict=True):
@@ -272,7 +293,9 @@ def _start(domain: Walked, path: str, leaf: Any) -> Any:
 def _solved(domain: Walked, analysis: Analysis) -> tuple[tuple[Scaling, ...], dict[Member, str]]:
     basis = null_space(_in_order(domain, analysis), [fixed.form for fixed in domain.demands.fixed])
     seen: dict[Any, list[Vector]] = {}
-    for place, vector in enumerate(basis):  # one of heads and one of each head's features, alike, are one of both
+    for place, vector in enumerate(
+        basis
+    ):  # one of heads and one of each head's features, alike, are one of both
         alike = frozenset((name.path, power) for name, power in vector.items())
         seen.setdefault(alike if len(alike) == len(vector) else place, []).append(vector)
     scaled = {(name.path, name.axis) for vector in basis for name in vector}
@@ -281,7 +304,9 @@ def _solved(domain: Walked, analysis: Analysis) -> tuple[tuple[Scaling, ...], di
         for name in fixed.form:
             if (name.path, name.axis) not in scaled:
                 why.setdefault((name.path, name.axis), fixed.why)
-    return tuple(_scaling(domain, analysis, vectors) for vectors in seen.values()), dict(sorted(why.items()))
+    return tuple(_scaling(domain, analysis, vectors) for vectors in seen.values()), dict(
+        sorted(why.items())
+    )
 
 
 def _in_order(domain: Walked, analysis: Analysis) -> list[Unknown]:
@@ -300,7 +325,10 @@ def _scaling(domain: Walked, analysis: Analysis, vectors: list[Vector]) -> Scali
         names = [[(name, sizes[0])] for name in vectors[0]]
     else:
         by_path = [{name.path: name for name in vector} for vector in vectors]
-        names = [[(each[path], size) for each, size in zip(by_path, sizes, strict=True)] for path in by_path[0]]
+        names = [
+            [(each[path], size) for each, size in zip(by_path, sizes, strict=True)]
+            for path in by_path[0]
+        ]
     power = {name: power for vector in vectors for name, power in vector.items()}
     parts = tuple(_part(analysis, own, power[own[0][0]]) for own in names)
     return Scaling(math.prod(sizes), parts, _stack(domain, analysis, vectors))
@@ -323,6 +351,8 @@ def _stack(domain: Walked, analysis: Analysis, vectors: list[Vector]) -> tuple[i
     paths = {name.path for vector in vectors for name in vector}
     depth = {domain.stacks.get(path, 0) if path not in domain.whole else 0 for path in paths}
     power = {name: power for vector in vectors for name, power in vector.items()}
-    carried = any(sum(times * power.get(name, 0) for name, times in form.items()) for form in domain.carried)
+    carried = any(
+        sum(times * power.get(name, 0) for name, times in form.items()) for form in domain.carried
+    )
     shapes = {tuple(axis.size for axis in analysis.params[path][: max(depth)]) for path in paths}
     return shapes.pop() if len(depth) == len(shapes) == 1 and not carried else ()
