@@ -73,3 +73,8 @@ def __getattr__(name: str) -> Any:
     if name in ("data", "models", "report", "search", "train"):
         return importlib.import_module(f"compress_jax.{name}")
     raise AttributeError(f"module 'compress_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, packages that are not imported yet too."""
+    return sorted(__all__)

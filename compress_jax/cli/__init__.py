@@ -3,3 +3,8 @@
 from compress_jax.cli._main import main
 
 __all__ = ["main"]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

@@ -58,3 +58,8 @@ __all__ = [
     "straight_through",
     "unpack",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

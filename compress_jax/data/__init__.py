@@ -29,3 +29,8 @@ __all__ = [
     "scale_to_unit",
     "statistics",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

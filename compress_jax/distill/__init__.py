@@ -188,3 +188,8 @@ __all__ = [
     "virtual_teacher",
     "write_cache",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

@@ -3,3 +3,8 @@
 from compress_jax.lowrank._svd import svd
 
 __all__ = ["svd"]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

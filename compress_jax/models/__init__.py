@@ -21,3 +21,8 @@ __all__ = [
     "ViT",
     "pretrained",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

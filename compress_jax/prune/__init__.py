@@ -68,3 +68,8 @@ __all__ = [
     "top_kast",
     "wanda",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

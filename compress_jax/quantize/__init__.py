@@ -113,3 +113,8 @@ __all__ = [
     "ternary",
     "uniform",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

@@ -19,3 +19,8 @@ __all__ = [
     "rich_table",
     "write",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

@@ -28,3 +28,8 @@ __all__ = [
     "reference",
     "sensitivities",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

@@ -37,3 +37,8 @@ __all__ = [
     "unseen",
     "verify_groups",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

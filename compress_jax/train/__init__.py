@@ -59,3 +59,8 @@ __all__ = [
     "unreplicate",
     "watch_signals",
 ]
+
+
+def __dir__() -> list[str]:
+    """Show what may be called, and no module that holds it."""
+    return sorted(__all__)

@@ -1,0 +1,72 @@
+"""Old names that still work for one version, with a warning that says the new one."""
+
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed(names: Mapping[str, str], module: str) -> Callable[[str], Any]:
+    """Return a module's ``__getattr__`` under which old names mean new ones.
+
+    Args:
+      names: ``{old name: new name}``, both of this module.
+      module: its ``__name__``.
+
+    Returns:
+      The function; it warns with a DeprecationWarning and returns what the new name is.
+
+    Example:
+      >>> get = renamed({"old": "renamed"}, "compress_jax.core.deprecated")
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore")
+      ...     get("old") is renamed
+      True
+    """
+
+    def __getattr__(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        new = names[name]
+        text = f"{module}.{name} is now {module}.{new}; the old name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return getattr(sys.modules[module], new)
+
+    return __getattr__
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keyword arguments by their old names too.
+
+    Args:
+      names: ``old="new"`` for each.
+
+    Returns:
+      A decorator; the function it makes warns with a DeprecationWarning where an old name is used.
+
+    Example:
+      >>> @renamed_arguments(rate="learning_rate")
+      ... def train(learning_rate): return learning_rate
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore")
+      ...     train(rate=0.1)
+      0.1
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                text = f"{function.__name__}: {old}= is now {new}=; it goes in the next version"
+                warnings.warn(text, DeprecationWarning, stacklevel=2)
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
