@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress_jax.cli.config import build, load_config
 from compress_jax.core.errors import ArtifactError
+from compress_jax.core.types import PyTree, Variables
 
 if TYPE_CHECKING:
     from compress_jax.search import Experiment
@@ -58,7 +59,7 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
     return experiment, packed, results
 
 
-def _require_fit(file: Path, experiment: "Experiment", packed: Any) -> None:
+def _require_fit(file: Path, experiment: "Experiment", packed: PyTree) -> None:
     """See that the student's model can be called with an artifact's variables."""
     import jax
 
@@ -123,7 +124,7 @@ def evaluate(
     return 0 if same else 1
 
 
-def _measure(experiment: Any, packed: Any) -> dict[str, Any]:
+def _measure(experiment: Any, packed: PyTree) -> dict[str, Any]:
     """Return the accuracies of an artifact."""
     from compress_jax.core import unpack
     from compress_jax.train import logits
@@ -201,7 +202,7 @@ def export(
     example, folder, console = data.train["image"][:batch], workdir / "export", stdout()
     _make(folder)
 
-    def fn(variables: Any, x: Any) -> Any:
+    def fn(variables: Variables, x: Any) -> Any:
         return model.apply(variables, x)
 
     records, passed = {}, True

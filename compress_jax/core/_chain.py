@@ -12,7 +12,6 @@ from compress_jax.core.axes import Axes
 from compress_jax.core.compression import (
     Compression,
     CompressionState,
-    Params,
     Pointwise,
     bound,
     joined,
@@ -23,6 +22,7 @@ from compress_jax.core.describe import describe
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
+from compress_jax.core.types import Params, PyTree, Step
 
 
 def chain(*compressions: Compression) -> Compression:
@@ -51,7 +51,7 @@ def chain(*compressions: Compression) -> Compression:
     for c in compressions:
         arguments.compression("each part of a chain", c)
 
-    def init(params: Params, *, step: Any = 0) -> CompressionState:
+    def init(params: Params, *, step: Step = 0) -> CompressionState:
         states = []
         for c in compressions:
             states.append(begin(c, params, step))
@@ -64,7 +64,7 @@ def chain(*compressions: Compression) -> Compression:
             seen.append(c.view(seen[-1], s))
         return seen
 
-    def update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+    def update(params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
         states = []
         for c, s in zip(compressions, parts_of(state, len(compressions)), strict=True):
             states.append(c.update(params, s, **inputs))
@@ -104,7 +104,7 @@ def chain(*compressions: Compression) -> Compression:
     def bind(known: Mapping[str, Axes]) -> Compression:
         return chain(*(bound(c, known) for c in compressions))
 
-    def at_once(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+    def at_once(params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
         return chain(*map(awake, compressions)).update(params, state, **inputs)
 
     last = lambda params, state: views(params, state)[-1]  # noqa: E731

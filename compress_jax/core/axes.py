@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from compress_jax.core.errors import ShapeError, StateError
+from compress_jax.core.types import ModelFn
 
 
 class Axes(NamedTuple):
@@ -155,9 +156,7 @@ def _listed(axes: tuple[int, ...]) -> str:
     return f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}" if axes else "no axis"
 
 
-def over_layers(
-    fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str
-) -> Callable[..., Any]:
+def over_layers(fn: ModelFn, axes: Axes, args: Sequence[str], out: str) -> Callable[..., Any]:
     """Return a function of one layer as a function of a whole stack: one program for all layers.
 
     Args:

@@ -13,7 +13,6 @@ from compress_jax.core.axes import Axes
 from compress_jax.core.compression import (
     Compression,
     CompressionState,
-    Params,
     Pointwise,
     bound,
     joined,
@@ -24,6 +23,7 @@ from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.schedules import Scheduled, at_once, awake, begin, due, schedules_of
+from compress_jax.core.types import Params, PyTree, Step
 
 
 def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
@@ -103,11 +103,11 @@ class _Rules(NamedTuple):
     def pack(self, params: Params, state: CompressionState) -> Params:
         return self.merged(params, state, "pack")
 
-    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
+    def init(self, params: Params, *, step: Step = 0) -> CompressionState:
         return joined([begin(c, part, step) for c, part in self.split(params)[0]])
 
     def update(
-        self, params: Params, state: CompressionState, *, grads: Any = None, **inputs: Any
+        self, params: Params, state: CompressionState, *, grads: PyTree = None, **inputs: PyTree
     ) -> CompressionState:
         parts, _, _ = self.split(params)
         gradients = flatten(grads)[0] if grads is not None else None
@@ -123,7 +123,9 @@ class _Rules(NamedTuple):
             states.append(c.update(part, s, grads=own, **inputs))
         return joined(states)
 
-    def at_once(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+    def at_once(
+        self, params: Params, state: CompressionState, **inputs: PyTree
+    ) -> CompressionState:
         return _Rules(tuple((pattern, awake(c)) for pattern, c in self.pairs)).update(
             params, state, **inputs
         )
@@ -202,9 +204,9 @@ def every(n: int, compression: Compression) -> Compression:
         params: Params,
         state: CompressionState,
         *,
-        step: Any,
-        grads: Any = None,
-        stats: Any = None,
+        step: Step,
+        grads: PyTree = None,
+        stats: PyTree = None,
         key: Any = None,
     ) -> CompressionState:
         acts, at = due(n, schedules, step)
@@ -255,7 +257,7 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
             f"between(start, stop, ...) needs stop after start, got {start} and {stop}"
         )
 
-    def init(params: Params, *, step: Any = 0) -> CompressionState:
+    def init(params: Params, *, step: Step = 0) -> CompressionState:
         return _wrapped(begin(compression, params, step), jnp.asarray(step) >= start, False)
 
     def view(params: Params, state: CompressionState) -> Params:
@@ -268,9 +270,9 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         params: Params,
         state: CompressionState,
         *,
-        step: Any,
-        grads: Any = None,
-        stats: Any = None,
+        step: Step,
+        grads: PyTree = None,
+        stats: PyTree = None,
         key: Any = None,
     ) -> CompressionState:
         step, own, active = jnp.asarray(step), _inner(state), jnp.asarray(state.fixed["active"])
@@ -298,7 +300,7 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         own = _inner(state)
         return compression.pointwise(params, own) if bool(state.fixed["active"]) else {}
 
-    def awake_update(params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+    def awake_update(params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
         return between(start, stop, awake(compression)).update(params, state, **inputs)
 
     schedules = (

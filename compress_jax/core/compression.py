@@ -9,8 +9,8 @@ from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError, StateError
 from compress_jax.core.paths import flatten
 from compress_jax.core.stamp import seal, unseal
-
-Params = Any
+from compress_jax.core.types import Params as Params
+from compress_jax.core.types import PyTree, Step
 
 
 class CompressionState(NamedTuple):
@@ -57,7 +57,9 @@ class Scheduled:
     schedules: tuple[Callable[[Any], Any], ...] = ()
     at_once: Callable[..., CompressionState] | None = None
 
-    def __call__(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+    def __call__(
+        self, params: Params, state: CompressionState, **inputs: PyTree
+    ) -> CompressionState:
         """Update."""
         return self.update(params, state, **inputs)
 
@@ -137,7 +139,7 @@ def stamped(
     axes = None if known is None else dict(known)
     takes_step = "step" in inspect.signature(compression.init).parameters
 
-    def init(params: Params, *, step: Any = 0) -> CompressionState:
+    def init(params: Params, *, step: Step = 0) -> CompressionState:
         inputs = {"step": step} if takes_step else {}
         return seal(call, axes, params, compression.init(params, **inputs))
 
@@ -149,9 +151,9 @@ def stamped(
             params: Params,
             state: CompressionState,
             *,
-            step: Any,
-            grads: Any = None,
-            stats: Any = None,
+            step: Step,
+            grads: PyTree = None,
+            stats: PyTree = None,
             key: Any = None,
         ) -> CompressionState:
             own = unseal(call, axes, params, state)

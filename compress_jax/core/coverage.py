@@ -1,18 +1,18 @@
 """What a compression does to each leaf, and why it leaves some alone: no silent no-op, ever."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
 
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, Params
+from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.table import printable
+from compress_jax.core.types import Leaves, Params
 
 # Reasons to doubt the convention that a leaf's last axis is its outputs, from names and shapes
 # alone.
@@ -22,7 +22,7 @@ BIASES = ("bias", "b", "offset", "beta")
 TORCH = ("weight", "weights")
 
 
-def doubts(path: str, axes: Axes, leaves: Mapping[str, Any]) -> str:
+def doubts(path: str, axes: Axes, leaves: Leaves) -> str:
     """Say what speaks against the axes a leaf is taken to have; empty if nothing does, or a trace told them.
 
     Args:
@@ -45,7 +45,7 @@ def doubts(path: str, axes: Axes, leaves: Mapping[str, Any]) -> str:
     return f"{reason}; use cj.bind" if reason else ""
 
 
-def _beside(path: str, axes: Axes, leaves: Mapping[str, Any]) -> str:
+def _beside(path: str, axes: Axes, leaves: Leaves) -> str:
     """Compare with the bias of the same layer."""
     shape, layer = axes.shape, path.rpartition("/")[0]
     names = (f"{layer}/{name}" if layer else name for name in BIASES)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from compress_jax.core.axes import Axes, known_axes, over_layers
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, stamped
+from compress_jax.core.compression import Compression, CompressionState, Pointwise, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import ModelFn, Params, PyTree, Step
 
 LeafState = tuple[Any, Any]
 
@@ -126,12 +127,12 @@ class _Functions(NamedTuple):
     pointwise: Callable[..., Pointwise] | None
     layout: bool
 
-    def with_axes(self, fn: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
+    def with_axes(self, fn: ModelFn, axes: Axes) -> Callable[..., Any]:
         """Return a function of positional arguments that gets the axes behind them, if it takes them."""
         return (lambda *args: fn(*args, axes)) if self.layout else fn
 
     def per_layer(
-        self, fn: Callable[..., Any], axes: Axes, args: Sequence[str], out: str
+        self, fn: ModelFn, axes: Axes, args: Sequence[str], out: str
     ) -> Callable[..., Any]:
         """Return a function of one layer as one of the leaf."""
         return over_layers(self.with_axes(fn, axes.layer), axes, args, out)
@@ -229,9 +230,9 @@ class _Lifted(NamedTuple):
         params: Params,
         state: CompressionState,
         *,
-        step: Any,
-        grads: Any = None,
-        stats: Any = None,
+        step: Step,
+        grads: PyTree = None,
+        stats: PyTree = None,
         key: Any = None,
     ) -> CompressionState:
         leaves = self.taken(params)
@@ -255,18 +256,18 @@ class _Lifted(NamedTuple):
         self,
         path: str,
         x: Any,
-        learned: Any,
-        fixed: Any,
-        step: Any,
+        learned: PyTree,
+        fixed: PyTree,
+        step: Step,
         grad: Any,
-        stats: Any,
+        stats: PyTree,
         key: Any,
     ) -> LeafState:
         axes, fn = self.axes_of(path, x), self.fn.update
         assert fn is not None
 
         def update(
-            x: Any, learned: Any, fixed: Any, step: Any, grad: Any, stats: Any, key: Any
+            x: Any, learned: PyTree, fixed: PyTree, step: Step, grad: Any, stats: PyTree, key: Any
         ) -> LeafState:
             extra = {"axes": axes.layer} if self.fn.layout else {}
             return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)
@@ -303,7 +304,7 @@ def _collect(states: dict[str, LeafState]) -> CompressionState:
     )
 
 
-def _named(path: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _named(path: str, fn: ModelFn, *args: Any, **kwargs: Any) -> Any:
     """Call a function of one array; if the array's shape is at fault, say which leaf it is."""
     try:
         return fn(*args, **kwargs)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.types import Params, PyTree
 
 
 class AsOptaxState(NamedTuple):
@@ -43,12 +44,12 @@ def as_optax(
       [2.0]
     """
 
-    def init(params: Any) -> AsOptaxState:
+    def init(params: Params) -> AsOptaxState:
         return AsOptaxState(
             jnp.zeros((), jnp.int32), optimizer.init(params), compression.init(params)
         )
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, AsOptaxState]:
+    def update(updates: Any, state: PyTree, params: Params = None) -> tuple[Any, AsOptaxState]:
         if params is None:
             raise ValueError(
                 "as_optax projects the params, so pass them: tx.update(grads, state, params)"

@@ -17,6 +17,7 @@ from compress_jax.core.codebook import Tabled
 from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse, nbytes, static, width
+from compress_jax.core.types import PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -199,7 +200,7 @@ def to_dense(x: Any) -> Any:
     return x.unpack() if isinstance(x, (Packed, Bits, Gaps)) else x
 
 
-def unpack(tree: Any) -> Any:
+def unpack(tree: PyTree) -> Any:
     """Replace every packed node of a tree by the array it stands for.
 
     Works under ``jit``: a model may be served from packed params that are unpacked inside the

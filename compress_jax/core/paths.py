@@ -8,6 +8,7 @@ import jax
 
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.packed import is_packed
+from compress_jax.core.types import PyTree
 
 Patterns = str | tuple[str, ...]
 
@@ -33,7 +34,7 @@ def name(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def flatten(tree: Any) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+def flatten(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
     """Flatten a tree into ``{name: leaf}`` and the function that puts such a dict back into the tree's form.
 
     Packed nodes count as leaves, as they stand where an array stood.

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Scheduled
+from compress_jax.core.compression import Compression, CompressionState, Scheduled
+from compress_jax.core.types import Params, Step
 
 Schedule = Callable[[Any], Any]
 FAR = 2**30  # a step that no training reaches; the next one still fits in int32
@@ -35,7 +36,7 @@ def awake(compression: Compression) -> Compression:
     return compression._replace(update=at_once(compression))
 
 
-def arrival(schedules: Sequence[Schedule], step: Any) -> tuple[Any, Any]:
+def arrival(schedules: Sequence[Schedule], step: Step) -> tuple[Any, Any]:
     """Tell whether a schedule reaches its last value at this step or at the next, and which step to update with.
 
     The state that an update makes is what the model uses at the step after it. So the update one
@@ -64,7 +65,7 @@ def arrival(schedules: Sequence[Schedule], step: Any) -> tuple[Any, Any]:
     return soon | now, step + soon.astype(step.dtype)
 
 
-def begin(compression: Compression, params: Params, step: Any = 0) -> CompressionState:
+def begin(compression: Compression, params: Params, step: Step = 0) -> CompressionState:
     """Return the state of a compression that begins at a step: its `init`, told the step if it takes one.
 
     Args:
@@ -80,7 +81,7 @@ def begin(compression: Compression, params: Params, step: Any = 0) -> Compressio
     return init(params, step=step) if takes else init(params)
 
 
-def due(every: int, schedules: Sequence[Schedule], step: Any) -> tuple[jax.Array, Any]:
+def due(every: int, schedules: Sequence[Schedule], step: Step) -> tuple[jax.Array, Any]:
     """Return whether a thinned update acts at this step, and which step to update with.
 
     Args:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.bits import Bits, Gaps
+from compress_jax.core.types import PyTree
 
 static: dict[str, Any] = {"metadata": {"static": True}}
 
@@ -86,7 +87,7 @@ def width(codes: Bits | Sparse) -> int:
     return bits.bits
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: PyTree) -> int:
     """Return the bytes all arrays of a tree occupy, packed nodes at their packed size.
 
     Args:

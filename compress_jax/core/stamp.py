@@ -12,6 +12,7 @@ import jax
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import StateError
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Params, PyTree
 
 Signature = tuple[tuple[str, tuple[int, ...], str], ...]
 SHOWN = 240  # characters of a call in an error message
@@ -63,7 +64,7 @@ def _unflatten(static: tuple[Any, ...], children: Any) -> Stamped:
 jax.tree_util.register_pytree_with_keys(Stamped, _flatten, _unflatten)
 
 
-def signature(tree: Any, floats: bool = False) -> Signature:
+def signature(tree: PyTree, floats: bool = False) -> Signature:
     """Return path, shape and dtype of the arrays of a tree; of floating-point ones only, if asked.
 
     Args:
@@ -87,7 +88,7 @@ def signature(tree: Any, floats: bool = False) -> Signature:
     return tuple(found)
 
 
-def calls(tree: Any) -> list[str]:
+def calls(tree: PyTree) -> list[str]:
     """Return the compressions that made the states in a tree, as text, in order.
 
     Example:
@@ -100,7 +101,7 @@ def calls(tree: Any) -> list[str]:
     ]
 
 
-def seal(call: str, axes: dict[str, Axes] | None, params: Any, state: Any) -> Any:
+def seal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> Any:
     """Return a state with a stamp."""
     known = tuple(sorted(_unusual(axes).items()))
     stamp = Stamp(
@@ -113,7 +114,7 @@ def seal(call: str, axes: dict[str, Axes] | None, params: Any, state: Any) -> An
     return state._replace(fixed=Stamped(state.fixed, stamp))
 
 
-def unseal(call: str, axes: dict[str, Axes] | None, params: Any, state: Any) -> Any:
+def unseal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> Any:
     """Return a state without its stamp, once that is found to fit; a state that has none is taken as it is.
 
     Raises:
@@ -162,7 +163,7 @@ def _unusual(axes: Mapping[str, Axes] | None) -> dict[str, str]:
     }
 
 
-def _same_axes(stamp: Stamp, axes: Mapping[str, Axes], params: Any) -> None:
+def _same_axes(stamp: Stamp, axes: Mapping[str, Axes], params: Params) -> None:
     made, wanted = dict(stamp.axes), _unusual(axes)
     for path in flatten(params)[0]:
         if made.get(path) == wanted.get(path):
@@ -176,7 +177,7 @@ def _same_axes(stamp: Stamp, axes: Mapping[str, Axes], params: Any) -> None:
         )
 
 
-def _same_leaves(stamp: Stamp, params: Any) -> None:
+def _same_leaves(stamp: Stamp, params: Params) -> None:
     leaves = flatten(params)[0]
     for path, shape, dtype in stamp.params:
         if path not in leaves:
@@ -194,7 +195,7 @@ def _same_leaves(stamp: Stamp, params: Any) -> None:
             )
 
 
-def _same_arrays(kind: str, made: Signature, tree: Any) -> None:
+def _same_arrays(kind: str, made: Signature, tree: PyTree) -> None:
     found = signature(tree)
     if found == made:
         return

@@ -1,6 +1,7 @@
-"""Names for what functions take and return. A checker sees through most of them; a reader need not."""
+"""Names for what functions take and return."""
 
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -9,7 +10,10 @@ PyTree: TypeAlias = Any
 """A nest of dicts, lists, tuples and registered classes with arrays as leaves."""
 
 Params: TypeAlias = Any
-"""A tree of parameter arrays: a Linen dict, an NNX state, an Equinox module's arrays, a plain dict."""
+"""A tree of parameter arrays: a Linen dict, an NNX state, an Equinox module, a plain dict."""
+
+Leaves: TypeAlias = Mapping[str, Any]
+"""Arrays, or what stands for them, by path."""
 
 Variables: TypeAlias = Any
 """What a model's `apply` takes first: params, or params with batch statistics beside them."""
@@ -35,20 +39,8 @@ DType: TypeAlias = Any
 Patterns: TypeAlias = str | tuple[str, ...] | list[str]
 """A glob over paths, or several: ``"**/kernel"``."""
 
+ModelFn: TypeAlias = Callable[..., PyTree]
+"""A pure function ``(params, *inputs) -> outputs``: what is traced, calibrated and exported."""
 
-@runtime_checkable
-class ModelFn(Protocol):
-    """A pure function of params and inputs: what is traced, calibrated, rewritten and exported."""
-
-    def __call__(self, params: Params, /, *inputs: Any) -> PyTree:
-        """Return the outputs."""
-        ...
-
-
-@runtime_checkable
-class Schedule(Protocol):
-    """A function of the training step, as optax has them."""
-
-    def __call__(self, step: Step, /) -> Scalar:
-        """Return the value at a step."""
-        ...
+Schedule: TypeAlias = Callable[[Step], Scalar]
+"""A function of the training step, as optax has them."""

@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.types import Batch
+
 
 def random_crop_flip(
     key: jax.Array,
@@ -101,7 +103,7 @@ def mixup(
       CVPR 2022, section 3.1.
     """
 
-    def augment(key: jax.Array, batch: Any) -> Any:
+    def augment(key: jax.Array, batch: Batch) -> Any:
         share_key, order_key = jax.random.split(key)
         images = batch[inputs]
         share = jax.random.beta(share_key, alpha, alpha, (len(images),), images.dtype)

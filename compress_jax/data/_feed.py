@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from compress_jax.core.errors import ConfigError
+from compress_jax.core.types import Batch
 from compress_jax.data._preprocess import Split
 
 
@@ -30,7 +31,7 @@ class Feed:
         """Return the batch of a step, 0 or more: the same arrays whenever and in whatever order it is asked for."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
-        batch: Any = self.dataset[step]  # grain's type allows None, for datasets that filter
+        batch: Batch = self.dataset[step]  # grain's type allows None, for datasets that filter
         return batch
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import is_packed, unpack
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.quantize._activations.site_patterns import pairs
 from compress_jax.quantize._weights.uniform import uniform
 from compress_jax.trace import sites
@@ -32,8 +33,8 @@ class Simulation(NamedTuple):
       ranges: of the activations, as they were given or measured.
     """
 
-    fn: Callable[..., Any]
-    packed: Any
+    fn: ModelFn
+    packed: PyTree
     sites: tuple[Site, ...]
     grids: dict[str, tuple[np.float32, np.uint8]]
     apply: Callable[..., Any]
@@ -47,8 +48,8 @@ class Simulation(NamedTuple):
 
 
 def simulation(
-    fn: Callable[..., Any],
-    params: Any,
+    fn: ModelFn,
+    params: Params,
     inputs: Sequence[Any],
     how: Any,
     ranges: Mapping[str, Any] | None,
@@ -122,11 +123,11 @@ def exactly(name: str) -> str:
     return re.sub(r"[*?\[]", r"[\g<0>]", name)
 
 
-def _packed(params: Any, quantized: Sequence[Site]) -> Any:
+def _packed(params: Params, quantized: Sequence[Site]) -> Any:
     """Pack the weights of sites that are still arrays, in 8 bits with a scale for each output of every site."""
     leaves, rebuild = flatten(params)
 
-    def pack(path: str, leaf: Any) -> Any:
+    def pack(path: str, leaf: PyTree) -> Any:
         of = [site for site in quantized if site.param == path]
         if not of or is_packed(leaf):
             return leaf

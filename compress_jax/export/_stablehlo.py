@@ -1,7 +1,7 @@
 """A model as a StableHLO program that JAX runs without this package; weights stay packed, the program unpacks them."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Tabled, is_packed, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.sparse import Sparse, nbytes, width
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.seal import sealed
 from compress_jax.export._artifact.structure import decode, encode
@@ -26,9 +27,9 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def to_stablehlo(
-    fn: Callable[..., Any],
-    params: Any,
-    example: Any,
+    fn: ModelFn,
+    params: Params,
+    example: PyTree,
     path: str | os.PathLike[str],
     *,
     weights: Literal["constants", "arguments"] = "constants",
@@ -99,7 +100,7 @@ def to_stablehlo(
             f"{path} is the name the weights would have; call the program model.stablehlo, say"
         )
 
-    def program(tensors: Any, *inputs: Any) -> Any:
+    def program(tensors: Any, *inputs: PyTree) -> Any:
         return fn(unpack(decode(structure, tensors)), *inputs)
 
     constants = {
@@ -119,7 +120,7 @@ def to_stablehlo(
     return Exported(path, "stablehlo", size, tuple(_rows(params)), difference)
 
 
-def _specs(tree: Any) -> Any:
+def _specs(tree: PyTree) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
@@ -135,9 +136,7 @@ def _batched(inputs: tuple[Any, ...], batch: str) -> tuple[Any, ...]:
     return tuple(jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in inputs)
 
 
-def _serialized(
-    fn: Callable[..., Any], specs: tuple[Any, ...], platforms: Sequence[str], batch: str
-) -> bytes:
+def _serialized(fn: ModelFn, specs: tuple[Any, ...], platforms: Sequence[str], batch: str) -> bytes:
     extra("flatbuffers", "stablehlo")
     try:
         return bytes(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs).serialize())
@@ -151,7 +150,7 @@ def _serialized(
 
 
 def _difference(
-    fn: Callable[..., Any], params: Any, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]
+    fn: ModelFn, params: Params, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]
 ) -> float:
     """Run what was written; return how far it is from the function itself, relative to the size of each result."""
     read, here = export.deserialize(bytearray(data)), jax.default_backend()
@@ -164,14 +163,14 @@ def _difference(
     return agree(wanted, got, 1e-3, "the program against the function on the example")
 
 
-def _rows(params: Any) -> list[Row]:
+def _rows(params: Params) -> list[Row]:
     return [
         Row(path, f"{_form(leaf)}, {nbytes(leaf):,} bytes")
         for path, leaf in flatten(params)[0].items()
     ]
 
 
-def _form(leaf: Any) -> str:
+def _form(leaf: PyTree) -> str:
     if not is_packed(leaf):
         return str(jnp.asarray(leaf).dtype)
     name = type(leaf).__name__

@@ -14,6 +14,7 @@ import safetensors.numpy
 from compress_jax.core.errors import ArtifactError, ExportError
 from compress_jax.core.packed import Quantized, unpack
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import PyTree, Variables
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.structure import is_key
 
@@ -28,7 +29,7 @@ COLLECTIONS = ("params", "batch_stats")
 
 
 def to_safetensors(
-    variables: Any,
+    variables: Variables,
     path: str | os.PathLike[str],
     *,
     weights: Literal["dense", "integers"] = "dense",
@@ -125,7 +126,7 @@ def to_safetensors(
     return len(data)
 
 
-def _parts(leaf: Any, weights: str) -> Iterator[tuple[str, np.ndarray]]:
+def _parts(leaf: PyTree, weights: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield what stands for a leaf: the end of its name, and the array."""
     if weights == "integers" and isinstance(leaf, Quantized):
         zero = jnp.broadcast_to(leaf.zero_point, leaf.scale.shape)

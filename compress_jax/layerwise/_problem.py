@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import NonFiniteError
+from compress_jax.core.types import Leaves
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 from compress_jax.trace._jaxpr.strided import Box, Piece, placed
 from compress_jax.trace._statistics.calibration import Calibration, Gram, require
@@ -120,7 +121,7 @@ def why_not(site: Site) -> str | None:
 
 
 def problems(
-    calibration: Any, leaves: Mapping[str, Any]
+    calibration: Any, leaves: Leaves
 ) -> tuple[dict[str, tuple[Problem, ...]], dict[str, str]]:
     """Return the layer-wise problems of a calibration with `gram`, and why some parameters have none.
 
@@ -569,7 +570,7 @@ def damped_hessian(gram: jax.Array, damping: jax.Array, inputs: int) -> tuple[ja
     return jnp.where(jnp.eye(len(gram), dtype=bool), 2 * gram + added[None], 2 * gram), dead
 
 
-def fed(calibration: Calibration, leaves: Mapping[str, Any]) -> Iterator[tuple[Site, Any]]:
+def fed(calibration: Calibration, leaves: Leaves) -> Iterator[tuple[Site, Any]]:
     """Yield ``(site, statistics of its input)`` of every calibrated site that a parameter feeds."""
     for name, site in calibration.sites.items():
         if site.param is not None and site.param in leaves:

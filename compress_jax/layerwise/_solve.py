@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, bound
+from compress_jax.core.compression import Compression, CompressionState, Pointwise, bound
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Params
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import MatrixForm, Problem, column_errors, problems, unit
 from compress_jax.trace import Calibration

@@ -24,6 +24,7 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.finite import where_finite
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Params, PyTree
 
 Factors = dict[str, jax.Array]
 
@@ -128,12 +129,12 @@ class _ByEnergy(NamedTuple):
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
-    def axes(self, params: Any) -> dict[str, Axes]:
+    def axes(self, params: Params) -> dict[str, Axes]:
         floats = {path: x for path, x in flatten(params)[0].items() if not why_not_float(path, x)}
         found = {path: known_axes(self.known, path, x) for path, x in floats.items()}
         return {path: axes for path, axes in found.items() if not _too_thin(axes.layer)}
 
-    def ranks(self, params: Any) -> dict[str, tuple[int, ...]]:
+    def ranks(self, params: Params) -> dict[str, tuple[int, ...]]:
         """Return the least rank of every layer of every matrix, found by one decomposition each."""
         leaves = flatten(params)[0]
         for path in self.axes(params):
@@ -143,7 +144,7 @@ class _ByEnergy(NamedTuple):
             for path, axes in self.axes(params).items()
         }
 
-    def init(self, params: Any) -> CompressionState:
+    def init(self, params: Params) -> CompressionState:
         leaves, axes = flatten(params)[0], self.axes(params)
         learned = {}
         for path, ranks in self.ranks(params).items():
@@ -151,12 +152,12 @@ class _ByEnergy(NamedTuple):
                 learned[path] = _padded_factors(leaves[path], axes[path], ranks)
         return CompressionState(learned, {})
 
-    def update(self, params: Any, state: CompressionState, **_: Any) -> CompressionState:
+    def update(self, params: Params, state: CompressionState, **_: Any) -> CompressionState:
         for path in self.axes(params):
             check_finite(path, flatten(params)[0][path])
         return state
 
-    def view(self, params: Any, state: CompressionState) -> Any:
+    def view(self, params: Params, state: CompressionState) -> Any:
         seen = to_dense_tree(self.pack(params, state))
         leaves, rebuild = flatten(seen)
         stored = flatten(params)[0]
@@ -164,7 +165,7 @@ class _ByEnergy(NamedTuple):
             {**leaves, **{path: where_finite(stored[path], leaves[path]) for path in state.learned}}
         )
 
-    def pack(self, params: Any, state: CompressionState) -> Any:
+    def pack(self, params: Params, state: CompressionState) -> Any:
         leaves, rebuild = flatten(params)
         axes = self.axes(params)
         for path in axes:
@@ -174,7 +175,7 @@ class _ByEnergy(NamedTuple):
         }
         return rebuild({**leaves, **packed})
 
-    def skipped(self, params: Any) -> dict[str, str]:
+    def skipped(self, params: Params) -> dict[str, str]:
         leaves, axes = flatten(params)[0], self.axes(params)
         found = {path: why for path, x in leaves.items() if (why := why_not_float(path, x))}
         thin = {
@@ -207,11 +208,11 @@ def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
     return over_layers(factors, axes, ("leaf", "state"), "state")(x, own)
 
 
-def _view(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> jax.Array:
+def _view(x: jax.Array, factors: Factors, fixed: PyTree, axes: Axes) -> jax.Array:
     return _pack(x, factors, fixed, axes).unpack()
 
 
-def _pack(x: jax.Array, factors: Factors, fixed: Any, axes: Axes) -> LowRank:
+def _pack(x: jax.Array, factors: Factors, fixed: PyTree, axes: Axes) -> LowRank:
     columns = (
         (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs
     )  # the usual ones take no room in a file

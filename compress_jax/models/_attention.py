@@ -1,10 +1,12 @@
 """The two halves of every transformer layer: attention over positions, and a perceptron at each of them."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from compress_jax.core.types import DType
 
 Gelu = Literal["exact", "tanh"]
 
@@ -21,7 +23,7 @@ class Attention(nn.Module):
     """
 
     heads: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -56,7 +58,7 @@ class Perceptron(nn.Module):
 
     hidden: int
     gelu: Gelu = "tanh"
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -82,7 +84,7 @@ class PreNorm(nn.Module):
     hidden: int
     gelu: Gelu = "tanh"
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:

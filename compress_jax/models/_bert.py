@@ -1,11 +1,10 @@
 """BERT, the post-norm text encoder, and a classifier on it."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._attention import Attention, Gelu, Perceptron
 from compress_jax.models._head import head
 
@@ -52,7 +51,7 @@ class Bert(nn.Module):
     segments: int = 2
     gelu: Gelu = "exact"
     epsilon: float = 1e-12
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(
@@ -125,7 +124,7 @@ class BertClassifier(nn.Module):
 
     encoder: Bert
     classes: int = 2
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(

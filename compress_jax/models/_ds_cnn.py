@@ -1,12 +1,13 @@
 """DS-CNN, the depthwise separable network of keyword spotting."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
 
@@ -47,7 +48,7 @@ class DSCNN(nn.Module):
     window: tuple[int, int] = (10, 4)
     stride: int = 2
     depthwise: Literal["conv", "shifts"] = "conv"
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
@@ -78,7 +79,7 @@ class ShiftedDepthwise(nn.Module):
     """
 
     width: int
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._attention import Gelu, PreNorm
 
 
@@ -51,7 +52,7 @@ class GPT(nn.Module):
     remat: bool = False
     gelu: Gelu = "tanh"
     epsilon: float = 1e-5
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:

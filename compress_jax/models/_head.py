@@ -1,12 +1,12 @@
 """The last layer of every classifier: its matrix product itself is in float32, whatever the rest computes in."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 
-def head(classes: int, dtype: Any) -> nn.Dense:
+
+def head(classes: int, dtype: DType) -> nn.Dense:
     """Return the layer ``head`` that turns features into float32 logits.
 
     Rounding logits to bfloat16 before the softmax costs up to a tenth of the gradient, so this

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
 AROUND: Any = (
@@ -47,7 +48,7 @@ class ImageNetResNet(nn.Module):
     bottleneck: bool = False
     width: int = 64
     classes: int = 1000
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     axis_name: str | None = None
 
     @nn.compact

@@ -1,12 +1,12 @@
 """LeNet-300-100 and LeNet-5, on which most methods of model compression were first shown."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
 # Max pooling whose gradient is fast on every backend.
@@ -38,7 +38,7 @@ def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
     return tiles.max(axis=(2, 4))
 
 
-def _dense(x: jax.Array, widths: Sequence[int], dtype: Any) -> jax.Array:
+def _dense(x: jax.Array, widths: Sequence[int], dtype: DType) -> jax.Array:
     """Apply hidden layers ``dense_0``, ``dense_1``, ... with ReLU."""
     for i, width in enumerate(widths):
         x = nn.relu(nn.Dense(width, dtype=dtype, name=f"dense_{i}")(x))
@@ -67,7 +67,7 @@ class LeNet300100(nn.Module):
 
     classes: int = 10
     hidden: Sequence[int] = (300, 100)
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
@@ -108,7 +108,7 @@ class LeNet5(nn.Module):
     features: Sequence[int] = (6, 16)
     hidden: Sequence[int] = (120, 84)
     padding: str = "VALID"
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

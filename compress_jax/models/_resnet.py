@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
 
@@ -48,7 +49,7 @@ class ResNet(nn.Module):
     classes: int = 10
     stem_stride: int = 1
     projection: bool = True
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
     axis_name: str | None = None
 
     @nn.compact

@@ -1,11 +1,12 @@
 """The vision transformer."""
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import DType
 from compress_jax.models._attention import Gelu, PreNorm
 from compress_jax.models._head import head
 
@@ -49,7 +50,7 @@ class ViT(nn.Module):
     hidden: int | None = None
     pool: Literal["mean", "token"] = "mean"
     gelu: Gelu = "tanh"
-    dtype: Any = jnp.float32
+    dtype: DType = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:

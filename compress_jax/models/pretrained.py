@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from compress_jax.core.errors import WeightsError
 from compress_jax.core.paths import Patterns, flatten, matches
+from compress_jax.core.types import Variables
 
 Weights = Mapping[str, Any]
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
@@ -93,7 +94,7 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 
 def bert(
-    variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
+    variables: Variables, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
 ) -> Any:
     """Fill `Bert` or `BertClassifier` with weights named as Hugging Face's ``BertModel`` and its like name them.
 
@@ -127,7 +128,7 @@ def bert(
 
 
 def resnet(
-    variables: Any, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
+    variables: Variables, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
 ) -> Any:
     """Fill `ImageNetResNet` with weights named as torchvision names them.
 
@@ -158,7 +159,7 @@ def _bare(name: str) -> str:
 
 
 def _fill(
-    variables: Any,
+    variables: Variables,
     weights: Weights,
     names: Sequence[tuple[str, str]],
     ignore: Sequence[str],

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Batch, ModelFn, Params, PyTree
 from compress_jax.prune._masks.choose import kept
 from compress_jax.prune._masks.target import Target
 
 
-def snip(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
+def snip(loss: Callable[..., jax.Array], params: Params, *batch: Batch) -> Any:
     """Return how much each connection matters to the loss: ``|w * dL/dw|``.
 
     The derivative of the loss by a mask on the weight, at a mask of ones. The published score
@@ -43,7 +44,7 @@ def snip(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
     return _of(params, lambda w: _times(w, jax.grad(_floating(loss, params, batch))(w), jnp.abs))
 
 
-def grasp(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
+def grasp(loss: Callable[..., jax.Array], params: Params, *batch: Batch) -> Any:
     r"""Return how much each connection matters to the flow of gradients: ``w * (H g)``.
 
     Removing the weight changes :math:`\|g\|^2` by :math:`-2 w (H g)` to first order. GraSP keeps
@@ -78,7 +79,7 @@ def grasp(loss: Callable[..., jax.Array], params: Any, *batch: Any) -> Any:
 
 
 def synflow(
-    fn: Callable[..., Any], params: Any, *inputs: Any, sparsity: float = 0.0, rounds: int = 1
+    fn: ModelFn, params: Params, *inputs: PyTree, sparsity: float = 0.0, rounds: int = 1
 ) -> Any:
     r"""Return the synaptic flow through each connection, no data needed: ``|w| * dR/d|w|``.
 
@@ -138,14 +139,14 @@ def synflow(
 
 
 def _floating(
-    fn: Callable[..., Any], params: Any, batch: tuple[Any, ...]
+    fn: ModelFn, params: Params, batch: tuple[Any, ...]
 ) -> Callable[[dict[str, jax.Array]], jax.Array]:
     """Return a function of the floating leaves alone, by path; the others stay as they are."""
     leaves, rebuild = flatten(params)
     return lambda w: fn(rebuild({**leaves, **w}), *batch)
 
 
-def _of(params: Any, score: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]) -> Any:
+def _of(params: Params, score: Callable[[dict[str, jax.Array]], dict[str, jax.Array]]) -> Any:
     """Return the scores of the floating leaves in the tree of the params, zeros for the others."""
     leaves, rebuild = flatten(params)
     found = score({path: x for path, x in leaves.items() if why_not_float(path, x) is None})

@@ -1,11 +1,11 @@
 """The sparsity that just meets a budget of operations or bytes, under any rule that spreads a sparsity over layers."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.packed import nbytes
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.prune._scores import magnitude
 from compress_jax.trace import cost
 
@@ -15,9 +15,9 @@ Allocation = Mapping[str, float]
 def for_flops(
     budget: float,
     allocate: Callable[[float], Allocation],
-    fn: Callable[..., Any],
-    params: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    params: Params,
+    *inputs: PyTree,
 ) -> dict[str, float]:
     r"""Return the allocation of least sparsity whose multiply-accumulates with kept weights are within a share of all.
 
@@ -65,7 +65,7 @@ def for_flops(
 def for_bytes(
     budget: float,
     allocate: Callable[[float], Allocation],
-    params: Any,
+    params: Params,
     *,
     method: Callable[[Allocation], Compression] = magnitude,
     turns: int = 12,

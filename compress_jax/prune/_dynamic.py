@@ -11,13 +11,14 @@ import optax
 from compress_jax.core.amount import amount
 from compress_jax.core.arguments import number, random_key, refused, whole
 from compress_jax.core.axes import Axes, over_layers
-from compress_jax.core.compression import Compression, CompressionState, Params, stamped
+from compress_jax.core.compression import Compression, CompressionState, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.exact import choose, less
 from compress_jax.core.leafwise import fold_path, why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, arrival
+from compress_jax.core.types import Params, PyTree, Step
 from compress_jax.prune._masks.choose import chosen, gradients_of, kept, unless_broken
 from compress_jax.prune._masks.score import Leaves, Seen, fixed_of, measured, of_masks
 from compress_jax.prune._masks.select import magnitude_bits, smallest_by
@@ -143,7 +144,7 @@ class _Regrow(NamedTuple):
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
-    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
+    def init(self, params: Params, *, step: Step = 0) -> CompressionState:
         self.target.check(
             path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None
         )
@@ -162,9 +163,9 @@ class _Regrow(NamedTuple):
         params: Params,
         state: CompressionState,
         *,
-        step: Any,
-        grads: Any = None,
-        stats: Any = None,
+        step: Step,
+        grads: PyTree = None,
+        stats: PyTree = None,
         key: Any = None,
         last: bool = False,
     ) -> CompressionState:

@@ -1,7 +1,6 @@
 """What the zeros of a model buy, and on which hardware: bytes always, time only where a pattern is something can use."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import numpy as np
 from compress_jax.core.compression import CompressionState
 from compress_jax.core.packed import Sparse
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Params
 from compress_jax.prune._sparsities import masks_in
 
 BUYS = {
@@ -71,7 +71,7 @@ class Gains:
         return "\n".join([*lines, *legend.values()])
 
 
-def gains(params: Any, state: CompressionState) -> Gains:
+def gains(params: Params, state: CompressionState) -> Gains:
     """Return what the masks of a pruned model buy on which hardware, by what pattern is found in them.
 
     The masks themselves are looked at, not how they were made: ``"channels"`` if all entries at

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.arguments import number
-from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
+from compress_jax.core.compression import Compression, CompressionState, bound, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.core.schedules import Scheduled
+from compress_jax.core.types import Params, PyTree, Step
 from compress_jax.prune._masks.score import Score, Seen, fixed_of, masked
 from compress_jax.prune._masks.structures import Structure
 from compress_jax.prune._masks.target import Sparsity
@@ -231,7 +232,7 @@ def _soft(hard: Compression, threshold: float, every: int) -> Compression:
     """Replace the masks of a compression that keeps everything by those above the threshold."""
 
     def update(
-        params: Params, state: CompressionState, *, step: Any, now: bool = False, **inputs: Any
+        params: Params, state: CompressionState, *, step: Step, now: bool = False, **inputs: PyTree
     ) -> CompressionState:
         new = hard.update(params, state, step=step, **inputs)
         due = jnp.asarray(now) | (jnp.asarray(step) % every == 0)

@@ -9,11 +9,12 @@ import optax
 
 from compress_jax.core.arguments import compression as checked
 from compress_jax.core.arguments import number, whole
-from compress_jax.core.compression import Compression, CompressionState, Params, bound
+from compress_jax.core.compression import Compression, CompressionState, bound
 from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, ConfigError, StateError
 from compress_jax.core.paths import flatten, owner
 from compress_jax.core.schedules import Scheduled, at_once, schedules_of
+from compress_jax.core.types import Params, PyTree
 
 BACK = 2  # steps that going back takes: p + (s - p) is rounded, but then s - p is exact (Sterbenz), and so is the second sum
 
@@ -91,7 +92,7 @@ def nested(compression: Compression) -> Compression:
     )
 
 
-def rewind(state: Any, saved: Any, masks: CompressionState, *, weights: bool = True) -> Any:
+def rewind(state: PyTree, saved: Any, masks: CompressionState, *, weights: bool = True) -> Any:
     """Return a training state that starts the next round: early weights (or only the early learning rate), new masks.
 
     Weight rewinding continues from ``saved`` in all but the masks. Learning-rate rewinding keeps
@@ -221,7 +222,9 @@ def rewinding(
         inner = optimizer.init(params)
         return Rewound(jnp.zeros((), jnp.int32), inner, () if every is None else (params, inner))
 
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Rewound]:
+    def update(
+        updates: Any, state: PyTree, params: Params = None, **extra: Any
+    ) -> tuple[Any, Rewound]:
         now, saved = state.count, state.saved
         if every is not None:
             saved = jax.lax.cond(now == begin + to, lambda: (params, state.inner), lambda: saved)

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.paths import flatten, owner
+from compress_jax.core.types import Params, PyTree
 
 Flags = Mapping[str, jax.Array]
 
 
-def restart(params: Any, opt_state: Any, before: Any, after: Any) -> tuple[Any, Any]:
+def restart(params: Params, opt_state: PyTree, before: Any, after: Any) -> tuple[Any, Any]:
     """Return params and optimizer state in which the weights that an update of the compression grew are zero.
 
     For `set`, `rigl` and whatever else is built by `regrowing`, alone or inside combinators; with
@@ -69,7 +70,7 @@ def grown(before: Any, after: Any) -> dict[str, jax.Array]:
     return found
 
 
-def reset_moments(opt_state: Any, params: Any, regrown: Flags) -> Any:
+def reset_moments(opt_state: PyTree, params: Params, regrown: Flags) -> Any:
     """Return an optimizer state with zeros where weights were grown.
 
     A leaf of the state belongs to a weight array if its path ends in that array's path and it has
@@ -104,7 +105,7 @@ def reset_moments(opt_state: Any, params: Any, regrown: Flags) -> Any:
     )
 
 
-def _zeroed(leaf: Any, flags: jax.Array | None) -> Any:
+def _zeroed(leaf: PyTree, flags: jax.Array | None) -> Any:
     if flags is None or jnp.shape(leaf) != flags.shape:
         return leaf
     return jnp.where(flags, jnp.zeros((), leaf.dtype), leaf)

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.arguments import random_key
-from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
+from compress_jax.core.compression import Compression, CompressionState, bound, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import begin
+from compress_jax.core.types import Params, Step
 from compress_jax.prune._masks.score import Score, Seen, masked
 from compress_jax.prune._masks.structures import Structure
 from compress_jax.prune._masks.target import Sparsity
@@ -187,7 +188,7 @@ def _with_scores(
 ) -> Compression:
     """Replace the `init` of a method that has no scores yet by one that begins with those given."""
 
-    def init(params: Params, *, step: Any = 0) -> CompressionState:
+    def init(params: Params, *, step: Step = 0) -> CompressionState:
         found = flatten(scores(params) if callable(scores) else scores)[0]
         begun = build(Score(lambda seen: seen.carried, lambda seen: _own(found, seen), signed=True))
         return begin(bound(begun, known) if known else begun, params, step)

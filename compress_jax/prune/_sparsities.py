@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,11 @@ from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.types import Params, PyTree
 
 
 def erk(
-    params: Any,
+    params: Params,
     sparsity: float,
     pattern: Patterns | None = None,
     *,
@@ -179,7 +179,7 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
 # How sparse each leaf came out, as a map that any other method takes.
 
 
-def shares(params: Any, state: CompressionState) -> dict[str, float]:
+def shares(params: Params, state: CompressionState) -> dict[str, float]:
     """Return the share of pruned entries of every leaf that has a mask: the allocation that a method arrived at.
 
     A global threshold or `lamp` decides how many weights each layer keeps; `random`, `rigl` or
@@ -202,7 +202,7 @@ def shares(params: Any, state: CompressionState) -> dict[str, float]:
     return {path: int((~mask).sum()) / mask.size for path, mask in masks.items()}
 
 
-def masks_in(fixed: Any, names: Iterable[str]) -> dict[str, jax.Array]:
+def masks_in(fixed: PyTree, names: Iterable[str]) -> dict[str, jax.Array]:
     """Return the masks in a fixed state, by path of the leaf, however combinators nest them.
 
     Args:

@@ -1,20 +1,21 @@
 """Top-KAST: a sparse forward pass, and gradients for somewhat more weights than it uses."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from compress_jax.core.arguments import compression as checked
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, Params, bound, stamped
+from compress_jax.core.compression import Compression, CompressionState, bound, stamped
 from compress_jax.core.describe import call_of, describe
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 from compress_jax.core.straight_through import straight_through
+from compress_jax.core.types import Params, PyTree, Step
 from compress_jax.prune._masks.score import Leaves, fixed_of, of_masks, see
 from compress_jax.prune._masks.target import Sparsity, Target
 from compress_jax.prune._scores import magnitude
@@ -52,10 +53,11 @@ def top_kast(
     References:
       Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.
     """
-    if (
-        all(isinstance(each, (int, float, np.number)) for each in (sparsity, backward))
-        and backward > sparsity
-    ):  # type: ignore[operator]
+    numbers = (
+        isinstance(sparsity, int | float | np.number),
+        isinstance(backward, int | float | np.number),
+    )
+    if all(numbers) and backward > sparsity:  # type: ignore[operator]
         raise ArgumentError(
             f"backward is below the sparsity {sparsity}, as more weights are trained than used, "
             f"got {backward}"
@@ -90,10 +92,10 @@ class _TopKast(NamedTuple):
             self.target, bound(self.forward, known), bound(self.wide, known), known
         ).compression()
 
-    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
+    def init(self, params: Params, *, step: Step = 0) -> CompressionState:
         return _joined(begin(self.forward, params, step), begin(self.wide, params, step))
 
-    def update(self, params: Params, state: CompressionState, **inputs: Any) -> CompressionState:
+    def update(self, params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
         a, b = self.split(state, "mask", params), self.split(state, "backward", params)
         return _joined(
             self.forward.update(params, a, **inputs), self.wide.update(params, b, **inputs)

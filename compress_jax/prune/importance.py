@@ -21,6 +21,7 @@ from compress_jax.core.errors import (
     ShapeError,
 )
 from compress_jax.core.paths import Patterns, flatten, matches
+from compress_jax.core.types import Leaves, Params
 from compress_jax.layerwise._problem import met, summed_axes, why_not
 from compress_jax.trace import Calibration, Group, Groups, Site
 
@@ -28,7 +29,7 @@ from compress_jax.trace import Calibration, Group, Groups, Site
 
 
 def gradients(
-    loss: Callable[..., Any], params: Any, batches: Iterable[Any]
+    loss: Callable[..., Any], params: Params, batches: Iterable[Any]
 ) -> dict[str, jax.Array]:
     r"""Return the mean gradient over batches, :math:`\frac1n \sum_b \nabla L_b`.
 
@@ -51,7 +52,7 @@ def gradients(
 
 
 def squared_gradients(
-    loss: Callable[..., Any], params: Any, batches: Iterable[Any]
+    loss: Callable[..., Any], params: Params, batches: Iterable[Any]
 ) -> dict[str, jax.Array]:
     r"""Return the mean squared gradient over batches, the diagonal of the empirical Fisher matrix up to a factor.
 
@@ -75,7 +76,7 @@ def squared_gradients(
 
 def _mean(
     loss: Callable[..., Any],
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     of: Callable[[jax.Array], jax.Array],
 ) -> dict[str, jax.Array]:
@@ -132,7 +133,7 @@ class Member(NamedTuple):
 Importance = Callable[[Member], jax.Array | None]
 
 
-def members(group: Group, leaves: dict[str, Any], contracted: set[str]) -> list[Member]:
+def members(group: Group, leaves: Leaves, contracted: set[str]) -> list[Member]:
     """Return the floating-point members of a group, cut.
 
     Args:
@@ -441,7 +442,7 @@ NORMALISATIONS: dict[str, Callable[[np.ndarray], Any]] = {
 
 def channel_scores(
     groups: Groups,
-    leaves: dict[str, Any],
+    leaves: Leaves,
     contracted: set[str],
     importance: Importance,
     reduction: str = "mean",

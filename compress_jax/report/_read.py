@@ -23,6 +23,7 @@ from compress_jax.core.record import (
     read_record,
 )
 from compress_jax.core.table import printable
+from compress_jax.core.types import PyTree
 from compress_jax.export import Part, breakdown, load
 
 Curves = dict[str, list[tuple[int, float]]]
@@ -89,7 +90,7 @@ class Run:
     results: dict[str, Any]
     about: dict[str, Any]
     decisions: list[str]
-    packed: Any
+    packed: PyTree
     metadata: dict[str, Any]
     before: dict[str, Any]
     after: dict[str, Any]

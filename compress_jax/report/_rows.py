@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from compress_jax.core import coverage
+from compress_jax.core.types import PyTree
 from compress_jax.export import Part
 from compress_jax.report._tables import Table
 
@@ -63,7 +64,7 @@ def verdict(row: Mapping[str, Any], chosen: str) -> str:
 
 
 def leaves_table(
-    packed: Any, left_alone: Mapping[str, Sequence[str]], parts: Sequence[Part]
+    packed: PyTree, left_alone: Mapping[str, Sequence[str]], parts: Sequence[Part]
 ) -> Table:
     """Return how each leaf of an artifact is stored.
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError
+from compress_jax.core.types import DType
 from compress_jax.data import Data
 from compress_jax.distill import Term
 from compress_jax.train import distillation
@@ -349,7 +350,7 @@ def _is_optimizer(value: Any) -> bool:
     return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
-def _is_floating(dtype: Any) -> bool:
+def _is_floating(dtype: DType) -> bool:
     try:
         return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:

@@ -15,6 +15,7 @@ import numpy as np
 from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import CompressError, ConfigError, DataError, ShapeError
 from compress_jax.core.record import sealed
+from compress_jax.core.types import Batch, DType, Params, PyTree, Variables
 from compress_jax.data import Data
 from compress_jax.distill import Teacher
 from compress_jax.export import write_atomically
@@ -129,7 +130,7 @@ class _Checks:
             network.model.init, jax.random.key(0), _struct((1, *image.shape[1:]), jnp.float32)
         )
 
-    def _outputs(self, model: Any, variables: Any) -> None:
+    def _outputs(self, model: Any, variables: Variables) -> None:
         """See that the model gives logits, one a class at least."""
         image, classes = self.experiment.data.train["image"], self.experiment.data.classes
         x = _struct((SIDE, *image.shape[1:]), image.dtype)
@@ -150,7 +151,7 @@ class _Checks:
             )
 
     def _training(
-        self, model: Any, variables: Any, training: Training, teacher: Teacher | None
+        self, model: Any, variables: Variables, training: Training, teacher: Teacher | None
     ) -> None:
         """Trace one step of training without a compression, unless such a one was traced already."""
         split = self.experiment.data.train
@@ -170,7 +171,7 @@ class _Checks:
             lambda x: np.zeros(x.shape, x.dtype), teacher
         )  # a loss may want the teacher's hash
 
-        def whole(variables: Any, batch: Any, teacher: Any) -> Any:
+        def whole(variables: Variables, batch: Batch, teacher: Any) -> Any:
             step, state = _stages.prepared(
                 self.experiment, model, variables, None, training, "check", zeros, batch
             )
@@ -179,7 +180,7 @@ class _Checks:
         before, after = jax.eval_shape(whole, variables, batch, teacher)
         _require_alike("training step", before, after)
 
-    def _teacher(self, network: Network, variables: Any) -> Teacher | None:
+    def _teacher(self, network: Network, variables: Variables) -> Teacher | None:
         if variables is None:
             return None
         with self._of("teacher"):
@@ -192,7 +193,7 @@ class _Checks:
         compression = _stages.fitted(self.experiment, candidate, student)
         key, step = jax.random.key(0), jnp.zeros((), jnp.int32)
 
-        def life(params: Any) -> Any:
+        def life(params: Params) -> Any:
             state = compression.init(params)
             seen = compression.view(params, state)
             new = compression.update(params, state, step=step, grads=params, key=key)
@@ -281,7 +282,7 @@ def _check_labels(name: str, labels: Any, classes: int) -> None:
         )
 
 
-def _packed(compression: Compression, params: Any, state: CompressionState) -> None:
+def _packed(compression: Compression, params: Params, state: CompressionState) -> None:
     """Trace pack, which may compute with NumPy: only what it refuses on purpose counts."""
     try:
         jax.eval_shape(compression.pack, params, state)
@@ -304,18 +305,18 @@ def _require_alike(what: str, before: Any, after: Any) -> None:
             )
 
 
-def _named(tree: Any) -> list[tuple[str, Any]]:
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
     return [
         (jax.tree_util.keystr(path), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
     ]
 
 
-def _struct(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+def _struct(shape: tuple[int, ...], dtype: DType) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _shapes(tree: Any) -> Any:
+def _shapes(tree: PyTree) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
@@ -463,7 +464,7 @@ def _try(
     )
 
 
-def _by_reason(compression: Compression, params: Any) -> dict[str, list[str]]:
+def _by_reason(compression: Compression, params: Params) -> dict[str, list[str]]:
     """Return the leaves a compression leaves alone, by reason."""
     reasons: dict[str, list[str]] = {}
     for path, reason in compression.skipped(params).items():

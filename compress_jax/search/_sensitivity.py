@@ -16,6 +16,7 @@ from compress_jax.core.errors import ConfigError, DataError, NonFiniteError, Sha
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.table import aligned, units
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.distill import kl
 from compress_jax.prune.importance import squared_gradients
 from compress_jax.search._budget import byte_budget, work_budget
@@ -254,7 +255,7 @@ def unreached(scores: Scores, leaves: Leaves, forms: Forms) -> tuple[Scores, lis
 
 
 def _scalar(model: Model) -> Model:
-    def loss(leaves: Leaves, *inputs: Any) -> jax.Array:
+    def loss(leaves: Leaves, *inputs: PyTree) -> jax.Array:
         value = model(leaves, *inputs)
         if jnp.shape(value) != ():
             raise ShapeError(
@@ -387,8 +388,8 @@ class Sensitivities:
 
 
 def sensitivities(
-    fn: Callable[..., Any],
-    params: Any,
+    fn: ModelFn,
+    params: Params,
     batches: Iterable[Any],
     options: Mapping[str, Compression],
     measure: Measure = "fisher",
@@ -522,7 +523,7 @@ def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., S
 
 
 def _candidates(
-    traced: Traced, leaves: dict[str, Any], where: Patterns | None
+    traced: Traced, leaves: Leaves, where: Patterns | None
 ) -> tuple[list[str], dict[str, str]]:
     """Return the leaves to decide about, and why the others are left alone."""
     if where is not None:
@@ -543,7 +544,7 @@ def _candidates(
 
 
 def _forms(
-    leaves: dict[str, Any], chosen: list[str], options: Mapping[str, Compression]
+    leaves: Leaves, chosen: list[str], options: Mapping[str, Compression]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
     """Return what each leaf is under each option, packed, and why it cannot take some."""
     forms: dict[str, dict[str, Any]] = {path: {} for path in chosen}
@@ -572,7 +573,7 @@ def _form(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
 
 
 def _work(
-    sites: Mapping[str, SiteCost], leaves: dict[str, Any], forms: Forms
+    sites: Mapping[str, SiteCost], leaves: Leaves, forms: Forms
 ) -> tuple[dict[str, dict[str, int]], dict[str, int], int]:
     """Return bit-operations by leaf and option, MACs by leaf, and the bit-operations that no option changes.
 
@@ -622,5 +623,5 @@ def _finite(scores: Scores) -> Scores:
     return scores
 
 
-def _ordered(left: dict[str, str], leaves: dict[str, Any]) -> dict[str, str]:
+def _ordered(left: dict[str, str], leaves: Leaves) -> dict[str, str]:
     return {path: left[path] for path in leaves if path in left}

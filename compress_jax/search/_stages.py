@@ -17,6 +17,7 @@ from compress_jax.core.compression import Compression, identity
 from compress_jax.core.errors import ArtifactError, CompressError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Batch, Params, PyTree
 from compress_jax.data import batches
 from compress_jax.distill import Teacher, capture
 from compress_jax.export import load, save
@@ -113,7 +114,7 @@ def fitted(experiment: Experiment, candidate: Candidate, variables: Variables) -
     images = experiment.data.train["image"]
     example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
 
-    def forward(params: Any, rest: Variables, x: jax.Array) -> Any:
+    def forward(params: Params, rest: Variables, x: jax.Array) -> Any:
         return model.apply({"params": params, **rest}, x)
 
     return bind(candidate.compression, forward, variables["params"], rest, example)
@@ -132,7 +133,7 @@ def prepared(
     training: Training,
     stage: str,
     teacher: Teacher | None,
-    batch: Any,
+    batch: Batch,
 ) -> tuple[Step, TrainState]:
     """Return the step of a stage and the state before the first; pure, so that it can be traced on shapes."""
     compression = compression or identity()
@@ -262,7 +263,7 @@ def assess(
     experiment: Experiment,
     model: Any,
     name: str,
-    packed: Any,
+    packed: PyTree,
     seen: Variables,
     file: Path,
     about: dict[str, Any],
@@ -326,6 +327,6 @@ def measure_on_test(experiment: Experiment, model: Any, file: Path) -> float:
     return accuracy(model.apply, unpack(load(file)[0]), experiment.data.test)
 
 
-def count(params: Any) -> int:
+def count(params: Params) -> int:
     """Return the number of entries of all params."""
     return sum(leaf.size for leaf in flatten(params)[0].values())

@@ -16,6 +16,7 @@ from compress_jax.core.errors import ConfigError, ShapeError, StateError
 from compress_jax.core.packed import Sparse, is_packed, to_dense
 from compress_jax.core.paths import flatten, match
 from compress_jax.core.table import aligned, units
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr import primitives as p
 from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
@@ -231,7 +232,7 @@ class Stored:
 
 
 def stored(
-    params: Any, compression: Compression | None, state: CompressionState | None
+    params: Params, compression: Compression | None, state: CompressionState | None
 ) -> dict[str, Stored]:
     """Return how every leaf is stored.
 
@@ -278,7 +279,7 @@ def _leaf(x: Any, compressed: bool) -> Stored:
     return Stored(size, bits, int(jnp.count_nonzero(to_dense(x))) if compressed else size)
 
 
-def shapes(params: Any) -> Any:
+def shapes(params: Params) -> Any:
     """Return params with the shape and dtype of each packed leaf in its place; other leaves stay."""
 
     def dense(x: Any) -> Any:
@@ -500,9 +501,9 @@ ActivationBits = int | Mapping[str, int] | None
 
 
 def cost(
-    fn: Callable[..., Any],
-    params: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    params: Params,
+    *inputs: PyTree,
     compression: Compression | None = None,
     state: CompressionState | None = None,
     activation_bits: ActivationBits = None,

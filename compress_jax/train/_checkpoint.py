@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from compress_jax.core.errors import CheckpointError
 from compress_jax.core.stamp import calls
+from compress_jax.core.types import DType, PyTree
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ class Checkpoints:
         """Return the steps there are checkpoints of, in order."""
         return sorted(self._manager.all_steps())
 
-    def save(self, step: int, tree: Any) -> None:
+    def save(self, step: int, tree: PyTree) -> None:
         """Save a tree of arrays, in the background; does nothing if the step is saved already.
 
         Args:
@@ -212,7 +213,7 @@ class Checkpoints:
     def _check_same_model(
         self, step: int, record: dict[str, Any], plain: dict[str, jax.Array]
     ) -> None:
-        def brief(shape: Any, dtype: Any) -> str:
+        def brief(shape: Any, dtype: DType) -> str:
             return f"{dtype}{list(shape)}"
 
         saved = {name: brief(entry["shape"], entry["dtype"]) for name, entry in record.items()}
@@ -269,18 +270,18 @@ def _why(error: BaseException) -> str:
     return text
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _named(tree: PyTree) -> dict[str, Any]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def _plain(leaf: Any) -> jax.Array:
+def _plain(leaf: PyTree) -> jax.Array:
     """Return a leaf as an array of numbers: a typed key as its words."""
     array = jnp.asarray(leaf)
     return jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
 
 
-def _like(array: jax.Array, leaf: Any) -> jax.Array:
+def _like(array: jax.Array, leaf: PyTree) -> jax.Array:
     """Undo `_plain`, with the leaf of the target telling which key type it was."""
     if not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
         return array

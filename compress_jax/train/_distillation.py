@@ -9,6 +9,7 @@ import optax
 from flax import linen as nn
 
 from compress_jax.core.errors import ConfigError
+from compress_jax.core.types import Batch, Params, PyTree, Step, Variables
 from compress_jax.distill import Seen, Teacher, Term, TopK, Total, capture, ensemble, fingerprint
 from compress_jax.distill._masks import fits, fitted, kept
 from compress_jax.distill._objective.terms import value_at
@@ -67,14 +68,14 @@ def _linen(model: nn.Module, patterns: tuple[str, ...]) -> Student:
         else lambda *args, **options: (model.apply(*args, **options), {})
     )
 
-    def train(params: Any, model_state: Any, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
+    def train(params: Params, model_state: PyTree, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
         variables = {"params": params, **model_state}
         (logits, new), features = see(
             variables, x, train=True, mutable=list(model_state), rngs={"dropout": key}
         )
         return logits, features, {**model_state, **new}
 
-    def evaluate(params: Any, model_state: Any, x: Any) -> tuple[Any, Any]:
+    def evaluate(params: Params, model_state: PyTree, x: Any) -> tuple[Any, Any]:
         return see({"params": params, **model_state}, x, train=False)
 
     return Student(train, evaluate)
@@ -83,7 +84,7 @@ def _linen(model: nn.Module, patterns: tuple[str, ...]) -> Student:
 def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
     from flax import nnx
 
-    def merged(params: Any, model_state: Any, training: bool) -> Any:
+    def merged(params: Params, model_state: PyTree, training: bool) -> Any:
         module = nnx.merge(graphdef, params, model_state.get("rest", nnx.State({})), copy=True)
         (module.train if training else module.eval)()
         return module
@@ -91,7 +92,7 @@ def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
     def run(module: Any, x: Any) -> tuple[Any, Any]:
         return capture(module, patterns)(x) if patterns else (module(x), {})
 
-    def train(params: Any, model_state: Any, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
+    def train(params: Params, model_state: PyTree, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
         module = merged(params, model_state, True)
         nnx.reseed(module, dropout=key)
         logits, features = run(module, x)
@@ -99,7 +100,7 @@ def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
         like = jax.tree.leaves(rest), jax.tree.structure(model_state.get("rest", rest))
         return logits, features, {"rest": jax.tree.unflatten(like[1], like[0])}
 
-    def evaluate(params: Any, model_state: Any, x: Any) -> tuple[Any, Any]:
+    def evaluate(params: Params, model_state: PyTree, x: Any) -> tuple[Any, Any]:
         return run(merged(params, model_state, False), x)
 
     return Student(train, evaluate)
@@ -176,7 +177,13 @@ def distillation(
     runs = student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
 
     def see(
-        params: Any, state: Any, memory: Any, batch: Any, key: jax.Array, teacher: Any, step: Any
+        params: Params,
+        state: PyTree,
+        memory: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        teacher: Any,
+        step: Step,
     ) -> tuple[Seen, Any]:
         logits, features, state = runs.train(params, state, batch[inputs], key)
         if average is not None:
@@ -188,14 +195,14 @@ def distillation(
         ), state
 
     def totals(
-        params: Any,
-        parts: Any,
-        state: Any,
-        memory: Any,
-        batch: Any,
+        params: Params,
+        parts: PyTree,
+        state: PyTree,
+        memory: PyTree,
+        batch: Batch,
         key: jax.Array,
         teacher: Any,
-        step: Any,
+        step: Step,
     ) -> tuple[Objective, tuple[Any, Any, Metrics]]:
         first, second, third, fourth = jax.random.split(key, 4)
         batch = batch if augment is None else augment(first, batch)
@@ -214,7 +221,7 @@ def distillation(
             {**metrics, **_fidelity(seen, memory, mask)},
         )
 
-    def init(key: jax.Array, variables: Any, batch: Any, teacher: Any) -> tuple[Any, Any]:
+    def init(key: jax.Array, variables: Variables, batch: Batch, teacher: Any) -> tuple[Any, Any]:
         params, state = (
             variables["params"],
             {name: each for name, each in variables.items() if name != "params"},
@@ -223,7 +230,7 @@ def distillation(
         own |= {} if teacher is None else {"teacher": fingerprint(teacher)}
         first, second = jax.random.split(key)
 
-        def shown(params: Any, batch: Any, teacher: Any) -> Seen:
+        def shown(params: Params, batch: Batch, teacher: Any) -> Seen:
             batch = batch if augment is None else augment(first, batch)
             seen, _ = see(params, state, own, batch, first, teacher, jnp.zeros((), jnp.int32))
             return seen._replace(key=None)
@@ -242,7 +249,7 @@ def distillation(
     return StatefulLoss(init, averaged(totals), totals)
 
 
-def _told(batch: Any, teacher: Any, inputs: str) -> tuple[Any, Any]:
+def _told(batch: Batch, teacher: Any, inputs: str) -> tuple[Any, Any]:
     """Return the teacher's logits and features: those that came with the batch, or what it says now."""
     if "teacher" in batch:
         return batch["teacher"], {
@@ -252,7 +259,7 @@ def _told(batch: Any, teacher: Any, inputs: str) -> tuple[Any, Any]:
 
 
 def _each_term(
-    terms: Sequence[Term], seen: Seen, parts: Any, memory: Any, mask: str
+    terms: Sequence[Term], seen: Seen, parts: PyTree, memory: PyTree, mask: str
 ) -> tuple[dict[str, Total], Any]:
     """Return the total of each term, which draws from a key of its own, and what it keeps."""
     totals, kept = {}, {}
@@ -322,19 +329,19 @@ def _kept(x: jax.Array, counts: jax.Array) -> jax.Array:
 def _averaged(runs: Student, average: Any) -> Teacher:
     """Return the moving average as a teacher."""
 
-    def apply(variables: Any, x: Any) -> Any:
+    def apply(variables: Variables, x: Any) -> Any:
         return runs.evaluate(variables["params"], variables["state"], x)
 
     return Teacher(apply, average)
 
 
-def _moved(average: Any, params: Any, state: Any, decay: float) -> Any:
+def _moved(average: Any, params: Params, state: PyTree, decay: float) -> Any:
     """Return the average after this step: params move slowly, the model's state (batch statistics) is what it is."""
     moved = optax.incremental_update(jax.lax.stop_gradient(params), average["params"], 1 - decay)
     return {"params": moved, "state": state}
 
 
-def _fidelity(seen: Seen, memory: Any, mask: str) -> Metrics:
+def _fidelity(seen: Seen, memory: PyTree, mask: str) -> Metrics:
     """Return how right student and teacher are on what counts of this batch, and how much they agree."""
     labels = (
         seen.labels

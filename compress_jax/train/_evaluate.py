@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import DataError
+from compress_jax.core.types import Variables
 from compress_jax.data._feed import eval_batches
 from compress_jax.distill import Total
 from compress_jax.distill._masks import fitted
@@ -19,7 +20,7 @@ OWN = "of the split"  # the split's own mask, beside that of the rows that fill 
 
 def logits(
     apply_fn: Apply,
-    variables: Any,
+    variables: Variables,
     split: Mapping[str, Any],
     batch_size: int = 500,
     inputs: str = "image",
@@ -53,7 +54,7 @@ def logits(
 
 def accuracy(
     apply_fn: Apply,
-    variables: Any,
+    variables: Variables,
     split: Mapping[str, Any],
     batch_size: int = 500,
     *,
@@ -97,7 +98,7 @@ def accuracy(
 
 
 def averages(
-    measure: Callable[[Any, Any], Mapping[str, Total]], variables: Any, batches: Iterable[Any]
+    measure: Callable[[Any, Any], Mapping[str, Total]], variables: Variables, batches: Iterable[Any]
 ) -> dict[str, float]:
     """Return means over batches of any sizes and lengths: sums and counts are added up, and divided once.
 
@@ -144,14 +145,14 @@ def _batches(
 # The function is a static argument, compared by value: `model.apply` is a new object at every
 # mention of it, and jit would compile each anew.
 @partial(jax.jit, static_argnums=0)
-def _apply(apply_fn: Apply, variables: Any, x: jax.Array) -> jax.Array:
+def _apply(apply_fn: Apply, variables: Variables, x: jax.Array) -> jax.Array:
     return apply_fn(variables, x).astype(jnp.float32)
 
 
 @partial(jax.jit, static_argnums=0)
 def _correct(
     apply_fn: Apply,
-    variables: Any,
+    variables: Variables,
     x: jax.Array,
     labels: jax.Array,
     rows: jax.Array,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError
+from compress_jax.core.types import Batch
 from compress_jax.distill import Teacher, Teachers
 from compress_jax.train._state import TrainState
 from compress_jax.train._step import Metrics, Step
@@ -96,7 +97,7 @@ def mutual_step(
     seen_through = compressions or [None] * len(steps)
 
     def step(
-        states: tuple[TrainState, ...], batch: Any
+        states: tuple[TrainState, ...], batch: Batch
     ) -> tuple[tuple[TrainState, ...], tuple[Metrics, ...]]:
         each = zip(applies, states, seen_through, strict=True)
         teachers = [

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from compress_jax.core.compression import Compression, identity
+from compress_jax.core.types import Batch, Variables
 from compress_jax.distill import Term, on_labels
 from compress_jax.train._distillation import TEACHER, distillation
 from compress_jax.train._state import create
@@ -45,8 +46,8 @@ class Ledger(NamedTuple):
 def ledger(
     model: Any,
     terms: Sequence[Term],
-    variables: Any,
-    batch: Any,
+    variables: Variables,
+    batch: Batch,
     teacher: Any,
     optimizer: optax.GradientTransformation,
     compression: Compression | None = None,
@@ -94,7 +95,7 @@ def ledger(
         distillation(model, each, inputs=inputs, labels=labels) for each in (terms, [on_labels()])
     )
 
-    def program(loss: StatefulLoss, batch: Any) -> tuple[Any, tuple[Any, ...]]:
+    def program(loss: StatefulLoss, batch: Batch) -> tuple[Any, tuple[Any, ...]]:
         state = create(variables, c, optimizer, key, loss.init(key, variables, batch, None))
         return jax.jit(make_step(loss, optimizer, c)).lower(state, batch).compile(), (state, batch)
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import CheckpointError, NonFiniteError
+from compress_jax.core.types import PyTree
 from compress_jax.train._checkpoint import Checkpoints
 from compress_jax.train._interrupt import Interrupted, watch_signals
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
@@ -136,7 +137,7 @@ def _writable(directory: str | os.PathLike[str] | None) -> Iterator[None]:
 
 
 @jax.jit
-def _all_finite(tree: Any) -> jax.Array:
+def _all_finite(tree: PyTree) -> jax.Array:
     floats = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
     return (
         jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()

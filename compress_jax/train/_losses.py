@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.types import Batch, Params, PyTree, Variables
 from compress_jax.distill import cross_entropy
 from compress_jax.distill._masks import fitted, kept
 from compress_jax.distill._objective.totals import masked, total_of
@@ -111,7 +112,12 @@ def _classifier(
     """Return the loss that is the mean of ``per_example(logits, teacher's logits, labels, mask)`` over what counts."""
 
     def totals(
-        params: Any, model_state: Any, batch: Any, key: jax.Array, teacher: Any, train: bool = True
+        params: Params,
+        model_state: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        teacher: Any,
+        train: bool = True,
     ) -> tuple[Objective, tuple[Any, Metrics]]:
         augment_key, dropout_key = jax.random.split(key)
         if train and augment is not None:
@@ -137,7 +143,7 @@ def _classifier(
 
 
 def _forward(
-    model: nn.Module, variables: Any, x: jax.Array, key: jax.Array, train: bool, mask: Any
+    model: nn.Module, variables: Variables, x: jax.Array, key: jax.Array, train: bool, mask: Any
 ) -> tuple[jax.Array, Any]:
     """Return logits and the model state after them, which is the one before in eval mode."""
     state = {name: collection for name, collection in variables.items() if name != "params"}

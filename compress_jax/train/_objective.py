@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError, ConfigError, ShapeError
+from compress_jax.core.types import Batch, PyTree
 from compress_jax.distill import Total, masked_total
 
 Objective: TypeAlias = Sequence[tuple[Any, Total]]
@@ -92,7 +93,7 @@ class PlainLoss:
         return averaged(self.totals)(*args, **options)
 
 
-def chosen(batch: Any, name: str, who: str = "the loss") -> Any:
+def chosen(batch: Batch, name: str, who: str = "the loss") -> Any:
     """Return a batch's mask, or None if it has none; one that was asked for by a name of its own must be there.
 
     Example:
@@ -144,8 +145,8 @@ class Gathered(NamedTuple):
     """
 
     slopes: Any
-    model_state: Any
-    memory: Any
+    model_state: PyTree
+    memory: PyTree
     metrics: dict[str, jax.Array]
 
 
@@ -153,7 +154,7 @@ def gather(
     general: General,
     seen: tuple[Any, Any],
     kept: tuple[Any, Any],
-    batch: Any,
+    batch: Batch,
     key: jax.Array,
     rest: tuple[Any, Any],
     microbatches: int,
@@ -219,7 +220,7 @@ class Shares(NamedTuple):
     value: jax.Array
 
 
-def mean(tree: Any, axis_name: str | None) -> Any:
+def mean(tree: PyTree, axis_name: str | None) -> Any:
     """Return a tree with the mean of its floating leaves over a mapped axis; as it is where there is none."""
     if axis_name is None:
         return tree
@@ -239,7 +240,7 @@ def _in_parts(
     slope: Any,
     seen: Any,
     kept: Any,
-    batch: Any,
+    batch: Batch,
     key: jax.Array,
     parts: int,
     axis_name: str | None,
@@ -266,7 +267,7 @@ def _in_parts(
     return slopes, kept, _added(metrics)
 
 
-def _cut(leaf: Any, parts: int) -> jax.Array:
+def _cut(leaf: PyTree, parts: int) -> jax.Array:
     """Return ``[parts, rows of a part, ...]``; a part has every so-many-th row, so some of every device's."""
     shape = jnp.shape(leaf)
     if not shape or shape[0] % parts:
@@ -305,7 +306,7 @@ def _finished(metrics: Any, axis_name: str | None) -> dict[str, jax.Array]:
     return {name: each.value if isinstance(each, Shares) else each for name, each in done.items()}
 
 
-def _require_counts(objective: Objective, batch: Any) -> None:
+def _require_counts(objective: Objective, batch: Batch) -> None:
     """Refuse a loss that has divided already where devices or microbatches may count differently."""
     if (
         isinstance(batch, dict)

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.paths import flatten, match
+from compress_jax.core.types import Batch, PyTree
 from compress_jax.train._state import TrainState
 from compress_jax.train._step import Metrics, Step
 
@@ -58,7 +59,7 @@ def shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
     for path, spec in specs.items():
         _check_divides(path, params[path].shape, spec, mesh)
 
-    def choose(key_path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def choose(key_path: tuple[Any, ...], leaf: PyTree) -> NamedSharding:
         name = f"/{jax.tree_util.keystr(key_path, simple=True, separator='/')}/"
         follows = [
             path for path in specs if f"/{path}/" in name and params[path].shape == leaf.shape
@@ -138,7 +139,7 @@ def jit_step(
     is_spec = lambda leaf: isinstance(leaf, PartitionSpec)  # noqa: E731
     teacher_where = jax.tree.map(lambda spec: NamedSharding(mesh, spec), teacher, is_leaf=is_spec)
 
-    def run(state: TrainState, batch: Any, teacher: Any) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
         return step(state, batch, teacher=teacher)
 
     compiled = jax.jit(
@@ -148,7 +149,7 @@ def jit_step(
         donate_argnums=0,
     )
 
-    def call(state: TrainState, batch: Any, *, teacher: Any = None) -> tuple[TrainState, Metrics]:
+    def call(state: TrainState, batch: Batch, *, teacher: Any = None) -> tuple[TrainState, Metrics]:
         for name, leaf in flatten(batch)[0].items():
             _check_divides(f"batch entry {name!r}", jnp.shape(leaf), batch_where.spec, mesh)
         return compiled(state, batch, teacher)
@@ -156,7 +157,7 @@ def jit_step(
     return call
 
 
-def replicate(tree: Any, devices: Sequence[Any] | None = None, axis_name: str = "data") -> Any:
+def replicate(tree: PyTree, devices: Sequence[Any] | None = None, axis_name: str = "data") -> Any:
     """Return a copy of a tree for each device, as `pmap_step` wants state and teacher.
 
     Args:
@@ -180,7 +181,7 @@ def replicate(tree: Any, devices: Sequence[Any] | None = None, axis_name: str = 
     return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(axis_name)))
 
 
-def unreplicate(tree: Any) -> Any:
+def unreplicate(tree: PyTree) -> Any:
     """Return the first device's copy of a replicated tree.
 
     Args:
@@ -233,19 +234,19 @@ def pmap_step(
     """
     count = len(devices or jax.local_devices())
 
-    def run(state: TrainState, batch: Any, teacher: Any) -> tuple[TrainState, Metrics]:
+    def run(state: TrainState, batch: Batch, teacher: Any) -> tuple[TrainState, Metrics]:
         return step(state, batch, teacher=teacher, axis_name=axis_name)
 
     mapped = jax.pmap(run, axis_name=axis_name, devices=devices, donate_argnums=0)
 
-    def divide(leaf: Any) -> Any:
+    def divide(leaf: PyTree) -> Any:
         if leaf.shape[0] % count:
             raise ShapeError(
                 f"a batch of {leaf.shape[0]} cannot be divided evenly over {count} devices"
             )
         return leaf.reshape(count, leaf.shape[0] // count, *leaf.shape[1:])
 
-    def call(state: TrainState, batch: Any, *, teacher: Any = None) -> tuple[TrainState, Metrics]:
+    def call(state: TrainState, batch: Batch, *, teacher: Any = None) -> tuple[TrainState, Metrics]:
         return mapped(state, jax.tree.map(divide, batch), teacher)
 
     return call

@@ -12,6 +12,7 @@ from jax.core import Tracer
 
 from compress_jax.core.arguments import whole
 from compress_jax.core.errors import ConfigError, StateError
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations.activations import Ranges, activations
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, require_finite
 from compress_jax.quantize._activations.site_patterns import How, Where, pairs
@@ -33,7 +34,7 @@ def quantized(
     start: int = 0,
     freeze: int | None = None,
     freeze_batch_norm: int | None = None,
-    example: Any = None,
+    example: PyTree = None,
 ) -> "QuantizedModel":
     """Return a model whose activations are quantized: quantization-aware training with the trainer as it is.
 
@@ -110,9 +111,9 @@ class QuantizedModel:
     start: int = 0
     freeze: int | None = None
     freeze_batch_norm: int | None = None
-    example: Any = field(default=None, compare=False, repr=False)
+    example: PyTree = field(default=None, compare=False, repr=False)
 
-    def init(self, rngs: Any, *inputs: Any, **options: Any) -> Variables:
+    def init(self, rngs: Any, *inputs: PyTree, **options: Any) -> Variables:
         """Return the module's own variables and those of quantization.
 
         Args:
@@ -215,7 +216,7 @@ class QuantizedModel:
     def apply(
         self,
         variables: Mapping[str, Any],
-        *inputs: Any,
+        *inputs: PyTree,
         mutable: Any = False,
         counts: Any = None,
         **options: Any,
@@ -251,7 +252,7 @@ class QuantizedModel:
         )
 
         def run(**options: Any) -> tuple[Any, Any, Any]:
-            def forward(variables: Any, *inputs: Any) -> Any:
+            def forward(variables: Variables, *inputs: PyTree) -> Any:
                 return self.model.apply(variables, *inputs, mutable=_without(mutable), **options)
 
             of = activations(forward, how, self.where)

@@ -9,6 +9,7 @@ import optax
 
 from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import ArgumentError
+from compress_jax.core.types import Params, PyTree
 
 
 class TrainState(NamedTuple):
@@ -30,14 +31,14 @@ class TrainState(NamedTuple):
     """
 
     step: jax.Array
-    params: Any
-    learned: Any
-    fixed: Any
-    model_state: Any
-    opt_state: Any
+    params: Params
+    learned: PyTree
+    fixed: PyTree
+    model_state: PyTree
+    opt_state: PyTree
     key: jax.Array
-    parts: Any = {}
-    memory: Any = {}
+    parts: PyTree = {}
+    memory: PyTree = {}
 
     @property
     def trainable(self) -> dict[str, Any]:
@@ -64,7 +65,7 @@ class TrainState(NamedTuple):
         return {"params": params, **self.model_state}
 
 
-def _trainable(params: Any, learned: Any, parts: Any) -> dict[str, Any]:
+def _trainable(params: Params, learned: PyTree, parts: PyTree) -> dict[str, Any]:
     return {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
 
 
@@ -125,7 +126,7 @@ def create(
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
 
-def refuse_accumulation(opt_state: Any) -> None:
+def refuse_accumulation(opt_state: PyTree) -> None:
     """Raise if an optimizer accumulates gradients by itself, wherever it stands in a chain.
 
     Args:
@@ -150,7 +151,7 @@ def refuse_accumulation(opt_state: Any) -> None:
         )
 
 
-def _accumulates(state: Any) -> bool:
+def _accumulates(state: PyTree) -> bool:
     return isinstance(state, (optax.MultiStepsState, optax.ApplyEvery))
 
 

@@ -8,6 +8,7 @@ import optax
 
 from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import ArgumentError
+from compress_jax.core.types import Batch, Params, PyTree
 from compress_jax.distill import Total
 from compress_jax.prune._restart import restart
 from compress_jax.train._objective import General, Objective, counted, gather
@@ -27,9 +28,9 @@ class Loss(Protocol):
 
     def __call__(
         self,
-        params: Any,
-        model_state: Any,
-        batch: Any,
+        params: Params,
+        model_state: PyTree,
+        batch: Batch,
         key: jax.Array,
         teacher: Any,
         train: bool = True,
@@ -59,7 +60,7 @@ class Step(Protocol):
     """``step(state, batch, *, teacher=None, axis_name=None) -> (state, metrics)``."""
 
     def __call__(
-        self, state: TrainState, batch: Any, *, teacher: Any = None, axis_name: str | None = None
+        self, state: TrainState, batch: Batch, *, teacher: Any = None, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         """Return the state after one step on the batch, and the metrics before it."""
         ...
@@ -125,7 +126,7 @@ def make_step(
     general = _general(loss)
 
     def step(
-        state: TrainState, batch: Any, *, teacher: Any = None, axis_name: str | None = None
+        state: TrainState, batch: Batch, *, teacher: Any = None, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         refuse_accumulation(state.opt_state)
         loss_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
@@ -148,7 +149,7 @@ def make_step(
             "standard"
         ):  # optax mixes int32 counts and floats; strict callers may not
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
-        trainable: Any = optax.apply_updates(state.trainable, updates)
+        trainable: PyTree = optax.apply_updates(state.trainable, updates)
         compressed = compression.update(
             trainable["params"],
             CompressionState(trainable["learned"], state.fixed),
@@ -180,14 +181,14 @@ def _general(loss: Loss | StatefulLoss) -> General:
         plain = getattr(loss, "totals", loss)
 
         def run(
-            params: Any,
-            parts: Any,
-            model_state: Any,
-            memory: Any,
-            batch: Any,
+            params: Params,
+            parts: PyTree,
+            model_state: PyTree,
+            memory: PyTree,
+            batch: Batch,
             key: jax.Array,
             teacher: Any,
-            step: Any,
+            step: Step,
         ) -> Any:
             value, (model_state, metrics) = plain(params, model_state, batch, key, teacher)
             return value, (model_state, memory, metrics)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ShapeError
+from compress_jax.core.types import Params
 from compress_jax.distill._losses.shapes import bounded, per_channel
 
 Shape = Sequence[int]
@@ -37,7 +38,7 @@ class Part(NamedTuple):
     apply: Callable[[Any, Any], Any]
 
 
-def fits(part: Part, params: Any, student_shape: Shape, teacher_shape: Shape) -> None:
+def fits(part: Part, params: Params, student_shape: Shape, teacher_shape: Shape) -> None:
     """Raise a ShapeError unless a part turns the student's shape into the teacher's.
 
     Example:
@@ -93,7 +94,7 @@ def norm(epsilon: float = 1e-5) -> Part:
         width = student_shape[-1]
         return {"scale": jnp.ones(width, jnp.float32), "bias": jnp.zeros(width, jnp.float32)}
 
-    def apply(params: Any, x: jax.Array) -> jax.Array:
+    def apply(params: Params, x: jax.Array) -> jax.Array:
         x = bounded(x, 4)
         x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + epsilon)
         return per_channel(params["scale"], x.ndim) * x + per_channel(params["bias"], x.ndim)
@@ -128,7 +129,7 @@ def sequential(*parts: Part) -> Part:
         fits(whole, params, student_shape, teacher_shape)
         return params
 
-    def apply(params: Any, x: jax.Array) -> jax.Array:
+    def apply(params: Params, x: jax.Array) -> jax.Array:
         for i, part in enumerate(parts):
             x = part.apply(params[str(i)], x)
         return x
@@ -217,7 +218,7 @@ def _convolution(width: int | None, bias: bool, window: int, stride: int, transp
             fits(Part(init, apply), params, student_shape, teacher_shape)
         return params
 
-    def apply(params: Any, x: jax.Array) -> jax.Array:
+    def apply(params: Params, x: jax.Array) -> jax.Array:
         kernel = params["kernel"]
         x = bounded(x, 4)
         axes = kernel.ndim - 2

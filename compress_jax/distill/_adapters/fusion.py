@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ShapeError
+from compress_jax.core.types import Params
 from compress_jax.distill._adapters.adapter import Part, Shape, conv, linear, norm, sequential
 from compress_jax.distill._masks import Mask, kept, of_features
 
@@ -146,7 +147,7 @@ def _into(middle: int) -> Part:
     return sequential(linear(middle, bias=False), norm())
 
 
-def _apply(params: Any, features: Sequence[jax.Array]) -> list[jax.Array]:
+def _apply(params: Params, features: Sequence[jax.Array]) -> list[jax.Array]:
     """Return what comes out of each stage."""
     out, deeper = [], None
     for i in reversed(range(len(features))):

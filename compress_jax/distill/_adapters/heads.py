@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.types import Params
 from compress_jax.distill._adapters.adapter import (
     Part,
     Shape,
@@ -65,7 +66,7 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
         raw = jnp.full(teacher_shape[-1], math.log(math.expm1(variance - epsilon)), jnp.float32)
         return {"mean": mean.init(key, student_shape, teacher_shape), "raw_variance": raw}
 
-    def apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return mean.apply(params["mean"], x), jax.nn.softplus(params["raw_variance"]) + epsilon
 
     return Part(init, apply)
@@ -202,7 +203,7 @@ def paraphraser(rate: float = 0.5) -> Part:
             "decode": decode.init(second, code, teacher_shape),
         }
 
-    def apply(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         factor = encode.apply(params["encode"], x)
         return factor, decode.apply(params["decode"], factor)
 

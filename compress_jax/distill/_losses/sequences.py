@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.types import Batch
 from compress_jax.distill._losses.temperature import bounded
 
 Logits = Callable[[jax.Array], jax.Array]
@@ -136,7 +137,7 @@ def on_policy(
       Mistakes", ICLR 2024, algorithm 1 (there the choice is of whole batches).
     """
 
-    def resample(key: jax.Array, batch: Any, logits: Logits) -> Any:
+    def resample(key: jax.Array, batch: Batch, logits: Logits) -> Any:
         first, second = jax.random.split(key)
         drawn, own = generate(
             logits, batch[tokens], batch[length], first, temperature=temperature, end=end

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ConfigError, NoMatchError
+from compress_jax.core.types import Batch, Params, PyTree, Step
 from compress_jax.distill._adapters.adapter import Part
 from compress_jax.distill._adapters.heads import embedding
 from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
@@ -17,7 +18,7 @@ from compress_jax.distill._masks import has_positions, of_examples
 from compress_jax.distill._objective.totals import masked, of_features, of_logits, shown, total_of
 from compress_jax.distill._objective.weights import l2_sp
 
-Schedule: TypeAlias = float | jax.Array | Callable[[jax.Array], Any]
+Schedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
 """A number, or an optax schedule: its value at a step."""
 
 Paths: TypeAlias = str | Sequence[str]
@@ -48,9 +49,9 @@ class Seen(NamedTuple):
     labels: Any
     student: Mapping[str, Any]
     teacher: Mapping[str, Any]
-    params: Any
+    params: Params
     teacher_variables: Any
-    batch: Any
+    batch: Batch
     key: Any
     step: Any
     mask: Any = None
@@ -90,7 +91,7 @@ class Term(NamedTuple):
     whole: bool = False
 
 
-def value_at(schedule: Schedule, step: jax.Array) -> jax.Array:
+def value_at(schedule: Schedule, step: Step) -> jax.Array:
     """Return the value of a number or of an optax schedule at a step, float32.
 
     Example:
@@ -129,7 +130,7 @@ def on_labels(
       'labels'
     """
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
+    def loss(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
         if jnp.issubdtype(seen.labels.dtype, jnp.integer):
             each = cross_entropy(seen.student_logits, seen.labels, label_smoothing)
         else:
@@ -173,7 +174,7 @@ def on_logits(
       ('kl', ())
     """
 
-    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
+    def of(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
         options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
         rest = (seen.labels,) if labels else ()
         given = (seen.student_logits, seen.teacher_logits, *rest)
@@ -244,7 +245,7 @@ def on_features(
         shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(both, _arrays(seen)))
         return ({} if part is None else part.init(key, *shapes)), {}
 
-    def of(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
+    def of(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
         own, other = both(seen)
         out = own if part is None else part.apply(parts, own)
         first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
@@ -275,7 +276,7 @@ def on_weights(
       'l2_sp'
     """
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
+    def loss(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
         return l2_sp(seen.params, seen.teacher_variables["params"], pattern), memory
 
     return Term(name, loss, weight, whole=True)
@@ -375,7 +376,7 @@ def contrast(
         parts = {"student": part.init(first, own, own), "teacher": part.init(second, other, other)}
         return parts, {"bank": crd_bank(third, len(labels), dim), "labels": jnp.asarray(labels)}
 
-    def loss(seen: Seen, parts: Any, memory: Any) -> tuple[jax.Array | Total, Any]:
+    def loss(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
         if index not in seen.batch:
             raise ConfigError(
                 f"crd keeps a bank by example: the batch needs their numbers as {index!r}, has "

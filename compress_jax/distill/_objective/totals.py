@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ArgumentError, ShapeError
+from compress_jax.core.types import PyTree
 from compress_jax.distill import _masks
 from compress_jax.distill._losses.tokens import Total, masked_total, takes_mask
 from compress_jax.distill._masks import fitted, has_positions, kept, of_examples
@@ -200,7 +201,7 @@ def couples(loss: Callable[..., Any], given: tuple[Any, ...], units: int, **opti
 def _couples(
     loss: Callable[..., Any],
     shapes: tuple[Any, ...],
-    tree: Any,
+    tree: PyTree,
     units: int,
     options: tuple[str, ...],
 ) -> bool:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from compress_jax.core import ShapeError, unpack
 from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.types import PyTree
 from compress_jax.distill._teachers.teacher import at_least_float32
 
 
@@ -52,7 +53,7 @@ def l2_sp(student_params: Any, teacher_params: Any, pattern: Patterns = "**") ->
     return jnp.stack([_half_square(student[path], teacher[path]) for path in paths]).sum()
 
 
-def _floating(tree: Any) -> dict[str, jax.Array]:
+def _floating(tree: PyTree) -> dict[str, jax.Array]:
     leaves, _ = flatten(unpack(tree))
     return {
         path: leaf

@@ -32,6 +32,7 @@ from compress_jax.core.errors import (
     StateError,
 )
 from compress_jax.core.record import POSITIVE, TEXT, Kind, read_record, sealed
+from compress_jax.core.types import Batch
 from compress_jax.distill._teachers.teacher import Teacher
 from compress_jax.distill._teachers.top_k import TopK, top_k
 
@@ -508,7 +509,7 @@ def write_cache(
     rows = np.arange(mine, size, count)
 
     @jax.jit
-    def see(teacher: Any, batch: Any) -> TopK:
+    def see(teacher: Any, batch: Batch) -> TopK:
         return top_k(teacher((augment(None, batch) if augment else batch)[inputs]), k, temperature)
 
     asked = (

@@ -7,6 +7,7 @@ import jax
 
 from compress_jax.core.errors import ConfigError, NoMatchError
 from compress_jax.core.paths import match, matches, name
+from compress_jax.core.types import PyTree, Variables
 
 CALL = "__call__"
 
@@ -62,7 +63,7 @@ def _linen(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
     from flax.core.scope import union_filters
     from flax.traverse_util import flatten_dict
 
-    def run(variables: Any, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+    def run(variables: Variables, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
         called = []
 
         def chosen(module: Any, method: str) -> bool:
@@ -133,7 +134,7 @@ def _features(
     }
 
 
-def _leaves(path: str, out: Any) -> list[tuple[str, jax.Array]]:
+def _leaves(path: str, out: PyTree) -> list[tuple[str, jax.Array]]:
     """Return the arrays of one output by name."""
     pairs = jax.tree_util.tree_flatten_with_path(out)[0]
     return [

@@ -12,6 +12,7 @@ import numpy as np
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import PyTree
 from compress_jax.distill._losses.logits import kl
 from compress_jax.distill._losses.tokens import masked_mean
 from compress_jax.distill._masks import fitted, kept
@@ -45,11 +46,11 @@ class Teachers:
         """Of each."""
         return tuple(member.variables for member in self.members)
 
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: PyTree) -> jax.Array:
         """Return the logits, float32 ``[teachers, ..., classes]``."""
         return self.see(inputs)[0]
 
-    def see(self, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the logits, and the features as ``"0/path"`` of the first, ``"1/path"`` of the second."""
         seen = [member.see(inputs) for member in self.members]
         shapes = [logits.shape for logits, _ in seen]
@@ -139,7 +140,7 @@ class Drift(NamedTuple):
     agreement: jax.Array
 
 
-def drift(teacher: Teacher, reference: Teacher, inputs: Any, mask: Any = None) -> Drift:
+def drift(teacher: Teacher, reference: Teacher, inputs: PyTree, mask: Any = None) -> Drift:
     """Return how far a teacher in a smaller dtype, or with packed weights, is from the original.
 
     Args:

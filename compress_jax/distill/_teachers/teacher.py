@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.packed import unpack
+from compress_jax.core.types import DType, PyTree, Variables
 
 
-def cast(variables: Any, dtype: Any) -> Any:
+def cast(variables: Variables, dtype: DType) -> Any:
     """Return a tree with its floating-point arrays in another dtype; integers, booleans and keys stay.
 
     Args:
@@ -70,21 +71,21 @@ class Teacher:
     """
 
     apply: Callable[..., Any] = field(metadata={"static": True})
-    variables: Any
+    variables: Variables
     view: Callable[[Any], Any] | None = field(default=None, metadata={"static": True})
 
-    def __call__(self, inputs: Any) -> jax.Array:
+    def __call__(self, inputs: PyTree) -> jax.Array:
         """Return the logits of some inputs, float32 ``[..., classes]``."""
         return self.see(inputs)[0]
 
-    def see(self, inputs: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the logits, float32 ``[..., classes]``, and the features that ``apply`` captures, by path."""
         seen = inputs if self.view is None else self.view(inputs)
         out = jax.lax.stop_gradient(self.apply(unpack(jax.lax.stop_gradient(self.variables)), seen))
         logits, features = out if isinstance(out, tuple) else (out, {})
         return at_least_float32(logits), features
 
-    def cast(self, dtype: Any) -> "Teacher":
+    def cast(self, dtype: DType) -> "Teacher":
         """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.
 
         Half the memory for bfloat16. What the layers compute in is the model's own affair (Linen's

@@ -29,6 +29,7 @@ import numpy as np
 import safetensors.numpy
 
 from compress_jax.core.errors import ArtifactError
+from compress_jax.core.types import PyTree
 from compress_jax.export._artifact.checks import Spec
 from compress_jax.export._artifact.fields import extents, refuse
 from compress_jax.export._artifact.limits import Budget, Limits
@@ -195,7 +196,7 @@ FORMAT, PLAIN, VERSION, BLANK = "compress_jax", 1, 2, "0" * 64
 
 def save(
     path: str | os.PathLike[str],
-    packed: Any,
+    packed: PyTree,
     metadata: dict[str, Any] | None = None,
     *,
     coded: bool = False,
@@ -376,13 +377,13 @@ def _pieces(tensors: Tensors) -> dict[str, bytes]:
     return {name: x.tobytes() for name, x in tensors.items()}
 
 
-def _plain(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
+def _plain(tree: PyTree, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
     return _container(
         tensors, {"version": str(PLAIN), "content": _json({"tree": tree, "metadata": metadata})}
     )
 
 
-def _coded(tree: Any, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
+def _coded(tree: PyTree, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
     parts = code(tree, tensors)
     content = _json({"tree": tree, "metadata": metadata, "index": parts.index})
     pieces = {"ans": parts.ans, "content": squeezed(content.encode()), "rest": parts.rest}

@@ -25,6 +25,7 @@ import numpy as np
 from compress_jax.core.bits import Bits
 from compress_jax.core.errors import ArtifactError
 from compress_jax.core.packed import Clustered, Gaps, LowRank, Quantized, Sparse, Tabled
+from compress_jax.core.types import PyTree
 from compress_jax.export._artifact.fields import KEY, NATIVE, refuse, static
 
 NODES = {
@@ -34,7 +35,7 @@ NODES = {
 Tensors = dict[str, np.ndarray]
 
 
-def encode(tree: Any) -> tuple[Any, Tensors]:
+def encode(tree: PyTree) -> tuple[Any, Tensors]:
     """Return the JSON structure of a tree and its tensors by name.
 
     Args:

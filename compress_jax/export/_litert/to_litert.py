@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ import numpy as np
 from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import Quantized, is_packed, unpack
 from compress_jax.core.sparse import width
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._exported import Exported, Row
 from compress_jax.export._extras import extra
@@ -29,9 +30,9 @@ EXACT, ROUNDED = (
 
 
 def to_litert(
-    fn: Callable[..., Any],
-    params: Any,
-    example: Any,
+    fn: ModelFn,
+    params: Params,
+    example: PyTree,
     path: str | PathLike[str],
     *,
     how: Any = None,
@@ -108,11 +109,11 @@ def _notes(answer: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _tuple(example: Any) -> tuple[np.ndarray, ...]:
+def _tuple(example: PyTree) -> tuple[np.ndarray, ...]:
     return tuple(np.asarray(x) for x in (example if isinstance(example, tuple) else (example,)))
 
 
-def _recipe(params: Any, weights: str) -> str:
+def _recipe(params: Params, weights: str) -> str:
     leaves = [
         leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if isinstance(leaf, Quantized)
     ]

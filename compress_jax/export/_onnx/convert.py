@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.types import ModelFn
 from compress_jax.export._extras import extra
 from compress_jax.export._onnx import graph as g
 from compress_jax.export._onnx.plain import live, plain
@@ -201,7 +202,7 @@ WAYS: tuple[Way, ...] = ("layers", "operations")
 
 
 def convert(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     leaves: Mapping[str, np.ndarray],
     rebuild: Callable[[Mapping[str, Any]], Any],
     inputs: Sequence[np.ndarray],

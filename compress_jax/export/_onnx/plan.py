@@ -10,6 +10,7 @@ import numpy as np
 from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import to_dense, unpack
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.export._artifact.structure import is_key
 from compress_jax.export._onnx import check
 from compress_jax.export._onnx import graph as g
@@ -312,7 +313,7 @@ class Plan:
     notes: tuple[str, ...]
 
 
-def plan(fn: Callable[..., Any], params: Any, inputs: Sequence[np.ndarray], asked: Asked) -> Plan:
+def plan(fn: ModelFn, params: Params, inputs: Sequence[np.ndarray], asked: Asked) -> Plan:
     """Convert a function in each way until one computes every site that is asked for in integers.
 
     Args:
@@ -365,7 +366,7 @@ def _lost(made: Plan) -> bool:
 
 
 def _planned(
-    fn: Callable[..., Any], params: Any, inputs: Sequence[np.ndarray], asked: Asked, way: Way
+    fn: ModelFn, params: Params, inputs: Sequence[np.ndarray], asked: Asked, way: Way
 ) -> Plan:
     """Convert in one way; leave out site after site until the runtime computes the others in integers."""
     leaves, rebuild = flatten(params)
@@ -401,7 +402,7 @@ def _planned(
         left |= lost
 
 
-def _settled(converted: Any, packed: Any) -> tuple[Any, dict[str, Weight]]:
+def _settled(converted: Any, packed: PyTree) -> tuple[Any, dict[str, Weight]]:
     """Return the optimised float graph with other values for its parameters, and its weights by the names of constants."""
     leaves = {path: x for path, x in flatten(packed)[0].items() if not is_key(x)}
     model = baked(converted, {path: np.asarray(to_dense(x)) for path, x in leaves.items()})

@@ -1,6 +1,6 @@
 """Any JAX function as an ONNX file that ONNX Runtime runs in integers."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._exported import Exported, Row
 from compress_jax.export._extras import extra
@@ -159,9 +160,9 @@ EXACT, ROUNDED = (
 
 
 def to_onnx(
-    fn: Callable[..., Any],
-    params: Any,
-    example: Any,
+    fn: ModelFn,
+    params: Params,
+    example: PyTree,
     path: str | PathLike[str],
     *,
     how: Any = None,

@@ -9,6 +9,7 @@ import numpy as np
 
 from compress_jax.core.packed import Quantized, to_dense
 from compress_jax.core.sparse import Sparse, width
+from compress_jax.core.types import PyTree
 from compress_jax.export._onnx import graph as g
 
 
@@ -35,7 +36,7 @@ class Weight:
     moved: bool = False
 
     @classmethod
-    def of(cls, path: str, leaf: Any) -> "Weight":
+    def of(cls, path: str, leaf: PyTree) -> "Weight":
         """Return a leaf of a packed tree, as it is stored."""
         values = np.asarray(to_dense(leaf))
         if not isinstance(leaf, Quantized):

@@ -247,13 +247,13 @@ def _answer(path: Path, folder: Path, done: subprocess.CompletedProcess[bytes]) 
 
 def _environment() -> dict[str, str]:
     """Return the child's environment: this package, this precision, and a device that two processes may share."""
-    root = str(Path(__file__).parents[2])
+    root = str(Path(__file__).parents[3])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     found = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(paths),
-        "JAX_ENABLE_X64": str(int(jax.config.jax_enable_x64)),
-    }  # pyright: ignore
+        "JAX_ENABLE_X64": str(int(jax.config.read("jax_enable_x64"))),
+    }
     if jax.default_backend() != "gpu":  # a TPU belongs to the one process that has it
         found["JAX_PLATFORMS"] = "cpu"
     return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **found}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.types import PyTree
 from compress_jax.export._verify.running import interleaved, measured, present, scores
 
 __all__ = ["Timing", "Verification", "interleaved", "verify"]
@@ -112,7 +113,7 @@ class Verification(NamedTuple):
 def verify(
     path: str | os.PathLike[str],
     reference: Callable[..., Any],
-    inputs: Any,
+    inputs: PyTree,
     labels: Any = None,
     *,
     baseline: str | os.PathLike[str] | None = None,

@@ -9,6 +9,7 @@ import numpy as np
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.paths import match, matches
+from compress_jax.core.types import Leaves
 from compress_jax.trace import Group, Groups, Site
 
 Ratio = float | Mapping[str, float]
@@ -153,7 +154,7 @@ class Width(NamedTuple):
         return f"{self.path}:{','.join(map(str, self.axes))}"
 
 
-def widths(found: Groups, sites: Sequence[Site], leaves: Mapping[str, Any]) -> tuple[Width, ...]:
+def widths(found: Groups, sites: Sequence[Site], leaves: Leaves) -> tuple[Width, ...]:
     """Return the widths of all kernels in which groups lie.
 
     Args:

@@ -1,7 +1,7 @@
 """What is left of a model: smaller parameters, the function that runs them, and a table of what went and what could not."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.paths import flatten, owner
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.prune._channels.choice import widths
 from compress_jax.trace import Cost, Groups, Number, cost, groups, resize, resized_numbers
 
@@ -25,7 +26,7 @@ class Cut(NamedTuple):
 
 
 def cuts(
-    groups: Groups, kept: Mapping[str, Sequence[int] | np.ndarray], leaves: dict[str, Any]
+    groups: Groups, kept: Mapping[str, Sequence[int] | np.ndarray], leaves: Leaves
 ) -> dict[str, Cut]:
     """Return how each parameter gets smaller, those that stay whole too."""
     found = {path: Cut(np.shape(leaf), {}) for path, leaf in leaves.items()}
@@ -39,7 +40,7 @@ def cuts(
     return found
 
 
-def carried(tree: Any, cuts: dict[str, Cut]) -> Any:
+def carried(tree: PyTree, cuts: dict[str, Cut]) -> Any:
     """Return a tree of which every leaf that belongs to a parameter lost what the parameter lost; see `Shrunk.carry`.
 
     Example:
@@ -55,7 +56,7 @@ def carried(tree: Any, cuts: dict[str, Cut]) -> Any:
     return rebuild(_swapped(made, names))
 
 
-def _leaf(path: str, leaf: Any, names: Mapping[str, Cut], cuts: Mapping[str, Cut]) -> Any:
+def _leaf(path: str, leaf: PyTree, names: Mapping[str, Cut], cuts: Mapping[str, Cut]) -> Any:
     """Return what is left of a leaf: of the parameter that its path ends in, or that an earlier part of it ends in."""
     keys = path.split("/")
     ends = ((owner("/".join(keys[:end]), names), keys[end:]) for end in range(len(keys), 0, -1))
@@ -79,7 +80,7 @@ def _leaf(path: str, leaf: Any, names: Mapping[str, Cut], cuts: Mapping[str, Cut
     return leaf
 
 
-def _carried(path: str, leaf: Any, cut: Cut, rest: Sequence[str]) -> Any:
+def _carried(path: str, leaf: PyTree, cut: Cut, rest: Sequence[str]) -> Any:
     if not cut.indices or not hasattr(leaf, "shape") or all(size == 1 for size in leaf.shape):
         return leaf
     options = _by_name(path, leaf.shape, cut.shape, rest) or _axes(leaf.shape, cut.shape)
@@ -135,7 +136,7 @@ def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...] | None:
     return tuple(i for i in range(len(shape)) if i != axis) if len(shape) > 1 else None
 
 
-def _swapped(leaves: dict[str, Any], names: Mapping[str, Cut]) -> dict[str, Any]:
+def _swapped(leaves: Leaves, names: Mapping[str, Cut]) -> dict[str, Any]:
     """Exchange factored moments where the longest axis is now the second longest: each is a mean over one of them."""
     made = dict(leaves)
     for path, leaf in leaves.items():
@@ -234,13 +235,13 @@ class Shrunk(NamedTuple):
       cuts: by path of a parameter its old shape and, by axis, the indices that stayed.
     """
 
-    params: Any
-    fn: Callable[..., Any]
+    params: Params
+    fn: ModelFn
     kept: dict[str, np.ndarray]
     table: Removal
     cuts: dict[str, Cut]
 
-    def carry(self, tree: Any) -> Any:
+    def carry(self, tree: PyTree) -> Any:
         """Return a tree that was made for the full parameters (an optimizer's state) as it is for the smaller ones.
 
         A leaf belongs to the parameter whose path its own ends in (``0/mu/params/conv/kernel``;
@@ -264,9 +265,9 @@ class Shrunk(NamedTuple):
 
 
 def narrow(
-    fn: Callable[..., Any],
-    params: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    params: Params,
+    *inputs: PyTree,
     kept: Mapping[str, Sequence[int] | np.ndarray],
     numbers: Mapping[str, bool] | None = None,
 ) -> Shrunk:
@@ -297,8 +298,8 @@ def narrow(
 
 
 def narrowed(
-    fn: Callable[..., Any],
-    params: Any,
+    fn: ModelFn,
+    params: Params,
     inputs: Sequence[Any],
     found: Groups,
     kept: Mapping[str, Sequence[int] | np.ndarray],
@@ -340,7 +341,7 @@ def narrowed(
 
 
 def _widths(
-    found: Groups, before: Cost, params: Any, smaller: Any
+    found: Groups, before: Cost, params: Params, smaller: Any
 ) -> tuple[tuple[str, int, int], ...]:
     """Return the widths that several groups make up together, before and after."""
     old, new = flatten(params)[0], flatten(smaller)[0]

@@ -8,6 +8,7 @@ import numpy as np
 
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.prune._channels.choice import (
     Ratio,
     choose,
@@ -26,9 +27,9 @@ STEPS = 12
 
 
 def shrink(
-    fn: Callable[..., Any],
-    params: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    params: Params,
+    *inputs: PyTree,
     ratio: Ratio | None = None,
     macs: float | None = None,
     importance: Importance | None = None,
@@ -190,8 +191,8 @@ def _reasons(
 
 
 def _bisect(
-    fn: Callable[..., Any],
-    params: Any,
+    fn: ModelFn,
+    params: Params,
     inputs: tuple[Any, ...],
     found: Groups,
     kept: Callable[[float], Kept],

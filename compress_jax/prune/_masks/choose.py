@@ -10,11 +10,12 @@ from jax.core import Tracer
 
 from compress_jax.core.amount import amount
 from compress_jax.core.axes import Axes, over_layers
-from compress_jax.core.compression import CompressionState, Params
+from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.core.exact import choose, less, wide
 from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, Params, PyTree, Step
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest, value_bits
 from compress_jax.prune._masks.structures import NofM, Structure, pooled, spread
 from compress_jax.prune._masks.target import Target
@@ -25,7 +26,7 @@ Masks = dict[str, jax.Array]
 def kept(
     scores: Mapping[str, jax.Array],
     target: Target,
-    step: Any,
+    step: Step,
     *,
     signed: bool = False,
     axes: Mapping[str, Axes] | None = None,
@@ -111,9 +112,7 @@ def _spread(flags: jax.Array, structure: Structure | None, axes: Axes) -> jax.Ar
 # broken or not due.
 
 
-def gradients_of(
-    leaves: Mapping[str, Any], params: Params, grads: Any, needed: bool
-) -> dict[str, Any]:
+def gradients_of(leaves: Leaves, params: Params, grads: PyTree, needed: bool) -> dict[str, Any]:
     """Return the gradients of some leaves that `update` was given, by path, all of them of their leaf's shape.
 
     Args:

@@ -9,7 +9,7 @@ from jax.core import Tracer
 
 from compress_jax.core.arguments import whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise, stamped
+from compress_jax.core.compression import Compression, CompressionState, Pointwise, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError, NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import saturate, where_finite
@@ -17,6 +17,7 @@ from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, due
+from compress_jax.core.types import Params, PyTree, Step
 from compress_jax.prune._masks.choose import Masks, chosen, gradients_of, kept, unless_broken
 from compress_jax.prune._masks.structures import Structure
 from compress_jax.prune._masks.target import Sparsity, Target
@@ -37,7 +38,7 @@ class Seen(NamedTuple):
 
     path: str
     x: jax.Array
-    step: Any = 0
+    step: Step = 0
     grad: Any = None
     carried: Any = None
     key: Any = None
@@ -213,7 +214,7 @@ def pack(seen: jax.Array, mask: jax.Array) -> Any:
     return min(Sparse.pack(seen, mask), seen, key=nbytes)
 
 
-def mask_of(fixed: Any) -> jax.Array:
+def mask_of(fixed: PyTree) -> jax.Array:
     """Return the mask in the fixed state of one pruned leaf."""
     return fixed["mask"] if isinstance(fixed, Mapping) else fixed
 
@@ -325,7 +326,7 @@ class _Masked(NamedTuple):
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
-    def init(self, params: Params, *, step: Any = 0) -> CompressionState:
+    def init(self, params: Params, *, step: Step = 0) -> CompressionState:
         self.target.check(
             path for path, x in flatten(params)[0].items() if why_not_float(path, x) is None
         )
@@ -345,9 +346,9 @@ class _Masked(NamedTuple):
         params: Params,
         state: CompressionState,
         *,
-        step: Any,
-        grads: Any = None,
-        stats: Any = None,
+        step: Step,
+        grads: PyTree = None,
+        stats: PyTree = None,
         key: Any = None,
     ) -> CompressionState:
         leaves = self.leaves.of(params)
@@ -373,7 +374,7 @@ class _Masked(NamedTuple):
         )
 
     def masks(
-        self, params: Params, seen: dict[str, Seen], step: Any, old: Masks | None = None
+        self, params: Params, seen: dict[str, Seen], step: Step, old: Masks | None = None
     ) -> Masks:
         axes = self.leaves.axes(params)
         scores = {path: measured(self.score, each, axes[path]) for path, each in seen.items()}

@@ -10,6 +10,7 @@ from compress_jax.core.arguments import number, one_of, patterns, refused
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import match, matches
+from compress_jax.core.types import Step
 from compress_jax.prune._masks.structures import NofM, Structure
 
 Sparsity: TypeAlias = float | optax.Schedule | Mapping[str, float | optax.Schedule]
@@ -101,7 +102,7 @@ class Target:
         """The schedules among its shares; those that are numbers left out."""
         return tuple(schedule for _, schedule in self.rules if not isinstance(schedule, Constant))
 
-    def share(self, path: str, step: Any) -> Any:
+    def share(self, path: str, step: Step) -> Any:
         """Return the share to prune of a leaf at a step."""
         return next(schedule for glob, schedule in self.rules if matches(glob, path))(step)
 
@@ -112,7 +113,7 @@ class Constant:
 
     share: float
 
-    def __call__(self, step: Any) -> float:
+    def __call__(self, step: Step) -> float:
         """Return the number."""
         return self.share
 

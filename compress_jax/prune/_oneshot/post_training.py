@@ -10,7 +10,6 @@ from compress_jax.core import chain
 from compress_jax.core.compression import (
     Compression,
     CompressionState,
-    Params,
     Pointwise,
     bound,
     identity,
@@ -22,6 +21,7 @@ from compress_jax.core.errors import ConfigError
 from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.stamp import seal
+from compress_jax.core.types import Params
 from compress_jax.layerwise._problem import Problem, problems
 from compress_jax.prune._masks.score import Leaves, of_masks
 from compress_jax.prune._masks.structures import NofM, Structure

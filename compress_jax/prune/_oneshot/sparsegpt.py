@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.amount import amount_exact
-from compress_jax.core.compression import Compression, Params
+from compress_jax.core.compression import Compression
 from compress_jax.core.exact import Wide
 from compress_jax.core.paths import Patterns
+from compress_jax.core.types import Params
 from compress_jax.layerwise._problem import MatrixForm, damped_hessian, upper_factor
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest_by
 from compress_jax.prune._masks.structures import NofM

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Params
 from compress_jax.core.paths import Patterns
+from compress_jax.core.types import Params
 from compress_jax.prune._masks.structures import NofM
 from compress_jax.prune._masks.target import Sparsity
 from compress_jax.prune._oneshot.layer import Leaf, Method, Solution

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.errors import NonFiniteError, StateError
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, require_finite
 from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen, pairs
 from compress_jax.trace import calibrate, sites
@@ -50,7 +51,7 @@ class Activations(NamedTuple):
     watch: Callable[..., tuple[Any, Ranges, dict[str, jax.Array]]]
 
 
-def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activations:
+def activations(fn: ModelFn, how: How, where: Where = None) -> Activations:
     """Quantize the activations that enter the contractions of a function: dense layers, convolutions, einsums, experts.
 
     Args:
@@ -82,7 +83,7 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
       {'kernel': "static(bits=4, symmetric=True, granularity='tensor', range='minmax')"}
     """
 
-    def init(params: Any, batches: Iterable[Any] = (), mask: Masks | None = None) -> Ranges:
+    def init(params: Params, batches: Iterable[Any] = (), mask: Masks | None = None) -> Ranges:
         batches = list(batches)
         if not batches and not any(each.reducer for _, each in pairs(how) if each):
             return {}
@@ -94,7 +95,11 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
         }
 
     def run(
-        params: Any, ranges: Ranges | None, inputs: tuple[Any, ...], moving: bool, mask: Any = None
+        params: Params,
+        ranges: Ranges | None,
+        inputs: tuple[Any, ...],
+        moving: bool,
+        mask: Any = None,
     ) -> tuple[Any, Ranges]:
         def hooks(found: dict[Position, Site]) -> Hooks:
             quantizers = chosen(found.values(), how, where)
@@ -117,11 +122,11 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
                 own[name] = {**own.get(name, {}), "masks": masks}
         return hooked(fn, hooks, None, _Given(own))(params, *inputs)
 
-    def apply(params: Any, ranges: Ranges, *inputs: Any) -> Any:
+    def apply(params: Params, ranges: Ranges, *inputs: PyTree) -> Any:
         return run(params, ranges, inputs, moving=False)[0]
 
     def watch(
-        params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None
+        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Any = None
     ) -> tuple[Any, Ranges, dict[str, jax.Array]]:
         out, new = run(params, ranges, inputs, moving=True, mask=mask)
         counts: dict[str, Any] = {name: own.pop(BROKEN) for name, own in new.items()}
@@ -136,11 +141,11 @@ def activations(fn: Callable[..., Any], how: How, where: Where = None) -> Activa
         )
 
     def update(
-        params: Any, ranges: Ranges | None, *inputs: Any, mask: Any = None
+        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Any = None
     ) -> tuple[Any, Ranges]:
         return watch(params, ranges, *inputs, mask=mask)[:2]
 
-    def table(params: Any, *inputs: Any) -> dict[str, str]:
+    def table(params: Params, *inputs: PyTree) -> dict[str, str]:
         found = sites(fn, params, *inputs)
         chosen(found, how, where)
         return {site.name: str(choose(site, how, where)) for site in found}

@@ -16,6 +16,7 @@ from jax.core import Tracer
 from compress_jax.core.arguments import flag, whole
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.finite import saturate
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.rules import usable
 from compress_jax.trace._jaxpr.site import Site
@@ -25,7 +26,7 @@ Own = dict[str, jax.Array]
 Placed = tuple[jax.Array, jax.Array]
 
 
-def _nothing(site: Site, statistics: Any) -> Own:
+def _nothing(site: Site, statistics: PyTree) -> Own:
     return {}
 
 

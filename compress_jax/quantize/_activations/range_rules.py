@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.types import ModelFn
 from compress_jax.quantize._activations.quantizer import spanned
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.rules import normal_clip
@@ -209,7 +210,7 @@ def _over(
     )
 
 
-def _each(fn: Callable[..., Any], axes: int) -> Callable[..., Any]:
+def _each(fn: ModelFn, axes: int) -> Callable[..., Any]:
     """Map a function over so many leading axes of all its arguments."""
     for _ in range(axes):
         fn = jax.vmap(fn)

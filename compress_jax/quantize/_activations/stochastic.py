@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.quantize._activations.quantizer import checked, spanned
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.trace import rewrite, sites
@@ -39,7 +40,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def quantized_backward(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     key: jax.Array,
     bits: int = 8,
     where: str | tuple[str, ...] | None = None,
@@ -84,7 +85,7 @@ def quantized_backward(
     def rule(site: Site, lhs: jax.Array, rhs: jax.Array, own: jax.Array) -> Any:
         return (lhs, rhs) if site.kind == "ragged_dot" else _contraction(site, grid)(lhs, rhs, own)
 
-    def run(params: Any, *inputs: Any) -> Any:
+    def run(params: Params, *inputs: PyTree) -> Any:
         keys = {}
         for site in sites(fn, params, *inputs):
             own = jax.random.fold_in(key, zlib.crc32(site.name.encode()))

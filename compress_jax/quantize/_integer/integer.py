@@ -11,6 +11,7 @@ from compress_jax.core.errors import NoMatchError, ShapeError, StateError
 from compress_jax.core.packed import is_packed, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.table import aligned, units
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.quantize._activations.quantizer import Own, require_finite
 from compress_jax.quantize._activations.site_patterns import How, Where
 from compress_jax.quantize._integer.integer_dot import Coded, encode, product
@@ -94,7 +95,7 @@ class Contractions:
 
 
 def contractions(
-    fn: Callable[..., Any], params: Any, *inputs: Any, how: How | None = None, where: Where = None
+    fn: ModelFn, params: Params, *inputs: PyTree, how: How | None = None, where: Where = None
 ) -> Contractions:
     """List every contraction with its operands' formats, as `integer` would compute it, or the reason why in floats.
 
@@ -165,9 +166,9 @@ class Integer(NamedTuple):
 
 
 def integer(
-    fn: Callable[..., Any],
-    packed: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    packed: PyTree,
+    *inputs: PyTree,
     how: How | None = None,
     ranges: Mapping[str, Any] | None = None,
     where: Where = None,
@@ -226,7 +227,7 @@ def integer(
     kept = {name: given[name] for name, step in steps.items() if step.quantizer and name in given}
 
     @jax.jit
-    def apply(params: dict[str, Any], *inputs: Any) -> Any:
+    def apply(params: dict[str, Any], *inputs: PyTree) -> Any:
         arrays = dict(zip(leaves, treedef.flatten_up_to(params["weights"]), strict=True))
         dense = {
             path: stored[path].dense(x) if path in stored else to_dense(x)

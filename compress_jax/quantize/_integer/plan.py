@@ -13,6 +13,7 @@ from compress_jax.core.layout import Layout
 from compress_jax.core.packed import Quantized, is_packed
 from compress_jax.core.sparse import Sparse
 from compress_jax.core.sparse import width as bit_width
+from compress_jax.core.types import DType, Leaves
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
 from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen
 from compress_jax.quantize._integer.integer_dot import Coded, Side, fits, side
@@ -153,7 +154,7 @@ class Stored:
     """
 
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: DType
     bits: int
     axis: int
     layout: Layout
@@ -402,7 +403,7 @@ class Step:
 
 
 def decide(
-    traced: Traced, leaves: Mapping[str, Any], how: How | None, where: Where
+    traced: Traced, leaves: Leaves, how: How | None, where: Where
 ) -> tuple[dict[str, Stored], dict[str, Step]]:
     """Return what is done at every site.
 
@@ -440,7 +441,7 @@ def decide(
 def _step(
     site: Site,
     operands: Sequence[Value],
-    leaves: Mapping[str, Any],
+    leaves: Leaves,
     stored: Mapping[str, Stored],
     how: How | None,
     where: Where,
@@ -466,7 +467,7 @@ def _step(
 
 
 def _weight(
-    site: Site, operands: Sequence[Value], leaves: Mapping[str, Any], stored: Mapping[str, Stored]
+    site: Site, operands: Sequence[Value], leaves: Leaves, stored: Mapping[str, Stored]
 ) -> tuple[Feed | None, str, str]:
     """Return how the parameter of a site arrives, its format, and why its codes cannot be computed with."""
     if site.param is None:

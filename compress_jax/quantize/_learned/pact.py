@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from compress_jax.core.arguments import number
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations import range_rules
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, Placed, checked
 from compress_jax.quantize._learned.learned_step import bounded, positive, step_of
@@ -75,7 +76,7 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
     return ActivationQuantizer(grid, place, see, minmax(), ranges, learned=("alpha",), call=call)
 
 
-def pact_decay(tree: Any, strength: float) -> jax.Array:
+def pact_decay(tree: PyTree, strength: float) -> jax.Array:
     r"""Return :math:`\frac{\lambda}{2} \sum \alpha^2`, the penalty to add to the loss: its gradient is L2 weight decay.
 
     An optimizer can do the same: ``optax.add_decayed_weights(strength, mask)`` with the mask on the

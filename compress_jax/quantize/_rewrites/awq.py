@@ -7,8 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, Params, bound
+from compress_jax.core.compression import Compression, bound
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import Problem, problems
 from compress_jax.layerwise._solve import Solved
@@ -22,11 +23,11 @@ EPSILON = 1e-4
 
 
 def awq(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     params: Params,
     calibration: Calibration,
     compression: Compression,
-    *inputs: Any,
+    *inputs: PyTree,
     points: int = 20,
     clipped: bool = True,
 ) -> Solved:
@@ -121,7 +122,7 @@ def awq(
 
 
 def _shrunk(
-    own: Sequence[Problem], fold: Fold, part: Part, leaves: Mapping[str, Any], factors: Any
+    own: Sequence[Problem], fold: Fold, part: Part, leaves: Leaves, factors: Any
 ) -> tuple[Problem, ...]:
     """Return the problems of a kernel whose rows have grown: its inputs have shrunk as much."""
     grown = jnp.broadcast_to(
@@ -134,9 +135,7 @@ def _shrunk(
     return tuple(shrunk)
 
 
-def _factors(
-    fold: Fold, leaves: Mapping[str, Any], tasks: Mapping[str, Sequence[Problem]], r: float
-) -> Any:
+def _factors(fold: Fold, leaves: Leaves, tasks: Mapping[str, Sequence[Problem]], r: float) -> Any:
     """Return the factors of a fold for one r, ``[*stack, size]``."""
     inputs, weights = [], []
     for part in fold.consumers:
@@ -167,7 +166,7 @@ def _errors(
     rebuild: Callable[..., Any],
     compression: Compression,
     found: list[Fold],
-    leaves: Mapping[str, Any],
+    leaves: Leaves,
     tasks: Mapping[str, Sequence[Problem]],
     factors: list[Any],
 ) -> list[Any]:

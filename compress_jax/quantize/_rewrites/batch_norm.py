@@ -1,15 +1,15 @@
 """Batch-norm folding: the scale of a batch norm moves into the kernel before it, its shift into its bias."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.compression import Params
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.quantize._rewrites.folding import Folded
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.site import Position, Site
@@ -141,7 +141,7 @@ class _Frame:
 
 
 def folded_map(
-    each: AffineMap, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]
+    each: AffineMap, arrays: Mapping[str, np.ndarray], leaves: Leaves
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     r"""Return new parameters with which a map :math:`y a + b` is the identity but for a shift, and its kernel is scaled.
 
@@ -303,7 +303,7 @@ def _in_order(
     )
 
 
-def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Folded:
+def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Folded:
     r"""Fold batch norms into the kernels before them, so that what is quantized is the kernel that inference applies.
 
     With :math:`g = \gamma / \sqrt{v + \epsilon}` the kernel becomes :math:`W g`, the norm's bias
@@ -357,9 +357,7 @@ def fold_batch_norm(fn: Callable[..., Any], params: Params, *inputs: Any) -> Fol
     return Folded(rebuild(leaves), folded, skipped)
 
 
-def _best(
-    found: Walk, site: Site, leaves: dict[str, Any]
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _best(found: Walk, site: Site, leaves: Leaves) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Fold the longest scale and shift that can be; raise why even that of the whole norm cannot be."""
     maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
     if (why := _kernel_elsewhere(found, site)) or not maps:

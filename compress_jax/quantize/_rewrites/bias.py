@@ -1,6 +1,6 @@
 """Bias correction: take the mean of the error that compression makes out of every layer's outputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
-from compress_jax.core.compression import Params
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.layerwise._problem import fed, met, summed_axes, why_not
 from compress_jax.trace import Calibration
 from compress_jax.trace._jaxpr.find_sites import trace
@@ -76,7 +76,7 @@ class _Biases:
         return [NOTHING] * len(eqn.outvars)
 
 
-def biases(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, str]:
+def biases(fn: ModelFn, params: Params, *inputs: PyTree) -> dict[str, str]:
     """Return the parameter that is added to each site's result.
 
     Args:
@@ -117,11 +117,11 @@ class Corrected(NamedTuple):
 
 
 def correct_bias(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     params: Params,
     compressed: Params,
     calibration: Calibration,
-    *inputs: Any,
+    *inputs: PyTree,
 ) -> Corrected:
     r"""Add to each bias what its layer's kernel lost on average, :math:`b \leftarrow b + (W - \hat W)^\top E[x]`.
 

@@ -1,20 +1,20 @@
 """Cross-layer equalisation: give the output channels of one layer and the inputs of the next the same range."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Params
 from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.quantize._rewrites.folding import Folded
 from compress_jax.trace import sites
 from compress_jax.trace._symmetry.scaling import Part, Scaling, scalings
 
 
 def equalize(
-    fn: Callable[..., Any], params: Params, *inputs: Any, rounds: int = 20, tolerance: float = 1e-3
+    fn: ModelFn, params: Params, *inputs: PyTree, rounds: int = 20, tolerance: float = 1e-3
 ) -> Folded:
     r"""Rescale channels between kernels so that both sides use their ranges evenly; the float function stays as it is.
 
@@ -97,7 +97,7 @@ def _sides(scaling: Scaling, kernels: set[str]) -> tuple[list[Part], list[Part]]
     return [part for part in parts if part.power > 0], [part for part in parts if part.power < 0]
 
 
-def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: dict[str, Any]) -> Any:
+def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: Leaves) -> Any:
     """Return the factors that make the largest entries of both sides equal; 1 where a side has none."""
     sides = [
         jnp.stack([scaling.largest(part, jnp.abs(leaves[part.path])) for part in side]).max(0)

@@ -1,12 +1,12 @@
 """Which scalings may be folded so that a kernel's inputs grow or shrink: who takes them in, who makes up for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 
-from compress_jax.core.compression import Params
+from compress_jax.core.types import ModelFn, Params
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._symmetry.scaling import Part, Scaling, scalings
 
@@ -51,7 +51,7 @@ class Fold(NamedTuple):
 
 
 def folds(
-    fn: Callable[..., Any], params: Params, inputs: tuple[Any, ...], sites: Mapping[str, Site]
+    fn: ModelFn, params: Params, inputs: tuple[Any, ...], sites: Mapping[str, Site]
 ) -> tuple[list[Fold], dict[str, str]]:
     """Return what can be folded, every kernel in at most one of them, and why some kernels are in none.
 

@@ -1,6 +1,5 @@
 """Rotate the residual stream and the heads of a transformer, so that no channel sticks out; the function stays as it is."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import hadamard
 
-from compress_jax.core.compression import Params
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.trace._groups.groups import Group
 from compress_jax.trace._symmetry.rotation import Turn, turns
 
@@ -29,9 +28,9 @@ class Rotated(NamedTuple):
 
 
 def rotate(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     params: Params,
-    *inputs: Any,
+    *inputs: PyTree,
     key: jax.Array,
     where: str | tuple[str, ...] | None = None,
 ) -> Rotated:
@@ -140,7 +139,7 @@ def _turned(
     return jnp.moveaxis(rows.at[index].set(new), 0, axis).astype(x.dtype)
 
 
-def _why_not(turn: Turn, leaves: dict[str, Any]) -> str | None:
+def _why_not(turn: Turn, leaves: Leaves) -> str | None:
     """Say why the gains of a turn cannot be moved into the kernels that read them."""
     gains: dict[str, set[str | None]] = {}
     for use in turn.uses:
@@ -160,7 +159,7 @@ def _why_not(turn: Turn, leaves: dict[str, Any]) -> str | None:
     return f"{mixed!r} is used with several scales" if mixed else None
 
 
-def _without_gains(turn: Turn, leaves: dict[str, Any]) -> dict[str, Any]:
+def _without_gains(turn: Turn, leaves: Leaves) -> dict[str, Any]:
     """Move scales of norms into the kernels that read them, and out of the biases that are added to them."""
     new: dict[str, Any] = {}
     for gain in turn.gains:

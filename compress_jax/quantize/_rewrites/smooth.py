@@ -1,14 +1,13 @@
 """SmoothQuant: move the range of activations into the weights, where it is easier to quantize."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Params
 from compress_jax.core.errors import ArgumentError, NonFiniteError
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.layerwise._problem import beside, fed, met, why_not
 from compress_jax.quantize._rewrites.folding import Fold, Folded, folds
 from compress_jax.trace import Calibration
@@ -18,10 +17,10 @@ FLOOR = 1e-5
 
 
 def smooth(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     params: Params,
     calibration: Calibration,
-    *inputs: Any,
+    *inputs: PyTree,
     strength: float = 0.5,
 ) -> Folded:
     r"""Divide the channels of activations by factors that balance their ranges with those of the weights they meet.
@@ -89,7 +88,7 @@ def smooth(
     )
 
 
-def _balance(fold: Fold, leaves: dict[str, Any], ranges: dict[str, Any], strength: float) -> Any:
+def _balance(fold: Fold, leaves: Leaves, ranges: dict[str, Any], strength: float) -> Any:
     """Return what the consumers' rows are multiplied by; 1 for channels that are always zero, or that nothing reads."""
     shape = lambda part: leaves[part.path].shape  # noqa: E731
     largest = fold.scaling.largest
@@ -104,7 +103,7 @@ def _balance(fold: Fold, leaves: dict[str, Any], ranges: dict[str, Any], strengt
 
 
 def _ranges(
-    calibration: Calibration, leaves: dict[str, Any]
+    calibration: Calibration, leaves: Leaves
 ) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
     """Return the largest magnitude of what every kernel's entries meet, in a shape that broadcasts against the kernel.
 

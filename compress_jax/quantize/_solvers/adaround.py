@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.compression import Compression, CompressionState, Pointwise
+from compress_jax.core.types import Params
 from compress_jax.layerwise._problem import MatrixForm, Problem
 from compress_jax.layerwise._solve import Solved, better, column_errors, layerwise, neighbours
 from compress_jax.trace import Calibration
@@ -129,7 +130,7 @@ def _solve(
     optimizer = optax.adam(rate)
     start = steps * warmup
 
-    def turn(step: Any, carry: Any) -> Any:
+    def turn(step: jax.Array, carry: Any) -> Any:
         v, memory = carry
         left = 1 - jnp.maximum(step - start, 0) / max(steps - start, 1)
         power = beta[1] + (beta[0] - beta[1]) * left

@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params, bound
+from compress_jax.core.compression import Compression, CompressionState, bound
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Params
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import Problem, column_errors, problems
 from compress_jax.layerwise._solve import Solved

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.compression import Compression, CompressionState, Pointwise
+from compress_jax.core.types import Params
 from compress_jax.layerwise._problem import MatrixForm, Problem, listed, upper_factor
 from compress_jax.layerwise._solve import HIGHEST, Solved, layerwise
 from compress_jax.trace import Calibration

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, Params, Pointwise
+from compress_jax.core.compression import Compression, CompressionState, Pointwise
+from compress_jax.core.types import Params, Step
 from compress_jax.layerwise._problem import MatrixForm, Problem
 from compress_jax.layerwise._solve import HIGHEST, Solved, layerwise, neighbours
 from compress_jax.trace import Calibration
@@ -93,7 +94,7 @@ def _solve(
     low, high = neighbours(w, see, operands)
     gap = high - low
 
-    def turn(step: Any, carry: Any) -> Any:
+    def turn(step: Step, carry: Any) -> Any:
         v, best, lowest = carry
         rounded = see(w + v * gap, *operands)
         slope = jnp.einsum("bkl,bln->bkn", gram, rounded - w, precision=HIGHEST)

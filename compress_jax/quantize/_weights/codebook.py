@@ -19,6 +19,7 @@ from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
 from compress_jax.core.straight_through import pass_within
+from compress_jax.quantize._scales import levels as level_rules
 from compress_jax.quantize._scales.levels import Fixed, LevelRule
 
 
@@ -56,7 +57,7 @@ def tabled(
       >>> powers.view(params, powers.init(params))["kernel"].tolist()
       [0.0, -4.0, 1.0, 1.0]
     """
-    rules = {"absmax": levels.absmax, "mse": levels.mse}
+    rules = {"absmax": level_rules.absmax, "mse": level_rules.mse}
     return on_levels(_checked(levels), choice(scale, rules), granularity, axis, pad)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import ModelFn, PyTree, Variables
 from compress_jax.trace._groups import axes as moves
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Results, alike, product, shape, unify
 from compress_jax.trace._jaxpr import primitives
@@ -321,7 +322,7 @@ class Analysis:
         return dict(Counter(self.walk.unknown.values()))
 
 
-def analyze(fn: Callable[..., Any], variables: Any, *inputs: Any) -> Analysis:
+def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
     """Trace ``fn(variables, *inputs)`` and find out what its axes are made of.
 
     Args:

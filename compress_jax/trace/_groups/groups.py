@@ -12,6 +12,7 @@ import numpy as np
 
 from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze, returned
 from compress_jax.trace._groups.axes import Leaf
 from compress_jax.trace._jaxpr.site import Position
@@ -120,7 +121,7 @@ class Groups:
         listing = "\n  ".join(group.name for group in self.items) or "(none)"
         raise NoMatchError(f"no group is called {which!r}. The groups are:\n  {listing}")
 
-    def keep(self, variables: Any, kept: Mapping[str, Sequence[int] | np.ndarray]) -> Any:
+    def keep(self, variables: Variables, kept: Mapping[str, Sequence[int] | np.ndarray]) -> Any:
         """Return smaller variables, of which only some coordinates of some groups are left.
 
         Args:
@@ -153,7 +154,7 @@ class Groups:
         return rebuild(leaves)
 
     def permute(
-        self, variables: Any, group: Group | str, permutation: Sequence[int] | np.ndarray
+        self, variables: Variables, group: Group | str, permutation: Sequence[int] | np.ndarray
     ) -> Any:
         """Return variables of which the members of one group are permuted; the function they give is the same.
 
@@ -192,7 +193,7 @@ class Groups:
 
 
 def permuted(
-    leaves: dict[str, Any], group: Group, permutation: Any, members: Iterable[Member]
+    leaves: Mapping[str, Any], group: Group, permutation: Any, members: Iterable[Member]
 ) -> dict[str, Any]:
     """Return leaves of which certain members of a group are permuted.
 
@@ -261,7 +262,7 @@ Coordinates = dict[Leaf, np.ndarray]
 INDEXED = "single indices are picked out"
 
 
-def groups(fn: Callable[..., Any], variables: Any, *inputs: Any) -> Groups:
+def groups(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Groups:
     r"""Return the groups of parameter axes that belong together: channels, heads, hidden features.
 
     For every group and every permutation ``P`` of its coordinates
@@ -458,10 +459,13 @@ class Verification:
         return "\n".join(rows)
 
 
+_find_groups = groups  # `verify_groups` has an argument of that name
+
+
 def verify_groups(
-    fn: Callable[..., Any],
-    variables: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    variables: Variables,
+    *inputs: PyTree,
     groups: Groups | None = None,
     key: jax.Array | None = None,
     tolerance: float = 1e-4,
@@ -494,7 +498,7 @@ def verify_groups(
       >>> report.ok, report.undetected
       (True, {'w:1': (('b', 0),)})
     """
-    found = groups(fn, variables, *inputs) if groups is None else groups
+    found = _find_groups(fn, variables, *inputs) if groups is None else groups
     leaves, rebuild = flatten(variables)
     for path, leaf in {**leaves, **flatten({"inputs": list(inputs)})[0]}.items():
         if isinstance(leaf, jax.ShapeDtypeStruct):

@@ -12,6 +12,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.sharding import PartitionSpec, Sharding
 
+from compress_jax.core.types import PyTree
 from compress_jax.trace._jaxpr.primitives import (
     Branches,
     Call,
@@ -51,7 +52,7 @@ def custom_jvp(
         return run(consts, args)
 
     @function.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[Results, Results]:
+    def _(primals: PyTree, tangents: PyTree) -> tuple[Results, Results]:
         results = function(*primals)
         _, tangent = jax.jvp(original, primals[1], tangents[1])
         return results, (list(tangent), jax.tree.map(_no_tangent, results[1]))
@@ -212,7 +213,7 @@ def while_loop(
         (more,), statistics = condition(*head, *carry)
         return more, statistics
 
-    def turn(state: Any) -> Any:
+    def turn(state: PyTree) -> Any:
         carry, _, seen = state
         carry, new = body(*consts, *carry)
         more, last = check(carry) if sites_in_condition else (None, {})
@@ -250,7 +251,7 @@ def branches(eqn: JaxprEqn, args: Sequence[Any], bodies: Sequence[Body]) -> Resu
 
 
 def _choose(
-    eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: Sequence[Any], tree: Any
+    eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: Sequence[Any], tree: PyTree
 ) -> Results:
     """Bind the primitive itself: lax.switch would clamp an index that is already clamped."""
     captured = [const for body in bodies for const in body.consts]
@@ -270,7 +271,7 @@ def _choose(
     )
 
 
-def unobserved(shapes: Any) -> Any:
+def unobserved(shapes: PyTree) -> Any:
     """Return statistics of a site that did not run: NaN where they are floating, else 0."""
 
     def nothing(x: Any) -> jax.Array:
@@ -376,8 +377,8 @@ def _equation(
             return call(eqn, args, body(jaxpr))
         case Call(jaxpr):
             return shard_map(eqn.params, args, body(jaxpr), inside)
-        case Scan() as scan:
-            return scan(eqn, args, scan, body(scan.body), inside)
+        case Scan() as form:
+            return scan(eqn, args, form, body(form.body), inside)
         case While() as loop:
             condition = (*position, "cond") in hooks.around
             return while_loop(

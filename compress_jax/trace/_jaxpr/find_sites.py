@@ -1,7 +1,7 @@
 """Find the sites of a jaxpr: one walk over origins, then one over names."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, cast
@@ -13,6 +13,7 @@ from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, bound
 from compress_jax.core.errors import CompressError, ShapeError
 from compress_jax.core.paths import flatten, match
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.interpret import Where, interpret, numbers
 from compress_jax.trace._jaxpr.origin import (
@@ -287,7 +288,7 @@ class Traced:
     jaxpr: ClosedJaxpr
     params: dict[str, Any]
     labels: Sequence[str]
-    out: Any
+    out: PyTree
 
     @cached_property
     def found(self) -> Found:
@@ -321,7 +322,7 @@ def _with_pieces(site: Site, operands: Sequence[Any]) -> Site:
     return replace(site, lost=operand.reason if isinstance(operand, Lost) else "")
 
 
-def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
+def trace(fn: ModelFn, params: Params, *inputs: PyTree) -> Traced:
     """Trace ``fn(params, *inputs)`` without running it.
 
     Args:
@@ -365,7 +366,7 @@ def trace(fn: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
 # List every contraction of a function and the parameter that feeds it.
 
 
-def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> list[Site]:
+def sites(fn: ModelFn, params: Params, *inputs: PyTree) -> list[Site]:
     """List every contraction in ``fn(params, *inputs)``: matrix products, convolutions, ragged products.
 
     The function is traced, not run. A parameter is followed through transposes, reshapes, casts,
@@ -391,7 +392,7 @@ def sites(fn: Callable[..., Any], params: Any, *inputs: Any) -> list[Site]:
     return list(trace(fn, params, *inputs).sites.values())
 
 
-def unseen(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, str]:
+def unseen(fn: ModelFn, params: Params, *inputs: PyTree) -> dict[str, str]:
     """Say what `sites` does not show: parameters of rank 2 or more that nothing contracts, and code nobody looks into.
 
     Args:
@@ -433,9 +434,7 @@ def unseen(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, str]:
 # compressions work by.
 
 
-def bind(
-    compression: Compression, fn: Callable[..., Any], params: Any, *inputs: Any
-) -> Compression:
+def bind(compression: Compression, fn: ModelFn, params: Params, *inputs: PyTree) -> Compression:
     """Return the same compression with the layout of every leaf read from the function that uses it.
 
     Scales by channel then follow the outputs of each product, whichever axis they are stored on;
@@ -469,7 +468,7 @@ def bind(
     return bound(compression, layouts(fn, params, *inputs))
 
 
-def layouts(fn: Callable[..., Any], params: Any, *inputs: Any) -> dict[str, Axes]:
+def layouts(fn: ModelFn, params: Params, *inputs: PyTree) -> dict[str, Axes]:
     """Return what each axis of each parameter is for, as the products that it enters tell.
 
     Args:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
+from compress_jax.core.types import Params
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.evaluate import bind
 from compress_jax.trace._jaxpr.interpret import Where, interpret
@@ -119,11 +120,11 @@ def _fills(origin: Origin, shape: Shape) -> bool:
     )
 
 
-def _transpose(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _transpose(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     return {"dims": tuple(_dims(origin)[axis] for axis in params["permutation"])}
 
 
-def _squeeze(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _squeeze(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     return {
         "dims": tuple(
             axes for axis, axes in enumerate(_dims(origin)) if axis not in params["dimensions"]
@@ -131,7 +132,7 @@ def _squeeze(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str,
     }
 
 
-def _expand(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _expand(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     rest = iter(_dims(origin))
     return {
         "dims": tuple(
@@ -140,23 +141,23 @@ def _expand(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, 
     }
 
 
-def _broadcast(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _broadcast(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     dims: list[AxisIndices] = [()] * len(out)
     for axis, target in enumerate(params["broadcast_dimensions"]):
         dims[target] = _dims(origin)[axis] if shape[axis] == out[target] else ()
     return {"dims": tuple(dims)}
 
 
-def _keep(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _keep(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     return {}
 
 
-def _cut(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _cut(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     sliced = _slice(origin, shape, out)
     return {"dims": sliced.dims, "sliced": sliced.sliced}
 
 
-def _reshape(params: Any, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
+def _reshape(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
     """Match the smallest runs of axes with equal products; every axis of a run may hold every stored axis of it."""
     dims: list[AxisIndices] = [()] * len(out)
     old, new = (

@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from compress_jax.core.errors import NoMatchError, ShapeError
+from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind, evaluate
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.site import Position, Site
@@ -17,7 +18,7 @@ CACHED = 16  # shapes of arguments kept for calls outside jit
 
 
 def hooked(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     hooks: Callable[[dict[Position, Site]], Hooks],
     where: str | tuple[str, ...] | None,
     given: Mapping[str, Any] | None = None,
@@ -36,7 +37,7 @@ def hooked(
     """
     cache: dict[ClosedJaxpr, tuple[ClosedJaxpr, Any]] = {}
 
-    def run(params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+    def run(params: Params, *inputs: PyTree) -> tuple[Any, dict[str, Any]]:
         traced = trace(fn, params, *inputs)
         flat = jax.tree.leaves((params, inputs))
         tree = jax.tree.structure(traced.out)
@@ -88,7 +89,7 @@ Rule = Callable[..., Any]
 
 
 def rewrite(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     rule: Rule,
     where: str | tuple[str, ...] | None = None,
     given: Mapping[str, Any] | None = None,

@@ -10,6 +10,7 @@ import jax
 
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ShapeError
+from compress_jax.core.types import Leaves
 from compress_jax.trace._jaxpr.strided import Piece, Shape
 
 AxisIndices = tuple[int, ...]
@@ -195,7 +196,7 @@ Roles = dict[int, set[str]]
 
 
 def layouts_of_sites(
-    sites: Iterable[Site], leaves: Mapping[str, Any], stacked: Mapping[str, set[int]] | None = None
+    sites: Iterable[Site], leaves: Leaves, stacked: Mapping[str, set[int]] | None = None
 ) -> dict[str, Axes]:
     """Return `layouts` of some leaves from the sites that use them.
 

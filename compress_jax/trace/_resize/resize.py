@@ -14,6 +14,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
 
 from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.core.paths import flatten, matches
+from compress_jax.core.types import Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, Walk, analyze
 from compress_jax.trace._groups.axes import Axes, Dims, Leaf
 from compress_jax.trace._groups.groups import Groups
@@ -61,7 +62,7 @@ def custom_jvp(
         return run(consts, args)
 
     @function.defjvp
-    def _(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+    def _(primals: PyTree, tangents: PyTree) -> tuple[list[Any], list[Any]]:
         results = function(*primals)
         made = _rule(plan, eqn, position, primals[1], _moving(eqn, tangents[1]), _forward)
         return results, _at_moving(made, results, lambda x: np.zeros(x.shape, jax.dtypes.float0))
@@ -476,8 +477,8 @@ KeptByGroup = Mapping[str, Sequence[int] | np.ndarray]
 
 
 def resize(
-    fn: Callable[..., Any],
-    variables: Any,
+    fn: ModelFn,
+    variables: Variables,
     groups: Groups,
     kept: KeptByGroup,
     numbers: Numbers | None = None,
@@ -536,7 +537,7 @@ def resize(
     """
     work = _Work.of(fn, variables, groups, kept, numbers)
 
-    def smaller(variables: Any, *inputs: Any) -> Any:
+    def smaller(variables: Variables, *inputs: PyTree) -> Any:
         leaves = flatten(variables)[0]
         work.check(leaves)
         flat = [*leaves.values(), *jax.tree.leaves(inputs)]
@@ -558,9 +559,9 @@ def resize(
 
 
 def resized_numbers(
-    fn: Callable[..., Any],
-    variables: Any,
-    *inputs: Any,
+    fn: ModelFn,
+    variables: Variables,
+    *inputs: PyTree,
     groups: Groups,
     kept: KeptByGroup,
     numbers: Numbers | None = None,
@@ -611,7 +612,7 @@ def resized_numbers(
 class _Work:
     """What is to be done, whatever the inputs: the arguments of `resize`, with the shapes before and after."""
 
-    fn: Callable[..., Any]
+    fn: ModelFn
     full: Any
     expected: dict[str, Shape]
     groups: Groups
@@ -621,8 +622,8 @@ class _Work:
     @classmethod
     def of(
         cls,
-        fn: Callable[..., Any],
-        variables: Any,
+        fn: ModelFn,
+        variables: Variables,
         groups: Groups,
         kept: KeptByGroup,
         numbers: Numbers | None,
@@ -639,7 +640,7 @@ class _Work:
             fn, full, {path: x.shape for path, x in short.items()}, groups, left, numbers or {}
         )
 
-    def check(self, leaves: dict[str, Any]) -> None:
+    def check(self, leaves: Leaves) -> None:
         if leaves.keys() != self.expected.keys():
             odd = sorted(leaves.keys() ^ self.expected.keys())
             raise ShapeError(
@@ -654,7 +655,7 @@ class _Work:
                 )
 
     def plan(
-        self, variables: Any, inputs: Sequence[Any]
+        self, variables: Variables, inputs: Sequence[Any]
     ) -> tuple[Analysis, Plan, ClosedJaxpr | None, tuple[Number, ...]]:
         """Return the analysis at the old width, the plan, the jaxpr of the function's own code if it does, the numbers."""
         leaves, (old, rebuilt) = flatten(variables)[0], flatten(self.full)

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
+from compress_jax.core.types import ModelFn, Variables
 from compress_jax.trace._groups.analyze import Analysis, Walk
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Leaf, Sum, interleaved
 from compress_jax.trace._groups.groups import Group
@@ -246,7 +247,7 @@ PLAIN = (bool, int, float, str, tuple, np.dtype, type(None))
 
 
 def own_width(
-    fn: Callable[..., Any], analysis: Analysis, kept: Kept, variables: Any, inputs: Sequence[Any]
+    fn: ModelFn, analysis: Analysis, kept: Kept, variables: Variables, inputs: Sequence[Any]
 ) -> ClosedJaxpr | None:
     """Return the jaxpr of a function for shorter variables, if it is that of the longer ones with shapes as they are kept.
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.errors import DataError, ShapeError
+from compress_jax.core.types import Batch, ModelFn, Params, PyTree
 from compress_jax.trace._groups.analyze import Walk
 from compress_jax.trace._groups.axes import Axis, Dims
 from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind
@@ -305,7 +306,7 @@ def _spread(
 
 
 def observe(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     reduce: Callable[[Site, Any, Any], Any],
     where: str | tuple[str, ...] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
@@ -340,7 +341,7 @@ def observe(
 
 
 def observe_masked(
-    fn: Callable[..., Any], reduce: Reducer, where: str | tuple[str, ...] | None, mask: Any
+    fn: ModelFn, reduce: Reducer, where: str | tuple[str, ...] | None, mask: Any
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """Return `observe` of what counts.
 
@@ -355,7 +356,7 @@ def observe_masked(
       it is not known.
     """
 
-    def run(params: Any, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+    def run(params: Params, *inputs: PyTree) -> tuple[Any, dict[str, Any]]:
         names = [site.name for site in trace(fn, params, *inputs).choose(where).values()]
         return _observing(fn, reduce, where, masks_of(fn, names, mask, params, *inputs))(
             params, *inputs
@@ -365,7 +366,7 @@ def observe_masked(
 
 
 def masks_of(
-    fn: Callable[..., Any], names: Iterable[str], mask: Any, params: Any, *inputs: Any
+    fn: ModelFn, names: Iterable[str], mask: Any, params: Params, *inputs: PyTree
 ) -> dict[str, Any]:
     """Return for each of some sites the masks of its activations, by operand; none of one that does not depend on the mask.
 
@@ -399,7 +400,7 @@ def masks_of(
 
 
 def _observing(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     reduce: Callable[..., Any],
     where: str | tuple[str, ...] | None,
     masks: dict[str, Any] | None,
@@ -440,9 +441,9 @@ Masks: TypeAlias = str | Callable[[Any], Any] | Iterable[Any]
 
 
 def calibrate(
-    fn: Callable[..., Any],
+    fn: ModelFn,
     reduce: Reducer,
-    params: Any,
+    params: Params,
     batches: Iterable[Any],
     where: str | tuple[str, ...] | None = None,
     *,
@@ -495,7 +496,7 @@ def calibrate(
     seen = observe(fn, reduce, where)
 
     @jax.jit
-    def first(params: Any, inputs: tuple[Any, ...], mask: Any) -> dict[str, Any]:
+    def first(params: Params, inputs: tuple[Any, ...], mask: Any) -> dict[str, Any]:
         if mask is None:
             return seen(params, *inputs)[1]
         return observe_masked(fn, reduce, where, mask)(params, *inputs)[1]
@@ -541,7 +542,7 @@ def _with_masks(
         ) from error
 
 
-def _entry(batch: Any, name: str) -> Any:
+def _entry(batch: Batch, name: str) -> Any:
     inputs = batch if isinstance(batch, tuple) else (batch,)
     found = [each for each in inputs if isinstance(each, Mapping) and name in each]
     if not found:
@@ -552,7 +553,7 @@ def _entry(batch: Any, name: str) -> Any:
     return found[0][name]
 
 
-def _shapes(tree: Any) -> list[Any]:
+def _shapes(tree: PyTree) -> list[Any]:
     return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 

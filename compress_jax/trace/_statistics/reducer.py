@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 
 from compress_jax.core.errors import ArgumentError
+from compress_jax.core.types import PyTree
 from compress_jax.trace._jaxpr.site import Site
 
 MOST = 2**31 - 1
@@ -49,7 +50,7 @@ class Reducer(NamedTuple):
         return self.masked(site, lhs, rhs, masks)
 
 
-def blank(statistics: Any) -> Any:
+def blank(statistics: PyTree) -> Any:
     """Return statistics with NaN for every floating entry where ``count`` is 0: of nothing, no number means anything.
 
     Args:

@@ -10,6 +10,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.paths import flatten, matches
+from compress_jax.core.types import Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze
 from compress_jax.trace._groups.axes import Axis, Leaf
 from compress_jax.trace._groups.groups import Group, groups
@@ -340,7 +341,7 @@ class Turn:
 
 
 def turns(
-    fn: Callable[..., Any], variables: Any, *inputs: Any, where: str | tuple[str, ...] | None = None
+    fn: ModelFn, variables: Variables, *inputs: PyTree, where: str | tuple[str, ...] | None = None
 ) -> tuple[dict[str, Turn], dict[str, str]]:
     """Find the groups that may be rotated, by following what rotates with them through the function's jaxpr.
 
@@ -375,7 +376,7 @@ def turns(
     return found, refused
 
 
-def _walk(analysis: Analysis, leaves: dict[str, Any], group: Group, ones: bool) -> "_Walk":
+def _walk(analysis: Analysis, leaves: Leaves, group: Group, ones: bool) -> "_Walk":
     walk = _Walk(analysis, leaves, group, _leaf(analysis, group), ones)
     paths = {path for path, _ in group.members}
     args = [Kind(VECTOR, Param(path)) if path in paths else Kind(SAME) for path in analysis.params]
@@ -414,7 +415,7 @@ class _Walk:
     """
 
     analysis: Analysis
-    leaves: dict[str, Any]
+    leaves: Leaves
     group: Group
     leaf: Leaf
     ones: bool

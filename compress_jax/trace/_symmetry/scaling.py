@@ -1,7 +1,7 @@
 """Scalings of a function's parameters that leave the function as it is: what smoothing and equalisation may fold where."""
 
 import math
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import gcd, lcm
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.paths import flatten
+from compress_jax.core.types import Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze
 from compress_jax.trace._groups.axes import Leaf
 from compress_jax.trace._groups.groups import Member
@@ -195,7 +196,7 @@ class Scaling:
             shape[axis] = n
         return own.reshape(shape)
 
-    def apply(self, leaves: Mapping[str, Any], factors: jax.Array) -> dict[str, Any]:
+    def apply(self, leaves: Leaves, factors: jax.Array) -> dict[str, Any]:
         """Return the parameters of this scaling, scaled; a tree's other leaves are not in it.
 
         Args:
@@ -236,7 +237,7 @@ class Scaling:
 
 
 def scalings(
-    fn: Callable[..., Any], variables: Any, *inputs: Any, hold: Collection[str] = ()
+    fn: ModelFn, variables: Variables, *inputs: PyTree, hold: Collection[str] = ()
 ) -> tuple[tuple[Scaling, ...], dict[Member, str]]:
     r"""Find the scalings that leave a function as it is, by following powers of a factor through its jaxpr.
 
@@ -283,7 +284,7 @@ def scalings(
     return _solved(domain, analysis)
 
 
-def _start(domain: Walked, path: str, leaf: Any) -> Any:
+def _start(domain: Walked, path: str, leaf: PyTree) -> Any:
     dims = domain.analysis.params[path]
     if path in domain.hold or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return domain.demands.still(dims, "a parameter that is held")
