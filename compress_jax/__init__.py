@@ -69,7 +69,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the laboratory's packages when they are first asked for: orbax, grain and Flax take seconds to load."""
+    """Import data, models, report, search and train on first use: they take seconds to load."""
     if name in ("data", "models", "report", "search", "train"):
         return importlib.import_module(f"compress_jax.{name}")
     raise AttributeError(f"module 'compress_jax' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The core: compressions and their combinators, names of leaves, packed nodes, coverage. It imports nothing else of ours."""
+"""Compressions and their combinators, leaf paths, packed nodes and coverage."""
 
 from compress_jax.core._chain import chain
 from compress_jax.core.combine import at, between, every, rules

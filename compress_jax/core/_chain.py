@@ -40,10 +40,10 @@ def chain(*compressions: Compression) -> Compression:
       The Compression; its state holds theirs under ``"0"``, ``"1"``, ...
 
     Example:
+      >>> import compress_jax as cj
       >>> import jax.numpy as jnp
-      >>> from compress_jax.core.leafwise import leafwise
-      >>> halve, negate = leafwise(lambda x, l, f: x / 2), leafwise(lambda x, l, f: -x)
-      >>> both = chain(halve, negate)
+      >>> halve, negate = cj.leafwise(lambda x, l, f: x / 2), cj.leafwise(lambda x, l, f: -x)
+      >>> both = cj.chain(halve, negate)
       >>> params = {"w": jnp.array([2.0])}
       >>> both.view(params, both.init(params))["w"].tolist()
       [-1.0]
@@ -123,7 +123,7 @@ def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:
 
 @dataclass(frozen=True)
 class _InTurn:
-    """Functions one after the other; equal if they are, so that what `jit` compiled for one leaf serves the next."""
+    """Functions in sequence; equal if they are, so that `jit` compiles once for all leaves."""
 
     steps: tuple[tuple[Callable[..., Any], int], ...]
 
@@ -134,7 +134,7 @@ class _InTurn:
 
 
 def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
-    """Return the smallest of some packed forms, or of their restrictions to the nonzeros, that is exactly ``dense``."""
+    """Return the smallest packed form, or its nonzeros, that equals ``dense`` exactly."""
     nodes = [form for form in forms if is_packed(form)]
     sparse = [
         node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Tabled, Clustered))

@@ -1,4 +1,4 @@
-"""Checks of a constructor's arguments: the type and the range, and an error that names the argument, its value and both."""
+"""Check the type and range of arguments; errors name argument, value and what is accepted."""
 
 import operator
 from collections.abc import Callable, Collection

@@ -1,4 +1,4 @@
-"""What each axis of a stored array is for: outputs, inputs, a convolution's window, or stacked layers."""
+"""The role of each axis of a stored array: output, input, window or stacked layers."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +11,9 @@ from compress_jax.core.types import ModelFn
 
 
 class Axes(NamedTuple):
-    """The axes of one leaf. Every axis that is neither an output nor a stack is contracted (summed over) by its product.
+    """The axes of one leaf.
+
+    Every axis that is neither an output nor a stack is contracted (summed over) by its product.
 
     Attributes:
       shape: the shape of the stored array.
@@ -38,7 +40,7 @@ class Axes(NamedTuple):
 
     @classmethod
     def convention(cls, shape: tuple[int, ...]) -> "Axes":
-        """Return the guess for a leaf no function is known of: outputs last, as Flax kernels have them; rank 1 has none."""
+        """Return the guess without a function: outputs last, as in Flax kernels; none at rank 1."""
         return cls(tuple(shape), (len(shape) - 1,) if len(shape) > 1 else ())
 
     @property
@@ -78,7 +80,9 @@ class Axes(NamedTuple):
         )
 
     def with_outputs(self, axis: int | Sequence[int]) -> "Axes":
-        """Return these axes with other outputs, counted in the stored array, or in a layer if they would all be stacks.
+        """Return these axes with other outputs.
+
+        They are counted in the stored array, or in one layer if they would all be stacks.
 
         Args:
           axis: one axis or several, negative ones counted from the end.
@@ -105,7 +109,8 @@ class Axes(NamedTuple):
             )
         note = self.note
         if self.source == "trace" and outputs != tuple(sorted(self.outputs)):
-            note = f"axis={axis} was asked for, but its product's outputs are on {_listed(self.outputs)}"
+            actual = _listed(self.outputs)
+            note = f"axis={axis} was asked for, but its product's outputs are on {actual}"
         return self._replace(
             outputs=outputs, window=tuple(a for a in self.window if a not in outputs), note=note
         )
@@ -172,7 +177,8 @@ def over_layers(fn: ModelFn, axes: Axes, args: Sequence[str], out: str) -> Calla
     Example:
       >>> import jax.numpy as jnp
       >>> axes = Axes((2, 3), outputs=(), stack=(1,))
-      >>> over_layers(lambda x: x / x.max(), axes, ["leaf"], "leaf")(jnp.array([[1.0, 2.0, 3.0], [2.0, 2.0, 6.0]])).tolist()
+      >>> x = jnp.array([[1.0, 2.0, 3.0], [2.0, 2.0, 6.0]])
+      >>> over_layers(lambda x: x / x.max(), axes, ["leaf"], "leaf")(x).tolist()
       [[0.5, 1.0, 0.5], [1.0, 1.0, 1.0]]
     """
     # From the innermost loop out: an axis moves down by one for each stack axis that outer loops

@@ -126,7 +126,7 @@ class Gaps:
 
     @staticmethod
     def best_width(mask: jax.Array) -> int:
-        """Return the symbol width, 2 to 12 bits, that encodes a concrete boolean mask in the fewest bits."""
+        """Return the symbol width, 2 to 12 bits, that encodes a boolean mask in the fewest bits."""
         zeros = _runs(mask)
         return min(range(2, 13), key=lambda bits: bits * int((zeros // (2**bits - 1) + 1).sum()))
 
@@ -150,7 +150,7 @@ class Gaps:
 
 
 def _runs(mask: jax.Array) -> np.ndarray:
-    """Return how many zeros precede each one; in NumPy, since every mask would be another shape to compile for."""
+    """Count the zeros before each one; NumPy, since `jit` would compile anew for every mask."""
     return np.diff(np.flatnonzero(np.asarray(mask)), prepend=-1) - 1
 
 

@@ -1,4 +1,4 @@
-"""The packed node of formats whose levels are not evenly spaced: small floats, normal floats, ternary and binary."""
+"""The packed node of codebook formats: small floats, normal floats, ternary, binary."""
 
 from dataclasses import dataclass, field
 
@@ -15,7 +15,7 @@ from compress_jax.core.sparse import Sparse, nbytes, static, width
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tabled:
-    """Codes of levels that are multiplied by a scale: ``value = level(code) * (scale * tensor_scale)``.
+    """Codes into a table of levels: ``value = level(code) * (scale * tensor_scale)``.
 
     Attributes:
       codes: unsigned codes in the shape of the array.
@@ -29,7 +29,8 @@ class Tabled:
     Example:
       >>> from compress_jax.core.levels import Float
       >>> codes = Bits.pack(jnp.array([1, 7, 15]), bits=4)
-      >>> node = Tabled(codes, jnp.full((1,), 0.5, jnp.float8_e8m0fnu), None, Float(2, 1), Layout((3,)))
+      >>> scale = jnp.full((1,), 0.5, jnp.float8_e8m0fnu)
+      >>> node = Tabled(codes, scale, None, Float(2, 1), Layout((3,)))
       >>> node.unpack().tolist(), node.nbytes
       ([0.25, 3.0, -3.0], 3)
     """

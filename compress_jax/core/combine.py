@@ -27,7 +27,9 @@ from compress_jax.core.types import Params, PyTree, Step
 
 
 def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
-    """Give each leaf to the first rule whose pattern matches its name; leaves that none matches stay as they are.
+    """Compress each leaf by the first rule whose pattern matches its path.
+
+    Leaves that no pattern matches stay as they are.
 
     Args:
       pairs: ``(glob or tuple of globs, compression)``, first match wins.
@@ -40,10 +42,13 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
 
     Example:
       >>> from compress_jax.core.leafwise import leafwise
-      >>> mixed = rules([("head/*", leafwise(lambda x, l, f: x)), ("**/kernel", leafwise(lambda x, l, f: -x))])
+      >>> import compress_jax as cj
+      >>> keep, negate = cj.identity(), cj.leafwise(lambda x, learned, fixed: -x)
+      >>> mixed = cj.rules([("head/*", keep), ("**/kernel", negate)])
       >>> params = {"body": {"kernel": jnp.ones(1)}, "head": {"kernel": jnp.ones(1)}}
-      >>> mixed.view(params, mixed.init(params))
-      {'body': {'kernel': Array([-1.], dtype=float32)}, 'head': {'kernel': Array([1.], dtype=float32)}}
+      >>> view = mixed.view(params, mixed.init(params))
+      >>> view["body"]["kernel"].tolist(), view["head"]["kernel"].tolist()
+      ([-1.0], [1.0])
     """
     pairs = [
         (arguments.patterns("pattern", pattern), arguments.compression("compression", c))
@@ -77,7 +82,7 @@ class _Rules(NamedTuple):
     def split(
         self, params: Params
     ) -> tuple[list[tuple[Compression, dict[str, Any]]], dict[str, Any], Any]:
-        """Return each compression with its leaves, the leaves that are left, and how to put them together."""
+        """Return each compression with its leaves, the rest, and how to rebuild the tree."""
         leaves, rebuild = flatten(params)
         parts, left = [], dict(leaves)
         for pattern, c in self.pairs:
@@ -164,8 +169,8 @@ def at(pattern: Patterns, compression: Compression) -> Compression:
       NoMatchError: in `init`, if the pattern matches no leaf; the message lists the leaves.
 
     Example:
-      >>> from compress_jax.core.leafwise import leafwise
-      >>> c = at("**/kernel", leafwise(lambda x, l, f: 2 * x))
+      >>> import compress_jax as cj
+      >>> c = cj.at("**/kernel", cj.leafwise(lambda x, l, f: 2 * x))
       >>> c.skipped({"dense": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}})
       {'dense/bias': 'no pattern matches it'}
     """
@@ -173,7 +178,7 @@ def at(pattern: Patterns, compression: Compression) -> Compression:
 
 
 def every(n: int, compression: Compression) -> Compression:
-    """Update the state only at steps divisible by ``n``; the view is that of the compression at all times.
+    """Update the state only at steps divisible by ``n``; the view does not change.
 
     A schedule inside it (of a sparsity, say) arrives all the same: one more update is made when it
     reaches its last value.
@@ -189,9 +194,13 @@ def every(n: int, compression: Compression) -> Compression:
       ArgumentError: if ``n`` is not a whole number of at least 1.
 
     Example:
-      >>> from compress_jax.core.leafwise import leafwise
-      >>> count = leafwise(lambda x, l, f: x, init=lambda x, key: (None, 0), update=lambda x, l, f, **_: (None, f + 1))
-      >>> c, params = every(2, count), {"w": jnp.ones(1)}
+      >>> import compress_jax as cj
+      >>> count = cj.leafwise(
+      ...     lambda x, learned, fixed: x,
+      ...     init=lambda x, key: (None, 0),
+      ...     update=lambda x, learned, fixed, **_: (None, fixed + 1),
+      ... )
+      >>> c, params = cj.every(2, count), {"w": jnp.ones(1)}
       >>> state = c.init(params)
       >>> for step in range(4): state = c.update(params, state, step=jnp.array(step))
       >>> int(state.fixed["w"])
@@ -237,15 +246,16 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
       compression: what to switch on.
 
     Returns:
-      The Compression; ``fixed`` holds ``{"active": bool, "done": bool, whether the last update is made, "of": the
-      compression's own}``. `pack` before ``start`` leaves the params as they are.
+      The Compression; ``fixed`` holds ``{"active": bool, "done": bool, "of": the fixed state of the
+      compression}``, done once the last update is made. `pack` before ``start`` leaves the params
+      as they are.
 
     Raises:
       ArgumentError: if the steps are not whole numbers, or ``stop`` is not after ``start``.
 
     Example:
-      >>> from compress_jax.core.leafwise import leafwise
-      >>> c, params = between(10, None, leafwise(lambda x, l, f: 0 * x)), {"w": jnp.ones(1)}
+      >>> import compress_jax as cj
+      >>> c, params = cj.between(10, None, cj.leafwise(lambda x, l, f: 0 * x)), {"w": jnp.ones(1)}
       >>> state = c.init(params)
       >>> later = c.update(params, state, step=jnp.array(10))
       >>> c.view(params, state)["w"].tolist(), c.view(params, later)["w"].tolist()
@@ -340,7 +350,7 @@ def _wrapped(state: CompressionState, active: Any, done: Any) -> CompressionStat
 def _switch(
     index: jax.Array, branches: Sequence[Callable[[], CompressionState]]
 ) -> CompressionState:
-    """Run one branch: a plain choice if the index is known, else `lax.switch`, whose branches must agree in type."""
+    """Run one branch: at once if the index is concrete, else by `lax.switch`."""
     if not isinstance(index, Tracer):
         return branches[int(index)]()
     return jax.lax.switch(

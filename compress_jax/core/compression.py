@@ -1,4 +1,4 @@
-"""The one idea of the library: a compression is a differentiable view of named arrays, plus the state that defines it."""
+"""A compression is a differentiable view of named arrays, plus the state that defines it."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class CompressionState(NamedTuple):
 
 
 class Pointwise(NamedTuple):
-    """The view of one array, entry by entry: each entry is seen as a function of itself and of what belongs to it.
+    """The view of one array, entry by entry: a function of the entry and of operands beside it.
 
     Attributes:
       see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise; hashable,
@@ -125,8 +125,9 @@ def stamped(
       The Compression.
 
     Example:
+      >>> import compress_jax as cj
       >>> import jax.numpy as jnp
-      >>> one, other = (stamped(identity(), name) for name in ("one", "other"))
+      >>> one, other = (stamped(cj.identity(), name) for name in ("one", "other"))
       >>> other.view({"w": jnp.ones(2)}, one.init({"w": jnp.ones(2)}))
       Traceback (most recent call last):
       ...
@@ -183,7 +184,7 @@ def stamped(
 
 
 def _alike(params: Params, seen: Params) -> Params:
-    """Return what is seen of params, if every leaf has its own shape: a state without a stamp may be of other params."""
+    """Check that a view has the shapes of its params: a state without a stamp may be another's."""
     if seen is params:
         return seen
     leaves = flatten(seen)[0]
@@ -199,7 +200,7 @@ def _alike(params: Params, seen: Params) -> Params:
 
 
 def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
-    """Return a compression that takes leaves to have the given axes; one that cannot be told stays as it is.
+    """Return a compression bound to the axes of its leaves; one without `bind` stays as it is.
 
     Args:
       compression: any.
@@ -225,19 +226,20 @@ def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
 
 
 def _code(fn: Any) -> Any:
-    """Return what tells the functions of two makings of one method from a function put in their place."""
+    """Return the code of a function, by which a replaced function is recognized."""
     fn = fn.update if isinstance(fn, Scheduled) else fn
     return getattr(getattr(fn, "__func__", fn), "__code__", fn)
 
 
 def identity() -> Compression:
-    """Return the compression that changes nothing: the neutral element of `chain` and the baseline of an experiment.
+    """Return the compression that changes nothing: neutral in `chain`, a baseline in experiments.
 
     Returns:
       A Compression with empty state whose view is the params.
 
     Example:
-      >>> none = identity()
+      >>> import compress_jax as cj
+      >>> none = cj.identity()
       >>> none.view({"kernel": 1.0}, none.init({"kernel": 1.0}))
       {'kernel': 1.0}
     """

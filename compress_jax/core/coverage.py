@@ -23,7 +23,7 @@ TORCH = ("weight", "weights")
 
 
 def doubts(path: str, axes: Axes, leaves: Leaves) -> str:
-    """Say what speaks against the axes a leaf is taken to have; empty if nothing does, or a trace told them.
+    """Return the reason to doubt the axes assumed for a leaf; empty if there is none.
 
     Args:
       path: the name of the leaf.
@@ -63,14 +63,15 @@ def _beside(path: str, axes: Axes, leaves: Leaves) -> str:
                 f"its bias has shape {tuple(bias.shape)}: both may be stacks of {shape[0]} layers"
             )
         if len(bias.shape) > 1 and bias.shape == shape[len(shape) - len(bias.shape) :]:
-            return f"its bias has shape {tuple(bias.shape)}: outputs may be on the last {len(bias.shape)} axes"
+            own = tuple(bias.shape)
+            return f"its bias has shape {own}: outputs may be on the last {len(own)} axes"
     return ""
 
 
 def _by_shape(axes: Axes) -> str:
     shape = axes.shape
     if shape[-1] == 1 and math.prod(shape) > 1:
-        return "its last axis has size 1, so there is one output; if it is depthwise, outputs are elsewhere"
+        return "its last axis has size 1: one output; if it is depthwise, outputs are elsewhere"
     if len(shape) == 4 and shape[2] == shape[3] and shape[2] <= 7 < max(shape[:2]):
         return "it looks like a kernel stored [out, in, height, width]"
     if len(shape) == 3 or len(shape) > 4:
@@ -188,10 +189,9 @@ def coverage(
       The table, one row a leaf. ``print`` shows it.
 
     Example:
-      >>> from compress_jax.core.combine import at
-      >>> from compress_jax.core.leafwise import leafwise
+      >>> import compress_jax as cj
       >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
-      >>> table = coverage(at("**/kernel", leafwise(lambda x, learned, fixed: 2 * x)), params)
+      >>> table = cj.coverage(cj.at("**/kernel", cj.leafwise(lambda x, learned, fixed: 2 * x)), params)
       >>> table["dense/bias"].reason, table.nbytes
       ('no pattern matches it', 24)
     """

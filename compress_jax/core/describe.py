@@ -1,4 +1,4 @@
-"""Describe how a function was made: its name and the values it closes over, as text that is equal for equal options."""
+"""Describe a function as text: its name and the values it closes over, equal for equal options."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ DEPTH = 8  # of functions within functions; deeper ones count by name alone
 
 
 def describe(value: Any, depth: int = DEPTH) -> str:
-    """Return a value as text: numbers and names as they are, arrays by a digest, functions by name and what they hold.
+    """Return a value as text: arrays by a digest, functions by name and closure.
 
     Two values that would make a compression behave differently get different texts; the text is the
     same in every process.
@@ -57,7 +57,7 @@ def describe(value: Any, depth: int = DEPTH) -> str:
 def call_of(
     name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH, **options: Any
 ) -> str:
-    """Return the call that made some functions: ``name(option=value, ...)`` with what they close over.
+    """Return the call that made some functions: ``name(option=value, ...)``.
 
     Args:
       name: of the call; empty for that of the function in which the first one was defined.
@@ -71,8 +71,10 @@ def call_of(
     Example:
       >>> def scaled(factor):
       ...     return lambda x: factor * x
-      >>> call_of("", scaled(3)) == call_of("", scaled(3)), call_of("", scaled(3)) == call_of("", scaled(4))
-      (True, False)
+      >>> call_of("", scaled(3)) == call_of("", scaled(3))
+      True
+      >>> call_of("", scaled(3)) == call_of("", scaled(4))
+      False
     """
     found = {key: describe(value, depth) for key, value in options.items() if value is not None}
     names = []
@@ -87,7 +89,7 @@ def call_of(
 
 
 def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
-    """Add to ``found`` what a function holds, helper functions of the same maker included; return the function's name."""
+    """Add the closure of a function to ``found``, local helpers included; return its name."""
     fn = _unwrapped(fn)
     if isinstance(fn, functools.partial):
         for i, value in enumerate(fn.args):

@@ -6,7 +6,7 @@ class CompressError(Exception):
 
 
 class ArgumentError(CompressError, ValueError):
-    """An argument has the wrong type or a value that means nothing; the message names it and what is accepted."""
+    """An argument has a wrong type or value; the message names it and what is accepted."""
 
 
 class NoMatchError(CompressError):
@@ -14,11 +14,11 @@ class NoMatchError(CompressError):
 
 
 class NonFiniteError(CompressError):
-    """A leaf holds NaN or infinity, so no code, scale or mask computed from it would mean anything."""
+    """A leaf holds NaN or infinity: no code, scale or mask of it would mean anything."""
 
 
 class ShapeError(CompressError):
-    """An array does not have the shape an algorithm needs (a group that does not divide an axis, say)."""
+    """An array does not have the shape an algorithm needs: a group that does not divide an axis."""
 
 
 class StateError(CompressError):
@@ -30,7 +30,7 @@ class ArtifactError(CompressError):
 
 
 class CheckpointError(CompressError):
-    """No checkpoint could be restored: none is there, all are damaged, or they belong to another model."""
+    """No checkpoint could be restored: none exists, all are damaged, or another model made them."""
 
 
 class DataError(CompressError):
@@ -42,7 +42,7 @@ class ConfigError(CompressError):
 
 
 class ExportError(CompressError):
-    """A model cannot be exported to another runtime, or what was exported does not do there what it should."""
+    """A model cannot be exported, or the exported file computes something else."""
 
 
 class WeightsError(CompressError):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def saturate(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Cast an array to a float dtype, what lies beyond its largest finite number becoming that number.
+    """Cast an array to a float dtype, clipped to its largest finite number.
 
     Levels are computed in float32, and one of them may lie beyond the range of the leaf's dtype
     (65504 in float16) or of float32 itself, where a plain cast gives infinity. NaN stays NaN.

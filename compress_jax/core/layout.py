@@ -1,4 +1,4 @@
-"""Which entries of an array share one scale: the whole tensor, a channel, or a group along the contracting axes."""
+"""Which entries share one scale: the tensor, a channel, or a group along the contracted axes."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,7 @@ Granularity = str | int
 
 
 class Layout(NamedTuple):
-    """How an array is arranged so that a statistic of every sharing set is a reduction over `reduced` axes.
+    """An arrangement of an array in which each set that shares a scale lies along `reduced` axes.
 
     ``"tensor"`` and ``"channel"`` leave the array as it is, so its sharding survives. Groups
     arrange it as ``[groups, group_size, channels]``: the contracting axes (all but the channel
@@ -122,7 +122,7 @@ class Layout(NamedTuple):
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """The shape of the scales, which broadcasts against the arranged array; stacked layers lead."""
+        """The shape of the scales, broadcastable to the arranged array, stacked layers first."""
         if self.group_size:
             return (*self._layers, self.groups, 1, math.prod(self.shape[a] for a in self.channels))
         own = (
@@ -138,7 +138,7 @@ class Layout(NamedTuple):
         return (*self.stack, *(a for a in range(len(self.shape)) if a not in self.stack))
 
     def arrange(self, x: jax.Array) -> jax.Array:
-        """Return ``x`` arranged so that `reduced` axes hold what shares a scale; groups are padded with zeros."""
+        """Return ``x`` with the sets that share a scale along `reduced` axes, padded by zeros."""
         order = self._order
         x = x if order == tuple(range(len(order))) else jnp.transpose(x, order)
         if not self.group_size:
@@ -171,7 +171,7 @@ class Layout(NamedTuple):
         return self.restore(jnp.broadcast_to(scale, full))
 
     def expand(self, value: jax.Array) -> jax.Array:
-        """Return what is one number for each layer, or for all, in a shape that broadcasts against the arranged array.
+        """Return one number a layer, or one for all, broadcastable to the arranged array.
 
         Args:
           value: of shape `scale_shape`, or the sizes of the stack, or a scalar.

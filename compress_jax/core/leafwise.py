@@ -1,4 +1,4 @@
-"""From functions over one array to a Compression over a tree, so that an algorithm's file holds only its mathematics."""
+"""Lift functions over one array to a Compression over a tree."""
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ LeafState = tuple[Any, Any]
 
 
 def check_finite(path: str, x: Any) -> None:
-    """Raise if a concrete array holds NaN or infinity; say nothing about traced ones, whose values are not known yet.
+    """Raise if a concrete array holds NaN or infinity; a traced one passes.
 
     Args:
       path: the name of the leaf, for the message.
@@ -58,7 +58,7 @@ def why_not_float(path: str, x: Any) -> str | None:
 
 
 def fold_path(key: jax.Array | None, path: str) -> jax.Array | None:
-    """Derive a leaf's own PRNG key from its name, so that adding a leaf does not change the others' randomness."""
+    """Derive a leaf's key from its path: adding a leaf does not change the keys of others."""
     return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
@@ -105,7 +105,8 @@ def leafwise(
       The Compression. Outside ``jit`` it refuses leaves with NaN or infinity.
 
     Example:
-      >>> halved = leafwise(lambda x, learned, fixed: x / 2)
+      >>> import compress_jax as cj
+      >>> halved = cj.leafwise(lambda x, learned, fixed: x / 2)
       >>> params = {"kernel": jnp.ones(2), "steps": jnp.array(7)}
       >>> halved.view(params, halved.init(params))["kernel"].tolist(), halved.skipped(params)
       ([0.5, 0.5], {'steps': 'int32 is not a floating-point dtype'})
@@ -128,7 +129,7 @@ class _Functions(NamedTuple):
     layout: bool
 
     def with_axes(self, fn: ModelFn, axes: Axes) -> Callable[..., Any]:
-        """Return a function of positional arguments that gets the axes behind them, if it takes them."""
+        """Return a function with the axes as its last argument, if it takes them."""
         return (lambda *args: fn(*args, axes)) if self.layout else fn
 
     def per_layer(
@@ -139,7 +140,7 @@ class _Functions(NamedTuple):
 
 
 class _Lifted(NamedTuple):
-    """Functions over one array, and what they become over a tree whose leaves' axes may be known."""
+    """The functions over one array, lifted to a tree whose leaves' axes may be known."""
 
     fn: _Functions
     key: jax.Array | None
@@ -149,12 +150,12 @@ class _Lifted(NamedTuple):
 
     def compression(self) -> Compression:
         made = Compression(
-            self.start,
-            self.seen,
-            self.follow,
-            self.packed,
+            self.init,
+            self.view,
+            self.update,
+            self.pack,
             self.skipped,
-            self.pieces,
+            self.pointwise,
             bind=self.bind,
             axes=self.axes,
         )
@@ -168,33 +169,35 @@ class _Lifted(NamedTuple):
         return axes if self.axis is None else _named(path, axes.with_outputs, self.axis)
 
     def axes(self, params: Params) -> dict[str, Axes]:
-        leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
-        return {path: self.axes_of(path, x) for path, x in leaves.items()}
+        return {path: self.axes_of(path, x) for path, x in self.chosen(params).items()}
 
-    def reason(self, path: str, x: Any) -> str | None:
+    def chosen(self, params: Params) -> dict[str, Any]:
+        """Return the leaves that are compressed."""
+        leaves = flatten(params)[0]
+        return {path: x for path, x in leaves.items() if self.why_skipped(path, x) is None}
+
+    def why_skipped(self, path: str, x: Any) -> str | None:
         if why := why_not_float(path, x):
             return why
         if self.fn.why_not is None:
             return None
-        return (
-            self.fn.why_not(path, x, self.axes_of(path, x))
-            if self.fn.layout
-            else self.fn.why_not(path, x)
-        )
+        if self.fn.layout:
+            return self.fn.why_not(path, x, self.axes_of(path, x))
+        return self.fn.why_not(path, x)
 
     def skipped(self, params: Params) -> dict[str, str]:
-        return {
-            path: why for path, x in flatten(params)[0].items() if (why := self.reason(path, x))
-        }
+        reasons = {path: self.why_skipped(path, x) for path, x in flatten(params)[0].items()}
+        return {path: reason for path, reason in reasons.items() if reason}
 
-    def taken(self, params: Params) -> dict[str, Any]:
-        leaves = {path: x for path, x in flatten(params)[0].items() if self.reason(path, x) is None}
+    def compressed(self, params: Params) -> dict[str, Any]:
+        """Return the leaves that are compressed, once they are found finite."""
+        leaves = self.chosen(params)
         for path, x in leaves.items():
             check_finite(path, x)
         return leaves
 
-    def start(self, params: Params) -> CompressionState:
-        leaves = self.taken(params)
+    def init(self, params: Params) -> CompressionState:
+        leaves = self.compressed(params)
         if self.fn.init is None:
             return CompressionState({}, {})
         states = {}
@@ -204,28 +207,28 @@ class _Lifted(NamedTuple):
             states[path] = _named(path, init, x, fold_path(self.key, path))
         return _collect(states)
 
-    def seen(self, params: Params, state: CompressionState) -> Params:
+    def view(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        new = {path: self.viewed(path, x, state) for path, x in self.taken(params).items()}
+        new = {path: self.view_leaf(path, x, state) for path, x in self.compressed(params).items()}
         return rebuild({**leaves, **new})
 
-    def viewed(self, path: str, x: Any, state: CompressionState) -> Any:
+    def view_leaf(self, path: str, x: Any, state: CompressionState) -> Any:
         axes = self.axes_of(path, x)
         view = self.fn.per_layer(self.fn.view, axes, ("leaf", "state", "state"), "leaf")
         return where_finite(x, _named(path, view, x, *self.own(state, path)))
 
-    def packed(self, params: Params, state: CompressionState) -> Params:
+    def pack(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        new = {path: self.pack_leaf(path, x, state) for path, x in self.taken(params).items()}
+        new = {path: self.pack_leaf(path, x, state) for path, x in self.compressed(params).items()}
         return rebuild({**leaves, **new})
 
     def pack_leaf(self, path: str, x: Any, state: CompressionState) -> Any:
         axes = self.axes_of(path, x)
         if self.fn.pack is None or (axes.stack and not self.fn.layout):
-            return self.viewed(path, x, state)
+            return self.view_leaf(path, x, state)
         return _named(path, self.fn.with_axes(self.fn.pack, axes), x, *self.own(state, path))
 
-    def follow(
+    def update(
         self,
         params: Params,
         state: CompressionState,
@@ -235,10 +238,11 @@ class _Lifted(NamedTuple):
         stats: PyTree = None,
         key: Any = None,
     ) -> CompressionState:
-        leaves = self.taken(params)
+        leaves = self.compressed(params)
         if self.fn.update is None:
             return state
-        grads, stats = flatten(grads)[0] if grads is not None else {}, stats or {}
+        grads = {} if grads is None else flatten(grads)[0]
+        stats = stats or {}
         for path, x in leaves.items():
             if grads.get(path) is not None and jnp.shape(grads[path]) != x.shape:
                 raise ShapeError(
@@ -248,11 +252,11 @@ class _Lifted(NamedTuple):
         for path, x in leaves.items():
             inputs = (grads.get(path), stats.get(path), fold_path(key, path))
             states[path] = _named(
-                path, self.updated, path, x, *self.own(state, path), step, *inputs
+                path, self.update_leaf, path, x, *self.own(state, path), step, *inputs
             )
         return _collect(states)
 
-    def updated(
+    def update_leaf(
         self,
         path: str,
         x: Any,
@@ -263,7 +267,8 @@ class _Lifted(NamedTuple):
         stats: PyTree,
         key: Any,
     ) -> LeafState:
-        axes, fn = self.axes_of(path, x), self.fn.update
+        axes = self.axes_of(path, x)
+        fn = self.fn.update
         assert fn is not None
 
         def update(
@@ -272,17 +277,21 @@ class _Lifted(NamedTuple):
             extra = {"axes": axes.layer} if self.fn.layout else {}
             return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)
 
-        if key is not None and axes.stack:  # each layer its own randomness
+        if key is not None and axes.stack:
+            # Every layer draws its own randomness: keys [*layers].
             key = jax.random.split(key, tuple(axes.shape[a] for a in axes.stack))
         args = ("leaf", "state", "state", "shared", "leaf", "state", "state")
         return over_layers(update, axes, args, "state")(x, learned, fixed, step, grad, stats, key)
 
-    def pieces(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+    def pointwise(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        if self.fn.pointwise is None:
+            return {}
         found = {}
-        for path, x in self.taken(params).items() if self.fn.pointwise is not None else ():
+        for path, x in self.compressed(params).items():
             axes = self.axes_of(path, x)
             if self.fn.layout or not axes.stack:
-                found[path] = self.fn.with_axes(self.fn.pointwise, axes)(x, *self.own(state, path))  # type: ignore[arg-type]
+                leaf = self.fn.with_axes(self.fn.pointwise, axes)
+                found[path] = leaf(x, *self.own(state, path))
         return found
 
     def own(self, state: CompressionState, path: str) -> LeafState:

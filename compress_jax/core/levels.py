@@ -1,4 +1,4 @@
-"""Levels that are not evenly spaced: what the codes of a small float or of a table stand for, and rounding to them.
+"""Levels of small floats and tables: the value of each code, and rounding to the nearest.
 
 Both kinds have the same attributes: ``bits``, ``values`` (the level of every code), ``largest``,
 ``encode``, ``decode`` and ``round``. They are plain tuples of numbers, so they are hashed, compared
@@ -13,7 +13,7 @@ import numpy as np
 
 
 class Float(NamedTuple):
-    r"""A floating-point format of a few bits; the code of a number is its bit pattern, the sign uppermost.
+    r"""A floating-point format of a few bits; codes are bit patterns, the sign first.
 
     With m mantissa bits and the lowest exponent :math:`e = 2 - 2^{bits - 1}` for exponents of so
     many bits, a magnitude code c stands for the subnormal number :math:`c \, 2^{e - m}` if
@@ -69,7 +69,7 @@ class Float(NamedTuple):
         return float(self._magnitudes[-1])
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """Return the code of the nearest number: ties to the even code, saturating, zero never negative.
+        """Return the code of the nearest number: ties to even, saturating, zero never negative.
 
         Args:
           x: float array, finite or infinite.
@@ -82,7 +82,7 @@ class Float(NamedTuple):
         return jnp.where(integer < 0, magnitude + 2 ** (self.bits - 1), magnitude)
 
     def round(self, x: jax.Array) -> jax.Array:
-        """Return the nearest number in float32, exactly ``decode(encode(x))``, without looking anything up."""
+        """Return the nearest number in float32, exactly ``decode(encode(x))``, without a table."""
         integer, exponent = self._nearest(x)
         return integer.astype(jnp.float32) * power_of_two(exponent - self.mantissa_bits)
 
@@ -91,7 +91,7 @@ class Float(NamedTuple):
         return _look_up(self.values, codes)
 
     def _nearest(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return i and e, int32, such that ``i * 2**(e - mantissa_bits)`` is the number nearest to x."""
+        """Return int32 i and e with ``i * 2**(e - mantissa_bits)`` the number nearest to x."""
         # Not a cast to the dtype and back: XLA may leave such a pair out, and casts overflow to NaN
         # or infinity.
         x = jnp.clip(x.astype(jnp.float32), -self.largest, self.largest)
@@ -127,13 +127,13 @@ class Table(NamedTuple):
 
     @property
     def thresholds(self) -> np.ndarray:
-        """The least float32 that is rounded to each level but the first: the midpoint below the level."""
+        """The least float32 that is rounded to each level but the first."""
         middle = np.convolve(np.array(self.values, np.float64), [0.5, 0.5], "valid")
         nearest = middle.astype(np.float32)
         return np.where(nearest < middle, np.nextafter(nearest, np.float32(np.inf)), nearest)
 
     def encode(self, x: jax.Array) -> jax.Array:
-        """Return the code of the nearest level, a tie going to the larger one; int32 of the shape of ``x``."""
+        """Return the code of the nearest level as int32; ties go to the larger level."""
         return jnp.searchsorted(
             self.thresholds, x.astype(jnp.float32), side="right", method="compare_all"
         ).astype(jnp.int32)
@@ -151,7 +151,7 @@ Levels: TypeAlias = Float | Table
 
 
 def exponent_of(x: jax.Array) -> jax.Array:
-    """Return ``floor(log2(abs(x)))`` exactly, as int32; -127 for what is smaller than a normal float32.
+    """Return ``floor(log2(abs(x)))`` exactly, as int32; -127 below the normal float32 numbers.
 
     Args:
       x: float32.

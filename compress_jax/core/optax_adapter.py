@@ -21,7 +21,7 @@ class AsOptaxState(NamedTuple):
 def as_optax(
     optimizer: optax.GradientTransformation, compression: Compression
 ) -> optax.GradientTransformation:
-    """Wrap an optimizer so that the params it produces are their own compressed view, to floating-point rounding.
+    """Wrap an optimizer so that the params it makes equal their compressed view, up to rounding.
 
     Projected descent: ``params <- view(params + update)``. Where the view is zero the result is
     exactly zero. Use ``compression.view(params, state.compression)`` for the exact view elsewhere.
@@ -36,8 +36,8 @@ def as_optax(
       An optax transformation; its ``update`` needs ``params``.
 
     Example:
-      >>> from compress_jax.core.leafwise import leafwise
-      >>> tx = as_optax(optax.sgd(0.5), leafwise(lambda x, learned, fixed: jnp.round(x)))
+      >>> import compress_jax as cj
+      >>> tx = cj.as_optax(optax.sgd(0.5), cj.leafwise(lambda x, learned, fixed: jnp.round(x)))
       >>> params, grads = {"w": jnp.array([1.2])}, {"w": jnp.array([-1.0])}
       >>> updates, _ = tx.update(grads, tx.init(params), params)
       >>> optax.apply_updates(params, updates)["w"].tolist()

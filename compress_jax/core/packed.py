@@ -83,7 +83,7 @@ class Quantized:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Clustered:
-    """Indices into a codebook: ``value = codebook[code]``, and exact zero for the code ``clusters``.
+    """Indices into a codebook: ``value = codebook[code]``; the code ``clusters`` is exact zero.
 
     Attributes:
       codes: unsigned indices in the shape of the array.
@@ -102,7 +102,7 @@ class Clustered:
     def pack(
         cls, codes: jax.Array, codebook: jax.Array, dtype: jnp.dtype, stack: tuple[int, ...] = ()
     ) -> "Clustered":
-        """Pack dense indices, ``clusters`` meaning zero; where most mean zero, only the others are stored."""
+        """Pack dense indices, ``clusters`` for zero; store only nonzeros where zeros prevail."""
         zero = codebook.shape[-1]
         node = cls(
             Bits.pack(codes, bits_for(zero + bool((codes == zero).any()))), codebook, dtype, stack
@@ -213,8 +213,9 @@ def unpack(tree: PyTree) -> Any:
       Params of plain arrays.
 
     Example:
+      >>> import compress_jax as cj
       >>> node = Clustered(Bits.pack(jnp.array([0, 1, 1]), 1), jnp.array([0.5, -0.5]))
-      >>> unpack({"kernel": node})["kernel"].tolist()
+      >>> cj.unpack({"kernel": node})["kernel"].tolist()
       [0.5, -0.5, -0.5]
     """
     return jax.tree.map(to_dense, tree, is_leaf=is_packed)

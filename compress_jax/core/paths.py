@@ -1,4 +1,4 @@
-"""Leaves have names: ``{"dense": {"kernel": w}}`` holds ``dense/kernel``, and globs choose among such names."""
+"""Paths of leaves: ``{"dense": {"kernel": w}}`` holds ``dense/kernel``; globs choose some."""
 
 import re
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -35,7 +35,7 @@ def name(key_path: tuple[Any, ...]) -> str:
 
 
 def flatten(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
-    """Flatten a tree into ``{name: leaf}`` and the function that puts such a dict back into the tree's form.
+    """Flatten a tree to ``{path: leaf}``, and return the function that rebuilds the tree.
 
     Packed nodes count as leaves, as they stand where an array stood.
 
@@ -67,7 +67,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]],
 
 
 def owner(path: str, names: Container[str]) -> str | None:
-    """Return the longest of some names that a path ends in: the param that a leaf of an optimizer's state belongs to.
+    """Return the longest name that a path ends in: the param an optimizer-state leaf belongs to.
 
     Args:
       path: a name such as ``"0/mu/params/dense/kernel"``.
@@ -89,7 +89,7 @@ TOKENS = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "
 
 
 def _regex(pattern: str) -> re.Pattern[str]:
-    """Translate a glob: ``**`` crosses ``/`` (and may be empty); ``*``, ``?`` and the sets ``[a-c]``, ``[!a]`` do not."""
+    """Translate a glob: ``**`` crosses ``/``; ``*``, ``?``, ``[a-c]`` and ``[!a]`` do not."""
     parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\[!?[^\]!][^\]]*\])", pattern)
     return re.compile("".join(TOKENS.get(part) or _set(part) or re.escape(part) for part in parts))
 
@@ -114,15 +114,17 @@ def matches(pattern: Patterns, path: str) -> bool:
       True if the whole name matches.
 
     Example:
-      >>> matches("**/kernel", "kernel"), matches("*/kernel", "a/b/kernel"), matches(("a/*", "b/**"), "b/c/d")
-      (True, False, True)
+      >>> matches("**/kernel", "kernel"), matches("*/kernel", "a/b/kernel")
+      (True, False)
+      >>> matches(("a/*", "b/**"), "b/c/d")
+      True
     """
     patterns = (pattern,) if isinstance(pattern, str) else pattern
     return any(_regex(each).fullmatch(path) for each in patterns)
 
 
 def match(pattern: Patterns, paths: Iterable[str]) -> list[str]:
-    """Return the names that match a glob, in order; matching none is an error that lists what there is.
+    """Return the names that match a glob, in order; no match is an error that lists the names.
 
     Args:
       pattern: a glob or a tuple of globs, see `matches`.

@@ -1,4 +1,4 @@
-"""Schedules inside compressions: the step a state begins at, and the last update, which thinning and freezing must not skip.
+"""Schedules in compressions: the first step, and the last update, which no thinning may skip.
 
 An `update` that follows schedules is a `Scheduled`; combinators that thin or freeze updates ask it
 when they end.
@@ -37,7 +37,7 @@ def awake(compression: Compression) -> Compression:
 
 
 def arrival(schedules: Sequence[Schedule], step: Step) -> tuple[Any, Any]:
-    """Tell whether a schedule reaches its last value at this step or at the next, and which step to update with.
+    """Decide whether a schedule ends at this step or the next, and which step to update with.
 
     The state that an update makes is what the model uses at the step after it. So the update one
     step before the last value is made with that value: a training that ends there has arrived too.
@@ -66,7 +66,7 @@ def arrival(schedules: Sequence[Schedule], step: Step) -> tuple[Any, Any]:
 
 
 def begin(compression: Compression, params: Params, step: Step = 0) -> CompressionState:
-    """Return the state of a compression that begins at a step: its `init`, told the step if it takes one.
+    """Return the state of a compression that begins at a step.
 
     Args:
       compression: any; an ``init(params)`` without ``step`` will do.

@@ -1,4 +1,4 @@
-"""States carry a stamp: which compression made them, with which options, for which leaves. One check where they meet params.
+"""A stamp on states: the compression that made them, its options, and its leaves.
 
 The stamp is static (part of the tree's structure, not an array), so the check runs while a function
 is traced and costs nothing under `jit`.
@@ -115,7 +115,7 @@ def seal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree)
 
 
 def unseal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> Any:
-    """Return a state without its stamp, once that is found to fit; a state that has none is taken as it is.
+    """Check the stamp of a state and return the state without it; one without a stamp passes.
 
     Raises:
       StateError: if the state is of another method, other options, other axes, or of leaves of
@@ -154,7 +154,7 @@ def _short(text: str, other: str) -> str:
 
 
 def _unusual(axes: Mapping[str, Axes] | None) -> dict[str, str]:
-    """Return the letters of the leaves whose outputs or layers are not where the convention has them."""
+    """Return the letters of the leaves whose axes differ from the convention."""
     usual = {path: Axes.convention(each.shape) for path, each in (axes or {}).items()}
     return {
         path: each.letters

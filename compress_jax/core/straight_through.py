@@ -22,8 +22,9 @@ def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
       The function with the straight-through derivative.
 
     Example:
+      >>> import compress_jax as cj
       >>> import jax.numpy as jnp
-      >>> rounded = straight_through(jnp.round)
+      >>> rounded = cj.straight_through(jnp.round)
       >>> x = jnp.array([0.4, 1.6])
       >>> rounded(x), jax.grad(lambda x: rounded(x).sum())(x)
       (Array([0., 2.], dtype=float32), Array([1., 1.], dtype=float32))
