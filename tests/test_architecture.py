@@ -1,6 +1,7 @@
-"""The house rules that no linter knows: which way imports point, what is never imported, what every public name owes."""
+"""The house rules that no linter knows: imports, names, examples, errors, file sizes."""
 
 import ast
+import builtins
 import importlib
 import inspect
 import re
@@ -134,7 +135,8 @@ def test_every_public_function_has_an_example(name):
     package = importlib.import_module(name)
     exported = {each: getattr(package, each) for each in getattr(package, "__all__", [])}
     functions = {each: value for each, value in exported.items() if inspect.isfunction(value)}
-    assert all(value.__module__.startswith("compress_jax") for value in functions.values())
+    modules = {value.__module__.split(".")[0] for value in functions.values()}
+    assert modules <= {"compress_jax"}
     without = [each for each, value in functions.items() if ">>>" not in (value.__doc__ or "")]
     assert not without, f"{name}: no Example in the docstring of {without}"
     silent = [
@@ -147,3 +149,55 @@ def test_packages_list_their_contents():
     lists = {name: len(getattr(importlib.import_module(name), "__all__", [])) for name in dotted}
     assert lists["compress_jax"] >= 10 and lists["compress_jax.core"] >= 20
     assert not [name for name, n in lists.items() if not n and name.split(".")[-1] in FLOOR]
+
+
+PUBLIC = [name for name in dotted if "._" not in name]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_tab_completion_shows_what_may_be_called(name):
+    package = importlib.import_module(name)
+    assert dir(package) == sorted(package.__all__)
+    modules = [each for each in dir(package) if inspect.ismodule(getattr(package, each))]
+    rooms = {
+        "compress_jax": FLOOR,
+        "compress_jax.trace": {"reducers"},
+        "compress_jax.prune": {"importance"},
+        "compress_jax.models": {"pretrained"},
+    }
+    assert set(modules) <= set(rooms.get(name, ()))
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_no_module_takes_the_name_of_a_function(name):
+    package = importlib.import_module(name)
+    folder = Path(package.__file__).parent
+    shadowed = [each for each in package.__all__ if (folder / f"{each}.py").exists()]
+    assert all(inspect.ismodule(getattr(package, each)) for each in shadowed), shadowed
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples_are_what_a_user_would_write(name):
+    package = importlib.import_module(name)
+    inside = re.compile(r">>> (from compress_jax|import compress_jax(?! as cj))")
+    docs = {each: inspect.getdoc(getattr(package, each)) or "" for each in package.__all__}
+    wrong = [each for each in docs if inside.search(docs[each])]
+    assert not wrong, f"{name}: examples that import more than `compress_jax as cj`: {wrong}"
+
+
+PROTOCOLS = {"__getattr__": "AttributeError", "__getitem__": "KeyError"}
+
+
+@every_file
+def test_what_is_raised_is_ours(path):
+    """Whoever catches CompressError catches everything that is raised on purpose."""
+    builtin = {name for name, value in vars(builtins).items() if isinstance(value, type)}
+    builtin = {name for name in builtin if issubclass(getattr(builtins, name), Exception)}
+    functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+    innermost = {id(node): each.name for each in functions for node in ast.walk(each)}
+    for node in {id(n): n for each in functions for n in ast.walk(each)}.values():
+        raised = node.exc if isinstance(node, ast.Raise) else None
+        raised = raised.func if isinstance(raised, ast.Call) else raised
+        if isinstance(raised, ast.Name) and raised.id in builtin:
+            allowed = PROTOCOLS.get(innermost[id(node)], "NotImplementedError")
+            assert raised.id == allowed, f"{path}:{node.lineno} raises {raised.id}"
