@@ -35,7 +35,7 @@ every_file = pytest.mark.parametrize("path", FILES, ids=ids)
 
 
 def imports(path: Path) -> set[str]:
-    """Return the full name of everything a file imports, wherever in it; relative imports made absolute."""
+    """Return the full names of what a file imports, relative imports made absolute."""
     package = ["compress_jax", *path.relative_to(ROOT).parts[:-1]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -91,7 +91,7 @@ def test_the_rule_would_catch_it(name):
 
 
 def code_lines(path: Path) -> int:
-    """Count the lines that are neither blank, comment nor docstring: a thorough docstring is no second idea."""
+    """Count the lines of code: a thorough docstring is no second idea."""
     documented: set[int] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.errors import ArgumentError
+
 
 def bits_for(levels: int) -> int:
     """Return the number of bits that tell ``levels`` values apart, at least 1.
@@ -57,10 +59,10 @@ class Bits:
           The packed integers.
 
         Raises:
-          ValueError: if ``bits`` is not in 1..16.
+          ArgumentError: if ``bits`` is not in 1..16.
         """
         if not 1 <= bits <= 16:
-            raise ValueError(f"bits must be 1 to 16, got {bits}")
+            raise ArgumentError(f"bits must be 1 to 16, got {bits}")
         return cls(_pack(values, bits), bits, jnp.shape(values))
 
     def unpack(self) -> jax.Array:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import Params, PyTree
 
 
@@ -51,7 +52,7 @@ def as_optax(
 
     def update(updates: Any, state: PyTree, params: Params = None) -> tuple[Any, AsOptaxState]:
         if params is None:
-            raise ValueError(
+            raise ArgumentError(
                 "as_optax projects the params, so pass them: tx.update(grads, state, params)"
             )
         moves, inner = optimizer.update(updates, state.optimizer, params)

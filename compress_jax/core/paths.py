@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from compress_jax.core.errors import NoMatchError
+from compress_jax.core.errors import ArgumentError, NoMatchError
 from compress_jax.core.packed import is_packed
 from compress_jax.core.types import PyTree
 
@@ -56,7 +56,7 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]],
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     leaves = {name(path): leaf for path, leaf in pairs}
     if len(leaves) != len(pairs):
-        raise ValueError(
+        raise ArgumentError(
             "two leaves of this tree have the same name; rename a key that contains '/'"
         )
 
