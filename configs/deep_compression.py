@@ -54,7 +54,9 @@ def config(
     coded: bool = False,
     seed: int = 0,
 ) -> Experiment:
-    """Prune LeNet-300-100 while it keeps its accuracy, and share its weights through codebooks in the last two fifths.
+    """Prune LeNet-300-100 while it keeps its accuracy.
+
+    And share its weights through codebooks in the last two fifths.
 
     The reference is LeNet-300-100 in float32 as it learns from the labels. The compressed network
     starts from it and also learns from a LeNet-5, whose answers make up for what pruning and

@@ -1,4 +1,6 @@
-"""Lottery tickets on UCI digits: LeNet-300-100 by iterative magnitude pruning with rewinding, beside its controls.
+"""Lottery tickets on UCI digits.
+
+LeNet-300-100 by iterative magnitude pruning with rewinding, beside its controls.
 
 compress-jax run configs/lottery.py
 compress-jax run configs/lottery.py --rounds 5 --seed 1

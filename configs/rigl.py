@@ -1,4 +1,6 @@
-"""RigL on UCI digits: LeNet-300-100 trained sparse from the start, beside SET, a static mask and pruning while it trains.
+"""RigL on UCI digits: LeNet-300-100 trained sparse from the start.
+
+Beside SET, a static mask and pruning while it trains.
 
 compress-jax run configs/rigl.py
 compress-jax run configs/rigl.py --sparsity 0.98 --seed 1

@@ -1,4 +1,5 @@
-"""The twelve laws every Compression keeps (see `compress_jax.core.compression`), over one table of all there are.
+"""The twelve laws every Compression keeps (see `compress_jax.core.compression`), over one table of
+all there are.
 
 A new method gets a row in CONTRACT and nothing else; without one,
 `test_every_public_method_has_a_row` fails.
@@ -360,7 +361,8 @@ class Trained(NamedTuple):
 
 @cache
 def trained(name: str) -> Trained:
-    """Run three jitted steps, as a training loop would: init, then update and view at steps 0, 1, 2."""
+    """Run three jitted steps, as a training loop would: init, then update and view at steps 0, 1,
+    2."""
     c, traces = CONTRACT[name].compression, Counter()
 
     @jax.jit
@@ -460,7 +462,8 @@ def test_5_update_and_view_compile_once_and_the_state_keeps_its_type(name):
 
 
 def placed(params: Any) -> Any:
-    """Shard every leaf over eight devices, on all its axes at once but for the tiny ones of a convolution."""
+    """Shard every leaf over eight devices, on all its axes at once but for the tiny ones of a
+    convolution."""
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("four", "two"))
 
     def place(x):
@@ -578,7 +581,8 @@ def test_9_a_leaf_that_is_not_finite_is_named(name):
 
 @ROWS
 def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
-    """Rows cut out of an array, with their operands, are seen as they are within it: solvers round a row at a time."""
+    """Rows cut out of an array, with their operands, are seen as they are within it: solvers round
+    a row at a time."""
     c, (state, seen, *_) = CONTRACT[name].compression, trained(name)
     steps = c.pointwise(LATER, state)
     if CONTRACT[name].form in (Quantized, Tabled, Sparse):

@@ -1,4 +1,5 @@
-"""The configs themselves, shrunk: from data to artifact, and through any kind of stop to the same bytes."""
+"""The configs themselves, shrunk: from data to artifact, and through any kind of stop to the same
+bytes."""
 
 import dataclasses
 import json
@@ -77,7 +78,8 @@ def sparsity(nodes) -> float:
 
 
 def check(result, experiment) -> list:
-    """See that the table is that of the files, and the artifact that of the chosen row; return its kernels."""
+    """See that the table is that of the files, and the artifact that of the chosen row; return its
+    kernels."""
     table = json.loads((result.artifact.parent / "results.json").read_text())
     assert (
         table["rows"] == [row.as_dict() for row in result.rows]
@@ -196,13 +198,16 @@ def config(steps: int = 60) -> Experiment:
       steps: of each stage.
     '''
     digits = runpy.run_path({str(CONFIGS / "digits.py")!r})["config"]
-    experiment = digits(teacher_steps=steps, student_steps=steps, candidate_steps=steps, max_drop=0.99, min_ratio=15.0)
+    stages = dict.fromkeys(("teacher_steps", "student_steps", "candidate_steps"), steps)
+    experiment = digits(**stages, max_drop=0.99, min_ratio=15.0)
 
     def often(owner):
-        return dataclasses.replace(owner, training=dataclasses.replace(owner.training, save_every=10))
+        training = dataclasses.replace(owner.training, save_every=10)
+        return dataclasses.replace(owner, training=training)
 
     networks = {{"teacher": often(experiment.teacher), "student": often(experiment.student)}}
-    return dataclasses.replace(experiment, **networks, candidates=tuple(map(often, experiment.candidates)))
+    candidates = tuple(map(often, experiment.candidates))
+    return dataclasses.replace(experiment, **networks, candidates=candidates)
 """
 STAGES = ["", "teacher", "student", *(f"candidates/prune-{share}-int4" for share in (85, 91, 95))]
 

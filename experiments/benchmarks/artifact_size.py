@@ -1,4 +1,4 @@
-"""Bits a weight of the coded artifact beside the entropy of what it stores, and how fast it is written and read.
+"""Bits a weight of the coded artifact beside its entropy, and the speed of writing.
 
 python experiments/benchmarks/artifact_size.py                             # 3 minutes on a busy
 machine
@@ -61,7 +61,7 @@ def bound(packed: Any) -> float:
 
 
 def shared(w: np.ndarray, values: int, zeros: float = 0.9) -> Clustered:
-    """Return an array whose smallest entries are zeros, the others shared among values by Lloyd's algorithm."""
+    """Return an array of zeros (the smallest entries) and shared values (Lloyd's algorithm)."""
     kept = np.abs(w) > np.quantile(np.abs(w), zeros)
     x = w[kept]
     codebook = np.quantile(x, (np.arange(values) + 0.5) / values)

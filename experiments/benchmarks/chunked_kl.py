@@ -1,4 +1,4 @@
-"""Divergence of two heads over a large vocabulary: the fused form, slice by slice, against the one with all logits.
+"""Divergence of two heads over a large vocabulary, fused slice by slice or with all logits.
 
 python experiments/benchmarks/chunked_kl.py               # 50,257 and 256,000 words; about 5
 minutes on 2 cores python experiments/benchmarks/chunked_kl.py --width 512   # wider heads, where
@@ -101,7 +101,7 @@ def compare(vocabulary: int, args: argparse.Namespace) -> list[list[Any]]:
 
 
 def difference(found: Any, expected: Any) -> float:
-    """Return the largest difference of two gradients, relative to the largest entry of each array."""
+    """Return the largest difference of two gradients, relative to each array's largest entry."""
     return max(
         float(jnp.abs(a - b).max() / jnp.abs(b).max()) for a, b in zip(found, expected, strict=True)
     )

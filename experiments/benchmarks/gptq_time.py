@@ -1,4 +1,4 @@
-"""GPTQ of one layer: the time our `gptq` takes, compiling included, beside the published algorithm in torch.
+"""GPTQ of one layer: time, compiling included, beside the published algorithm in torch.
 
 python experiments/benchmarks/gptq_time.py --torch PYTHON                  # 1024x1024; PYTHON has
 torch; about 1 minute python experiments/benchmarks/gptq_time.py --torch PYTHON --size 4096      #
@@ -37,7 +37,10 @@ HEAD += ["ours / torch, inputs in rows", "output error: nearest", "ours", "torch
 
 
 def by_torch(w: Any, gram: Any, scale: Any) -> Any:
-    """Solve as published: weights ``[n, k]``; a rank-one update after each column, a lazy one after each block."""
+    """Solve as published: weights ``[n, k]``.
+
+    A rank-one update after each column, a lazy one after each block.
+    """
     import torch  # pyright: ignore[reportMissingImports]
 
     n, k = w.shape
@@ -65,7 +68,7 @@ def by_torch(w: Any, gram: Any, scale: Any) -> Any:
 
 
 def by_torch_in_rows(w: Any, gram: Any, scale: Any) -> Any:
-    """Solve in the same way with the weights stored ``[k, n]``, so that what belongs to an input is contiguous."""
+    """Solve in the same way with weights ``[k, n]``, so that the rows of an input are contiguous."""
     import torch  # pyright: ignore[reportMissingImports]
 
     k, n = w.shape
@@ -89,7 +92,7 @@ def by_torch_in_rows(w: Any, gram: Any, scale: Any) -> Any:
 
 
 def solve(folder: Path, rows: bool) -> None:
-    """Solve what lies in a folder with torch and leave the result and the seconds there: one fresh process."""
+    """Solve the problem in a folder with torch, in a fresh process; write result and seconds."""
     import torch  # pyright: ignore[reportMissingImports]
 
     by = by_torch_in_rows if rows else by_torch
@@ -111,7 +114,7 @@ def solve(folder: Path, rows: bool) -> None:
 
 
 def layer(size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return normal weights and the Gram matrix of 2 * size inputs whose neighbours correlate and whose sizes differ."""
+    """Return normal weights, and the Gram matrix of 2 * size correlated inputs of many sizes."""
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(2 * size, size)).astype(np.float32)
     for i in range(1, size):

@@ -1,4 +1,7 @@
-"""Timing on a machine that others use too: variants take turns, and each is compared with the baseline of its own round."""
+"""Timing on a machine that others use too.
+
+Variants take turns, and each is compared with the baseline of its own round.
+"""
 
 import json
 import os
@@ -15,7 +18,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Run(NamedTuple):
-    """One timed run: seconds on the wall, and seconds of processor time, which the load of others disturbs less."""
+    """One timed run: seconds on the wall, and of the processor, which load disturbs less."""
 
     wall: float
     cpu: float
@@ -49,7 +52,7 @@ def milliseconds(seconds: Iterable[float]) -> str:
 
 
 def ratio(times: Iterable[float], baseline: Iterable[float]) -> str:
-    """Return the median and the quartiles of the ratios to the baseline in the same round, printed."""
+    """Return the median and quartiles of the ratios to the baseline of the same round."""
     ratios = [a / b for a, b in zip(times, baseline, strict=True)]
     if len(ratios) == 1:
         return f"{ratios[0]:.3g}"
@@ -58,10 +61,11 @@ def ratio(times: Iterable[float], baseline: Iterable[float]) -> str:
 
 
 def report(name: str, head: list[str], rows: list[list[Any]], **details: Any) -> None:
-    """Print a Markdown table and keep it, with the machine, in ``results/<name>.md`` and ``.json``."""
+    """Print a Markdown table; write it, with the machine, to ``results/<name>.md`` and ``.json``."""
     cells = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
-    machine = f"{os.cpu_count()} cores, {platform.machine()}, {jax.device_count()} {jax.default_backend()} device(s)"
+    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, {devices}"
     load = round(
         os.getloadavg()[1], 1
     )  # of the last 5 minutes; one process of two threads makes 1 to 2

@@ -1,4 +1,6 @@
-"""A teacher online against its logits from a cache: time of a step, size on disk, and how far the students end up apart.
+"""A teacher online against its logits from a cache.
+
+Time of a step, size on disk, and how far the students end up apart.
 
 python experiments/benchmarks/logit_cache.py     # about a minute of two cores
 

@@ -1,4 +1,4 @@
-"""Mask update: time and memory of bisection on the float bits, of argsort and of top_k, on one device or on several.
+"""Mask update: time and memory of bisection on float bits, argsort and top_k, on 1 to 8 devices.
 
 python experiments/benchmarks/mask_update.py                              # 1e6, 1e7, 1e8 weights;
 about 5 minutes on 2 cores python experiments/benchmarks/mask_update.py --devices 8 --sizes 1e7
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def arguments() -> argparse.Namespace:
-    """Read the command line; it is read before jax is imported, which fixes the number of devices."""
+    """Parse the command line, before importing jax fixes the number of devices."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +55,7 @@ def by_argsort(x: jax.Array) -> jax.Array:
 
 
 def by_top_k(x: jax.Array) -> jax.Array:
-    """Return the mask of all that are no smaller than the last of the largest; equal ones make it inexact."""
+    """Return the mask of all entries at least the n-th largest; ties make it inexact."""
     largest, _ = jax.lax.top_k(jnp.abs(x).ravel(), x.size - int(args.sparsity * x.size + 0.5))
     return jnp.abs(x) >= largest[-1]
 

@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Yield the rows of the table: those of the published comparison first, then what else both have."""
+    """Yield the rows of the table: the published comparison, then what else both libraries have."""
 
     def uniform(
         bits: int, granularity: str | int = "channel", symmetric: bool = True
@@ -117,7 +117,7 @@ def of_qwix(w: jax.Array, row: Row, rule: str) -> float:
 
 
 def best_of_qwix(w: jax.Array, row: Row) -> float:
-    """Return the least error of Qwix's rules over a grid of factors; all that are symmetric, or the one that is not."""
+    """Return the least error of Qwix's rules, symmetric or not, over a grid of factors."""
     factors = {row.rule: np.linspace(0.2, 1.2, 51)} | (
         {} if row.rule == "minmax" else {"rms": np.linspace(0.8, 5.7, 50)}
     )

@@ -1,4 +1,4 @@
-"""What compression costs a training step: mask, fake quantization, both, and distillation, against the plain step.
+"""Time that masks, fake quantization and distillation add to a training step.
 
 python experiments/benchmarks/step_overhead.py            # ResNet-20, batch 64 of 32x32x3; about 3
 minutes on 2 cores

@@ -1,4 +1,4 @@
-"""Does distillation help a student that is pruned to 80 % and has 4 bits a weight? Crops and flips, one view for both.
+"""Distillation of a student at 80 % sparsity and 4 bits, under crops and flips.
 
 python experiments/distillation/compressed.py --data DIR                # minutes on an accelerator,
 an hour on 2 cores python experiments/distillation/compressed.py --data DIR --tune         #

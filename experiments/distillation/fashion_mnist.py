@@ -1,4 +1,4 @@
-"""Which distillation helps a small student? One teacher, one student, one budget, every method beside the labels alone.
+"""Every distillation method beside labels alone: one teacher, one student, one budget.
 
 python experiments/distillation/fashion_mnist.py                                     # 30 epochs,
 all methods python experiments/distillation/fashion_mnist.py --epochs 10 --shares 1 0.1 --methods
@@ -54,7 +54,7 @@ said_by: Any = TEACHER.apply
 
 
 def see(variables: Any, x: jax.Array) -> Any:
-    """Return the teacher's logits, and its last features averaged over positions, which its head is given."""
+    """Return the teacher's logits, and its last features averaged over positions."""
     logits, features = d.capture(TEACHER, ("block_2_0",))(variables, x)
     return logits, {LAST: features["block_2_0"].mean(axis=(1, 2))}
 
@@ -64,7 +64,7 @@ def standardized(student: jax.Array, teacher: jax.Array, temperature: Any) -> ja
 
 
 def scaled(term: d.Term) -> d.Term:
-    """Return a term whose weight is times a number in its memory, so that one compiled step serves every weight."""
+    """Return a term with its weight in memory, so that one compiled step serves every weight."""
 
     def init(key: jax.Array, seen: d.Seen) -> tuple[Any, Any]:
         parts, memory = term.init(key, seen)
@@ -78,7 +78,7 @@ def scaled(term: d.Term) -> d.Term:
 
 
 def methods(labels: np.ndarray, steps: int) -> tuple[dict[str, list[d.Term]], dict[str, d.Term]]:
-    """Return methods whose weights are given, and terms that come beside the labels with a weight that is chosen."""
+    """Return methods with given weights, and terms whose weight beside the labels is chosen."""
     warm = optax.linear_schedule(0.0, 1.0, steps // 12)
     on_last = partial(d.on_features, student="dense_1", teacher=LAST)
     given = {
@@ -259,7 +259,10 @@ def main() -> None:
 
 
 def prepared(data: Data, work: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Return the students' split with what the teacher says beside it, and who the teacher is; kept in the folder."""
+    """Return the students' split with what the teacher says beside it, and who the teacher is.
+
+    Kept in the folder.
+    """
     file, said = work / "teacher.safetensors", work / f"said-{EXAMPLES}.npz"
     if not file.exists():
         cj.save(

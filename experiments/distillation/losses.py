@@ -1,4 +1,6 @@
-"""Every public loss of `compress_jax.distill`: formula and paper from its docstring, and the test that holds it to them.
+"""Every public loss of `compress_jax.distill`.
+
+Formula and paper from its docstring, and the test that holds it to them.
 
 python experiments/distillation/losses.py
 
@@ -26,7 +28,7 @@ EVIDENCE = {
     "hard_label": "test_logits.py::test_hard_labels_are_the_teachers_predictions",
     "reverse_kl": "test_divergences.py::test_reverse_kl_is_kl_with_roles_swapped",
     "jsd": "test_divergences.py::test_half_is_scipys_jensen_shannon",
-    "total_variation": "test_divergences.py::test_total_variation_is_half_the_sum_and_bounds_by_pinsker",
+    "total_variation": "test_divergences.py::test_total_variation_is_half_the_sum_and_bounds_by_pinsker",  # noqa: E501
     "dkd": "test_decoupled.py::test_it_is_the_papers_formula",
     "dist": "test_dist.py::test_it_is_pearsons_correlation_of_rows_and_columns",
     "standardize": "test_transforms.py::test_standardised_logits_are_z_scores",

@@ -1,4 +1,6 @@
-"""Every model through every target: what the files answer, how large they are, how fast they run beside float32.
+"""Every model through every target.
+
+What the files answer, how large they are, how fast they run beside float32.
 
 python experiments/export/targets.py --model mlp --data DIR
 
@@ -78,7 +80,10 @@ def trained(model: Any, images: np.ndarray, labels: np.ndarray, steps: int, seed
 
 
 def onnx_runtimes_own(plain: Path, file: Path, batches: list[np.ndarray]) -> None:
-    """Quantize the float file with ONNX Runtime's own quantizer: static QDQ, uint8 activations, int8 weights a channel."""
+    """Quantize the float file with ONNX Runtime's own quantizer.
+
+    Static QDQ, uint8 activations, int8 weights a channel.
+    """
     quantization = extra("onnxruntime.quantization", "onnx")
     feeds = iter([{"x": x} for x in batches])
 
@@ -261,7 +266,8 @@ def main() -> None:
     where = (
         f"{os.cpu_count()} cores, {platform.machine()}, VNNI {'yes' if 'vnni' in flags else 'no'}"
     )
-    note = f"{time.strftime('%Y-%m-%d')}, seed {chosen.seed}, {where}, load {os.getloadavg()[1]:.1f}, jax {jax.__version__}"
+    note = f"{time.strftime('%Y-%m-%d')}, seed {chosen.seed}, {where}"
+    note += f", load {os.getloadavg()[1]:.1f}, jax {jax.__version__}"
     text = table(chosen.model, rows) + f"\n{note}\n"
     print(text)
     RESULTS.mkdir(exist_ok=True)

@@ -1,4 +1,6 @@
-"""Published weights of MiniLM-L6 in our BERT, beside transformers' own: the same numbers, and what 8 and 4 bits change.
+"""Published weights of MiniLM-L6 in our BERT, beside transformers' own.
+
+The same numbers, and what 8 and 4 bits change.
 
 pip install '.[test]' torch transformers python experiments/pretrained/minilm.py FOLDER        #
 model.safetensors and vocab.txt of all-MiniLM-L6-v2

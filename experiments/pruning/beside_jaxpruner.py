@@ -1,4 +1,6 @@
-"""Every algorithm of JaxPruner beside ours: the same model, data, batches, budget and seeds; and mask updates timed.
+"""Every algorithm of JaxPruner beside ours: the same model, data, batches, budget and seeds.
+
+And mask updates timed.
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/beside_jaxpruner.py             # accuracy; about
 10 minutes on 2 cores python experiments/pruning/beside_jaxpruner.py --time --algorithms magnitude
@@ -86,7 +88,10 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
 
 
 def restored_tree_map(fn: Callable[..., Any], *trees: Any, is_leaf: Any = None) -> Any:
-    """Do what `jax.tree_map` did, as JaxPruner relies on it: where the first tree has None, so has the result."""
+    """Do what `jax.tree_map` did, as JaxPruner relies on it.
+
+    Where the first tree has None, so has the result.
+    """
     return jax.tree.map(
         lambda x, *rest: None if x is None else fn(x, *rest), *trees, is_leaf=lambda x: x is None
     )
@@ -239,7 +244,7 @@ def compare(seeds: int, algorithms: list[str]) -> None:
 
 
 def write(name: str, rows: dict[str, Any]) -> None:
-    """Write the accuracies as JSON and as a table of means, paired differences and their standard errors."""
+    """Write the accuracies as JSON, and a table of means, paired differences, standard errors."""
     lines = [
         "| algorithm | JaxPruner | ours | ours - JaxPruner | sparsity, theirs | ours |",
         "| --- " * 6 + "|",
@@ -304,7 +309,8 @@ def clock(rounds: int, algorithms: list[str]) -> None:
     head = ["algorithm", "JaxPruner ms", "ours ms", "JaxPruner / ours"]
     table = "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * 4, *lines])
     RESULTS.mkdir(exist_ok=True)
-    note = f"date: {time.strftime('%Y-%m-%d')}, jax: {jax.__version__}, rounds: {rounds}, weights: 1,862,656"
+    note = f"date: {time.strftime('%Y-%m-%d')}, jax: {jax.__version__}, rounds: {rounds}"
+    note += ", weights: 1,862,656"
     (RESULTS / "beside_jaxpruner_time.md").write_text(f"{table}\n\n{note}\n")
 
 

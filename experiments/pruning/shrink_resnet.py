@@ -1,4 +1,6 @@
-"""Channels removed from a residual network: 2 and 4 times fewer multiply-accumulates, fine-tuned, and timed.
+"""Channels removed from a residual network.
+
+2 and 4 times fewer multiply-accumulates, fine-tuned, and timed.
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/shrink_resnet.py --seed 0      # minutes on a GPU,
 an hour on 2 cores python experiments/pruning/shrink_resnet.py --speed                             #
@@ -56,7 +58,10 @@ FULL = partial(infer, MODEL)
 def train(
     fn: Any, variables: Any, data: Data, epochs: float, rate: float, seed: int, teacher: Any = None
 ) -> Any:
-    """Train all variables of a function that returns logits and batch statistics; a teacher's variables are optional."""
+    """Train all variables of a function that returns logits and batch statistics.
+
+    A teacher's variables are optional.
+    """
     steps = round(epochs * len(data.train["label"]) / BATCH)
     optimizer = optax.adamw(
         optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps), weight_decay=1e-4
@@ -105,7 +110,7 @@ def criteria(data: Data, variables: Any, choose: bool) -> dict[str, dict[str, An
 
 
 def tuned(data: Data, full: Any, small: Any, epochs: float, seed: int, variables: Any) -> Any:
-    """Fine-tune what is left, batch statistics too, in the training-mode function with the same channels kept."""
+    """Fine-tune the kept channels, batch statistics too, in the training-mode function."""
     x = jnp.asarray(data.train["image"][:BATCH])
     return train(
         cj.prune.narrow(learn, full, x, kept=small.kept).fn,
@@ -197,7 +202,10 @@ def row(data: Data, fn: Any, variables: Any, cost: Any) -> dict[str, Any]:
 
 
 def speed(widths: list[int], rounds: int = 11) -> list[dict[str, Any]]:
-    """Time inference of two widths, full and shrunk, taking turns; weights are random, which does not matter here."""
+    """Time inference of two widths, full and shrunk, taking turns.
+
+    Weights are random, which does not matter here.
+    """
     rows = []
     for width in widths:
         model = ResNet(depth=8, width=width, stem_stride=2)

@@ -1,4 +1,6 @@
-"""One-shot pruning of a small causal transformer: magnitude, Wanda and SparseGPT at 50 %, at 2:4, and with 4-bit weights.
+"""One-shot pruning of a small causal transformer.
+
+Magnitude, Wanda and SparseGPT at 50 %, at 2:4, and with 4-bit weights.
 
 COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py            # three seeds, about a
 minute each on 2 idle cores COMPRESS_JAX_DATA=DIR python experiments/pruning/transformer.py --table
@@ -128,7 +130,10 @@ MEASURE = jax.jit(loss)
 
 
 def perplexity(params: Any, text: np.ndarray) -> float:
-    """Return the perplexity of a character: the exponential of the mean loss over all full batches."""
+    """Return the perplexity of a character.
+
+    The exponential of the mean loss over all full batches.
+    """
     batches = [text[start : start + 256] for start in range(0, len(text) - 255, 256)]
     return float(np.exp(np.mean([MEASURE(params, batch) for batch in batches])))
 

@@ -1,4 +1,6 @@
-"""Accuracy after post-training quantization and after quantization-aware training, beside Qwix, with equal budgets.
+"""Accuracy after post-training quantization and after quantization-aware training.
+
+Beside Qwix, with equal budgets.
 
 pip install '.[bench]'
 python experiments/quantization/accuracy.py digits
@@ -31,7 +33,10 @@ FORMATS = {"W4A4": (4, 4), "W2A16": (2, None), "W8A8": (8, 8), "W4A16": (4, None
 
 
 class Study(NamedTuple):
-    """A network and the budget everybody has: steps in float and under quantization, examples to calibrate with."""
+    """A network and the budget everybody has.
+
+    Steps in float and under quantization, examples to calibrate with.
+    """
 
     model: Any
     float_steps: int
@@ -47,7 +52,9 @@ STUDIES = {
 
 
 class Method(NamedTuple):
-    """A way to quantize: a model to run, a compression its params are seen through, and what it does before training.
+    """A way to quantize: a model to run, a compression its params are seen through.
+
+    And what it does before training.
 
     Attributes:
       library: ours or Qwix.
@@ -65,7 +72,10 @@ class Method(NamedTuple):
 
 
 def of_ours(model: Any, bits: int, act_bits: int | None) -> Iterator[Method]:
-    """Yield ranges of least squared error, those of weights searched again every 100 steps, and learned steps."""
+    """Yield ranges of least squared error, those of weights searched again every 100 steps.
+
+    And learned steps.
+    """
     least = cj.at(
         "**/kernel",
         cj.every(100, cj.quantize.uniform(bits=bits, granularity="channel", scale="mse")),
@@ -90,7 +100,10 @@ def of_ours(model: Any, bits: int, act_bits: int | None) -> Iterator[Method]:
 
 
 def of_qwix(model: Any, bits: int, act_bits: int | None) -> Iterator[Method]:
-    """Yield Qwix's provider for training, with two of its rules; activations by their own range, call by call."""
+    """Yield Qwix's provider for training, with two of its rules.
+
+    Activations by their own range, call by call.
+    """
     for rule in ("absmax", "rms,2.0" if bits == 2 else "rms,3.0"):
         inputs = (
             {}
@@ -107,7 +120,10 @@ def of_qwix(model: Any, bits: int, act_bits: int | None) -> Iterator[Method]:
 
 
 class Trainer:
-    """Adam with a cosine over some steps; compiled once for all seeds. Batches are a function of the seed alone."""
+    """Adam with a cosine over some steps.
+
+    Compiled once for all seeds. Batches are a function of the seed alone.
+    """
 
     def __init__(
         self, study: Study, model: Any, compression: cj.Compression, steps: int, rate: float
@@ -150,7 +166,10 @@ def starts(study: Study, data: Data, seeds: int) -> list[Any]:
 def measure(
     study: Study, data: Data, method: Method, networks: list[Any]
 ) -> list[tuple[float, float]]:
-    """Return for each seed the test accuracy after calibration alone, and after training from the float network on."""
+    """Return for each seed the test accuracy after calibration alone.
+
+    And after training from the float network on.
+    """
     train = Trainer(study, method.model, method.compression, study.qat_steps, 2e-4)
     found = []
     for seed, variables in enumerate(networks):

@@ -1,4 +1,6 @@
-"""The post-training solvers beside rounding to nearest: error of layers and of the network, accuracy, at 2, 3 and 4 bits.
+"""The post-training solvers beside rounding to nearest.
+
+Error of layers and of the network, accuracy, at 2, 3 and 4 bits.
 
 python experiments/quantization/solvers.py digits        # 64-96-48-10 on the digits, 3 seeds; a
 processor minute each python experiments/quantization/solvers.py transformer   # a small ViT on the
@@ -113,7 +115,10 @@ def solvers(fn: Callable[..., Any], params: Any, x: Any, bits: int) -> dict[str,
 def measured(
     fn: Callable[..., Any], params: Any, made: dict[str, Any], x: Any, test: Any
 ) -> dict[str, list[float]]:
-    """Return (error of layers, of logits, accuracy) of everything made; layers that were rescaled have no error."""
+    """Return (error of layers, of logits, accuracy) of everything made.
+
+    Layers that were rescaled have no error.
+    """
     leaves = flatten(params)[0]
     tasks, _ = problems(calibrate(fn, gram(), params, [x]), leaves)
     run = jax.jit(fn)
@@ -141,7 +146,7 @@ def measured(
 
 
 def activations(fn: Callable[..., Any], bits: int) -> Callable[..., Any]:
-    """Return the function whose products see their inputs on a grid of one scale a tensor, found from the input itself."""
+    """Return the function with the inputs of products quantized, one dynamic scale a tensor."""
 
     def rule(site: Any, lhs: Any, rhs: Any) -> Any:
         if site.operand is None:
@@ -157,7 +162,7 @@ def activations(fn: Callable[..., Any], bits: int) -> Callable[..., Any]:
 def smoothed(
     fn: Callable[..., Any], params: Any, x: Any, test: Any, bits: int
 ) -> dict[str, list[float]]:
-    """Return (nothing, error of logits, accuracy) with weights and activations of so many bits, before and after."""
+    """Return (nothing, error of logits, accuracy) at so many bits of weights and activations."""
     c = cj.at("**/kernel", uniform(bits, granularity="channel"))
     run = jax.jit(activations(fn, bits))
     exact, rows = jax.jit(fn)(params, test[0]), {}

@@ -1,4 +1,5 @@
-"""Every constructor of a method refuses what means nothing, naming the argument, its value and what is accepted."""
+"""Every constructor of a method refuses what means nothing, naming the argument, its value and
+what is accepted."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,8 @@ GROWN = {
 
 
 def table():
-    """Every constructor with every argument of it that has a type, and values that are none of that type or range."""
+    """Every constructor with every argument of it that has a type, and values that are none of
+    that type or range."""
     rows = []
 
     def add(of, make, argument, values):

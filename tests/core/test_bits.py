@@ -1,4 +1,5 @@
-"""Integers and masks stored without gaps, against Python's own big integers and a decoder written from the paper."""
+"""Integers and masks stored without gaps, against Python's own big integers and a decoder written
+from the paper."""
 
 import jax
 import jax.numpy as jnp

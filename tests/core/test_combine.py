@@ -162,7 +162,8 @@ def test_grads_stats_and_key_reach_the_right_leaf():
 
 
 def run(c, steps, jitted):
-    """Return what is seen of a 1 that is multiplied by step + 1, after the update of each step; eagerly or in a scan."""
+    """Return what is seen of a 1 that is multiplied by step + 1, after the update of each step;
+    eagerly or in a scan."""
 
     def step(state, t):
         params = {"w": (t + 1) * PARAMS["a"]["kernel"].ravel()}

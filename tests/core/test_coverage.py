@@ -1,4 +1,5 @@
-"""The coverage table: every leaf has a row, every row without a packed form has a reason, totals add up."""
+"""The coverage table: every leaf has a row, every row without a packed form has a reason, totals
+add up."""
 
 import jax
 import jax.numpy as jnp

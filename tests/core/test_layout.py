@@ -1,4 +1,5 @@
-"""Which entries share a scale: against sums taken by explicit loops, and `restore` as the inverse of `arrange`."""
+"""Which entries share a scale: against sums taken by explicit loops, and `restore` as the inverse
+of `arrange`."""
 
 import itertools
 import math

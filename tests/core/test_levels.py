@@ -1,4 +1,5 @@
-"""Small floats and tables against ml_dtypes' own casts and against the nearest level in NumPy float64."""
+"""Small floats and tables against ml_dtypes' own casts and against the nearest level in NumPy
+float64."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,8 @@ each_format = pytest.mark.parametrize("name", FORMATS)
 
 
 def hard(format: Float) -> np.ndarray:
-    """All numbers, all midpoints, both neighbours of those, and random numbers over the whole range, all in range."""
+    """All numbers, all midpoints, both neighbours of those, and random numbers over the whole
+    range, all in range."""
     numbers = np.unique(np.array(format.values, np.float32))
     ties = (numbers[1:] + numbers[:-1]) / 2
     beside = [np.nextafter(ties, np.float32(far)) for far in (-1e9, 1e9)]

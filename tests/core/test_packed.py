@@ -1,4 +1,5 @@
-"""Packed nodes: exact values, true sizes, ordinary pytrees; against NumPy arithmetic written out here."""
+"""Packed nodes: exact values, true sizes, ordinary pytrees; against NumPy arithmetic written out
+here."""
 
 import dataclasses
 

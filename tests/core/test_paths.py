@@ -106,7 +106,8 @@ def test_globs_on_known_names(pattern, found):
 
 
 def glob(pattern: str, text: str) -> bool:
-    """Match by trying every split: written from the words of the docstring, without regular expressions."""
+    """Match by trying every split: written from the words of the docstring, without regular
+    expressions."""
     if pattern == "/**":
         return text == "" or text[0] == "/"
     if pattern.startswith("**/"):

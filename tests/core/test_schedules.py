@@ -1,4 +1,5 @@
-"""Schedules arrive: whatever thins, delays or freezes the updates of a compression, its schedules start and end on time."""
+"""Schedules arrive: whatever thins, delays or freezes the updates of a compression, its schedules
+start and end on time."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ KEY = jax.random.key(2)
 
 
 def sparsities(c, steps, init=None):
-    """Return the share of zeros that is seen after the update of each step, by a scan that compiles once."""
+    """Return the share of zeros that is seen after the update of each step, by a scan that
+    compiles once."""
 
     def step(state, t):
         state = c.update(PARAMS, state, step=t, grads=GRADS)
@@ -79,7 +81,8 @@ def test_what_starts_later_starts_where_the_schedule_is(name):
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 30), st.integers(1, 20), st.integers(0, 20), st.integers(1, 25))
 def test_a_thinned_schedule_is_never_ahead_and_arrives(end, n, start, length):
-    """Between start and stop, the sparsity is one the schedule has had since, and at the end that of the end."""
+    """Between start and stop, the sparsity is one the schedule has had since, and at the end that
+    of the end."""
     ramp, stop = optax.linear_schedule(0.0, 0.8, end), start + length
     c = cj.between(start, stop, magnitude(ramp, every=n))
     seen = sparsities(c, stop + 3)
@@ -102,7 +105,8 @@ def test_the_last_update_is_made_even_if_its_step_is_not_seen():
 
 
 def test_thinned_updates_stay_thin():
-    """Of a hundred steps an update of every 20 acts at five and at the two around the end of the schedule."""
+    """Of a hundred steps an update of every 20 acts at five and at the two around the end of the
+    schedule."""
     calls = []
 
     def update(params, state, *, step, **_):

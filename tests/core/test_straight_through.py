@@ -1,4 +1,5 @@
-"""The straight-through estimator: the value of the function to the bit, the derivative of the identity."""
+"""The straight-through estimator: the value of the function to the bit, the derivative of the
+identity."""
 
 import jax
 import jax.numpy as jnp

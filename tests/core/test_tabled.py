@@ -1,4 +1,5 @@
-"""The node of tabled levels: exact values, true sizes, masks; against NumPy arithmetic written out here."""
+"""The node of tabled levels: exact values, true sizes, masks; against NumPy arithmetic written out
+here."""
 
 import jax
 import jax.numpy as jnp
