@@ -68,7 +68,7 @@ def by_torch(w: Any, gram: Any, scale: Any) -> Any:
 
 
 def by_torch_in_rows(w: Any, gram: Any, scale: Any) -> Any:
-    """Solve in the same way with weights ``[k, n]``, so that the rows of an input are contiguous."""
+    """Solve in the same way with weights ``[k, n]``, so that an input's row is contiguous."""
     import torch  # pyright: ignore[reportMissingImports]
 
     k, n = w.shape

@@ -61,7 +61,7 @@ def ratio(times: Iterable[float], baseline: Iterable[float]) -> str:
 
 
 def report(name: str, head: list[str], rows: list[list[Any]], **details: Any) -> None:
-    """Print a Markdown table; write it, with the machine, to ``results/<name>.md`` and ``.json``."""
+    """Print a Markdown table; write it, with the machine, as ``.md`` and ``.json`` in results."""
     cells = [head, ["---"] * len(head), *rows]
     table = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in cells)
     devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
