@@ -175,11 +175,11 @@ def test_a_budget_of_bytes_is_just_met():
         "a": jax.random.normal(jax.random.key(0), (64, 64)),
         "b": jax.random.normal(jax.random.key(1), (16, 16)),
     }
-    c = magnitude(for_bytes(0.2, lambda s: {"a": s}, params, turns=7))
+    c = magnitude(for_bytes(0.2, lambda s: {"a": s}, params, iterations=7))
     share = cj.nbytes(c.pack(params, c.init(params))) / cj.nbytes(params)
     assert 0.19 < share <= 0.2
     with pytest.raises(ConfigError, match="no sparsity meets"):
-        for_bytes(0.2, lambda s: {"b": s}, params, turns=2)
+        for_bytes(0.2, lambda s: {"b": s}, params, iterations=2)
 
 
 def test_what_zeros_buy_depends_on_their_pattern():
