@@ -99,6 +99,7 @@ class ShiftedDepthwise(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         _, height, width, _ = x.shape
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
+        # kernel[i, j] weighs the pixel at offset (i - 1, j - 1), for all channels at once.
         total = bias[None, None, None]
         for i in range(3):
             for j in range(3):

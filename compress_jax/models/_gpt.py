@@ -78,6 +78,7 @@ class GPT(nn.Module):
         places = nn.Embed(
             self.positions, self.width, dtype=self.dtype, embedding_init=init, name="positions"
         )
+        # [batch, length, width]
         x = table(tokens) + places(jnp.arange(length)[None])
         x = self._layers(x, jnp.tril(jnp.ones((1, 1, length, length), bool)))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)

@@ -118,5 +118,6 @@ class Block(nn.Module):
         if self.projection:
             x = self.conv(self.width, (1, 1), strides=self.stride, name="projection")(x)
             return self.norm(name="projection_norm")(x)
+        # Option A: every other pixel, and zeros for the new channels.
         x = x[:, :: self.stride, :: self.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.width - x.shape[-1])))

@@ -74,6 +74,7 @@ class ViT(nn.Module):
         x = conv(self.width, side, strides=side)(x)
         x = x.reshape(x.shape[0], -1, self.width)  # [batch, patches, width]
         if self.pool == "token":
+            # [batch, 1 + patches, width]
             token = self.param("token", nn.initializers.zeros, (1, 1, self.width)).astype(x.dtype)
             x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, self.width)), x], axis=1)
         positions = self.param("positions", nn.initializers.normal(0.02), (1, *x.shape[1:]))

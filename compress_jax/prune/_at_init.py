@@ -148,6 +148,7 @@ def synflow(
 
     def score(w: Weights) -> Weights:
         for done in range(1, rounds):
+            # The remaining share falls geometrically, to 1 - sparsity after the last round.
             share = 1 - (1 - sparsity) ** (done / rounds)
             masks = keep_masks(flow(w), Target.of(share, scope="global"), 0)
             w = {path: jnp.where(masks[path], x, jnp.zeros((), x.dtype)) for path, x in w.items()}

@@ -196,7 +196,9 @@ class _Regrow(NamedTuple):
         gradients = checked_gradients(leaves, params, grads, self.growth.needs_grads)
         old = {path: fixed_of(state, path)["mask"] for path in leaves}
         step = jnp.asarray(step)
-        arriving, at = (False, step)
+        # A schedule may reach its last value between updates; then there is one more update.
+        arriving: Any = False
+        at = step
         if self.every > 1:
             arriving, at = arrival(self.target.schedules, step)
         replacing = (step % self.every == 0) & (step > 0) & (step <= self.stop)
@@ -267,8 +269,10 @@ def turnover(
     # (1 - drop) of those kept afterwards survive; everything else is a candidate to grow.
     candidates = amount(1 - (1 - jnp.asarray(sparsity, jnp.float32)) * (1 - drop), x.size)
     candidates = choose(less(candidates, pruned), pruned, candidates)
+    # Drop: pruned weights have the lowest key, so they are candidates too.
     (low,) = smallest_by(_survival_bits, [(x, mask)], candidates)
     survivors = mask & ~low
+    # Grow: all but the ``pruned`` candidates of lowest growth score join the survivors.
     (out,) = smallest_by(_growth_bits, [(growth, survivors)], pruned)
     return ~out
 

@@ -126,6 +126,7 @@ def _gain(path: str, x: jax.Array, mask: jax.Array) -> Gain:
 
 def _pattern(mask: np.ndarray) -> str:
     zeros = int((~mask).sum())
+    # From the most useful pattern to the least.
     if not zeros:
         return "dense"
     if mask.ndim < 2:
@@ -152,5 +153,6 @@ def _in_tiles(mask: np.ndarray, side: int) -> int:
     """Count the zeros in tiles that hold only zeros, along the last two axes."""
     rows = mask.shape[-2] // side
     columns = mask.shape[-1] // side
+    # [batch, tile rows, side, tile columns, side]
     tiles = mask[..., : rows * side, : columns * side].reshape(-1, rows, side, columns, side)
     return int((~tiles.any(axis=(2, 4))).sum()) * side * side

@@ -247,6 +247,7 @@ def rewinding(
         now = state.count
         saved: Any = state.saved
         if every is not None:
+            # Save the params and the optimizer's state after ``to`` steps of the first round.
             saved = jax.lax.cond(now == begin + to, lambda: (params, state.inner), lambda: saved)
 
         def towards(target: Params) -> optax.Updates:
@@ -261,6 +262,7 @@ def rewinding(
         def to_saved() -> tuple[optax.Updates, optax.OptState]:
             return towards(saved[0] if weights else params), saved[1]
 
+        # The first BACK steps after the end of a round.
         rewinds = jnp.bool(False)
         if every:
             rewinds = (now > every) & (now % every > 0) & (now % every <= BACK)

@@ -50,6 +50,7 @@ def restart(
     def zeroed() -> tuple[Params, PyTree]:
         return reset_moments(params, params, flags), reset_moments(opt_state, params, flags)
 
+    # Most steps grow nothing, and then params and moments are not rewritten.
     any_grown = reduce(jnp.logical_or, [each.any() for each in flags.values()])
     return jax.lax.cond(any_grown, zeroed, lambda: (params, opt_state))
 

@@ -100,6 +100,7 @@ def _weight(shape: Shape, kernel: bool, axes: Axes | None) -> float:
     counted = range(len(layer))
     if not kernel:
         counted = [axis for axis in counted if axis not in window]
+    # Axes that do not count (the window) multiply the weight, as each index is a kernel of its own.
     others = math.prod(layer) / math.prod(layer[axis] for axis in counted)
     return layers * others * sum(layer[axis] for axis in counted)
 
@@ -111,6 +112,7 @@ def fill(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> 
       >>> fill({"a": 1.0, "b": 1.0}, {"a": 3, "b": 100}, 20)
       {'a': 3.0, 'b': 17.0}
     """
+    # A leaf whose share exceeds its size is full; the rest is divided among the others.
     full: dict[str, float] = {}
     while True:
         free = {path: weight for path, weight in weights.items() if path not in full}

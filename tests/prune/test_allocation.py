@@ -1,4 +1,4 @@
-"""How a sparsity is spread over layers: ERK and LAMP against their papers in NumPy, budgets against what is left."""
+"""The allocation of a sparsity to layers: ERK and LAMP against their papers in NumPy, budgets."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def test_erk_reaches_the_total_exactly_in_proportion(kernels, sparsity):
 
 
 def test_erk_of_a_resnet_layer_is_the_papers():
-    """Two layers by hand: eps (3+3+16+16)/(3*3*16*16) and eps (1+1+64+10)/640, together 30 % of all weights."""
+    """By hand: eps (3+3+16+16)/(3*3*16*16) and eps (1+1+64+10)/640 are 30 % of all weights."""
     params = {
         "conv": jnp.ones((3, 3, 16, 16)),
         "head": jnp.ones((1, 1, 64, 10)),

@@ -1,4 +1,4 @@
-"""Dynamic sparse training against NumPy: what is dropped, what is grown, when, and what restarts."""
+"""Dynamic sparse training against NumPy: what is dropped and grown, when, and what restarts."""
 
 import math
 

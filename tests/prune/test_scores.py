@@ -194,7 +194,7 @@ LAYERS = {
 
 
 def test_synaptic_flow_is_conserved():
-    """Theorem 1 of the paper: what flows into a hidden neuron flows out of it, so every layer has the same sum."""
+    """Theorem 1 of the paper: flow is conserved at hidden neurons, so layers have equal sums."""
     scores = synflow(network, LAYERS, jnp.zeros((1, 4)))
     inward, outward = scores["l0"].sum(0), scores["l1"].sum(1)
     np.testing.assert_allclose(inward, outward, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Models that get smaller: the channels that should go, what is left of what belongs to them, and that it works."""
+"""Smaller models: which channels are removed, what happens to their states, and that they work."""
 
 import json
 
@@ -163,7 +163,7 @@ def test_global_takes_the_lowest_of_all():
 
 
 def test_isomorphic_groups_compete():
-    """Two hidden layers of one kind, one of which is a hundred times larger, and a third layer of another kind."""
+    """Two hidden layers of one kind, one a hundred times larger, and a layer of another kind."""
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     p = {f"{i}": {"up": 10.0**i * draw(4, 6), "down": draw(6, 4)} for i in range(2)} | {
@@ -236,7 +236,7 @@ def test_each_call_is_one_step(half):
 
 
 def test_a_module_made_with_the_new_width_is_the_same_model():
-    """And so is, in training mode, the function with the same channels kept, statistics included."""
+    """So is, in training mode, the function with the same channels, statistics included."""
     full = variables()
     small = shrink(Net().apply, full, IMAGES, ratio=0.5)
     assert [len(left) for left in small.kept.values()] == [4]
@@ -297,7 +297,7 @@ REST = [name for name in OPTIMIZERS if name not in QUICK]
     ["adam", "factored", "lbfgs", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)],
 )
 def test_optimizer_states_are_carried_over(name, half, few):
-    """They have the shapes of a fresh state, and updates of the carried one are updates of the kept channels."""
+    """They have the shapes of a fresh state, and their updates are those of the kept channels."""
     with jax.numpy_dtype_promotion("standard"):
         optimizer, small = (
             OPTIMIZERS[name],

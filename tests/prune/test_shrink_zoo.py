@@ -1,4 +1,4 @@
-"""Models of the zoo shrink twice, to a target, and what is left is a function whose channels still belong together."""
+"""Models of the zoo shrink twice, to a target; their channels still belong together."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A ratio and a multiple speak of widths: what a kernel takes or gives, however many groups of channels make it up."""
+"""Ratios and multiples are of widths: the inputs or outputs of a kernel, of one group or more."""
 
 import math
 
@@ -118,7 +118,7 @@ P = {
 )
 @pytest.mark.parametrize("name", ["adafactor", "sm3"])
 def test_moments_of_square_kernels_are_carried_by_name(name, kept):
-    """Row and column means know which axis they lack, also where the longer axis becomes the shorter one."""
+    """Row and column means lack one axis, also where the longer axis becomes the shorter one."""
     optimizer = {
         "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=1),
         "sm3": optax.sm3(1e-3),

@@ -125,6 +125,7 @@ def choose(
     for place, group in enumerate(pool):
         score = scores[group.name]
         ranked = np.lexsort((-np.arange(group.size), score))  # ascending, later ones first
+        # The last channel of a group never competes.
         cap = min(amount_exact(max_ratio, group.size), group.size - 1)
         candidates += [(score[i], place, -i, group.name) for i in ranked[:cap]]
         order[group.name] = ranked
@@ -134,7 +135,7 @@ def choose(
     for group in pool:
         multiple = (multiples or {}).get(group.name, 1)
         left = group.size - removed[group.name]
-        left = min(-(-left // multiple) * multiple, group.size)
+        left = min(-(-left // multiple) * multiple, group.size)  # rounded up
         kept[group.name] = np.sort(order[group.name][group.size - left :])
     return kept
 
@@ -269,6 +270,7 @@ def one_of_each(
             neighbors[b].add(a)
 
     def distance(group: Group) -> float:
+        """Return how far the removable share of a group is from its ratio."""
         wanted = share[group.name]
         lost = min(
             amount_exact(wanted, group.size),

@@ -247,6 +247,7 @@ def cuts(
     for name, channels in kept.items():
         group = groups[name]
         for member in group.members:
+            # Several groups may lie along one axis; an index stays if all of them keep it.
             masks[member] = masks.get(member, np.bool_(True)) & group.mask(member, channels)
     for (path, axis), mask in masks.items():
         found[path].indices[axis] = np.flatnonzero(mask)
@@ -380,6 +381,7 @@ def _swapped(leaves: Leaves, names: Mapping[str, Cut]) -> dict[str, Any]:
         if "v_row" not in keys or own is None or len(names[own].shape) < 2 or np.size(leaf) == 1:
             continue
         cut = names[own]
+        # The shape of the smaller parameter.
         short = tuple(len(cut.indices.get(axis, range(n))) for axis, n in enumerate(cut.shape))
         old = _two_largest(cut.shape)
         new = _two_largest(short)

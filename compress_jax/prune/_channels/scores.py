@@ -138,7 +138,7 @@ def _cutter(group: Group, path: str, axis: int, shape: Shape) -> Callable[[Any],
             raise ShapeError(
                 f"{path!r} has shape {shape}, what it is scored with has {np.shape(x)}"
             )
-        rows = jnp.take(jnp.asarray(x, jnp.float32), order, axis=axis)
+        rows = jnp.take(jnp.asarray(x, jnp.float32), order, axis=axis)  # sorted by channel
         return jnp.moveaxis(rows, axis, 0).reshape(group.size, -1)
 
     return cut

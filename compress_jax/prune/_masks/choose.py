@@ -62,11 +62,11 @@ def keep_masks(
     if axes is None:
         axes = {path: Axes.convention(x.shape) for path, x in scores.items()}
     if isinstance(structure, NofM):
-        n, m = structure.n, structure.m
-        return {
-            path: largest_of_each(key(x), n, m, structure.axes(axes[path]))
-            for path, x in scores.items()
-        }
+        masks = {}
+        for path, x in scores.items():
+            along = structure.axes(axes[path])
+            masks[path] = largest_of_each(key(x), structure.n, structure.m, along)
+        return masks
     units = {path: _units(x, structure, axes[path], signed) for path, x in scores.items()}
     pruned = {}
     if target.scope == "leaf":

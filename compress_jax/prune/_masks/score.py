@@ -214,7 +214,7 @@ class _ByScore(NamedTuple):
         if self.score.begin is not None:
             for path, each in inputs.items():
                 inputs[path] = each._replace(carried=self.score.begin(each))
-        if self.score.needs_grads:
+        if self.score.needs_grads:  # and `init` has none
             everything = {path: jnp.ones_like(each.x, bool) for path, each in inputs.items()}
             return self.state(inputs, everything)
         return self.state(inputs, self.masks(params, inputs, step))
@@ -232,6 +232,7 @@ class _ByScore(NamedTuple):
         leaves = self.leaves.of(params)
         gradients = checked_gradients(leaves, params, grads, self.score.needs_grads)
         before = CompressionState({}, {path: fixed_of(state, path) for path in leaves})
+        # The state of a score follows every step, also those at which masks are not due.
         inputs = {}
         for path, x in leaves.items():
             carried = before.fixed[path]["carried"] if self.score.begin is not None else None
@@ -240,7 +241,8 @@ class _ByScore(NamedTuple):
                 each = each._replace(carried=self.score.follow(each))
             inputs[path] = each
         old = {path: mask_of(fixed) for path, fixed in before.fixed.items()}
-        is_due, at = (True, step)
+        is_due: Any = True
+        at = step
         if self.every > 1:
             is_due, at = due(self.every, self.target.schedules, step)
         masks = update_if(is_due, lambda: self.masks(params, inputs, at, old), lambda: old)
@@ -305,6 +307,7 @@ def _measure_by_layer(score: Any, inputs: ScoreInputs, axes: Axes) -> jax.Array:
         return score.measure(inputs._replace(x=x, grad=grad, carried=carried, layer=layer))
 
     stack = tuple(axes.shape[axis] for axis in axes.stack)
+    # The index of each layer, in the shape of the stack axes.
     layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(stack)
     kinds = ("leaf", "leaf", "leaf", "state")
     by_layer = over_layers(measure_layer, axes, kinds, "leaf")

@@ -37,6 +37,7 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     """
     bits = jnp.finfo(x.dtype).bits
     pattern = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    # Without the sign bit: exponent first, then mantissa, so integers order as magnitudes do.
     return pattern & jnp.asarray(2 ** (bits - 1) - 1, pattern.dtype)
 
 
@@ -57,6 +58,7 @@ def value_bits(x: jax.Array) -> jax.Array:
     """
     magnitude = magnitude_bits(x)
     pattern = jax.lax.bitcast_convert_type(x, magnitude.dtype)
+    # Above ``zero`` for positive values and below it for negative ones.
     zero = jnp.asarray(2 ** (jnp.iinfo(pattern.dtype).bits - 1), pattern.dtype)
     return jnp.where(pattern >= zero, zero - magnitude, zero + magnitude)
 
@@ -274,6 +276,6 @@ def _largest_in_group(grid: jax.Array, n: int, m: int, axis: int) -> jax.Array:
     larger = jnp.zeros(grid.shape, jnp.int32)
     for j in range(m):
         other = jax.lax.slice_in_dim(grid, j, j + 1, axis=axis)
-        wins = (other > grid) | ((other == grid) & (j > place))
+        wins = (other > grid) | ((other == grid) & (j > place))  # of equal keys the later
         larger += wins.astype(jnp.int32)
     return larger < n

@@ -134,7 +134,7 @@ class Channel:
         """Return the shape of a channel; 1 along stacked layers."""
         shape = layout.shape
         axes = self.along(layout)
-        window = list(shape)
+        window = list(shape)  # a unit spans all other axes
         for axis in axes:
             window[axis] = shape[axis] // self.parts if self.parts else 1
         for axis in layout.stack:
@@ -353,8 +353,9 @@ def unit_scores(scores: jax.Array, window: Window, reduce: str) -> jax.Array:
     x = scores.astype(jnp.float32)
     within = tuple(range(1, 2 * x.ndim, 2))  # the window axes of `_tiled`
     if reduce == "max":
-        return _tiled(x, window, -jnp.inf).max(within)
+        return _tiled(x, window, -jnp.inf).max(within)  # padding never wins
     if reduce == "l2":
+        # sqrt(sum((x / 2**e)**2)) * 2**e
         exponent = scale_exponent(x)
         scaled = x * power_of_two(-exponent)  # its squares neither overflow nor vanish
         squares = exact_sum(_tiled(scaled * scaled, window), within)
