@@ -66,7 +66,7 @@ def config(
         student=Network(model, Training(adam, steps, 64, augment)),
         candidates=(
             candidate("rigl", cj.prune.rigl(shares, steps, key, every=every, drop=drop)),
-            candidate("set", cj.prune.set(shares, steps, key, every=every, drop=drop)),
+            candidate("set", cj.prune.sparse_evolution(shares, steps, key, every=every, drop=drop)),
             candidate("static", cj.prune.random(shares, key)),
             candidate("gradual", cj.every(10, cj.prune.magnitude(ramp, scope="global"))),
         ),

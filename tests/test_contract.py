@@ -185,13 +185,13 @@ CONTRACT = {
     "movement": pruned(prune.movement, falling, every=2),
     "soft movement": pruned(prune.movement, threshold=-1.0, penalty=0.1),
     "own scores": pruned(prune.scored, lambda p: jax.tree.map(jnp.cos, p), 0.5),
-    "own rule": pruned(prune.masked, prune.Score(lambda seen: jnp.sin(seen.x), signed=True), 0.5),
+    "own rule": pruned(prune.by_score, prune.Score(lambda seen: jnp.sin(seen.x), signed=True), 0.5),
     "relative to the leaf": pruned(
-        prune.masked, prune.normalized(prune.Score(lambda seen: seen.x)), 0.5, scope="global"
+        prune.by_score, prune.normalized(prune.Score(lambda seen: seen.x)), 0.5, scope="global"
     ),
     "lamp": pruned(prune.lamp, 0.5),
     "among what is left": pruned(prune.nested, prune.magnitude(falling)),
-    "set": pruned(prune.set, 0.5, 4, jax.random.key(7), every=1),
+    "set": pruned(prune.sparse_evolution, 0.5, 4, jax.random.key(7), every=1),
     "rigl": pruned(prune.rigl, falling, 4, jax.random.key(7), every=1),
     "own growth": pruned(
         prune.regrowing,
@@ -201,7 +201,7 @@ CONTRACT = {
         jax.random.key(7),
         every=2,
     ),
-    "straight through": pruned(prune.ste, half)._replace(slope=one),
+    "straight through": pruned(prune.straight_through, half)._replace(slope=one),
     "top kast": pruned(prune.top_kast, 0.75, falling)._replace(
         slope=lambda s: s.fixed["0"][KERNEL]["backward"]
     ),

@@ -1,7 +1,6 @@
-"""Augmentation on the device: pure functions of an explicit key, to be called inside the training step."""
+"""Augmentation on the device: pure functions of a key, for use inside the training step."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +16,25 @@ def random_crop_flip(
     fill: float | jax.Array = 0.0,
     flip: bool = True,
 ) -> jax.Array:
-    """Shift each image by -pad to pad pixels along both axes, and mirror it left to right with probability one half.
+    """Shift each image by up to ``pad`` pixels, and flip it left to right with probability 1/2.
 
     Args:
-      key: a typed PRNG key; one key, one result.
+      key: a typed PRNG key.
       images: ``[n, height, width, channels]``.
-      pad: the largest shift, in pixels; 0 leaves the position alone.
-      fill: what comes in at the border: a number, or ``[channels]``. After normalisation black is
-        ``-mean / std``.
-      flip: whether to mirror; False for digits and letters, whose mirror image means something
-        else.
+      pad: the largest shift along either axis, in pixels; 0 for none.
+      fill: the value of pixels beyond the border: a number, or ``[channels]``. After normalization
+        black is ``-mean / std``.
+      flip: whether to flip; False for digits and letters, whose mirror images differ in meaning.
 
     Returns:
       Images of the same shape and dtype.
 
     Example:
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> images = jnp.arange(9.0).reshape(1, 3, 3, 1)
-      >>> random_crop_flip(jax.random.key(0), images, pad=1).shape
+      >>> cj.data.random_crop_flip(jax.random.key(0), images, pad=1).shape
       (1, 3, 3, 1)
 
     References:
@@ -42,10 +43,10 @@ def random_crop_flip(
     """
     shift_key, flip_key = jax.random.split(key)
     n = images.shape[0]
+    # The corner of each crop in the padded image; (pad, pad) is no shift.
     corners = jax.random.randint(shift_key, (n, 2), 0, 2 * pad + 1)
-    cropped = jax.vmap(_crop, in_axes=(0, 0, None))(
-        _padded(images, pad, fill), corners, images.shape[1:]
-    )
+    padded = _padded(images, pad, fill)
+    cropped = jax.vmap(_crop, in_axes=(0, 0, None))(padded, corners, images.shape[1:])
     if not flip:
         return cropped
     mirrored = jax.random.bernoulli(flip_key, shape=(n, 1, 1, 1))
@@ -53,12 +54,11 @@ def random_crop_flip(
 
 
 def _padded(images: jax.Array, pad: int, fill: float | jax.Array) -> jax.Array:
-    """Return the images in a frame of width ``pad`` and colour ``fill``."""
+    """Return the images with a border of width ``pad`` and color ``fill``."""
     n, height, width, channels = images.shape
-    colour = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (channels,))
-    frame = jnp.broadcast_to(
-        colour[None, None, None], (n, height + 2 * pad, width + 2 * pad, channels)
-    )
+    color = jnp.broadcast_to(jnp.asarray(fill, images.dtype), (channels,))
+    shape = (n, height + 2 * pad, width + 2 * pad, channels)
+    frame = jnp.broadcast_to(color[None, None, None], shape)
     return frame.at[:, pad : pad + height, pad : pad + width].set(images)
 
 
@@ -67,33 +67,32 @@ def _crop(image: jax.Array, corner: jax.Array, shape: tuple[int, ...]) -> jax.Ar
     return jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), shape)
 
 
-# Mixed images: what a patient and consistent teacher is asked about.
-
-
 def mixup(
     classes: int, alpha: float = 1.0, *, inputs: str = "image", labels: str = "label"
-) -> Callable[[jax.Array, Any], Any]:
+) -> Callable[[jax.Array, Batch], Batch]:
     """Return an augmentation that mixes each example with another one of its batch.
 
-    ``x = m * x_i + (1 - m) * x_j`` and ``y = m * onehot(y_i) + (1 - m) * onehot(y_j)`` with
-    ``m ~ Beta(alpha, alpha)`` of each example and j a random permutation of i. Given to
-    `compress_jax.train.distillation` it happens once: student and teacher see the same mixed
-    images, and a loss of logits needs no labels at all.
+    ``x = m * x_i + (1 - m) * x_j`` and ``y = m * onehot(y_i) + (1 - m) * onehot(y_j)``, with
+    ``m ~ Beta(alpha, alpha)`` for each example and j a random permutation of i. In
+    `compress_jax.train.distillation` student and teacher get the same mixed images, and a loss of
+    logits needs no labels.
 
     Args:
-      classes: number of classes.
-      alpha: above 0; 1 draws m uniformly, small ones leave most examples nearly whole.
-      inputs: the batch's entry that is mixed, floats ``[batch, ...]``.
-      labels: the batch's entry with integer labels ``[batch]``; probabilities ``[batch, classes]``
-        take their place.
+      classes: the number of classes.
+      alpha: above 0; 1 draws m uniformly, with a small one most examples are hardly mixed.
+      inputs: the key of the mixed inputs in the batch, floats ``[batch, ...]``.
+      labels: the key of the integer labels ``[batch]``; they are replaced by probabilities
+        ``[batch, classes]``.
 
     Returns:
       ``(key, batch) -> batch``.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> batch = {"image": jnp.array([[0.0], [1.0]]), "label": jnp.array([0, 1])}
-      >>> mixed = mixup(2)(jax.random.key(0), batch)
+      >>> mixed = cj.data.mixup(2)(jax.random.key(0), batch)
       >>> bool(jnp.allclose(mixed["image"][:, 0], mixed["label"][:, 1]))
       True
 
@@ -103,20 +102,17 @@ def mixup(
       CVPR 2022, section 3.1.
     """
 
-    def augment(key: jax.Array, batch: Batch) -> Any:
+    def augment(key: jax.Array, batch: Batch) -> Batch:
         share_key, order_key = jax.random.split(key)
         images = batch[inputs]
         share = jax.random.beta(share_key, alpha, alpha, (len(images),), images.dtype)
         other = jax.random.permutation(order_key, len(images))
 
-        def mixed(x: jax.Array) -> jax.Array:
-            m = share.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+        def mix(x: jax.Array) -> jax.Array:
+            m = share.astype(x.dtype).reshape(-1, *[1] * (x.ndim - 1))  # [batch, 1, ...]
             return m * x + (1 - m) * x[other]
 
-        return {
-            **batch,
-            inputs: mixed(images),
-            labels: mixed(jax.nn.one_hot(batch[labels], classes)),
-        }
+        probabilities = mix(jax.nn.one_hot(batch[labels], classes))
+        return {**batch, inputs: mix(images), labels: probabilities}
 
     return augment

@@ -1,4 +1,4 @@
-"""Deterministic batches: the batch of a training step is a function of the seed and of the step's number."""
+"""Deterministic batches: the batch of a training step is a function of the seed and the step."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,18 +17,26 @@ from compress_jax.data._preprocess import Split
 class Feed:
     """Random access to the batches of an endless, reshuffled training set; see `batches`.
 
-    There is nothing to save in a checkpoint: a run that continues at step s asks for ``feed[s]``.
+    A checkpoint needs no state of it: a run that continues at step s takes ``feed[s]``.
 
     Attributes:
       dataset: a `grain.MapDataset` of batches, one epoch repeated without end.
-      steps_per_epoch: batches before the examples are shuffled anew.
+      steps_per_epoch: the number of batches before the examples are shuffled again.
+
+    Example:
+      >>> import numpy as np
+      >>> import compress_jax as cj
+      >>> feed = cj.data.batches({"label": np.arange(10)}, 4, seed=0)
+      >>> epoch = np.concatenate([feed[0]["label"], feed[1]["label"]])
+      >>> len(epoch), len(set(epoch.tolist()))
+      (8, 8)
     """
 
     dataset: grain.MapDataset[Any]
     steps_per_epoch: int
 
     def __getitem__(self, step: int) -> Split:
-        """Return the batch of a step, 0 or more: the same arrays whenever and in whatever order it is asked for."""
+        """Return the batch of a step, 0 or more; calls in any order give the same arrays."""
         if step < 0:
             raise IndexError(f"steps count from 0, got {step}")
         batch: Batch = self.dataset[step]  # grain's type allows None, for datasets that filter
@@ -43,17 +51,17 @@ def batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Feed:
-    """Shuffle a split anew for every epoch, cut it into full batches, and hand each process its rows of every batch.
+    """Shuffle a split for each epoch and cut it into full batches, of which each process gets rows.
 
     The global batch of a step is the same for any number of processes; process p of P gets its rows
-    p, p + P, p + 2P ... The examples left over at the end of an epoch wait for the next shuffle.
+    p, p + P, p + 2P, and so on. Examples that do not fill a batch are left out of that epoch.
 
     Args:
       split: arrays ``[n, ...]``, all with the same n, in memory.
-      batch_size: examples in one global batch.
-      seed: 0 to 2**32 - 1; decides every order.
-      process_index: which process this is; None asks JAX.
-      process_count: how many there are; None asks JAX.
+      batch_size: the number of examples in one global batch.
+      seed: 0 to 2**32 - 1; the seed of all shuffles.
+      process_index: the index of this process; by default JAX's.
+      process_count: the number of processes; by default JAX's.
 
     Returns:
       A `Feed` of dicts of arrays ``[batch_size / process_count, ...]``.
@@ -62,7 +70,9 @@ def batches(
       ConfigError: if a batch is larger than the split or cannot be shared evenly.
 
     Example:
-      >>> feed = batches({"label": np.arange(10)}, 4, seed=0)
+      >>> import numpy as np
+      >>> import compress_jax as cj
+      >>> feed = cj.data.batches({"label": np.arange(10)}, 4, seed=0)
       >>> feed.steps_per_epoch, feed[7]["label"].shape
       (2, (4,))
     """
@@ -72,8 +82,8 @@ def batches(
         raise ConfigError(
             f"batch_size is {batch_size}, but the split has {n} examples; choose 1 to {n}."
         )
-    # Only indices travel through grain; one gather a batch is ten times faster than one call an
-    # example.
+    # Only indices pass through grain: one gather for each batch is ten times faster than one call
+    # for each example.
     rows = (
         grain.MapDataset.range(n)
         .seed(seed)
@@ -91,56 +101,61 @@ def eval_batches(
     process_index: int | None = None,
     process_count: int | None = None,
 ) -> Iterator[Split]:
-    """Cut a split into batches of one fixed size, in order, padding the last, so that nothing is compiled twice.
+    """Cut a split in order into batches of one fixed size, the last one padded.
+
+    With one size the evaluation step is compiled once.
 
     Args:
       split: arrays ``[n, ...]``, all with the same n, and none called ``mask``.
-      batch_size: rows in one global batch; may be larger than n.
-      process_index: which process this is; None asks JAX.
-      process_count: how many there are; None asks JAX.
+      batch_size: the number of rows in one global batch; may be larger than n.
+      process_index: the index of this process; by default JAX's.
+      process_count: the number of processes; by default JAX's.
 
     Yields:
       Dicts of arrays ``[batch_size / process_count, ...]`` with a boolean ``mask``: false for
       padding, which is zeros.
 
     Raises:
-      ConfigError: if a batch cannot be shared evenly.
+      ConfigError: if a batch cannot be divided evenly.
 
     Example:
-      >>> [(b["label"].tolist(), b["mask"].tolist()) for b in eval_batches({"label": np.arange(1, 4)}, 2)]
-      [([1, 2], [True, True]), ([3, 0], [True, False])]
+      >>> import numpy as np
+      >>> import compress_jax as cj
+      >>> for batch in cj.data.eval_batches({"label": np.arange(1, 4)}, 2):
+      ...     print(batch["label"], batch["mask"])
+      [1 2] [ True  True]
+      [3 0] [ True False]
     """
     index, count = _process(batch_size, process_index, process_count)
     masked = {**split, "mask": np.ones(_size(split), bool)}
     for start in range(0, _size(split), batch_size):
-        batch = {
-            key: _padded(array[start : start + batch_size], batch_size)
-            for key, array in masked.items()
-        }
-        yield {key: array[index::count] for key, array in batch.items()}
+        batch = {}
+        for key, array in masked.items():
+            rows = _padded(array[start : start + batch_size], batch_size)
+            batch[key] = rows[index::count]
+        yield batch
 
 
 def _size(split: Split) -> int:
-    """Return how many examples a split has."""
+    """Return the number of examples of a split."""
     return len(next(iter(split.values())))
 
 
 def _process(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
-    """Return which process this is and how many share a batch, asking JAX for what is None."""
+    """Return the index of this process and the number of processes, by default JAX's."""
     index = jax.process_index() if index is None else index
     count = jax.process_count() if count is None else count
     if batch_size % count:
         raise ConfigError(
-            f"batch_size is {batch_size}, which {count} processes cannot share; choose a multiple "
-            f"of {count}."
+            f"batch_size is {batch_size}, which {count} processes cannot divide evenly; choose a "
+            f"multiple of {count}."
         )
     return index, count
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:
     """Return ``rows`` followed by zeros up to ``size`` rows."""
-    return (
-        np.concatenate([rows, np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)])
-        if len(rows) < size
-        else rows
-    )
+    if len(rows) == size:
+        return rows
+    zeros = np.zeros((size - len(rows), *rows.shape[1:]), rows.dtype)
+    return np.concatenate([rows, zeros])

@@ -1,25 +1,31 @@
-"""Cleaning and normalising a split: pure functions from arrays to arrays."""
+"""Cleaning and normalization of a split: pure functions from arrays to arrays."""
 
 import numpy as np
 
-Split = dict[str, np.ndarray]
+from compress_jax.core.errors import ArgumentError
 
-_CHUNK = 4096  # examples at a time, so that no float64 copy of a whole split is ever made
+Split = dict[str, np.ndarray]
+"""Arrays ``[n, ...]`` by name, all with the same n."""
+
+_CHUNK = 4096  # examples at a time, which avoids a float64 copy of a whole split
 
 
 def clean(split: Split, *, drop_duplicates: bool = False) -> tuple[Split, dict[str, int]]:
-    """Drop the examples that would spoil training: non-finite ones and, if asked, exact repeats.
+    """Drop examples that are not finite and, if asked, exact repeats.
 
     Args:
       split: arrays ``[n, ...]``, all with the same n.
       drop_duplicates: whether to drop examples equal in every array to an earlier one.
 
     Returns:
-      The split in its old order, and how many examples were dropped for each reason.
+      The split in its old order, and the number of dropped examples by reason.
 
     Example:
-      >>> split = {"image": np.array([[1.0], [np.nan], [1.0]], np.float32), "label": np.array([3, 3, 3])}
-      >>> kept, dropped = clean(split, drop_duplicates=True)
+      >>> import numpy as np
+      >>> import compress_jax as cj
+      >>> images = np.array([[1.0], [np.nan], [1.0]], np.float32)
+      >>> split = {"image": images, "label": np.array([3, 3, 3])}
+      >>> kept, dropped = cj.data.clean(split, drop_duplicates=True)
       >>> kept["image"].tolist(), dropped
       ([[1.0]], {'non_finite': 1, 'duplicate': 1})
     """
@@ -33,13 +39,13 @@ def clean(split: Split, *, drop_duplicates: bool = False) -> tuple[Split, dict[s
 
 
 def _first(split: Split) -> np.ndarray:
-    """Return for each example whether no earlier one equals it byte for byte."""
-    seen: set[bytes] = set()
+    """Return for each example whether no earlier one has the same bytes."""
+    earlier: set[bytes] = set()
     first = np.zeros(len(next(iter(split.values()))), bool)
     for row in range(len(first)):
         content = b"".join(array[row].tobytes() for array in split.values())
-        first[row] = content not in seen
-        seen.add(content)
+        first[row] = content not in earlier
+        earlier.add(content)
     return first
 
 
@@ -47,58 +53,65 @@ def scale_to_unit(split: Split, *, maximum: float = 255.0) -> Split:
     r"""Scale images to :math:`x / \text{maximum}`, as float32.
 
     Args:
-      split: ``image`` of any dtype with values 0 to ``maximum``; other keys are kept as they are.
-      maximum: the largest value a pixel can have (not the largest that occurs: that would differ
-        between splits).
+      split: ``image`` of any dtype with values 0 to ``maximum``; other keys are not changed.
+      maximum: the largest value that a pixel can have, not the largest that occurs, which would
+        differ between splits.
 
     Returns:
       The split with float32 ``image`` in [0, 1].
 
     Example:
-      >>> scale_to_unit({"image": np.array([[0, 255]], np.uint8)})["image"].tolist()
+      >>> import numpy as np
+      >>> import compress_jax as cj
+      >>> cj.data.scale_to_unit({"image": np.array([[0, 255]], np.uint8)})["image"].tolist()
       [[0.0, 1.0]]
     """
     images = split["image"].astype(np.float32)
-    images /= np.float32(maximum)  # in place, on our own copy: half the memory
+    images /= np.float32(maximum)  # in place on the new copy, for half the memory
     return {**split, "image": images}
 
 
 def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    r"""Measure each channel: :math:`\mu_c = \frac1N\sum x_c,\ \sigma_c^2 = \frac1N\sum (x_c - \mu_c)^2`.
+    r"""Return the mean and the standard deviation of each channel.
 
-    To be called on the training split only. Sums are float64, in two passes.
+    .. math:: \mu_c = \frac1N\sum x_c, \quad \sigma_c^2 = \frac1N\sum (x_c - \mu_c)^2
+
+    Call it on the training split only. Sums are float64, in two passes.
 
     Args:
       split: ``image`` is ``[n, ..., channels]``.
 
     Returns:
-      Mean and standard deviation, float32 ``[channels]``. Where a channel is constant the deviation
-      is 1, so that dividing by it is harmless.
+      Mean and standard deviation, float32 ``[channels]``. The deviation of a constant channel is
+      set to 1, so that it can be divided by.
 
     Raises:
-      ValueError: if the split is empty.
+      ArgumentError: if the split is empty.
 
     Example:
-      >>> mean, std = statistics({"image": np.array([[[1.0], [3.0]]], np.float32)})
+      >>> import numpy as np
+      >>> import compress_jax as cj
+      >>> mean, std = cj.data.statistics({"image": np.array([[[1.0], [3.0]]], np.float32)})
       >>> mean.tolist(), std.tolist()
       ([2.0], [1.0])
     """
     images = split["image"]
     if images.size == 0:
-        raise ValueError("the statistics of an empty split are undefined")
-    rows, axes = images.size // images.shape[-1], tuple(range(images.ndim - 1))
-    chunks = range(0, len(images), _CHUNK)
-    mean = sum(images[i : i + _CHUNK].sum(axes, dtype=np.float64) for i in chunks) / rows
-    variance = sum(((images[i : i + _CHUNK] - mean) ** 2).sum(axes) for i in chunks) / rows
+        raise ArgumentError("an empty split has no statistics; give one with examples")
+    rows = images.size // images.shape[-1]
+    axes = tuple(range(images.ndim - 1))
+    chunks = [images[i : i + _CHUNK] for i in range(0, len(images), _CHUNK)]  # views
+    mean = sum(chunk.sum(axes, dtype=np.float64) for chunk in chunks) / rows
+    variance = sum(((chunk - mean) ** 2).sum(axes) for chunk in chunks) / rows
     std = np.sqrt(np.where(variance > 0, variance, 1.0))
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def normalise(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
+def normalize(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
     r"""Shift and scale images to :math:`(x - \mu_c) / \sigma_c`.
 
     Args:
-      split: float32 ``image`` ``[n, ..., channels]``; other keys are kept as they are.
+      split: float32 ``image`` ``[n, ..., channels]``; other keys are not changed.
       mean: float32 ``[channels]``, from `statistics` of the training split.
       std: float32 ``[channels]``, positive.
 
@@ -106,8 +119,11 @@ def normalise(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
       The split with its new ``image``.
 
     Example:
+      >>> import numpy as np
+      >>> import compress_jax as cj
       >>> split = {"image": np.array([[[1.0], [3.0]]], np.float32)}
-      >>> normalise(split, *statistics(split))["image"].ravel().tolist()
+      >>> mean, std = cj.data.statistics(split)
+      >>> cj.data.normalize(split, mean, std)["image"].ravel().tolist()
       [-1.0, 1.0]
     """
     images = split["image"] - mean

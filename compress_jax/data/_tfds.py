@@ -1,4 +1,4 @@
-"""What to tell a person when a data set cannot be had: what is missing, where it was looked for, what to do."""
+"""Around TFDS: error messages that say what to do, a progress bar, and silence."""
 
 import contextlib
 import io
@@ -17,66 +17,58 @@ from compress_jax.data._builders import idx
 
 
 def no_files(name: str, url: str, home: Path, places: list[Path], why: str) -> str:
-    """Write what a person needs to know when the files are nowhere: what, where it was looked for, what to do.
+    """Return the message for missing files: what is missing, where it was searched, what to do.
 
     Args:
       name: TFDS name.
-      url: folder of the published files.
-      home: where it would have been prepared.
-      places: where the files were looked for.
-      why: a clause that says why they were not downloaded.
+      url: the folder of the published files.
+      home: the folder of prepared data.
+      places: the folders that were searched.
+      why: a clause that says why nothing was downloaded.
 
     Returns:
       A text of several lines.
 
     Example:
-      >>> print(no_files("mnist", "http://a/", Path("/h"), [Path("/m")], "there is no network").splitlines()[0])
+      >>> text = no_files("mnist", "http://a/", Path("/h"), [Path("/m")], "there is no network")
+      >>> print(text.splitlines()[0])
       mnist is not prepared in /h/mnist, its files were not found, and there is no network
     """
-    looked = [f"  {place}: {_state(place)}" for place in places]
-    debian = (
-        ["  * or, on Debian and Ubuntu: apt-get install dataset-fashion-mnist"]
-        if name == "fashion_mnist"
-        else []
+    lines = [f"{name} is not prepared in {home / name}, its files were not found, and {why}"]
+    lines.append(f"Looked for {', '.join(idx.FILES)} in")
+    lines += [f"  {place}: {_state(place)}" for place in places]
+    lines.append("What to do:")
+    lines.append(
+        f"  * put these four files (from {url}) into a folder DIR/{name}, and set "
+        "COMPRESS_JAX_DATA=DIR or pass manual_dir=DIR"
     )
-    return "\n".join(
-        [
-            f"{name} is not prepared in {home / name}, its files were not found, and {why}",
-            f"Looked for {', '.join(idx.FILES)} in",
-            *looked,
-            "What to do:",
-            f"  * put these four files (from {url}) into a folder DIR/{name}, and set "
-            "COMPRESS_JAX_DATA=DIR or pass "
-            "manual_dir=DIR",
-            *debian,
-            f"  * or copy {name}/ from the data_dir of a machine that has it to {home}",
-            '  * or use data that needs no files: load("digits")',
-        ]
-    )
+    if name == "fashion_mnist":
+        lines.append("  * or, on Debian and Ubuntu: apt-get install dataset-fashion-mnist")
+    lines.append(f"  * or copy {name}/ from the data_dir of a machine that has it to {home}")
+    lines.append('  * or use data that needs no files: load("digits")')
+    return "\n".join(lines)
 
 
-def elsewhere(name: str, home: Path, why: str) -> str:
-    """Say what to do about a data set that can only come from another machine."""
+def unavailable(name: str, home: Path, why: str) -> str:
+    """Return the message for a data set that cannot be prepared on this machine."""
     return (
         f"{name} is not prepared in {home} and preparing it failed: {why}\nCopy {name}/ from the "
-        "data_dir of a machine that "
-        f"has it into {home}, or pass manual_dir with its published files, or use data that needs "
-        'none: load("digits").'
+        f"data_dir of a machine that has it into {home}, or pass manual_dir with its published "
+        'files, or use data that needs none: load("digits").'
     )
 
 
 def damaged(place: object, error: Exception) -> str:
-    """Say what to do about prepared data that cannot be read."""
+    """Return the message for prepared data that cannot be read."""
     return (
         f"{place} cannot be read ({type(error).__name__}: {first_line(error)}). If it is damaged, "
-        "or was prepared as "
-        "tfrecord (which only TensorFlow reads), delete it or choose another data_dir, and run "
-        "again."
+        "or was prepared as tfrecord (which only TensorFlow reads), delete it or choose another "
+        "data_dir, and run again."
     )
 
 
-def explained(error: Exception, name: str, home: Path) -> DataError:
-    """Turn what went wrong in TFDS into something a person can act on."""
+def data_error(error: Exception, name: str, home: Path) -> DataError:
+    """Return the DataError for an exception of TFDS, with what to do."""
     if isinstance(error, DataError):
         return error
     why = f"{type(error).__name__}: {first_line(error)}"
@@ -85,45 +77,41 @@ def explained(error: Exception, name: str, home: Path) -> DataError:
             f"TFDS can prepare {name} only with TensorFlow. Install it (pip install tensorflow) "
             "and run again."
         )
-    if isinstance(
-        error, AssertionError
-    ):  # a set that is never downloaded: TFDS's text says where its files belong
+    if isinstance(error, AssertionError):
+        # Of a set that is never downloaded: TFDS's message says where its files belong.
         return DataError(f"{name} cannot be prepared: {error}")
     if isinstance(error, OSError) and error.errno is not None:
         return DataError(
             f"{name} cannot be written to {home} ({why}). Choose another data_dir, or set "
             "TFDS_DATA_DIR."
         )
-    return DataError(elsewhere(name, home, why))
+    return DataError(unavailable(name, home, why))
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text; TFDS's go on for pages."""
+    """Return the first line of an error's message; TFDS's messages are pages long."""
     return str(error).strip().split("\n")[0]
 
 
 def _state(place: Path) -> str:
-    """Say in a few words what is wrong with a folder."""
+    """Return in a few words which of the files a folder lacks."""
     if not place.is_dir():
         return "no such folder"
     lacking = idx.missing(place)
     return "has none of them" if len(lacking) == len(idx.FILES) else f"lacks {', '.join(lacking)}"
 
 
-# A progress bar that appears only where there is something to wait for.
-
-
 @contextmanager
 def progress(text: str, total: int, *, after: float = 2.0) -> Iterator[Callable[[int], None]]:
-    """Show a bar with the time left on a terminal's standard error, once ``after`` seconds have passed.
+    """Show a progress bar on a terminal's standard error, if the work takes longer than ``after``.
 
     Args:
-      text: what is being done.
-      total: examples to do.
-      after: seconds to wait before the bar appears.
+      text: the label of the bar.
+      total: the number of examples.
+      after: the number of seconds before the bar appears.
 
     Yields:
-      ``advance(n)``, to be called when n more examples are done.
+      ``advance(n)``, to be called after each n examples.
 
     Example:
       >>> with progress("reading", 10) as advance:
@@ -132,12 +120,15 @@ def progress(text: str, total: int, *, after: float = 2.0) -> Iterator[Callable[
     console = Console(stderr=True)
     columns = TextColumn(text), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task, begun, done = bar.add_task(text, total=total), time.monotonic(), 0
+    task = bar.add_task(text, total=total)
+    begun = time.monotonic()
+    done = 0
 
     def advance(n: int) -> None:
         nonlocal done
-        before, done = done, done + n
-        # rich takes a lock for every update: a hundred of them cost nothing, one an example would.
+        before = done
+        done += n
+        # rich takes a lock for each update: a hundred cost nothing, one for each example would.
         if before * 100 // total != done * 100 // total:
             bar.update(task, completed=done)
             if not bar.live.is_started and time.monotonic() - begun > after:
@@ -149,15 +140,14 @@ def progress(text: str, total: int, *, after: float = 2.0) -> Iterator[Callable[
         bar.stop()
 
 
-# Silence around TFDS, which talks on standard output, in absl's log and in bars of its own.
-
-
-@contextlib.contextmanager
+@contextmanager
 def quiet(bars: bool = False) -> Iterator[None]:
-    """Keep TFDS quiet within a ``with`` block; warnings and errors raised there are not touched.
+    """Silence TFDS's standard output, log and progress bars within a ``with`` block.
+
+    Warnings and exceptions are not changed.
 
     Args:
-      bars: whether to leave TFDS's own progress bars, which know about downloads.
+      bars: whether to show TFDS's own progress bars, which include downloads.
 
     Yields:
       Nothing.

@@ -1,4 +1,7 @@
-"""Reference networks in Flax Linen: ``model.apply(variables, x, train=False)`` gives float32 logits."""
+"""Reference networks in Flax Linen, with importers of published weights.
+
+``model.apply(variables, x, train=False)`` returns float32 logits.
+"""
 
 from compress_jax.models import pretrained
 from compress_jax.models._bert import Bert, BertClassifier
@@ -24,5 +27,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """List the public names, without the modules that define them."""
     return sorted(__all__)

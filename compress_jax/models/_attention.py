@@ -1,4 +1,4 @@
-"""The two halves of every transformer layer: attention over positions, and a perceptron at each of them."""
+"""The two halves of a transformer layer: self-attention, and a perceptron at each position."""
 
 from typing import Literal
 
@@ -6,20 +6,21 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import DType
 
 Gelu = Literal["exact", "tanh"]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, ``softmax(Q K^T / sqrt(d)) V`` per head; its four kernels are matrices ``[in, out]``.
+    """Multi-head self-attention, ``softmax(Q K^T / sqrt(d)) V`` per head.
 
-    The columns of ``query``, ``key`` and ``value`` are grouped by head, as PyTorch implementations
-    have them. The softmax is in float32 whatever the rest computes in.
+    Its four kernels are matrices ``[in, out]``. The columns of ``query``, ``key`` and ``value`` are
+    grouped by head, as in PyTorch implementations. The softmax is in float32 for any ``dtype``.
 
     Attributes:
-      heads: how many; they divide the width.
-      dtype: what the layers compute in.
+      heads: the number of heads, a divisor of the width.
+      dtype: the dtype of the layers' computation.
     """
 
     heads: int
@@ -27,18 +28,26 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """Return ``[batch, length, width]`` of the same; ``mask`` is true where a query (row) may look at a key (column)."""
+        """Return an array in the shape of ``x``.
+
+        Args:
+          x: ``[batch, length, width]``.
+          mask: true where a query (row) may attend to a key (column), broadcast to
+            ``[batch, heads, length, length]``; None for everywhere.
+        """
         width = x.shape[-1]
         if width % self.heads:
-            raise ValueError(f"heads={self.heads} do not divide the width {width}")
+            raise ArgumentError(f"heads={self.heads} do not divide the width {width}")
         split = (*x.shape[:-1], self.heads, width // self.heads)
-        query, key, value = (
-            nn.Dense(width, dtype=self.dtype, name=n)(x).reshape(split)
-            for n in ("query", "key", "value")
-        )
-        scores = jnp.einsum("bqhd,bkhd->bhqk", query * (width // self.heads) ** -0.5, key).astype(
-            jnp.float32
-        )
+
+        def project(name: str) -> jax.Array:
+            projected = nn.Dense(width, dtype=self.dtype, name=name)(x)
+            return projected.reshape(split)  # [batch, length, heads, width / heads]
+
+        query = project("query") * (width // self.heads) ** -0.5
+        key = project("key")
+        value = project("value")
+        scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         attention = nn.softmax(scores).astype(value.dtype)
@@ -50,10 +59,10 @@ class Perceptron(nn.Module):
     """Two dense layers, ``up`` and ``down``, with a GELU between them.
 
     Attributes:
-      hidden: units of the first.
-      gelu: ``"exact"``, or ``"tanh"`` for its approximation, which small devices compute with fewer
-        operations.
-      dtype: what the layers compute in.
+      hidden: the number of units of the first layer.
+      gelu: ``"exact"``, or ``"tanh"`` for its approximation, which needs fewer operations on small
+        devices.
+      dtype: the dtype of the layers' computation.
     """
 
     hidden: int
@@ -64,20 +73,19 @@ class Perceptron(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array in the shape of ``x``."""
         hidden = nn.Dense(self.hidden, dtype=self.dtype, name="up")(x)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(
-            nn.gelu(hidden, approximate=self.gelu == "tanh")
-        )
+        hidden = nn.gelu(hidden, approximate=self.gelu == "tanh")
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(hidden)
 
 
 class PreNorm(nn.Module):
     """The layer of ViT and GPT: ``x + attention(norm(x))``, then ``x + perceptron(norm(x))``.
 
     Attributes:
-      heads: of the attention.
-      hidden: units of the perceptron.
-      gelu: which.
-      epsilon: of the layer norms.
-      dtype: what the layers compute in.
+      heads: the number of attention heads.
+      hidden: the number of hidden units of the perceptron.
+      gelu: ``"exact"`` or ``"tanh"``, as of `Perceptron`.
+      epsilon: the epsilon of the layer norms.
+      dtype: the dtype of the layers' computation.
     """
 
     heads: int

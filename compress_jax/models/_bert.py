@@ -4,34 +4,39 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import DType
 from compress_jax.models._attention import Attention, Gelu, Perceptron
 from compress_jax.models._head import head
 
-PAD = 0  # in every BERT vocabulary
+PAD = 0  # the padding token of every BERT vocabulary
 
 
 class Bert(nn.Module):
-    """Bidirectional transformer over tokens: ``norm(x + attention(x))``, then ``norm(x + perceptron(x))`` in each layer.
+    """Bidirectional post-norm transformer over tokens.
 
-    The defaults are BERT-base. BERT-tiny is ``width=128, depth=2, heads=2`` (4,369,408 parameters),
-    BERT-mini ``256, 4, 4``, MiniLM-L6 ``384, 6, 12``. `pretrained.bert` fills it with published
-    weights. There is no dropout.
+    Each layer is ``norm(x + attention(x))``, then ``norm(x + perceptron(x))``. The defaults are
+    BERT-base. BERT-tiny is ``width=128, depth=2, heads=2`` (4,369,408 parameters), BERT-mini
+    ``256, 4, 4``, MiniLM-L6 ``384, 6, 12``. `pretrained.bert` loads published weights. There is no
+    dropout.
 
     Attributes:
-      vocabulary: number of different tokens.
-      width: numbers a token holds.
-      depth: number of layers.
-      heads: heads of attention.
-      hidden: units of the perceptrons; None for 4 times the width.
-      positions: longest sequence.
-      segments: number of different segments.
+      vocabulary: the number of different tokens.
+      width: the size of a token's vector.
+      depth: the number of layers.
+      heads: the number of attention heads.
+      hidden: the number of hidden units of the perceptrons; None for 4 times the width.
+      positions: the length of the longest sequence.
+      segments: the number of different segments.
       gelu: ``"exact"`` as published, or ``"tanh"``, which some exporters need.
-      epsilon: of the layer norms.
-      dtype: what the layers compute in.
+      epsilon: the epsilon of the layer norms.
+      dtype: the dtype of the layers' computation.
 
     Example:
-      >>> model = Bert(vocabulary=100, width=8, depth=1, heads=2)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.Bert(vocabulary=100, width=8, depth=1, heads=2)
       >>> tokens = jnp.array([[5, 17, 9, 0]])
       >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
       >>> jax.jit(model.apply)(variables, tokens).shape
@@ -61,18 +66,18 @@ class Bert(nn.Module):
         segments: jax.Array | None = None,
         train: bool = False,
     ) -> jax.Array:
-        """Return the last layer's ``[batch, length, width]``.
+        """Return the output of the last layer, ``[batch, length, width]``.
 
         Args:
           tokens: int32 ``[batch, length]``.
-          mask: which of them are text rather than padding, same shape; by default those that are
-            not 0.
-          segments: which sentence each belongs to, same shape; by default the first.
-          train: changes nothing.
+          mask: ``[batch, length]``, true for text and false for padding; by default true where the
+            token is not 0.
+          segments: int32 ``[batch, length]``, the sentence of each token; by default the first.
+          train: has no effect.
         """
         length = tokens.shape[1]
         if length > self.positions:
-            raise ValueError(
+            raise ArgumentError(
                 f"sequences of {length} tokens are longer than positions={self.positions}"
             )
 
@@ -88,34 +93,37 @@ class Bert(nn.Module):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(self.epsilon, dtype=self.dtype, name=name)
 
+        if segments is None:
+            segments = jnp.zeros_like(tokens)
         mask = tokens != PAD if mask is None else mask.astype(bool)
-        x = embed(self.vocabulary, "tokens")(tokens) + embed(self.positions, "positions")(
-            jnp.arange(length)[None]
-        )
-        x = x + embed(self.segments, "segments")(
-            jnp.zeros_like(tokens) if segments is None else segments
-        )
+        mask = mask[:, None, None, :]  # [batch, heads, queries, keys]
+        x = embed(self.vocabulary, "tokens")(tokens)
+        x = x + embed(self.positions, "positions")(jnp.arange(length)[None])
+        x = x + embed(self.segments, "segments")(segments)
         x = norm("norm")(x)
+        hidden = self.hidden or 4 * self.width
         for i in range(self.depth):
             attention = Attention(self.heads, self.dtype, name=f"layer_{i}_attention")
-            x = norm(f"layer_{i}_attention_norm")(x + attention(x, mask[:, None, None, :]))
-            mlp = Perceptron(
-                self.hidden or 4 * self.width, self.gelu, self.dtype, name=f"layer_{i}_mlp"
-            )
+            x = norm(f"layer_{i}_attention_norm")(x + attention(x, mask))
+            mlp = Perceptron(hidden, self.gelu, self.dtype, name=f"layer_{i}_mlp")
             x = norm(f"layer_{i}_mlp_norm")(x + mlp(x))
         return x
 
 
 class BertClassifier(nn.Module):
-    """BERT, the pooler over its first token, and a linear layer.
+    """BERT, a pooler over its first token, and a linear layer.
 
     Attributes:
-      encoder: the `Bert` below.
-      classes: number of logits.
-      dtype: what the pooler computes in; logits are float32.
+      encoder: the `Bert`.
+      classes: the number of logits.
+      dtype: the dtype of the pooler's computation; logits are float32.
 
     Example:
-      >>> model = BertClassifier(Bert(vocabulary=100, width=8, depth=1, heads=2), classes=3)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> encoder = cj.models.Bert(vocabulary=100, width=8, depth=1, heads=2)
+      >>> model = cj.models.BertClassifier(encoder, classes=3)
       >>> tokens = jnp.array([[5, 17, 9, 0]])
       >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
       >>> sorted(variables["params"]), jax.jit(model.apply)(variables, tokens).shape

@@ -12,26 +12,29 @@ from compress_jax.models._head import head
 
 
 class DSCNN(nn.Module):
-    """One convolution, then blocks of a depthwise 3x3 and a pointwise convolution, each with batch norm and ReLU.
+    """A convolution, then blocks of a depthwise 3x3 and a pointwise convolution.
 
-    The defaults are the small one, as MLPerf Tiny runs it on 49x10x1 spectrograms: 23,756
-    parameters, 1,152 statistics.
+    Each convolution has batch norm and ReLU. The defaults are the small network of MLPerf Tiny on
+    49x10x1 spectrograms: 23,756 parameters, 1,152 statistics.
 
     Attributes:
-      classes: number of logits.
-      width: channels.
-      blocks: number of depthwise separable blocks.
-      window: of the first convolution, in frames and in bands.
-      stride: of the first convolution.
+      classes: the number of logits.
+      width: the number of channels.
+      blocks: the number of depthwise separable blocks.
+      window: the window of the first convolution, in frames and in bands.
+      stride: the stride of the first convolution.
       depthwise: how the depthwise convolutions are computed, from the same parameters. ``"conv"``
-        is one grouped convolution: what `trace` finds and exporters know. ``"shifts"`` adds nine
-        shifted products: the same but for rounding, and on CPU, where XLA's grouped convolution is
-        slow, what to train with.
-      dtype: what the layers compute in; logits are float32.
+        is one grouped convolution, which `trace` and exporters recognize. ``"shifts"`` adds nine
+        shifted products: equal but for rounding, and faster to train on CPU, where XLA's grouped
+        convolution is slow.
+      dtype: the dtype of the layers' computation; logits are float32.
       axis_name: as of `ResNet`.
 
     Example:
-      >>> model = DSCNN(width=8, blocks=1)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.DSCNN(width=8, blocks=1)
       >>> spectrograms = jnp.zeros((2, 49, 10, 1))
       >>> variables = jax.jit(model.init)(jax.random.key(0), spectrograms)
       >>> jax.jit(model.apply)(variables, spectrograms).shape
@@ -53,7 +56,12 @@ class DSCNN(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits of ``[batch, frames, bands, 1]``; ``train`` normalises by the batch itself."""
+        """Return logits ``[batch, classes]``.
+
+        Args:
+          x: spectrograms ``[batch, frames, bands, 1]``.
+          train: normalize by the statistics of the batch, and update the running averages.
+        """
         norm = partial(nn.BatchNorm, use_running_average=not train, momentum=0.9, dtype=self.dtype)
         norm = partial(norm, axis_name=self.axis_name)
         conv = partial(
@@ -71,11 +79,13 @@ class DSCNN(nn.Module):
 
 
 class ShiftedDepthwise(nn.Module):
-    """A depthwise 3x3 convolution, zero-padded, as a sum of shifted products; parameters as of the grouped convolution.
+    """A zero-padded depthwise 3x3 convolution as a sum of shifted products.
+
+    Its parameters are those of the grouped convolution.
 
     Attributes:
-      width: channels.
-      dtype: what it computes in.
+      width: the number of channels.
+      dtype: the dtype of the computation.
     """
 
     width: int
@@ -84,15 +94,15 @@ class ShiftedDepthwise(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Return an array in the shape of ``x``, ``[batch, height, width, channels]``."""
-        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, 1, self.width)).astype(
-            self.dtype
-        )
+        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, 1, self.width))
+        kernel = kernel.astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
         _, height, width, _ = x.shape
         padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        shifts = (
-            padded[:, i : i + height, j : j + width] * kernel[i : i + 1, j : j + 1]
-            for i in range(3)
-            for j in range(3)
-        )
-        return sum(shifts, start=bias[None, None, None])
+        # kernel[i, j] weighs the pixel at offset (i - 1, j - 1), for all channels at once.
+        total = bias[None, None, None]
+        for i in range(3):
+            for j in range(3):
+                shifted = padded[:, i : i + height, j : j + width]
+                total = total + shifted * kernel[i : i + 1, j : j + 1]
+        return total

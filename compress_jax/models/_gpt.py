@@ -6,33 +6,37 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import DType
 from compress_jax.models._attention import Gelu, PreNorm
 
 
 class GPT(nn.Module):
-    """Pre-norm causal transformer whose last layer is its table of tokens.
+    """Pre-norm causal transformer whose head is its table of tokens.
 
     The defaults are GPT-2 small: 124,439,808 parameters. With ``scan`` the layers are one
     `jax.lax.scan` over stacked parameters, ``layers/...`` with a leading axis of ``depth``, and
-    compile as fast as one of them; else they are ``layer_0/...``, ``layer_1/...``, ... There is no
-    dropout.
+    compile as fast as one layer. Without it they are ``layer_0/...``, ``layer_1/...``, and so on.
+    There is no dropout.
 
     Attributes:
-      vocabulary: number of different tokens, and of logits.
-      width: numbers a token holds.
-      depth: number of layers.
-      heads: heads of attention.
-      hidden: units of the perceptrons; None for 4 times the width.
-      positions: longest sequence.
+      vocabulary: the number of different tokens, and of logits.
+      width: the size of a token's vector.
+      depth: the number of layers.
+      heads: the number of attention heads.
+      hidden: the number of hidden units of the perceptrons; None for 4 times the width.
+      positions: the length of the longest sequence.
       scan: whether layers are stacked.
-      remat: whether a layer's activations are computed again for its gradient, rather than kept.
+      remat: whether the activations of a layer are recomputed for its gradient instead of stored.
       gelu: ``"tanh"`` as published, or ``"exact"``.
-      epsilon: of the layer norms.
-      dtype: what the layers compute in; logits are float32.
+      epsilon: the epsilon of the layer norms.
+      dtype: the dtype of the layers' computation; logits are float32.
 
     Example:
-      >>> model = GPT(vocabulary=100, width=8, depth=2, heads=2, positions=16, scan=True)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.GPT(vocabulary=100, width=8, depth=2, heads=2, positions=16, scan=True)
       >>> tokens = jnp.array([[5, 17, 9, 0]])
       >>> variables = jax.jit(model.init)(jax.random.key(0), tokens)
       >>> jax.jit(model.apply)(variables, tokens).shape
@@ -56,10 +60,15 @@ class GPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits ``[batch, length, vocabulary]`` of the token after each; ``train`` changes nothing."""
+        """Return the logits of each next token, ``[batch, length, vocabulary]``.
+
+        Args:
+          tokens: int32 ``[batch, length]``.
+          train: has no effect.
+        """
         length = tokens.shape[1]
         if length > self.positions:
-            raise ValueError(
+            raise ArgumentError(
                 f"sequences of {length} tokens are longer than positions={self.positions}"
             )
         init = nn.initializers.normal(0.02)
@@ -69,19 +78,21 @@ class GPT(nn.Module):
         places = nn.Embed(
             self.positions, self.width, dtype=self.dtype, embedding_init=init, name="positions"
         )
+        # [batch, length, width]
         x = table(tokens) + places(jnp.arange(length)[None])
         x = self._layers(x, jnp.tril(jnp.ones((1, 1, length, length), bool)))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
-        wide = jnp.promote_types(x.dtype, jnp.float32)  # logits are never rounded to less
-        return x.astype(wide) @ table.embedding.astype(wide).T
+        # Logits in bfloat16 would cost accuracy of the gradient, see `head`.
+        dtype = jnp.promote_types(x.dtype, jnp.float32)
+        return x.astype(dtype) @ table.embedding.astype(dtype).T
 
     def _layers(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        kind = nn.remat(PreNorm, prevent_cse=not self.scan) if self.remat else PreNorm
+        layer = nn.remat(PreNorm, prevent_cse=not self.scan) if self.remat else PreNorm
         arguments = (self.heads, self.hidden or 4 * self.width, self.gelu, self.epsilon, self.dtype)
         if not self.scan:
             for i in range(self.depth):
-                x = kind(*arguments, name=f"layer_{i}")(x, mask)
+                x = layer(*arguments, name=f"layer_{i}")(x, mask)
             return x
         axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         step = nn.scan(lambda layer, x, _: (layer(x, mask), None), length=self.depth, **axes)
-        return step(kind(*arguments, name="layers"), x, None)[0]
+        return step(layer(*arguments, name="layers"), x, None)[0]

@@ -1,4 +1,4 @@
-"""The last layer of every classifier: its matrix product itself is in float32, whatever the rest computes in."""
+"""The last layer of every classifier, whose matrix product is in float32 for any model dtype."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,14 +7,14 @@ from compress_jax.core.types import DType
 
 
 def head(classes: int, dtype: DType) -> nn.Dense:
-    """Return the layer ``head`` that turns features into float32 logits.
+    """Return the layer ``head`` from features to float32 logits.
 
-    Rounding logits to bfloat16 before the softmax costs up to a tenth of the gradient, so this
-    layer computes in at least float32 (float64 where the model does).
+    Logits in bfloat16 cost up to a tenth of the gradient, so this layer computes in at least
+    float32 (float64 where the model does).
 
     Args:
-      classes: number of logits.
-      dtype: what the rest of the model computes in.
+      classes: the number of logits.
+      dtype: the dtype of the rest of the model.
 
     Returns:
       A Dense layer, to be called inside a compact method.
@@ -23,6 +23,5 @@ def head(classes: int, dtype: DType) -> nn.Dense:
       >>> head(10, jnp.bfloat16).dtype.__name__
       'float32'
     """
-    return nn.Dense(
-        classes, dtype=dtype if jnp.finfo(dtype).bits > 32 else jnp.float32, name="head"
-    )
+    dtype = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
+    return nn.Dense(classes, dtype=dtype, name="head")

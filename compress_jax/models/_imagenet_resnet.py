@@ -1,4 +1,4 @@
-"""The residual networks for ImageNet-sized images, as torchvision publishes weights of them."""
+"""Residual networks for ImageNet-sized images, with the layers of torchvision's."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -11,10 +11,8 @@ from flax import linen as nn
 from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
-AROUND: Any = (
-    (1, 1),
-    (1, 1),
-)  # a strided 3x3 window begins one pixel outside, where "SAME" would begin inside
+# The padding of a 3x3 window in PyTorch. With a stride "SAME" would pad only at the end.
+AROUND: Any = ((1, 1), (1, 1))
 
 
 class ImageNetResNet(nn.Module):
@@ -22,19 +20,22 @@ class ImageNetResNet(nn.Module):
 
     The defaults are ResNet-18 (11,689,512 parameters); ``blocks=(3, 4, 6, 3)`` is ResNet-34
     (21,797,672), and with ``bottleneck=True`` ResNet-50 (25,557,032), whose stride is in the 3x3
-    convolution. `pretrained.resnet` fills it.
+    convolution. `pretrained.resnet` loads published weights.
 
     Attributes:
-      blocks: number of blocks in each stage.
-      bottleneck: blocks of 1x1, 3x3 and 1x1 convolutions, four times as wide at their ends, rather
-        than of two 3x3.
-      width: channels of the first stage.
-      classes: number of logits.
-      dtype: what the layers compute in; logits are float32.
+      blocks: the number of blocks in each stage.
+      bottleneck: use blocks of 1x1, 3x3 and 1x1 convolutions with four times as many output
+        channels; by default blocks of two 3x3 convolutions.
+      width: the number of channels of the first stage.
+      classes: the number of logits.
+      dtype: the dtype of the layers' computation; logits are float32.
       axis_name: as of `ResNet`.
 
     Example:
-      >>> model = ImageNetResNet(blocks=(1, 1), width=4)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.ImageNetResNet(blocks=(1, 1), width=4)
       >>> images = jnp.zeros((2, 32, 32, 3))
       >>> shapes = jax.eval_shape(model.init, jax.random.key(0), images)
       >>> sorted(shapes["params"])
@@ -53,7 +54,12 @@ class ImageNetResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits of images ``[batch, height, width, 3]``; ``train`` normalises by the batch itself."""
+        """Return logits ``[batch, classes]``.
+
+        Args:
+          x: images ``[batch, height, width, 3]``.
+          train: normalize by the statistics of the batch, and update the running averages.
+        """
         conv = partial(
             nn.Conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
         )
@@ -65,20 +71,14 @@ class ImageNetResNet(nn.Module):
         for stage, blocks in enumerate(self.blocks):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = _Block(
-                    self.width * 2**stage,
-                    stride,
-                    self.bottleneck,
-                    conv,
-                    norm,
-                    name=f"block_{stage}_{i}",
-                )
-                x = block(x)
+                width = self.width * 2**stage
+                name = f"block_{stage}_{i}"
+                x = _Block(width, stride, self.bottleneck, conv, norm, name=name)(x)
         return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))
 
 
 class _Block(nn.Module):
-    """Either block; the shortcut is a strided 1x1 convolution where the shape changes."""
+    """A basic or bottleneck block; its shortcut is a 1x1 convolution where the shape changes."""
 
     width: int
     stride: int
@@ -88,22 +88,23 @@ class _Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = self.width * (4 if self.bottleneck else 1)
-        basic = ((self.width, 3, self.stride), (self.width, 3, 1))
-        layers = (
-            ((self.width, 1, 1), (self.width, 3, self.stride), (wide, 1, 1))
-            if self.bottleneck
-            else basic
-        )
+        # The width, window and stride of each convolution.
+        if self.bottleneck:
+            outputs = 4 * self.width
+            layers = ((self.width, 1, 1), (self.width, 3, self.stride), (outputs, 1, 1))
+        else:
+            outputs = self.width
+            layers = ((self.width, 3, self.stride), (self.width, 3, 1))
         y = x
         for i, (width, window, stride) in enumerate(layers):
             padding = AROUND if window == 3 else "VALID"
-            y = self.conv(
-                width, (window, window), strides=stride, padding=padding, name=f"conv_{i}"
-            )(y)
+            side = (window, window)
+            y = self.conv(width, side, strides=stride, padding=padding, name=f"conv_{i}")(y)
             y = self.norm(name=f"norm_{i}")(y)
-            y = nn.relu(y) if i < len(layers) - 1 else y
-        if self.stride > 1 or x.shape[-1] != wide:
-            x = self.conv(wide, (1, 1), strides=self.stride, padding="VALID", name="projection")(x)
+            if i < len(layers) - 1:
+                y = nn.relu(y)
+        if self.stride > 1 or x.shape[-1] != outputs:
+            project = partial(self.conv, padding="VALID", name="projection")
+            x = project(outputs, (1, 1), strides=self.stride)(x)
             x = self.norm(name="projection_norm")(x)
         return nn.relu(x + y)

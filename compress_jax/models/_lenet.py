@@ -1,4 +1,4 @@
-"""LeNet-300-100 and LeNet-5, on which most methods of model compression were first shown."""
+"""LeNet-300-100 and LeNet-5, the first benchmarks of most compression methods."""
 
 from collections.abc import Sequence
 
@@ -9,52 +9,22 @@ from flax import linen as nn
 from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
-# Max pooling whose gradient is fast on every backend.
-
-
-def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
-    """Take the maximum over square windows that do not overlap.
-
-    Where the windows tile the image exactly this is a reshape and a maximum, whose gradient XLA
-    computes several times faster on a CPU than that of a window reduction. Among equal maxima it
-    shares the gradient equally.
-
-    Args:
-      x: images ``[batch, height, width, channels]``.
-      window: side of the window and distance between windows, in pixels.
-
-    Returns:
-      ``[batch, height // window, width // window, channels]``.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> max_pool(jnp.arange(16.0).reshape(1, 4, 4, 1))[0, ..., 0].tolist()
-      [[5.0, 7.0], [13.0, 15.0]]
-    """
-    batch, height, width, channels = x.shape
-    if height % window or width % window:
-        return nn.max_pool(x, (window, window), strides=(window, window))
-    tiles = x.reshape(batch, height // window, window, width // window, window, channels)
-    return tiles.max(axis=(2, 4))
-
-
-def _dense(x: jax.Array, widths: Sequence[int], dtype: DType) -> jax.Array:
-    """Apply hidden layers ``dense_0``, ``dense_1``, ... with ReLU."""
-    for i, width in enumerate(widths):
-        x = nn.relu(nn.Dense(width, dtype=dtype, name=f"dense_{i}")(x))
-    return x
-
 
 class LeNet300100(nn.Module):
-    """Fully connected network with two hidden layers, of 300 and 100 units; 266,610 parameters on 28x28 images.
+    """Fully connected network with hidden layers of 300 and 100 units.
+
+    It has 266,610 parameters on 28x28 images.
 
     Attributes:
-      classes: number of logits.
-      hidden: widths of the hidden layers.
-      dtype: what the hidden layers compute in; logits are float32.
+      classes: the number of logits.
+      hidden: the widths of the hidden layers.
+      dtype: the dtype of the hidden layers' computation; logits are float32.
 
     Example:
-      >>> model = LeNet300100()
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.LeNet300100()
       >>> images = jnp.zeros((2, 28, 28, 1))
       >>> variables = model.init(jax.random.key(0), images)
       >>> model.apply(variables, images).shape
@@ -71,7 +41,12 @@ class LeNet300100(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits ``[batch, classes]`` of inputs ``[batch, ...]``, which are flattened; ``train`` changes nothing."""
+        """Return logits ``[batch, classes]``.
+
+        Args:
+          x: inputs ``[batch, ...]``, flattened to vectors.
+          train: has no effect.
+        """
         x = _dense(x.reshape(x.shape[0], -1), self.hidden, self.dtype)
         return head(self.classes, self.dtype)(x)
 
@@ -84,15 +59,18 @@ class LeNet5(nn.Module):
     literature, with 431,080.
 
     Attributes:
-      classes: number of logits.
-      features: channels of the convolutions.
-      hidden: widths of the hidden layers.
-      padding: of the convolutions: ``"VALID"`` as published, or ``"SAME"``, which also suits images
-        under 16x16.
-      dtype: what the layers compute in; logits are float32.
+      classes: the number of logits.
+      features: the numbers of channels of the convolutions.
+      hidden: the widths of the hidden layers.
+      padding: the padding of the convolutions: ``"VALID"`` as published, or ``"SAME"``, which also
+        suits images smaller than 16x16.
+      dtype: the dtype of the layers' computation; logits are float32.
 
     Example:
-      >>> model = LeNet5()
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.LeNet5()
       >>> images = jnp.zeros((2, 28, 28, 1))
       >>> variables = jax.jit(model.init)(jax.random.key(0), images)
       >>> sorted(variables["params"])
@@ -112,9 +90,48 @@ class LeNet5(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits ``[batch, classes]`` of images ``[batch, height, width, channels]``; ``train`` changes nothing."""
+        """Return logits ``[batch, classes]``.
+
+        Args:
+          x: images ``[batch, height, width, channels]``.
+          train: has no effect.
+        """
         for i, width in enumerate(self.features):
             conv = nn.Conv(width, (5, 5), padding=self.padding, dtype=self.dtype, name=f"conv_{i}")
             x = max_pool(nn.relu(conv(x)))
         x = _dense(x.reshape(x.shape[0], -1), self.hidden, self.dtype)
         return head(self.classes, self.dtype)(x)
+
+
+def max_pool(x: jax.Array, window: int = 2) -> jax.Array:
+    """Take the maximum over square windows that do not overlap.
+
+    Where the windows tile the image exactly this is a reshape and a maximum, whose gradient is
+    several times faster on CPU than that of a window reduction. Equal maxima share the gradient
+    equally.
+
+    Args:
+      x: images ``[batch, height, width, channels]``.
+      window: the side of the window and the stride, in pixels.
+
+    Returns:
+      ``[batch, height // window, width // window, channels]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> image = jnp.arange(16.0).reshape(1, 4, 4, 1)
+      >>> max_pool(image)[0, ..., 0].tolist()
+      [[5.0, 7.0], [13.0, 15.0]]
+    """
+    batch, height, width, channels = x.shape
+    if height % window or width % window:
+        return nn.max_pool(x, (window, window), strides=(window, window))
+    tiles = x.reshape(batch, height // window, window, width // window, window, channels)
+    return tiles.max(axis=(2, 4))
+
+
+def _dense(x: jax.Array, widths: Sequence[int], dtype: DType) -> jax.Array:
+    """Apply hidden layers ``dense_0``, ``dense_1``, ... with ReLU."""
+    for i, width in enumerate(widths):
+        x = nn.relu(nn.Dense(width, dtype=dtype, name=f"dense_{i}")(x))
+    return x

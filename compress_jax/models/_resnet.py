@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import DType
 from compress_jax.models._head import head
 
@@ -14,24 +15,28 @@ from compress_jax.models._head import head
 class ResNet(nn.Module):
     """Residual network of depth ``6 n + 2``: three stages of n blocks, at widths w, 2 w and 4 w.
 
-    Where a stage begins with a change of shape the shortcut is a strided 1x1 convolution with batch
-    norm (the paper's option B), or, with ``projection=False``, subsampling and zero channels
-    (option A, the one its CIFAR table uses). ResNet-20 of width 16 on 32x32x3 images has 272,474
+    Where a stage changes the shape, the shortcut is a strided 1x1 convolution with batch norm (the
+    paper's option B), or with ``projection=False`` subsampling and zero channels (option A, used in
+    its CIFAR table). ResNet-20 of width 16 on 32x32x3 images has 272,474
     parameters with projections and 269,722 without.
 
     Attributes:
-      depth: 8, 14, 20, 26, 32, 44, 56, ...: number of layers with kernels, projections not counted.
-      width: channels of the first stage, w.
-      classes: number of logits.
-      stem_stride: stride of the first convolution; 2 makes everything after it about four times
-        cheaper.
+      depth: the number of layers with kernels, without projections: 8, 14, 20, 26, 32, 44, 56, ...
+      width: the number of channels of the first stage, w.
+      classes: the number of logits.
+      stem_stride: the stride of the first convolution; with 2 all later layers cost about a
+        quarter.
       projection: option B if true, option A if false.
-      dtype: what the layers compute in; logits are float32.
-      axis_name: the axis to average batch statistics over, needed under `train.pmap_step` only (say
-        ``model.clone(axis_name="data")``); under `train.jit_step` the batch is whole without it.
+      dtype: the dtype of the layers' computation; logits are float32.
+      axis_name: the mapped axis to average batch statistics over. Only `train.pmap_step` needs it
+        (``model.clone(axis_name="data")``); under `train.jit_step` statistics are of the whole
+        batch.
 
     Example:
-      >>> model = ResNet(depth=8, width=4)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> model = cj.models.ResNet(depth=8, width=4)
       >>> images = jnp.zeros((2, 28, 28, 1))
       >>> variables = jax.jit(model.init)(jax.random.key(0), images)
       >>> sorted(variables)
@@ -54,10 +59,15 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Return logits of images ``[batch, height, width, channels]``; ``train`` normalises by the batch itself."""
+        """Return logits ``[batch, classes]``.
+
+        Args:
+          x: images ``[batch, height, width, channels]``.
+          train: normalize by the statistics of the batch, and update the running averages.
+        """
         blocks, rest = divmod(self.depth - 2, 6)
         if rest or blocks < 1:
-            raise ValueError(
+            raise ArgumentError(
                 f"a ResNet of this type has depth 6 n + 2 (8, 14, 20, ...), got depth={self.depth}"
             )
         conv = partial(
@@ -70,15 +80,9 @@ class ResNet(nn.Module):
         for stage in range(3):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1
-                block = Block(
-                    self.width * 2**stage,
-                    stride,
-                    self.projection,
-                    conv,
-                    norm,
-                    name=f"block_{stage}_{i}",
-                )
-                x = block(x)
+                width = self.width * 2**stage
+                name = f"block_{stage}_{i}"
+                x = Block(width, stride, self.projection, conv, norm, name=name)(x)
         return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))
 
 
@@ -86,12 +90,12 @@ class Block(nn.Module):
     """Basic block: ``relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))``.
 
     Attributes:
-      width: channels it returns.
-      stride: stride of its first convolution.
-      projection: whether a shortcut that changes shape is a 1x1 convolution (else subsampling and
-        zero channels).
-      conv: convolution layer, complete but for width, window and name.
-      norm: normalisation layer, complete but for its name.
+      width: the number of output channels.
+      stride: the stride of the first convolution.
+      projection: whether a shortcut that changes the shape is a 1x1 convolution; else it is
+        subsampling and zero channels.
+      conv: makes a convolution from width, window and name.
+      norm: makes a normalization layer from its name.
     """
 
     width: int
@@ -114,5 +118,6 @@ class Block(nn.Module):
         if self.projection:
             x = self.conv(self.width, (1, 1), strides=self.stride, name="projection")(x)
             return self.norm(name="projection_norm")(x)
+        # Option A: every other pixel, and zeros for the new channels.
         x = x[:, :: self.stride, :: self.stride]
         return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, self.width - x.shape[-1])))

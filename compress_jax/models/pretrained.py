@@ -1,14 +1,13 @@
-"""Published weights of PyTorch models for the networks here: names are mapped, kernels transposed, nothing is executed.
+"""Import the published weights of PyTorch models: map their names and transpose their kernels.
 
-Weights are a dict of arrays by their PyTorch names: from a safetensors file by `read`, or ``{k: v.numpy() for k, v in
-model.state_dict().items()}``.
+Weights are a dict of arrays by their PyTorch names, from a safetensors file by `read`, or from
+``{name: x.numpy() for name, x in model.state_dict().items()}``. No code from a file is executed.
 """
 
 import fnmatch
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,11 +16,15 @@ import safetensors.numpy
 
 from compress_jax.core.errors import WeightsError
 from compress_jax.core.paths import Patterns, flatten, matches
-from compress_jax.core.types import Variables
+from compress_jax.core.types import Array, Variables
 
-Weights = Mapping[str, Any]
+Weights = Mapping[str, Array]
+"""Arrays by their PyTorch names."""
+
+# The last part of a name: Flax's and PyTorch's.
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
 STATISTICS = {"mean": "running_mean", "var": "running_var"}
+# Patterns of layers in our tree, and the layer's PyTorch name.
 BERT = (
     (r"tokens", "embeddings.word_embeddings"),
     (r"positions", "embeddings.position_embeddings"),
@@ -36,38 +39,31 @@ BERT = (
     (r"pooler", "pooler.dense"),
     (r"head", "classifier"),
 )
-# Stages count from 0 here and from 1 there, as do convolutions.
-RESNET = (
-    (r"stem", "conv1"),
-    (r"stem_norm", "bn1"),
-    *(
-        (rf"block_{stage}_(\d+)/conv_{i}", rf"layer{stage + 1}.\1.conv{i + 1}")
-        for stage in range(4)
-        for i in range(3)
-    ),
-    *(
-        (rf"block_{stage}_(\d+)/norm_{i}", rf"layer{stage + 1}.\1.bn{i + 1}")
-        for stage in range(4)
-        for i in range(3)
-    ),
-    *(
-        (rf"block_{stage}_(\d+)/projection", rf"layer{stage + 1}.\1.downsample.0")
-        for stage in range(4)
-    ),
-    *(
-        (rf"block_{stage}_(\d+)/projection_norm", rf"layer{stage + 1}.\1.downsample.1")
-        for stage in range(4)
-    ),
-    (r"head", "fc"),
-)
+
+
+def _resnet_names() -> tuple[tuple[str, str], ...]:
+    """Return the names of ResNet's layers; PyTorch counts stages and convolutions from 1."""
+    names = [(r"stem", "conv1"), (r"stem_norm", "bn1"), (r"head", "fc")]
+    for stage in range(4):
+        ours = rf"block_{stage}_(\d+)"
+        theirs = rf"layer{stage + 1}.\1"
+        for i in range(3):
+            names.append((rf"{ours}/conv_{i}", rf"{theirs}.conv{i + 1}"))
+            names.append((rf"{ours}/norm_{i}", rf"{theirs}.bn{i + 1}"))
+        names.append((rf"{ours}/projection", rf"{theirs}.downsample.0"))
+        names.append((rf"{ours}/projection_norm", rf"{theirs}.downsample.1"))
+    return tuple(names)
+
+
+RESNET = _resnet_names()
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Read a safetensors file.
 
     Args:
-      path: the file. Files of ``torch.save`` are refused: they are pickles, which may execute
-        anything.
+      path: the file. Files of ``torch.save`` are refused: they are pickles, which may execute any
+        code.
 
     Returns:
       Arrays by name.
@@ -78,32 +74,34 @@ def read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     Example:
       >>> import tempfile
       >>> from pathlib import Path
+      >>> import safetensors.numpy
+      >>> import compress_jax as cj
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
       >>> safetensors.numpy.save_file({"fc.bias": np.ones(2)}, file)
-      >>> read(file)["fc.bias"].tolist()
+      >>> cj.models.pretrained.read(file)["fc.bias"].tolist()
       [1.0, 1.0]
     """
     try:
         return safetensors.numpy.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise WeightsError(
-            f"cannot read {path} as safetensors: {error}. A file of torch.save is converted, by "
-            "whoever trusts it, with "
+            f"cannot read {path} as safetensors: {error}. If you trust a file of torch.save, "
+            "convert it with "
             "safetensors.torch.save_file(torch.load(file, weights_only=True), 'model.safetensors')"
         ) from error
 
 
 def bert(
     variables: Variables, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
-) -> Any:
-    """Fill `Bert` or `BertClassifier` with weights named as Hugging Face's ``BertModel`` and its like name them.
+) -> Variables:
+    """Load weights with the names of Hugging Face's ``BertModel`` into `Bert` or `BertClassifier`.
 
     Args:
-      variables: of the model's ``init``, or the shapes of it that ``jax.eval_shape`` gives.
-      weights: by name, with or without the prefix ``bert.``; old layer norms' ``gamma`` and
-        ``beta`` are understood.
-      ignore: globs of their names that need not be used: ``"pooler.*"`` for a `Bert`, ``"cls.*"``
-        for a head it has not.
+      variables: from the model's ``init``, or its shapes from ``jax.eval_shape``.
+      weights: by name, with or without the prefix ``bert.``, with ``weight`` and ``bias`` or the
+        older ``gamma`` and ``beta`` in layer norms.
+      ignore: globs of PyTorch names that need not be used: ``"pooler.*"`` for a `Bert`, ``"cls.*"``
+        for a head that the model lacks.
       fresh: globs of our paths that stay as they are in ``variables``: ``"params/head/*"`` for a
         new task.
 
@@ -111,31 +109,35 @@ def bert(
       Variables.
 
     Raises:
-      WeightsError: if anything is missing, unexpected or of another shape; it lists all of it.
+      WeightsError: if weights are missing, unexpected or of another shape; it lists them all.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> variables = {"params": {"norm": {"scale": jnp.zeros(2), "bias": jnp.zeros(2)}}}
-      >>> weights = {"bert.embeddings.LayerNorm.gamma": np.ones(2), "bert.embeddings.LayerNorm.beta": np.ones(2)}
-      >>> bert(variables, weights)["params"]["norm"]["scale"].tolist()
+      >>> norm = {"gamma": np.ones(2), "beta": np.ones(2)}
+      >>> weights = {f"bert.embeddings.LayerNorm.{name}": x for name, x in norm.items()}
+      >>> cj.models.pretrained.bert(variables, weights)["params"]["norm"]["scale"].tolist()
       [1.0, 1.0]
     """
-    old = {"gamma": "weight", "beta": "bias"}
-    named = {
-        re.sub(r"(?<=LayerNorm\.)(gamma|beta)$", lambda m: old[m[1]], _bare(k)): v
-        for k, v in weights.items()
-    }
+    named = {}
+    for name, x in weights.items():
+        name = name.removeprefix("bert.")
+        name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
+        name = re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
+        named[name] = x
     return _fill(variables, named, BERT, (*ignore, "*position_ids"), fresh)
 
 
 def resnet(
     variables: Variables, weights: Weights, *, ignore: Sequence[str] = (), fresh: Patterns = ()
-) -> Any:
-    """Fill `ImageNetResNet` with weights named as torchvision names them.
+) -> Variables:
+    """Load weights with torchvision's names into `ImageNetResNet`.
 
     Args:
-      variables: of the model's ``init``, or the shapes of it that ``jax.eval_shape`` gives.
+      variables: from the model's ``init``, or its shapes from ``jax.eval_shape``.
       weights: by name.
-      ignore: globs of their names that need not be used.
+      ignore: globs of PyTorch names that need not be used.
       fresh: globs of our paths that stay as they are in ``variables``: ``"params/head/*"`` for
         other classes.
 
@@ -143,19 +145,17 @@ def resnet(
       Variables, batch statistics included.
 
     Raises:
-      WeightsError: if anything is missing, unexpected or of another shape; it lists all of it.
+      WeightsError: if weights are missing, unexpected or of another shape; it lists them all.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> variables = {"params": {"stem": {"kernel": jnp.zeros((7, 7, 3, 64))}}}
-      >>> filled = resnet(variables, {"conv1.weight": np.ones((64, 3, 7, 7))})
+      >>> filled = cj.models.pretrained.resnet(variables, {"conv1.weight": np.ones((64, 3, 7, 7))})
       >>> filled["params"]["stem"]["kernel"].shape
       (7, 7, 3, 64)
     """
     return _fill(variables, weights, RESNET, (*ignore, "*num_batches_tracked"), fresh)
-
-
-def _bare(name: str) -> str:
-    return name.removeprefix("bert.")
 
 
 def _fill(
@@ -164,61 +164,61 @@ def _fill(
     names: Sequence[tuple[str, str]],
     ignore: Sequence[str],
     fresh: Patterns,
-) -> Any:
-    """Return the variables with every leaf taken from the weights, or say everything that is wrong."""
+) -> Variables:
+    """Return the variables with every leaf from the weights.
+
+    Raises:
+      WeightsError: with all problems at once.
+    """
     leaves, rebuild = flatten(variables)
-    wanted = {path: _theirs(path, names) for path in leaves if not matches(fresh, path)}
-    missing = [f"{path} (their {name})" for path, name in wanted.items() if name not in weights]
-    used = {*wanted.values(), *(_theirs(path, names) for path in leaves)}
-    left = [
-        n
-        for n in weights
-        if n not in used and not any(fnmatch.fnmatchcase(n, glob) for glob in ignore)
-    ]
-    found = {
-        path: _turned(path, np.asarray(weights[name]))
-        for path, name in wanted.items()
-        if name in weights
-    }
-    wrong = [
-        f"{p}: {x.shape} here is {leaves[p].shape}"
-        for p, x in found.items()
-        if x.shape != leaves[p].shape
-    ]
-    empty = [
-        path
-        for path, leaf in leaves.items()
-        if path not in wanted and not hasattr(leaf, "__array__")
-    ]
+    theirs = {path: _torch_name(path, names) for path in leaves}
+    wanted = {path: name for path, name in theirs.items() if not matches(fresh, path)}
+    found = {}
+    missing = []
+    wrong = []
+    for path, name in wanted.items():
+        if name not in weights:
+            missing.append(f"{path} (their {name})")
+            continue
+        x = found[path] = _transposed(path, np.asarray(weights[name]))
+        if x.shape != leaves[path].shape:
+            wrong.append(f"{path}: {x.shape} here is {leaves[path].shape}")
+    used = set(theirs.values())
+    unused = [name for name in weights if name not in used and not _matches_any(name, ignore)]
+    fresh_paths = [path for path in leaves if path not in wanted]
+    shapes_only = [path for path in fresh_paths if not hasattr(leaves[path], "__array__")]
     problems = {
         "the model has, the weights have not": missing,
-        "the weights have, the model has not (a glob in ignore= drops them)": left,
+        "the weights have, the model has not (a glob in ignore= drops them)": unused,
         "of another shape, as (theirs, transposed) here is (ours)": wrong,
-        "to stay fresh, but given as shapes only: pass variables of init": empty,
+        "to stay fresh, but given as shapes only: pass variables of init": shapes_only,
     }
     if any(problems.values()):
-        lists = (f"{what}:\n  " + "\n  ".join(each) for what, each in problems.items() if each)
+        lists = [f"{what}:\n  " + "\n  ".join(each) for what, each in problems.items() if each]
         raise WeightsError("these weights do not fit the model. " + "\n".join(lists))
-    return rebuild(
-        {p: jnp.asarray(found[p], leaf.dtype) if p in found else leaf for p, leaf in leaves.items()}
-    )
+    for path, x in found.items():
+        leaves[path] = jnp.asarray(x, leaves[path].dtype)
+    return rebuild(leaves)
 
 
-def _theirs(path: str, names: Sequence[tuple[str, str]]) -> str:
-    """Return their name of a leaf of ours."""
-    collection, _, place = path.partition("/")
-    layer, _, leaf = place.removeprefix("encoder/").rpartition("/")
+def _matches_any(name: str, globs: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
+
+
+def _torch_name(path: str, names: Sequence[tuple[str, str]]) -> str:
+    """Return the PyTorch name of a leaf."""
+    collection, _, inside = path.partition("/")
+    layer, _, leaf = inside.removeprefix("encoder/").rpartition("/")
     ends = STATISTICS if collection == "batch_stats" else LEAVES
     for pattern, theirs in names:
-        if (match := re.fullmatch(pattern, layer)) and leaf in ends:
+        match = re.fullmatch(pattern, layer)
+        if match and leaf in ends:
             return f"{match.expand(theirs)}.{ends[leaf]}"
     raise WeightsError(f"{path!r} is no parameter of a model that such weights are for")
 
 
-def _turned(path: str, x: np.ndarray) -> np.ndarray:
-    """Return an array of theirs with its axes in our order: ``[out, in, ...]`` becomes ``[..., in, out]``."""
-    return (
-        np.transpose(x, (*range(2, x.ndim), 1, 0))
-        if path.endswith("/kernel") and x.ndim >= 2
-        else x
-    )
+def _transposed(path: str, x: np.ndarray) -> np.ndarray:
+    """Return a kernel ``[out, in, ...]`` as ``[..., in, out]``, other arrays as they are."""
+    if not path.endswith("/kernel") or x.ndim < 2:
+        return x
+    return np.transpose(x, (*range(2, x.ndim), 1, 0))

@@ -1,23 +1,27 @@
-"""Pruning: weights seen as zero, chosen by a score, an amount and a schedule."""
+"""Pruning: masks from a score, a sparsity and a schedule; README.md says which method when."""
 
+from collections.abc import Callable
+from typing import Any
+
+from compress_jax.core.deprecated import renamed
 from compress_jax.prune import importance
 from compress_jax.prune._at_init import grasp, snip, synflow
 from compress_jax.prune._budgets import for_bytes, for_flops
 from compress_jax.prune._channels.result import Removal, Shrunk, narrow
 from compress_jax.prune._channels.shrink import shrink
-from compress_jax.prune._dynamic import Growth, regrowing, rigl, set
+from compress_jax.prune._dynamic import Growth, regrowing, rigl, sparse_evolution
 from compress_jax.prune._gains import Gain, Gains, gains
 from compress_jax.prune._gradient_scores import fisher, movement, saliency
 from compress_jax.prune._lottery import nested, rewind, rewinding, rounds
-from compress_jax.prune._masks.score import Score, Seen, masked, normalized
+from compress_jax.prune._masks.score import Score, ScoreInputs, by_score, normalized
 from compress_jax.prune._masks.structures import block, channel, head, n_m
 from compress_jax.prune._oneshot.post_training import Pruned
 from compress_jax.prune._oneshot.sparsegpt import sparsegpt
 from compress_jax.prune._oneshot.wanda import wanda
-from compress_jax.prune._restart import grown, reset_moments, restart
+from compress_jax.prune._restart import newly_active, reset_moments, restart
 from compress_jax.prune._scores import lamp, magnitude, random, scored
 from compress_jax.prune._sparsities import cubic, erk, shares
-from compress_jax.prune._top_kast import ste, top_kast
+from compress_jax.prune._top_kast import straight_through, top_kast
 
 __all__ = [
     "Gain",
@@ -26,9 +30,10 @@ __all__ = [
     "Pruned",
     "Removal",
     "Score",
-    "Seen",
+    "ScoreInputs",
     "Shrunk",
     "block",
+    "by_score",
     "channel",
     "cubic",
     "erk",
@@ -37,16 +42,15 @@ __all__ = [
     "for_flops",
     "gains",
     "grasp",
-    "grown",
     "head",
     "importance",
     "lamp",
     "magnitude",
-    "masked",
     "movement",
     "n_m",
     "narrow",
     "nested",
+    "newly_active",
     "normalized",
     "random",
     "regrowing",
@@ -58,18 +62,29 @@ __all__ = [
     "rounds",
     "saliency",
     "scored",
-    "set",
     "shares",
     "shrink",
     "snip",
+    "sparse_evolution",
     "sparsegpt",
-    "ste",
+    "straight_through",
     "synflow",
     "top_kast",
     "wanda",
 ]
 
+__getattr__: Callable[[str], Any] = renamed(
+    {
+        "Seen": "ScoreInputs",
+        "grown": "newly_active",
+        "masked": "by_score",
+        "set": "sparse_evolution",
+        "ste": "straight_through",
+    },
+    __name__,
+)
+
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """List the public names, without the modules that define them."""
     return sorted(__all__)

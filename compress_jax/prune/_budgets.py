@@ -1,8 +1,9 @@
-"""The sparsity that just meets a budget of operations or bytes, under any rule that spreads a sparsity over layers."""
+"""The least sparsity that meets a budget of operations or bytes, for any allocation to layers."""
 
 from collections.abc import Callable, Mapping
 
 from compress_jax.core.compression import Compression
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.packed import nbytes
 from compress_jax.core.types import ModelFn, Params, PyTree
@@ -10,6 +11,7 @@ from compress_jax.prune._scores import magnitude
 from compress_jax.trace import cost
 
 Allocation = Mapping[str, float]
+"""The sparsity by path."""
 
 
 def for_flops(
@@ -19,20 +21,20 @@ def for_flops(
     params: Params,
     *inputs: PyTree,
 ) -> dict[str, float]:
-    r"""Return the allocation of least sparsity whose multiply-accumulates with kept weights are within a share of all.
+    r"""Return the allocation of least sparsity that meets a budget of multiply-accumulates.
 
     .. math:: \sum_i M_i (1 - s_i) \le budget \sum_i M_i
 
-    over the contractions i that `trace.cost` finds in ``fn``, of :math:`M_i` multiply-accumulates
-    each; :math:`s_i` is the sparsity of its weights, 0 for what has none.
+    The sum is over the contractions i that `trace.cost` finds in ``fn``, with :math:`M_i`
+    multiply-accumulates and weights of sparsity :math:`s_i` (0 if they are not pruned).
 
     Args:
-      budget: share of the multiply-accumulates that may be left, 0 to 1.
+      budget: the share of the multiply-accumulates that may be left, 0 to 1.
       allocate: ``sparsity -> {path: sparsity}``, such as ``lambda s: erk(params, s)``, or
         ``lambda s: dict.fromkeys(kernels, s)`` for the same share everywhere.
-      fn: ``(params, *inputs) -> outputs``; paths are those within ``params``.
+      fn: ``(params, *inputs) -> outputs``.
       params: tree of arrays or shapes.
-      inputs: of ``fn``; a batch size changes nothing.
+      inputs: the inputs of ``fn``; the batch size does not matter.
 
     Returns:
       ``{path: sparsity}``, for the ``sparsity`` of any method.
@@ -42,44 +44,46 @@ def for_flops(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> def fn(p, x): return jnp.repeat(x, 3, axis=0) @ p["a"] @ p["b"]
       >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
-      >>> for_flops(0.5, lambda s: {"a": s}, fn, params, jnp.ones((1, 4)))
+      >>> cj.prune.for_flops(0.5, lambda s: {"a": s}, fn, params, jnp.ones((1, 4)))
       {'a': 0.75}
 
     References:
       Evci et al., "Rigging the Lottery: Making All Tickets Winners", 2020, appendix H: FLOPs of
       sparse layers.
     """
-    sites = [(site.site.param, site.macs) for site in cost(fn, params, *inputs).by_site.values()]
-    total = sum(macs for _, macs in sites)
+    sites = cost(fn, params, *inputs).by_site.values()
+    total = sum(site.macs for site in sites)
 
     def left(allocation: Allocation) -> float:
-        return sum(macs * (1 - allocation.get(param or "", 0.0)) for param, macs in sites) / max(
-            total, 1
-        )
+        kept = [site.macs * (1 - allocation.get(site.site.param or "", 0.0)) for site in sites]
+        return sum(kept) / max(total, 1)
 
-    return _least(budget, allocate, left, turns=40)
+    return _least(budget, allocate, left, iterations=40)
 
 
+@renamed_arguments(turns="iterations")
 def for_bytes(
     budget: float,
     allocate: Callable[[float], Allocation],
     params: Params,
     *,
     method: Callable[[Allocation], Compression] = magnitude,
-    turns: int = 12,
+    iterations: int = 12,
 ) -> dict[str, float]:
-    """Return the allocation of least sparsity whose packed params are within a share of the dense bytes.
+    """Return the allocation of least sparsity whose packed params meet a budget of bytes.
 
-    The bytes are those that `pack` makes: values, the masks' bits or gaps, and what stays dense.
+    The bytes are those of the packed params: values, the bits or gaps of masks, and dense leaves.
 
     Args:
-      budget: share of the bytes that may be left, above 0.
+      budget: the share of the dense bytes that may be left, above 0.
       allocate: ``sparsity -> {path: sparsity}``, see `for_flops`.
       params: tree of arrays.
       method: ``{path: sparsity} -> Compression``.
-      turns: how often the interval of sparsities is halved; each turn prunes and packs once.
+      iterations: how often the interval of sparsities is halved; each iteration prunes and packs
+        once.
 
     Returns:
       ``{path: sparsity}``, for the ``sparsity`` of the method.
@@ -89,8 +93,9 @@ def for_bytes(
 
     Example:
       >>> import jax
+      >>> import compress_jax as cj
       >>> params = {"w": jax.random.normal(jax.random.key(0), (16, 16))}
-      >>> for_bytes(0.25, lambda s: {"w": s}, params, turns=3)["w"]
+      >>> cj.prune.for_bytes(0.25, lambda s: {"w": s}, params, iterations=3)["w"]
       0.875
     """
     dense = nbytes(params)
@@ -99,29 +104,33 @@ def for_bytes(
         c = method(allocation)
         return nbytes(c.pack(params, c.init(params))) / dense
 
-    return _least(budget, allocate, left, turns)
+    return _least(budget, allocate, left, iterations)
 
 
 def _least(
     budget: float,
     allocate: Callable[[float], Allocation],
     left: Callable[[Allocation], float],
-    turns: int,
+    iterations: int,
 ) -> dict[str, float]:
-    """Halve the interval of sparsities; the upper end meets the budget throughout."""
-    low, high, best = 0.0, 1.0, allocate(1.0)
-    if left(allocate(0.0)) <= budget:
-        return dict(allocate(0.0))
+    """Halve the interval of sparsities; its upper end meets the budget throughout."""
+    dense = allocate(0.0)
+    if left(dense) <= budget:
+        return dict(dense)
+    best = allocate(1.0)
     if (least := left(best)) > budget:
         raise ConfigError(
             f"no sparsity meets the budget {budget:g}: with every weight of {', '.join(best)} "
-            f"pruned, {least:.3g} is left; "
-            "prune more leaves or raise the budget"
+            f"pruned, {least:.3g} is left; prune more leaves or raise the budget"
         )
-    for _ in range(turns):
+    low = 0.0
+    high = 1.0
+    for _ in range(iterations):
         middle = (low + high) / 2
         allocation = allocate(middle)
-        low, high, best = (
-            (low, middle, allocation) if left(allocation) <= budget else (middle, high, best)
-        )
+        if left(allocation) <= budget:
+            high = middle
+            best = allocation
+        else:
+            low = middle
     return dict(best)

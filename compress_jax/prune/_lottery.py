@@ -1,4 +1,4 @@
-"""Lottery tickets: train, prune, go back to the weights of an early step, again; as pure transitions of a training state."""
+"""Lottery tickets: train, prune, rewind to early weights, repeat, as pure functions of states."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,17 +16,19 @@ from compress_jax.core.paths import flatten, owner
 from compress_jax.core.schedules import Scheduled, at_once, schedules_of
 from compress_jax.core.types import Params, PyTree
 
-BACK = 2  # steps that going back takes: p + (s - p) is rounded, but then s - p is exact (Sterbenz), and so is the second sum
+# An optimizer can only add to the params, and p + (s - p) is rounded. After it s - p is exact
+# (Sterbenz), so a second step arrives at s exactly.
+BACK = 2
 
 
 def rounds(share: float, steps: int = 1) -> optax.Schedule:
-    """Return the sparsity of iterative pruning: every round prunes the same share of what is left.
+    """Return the schedule of iterative pruning: each round prunes the same share of what is left.
 
     ``s(step) = 1 - (1 - share)**k`` in round ``k = step // steps``; nothing is pruned in round 0.
 
     Args:
-      share: of the weights that are left, pruned at the end of each round.
-      steps: of a round; 1 to count in rounds.
+      share: the share of the remaining weights that is pruned at the end of each round.
+      steps: the number of steps in a round; 1 to count in rounds.
 
     Returns:
       An optax schedule, ``step -> float32``.
@@ -35,55 +37,64 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
       ArgumentError: unless ``0 < share < 1`` and ``steps`` is at least 1.
 
     Example:
-      >>> [round(float(rounds(0.2)(k)), 3) for k in range(4)]
+      >>> import compress_jax as cj
+      >>> [round(float(cj.prune.rounds(0.2)(k)), 3) for k in range(4)]
       [0.0, 0.2, 0.36, 0.488]
 
     References:
       Frankle and Carbin, "The Lottery Ticket Hypothesis", 2019, section 1, strategy of iterative
       pruning.
     """
-    share, steps = number("share", share), whole("steps", steps)
+    share = number("share", share)
+    steps = whole("steps", steps)
     if not 0 < share < 1 or steps < 1:
         raise ArgumentError(
-            f"a share between 0 and 1 is pruned each round of at least one step, got {share} and "
-            f"{steps}"
+            f"give a share between 0 and 1 and rounds of at least one step, got {share} and {steps}"
         )
-    return lambda step: (
-        1 - jnp.float32(1 - share) ** (jnp.asarray(step) // steps).astype(jnp.float32)
-    )
+
+    def schedule(step: Any) -> jax.Array:
+        done = (jnp.asarray(step) // steps).astype(jnp.float32)
+        return 1 - jnp.float32(1 - share) ** done
+
+    return schedule
 
 
 def nested(compression: Compression) -> Compression:
-    """Let a pruning method choose among what it has kept so far: weights that were pruned never come back.
+    """Let a pruning method choose only among the weights that are left: none comes back.
 
-    `update` is given the weights as the masks show them, so a pruned one counts as zero, which
-    methods that score by size (`magnitude`, `fisher`, `saliency` without a decay) prune first.
-    Needed wherever pruned weights do not stay at zero: after rewinding, and in gradual pruning by
-    `saliency`, where they would come and go with the noise of a batch's gradient.
+    `update` is given the masked weights. A pruned weight is then zero, and methods that score by
+    size (`magnitude`, `fisher`, `saliency` without a decay) prune zeros first. This is needed where
+    pruned weights have values: after rewinding, and in gradual pruning by `saliency`, where the
+    noise of the gradient would bring them back.
 
     Args:
       compression: from `magnitude` or the like, with a sparsity that does not fall.
 
     Returns:
-      The Compression; its state is that of the one given.
+      The Compression; its state is that of the given one.
+
+    Raises:
+      ArgumentError: if the argument is no Compression.
 
     Example:
-      >>> from compress_jax.prune import magnitude
-      >>> c = nested(magnitude(rounds(0.5)))
-      >>> trained, rewound = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}, {"w": jnp.array([9.0, 8.0, 1.0, 2.0])}
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> c = cj.prune.nested(cj.prune.magnitude(cj.prune.rounds(0.5)))
+      >>> trained = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
+      >>> rewound = {"w": jnp.array([9.0, 8.0, 1.0, 2.0])}
       >>> state = c.update(trained, c.init(trained), step=1)
       >>> c.view(rewound, c.update(rewound, state, step=2))["w"].tolist()
       [0.0, 0.0, 0.0, 2.0]
     """
     checked("compression", compression)
 
-    def nesting(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
+    def on_view(update: Callable[..., CompressionState]) -> Callable[..., CompressionState]:
         return lambda params, state, **inputs: update(
             compression.view(params, state), state, **inputs
         )
 
     update = Scheduled(
-        nesting(compression.update), schedules_of(compression), nesting(at_once(compression))
+        on_view(compression.update), schedules_of(compression), on_view(at_once(compression))
     )
     return compression._replace(
         update=update,
@@ -92,41 +103,47 @@ def nested(compression: Compression) -> Compression:
     )
 
 
-def rewind(state: PyTree, saved: Any, masks: CompressionState, *, weights: bool = True) -> Any:
-    """Return a training state that starts the next round: early weights (or only the early learning rate), new masks.
+def rewind(
+    state: PyTree, saved: PyTree, masks: CompressionState, *, weights: bool = True
+) -> PyTree:
+    """Return the training state that starts the next round: early weights under new masks.
 
-    Weight rewinding continues from ``saved`` in all but the masks. Learning-rate rewinding keeps
-    the trained weights and the model's other state, and takes the step, the optimizer's state and
-    thus the schedule of ``saved``.
+    Weight rewinding continues from ``saved`` in everything but the masks. Learning-rate rewinding
+    keeps the trained weights and the model's other state, and takes the step and the optimizer's
+    state (hence the schedule) of ``saved``.
 
     Args:
-      state: NamedTuple with fields ``step, params, learned, fixed, opt_state``, such as
-        ``train.TrainState``: trained.
-      saved: the like, of an early step; a copy, if steps donate their state.
-      masks: state of the compression for the next round: ``compression.update(state.params, ...)``
-        of a `nested` one.
-      weights: whether weights go back; else only the learning rate.
+      state: the trained state, a NamedTuple with fields ``step, params, learned, fixed, opt_state``
+        such as ``train.TrainState``.
+      saved: the state of an early step; a copy, if steps donate their state.
+      masks: the compression's state for the next round, from ``update(state.params, ...)`` of a
+        `nested` compression.
+      weights: whether weights are rewound; else only the learning rate.
 
     Returns:
-      The like.
+      A state of the same type.
 
     Raises:
       StateError: if a field is missing.
 
     Example:
-      >>> from compress_jax.prune import magnitude
+      >>> from typing import Any, NamedTuple
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> class State(NamedTuple):
       ...     step: int
       ...     params: Any
       ...     learned: Any
       ...     fixed: Any
       ...     opt_state: Any
-      >>> c, early = nested(magnitude(rounds(0.5))), {"w": jnp.array([1.0, -1.0])}
+      >>> c = cj.prune.nested(cj.prune.magnitude(cj.prune.rounds(0.5)))
+      >>> early = {"w": jnp.array([1.0, -1.0])}
       >>> saved = State(10, early, *c.init(early), opt_state=())
       >>> state = saved._replace(step=99, params={"w": jnp.array([5.0, -0.1])})
-      >>> masks = c.update(state.params, CompressionState(state.learned, state.fixed), step=1)
-      >>> after = rewind(state, saved, masks)
-      >>> after.step, c.view(after.params, CompressionState(after.learned, after.fixed))["w"].tolist()
+      >>> masks = c.update(state.params, cj.CompressionState(state.learned, state.fixed), step=1)
+      >>> after = cj.prune.rewind(state, saved, masks)
+      >>> view = c.view(after.params, cj.CompressionState(after.learned, after.fixed))
+      >>> after.step, view["w"].tolist()
       (10, [1.0, 0.0])
 
     References:
@@ -149,17 +166,17 @@ def rewind(state: PyTree, saved: Any, masks: CompressionState, *, weights: bool 
 
 
 class Rewound(NamedTuple):
-    """State of a `rewinding` optimizer.
+    """The state of a `rewinding` optimizer.
 
     Attributes:
-      count: int32 ``[]``, steps taken, those that went back included.
-      inner: of the optimizer inside.
-      saved: ``(params, inner)`` to go back to; empty if it never does.
+      count: int32 ``[]``, the number of steps, including those that rewind.
+      inner: the state of the wrapped optimizer.
+      saved: the ``(params, inner)`` to rewind to; empty without rewinding.
     """
 
     count: jax.Array
-    inner: Any
-    saved: Any
+    inner: optax.OptState
+    saved: tuple[Params, optax.OptState] | tuple[()]
 
 
 def rewinding(
@@ -170,39 +187,41 @@ def rewinding(
     weights: bool = True,
     start: Params | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap an optimizer so that one ordinary training loop goes through all rounds of iterative pruning.
+    """Wrap an optimizer so that one training loop runs all rounds of iterative pruning.
 
     Rounds end at the steps divisible by ``every``, where
-    ``every(every, nested(magnitude(rounds(share, every))))`` prunes. The next two steps take
-    weights and optimizer (its schedule, too) back to what they were after ``to`` steps, exactly;
-    gradients of these two are ignored. A run that is stopped and restored goes on as if nothing had
-    happened, because all is in the state. What a model keeps beside its params (batch statistics)
-    stays as trained.
+    ``every(every, nested(magnitude(rounds(share, every))))`` prunes. The next two steps set the
+    weights and the optimizer's state (its schedule, too) to what they were after ``to`` steps,
+    exactly; they ignore their gradients. Everything is in the state, so a restored run continues
+    unchanged. Batch statistics and other variables of the model are not rewound.
 
     Args:
-      optimizer: any; its schedules see the steps of a round.
-      every: steps of a round; None to never go back.
-      to: after how many steps the weights are saved.
-      weights: whether weights go back; else only the optimizer (learning-rate rewinding).
-      start: weights to begin from, whatever the loop begins with; the first two steps set them.
+      optimizer: any optimizer; its schedules count the steps of a round.
+      every: the number of steps in a round; None for no rewinding.
+      to: the number of steps after which the weights are saved.
+      weights: whether weights are rewound; else only the optimizer (learning-rate rewinding).
+      start: the weights to begin from instead of those of the loop; the first two steps set them.
 
     Returns:
       The optimizer; its state is `Rewound`.
 
     Raises:
-      ArgumentError: if a round is too short to come back to ``to``.
+      ArgumentError: if a round has too few steps to rewind to ``to``.
       ConfigError: in `init`, if ``start`` lacks one of the params.
 
     Example:
-      >>> optimizer = rewinding(optax.sgd(1.0), every=4)
+      >>> import jax.numpy as jnp
+      >>> import optax
+      >>> import compress_jax as cj
+      >>> optimizer = cj.prune.rewinding(optax.sgd(1.0), every=4)
       >>> params = {"w": jnp.array(5.0)}
       >>> state = optimizer.init(params)
-      >>> seen = []
+      >>> values = []
       >>> for step in range(8):
       ...     updates, state = optimizer.update({"w": jnp.array(1.0)}, state, params)
       ...     params = optax.apply_updates(params, updates)
-      ...     seen.append(float(params["w"]))
-      >>> seen
+      ...     values.append(float(params["w"]))
+      >>> values
       [4.0, 3.0, 2.0, 1.0, 0.0, 5.0, 5.0, 4.0]
 
     References:
@@ -218,51 +237,53 @@ def rewinding(
     wrapped = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> Rewound:
-        _chosen(params, start)
+        _start_of(params, start)
         inner = optimizer.init(params)
         return Rewound(jnp.zeros((), jnp.int32), inner, () if every is None else (params, inner))
 
     def update(
-        updates: Any, state: PyTree, params: Params = None, **extra: Any
-    ) -> tuple[Any, Rewound]:
-        now, saved = state.count, state.saved
+        updates: optax.Updates, state: Any, params: Params = None, **extra: Any
+    ) -> tuple[optax.Updates, Rewound]:
+        now = state.count
+        saved: Any = state.saved
         if every is not None:
+            # Save the params and the optimizer's state after ``to`` steps of the first round.
             saved = jax.lax.cond(now == begin + to, lambda: (params, state.inner), lambda: saved)
 
-        def back_to(target: Params) -> Any:
+        def towards(target: Params) -> optax.Updates:
             return jax.tree.map(lambda s, p, g: (s - p).astype(g.dtype), target, params, updates)
 
-        def train() -> tuple[Any, Any]:
+        def train() -> tuple[optax.Updates, optax.OptState]:
             return wrapped.update(updates, state.inner, params, **extra)
 
-        def begun() -> tuple[Any, Any]:
-            return back_to(_chosen(params, start)), state.inner
+        def to_start() -> tuple[optax.Updates, optax.OptState]:
+            return towards(_start_of(params, start)), state.inner
 
-        def again() -> tuple[Any, Any]:
-            return back_to(saved[0] if weights else params), saved[1]
+        def to_saved() -> tuple[optax.Updates, optax.OptState]:
+            return towards(saved[0] if weights else params), saved[1]
 
-        branches: list[Callable[[], tuple[Any, Any]]] = [
-            train,
-            begun if begin else train,
-            again if every else train,
-        ]
-        going_back = (
-            (now > every) & (now % every > 0) & (now % every <= BACK) if every else jnp.bool(False)
-        )
-        index = jnp.where(now < begin, 1, jnp.where(going_back, 2, 0))
+        # The first BACK steps after the end of a round.
+        rewinds = jnp.bool(False)
+        if every:
+            rewinds = (now > every) & (now % every > 0) & (now % every <= BACK)
+        index = jnp.where(now < begin, 1, jnp.where(rewinds, 2, 0))
+        branches = [train, to_start if begin else train, to_saved if every else train]
         moves, inner = jax.lax.switch(index, branches)
         return moves, Rewound(now + 1, inner, saved)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _chosen(params: Params, start: Params | None) -> Params:
-    """Return the start in the structure of what the optimizer sees, which may hold the params under a name of its own."""
+def _start_of(params: Params, start: Params | None) -> Params:
+    """Return ``start`` in the structure of the optimizer's params, which may nest it deeper."""
     if start is None:
         return params
     leaves, rebuild = flatten(params)
     given = flatten(start)[0]
-    names = {path: owner(path, given) for path in leaves}
-    if missing := [path for path, name in names.items() if name is None]:
-        raise ConfigError(f"start has no weights for {missing[0]!r}; it has: {', '.join(given)}")
-    return rebuild({path: given[name] for path, name in names.items() if name is not None})
+    found = {}
+    for path in leaves:
+        name = owner(path, given)
+        if name is None:
+            raise ConfigError(f"start has no weights for {path!r}; it has: {', '.join(given)}")
+        found[path] = given[name]
+    return rebuild(found)

@@ -1,4 +1,4 @@
-"""ERK: how sparse each layer shall be, from its shape alone."""
+"""The sparsity of each layer (ERK, `shares`) and of each step (`cubic`)."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
-from compress_jax.core.types import Params, PyTree
+from compress_jax.core.types import Params, PyTree, Shape
 
 
 def erk(
@@ -26,22 +26,22 @@ def erk(
     kernel: bool = True,
     layouts: Mapping[str, Axes] | None = None,
 ) -> dict[str, float]:
-    r"""Return the sparsity of every kernel under the Erdős-Rényi-kernel rule, the total exact.
+    r"""Return the sparsity of each kernel by the Erdős-Rényi-kernel rule; the total is exact.
 
     A kernel of shape :math:`(k_1, \ldots, k_r)` keeps the share
-    :math:`\epsilon \frac{\sum_i k_i}{\prod_i k_i}` of its weights, or all where that exceeds 1;
-    :math:`\epsilon` is such that the kernels together reach the sparsity. Counts are rounded so
-    that their sum is the total, the largest fractions up.
+    :math:`\epsilon \frac{\sum_i k_i}{\prod_i k_i}` of its weights, or all where that exceeds 1.
+    The factor :math:`\epsilon` is such that the kernels together reach the sparsity. Counts are
+    rounded to integers of the same sum, the largest fractions up.
 
     Args:
       params: tree of arrays or shapes.
       sparsity: share of the weights of all these kernels to prune, 0 to 1.
-      pattern: glob or globs of the kernels; by default all floating leaves of rank 2 and more. The
+      pattern: globs of the kernels; by default all floating-point leaves of rank 2 and more. The
         others stay dense.
-      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs but not a
-        convolution's window.
-      layouts: what each axis is for, from ``cj.trace.layouts(fn, params, *inputs)``: a stack of
-        layers gets the sparsity that each of them alone would get. Without it every leaf is one
+      kernel: False for the Erdős-Rényi rule, which counts inputs and outputs but not the window of
+        a convolution.
+      layouts: the axes of the leaves, from ``cj.trace.layouts(fn, params, *inputs)``. A stack of
+        layers then gets the sparsity that each layer alone would get. Without it a leaf is one
         layer whose last two axes are inputs and outputs.
 
     Returns:
@@ -53,7 +53,9 @@ def erk(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> erk({"a": jnp.ones((10, 10)), "b": jnp.ones((20, 40)), "bias": jnp.ones(40)}, 0.8)
+      >>> import compress_jax as cj
+      >>> params = {"a": jnp.ones((10, 10)), "b": jnp.ones((20, 40)), "bias": jnp.ones(40)}
+      >>> cj.prune.erk(params, 0.8)
       {'a': 0.55, 'b': 0.83125}
 
     References:
@@ -65,89 +67,91 @@ def erk(
         raise ArgumentError(
             f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}"
         )
-    floats = {
-        path: tuple(x.shape)
-        for path, x in flatten(params)[0].items()
-        if why_not_float(path, x) is None
-    }
-    chosen = (
-        set(match(pattern, floats))
-        if pattern is not None
-        else {p for p, shape in floats.items() if len(shape) > 1}
-    )
-    shapes = {path: shape for path, shape in floats.items() if path in chosen}
+    shapes = _kernel_shapes(params, pattern)
     if not shapes:
         raise ArgumentError(
             "there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern"
         )
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     total = sum(sizes.values())
-    weights = {
-        path: _weight(shape, kernel, (layouts or {}).get(path)) for path, shape in shapes.items()
-    }
-    kept = round_to_total(fill(weights, sizes, total - amount_exact(sparsity, total)), sizes)
+    weights = {}
+    for path, shape in shapes.items():
+        weights[path] = _weight(shape, kernel, (layouts or {}).get(path))
+    shares = fill(weights, sizes, total - amount_exact(sparsity, total))
+    kept = round_to_total(shares, sizes)
     return {path: (size - kept[path]) / size for path, size in sizes.items()}
 
 
-def _weight(shape: tuple[int, ...], kernel: bool, axes: Axes | None) -> float:
-    """Return what a leaf keeps weights in proportion to: the sum of one layer's sizes, for each of its layers."""
+def _kernel_shapes(params: Params, pattern: Patterns | None) -> dict[str, Shape]:
+    """Return the shapes of the leaves that match; by default of those of rank 2 and more."""
+    leaves = flatten(params)[0]
+    shapes = {path: tuple(x.shape) for path, x in leaves.items() if why_not_float(path, x) is None}
+    if pattern is None:
+        return {path: shape for path, shape in shapes.items() if len(shape) > 1}
+    matched = set(match(pattern, shapes))
+    return {path: shape for path, shape in shapes.items() if path in matched}
+
+
+def _weight(shape: Shape, kernel: bool, axes: Axes | None) -> float:
+    """Return the weight of a leaf in the allocation: the sum of a layer's sizes, times layers."""
     layers = axes.layers if axes else 1
     layer = axes.layer.shape if axes else shape
     window = axes.layer.window if axes else range(len(shape) - 2)
-    counted = range(len(layer)) if kernel else [a for a in range(len(layer)) if a not in window]
-    others = math.prod(layer) / math.prod(layer[a] for a in counted)
-    return layers * others * sum(layer[a] for a in counted)
+    counted = range(len(layer))
+    if not kernel:
+        counted = [axis for axis in counted if axis not in window]
+    # Axes that do not count (the window) multiply the weight, as each index is a kernel of its own.
+    others = math.prod(layer) / math.prod(layer[axis] for axis in counted)
+    return layers * others * sum(layer[axis] for axis in counted)
 
 
 def fill(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> dict[str, float]:
-    """Share a total out in proportion to weights, nobody getting more than its size.
+    """Divide a total in proportion to weights, such that no share exceeds its size.
 
     Example:
       >>> fill({"a": 1.0, "b": 1.0}, {"a": 3, "b": 100}, 20)
       {'a': 3.0, 'b': 17.0}
     """
+    # A leaf whose share exceeds its size is full; the rest is divided among the others.
     full: dict[str, float] = {}
     while True:
         free = {path: weight for path, weight in weights.items() if path not in full}
         factor = (total - sum(full.values())) / max(sum(free.values()), 1e-300)
-        over = {
-            path: float(sizes[path])
-            for path, weight in free.items()
-            if factor * weight > sizes[path]
-        }
+        over = {path for path, weight in free.items() if factor * weight > sizes[path]}
         if not over:
             return {path: full.get(path, factor * weight) for path, weight in weights.items()}
-        full.update(over)
+        full.update({path: float(sizes[path]) for path in free if path in over})
 
 
 def round_to_total(shares: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Round shares to integers of the same sum: the largest fractions up, the earlier one of equal ones first.
+    """Round shares to integers of the same sum, the largest fractions up.
+
+    Of equal fractions the earlier one is rounded up first.
 
     Example:
-      >>> whole({"a": 0.5, "b": 1.5, "c": 3.0}, {"a": 1, "b": 2, "c": 3})
+      >>> round_to_total({"a": 0.5, "b": 1.5, "c": 3.0}, {"a": 1, "b": 2, "c": 3})
       {'a': 1, 'b': 1, 'c': 3}
     """
     floors = {path: min(math.floor(share), sizes[path]) for path, share in shares.items()}
     left = round(sum(shares.values())) - sum(floors.values())
     fractions = np.array([floors[path] - share for path, share in shares.items()])
+    # Rounded, because fractions that are equal on paper may differ in the last bits.
+    order = np.argsort(np.round(fractions, 9), kind="stable")
     names = list(shares)
-    up = {names[i] for i in np.argsort(np.round(fractions, 9), kind="stable")[:left]}
+    up = {names[i] for i in order[:left]}
     return {path: floor + (path in up) for path, floor in floors.items()}
 
 
-# The cubic sparsity schedule.
-
-
 def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Schedule:
-    """Return the schedule of gradual pruning: fast while many weights are redundant, slow towards the end.
+    """Return the cubic schedule of gradual pruning: fast at first, slow towards the end.
 
     ``s(step) = final + (initial - final) * (1 - t)**3`` with ``t = (step - begin) / (end - begin)``
     clipped to [0, 1].
 
     Args:
       final: sparsity from step ``end`` on, 0 to 1.
-      begin: step until which the sparsity is ``initial``, at least 0.
-      end: step at which ``final`` is reached, after ``begin``.
+      begin: the last step with the sparsity ``initial``, at least 0.
+      end: the first step with the sparsity ``final``, after ``begin``.
       initial: sparsity up to step ``begin``, 0 to 1.
 
     Returns:
@@ -157,7 +161,8 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
       ArgumentError: if a sparsity is outside [0, 1], or the steps are not ``0 <= begin < end``.
 
     Example:
-      >>> schedule = cubic(0.8, begin=100, end=200)
+      >>> import compress_jax as cj
+      >>> schedule = cj.prune.cubic(0.8, begin=100, end=200)
       >>> [round(float(schedule(step)), 3) for step in (0, 100, 150, 200, 300)]
       [0.0, 0.0, 0.7, 0.8, 0.8]
 
@@ -165,8 +170,10 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
       Zhu and Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
       compression", 2017, equation 1.
     """
-    final, initial = number("final", final), number("initial", initial)
-    begin, end = whole("begin", begin), whole("end", end)
+    final = number("final", final)
+    initial = number("initial", initial)
+    begin = whole("begin", begin)
+    end = whole("end", end)
     if not (0 <= initial <= 1 and 0 <= final <= 1):
         raise ArgumentError(f"sparsities lie between 0 and 1, got initial={initial}, final={final}")
     if not 0 <= begin < end:
@@ -176,26 +183,24 @@ def cubic(final: float, begin: int, end: int, initial: float = 0.0) -> optax.Sch
     )
 
 
-# How sparse each leaf came out, as a map that any other method takes.
-
-
 def shares(params: Params, state: CompressionState) -> dict[str, float]:
-    """Return the share of pruned entries of every leaf that has a mask: the allocation that a method arrived at.
+    """Return the sparsity of each leaf that has a mask.
 
-    A global threshold or `lamp` decides how many weights each layer keeps; `random`, `rigl` or
-    `fisher` can then be held to the same numbers, exactly.
+    A global threshold or `lamp` decides how many weights each layer keeps; this map gives `random`,
+    `rigl` or `fisher` exactly the same numbers.
 
     Args:
       params: the params the state belongs to.
-      state: of any pruning method, alone or inside combinators; concrete arrays.
+      state: the state of a pruning method, alone or inside combinators; concrete arrays.
 
     Returns:
       ``{path: sparsity}``, for the ``sparsity`` of any method.
 
     Example:
-      >>> from compress_jax.prune import magnitude
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> params = {"a": jnp.array([1.0, 2.0, 9.0, 8.0]), "b": jnp.array([3.0, 7.0])}
-      >>> shares(params, magnitude(0.5, scope="global").init(params))
+      >>> cj.prune.shares(params, cj.prune.magnitude(0.5, scope="global").init(params))
       {'a': 0.5, 'b': 0.5}
     """
     masks = masks_in(state.fixed, flatten(params)[0])
@@ -203,20 +208,22 @@ def shares(params: Params, state: CompressionState) -> dict[str, float]:
 
 
 def masks_in(fixed: PyTree, names: Iterable[str]) -> dict[str, jax.Array]:
-    """Return the masks in a fixed state, by path of the leaf, however combinators nest them.
+    """Return the masks in a fixed state by path of the leaf, at any nesting of combinators.
 
     Args:
       fixed: ``state.fixed``.
-      names: the paths of the params; masks of others are not looked for.
+      names: the paths of the params whose masks are returned.
 
     Returns:
       bool arrays by path.
 
     Example:
-      >>> masks_in({"0": {"w": {"mask": jnp.array([True]), "carried": jnp.zeros(1)}}}, ["w"])["w"].tolist()
+      >>> leaf = {"mask": jnp.array([True]), "carried": jnp.zeros(1)}
+      >>> masks_in({"0": {"w": leaf}}, ["w"])["w"].tolist()
       [True]
     """
-    names, found = frozenset(names), {}
+    names = frozenset(names)
+    found = {}
     for name, each in fixed.items():
         if isinstance(each, Mapping) and "mask" in each and name in names:
             found[name] = each["mask"]

@@ -1,7 +1,7 @@
-"""Top-KAST: a sparse forward pass, and gradients for somewhat more weights than it uses."""
+"""Sparse forward passes with denser gradients: Top-KAST and the straight-through estimator."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,11 +14,13 @@ from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
-from compress_jax.core.straight_through import straight_through
+from compress_jax.core.straight_through import straight_through as with_identity_gradient
 from compress_jax.core.types import Params, PyTree, Step
-from compress_jax.prune._masks.score import Leaves, fixed_of, of_masks, see
+from compress_jax.prune._masks.score import Leaves, apply_mask, fixed_of, mask_compression
 from compress_jax.prune._masks.target import Sparsity, Target
 from compress_jax.prune._scores import magnitude
+
+NUMBERS = int | float | np.number
 
 
 def top_kast(
@@ -27,13 +29,13 @@ def top_kast(
     """Use the largest weights, and train those and the next largest ones.
 
     The view keeps a set A by magnitude, as `magnitude` does; its derivative is 1 on a larger set B
-    and 0 elsewhere. With ``backward=0`` it is `ste` of `magnitude`.
+    and 0 elsewhere. With ``backward=0`` it is `straight_through` of `magnitude`.
 
     Args:
-      sparsity: of A, as of `magnitude`.
-      backward: of B, below that of A.
+      sparsity: the sparsity of A, as of `magnitude`.
+      backward: the sparsity of B, below that of A.
       scope: ``"leaf"`` or ``"global"``, for both.
-      every: both are chosen anew at steps divisible by it.
+      every: both masks are recomputed at steps divisible by it.
 
     Returns:
       The Compression. ``fixed[path]`` is ``{"mask": A, "backward": B}``.
@@ -42,8 +44,11 @@ def top_kast(
       ArgumentError: for impossible arguments.
 
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
-      >>> c, params = top_kast(0.75, 0.5), {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
+      >>> import compress_jax as cj
+      >>> c = cj.prune.top_kast(0.75, 0.5)
+      >>> params = {"w": jnp.array([1.0, 2.0, 3.0, 4.0])}
       >>> state = c.init(params)
       >>> c.view(params, state)["w"].tolist()
       [0.0, 0.0, 0.0, 4.0]
@@ -53,24 +58,24 @@ def top_kast(
     References:
       Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.
     """
-    numbers = (
-        isinstance(sparsity, int | float | np.number),
-        isinstance(backward, int | float | np.number),
-    )
-    if all(numbers) and backward > sparsity:  # type: ignore[operator]
+    pair: tuple[Any, Any] = (sparsity, backward)
+    if all(isinstance(each, NUMBERS) for each in pair) and pair[1] > pair[0]:
         raise ArgumentError(
             f"backward is below the sparsity {sparsity}, as more weights are trained than used, "
             f"got {backward}"
         )
     target = Target.of(sparsity, None, scope)
-    forward, wide = (magnitude(each, scope=scope, every=every) for each in (sparsity, backward))
-    return _TopKast(target, forward, wide).compression()
+    forward = magnitude(sparsity, scope=scope, every=every)
+    trained = magnitude(backward, scope=scope, every=every)
+    return _TopKast(target, forward, trained).compression()
 
 
 class _TopKast(NamedTuple):
+    """The two compressions of `top_kast`, and the functions of the joint Compression."""
+
     target: Target
     forward: Compression
-    wide: Compression
+    backward: Compression
     known: Mapping[str, Axes] | None = None
 
     @property
@@ -78,77 +83,75 @@ class _TopKast(NamedTuple):
         return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
-        rested = self._replace(forward=awake(self.forward), wide=awake(self.wide))
-        update = Scheduled(self.update, schedules_of(self.forward, self.wide), rested.update)
-        made = of_masks(self.leaves)._replace(
-            init=self.init, update=update, view=self.view, bind=self.bind
-        )
-        return stamped(
-            made, call_of("top_kast", forward=self.forward, backward=self.wide), self.known
-        )
+        awoken = self._replace(forward=awake(self.forward), backward=awake(self.backward))
+        schedules = schedules_of(self.forward, self.backward)
+        update = Scheduled(self.update, schedules, awoken.update)
+        made = mask_compression(self.leaves)
+        made = made._replace(init=self.init, update=update, view=self.view, bind=self.bind)
+        call = call_of("top_kast", forward=self.forward, backward=self.backward)
+        return stamped(made, call, self.known)
 
     def bind(self, known: Mapping[str, Axes]) -> Compression:
-        return _TopKast(
-            self.target, bound(self.forward, known), bound(self.wide, known), known
-        ).compression()
+        forward = bound(self.forward, known)
+        backward = bound(self.backward, known)
+        return _TopKast(self.target, forward, backward, known).compression()
 
     def init(self, params: Params, *, step: Step = 0) -> CompressionState:
-        return _joined(begin(self.forward, params, step), begin(self.wide, params, step))
+        return _joined(begin(self.forward, params, step), begin(self.backward, params, step))
 
     def update(self, params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
-        a, b = self.split(state, "mask", params), self.split(state, "backward", params)
+        forward = self.split(state, "mask", params)
+        backward = self.split(state, "backward", params)
         return _joined(
-            self.forward.update(params, a, **inputs), self.wide.update(params, b, **inputs)
+            self.forward.update(params, forward, **inputs),
+            self.backward.update(params, backward, **inputs),
         )
 
     def split(self, state: CompressionState, name: str, params: Params) -> CompressionState:
-        return CompressionState(
-            {}, {path: fixed_of(state, path)[name] for path in self.leaves.of(params)}
-        )
+        """Return the state of one of the two compressions."""
+        fixed = {path: fixed_of(state, path)[name] for path in self.leaves.of(params)}
+        return CompressionState({}, fixed)
 
     def view(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        own = {path: fixed_of(state, path) for path in self.leaves.of(params)}
-        return rebuild(
-            {**leaves, **{path: _seen(leaves[path], **masks) for path, masks in own.items()}}
-        )
+        for path, x in self.leaves.of(params).items():
+            masks = fixed_of(state, path)
+            leaves[path] = _view(x, masks["mask"], masks["backward"])
+        return rebuild(leaves)
 
 
 def _joined(a: CompressionState, b: CompressionState) -> CompressionState:
-    return CompressionState(
-        {}, {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()}
-    )
+    fixed = {path: {"mask": mask, "backward": b.fixed[path]} for path, mask in a.fixed.items()}
+    return CompressionState({}, fixed)
 
 
-def _seen(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
-    return where_finite(x, _through(see(x, backward), see(x, mask)))
+def _view(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
+    # The value has the mask A; the gradient passes through the mask B.
+    return where_finite(x, _value_of(apply_mask(x, backward), apply_mask(x, mask)))
 
 
-@straight_through
-def _through(x: jax.Array, seen: jax.Array) -> jax.Array:
-    return seen
+def straight_through(compression: Compression) -> Compression:
+    """Give the view of a pruning method the derivative of the identity, for pruned weights too.
 
-
-# Straight-through pruning: the model sees pruned weights, and all weights are trained.
-
-
-def ste(compression: Compression) -> Compression:
-    """Give the view of a pruning method the derivative of the identity, also where weights are pruned.
-
-    A pruned weight then follows the gradient at its zero, and comes back once it has grown, as the
-    mask is updated.
+    A pruned weight then follows the gradient at its zero, and comes back when the mask is updated
+    after it has grown.
 
     Args:
-      compression: a method whose view holds masks, such as `magnitude`; what it learns itself gets
-        no gradient.
+      compression: a method whose view applies masks, such as `magnitude`. Its learned state gets no
+        gradient.
 
     Returns:
       The Compression; its values, state and packed form are those of the method.
 
+    Raises:
+      ArgumentError: if the argument is no Compression.
+
     Example:
+      >>> import jax
       >>> import jax.numpy as jnp
-      >>> from compress_jax.prune import magnitude
-      >>> c, params = ste(magnitude(0.5)), {"w": jnp.array([1.0, 2.0])}
+      >>> import compress_jax as cj
+      >>> c = cj.prune.straight_through(cj.prune.magnitude(0.5))
+      >>> params = {"w": jnp.array([1.0, 2.0])}
       >>> jax.grad(lambda p: c.view(p, c.init(params))["w"].sum())(params)["w"].tolist()
       [1.0, 1.0]
 
@@ -161,18 +164,22 @@ def ste(compression: Compression) -> Compression:
 
     def view(params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
-        seen, left = flatten(compression.view(params, state))[0], compression.skipped(params)
-        return rebuild(
-            {path: x if path in left else _straight(x, seen[path]) for path, x in leaves.items()}
-        )
+        pruned = flatten(compression.view(params, state))[0]
+        skipped = compression.skipped(params)
+        for path, x in leaves.items():
+            if path not in skipped:
+                leaves[path] = _value_of(x, pruned[path])
+        return rebuild(leaves)
 
     return compression._replace(
         view=view,
+        # Saved states hold this text and are refused under another one, so the name is the old one.
         call=f"ste({describe(compression)})",
-        bind=lambda known: ste(bound(compression, known)),
+        bind=lambda known: straight_through(bound(compression, known)),
     )
 
 
-@straight_through
-def _straight(x: jax.Array, seen: jax.Array) -> jax.Array:
-    return seen
+@with_identity_gradient
+def _value_of(x: jax.Array, value: jax.Array) -> jax.Array:
+    """Return the value; the derivative is that of ``x``."""
+    return value

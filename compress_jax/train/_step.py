@@ -78,7 +78,7 @@ def make_step(
     With params p, learned l and fixed f, the loss L sees ``w = view(p, (l, f))`` and the optimizer
     follows ``(dL/dp, dL/dl)``, both through the view. Afterwards the compression is updated with
     the new params and with ``dL/dw``, the gradient at the weights the model used: dense where a
-    mask is on, as growing methods need it. Weights that the update grows (`prune.set`,
+    mask is on, as growing methods need it. Weights that the update grows (`prune.sparse_evolution`,
     `prune.rigl`) restart from zero, with the optimizer's moments of them.
 
     Means are over all that counts in the step's whole batch, however it is spread: sums and counts

@@ -60,11 +60,11 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
     gradual: dict[str, Any] = {"every": EVERY}
 
     def relative(
-        measure: Callable[[prune.Seen], jax.Array], needs_grads: bool = False
+        measure: Callable[[prune.ScoreInputs], jax.Array], needs_grads: bool = False
     ) -> cj.Compression:
         """Return what JaxPruner's global pruners do."""
         score = prune.normalized(prune.Score(measure, needs_grads=needs_grads))
-        return prune.masked(score, GRADUAL, scope="global", **gradual)
+        return prune.by_score(score, GRADUAL, scope="global", **gradual)
 
     methods: dict[str, Callable[[], cj.Compression]] = {
         "no_prune": cj.identity,
@@ -73,11 +73,15 @@ def ours(algorithm: str, key: jax.Array) -> cj.Compression:
         "saliency": lambda: prune.saliency(GRADUAL, **gradual),
         "global_magnitude": lambda: relative(lambda seen: seen.x),
         "global_saliency": lambda: relative(lambda seen: seen.x * seen.grad, needs_grads=True),
-        "magnitude_ste": lambda: prune.ste(prune.magnitude(SPARSITY)),
-        "random_ste": lambda: prune.ste(prune.random(SPARSITY, key)),
+        "magnitude_ste": lambda: prune.straight_through(prune.magnitude(SPARSITY)),
+        "random_ste": lambda: prune.straight_through(prune.random(SPARSITY, key)),
         "static_sparse": lambda: prune.random(SPARSITY, key),
-        "set": lambda: prune.set(SPARSITY, STEPS, key, drop=DROP, every=EVERY, until=END / STEPS),
-        "rigl": lambda: prune.rigl(SPARSITY, STEPS, key, drop=DROP, every=EVERY, until=END / STEPS),
+        "set": lambda: prune.sparse_evolution(
+            SPARSITY, STEPS, key, drop=DROP, every=EVERY, end_fraction=END / STEPS
+        ),
+        "rigl": lambda: prune.rigl(
+            SPARSITY, STEPS, key, drop=DROP, every=EVERY, end_fraction=END / STEPS
+        ),
     }
     c = methods[algorithm]()
     if (

@@ -101,7 +101,7 @@ def criteria(data: Data, variables: Any, choose: bool) -> dict[str, dict[str, An
         return cj.distill.cross_entropy(FULL(variables, x), y).mean()
 
     taylor = importance.taylor(importance.gradients(loss, variables, calibration))
-    together = {"scope": "global", "most": 0.75}
+    together = {"scope": "global", "max_ratio": 0.75}
     return {
         "L2, every group alike": {},
         "L2, all groups together": together,

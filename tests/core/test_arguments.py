@@ -52,12 +52,14 @@ SCORED = {
     "movement": lambda sparsity=0.5, **o: prune.movement(sparsity, **o),
     "random": lambda sparsity=0.5, **o: prune.random(sparsity, KEY, **o),
     "scored": lambda sparsity=0.5, **o: prune.scored({}, sparsity, **o),
-    "masked": lambda sparsity=0.5, **o: prune.masked(
+    "masked": lambda sparsity=0.5, **o: prune.by_score(
         prune.Score(lambda seen: seen.x), sparsity, **o
     ),
 }
 GROWN = {
-    "set": lambda sparsity=0.5, steps=10, key=KEY, **o: prune.set(sparsity, steps, key, **o),
+    "set": lambda sparsity=0.5, steps=10, key=KEY, **o: prune.sparse_evolution(
+        sparsity, steps, key, **o
+    ),
     "rigl": lambda sparsity=0.5, steps=10, key=KEY, **o: prune.rigl(sparsity, steps, key, **o),
 }
 
@@ -132,7 +134,7 @@ def table():
         add(name, make, "sparsity", [*NUMBERS, ("much", 1.1), ("less", -1)])
         add(name, make, "steps", (*WHOLE, ("zero", 0)))
         add(name, make, "every", (*WHOLE, ("zero", 0)))
-        add(name, make, "until", [*NUMBERS, ("much", 1.5)])
+        add(name, make, "end_fraction", [*NUMBERS, ("much", 1.5)])
         add(name, make, "drop", [*NUMBERS, ("much", 1.5)])
         add(
             name,
@@ -142,7 +144,7 @@ def table():
         )
     add("fisher", SCORED["fisher"], "decay", [*NUMBERS, ("much", 1.5)])
     add("saliency", SCORED["saliency"], "decay", [*NUMBERS, ("one", 1.0)])
-    add("movement", SCORED["movement"], "rate", NUMBERS)
+    add("movement", SCORED["movement"], "learning_rate", NUMBERS)
     add("movement", SCORED["movement"], "penalty", NUMBERS)
     add("cubic", lambda end: prune.cubic(0.5, 0, end), "end", (*WHOLE, ("zero", 0)))
     add("cubic", lambda final: prune.cubic(final, 0, 5), "final", (*NUMBERS, ("much", 2)))

@@ -45,10 +45,12 @@ THINNED = {
     "scored": lambda s, n, end: cj.prune.scored(GRADS, s, every=n),
     "lamp": lambda s, n, end: cj.prune.lamp(s, every=n),
     "nested": lambda s, n, end: cj.every(n, cj.prune.nested(magnitude(s))),
-    "ste": lambda s, n, end: cj.every(n, cj.prune.ste(magnitude(s))),
+    "ste": lambda s, n, end: cj.every(n, cj.prune.straight_through(magnitude(s))),
     "top kast": lambda s, n, end: cj.prune.top_kast(s, 0.0, every=n),
     "rigl": lambda s, n, end: cj.prune.rigl(s, 4 * end, KEY, every=n),
-    "set, whose mask stays before": lambda s, n, end: cj.prune.set(s, end, KEY, every=n, until=0.5),
+    "set, whose mask stays before": lambda s, n, end: cj.prune.sparse_evolution(
+        s, end, KEY, every=n, end_fraction=0.5
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""Prepared data that are damaged: what is loaded is what was prepared, or an error that says what to do."""
+"""Damaged prepared data: they are loaded unchanged, or the error says what to do."""
 
 import shutil
 from pathlib import Path
@@ -28,7 +28,7 @@ HOW = {
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory):
     folder = tmp_path_factory.mktemp("data")
-    return folder, load("digits", data_dir=folder, normalised=False)
+    return folder, load("digits", data_dir=folder, normalized=False)
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -46,7 +46,7 @@ def test_damage_is_told_or_makes_no_difference(how: str, prepared, tmp_path: Pat
         elif how != "gone":
             file.write_bytes(HOW[how](data, np.random.default_rng(0)))
         try:
-            found = load("digits", data_dir=folder, normalised=False)
+            found = load("digits", data_dir=folder, normalized=False)
         except DataError as error:
             assert "delete it or choose another data_dir" in str(error), name
         else:

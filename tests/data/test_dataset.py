@@ -9,7 +9,7 @@ from compress_jax.data import fingerprint, load
 
 
 def test_statistics_come_from_what_is_trained_on_only(digits_dir):
-    raw = load("digits", data_dir=digits_dir, normalised=False)
+    raw = load("digits", data_dir=digits_dir, normalized=False)
     data = load("digits", data_dir=digits_dir)
     pixels = raw.train["image"].astype(np.float64)
     np.testing.assert_allclose(data.mean, [pixels.mean()], rtol=1e-6)
@@ -31,8 +31,8 @@ def test_normalised_train_has_zero_mean_and_unit_deviation(digits_dir):
 
 
 def test_validation_is_the_end_of_train(digits_dir):
-    whole = load("digits", data_dir=digits_dir, validation=0.0, normalised=False)
-    tenth = load("digits", data_dir=digits_dir, validation=0.1, normalised=False)
+    whole = load("digits", data_dir=digits_dir, validation=0.0, normalized=False)
+    tenth = load("digits", data_dir=digits_dir, validation=0.1, normalized=False)
     assert len(whole.validation["label"]) == 0
     for key in ("image", "label"):
         joined = np.concatenate([tenth.train[key], tenth.validation[key]])

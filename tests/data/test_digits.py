@@ -8,11 +8,11 @@ from compress_jax.data._builders.digits import is_test
 
 @pytest.fixture(scope="module")
 def raw(digits_dir):
-    return load("digits", data_dir=digits_dir, normalised=False)
+    return load("digits", data_dir=digits_dir, normalized=False)
 
 
 def _rows(images, labels):
-    """Each example as one row of numbers, the rows sorted: equal for equal multisets of examples."""
+    """Each example as a row of numbers, rows sorted: equal for equal multisets of examples."""
     table = np.column_stack([labels, images.reshape(len(images), -1)]).astype(np.float64)
     return table[np.lexsort(table.T)]
 
@@ -52,7 +52,7 @@ def test_types_and_shapes(raw):
 
 
 def test_two_preparations_give_the_same_arrays_in_the_same_order(raw, tmp_path):
-    again = load("digits", data_dir=tmp_path, normalised=False)
+    again = load("digits", data_dir=tmp_path, normalized=False)
     assert again.fingerprint == raw.fingerprint
     np.testing.assert_array_equal(again.train["image"], raw.train["image"])
 

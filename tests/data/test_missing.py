@@ -86,7 +86,7 @@ def test_an_unknown_name_lists_the_embedded_ones(tmp_path):
 
 
 def test_data_that_are_not_images_are_refused_before_any_download(offline, tmp_path):
-    with pytest.raises(DataError, match="does not hold labelled images; it has text, label"):
+    with pytest.raises(DataError, match="does not hold labeled images; it has text, label"):
         load("imdb_reviews", data_dir=tmp_path)
 
 

@@ -59,7 +59,7 @@ def test_ours_describe_the_data_as_the_stock_builders_do(name, tmp_path):
 
 @pytest.mark.slow
 def test_the_real_fashion_mnist(fashion_files, tmp_path):
-    data = load("fashion_mnist", data_dir=tmp_path, manual_dir=fashion_files, normalised=False)
+    data = load("fashion_mnist", data_dir=tmp_path, manual_dir=fashion_files, normalized=False)
     assert [len(p["label"]) for p in (data.train, data.validation, data.test)] == [
         54000,
         6000,

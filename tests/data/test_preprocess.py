@@ -4,7 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from compress_jax.data import clean, normalise, scale_to_unit, statistics
+import compress_jax as cj
+from compress_jax.data import clean, normalize, scale_to_unit, statistics
 
 
 def _split(images, labels=None):
@@ -54,7 +55,7 @@ def test_statistics_agree_with_float64_where_float32_sums_would_not():
 
 def test_a_constant_channel_becomes_zero_not_nan():
     split = _split(np.full((4, 2, 2, 1), 0.25))
-    out = normalise(split, *statistics(split))
+    out = normalize(split, *statistics(split))
     np.testing.assert_array_equal(out["image"], 0)
 
 
@@ -76,6 +77,11 @@ def test_the_functions_are_pure():
     unit = scale_to_unit(split, maximum=8)
     assert unit["image"].dtype == np.float32 and unit["label"] is split["label"]
     kept = unit["image"].copy()
-    normalise(unit, *statistics(unit))
+    normalize(unit, *statistics(unit))
     np.testing.assert_array_equal(split["image"], before)
     np.testing.assert_array_equal(unit["image"], kept)
+
+
+def test_the_old_name_of_normalize_works_and_warns():
+    with pytest.warns(DeprecationWarning, match="normalize"):
+        assert cj.data.normalise is cj.data.normalize

@@ -1,4 +1,4 @@
-"""Weights of PyTorch models, by their names: our networks compute what theirs do, and what does not fit is listed.
+"""Weights of PyTorch models: our networks compute the same, and weights that do not fit are listed.
 
 The default tests know PyTorch's conventions from an independent forward pass in NumPy float64; the
 slow ones ask torch, torchvision and transformers themselves, where these are installed.
@@ -43,7 +43,7 @@ def hugging_face(seed=0):
 
 
 def reference(w, tokens, segments):
-    """BERT as its paper and PyTorch's conventions have it, in NumPy float64: hidden states and pooled output."""
+    """BERT by its paper and PyTorch's conventions, in float64: hidden states and pooled output."""
 
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]

@@ -1,4 +1,4 @@
-"""How a sparsity is spread over layers: ERK and LAMP against their papers in NumPy, budgets against what is left."""
+"""The allocation of a sparsity to layers: ERK and LAMP against their papers in NumPy, budgets."""
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ def test_erk_reaches_the_total_exactly_in_proportion(kernels, sparsity):
 
 
 def test_erk_of_a_resnet_layer_is_the_papers():
-    """Two layers by hand: eps (3+3+16+16)/(3*3*16*16) and eps (1+1+64+10)/640, together 30 % of all weights."""
+    """By hand: eps (3+3+16+16)/(3*3*16*16) and eps (1+1+64+10)/640 are 30 % of all weights."""
     params = {
         "conv": jnp.ones((3, 3, 16, 16)),
         "head": jnp.ones((1, 1, 64, 10)),
@@ -175,11 +175,11 @@ def test_a_budget_of_bytes_is_just_met():
         "a": jax.random.normal(jax.random.key(0), (64, 64)),
         "b": jax.random.normal(jax.random.key(1), (16, 16)),
     }
-    c = magnitude(for_bytes(0.2, lambda s: {"a": s}, params, turns=7))
+    c = magnitude(for_bytes(0.2, lambda s: {"a": s}, params, iterations=7))
     share = cj.nbytes(c.pack(params, c.init(params))) / cj.nbytes(params)
     assert 0.19 < share <= 0.2
     with pytest.raises(ConfigError, match="no sparsity meets"):
-        for_bytes(0.2, lambda s: {"b": s}, params, turns=2)
+        for_bytes(0.2, lambda s: {"b": s}, params, iterations=2)
 
 
 def test_what_zeros_buy_depends_on_their_pattern():

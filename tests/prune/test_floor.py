@@ -1,4 +1,4 @@
-"""A floor under a global threshold, and n:m where it would prune nothing: nothing is emptied or left alone in silence."""
+"""A floor under a global threshold, and n:m where it would prune nothing: both are reported."""
 
 import jax
 import jax.numpy as jnp

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import compress_jax as cj
-from compress_jax.core import NonFiniteError, ShapeError, StateError
+from compress_jax.core import ArgumentError, NonFiniteError, ShapeError, StateError
 from compress_jax.prune import (
     Score,
+    by_score,
     fisher,
     grasp,
     magnitude,
-    masked,
     movement,
     nested,
     normalized,
@@ -97,7 +97,7 @@ def test_masks_are_those_of_the_formula(name):
 def test_soft_movement_keeps_what_is_above_the_threshold():
     penalty, rate, scores = 0.5, 0.1, np.zeros(SHAPE)
     for found, (w, g) in zip(
-        follow(movement(threshold=-0.02, rate=rate, penalty=penalty)), STEPS, strict=True
+        follow(movement(threshold=-0.02, learning_rate=rate, penalty=penalty)), STEPS, strict=True
     ):
         sigmoid = 1 / (1 + np.exp(-scores))
         scores = scores - rate * (w * g + penalty * sigmoid * (1 - sigmoid))
@@ -194,7 +194,7 @@ LAYERS = {
 
 
 def test_synaptic_flow_is_conserved():
-    """Theorem 1 of the paper: what flows into a hidden neuron flows out of it, so every layer has the same sum."""
+    """Theorem 1 of the paper: flow is conserved at hidden neurons, so layers have equal sums."""
     scores = synflow(network, LAYERS, jnp.zeros((1, 4)))
     inward, outward = scores["l0"].sum(0), scores["l1"].sum(1)
     np.testing.assert_allclose(inward, outward, rtol=1e-5)
@@ -256,7 +256,9 @@ def test_scores_relative_to_their_leaf_do_not_depend_on_its_size():
         return np.stack(
             [
                 mask
-                for _, mask in sorted(masked(score, 0.5, scope="global").init(params).fixed.items())
+                for _, mask in sorted(
+                    by_score(score, 0.5, scope="global").init(params).fixed.items()
+                )
             ]
         )
 
@@ -270,15 +272,17 @@ def test_scores_relative_to_their_leaf_do_not_depend_on_its_size():
 
 def test_a_bare_function_and_scores_of_another_shape_are_refused_by_name():
     params = {"w": jnp.ones((3, 4))}
-    for call in (lambda: normalized(jnp.abs), lambda: masked(jnp.abs, 0.5)):
-        with pytest.raises(TypeError, match=r"wrap a function of what is seen: prune.Score\(fn\)"):
+    for call in (lambda: normalized(jnp.abs), lambda: by_score(jnp.abs, 0.5)):
+        with pytest.raises(
+            ArgumentError, match=r"wrap a function of ScoreInputs, prune.Score\(fn\)"
+        ):
             call()
     rows = Score(lambda seen: seen.x[0])
     for score in (rows, normalized(rows)):
         with pytest.raises(
             ShapeError, match=r"leaf 'w' of shape \(3, 4\) was given scores of shape \(4,\)"
         ):
-            masked(score, 0.5).init(params)
+            by_score(score, 0.5).init(params)
 
 
 REMEMBERING = {
@@ -328,7 +332,7 @@ def test_gradients_however_large_never_make_a_score_infinite(name):
 
 
 def test_scores_that_are_nan_rank_nothing():
-    c = cj.prune.masked(cj.prune.Score(lambda seen: jnp.log(seen.x)), 0.5)
+    c = cj.prune.by_score(cj.prune.Score(lambda seen: jnp.log(seen.x)), 0.5)
     good, bad = {"w": jnp.array([1.0, 2.0, 3.0, 9.0])}, {"w": jnp.array([-1.0, 2.0, 3.0, 9.0])}
     for call in (
         lambda: c.init(bad),

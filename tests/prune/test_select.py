@@ -53,7 +53,7 @@ def test_equals_stable_argsort_among_ties(values, share):
     st.integers(0, 24),
 )
 def test_equals_stable_argsort_for_any_floats(values, k):
-    """Subnormals and infinities included; both sides read the bits, so no flush to zero can blur them."""
+    """Subnormals and infinities included; both sides read bits, so no flush to zero matters."""
     assert_same([jnp.asarray(values)], k)
 
 

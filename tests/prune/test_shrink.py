@@ -1,4 +1,4 @@
-"""Models that get smaller: the channels that should go, what is left of what belongs to them, and that it works."""
+"""Smaller models: which channels are removed, what happens to their states, and that they work."""
 
 import json
 
@@ -108,7 +108,7 @@ def test_criteria_against_numpy():
         "activation": (importance.activation(seen), [square]),
         "wanda": (importance.activation(seen, weighted=True), [(W1**2 * square[:, None]).sum(1)]),
     }
-    from compress_jax.prune.importance import channel_scores
+    from compress_jax.prune._channels.scores import channel_scores
 
     found = cj.trace.groups(mlp, PARAMS, X)
     for name, (criterion, members) in expected.items():
@@ -153,17 +153,17 @@ def test_local_takes_the_lowest_of_each_group(half):
 
 def test_global_takes_the_lowest_of_all():
     scores = [(W0**2).sum(0) + (W1**2).sum(1), (W1**2).sum(0) + (W2**2).sum(1)]
-    small = shrink(mlp, PARAMS, X, ratio=0.5, reduction="sum", normalise="none", scope="global")
+    small = shrink(mlp, PARAMS, X, ratio=0.5, reduction="sum", normalize="none", scope="global")
     bound = np.sort(np.concatenate(scores))[6]
     assert [left.tolist() for left in small.kept.values()] == [
         np.flatnonzero(each >= bound).tolist() for each in scores
     ]
-    capped = shrink(mlp, PARAMS, X, ratio=0.9, scope="global", most=0.75)
+    capped = shrink(mlp, PARAMS, X, ratio=0.9, scope="global", max_ratio=0.75)
     assert [len(left) for left in capped.kept.values()] == [2, 1]
 
 
 def test_isomorphic_groups_compete():
-    """Two hidden layers of one kind, one of which is a hundred times larger, and a third layer of another kind."""
+    """Two hidden layers of one kind, one a hundred times larger, and a layer of another kind."""
     rng = np.random.default_rng(1)
     draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     p = {f"{i}": {"up": 10.0**i * draw(4, 6), "down": draw(6, 4)} for i in range(2)} | {
@@ -176,7 +176,7 @@ def test_isomorphic_groups_compete():
             x = x + jax.nn.relu(x @ p[f"{i}"]["up"]) @ p[f"{i}"]["down"]
         return jax.nn.relu(x @ p["mid"]) @ p["head"]
 
-    small = shrink(fn, p, jnp.ones((1, 4)), ratio=0.5, scope="isomorphic", normalise="none")
+    small = shrink(fn, p, jnp.ones((1, 4)), ratio=0.5, scope="isomorphic", normalize="none")
     assert [len(left) for left in small.kept.values()] == [1, 5, 3]
 
 
@@ -193,7 +193,7 @@ def test_ratios_exclusions_and_multiples_are_in_the_table():
     small = shrink(mlp, PARAMS, X, ratio=0.5, round_to=4)
     assert small.table.rows[1].reason == "not wider than the multiple 4"
     small = shrink(mlp, PARAMS, X, ratio=0.5, importance=cj.prune.importance.norm_scale("b0"))
-    assert small.table.rows[1].reason == "the importance says nothing about it"
+    assert small.table.rows[1].reason == "the importance has no score for it"
 
 
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.2])
@@ -236,7 +236,7 @@ def test_each_call_is_one_step(half):
 
 
 def test_a_module_made_with_the_new_width_is_the_same_model():
-    """And so is, in training mode, the function with the same channels kept, statistics included."""
+    """So is, in training mode, the function with the same channels, statistics included."""
     full = variables()
     small = shrink(Net().apply, full, IMAGES, ratio=0.5)
     assert [len(left) for left in small.kept.values()] == [4]
@@ -297,14 +297,14 @@ REST = [name for name in OPTIMIZERS if name not in QUICK]
     ["adam", "factored", "lbfgs", *(pytest.param(name, marks=pytest.mark.slow) for name in REST)],
 )
 def test_optimizer_states_are_carried_over(name, half, few):
-    """They have the shapes of a fresh state, and updates of the carried one are updates of the kept channels."""
+    """They have the shapes of a fresh state, and their updates are those of the kept channels."""
     with jax.numpy_dtype_promotion("standard"):
         optimizer, small = (
             OPTIMIZERS[name],
             few if name == "factored" else half,
         )  # 5 by 8 must not become 5 by 4
         state = optimizer.init(PARAMS)
-        carried = small.carry(state)
+        carried = small.slice_state(state)
         fresh = optimizer.init(small.params)
         assert jax.tree.structure(carried) == jax.tree.structure(fresh)
         assert jax.tree.map(jnp.shape, carried) == jax.tree.map(jnp.shape, fresh)
@@ -312,16 +312,18 @@ def test_optimizer_states_are_carried_over(name, half, few):
             gradient = jax.tree.map(jnp.sin, PARAMS)
             _, state = optimizer.update(gradient, state, PARAMS)
             updates, _ = optimizer.update(gradient, state, PARAMS)
-            short, _ = optimizer.update(small.carry(gradient), small.carry(state), small.params)
-            jax.tree.map(np.testing.assert_array_equal, short, small.carry(updates))
+            short, _ = optimizer.update(
+                small.slice_state(gradient), small.slice_state(state), small.params
+            )
+            jax.tree.map(np.testing.assert_array_equal, short, small.slice_state(updates))
 
 
 def test_states_of_params_alone_are_carried_too():
     full = variables()
     small = shrink(Net().apply, full, IMAGES, ratio=0.5)
-    state = small.carry(optax.adam(1e-3).init(full["params"]))
+    state = small.slice_state(optax.adam(1e-3).init(full["params"]))
     assert jax.tree.map(jnp.shape, state[0].mu) == jax.tree.map(jnp.shape, small.params["params"])
-    jax.tree.map(np.testing.assert_array_equal, small.carry(full), small.params)
+    jax.tree.map(np.testing.assert_array_equal, small.slice_state(full), small.params)
 
 
 def test_what_is_left_is_a_model_like_any_other(tmp_path, half):
@@ -361,12 +363,12 @@ def test_an_error_says_what_is_wrong():
         shrink(mlp, PARAMS, X, ratio={"conv*": 0.5})
     with pytest.raises(NoMatchError, match="w0:1"):
         shrink(mlp, PARAMS, X, ratio=0.5, exclude="conv*")
-    for wrong in ({"scope": "layer"}, {"reduction": "median"}, {"normalise": "std"}):
+    for wrong in ({"scope": "layer"}, {"reduction": "median"}, {"normalize": "std"}):
         with pytest.raises(ConfigError, match="not known"):
             shrink(mlp, PARAMS, X, ratio=0.5, **wrong)
     with pytest.raises(NonFiniteError, match="'w1' along axis 0"):
         shrink(mlp, PARAMS | {"w1": PARAMS["w1"].at[0, 0].set(jnp.nan)}, X, ratio=0.5)
-    with pytest.raises(ConfigError, match="out of reach"):
+    with pytest.raises(ConfigError, match="cannot be reached"):
         shrink(mlp, PARAMS, X, macs=0.5, exclude="w0:1")
     with pytest.raises(ConfigError, match="nothing is removed at ratio=0.05.* w1:1 has 4 channels"):
         shrink(mlp, PARAMS, X, ratio=0.05)
@@ -383,3 +385,11 @@ def test_an_error_says_what_is_wrong():
         shrink(
             mlp, PARAMS, X, ratio=0.5, importance=cj.prune.importance.taylor({"w0": jnp.ones(3)})
         )
+
+
+def test_the_old_names_work_and_warn():
+    with pytest.warns(DeprecationWarning, match="most= is now max_ratio="):
+        small = shrink(mlp, PARAMS, X, ratio=0.9, scope="global", most=0.75)
+    assert [len(left) for left in small.kept.values()] == [2, 1]
+    with pytest.warns(DeprecationWarning, match="slice_state"):
+        jax.tree.map(np.testing.assert_array_equal, small.carry(PARAMS), small.params)

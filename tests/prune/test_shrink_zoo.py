@@ -1,4 +1,4 @@
-"""Models of the zoo shrink twice, to a target, and what is left is a function whose channels still belong together."""
+"""Models of the zoo shrink twice, to a target; their channels still belong together."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_twice_and_checked_by_permutation(name):
     names = [group.name for group in groups(fn, variables, *inputs)]
     once = shrink(fn, variables, *inputs, macs=0.7)
     assert once.table.after.macs <= 0.7 * once.table.before.macs
-    twice = shrink(once.fn, once.params, *inputs, ratio=0.3, scope="global", most=0.5)
+    twice = shrink(once.fn, once.params, *inputs, ratio=0.3, scope="global", max_ratio=0.5)
     assert (
         twice.table.after.macs < once.table.after.macs
         and list(once.kept) == list(twice.kept) == names

@@ -1,4 +1,4 @@
-"""Units and groups against NumPy: which are pruned, how many, what a remainder counts as, and what ties do."""
+"""Units and groups against NumPy: which are pruned and how many, with remainders and ties."""
 
 import itertools
 import math
@@ -42,7 +42,7 @@ def mask_of(values, structure, sparsity=0.0):
 
 
 def units_pruned(values, window, reduce, sparsity):
-    """The mask by loops: score every unit in float64, sort by score and then by position, prune the first ones."""
+    """The mask by loops: score units in float64, sort by score and position, prune the first."""
     values = np.abs(np.asarray(values, np.float64))
     starts = [range(0, n, w) for n, w in zip(values.shape, window, strict=True)]
     units = [
@@ -88,7 +88,7 @@ def test_every_structure_prunes_its_units(structure, window):
 
 
 def groups_kept(values, n, m):
-    """The mask of n:m along axis 0 by loops: of every m the n largest, the later one among equals."""
+    """The mask of n:m along axis 0 by loops: the n largest of every m, the later of equals."""
     mask = np.zeros(values.shape, bool)
     for column in range(values.shape[1]):
         for start in range(0, len(values), m):

@@ -1,4 +1,4 @@
-"""A ratio and a multiple speak of widths: what a kernel takes or gives, however many groups of channels make it up."""
+"""Ratios and multiples are of widths: the inputs or outputs of a kernel, of one group or more."""
 
 import math
 
@@ -118,7 +118,7 @@ P = {
 )
 @pytest.mark.parametrize("name", ["adafactor", "sm3"])
 def test_moments_of_square_kernels_are_carried_by_name(name, kept):
-    """Row and column means know which axis they lack, also where the longer axis becomes the shorter one."""
+    """Row and column means lack one axis, also where the longer axis becomes the shorter one."""
     optimizer = {
         "adafactor": optax.adafactor(1e-3, min_dim_size_to_factor=1),
         "sm3": optax.sm3(1e-3),
@@ -127,7 +127,7 @@ def test_moments_of_square_kernels_are_carried_by_name(name, kept):
     state = jax.tree.map(
         lambda x: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape), optimizer.init(P)
     )
-    carried, fresh = small.carry(state), optimizer.init(small.params)
+    carried, fresh = small.slice_state(state), optimizer.init(small.params)
     assert jax.tree.map(jnp.shape, carried) == jax.tree.map(jnp.shape, fresh)
     for path, size in SHAPES.items():
         axes = [small.cuts[path].indices.get(axis, np.arange(n)) for axis, n in enumerate(size)]
@@ -144,8 +144,8 @@ def test_moments_of_square_kernels_are_carried_by_name(name, kept):
 def test_a_state_of_one_vector_is_refused():
     small = cj.prune.narrow(mlp, P, jnp.ones((2, 5)), kept={"a:1": [0]})
     with pytest.raises(ShapeError, match="as many entries as all parameters"):
-        small.carry(optax.flatten(optax.adam(1e-3)).init(P))
+        small.slice_state(optax.flatten(optax.adam(1e-3)).init(P))
     learned = {"learned": {"w": {"scale": jnp.ones((1, 6))}}}
-    assert flatten(cj.prune.narrow(mlp, P, jnp.ones((2, 5)), kept={"w:1": [0]}).carry(learned))[0][
-        "learned/w/scale"
-    ].shape == (1, 1)
+    assert flatten(
+        cj.prune.narrow(mlp, P, jnp.ones((2, 5)), kept={"w:1": [0]}).slice_state(learned)
+    )[0]["learned/w/scale"].shape == (1, 1)

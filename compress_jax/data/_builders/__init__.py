@@ -1,4 +1,7 @@
-"""TFDS builders that run without TensorFlow: ``Digits`` needs no network, ``MNIST`` and ``FashionMNIST`` four files."""
+"""TFDS builders that run without TensorFlow.
+
+``Digits`` needs no network, ``MNIST`` and ``FashionMNIST`` need four files each.
+"""
 
 from compress_jax.data._builders.digits import Digits
 from compress_jax.data._builders.mnist import MNIST, FashionMNIST

@@ -1,4 +1,4 @@
-"""The UCI handwritten digits that ship with scikit-learn, as a TFDS builder: real images, no network."""
+"""The UCI handwritten digits of scikit-learn as a TFDS builder, which needs no network."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,11 +8,10 @@ import tensorflow_datasets as tfds
 
 
 def is_test(labels: np.ndarray) -> np.ndarray:
-    """Choose the test examples: in each class every fifth, in the order of the source.
+    """Return which examples are test examples: in each class every fifth in the source's order.
 
-    The source has no official split. This one is stratified and depends on nothing but the labels.
-    The source is ordered by writer, so every writer is in both splits: it measures new digits, not
-    new writers.
+    The source has no official split. This one is stratified and depends only on the labels. Every
+    writer is in both splits, so the test measures new digits, not new writers.
 
     Args:
       labels: integers ``[n]``.
@@ -31,13 +30,19 @@ def is_test(labels: np.ndarray) -> np.ndarray:
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """1,797 images of 8x8 pixels with values 0 to 16, ten classes; 1,442 to train and 355 to test (see `is_test`)."""
+    """1,797 images of 8x8 pixels with values 0 to 16, in ten classes.
+
+    1,442 are for training and 355 for testing, see `is_test`.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
     MAXIMUM = 16
 
     def _info(self) -> tfds.core.DatasetInfo:
-        """Describe the features; raw bytes, because Image from arrays would need TensorFlow and PNG is slower."""
+        """Describe the features.
+
+        Images are raw bytes: TFDS encodes arrays as images with TensorFlow only, and PNG is slower.
+        """
         features = tfds.features.FeaturesDict(
             {
                 "image": tfds.features.Tensor(shape=(8, 8, 1), dtype=np.uint8, encoding="bytes"),
@@ -55,12 +60,13 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        """Make both splits from the arrays scikit-learn carries."""
-        # scikit-learn takes longer to import than the rest of the work, and is needed only once.
+        """Make both splits from scikit-learn's arrays."""
+        # Imported here: it takes longer than the rest of the work, and is needed only once.
         from sklearn.datasets import load_digits
 
         source: Any = load_digits()
-        images, labels = source.images.astype(np.uint8)[..., None], source.target
+        images = source.images.astype(np.uint8)[..., None]  # [n, 8, 8, 1]
+        labels = source.target
         test = is_test(labels)
         return {
             "train": self._generate_examples(images, labels, np.flatnonzero(~test)),
@@ -70,6 +76,6 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _generate_examples(
         self, images: np.ndarray, labels: np.ndarray, rows: np.ndarray
     ) -> Iterator[Any]:
-        """Yield the examples at ``rows``, keyed by their place in the source."""
+        """Yield the examples at ``rows``, with their index in the source as the key."""
         for row in rows.tolist():
             yield row, {"image": images[row], "label": int(labels[row])}

@@ -1,4 +1,4 @@
-"""Reading and checking the four IDX files in which MNIST and its relatives are published."""
+"""Read and check the four IDX files of MNIST-like data sets."""
 
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ FILES = tuple(file_name(part, kind) for part in ("train", "t10k") for kind in ("
 
 
 def missing(folder: Path) -> list[str]:
-    """Return which of the four files are not in ``folder``.
+    """Return the names of the files that a folder lacks.
 
     Args:
       folder: any path; it need not exist.
@@ -49,12 +49,12 @@ def missing(folder: Path) -> list[str]:
 def read(path: Any, sha256: str | None = None) -> np.ndarray:
     """Read one gzipped IDX file of bytes.
 
-    The checksum is of the content, not of the gzip file: Debian's copies differ from upstream's in
-    the gzip header only.
+    The checksum is of the decompressed content: Debian's copies have another gzip header than the
+    published files.
 
     Args:
       path: the ``.gz`` file.
-      sha256: hex digest that the decompressed file must have; None: only its header is checked.
+      sha256: the hex digest of the decompressed file; None to check only its header.
 
     Returns:
       uint8 ``[n, height, width]`` of images or ``[n]`` of labels.
@@ -72,19 +72,20 @@ def read(path: Any, sha256: str | None = None) -> np.ndarray:
     if sha256 is not None and digest != sha256:
         raise DataError(
             f"{path} is damaged or belongs to another data set: its decompressed content has "
-            f"sha256\n  {digest}, expected"
-            f"\n  {sha256}.\nDelete it and fetch it again, or put the right four files in a "
-            "folder of their own."
+            f"sha256\n  {digest}, expected\n  {sha256}.\nDelete it and fetch it again, or put the "
+            "right four files in a folder of their own."
         )
     return _parse(path, content)
 
 
 def _parse(path: Any, content: bytes) -> np.ndarray:
-    """Split an IDX file into its header (two zeros, type 8, rank, then the sizes as big-endian int32) and its bytes."""
+    """Return the bytes of an IDX file as an array.
+
+    Its header is two zeros, the type (8 for bytes), the rank, and the sizes as big-endian int32.
+    """
     rank = content[3] if content[:3] == b"\x00\x00\x08" and len(content) > 3 else 0
-    shape = tuple(
-        int(n) for n in np.frombuffer(content[4 : 4 + 4 * rank].ljust(4 * rank, b"\0"), ">i4")
-    )
+    header = content[4 : 4 + 4 * rank].ljust(4 * rank, b"\0")
+    shape = tuple(int(n) for n in np.frombuffer(header, ">i4"))
     if rank == 0 or len(content) != 4 + 4 * rank + int(np.prod(shape)):
         raise DataError(
             f"{path} is not an IDX file of bytes, or is cut short. Delete it and fetch it again."

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Removing channels: the choice, the smaller model and its table."""

@@ -1,26 +1,35 @@
-"""Which channels go: ratios for each group, who competes with whom, and multiples that widths are rounded to."""
+"""Which channels are removed: the ratio of each group, groups that compete, widths and multiples.
+
+A width is the number of inputs or outputs of one kernel. It is the size of one group of channels,
+or the product of several (heads and their features).
+"""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from itertools import combinations, product
+from typing import NamedTuple
 
 import numpy as np
 
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.paths import match, matches
-from compress_jax.core.types import Leaves
+from compress_jax.core.types import Leaves, Shape
 from compress_jax.trace import Group, Groups, Site
 
 Ratio = float | Mapping[str, float]
+"""The share of channels to remove, or ``{glob over names of groups: share}``."""
+
+Axes = tuple[int, ...]
 
 
 def ratios(ratio: Ratio, names: list[str]) -> dict[str, float]:
-    """Return each group's ratio: a number for all, or of the first glob that matches its name (0 if none does).
+    """Return the ratio of each group: the number, or that of the first glob that matches, else 0.
 
     Args:
       ratio: share of channels to remove, 0 to 1.
-      names: of the groups.
+      names: the names of the groups.
 
     Returns:
       ``{name: ratio}``.
@@ -42,21 +51,28 @@ def ratios(ratio: Ratio, names: list[str]) -> dict[str, float]:
             )
         if names:
             match(pattern, names)
-    return {
-        name: next((share for glob, share in table.items() if matches(glob, name)), 0.0)
-        for name in names
-    }
+    found = {}
+    for name in names:
+        glob = _glob_of(table, name)
+        found[name] = 0.0 if glob is None else table[glob]
+    return found
+
+
+def _glob_of(ratio: Ratio | None, name: str) -> str | None:
+    """Return the glob that sets a group's ratio; None if a number does, or nothing."""
+    globs = ratio if isinstance(ratio, Mapping) else ()
+    return next((glob for glob in globs if matches(glob, name)), None)
 
 
 def pools(groups: list[Group], share: dict[str, float], scope: str) -> list[list[Group]]:
-    """Return which groups compete: those of one ratio, if they may (each for itself, all, or those built alike).
+    """Return the lists of groups whose channels compete.
 
-    Groups are built alike if their members are: as many parameters of the same last name, rank and
-    axis.
+    Only groups of the same ratio compete: with ``"local"`` none, with ``"global"`` all, with
+    ``"isomorphic"`` those whose members have the same last names and axes.
 
     Args:
-      groups: that take part.
-      share: their ratios.
+      groups: the groups that lose channels.
+      share: the ratio by name of a group.
       scope: ``"local"``, ``"global"`` or ``"isomorphic"``.
 
     Returns:
@@ -65,16 +81,13 @@ def pools(groups: list[Group], share: dict[str, float], scope: str) -> list[list
     Raises:
       ConfigError: if the scope is not known.
     """
-
-    def kind(group: Group) -> Any:
-        built = sorted((path.rpartition("/")[2], axis) for path, axis in group.members)
-        return {"local": group.name, "global": None, "isomorphic": tuple(built)}[scope]
-
     if scope not in ("local", "global", "isomorphic"):
         raise ConfigError(f"scope={scope!r} is not known; use 'local', 'global' or 'isomorphic'")
-    found: dict[Any, list[Group]] = {}
+    found: dict[Hashable, list[Group]] = {}
     for group in groups:
-        found.setdefault((share[group.name], kind(group)), []).append(group)
+        members = sorted((path.rpartition("/")[2], axis) for path, axis in group.members)
+        kind = {"local": group.name, "global": None, "isomorphic": tuple(members)}[scope]
+        found.setdefault((share[group.name], kind), []).append(group)
     return list(found.values())
 
 
@@ -83,20 +96,20 @@ def choose(
     scores: dict[str, np.ndarray],
     ratio: float,
     multiples: Mapping[str, int] | None = None,
-    most: float = 1.0,
+    max_ratio: float = 1.0,
 ) -> dict[str, np.ndarray]:
-    """Return the channels that stay of groups that compete.
+    """Return the channels that stay in groups that compete.
 
-    The ``round(ratio * channels)`` of the lowest scores go, a half rounded up; of equal scores the
-    later ones first. No group loses more than its share ``most``, nor its last channel; then what
-    stays is rounded up to a multiple.
+    The ``round(ratio * channels)`` channels of lowest score are removed, a half rounded up; of
+    equal scores the later ones first. No group loses more than ``max_ratio``, nor its last channel.
+    The number that stays is then rounded up to a multiple.
 
     Args:
       pool: the groups.
-      scores: of their channels.
-      ratio: share of all their channels to remove.
-      multiples: by name of a group, the multiple that what stays is rounded up to; 1 if not given.
-      most: of any one group.
+      scores: the scores of channels by name of a group.
+      ratio: the share of all their channels to remove.
+      multiples: the multiple by name of a group; 1 if not given.
+      max_ratio: the largest share that one group may lose.
 
     Returns:
       ``{name: ascending indices}``.
@@ -107,40 +120,36 @@ def choose(
       >>> {name: kept.tolist() for name, kept in choose([wide, narrow], scores, 0.5).items()}
       {'wide': [0], 'narrow': [0, 1]}
     """
-    order = {group.name: np.lexsort((-np.arange(group.size), scores[group.name])) for group in pool}
-    cap = {group.name: min(amount_exact(most, group.size), group.size - 1) for group in pool}
-    lowest = [
-        (scores[name][i], place, -i, name)
-        for place, name in enumerate(order)
-        for i in order[name][: cap[name]]
-    ]
-    gone = sorted(lowest)[: amount_exact(ratio, sum(group.size for group in pool))]
+    order = {}
+    candidates = []
+    for place, group in enumerate(pool):
+        score = scores[group.name]
+        ranked = np.lexsort((-np.arange(group.size), score))  # ascending, later ones first
+        # The last channel of a group never competes.
+        cap = min(amount_exact(max_ratio, group.size), group.size - 1)
+        candidates += [(score[i], place, -i, group.name) for i in ranked[:cap]]
+        order[group.name] = ranked
+    count = amount_exact(ratio, sum(group.size for group in pool))
+    removed = Counter(name for *_, name in sorted(candidates)[:count])
     kept = {}
     for group in pool:
-        left = group.size - sum(name == group.name for *_, name in gone)
         multiple = (multiples or {}).get(group.name, 1)
-        left = min(-(-left // multiple) * multiple, group.size)
+        left = group.size - removed[group.name]
+        left = min(-(-left // multiple) * multiple, group.size)  # rounded up
         kept[group.name] = np.sort(order[group.name][group.size - left :])
     return kept
-
-
-# Widths: how many features a kernel takes or gives, which one group of channels or a product of
-# several makes up.
-
-
-Axes = tuple[int, ...]
 
 
 class Width(NamedTuple):
     """The inputs or the outputs of one kernel.
 
     Attributes:
-      path: of the kernel.
-      axes: of the stored kernel that make it up: several where it is stored as a tensor
-        (``[in, heads, head_dim]``).
-      size: how many there are.
-      times: by name of a group, in how many of them each of its channels lies.
-      products: pairs of groups that multiply.
+      path: the path of the kernel.
+      axes: the axes of the stored kernel that make up the width; several in a kernel such as
+        ``[in, heads, head_dim]``.
+      size: the number of inputs or outputs.
+      times: by name of a group, the number of them that each of its channels spans.
+      products: pairs of groups whose sizes multiply.
     """
 
     path: str
@@ -150,16 +159,16 @@ class Width(NamedTuple):
     products: frozenset[frozenset[str]]
 
     def __str__(self) -> str:
-        """Return it as text."""
+        """Return the kernel and its axes as text."""
         return f"{self.path}:{','.join(map(str, self.axes))}"
 
 
 def widths(found: Groups, sites: Sequence[Site], leaves: Leaves) -> tuple[Width, ...]:
-    """Return the widths of all kernels in which groups lie.
+    """Return the widths of all kernels that groups of channels make up.
 
     Args:
       found: the groups.
-      sites: of the function.
+      sites: the sites of the function.
       leaves: arrays or shapes by path.
 
     Returns:
@@ -167,64 +176,65 @@ def widths(found: Groups, sites: Sequence[Site], leaves: Leaves) -> tuple[Width,
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from compress_jax.trace import groups, sites as sites_of
+      >>> import compress_jax as cj
       >>> params = {"a": jnp.ones((2, 3, 4)), "b": jnp.ones((3, 4, 1))}
       >>> def fn(p, x):
       ...     return jnp.einsum("bhd,hdo->bo", jnp.einsum("bi,ihd->bhd", x, p["a"]), p["b"])
-      >>> for width in widths(groups(fn, params, jnp.ones((1, 2))), sites_of(fn, params, jnp.ones((1, 2))), params):
+      >>> found = cj.trace.groups(fn, params, jnp.ones((1, 2)))
+      >>> for width in widths(found, cj.trace.sites(fn, params, jnp.ones((1, 2))), params):
       ...     print(width, width.size, width.times)
       a:1,2 12 {'a:1': 4, 'a:2': 3}
       b:0,1 12 {'a:1': 4, 'a:2': 3}
     """
-    members = {(path, axis) for group in found for path, axis in group.members}
+    members = {member for group in found for member in group.members}
     made: dict[tuple[str, Axes], Width] = {}
     for site in sites:
         if site.param is None or site.param_axes is None or site.batch_axes is None:
             continue
-        shape = np.shape(leaves[site.param])
-        gone = (*site.param_axes, *site.batch_axes, *site.stack_axes)
-        into = [
-            axis for axis in site.param_axes if site.kind != "conv" or (site.param, axis) in members
-        ]
-        for axes in (into, [axis for axis in range(len(shape)) if axis not in gone]):
+        path = site.param
+        shape = np.shape(leaves[path])
+        summed = site.param_axes
+        if site.kind == "conv":  # the window is summed over, but is no width
+            summed = [axis for axis in summed if (path, axis) in members]
+        other = (*site.param_axes, *site.batch_axes, *site.stack_axes)
+        outputs = [axis for axis in range(len(shape)) if axis not in other]
+        for axes in (summed, outputs):
             chosen = tuple(axis for axis in sorted(axes) if shape[axis] > 1)
-            if any((site.param, axis) in members for axis in chosen):
-                made[site.param, chosen] = _width(found, site.param, chosen, shape)
+            if any((path, axis) in members for axis in chosen):
+                made[path, chosen] = _width(found, path, chosen, shape)
     return tuple(made.values())
 
 
-def _width(found: Groups, path: str, axes: Axes, shape: tuple[int, ...]) -> Width:
+def _width(found: Groups, path: str, axes: Axes, shape: Shape) -> Width:
     inside = [group for group in found if any((path, axis) in group.members for axis in axes)]
     times = {}
     for group in inside:
-        places = [group.coordinates.get((path, axis)) for axis in axes]
-        counts = [
-            n if place is None else np.count_nonzero(place == 0)
-            for place, n in zip(places, _sizes(axes, shape), strict=True)
-        ]
-        times[group.name] = math.prod(int(count) for count in counts)
-    pairs = ((a, b) for i, a in enumerate(inside) for b in inside[i + 1 :])
+        # Entries along each axis that belong to channel 0: all of them, if the group is elsewhere.
+        counts = []
+        for axis in axes:
+            channel = group.coordinates.get((path, axis))
+            counts.append(shape[axis] if channel is None else int((channel == 0).sum()))
+        times[group.name] = math.prod(counts)
     products = frozenset(
-        frozenset((a.name, b.name)) for a, b in pairs if _multiply(a, b, path, axes)
+        frozenset((a.name, b.name))
+        for a, b in combinations(inside, 2)
+        if _multiply(a, b, path, axes)
     )
-    return Width(path, axes, math.prod(_sizes(axes, shape)), times, products)
-
-
-def _sizes(axes: Axes, shape: tuple[int, ...]) -> list[int]:
-    return [shape[axis] for axis in axes]
+    return Width(path, axes, math.prod(shape[axis] for axis in axes), times, products)
 
 
 def _multiply(a: Group, b: Group, path: str, axes: Axes) -> bool:
-    """Tell whether entries lie in channels of both: along different axes, or where one axis is a product."""
-    for i in axes:
-        for j in axes:
-            ours, theirs = a.coordinates.get((path, i)), b.coordinates.get((path, j))
-            if (
-                ours is not None
-                and theirs is not None
-                and (i != j or ((ours >= 0) & (theirs >= 0)).any())
-            ):
-                return True
+    """Return whether some entries belong to channels of both groups.
+
+    So do all entries if the groups lie along different axes, or some if one axis is a product.
+    """
+    for i, j in product(axes, axes):
+        ours = a.coordinates.get((path, i))
+        theirs = b.coordinates.get((path, j))
+        if ours is None or theirs is None:
+            continue
+        if i != j or ((ours >= 0) & (theirs >= 0)).any():
+            return True
     return False
 
 
@@ -232,76 +242,74 @@ def one_of_each(
     taking: Sequence[Group],
     every: Iterable[Width],
     share: Mapping[str, float],
-    ratio: Any,
-    most: float,
+    ratio: Ratio | None,
+    max_ratio: float,
 ) -> dict[str, str]:
-    """Return which groups stay whole, and why, so that a ratio is one of widths: of groups that multiply one loses channels.
+    """Choose one of the groups that multiply to a width; return the others with the reason.
 
-    It is the one that comes closest to the ratio, the outer one of those that come as close (heads,
-    before their features). Of groups that different globs of a ratio speak of, each loses its own.
+    The ratio is then one of the width. The chosen group is the one that comes closest to the ratio,
+    or the outer one of two that come as close (heads, before their features). Groups whose ratios
+    are set by different globs all lose channels.
 
     Args:
-      taking: groups that may lose channels.
+      taking: the groups that may lose channels.
       every: the widths.
-      share: by name of a group, the share to remove.
-      ratio: as the user gave it.
-      most: the largest share that a group may lose.
+      share: the share to remove by name of a group.
+      ratio: the ratio that the user gave.
+      max_ratio: the largest share that one group may lose.
 
     Returns:
-      ``{name: reason}``.
+      ``{name: reason}`` of the groups that stay whole.
     """
     names = [group.name for group in taking]
-    beside: dict[str, set[str]] = {name: set() for name in names}
+    neighbors: dict[str, set[str]] = {name: set() for name in names}
     for pair in {pair for width in every for pair in width.products}:
         a, b = sorted(pair)
-        if a in beside and b in beside and _said_by(ratio, a) == _said_by(ratio, b):
-            beside[a].add(b)
-            beside[b].add(a)
+        if a in neighbors and b in neighbors and _glob_of(ratio, a) == _glob_of(ratio, b):
+            neighbors[a].add(b)
+            neighbors[b].add(a)
 
-    def off(group: Group) -> float:
+    def distance(group: Group) -> float:
+        """Return how far the removable share of a group is from its ratio."""
+        wanted = share[group.name]
         lost = min(
-            amount_exact(share[group.name], group.size),
-            amount_exact(most, group.size),
+            amount_exact(wanted, group.size),
+            amount_exact(max_ratio, group.size),
             group.size - 1,
         )
-        return abs(lost / group.size - share[group.name])
+        return abs(lost / group.size - wanted)
 
-    order = sorted(
-        taking, key=lambda group: (-len(beside[group.name]), off(group), names.index(group.name))
-    )
+    def rank(group: Group) -> tuple[int, float, int]:
+        return -len(neighbors[group.name]), distance(group), names.index(group.name)
+
     whole: dict[str, str] = {}
-    for group in order:
+    for group in sorted(taking, key=rank):
         if group.name not in whole:
-            others = beside[group.name] - whole.keys()
+            others = neighbors[group.name] - whole.keys()
             whole |= dict.fromkeys(others, f"its width is shortened by {group.name}")
     return whole
 
 
-def _said_by(ratio: Any, name: str) -> str | None:
-    """Return the glob that a group's ratio comes from."""
-    return (
-        next((glob for glob in ratio if matches(glob, name)), None)
-        if isinstance(ratio, Mapping)
-        else None
-    )
-
-
-def steps(taking: Sequence[Group], every: Iterable[Width], round_to: int) -> dict[str, int]:
-    """Return by name of a group the multiple that its size is rounded up to, so that widths are multiples of ``round_to``.
+def multiples_of(taking: Sequence[Group], every: Iterable[Width], round_to: int) -> dict[str, int]:
+    """Return the multiple of each group's size for which widths are multiples of ``round_to``.
 
     Args:
-      taking: groups that lose channels.
+      taking: the groups that lose channels.
       every: the widths.
       round_to: the multiple of widths.
 
     Returns:
       ``{name: multiple}``.
     """
-    names, every = {group.name for group in taking}, tuple(every)
-    made = {}
+    names = {group.name for group in taking}
+    every = tuple(every)
+    multiples = {}
     for name in names:
         own = [width for width in every if name in width.times]
-        alone = not any(name in pair and pair <= names for width in own for pair in width.products)
-        shared = math.gcd(*(width.times[name] for width in own)) if own and alone else 1
-        made[name] = round_to // math.gcd(round_to, shared)
-    return made
+        pairs = [pair for width in own for pair in width.products]
+        # A factor that the rest of a width has counts only if no other group shortens that rest.
+        shared = 1
+        if own and not any(name in pair and pair <= names for pair in pairs):
+            shared = math.gcd(*(width.times[name] for width in own))
+        multiples[name] = round_to // math.gcd(round_to, shared)
+    return multiples

@@ -1,1 +1,1 @@
-"""A private room."""
+"""From scores to masks: targets, structures, exact selection, and the builder of methods."""

@@ -1,4 +1,4 @@
-"""From scores to masks: what is kept, under a target."""
+"""Masks from scores under a target, and the checks of what `update` is given."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -15,15 +15,22 @@ from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.core.exact import choose, less, wide
 from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Leaves, Params, PyTree, Step
+from compress_jax.core.types import Leaves, Params, PyTree, Scalar, Step
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest, value_bits
-from compress_jax.prune._masks.structures import NofM, Structure, pooled, spread
+from compress_jax.prune._masks.structures import (
+    NofM,
+    Structure,
+    spread_to_entries,
+    unit_scores,
+)
 from compress_jax.prune._masks.target import Target
 
 Masks = dict[str, jax.Array]
+Key = Callable[..., jax.Array]
+"""Unsigned integers in the order of the scores: `magnitude_bits` or `value_bits`."""
 
 
-def kept(
+def keep_masks(
     scores: Mapping[str, jax.Array],
     target: Target,
     step: Step,
@@ -31,118 +38,120 @@ def kept(
     signed: bool = False,
     axes: Mapping[str, Axes] | None = None,
 ) -> Masks:
-    """Return the masks of what is kept when the lowest scores are pruned, exactly as many units as the target says.
+    """Return the masks left by pruning the lowest scores, exactly as many units as the target says.
 
     Args:
-      scores: of every leaf, floating point, its shape.
-      target: how many, of which units, compared within what.
-      step: the step the target is looked up at.
+      scores: by path, floating point, in the shape of the leaf.
+      target: how much to prune, in which units, and whether leaves share one threshold.
+      step: the step of the target's schedules.
       signed: order scores by value; by default by magnitude.
-      axes: of every leaf; by default as Flax stores kernels. With ``scope="leaf"`` each layer of a
-        stack counts by itself.
+      axes: by path; by default as Flax stores kernels. With ``scope="leaf"`` each layer of a stack
+        reaches the sparsity by itself.
 
     Returns:
-      bool masks by path, true where an entry is kept. Of equal scores the one earlier in C order is
+      bool masks by path, true where an entry stays. Of equal scores the one earlier in C order is
       pruned first.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> kept({"w": jnp.array([3.0, -1.0, 2.0])}, Target.of(0.5), 0)["w"].tolist()
+      >>> keep_masks({"w": jnp.array([3.0, -1.0, 2.0])}, Target.of(0.5), 0)["w"].tolist()
       [True, False, False]
     """
-    key, structure = (value_bits if signed else magnitude_bits), target.structure
-    axes = axes or {path: Axes.convention(x.shape) for path, x in scores.items()}
+    key = value_bits if signed else magnitude_bits
+    structure = target.structure
+    if axes is None:
+        axes = {path: Axes.convention(x.shape) for path, x in scores.items()}
     if isinstance(structure, NofM):
-        along = {path: structure.axes(axes[path]) for path in scores}
-        return {
-            path: largest_of_each(key(x), structure.n, structure.m, along[path])
-            for path, x in scores.items()
-        }
-    pools = {path: _pooled(x, structure, axes[path], signed) for path, x in scores.items()}
-    if target.scope == "global":
-        share = target.share(next(iter(pools)), step) if pools else 0.0
-        pruned = (
-            dict(zip(pools, _of_all(list(pools.values()), share, target.floor, key), strict=True))
-            if pools
-            else {}
-        )
-    else:
-        pruned = {
-            path: _smallest_of_layers(pool, axes[path], target.share(path, step), key)
-            for path, pool in pools.items()
-        }
-    return {path: _spread(~mask, structure, axes[path]) for path, mask in pruned.items()}
+        masks = {}
+        for path, x in scores.items():
+            along = structure.axes(axes[path])
+            masks[path] = largest_of_each(key(x), structure.n, structure.m, along)
+        return masks
+    units = {path: _units(x, structure, axes[path], signed) for path, x in scores.items()}
+    pruned = {}
+    if target.scope == "leaf":
+        for path, each in units.items():
+            pruned[path] = _lowest_by_layer(each, axes[path], target.share(path, step), key)
+    elif units:
+        share = target.share(next(iter(units)), step)
+        lowest = _lowest_of_all(list(units.values()), share, target.floor, key)
+        pruned = dict(zip(units, lowest, strict=True))
+    return {path: _entries(~mask, structure, axes[path]) for path, mask in pruned.items()}
 
 
-def _smallest_of_layers(
-    pool: jax.Array, axes: Axes, share: Any, key: Callable[..., jax.Array]
-) -> jax.Array:
-    """Return a mask of the smallest units of every layer, which are pruned."""
-    pruned = amount(share, pool.size // max(axes.layers, 1))
-    return over_layers(lambda layer: smallest([layer], pruned, key)[0], axes, ("leaf",), "leaf")(
-        pool
-    )
+def _lowest_by_layer(units: jax.Array, axes: Axes, share: Scalar, key: Key) -> jax.Array:
+    """Return a mask of the units of lowest score in each layer."""
+    count = amount(share, units.size // max(axes.layers, 1))
+
+    def lowest(layer: jax.Array) -> jax.Array:
+        return smallest([layer], count, key)[0]
+
+    return over_layers(lowest, axes, ("leaf",), "leaf")(units)
 
 
-def _of_all(pools: list[jax.Array], share: Any, floor: float, key: Any) -> list[jax.Array]:
-    """Return masks of the lowest units of all leaves together, of which each keeps its floor."""
-    lost = amount(share, sum(pool.size for pool in pools))
+def _lowest_of_all(
+    units: list[jax.Array], share: Scalar, floor: float, key: Key
+) -> list[jax.Array]:
+    """Return masks of the units of lowest score over all leaves, but the floor of each leaf."""
+    count = amount(share, sum(leaf.size for leaf in units))
     if not floor:
-        return smallest(pools, lost, key)
-    most = [pool.size - max(1, math.ceil(floor * pool.size)) for pool in pools]
-    may = [smallest([pool], wide(count), key)[0] for pool, count in zip(pools, most, strict=True)]
+        return smallest(units, count, key)
+    # A leaf may lose only its own lowest units, all but its floor.
+    most = [leaf.size - max(1, math.ceil(floor * leaf.size)) for leaf in units]
+    candidates = [
+        smallest([leaf], wide(limit), key)[0] for leaf, limit in zip(units, most, strict=True)
+    ]
     limit = wide(sum(most))
-    return smallest(pools, choose(less(limit, lost), limit, lost), key, may)
+    return smallest(units, choose(less(limit, count), limit, count), key, candidates)
 
 
-def _pooled(x: jax.Array, structure: Structure | None, axes: Axes, signed: bool) -> jax.Array:
-    """Return the scores of units; single entries stay in their dtype."""
+def _units(x: jax.Array, structure: Structure | None, axes: Axes, signed: bool) -> jax.Array:
+    """Return the scores of units; scores of single entries keep their dtype."""
     if structure is None or isinstance(structure, NofM):
         return x
-    return pooled(x if signed else abs(x), structure.window(axes), structure.reduce)
+    return unit_scores(x if signed else abs(x), structure.window(axes), structure.reduce)
 
 
-def _spread(flags: jax.Array, structure: Structure | None, axes: Axes) -> jax.Array:
+def _entries(flags: jax.Array, structure: Structure | None, axes: Axes) -> jax.Array:
+    """Return the flag of each entry from the flags of units."""
     if structure is None or isinstance(structure, NofM):
         return flags
-    return spread(flags, structure.window(axes), axes.shape)
+    return spread_to_entries(flags, structure.window(axes), axes.shape)
 
 
-# What an update is given: gradients that are checked, and steps that are left out because they are
-# broken or not due.
-
-
-def gradients_of(leaves: Leaves, params: Params, grads: PyTree, needed: bool) -> dict[str, Any]:
-    """Return the gradients of some leaves that `update` was given, by path, all of them of their leaf's shape.
+def checked_gradients(
+    leaves: Leaves, params: Params, grads: PyTree, needed: bool
+) -> dict[str, jax.Array]:
+    """Return the gradients of the pruned leaves by path, each in the shape of its leaf.
 
     Args:
-      leaves: by path, those that are pruned.
-      params: the tree they are of.
-      grads: a tree of the same names, or None.
-      needed: whether there must be one for every leaf, finite as far as that can be told.
+      leaves: the pruned leaves by path.
+      params: the tree that holds them.
+      grads: a tree of the same paths, or None.
+      needed: whether each leaf must have a gradient, finite where its values are known.
 
     Returns:
       ``{path: gradient}``.
 
     Raises:
-      ArgumentError: if they are needed and missing, or of leaves that there are not.
+      ArgumentError: if gradients are needed and missing, or belong to no leaf.
       ShapeError: if one has another shape than its leaf.
       NonFiniteError: outside ``jit``, if they are needed and not finite.
     """
-    found = flatten(grads)[0] if grads is not None else {}
-    if unknown := [path for path in found if path not in flatten(params)[0]]:
+    given = flatten(grads)[0] if grads is not None else {}
+    paths = flatten(params)[0].keys()
+    if unknown := [path for path in given if path not in paths]:
         raise ArgumentError(
             f"there are gradients for {', '.join(unknown)}, but no such leaf; there are: "
             f"{', '.join(leaves)}"
         )
-    missing = [path for path in leaves if found.get(path) is None]
+    missing = [path for path in leaves if given.get(path) is None]
     if needed and missing:
         raise ArgumentError(
-            f"this method looks at gradients, and there is none for {', '.join(missing)}; give "
-            "update(..., grads=...) "
-            "the gradient of the loss at the weights the model used"
+            f"this method needs gradients, and there is none for {', '.join(missing)}; give "
+            "update(..., grads=...) the gradient of the loss at the weights the model used"
         )
-    found = {path: found[path] for path in leaves if found.get(path) is not None}
+    found = {path: given[path] for path in leaves if path not in missing}
     for path, grad in found.items():
         if jnp.shape(grad) != leaves[path].shape:
             raise ShapeError(
@@ -153,27 +162,32 @@ def gradients_of(leaves: Leaves, params: Params, grads: PyTree, needed: bool) ->
     return found
 
 
-def unless_broken(
-    gradients: Mapping[str, Any], new: CompressionState, old: CompressionState
+def skip_nonfinite(
+    gradients: Mapping[str, jax.Array], new: CompressionState, old: CompressionState
 ) -> CompressionState:
-    """Return the new state, or under ``jit`` the old one whole if any gradient is not finite: a step an optimizer skips.
+    """Return the new state, or all of the old one if a gradient is not finite.
+
+    Optimizers skip such a step too; under ``jit`` it cannot raise.
 
     Args:
-      gradients: what the new state follows from.
+      gradients: the gradients the new state depends on; none if it depends on none.
       new: the state after an update.
       old: the state before it, of the same structure.
 
     Returns:
-      Either.
+      Either state.
     """
     if not gradients:
         return new
-    sound = jnp.stack([jnp.isfinite(grad).all() for grad in gradients.values()]).all()
-    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, old)
+    finite = jnp.stack([jnp.isfinite(grad).all() for grad in gradients.values()]).all()
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
-def chosen(acts: Any, new: Callable[[], Masks], old: Callable[[], Masks]) -> Masks:
-    """Return one of two sets of masks: by a plain choice where it is known which, so that errors can be raised."""
-    if isinstance(acts, Tracer):
-        return jax.lax.cond(acts, new, old)
-    return new() if bool(acts) else old()
+def update_if(is_due: Any, new: Callable[[], Masks], old: Callable[[], Masks]) -> Masks:
+    """Return ``new()`` if an update is due, else ``old()``.
+
+    A concrete condition is a Python branch, so that errors can be raised in it.
+    """
+    if isinstance(is_due, Tracer):
+        return jax.lax.cond(is_due, new, old)
+    return new() if bool(is_due) else old()

@@ -1,9 +1,10 @@
-"""The k smallest entries, found by bisection: no sort, no reshape, and so the same bits under every sharding.
+"""Masks of the k smallest entries, found by bisection, and of the n largest of every m.
 
-Floats order like unsigned integers made of their bits (`magnitude_bits`, `value_bits`), so the k-th
-smallest of them is found by halving an interval of integers and counting, about 32 passes for
-float32. The counts are all that devices exchange. Where several entries equal the threshold,
-further bisections on their position, one an axis, single out the first ones.
+Nothing is sorted or reshaped, so masks are the same bits under every sharding. Floats are mapped to
+unsigned integers of the same order (`magnitude_bits`, `value_bits`). The k-th smallest of them is
+found by halving an interval of integers and counting, about 32 passes for float32. Devices exchange
+only the counts. Where several entries equal the threshold, one more bisection along each axis
+selects those that come first.
 """
 
 import math
@@ -15,9 +16,14 @@ import jax.numpy as jnp
 
 from compress_jax.core.exact import Wide, add, choose, count, less, subtract, wide
 
+Interval = tuple[jax.Array, jax.Array, Wide]
+"""The state of a bisection: low, high, and the count below low."""
+
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
-    """Return the bit pattern of ``|x|`` as unsigned integers, ordered as the magnitudes are; -0.0 equals 0.0.
+    """Return the bits of ``|x|`` as unsigned integers in the order of the magnitudes.
+
+    -0.0 equals 0.0.
 
     Args:
       x: floating point, any shape.
@@ -31,11 +37,112 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     """
     bits = jnp.finfo(x.dtype).bits
     pattern = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{bits}"))
+    # Without the sign bit: exponent first, then mantissa, so integers order as magnitudes do.
     return pattern & jnp.asarray(2 ** (bits - 1) - 1, pattern.dtype)
 
 
+def value_bits(x: jax.Array) -> jax.Array:
+    """Return unsigned integers in the order of the values of ``x``, negative ones first.
+
+    -0.0 equals 0.0.
+
+    Args:
+      x: floating point, any shape.
+
+    Returns:
+      Unsigned integers of the same width and shape, at least 1.
+
+    Example:
+      >>> value_bits(jnp.array([-1.0, -0.0, 0.0, 1.0])).tolist()
+      [1082130432, 2147483648, 2147483648, 3212836864]
+    """
+    magnitude = magnitude_bits(x)
+    pattern = jax.lax.bitcast_convert_type(x, magnitude.dtype)
+    # Above ``zero`` for positive values and below it for negative ones.
+    zero = jnp.asarray(2 ** (jnp.iinfo(pattern.dtype).bits - 1), pattern.dtype)
+    return jnp.where(pattern >= zero, zero - magnitude, zero + magnitude)
+
+
+def smallest(
+    arrays: Sequence[jax.Array],
+    k: Wide,
+    key: Callable[..., jax.Array] = magnitude_bits,
+    candidates: Sequence[jax.Array] | None = None,
+) -> list[jax.Array]:
+    """Return masks of the ``k`` smallest entries over all arrays, by default of smallest magnitude.
+
+    They are the first k of a stable argsort of the concatenated keys: of equal entries the one in
+    the earlier array, and in one array the one earlier in C order. Arrays of different dtypes are
+    compared in float32, or in float64 if one has it.
+
+    Args:
+      arrays: floating point, any shapes.
+      k: how many in all.
+      key: the order, see `smallest_by`: `magnitude_bits` or `value_bits`.
+      candidates: bool masks of the entries to choose among, at least k; by default all.
+
+    Returns:
+      One bool mask for each array, true for the ``k`` smallest.
+
+    Example:
+      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
+      [False, True]
+    """
+    arrays = _same_dtype(arrays)
+    if candidates is None:
+        return smallest_by(key, [(x,) for x in arrays], k)
+    key_where = _value_where if key is value_bits else _magnitude_where
+    return smallest_by(key_where, list(zip(arrays, candidates, strict=True)), k)
+
+
+@partial(jax.jit, static_argnums=0)
+def smallest_by(
+    key: Callable[..., jax.Array], operands: Sequence[tuple[jax.Array, ...]], k: Wide
+) -> list[jax.Array]:
+    """Return masks of the ``k`` entries of smallest key; of equal keys the earlier entry.
+
+    Args:
+      key: ``(*operands) -> unsigned integers`` of one dtype, entry by entry. The largest integer of
+        the dtype marks an entry that must not be chosen. Pass the same function at every call, as
+        the compiled program is cached by it.
+      operands: for each mask the arrays its keys are computed from, all of one shape.
+      k: how many in all, at most as many as may be chosen.
+
+    Returns:
+      One bool mask for each tuple of operands.
+
+    Example:
+      >>> def key(x, allowed):
+      ...     return jnp.where(allowed, magnitude_bits(x), jnp.uint32(2**32 - 1))
+      >>> x, allowed = jnp.array([1.0, 2.0, 3.0]), jnp.array([False, True, True])
+      >>> smallest_by(key, [(x, allowed)], wide(1))[0].tolist()
+      [False, True, False]
+    """
+    top = jnp.iinfo(jax.eval_shape(key, *operands[0]).dtype)
+
+    def below(t: jax.Array) -> Wide:
+        # The barrier keeps XLA from storing all keys, which would be a second copy of the weights.
+        t, inside = jax.lax.optimization_barrier((t, list(operands)))
+        return reduce(add, [count(key(*each) < t) for each in inside])
+
+    threshold, reached = bisect(below, k, jnp.asarray(top.max, top.dtype))
+    left = subtract(k, reached)  # how many of those that equal the threshold
+    masks = []
+    for each in operands:
+        ties = key(*each) == threshold
+        tied = count(ties)
+        taken = choose(less(left, tied), left, tied)
+        # In most arrays all ties are taken, or none: `first` runs only where some are.
+        ties = jax.lax.cond(less(taken, tied), first, lambda ties, _: ties, ties, taken)
+        masks.append((key(*each) < threshold) | ties)
+        left = subtract(left, taken)
+    return masks
+
+
 def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple[jax.Array, Wide]:
-    """Return the largest ``t < top`` with ``below(t) <= k``, or any ``t`` with ``below(t) == k``, and ``below(t)``.
+    """Return the largest ``t < top`` with ``below(t) <= k``, and ``below(t)``.
+
+    The search stops early at a ``t`` with ``below(t) == k``.
 
     Args:
       below: a nondecreasing count, zero at 0.
@@ -51,20 +158,18 @@ def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple
       7
     """
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, Wide]) -> jax.Array:
-        low, high, reached = carry
+    def unfinished(interval: Interval) -> jax.Array:
+        low, high, reached = interval
         return (high - low > 1) & less(reached, k)
 
-    def halve(carry: tuple[jax.Array, jax.Array, Wide]) -> tuple[jax.Array, jax.Array, Wide]:
-        low, high, reached = carry
+    def halve(interval: Interval) -> Interval:
+        low, high, reached = interval
         middle = low + (high - low) // 2
-        counted = below(middle)
-        over = less(k, counted)
-        return (
-            jnp.where(over, low, middle),
-            jnp.where(over, middle, high),
-            choose(over, reached, counted),
-        )
+        found = below(middle)
+        over = less(k, found)
+        low = jnp.where(over, low, middle)
+        high = jnp.where(over, middle, high)
+        return low, high, choose(over, reached, found)
 
     low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, wide(0)))
     return low, reached
@@ -86,123 +191,30 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
     """
     chosen = jnp.zeros_like(flags)
     for axis, length in enumerate(flags.shape):
-        where = partial(
-            jax.lax.broadcasted_iota, jnp.uint32, flags.shape, axis
-        )  # made anew: kept it is 4 bytes an entry
-        end, taken = bisect(
-            lambda t, f=flags, p=where: count(f & (p() < t)), k, jnp.uint32(length + 1)
-        )
-        chosen |= flags & (where() < end)
-        flags &= where() == end
+        # A new iota at each use: one that is shared is stored, 4 bytes an entry.
+        position = partial(jax.lax.broadcasted_iota, jnp.uint32, flags.shape, axis)
+
+        def below(
+            t: jax.Array, flags: jax.Array = flags, position: Callable[[], jax.Array] = position
+        ) -> Wide:
+            return count(flags & (position() < t))
+
+        end, taken = bisect(below, k, jnp.uint32(length + 1))
+        chosen |= flags & (position() < end)
+        # The k-th true entry lies in the slice at ``end``; continue along the next axis there.
+        flags &= position() == end
         k = subtract(k, taken)
-    return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis to look along
+    return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis
 
 
-def value_bits(x: jax.Array) -> jax.Array:
-    """Return unsigned integers ordered as the numbers themselves are, negative ones first; -0.0 equals 0.0.
-
-    Args:
-      x: floating point, any shape.
-
-    Returns:
-      Unsigned integers of the same width and shape, at least 1.
-
-    Example:
-      >>> value_bits(jnp.array([-1.0, -0.0, 0.0, 1.0])).tolist()
-      [1082130432, 2147483648, 2147483648, 3212836864]
-    """
-    pattern, magnitude = (
-        jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")),
-        magnitude_bits(x),
-    )
-    zero = jnp.asarray(2 ** (jnp.iinfo(pattern.dtype).bits - 1), pattern.dtype)
-    return jnp.where(pattern >= zero, zero - magnitude, zero + magnitude)
-
-
-def _magnitude_if(x: jax.Array, may: jax.Array) -> jax.Array:
+def _magnitude_where(x: jax.Array, candidates: jax.Array) -> jax.Array:
     bits = magnitude_bits(x)
-    return jnp.where(may, bits, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype))
+    return jnp.where(candidates, bits, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype))
 
 
-def _value_if(x: jax.Array, may: jax.Array) -> jax.Array:
+def _value_where(x: jax.Array, candidates: jax.Array) -> jax.Array:
     bits = value_bits(x)
-    return jnp.where(may, bits, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype))
-
-
-def smallest(
-    arrays: Sequence[jax.Array],
-    k: Wide,
-    key: Callable[..., jax.Array] = magnitude_bits,
-    may: Sequence[jax.Array] | None = None,
-) -> list[jax.Array]:
-    """Return masks of the ``k`` smallest entries among all arrays taken together; by default of smallest magnitude.
-
-    They are those a stable argsort of the concatenated keys lists first: of equal ones, the one in
-    the earlier array, and in an array the one earlier in C order. Arrays of different dtypes are
-    compared in the wider one.
-
-    Args:
-      arrays: floating point, any shapes.
-      k: how many in all.
-      key: what to order by, see `smallest_by`: `magnitude_bits` or `value_bits`.
-      may: bool masks of the entries to choose among, at least k; by default all.
-
-    Returns:
-      One bool mask an array, true for the ``k`` smallest.
-
-    Example:
-      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
-      [False, True]
-    """
-    if may is None:
-        return smallest_by(key, [(x,) for x in _same_dtype(arrays)], k)
-    allowed = _value_if if key is value_bits else _magnitude_if
-    return smallest_by(allowed, list(zip(_same_dtype(arrays), may, strict=True)), k)
-
-
-@partial(jax.jit, static_argnums=0)
-def smallest_by(
-    key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, ...]], k: Wide
-) -> list[jax.Array]:
-    """Return masks of the ``k`` entries whose key is smallest, the earlier one first where keys are equal.
-
-    Args:
-      key: ``(*part) -> unsigned integers`` of one dtype, entry by entry. The largest integer of the
-        dtype says that an entry must not be chosen. One and the same function at every call, as
-        what is compiled belongs to it.
-      parts: for each array what its keys are made of: arrays of one shape.
-      k: how many in all, at most as many as may be chosen.
-
-    Returns:
-      One bool mask a part.
-
-    Example:
-      >>> def kept_only(x, kept):
-      ...     return jnp.where(kept, magnitude_bits(x), jnp.uint32(2**32 - 1))
-      >>> part = (jnp.array([1.0, 2.0, 3.0]), jnp.array([False, True, True]))
-      >>> smallest_by(kept_only, [part], wide(1))[0].tolist()
-      [False, True, False]
-    """
-    top = jnp.iinfo(jax.eval_shape(key, *parts[0]).dtype)
-
-    def below(t: jax.Array) -> Wide:
-        t, own = jax.lax.optimization_barrier(
-            (t, list(parts))
-        )  # else all keys are kept: another copy of the weights
-        return reduce(add, [count(key(*part) < t) for part in own])
-
-    threshold, reached = bisect(below, k, jnp.asarray(top.max, top.dtype))
-    left, masks = subtract(k, reached), []
-    for part in parts:
-        ties = key(*part) == threshold
-        tied = count(ties)
-        taken = choose(less(left, tied), left, tied)
-        ties = jax.lax.cond(
-            less(taken, tied), first, lambda ties, _: ties, ties, taken
-        )  # in most cases all of them, or none
-        masks.append((key(*part) < threshold) | ties)
-        left = subtract(left, taken)
-    return masks
+    return jnp.where(candidates, bits, jnp.asarray(jnp.iinfo(bits.dtype).max, bits.dtype))
 
 
 def _same_dtype(arrays: Sequence[jax.Array]) -> list[jax.Array]:
@@ -214,60 +226,56 @@ def _same_dtype(arrays: Sequence[jax.Array]) -> list[jax.Array]:
     return [x.astype(common) for x in arrays]
 
 
-# The n largest of every m consecutive entries along chosen axes, by comparing each entry with its m
-# - 1 neighbours.
-
-
-Axes = tuple[int, ...]
-
-
-def largest_of_each(keys: jax.Array, n: int, m: int, axes: Axes) -> jax.Array:
+def largest_of_each(keys: jax.Array, n: int, m: int, axes: tuple[int, ...]) -> jax.Array:
     """Return a mask of the ``n`` entries of largest key in every group of ``m``.
 
-    Several axes are joined in C order and then cut into groups. Of equal keys the later entry is
-    kept. A last group of fewer than m keeps ``min(n, its size)``: padded to m with entries that are
-    never kept, it too has at most n.
+    Each entry is compared with the m - 1 others of its group. Several axes are joined in C order
+    and then cut into groups. Of equal keys the later entry is kept. A last group of fewer than m
+    keeps ``min(n, its size)``.
 
     Args:
       keys: unsigned integers, below the largest of their dtype.
-      n: static, how many of a group are kept, at most m.
+      n: static, how many of each group are kept, at most m.
       m: static, the size of a group.
-      axes: static, nonnegative, along which groups run.
+      axes: static, nonnegative: the axes that groups run along.
 
     Returns:
       bool, the shape of ``keys``.
 
     Example:
-      >>> largest_of_each(jnp.array([[3], [1], [2], [2], [9], [8], [7]], jnp.uint32), 2, 4, (0,)).ravel().tolist()
+      >>> keys = jnp.array([3, 1, 2, 2, 9, 8, 7], jnp.uint32)
+      >>> largest_of_each(keys, 2, 4, (0,)).tolist()
       [True, False, False, True, True, True, False]
     """
-    start, length = min(axes), math.prod(keys.shape[axis] for axis in axes)
+    start = min(axes)
+    length = math.prod(keys.shape[axis] for axis in axes)
     target = tuple(range(start, start + len(axes)))
     moved = jnp.moveaxis(keys, axes, target)
-    before, after = moved.shape[:start], moved.shape[start + len(axes) :]
+    before = moved.shape[:start]
+    after = moved.shape[start + len(axes) :]
     line = moved.reshape(*before, length, *after)
-    kept = _grouped(line, n, m, start)
-    return jnp.moveaxis(kept.reshape(moved.shape), target, axes)
+    mask = _largest_along(line, n, m, start)
+    return jnp.moveaxis(mask.reshape(moved.shape), target, axes)
 
 
-def _grouped(line: jax.Array, n: int, m: int, axis: int) -> jax.Array:
-    """Keep the largest along one axis."""
+def _largest_along(line: jax.Array, n: int, m: int, axis: int) -> jax.Array:
+    """Return `largest_of_each` along one axis."""
     length = line.shape[axis]
     groups = -(-length // m)
+    # Keys are raised by one, so that the padding, 0, is below every key and never kept.
     pads = [(0, groups * m - length if a == axis else 0) for a in range(line.ndim)]
-    ranked = jnp.pad(line + jnp.ones((), line.dtype), pads)  # padding, 0, is below every key
-    grid = ranked.reshape(*line.shape[:axis], groups, m, *line.shape[axis + 1 :])
-    return _above(grid, n, m, axis + 1).reshape(ranked.shape)[
-        (*(slice(None),) * axis, slice(length))
-    ]
+    padded = jnp.pad(line + jnp.ones((), line.dtype), pads)
+    shape = (*line.shape[:axis], groups, m, *line.shape[axis + 1 :])
+    mask = _largest_in_group(padded.reshape(shape), n, m, axis + 1).reshape(padded.shape)
+    return mask[(*(slice(None),) * axis, slice(length))]
 
 
-def _above(grid: jax.Array, n: int, m: int, axis: int) -> jax.Array:
-    """Return which entries have fewer than ``n`` others before them along the axis, in descending order of key."""
+def _largest_in_group(grid: jax.Array, n: int, m: int, axis: int) -> jax.Array:
+    """Return which entries have fewer than ``n`` larger or later equal ones along the axis."""
     place = jax.lax.broadcasted_iota(jnp.int32, grid.shape, axis)
     larger = jnp.zeros(grid.shape, jnp.int32)
     for j in range(m):
         other = jax.lax.slice_in_dim(grid, j, j + 1, axis=axis)
-        wins = (other > grid) | ((other == grid) & (j > place))
+        wins = (other > grid) | ((other == grid) & (j > place))  # of equal keys the later
         larger += wins.astype(jnp.int32)
     return larger < n

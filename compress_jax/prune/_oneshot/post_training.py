@@ -23,7 +23,7 @@ from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.stamp import seal
 from compress_jax.core.types import Params
 from compress_jax.layerwise._problem import Problem, problems
-from compress_jax.prune._masks.score import Leaves, of_masks
+from compress_jax.prune._masks.score import Leaves, mask_compression
 from compress_jax.prune._masks.structures import NofM, Structure
 from compress_jax.prune._masks.target import Sparsity, Target
 from compress_jax.prune._oneshot.layer import AS_IT_IS, Leaf, Method, pruned_leaf
@@ -130,7 +130,7 @@ def _held(
 ) -> Pruned:
     """Return new params with the compression that holds their masks, and rounds if a quantizer does."""
     fixed = CompressionState({}, masks)
-    held = of_masks(Leaves(lambda path, x, axes: skipped.get(path)))
+    held = mask_compression(Leaves(lambda path, x, axes: skipped.get(path)))
     held = held._replace(init=lambda params: fixed, update=lambda params, state, **_: state)
     held = stamped(held, call_of("solved_masks", sparsity=target, leaves=sorted(masks)))
     own = held.init(new)
