@@ -8,7 +8,7 @@ import pytest
 import compress_jax as cj
 from compress_jax.core.paths import flatten
 from compress_jax.prune import n_m, sparsegpt, wanda
-from compress_jax.quantize import adaround, awq, clip, correct_bias, gptq, signed, smooth, uniform
+from compress_jax.quantize import adaround, awq, clip, correct_bias, gptq, signround, smooth, uniform
 from compress_jax.trace import calibrate, gram, reducers
 
 
@@ -24,7 +24,7 @@ EACH = uniform(bits=3, granularity="channel")
 SOLVERS = {
     "gptq": lambda p, seen, c: gptq(p, seen, c).params,
     "adaround": lambda p, seen, c: adaround(p, seen, c, steps=40).params,
-    "signed": lambda p, seen, c: signed(p, seen, c, steps=20).params,
+    "signround": lambda p, seen, c: signround(p, seen, c, steps=20).params,
     "clip": lambda p, seen, c: clip(p, seen, c).params,
     "sparsegpt": lambda p, seen, c: sparsegpt(p, seen, 0.5).params,
     "wanda": lambda p, seen, c: wanda(p, seen, 0.5).params,

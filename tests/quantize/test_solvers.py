@@ -17,7 +17,7 @@ from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.clip import clip
 from compress_jax.quantize._solvers.gptq import gptq
-from compress_jax.quantize._solvers.signround import signed
+from compress_jax.quantize._solvers.signround import signround
 from compress_jax.trace import calibrate, gram, reducers
 
 
@@ -45,7 +45,7 @@ CHAIN = cj.at(KERNELS, cj.chain(cj.prune.magnitude(0.3), uniform(bits=3, granula
 SOLVERS = {
     "gptq": (lambda p, seen, c: gptq(p, seen, c), 0.8),
     "adaround": (lambda p, seen, c: adaround(p, seen, c, steps=600), 0.8),
-    "signed": (lambda p, seen, c: signed(p, seen, c), 0.8),
+    "signround": (lambda p, seen, c: signround(p, seen, c), 0.8),
     "clip": (lambda p, seen, c: clip(p, seen, c), 0.95),
 }
 
@@ -231,7 +231,7 @@ def test_neighbours_are_the_two_levels_around_a_weight(c):
         assert high[i] == (above.min() if len(above) else every[i].max())
 
 
-@pytest.mark.parametrize("solve", [SOLVERS["signed"][0], SOLVERS["adaround"][0]])
+@pytest.mark.parametrize("solve", [SOLVERS["signround"][0], SOLVERS["adaround"][0]])
 def test_bad_calibration_is_refused_and_missing_one_listed(digits, solve):
     params, x, seen = digits
     with pytest.raises(NonFiniteError, match="'(up|down)'"):
@@ -245,7 +245,7 @@ def test_bad_calibration_is_refused_and_missing_one_listed(digits, solve):
 def test_statistics_of_another_kind_are_refused(digits):
     params, x, grams = digits
     means, c = calibrate(fn, reducers.moments(), params, [x[:8]]), uniform(4)
-    for solve in (gptq, signed, adaround, clip):
+    for solve in (gptq, signround, adaround, clip):
         with pytest.raises(StateError, match=r"site 'up' are Moments.*trace.gram\(\)"):
             solve(params, means, c)
     with pytest.raises(StateError, match="calibration is a dict"):

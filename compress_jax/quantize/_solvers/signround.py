@@ -14,7 +14,7 @@ from compress_jax.layerwise._solve import HIGHEST, Solved, layerwise, neighbours
 from compress_jax.trace import Calibration
 
 
-def signed(
+def signround(
     params: Params,
     calibration: Calibration,
     compression: Compression,
@@ -61,7 +61,7 @@ def signed(
       >>> x = jax.random.normal(keys[0], (256, 8)) @ jax.random.normal(keys[1], (8, 8))
       >>> params = {"kernel": jax.random.normal(keys[2], (8, 4))}
       >>> seen = calibrate(lambda p, x: x @ p["kernel"], gram(), params, [x])
-      >>> solved = signed(params, seen, uniform(bits=3, granularity="channel"))
+      >>> solved = signround(params, seen, uniform(bits=3, granularity="channel"))
       >>> nearest = uniform(bits=3, granularity="channel").view(params, solved.state)
       >>> error = lambda p: output_error(params["kernel"], p["kernel"], x.T @ x / 256)
       >>> bool(error(solved.params) < 0.7 * error(nearest))
