@@ -235,7 +235,7 @@ def laid(site: Site, piece: Piece) -> tuple[Box, MatrixForm, Place] | str:
         site.batch[side],
     )
     kept = [axis for axis in range(len(shape)) if axis not in (*summed, *batch)]
-    turns = sorted(piece.turns, key=lambda turn: turn.loop)
+    turns = sorted(piece.iterations, key=lambda turn: turn.loop)
     spans = [(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True)]
     if site.groups > 1 and any(spans[axis] != (0, shape[axis]) for axis in range(len(shape))):
         return "a part of the kernel of a grouped convolution is used"

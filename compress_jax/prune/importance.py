@@ -251,7 +251,7 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
         if isinstance(answer, str):
             continue
         box, form, own = answer
-        if member.axis not in {box.of[axis] for axis in summed_axes(form)}:
+        if member.axis not in {box.stored_axes[axis] for axis in summed_axes(form)}:
             continue
         n = math.prod(form.shape) // own.size
         every = form.stored(jnp.broadcast_to(own[..., None], (*own.shape, n)))

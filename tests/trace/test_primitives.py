@@ -55,11 +55,11 @@ def test_every_primitive_is_in_one_class():
 
 
 HANDLED = {  # the classes that a table must know as a whole; what passes values on is the interpreter's business
-    "axes": (analyze.RULES, set(primitives.CLASSES) - {"passed", "control", "opaque"}),
+    "axes": (analyze.RULES, set(primitives.CLASSES) - {"pass-through", "control", "opaque"}),
     "flops": (
         _cost.FREE | _cost.EACH | _cost.TRANSCENDENTAL | _cost.BOTH.keys() | _cost.RULES.keys(),
         {
-            "passed",
+            "pass-through",
             "moves",
             "joins",
             "indexed",
@@ -69,9 +69,9 @@ HANDLED = {  # the classes that a table must know as a whole; what passes values
             "comparisons",
             "arithmetic",
             "casts",
-            "running",
+            "cumulative",
         }
-        | {"numbers", "collectives", "silent", "contractions"},
+        | {"creation", "collectives", "debug", "contractions"},
     ),
     "turning": (
         rotation.RULES,

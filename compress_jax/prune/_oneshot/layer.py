@@ -275,7 +275,7 @@ def _part(leaf: Leaf, problem: Problem) -> Leaf:
         along = [
             i
             for axis in groups.axes(Axes.convention(box.shape))
-            for i, own in enumerate(box.of)
+            for i, own in enumerate(box.stored_axes)
             if own == axis
         ]
         groups = replace(groups, axis=tuple(along))
