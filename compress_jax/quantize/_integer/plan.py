@@ -1,4 +1,9 @@
-"""How each contraction is computed: in integers, or in floats and why."""
+"""Plan how each contraction is computed: in integers, or in floats and why.
+
+From the bottom up: codes of fewer than 8 bits packed in bytes (`pack`, `unpack`), a quantized
+parameter as integer inference stores it (`Stored`), that parameter as an operand of a contraction
+(`PackedOperand`), and the plan of every site (`plan_sites`).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,20 +21,18 @@ from compress_jax.core.sparse import width as bit_width
 from compress_jax.core.types import DType, Leaves
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
 from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen
-from compress_jax.quantize._integer.integer_dot import Coded, Side, fits, side
+from compress_jax.quantize._integer.integer_dot import Coded, OperandAxes, fits, operand_axes
 from compress_jax.quantize._integer.provenance import Lost, Route, Value, routes
 from compress_jax.trace._jaxpr.find_sites import Traced
 from compress_jax.trace._jaxpr.site import Site
 
-# Small unsigned integers in bytes, packed along one axis so that the array keeps its rank, its
-# sharding and its meaning.
-
+# Codes in bytes: packed along one axis, so that the array keeps its rank and its sharding.
 
 Fields = dict[str, jax.Array]
 
 
 def widths(bits: int) -> tuple[int, ...]:
-    """Return the widths of the fields that codes are cut into, lowest bits last.
+    """Return the widths of the bit fields of a code, lowest bits last.
 
     Args:
       bits: 1 to 7.
@@ -107,12 +110,12 @@ def unpack(fields: Fields, bits: int, axis: int, size: int) -> jax.Array:
 
 
 def best_axis(shape: tuple[int, ...], bits: int, first: int = 0) -> int:
-    """Return the axis along which packing wastes least, the longest of several such, not before ``first``.
+    """Return the axis along which packing wastes least; of several such, the longest.
 
     Args:
-      shape: of the codes.
-      bits: of one.
-      first: axes before it are sliced by loops and stay whole.
+      shape: the codes' shape.
+      bits: the bits of a code.
+      first: the first axis to consider; those before it are sliced by loops.
 
     Returns:
       The axis.
@@ -129,26 +132,24 @@ def best_axis(shape: tuple[int, ...], bits: int, first: int = 0) -> int:
     return min(range(min(first, len(shape) - 1), len(shape)), key=cost)
 
 
-# A quantized parameter as integer inference keeps it: signed codes under the parameter's own name
-# and in its own shape.
-
+# A quantized parameter: signed codes under the parameter's own name and in its own shape.
 
 Arrays = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What is known of a quantized parameter beside its arrays.
+    """The static description of a quantized parameter.
 
     The arrays are ``{"codes": int8}`` for 8 bits, else the `fields` of the codes, two of 4 bits a
     byte; ``"scale"``, float32, and ``"zero_point"``, uint8 and only if it is not the middle of the
     codes, both as the packed node holds them.
 
     Attributes:
-      shape: of the parameter.
-      dtype: of the parameter.
-      bits: of a code, 1 to 8.
-      axis: along which codes share bytes.
+      shape: the parameter's shape.
+      dtype: the parameter's dtype.
+      bits: the bits of a code, 1 to 8.
+      axis: the axis along which codes share bytes.
       layout: which codes share a scale.
       symmetric: whether the middle code is zero everywhere.
     """
@@ -162,14 +163,14 @@ class Stored:
 
     @classmethod
     def of(cls, node: Quantized, first: int = 0) -> "Stored":
-        """Return the form of a packed node.
+        """Return the description of a packed node.
 
         Args:
-          node: of concrete arrays.
+          node: with concrete arrays.
           first: how many leading axes loops will slice.
 
         Returns:
-          The form.
+          The description.
         """
         bits = bit_width(node.codes)
         symmetric = node.zero_point.size == 1 and int(node.zero_point.reshape(())) == 2 ** (
@@ -210,11 +211,11 @@ class Stored:
         return {**stored, **rest}
 
     def codes(self, arrays: Arrays, picked: tuple[Any, ...] = ()) -> jax.Array:
-        """Return the signed codes ``code - middle``, int8, of all or of one index of each of the first axes.
+        """Return the signed codes ``code - middle``, int8.
 
         Args:
-          arrays: of the parameter.
-          picked: the indices.
+          arrays: the parameter's.
+          picked: indices of the first axes, which are sliced before anything is unpacked.
 
         Returns:
           Array of ``shape[len(picked):]``.
@@ -228,7 +229,7 @@ class Stored:
         return (codes.astype(jnp.int8) - np.int8(self.middle)).reshape(self.shape[len(picked) :])
 
     def zero(self, arrays: Arrays) -> jax.Array | None:
-        """Return the signed codes that stand for zero, int32 in the shape of the scale; None if they are 0."""
+        """Return the signed codes of zero, int32 in the shape of the scale; None if all are 0."""
         return None if self.symmetric else arrays["zero_point"].astype(jnp.int32) - self.middle
 
     def dense(self, arrays: Arrays) -> jax.Array:
@@ -244,53 +245,52 @@ def _pick(x: jax.Array, picked: tuple[Any, ...]) -> jax.Array:
     return x
 
 
-# How a quantized parameter feeds an operand of a contraction: its codes by the route it takes, its
-# scale by rows.
+# A quantized parameter as an operand: its codes by the route it takes, its scales by rows.
 
 
 @dataclass(frozen=True)
-class Feed:
-    """A parameter at an operand.
+class PackedOperand:
+    """A packed parameter as the operand of a contraction.
 
     Attributes:
-      stored: how it is kept.
-      route: how it arrives.
-      side: the operand.
-      scales: int32 ``[*turns, *kept axes, groups]``: which of the stored scales belongs to each row
-        and group; axes along which they are all the same are 1 long.
+      stored: how it is stored.
+      route: the moves between storage and the contraction.
+      axes: the operand's axes.
+      scales: int32 ``[*iterations, *kept axes, groups]``, the index of the stored scale of each row
+        and group; of length 1 along axes where it is constant.
     """
 
     stored: Stored
     route: Route
-    side: Side
+    axes: OperandAxes
     scales: np.ndarray = field(repr=False)
 
     @classmethod
-    def of(cls, stored: Stored, route: Route, side: Side) -> "Feed":
+    def of(cls, stored: Stored, route: Route, axes: OperandAxes) -> "PackedOperand":
         """Follow the scales along a route.
 
         Args:
-          stored: how the parameter is kept.
-          route: how it arrives.
-          side: the operand.
+          stored: how the parameter is stored.
+          route: the moves between storage and the contraction.
+          axes: the operand's axes.
 
         Returns:
-          The feed; its groups are the longest runs, all equally long, of summed entries that share
-          a scale.
+          The operand. Its groups are the longest runs of summed entries, all equally long, that
+          share a scale.
         """
         shape = stored.layout.scale_shape
-        places = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
-        every = np.asarray(route.every(stored.layout.spread(places)))
-        turns = len(route.loops)
-        order = (*range(turns), *(turns + axis for axis in (*side.kept, *side.summed)))
-        kept = [side.shape[axis] for axis in side.kept]
-        table = every.transpose(order).reshape(*every.shape[:turns], *kept, -1)
+        indices = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        every = np.asarray(route.every(stored.layout.spread(indices)))
+        iterations = len(route.loops)
+        order = (*range(iterations), *(iterations + axis for axis in (*axes.kept, *axes.summed)))
+        kept = [axes.shape[axis] for axis in axes.kept]
+        table = every.transpose(order).reshape(*every.shape[:iterations], *kept, -1)
         changes = (
             np.flatnonzero((table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1))))
             + 1
         )
         size = math.gcd(table.shape[-1], *changes.tolist())
-        return cls(stored, route, side, _short(table[..., ::size], turns))
+        return cls(stored, route, axes, _short(table[..., ::size], iterations))
 
     @property
     def groups(self) -> int:
@@ -307,7 +307,7 @@ class Feed:
         )
 
     def captured(self, arrays: Arrays) -> dict[str, Any]:
-        """Return what all turns share: the arrays, and the scales by turns and rows."""
+        """Return the data of all iterations: the arrays, and the scales by iteration and row."""
         zero = self.stored.zero(arrays)
         zeros = None if zero is None or zero.size == 1 else zero.ravel()[self.scales]
         zeros = (
@@ -315,25 +315,25 @@ class Feed:
         )
         return {"arrays": arrays, "scale": arrays["scale"].ravel()[self.scales], "zero": zeros}
 
-    def coded(self, captured: dict[str, Any], turns: list[Any]) -> Coded:
+    def coded(self, captured: dict[str, Any], iterations: list[Any]) -> Coded:
         """Return the operand in integers.
 
         Args:
-          captured: what `captured` returned.
-          turns: for each loop of the route, the turn.
+          captured: from `captured`.
+          iterations: the current iteration of each loop of the route.
 
         Returns:
           The codes in the operand's shape, scales and zeros by rows and groups.
         """
         done = self._picked
-        codes = self.stored.codes(captured["arrays"], tuple(turns[:done]))
-        scale, zero = (_turn(captured[name], turns) for name in ("scale", "zero"))
+        codes = self.stored.codes(captured["arrays"], tuple(iterations[:done]))
+        scale, zero = (_pick_iteration(captured[name], iterations) for name in ("scale", "zero"))
         assert scale is not None
-        return Coded(self.route.take(codes, turns[done:], done), scale, zero)
+        return Coded(self.route.take(codes, iterations[done:], done), scale, zero)
 
-    def dense(self, captured: dict[str, Any], turns: list[Any]) -> jax.Array:
-        """Return the operand as it is in the unpacked model, bit for bit; arguments as for `coded`."""
-        coded = self.coded(captured, turns)
+    def dense(self, captured: dict[str, Any], iterations: list[Any]) -> jax.Array:
+        """Return the operand of the unpacked model, bit for bit; arguments as for `coded`."""
+        coded = self.coded(captured, iterations)
         levels = coded.codes.astype(jnp.int32)
         levels = levels if coded.zero is None else levels - self._spread(coded.zero)
         return self.route.cast(
@@ -341,25 +341,25 @@ class Feed:
         )
 
     def _spread(self, rows: jax.Array) -> jax.Array:
-        """Return what belongs to rows and groups in the shape that broadcasts against the operand."""
+        """Return values of rows and groups in the shape that broadcasts against the operand."""
         groups = rows.shape[-1]
-        return self.side.operand(
-            jnp.repeat(rows, self.side.products // groups, axis=-1) if groups > 1 else rows
+        return self.axes.operand(
+            jnp.repeat(rows, self.axes.products // groups, axis=-1) if groups > 1 else rows
         )
 
 
-def _short(table: np.ndarray, turns: int) -> np.ndarray:
-    """Leave one index of every axis of rows along which all is the same."""
-    for axis in range(turns, table.ndim - 1):
+def _short(table: np.ndarray, iterations: int) -> np.ndarray:
+    """Shorten every axis of rows along which the table is constant to length 1."""
+    for axis in range(iterations, table.ndim - 1):
         first = np.take(table, [0], axis)
         table = first if (table == first).all() else table
     return table.astype(np.int32)
 
 
-def _turn(x: jax.Array | None, turns: list[Any]) -> jax.Array | None:
-    for turn in turns if x is not None else ():
+def _pick_iteration(x: jax.Array | None, iterations: list[Any]) -> jax.Array | None:
+    for iteration in iterations if x is not None else ():
         assert x is not None
-        x = x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)
+        x = x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, iteration, keepdims=False)
     return x
 
 
@@ -367,22 +367,22 @@ FLOAT = "its activations are not quantized"
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is done at one site.
+class SitePlan:
+    """How one site is computed.
 
     Attributes:
       site: the site.
-      quantizer: of its activations, or None.
-      feed: how its quantized parameter arrives, or None.
+      quantizer: its activations' quantizer, or None.
+      operand: its packed parameter, or None.
       weight: the parameter's format in words.
-      activation: the activations'.
-      packed: whether the parameter is.
+      activation: the activations' format.
+      packed: whether the parameter is packed.
       reason: why it is not computed in integers; empty if it is.
     """
 
     site: Site
     quantizer: ActivationQuantizer | None
-    feed: Feed | None
+    operand: PackedOperand | None
     weight: str
     activation: str
     packed: bool
@@ -402,10 +402,10 @@ class Step:
         return ", ".join([self.site.out_dtype, *parts])
 
 
-def decide(
+def plan_sites(
     traced: Traced, leaves: Leaves, how: How | None, where: Where
-) -> tuple[dict[str, Stored], dict[str, Step]]:
-    """Return what is done at every site.
+) -> tuple[dict[str, Stored], dict[str, SitePlan]]:
+    """Plan how every site is computed.
 
     Args:
       traced: the function's trace.
@@ -414,7 +414,7 @@ def decide(
       where: which sites' activations are quantized.
 
     Returns:
-      How each quantized parameter is kept, by path, and the steps by the names of sites, in program
+      How each quantized parameter is stored, by path, and the plan of each site by name, in program
       order.
 
     Raises:
@@ -431,34 +431,34 @@ def decide(
     }
     if how is not None:
         chosen(traced.sites.values(), how, where)  # a glob that matches nothing is an error
-    steps = {
-        site.name: _step(site, found[position], leaves, stored, how, where)
+    plans = {
+        site.name: _plan_site(site, found[position], leaves, stored, how, where)
         for position, site in traced.sites.items()
     }
-    return stored, steps
+    return stored, plans
 
 
-def _step(
+def _plan_site(
     site: Site,
     operands: Sequence[Value],
     leaves: Leaves,
     stored: Mapping[str, Stored],
     how: How | None,
     where: Where,
-) -> Step:
+) -> SitePlan:
     answer = FLOAT if how is None else choose(site, how, where)
     quantizer = None if isinstance(answer, str) else answer
-    feed, weight, reason = _weight(site, operands, leaves, stored)
+    operand, weight, reason = _weight(site, operands, leaves, stored)
     reasons = [
         reason,
-        quantizer and _not_exact(site, quantizer, feed),
+        quantizer and _not_exact(site, quantizer, operand),
         None if quantizer else answer,
     ]
     reason = next((each for each in reasons if each), "")
-    return Step(
+    return SitePlan(
         site,
         quantizer,
-        feed,
+        operand,
         weight,
         _activation(site, quantizer),
         is_packed(leaves.get(site.param or "")),
@@ -468,8 +468,8 @@ def _step(
 
 def _weight(
     site: Site, operands: Sequence[Value], leaves: Leaves, stored: Mapping[str, Stored]
-) -> tuple[Feed | None, str, str]:
-    """Return how the parameter of a site arrives, its format, and why its codes cannot be computed with."""
+) -> tuple[PackedOperand | None, str, str]:
+    """Return a site's packed parameter, its format, and why its codes cannot be used."""
     if site.param is None:
         return None, "", "" if site.kind == "dot" else "both operands are activations"
     leaf, value = leaves[site.param], operands[site.operand == "rhs"]
@@ -488,26 +488,30 @@ def _weight(
             form.format,
             value.reason if isinstance(value, Lost) else "no parameter feeds it",
         )
-    feed = Feed.of(form, value, side(site, int(site.operand == "rhs")))
-    if feed.groups == feed.side.products > 1:
+    operand = PackedOperand.of(form, value, operand_axes(site, int(site.operand == "rhs")))
+    if operand.groups == operand.axes.products > 1:
         return None, form.format, "the parameter's scale varies along the axes that are summed over"
-    return feed, form.format, ""
+    return operand, form.format, ""
 
 
-def _not_exact(site: Site, quantizer: ActivationQuantizer, feed: Feed | None) -> str:
-    """Say why a site's products cannot be summed exactly in int32 before they are scaled."""
+def _not_exact(site: Site, quantizer: ActivationQuantizer, operand: PackedOperand | None) -> str:
+    """Say why a site's products cannot be summed exactly in int32; "" if they can."""
     if site.kind == "ragged_dot":
         return "a ragged product: the sizes of its groups are data"
     if site.kind == "conv" and site.params["batch_group_count"] > 1:
         return "a convolution with groups of examples"
-    if site.kind == "conv" and feed is not None and feed.groups > 1:
+    if site.kind == "conv" and operand is not None and operand.groups > 1:
         return "scales of groups along what a convolution sums over"
     sharing = [_sharing(site, index, quantizer) for index in site.inputs.values()]
     if "channel" in sharing:
         return "the activations' scale varies along the axes that are summed over"
     largest = 2 ** (quantizer.grid.bits - 1) if quantizer.grid.symmetric else quantizer.grid.top
-    other = largest if feed is None else feed.stored.middle * (1 if feed.stored.symmetric else 2)
-    products = side(site, 1).products // (1 if feed is None else feed.groups)
+    other = (
+        largest
+        if operand is None
+        else operand.stored.middle * (1 if operand.stored.symmetric else 2)
+    )
+    products = operand_axes(site, 1).products // (1 if operand is None else operand.groups)
     return (
         ""
         if fits(products, (largest, other))
@@ -516,7 +520,7 @@ def _not_exact(site: Site, quantizer: ActivationQuantizer, feed: Feed | None) ->
 
 
 def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
-    """Return which entries of an activation share a scale: ``"tensor"``, ``"token"`` or ``"channel"``."""
+    """Return which entries of an activation share a scale: tensor, token or channel."""
 
     def place(lhs: jax.Array, rhs: jax.Array) -> Any:
         key = next(key for key, each in site.inputs.items() if each == index)
@@ -532,7 +536,9 @@ def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
     shape = jax.eval_shape(place, lhs, jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)).shape
     if math.prod(shape) == 1:
         return "tensor"
-    return "channel" if any(shape[axis] > 1 for axis in side(site, index).summed) else "token"
+    return (
+        "channel" if any(shape[axis] > 1 for axis in operand_axes(site, index).summed) else "token"
+    )
 
 
 def _activation(site: Site, quantizer: ActivationQuantizer | None) -> str:
