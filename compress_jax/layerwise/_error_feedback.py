@@ -1,13 +1,15 @@
 r"""Error feedback: the loop that GPTQ and SparseGPT share.
 
-A layer's weights ``[k, n]`` are changed row by row (a row belongs to one input), and the rows that are left compensate
-the error of those before. With the Hessian :math:`H = A A^\top` of the squared output error, A upper triangular, and
-:math:`q_i` what row :math:`w_i` has become, row j is treated at
+A layer's weights ``[k, n]`` are changed row by row (a row belongs to one input), and the remaining
+rows compensate the error of those before. With the Hessian :math:`H = A A^\top` of the squared
+output error, A upper triangular, and :math:`q_i` the new value of row :math:`w_i`, row j is
+rounded or pruned at
 
-.. math:: w_j + \frac{1}{A_{jj}} \sum_{i < j} A_{ij} (w_i - q_i). \qquad (3)
+.. math:: w_j + \frac{1}{A_{jj}} \sum_{i < j} A_{ij} (w_i - q_i). \qquad (1)
 
-This equals the published updates :math:`w_j \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` with :math:`U = A^{-1}`, and
-nothing is inverted. The sum over earlier blocks is one matrix product a block, that within a block one product a row.
+This equals the published updates :math:`w_j \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` with
+:math:`U = A^{-1}`, and nothing is inverted. The sum over earlier blocks is one matrix product a
+block, that within a block one product a row.
 """
 
 from collections.abc import Callable
@@ -19,9 +21,7 @@ import jax.numpy as jnp
 from compress_jax.core.types import PyTree, Scalar
 
 HIGHEST = jax.lax.Precision.HIGHEST
-TILE = (
-    1024  # at most so many earlier rows enter one product; tiles that are still to come are skipped
-)
+TILE = 1024  # at most so many earlier rows enter one product; later tiles are skipped
 TRIES = 6
 LEAST_DAMPING = 1e-4  # what a smaller damping counts as when it is raised
 
@@ -35,7 +35,8 @@ class Block(NamedTuple):
       w: float32 ``[size, n]``, the weights before any compensation.
       factor: float32 ``[size, size]``, their block on the diagonal of A.
       operands: a tree of arrays ``[size, ...]`` that go along with the rows: scales, masks.
-      pending: float32 ``[size, n]``, the sum in (3) over the rows before the block; None if it is the first.
+      pending: float32 ``[size, n]``, the sum in (1) over the rows before the block; None if it is
+        the first.
       start: the index of the first row.
     """
 
@@ -61,7 +62,8 @@ def by_blocks(
 
     Example:
       >>> block = Block(jnp.array([[0.4], [0.4], [0.4]]), jnp.triu(jnp.ones((3, 3))), None)
-      >>> new, _ = by_blocks(block, lambda each: (by_rows(each, lambda w, _: jnp.round(w)), None), size=2)
+      >>> round_block = lambda each: (by_rows(each, lambda w, _: jnp.round(w)), None)
+      >>> new, _ = by_blocks(block, round_block, size=2)
       >>> new.ravel().tolist()  # each row is rounded once the errors before it are added
       [0.0, 1.0, 0.0]
     """
@@ -83,14 +85,14 @@ def by_blocks(
 
     blocks = (jnp.arange(0, len(w), size), *jax.tree.map(cut, (w, operands, pending)))
     _, results = jax.lax.scan(step, jnp.zeros_like(w), blocks)
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:k], results)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:k], results)  # [k, ...]
 
 
 def by_rows(block: Block, treat: Callable[[jax.Array, PyTree], jax.Array]) -> jax.Array:
     """Treat the rows of a block one after the other.
 
-    Each row gathers the errors of the rows before it, which reads them. Passing each row's error on at once, as
-    published, would rewrite the whole block every time.
+    Each row gathers the errors of the rows before it, which reads them. Passing each row's error on
+    at once, as published, would rewrite the whole block every time.
 
     Args:
       block: the rows.
@@ -108,7 +110,7 @@ def by_rows(block: Block, treat: Callable[[jax.Array, PyTree], jax.Array]) -> ja
 
     def step(residuals: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
         i, w, pending, column, inverse, operands = row
-        # Row i absorbs the errors of the rows treated before it (eq. 3), then is treated itself.
+        # Row i absorbs the errors of the rows treated before it (eq. 1), then is treated itself.
         correction = pending + jnp.matmul(column, residuals, precision=HIGHEST)  # [n]
         new = treat(w + correction * inverse, operands)  # [n]
         residuals = jax.lax.dynamic_update_index_in_dim(residuals, w - new, i, 0)
@@ -127,7 +129,7 @@ def _tile(k: int, size: int) -> int:
 
 
 def _padded(whole: Block, rows: int) -> Block:
-    """Append rows that depend on no others: copies of the last one, with 1 on the factor's diagonal."""
+    """Append independent rows: copies of the last one, with 1 on the factor's diagonal."""
     if rows == 0:
         return whole
 
@@ -142,7 +144,7 @@ def _padded(whole: Block, rows: int) -> Block:
 def _add_earlier(
     pending: jax.Array | None, columns: jax.Array, residuals: jax.Array, start: jax.Array, tile: int
 ) -> jax.Array:
-    """Add the sum in (3) over all rows before ``start``; those behind it have residual 0."""
+    """Add the sum in (1) over all rows before ``start``; those behind it have residual 0."""
     first = jnp.zeros((columns.shape[1], residuals.shape[1])) if pending is None else pending
 
     def add(i: Any, total: jax.Array) -> jax.Array:
@@ -181,7 +183,8 @@ def raise_damping(
       damping: the first; it is raised tenfold, up to five times.
 
     Returns:
-      ``(solutions, failed, notes)``: failed is bool ``[batch]``, notes say how far damping was raised.
+      ``(solutions, failed, notes)``: failed is bool ``[batch]``, notes say how far damping was
+      raised.
 
     Example:
       >>> attempts = lambda damping: (jnp.full((1, 1, 1), damping), jnp.array([damping > 0.05]))
@@ -229,7 +232,9 @@ def damped_factor(
 
 
 def damped_hessian(gram: jax.Array, damping: Scalar, inputs: int) -> jax.Array:
-    r"""Return :math:`H = 2 G + \lambda I`; inputs that were always zero stand alone, with 1 on the diagonal.
+    r"""Return :math:`H = 2 G + \lambda I`.
+
+    Inputs that were always zero are independent of the others, with 1 on the diagonal.
 
     Args:
       gram: ``[k, k]``, the mean of x x^T over calibration rows.
@@ -249,9 +254,10 @@ def damped_hessian(gram: jax.Array, damping: Scalar, inputs: int) -> jax.Array:
 
 
 def upper_factor(h: jax.Array) -> jax.Array:
-    r"""Return the upper triangular A with :math:`A A^\top = H`: the Cholesky factor of H read backwards.
+    r"""Return the upper triangular A with :math:`A A^\top = H`.
 
-    Its inverse is the upper Cholesky factor of :math:`H^{-1}`.
+    It is the Cholesky factor of H read backwards. Its inverse is the upper Cholesky factor of
+    :math:`H^{-1}`.
 
     Args:
       h: symmetric positive definite ``[k, k]``.

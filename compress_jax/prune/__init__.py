@@ -1,5 +1,7 @@
 """Pruning: weights seen as zero, chosen by a score, an amount and a schedule."""
 
+from compress_jax.core.deprecated import renamed
+from compress_jax.layerwise._result import Rewritten as Rewritten
 from compress_jax.prune import importance
 from compress_jax.prune._at_init import grasp, snip, synflow
 from compress_jax.prune._budgets import for_bytes, for_flops
@@ -11,7 +13,6 @@ from compress_jax.prune._gradient_scores import fisher, movement, saliency
 from compress_jax.prune._lottery import nested, rewind, rewinding, rounds
 from compress_jax.prune._masks.score import Score, Seen, masked, normalized
 from compress_jax.prune._masks.structures import block, channel, head, n_m
-from compress_jax.prune._oneshot.post_training import Pruned
 from compress_jax.prune._oneshot.sparsegpt import sparsegpt
 from compress_jax.prune._oneshot.wanda import wanda
 from compress_jax.prune._restart import grown, reset_moments, restart
@@ -23,7 +24,6 @@ __all__ = [
     "Gain",
     "Gains",
     "Growth",
-    "Pruned",
     "Removal",
     "Score",
     "Seen",
@@ -68,6 +68,8 @@ __all__ = [
     "top_kast",
     "wanda",
 ]
+
+__getattr__ = renamed({"Pruned": "Rewritten"}, __name__)
 
 
 def __dir__() -> list[str]:

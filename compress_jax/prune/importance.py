@@ -22,7 +22,7 @@ from compress_jax.core.errors import (
 )
 from compress_jax.core.paths import Patterns, flatten, matches
 from compress_jax.core.types import Leaves, Params
-from compress_jax.layerwise._problem import met, summed_axes, why_not
+from compress_jax.layerwise._problem import channel_statistic, summed_axes, why_not
 from compress_jax.trace import Calibration, Group, Groups, Site
 
 # Gradients of a loss over batches, and their squares: what Taylor and Fisher criteria start from.
@@ -247,7 +247,9 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
     """Spread mean squares over the shape of the parameter that reads them, NaN beside; None if none is summed there."""
     values: jax.Array | None = None
     for piece in site.pieces if why_not(site) is None else ():
-        answer = met(site, piece, squares, jnp.nanmean) if piece.path == member.path else ""
+        answer = ""
+        if piece.path == member.path:
+            answer = channel_statistic(site, piece, squares, jnp.nanmean)
         if isinstance(answer, str):
             continue
         box, form, own = answer

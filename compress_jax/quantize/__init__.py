@@ -17,7 +17,8 @@ its operands' formats, or why it computes in floats.
 
 from compress_jax.core.deprecated import renamed
 from compress_jax.core.levels import Float, Table
-from compress_jax.layerwise._solve import Solved, output_error
+from compress_jax.layerwise._result import Rewritten as Rewritten
+from compress_jax.layerwise._solve import output_error
 from compress_jax.quantize._activations.activations import Activations, activations
 from compress_jax.quantize._activations.dynamic import dynamic
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
@@ -28,10 +29,9 @@ from compress_jax.quantize._learned.lsq import lsq, lsq_inputs
 from compress_jax.quantize._learned.pact import pact, pact_decay
 from compress_jax.quantize._rewrites.awq import awq
 from compress_jax.quantize._rewrites.batch_norm import fold_batch_norm
-from compress_jax.quantize._rewrites.bias import Corrected, correct_bias
+from compress_jax.quantize._rewrites.bias import correct_bias
 from compress_jax.quantize._rewrites.equalize import equalize
-from compress_jax.quantize._rewrites.folding import Folded
-from compress_jax.quantize._rewrites.rotate import Rotated, rotate
+from compress_jax.quantize._rewrites.rotate import rotate
 from compress_jax.quantize._rewrites.smooth import smooth
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.hqq import hqq
@@ -61,13 +61,9 @@ __all__ = [
     "ActivationQuantizer",
     "Activations",
     "Contractions",
-    "Corrected",
     "Float",
-    "Folded",
     "Grid",
     "Integer",
-    "Rotated",
-    "Solved",
     "Table",
     "absmax",
     "activations",
@@ -115,7 +111,17 @@ __all__ = [
     "uniform",
 ]
 
-__getattr__ = renamed({"signed": "signround", "tabled": "codebook"}, __name__)
+__getattr__ = renamed(
+    {
+        "signed": "signround",
+        "tabled": "codebook",
+        "Corrected": "Rewritten",
+        "Folded": "Rewritten",
+        "Rotated": "Rewritten",
+        "Solved": "Rewritten",
+    },
+    __name__,
+)
 
 
 def __dir__() -> list[str]:

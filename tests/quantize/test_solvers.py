@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 import compress_jax as cj
 from compress_jax.core import NonFiniteError, StateError
 from compress_jax.layerwise._problem import problems
-from compress_jax.layerwise._solve import neighbours
+from compress_jax.layerwise._solve import neighboring_levels
 from compress_jax.quantize import output_error, uniform
 from compress_jax.quantize._rewrites.awq import awq
 from compress_jax.quantize._scales.hqq import hqq
@@ -217,10 +217,10 @@ def test_hqq_lowers_its_norm_also_in_groups_that_are_not_full(symmetric):
         cj.quantize.fp8(),
     ],
 )
-def test_neighbours_are_the_two_levels_around_a_weight(c):
+def test_neighboring_levels_are_the_two_levels_around_a_weight(c):
     w = jnp.asarray(np.random.default_rng(5).normal(size=(16, 4)), jnp.float32)
     (how,) = c.pointwise({"w": w}, c.init({"w": w})).values()
-    low, high = (np.asarray(each) for each in neighbours(w, how.see, how.operands))
+    low, high = (np.asarray(each) for each in neighboring_levels(w, how.see, how.operands))
     small = jnp.geomspace(1e-5, 6, 2000)
     fine = jnp.concatenate([-small, small, jnp.zeros(1)])[None, None]
     operands = [jnp.broadcast_to(x[..., None], (16, 4, 4001)) for x in how.operands]

@@ -216,10 +216,10 @@ def answers(fn, quick=False):
         ),
         "shrunk params": small.params,
         "shrunk value": small.fn(small.params, X),
-        "rotated": (rotated.rotated, rotated.skipped),
+        "rotated": (rotated.changed, rotated.skipped),
         "equalized": equal,
         "folded": (
-            sorted(folded.folded),
+            sorted(folded.changed),
             sorted(folded.skipped),
         ),  # reasons speak of what the last step was
         "integer": str(integer),
@@ -245,8 +245,8 @@ def test_the_block_has_something_to_find_for_each():
     assert (
         plain()["rotated"][0]
         and plain()["folded"][0]
-        and plain()["equalized"].folded
-        and plain()["smoothed"].folded
+        and plain()["equalized"].changed
+        and plain()["smoothed"].changed
     )
     assert (
         plain()["shrunk"][1]

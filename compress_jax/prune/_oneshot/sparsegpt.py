@@ -1,4 +1,4 @@
-"""SparseGPT: prune block by block and let the inputs that are left make up for what was lost."""
+"""SparseGPT: prune block by block and compensate the error in the remaining inputs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,6 +10,7 @@ import numpy as np
 
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.compression import Compression
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.exact import Wide
 from compress_jax.core.paths import Patterns
 from compress_jax.core.types import Params, Scalar
@@ -22,66 +23,68 @@ from compress_jax.layerwise._error_feedback import (
     raise_damping,
 )
 from compress_jax.layerwise._problem import MatrixForm
+from compress_jax.layerwise._result import Rewritten
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest_by
 from compress_jax.prune._masks.structures import NofM
 from compress_jax.prune._masks.target import Sparsity
 from compress_jax.prune._oneshot.layer import Leaf, Method, Solution
-from compress_jax.prune._oneshot.post_training import Pruned, prune
-from compress_jax.trace import Calibration
+from compress_jax.prune._oneshot.post_training import prune
+from compress_jax.trace._statistics.calibration import Calibration
 
 
+@renamed_arguments(where="pattern")
 def sparsegpt(
     params: Params,
     calibration: Calibration,
     sparsity: Sparsity | None,
     structure: NofM | None = None,
     *,
-    where: Patterns = "**",
+    pattern: Patterns = "**",
     quantizer: Compression | None = None,
     damping: float = 0.01,
     block: int = 128,
     held_out: Calibration | None = None,
-) -> Pruned:
-    r"""Prune a trained model in one shot so that the layers' outputs, not the weights, stay close.
+) -> Rewritten:
+    r"""Prune a trained model in one shot so that the layers' outputs stay close.
 
     With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse,
-    inputs are taken in blocks. When a block's turn comes, its weights of smallest
-    :math:`w_{ij}^2 / U_{ii}^2` over all outputs are pruned; then each input i in turn becomes
-    :math:`q_i` (zero, or the weight, or with a quantizer the weight rounded), and
-    :math:`w_j \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i, which moves the weights that
-    are kept. Of n:m groups, each is chosen when its own turn comes. Computed from
+    inputs are taken in blocks. Of each block, the weights of smallest
+    :math:`w_{ij}^2 / U_{ii}^2` over all outputs are pruned. Then each input i in turn becomes
+    :math:`q_i` (zero, or the weight, or with a quantizer the rounded weight), and
+    :math:`w_j \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i, which changes the remaining
+    weights. The mask of an n:m group is chosen when the group is reached. Computed from
     :math:`A = U^{-1}`, hence :math:`A A^\top = H`: nothing is inverted.
 
-    All sites that `calibrate` saw: dense, einsum, attention projections, convolutions, experts,
-    scanned layers. Calibrated once, every layer answers for the inputs it had before the others
-    were pruned; to go layer by layer, as the paper does, calibrate and solve with one ``where``
-    after the other.
+    Pruned are the kernels of all calibrated sites: dense, einsum, attention projections,
+    convolutions, experts, scanned layers. After one calibration, every layer is solved for the
+    inputs that it had before the others were pruned. To go layer by layer, as the paper does,
+    calibrate and solve with one ``pattern`` after the other.
 
     An input that was always zero counts as an average one, so that its weights are pruned by
-    magnitude, as are those of experts and branches that calibration did not reach: nothing is known
-    of either, which is not to say that they do not matter. A layer whose outputs come out no better
-    than by pruning its smallest weights is pruned by magnitude. Notes say where.
+    magnitude, as are those of experts and branches that calibration did not reach: calibration does
+    not show whether they matter. A layer whose outputs are no better than after pruning its
+    smallest weights is pruned by magnitude. Notes say where.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
-      sparsity: share of each matrix to prune, met exactly (blocks share the rounding); or
-        ``{glob: share}``: leaves that no glob matches are left alone; a schedule counts at step 0.
-        None with `n_m`.
-      structure: `n_m`, or None for single weights. Groups run along what a site sums over.
-      where: globs of the leaves to prune. Give ``"**/kernel"`` to leave embeddings alone that are
-        also the last layer.
-      quantizer: a grid, floating format or granularity that sees weights entry by entry; kept
-        weights are rounded in the same pass. Leaves that only it covers are rounded as by GPTQ if
-        calibrated, else to nearest.
+      sparsity: the fraction of each matrix to prune, met exactly (blocks share the rounding); or
+        ``{glob: fraction}``, where leaves that no glob matches are left alone; of a schedule, its
+        value at step 0. None with `n_m`.
+      structure: `n_m`, or None for single weights. Groups run along the axes that a site sums over.
+      pattern: globs of the leaves to prune. With ``"**/kernel"`` embeddings that are also the last
+        layer are left alone.
+      quantizer: a grid, floating format or granularity that rounds weights entry by entry; the
+        remaining weights are rounded in the same pass. Leaves that only it covers are rounded as by
+        GPTQ if calibrated, else to nearest.
       damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is
         raised tenfold, up to five times; a note says so.
-      block: inputs whose masks are chosen together; of n:m groups, a matter of speed only.
+      block: inputs whose masks are chosen together; with n:m groups it only affects speed.
       held_out: statistics of other batches, by which layers are compared with pruning by magnitude;
         by default the calibration's.
 
     Returns:
-      ``Pruned``: exact under its own compression, masks and all.
+      ``Rewritten``: its ``compression`` holds the masks.
 
     Raises:
       ConfigError: for a structure other than n:m, or a quantizer that cannot be used.
@@ -104,33 +107,21 @@ def sparsegpt(
       Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in
       One-Shot", 2023, arXiv:2301.00774, algorithm 1; section 3.5 for joint quantization.
     """
-
-    def solve(leaf: Leaf) -> Solution:
-        return _leaf(leaf, damping, block)
-
-    return prune(
-        params,
-        calibration,
-        sparsity,
-        structure,
-        where,
-        quantizer,
-        Method(solve, "matrix", True),
-        held_out,
-    )
+    method = Method(lambda leaf: _solve_leaf(leaf, damping, block), "matrix", True)
+    return prune(params, calibration, sparsity, structure, pattern, quantizer, method, held_out)
 
 
-def _leaf(leaf: Leaf, damping: float, block: int) -> Solution:
-    """Solve one leaf; matrices that no damping lets be factored are not solved."""
+def _solve_leaf(leaf: Leaf, damping: float, block: int) -> Solution:
+    """Solve one leaf, except matrices whose Hessian no damping mends."""
     form, m = leaf.problem.form, leaf.groups.m if leaf.groups else 1
     block = max(min(block, form.k + -form.k % m) // m, 1) * m  # whole groups
     rows, note = leaf.rows(block)
-    plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.seen.see)
+    plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.rounding.see)
     counts = _counts(leaf, block, len(rows))
 
     def attempt(damping: float) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         gram = leaf.problem.gram
-        return _solve(leaf.x, leaf.seen.operands, gram, damping, rows, counts, plan)
+        return _solve(leaf.x, leaf.rounding.operands, gram, damping, rows, counts, plan)
 
     w = form.matrices(leaf.x.astype(jnp.float32))  # [batch, k, n]
     unsolved = (w, jnp.ones(w.shape, bool))
@@ -141,7 +132,10 @@ def _leaf(leaf: Leaf, damping: float, block: int) -> Solution:
 
 
 def _counts(leaf: Leaf, block: int, rows: int) -> np.ndarray:
-    """Return how many weights each block prunes; the sums up to each block are rounded, so that the total is exact."""
+    """Return how many weights each block prunes.
+
+    The sums up to each block are rounded, so that the total is exact.
+    """
     form = leaf.problem.form
     outputs = leaf.x.size // (form.batch * form.groups * form.k)
     ends = [min(start, form.k) * outputs for start in range(0, rows + 1, block)]
@@ -214,9 +208,10 @@ def _prune_groups(block: Block, counts: jax.Array, plan: Plan) -> tuple[jax.Arra
 
 
 def _prune_unit(unit: Block, counts: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Choose the mask of rows by what their weights are by now, then prune and quantize them; return both."""
+    """Choose the mask of rows by their compensated weights, then prune and quantize them."""
+    assert unit.pending is not None
     real, operands = unit.operands
-    # What the rows would be if no row of the unit erred: W + A^-T P, P being what earlier rows left pending.
+    # The rows before any of them is pruned are w + A^-T p, p being what earlier rows left pending.
     moved = jax.lax.linalg.triangular_solve(unit.factor.T, unit.pending, left_side=True, lower=True)
     score = jnp.abs((unit.w + moved) * jnp.diagonal(unit.factor)[:, None])  # |w_ij| / U_ii
     if plan.groups is None:

@@ -1,8 +1,7 @@
-"""GPTQ: round one input at a time and let the inputs that are left make up for the error."""
+"""GPTQ: round one input at a time and compensate the error in the remaining inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +18,9 @@ from compress_jax.layerwise._error_feedback import (
     raise_damping,
 )
 from compress_jax.layerwise._problem import MatrixForm, Problem, listed
-from compress_jax.layerwise._solve import Solved, layerwise
-from compress_jax.trace import Calibration
-
-QuantizeFn: TypeAlias = Callable[..., jax.Array]
+from compress_jax.layerwise._result import Rewritten
+from compress_jax.layerwise._solve import QuantizeFn, solve_leaves
+from compress_jax.trace._statistics.calibration import Calibration
 
 
 def gptq(
@@ -35,38 +33,37 @@ def gptq(
     block: int = 128,
     act_order: bool = False,
     held_out: Calibration | None = None,
-) -> Solved:
-    r"""Round weights so that the layers' outputs, not the weights, stay close, by second-order error compensation.
+) -> Rewritten:
+    r"""Round weights so that the layers' outputs stay close, by second-order error compensation.
 
     With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, each
     input i in turn is rounded to :math:`q_i`, and
-    :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as what
-    it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
-    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the weights as they were; so
-    nothing is ever inverted.
+    :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. The same is computed with
+    :math:`A = U^{-1}`, hence :math:`A A^\top = H`, and without an inverse: input j is rounded at
+    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the original weights.
 
-    The scales (and masks, in a chain) are those of the compression's state; any grid, floating
-    format or granularity that sees weights entry by entry will do. All sites that `calibrate` saw:
-    dense, einsum, attention projections, convolutions, experts, scanned layers, which are solved
-    one after the other by one compiled program.
+    The scales (and masks, in a chain) are those of the compression's state. Any grid, floating
+    format or granularity that rounds weights entry by entry will do. Solved are the kernels of all
+    calibrated sites: dense, einsum, attention projections, convolutions, experts, and scanned
+    layers, one after the other by one compiled program.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
-      compression: what the weights are to be seen through.
-      state: its state; by default that of `init` once the compression is bound to the layouts the
-        calibrated sites tell.
+      compression: the grid or format to round to.
+      state: its state; by default that of `init` once the compression is bound to the layouts of
+        the calibrated sites.
       damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is
         raised tenfold, up to five times; a note says so.
-      block: inputs after which the error is carried to all that are left.
-      act_order: take inputs in the order of falling H's diagonal.
-      held_out: statistics of other batches: a layer that rounding to nearest serves better there is
-        rounded to nearest; by default the calibration decides.
+      block: inputs after which the error is passed on to all that remain.
+      act_order: take inputs in the order of H's diagonal, the largest first.
+      held_out: statistics of other batches. A layer for which rounding to nearest is better there
+        is rounded to nearest; by default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and
-      listed. So are, with a note, weights of inputs that were always zero, experts and branches
-      that calibration did not reach, and layers that are not solved better.
+      ``Rewritten``, exact under the compression. Leaves without calibration are rounded to nearest
+      and listed. So are, with a note, weights of inputs that were always zero, experts and branches
+      that calibration did not reach, and layers for which the solution is no better.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -91,31 +88,34 @@ def gptq(
     """
 
     def solve(
-        path: str, x: jax.Array, how: Pointwise, problem: Problem
+        path: str, x: jax.Array, pointwise: Pointwise, problem: Problem
     ) -> tuple[jax.Array, str | None]:
-        return _leaf(problem.names(path), x, how, problem, damping, block, act_order)
+        return _solve_leaf(path, x, pointwise, problem, damping, block, act_order)
 
-    return layerwise(params, calibration, compression, state, solve, held_out)
+    return solve_leaves(params, calibration, compression, state, solve, held_out)
 
 
-def _leaf(
-    names: list[str],
+def _solve_leaf(
+    path: str,
     x: jax.Array,
-    how: Pointwise,
+    pointwise: Pointwise,
     problem: Problem,
     damping: float,
     block: int,
     act_order: bool,
 ) -> tuple[jax.Array, str | None]:
-    """Solve one leaf; matrices that no damping lets be factored keep their weights, and a note says so."""
+    """Solve one leaf. A matrix whose Hessian no damping mends keeps its weights, with a note."""
     form = problem.form
 
     def attempt(damping: float) -> tuple[jax.Array, jax.Array]:
-        return _solve(x, how.operands, problem.gram, damping, form, how.see, block, act_order)
+        see = pointwise.see
+        gram = problem.gram
+        return _solve(x, pointwise.operands, gram, damping, form, see, block, act_order)
 
     unsolved = form.matrices(x.astype(jnp.float32))  # [batch, k, n]
     solved, failed, notes = raise_damping(attempt, unsolved, damping)
     if failed.any():
+        names = problem.names(path)
         which = listed([names[i] for i in np.flatnonzero(failed)])
         notes.append(f"no damping makes the Hessian positive definite of {which}")
     return form.stored(solved).astype(x.dtype), "; ".join(notes) or None
