@@ -1,6 +1,6 @@
 """Integer inference: run a traced function on packed params, its contractions in int8."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.quantize._activations.quantizer import Own, require_finite
 from compress_jax.quantize._activations.site_patterns import How, Where
 from compress_jax.quantize._integer.integer_dot import Coded, encode, product
-from compress_jax.quantize._integer.plan import SitePlan, plan_sites
+from compress_jax.quantize._integer.plan import Captured, SitePlan, plan_sites
 from compress_jax.trace import rewrite
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.site import Site
@@ -157,7 +157,7 @@ class Integer(NamedTuple):
     """
 
     params: dict[str, Any]
-    apply: Callable[..., Any]
+    apply: ModelFn
     table: Contractions
 
 
@@ -220,9 +220,10 @@ def integer(
     traced = trace(fn, rebuild({path: shape_of(x) for path, x in leaves.items()}), *inputs)
     stored, plans = plan_sites(traced, leaves, how, where)
     weights = {path: stored[path].arrays(x) if path in stored else x for path, x in leaves.items()}
-    given = ranges or {}
-    _require(plans, given)
-    kept = {name: given[name] for name, plan in plans.items() if plan.quantizer and name in given}
+    ranges = ranges or {}
+    _require(plans, ranges)
+    used = [name for name, plan in plans.items() if plan.quantizer and name in ranges]
+    kept = {name: ranges[name] for name in used}
 
     @jax.jit
     def apply(params: dict[str, Any], *inputs: PyTree) -> Any:
@@ -231,36 +232,31 @@ def integer(
             path: stored[path].dense(x) if path in stored else to_dense(x)
             for path, x in arrays.items()
         }
-        rule, given = (
-            _rule(plans, arrays),
-            {name: _given(plan, params["ranges"]) for name, plan in plans.items()},
-        )
-        return rewrite(fn, rule, given=given)(rebuild(dense), *inputs)
+        given = {name: _given(plan, params["ranges"]) for name, plan in plans.items()}
+        return rewrite(fn, _rule(plans, arrays), given=given)(rebuild(dense), *inputs)
 
     return Integer({"weights": rebuild(weights), "ranges": kept}, apply, tabulated(plans))
 
 
 def _require(plans: Mapping[str, SitePlan], ranges: Mapping[str, Any]) -> None:
+    """Refuse ranges that are missing or not finite."""
     for name, plan in plans.items():
-        if plan.quantizer is not None and plan.quantizer.reducer is not None and name not in ranges:
+        if plan.quantizer is None:
+            continue
+        if plan.quantizer.reducer is not None and name not in ranges:
             raise StateError(
                 f"there are no ranges for site {name!r}, only for: {', '.join(ranges) or 'none'}; "
-                "pass "
-                "ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
+                "pass ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
             )
-        if plan.quantizer is not None:
-            require_finite(name, ranges.get(name, {}))
+        require_finite(name, ranges.get(name, {}))
 
 
 def _given(plan: SitePlan, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
     """Return the data that a site gets: its ranges, and the current iteration of each loop."""
     loops = plan.site.loops
-    iterations = [
-        jnp.broadcast_to(
-            jnp.expand_dims(jnp.arange(n), [*range(i), *range(i + 1, len(loops))]), loops
-        )
-        for i, n in enumerate(loops)
-    ]
+    # A site in loops gets slices of arrays with leading axes ``loops``: of the first loop's index,
+    # of the second's, and so on.
+    iterations = [jax.lax.broadcasted_iota(jnp.int32, loops, i) for i in range(len(loops))]
     return {"own": ranges.get(plan.site.name, {}), "iterations": iterations}
 
 
@@ -269,14 +265,14 @@ def _coded(
     index: int,
     x: jax.Array,
     own: dict[int, Own],
-    captured: Any,
-    iterations: list[Any],
+    captured: Captured | None,
+    iterations: Sequence[jax.Array],
 ) -> Coded:
     """Return an operand in integers: an activation by its range, or the packed parameter."""
     if index in own:
         assert plan.quantizer is not None
         return encode(plan.quantizer, plan.site, index, x, own[index])
-    assert plan.operand is not None
+    assert plan.operand is not None and captured is not None
     return plan.operand.coded(captured, iterations)
 
 
@@ -289,17 +285,16 @@ def _rule(plans: Mapping[str, SitePlan], arrays: Mapping[str, Any]) -> Callable[
     }
 
     def rule(site: Site, lhs: jax.Array, rhs: jax.Array, given: dict[str, Any]) -> Any:
-        plan, operands = plans[site.name], [lhs, rhs]
+        plan = plans[site.name]
+        operands = [lhs, rhs]
         own = {index: given["own"].get(key, {}) for key, index in site.inputs.items()}
-        iterations = (
-            [given["iterations"][loop] for loop in plan.operand.route.loops] if plan.operand else []
-        )
-        _same(plan, site)
+        loops = plan.operand.route.loops if plan.operand else ()
+        iterations = [given["iterations"][loop] for loop in loops]
+        _check_shape(plan, site)
         if not plan.reason:
-            left, right = (
-                _coded(plan, i, x, own, captured.get(site.name), iterations)
-                for i, x in enumerate(operands)
-            )
+            parameter = captured.get(site.name)
+            left = _coded(plan, 0, lhs, own, parameter, iterations)
+            right = _coded(plan, 1, rhs, own, parameter, iterations)
             return product(site, left, right).astype(site.out_dtype)
         if plan.operand is not None and iterations:  # unpacked in the loop, one layer at a time
             operands[site.operand == "rhs"] = plan.operand.dense(captured[site.name], iterations)
@@ -311,11 +306,10 @@ def _rule(plans: Mapping[str, SitePlan], arrays: Mapping[str, Any]) -> Callable[
     return rule
 
 
-def _same(plan: SitePlan, site: Site) -> None:
-    if (
-        plan.operand is not None
-        and plan.operand.axes.shape != (site.lhs_shape, site.rhs_shape)[site.operand == "rhs"]
-    ):
+def _check_shape(plan: SitePlan, site: Site) -> None:
+    """Refuse inputs with which the parameter has another shape at the site than was planned for."""
+    shape = (site.lhs_shape, site.rhs_shape)[site.operand == "rhs"]
+    if plan.operand is not None and plan.operand.axes.shape != shape:
         raise ShapeError(
             f"at site {site.name!r} the parameter has the shape {plan.operand.axes.shape} for the "
             "inputs that `integer` was "

@@ -89,21 +89,22 @@ def operand_axes(site: Site, index: int) -> OperandAxes:
       >>> operand_axes(site, 1).kept, operand_axes(site, 1).out, operand_axes(site, 1).products
       ((1,), (2,), 3)
     """
-    shape, rank = (site.lhs_shape, site.rhs_shape)[index], len(site.out_shape)
+    shape = (site.lhs_shape, site.rhs_shape)[index]
+    rank = len(site.out_shape)
     if site.kind == "conv":
         numbers = site.params["dimension_numbers"]
         spec = (numbers.lhs_spec, numbers.rhs_spec)[index]
-        return OperandAxes(
-            shape, spec[:1], tuple(sorted(spec[1:])), (numbers.out_spec[index],), rank
-        )
-    summed, batch = site.contracting[index], site.batch[index]
+        summed = tuple(sorted(spec[1:]))
+        return OperandAxes(shape, spec[:1], summed, (numbers.out_spec[index],), rank)
+    summed = site.contracting[index]
+    batch = site.batch[index]
     free = tuple(axis for axis in range(len(shape)) if axis not in (*summed, *batch))
     start = rank - len(free) if index else len(batch)
     out = (*range(len(batch)), *range(start, start + len(free)))
     return OperandAxes(shape, (*batch, *free), summed, out, rank)
 
 
-MOST = 2**31 - 1
+LARGEST_INT32 = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -144,15 +145,16 @@ def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array,
       >>> coded.codes.tolist(), coded.zero.tolist(), coded.scale.round(4).tolist()
       ([[-128, 127]], [[-128]], [[0.009999999776482582]])
     """
-    grid, own_axes = quantizer.grid, operand_axes(site, index)
+    grid = quantizer.grid
+    axes = operand_axes(site, index)
     scale, zero_point = quantizer.place(site, index, x, own)
     middle = 2 ** (grid.bits - 1)
     codes = (grid.encode(x, scale, zero_point) - middle).astype(jnp.int8)
-    unknown = own_axes.rows(jnp.isnan(x).any(own_axes.summed, keepdims=True))
-    scale = jnp.where(unknown, jnp.nan, own_axes.rows(scale))[..., None]
+    unknown = axes.rows(jnp.isnan(x).any(axes.summed, keepdims=True))
+    scale = jnp.where(unknown, jnp.nan, axes.rows(scale))[..., None]
     if grid.symmetric:
         return Coded(codes, scale)
-    return Coded(codes, scale, own_axes.rows(zero_point.astype(jnp.int32) - middle)[..., None])
+    return Coded(codes, scale, axes.rows(zero_point.astype(jnp.int32) - middle)[..., None])
 
 
 def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
@@ -180,7 +182,7 @@ def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
       >>> float(product(site, lhs, rhs)[0, 0])  # (128 * 3 - 100) / 2
       142.0
     """
-    axes = operand_axes(site, 0), operand_axes(site, 1)
+    axes = (operand_axes(site, 0), operand_axes(site, 1))
     if max(lhs.scale.shape[-1], rhs.scale.shape[-1]) > 1:
         return _by_groups(site, axes, (lhs, rhs))
     scale = axes[0].facing(lhs.scale[..., 0]) * axes[1].facing(rhs.scale[..., 0])
@@ -203,7 +205,8 @@ def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
       int32, of the result's shape.
     """
     site = replace(site, params={**site.params, "precision": None})
-    left, right = operand_axes(site, 0), operand_axes(site, 1)
+    left = operand_axes(site, 0)
+    right = operand_axes(site, 1)
     total = site.contract(lhs.codes, rhs.codes, preferred_element_type=jnp.int32)
     if lhs.zero is not None:
         total = total - left.facing(lhs.zero[..., 0]) * _of_ones(site, left, rhs.codes, 0)
@@ -224,6 +227,7 @@ def _ones(site: Site, axes: OperandAxes, index: int) -> jax.Array:
 
 
 def _of_ones(site: Site, axes: OperandAxes, other: jax.Array, index: int) -> jax.Array:
+    """Contract an operand with ones in the place of the other."""
     ones = _ones(site, axes, index)
     operands = (other, ones) if index else (ones, other)
     sums = site.contract(*operands, preferred_element_type=jnp.int32)
@@ -238,23 +242,23 @@ def _by_groups(
     """Contract group after group, in a fixed order of the float32 additions."""
     groups = max(each.scale.shape[-1] for each in operands)
     batch = len(site.batch[0])
-    codes, scales, zeros = zip(
-        *(_cut(a, each, groups, batch) for a, each in zip(axes, operands, strict=True)),
-        strict=True,
-    )
+    left_parts = _cut(axes[0], operands[0], groups, batch)
+    right_parts = _cut(axes[1], operands[1], groups, batch)
 
-    def iteration(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        left, right, left_zero, right_zero, left_scale, right_scale = group
+    def add_group(
+        total: jax.Array, group: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+    ) -> tuple[jax.Array, None]:
+        (left, left_scale, left_zero), (right, right_scale, right_zero) = group
         sums = jnp.einsum("bmk,bnk->bmn", left, right, preferred_element_type=jnp.int32)
         sums -= left_zero[:, :, None] * right.sum(-1, dtype=jnp.int32)[:, None, :]
         sums -= right_zero[:, None, :] * left.sum(-1, dtype=jnp.int32)[:, :, None]
         sums += left_zero[:, :, None] * right_zero[:, None, :] * left.shape[-1]
-        return total + sums.astype(jnp.float32) * (
-            left_scale[:, :, None] * right_scale[:, None, :]
-        ), None
+        scale = left_scale[:, :, None] * right_scale[:, None, :]
+        return total + sums.astype(jnp.float32) * scale, None
 
-    start = jnp.zeros((codes[0].shape[1], codes[0].shape[2], codes[1].shape[2]), jnp.float32)
-    total, _ = jax.lax.scan(iteration, start, (*codes, *zeros, *scales))
+    _, lead, rows, _ = left_parts[0].shape
+    start = jnp.zeros((lead, rows, right_parts[0].shape[2]), jnp.float32)  # [batch, m, n]
+    total, _ = jax.lax.scan(add_group, start, (left_parts, right_parts))
     return total.reshape(site.out_shape)
 
 
@@ -269,7 +273,9 @@ def _cut(
         return jnp.moveaxis(jnp.broadcast_to(x, (*sizes, groups)).reshape(*lead, groups), -1, 0)
 
     codes = jnp.moveaxis(axes.matrix(operand.codes).reshape(*lead, groups, -1), 2, 0)
-    zero = jnp.zeros((1,) * (len(sizes) + 1), jnp.int32) if operand.zero is None else operand.zero
+    zero = operand.zero
+    if zero is None:
+        zero = jnp.zeros((1,) * (len(sizes) + 1), jnp.int32)
     return codes, spread(operand.scale), spread(zero)
 
 
@@ -287,4 +293,4 @@ def fits(products: int, largest: tuple[int, int]) -> bool:
       >>> fits(131071, (128, 128)), fits(131072, (128, 128))
       (True, False)
     """
-    return products * largest[0] * largest[1] <= MOST
+    return products * largest[0] * largest[1] <= LARGEST_INT32

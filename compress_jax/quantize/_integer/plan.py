@@ -5,10 +5,11 @@ parameter as integer inference stores it (`Stored`), that parameter as an operan
 (`PackedOperand`), and the plan of every site (`plan_sites`).
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +66,11 @@ def pack(codes: jax.Array, bits: int, axis: int) -> Fields:
       >>> {name: each.shape for name, each in fields.items()}, unpack(fields, 3, 0, 3).tolist()
       ({'bits2': (1, 2), 'bits1': (1, 2)}, [[1, 2], [3, 4], [5, 6]])
     """
-    fields, left = {}, jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)
-    for width in reversed(widths(bits)):
-        share, left = left & np.uint8(2**width - 1), left >> np.uint8(width)
+    fields: Fields = {}
+    rest = jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)
+    for width in reversed(widths(bits)):  # the lowest bits first
+        share = rest & np.uint8(2**width - 1)
+        rest = rest >> np.uint8(width)
         fields[f"bits{width}"] = jnp.moveaxis(_joined(share, width), -1, axis)
     return {f"bits{width}": fields[f"bits{width}"] for width in widths(bits)}
 
@@ -194,23 +197,22 @@ class Stored:
     def arrays(self, node: Quantized) -> Arrays:
         """Return the arrays of a packed node."""
         codes = node.codes.unpack().astype(jnp.int32)
-        if isinstance(node.codes, Sparse):  # what was left out stands for zero
+        if isinstance(node.codes, Sparse):
+            # Entries that are not stored are zero: their code is the zero point, not 0.
             kept = self.layout.arrange(node.codes.mask.unpack()) != 0
-            codes = self.layout.restore(
-                jnp.where(kept, self.layout.arrange(codes), node.zero_point.astype(jnp.int32))
-            )
+            zero_point = node.zero_point.astype(jnp.int32)
+            codes = self.layout.arrange(codes)
+            codes = self.layout.restore(jnp.where(kept, codes, zero_point))
         if self.bits == 8:
             stored = {"codes": (codes - self.middle).astype(jnp.int8)}
         else:
             stored = pack(codes.reshape(self.shape or (1,)), self.bits, self.axis)
-        rest = (
-            {"scale": node.scale}
-            if self.symmetric
-            else {"scale": node.scale, "zero_point": node.zero_point}
-        )
-        return {**stored, **rest}
+        stored["scale"] = node.scale
+        if not self.symmetric:
+            stored["zero_point"] = node.zero_point
+        return stored
 
-    def codes(self, arrays: Arrays, picked: tuple[Any, ...] = ()) -> jax.Array:
+    def codes(self, arrays: Arrays, picked: Sequence[jax.Array] = ()) -> jax.Array:
         """Return the signed codes ``code - middle``, int8.
 
         Args:
@@ -220,12 +222,13 @@ class Stored:
         Returns:
           Array of ``shape[len(picked):]``.
         """
-        names = ("codes",) if self.bits == 8 else tuple(f"bits{each}" for each in widths(self.bits))
-        parts = {name: _pick(arrays[name], picked) for name in names}
         if self.bits == 8:
-            return parts["codes"]
+            return _pick(arrays["codes"], picked)
+        names = [f"bits{width}" for width in widths(self.bits)]
+        fields = {name: _pick(arrays[name], picked) for name in names}
         shape = self.shape or (1,)
-        codes = unpack(parts, self.bits, self.axis - len(shape), shape[self.axis])
+        # The axis is counted from the end, as the first axes may be sliced away.
+        codes = unpack(fields, self.bits, self.axis - len(shape), shape[self.axis])
         return (codes.astype(jnp.int8) - np.int8(self.middle)).reshape(self.shape[len(picked) :])
 
     def zero(self, arrays: Arrays) -> jax.Array | None:
@@ -234,18 +237,35 @@ class Stored:
 
     def dense(self, arrays: Arrays) -> jax.Array:
         """Return the parameter itself, bit for bit what the packed node unpacks to."""
-        levels, zero = self.layout.arrange(self.codes(arrays).astype(jnp.int32)), self.zero(arrays)
-        levels = levels if zero is None else levels - zero
+        levels = self.layout.arrange(self.codes(arrays).astype(jnp.int32))
+        zero = self.zero(arrays)
+        if zero is not None:
+            levels = levels - zero
         return self.layout.restore(levels.astype(jnp.float32) * arrays["scale"]).astype(self.dtype)
 
 
-def _pick(x: jax.Array, picked: tuple[Any, ...]) -> jax.Array:
+def _pick(x: jax.Array, picked: Sequence[jax.Array]) -> jax.Array:
+    """Return the slice at one index of each of the first axes."""
     for index in picked:
         x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return x
 
 
 # A quantized parameter as an operand: its codes by the route it takes, its scales by rows.
+
+
+class Captured(NamedTuple):
+    """The data of a packed operand in all iterations of its loops.
+
+    Attributes:
+      arrays: the stored parameter.
+      scale: float32 ``[*iterations, *kept axes, groups]``.
+      zero: int32, likewise; None if all zeros are 0.
+    """
+
+    arrays: Arrays
+    scale: jax.Array
+    zero: jax.Array | None
 
 
 @dataclass(frozen=True)
@@ -280,16 +300,16 @@ class PackedOperand:
         """
         shape = stored.layout.scale_shape
         indices = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        # Move the index of each entry's scale as the entry itself is moved.
         every = np.asarray(route.every(stored.layout.spread(indices)))
         iterations = len(route.loops)
         order = (*range(iterations), *(iterations + axis for axis in (*axes.kept, *axes.summed)))
         kept = [axes.shape[axis] for axis in axes.kept]
+        # [*iterations, *kept, products]
         table = every.transpose(order).reshape(*every.shape[:iterations], *kept, -1)
-        changes = (
-            np.flatnonzero((table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1))))
-            + 1
-        )
-        size = math.gcd(table.shape[-1], *changes.tolist())
+        changed = (table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1)))
+        starts = np.flatnonzero(changed) + 1  # where another scale begins
+        size = math.gcd(table.shape[-1], *starts.tolist())
         return cls(stored, route, axes, _short(table[..., ::size], iterations))
 
     @property
@@ -300,22 +320,19 @@ class PackedOperand:
     @property
     def _picked(self) -> int:
         """How many of the first axes are sliced before the codes are unpacked."""
-        return (
-            self.route.stacked
-            if self.stored.bits == 8
-            else min(self.route.stacked, self.stored.axis)
-        )
+        if self.stored.bits == 8:
+            return self.route.stacked
+        return min(self.route.stacked, self.stored.axis)  # bytes join codes along this axis
 
-    def captured(self, arrays: Arrays) -> dict[str, Any]:
+    def captured(self, arrays: Arrays) -> Captured:
         """Return the data of all iterations: the arrays, and the scales by iteration and row."""
         zero = self.stored.zero(arrays)
-        zeros = None if zero is None or zero.size == 1 else zero.ravel()[self.scales]
-        zeros = (
-            zero.reshape((1,) * self.scales.ndim) if zero is not None and zero.size == 1 else zeros
-        )
-        return {"arrays": arrays, "scale": arrays["scale"].ravel()[self.scales], "zero": zeros}
+        if zero is not None:
+            shared = zero.size == 1
+            zero = zero.reshape((1,) * self.scales.ndim) if shared else zero.ravel()[self.scales]
+        return Captured(arrays, arrays["scale"].ravel()[self.scales], zero)
 
-    def coded(self, captured: dict[str, Any], iterations: list[Any]) -> Coded:
+    def coded(self, captured: Captured, iterations: Sequence[jax.Array]) -> Coded:
         """Return the operand in integers.
 
         Args:
@@ -326,44 +343,48 @@ class PackedOperand:
           The codes in the operand's shape, scales and zeros by rows and groups.
         """
         done = self._picked
-        codes = self.stored.codes(captured["arrays"], tuple(iterations[:done]))
-        scale, zero = (_pick_iteration(captured[name], iterations) for name in ("scale", "zero"))
-        assert scale is not None
+        codes = self.stored.codes(captured.arrays, iterations[:done])
+        scale = _pick_iteration(captured.scale, iterations)
+        zero = captured.zero
+        if zero is not None:
+            zero = _pick_iteration(zero, iterations)
         return Coded(self.route.take(codes, iterations[done:], done), scale, zero)
 
-    def dense(self, captured: dict[str, Any], iterations: list[Any]) -> jax.Array:
+    def dense(self, captured: Captured, iterations: Sequence[jax.Array]) -> jax.Array:
         """Return the operand of the unpacked model, bit for bit; arguments as for `coded`."""
         coded = self.coded(captured, iterations)
         levels = coded.codes.astype(jnp.int32)
-        levels = levels if coded.zero is None else levels - self._spread(coded.zero)
-        return self.route.cast(
-            (levels.astype(jnp.float32) * self._spread(coded.scale)).astype(self.stored.dtype)
-        )
+        if coded.zero is not None:
+            levels = levels - self._spread(coded.zero)
+        values = levels.astype(jnp.float32) * self._spread(coded.scale)
+        return self.route.cast(values.astype(self.stored.dtype))
 
     def _spread(self, rows: jax.Array) -> jax.Array:
         """Return values of rows and groups in the shape that broadcasts against the operand."""
         groups = rows.shape[-1]
-        return self.axes.operand(
-            jnp.repeat(rows, self.axes.products // groups, axis=-1) if groups > 1 else rows
-        )
+        if groups > 1:
+            rows = jnp.repeat(rows, self.axes.products // groups, axis=-1)
+        return self.axes.operand(rows)
 
 
 def _short(table: np.ndarray, iterations: int) -> np.ndarray:
     """Shorten every axis of rows along which the table is constant to length 1."""
     for axis in range(iterations, table.ndim - 1):
         first = np.take(table, [0], axis)
-        table = first if (table == first).all() else table
+        if (table == first).all():
+            table = first
     return table.astype(np.int32)
 
 
-def _pick_iteration(x: jax.Array | None, iterations: list[Any]) -> jax.Array | None:
-    for iteration in iterations if x is not None else ():
-        assert x is not None
-        x = x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, iteration, keepdims=False)
+def _pick_iteration(x: jax.Array, iterations: Sequence[jax.Array]) -> jax.Array:
+    """Return the values of the current iterations; axes of length 1 are the same for all."""
+    for iteration in iterations:
+        shared = x.shape[0] == 1
+        x = x[0] if shared else jax.lax.dynamic_index_in_dim(x, iteration, keepdims=False)
     return x
 
 
-FLOAT = "its activations are not quantized"
+NOT_QUANTIZED = "its activations are not quantized"
 
 
 @dataclass(frozen=True)
@@ -421,11 +442,12 @@ def plan_sites(
       NoMatchError: if a glob matches no site.
     """
     found = routes(traced)
-    every = [value for operands in found.values() for value in operands if isinstance(value, Route)]
+    stacked: dict[str, int] = {}  # how many first axes of each parameter loops slice
+    for value in itertools.chain.from_iterable(found.values()):
+        if isinstance(value, Route):
+            stacked[value.path] = max(value.stacked, stacked.get(value.path, 0))
     stored = {
-        path: Stored.of(
-            leaf, max((route.stacked for route in every if route.path == path), default=0)
-        )
+        path: Stored.of(leaf, stacked.get(path, 0))
         for path, leaf in leaves.items()
         if isinstance(leaf, Quantized)
     }
@@ -446,24 +468,17 @@ def _plan_site(
     how: How | None,
     where: Where,
 ) -> SitePlan:
-    answer = FLOAT if how is None else choose(site, how, where)
-    quantizer = None if isinstance(answer, str) else answer
+    answer = NOT_QUANTIZED if how is None else choose(site, how, where)
     operand, weight, reason = _weight(site, operands, leaves, stored)
-    reasons = [
-        reason,
-        quantizer and _not_exact(site, quantizer, operand),
-        None if quantizer else answer,
-    ]
-    reason = next((each for each in reasons if each), "")
-    return SitePlan(
-        site,
-        quantizer,
-        operand,
-        weight,
-        _activation(site, quantizer),
-        is_packed(leaves.get(site.param or "")),
-        str(reason),
-    )
+    if isinstance(answer, str):
+        quantizer = None
+        reason = reason or answer
+    else:
+        quantizer = answer
+        reason = reason or _not_exact(site, quantizer, operand)
+    packed = is_packed(leaves.get(site.param or ""))
+    activation = _activation(site, quantizer)
+    return SitePlan(site, quantizer, operand, weight, activation, packed, reason)
 
 
 def _weight(
@@ -472,26 +487,24 @@ def _weight(
     """Return a site's packed parameter, its format, and why its codes cannot be used."""
     if site.param is None:
         return None, "", "" if site.kind == "dot" else "both operands are activations"
-    leaf, value = leaves[site.param], operands[site.operand == "rhs"]
+    leaf = leaves[site.param]
+    value = operands[site.operand == "rhs"]
     if not is_packed(leaf):
         return None, str(leaf.dtype), "its parameter is not quantized"
     if site.param not in stored:
-        return (
-            None,
-            type(leaf).__name__,
-            f"its parameter is packed as {type(leaf).__name__}, not as integers with a scale",
-        )
-    form = stored[site.param]
+        name = type(leaf).__name__
+        return None, name, f"its parameter is packed as {name}, not as integers with a scale"
+    parameter = stored[site.param]
+    if isinstance(value, Lost):
+        return None, parameter.format, value.reason
     if not isinstance(value, Route):
-        return (
-            None,
-            form.format,
-            value.reason if isinstance(value, Lost) else "no parameter feeds it",
-        )
-    operand = PackedOperand.of(form, value, operand_axes(site, int(site.operand == "rhs")))
-    if operand.groups == operand.axes.products > 1:
-        return None, form.format, "the parameter's scale varies along the axes that are summed over"
-    return operand, form.format, ""
+        return None, parameter.format, "no parameter feeds it"
+    axes = operand_axes(site, int(site.operand == "rhs"))
+    operand = PackedOperand.of(parameter, value, axes)
+    if operand.groups == axes.products > 1:
+        reason = "the parameter's scale varies along the axes that are summed over"
+        return None, parameter.format, reason
+    return operand, parameter.format, ""
 
 
 def _not_exact(site: Site, quantizer: ActivationQuantizer, operand: PackedOperand | None) -> str:
@@ -506,46 +519,42 @@ def _not_exact(site: Site, quantizer: ActivationQuantizer, operand: PackedOperan
     if "channel" in sharing:
         return "the activations' scale varies along the axes that are summed over"
     largest = 2 ** (quantizer.grid.bits - 1) if quantizer.grid.symmetric else quantizer.grid.top
-    other = (
-        largest
-        if operand is None
-        else operand.stored.middle * (1 if operand.stored.symmetric else 2)
-    )
-    products = operand_axes(site, 1).products // (1 if operand is None else operand.groups)
-    return (
-        ""
-        if fits(products, (largest, other))
-        else f"sums of {products} products may not fit in int32"
-    )
+    other = largest
+    products = operand_axes(site, 1).products
+    if operand is not None:
+        # code - zero_point reaches from -2^bits to 2^bits where the zero point may be anything.
+        other = operand.stored.middle * (1 if operand.stored.symmetric else 2)
+        products = products // operand.groups
+    if fits(products, (largest, other)):
+        return ""
+    return f"sums of {products} products may not fit in int32"
 
 
 def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
     """Return which entries of an activation share a scale: tensor, token or channel."""
 
-    def place(lhs: jax.Array, rhs: jax.Array) -> Any:
+    def place(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         key = next(key for key, each in site.inputs.items() if each == index)
         reducer = quantizer.reducer
-        own = (
-            {}
-            if reducer is None
-            else quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
-        )
+        own = {}
+        if reducer is not None:
+            own = quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
         return quantizer.place(site, index, (lhs, rhs)[index], own)[0]
 
     lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
-    shape = jax.eval_shape(place, lhs, jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)).shape
+    rhs = jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)
+    shape = jax.eval_shape(place, lhs, rhs).shape
     if math.prod(shape) == 1:
         return "tensor"
-    return (
-        "channel" if any(shape[axis] > 1 for axis in operand_axes(site, index).summed) else "token"
-    )
+    summed = operand_axes(site, index).summed
+    return "channel" if any(shape[axis] > 1 for axis in summed) else "token"
 
 
 def _activation(site: Site, quantizer: ActivationQuantizer | None) -> str:
+    """Return the format of a site's activations in words."""
     if quantizer is None:
         return (site.lhs_dtype, site.rhs_dtype)[next(iter(site.inputs.values()))]
     kind = quantizer.call.partition("(")[0]
     sharing = _sharing(site, next(iter(site.inputs.values())), quantizer)
-    return f"int{quantizer.grid.bits} {sharing} {kind}" + (
-        "" if quantizer.grid.symmetric else " asymmetric"
-    )
+    asymmetric = "" if quantizer.grid.symmetric else " asymmetric"
+    return f"int{quantizer.grid.bits} {sharing} {kind}{asymmetric}"

@@ -81,6 +81,9 @@ class Iteration:
     loop: int
 
 
+Step = Move | Cast | Iteration
+
+
 @dataclass(frozen=True)
 class Route:
     """A parameter and the steps from storage to its use.
@@ -91,7 +94,7 @@ class Route:
     """
 
     path: str
-    steps: tuple[Move | Cast | Iteration, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def loops(self) -> tuple[int, ...]:
@@ -106,7 +109,7 @@ class Route:
             len(self.steps),
         )
 
-    def take(self, x: jax.Array, iterations: Sequence[Any] = (), done: int = 0) -> jax.Array:
+    def take(self, x: jax.Array, iterations: Sequence[jax.Array] = (), done: int = 0) -> jax.Array:
         """Move a stored array of any dtype to the operand, in one iteration.
 
         Args:
@@ -132,11 +135,12 @@ class Route:
     def cast(self, x: jax.Array) -> jax.Array:
         """Cast an array as the parameter is cast on its route."""
         for step in self.steps:
-            x = step(x) if isinstance(step, Cast) else x
+            if isinstance(step, Cast):
+                x = step(x)
         return x
 
 
-def _every(steps: Sequence[Any], x: jax.Array) -> jax.Array:
+def _every(steps: Sequence[Step], x: jax.Array) -> jax.Array:
     for i, step in enumerate(steps):
         if isinstance(step, Iteration):
             return jax.vmap(lambda piece, rest=steps[i + 1 :]: _every(rest, piece))(x)
@@ -182,7 +186,8 @@ class Routes:
         if primitives.kind(eqn) is not None:
             self.found[where.position] = (args[0], args[1])
             return [_lost(args, "a contraction changes the parameter on its way")]
-        name, outs = eqn.primitive.name, range(len(eqn.outvars))
+        name = eqn.primitive.name
+        outs = range(len(eqn.outvars))
         if args and all(isinstance(arg, Constant) for arg in args) and not eqn.effects:
             return [Constant(_evaluated(eqn, args, i)) for i in outs]
         first, rest = (args[0], args[1:]) if args else (None, [])
