@@ -3,14 +3,15 @@
 The core: `Compression` and its combinators `chain`, `at`, `rules`, `every`, `between`; `leafwise`
 to write your own; `bind` to read leaves' layouts from a function; `coverage` to see what is done to
 each leaf; `unpack` to get arrays back from packed ones; `save` and `load` for files. The methods:
-`quantize`, `prune`, `cluster`, `lowrank`, `distill`. The laboratory: `data`, `models`, `train`,
-`search`, `report`, which are imported when first used.
+`quantize`, `prune`, `cluster`, `lowrank`, `distill`, and `layerwise` with the result of their
+solvers. The laboratory: `data`, `models`, `train`, `search`, `report`, which are imported when
+first used.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from compress_jax import cluster, core, distill, export, lowrank, prune, quantize, trace
+from compress_jax import cluster, core, distill, export, layerwise, lowrank, prune, quantize, trace
 from compress_jax.core import (
     Compression,
     CompressionState,
@@ -50,6 +51,7 @@ __all__ = [
     "every",
     "export",
     "identity",
+    "layerwise",
     "leafwise",
     "load",
     "lowrank",

@@ -70,3 +70,34 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
         return call
 
     return decorate
+
+
+def positional_arguments(*names: str, after: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let keyword-only arguments be given by position too, where they once stood before inputs.
+
+    Args:
+      names: of the arguments, in the order in which they were given.
+      after: how many positional arguments come before them.
+
+    Returns:
+      A decorator. Names that are given as keywords are not looked for among the positions.
+
+    Example:
+      >>> @positional_arguments("scale", after=1)
+      ... def run(fn, *inputs, scale): return fn(*inputs) * scale
+      >>> run(abs, -2, scale=10), run(abs, 10, -2)
+      (20, 20)
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            missing = [name for name in names if name not in kwargs]
+            values = args[after : after + len(missing)]
+            given: Any = dict(zip(missing, values, strict=False))
+            rest: Any = (*args[:after], *args[after + len(values) :])
+            return function(*rest, **kwargs, **given)
+
+        return call
+
+    return decorate

@@ -1,6 +1,13 @@
-"""One layer at a time: the least-squares problem of a layer, its evidence, and the loop over leaves that solvers share."""
+"""One layer at a time: its least-squares problem, the solvers' shared loops, and their result.
 
-__all__: list[str] = []
+`Rewritten` is what every rewrite of `quantize` and `prune` returns; `output_error` is the error
+that the solvers lower.
+"""
+
+from compress_jax.layerwise._result import Rewritten
+from compress_jax.layerwise._solve import output_error
+
+__all__ = ["Rewritten", "output_error"]
 
 
 def __dir__() -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from compress_jax.core.deprecated import renamed
+from compress_jax.layerwise._result import Rewritten as Rewritten
 from compress_jax.prune import importance
 from compress_jax.prune._at_init import grasp, snip, synflow
 from compress_jax.prune._budgets import for_bytes, for_flops
@@ -15,7 +16,6 @@ from compress_jax.prune._gradient_scores import fisher, movement, saliency
 from compress_jax.prune._lottery import nested, rewind, rewinding, rounds
 from compress_jax.prune._masks.score import Score, ScoreInputs, by_score, normalized
 from compress_jax.prune._masks.structures import block, channel, head, n_m
-from compress_jax.prune._oneshot.post_training import Pruned
 from compress_jax.prune._oneshot.sparsegpt import sparsegpt
 from compress_jax.prune._oneshot.wanda import wanda
 from compress_jax.prune._restart import newly_active, reset_moments, restart
@@ -27,7 +27,6 @@ __all__ = [
     "Gain",
     "Gains",
     "Growth",
-    "Pruned",
     "Removal",
     "Score",
     "ScoreInputs",
@@ -75,6 +74,7 @@ __all__ = [
 
 __getattr__: Callable[[str], Any] = renamed(
     {
+        "Pruned": "Rewritten",
         "Seen": "ScoreInputs",
         "grown": "newly_active",
         "masked": "by_score",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from compress_jax.core.errors import DataError, NoMatchError
 from compress_jax.core.paths import Patterns, flatten, matches
 from compress_jax.core.types import Batch, Params, PyTree, Scalar
-from compress_jax.layerwise._problem import met, summed_axes, why_not
+from compress_jax.layerwise._problem import channel_statistic, summed_axes, why_not
 from compress_jax.prune._channels.scores import Importance, Member, magnitude
 from compress_jax.trace import Calibration, Site
 
@@ -328,11 +328,13 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
     """
     values: jax.Array | None = None
     for piece in site.pieces if why_not(site) is None else ():
-        answer = met(site, piece, squares, jnp.nanmean) if piece.path == member.path else ""
+        answer = ""
+        if piece.path == member.path:
+            answer = channel_statistic(site, piece, squares, jnp.nanmean)
         if isinstance(answer, str):
             continue
         box, form, own = answer
-        if member.axis not in {box.of[axis] for axis in summed_axes(form)}:
+        if member.axis not in {box.stored_axes[axis] for axis in summed_axes(form)}:
             continue
         n = math.prod(form.shape) // own.size
         every = form.stored(jnp.broadcast_to(own[..., None], (*own.shape, n)))

@@ -1,10 +1,10 @@
 """Quantization: weights on few levels.
 
 `uniform` rounds to evenly spaced levels; `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary`
-and `binary` to others, and `tabled` to any of one's own. Scale rules, grids and level tables are
+and `binary` to others, and `codebook` to any of one's own. Scale rules, grids and level tables are
 their pieces.
 
-Once, after training: `gptq`, `adaround` and `signed` choose roundings by the layers' outputs,
+Once, after training: `gptq`, `adaround` and `signround` choose roundings by the layers' outputs,
 `clip` and `awq` ranges and scales, `smooth` and `equalize` move scales between layers of the same
 function, `rotate` its coordinates, `fold_batch_norm` its norms into its kernels, and `correct_bias`
 takes out the mean of the error.
@@ -15,8 +15,10 @@ weights, `integer` runs packed params on integer codes, and `contractions` lists
 its operands' formats, or why it computes in floats.
 """
 
+from compress_jax.core.deprecated import renamed
 from compress_jax.core.levels import Float, Table
-from compress_jax.layerwise._solve import Solved, output_error
+from compress_jax.layerwise._result import Rewritten as Rewritten
+from compress_jax.layerwise._solve import output_error
 from compress_jax.quantize._activations.activations import Activations, activations
 from compress_jax.quantize._activations.dynamic import dynamic
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
@@ -27,10 +29,9 @@ from compress_jax.quantize._learned.lsq import lsq, lsq_inputs
 from compress_jax.quantize._learned.pact import pact, pact_decay
 from compress_jax.quantize._rewrites.awq import awq
 from compress_jax.quantize._rewrites.batch_norm import fold_batch_norm
-from compress_jax.quantize._rewrites.bias import Corrected, correct_bias
+from compress_jax.quantize._rewrites.bias import correct_bias
 from compress_jax.quantize._rewrites.equalize import equalize
-from compress_jax.quantize._rewrites.folding import Folded
-from compress_jax.quantize._rewrites.rotate import Rotated, rotate
+from compress_jax.quantize._rewrites.rotate import rotate
 from compress_jax.quantize._rewrites.smooth import smooth
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.hqq import hqq
@@ -48,10 +49,10 @@ from compress_jax.quantize._scales.search import entropy, pnorm
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.clip import clip
 from compress_jax.quantize._solvers.gptq import gptq
-from compress_jax.quantize._solvers.signround import signed
+from compress_jax.quantize._solvers.signround import signround
 from compress_jax.quantize._weights.binary import binary
 from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
-from compress_jax.quantize._weights.codebook import tabled
+from compress_jax.quantize._weights.codebook import codebook
 from compress_jax.quantize._weights.floats import fp4, fp8, nf4
 from compress_jax.quantize._weights.ternary import ternary
 from compress_jax.quantize._weights.uniform import uniform
@@ -60,13 +61,9 @@ __all__ = [
     "ActivationQuantizer",
     "Activations",
     "Contractions",
-    "Corrected",
     "Float",
-    "Folded",
     "Grid",
     "Integer",
-    "Rotated",
-    "Solved",
     "Table",
     "absmax",
     "activations",
@@ -74,6 +71,7 @@ __all__ = [
     "awq",
     "binary",
     "clip",
+    "codebook",
     "contractions",
     "correct_bias",
     "dynamic",
@@ -104,15 +102,26 @@ __all__ = [
     "quantized_backward",
     "rms",
     "rotate",
-    "signed",
+    "signround",
     "smooth",
     "spanning",
     "static",
     "stochastic_round",
-    "tabled",
     "ternary",
     "uniform",
 ]
+
+__getattr__ = renamed(
+    {
+        "signed": "signround",
+        "tabled": "codebook",
+        "Corrected": "Rewritten",
+        "Folded": "Rewritten",
+        "Rotated": "Rewritten",
+        "Solved": "Rewritten",
+    },
+    __name__,
+)
 
 
 def __dir__() -> list[str]:

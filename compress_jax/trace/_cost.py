@@ -29,12 +29,12 @@ from compress_jax.trace._jaxpr.site import Site
 
 
 FREE = (  # they move, cut, name or make numbers, and compute none
-    p.PASSED
+    p.PASS_THROUGH
     | p.MOVES
     | p.JOINS
     | p.INDEXED
-    | p.NUMBERS
-    | p.SILENT
+    | p.CREATION
+    | p.DEBUG
     | p.CONTRACTIONS
     | {"dynamic_update_slice", "scatter"}
 ) | frozenset(
@@ -60,7 +60,7 @@ EACH = (
     | p.COMPARISONS
     | p.ARITHMETIC
     | p.COLLECTIVES
-    | p.RUNNING
+    | p.CUMULATIVE
     | {"reduce_scatter"}
 )
 EACH = EACH - FREE - BOTH.keys()  # one operation an element of the result

@@ -89,7 +89,7 @@ def ours_alone() -> Iterator[tuple[str, str | int, str, Compression]]:
         "fp6 e2m3",
         "channel",
         "mse",
-        quantize.tabled(quantize.float_format(2, 3), "channel", "mse"),
+        quantize.codebook(quantize.float_format(2, 3), "channel", "mse"),
     )
 
 

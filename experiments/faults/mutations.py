@@ -89,7 +89,7 @@ def nodes() -> dict[str, Any]:
         "quantized, groups": packed(quantize.uniform(4, granularity=4)),
         "quantized, pruned": packed(cj.chain(prune.magnitude(0.9), quantize.uniform(4))),
         "tabled": packed(quantize.nf4("channel")),
-        "tabled, own levels": packed(quantize.tabled(quantize.Table((-1.0, 0.1, 0.3)))),
+        "tabled, own levels": packed(quantize.codebook(quantize.Table((-1.0, 0.1, 0.3)))),
         "tabled, two scales": packed(quantize.nvfp4(pad=True), X.astype(jnp.bfloat16)),
         "tabled, pruned": packed(cj.chain(prune.magnitude(0.9), quantize.fp8("e5m2"))),
         "clustered": packed(cluster.kmeans(6)),

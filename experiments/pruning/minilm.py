@@ -84,11 +84,11 @@ def calibrated(params: Any, windows: np.ndarray) -> Iterator[tuple[str, str, Any
         forward, cj.trace.gram(), params, list(windows.reshape(-1, BATCH, WORDS + 2))
     )
     for target, (sparsity, structure) in TARGETS.items():
-        yield target, "Wanda", wanda(params, seen, sparsity, structure, where=KERNELS).params
+        yield target, "Wanda", wanda(params, seen, sparsity, structure, pattern=KERNELS).params
         yield (
             target,
             "SparseGPT",
-            sparsegpt(params, seen, sparsity, structure, where=KERNELS).params,
+            sparsegpt(params, seen, sparsity, structure, pattern=KERNELS).params,
         )
 
 

@@ -144,15 +144,15 @@ def rows(params: Any, seen: Any) -> Iterator[tuple[str, str, Any]]:
     for target, (sparsity, structure) in TARGETS.items():
         smallest = cj.at(KERNELS, magnitude(sparsity, structure))
         yield target, "magnitude", smallest.view(params, smallest.init(params))
-        yield target, "Wanda", wanda(params, seen, sparsity, structure, where=KERNELS).params
+        yield target, "Wanda", wanda(params, seen, sparsity, structure, pattern=KERNELS).params
         yield (
             target,
             "SparseGPT",
-            sparsegpt(params, seen, sparsity, structure, where=KERNELS).params,
+            sparsegpt(params, seen, sparsity, structure, pattern=KERNELS).params,
         )
     smallest = cj.chain(cj.at(KERNELS, magnitude(0.5)), GRID)
     yield "50 % and 4 bits", "magnitude, nearest", smallest.view(params, smallest.init(params))
-    half = wanda(params, seen, 0.5, where=KERNELS)
+    half = wanda(params, seen, 0.5, pattern=KERNELS)
     yield (
         "50 % and 4 bits",
         "Wanda, then GPTQ",
@@ -161,7 +161,7 @@ def rows(params: Any, seen: Any) -> Iterator[tuple[str, str, Any]]:
     yield (
         "50 % and 4 bits",
         "SparseGPT, joint",
-        sparsegpt(params, seen, 0.5, where=KERNELS, quantizer=GRID).params,
+        sparsegpt(params, seen, 0.5, pattern=KERNELS, quantizer=GRID).params,
     )
 
 

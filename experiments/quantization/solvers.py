@@ -38,7 +38,7 @@ from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.clip import clip
 from compress_jax.quantize._solvers.gptq import gptq
-from compress_jax.quantize._solvers.signround import signed
+from compress_jax.quantize._solvers.signround import signround
 from compress_jax.trace import calibrate, gram
 from compress_jax.trace.reducers import absmax, moments
 
@@ -98,7 +98,7 @@ def solvers(fn: Callable[..., Any], params: Any, x: Any, bits: int) -> dict[str,
     searched = clip(params, seen, c)
     made["clip"] = searched.params
     made["awq"] = awq(fn, params, seen, c, x[:1]).params
-    for name, solve in {"gptq": gptq, "adaround": adaround, "signed": signed}.items():
+    for name, solve in {"gptq": gptq, "adaround": adaround, "signround": signround}.items():
         options = {"steps": 1000} if name == "adaround" else {}
         made[name] = solve(params, seen, c, **options).params
         made[f"clip, {name}"] = solve(params, seen, c, searched.state, **options).params

@@ -43,7 +43,7 @@ QUANTIZERS = {
     "ternary": quantize.ternary,
     "binary": quantize.binary,
     "lsq": quantize.lsq,
-    "tabled": lambda **options: quantize.tabled(quantize.float_format(2, 1), **options),
+    "codebook": lambda **options: quantize.codebook(quantize.float_format(2, 1), **options),
 }
 SCORED = {
     "magnitude": lambda sparsity=0.5, **o: prune.magnitude(sparsity, **o),

@@ -52,7 +52,7 @@ NODES_TO_SAVE = {
     "pruned, quantized": packed(cj.chain(cj.prune.magnitude(0.9), cj.quantize.uniform(4))),
     "quantized bfloat16": packed(cj.quantize.uniform(8), X.astype(jnp.bfloat16)),
     "tabled": packed(cj.quantize.nf4("channel")),
-    "tabled by one's own levels": packed(cj.quantize.tabled(cj.quantize.Table((-1.0, 0.1, 0.3)))),
+    "tabled by one's own levels": packed(cj.quantize.codebook(cj.quantize.Table((-1.0, 0.1, 0.3)))),
     "tabled, scales e8m0": packed(cj.quantize.mxfp8(pad=True)),
     "tabled, scales e4m3, times one of the tensor": packed(cj.quantize.nvfp4(pad=True), X.astype(jnp.bfloat16)),
     "pruned, tabled": packed(cj.chain(cj.prune.magnitude(0.9), cj.quantize.fp8("e5m2"))),

@@ -193,7 +193,7 @@ def test_every_layer_of_a_model_is_pruned_or_listed(entry):
 
     seen = calibrate(model, gram(), variables, [jax.tree.map(fresh, inputs) for _ in range(6)])
     kernels = tuple(entry.contracted)
-    solved, quick = (solve(variables, seen, 0.5, where=kernels) for solve in (sparsegpt, wanda))
+    solved, quick = (solve(variables, seen, 0.5, pattern=kernels) for solve in (sparsegpt, wanda))
     leaves, smallest = flatten(variables)[0], cj.at(kernels, magnitude(0.5))
     tasks, reasons = problems(seen, {path: leaves[path] for path in kernels})
     assert set(solved.skipped) == set(quick.skipped) == set(leaves) - set(tasks)
@@ -278,7 +278,7 @@ def test_what_cannot_be_done_is_said():
     with pytest.raises(ConfigError, match="no zero for 'kernel'"):
         solver(params, seen, 0.5, quantizer=binary())
     with pytest.raises(NoMatchError, match="nothing"):
-        wanda(params, seen, 0.5, where="nothing")
+        wanda(params, seen, 0.5, pattern="nothing")
     for solve in (solver, wanda):
         with pytest.raises(NonFiniteError, match="'kernel'"):
             solve(params, calibrated(params, x.at[0, 0].set(jnp.nan)), 0.5)
@@ -319,7 +319,7 @@ def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_
     params = trained(params)
     name = "dense_1/kernel"
     seen, held_out = (
-        calibrate(forward, gram(), params, [x], where=name)
+        calibrate(forward, gram(), params, [x], pattern=name)
         for x in (images[:512], jnp.asarray(data.validation["image"]))
     )
     kernel, gram_ = (
@@ -330,7 +330,7 @@ def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_
         smallest = cj.at(name, magnitude(sparsity, structure))
         by_magnitude = smallest.view(params, smallest.init(params))
         ours = [
-            solve(params, seen, sparsity, structure, where=name).params
+            solve(params, seen, sparsity, structure, pattern=name).params
             for solve in (sparsegpt, wanda)
         ]
         errors = [

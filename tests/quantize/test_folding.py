@@ -86,7 +86,7 @@ def test_every_spelling_is_folded_and_the_function_stays(name):
     p = params(("kernel", (N, N)))
     fn = lambda p, x: jnp.tanh(SPELLINGS[name](p, x @ p["kernel"]))  # noqa: E731
     result = fold_batch_norm(fn, p, X)
-    assert set(result.folded) == {"kernel"} and not result.skipped
+    assert set(result.changed) == {"kernel"} and not result.skipped
     assert rel(fn, p, result.params, X) < 3e-6
     # what is left is no scale: outputs differ from those of the new kernel by a constant
     left = SPELLINGS[name](result.params, X) - X
@@ -148,7 +148,7 @@ def test_what_must_not_be_folded_is_listed(fn):
     p = params(("kernel", (N, N)), ("other", (N, N)))
     result = fold_batch_norm(fn, p, X)
     assert rel(fn, p, result.params, X) < 1e-6
-    assert "kernel" in result.skipped and "kernel" not in result.folded and result.skipped["kernel"]
+    assert "kernel" in result.skipped and "kernel" not in result.changed and result.skipped["kernel"]
 
 
 def test_a_norm_inside_a_longer_chain_is_folded_as_far_as_it_goes():
@@ -160,7 +160,7 @@ def test_a_norm_inside_a_longer_chain_is_folded_as_far_as_it_goes():
 
     result = fold_batch_norm(fn, p, X)
     assert (
-        result.folded == {"kernel": ("mean", "var", "beta")} and rel(fn, p, result.params, X) < 1e-6
+        result.changed == {"kernel": ("mean", "var", "beta")} and rel(fn, p, result.params, X) < 1e-6
     )
     assert (result.params["film"] == p["film"]).all()
 
@@ -225,7 +225,7 @@ def test_layers_of_all_kinds(name):
     fn, shape, n = LAYERS[name]
     p = params(("k", shape), n=n)
     result = fold_batch_norm(fn, p, IMAGE)
-    assert set(result.folded) == {"k"} and not result.skipped
+    assert set(result.changed) == {"k"} and not result.skipped
     assert rel(jax.jit(fn), p, result.params, IMAGE) < 5e-6
     assert (result.params["gain"] == 1).all() and (result.params["mean"] == 0).all()
 
@@ -239,7 +239,7 @@ def test_layers_in_a_scan_are_folded_each_with_its_own_norm():
 
     fn = lambda p, x: jax.lax.scan(layer, x, p)[0]  # noqa: E731
     result = fold_batch_norm(fn, stacked, X)
-    assert set(result.folded) == {"kernel"} and rel(fn, stacked, result.params, X) < 5e-6
+    assert set(result.changed) == {"kernel"} and rel(fn, stacked, result.params, X) < 5e-6
     for i, p in enumerate(one):
         alone = fold_batch_norm(lambda p, x: layer(x, p)[0], p, X).params
         np.testing.assert_allclose(result.params["kernel"][i], alone["kernel"], rtol=1e-6)
@@ -252,7 +252,7 @@ def test_layers_in_a_scan_are_folded_each_with_its_own_norm():
 
     result = fold_batch_norm(shared, stacked, X)
     assert (
-        not result.folded
+        not result.changed
         and result.skipped["kernel"]
         and rel(shared, stacked, result.params, X) == 0
     )
@@ -270,7 +270,7 @@ def test_averages_corrected_by_a_counter_are_folded_but_not_by_what_would_change
 
     result = fold_batch_norm(fn, p, X)
     assert (
-        result.folded == {"kernel": ("mean", "var", "gain", "beta")}
+        result.changed == {"kernel": ("mean", "var", "gain", "beta")}
         and int(result.params["steps"]) == 7
     )
     assert rel(fn, p, result.params, X) < 1e-5
@@ -287,7 +287,7 @@ def test_what_would_not_be_finite_is_not_folded():
     p = {name: x.astype(jnp.float16) for name, x in p.items()}
     fn = lambda p, x: x.astype(jnp.float16) @ p["kernel"] * row(p["gain"]) * row(p["gain"])  # noqa: E731
     result = fold_batch_norm(fn, p, X)
-    assert not result.folded and "finite" in result.skipped["kernel"]
+    assert not result.changed and "finite" in result.skipped["kernel"]
 
 
 STEPS = (
@@ -326,7 +326,7 @@ def test_random_graphs_stay_the_same_function(nodes):
     result = fold_batch_norm(fn, p, X)
     assert rel(fn, p, result.params, X) < 2e-4  # float32, chains of quotients
     for path in ("kernel", "other"):
-        assert path in result.folded or result.skipped.get(path, "never used")
+        assert path in result.changed or result.skipped.get(path, "never used")
 
 
 def test_some_random_graphs_are_folded():
@@ -336,6 +336,6 @@ def test_some_random_graphs_are_folded():
     for _ in range(12):
         nodes = [tuple(int(i) for i in rng.integers(0, [6, 1, 10, 5])) for _ in range(3)]
         result = fold_batch_norm(graph(nodes), p, X)
-        found += bool(result.folded)
+        found += bool(result.changed)
         assert rel(graph(nodes), p, result.params, X) < 2e-4
     assert found >= 3

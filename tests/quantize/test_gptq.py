@@ -95,7 +95,7 @@ def test_large_layers_are_solved_in_halves(monkeypatch):
     params, x = layer(k=96)
     c = uniform(bits=4, granularity="channel")
     whole = solve(params, x, c, block=8).params["kernel"]
-    monkeypatch.setattr("compress_jax.quantize._solvers.gptq.UNSPLIT", 16)
+    monkeypatch.setattr("compress_jax.layerwise._error_feedback.TILE", 16)
     jax.clear_caches()
     assert (np.abs(solve(params, x, c, block=8).params["kernel"] - whole) > 1e-4).mean() < 0.02
 

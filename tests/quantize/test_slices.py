@@ -8,7 +8,16 @@ import pytest
 import compress_jax as cj
 from compress_jax.core.paths import flatten
 from compress_jax.prune import n_m, sparsegpt, wanda
-from compress_jax.quantize import adaround, awq, clip, correct_bias, gptq, signed, smooth, uniform
+from compress_jax.quantize import (
+    adaround,
+    awq,
+    clip,
+    correct_bias,
+    gptq,
+    signround,
+    smooth,
+    uniform,
+)
 from compress_jax.trace import calibrate, gram, reducers
 
 
@@ -24,7 +33,7 @@ EACH = uniform(bits=3, granularity="channel")
 SOLVERS = {
     "gptq": lambda p, seen, c: gptq(p, seen, c).params,
     "adaround": lambda p, seen, c: adaround(p, seen, c, steps=40).params,
-    "signed": lambda p, seen, c: signed(p, seen, c, steps=20).params,
+    "signround": lambda p, seen, c: signround(p, seen, c, steps=20).params,
     "clip": lambda p, seen, c: clip(p, seen, c).params,
     "sparsegpt": lambda p, seen, c: sparsegpt(p, seen, 0.5).params,
     "wanda": lambda p, seen, c: wanda(p, seen, 0.5).params,
@@ -193,7 +202,7 @@ def test_smooth_balances_the_rows_that_are_used_and_the_function_stays():
     np.testing.assert_allclose(
         used_rows(result.params, TALL), used_rows(p, TALL), rtol=1e-4, atol=1e-4
     )
-    assert result.folded == {"a": ("s",)} and float(result.params["s"][0]) < 50
+    assert result.changed == {"a": ("s",)} and float(result.params["s"][0]) < 50
     np.testing.assert_array_equal(result.params["a"][4:], p["a"][4:])
     np.testing.assert_array_equal(result.params["s"][4:], p["s"][4:])
 
@@ -206,7 +215,7 @@ def test_correct_bias_restores_the_means_of_what_the_used_rows_give():
     )
     means = [used_rows(p, TALL).mean(0) for p in (ROWS, result.params)]
     np.testing.assert_allclose(means[1], means[0], atol=1e-5)
-    assert result.corrected == {"b": "a"}
+    assert result.changed == {"b": ("a",)}
 
 
 def test_awq_scales_slices_and_keeps_the_function():
@@ -234,7 +243,7 @@ def test_a_grouped_convolution_s_bias_is_corrected_and_a_joined_one_listed():
     view = c.view(p, c.init(p))
     result = correct_bias(fn, p, view, calibrate(fn, reducers.moments(), p, [x]), x)
     assert (
-        result.corrected == {"b": "k"}
+        result.changed == {"b": ("k",)}
         and "joined" in result.skipped["0"]
         and "joined" in result.skipped["1"]
     )

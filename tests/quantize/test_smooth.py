@@ -27,23 +27,23 @@ def case(seed=0):
     return params, [jnp.asarray(rng.normal(size=(20, 5)) * 10, jnp.float32) for _ in range(3)]
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.5, 0.8])
-def test_it_is_the_papers_equation_4(strength):
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
+def test_it_is_the_papers_equation_4(alpha):
     params, batches = case()
     result = smooth(
-        fn, params, calibrate(fn, absmax("channel"), params, batches), batches[0], strength=strength
+        fn, params, calibrate(fn, absmax("channel"), params, batches), batches[0], alpha=alpha
     )
     p = {name: np.asarray(x, np.float64) for name, x in params.items()}
     hidden = np.maximum(np.concatenate(batches) @ p["in"] + p["bias"], 0).max(0)
     weights = np.maximum(np.abs(p["a"]).max(1), np.abs(p["b"]).max(1))
-    s = hidden**strength / weights ** (1 - strength)
+    s = hidden**alpha / weights ** (1 - alpha)
     for name, expected in {
         "in": p["in"] / s,
         "bias": p["bias"] / s,
         "a": p["a"] * s[:, None],
     }.items():
         np.testing.assert_allclose(result.params[name], expected, rtol=1e-5)
-    assert result.folded == dict.fromkeys("ab", ("bias", "in"))
+    assert result.changed == dict.fromkeys("ab", ("bias", "in"))
     assert result.skipped == {
         "in": "nothing before it can make up for a scale: it is the function's input"
     }
@@ -79,14 +79,14 @@ def test_models_stay_the_same_function_and_every_kernel_is_folded_or_listed(entr
     old, new = run(variables, *inputs), run(result.params, *inputs)
     assert float(jnp.abs(old - new).max()) < 1e-5 * float(jnp.abs(old).max() + 1)
     fed = {site.param for site in seen.sites.values()} - {None}
-    assert set(result.folded) | set(result.skipped) == fed and not set(result.folded) & set(
+    assert set(result.changed) | set(result.skipped) == fed and not set(result.changed) & set(
         result.skipped
     )
-    assert result.folded and all(result.skipped.values())
+    assert result.changed and all(result.skipped.values())
     leaves, before = flatten(result.params)[0], flatten(variables)[0]
     assert all(
         (leaves[path] == before[path]).all()
-        for path in set(result.skipped) - set().union(*result.folded.values())
+        for path in set(result.skipped) - set().union(*result.changed.values())
     )
 
 
@@ -116,7 +116,5 @@ def test_channels_that_are_always_zero_are_left_alone():
     params["bias"] = params["bias"].at[2].set(-1)
     result = smooth(fn, params, calibrate(fn, absmax("channel"), params, batches), batches[0])
     assert (result.params["a"][2] == params["a"][2]).all() and result.params["bias"][2] == -1
-    with pytest.raises(ValueError, match="strength"):
-        smooth(
-            fn, params, calibrate(fn, absmax("channel"), params, batches), batches[0], strength=2
-        )
+    with pytest.raises(ValueError, match="alpha"):
+        smooth(fn, params, calibrate(fn, absmax("channel"), params, batches), batches[0], alpha=2)

@@ -10,14 +10,14 @@ from sklearn.datasets import load_digits
 import compress_jax as cj
 from compress_jax.core import NonFiniteError, StateError
 from compress_jax.layerwise._problem import problems
-from compress_jax.layerwise._solve import neighbours
+from compress_jax.layerwise._solve import neighboring_levels
 from compress_jax.quantize import output_error, uniform
 from compress_jax.quantize._rewrites.awq import awq
 from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.clip import clip
 from compress_jax.quantize._solvers.gptq import gptq
-from compress_jax.quantize._solvers.signround import signed
+from compress_jax.quantize._solvers.signround import signround
 from compress_jax.trace import calibrate, gram, reducers
 
 
@@ -45,7 +45,7 @@ CHAIN = cj.at(KERNELS, cj.chain(cj.prune.magnitude(0.3), uniform(bits=3, granula
 SOLVERS = {
     "gptq": (lambda p, seen, c: gptq(p, seen, c), 0.8),
     "adaround": (lambda p, seen, c: adaround(p, seen, c, steps=600), 0.8),
-    "signed": (lambda p, seen, c: signed(p, seen, c), 0.8),
+    "signround": (lambda p, seen, c: signround(p, seen, c), 0.8),
     "clip": (lambda p, seen, c: clip(p, seen, c), 0.95),
 }
 
@@ -217,10 +217,10 @@ def test_hqq_lowers_its_norm_also_in_groups_that_are_not_full(symmetric):
         cj.quantize.fp8(),
     ],
 )
-def test_neighbours_are_the_two_levels_around_a_weight(c):
+def test_neighboring_levels_are_the_two_levels_around_a_weight(c):
     w = jnp.asarray(np.random.default_rng(5).normal(size=(16, 4)), jnp.float32)
     (how,) = c.pointwise({"w": w}, c.init({"w": w})).values()
-    low, high = (np.asarray(each) for each in neighbours(w, how.see, how.operands))
+    low, high = (np.asarray(each) for each in neighboring_levels(w, how.see, how.operands))
     small = jnp.geomspace(1e-5, 6, 2000)
     fine = jnp.concatenate([-small, small, jnp.zeros(1)])[None, None]
     operands = [jnp.broadcast_to(x[..., None], (16, 4, 4001)) for x in how.operands]
@@ -231,7 +231,7 @@ def test_neighbours_are_the_two_levels_around_a_weight(c):
         assert high[i] == (above.min() if len(above) else every[i].max())
 
 
-@pytest.mark.parametrize("solve", [SOLVERS["signed"][0], SOLVERS["adaround"][0]])
+@pytest.mark.parametrize("solve", [SOLVERS["signround"][0], SOLVERS["adaround"][0]])
 def test_bad_calibration_is_refused_and_missing_one_listed(digits, solve):
     params, x, seen = digits
     with pytest.raises(NonFiniteError, match="'(up|down)'"):
@@ -245,7 +245,7 @@ def test_bad_calibration_is_refused_and_missing_one_listed(digits, solve):
 def test_statistics_of_another_kind_are_refused(digits):
     params, x, grams = digits
     means, c = calibrate(fn, reducers.moments(), params, [x[:8]]), uniform(4)
-    for solve in (gptq, signed, adaround, clip):
+    for solve in (gptq, signround, adaround, clip):
         with pytest.raises(StateError, match=r"site 'up' are Moments.*trace.gram\(\)"):
             solve(params, means, c)
     with pytest.raises(StateError, match="calibration is a dict"):

@@ -9,7 +9,7 @@ import compress_jax as cj
 from compress_jax.core.amount import amount_exact
 from compress_jax.layerwise._problem import problems
 from compress_jax.prune import n_m, sparsegpt, wanda
-from compress_jax.quantize import adaround, awq, clip, gptq, output_error, signed, uniform
+from compress_jax.quantize import adaround, awq, clip, gptq, output_error, signround, uniform
 from compress_jax.trace import calibrate, gram
 
 C3 = uniform(bits=3, granularity="channel")
@@ -17,7 +17,7 @@ ROUNDERS = {
     "gptq": gptq,
     "act_order": lambda *args, **options: gptq(*args, act_order=True, **options),
     "adaround": lambda *args, **options: adaround(*args, steps=60, **options),
-    "signed": lambda *args, **options: signed(*args, steps=20, **options),
+    "signround": lambda *args, **options: signround(*args, steps=20, **options),
 }
 PRUNERS = {"sparsegpt": sparsegpt, "wanda": wanda}
 rounders = pytest.mark.parametrize("solve", ROUNDERS.values(), ids=ROUNDERS)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress_jax.layerwise._problem import laid, problems, why_not
+from compress_jax.layerwise._problem import lay_out, problems, why_not
 from compress_jax.trace import calibrate, gram, sites
 
 
@@ -234,7 +234,7 @@ def test_a_kernel_that_runs_backwards_meets_the_right_inputs():
     )
     assert (
         task.box.flips == (0,)
-        and laid(*(lambda s: (s, s.pieces[0]))(sites(lambda p, x: x @ p["w"], p, x)[0]))[0].whole
+        and lay_out(*(lambda s: (s, s.pieces[0]))(sites(lambda p, x: x @ p["w"], p, x)[0]))[0].whole
     )
 
 

@@ -55,11 +55,11 @@ def test_every_primitive_is_in_one_class():
 
 
 HANDLED = {  # the classes that a table must know as a whole; what passes values on is the interpreter's business
-    "axes": (analyze.RULES, set(primitives.CLASSES) - {"passed", "control", "opaque"}),
+    "axes": (analyze.RULES, set(primitives.CLASSES) - {"pass-through", "control", "opaque"}),
     "flops": (
         _cost.FREE | _cost.EACH | _cost.TRANSCENDENTAL | _cost.BOTH.keys() | _cost.RULES.keys(),
         {
-            "passed",
+            "pass-through",
             "moves",
             "joins",
             "indexed",
@@ -69,9 +69,9 @@ HANDLED = {  # the classes that a table must know as a whole; what passes values
             "comparisons",
             "arithmetic",
             "casts",
-            "running",
+            "cumulative",
         }
-        | {"numbers", "collectives", "silent", "contractions"},
+        | {"creation", "collectives", "debug", "contractions"},
     ),
     "turning": (
         rotation.RULES,
@@ -216,10 +216,10 @@ def answers(fn, quick=False):
         ),
         "shrunk params": small.params,
         "shrunk value": small.fn(small.params, X),
-        "rotated": (rotated.rotated, rotated.skipped),
+        "rotated": (rotated.changed, rotated.skipped),
         "equalized": equal,
         "folded": (
-            sorted(folded.folded),
+            sorted(folded.changed),
             sorted(folded.skipped),
         ),  # reasons speak of what the last step was
         "integer": str(integer),
@@ -245,8 +245,8 @@ def test_the_block_has_something_to_find_for_each():
     assert (
         plain()["rotated"][0]
         and plain()["folded"][0]
-        and plain()["equalized"].folded
-        and plain()["smoothed"].folded
+        and plain()["equalized"].changed
+        and plain()["smoothed"].changed
     )
     assert (
         plain()["shrunk"][1]

@@ -1,10 +1,10 @@
-"""One layer pruned by what it is fed: slice by slice where its slices are fed apart, and by magnitude what was never fed."""
+"""One-shot pruning of one leaf: problem by problem, and by magnitude where nothing is known."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,126 +20,14 @@ from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, sm
 from compress_jax.prune._masks.structures import NofM
 from compress_jax.trace._jaxpr.strided import Box
 
-# Which inputs of a layer's matrix form an n:m group, whatever the order its site sums them in.
-
-
-def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[np.ndarray, str]:
-    """Return an order of a matrix's rows in which groups are consecutive, padded so that none crosses a block.
-
-    Groups run along the structure's axes if the site sums over them (the channels of a convolution,
-    at each place of its window), else along everything it sums over, which the note says: other
-    groups are of no use to hardware.
-
-    Args:
-      form: how the stored parameter becomes matrices ``[k, n]``.
-      structure: from `n_m`, or None for the order there is.
-      block: a multiple of the group's size.
-
-    Returns:
-      ``(rows, note)``: int32, a multiple of ``block`` long, with ``form.k`` for padding.
-
-    Example:
-      >>> from compress_jax.prune import n_m
-      >>> attention = MatrixForm((5, 2, 3), order=(0, 1, 2), batch=1, k=5)
-      >>> rows, note = input_order(attention, n_m(2, 4), 4)
-      >>> rows.tolist(), note
-      ([0, 1, 2, 3, 4, 5, 5, 5], 'groups run along axes (0,), which its site sums over, not along (1,)')
-    """
-    rows, note = np.arange(form.k), ""
-    if structure is not None:
-        summed = _summed(form)
-        sizes, axes = (
-            [form.shape[axis] for axis in summed],
-            structure.axes(Axes.convention(form.shape)),
-        )
-        if not set(axes) <= set(summed):
-            note = f"groups run along axes {summed}, which its site sums over, not along {axes}"
-            axes = summed
-        grid = np.moveaxis(
-            rows.reshape(sizes), [summed.index(axis) for axis in axes], range(-len(axes), 0)
-        )
-        lines = grid.reshape(-1, math.prod(form.shape[axis] for axis in axes))
-        rows = np.pad(
-            lines, ((0, 0), (0, -lines.shape[1] % structure.m)), constant_values=form.k
-        ).ravel()
-    return np.pad(rows, (0, -len(rows) % block), constant_values=form.k).astype(np.int32), note
-
-
-def _summed(form: MatrixForm) -> tuple[int, ...]:
-    """Return the axes that are summed over: behind those of the batch, as many as make k."""
-    start = next(
-        i
-        for i in range(len(form.order) + 1)
-        if math.prod(form.shape[a] for a in form.order[:i]) == form.batch
-    )
-    ends = range(start, len(form.order) + 1)
-    end = next(i for i in ends if math.prod(form.shape[a] for a in form.order[start:i]) == form.k)
-    return form.order[start:end]
-
-
-# Which weights of a layer's matrices to keep, by their size times a norm of each input: Wanda's
-# score, or magnitude.
-
-
-@partial(jax.jit, static_argnames=("form", "groups", "within"))
-def matrix_masks(
-    x: jax.Array,
-    norms: jax.Array,
-    rows: Any,
-    count: jax.Array,
-    form: MatrixForm,
-    groups: tuple[int, int] | None,
-    within: Literal["output", "matrix"],
-) -> jax.Array:
-    r"""Return which weights are kept: those of largest :math:`|w_{ij}| \, n_i`; of equal ones the later input.
-
-    Args:
-      x: what ``form`` makes matrices of.
-      norms: of the inputs, ``[batch, k]``.
-      rows: the order of inputs in which groups are consecutive, see `input_order`; of no meaning
-        without groups.
-      count: how many are pruned within each output, or each matrix; of no meaning with groups.
-      form: how ``x`` becomes matrices.
-      groups: ``(n, m)``, or None.
-      within: what weights are compared in.
-
-    Returns:
-      bool, the shape of ``x``.
-
-    Example:
-      >>> form, w = MatrixForm((2, 2), (0, 1), 1, 2), jnp.array([[1.0, 2.0], [3.0, 4.0]])
-      >>> keep = lambda count, within: matrix_masks(w, jnp.ones((1, 2)), None, jnp.uint32(count), form, None, within)
-      >>> keep(1, "output").tolist(), keep(2, "matrix").tolist()
-      ([[False, False], [True, True]], [[False, False], [True, True]])
-    """
-
-    def one(each: tuple[jax.Array, jax.Array]) -> jax.Array:
-        w, norm = each
-        score = jnp.abs(w) * norm[:, None]
-        if groups is None:
-            pruned = partial(smallest, k=Wide(jnp.uint32(0), count))
-            return ~(
-                jax.vmap(lambda s: pruned([s])[0], 1, 1)(score)
-                if within == "output"
-                else pruned([score])[0]
-            )
-        keys = (
-            magnitude_bits(score).at[rows].get(mode="fill", fill_value=2**32 - 1) + 1
-        )  # padding wraps around to 0
-        kept = largest_of_each(keys, *groups, (0,))
-        return jnp.zeros(w.shape, bool).at[rows].set(kept, mode="drop")
-
-    return form.stored(jax.lax.map(one, (form.matrices(x.astype(jnp.float32)), norms)))
-
-
 Within = Literal["output", "matrix"]
 
 
-def _as_it_is(x: jax.Array) -> jax.Array:
+def _identity(x: jax.Array) -> jax.Array:
     return x
 
 
-AS_IT_IS = Pointwise(_as_it_is, ())
+UNCHANGED = Pointwise(_identity, ())  # the rounding of a leaf without a quantizer
 
 
 class Leaf(NamedTuple):
@@ -147,41 +35,39 @@ class Leaf(NamedTuple):
 
     Attributes:
       x: its weights.
-      problem: the matrices it is, and what they are fed; inputs that were never seen count as
-        average ones.
-      share: of the weights to prune; of no meaning with ``groups``.
+      problem: its matrices and the statistics of their inputs; inputs that were always zero count
+        as average ones.
+      share: the fraction of weights to prune; without effect if there are ``groups``.
       groups: n:m groups of its inputs, or None.
-      seen: how a quantizer sees it; as it is, without one.
+      rounding: the quantizer's function of single entries; `UNCHANGED` without a quantizer.
     """
 
     x: jax.Array
     problem: Problem
     share: float
     groups: NofM | None
-    seen: Pointwise
+    rounding: Pointwise
 
-    def rows(self, block: int = 1) -> tuple[Any, str]:
-        """Return the order of inputs in which groups are consecutive, and what is out of the ordinary about it."""
-        return input_order(
-            self.problem.form, self.groups, max(block, self.groups.m if self.groups else 1)
-        )
+    def rows(self, block: int = 1) -> tuple[np.ndarray, str]:
+        """Return the order of inputs in which groups are consecutive, and a note on it or ""."""
+        least = self.groups.m if self.groups else 1
+        return input_order(self.problem.form, self.groups, max(block, least))
 
-    def masks(self, norms: jax.Array, rows: Any, within: Within) -> jax.Array:
-        """Return which weights are kept by their size times the norms ``[batch, k]`` of their inputs."""
+    def masks(self, norms: jax.Array, rows: np.ndarray, within: Within) -> jax.Array:
+        """Return the mask of largest ``|w|`` times the norms ``[batch, k]`` of their inputs."""
         form = self.problem.form
         size = form.k if within == "output" else self.x.size // (form.batch * form.groups)
         groups = self.groups and (self.groups.n, self.groups.m)
-        return matrix_masks(
-            self.x, norms, rows, jnp.uint32(amount_exact(self.share, size)), form, groups, within
-        )
+        count = jnp.uint32(amount_exact(self.share, size))
+        return matrix_masks(self.x, norms, rows, count, form, groups, within)
 
 
 class Solution(NamedTuple):
-    """What a solver makes of a leaf.
+    """A solved leaf.
 
     Attributes:
       x: its new weights.
-      mask: which are kept.
+      mask: False where they are pruned.
       note: what was out of the ordinary, or empty.
       failed: which matrices could not be solved, bool ``[batch]``; None for none.
     """
@@ -193,14 +79,14 @@ class Solution(NamedTuple):
 
 
 class Method(NamedTuple):
-    """A way to prune.
+    """A solver with its options.
 
     Attributes:
       solve: ``Leaf -> Solution``.
-      within: what the share to prune is a share of: each ``"output"``'s inputs or each
+      within: whether the fraction to prune is that of each ``"output"``'s inputs or of each
         ``"matrix"``.
-      judged: whether a layer that magnitude serves better by the calibration's own statistics is
-        pruned by magnitude.
+      judged: whether a layer is pruned by magnitude if that is better by the calibration's own
+        statistics.
     """
 
     solve: Callable[[Leaf], Solution]
@@ -216,125 +102,216 @@ def pruned_leaf(
     method: Method,
     instead: str,
 ) -> tuple[jax.Array, jax.Array, str]:
-    """Prune all of a leaf; a matrix (each layer of a stack by itself) that magnitude serves better is pruned by that.
+    """Prune a leaf, problem by problem.
+
+    A matrix (each layer of a stack by itself) for which magnitude is better is pruned by magnitude.
 
     Args:
       path: its name.
-      leaf: the whole of it; the first of its problems in it is of no meaning.
+      leaf: all of it; the problem in it is not used.
       problems: its problems.
-      others: those of held-out statistics; none if the calibration is to judge.
-      method: how.
+      others: those of held-out statistics; none if the calibration decides.
+      method: the solver.
       instead: what is done where nothing is known, in words.
 
     Returns:
       ``(weights, mask, notes)``.
     """
-    x, mask, said = leaf.x, jnp.ones(leaf.x.shape, bool), []
     _problem.check_finite(path, (*problems, *others))
+    x = leaf.x
+    mask = jnp.ones(x.shape, bool)
+    notes: list[str] = []
+    judged = method.judged or bool(others)
     for problem in problems:
-        own = replace(problem, gram=_problem.unit(problem.filled))
-        part = _part(leaf, own)
-        solution, plain = (
-            method.solve(part),
-            part.masks(jnp.ones(own.gram.shape[:2]), part.rows()[0], method.within),
-        )
+        part = _part(leaf, replace(problem, gram=_problem.unit(problem.filled)))
+        solution = method.solve(part)
+        by_magnitude = part.masks(jnp.ones(problem.gram.shape[:2]), part.rows()[0], method.within)
+        unreached = problem.dead.all(1)  # [batch]
+        failed = unreached if solution.failed is None else unreached | solution.failed
         judge = _problem.judge(problem, others, filled=True)
-        judged = method.judged or bool(others)
-        failed = (
-            problem.dead.all(1)
-            if solution.failed is None
-            else problem.dead.all(1) | solution.failed
+        operands, round_fn = part.rounding.operands, part.rounding.see
+        form = problem.form
+        new, kept, won, same = _better_matrices(
+            part.x, operands, solution[:2], by_magnitude, judge, failed, form, round_fn, judged
         )
-        new, kept, won, same = _chosen(
-            part.x,
-            part.seen.operands,
-            solution[:2],
-            plain,
-            judge,
-            failed,
-            own.form,
-            part.seen.see,
-            judged,
-        )
-        x, mask = problem.box.put(x, new), problem.box.put(mask, kept)
-        said += [solution.note] if solution.note else []
-        said += _problem.notes(problem, path, instead)
-        lost = _problem.not_better(problem.names(path), won | problem.dead.all(1), same)
-        said += [f"{lost}: {instead}"] if lost else []
-    said += _problem.asides(problems, instead)
+        x = problem.box.put(x, new)
+        mask = problem.box.put(mask, kept)
+        if solution.note:
+            notes.append(solution.note)
+        notes += _problem.notes(problem, path, instead)
+        if lost := _problem.not_better(problem.names(path), won | unreached, same):
+            notes.append(f"{lost}: {instead}")
+    notes += _problem.asides(problems, instead)
     if _problem.unused(problems):
-        mask = _rest(leaf, mask, [problem.box for problem in problems])
+        mask = _mask_unused(leaf, mask, [problem.box for problem in problems])
         x = jnp.where(mask, x, jnp.zeros((), x.dtype))
-    return x, mask, "; ".join(dict.fromkeys(said))
+    return x, mask, "; ".join(dict.fromkeys(notes))
 
 
 def _part(leaf: Leaf, problem: Problem) -> Leaf:
-    """Return the slice of a leaf that a problem is about; groups run along the axes they did."""
-    box, groups = problem.box, leaf.groups
+    """Return the slice of a leaf that a problem is about, its groups along the same axes."""
+    box = problem.box
+    groups = leaf.groups
     if groups is not None and not box.whole:
-        along = [
-            i
-            for axis in groups.axes(Axes.convention(box.shape))
-            for i, own in enumerate(box.of)
-            if own == axis
-        ]
-        groups = replace(groups, axis=tuple(along))
-    seen = Pointwise(leaf.seen.see, tuple(box.take(each) for each in leaf.seen.operands))
-    return Leaf(box.take(leaf.x), problem, leaf.share, groups, seen)
+        along = groups.axes(Axes.convention(box.shape))
+        axes = [i for axis in along for i, own in enumerate(box.stored_axes) if own == axis]
+        groups = replace(groups, axis=tuple(axes))
+    operands = tuple(box.take(each) for each in leaf.rounding.operands)
+    rounding = Pointwise(leaf.rounding.see, operands)
+    return Leaf(box.take(leaf.x), problem, leaf.share, groups, rounding)
 
 
-@partial(jax.jit, static_argnames=("form", "see", "judged"))
-def _chosen(
+@partial(jax.jit, static_argnames=("form", "round_fn", "judged"))
+def _better_matrices(
     x: jax.Array,
     operands: Sequence[jax.Array],
     solved: tuple[jax.Array, jax.Array],
-    plain: jax.Array,
+    by_magnitude: jax.Array,
     judge: jax.Array,
     failed: jax.Array,
     form: MatrixForm,
-    see: Callable[..., Any],
+    round_fn: Callable[..., jax.Array],
     judged: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Return weights and mask, which matrices are solved better than by magnitude, and which come out the same."""
-    smallest = see(
-        jnp.where(plain, x, jnp.zeros((), x.dtype)).astype(jnp.float32), *operands
-    ).astype(x.dtype)
+    """Compare each solved matrix with pruning by magnitude.
+
+    Returns ``(better weights, their mask, which solutions won, which equal the other)``.
+    """
+    plain = jnp.where(by_magnitude, x, jnp.zeros((), x.dtype)).astype(jnp.float32)
+    plain = round_fn(plain, *operands).astype(x.dtype)
     w, new, old, mask, kept = (
-        form.matrices(each) for each in (x, solved[0], smallest, solved[1], plain)
-    )
-    errors = [column_errors((each - w).astype(jnp.float32), judge).sum(1) for each in (new, old)]
+        form.matrices(each) for each in (x, solved[0], plain, solved[1], by_magnitude)
+    )  # [batch, k, n] each
+    error = column_errors((new - w).astype(jnp.float32), judge).sum(1)  # [batch]
+    old_error = column_errors((old - w).astype(jnp.float32), judge).sum(1)
     same = (new == old).all((1, 2)) & (mask == kept).all((1, 2))
-    won = ~failed & ((errors[0] < errors[1]) | (not judged))
+    won = ~failed & ((error < old_error) | (not judged))
     choose = won[:, None, None]
-    return (
-        form.stored(jnp.where(choose, new, old)),
-        form.stored(jnp.where(choose, mask, kept)),
-        won,
-        same,
-    )
+    weights = form.stored(jnp.where(choose, new, old))
+    return weights, form.stored(jnp.where(choose, mask, kept)), won, same
 
 
-def _rest(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
-    """Prune entries that no product uses by magnitude, so that the whole leaf is as sparse as was asked."""
-    covered = jnp.zeros(leaf.x.shape, bool)
+def _mask_unused(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
+    """Prune entries that no product uses by magnitude, so that the leaf has its sparsity."""
+    used = jnp.zeros(leaf.x.shape, bool)
     for box in boxes:
-        covered = box.put(covered, jnp.ones(box.sizes, bool))
+        used = box.put(used, jnp.ones(box.sizes, bool))
     x = leaf.x.astype(jnp.float32)
-    if (
-        leaf.groups is not None
-    ):  # what is used comes first, and what is not fills what is left of each group
-        keys = jnp.where(
-            covered, jnp.where(mask, jnp.uint32(2**31), jnp.uint32(0)), magnitude_bits(x)
-        )
-        kept = largest_of_each(
-            keys, leaf.groups.n, leaf.groups.m, leaf.groups.axes(Axes.convention(x.shape))
-        )
-        return jnp.where(covered, mask, kept)
-    free = int((~covered).sum())
-    count = min(max(amount_exact(leaf.share, x.size) - int((~mask & covered).sum()), 0), free)
-    (pruned,) = smallest_by(_free, [(x, covered)], Wide(jnp.uint32(0), jnp.uint32(count)))
-    return jnp.where(covered, mask, ~pruned)
+    if leaf.groups is not None:  # used entries come first; unused ones fill the rest of each group
+        of_used = jnp.where(mask, jnp.uint32(2**31), jnp.uint32(0))
+        keys = jnp.where(used, of_used, magnitude_bits(x))
+        axes = leaf.groups.axes(Axes.convention(x.shape))
+        return jnp.where(used, mask, largest_of_each(keys, leaf.groups.n, leaf.groups.m, axes))
+    free = int((~used).sum())
+    pruned_before = int((~mask & used).sum())
+    count = min(max(amount_exact(leaf.share, x.size) - pruned_before, 0), free)
+    (pruned,) = smallest_by(_free, [(x, used)], Wide(jnp.uint32(0), jnp.uint32(count)))
+    return jnp.where(used, mask, ~pruned)
 
 
-def _free(x: jax.Array, covered: jax.Array) -> jax.Array:
-    return jnp.where(covered, jnp.uint32(2**32 - 1), magnitude_bits(x))
+def _free(x: jax.Array, used: jax.Array) -> jax.Array:
+    """Return magnitudes in an order of integers, used entries as the largest."""
+    return jnp.where(used, jnp.uint32(2**32 - 1), magnitude_bits(x))
+
+
+def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[np.ndarray, str]:
+    """Return an order of a matrix's rows in which n:m groups are consecutive.
+
+    It is padded so that no group crosses a block. Groups run along the structure's axes if the site
+    sums over them (the channels of a convolution, at each place of its window), else along
+    everything it sums over, with a note: hardware needs groups that are summed over.
+
+    Args:
+      form: how the stored parameter becomes matrices ``[k, n]``.
+      structure: from `n_m`, or None for the order there is.
+      block: a multiple of the group's size.
+
+    Returns:
+      ``(rows, note)``: int32, a multiple of ``block`` long, with ``form.k`` for padding.
+
+    Example:
+      >>> from compress_jax.prune import n_m
+      >>> attention = MatrixForm((5, 2, 3), order=(0, 1, 2), batch=1, k=5)
+      >>> rows, note = input_order(attention, n_m(2, 4), 4)
+      >>> rows.tolist()
+      [0, 1, 2, 3, 4, 5, 5, 5]
+      >>> note
+      'groups run along axes (0,), which its site sums over, not along (1,)'
+    """
+    rows, note = np.arange(form.k), ""
+    if structure is not None:
+        summed = _summed_axes(form)
+        sizes = [form.shape[axis] for axis in summed]
+        axes = structure.axes(Axes.convention(form.shape))
+        if not set(axes) <= set(summed):
+            note = f"groups run along axes {summed}, which its site sums over, not along {axes}"
+            axes = summed
+        places = [summed.index(axis) for axis in axes]
+        grid = np.moveaxis(rows.reshape(sizes), places, range(-len(axes), 0))
+        lines = grid.reshape(-1, math.prod(form.shape[axis] for axis in axes))
+        missing = -lines.shape[1] % structure.m
+        rows = np.pad(lines, ((0, 0), (0, missing)), constant_values=form.k).ravel()
+    return np.pad(rows, (0, -len(rows) % block), constant_values=form.k).astype(np.int32), note
+
+
+def _summed_axes(form: MatrixForm) -> tuple[int, ...]:
+    """Return the axes that are summed over, with axes of size 1 between the batch and them."""
+    sizes = [math.prod(form.shape[a] for a in form.order[:i]) for i in range(len(form.order) + 1)]
+    start = sizes.index(form.batch)
+    return form.order[start : sizes.index(form.batch * form.k, start)]
+
+
+@partial(jax.jit, static_argnames=("form", "groups", "within"))
+def matrix_masks(
+    x: jax.Array,
+    norms: jax.Array,
+    rows: np.ndarray | None,
+    count: jax.Array,
+    form: MatrixForm,
+    groups: tuple[int, int] | None,
+    within: Within,
+) -> jax.Array:
+    r"""Return the mask of the weights of largest :math:`|w_{ij}| \, n_i`.
+
+    This is Wanda's score, or magnitude if all norms are 1. Of equal scores the later input is kept.
+
+    Args:
+      x: array of the shape of ``form``.
+      norms: :math:`n_i`, ``[batch, k]``.
+      rows: the order of inputs in which groups are consecutive, see `input_order`; not used without
+        groups.
+      count: how many are pruned within each output, or each matrix; not used with groups.
+      form: how ``x`` becomes matrices.
+      groups: ``(n, m)``, or None.
+      within: whether weights are compared within an output or a matrix.
+
+    Returns:
+      bool, the shape of ``x``.
+
+    Example:
+      >>> form, w = MatrixForm((2, 2), (0, 1), 1, 2), jnp.array([[1.0, 2.0], [3.0, 4.0]])
+      >>> ones, count = jnp.ones((1, 2)), jnp.uint32(1)
+      >>> matrix_masks(w, ones, None, count, form, None, "output").tolist()
+      [[False, False], [True, True]]
+      >>> matrix_masks(w, ones, None, count, form, None, "matrix").tolist()
+      [[False, True], [True, True]]
+    """
+
+    def pruned(score: jax.Array) -> jax.Array:
+        return smallest([score], k=Wide(jnp.uint32(0), count))[0]
+
+    def mask(matrix: tuple[jax.Array, jax.Array]) -> jax.Array:
+        w, norm = matrix  # [k, n], [k]
+        score = jnp.abs(w) * norm[:, None]
+        if groups is None:
+            if within == "matrix":
+                return ~pruned(score)
+            return ~jax.vmap(pruned, 1, 1)(score)
+        assert rows is not None
+        keys = magnitude_bits(score).at[rows].get(mode="fill", fill_value=2**32 - 1)
+        keys = keys + 1  # padding wraps around to 0
+        kept = largest_of_each(keys, *groups, (0,))
+        return jnp.zeros(w.shape, bool).at[rows].set(kept, mode="drop")
+
+    matrices = form.matrices(x.astype(jnp.float32))
+    return form.stored(jax.lax.map(mask, (matrices, norms)))

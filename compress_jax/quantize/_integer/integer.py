@@ -1,6 +1,6 @@
-"""Integer inference: any traced function on packed params, its contractions in int8 with int32 sums."""
+"""Integer inference: run a traced function on packed params, its contractions in int8."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,13 +15,10 @@ from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.quantize._activations.quantizer import Own, require_finite
 from compress_jax.quantize._activations.site_patterns import How, Where
 from compress_jax.quantize._integer.integer_dot import Coded, encode, product
-from compress_jax.quantize._integer.plan import Step, decide
+from compress_jax.quantize._integer.plan import Captured, SitePlan, plan_sites
 from compress_jax.trace import rewrite
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.site import Site
-
-# Every contraction of a function with the formats of its operands, or the reason why it computes in
-# floats.
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Contraction:
     """One contraction.
 
     Attributes:
-      name: of its site.
+      name: the site's name.
       kind: ``"dot"``, ``"conv"`` or ``"ragged_dot"``.
       weight: the format of the parameter, such as ``"int4 channel"`` or ``"float32"``; empty if
         there is none.
@@ -61,9 +58,8 @@ class Contractions:
     @property
     def integer(self) -> float:
         """The share of multiply-accumulate operations that are of integers, 0 to 1."""
-        return sum(row.macs for row in self.rows if not row.reason) / max(
-            sum(row.macs for row in self.rows), 1
-        )
+        in_integers = sum(row.macs for row in self.rows if not row.reason)
+        return in_integers / max(sum(row.macs for row in self.rows), 1)
 
     def __getitem__(self, name: str) -> Contraction:
         """Return the row of a site by name."""
@@ -97,7 +93,7 @@ class Contractions:
 def contractions(
     fn: ModelFn, params: Params, *inputs: PyTree, how: How | None = None, where: Where = None
 ) -> Contractions:
-    """List every contraction with its operands' formats, as `integer` would compute it, or the reason why in floats.
+    """List every contraction with its operands' formats, as `integer` would compute it.
 
     Args:
       fn: a pure function of params and inputs.
@@ -113,24 +109,24 @@ def contractions(
       NoMatchError: if a glob matches no site.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from compress_jax.quantize import uniform
-      >>> from compress_jax.quantize._activations.dynamic import dynamic
-      >>> c, params = uniform(bits=4, granularity="channel"), {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 2))}
+      >>> import compress_jax as cj, jax.numpy as jnp
+      >>> params = {"up": jnp.ones((2, 8)), "down": jnp.ones((8, 2))}
+      >>> c = cj.quantize.uniform(bits=4, granularity="channel")
       >>> packed = c.pack(params, c.init(params))
       >>> fn = lambda p, x: jnp.tanh(x @ p["up"]) @ (2 * p["down"])
-      >>> for row in contractions(fn, packed, jnp.ones((4, 2)), how=dynamic()).rows:
+      >>> how = cj.quantize.dynamic()
+      >>> for row in cj.quantize.contractions(fn, packed, jnp.ones((4, 2)), how=how).rows:
       ...     print(row.compute, "|", row.reason or "nothing")
       int8 x int4 -> int32 | nothing
       float32, weights unpacked, activations rounded | the parameter is changed on its way (mul)
     """
     leaves, rebuild = flatten(params)
     traced = trace(fn, rebuild({path: shape_of(x) for path, x in leaves.items()}), *inputs)
-    return tabulated(decide(traced, leaves, how, where)[1])
+    return tabulated(plan_sites(traced, leaves, how, where)[1])
 
 
 def shape_of(x: Any) -> Any:
-    """Return a leaf as a shape, packed ones as the array they stand for; what is no array stays."""
+    """Return a leaf as a shape, a packed one as that of its array; other objects unchanged."""
     if is_packed(x):
         return jax.eval_shape(lambda: x.unpack())
     return (
@@ -138,12 +134,12 @@ def shape_of(x: Any) -> Any:
     )
 
 
-def tabulated(steps: dict[str, Step]) -> Contractions:
-    """Return the table of what was decided for each site."""
+def tabulated(plans: dict[str, SitePlan]) -> Contractions:
+    """Return the table of the plans."""
     return Contractions(
         tuple(
             Contraction(name, s.site.kind, s.weight, s.activation, s.compute, s.site.macs, s.reason)
-            for name, s in steps.items()
+            for name, s in plans.items()
         )
     )
 
@@ -152,16 +148,16 @@ class Integer(NamedTuple):
     """A function that computes in integers.
 
     Attributes:
-      params: a plain tree: ``"weights"``, the tree of params with a dict of small arrays in the
-        place of each quantized one (int8 codes in its own shape, or uint8 that hold two of 4 bits;
-        scales), and ``"ranges"`` of the activations.
+      params: a plain tree with two entries. ``"weights"`` is the tree of params, each quantized one
+        replaced by a dict of small arrays (int8 codes in its own shape, or uint8 that hold two of 4
+        bits; scales); ``"ranges"`` are those of the activations.
       apply: ``(params, *inputs) -> out``, compiled once for each shape of inputs.
       table: every contraction with its operands' formats, or why it stayed in floats. ``print``
         shows it.
     """
 
     params: dict[str, Any]
-    apply: Callable[..., Any]
+    apply: ModelFn
     table: Contractions
 
 
@@ -173,22 +169,23 @@ def integer(
     ranges: Mapping[str, Any] | None = None,
     where: Where = None,
 ) -> Integer:
-    r"""Turn a function of packed params into integer inference.
+    r"""Iteration a function of packed params into integer inference.
 
     Where both operands have integer codes the contraction is
     :math:`s_x s_w \sum (q_x - z_x) (q_w - z_w)`: int8 by int8, summed exactly in int32, scaled once
-    in float32. Activations are coded on the way, by their own range (dynamic) or a calibrated one
-    (static); weights of fewer than 8 bits stay packed in memory and are unpacked where they are
-    used, in loops layer by layer. Everything else is computed as the function says, and what cannot
-    be exact in integers in floats, its activations rounded all the same: scores are those of
-    ``activations(fn, how).apply(unpack(packed), ranges, *inputs)`` to rounding.
+    in float32. Activations are encoded when they are used, by their own range (dynamic) or a
+    calibrated one (static). Weights of fewer than 8 bits stay packed in memory and are unpacked
+    where they are used, in loops layer by layer. Everything else is computed as the function does.
+    Contractions that cannot be exact in integers are computed in floats with rounded activations.
+    The outputs equal ``activations(fn, how).apply(unpack(packed), ranges, *inputs)`` up to float
+    rounding.
 
     Args:
       fn: the pure function of params and inputs that the params were trained for: Linen, NNX,
         Equinox or plain.
-      packed: what ``Compression.pack`` returned.
-      inputs: trees of arrays or ``ShapeDtypeStruct`` as it will be called with; another batch size
-        is another compilation.
+      packed: the result of ``Compression.pack``.
+      inputs: trees of arrays or ``ShapeDtypeStruct`` of the shapes it will be called with; another
+        batch size is another compilation.
       how: a quantizer of activations, or pairs of a glob over sites and one, as for `activations`.
         None: weights only.
       ranges: ``activations(fn, how).init(params, batches)``, if any of the quantizers is static.
@@ -203,11 +200,12 @@ def integer(
       NonFiniteError: if that range is not finite.
 
     Example:
-      >>> from compress_jax.quantize import uniform
-      >>> from compress_jax.quantize._activations.dynamic import dynamic
+      >>> import compress_jax as cj
       >>> params, x = {"kernel": jnp.array([[1.0, -2.0], [0.5, 3.0]])}, jnp.array([[1.0, 3.0]])
-      >>> c = uniform(bits=8, granularity="channel")
-      >>> out = integer(lambda p, x: x @ p["kernel"], c.pack(params, c.init(params)), x, how=dynamic())
+      >>> c = cj.quantize.uniform(bits=8, granularity="channel")
+      >>> packed = c.pack(params, c.init(params))
+      >>> fn = lambda p, x: x @ p["kernel"]
+      >>> out = cj.quantize.integer(fn, packed, x, how=cj.quantize.dynamic())
       >>> out.table["kernel"].compute, out.params["weights"]["kernel"]["codes"].dtype
       ('int8 x int8 -> int32', dtype('int8'))
       >>> out.apply(out.params, x).round(1).tolist()
@@ -220,11 +218,12 @@ def integer(
     leaves, rebuild = flatten(packed)
     treedef = jax.tree.structure(packed, is_leaf=is_packed)
     traced = trace(fn, rebuild({path: shape_of(x) for path, x in leaves.items()}), *inputs)
-    stored, steps = decide(traced, leaves, how, where)
+    stored, plans = plan_sites(traced, leaves, how, where)
     weights = {path: stored[path].arrays(x) if path in stored else x for path, x in leaves.items()}
-    given = ranges or {}
-    _require(steps, given)
-    kept = {name: given[name] for name, step in steps.items() if step.quantizer and name in given}
+    ranges = ranges or {}
+    _require(plans, ranges)
+    used = [name for name, plan in plans.items() if plan.quantizer and name in ranges]
+    kept = {name: ranges[name] for name in used}
 
     @jax.jit
     def apply(params: dict[str, Any], *inputs: PyTree) -> Any:
@@ -233,86 +232,86 @@ def integer(
             path: stored[path].dense(x) if path in stored else to_dense(x)
             for path, x in arrays.items()
         }
-        rule, given = (
-            _rule(steps, arrays),
-            {name: _given(step, params["ranges"]) for name, step in steps.items()},
-        )
-        return rewrite(fn, rule, given=given)(rebuild(dense), *inputs)
+        given = {name: _given(plan, params["ranges"]) for name, plan in plans.items()}
+        return rewrite(fn, _rule(plans, arrays), given=given)(rebuild(dense), *inputs)
 
-    return Integer({"weights": rebuild(weights), "ranges": kept}, apply, tabulated(steps))
+    return Integer({"weights": rebuild(weights), "ranges": kept}, apply, tabulated(plans))
 
 
-def _require(steps: Mapping[str, Step], ranges: Mapping[str, Any]) -> None:
-    for name, step in steps.items():
-        if step.quantizer is not None and step.quantizer.reducer is not None and name not in ranges:
+def _require(plans: Mapping[str, SitePlan], ranges: Mapping[str, Any]) -> None:
+    """Refuse ranges that are missing or not finite."""
+    for name, plan in plans.items():
+        if plan.quantizer is None:
+            continue
+        if plan.quantizer.reducer is not None and name not in ranges:
             raise StateError(
                 f"there are no ranges for site {name!r}, only for: {', '.join(ranges) or 'none'}; "
-                "pass "
-                "ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
+                "pass ranges=activations(fn, how).init(params, batches), or a dynamic quantizer"
             )
-        if step.quantizer is not None:
-            require_finite(name, ranges.get(name, {}))
+        require_finite(name, ranges.get(name, {}))
 
 
-def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
-    """Return what a site is handed: its ranges, and which turn of its loops it is in."""
-    loops = step.site.loops
-    turns = [
-        jnp.broadcast_to(
-            jnp.expand_dims(jnp.arange(n), [*range(i), *range(i + 1, len(loops))]), loops
-        )
-        for i, n in enumerate(loops)
-    ]
-    return {"own": ranges.get(step.site.name, {}), "turns": turns}
+def _given(plan: SitePlan, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
+    """Return the data that a site gets: its ranges, and the current iteration of each loop."""
+    loops = plan.site.loops
+    # A site in loops gets slices of arrays with leading axes ``loops``: of the first loop's index,
+    # of the second's, and so on.
+    iterations = [jax.lax.broadcasted_iota(jnp.int32, loops, i) for i in range(len(loops))]
+    return {"own": ranges.get(plan.site.name, {}), "iterations": iterations}
 
 
 def _coded(
-    step: Step, index: int, x: jax.Array, own: dict[int, Own], captured: Any, turns: list[Any]
+    plan: SitePlan,
+    index: int,
+    x: jax.Array,
+    own: dict[int, Own],
+    captured: Captured | None,
+    iterations: Sequence[jax.Array],
 ) -> Coded:
-    """Return an operand in integers: an activation by its range, or the parameter as it is packed."""
+    """Return an operand in integers: an activation by its range, or the packed parameter."""
     if index in own:
-        assert step.quantizer is not None
-        return encode(step.quantizer, step.site, index, x, own[index])
-    assert step.feed is not None
-    return step.feed.coded(captured, turns)
+        assert plan.quantizer is not None
+        return encode(plan.quantizer, plan.site, index, x, own[index])
+    assert plan.operand is not None and captured is not None
+    return plan.operand.coded(captured, iterations)
 
 
-def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[..., Any]:
-    """Return the rule that computes every site as was decided."""
+def _rule(plans: Mapping[str, SitePlan], arrays: Mapping[str, Any]) -> Callable[..., Any]:
+    """Return the rule that computes every site by its plan."""
     captured = {
-        name: step.feed.captured(arrays[step.feed.route.path])
-        for name, step in steps.items()
-        if step.feed
+        name: plan.operand.captured(arrays[plan.operand.route.path])
+        for name, plan in plans.items()
+        if plan.operand
     }
 
     def rule(site: Site, lhs: jax.Array, rhs: jax.Array, given: dict[str, Any]) -> Any:
-        step, operands = steps[site.name], [lhs, rhs]
+        plan = plans[site.name]
+        operands = [lhs, rhs]
         own = {index: given["own"].get(key, {}) for key, index in site.inputs.items()}
-        turns = [given["turns"][loop] for loop in step.feed.route.loops] if step.feed else []
-        _same(step, site)
-        if not step.reason:
-            left, right = (
-                _coded(step, i, x, own, captured.get(site.name), turns)
-                for i, x in enumerate(operands)
-            )
+        loops = plan.operand.route.loops if plan.operand else ()
+        iterations = [given["iterations"][loop] for loop in loops]
+        _check_shape(plan, site)
+        if not plan.reason:
+            parameter = captured.get(site.name)
+            left = _coded(plan, 0, lhs, own, parameter, iterations)
+            right = _coded(plan, 1, rhs, own, parameter, iterations)
             return product(site, left, right).astype(site.out_dtype)
-        if step.feed is not None and turns:  # unpacked in the loop, one layer at a time
-            operands[site.operand == "rhs"] = step.feed.dense(captured[site.name], turns)
-        if step.quantizer is not None:
+        if plan.operand is not None and iterations:  # unpacked in the loop, one layer at a time
+            operands[site.operand == "rhs"] = plan.operand.dense(captured[site.name], iterations)
+        if plan.quantizer is not None:
             for index in own:
-                operands[index] = step.quantizer.see(site, index, operands[index], own[index])
+                operands[index] = plan.quantizer.see(site, index, operands[index], own[index])
         return operands[0], operands[1]
 
     return rule
 
 
-def _same(step: Step, site: Site) -> None:
-    if (
-        step.feed is not None
-        and step.feed.side.shape != (site.lhs_shape, site.rhs_shape)[site.operand == "rhs"]
-    ):
+def _check_shape(plan: SitePlan, site: Site) -> None:
+    """Refuse inputs with which the parameter has another shape at the site than was planned for."""
+    shape = (site.lhs_shape, site.rhs_shape)[site.operand == "rhs"]
+    if plan.operand is not None and plan.operand.axes.shape != shape:
         raise ShapeError(
-            f"at site {site.name!r} the parameter has the shape {step.feed.side.shape} for the "
+            f"at site {site.name!r} the parameter has the shape {plan.operand.axes.shape} for the "
             "inputs that `integer` was "
             "given, but another for these; convert it with inputs of this shape"
         )

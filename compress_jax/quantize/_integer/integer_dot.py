@@ -10,25 +10,22 @@ import numpy as np
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 
-# One operand of a contraction: which of its axes are summed over, and where the others are found in
-# the result.
-
 
 @dataclass(frozen=True)
-class Side:
-    """The axes of one operand.
+class OperandAxes:
+    """The axes of one operand of a contraction.
 
-    What belongs to its rows (a scale for each token or output channel) is kept as an array whose
-    axes are ``kept``, any of them 1 long; what belongs to groups of summed entries too has the
-    groups as last axis.
+    Values for its rows (a scale for each token or output channel) are stored as an array whose
+    axes are ``kept``, each of full length or 1. Values for groups of summed entries have the groups
+    as an additional last axis.
 
     Attributes:
-      shape: of the operand.
+      shape: the operand's shape.
       kept: axes that the result has as well: of a product the batch axes, then the others; of an
         image the examples, of a kernel its outputs.
       summed: the others, in the order in which the operands are paired.
-      out: for each of ``kept``, its axis in the result; rising.
-      rank: of the result.
+      out: for each of ``kept``, its axis in the result; increasing.
+      rank: the result's.
     """
 
     shape: Shape
@@ -43,7 +40,7 @@ class Side:
         return math.prod(self.shape[axis] for axis in self.summed)
 
     def rows(self, x: jax.Array) -> jax.Array:
-        """Return what is the same for all summed entries, by ``kept`` axes.
+        """Return values that are the same for all summed entries, by ``kept`` axes.
 
         Args:
           x: a scalar, or an array of the operand's rank with length 1 along the summed axes.
@@ -58,7 +55,7 @@ class Side:
         )
 
     def facing(self, rows: jax.Array) -> jax.Array:
-        """Return what belongs to rows in the shape that broadcasts against the result."""
+        """Return values of rows in the shape that broadcasts against the result."""
         shape = np.ones(self.rank, int)
         shape[list(self.out)] = rows.shape
         return rows.reshape(shape)
@@ -70,13 +67,13 @@ class Side:
         )
 
     def operand(self, x: jax.Array) -> jax.Array:
-        """Undo `matrix`; ``kept`` axes may be 1 long, and so may be the last if all summed entries share a number."""
+        """Undo `matrix`; ``kept`` axes may have length 1, and so may the last."""
         order = (*self.kept, *self.summed)
         summed = [self.shape[axis] if x.shape[-1] > 1 else 1 for axis in self.summed]
         return jnp.transpose(x.reshape(*x.shape[:-1], *summed), np.argsort(order).tolist())
 
 
-def side(site: Site, index: int) -> Side:
+def operand_axes(site: Site, index: int) -> OperandAxes:
     """Return the axes of an operand.
 
     Args:
@@ -84,26 +81,30 @@ def side(site: Site, index: int) -> Side:
       index: 0 for the first operand, 1 for the second.
 
     Returns:
-      The side.
+      The axes.
 
     Example:
-      >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
-      >>> side(site, 1).kept, side(site, 1).out, side(site, 1).products
+      >>> shapes, dtypes = ((2, 5, 3), (3, 4), (2, 5, 4)), ["float32"] * 3
+      >>> site = Site("a", "dot", None, None, *shapes, *dtypes, ((2,), (0,)))
+      >>> operand_axes(site, 1).kept, operand_axes(site, 1).out, operand_axes(site, 1).products
       ((1,), (2,), 3)
     """
-    shape, rank = (site.lhs_shape, site.rhs_shape)[index], len(site.out_shape)
+    shape = (site.lhs_shape, site.rhs_shape)[index]
+    rank = len(site.out_shape)
     if site.kind == "conv":
         numbers = site.params["dimension_numbers"]
         spec = (numbers.lhs_spec, numbers.rhs_spec)[index]
-        return Side(shape, spec[:1], tuple(sorted(spec[1:])), (numbers.out_spec[index],), rank)
-    summed, batch = site.contracting[index], site.batch[index]
+        summed = tuple(sorted(spec[1:]))
+        return OperandAxes(shape, spec[:1], summed, (numbers.out_spec[index],), rank)
+    summed = site.contracting[index]
+    batch = site.batch[index]
     free = tuple(axis for axis in range(len(shape)) if axis not in (*summed, *batch))
     start = rank - len(free) if index else len(batch)
     out = (*range(len(batch)), *range(start, start + len(free)))
-    return Side(shape, (*batch, *free), summed, out, rank)
+    return OperandAxes(shape, (*batch, *free), summed, out, rank)
 
 
-MOST = 2**31 - 1
+LARGEST_INT32 = 2**31 - 1
 
 
 @jax.tree_util.register_dataclass
@@ -113,7 +114,7 @@ class Coded:
 
     Attributes:
       codes: int8, of the operand's shape.
-      scale: float32 ``[*kept axes, groups]``, each 1 long or whole (see `Side`).
+      scale: float32 ``[*kept axes, groups]``, each 1 long or whole (see `OperandAxes`).
       zero: int32, likewise; None for 0.
     """
 
@@ -130,35 +131,38 @@ def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array,
       site: the contraction.
       index: which operand.
       x: the operand.
-      own: what belongs to it.
+      own: its calibrated range, empty if the quantizer is dynamic.
 
     Returns:
       The codes of the grid, counted from the middle one. A row that holds NaN has the scale NaN, so
-      that no number comes of it.
+      that its results are NaN.
 
     Example:
       >>> from compress_jax.quantize._activations.dynamic import dynamic
-      >>> site = Site("a", "dot", None, None, (1, 2), (2, 4), (1, 4), *["float32"] * 3, ((1,), (0,)))
+      >>> shapes, dtypes = ((1, 2), (2, 4), (1, 4)), ["float32"] * 3
+      >>> site = Site("a", "dot", None, None, *shapes, *dtypes, ((1,), (0,)))
       >>> coded = encode(dynamic(bits=8, symmetric=False), site, 0, jnp.array([[0.0, 2.55]]), {})
       >>> coded.codes.tolist(), coded.zero.tolist(), coded.scale.round(4).tolist()
       ([[-128, 127]], [[-128]], [[0.009999999776482582]])
     """
-    grid, own_side = quantizer.grid, side(site, index)
+    grid = quantizer.grid
+    axes = operand_axes(site, index)
     scale, zero_point = quantizer.place(site, index, x, own)
     middle = 2 ** (grid.bits - 1)
     codes = (grid.encode(x, scale, zero_point) - middle).astype(jnp.int8)
-    unknown = own_side.rows(jnp.isnan(x).any(own_side.summed, keepdims=True))
-    scale = jnp.where(unknown, jnp.nan, own_side.rows(scale))[..., None]
+    unknown = axes.rows(jnp.isnan(x).any(axes.summed, keepdims=True))
+    scale = jnp.where(unknown, jnp.nan, axes.rows(scale))[..., None]
     if grid.symmetric:
         return Coded(codes, scale)
-    return Coded(codes, scale, own_side.rows(zero_point.astype(jnp.int32) - middle)[..., None])
+    return Coded(codes, scale, axes.rows(zero_point.astype(jnp.int32) - middle)[..., None])
 
 
 def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
-    r"""Return the contraction of two operands in integers: :math:`s_l s_r \sum (q_l - z_l) (q_r - z_r)`.
+    r"""Return the contraction of two operands in integers.
 
-    The sum is exact. Where an operand has a scale for each of several groups, the sums of the
-    groups are scaled and added one after the other in float32.
+    It is :math:`s_l s_r \sum (q_l - z_l) (q_r - z_r)`. The sum is exact. Where an operand has a
+    scale for each of several groups, the sums of the groups are scaled and added one after the
+    other in float32.
 
     Args:
       site: the contraction.
@@ -169,17 +173,19 @@ def product(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
       float32, of the result's shape.
 
     Example:
-      >>> site = Site("a", "dot", None, None, (1, 2), (2, 1), (1, 1), *["float32"] * 3, ((1,), (0,)),
-      ...             params={"dimension_numbers": (((1,), (0,)), ((), ()))})
+      >>> shapes, dtypes = ((1, 2), (2, 1), (1, 1)), ["float32"] * 3
+      >>> numbers = {"dimension_numbers": (((1,), (0,)), ((), ()))}
+      >>> site = Site("a", "dot", None, None, *shapes, *dtypes, ((1,), (0,)), params=numbers)
       >>> half, one = jnp.full((1, 1), 0.5), jnp.ones((1, 1))
       >>> lhs = Coded(jnp.array([[100, -128]], jnp.int8), half, jnp.full((1, 1), -28))
-      >>> float(product(site, lhs, Coded(jnp.array([[3], [1]], jnp.int8), one))[0, 0])  # (128 * 3 - 100) / 2
+      >>> rhs = Coded(jnp.array([[3], [1]], jnp.int8), one)
+      >>> float(product(site, lhs, rhs)[0, 0])  # (128 * 3 - 100) / 2
       142.0
     """
-    sides = side(site, 0), side(site, 1)
+    axes = (operand_axes(site, 0), operand_axes(site, 1))
     if max(lhs.scale.shape[-1], rhs.scale.shape[-1]) > 1:
-        return _by_groups(site, sides, (lhs, rhs))
-    scale = sides[0].facing(lhs.scale[..., 0]) * sides[1].facing(rhs.scale[..., 0])
+        return _by_groups(site, axes, (lhs, rhs))
+    scale = axes[0].facing(lhs.scale[..., 0]) * axes[1].facing(rhs.scale[..., 0])
     return accumulate(site, lhs, rhs).astype(jnp.float32) * scale
 
 
@@ -199,7 +205,8 @@ def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
       int32, of the result's shape.
     """
     site = replace(site, params={**site.params, "precision": None})
-    left, right = side(site, 0), side(site, 1)
+    left = operand_axes(site, 0)
+    right = operand_axes(site, 1)
     total = site.contract(lhs.codes, rhs.codes, preferred_element_type=jnp.int32)
     if lhs.zero is not None:
         total = total - left.facing(lhs.zero[..., 0]) * _of_ones(site, left, rhs.codes, 0)
@@ -211,59 +218,64 @@ def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
     return total
 
 
-def _ones(site: Site, side: Side, index: int) -> jax.Array:
-    """Return ones for an operand: one row of a product, one image, one output for each group of a convolution."""
-    shape = list(side.shape)
-    for axis in side.kept[len(site.batch[index]) :]:
+def _ones(site: Site, axes: OperandAxes, index: int) -> jax.Array:
+    """Return ones for an operand: one row, one image, or one output for each feature group."""
+    shape = list(axes.shape)
+    for axis in axes.kept[len(site.batch[index]) :]:
         shape[axis] = site.groups if index else 1
     return jnp.ones(shape, jnp.int8)
 
 
-def _of_ones(site: Site, side: Side, other: jax.Array, index: int) -> jax.Array:
-    ones = _ones(site, side, index)
+def _of_ones(site: Site, axes: OperandAxes, other: jax.Array, index: int) -> jax.Array:
+    """Contract an operand with ones in the place of the other."""
+    ones = _ones(site, axes, index)
     operands = (other, ones) if index else (ones, other)
     sums = site.contract(*operands, preferred_element_type=jnp.int32)
     if index and site.groups > 1:
-        return jnp.repeat(sums, side.shape[side.kept[0]] // site.groups, axis=side.out[0])
+        return jnp.repeat(sums, axes.shape[axes.kept[0]] // site.groups, axis=axes.out[0])
     return sums
 
 
-def _by_groups(site: Site, sides: tuple[Side, Side], operands: tuple[Coded, Coded]) -> jax.Array:
-    """Contract group after group; the order of the float32 additions is fixed, so the result is too."""
+def _by_groups(
+    site: Site, axes: tuple[OperandAxes, OperandAxes], operands: tuple[Coded, Coded]
+) -> jax.Array:
+    """Contract group after group, in a fixed order of the float32 additions."""
     groups = max(each.scale.shape[-1] for each in operands)
     batch = len(site.batch[0])
-    codes, scales, zeros = zip(
-        *(_cut(s, each, groups, batch) for s, each in zip(sides, operands, strict=True)),
-        strict=True,
-    )
+    left_parts = _cut(axes[0], operands[0], groups, batch)
+    right_parts = _cut(axes[1], operands[1], groups, batch)
 
-    def turn(total: jax.Array, group: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-        left, right, left_zero, right_zero, left_scale, right_scale = group
+    def add_group(
+        total: jax.Array, group: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+    ) -> tuple[jax.Array, None]:
+        (left, left_scale, left_zero), (right, right_scale, right_zero) = group
         sums = jnp.einsum("bmk,bnk->bmn", left, right, preferred_element_type=jnp.int32)
         sums -= left_zero[:, :, None] * right.sum(-1, dtype=jnp.int32)[:, None, :]
         sums -= right_zero[:, None, :] * left.sum(-1, dtype=jnp.int32)[:, :, None]
         sums += left_zero[:, :, None] * right_zero[:, None, :] * left.shape[-1]
-        return total + sums.astype(jnp.float32) * (
-            left_scale[:, :, None] * right_scale[:, None, :]
-        ), None
+        scale = left_scale[:, :, None] * right_scale[:, None, :]
+        return total + sums.astype(jnp.float32) * scale, None
 
-    start = jnp.zeros((codes[0].shape[1], codes[0].shape[2], codes[1].shape[2]), jnp.float32)
-    total, _ = jax.lax.scan(turn, start, (*codes, *zeros, *scales))
+    _, lead, rows, _ = left_parts[0].shape
+    start = jnp.zeros((lead, rows, right_parts[0].shape[2]), jnp.float32)  # [batch, m, n]
+    total, _ = jax.lax.scan(add_group, start, (left_parts, right_parts))
     return total.reshape(site.out_shape)
 
 
 def _cut(
-    side: Side, operand: Coded, groups: int, batch: int
+    axes: OperandAxes, operand: Coded, groups: int, batch: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return codes ``[groups, batch, rows, size]``, scales and zeros ``[groups, batch, rows]``."""
-    sizes = [side.shape[axis] for axis in side.kept]
+    sizes = [axes.shape[axis] for axis in axes.kept]
     lead = math.prod(sizes[:batch]), math.prod(sizes[batch:])
 
     def spread(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(jnp.broadcast_to(x, (*sizes, groups)).reshape(*lead, groups), -1, 0)
 
-    codes = jnp.moveaxis(side.matrix(operand.codes).reshape(*lead, groups, -1), 2, 0)
-    zero = jnp.zeros((1,) * (len(sizes) + 1), jnp.int32) if operand.zero is None else operand.zero
+    codes = jnp.moveaxis(axes.matrix(operand.codes).reshape(*lead, groups, -1), 2, 0)
+    zero = operand.zero
+    if zero is None:
+        zero = jnp.zeros((1,) * (len(sizes) + 1), jnp.int32)
     return codes, spread(operand.scale), spread(zero)
 
 
@@ -281,4 +293,4 @@ def fits(products: int, largest: tuple[int, int]) -> bool:
       >>> fits(131071, (128, 128)), fits(131072, (128, 128))
       (True, False)
     """
-    return products * largest[0] * largest[1] <= MOST
+    return products * largest[0] * largest[1] <= LARGEST_INT32

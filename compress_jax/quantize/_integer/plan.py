@@ -1,9 +1,15 @@
-"""How each contraction is computed: in integers, or in floats and why."""
+"""Plan how each contraction is computed: in integers, or in floats and why.
 
+From the bottom up: codes of fewer than 8 bits packed in bytes (`pack`, `unpack`), a quantized
+parameter as integer inference stores it (`Stored`), that parameter as an operand of a contraction
+(`PackedOperand`), and the plan of every site (`plan_sites`).
+"""
+
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +22,18 @@ from compress_jax.core.sparse import width as bit_width
 from compress_jax.core.types import DType, Leaves
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
 from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen
-from compress_jax.quantize._integer.integer_dot import Coded, Side, fits, side
+from compress_jax.quantize._integer.integer_dot import Coded, OperandAxes, fits, operand_axes
 from compress_jax.quantize._integer.provenance import Lost, Route, Value, routes
 from compress_jax.trace._jaxpr.find_sites import Traced
 from compress_jax.trace._jaxpr.site import Site
 
-# Small unsigned integers in bytes, packed along one axis so that the array keeps its rank, its
-# sharding and its meaning.
-
+# Codes in bytes: packed along one axis, so that the array keeps its rank and its sharding.
 
 Fields = dict[str, jax.Array]
 
 
 def widths(bits: int) -> tuple[int, ...]:
-    """Return the widths of the fields that codes are cut into, lowest bits last.
+    """Return the widths of the bit fields of a code, lowest bits last.
 
     Args:
       bits: 1 to 7.
@@ -62,9 +66,11 @@ def pack(codes: jax.Array, bits: int, axis: int) -> Fields:
       >>> {name: each.shape for name, each in fields.items()}, unpack(fields, 3, 0, 3).tolist()
       ({'bits2': (1, 2), 'bits1': (1, 2)}, [[1, 2], [3, 4], [5, 6]])
     """
-    fields, left = {}, jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)
-    for width in reversed(widths(bits)):
-        share, left = left & np.uint8(2**width - 1), left >> np.uint8(width)
+    fields: Fields = {}
+    rest = jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)
+    for width in reversed(widths(bits)):  # the lowest bits first
+        share = rest & np.uint8(2**width - 1)
+        rest = rest >> np.uint8(width)
         fields[f"bits{width}"] = jnp.moveaxis(_joined(share, width), -1, axis)
     return {f"bits{width}": fields[f"bits{width}"] for width in widths(bits)}
 
@@ -107,12 +113,12 @@ def unpack(fields: Fields, bits: int, axis: int, size: int) -> jax.Array:
 
 
 def best_axis(shape: tuple[int, ...], bits: int, first: int = 0) -> int:
-    """Return the axis along which packing wastes least, the longest of several such, not before ``first``.
+    """Return the axis along which packing wastes least; of several such, the longest.
 
     Args:
-      shape: of the codes.
-      bits: of one.
-      first: axes before it are sliced by loops and stay whole.
+      shape: the codes' shape.
+      bits: the bits of a code.
+      first: the first axis to consider; those before it are sliced by loops.
 
     Returns:
       The axis.
@@ -129,26 +135,24 @@ def best_axis(shape: tuple[int, ...], bits: int, first: int = 0) -> int:
     return min(range(min(first, len(shape) - 1), len(shape)), key=cost)
 
 
-# A quantized parameter as integer inference keeps it: signed codes under the parameter's own name
-# and in its own shape.
-
+# A quantized parameter: signed codes under the parameter's own name and in its own shape.
 
 Arrays = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What is known of a quantized parameter beside its arrays.
+    """The static description of a quantized parameter.
 
     The arrays are ``{"codes": int8}`` for 8 bits, else the `fields` of the codes, two of 4 bits a
     byte; ``"scale"``, float32, and ``"zero_point"``, uint8 and only if it is not the middle of the
     codes, both as the packed node holds them.
 
     Attributes:
-      shape: of the parameter.
-      dtype: of the parameter.
-      bits: of a code, 1 to 8.
-      axis: along which codes share bytes.
+      shape: the parameter's shape.
+      dtype: the parameter's dtype.
+      bits: the bits of a code, 1 to 8.
+      axis: the axis along which codes share bytes.
       layout: which codes share a scale.
       symmetric: whether the middle code is zero everywhere.
     """
@@ -162,14 +166,14 @@ class Stored:
 
     @classmethod
     def of(cls, node: Quantized, first: int = 0) -> "Stored":
-        """Return the form of a packed node.
+        """Return the description of a packed node.
 
         Args:
-          node: of concrete arrays.
+          node: with concrete arrays.
           first: how many leading axes loops will slice.
 
         Returns:
-          The form.
+          The description.
         """
         bits = bit_width(node.codes)
         symmetric = node.zero_point.size == 1 and int(node.zero_point.reshape(())) == 2 ** (
@@ -193,104 +197,120 @@ class Stored:
     def arrays(self, node: Quantized) -> Arrays:
         """Return the arrays of a packed node."""
         codes = node.codes.unpack().astype(jnp.int32)
-        if isinstance(node.codes, Sparse):  # what was left out stands for zero
+        if isinstance(node.codes, Sparse):
+            # Entries that are not stored are zero: their code is the zero point, not 0.
             kept = self.layout.arrange(node.codes.mask.unpack()) != 0
-            codes = self.layout.restore(
-                jnp.where(kept, self.layout.arrange(codes), node.zero_point.astype(jnp.int32))
-            )
+            zero_point = node.zero_point.astype(jnp.int32)
+            codes = self.layout.arrange(codes)
+            codes = self.layout.restore(jnp.where(kept, codes, zero_point))
         if self.bits == 8:
             stored = {"codes": (codes - self.middle).astype(jnp.int8)}
         else:
             stored = pack(codes.reshape(self.shape or (1,)), self.bits, self.axis)
-        rest = (
-            {"scale": node.scale}
-            if self.symmetric
-            else {"scale": node.scale, "zero_point": node.zero_point}
-        )
-        return {**stored, **rest}
+        stored["scale"] = node.scale
+        if not self.symmetric:
+            stored["zero_point"] = node.zero_point
+        return stored
 
-    def codes(self, arrays: Arrays, picked: tuple[Any, ...] = ()) -> jax.Array:
-        """Return the signed codes ``code - middle``, int8, of all or of one index of each of the first axes.
+    def codes(self, arrays: Arrays, picked: Sequence[jax.Array] = ()) -> jax.Array:
+        """Return the signed codes ``code - middle``, int8.
 
         Args:
-          arrays: of the parameter.
-          picked: the indices.
+          arrays: the parameter's.
+          picked: indices of the first axes, which are sliced before anything is unpacked.
 
         Returns:
           Array of ``shape[len(picked):]``.
         """
-        names = ("codes",) if self.bits == 8 else tuple(f"bits{each}" for each in widths(self.bits))
-        parts = {name: _pick(arrays[name], picked) for name in names}
         if self.bits == 8:
-            return parts["codes"]
+            return _pick(arrays["codes"], picked)
+        names = [f"bits{width}" for width in widths(self.bits)]
+        fields = {name: _pick(arrays[name], picked) for name in names}
         shape = self.shape or (1,)
-        codes = unpack(parts, self.bits, self.axis - len(shape), shape[self.axis])
+        # The axis is counted from the end, as the first axes may be sliced away.
+        codes = unpack(fields, self.bits, self.axis - len(shape), shape[self.axis])
         return (codes.astype(jnp.int8) - np.int8(self.middle)).reshape(self.shape[len(picked) :])
 
     def zero(self, arrays: Arrays) -> jax.Array | None:
-        """Return the signed codes that stand for zero, int32 in the shape of the scale; None if they are 0."""
+        """Return the signed codes of zero, int32 in the shape of the scale; None if all are 0."""
         return None if self.symmetric else arrays["zero_point"].astype(jnp.int32) - self.middle
 
     def dense(self, arrays: Arrays) -> jax.Array:
         """Return the parameter itself, bit for bit what the packed node unpacks to."""
-        levels, zero = self.layout.arrange(self.codes(arrays).astype(jnp.int32)), self.zero(arrays)
-        levels = levels if zero is None else levels - zero
+        levels = self.layout.arrange(self.codes(arrays).astype(jnp.int32))
+        zero = self.zero(arrays)
+        if zero is not None:
+            levels = levels - zero
         return self.layout.restore(levels.astype(jnp.float32) * arrays["scale"]).astype(self.dtype)
 
 
-def _pick(x: jax.Array, picked: tuple[Any, ...]) -> jax.Array:
+def _pick(x: jax.Array, picked: Sequence[jax.Array]) -> jax.Array:
+    """Return the slice at one index of each of the first axes."""
     for index in picked:
         x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return x
 
 
-# How a quantized parameter feeds an operand of a contraction: its codes by the route it takes, its
-# scale by rows.
+# A quantized parameter as an operand: its codes by the route it takes, its scales by rows.
+
+
+class Captured(NamedTuple):
+    """The data of a packed operand in all iterations of its loops.
+
+    Attributes:
+      arrays: the stored parameter.
+      scale: float32 ``[*iterations, *kept axes, groups]``.
+      zero: int32, likewise; None if all zeros are 0.
+    """
+
+    arrays: Arrays
+    scale: jax.Array
+    zero: jax.Array | None
 
 
 @dataclass(frozen=True)
-class Feed:
-    """A parameter at an operand.
+class PackedOperand:
+    """A packed parameter as the operand of a contraction.
 
     Attributes:
-      stored: how it is kept.
-      route: how it arrives.
-      side: the operand.
-      scales: int32 ``[*turns, *kept axes, groups]``: which of the stored scales belongs to each row
-        and group; axes along which they are all the same are 1 long.
+      stored: how it is stored.
+      route: the moves between storage and the contraction.
+      axes: the operand's axes.
+      scales: int32 ``[*iterations, *kept axes, groups]``, the index of the stored scale of each row
+        and group; of length 1 along axes where it is constant.
     """
 
     stored: Stored
     route: Route
-    side: Side
+    axes: OperandAxes
     scales: np.ndarray = field(repr=False)
 
     @classmethod
-    def of(cls, stored: Stored, route: Route, side: Side) -> "Feed":
+    def of(cls, stored: Stored, route: Route, axes: OperandAxes) -> "PackedOperand":
         """Follow the scales along a route.
 
         Args:
-          stored: how the parameter is kept.
-          route: how it arrives.
-          side: the operand.
+          stored: how the parameter is stored.
+          route: the moves between storage and the contraction.
+          axes: the operand's axes.
 
         Returns:
-          The feed; its groups are the longest runs, all equally long, of summed entries that share
-          a scale.
+          The operand. Its groups are the longest runs of summed entries, all equally long, that
+          share a scale.
         """
         shape = stored.layout.scale_shape
-        places = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
-        every = np.asarray(route.every(stored.layout.spread(places)))
-        turns = len(route.loops)
-        order = (*range(turns), *(turns + axis for axis in (*side.kept, *side.summed)))
-        kept = [side.shape[axis] for axis in side.kept]
-        table = every.transpose(order).reshape(*every.shape[:turns], *kept, -1)
-        changes = (
-            np.flatnonzero((table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1))))
-            + 1
-        )
-        size = math.gcd(table.shape[-1], *changes.tolist())
-        return cls(stored, route, side, _short(table[..., ::size], turns))
+        indices = jnp.arange(math.prod(shape), dtype=jnp.int32).reshape(shape)
+        # Move the index of each entry's scale as the entry itself is moved.
+        every = np.asarray(route.every(stored.layout.spread(indices)))
+        iterations = len(route.loops)
+        order = (*range(iterations), *(iterations + axis for axis in (*axes.kept, *axes.summed)))
+        kept = [axes.shape[axis] for axis in axes.kept]
+        # [*iterations, *kept, products]
+        table = every.transpose(order).reshape(*every.shape[:iterations], *kept, -1)
+        changed = (table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1)))
+        starts = np.flatnonzero(changed) + 1  # where another scale begins
+        size = math.gcd(table.shape[-1], *starts.tolist())
+        return cls(stored, route, axes, _short(table[..., ::size], iterations))
 
     @property
     def groups(self) -> int:
@@ -300,89 +320,90 @@ class Feed:
     @property
     def _picked(self) -> int:
         """How many of the first axes are sliced before the codes are unpacked."""
-        return (
-            self.route.stacked
-            if self.stored.bits == 8
-            else min(self.route.stacked, self.stored.axis)
-        )
+        if self.stored.bits == 8:
+            return self.route.stacked
+        return min(self.route.stacked, self.stored.axis)  # bytes join codes along this axis
 
-    def captured(self, arrays: Arrays) -> dict[str, Any]:
-        """Return what all turns share: the arrays, and the scales by turns and rows."""
+    def captured(self, arrays: Arrays) -> Captured:
+        """Return the data of all iterations: the arrays, and the scales by iteration and row."""
         zero = self.stored.zero(arrays)
-        zeros = None if zero is None or zero.size == 1 else zero.ravel()[self.scales]
-        zeros = (
-            zero.reshape((1,) * self.scales.ndim) if zero is not None and zero.size == 1 else zeros
-        )
-        return {"arrays": arrays, "scale": arrays["scale"].ravel()[self.scales], "zero": zeros}
+        if zero is not None:
+            shared = zero.size == 1
+            zero = zero.reshape((1,) * self.scales.ndim) if shared else zero.ravel()[self.scales]
+        return Captured(arrays, arrays["scale"].ravel()[self.scales], zero)
 
-    def coded(self, captured: dict[str, Any], turns: list[Any]) -> Coded:
+    def coded(self, captured: Captured, iterations: Sequence[jax.Array]) -> Coded:
         """Return the operand in integers.
 
         Args:
-          captured: what `captured` returned.
-          turns: for each loop of the route, the turn.
+          captured: from `captured`.
+          iterations: the current iteration of each loop of the route.
 
         Returns:
           The codes in the operand's shape, scales and zeros by rows and groups.
         """
         done = self._picked
-        codes = self.stored.codes(captured["arrays"], tuple(turns[:done]))
-        scale, zero = (_turn(captured[name], turns) for name in ("scale", "zero"))
-        assert scale is not None
-        return Coded(self.route.take(codes, turns[done:], done), scale, zero)
+        codes = self.stored.codes(captured.arrays, iterations[:done])
+        scale = _pick_iteration(captured.scale, iterations)
+        zero = captured.zero
+        if zero is not None:
+            zero = _pick_iteration(zero, iterations)
+        return Coded(self.route.take(codes, iterations[done:], done), scale, zero)
 
-    def dense(self, captured: dict[str, Any], turns: list[Any]) -> jax.Array:
-        """Return the operand as it is in the unpacked model, bit for bit; arguments as for `coded`."""
-        coded = self.coded(captured, turns)
+    def dense(self, captured: Captured, iterations: Sequence[jax.Array]) -> jax.Array:
+        """Return the operand of the unpacked model, bit for bit; arguments as for `coded`."""
+        coded = self.coded(captured, iterations)
         levels = coded.codes.astype(jnp.int32)
-        levels = levels if coded.zero is None else levels - self._spread(coded.zero)
-        return self.route.cast(
-            (levels.astype(jnp.float32) * self._spread(coded.scale)).astype(self.stored.dtype)
-        )
+        if coded.zero is not None:
+            levels = levels - self._spread(coded.zero)
+        values = levels.astype(jnp.float32) * self._spread(coded.scale)
+        return self.route.cast(values.astype(self.stored.dtype))
 
     def _spread(self, rows: jax.Array) -> jax.Array:
-        """Return what belongs to rows and groups in the shape that broadcasts against the operand."""
+        """Return values of rows and groups in the shape that broadcasts against the operand."""
         groups = rows.shape[-1]
-        return self.side.operand(
-            jnp.repeat(rows, self.side.products // groups, axis=-1) if groups > 1 else rows
-        )
+        if groups > 1:
+            rows = jnp.repeat(rows, self.axes.products // groups, axis=-1)
+        return self.axes.operand(rows)
 
 
-def _short(table: np.ndarray, turns: int) -> np.ndarray:
-    """Leave one index of every axis of rows along which all is the same."""
-    for axis in range(turns, table.ndim - 1):
+def _short(table: np.ndarray, iterations: int) -> np.ndarray:
+    """Shorten every axis of rows along which the table is constant to length 1."""
+    for axis in range(iterations, table.ndim - 1):
         first = np.take(table, [0], axis)
-        table = first if (table == first).all() else table
+        if (table == first).all():
+            table = first
     return table.astype(np.int32)
 
 
-def _turn(x: jax.Array | None, turns: list[Any]) -> jax.Array | None:
-    for turn in turns if x is not None else ():
-        assert x is not None
-        x = x[0] if x.shape[0] == 1 else jax.lax.dynamic_index_in_dim(x, turn, keepdims=False)
+def _pick_iteration(x: jax.Array, iterations: Sequence[jax.Array]) -> jax.Array:
+    """Return the values of the current iterations; axes of length 1 are the same for all."""
+    for iteration in iterations:
+        shared = x.shape[0] == 1
+        x = x[0] if shared else jax.lax.dynamic_index_in_dim(x, iteration, keepdims=False)
     return x
 
 
-FLOAT = "its activations are not quantized"
+NOT_QUANTIZED = "its activations are not quantized"
 
 
 @dataclass(frozen=True)
-class Step:
-    """What is done at one site.
+class SitePlan:
+    """How one site is computed.
 
     Attributes:
       site: the site.
-      quantizer: of its activations, or None.
-      feed: how its quantized parameter arrives, or None.
+      quantizer: its activations' quantizer, or None.
+      operand: its packed parameter, or None.
       weight: the parameter's format in words.
-      activation: the activations'.
-      packed: whether the parameter is.
+      activation: the activations' format.
+      packed: whether the parameter is packed.
       reason: why it is not computed in integers; empty if it is.
     """
 
     site: Site
     quantizer: ActivationQuantizer | None
-    feed: Feed | None
+    operand: PackedOperand | None
     weight: str
     activation: str
     packed: bool
@@ -402,10 +423,10 @@ class Step:
         return ", ".join([self.site.out_dtype, *parts])
 
 
-def decide(
+def plan_sites(
     traced: Traced, leaves: Leaves, how: How | None, where: Where
-) -> tuple[dict[str, Stored], dict[str, Step]]:
-    """Return what is done at every site.
+) -> tuple[dict[str, Stored], dict[str, SitePlan]]:
+    """Plan how every site is computed.
 
     Args:
       traced: the function's trace.
@@ -414,132 +435,126 @@ def decide(
       where: which sites' activations are quantized.
 
     Returns:
-      How each quantized parameter is kept, by path, and the steps by the names of sites, in program
+      How each quantized parameter is stored, by path, and the plan of each site by name, in program
       order.
 
     Raises:
       NoMatchError: if a glob matches no site.
     """
     found = routes(traced)
-    every = [value for operands in found.values() for value in operands if isinstance(value, Route)]
+    stacked: dict[str, int] = {}  # how many first axes of each parameter loops slice
+    for value in itertools.chain.from_iterable(found.values()):
+        if isinstance(value, Route):
+            stacked[value.path] = max(value.stacked, stacked.get(value.path, 0))
     stored = {
-        path: Stored.of(
-            leaf, max((route.stacked for route in every if route.path == path), default=0)
-        )
+        path: Stored.of(leaf, stacked.get(path, 0))
         for path, leaf in leaves.items()
         if isinstance(leaf, Quantized)
     }
     if how is not None:
         chosen(traced.sites.values(), how, where)  # a glob that matches nothing is an error
-    steps = {
-        site.name: _step(site, found[position], leaves, stored, how, where)
+    plans = {
+        site.name: _plan_site(site, found[position], leaves, stored, how, where)
         for position, site in traced.sites.items()
     }
-    return stored, steps
+    return stored, plans
 
 
-def _step(
+def _plan_site(
     site: Site,
     operands: Sequence[Value],
     leaves: Leaves,
     stored: Mapping[str, Stored],
     how: How | None,
     where: Where,
-) -> Step:
-    answer = FLOAT if how is None else choose(site, how, where)
-    quantizer = None if isinstance(answer, str) else answer
-    feed, weight, reason = _weight(site, operands, leaves, stored)
-    reasons = [
-        reason,
-        quantizer and _not_exact(site, quantizer, feed),
-        None if quantizer else answer,
-    ]
-    reason = next((each for each in reasons if each), "")
-    return Step(
-        site,
-        quantizer,
-        feed,
-        weight,
-        _activation(site, quantizer),
-        is_packed(leaves.get(site.param or "")),
-        str(reason),
-    )
+) -> SitePlan:
+    answer = NOT_QUANTIZED if how is None else choose(site, how, where)
+    operand, weight, reason = _weight(site, operands, leaves, stored)
+    if isinstance(answer, str):
+        quantizer = None
+        reason = reason or answer
+    else:
+        quantizer = answer
+        reason = reason or _not_exact(site, quantizer, operand)
+    packed = is_packed(leaves.get(site.param or ""))
+    activation = _activation(site, quantizer)
+    return SitePlan(site, quantizer, operand, weight, activation, packed, reason)
 
 
 def _weight(
     site: Site, operands: Sequence[Value], leaves: Leaves, stored: Mapping[str, Stored]
-) -> tuple[Feed | None, str, str]:
-    """Return how the parameter of a site arrives, its format, and why its codes cannot be computed with."""
+) -> tuple[PackedOperand | None, str, str]:
+    """Return a site's packed parameter, its format, and why its codes cannot be used."""
     if site.param is None:
         return None, "", "" if site.kind == "dot" else "both operands are activations"
-    leaf, value = leaves[site.param], operands[site.operand == "rhs"]
+    leaf = leaves[site.param]
+    value = operands[site.operand == "rhs"]
     if not is_packed(leaf):
         return None, str(leaf.dtype), "its parameter is not quantized"
     if site.param not in stored:
-        return (
-            None,
-            type(leaf).__name__,
-            f"its parameter is packed as {type(leaf).__name__}, not as integers with a scale",
-        )
-    form = stored[site.param]
+        name = type(leaf).__name__
+        return None, name, f"its parameter is packed as {name}, not as integers with a scale"
+    parameter = stored[site.param]
+    if isinstance(value, Lost):
+        return None, parameter.format, value.reason
     if not isinstance(value, Route):
-        return (
-            None,
-            form.format,
-            value.reason if isinstance(value, Lost) else "no parameter feeds it",
-        )
-    feed = Feed.of(form, value, side(site, int(site.operand == "rhs")))
-    if feed.groups == feed.side.products > 1:
-        return None, form.format, "the parameter's scale varies along the axes that are summed over"
-    return feed, form.format, ""
+        return None, parameter.format, "no parameter feeds it"
+    axes = operand_axes(site, int(site.operand == "rhs"))
+    operand = PackedOperand.of(parameter, value, axes)
+    if operand.groups == axes.products > 1:
+        reason = "the parameter's scale varies along the axes that are summed over"
+        return None, parameter.format, reason
+    return operand, parameter.format, ""
 
 
-def _not_exact(site: Site, quantizer: ActivationQuantizer, feed: Feed | None) -> str:
-    """Say why a site's products cannot be summed exactly in int32 before they are scaled."""
+def _not_exact(site: Site, quantizer: ActivationQuantizer, operand: PackedOperand | None) -> str:
+    """Say why a site's products cannot be summed exactly in int32; "" if they can."""
     if site.kind == "ragged_dot":
         return "a ragged product: the sizes of its groups are data"
     if site.kind == "conv" and site.params["batch_group_count"] > 1:
         return "a convolution with groups of examples"
-    if site.kind == "conv" and feed is not None and feed.groups > 1:
+    if site.kind == "conv" and operand is not None and operand.groups > 1:
         return "scales of groups along what a convolution sums over"
     sharing = [_sharing(site, index, quantizer) for index in site.inputs.values()]
     if "channel" in sharing:
         return "the activations' scale varies along the axes that are summed over"
     largest = 2 ** (quantizer.grid.bits - 1) if quantizer.grid.symmetric else quantizer.grid.top
-    other = largest if feed is None else feed.stored.middle * (1 if feed.stored.symmetric else 2)
-    products = side(site, 1).products // (1 if feed is None else feed.groups)
-    return (
-        ""
-        if fits(products, (largest, other))
-        else f"sums of {products} products may not fit in int32"
-    )
+    other = largest
+    products = operand_axes(site, 1).products
+    if operand is not None:
+        # code - zero_point reaches from -2^bits to 2^bits where the zero point may be anything.
+        other = operand.stored.middle * (1 if operand.stored.symmetric else 2)
+        products = products // operand.groups
+    if fits(products, (largest, other)):
+        return ""
+    return f"sums of {products} products may not fit in int32"
 
 
 def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
-    """Return which entries of an activation share a scale: ``"tensor"``, ``"token"`` or ``"channel"``."""
+    """Return which entries of an activation share a scale: tensor, token or channel."""
 
-    def place(lhs: jax.Array, rhs: jax.Array) -> Any:
+    def place(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         key = next(key for key, each in site.inputs.items() if each == index)
         reducer = quantizer.reducer
-        own = (
-            {}
-            if reducer is None
-            else quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
-        )
+        own = {}
+        if reducer is not None:
+            own = quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
         return quantizer.place(site, index, (lhs, rhs)[index], own)[0]
 
     lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
-    shape = jax.eval_shape(place, lhs, jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)).shape
+    rhs = jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)
+    shape = jax.eval_shape(place, lhs, rhs).shape
     if math.prod(shape) == 1:
         return "tensor"
-    return "channel" if any(shape[axis] > 1 for axis in side(site, index).summed) else "token"
+    summed = operand_axes(site, index).summed
+    return "channel" if any(shape[axis] > 1 for axis in summed) else "token"
 
 
 def _activation(site: Site, quantizer: ActivationQuantizer | None) -> str:
+    """Return the format of a site's activations in words."""
     if quantizer is None:
         return (site.lhs_dtype, site.rhs_dtype)[next(iter(site.inputs.values()))]
     kind = quantizer.call.partition("(")[0]
     sharing = _sharing(site, next(iter(site.inputs.values())), quantizer)
-    return f"int{quantizer.grid.bits} {sharing} {kind}" + (
-        "" if quantizer.grid.symmetric else " asymmetric"
-    )
+    asymmetric = "" if quantizer.grid.symmetric else " asymmetric"
+    return f"int{quantizer.grid.bits} {sharing} {kind}{asymmetric}"

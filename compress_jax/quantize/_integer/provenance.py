@@ -1,8 +1,8 @@
-"""How a stored parameter reaches the operands of contractions: the moves on its way, which its codes can make as well.
+"""The moves between a stored parameter and the contractions that use it.
 
-A parameter that is only transposed, reshaped, cut, cast or handed to the turns of a loop arrives as
-it was stored, entry for entry. So its integer codes arrive by the same moves, and no value in
-between needs to be computed.
+A parameter that is only transposed, reshaped, sliced, cast or passed to the iterations of a loop
+has the same entries at the contraction as in storage. So its integer codes can be moved likewise,
+without computing the float values in between.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,18 +22,18 @@ from compress_jax.trace._jaxpr.site import Position
 
 
 @dataclass(frozen=True)
-class Fixed:
-    """A value that does not depend on params or inputs; computed only if a route asks for it."""
+class Constant:
+    """A value that does not depend on params or inputs; computed only if a route needs it."""
 
     make: Callable[[], Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Lost:
-    """A value that is not a parameter as it was stored.
+    """A value whose entries are not those of a stored parameter.
 
     Attributes:
-      reason: what became of the parameter in it; empty if none is in it.
+      reason: what changed the parameter that it depends on; empty if it depends on none.
     """
 
     reason: str = ""
@@ -41,11 +41,17 @@ class Lost:
 
 @dataclass(frozen=True)
 class Move:
-    """An equation that puts entries elsewhere, and which of its results is followed."""
+    """An equation that only moves entries.
+
+    Attributes:
+      eqn: the equation.
+      result: which of its results is used.
+      indices: its other operands.
+    """
 
     eqn: JaxprEqn
     result: int = 0
-    indices: tuple[Fixed, ...] = ()
+    indices: tuple[Constant, ...] = ()
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Move an array of any dtype."""
@@ -65,98 +71,107 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class Turn:
-    """What a turn of a loop sees of a stack: one index of the first axis. Loops are counted from the outermost."""
+class Iteration:
+    """The slice of a stack that an iteration of a loop uses: one index of the first axis.
+
+    Attributes:
+      loop: which loop, counted from the outermost.
+    """
 
     loop: int
 
 
+Step = Move | Cast | Iteration
+
+
 @dataclass(frozen=True)
 class Route:
-    """A parameter and the steps from how it is stored to how it is used.
+    """A parameter and the steps from storage to its use.
 
     Attributes:
-      path: of the parameter.
+      path: the parameter's.
       steps: in order.
     """
 
     path: str
-    steps: tuple[Move | Cast | Turn, ...] = ()
+    steps: tuple[Step, ...] = ()
 
     @property
     def loops(self) -> tuple[int, ...]:
-        """The loops whose turns pick a slice, in the order they do."""
-        return tuple(step.loop for step in self.steps if isinstance(step, Turn))
+        """The loops whose iterations pick a slice, in the order of the steps."""
+        return tuple(step.loop for step in self.steps if isinstance(step, Iteration))
 
     @property
     def stacked(self) -> int:
-        """How many steps at the beginning pick slices: they can be taken before anything is unpacked."""
+        """How many first steps pick slices, and so can be taken before anything is unpacked."""
         return next(
-            (i for i, step in enumerate(self.steps) if not isinstance(step, Turn)), len(self.steps)
+            (i for i, step in enumerate(self.steps) if not isinstance(step, Iteration)),
+            len(self.steps),
         )
 
-    def take(self, x: jax.Array, turns: Sequence[Any] = (), done: int = 0) -> jax.Array:
-        """Return what a stored array becomes at the operand in one turn, its dtype as it is.
+    def take(self, x: jax.Array, iterations: Sequence[jax.Array] = (), done: int = 0) -> jax.Array:
+        """Move a stored array of any dtype to the operand, in one iteration.
 
         Args:
-          x: array of the stored shape, or what the first ``done`` steps leave of it.
-          turns: for each loop of the steps that are left, the turn.
-          done: how many steps to leave out.
+          x: array of the stored shape, or of the shape after the first ``done`` steps.
+          iterations: the current iteration of each loop in the remaining steps.
+          done: how many steps to skip.
 
         Returns:
           Array of the operand's shape.
         """
-        left = iter(turns)
+        left = iter(iterations)
         for step in self.steps[done:]:
-            if isinstance(step, Turn):
+            if isinstance(step, Iteration):
                 x = jax.lax.dynamic_index_in_dim(x, next(left), keepdims=False)
             elif isinstance(step, Move):
                 x = step(x)
         return x
 
     def every(self, x: jax.Array) -> jax.Array:
-        """Return what a stored array becomes in all turns: those of `loops` are the first axes."""
+        """Move a stored array in all iterations at once: those of `loops` are the first axes."""
         return _every(self.steps, x)
 
     def cast(self, x: jax.Array) -> jax.Array:
-        """Cast an array as the parameter is cast on the way."""
+        """Cast an array as the parameter is cast on its route."""
         for step in self.steps:
-            x = step(x) if isinstance(step, Cast) else x
+            if isinstance(step, Cast):
+                x = step(x)
         return x
 
 
-def _every(steps: Sequence[Any], x: jax.Array) -> jax.Array:
+def _every(steps: Sequence[Step], x: jax.Array) -> jax.Array:
     for i, step in enumerate(steps):
-        if isinstance(step, Turn):
+        if isinstance(step, Iteration):
             return jax.vmap(lambda piece, rest=steps[i + 1 :]: _every(rest, piece))(x)
         x = step(x) if isinstance(step, Move) else x
     return x
 
 
-Value = Fixed | Lost | Route
+Value = Constant | Lost | Route
 
 
 @dataclass
 class Routes:
-    """The domain of routes for the interpreter; ``found`` holds the operands of every contraction by position."""
+    """The interpreter's domain of routes; ``found`` has each contraction's operands by position."""
 
     found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
 
     def constant(self, aval: Any, value: Any) -> Value:
         """Return a known value."""
-        return Fixed(lambda: value)
+        return Constant(lambda: value)
 
     def join(self, a: Value, b: Value) -> Value:
         """Return what may be either value."""
-        return a if a == b else _lost([a, b], "it is not the same in every turn or branch")
+        return a if a == b else _lost([a, b], "it is not the same in every iteration or branch")
 
     def same(self, a: Value, b: Value) -> bool:
         """Tell whether two values are the same."""
         return a == b
 
     def unstack(self, a: Value, loop: int) -> Value:
-        """Return the slice that a turn sees."""
-        return Route(a.path, (*a.steps, Turn(loop))) if isinstance(a, Route) else _lost([a])
+        """Return the slice of an iteration."""
+        return Route(a.path, (*a.steps, Iteration(loop))) if isinstance(a, Route) else _lost([a])
 
     def stack(self, a: Value, length: int) -> Value:
         """Return slices put together."""
@@ -171,13 +186,14 @@ class Routes:
         if primitives.kind(eqn) is not None:
             self.found[where.position] = (args[0], args[1])
             return [_lost(args, "a contraction changes the parameter on its way")]
-        name, outs = eqn.primitive.name, range(len(eqn.outvars))
-        if args and all(isinstance(arg, Fixed) for arg in args) and not eqn.effects:
-            return [Fixed(_evaluated(eqn, args, i)) for i in outs]
+        name = eqn.primitive.name
+        outs = range(len(eqn.outvars))
+        if args and all(isinstance(arg, Constant) for arg in args) and not eqn.effects:
+            return [Constant(_evaluated(eqn, args, i)) for i in outs]
         first, rest = (args[0], args[1:]) if args else (None, [])
-        if isinstance(first, Route) and all(isinstance(each, Fixed) for each in rest):
+        if isinstance(first, Route) and all(isinstance(each, Constant) for each in rest):
             if name in MOVES or name in INDEXED:
-                indices = tuple(each for each in rest if isinstance(each, Fixed))
+                indices = tuple(each for each in rest if isinstance(each, Constant))
                 return [Route(first.path, (*first.steps, Move(eqn, i, indices))) for i in outs]
             if name in CASTS and jnp.issubdtype(
                 getattr(eqn.outvars[0].aval, "dtype", bool), jnp.floating
@@ -203,7 +219,7 @@ def _changed(name: str, args: Sequence[Value]) -> str:
 
 
 def _lost(args: Sequence[Value], reason: str = "") -> Lost:
-    """Return what is lost: for the first reason that was met, if a parameter is in it."""
+    """Return a lost value with the earliest reason, if it depends on a parameter."""
     earlier = next((arg.reason for arg in args if isinstance(arg, Lost) and arg.reason), "")
     return Lost(earlier or (reason if any(isinstance(arg, Route) for arg in args) else ""))
 
@@ -222,10 +238,11 @@ def routes(traced: Traced) -> Mapping[Position, tuple[Value, Value]]:
       >>> fn = lambda p, x: jnp.tanh(x @ p["a"].T) @ (2 * p["b"])
       >>> shape = jax.ShapeDtypeStruct((3, 3), jnp.float32)
       >>> found = routes(trace(fn, {"a": shape, "b": shape}, shape))
-      >>> for _, operand in found.values():
-      ...     print(operand.take(jnp.eye(3, 3, 1)).tolist() if isinstance(operand, Route) else operand.reason)
+      >>> (_, a), (_, b) = found.values()
+      >>> a.take(jnp.eye(3, 3, 1)).tolist()
       [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
-      the parameter is changed on its way (mul)
+      >>> b.reason
+      'the parameter is changed on its way (mul)'
     """
     domain = Routes()
     inputs = [Lost()] * (len(traced.jaxpr.jaxpr.invars) - len(traced.params))

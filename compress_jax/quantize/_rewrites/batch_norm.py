@@ -1,4 +1,4 @@
-"""Batch-norm folding: the scale of a batch norm moves into the kernel before it, its shift into its bias."""
+"""Batch-norm folding: a norm's scale moves into the kernel before it, its shift into its bias."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,24 +10,21 @@ import numpy as np
 
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
-from compress_jax.quantize._rewrites.folding import Folded
+from compress_jax.layerwise._result import Rewritten
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.site import Position, Site
 from compress_jax.trace._symmetry.affine import Mapped, Walk, walk
 from compress_jax.trace._symmetry.polynomials import Atom, Factors, Polynomial, add, evaluate
 
-# Scales and shifts by parameters that follow a site: recognised by what is computed, however it is
-# written.
-
 
 @dataclass(frozen=True)
 class AffineMap:
-    """A scale and shift that follows a site directly, as far as nothing else happens to what it is made of.
+    """A scale and shift, by parameters, that directly follows a site.
 
     Attributes:
-      kernel: the site's parameter, as the site sees it.
+      kernel: the site's parameter, as it enters the site.
       made: the value, y a + b.
-      steps: positions of the equations that it consists of.
+      steps: positions of the equations that compute it.
     """
 
     kernel: Atom
@@ -38,21 +35,23 @@ class AffineMap:
 def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
     """Return the scales and shifts that follow a site, each one step longer than the one before.
 
-    Each is all that happens to what the site gives, up to there.
+    Each is all that happens to the site's output up to there. They are recognized by their value,
+    however it is written.
 
     Args:
       found: by `walk`.
       site: the site.
 
     Returns:
-      The maps, the shortest first; none if it does not see its parameter as it is stored.
+      The maps, the shortest first; none if the site does not use its parameter as stored.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from compress_jax.trace._symmetry.affine import walk
       >>> from compress_jax.trace._jaxpr.find_sites import trace
       >>> params = {"kernel": jnp.ones((3, 2)), "gain": jnp.ones(2), "bias": jnp.ones(2)}
-      >>> traced = trace(lambda p, x: jnp.tanh((x @ p["kernel"] + p["bias"]) * p["gain"]), params, jnp.ones((1, 3)))
+      >>> fn = lambda p, x: jnp.tanh((x @ p["kernel"] + p["bias"]) * p["gain"])
+      >>> traced = trace(fn, params, jnp.ones((1, 3)))
       >>> last = affine_maps(walk(traced), next(iter(traced.sites.values())))[-1]
       >>> sorted(last.made.scale.paths), sorted(last.made.shift.paths)
       (['gain'], ['bias', 'gain'])
@@ -77,9 +76,6 @@ def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
     return maps
 
 
-# A scale and shift after a kernel goes into the kernel and one of the parameters of the shift.
-
-
 Axes = tuple[int, ...]
 Term = tuple[Factors, float]
 
@@ -91,7 +87,7 @@ class Refused(Exception):
 class _Frame:
     """One index space for all arrays of a map: the loops around it, then the axes of its value.
 
-    An array in it has the length 1 along what it does not vary with.
+    An array in it has length 1 along axes that it does not vary with.
     """
 
     def __init__(self, each: AffineMap) -> None:
@@ -123,7 +119,7 @@ class _Frame:
         return [math.prod(shape[axis] for axis in part) for part in parts]
 
     def stored(self, y: np.ndarray, shape: Sequence[int], parts: Sequence[Axes]) -> np.ndarray:
-        """Return an array of the frame as it is stored, with the length 1 along stored axes that are not in it."""
+        """Return an array of the frame in its stored axes, of length 1 along those not in it."""
         sizes = self.sizes(shape, parts)
         y = y.reshape((1,) * (len(sizes) - y.ndim) + y.shape)
         if any(n not in (1, size) for n, size in zip(y.shape, sizes, strict=True)):
@@ -143,11 +139,11 @@ class _Frame:
 def folded_map(
     each: AffineMap, arrays: Mapping[str, np.ndarray], leaves: Leaves
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    r"""Return new parameters with which a map :math:`y a + b` is the identity but for a shift, and its kernel is scaled.
+    r"""Return parameters that scale the kernel and leave of a map :math:`y a + b` only a shift.
 
-    Each parameter of the scale takes the value at which its factor is 1; those of the shift become
-    0, but for one, which takes the value that leaves b as it is. The kernel becomes
-    :math:`W a / a'`, a' being what is left of the scale.
+    Each parameter of the scale takes the value at which its factor is 1. Those of the shift become
+    0, except one, which takes the value that leaves b unchanged. The kernel becomes
+    :math:`W a / a'`, a' being the remaining scale.
 
     Args:
       each: the map.
@@ -155,7 +151,7 @@ def folded_map(
       leaves: all parameters by path.
 
     Returns:
-      ``({path: array} of what has changed, paths of the parameters of the norm)``.
+      ``({path: changed array}, paths of the norm's parameters)``.
 
     Raises:
       Refused: if there are no such parameters.
@@ -208,7 +204,7 @@ def folded_map(
 def _neutral(
     scale: Polynomial, shift: Polynomial, old: dict[str, np.ndarray]
 ) -> tuple[dict[str, np.ndarray], list[Term]]:
-    """Return parameters at which the scale is 1 and those of the shift alone are 0, and the terms they are in."""
+    """Return parameters that make the scale 1 and terms of the shift 0, and these terms."""
     new = dict(old)
     in_scale: set[str] = set()
     for atom, _ in scale.terms[0][0]:
@@ -229,17 +225,11 @@ def _neutral(
 
 
 def _own(term: Term, shift: Polynomial, in_scale: set[str]) -> Atom | None:
-    """Return the parameter that a term of the shift is proportional to, if it is in no other term and not in the scale."""
+    """Return the parameter that only this term of the shift depends on, linearly."""
     for atom, p in term[0]:
-        elsewhere = sum(
-            atom.path in {each.path for each, _ in factors} for factors, _ in shift.terms
-        )
-        if (
-            p == 1
-            and elsewhere == 1
-            and atom.path not in in_scale
-            and not atom.path.startswith("\0")
-        ):
+        paths = [{each.path for each, _ in factors} for factors, _ in shift.terms]
+        alone = sum(atom.path in own for own in paths) == 1 and atom.path not in in_scale
+        if p == 1 and alone and not atom.path.startswith("\0"):  # \0 marks captured constants
             return atom
     return None
 
@@ -247,7 +237,10 @@ def _own(term: Term, shift: Polynomial, in_scale: set[str]) -> Atom | None:
 def _carrier(
     frame: _Frame, terms: list[Term], each: AffineMap, old: Mapping[str, np.ndarray]
 ) -> tuple[Term, Atom] | None:
-    """Return the term whose parameter takes up the shift: the one of fewest factors, a mean before a bias of the layer."""
+    """Return the term whose parameter takes up the shift, and that parameter.
+
+    It has the fewest factors, and a mean is taken before a bias of the layer.
+    """
     scale = {atom.path for atom, _ in each.made.scale.terms[0][0]}
     found = [
         (term, atom) for term in terms if (atom := _own(term, each.made.shift, scale)) is not None
@@ -303,17 +296,17 @@ def _in_order(
     )
 
 
-def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Folded:
-    r"""Fold batch norms into the kernels before them, so that what is quantized is the kernel that inference applies.
+def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Rewritten:
+    r"""Fold batch norms into the kernels before them, so that the folded kernels are quantized.
 
     With :math:`g = \gamma / \sqrt{v + \epsilon}` the kernel becomes :math:`W g`, the norm's bias
-    :math:`\beta + (c - \mu) g`, c being the layer's own bias, and what is left of the norm is the
-    identity: mean 0, variance :math:`1 - \epsilon`, scale 1. So the same function runs the params,
-    and is the float function it was. A norm without a bias keeps :math:`(\mu - c) g` as its mean.
+    :math:`\beta + (c - \mu) g`, c being the layer's own bias, and the norm becomes the identity:
+    mean 0, variance :math:`1 - \epsilon`, scale 1. So the same function runs the params, and its
+    outputs are the same. A norm without a bias keeps :math:`(\mu - c) g` as its mean.
 
-    Which norms follow which kernels is read off the function's jaxpr, so it must be the one of
+    The norm after each kernel is found in the function's jaxpr, so the function must be the one of
     evaluation, in which mean and variance are among ``params``. Any map :math:`y a + b` of a
-    layer's outputs counts, a and b made of parameters, however it is written:
+    layer's outputs counts, a and b computed from parameters, however it is written:
     ``(y - mean) * (gain * rsqrt(variance + eps)) + bias`` (Flax, Haiku),
     ``y * inv + (bias - mean * inv)`` (Keras), a division by a square root, one without gain, bias
     or mean. It is folded if it is all that happens to the layer's outputs, and all that its
@@ -325,12 +318,13 @@ def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Folded:
       inputs: one example of them; only shapes matter.
 
     Returns:
-      `Folded`: params of the same function; which kernel took up which norm; kernels that took up
-      none and why.
+      ``Rewritten``: params of the same function. ``changed`` maps each kernel to the parameters of
+      the norm that it took up, ``skipped`` says why it took up none.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> p = {"kernel": jnp.ones((1, 2)), "mean": jnp.ones(2), "var": jnp.full(2, 3.0), "gain": jnp.full(2, 4.0)}
+      >>> norm = {"mean": jnp.ones(2), "var": jnp.full(2, 3.0), "gain": jnp.full(2, 4.0)}
+      >>> p = {"kernel": jnp.ones((1, 2)), **norm}
       >>> def fn(p, x):
       ...     return (x @ p["kernel"] - p["mean"]) / jnp.sqrt(p["var"] + 1.0) * p["gain"]
       >>> result = fold_batch_norm(fn, p, jnp.ones((1, 1)))
@@ -344,21 +338,21 @@ def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Folded:
     leaves, rebuild = flatten(params)
     traced = trace(fn, params, *inputs)
     found = walk(traced)
-    folded: dict[str, tuple[str, ...]] = {}
+    changed: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
     for site in traced.sites.values():
-        if site.param is None or site.param in folded:
+        if site.param is None or site.param in changed:
             continue
         try:
-            new, folded[site.param] = _best(found, site, leaves)
+            new, changed[site.param] = _best(found, site, leaves)
             leaves |= new
         except Refused as refused:
             skipped.setdefault(site.param, str(refused))
-    return Folded(rebuild(leaves), folded, skipped)
+    return Rewritten(rebuild(leaves), changed=changed, skipped=skipped)
 
 
 def _best(found: Walk, site: Site, leaves: Leaves) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Fold the longest scale and shift that can be; raise why even that of the whole norm cannot be."""
+    """Fold the longest scale and shift possible; else raise the reason for the whole norm."""
     maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
     if (why := _kernel_elsewhere(found, site)) or not maps:
         raise Refused(why or _no_norm(found, site))

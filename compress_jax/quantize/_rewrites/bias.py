@@ -1,35 +1,33 @@
-"""Bias correction: take the mean of the error that compression makes out of every layer's outputs."""
+"""Bias correction: remove the mean of the compression error from every layer's outputs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from compress_jax.core.deprecated import positional_arguments
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.layerwise._problem import fed, met, summed_axes, why_not
-from compress_jax.trace import Calibration
+from compress_jax.core.types import ModelFn, Params, PyTree, Shape
+from compress_jax.layerwise._problem import channel_statistic, fed_sites, summed_axes, why_not
+from compress_jax.layerwise._result import Rewritten
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.interpret import Where, interpret
 from compress_jax.trace._jaxpr.primitives import CASTS
 from compress_jax.trace._jaxpr.site import Position, Site
-from compress_jax.trace._statistics.calibration import require
+from compress_jax.trace._statistics.calibration import Calibration, require
 from compress_jax.trace._statistics.moments import Moments
 from compress_jax.trace._statistics.reducer import aligned
-
-# Which parameter is added to what comes out of a site: its bias.
-
 
 MOVES = CASTS | {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"}
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A value that is a parameter, or what a site gave, but for moves and casts."""
+    """A value that is a parameter or a site's output, up to moves and casts."""
 
     param: str | None = None
     site: str | None = None
@@ -40,7 +38,7 @@ NOTHING = Origin()
 
 @dataclass
 class _Biases:
-    """The domain for the interpreter: a value is an `Origin`."""
+    """The interpreter's domain of `Origin` values; ``found`` maps sites to their biases."""
 
     sites: dict[Position, Site]
     found: dict[str, str] = field(default_factory=dict)
@@ -100,60 +98,48 @@ def biases(fn: ModelFn, params: Params, *inputs: PyTree) -> dict[str, str]:
     return domain.found
 
 
-class Corrected(NamedTuple):
-    """Params with corrected biases.
-
-    Attributes:
-      params: plain arrays.
-      corrected: ``{path of a bias: path of the kernel whose error it takes up}``.
-      skipped: ``{path of a kernel: why no bias takes up its error}``.
-      notes: ``{path of a kernel: what was out of the ordinary}``.
-    """
-
-    params: Params
-    corrected: dict[str, str]
-    skipped: dict[str, str]
-    notes: Mapping[str, str] = MappingProxyType({})
-
-
+@positional_arguments("compressed", "calibration", after=2)
 def correct_bias(
     fn: ModelFn,
     params: Params,
+    *inputs: PyTree,
     compressed: Params,
     calibration: Calibration,
-    *inputs: PyTree,
-) -> Corrected:
-    r"""Add to each bias what its layer's kernel lost on average, :math:`b \leftarrow b + (W - \hat W)^\top E[x]`.
+) -> Rewritten:
+    r"""Add the mean error of a layer's kernel to its bias.
 
-    Afterwards the mean of each output over the calibration data is what it was. Of a convolution,
-    E[x] is the mean of each input channel wherever the window stands: padding is left out of
-    account. Which parameter is a layer's bias is read off the function's jaxpr.
+    With :math:`b \leftarrow b + (W - \hat W)^\top E[x]` the mean of each output over the
+    calibration data is unchanged by compression. For a convolution, E[x] is the mean of each input
+    channel at all positions of the window, without padding. Which parameter is a layer's bias is
+    found in the function's jaxpr.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
       params: tree of arrays before compression.
-      compressed: the like after it: ``c.view(params, state)`` or a solver's result. If biases are
-        compressed too, their correction has to be seen through the compression again.
-      calibration: ``trace.calibrate(fn, trace.reducers.moments(), params, batches)``.
       inputs: one example of them; only shapes matter.
+      compressed: the tree after compression: ``c.view(params, state)`` or a solver's ``params``. If
+        biases are compressed too, view the result through the compression again. It and
+        ``calibration`` may also be given before ``inputs``.
+      calibration: ``trace.calibrate(fn, trace.reducers.moments(), params, batches)``.
 
     Returns:
-      `Corrected`: ``compressed`` with new biases; kernels without a bias are listed.
+      ``Rewritten``: ``compressed`` with new biases. ``changed`` maps each bias to the kernel whose
+      error it takes up; kernels without a bias are in ``skipped``.
 
     Raises:
       NonFiniteError: if calibration statistics are not finite.
       StateError: if they are other statistics.
 
     Example:
-      >>> from compress_jax.trace import calibrate
-      >>> from compress_jax.trace.reducers import moments
+      >>> import compress_jax as cj
       >>> fn = lambda p, x: x @ p["kernel"] + p["bias"]
       >>> params = {"kernel": jnp.array([[1.2], [0.9]]), "bias": jnp.zeros(1)}
       >>> rounded = {"kernel": jnp.array([[1.0], [1.0]]), "bias": jnp.zeros(1)}
       >>> x = jnp.array([[1.0, 0.0], [3.0, 2.0]])
-      >>> result = correct_bias(fn, params, rounded, calibrate(fn, moments(), params, [x]), x)
-      >>> round(float(result.params["bias"][0]), 4), result.corrected
-      (0.3, {'bias': 'kernel'})
+      >>> means = cj.trace.calibrate(fn, cj.trace.reducers.moments(), params, [x])
+      >>> result = cj.quantize.correct_bias(fn, params, x, compressed=rounded, calibration=means)
+      >>> round(float(result.params["bias"][0]), 4), result.changed
+      (0.3, {'bias': ('kernel',)})
 
     References:
       Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction", 2019,
@@ -163,54 +149,55 @@ def correct_bias(
     before = flatten(params)[0]
     leaves, rebuild = flatten(compressed)
     added = biases(fn, params, *inputs)
-    corrected: dict[str, str] = {}
+    changed: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
     notes: dict[str, str] = {}
-    for site, seen in fed(calibration, leaves):
+    for site, moments in fed_sites(calibration, leaves):
         kernels = [path for path in dict.fromkeys((str(site.param), *site.also)) if path in leaves]
-        bias, shift = added.get(site.name), None
-        why = "no parameter is added to what it gives" if bias is None else None
-        if bias is not None and bias in corrected:
-            why = f"its bias {bias!r} already takes up the error of {corrected[bias]!r}"
-        elif bias is not None:
-            lost = before[kernels[0]] - leaves[kernels[0]]
-            shift, why = _shift(site, leaves[bias].shape, lost, seen)
-        if bias is None or shift is None:
-            skipped |= dict.fromkeys(kernels, why or "")
+        bias = added.get(site.name)
+        if bias is None:
+            skipped |= dict.fromkeys(kernels, "no parameter is added to its outputs")
+            continue
+        if bias in changed:
+            reason = f"its bias {bias!r} already takes up the error of {changed[bias][0]!r}"
+            skipped |= dict.fromkeys(kernels, reason)
+            continue
+        error = before[kernels[0]] - leaves[kernels[0]]
+        shift, why = _shift(site, leaves[bias].shape, error, moments)
+        if shift is None:
+            skipped |= dict.fromkeys(kernels, why)
             continue
         leaves[bias] = (leaves[bias].astype(jnp.float32) + shift).astype(leaves[bias].dtype)
-        corrected[bias] = kernels[0]
-        notes |= {kernels[0]: why} if why else {}
-    return Corrected(rebuild(leaves), corrected, skipped, notes)
+        changed[bias] = (kernels[0],)
+        if why:
+            notes[kernels[0]] = why
+    return Rewritten(rebuild(leaves), changed=changed, skipped=skipped, notes=notes)
 
 
-def _shift(site: Site, shape: tuple[int, ...], lost: Any, seen: Moments) -> tuple[Any, str | None]:
+def _shift(
+    site: Site, shape: Shape, error: jax.Array, moments: Moments
+) -> tuple[jax.Array | None, str]:
     """Return what a bias of this shape has to take up, and a note; or None and why it cannot."""
     if reason := why_not(site):
         return None, reason
     if len(site.pieces) != 1:
-        return (
-            None,
-            "several parameters are joined in its product, and one bias is added to all of them",
-        )
-    never = seen.count == 0
+        return None, "several parameters are joined in its product, and share one bias"
+    never = moments.count == 0
     if bool(never.all()):
         return None, "calibration never reached it"
-    answer = met(
-        site, site.pieces[0], jnp.where(aligned(never, seen.mean), 0.0, seen.mean), jnp.mean
-    )
+    known = jnp.where(aligned(never, moments.mean), 0.0, moments.mean)
+    answer = channel_statistic(site, site.pieces[0], known, jnp.mean)
     if isinstance(answer, str):
         return None, answer
-    box, form, means = answer
+    box, form, means = answer  # means: [batch, k]
     if not bool(jnp.isfinite(means).all()):
         raise NonFiniteError(
-            f"the means of what {site.param!r} is fed are not finite; look at the calibration "
+            f"the means of the inputs of {site.param!r} are not finite; look at the calibration "
             "batches"
         )
-    weighed = form.stored(form.matrices(box.take(lost.astype(jnp.float32))) * means[..., None])
-    shift = weighed.sum(summed_axes(form))
+    matrices = form.matrices(box.take(error.astype(jnp.float32)))  # [batch, k, n]
+    shift = form.stored(matrices * means[..., None]).sum(summed_axes(form))
     if [n for n in shift.shape if n != 1] != [n for n in shape if n != 1]:
         return None, f"its bias has shape {shape}, its outputs {shift.shape}"
-    return shift.reshape(shape), "some turns of its loop never ran: not corrected for them" if bool(
-        never.any()
-    ) else None
+    partly = "some iterations of its loop never ran: not corrected for them"
+    return shift.reshape(shape), partly if bool(never.any()) else ""

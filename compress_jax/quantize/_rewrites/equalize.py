@@ -1,32 +1,33 @@
-"""Cross-layer equalisation: give the output channels of one layer and the inputs of the next the same range."""
+"""Cross-layer equalization: give both sides of a channel the same range of weights."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
-from compress_jax.quantize._rewrites.folding import Folded
+from compress_jax.layerwise._result import Rewritten
 from compress_jax.trace import sites
 from compress_jax.trace._symmetry.scaling import Part, Scaling, scalings
 
 
 def equalize(
     fn: ModelFn, params: Params, *inputs: PyTree, rounds: int = 20, tolerance: float = 1e-3
-) -> Folded:
-    r"""Rescale channels between kernels so that both sides use their ranges evenly; the float function stays as it is.
+) -> Rewritten:
+    r"""Rescale channels between kernels so that both sides use their ranges evenly.
 
     Channel j that kernels :math:`W_1` produce and :math:`W_2` read is scaled by
     :math:`s_j = \sqrt{r_{2j} / r_{1j}}` in the former and by its inverse in the latter,
     :math:`r_{1j}` and :math:`r_{2j}` being the largest magnitudes of the channel in each. That
-    makes them equal, and the least is lost to scales for whole tensors. Repeated until nothing
-    changes, as most kernels are on both sides. Scales for output channels gain little by it.
+    makes them equal, so that one scale for the whole tensor loses least. As most kernels are on
+    both sides, this is repeated until nothing changes. The float function stays the same. Kernels
+    with a scale for each output channel gain little.
 
-    The pairs are read off the function's jaxpr (``trace.scaling``): through biases, relu, pooling,
-    batch norms (of which the mean and the bias go along), gates, from values to the output
-    projection of attention. Only kernels count for the ranges.
+    The pairs are found in the function's jaxpr (``trace.scaling``): through biases, relu, pooling,
+    batch norms (mean and bias are scaled with them), gates, from values to the output projection of
+    attention. Only kernels count for the ranges.
 
     Args:
       fn: a pure function of ``(params, *inputs)``.
@@ -36,8 +37,8 @@ def equalize(
       tolerance: stop when no factor differs from 1 by more.
 
     Returns:
-      `Folded`: params of the same function; which kernels share a channel with which parameters;
-      kernels in no pair and why.
+      ``Rewritten``: params of the same function. ``changed`` says which parameters each kernel
+      shares a channel with, ``skipped`` why a kernel is in no pair.
 
     Raises:
       NonFiniteError: if a parameter holds NaN or infinity.
@@ -63,26 +64,28 @@ def equalize(
     pairs = [(scaling, *_sides(scaling, kernels)) for scaling in found]
     pairs = [(scaling, one, other) for scaling, one, other in pairs if one and other]
     for _ in range(rounds):
-        most = 0.0
+        largest = 0.0
         for scaling, one, other in pairs:
             factors = _factors(scaling, one, other, leaves)
-            most = max(most, float(jnp.abs(jnp.log(factors)).max()))
+            largest = max(largest, float(jnp.abs(jnp.log(factors)).max()))
             leaves |= scaling.apply(leaves, factors)
-        if most < tolerance:
+        if largest < tolerance:
             break
-    folded: dict[str, tuple[str, ...]] = {}
+    changed: dict[str, tuple[str, ...]] = {}
     for scaling, one, other in pairs:
         for part in (*one, *other):
-            others = tuple(each.path for each in scaling.parts if each.path != part.path)
-            folded[part.path] = tuple(dict.fromkeys((*folded.get(part.path, ()), *others)))
-    skipped = {
-        path: _reason(path, leaves[path].ndim, why) for path in sorted(kernels - set(folded))
-    }
-    return Folded(rebuild(leaves), folded, skipped)
+            others = (each.path for each in scaling.parts if each.path != part.path)
+            changed[part.path] = tuple(dict.fromkeys((*changed.get(part.path, ()), *others)))
+    rest = sorted(kernels - set(changed))
+    skipped = {path: _reason(path, leaves[path].ndim, why) for path in rest}
+    return Rewritten(rebuild(leaves), changed=changed, skipped=skipped)
 
 
 def _links(found: Sequence[Scaling], kernels: set[str]) -> set[str]:
-    """Return parameters between two kernels, a norm's scale, that could make up for either: held, they let factors pass."""
+    """Return parameters between two kernels, such as a norm's scale, that could balance either.
+
+    They are held fixed, so that factors pass from kernel to kernel.
+    """
     powers: dict[str, set[int]] = {}
     for scaling in found:
         for part in scaling.parts:
@@ -97,19 +100,23 @@ def _sides(scaling: Scaling, kernels: set[str]) -> tuple[list[Part], list[Part]]
     return [part for part in parts if part.power > 0], [part for part in parts if part.power < 0]
 
 
-def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: Leaves) -> Any:
-    """Return the factors that make the largest entries of both sides equal; 1 where a side has none."""
-    sides = [
-        jnp.stack([scaling.largest(part, jnp.abs(leaves[part.path])) for part in side]).max(0)
-        for side in (one, other)
-    ]
-    live = (sides[0] > 0) & (sides[1] > 0)
-    ratio = jnp.where(live, sides[1], 1.0) / jnp.where(live, sides[0], 1.0)
+def _factors(scaling: Scaling, one: list[Part], other: list[Part], leaves: Leaves) -> jax.Array:
+    """Return the factors that make both sides' largest entries equal; 1 where a side is zero."""
+
+    def largest(side: list[Part]) -> jax.Array:
+        ranges = [scaling.largest(part, jnp.abs(leaves[part.path])) for part in side]
+        return jnp.stack(ranges).max(0)  # [*stack, size]
+
+    r1 = largest(one)
+    r2 = largest(other)
+    live = (r1 > 0) & (r2 > 0)
+    ratio = jnp.where(live, r2, 1.0) / jnp.where(live, r1, 1.0)
+    # The square root, if the powers are 1 and -1.
     return ratio ** (1 / (one[0].power - other[0].power))
 
 
 def _reason(path: str, ndim: int, why: dict[tuple[str, int], str]) -> str:
-    said = [why[path, axis] for axis in range(ndim) if (path, axis) in why]
-    return "it shares no channel with another kernel: " + (
-        ", ".join(dict.fromkeys(said)) or "only with norms or biases"
-    )
+    """Say why a kernel is in no pair."""
+    reasons = dict.fromkeys(why[path, axis] for axis in range(ndim) if (path, axis) in why)
+    text = ", ".join(reasons) or "only with norms or biases"
+    return f"it shares no channel with another kernel: {text}"

@@ -64,7 +64,7 @@ def float_format(exponent_bits: int, mantissa_bits: int, *, reserved: int = 0) -
         are never used.
 
     Returns:
-      The format, for `tabled`.
+      The format, for `codebook`.
 
     Raises:
       ArgumentError: if the numbers of bits are out of range, or no magnitude but 0 is left.

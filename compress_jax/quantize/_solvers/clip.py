@@ -1,22 +1,24 @@
-"""Clip weights before their scales are derived, as far as it lowers the error of the layers' outputs."""
+"""Clip weights before their scales are derived, as far as it lowers the layers' output errors."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, CompressionState, bound
+from compress_jax.core.compression import Compression, CompressionState, Pointwise, bound
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Params
+from compress_jax.core.types import Leaves, Params
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import Problem, column_errors, problems
-from compress_jax.layerwise._solve import Solved
-from compress_jax.trace import Calibration
+from compress_jax.layerwise._result import Rewritten
 from compress_jax.trace._jaxpr.site import layouts_of_sites
+from compress_jax.trace._statistics.calibration import Calibration
 
-FAR = 3e38
+BEYOND = 3e38  # a weight larger than any grid's last level
 RATIOS = tuple(1 - 0.05 * i for i in range(11))
+INSTEAD = "taken for average ones"
+
+Ratios = float | jax.Array  # one for all of a leaf, or one for each entry
 
 
 def clip(
@@ -24,26 +26,28 @@ def clip(
     calibration: Calibration,
     compression: Compression,
     ratios: tuple[float, ...] = RATIOS,
-) -> Solved:
-    r"""Choose for every output of a layer how far its weights' ranges are cut, by the error of the layer's outputs.
+) -> Rewritten:
+    r"""Choose for every output of a layer how far its weights' ranges are cut.
 
     All weights are clipped to :math:`r` times the first and last level they could be rounded to,
     and the compression derives its scales anew. Of all r, each column of weights takes the one with
-    the least :math:`\delta^\top G \delta`, G being the mean of :math:`x x^\top`; a leaf for which
-    one r for all of it does better (a scale for the whole tensor) takes that. Never worse than not
-    clipping. An input that was always zero counts as an average one, and a matrix that calibration
-    did not reach (an expert without tokens) is not clipped: notes say where. The state serves any
-    other solver: ``gptq(params, seen, c, clip(params, seen, c).state)``.
+    the least output error :math:`\delta^\top G \delta`, G being the mean of :math:`x x^\top`. A
+    leaf for which one r for all of it does better (a scale for the whole tensor) takes that one.
+    The result is never worse than not clipping.
+
+    An input that was always zero counts as an average one, and a matrix that calibration did not
+    reach (an expert without tokens) is not clipped: notes say where. The state serves any other
+    solver: ``gptq(params, calibration, c, clip(params, calibration, c).state)``.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
-      compression: what the weights are to be seen through.
-      ratios: candidates, among which should be 1.
+      compression: the grid or format to round to.
+      ratios: candidates for r, among which should be 1.
 
     Returns:
-      ``Solved``: clipped weights, rounded to nearest. Leaves without calibration are not clipped,
-        and listed.
+      ``Rewritten``: clipped weights, rounded to nearest. Leaves without calibration are not
+      clipped, and listed.
 
     Example:
       >>> from compress_jax.quantize import output_error, uniform
@@ -58,28 +62,23 @@ def clip(
       Lin et al., "AWQ", 2024, arXiv:2306.00978; its implementation searches clipping in this way.
     """
     leaves = flatten(params)[0]
-    tasks, skipped = problems(calibration, leaves)
+    tasks, reasons = problems(calibration, leaves)
     compression = bound(compression, layouts_of_sites(calibration.sites.values(), leaves))
-    seen = compression.pointwise(params, compression.init(params))
-    skipped = {
-        path: skipped.get(path, "no calibrated site uses it") for path in seen if path not in tasks
-    }
-    tasks = {path: own for path, own in tasks.items() if path in seen}
+    rounded = compression.pointwise(params, compression.init(params))
+    missing = [path for path in rounded if path not in tasks]
+    skipped = {path: reasons.get(path, "no calibrated site uses it") for path in missing}
+    tasks = {path: own for path, own in tasks.items() if path in rounded}
     state = clipped_state(params, compression, tasks, ratios)
-    notes = {path: said for path, own in tasks.items() if (said := unseen(path, own))}
+    notes = {path: note for path, own in tasks.items() if (note := unreached(path, own))}
     skipped = {**compression.skipped(params), **skipped}
-    return Solved(compression.view(params, state), state, skipped, notes, compression)
+    changed = dict.fromkeys(tasks, ())
+    return Rewritten(compression.view(params, state), state, changed, skipped, notes, compression)
 
 
-def unseen(path: str, tasks: Sequence[Problem]) -> str:
-    """Say what calibration does not know of a leaf whose range is chosen by its outputs; empty if all was seen."""
-    said = [note for task in tasks for note in _problem.notes(task, path, "taken for average ones")]
-    return "; ".join([*said, *_problem.asides(tasks, "taken for average ones")])
-
-
-def _ends(see: Any, x: jax.Array, operands: Any) -> tuple[jax.Array, jax.Array]:
-    far = jnp.full(x.shape, FAR, jnp.float32)
-    return see(-far, *operands), see(far, *operands)
+def unreached(path: str, tasks: Sequence[Problem]) -> str:
+    """Say what calibration does not know of a leaf whose ranges are searched; empty if nothing."""
+    notes = [note for task in tasks for note in _problem.notes(task, path, INSTEAD)]
+    return "; ".join([*notes, *_problem.asides(tasks, INSTEAD)])
 
 
 def clipped_state(
@@ -88,63 +87,96 @@ def clipped_state(
     tasks: Mapping[str, Sequence[Problem]],
     ratios: tuple[float, ...] = RATIOS,
 ) -> CompressionState:
-    """Return the state of the compression on weights clipped as is best; under it the weights as they are round likewise.
+    """Return the state of the compression on weights clipped by the best ratios.
+
+    Under it the weights themselves, not clipped, are rounded to the same levels.
 
     Args:
       params: tree of arrays.
-      compression: what the weights are to be seen through.
-      tasks: the layer-wise problems of leaves that it sees entry by entry.
+      compression: the grid or format to round to.
+      tasks: the layer-wise problems of leaves that it rounds entry by entry.
       ratios: candidates.
 
     Returns:
       The state.
     """
     start = compression.init(params)
-    leaves, rebuild = flatten(params)
-    seen = compression.pointwise(params, start)
-    bounds = {path: _ends(seen[path].see, leaves[path], seen[path].operands) for path in tasks}
     if not tasks:
         return start
+    leaves, rebuild = flatten(params)
+    pointwise = compression.pointwise(params, start)
+    ends = {path: _ends(pointwise[path], leaves[path]) for path in tasks}
 
-    def cut(by: Mapping[str, Any]) -> Params:
-        ends = {
-            path: [(end * by[path]).astype(leaves[path].dtype) for end in bounds[path]]
-            for path in by
-        }
-        return rebuild({**leaves, **{path: jnp.clip(leaves[path], *ends[path]) for path in by}})
+    def state_of(by: Mapping[str, Ratios]) -> CompressionState:
+        cut = {path: _cut(leaves[path], ends[path], ratio) for path, ratio in by.items()}
+        return compression.init(rebuild({**leaves, **cut}))
 
-    def errors(by: Mapping[str, Any]) -> dict[str, list[jax.Array]]:
-        viewed = flatten(compression.view(params, compression.init(cut(by))))[0]
-        return {
-            path: output_errors((viewed[path] - leaves[path]).astype(jnp.float32), tasks[path])
-            for path in by
-        }
+    def errors(by: Mapping[str, Ratios]) -> dict[str, list[jax.Array]]:
+        viewed = flatten(compression.view(params, state_of(by)))[0]
+        deltas = {path: (viewed[path] - leaves[path]).astype(jnp.float32) for path in by}
+        return {path: output_errors(delta, tasks[path]) for path, delta in deltas.items()}
 
     tried = [errors(dict.fromkeys(tasks, ratio)) for ratio in ratios]
-    columns, whole = {}, {}
-    plain = min(range(len(ratios)), key=lambda i: abs(1 - ratios[i]))
-    for path, own in tasks.items():
-        columns[path] = jnp.full(leaves[path].shape, ratios[plain], jnp.float32)
-        for i, task in enumerate(own):
-            table = jnp.stack([each[path][i] for each in tried])
-            best = jnp.where(task.dead.all(1)[:, None], plain, table.argmin(0))
-            chosen = jnp.asarray(ratios, jnp.float32)[best][:, None]
-            parts = jnp.broadcast_to(chosen, (*task.gram.shape[:2], chosen.shape[-1]))
-            columns[path] = task.box.put(columns[path], task.form.stored(parts))
-        total = sum(
-            jnp.stack([each[path][i] for each in tried]).sum((1, 2)) for i in range(len(own))
-        )
-        whole[path] = jnp.full(leaves[path].shape, ratios[int(jnp.argmin(total))], jnp.float32)
-    totals = [
-        {path: sum(float(x.sum()) for x in each) for path, each in errors(by).items()}
-        for by in (columns, whole)
-    ]
-    best = {
-        path: columns[path] if totals[0][path] <= totals[1][path] else whole[path] for path in tasks
-    }
-    return compression.init(cut(best))
+    columns = {path: _best_by_column(path, leaves, tasks[path], tried, ratios) for path in tasks}
+    whole = {path: _best_of_leaf(path, leaves, tried, ratios) for path in tasks}
+    by_column = errors(columns)
+    by_leaf = errors(whole)
+    best: dict[str, Ratios] = {}
+    for path in tasks:
+        better = _total(by_column[path]) <= _total(by_leaf[path])
+        best[path] = columns[path] if better else whole[path]
+    return state_of(best)
+
+
+def _ends(pointwise: Pointwise, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the first and last level of every entry."""
+    far = jnp.full(x.shape, BEYOND, jnp.float32)
+    return pointwise.see(-far, *pointwise.operands), pointwise.see(far, *pointwise.operands)
+
+
+def _cut(x: jax.Array, ends: tuple[jax.Array, jax.Array], ratio: Ratios) -> jax.Array:
+    low, high = ends
+    return jnp.clip(x, (low * ratio).astype(x.dtype), (high * ratio).astype(x.dtype))
+
+
+def _best_by_column(
+    path: str,
+    leaves: Leaves,
+    tasks: Sequence[Problem],
+    tried: Sequence[Mapping[str, list[jax.Array]]],
+    ratios: tuple[float, ...],
+) -> jax.Array:
+    """Return the best ratio of each entry's column; that next to 1 where nothing is known."""
+    unclipped = min(range(len(ratios)), key=lambda i: abs(1 - ratios[i]))
+    chosen = jnp.full(leaves[path].shape, ratios[unclipped], jnp.float32)
+    for i, task in enumerate(tasks):
+        table = jnp.stack([errors[path][i] for errors in tried])  # [ratios, batch, n]
+        best = jnp.where(task.dead.all(1)[:, None], unclipped, table.argmin(0))
+        columns = jnp.asarray(ratios, jnp.float32)[best][:, None]  # [batch, 1, n]
+        entries = jnp.broadcast_to(columns, (*task.gram.shape[:2], columns.shape[-1]))
+        chosen = task.box.put(chosen, task.form.stored(entries))
+    return chosen
+
+
+def _best_of_leaf(
+    path: str,
+    leaves: Leaves,
+    tried: Sequence[Mapping[str, list[jax.Array]]],
+    ratios: tuple[float, ...],
+) -> jax.Array:
+    """Return the one ratio that is best for all of a leaf, for every entry."""
+    parts = len(tried[0][path])
+    totals = sum(jnp.stack([errors[path][i] for errors in tried]).sum((1, 2)) for i in range(parts))
+    return jnp.full(leaves[path].shape, ratios[int(jnp.argmin(totals))], jnp.float32)
+
+
+def _total(errors: Sequence[jax.Array]) -> float:
+    return sum(float(each.sum()) for each in errors)
 
 
 def output_errors(delta: jax.Array, tasks: Sequence[Problem]) -> list[jax.Array]:
-    """Return the output errors of a leaf's columns, problem by problem; inputs that were never seen count as average."""
+    """Return the output errors of a leaf's columns, problem by problem, each ``[batch, n]``.
+
+    Inputs that were always zero count as average ones.
+    """
     return [column_errors(task.form.matrices(task.box.take(delta)), task.filled) for task in tasks]

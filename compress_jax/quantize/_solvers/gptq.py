@@ -1,21 +1,26 @@
-"""GPTQ: round one input at a time and let the inputs that are left make up for the error."""
+"""GPTQ: round one input at a time and compensate the error in the remaining inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.compression import Compression, CompressionState, Pointwise
-from compress_jax.core.types import Params
-from compress_jax.layerwise._problem import MatrixForm, Problem, listed, upper_factor
-from compress_jax.layerwise._solve import HIGHEST, Solved, layerwise
-from compress_jax.trace import Calibration
-
-TRIES, LEAST = 6, 1e-4
-UNSPLIT = 1024  # at most so many earlier inputs make up for their errors in one product
+from compress_jax.core.types import Params, Scalar
+from compress_jax.layerwise._error_feedback import (
+    Block,
+    by_blocks,
+    by_rows,
+    damped_factor,
+    each_matrix,
+    raise_damping,
+)
+from compress_jax.layerwise._problem import MatrixForm, Problem, listed
+from compress_jax.layerwise._result import Rewritten
+from compress_jax.layerwise._solve import QuantizeFn, solve_leaves
+from compress_jax.trace._statistics.calibration import Calibration
 
 
 def gptq(
@@ -28,38 +33,37 @@ def gptq(
     block: int = 128,
     act_order: bool = False,
     held_out: Calibration | None = None,
-) -> Solved:
-    r"""Round weights so that the layers' outputs, not the weights, stay close, by second-order error compensation.
+) -> Rewritten:
+    r"""Round weights so that the layers' outputs stay close, by second-order error compensation.
 
     With :math:`H = 2 X^\top X / m + \lambda I` and the upper Cholesky factor U of its inverse, each
     input i in turn is rounded to :math:`q_i`, and
-    :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. This is computed as what
-    it comes to with :math:`A = U^{-1}`, hence :math:`A A^\top = H`: input j is rounded at
-    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the weights as they were; so
-    nothing is ever inverted.
+    :math:`w_{j} \mathrel{-}= U_{ij} (w_i - q_i) / U_{ii}` for all j > i. The same is computed with
+    :math:`A = U^{-1}`, hence :math:`A A^\top = H`, and without an inverse: input j is rounded at
+    :math:`w_j + \sum_{i < j} A_{ij} (w_i - q_i) / A_{jj}`, w being the original weights.
 
-    The scales (and masks, in a chain) are those of the compression's state; any grid, floating
-    format or granularity that sees weights entry by entry will do. All sites that `calibrate` saw:
-    dense, einsum, attention projections, convolutions, experts, scanned layers, which are solved
-    one after the other by one compiled program.
+    The scales (and masks, in a chain) are those of the compression's state. Any grid, floating
+    format or granularity that rounds weights entry by entry will do. Solved are the kernels of all
+    calibrated sites: dense, einsum, attention projections, convolutions, experts, and scanned
+    layers, one after the other by one compiled program.
 
     Args:
       params: tree of arrays.
       calibration: ``trace.calibrate(fn, trace.gram(), params, batches)``.
-      compression: what the weights are to be seen through.
-      state: its state; by default that of `init` once the compression is bound to the layouts the
-        calibrated sites tell.
+      compression: the grid or format to round to.
+      state: its state; by default that of `init` once the compression is bound to the layouts of
+        the calibrated sites.
       damping: :math:`\lambda` as a share of the mean of H's diagonal. If H cannot be factored it is
         raised tenfold, up to five times; a note says so.
-      block: inputs after which the error is carried to all that are left.
-      act_order: take inputs in the order of falling H's diagonal.
-      held_out: statistics of other batches: a layer that rounding to nearest serves better there is
-        rounded to nearest; by default the calibration decides.
+      block: inputs after which the error is passed on to all that remain.
+      act_order: take inputs in the order of H's diagonal, the largest first.
+      held_out: statistics of other batches. A layer for which rounding to nearest is better there
+        is rounded to nearest; by default the calibration decides.
 
     Returns:
-      ``Solved``: exact under the compression. Leaves without calibration are rounded to nearest and
-      listed. So are, with a note, weights of inputs that were always zero, experts and branches
-      that calibration did not reach, and layers that are not solved better.
+      ``Rewritten``, exact under the compression. Leaves without calibration are rounded to nearest
+      and listed. So are, with a note, weights of inputs that were always zero, experts and branches
+      that calibration did not reach, and layers for which the solution is no better.
 
     Raises:
       NonFiniteError: if calibration or weights are not finite.
@@ -84,151 +88,83 @@ def gptq(
     """
 
     def solve(
-        path: str, x: jax.Array, how: Pointwise, problem: Problem
+        path: str, x: jax.Array, pointwise: Pointwise, problem: Problem
     ) -> tuple[jax.Array, str | None]:
-        return _leaf(problem.names(path), x, how, problem, damping, block, act_order)
+        return _solve_leaf(path, x, pointwise, problem, damping, block, act_order)
 
-    return layerwise(params, calibration, compression, state, solve, held_out)
+    return solve_leaves(params, calibration, compression, state, solve, held_out)
 
 
-def _leaf(
-    names: list[str],
+def _solve_leaf(
+    path: str,
     x: jax.Array,
-    how: Pointwise,
+    pointwise: Pointwise,
     problem: Problem,
     damping: float,
     block: int,
     act_order: bool,
 ) -> tuple[jax.Array, str | None]:
-    """Solve one leaf, raising the damping of the matrices that cannot be factored; what remains is not solved."""
+    """Solve one leaf. A matrix whose Hessian no damping mends keeps its weights, with a note."""
     form = problem.form
-    solved = form.matrices(x.astype(jnp.float32))
-    left, said = jnp.ones(len(solved), bool), []
-    for attempt in range(TRIES):
-        used = damping if attempt == 0 else max(damping, LEAST) * 10**attempt
-        new, factored = _solve(x, how.operands, problem.gram, used, form, how.see, block, act_order)
-        solved, left = jnp.where((left & factored)[:, None, None], new, solved), left & ~factored
-        if not left.any():
-            break
-    failed = np.flatnonzero(left)
-    if attempt:
-        said.append(f"damping was raised from {damping:g} to {used:g} to factor the Hessian")
-    if len(failed):
-        said.append(
-            "no damping makes the Hessian positive definite of "
-            + listed([names[i] for i in failed])
-        )
-    return form.stored(solved).astype(x.dtype), "; ".join(said) or None
+
+    def attempt(damping: float) -> tuple[jax.Array, jax.Array]:
+        see = pointwise.see
+        gram = problem.gram
+        return _solve(x, pointwise.operands, gram, damping, form, see, block, act_order)
+
+    unsolved = form.matrices(x.astype(jnp.float32))  # [batch, k, n]
+    solved, failed, notes = raise_damping(attempt, unsolved, damping)
+    if failed.any():
+        names = problem.names(path)
+        which = listed([names[i] for i in np.flatnonzero(failed)])
+        notes.append(f"no damping makes the Hessian positive definite of {which}")
+    return form.stored(solved).astype(x.dtype), "; ".join(notes) or None
 
 
-@partial(jax.jit, static_argnames=("form", "see", "block", "act_order"))
+@partial(jax.jit, static_argnames=("form", "quantize_fn", "block", "act_order"))
 def _solve(
     x: jax.Array,
     operands: Sequence[jax.Array],
     gram: jax.Array,
-    damping: Any,
+    damping: Scalar,
     form: MatrixForm,
-    see: Callable[..., Any],
+    quantize_fn: QuantizeFn,
     block: int,
     act_order: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Solve all matrices of a leaf, one after the other; return them, and which could be factored."""
+    """Solve all matrices of a leaf; return them, and which could be factored."""
 
-    def one(each: Any) -> tuple[jax.Array, jax.Array]:
-        w, seen_with, moment = each
-        return _matrix(w, seen_with, moment, damping, see, block, act_order)
+    def solve(matrix: tuple[jax.Array, list[jax.Array], jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return _matrix(*matrix, damping, quantize_fn, block, act_order)
 
-    every = form.matrices(x.astype(jnp.float32)), [form.matrices(each) for each in operands], gram
-    if len(gram) == 1:
-        return jax.tree.map(lambda y: y[None], one(jax.tree.map(lambda y: y[0], every)))
-    return jax.lax.map(one, every)
+    w = form.matrices(x.astype(jnp.float32))  # [batch, k, n]
+    return each_matrix(solve, (w, [form.matrices(each) for each in operands], gram))
 
 
 def _matrix(
     w: jax.Array,
-    operands: Any,
+    operands: list[jax.Array],
     gram: jax.Array,
-    damping: Any,
-    see: Callable[..., Any],
+    damping: Scalar,
+    quantize_fn: QuantizeFn,
     block: int,
     act_order: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """Solve one matrix ``[k, n]``; a Hessian that is not positive definite, or NaN, has no finite factor."""
-    diagonal = 2 * jnp.diagonal(gram)
-    dead = (
-        diagonal == 0
-    )  # inputs that were always zero: nothing makes up for them, so they are rounded to nearest
-    hessian = _plus_diagonal(2 * gram, jnp.where(dead, 1.0, damping * diagonal.mean()))
+    """Solve one matrix ``[k, n]``; tell whether its Hessian could be factored."""
+
+    def quantize_row(row: jax.Array, operands: list[jax.Array]) -> jax.Array:
+        return quantize_fn(row, *operands)
+
+    def quantize_block(rows: Block) -> tuple[jax.Array, None]:
+        return by_rows(rows, quantize_row), None
+
+    k = len(w)
+    size = min(block, k)
     if not act_order:
-        factor = upper_factor(hessian)
-        return _columns(w, operands, factor, see, block), jnp.isfinite(jnp.diagonal(factor)).all()
-    order = jnp.argsort(-diagonal, stable=True)
-    factor = upper_factor(hessian[order][:, order])
-    rounded = _columns(w[order], [x[order] for x in operands], factor, see, block)
-    return jnp.zeros_like(rounded).at[order].set(rounded), jnp.isfinite(jnp.diagonal(factor)).all()
-
-
-def _plus_diagonal(x: jax.Array, diagonal: jax.Array) -> jax.Array:
-    i = jnp.arange(len(x))
-    return jnp.where(
-        i[:, None] == i[None], x + diagonal[None], x
-    )  # in one pass with whatever reads it
-
-
-def _columns(
-    w: jax.Array, operands: list[jax.Array], factor: jax.Array, see: Callable[..., Any], block: int
-) -> jax.Array:
-    """Round block by block; before each, add up what the inputs before it owe it. What is missing in the end is padded."""
-    (k, n), block = w.shape, min(block, len(w))
-    tiles = -(-k // max(block, UNSPLIT))
-    tile = -(-k // (tiles * block)) * block
-    missing = tiles * tile - k
-    w, *operands = (jnp.pad(x, ((0, missing), (0, 0)), mode="edge") for x in (w, *operands))
-    factor = jnp.pad(factor, (0, missing))
-
-    def cut(x: jax.Array, start: Any, size: int = block) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(x, start, size)
-
-    def turn(missed: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-        columns = jax.lax.dynamic_slice_in_dim(factor, start, block, axis=1)
-
-        def gather(
-            i: Any, owed: jax.Array
-        ) -> jax.Array:  # what is yet to be rounded has missed nothing
-            earlier = cut(columns, i * tile, tile), cut(missed, i * tile, tile)
-            return owed + jnp.matmul(earlier[0].T, earlier[1], precision=HIGHEST)
-
-        owed = jax.lax.fori_loop(0, -(-start // tile), gather, jnp.zeros((block, n)))
-        rounded, missed_here = _rows(
-            cut(w, start), [cut(x, start) for x in operands], owed, cut(columns, start), see
-        )
-        return jax.lax.dynamic_update_slice_in_dim(missed, missed_here, start, 0), rounded
-
-    _, rounded = jax.lax.scan(turn, jnp.zeros_like(w), jnp.arange(0, len(w), block))
-    return rounded.reshape(-1, n)[:k]
-
-
-def _rows(
-    w: jax.Array,
-    operands: list[jax.Array],
-    owed: jax.Array,
-    factor: jax.Array,
-    see: Callable[..., Any],
-) -> tuple[jax.Array, jax.Array]:
-    """Round the rows of a block in turn; return what they became and what they missed.
-
-    Each row gathers what the rows before it owe it, which reads them; passing each row's error on
-    at once would rewrite the whole block every time.
-    """
-    diagonal = jnp.diagonal(factor)
-    inverse = 1 / jnp.where(diagonal == 0, 1, diagonal)  # padded inputs have none
-
-    def turn(missed: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
-        i, w, owed, coefficients, inverse, operands = row
-        owed = owed + jnp.matmul(coefficients, missed, precision=HIGHEST)
-        rounded = see(w + owed * inverse, *operands)
-        return jax.lax.dynamic_update_index_in_dim(missed, w - rounded, i, 0), rounded
-
-    steps = (jnp.arange(len(w)), w, owed, factor.T, inverse, operands)
-    missed, rounded = jax.lax.scan(turn, jnp.zeros_like(w), steps)
-    return rounded, missed
+        factor, factored = damped_factor(gram, damping, k)
+        return by_blocks(Block(w, factor, operands), quantize_block, size)[0], factored
+    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
+    factor, factored = damped_factor(gram, damping, k, order)
+    rows = Block(w[order], factor, [each[order] for each in operands])
+    quantized, _ = by_blocks(rows, quantize_block, size)
+    return jnp.zeros_like(quantized).at[order].set(quantized), factored

@@ -23,7 +23,7 @@ from compress_jax.quantize._scales import levels as level_rules
 from compress_jax.quantize._scales.levels import Fixed, LevelRule
 
 
-def tabled(
+def codebook(
     levels: Levels,
     granularity: Granularity = "tensor",
     scale: str | LevelRule = "absmax",
@@ -52,7 +52,7 @@ def tabled(
         such axis.
 
     Example:
-      >>> powers = tabled(Table((-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)))  # products with these are shifts
+      >>> powers = codebook(Table((-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)))  # products with these are shifts
       >>> params = {"kernel": jnp.array([0.3, -4.0, 1.2, 0.9])}
       >>> powers.view(params, powers.init(params))["kernel"].tolist()
       [0.0, -4.0, 1.0, 1.0]
@@ -76,9 +76,9 @@ def on_levels(
     Args:
       levels: what scaled weights are rounded to.
       rule: returns the state of a leaf.
-      granularity: as of `tabled`.
-      axis: as of `tabled`.
-      pad: as of `tabled`.
+      granularity: as of `codebook`.
+      axis: as of `codebook`.
+      pad: as of `codebook`.
       scale_dtype: what scales are packed as; those of the rule must be exact in it.
       clip: the gradient passes only where magnitudes are at most this; None for everywhere.
 

@@ -5,7 +5,7 @@ from compress_jax.core.errors import ArgumentError
 from compress_jax.core.layout import Granularity
 from compress_jax.core.levels import Float
 from compress_jax.quantize._scales.levels import E2M1, E4M3, E5M2, NF4, LevelRule
-from compress_jax.quantize._weights.codebook import tabled
+from compress_jax.quantize._weights.codebook import codebook
 
 
 def fp8(
@@ -46,7 +46,7 @@ def fp8(
     References:
       Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
     """
-    return tabled(fp8_levels(kind), granularity, scale, axis, pad)
+    return codebook(fp8_levels(kind), granularity, scale, axis, pad)
 
 
 def fp4(
@@ -85,7 +85,7 @@ def fp4(
       Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, section
       5.3.3.
     """
-    return tabled(E2M1, granularity, scale, axis, pad)
+    return codebook(E2M1, granularity, scale, axis, pad)
 
 
 def nf4(
@@ -122,7 +122,7 @@ def nf4(
       Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs", 2023, section 3 and appendix
       E.
     """
-    return tabled(NF4, granularity, scale, axis, pad)
+    return codebook(NF4, granularity, scale, axis, pad)
 
 
 def fp8_levels(kind: str) -> Float:

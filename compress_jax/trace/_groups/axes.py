@@ -17,6 +17,8 @@ from jax.extend.core import JaxprEqn
 
 from compress_jax.trace._jaxpr.site import Shape
 
+Member = tuple[str, int]  # the path of a parameter and one of its axes
+
 
 @dataclass(frozen=True, slots=True)
 class Leaf:

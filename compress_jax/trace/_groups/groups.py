@@ -14,14 +14,11 @@ from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze, returned
-from compress_jax.trace._groups.axes import Leaf
+from compress_jax.trace._groups.axes import Leaf, Member
 from compress_jax.trace._jaxpr.site import Position
 
 # A group: everything along which a network's parameters must be permuted or removed together; and
 # doing so.
-
-
-Member = tuple[str, int]  # the path of a parameter and one of its axes
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from compress_jax.core.errors import CompressError, ShapeError
 from compress_jax.core.paths import flatten, match
 from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr import primitives
-from compress_jax.trace._jaxpr.interpret import Where, interpret, numbers
+from compress_jax.trace._jaxpr.interpret import Where, interpret, uniform_operands
 from compress_jax.trace._jaxpr.origin import (
     CONSTANT,
     DATA,
@@ -104,7 +104,7 @@ class Found:
                 args = [replace(arg, paths=()) for arg in args]
             self.contractions[where.position] = (eqn, args[0], args[1], where)
             return [_product(args, where.position)]
-        if primitives.hidden(eqn):
+        if primitives.contracts_inside(eqn):
             self.hidden[where.position] = eqn.primitive.name
         result = transfer(eqn, args)
         if eqn.primitive.name == "gather" and args[0].paths:
@@ -139,7 +139,7 @@ def find(closed: ClosedJaxpr, params: dict[str, Any], inputs: Sequence[str]) -> 
     Returns:
       What was seen.
     """
-    found = Found(sums=frozenset(numbers(closed)))
+    found = Found(sums=frozenset(uniform_operands(closed)))
     interpret(
         found,
         closed,

@@ -1,9 +1,13 @@
-"""The abstract interpreter: walk a jaxpr and everything nested in it, with any notion of what a value is."""
+"""The abstract interpreter: run a jaxpr, and all that is nested in it, on abstract values.
+
+`interpret` runs any `Domain`. The simplest domain is here too: `uniform_operands` finds the
+constants in a computation whose entries are all one number.
+"""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +17,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from compress_jax.trace._jaxpr.primitives import (
     CASTS,
     MOVES,
-    PASSED,
+    PASS_THROUGH,
     Branches,
     Call,
     Scan,
@@ -21,6 +25,8 @@ from compress_jax.trace._jaxpr.primitives import (
     nested,
 )
 from compress_jax.trace._jaxpr.site import Position
+
+V = TypeVar("V")
 
 
 @dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Where:
       conditional: whether a branch or a ``while`` loop is around it.
     """
 
-    position: tuple[int | str, ...] = ()
+    position: Position = ()
     loops: tuple[int, ...] = ()
     conditional: bool = False
 
@@ -45,66 +51,74 @@ class Where:
     def inside(
         self, body: int | str, loop: int | None = None, conditional: bool = False
     ) -> "Where":
-        """Return the place of a body of this equation, ``loop`` times run."""
+        """Return the place of a body of this equation, which is run ``loop`` times."""
         loops = self.loops if loop is None else (*self.loops, loop)
         return Where((*self.position, body), loops, self.conditional or conditional)
 
 
-class Domain(Protocol):
-    """What a value is and what equations do to it.
+class Domain(Protocol[V]):
+    """Abstract values, and the transfer functions of equations on them.
 
-    The interpreter calls ``join`` where two ways meet (branches, one turn of a loop and the next)
-    and runs a loop's body again until ``same`` holds, so joins must only ever climb and
-    ``equation`` may be called more than once for one place.
+    The interpreter joins the values of control-flow paths that meet (branches, an iteration of a
+    loop and the next) and runs a loop's body until `same` holds of all that is carried: a fixed
+    point. So `join` must be monotone, and `equation` may be called more than once for one place.
     """
 
-    def constant(self, aval: Any, value: Any) -> Any:
-        """Return the value of a literal or a captured array."""
+    def constant(self, aval: Any, value: Any) -> V:
+        """Return the abstract value of a literal or a captured array."""
         ...
 
-    def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
-        """Return the results of an equation that runs nothing known inside and does more than pass its operands on."""
+    def equation(self, eqn: JaxprEqn, args: list[V], where: Where) -> Sequence[V]:
+        """Return the abstract results of an equation.
+
+        It is asked of no equation that passes its operands on, or has jaxprs inside that are known.
+        """
         ...
 
-    def join(self, a: Any, b: Any) -> Any:
-        """Return what holds of both values."""
+    def join(self, a: V, b: V) -> V:
+        """Join two abstract values: return one that holds of both."""
         ...
 
-    def same(self, a: Any, b: Any) -> bool:
-        """Tell whether two values say the same."""
+    def same(self, a: V, b: V) -> bool:
+        """Tell whether two abstract values are equal."""
         ...
 
-    def unstack(self, a: Any, loop: int) -> Any:
-        """Return the slice along its first axis that a turn of a loop sees; ``loop`` is how many loops are around."""
+    def unstack(self, a: V, loop: int) -> V:
+        """Return a slice along the first axis: the operand of one iteration of a loop.
+
+        Args:
+          a: the abstract value of the stack.
+          loop: how many loops are around this one.
+        """
         ...
 
-    def stack(self, a: Any, length: int) -> Any:
-        """Return a value's slices put together along a new first axis."""
+    def stack(self, a: V, length: int) -> V:
+        """Return the results of a loop's iterations, stacked along a new first axis."""
         ...
 
-    def reshard(self, a: Any, aval: Any) -> Any:
-        """Return a value as ``shard_map`` cuts it into, or puts it together from, the pieces of its devices."""
+    def reshard(self, a: V, aval: Any) -> V:
+        """Return the shard of a value inside ``shard_map``, or the value of a shard outside."""
         ...
 
 
 def interpret(
-    domain: Domain, jaxpr: ClosedJaxpr, args: Sequence[Any], where: Where | None = None
-) -> list[Any]:
+    domain: Domain[V], jaxpr: ClosedJaxpr, args: Sequence[V], where: Where | None = None
+) -> list[V]:
     """Run a jaxpr over a domain.
 
     Args:
-      domain: what values are.
+      domain: the abstract values.
       jaxpr: the computation.
-      args: a value for each of its inputs.
-      where: the place of the computation, for nested ones.
+      args: an abstract value for each of its inputs.
+      where: the place of the computation, if it is nested.
 
     Returns:
-      A value for each of its outputs.
+      An abstract value for each of its outputs.
     """
     where = where or Where()
-    env: dict[Any, Any] = {}
+    env: dict[Any, V] = {}
 
-    def read(atom: Any) -> Any:
+    def read(atom: Any) -> V:
         return domain.constant(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
 
     constants = zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
@@ -116,8 +130,8 @@ def interpret(
     return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
 
-def _equation(domain: Domain, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
-    if eqn.primitive.name in PASSED:
+def _equation(domain: Domain[V], eqn: JaxprEqn, args: list[V], where: Where) -> Sequence[V]:
+    if eqn.primitive.name in PASS_THROUGH:
         return args
     match nested(eqn):
         case Call() as call:
@@ -126,123 +140,127 @@ def _equation(domain: Domain, eqn: JaxprEqn, args: list[Any], where: Where) -> S
             return _scan(domain, scan, args, where)
         case While() as loop:
             return _while(domain, loop, args, where)
-        case Branches(bodies):
-            _decided(domain, args[:1])
-            results = [
-                interpret(domain, body, args[1:], where.inside(index, conditional=True))
-                for index, body in enumerate(bodies)
-            ]
-            return [_join(domain, ways) for ways in zip(*results, strict=True)]
+        case Branches() as branches:
+            return _branches(domain, branches, args, where)
         case _:
             return domain.equation(eqn, args, where)
 
 
-def _decided(domain: Domain, values: Sequence[Any]) -> None:
-    """Tell a domain that has a method ``decides`` which values choose a branch or end a loop."""
-    note = getattr(domain, "decides", None)
-    if note is not None:
-        note(values)
-
-
-def _join(domain: Domain, ways: Sequence[Any]) -> Any:
-    met = ways[0]
-    for way in ways[1:]:
-        met = domain.join(met, way)
-    return met
-
-
-def _call(domain: Domain, eqn: JaxprEqn, call: Call, args: list[Any], where: Where) -> list[Any]:
+def _call(domain: Domain[V], eqn: JaxprEqn, call: Call, args: list[V], where: Where) -> list[V]:
     if call.shards is None:
         return interpret(domain, call.body, args, where.inside("body"))
-    pieces = [
-        domain.reshard(a, var.aval) for a, var in zip(args, call.body.jaxpr.invars, strict=True)
-    ]
-    results = interpret(domain, call.body, pieces, where.inside("body", loop=call.shards))
+    inner = zip(args, call.body.jaxpr.invars, strict=True)
+    shards = [domain.reshard(a, var.aval) for a, var in inner]
+    results = interpret(domain, call.body, shards, where.inside("body", loop=call.shards))
     return [domain.reshard(a, var.aval) for a, var in zip(results, eqn.outvars, strict=True)]
 
 
-def _scan(domain: Domain, scan: Scan, args: list[Any], where: Where) -> list[Any]:
+def _scan(domain: Domain[V], scan: Scan, args: list[V], where: Where) -> list[V]:
     consts, carry, xs = _cut(args, scan.consts, scan.carry)
     inside = where.inside("body", loop=scan.length)
     slices = [domain.unstack(x, len(where.loops)) for x in xs]
 
-    def turn(carry: list[Any]) -> list[Any]:
+    def iteration(carry: list[V]) -> list[V]:
         return interpret(domain, scan.body, [*consts, *carry, *slices], inside)
 
-    results = _settle(domain, turn, carry)
-    return [*results[: scan.carry], *(domain.stack(y, scan.length) for y in results[scan.carry :])]
+    results = _fixed_point(domain, iteration, carry)
+    stacked = [domain.stack(y, scan.length) for y in results[scan.carry :]]
+    return [*results[: scan.carry], *stacked]
 
 
-def _while(domain: Domain, loop: While, args: list[Any], where: Where) -> list[Any]:
+def _while(domain: Domain[V], loop: While, args: list[V], where: Where) -> list[V]:
     condition_consts, body_consts, carry = _cut(args, loop.condition_consts, loop.body_consts)
     inside = where.inside("body", conditional=True)
-    carry = _settle(
-        domain, lambda carry: interpret(domain, loop.body, [*body_consts, *carry], inside), carry
-    )
-    _decided(
-        domain,
-        interpret(
-            domain,
-            loop.condition,
-            [*condition_consts, *carry],
-            where.inside("cond", conditional=True),
-        ),
-    )
+
+    def iteration(carry: list[V]) -> list[V]:
+        return interpret(domain, loop.body, [*body_consts, *carry], inside)
+
+    carry = _fixed_point(domain, iteration, carry)
+    check = where.inside("cond", conditional=True)
+    _decide(domain, interpret(domain, loop.condition, [*condition_consts, *carry], check))
     return carry
 
 
-def _settle(domain: Domain, turn: Any, carry: list[Any]) -> list[Any]:
-    """Run a loop's body until what is carried stays the same; return the results, the carried ones joined with the start."""
+def _branches(domain: Domain[V], branches: Branches, args: list[V], where: Where) -> list[V]:
+    index, *operands = args
+    _decide(domain, [index])
+    results = [
+        interpret(domain, body, operands, where.inside(i, conditional=True))
+        for i, body in enumerate(branches.bodies)
+    ]
+    return [_join_all(domain, ways) for ways in zip(*results, strict=True)]
+
+
+def _decide(domain: Domain[V], values: Sequence[V]) -> None:
+    """Show a domain that has a method ``decides`` the values that choose a branch or end a loop."""
+    decides = getattr(domain, "decides", None)
+    if decides is not None:
+        decides(values)
+
+
+def _join_all(domain: Domain[V], ways: Sequence[V]) -> V:
+    joined = ways[0]
+    for way in ways[1:]:
+        joined = domain.join(joined, way)
+    return joined
+
+
+def _fixed_point(
+    domain: Domain[V], iteration: Callable[[list[V]], list[V]], carry: list[V]
+) -> list[V]:
+    """Run a loop's body until the joined carry no longer changes; return carry and further results.
+
+    The carry is joined with its start: the loop may run no iteration.
+    """
     while True:
-        results = turn(carry)
+        results = iteration(carry)
         joined = [domain.join(a, b) for a, b in zip(carry, results[: len(carry)], strict=True)]
         if all(map(domain.same, joined, carry)):
             return [*joined, *results[len(carry) :]]
         carry = joined
 
 
-def _cut(items: list[Any], *sizes: int) -> list[list[Any]]:
+def _cut(items: list[V], *sizes: int) -> list[list[V]]:
     """Cut a list into pieces of the given sizes and the rest."""
-    pieces, start = [], 0
+    pieces = []
+    start = 0
     for size in sizes:
         pieces.append(items[start : start + size])
         start += size
     return [*pieces, items[start:]]
 
 
-# Constants in a computation whose entries are all one number, followed to the equations that take
-# them.
+Number = float | None
+"""The number that all entries of a value are; None where it is not known or they differ."""
+UniformOperands = dict[Position, tuple[Number, ...]]
 
 
-Numbers = dict[Position, tuple[float | None, ...]]
-
-
-def numbers(jaxpr: ClosedJaxpr) -> Numbers:
-    """Return for each equation that works on other values too which of its operands are one number throughout.
+def uniform_operands(jaxpr: ClosedJaxpr) -> UniformOperands:
+    """Return for each equation which of its operands are one number throughout.
 
     Args:
       jaxpr: the computation.
 
     Returns:
-      ``{position: a number or None for each operand}``; positions at which no operand is a number
-      are left out.
+      ``{position: a number or None for each operand}``. Positions at which no operand is a number
+      are left out, and those whose result is a number too: they are constants themselves.
 
     Example:
       >>> import jax
-      >>> numbers(jax.make_jaxpr(lambda x: x / (3 * jnp.sqrt(4.0)))(1.0))
+      >>> uniform_operands(jax.make_jaxpr(lambda x: x / (3 * jnp.sqrt(4.0)))(1.0))
       {(2,): (None, 6.0)}
     """
     domain = _Constants()
     interpret(domain, jaxpr, [None] * len(jaxpr.jaxpr.invars))
-    return {place: args for place, args in domain.taken.items() if any(x is not None for x in args)}
+    found = domain.operands.items()
+    return {place: args for place, args in found if any(x is not None for x in args)}
 
 
-def one_number(value: Any) -> float | None:
-    """Return the one value of a constant's entries, if they are real and equal."""
+def uniform_value(value: Any) -> Number:
+    """Return the one number that a constant's entries are, if they are real and equal."""
     dtype = getattr(value, "dtype", np.asarray(0.0).dtype)
-    if isinstance(value, Tracer) or not (
-        jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-    ):
+    real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+    if isinstance(value, Tracer) or not real:
         return None
     entries = np.asarray(value).reshape(-1)
     return float(entries[0]) if entries.size and (entries == entries[0]).all() else None
@@ -250,49 +268,48 @@ def one_number(value: Any) -> float | None:
 
 @dataclass
 class _Constants:
-    """The domain for the interpreter: a value is a number, or None."""
+    """The domain of numbers; ``operands`` holds those of each equation by position."""
 
-    taken: Numbers = field(default_factory=dict)
+    operands: UniformOperands = field(default_factory=dict)
 
-    def constant(self, aval: Any, value: Any) -> float | None:
-        return one_number(value)
+    def constant(self, aval: Any, value: Any) -> Number:
+        return uniform_value(value)
 
-    def join(self, a: float | None, b: float | None) -> float | None:
+    def join(self, a: Number, b: Number) -> Number:
         return a if a == b else None
 
-    def same(self, a: float | None, b: float | None) -> bool:
+    def same(self, a: Number, b: Number) -> bool:
         return a == b
 
-    def unstack(self, a: float | None, loop: int) -> float | None:
+    def unstack(self, a: Number, loop: int) -> Number:
         return a
 
-    def stack(self, a: float | None, length: int) -> float | None:
+    def stack(self, a: Number, length: int) -> Number:
         return a
 
-    def reshard(self, a: float | None, aval: Any) -> float | None:
+    def reshard(self, a: Number, aval: Any) -> Number:
         return a
 
-    def equation(
-        self, eqn: JaxprEqn, args: list[float | None], where: Where
-    ) -> Sequence[float | None]:
-        made = _made(eqn, args)
-        if made is None:
-            self.taken[where.position] = tuple(args)
+    def equation(self, eqn: JaxprEqn, args: list[Number], where: Where) -> Sequence[Number]:
+        result = _folded(eqn, args)
+        if result is None:
+            self.operands[where.position] = tuple(args)
         else:
-            self.taken.pop(where.position, None)
-        return [made] * len(eqn.outvars)
+            self.operands.pop(where.position, None)
+        return [result] * len(eqn.outvars)
 
 
-def _made(eqn: JaxprEqn, args: Sequence[float | None]) -> float | None:
+def _folded(eqn: JaxprEqn, args: Sequence[Number]) -> Number:
+    """Return an equation's result if all operands are numbers and it has a rule."""
     known = [x for x in args if x is not None]
-    name = eqn.primitive.name
     if not known or len(known) < len(args):
         return None
+    name = eqn.primitive.name
     if name in MOVES or name in CASTS:
         return known[0]
     if name == "integer_pow":
         return _safely(lambda x: x ** eqn.params["y"], known)
-    rule = ARITHMETIC.get(name)
+    rule = RULES.get(name)
     return None if rule is None else _safely(rule, known)
 
 
@@ -303,7 +320,7 @@ def _safely(rule: Callable[..., float], args: Sequence[float]) -> float:
         return math.nan
 
 
-ARITHMETIC: dict[str, Callable[..., float]] = {
+RULES: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
     "mul": lambda a, b: a * b,

@@ -388,7 +388,7 @@ def _joined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
             if stacked:
                 out = (*shape[:axis], 1, *shape[axis:])
                 piece = piece.broadcast(out, shape, tuple(i for i in range(len(out)) if i != axis))
-            found.append(piece.moved(axis, place))
+            found.append(piece.shifted(axis, place))
         place += 1 if stacked else shape[axis]
     return _laid(found)
 
@@ -495,7 +495,7 @@ def _pad(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> An
         left = piece.cut(axis, max(-low, 0), shape[axis] - max(-high, 0))
         if not isinstance(left, Piece):
             return left
-        piece = left.moved(axis, max(low, 0))
+        piece = left.shifted(axis, max(low, 0))
     return piece
 
 

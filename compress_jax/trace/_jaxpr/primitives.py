@@ -1,10 +1,16 @@
-"""What every primitive does to values, in one place: each rule table names its classes here, so that no two disagree.
+"""The table of primitives: what each of them does to values, in one place.
 
-A primitive is in one class. What passes a value on is known to the interpreter, which asks no
-domain about it.
+Every rule table of the package (interpret, origin, padding, cost, groups, resize, symmetry) is made
+of the classes here, so that no two of them disagree; ``tests/trace/test_primitives.py`` holds them
+against it. A primitive is in exactly one class. Operands of `PASS_THROUGH` are its results: the
+interpreter passes them on and asks no domain.
+
+After the classes: `nested`, the jaxprs inside an equation, and `kind` and `axes`, the dimensions of
+the equations that contract.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +18,71 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
 from compress_jax.trace._jaxpr.site import AxisIndices
 
-# Jaxprs inside equations, in four forms: a call, a scan, a while loop, a choice of branches.
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
-CALLS = {  # primitive -> the parameter that holds the body, which takes the equation's operands as they stand
+# Each operand is a result, entry for entry: they name, place, order or hide values.
+PASS_THROUGH = _names("""
+    copy copy_p device_put layout_constraint name optimization_barrier pbroadcast pcast pvary
+    reshard shard_alike sharding_constraint stop_gradient xla_metadata_value
+""")
+# The same numbers in another dtype, or with fewer digits.
+CASTS = _names("convert_element_type reduce_precision")
+# Entries of one value are moved, left out or repeated; none is changed.
+MOVES = _names("""
+    broadcast_in_dim expand_dims reshape rev slice split squeeze tile transpose unstack
+""")
+# Several values are put side by side.
+JOINS = _names("concatenate pad stack")
+# Indices choose the entries.
+INDEXED = _names("dynamic_slice gather")
+# Indices choose the entries that are overwritten or added to.
+UPDATES = _names("""
+    dynamic_update_slice scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub
+""")
+
+# Entry by entry.
+SUMS = _names("add add_any sub")
+SIGNS = _names("neg real")  # linear in their one operand
+COMPARISONS = _names("eq eq_to ge gt le le_to lt lt_to ne")
+ARITHMETIC = _names("""
+    abs and bitcast_convert_type ceil clamp clz complex conj div floor imag integer_pow is_finite
+    max min mul nextafter not one_minus_square or population_count rem round select_n shift_left
+    shift_right_arithmetic shift_right_logical sign square xor
+""")
+TRANSCENDENTAL = _names("""
+    acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf erf_inv
+    erfc exp exp2 expm1 igamma igamma_grad_a igammac lgamma log log1p log2 logistic polygamma pow
+    regularized_incomplete_beta rsqrt sin sinh sqrt tan tanh zeta
+""")
+ELEMENTWISE = CASTS | SUMS | SIGNS | COMPARISONS | ARITHMETIC | TRANSCENDENTAL
+
+# Along axes.
+REDUCTIONS = _names("""
+    reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum reduce_xor
+""")
+INDEX_REDUCTIONS = _names("argmax argmin")
+CUMULATIVE = _names("cumlogsumexp cummax cummin cumprod cumsum")
+WINDOWS = _names("reduce_window_max reduce_window_min reduce_window_sum")
+ORDERED = _names("sort top_k")
+CONTRACTIONS = _names("conv_general_dilated dot_general ragged_dot ragged_dot_general")
+
+# Values made from none.
+CREATION = _names("axis_index create_token empty empty2 iota zeros_like")
+RANDOM = _names("""
+    random_bits random_clone random_fold_in random_seed random_split random_unwrap random_wrap
+    rng_bit_generator rng_uniform threefry2x32
+""")
+
+# Over the devices of a mesh, entry by entry.
+COLLECTIVES = _names("pmax pmin ppermute psum psum2 psum_invariant")
+# No result.
+DEBUG = _names("debug_callback debug_print")
+
+# Primitives that run a body once, on the operands as they stand: the parameter that holds it.
+CALLS: Mapping[str, str] = {
     "jit": "jaxpr",
     "pjit": "jaxpr",
     "call": "call_jaxpr",
@@ -31,6 +98,53 @@ CALLS = {  # primitive -> the parameter that holds the body, which takes the equ
     "custom_vjp_call_jaxpr": "fun_jaxpr",
     "shard_map": "jaxpr",
 }
+CONTROL = frozenset(CALLS) | _names("cond scan while")
+
+# Without a rule: every analysis gives up on what they touch. They are listed so that a primitive
+# that is new in JAX is noticed.
+OPAQUE = _names("""
+    after_all all_gather all_gather_invariant all_gather_reduced all_to_all approx_top_k cholesky
+    custom_lin custom_linear_solve eig eigh fft get hessenberg householder_product lu qr
+    ragged_all_to_all random_gamma reduce reduce_scatter reduce_window schur select_and_gather_add
+    select_and_scatter select_and_scatter_add svd swap triangular_solve tridiagonal
+    tridiagonal_solve
+""")
+
+CLASSES: Mapping[str, frozenset[str]] = {
+    "pass-through": PASS_THROUGH,
+    "casts": CASTS,
+    "moves": MOVES,
+    "joins": JOINS,
+    "indexed": INDEXED,
+    "updates": UPDATES,
+    "sums": SUMS,
+    "signs": SIGNS,
+    "comparisons": COMPARISONS,
+    "arithmetic": ARITHMETIC,
+    "transcendental": TRANSCENDENTAL,
+    "reductions": REDUCTIONS,
+    "index reductions": INDEX_REDUCTIONS,
+    "cumulative": CUMULATIVE,
+    "windows": WINDOWS,
+    "ordered": ORDERED,
+    "contractions": CONTRACTIONS,
+    "creation": CREATION,
+    "random": RANDOM,
+    "collectives": COLLECTIVES,
+    "debug": DEBUG,
+    "control": CONTROL,
+    "opaque": OPAQUE,
+}
+
+
+def class_of(name: str) -> str | None:
+    """Return the class of a primitive, or None if the table does not have it.
+
+    Example:
+      >>> class_of("name"), class_of("tanh"), class_of("a primitive of tomorrow")
+      ('pass-through', 'transcendental', None)
+    """
+    return next((each for each, names in CLASSES.items() if name in names), None)
 
 
 @dataclass(frozen=True)
@@ -48,10 +162,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Scan:
-    """A body that is run ``length`` times: ``(consts, carry, slices of xs) -> (carry, slices of ys)``.
+    """A body that is run ``length`` times.
 
     Attributes:
-      body: the jaxpr.
+      body: ``(consts, carry, slices of xs) -> (carry, slices of ys)``.
       consts: how many of the operands are constants of the loop.
       carry: how many of the operands after them are carried.
       length: number of iterations.
@@ -65,7 +179,9 @@ class Scan:
 
 @dataclass(frozen=True)
 class While:
-    """A body that is run while a condition holds, on ``(condition's consts, body's consts, carry)``.
+    """A body that is run while a condition holds.
+
+    The operands are ``(condition's consts, body's consts, carry)``.
 
     Attributes:
       condition: ``(consts, carry) -> bool``.
@@ -82,7 +198,7 @@ class While:
 
 @dataclass(frozen=True)
 class Branches:
-    """One of several bodies, chosen by the first operand, is run on the others.
+    """Several bodies, of which the first operand chooses one; it is run on the other operands.
 
     Attributes:
       bodies: the jaxprs.
@@ -94,19 +210,8 @@ class Branches:
 Nested = Call | Scan | While | Branches
 
 
-def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
-    """Return a jaxpr with its constants; those that have none are kept open by some primitives."""
-    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, [])
-
-
-def opened(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Return a jaxpr that takes what it captured as its first arguments."""
-    inner = jaxpr.jaxpr
-    return ClosedJaxpr(inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars]), [])
-
-
 def nested(eqn: JaxprEqn) -> Nested | None:
-    """Return what an equation runs inside, or None if it runs nothing or nothing that is known here.
+    """Return the jaxprs inside an equation, or None if it has none that the package knows of.
 
     Args:
       eqn: an equation of a jaxpr.
@@ -120,7 +225,8 @@ def nested(eqn: JaxprEqn) -> Nested | None:
       >>> nested(eqn).body.jaxpr.eqns[0].primitive.name
       'add'
     """
-    name, p = eqn.primitive.name, eqn.params
+    name = eqn.primitive.name
+    p = eqn.params
     if name == "scan":
         return Scan(p["jaxpr"], *_scan_sizes(p), p["length"])
     if name == "while":
@@ -128,19 +234,21 @@ def nested(eqn: JaxprEqn) -> Nested | None:
     if name == "cond":
         return Branches(tuple(p["branches"]))
     body = p.get(CALLS.get(name, ""))
-    return None if body is None else Call(closed(body), _shards(p) if name == "shard_map" else None)
+    if body is None:
+        return None
+    return Call(closed(body), _shards(p) if name == "shard_map" else None)
 
 
-def bodies(form: Nested | None) -> dict[int | str, ClosedJaxpr]:
-    """Return the jaxprs of a form by the step of a position that leads into them.
+def bodies(inner: Nested | None) -> dict[int | str, ClosedJaxpr]:
+    """Return the jaxprs inside an equation, each by its word in a `Position`.
 
     Example:
       >>> import jax
-      >>> loop = jax.make_jaxpr(lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: x + 1, x))(1)
-      >>> list(bodies(nested(loop.jaxpr.eqns[0])))
+      >>> fn = lambda x: jax.lax.while_loop(lambda x: x < 3, lambda x: x + 1, x)
+      >>> list(bodies(nested(jax.make_jaxpr(fn)(1).jaxpr.eqns[0])))
       ['cond', 'body']
     """
-    match form:
+    match inner:
         case Call(body) | Scan(body):
             return {"body": body}
         case While(condition, body):
@@ -151,15 +259,14 @@ def bodies(form: Nested | None) -> dict[int | str, ClosedJaxpr]:
 
 
 def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
-    """Return how many operands of a scan are constants and how many are carried; newer JAX keeps them as trees."""
+    """Return how many operands of a scan are constants, and how many are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
-    consts, carry, _ = params["ft_in"].unpack()
+    consts, carry, _ = params["ft_in"].unpack()  # newer JAX has trees instead
     return len(consts), len(carry)
 
 
 def _shards(params: dict[str, Any]) -> int:
-    """Return how many devices a shard_map runs its body on: the product of the mesh axes it makes manual."""
     return math.prod(params["mesh"].shape[axis] for axis in manual_axes(params))
 
 
@@ -169,116 +276,18 @@ def manual_axes(params: dict[str, Any]) -> tuple[str, ...]:
     return tuple(axis for axis in params["mesh"].axis_names if axis in manual)
 
 
-PASSED = frozenset(  # each operand is a result, number for number: they name, place, order or hide values
-    "copy copy_p device_put layout_constraint name optimization_barrier pbroadcast pcast pvary "
-    "reshard"
-    " shard_alike sharding_constraint stop_gradient xla_metadata_value".split()
-)
-CASTS = frozenset(
-    "convert_element_type reduce_precision".split()
-)  # the same numbers, in a dtype or with digits of its own
-MOVES = frozenset(  # of one value: entries elsewhere, left out or repeated, none changed
-    "broadcast_in_dim expand_dims reshape rev slice split squeeze tile transpose unstack".split()
-)
-JOINS = frozenset("concatenate pad stack".split())  # several values side by side
-INDEXED = frozenset("dynamic_slice gather".split())  # entries that indices pick
-UPDATES = frozenset(
-    "dynamic_update_slice scatter scatter-add scatter-max scatter-min scatter-mul scatter-sub".split()
-)
-
-SUMS = frozenset("add add_any sub".split())
-SIGNS = frozenset("neg real".split())  # linear, entry by entry
-COMPARISONS = frozenset("eq eq_to ge gt le le_to lt lt_to ne".split())
-ARITHMETIC = frozenset(  # one operation an entry, besides those above
-    "abs and bitcast_convert_type ceil clamp clz complex conj div floor imag integer_pow "
-    "is_finite max min mul nextafter not"
-    " one_minus_square or population_count rem round select_n shift_left shift_right_arithmetic "
-    "shift_right_logical sign"
-    " square xor".split()
-)
-TRANSCENDENTAL = frozenset(
-    "acos acosh asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt cos cosh digamma erf "
-    "erf_inv erfc exp exp2 expm1"
-    " igamma igamma_grad_a igammac lgamma log log1p log2 logistic polygamma pow "
-    "regularized_incomplete_beta rsqrt sin sinh"
-    " sqrt tan tanh zeta".split()
-)
-ELEMENTWISE = CASTS | SUMS | SIGNS | COMPARISONS | ARITHMETIC | TRANSCENDENTAL
-
-REDUCTIONS = frozenset(
-    f"reduce_{kind}" for kind in ("sum", "max", "min", "prod", "and", "or", "xor")
-)
-INDEX_REDUCTIONS = frozenset("argmax argmin".split())
-RUNNING = frozenset("cumlogsumexp cummax cummin cumprod cumsum".split())
-WINDOWS = frozenset("reduce_window_max reduce_window_min reduce_window_sum".split())
-ORDERED = frozenset("sort top_k".split())
-CONTRACTIONS = frozenset("conv_general_dilated dot_general ragged_dot ragged_dot_general".split())
-
-NUMBERS = frozenset("axis_index create_token empty empty2 iota zeros_like".split())  # from nothing
-RANDOM = frozenset(
-    "random_bits random_clone random_fold_in random_seed random_split random_unwrap random_wrap "
-    "rng_bit_generator"
-    " rng_uniform threefry2x32".split()
-)
-COLLECTIVES = frozenset(  # over the devices of a mesh, entry by entry
-    "pmax pmin ppermute psum psum2 psum_invariant".split()
-)
-SILENT = frozenset("debug_callback debug_print".split())  # they look only
-
-CONTROL = frozenset(CALLS) | frozenset("cond scan while".split())  # they run other jaxprs inside
-
-OPAQUE = frozenset(  # whatever they touch is frozen, still and uncounted: named here so that a new one is noticed
-    "after_all all_gather all_gather_invariant all_gather_reduced all_to_all approx_top_k "
-    "cholesky custom_lin"
-    " custom_linear_solve eig eigh fft get hessenberg householder_product lu qr ragged_all_to_all "
-    "random_gamma reduce"
-    " reduce_scatter reduce_window schur select_and_gather_add select_and_scatter "
-    "select_and_scatter_add svd swap"
-    " triangular_solve tridiagonal tridiagonal_solve".split()
-)
-
-CLASSES: dict[str, frozenset[str]] = {
-    "passed": PASSED,
-    "casts": CASTS,
-    "moves": MOVES,
-    "joins": JOINS,
-    "indexed": INDEXED,
-    "updates": UPDATES,
-    "sums": SUMS,
-    "signs": SIGNS,
-    "comparisons": COMPARISONS,
-    "arithmetic": ARITHMETIC,
-    "transcendental": TRANSCENDENTAL,
-    "reductions": REDUCTIONS,
-    "index reductions": INDEX_REDUCTIONS,
-    "running": RUNNING,
-    "windows": WINDOWS,
-    "ordered": ORDERED,
-    "contractions": CONTRACTIONS,
-    "numbers": NUMBERS,
-    "random": RANDOM,
-    "collectives": COLLECTIVES,
-    "silent": SILENT,
-    "control": CONTROL,
-    "opaque": OPAQUE,
-}
+def closed(jaxpr: Jaxpr | ClosedJaxpr) -> ClosedJaxpr:
+    """Return a jaxpr with its constants; some primitives hold an open one, which has none."""
+    return jaxpr if isinstance(jaxpr, ClosedJaxpr) else ClosedJaxpr(jaxpr, [])
 
 
-def class_of(name: str) -> str | None:
-    """Return the class of a primitive, or None if it is not known here.
-
-    Example:
-      >>> class_of("name"), class_of("tanh"), class_of("a primitive of tomorrow")
-      ('passed', 'transcendental', None)
-    """
-    return next((each for each, names in CLASSES.items() if name in names), None)
+def opened(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
+    """Return a jaxpr that takes its constants as its first arguments."""
+    inner = jaxpr.jaxpr
+    return ClosedJaxpr(inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars]), [])
 
 
-# The equations that contract, and their axes in one form for products, convolutions and ragged
-# products.
-
-
-KINDS = {
+KINDS: Mapping[str, str] = {
     "dot_general": "dot",
     "conv_general_dilated": "conv",
     "ragged_dot": "ragged_dot",
@@ -287,7 +296,7 @@ KINDS = {
 
 
 def kind(eqn: JaxprEqn) -> str | None:
-    """Return ``"dot"``, ``"conv"`` or ``"ragged_dot"``, or None for an equation that does not contract.
+    """Return ``"dot"``, ``"conv"`` or ``"ragged_dot"``, or None if an equation does not contract.
 
     A product that sums over no axis (``einsum("bd,dn->bdn")``) multiplies entry by entry: it is no
     layer.
@@ -298,7 +307,10 @@ def kind(eqn: JaxprEqn) -> str | None:
       True
     """
     found = KINDS.get(eqn.primitive.name)
-    return None if found == "dot" and not eqn.params["dimension_numbers"][0][0] else found
+    if found == "dot":
+        (contracting, _), _ = eqn.params["dimension_numbers"]
+        return found if contracting else None
+    return found
 
 
 def axes(eqn: JaxprEqn) -> tuple[tuple[AxisIndices, AxisIndices], tuple[AxisIndices, AxisIndices]]:
@@ -326,12 +338,15 @@ def axes(eqn: JaxprEqn) -> tuple[tuple[AxisIndices, AxisIndices], tuple[AxisIndi
     return (tuple(left), tuple(right)), (tuple(left_batch), tuple(right_batch))
 
 
-def hidden(eqn: JaxprEqn) -> bool:
-    """Tell whether an equation that nobody looks into (a Pallas kernel, a custom solver) contracts somewhere inside."""
+def contracts_inside(eqn: JaxprEqn) -> bool:
+    """Tell whether an equation with jaxprs that `nested` does not know contracts inside.
+
+    A Pallas kernel or a custom solver may.
+    """
     return any(_contracts(value) for value in eqn.params.values())
 
 
 def _contracts(value: Any) -> bool:
     if isinstance(value, (Jaxpr, ClosedJaxpr)):  # one class in newer JAX
-        return any(kind(eqn) is not None or hidden(eqn) for eqn in value.eqns)
+        return any(kind(eqn) is not None or contracts_inside(eqn) for eqn in value.eqns)
     return isinstance(value, (tuple, list)) and any(map(_contracts, value))

@@ -20,11 +20,11 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 from compress_jax.trace._groups.analyze import Walk
 from compress_jax.trace._groups.axes import Axis, Dims, Leaf
 from compress_jax.trace._jaxpr import primitives
-from compress_jax.trace._jaxpr.interpret import Numbers
+from compress_jax.trace._jaxpr.interpret import UniformOperands
 from compress_jax.trace._jaxpr.primitives import (
     CASTS,
     MOVES,
-    PASSED,
+    PASS_THROUGH,
     Branches,
     Call,
     Scan,
@@ -191,7 +191,7 @@ class Follower:
 
     walk: Walk
     kept: Kept
-    numbers: Numbers
+    numbers: UniformOperands
     noted: Followed = field(default_factory=Followed)
 
     def run(
@@ -206,7 +206,7 @@ class Follower:
 
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):
             operands, place = [read(atom) for atom in eqn.invars], (*position, index)
-            if eqn.primitive.name in PASSED:
+            if eqn.primitive.name in PASS_THROUGH:
                 results = operands
             elif nested(eqn) is None:
                 results = self._leaf(eqn, operands, place)

@@ -19,9 +19,9 @@ from compress_jax.trace._groups.analyze import Analysis, Walk, analyze
 from compress_jax.trace._groups.axes import Axes, Dims, Leaf
 from compress_jax.trace._groups.groups import Groups
 from compress_jax.trace._jaxpr import evaluate
-from compress_jax.trace._jaxpr.interpret import interpret, numbers
+from compress_jax.trace._jaxpr.interpret import interpret, uniform_operands
 from compress_jax.trace._jaxpr.primitives import (
-    PASSED,
+    PASS_THROUGH,
     Branches,
     Call,
     Scan,
@@ -225,7 +225,7 @@ class Plan:
     ) -> "Plan":
         """Make the plan of a jaxpr that has been walked over: numbers that make a mean of a sum follow its terms."""
         kept = Kept(walk.axes, indices)
-        follower = Follower(walk, kept, numbers(jaxpr))
+        follower = Follower(walk, kept, uniform_operands(jaxpr))
         follower.run(jaxpr, args)
         counts = follower.noted.counts
         return cls(
@@ -258,7 +258,7 @@ class Plan:
         def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Body:
             return lambda *operands, given=None: (self.run(jaxpr, operands, (*position, where)), {})
 
-        if eqn.primitive.name in PASSED:
+        if eqn.primitive.name in PASS_THROUGH:
             return evaluate.bind(eqn, args)
         match nested(eqn):
             case None:
@@ -409,7 +409,7 @@ def decided(
     """
     jaxpr = analysis.traced.jaxpr
     by_code = {} if code is None else differences(jaxpr, code)
-    before, counts = numbers(jaxpr), plan.followed.counts
+    before, counts = uniform_operands(jaxpr), plan.followed.counts
     places = {(at, which) for at, each in by_code.items() for which in each} | {
         (at, c.which) for at, c in counts.items()
     }

@@ -13,8 +13,8 @@ from compress_jax.core.types import ModelFn, Variables
 from compress_jax.trace._groups.analyze import Analysis, Walk
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Leaf, Sum, interleaved
 from compress_jax.trace._groups.groups import Group
-from compress_jax.trace._jaxpr.interpret import numbers, one_number
-from compress_jax.trace._jaxpr.primitives import PASSED, bodies, nested
+from compress_jax.trace._jaxpr.interpret import uniform_operands, uniform_value
+from compress_jax.trace._jaxpr.primitives import PASS_THROUGH, bodies, nested
 from compress_jax.trace._jaxpr.site import Position, Shape
 
 
@@ -271,7 +271,7 @@ def own_width(
 
 def differences(old: ClosedJaxpr, new: ClosedJaxpr) -> dict[Position, dict[int, float]]:
     """Return the operands that are one number in both of two jaxprs that are alike, but not the same: the new numbers."""
-    before, after = numbers(old), numbers(new)
+    before, after = uniform_operands(old), uniform_operands(new)
     found: dict[Position, dict[int, float]] = {}
     for position, ours in before.items():
         for which, (a, b) in enumerate(zip(ours, after.get(position, ()), strict=False)):
@@ -332,7 +332,7 @@ class _Comparison:
         ):
             return False
         self.pairs |= dict(zip(old.outvars, new.outvars, strict=True))
-        if old.primitive.name in PASSED:
+        if old.primitive.name in PASS_THROUGH:
             return True
         form, other = nested(old), nested(new)
         if form is None or other is None:
@@ -362,7 +362,7 @@ class _Comparison:
         a, b = (_constant(atom, constants) for atom in (old, new))
         if a is None or b is None:
             return a is b is None and self.pairs.get(old) is new
-        if one_number(a) is not None and one_number(b) is not None:
+        if uniform_value(a) is not None and uniform_value(b) is not None:
             return True
         shapes = np.shape(a), np.shape(b)
         if len(shapes[0]) != len(shapes[1]) or any(x < y for x, y in zip(*shapes, strict=True)):

@@ -14,7 +14,7 @@ from compress_jax.trace._jaxpr import origin
 from compress_jax.trace._jaxpr.find_sites import Traced
 from compress_jax.trace._jaxpr.interpret import Where, interpret
 from compress_jax.trace._jaxpr.origin import PARAMETER, Origin
-from compress_jax.trace._jaxpr.primitives import CASTS, PASSED
+from compress_jax.trace._jaxpr.primitives import CASTS, PASS_THROUGH
 from compress_jax.trace._jaxpr.site import Position, Shape, Site
 from compress_jax.trace._symmetry import polynomials as poly
 from compress_jax.trace._symmetry.polynomials import (
@@ -109,7 +109,7 @@ def _size(stored: Any, axis: int) -> int:
     return stored[axis if axis >= 0 else ~axis]
 
 
-SAME = CASTS | PASSED
+SAME = CASTS | PASS_THROUGH
 UNARY = {"sqrt": 0.5, "rsqrt": -0.5, "square": 2.0}
 BINARY = ("add", "add_any", "sub", "mul", "div", "max", "pow")
 LARGEST = 2**16  # entries of a captured array that is looked into

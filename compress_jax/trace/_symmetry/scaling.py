@@ -14,8 +14,7 @@ import numpy as np
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze
-from compress_jax.trace._groups.axes import Leaf
-from compress_jax.trace._groups.groups import Member
+from compress_jax.trace._groups.axes import Leaf, Member
 from compress_jax.trace._jaxpr.interpret import interpret
 from compress_jax.trace._symmetry.exponents import Demands, Unknown, Walked
 

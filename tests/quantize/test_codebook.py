@@ -14,7 +14,7 @@ from compress_jax import quantize
 from compress_jax.core import NonFiniteError, ShapeError, Tabled
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse
-from compress_jax.quantize import Table, float_format, fp4, fp8, nf4, tabled
+from compress_jax.quantize import Table, float_format, fp4, fp8, nf4, codebook
 from compress_jax.quantize._scales import levels
 from compress_jax.quantize._scales.levels import BINARY, E2M1, E4M3, NF4, TERNARY
 
@@ -24,7 +24,7 @@ FORMATS = {
     "fp8 e5m2": lambda *args, **options: fp8("e5m2", *args, **options),
     "fp4": fp4,
     "nf4": nf4,
-    "fp6": lambda *args, **options: tabled(float_format(3, 2), *args, **options),
+    "fp6": lambda *args, **options: codebook(float_format(3, 2), *args, **options),
     "ternary": quantize.ternary,
     "binary": quantize.binary,
 }
@@ -70,7 +70,7 @@ def test_view_is_idempotent_bit_for_bit_and_never_minus_zero(seed, name, granula
 )
 def test_every_weight_goes_to_the_nearest_level(seed, levels, granularity):
     w = weights(seed)
-    view, fixed = viewed(tabled(levels, granularity), w)
+    view, fixed = viewed(codebook(levels, granularity), w)
     layout = Layout.of(w.shape, granularity)
     scale = np.asarray(layout.spread(fixed["scale"]), np.float64)
     distance = np.abs(
@@ -122,7 +122,7 @@ def test_mse_finds_an_outlier_among_many_and_scales_with_the_weights():
 
 
 def test_levels_on_one_side_of_zero_never_get_a_negative_scale():
-    view, fixed = viewed(tabled(Table((1.0, 2.0)), scale="mse"), jnp.array([-3.0, -2.0, 0.1]))
+    view, fixed = viewed(codebook(Table((1.0, 2.0)), scale="mse"), jnp.array([-3.0, -2.0, 0.1]))
     assert float(fixed["scale"][0]) > 0 and bool((view > 0).all())
 
 
@@ -249,7 +249,7 @@ def test_channels_may_be_any_axes():
 
 def test_one_s_own_table_and_rule():
     rule = lambda w, layout, levels: {"scale": jnp.full(layout.scale_shape, 0.5)}  # noqa: E731
-    view, _ = viewed(tabled(Table((-1.0, 0.1, 3.0)), scale=rule), jnp.array([-9.0, 0.3, 0.9]))
+    view, _ = viewed(codebook(Table((-1.0, 0.1, 3.0)), scale=rule), jnp.array([-9.0, 0.3, 0.9]))
     np.testing.assert_allclose(view, [-0.5, 0.05, 1.5], rtol=1e-6)
 
 
@@ -282,13 +282,13 @@ def test_groups_that_do_not_divide_are_refused_with_their_path(c, size):
         (lambda: quantize.binary(scale=True), "above 0 and finite, got True"),
         (lambda: nf4(0), "at least 1, got 0"),
         (
-            lambda: tabled((1.0, 2.0)),  # pyright: ignore[reportArgumentType]
+            lambda: codebook((1.0, 2.0)),  # pyright: ignore[reportArgumentType]
             "a Float, .* or a Table",
         ),
-        (lambda: tabled(Table((1.0,))), "at least two ascending"),
-        (lambda: tabled(Table((1.0, 1.0 + 1e-12))), "float32 can tell apart"),
-        (lambda: tabled(Table((2.0, 1.0))), "ascending"),
-        (lambda: tabled(Table((0.0, float("inf")))), "ascending"),
+        (lambda: codebook(Table((1.0,))), "at least two ascending"),
+        (lambda: codebook(Table((1.0, 1.0 + 1e-12))), "float32 can tell apart"),
+        (lambda: codebook(Table((2.0, 1.0))), "ascending"),
+        (lambda: codebook(Table((0.0, float("inf")))), "ascending"),
     ],
 )
 def test_wrong_arguments_say_what_is_right(make, message):
