@@ -356,7 +356,8 @@ def notes(problem: Problem, path: str, instead: str) -> list[str]:
     dead = np.asarray(problem.dead.sum(1))
     if not dead.any():
         return []
-    names, k = problem.names(path), problem.form.k
+    names = problem.names(path)
+    k = problem.form.k
     never = [name for name, n in zip(names, dead, strict=True) if n == k]
     some = [f"{n} of {k} of {name}" for name, n in zip(names, dead, strict=True) if 0 < n < k]
     found = [f"calibration never reached {listed(never)}: {instead}"] if never else []

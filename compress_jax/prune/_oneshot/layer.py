@@ -129,7 +129,8 @@ def pruned_leaf(
         unreached = problem.dead.all(1)  # [batch]
         failed = unreached if solution.failed is None else unreached | solution.failed
         judge = _problem.judge(problem, others, filled=True)
-        operands, round_fn = part.rounding.operands, part.rounding.see
+        operands = part.rounding.operands
+        round_fn = part.rounding.see
         form = problem.form
         new, kept, won, same = _better_matrices(
             part.x, operands, solution[:2], by_magnitude, judge, failed, form, round_fn, judged
@@ -238,7 +239,8 @@ def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[n
       >>> note
       'groups run along axes (0,), which its site sums over, not along (1,)'
     """
-    rows, note = np.arange(form.k), ""
+    rows = np.arange(form.k)
+    note = ""
     if structure is not None:
         summed = _summed_axes(form)
         sizes = [form.shape[axis] for axis in summed]

@@ -113,7 +113,8 @@ def sparsegpt(
 
 def _solve_leaf(leaf: Leaf, damping: float, block: int) -> Solution:
     """Solve one leaf, except matrices whose Hessian no damping mends."""
-    form, m = leaf.problem.form, leaf.groups.m if leaf.groups else 1
+    form = leaf.problem.form
+    m = leaf.groups.m if leaf.groups else 1
     block = max(min(block, form.k + -form.k % m) // m, 1) * m  # whole groups
     rows, note = leaf.rows(block)
     plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.rounding.see)
