@@ -125,7 +125,7 @@ def why_not(site: Site) -> str | None:
         return "several parameters enter one product: " + ", ".join((*sorted(own), *other))
     if site.kind == "conv" and site.params["batch_group_count"] > 1:
         return "a convolution with groups of examples"
-    return None if own else site.lost or "it cannot be told which entries of the parameter are used"
+    return None if own else site.lost or "it is unknown which entries of the parameter are used"
 
 
 Sums = dict[tuple[Box, MatrixForm], tuple[jax.Array, jax.Array, tuple[str, ...]]]
@@ -197,7 +197,7 @@ def _overlap(boxes: list[Box]) -> str | None:
     for box in boxes:
         times.reshape(box.fine)[box.slices] += 1
     if times.max() > 1:
-        return "it is used at several sites that see different parts of it, which overlap"
+        return "it is used at several sites as different parts, which overlap"
     return None
 
 
@@ -242,17 +242,17 @@ def lay_out(site: Site, piece: Piece) -> tuple[Box, MatrixForm, Place] | str:
     shape = (site.lhs_shape, site.rhs_shape)[side]
     summed = site.contracting[side]
     batch = site.batch[side]
-    kept = [axis for axis in range(len(shape)) if axis not in (*summed, *batch)]
+    free = [axis for axis in range(len(shape)) if axis not in (*summed, *batch)]
     iterations = sorted(piece.iterations, key=lambda each: each.loop)
     spans = [(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True)]
     if site.groups > 1 and any(spans[axis] != (0, shape[axis]) for axis in range(len(shape))):
         return "a part of the kernel of a grouped convolution is used"
     repeated = [any(stride == 0 for _, stride in digits) for digits in piece.axes]
-    if any(repeated[axis] for axis in (*summed, *kept)):
+    if any(repeated[axis] for axis in (*summed, *free)):
         return "its entries are repeated (broadcast) before they are multiplied"
     lead = [(each.size, each.stride) for each in iterations]
     lead += [digit for axis in batch if not repeated[axis] for digit in piece.axes[axis]]
-    outputs = [digit for axis in kept for digit in piece.axes[axis]]
+    outputs = [digit for axis in free for digit in piece.axes[axis]]
     if site.groups == 1:  # else the outputs of each group are next to each other
         outputs.sort(key=lambda digit: -abs(digit[1]))
     answer = placed(piece, lead, [digit for axis in summed for digit in piece.axes[axis]], outputs)
@@ -356,7 +356,8 @@ def notes(problem: Problem, path: str, instead: str) -> list[str]:
     dead = np.asarray(problem.dead.sum(1))
     if not dead.any():
         return []
-    names, k = problem.names(path), problem.form.k
+    names = problem.names(path)
+    k = problem.form.k
     never = [name for name, n in zip(names, dead, strict=True) if n == k]
     some = [f"{n} of {k} of {name}" for name, n in zip(names, dead, strict=True) if 0 < n < k]
     found = [f"calibration never reached {listed(never)}: {instead}"] if never else []

@@ -16,6 +16,7 @@ divided by those of rounding to nearest; accuracy is that of the test set.
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +95,16 @@ def solvers(fn: Callable[..., Any], params: Any, x: Any, bits: int) -> dict[str,
     for name, rule in {"nearest, mse scale": "mse", "nearest, hqq scale": hqq}.items():
         other = cj.at(weights, uniform(bits, granularity="channel", scale=rule))
         made[name] = other.view(params, other.init(params))
-    made["nearest, bias corrected"] = correct_bias(fn, params, made["nearest"], means, x[:1]).params
+    correct = partial(correct_bias, fn, params, x[:1], calibration=means)
+    made["nearest, bias corrected"] = correct(compressed=made["nearest"]).params
     searched = clip(params, seen, c)
     made["clip"] = searched.params
-    made["awq"] = awq(fn, params, seen, c, x[:1]).params
+    made["awq"] = awq(fn, params, x[:1], calibration=seen, compression=c).params
     for name, solve in {"gptq": gptq, "adaround": adaround, "signround": signround}.items():
         options = {"steps": 1000} if name == "adaround" else {}
         made[name] = solve(params, seen, c, **options).params
         made[f"clip, {name}"] = solve(params, seen, c, searched.state, **options).params
-    made["clip, gptq, bias corrected"] = correct_bias(
-        fn, params, made["clip, gptq"], means, x[:1]
-    ).params
+    made["clip, gptq, bias corrected"] = correct(compressed=made["clip, gptq"]).params
     tensor = cj.at(weights, uniform(bits))
     made["nearest, per tensor"] = tensor.view(params, tensor.init(params))
     even = equalize(fn, params, x[:1]).params
@@ -169,7 +169,7 @@ def smoothed(
     seen = calibrate(fn, absmax("channel"), params, [x])
     for name, each in {
         "nearest": params,
-        "smooth, nearest": smooth(fn, params, seen, x[:1]).params,
+        "smooth, nearest": smooth(fn, params, x[:1], calibration=seen).params,
     }.items():
         logits = run(c.view(each, c.init(each)), test[0])
         right = float((logits.argmax(-1) == test[1]).mean())

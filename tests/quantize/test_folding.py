@@ -148,7 +148,9 @@ def test_what_must_not_be_folded_is_listed(fn):
     p = params(("kernel", (N, N)), ("other", (N, N)))
     result = fold_batch_norm(fn, p, X)
     assert rel(fn, p, result.params, X) < 1e-6
-    assert "kernel" in result.skipped and "kernel" not in result.changed and result.skipped["kernel"]
+    assert (
+        "kernel" in result.skipped and "kernel" not in result.changed and result.skipped["kernel"]
+    )
 
 
 def test_a_norm_inside_a_longer_chain_is_folded_as_far_as_it_goes():
@@ -160,7 +162,8 @@ def test_a_norm_inside_a_longer_chain_is_folded_as_far_as_it_goes():
 
     result = fold_batch_norm(fn, p, X)
     assert (
-        result.changed == {"kernel": ("mean", "var", "beta")} and rel(fn, p, result.params, X) < 1e-6
+        result.changed == {"kernel": ("mean", "var", "beta")}
+        and rel(fn, p, result.params, X) < 1e-6
     )
     assert (result.params["film"] == p["film"]).all()
 

@@ -129,13 +129,14 @@ def pruned_leaf(
         unreached = problem.dead.all(1)  # [batch]
         failed = unreached if solution.failed is None else unreached | solution.failed
         judge = _problem.judge(problem, others, filled=True)
-        operands, round_fn = part.rounding.operands, part.rounding.see
+        operands = part.rounding.operands
+        round_fn = part.rounding.see
         form = problem.form
-        new, kept, won, same = _better_matrices(
+        new, part_mask, won, same = _better_matrices(
             part.x, operands, solution[:2], by_magnitude, judge, failed, form, round_fn, judged
         )
         x = problem.box.put(x, new)
-        mask = problem.box.put(mask, kept)
+        mask = problem.box.put(mask, part_mask)
         if solution.note:
             notes.append(solution.note)
         notes += _problem.notes(problem, path, instead)
@@ -179,16 +180,16 @@ def _better_matrices(
     """
     plain = jnp.where(by_magnitude, x, jnp.zeros((), x.dtype)).astype(jnp.float32)
     plain = round_fn(plain, *operands).astype(x.dtype)
-    w, new, old, mask, kept = (
+    w, new, old, mask, old_mask = (
         form.matrices(each) for each in (x, solved[0], plain, solved[1], by_magnitude)
     )  # [batch, k, n] each
     error = column_errors((new - w).astype(jnp.float32), judge).sum(1)  # [batch]
     old_error = column_errors((old - w).astype(jnp.float32), judge).sum(1)
-    same = (new == old).all((1, 2)) & (mask == kept).all((1, 2))
+    same = (new == old).all((1, 2)) & (mask == old_mask).all((1, 2))
     won = ~failed & ((error < old_error) | (not judged))
     choose = won[:, None, None]
     weights = form.stored(jnp.where(choose, new, old))
-    return weights, form.stored(jnp.where(choose, mask, kept)), won, same
+    return weights, form.stored(jnp.where(choose, mask, old_mask)), won, same
 
 
 def _mask_unused(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
@@ -238,7 +239,8 @@ def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[n
       >>> note
       'groups run along axes (0,), which its site sums over, not along (1,)'
     """
-    rows, note = np.arange(form.k), ""
+    rows = np.arange(form.k)
+    note = ""
     if structure is not None:
         summed = _summed_axes(form)
         sizes = [form.shape[axis] for axis in summed]
@@ -310,8 +312,8 @@ def matrix_masks(
         assert rows is not None
         keys = magnitude_bits(score).at[rows].get(mode="fill", fill_value=2**32 - 1)
         keys = keys + 1  # padding wraps around to 0
-        kept = largest_of_each(keys, *groups, (0,))
-        return jnp.zeros(w.shape, bool).at[rows].set(kept, mode="drop")
+        ordered = largest_of_each(keys, *groups, (0,))
+        return jnp.zeros(w.shape, bool).at[rows].set(ordered, mode="drop")
 
     matrices = form.matrices(x.astype(jnp.float32))
     return form.stored(jax.lax.map(mask, (matrices, norms)))

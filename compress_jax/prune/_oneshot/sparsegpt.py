@@ -113,7 +113,8 @@ def sparsegpt(
 
 def _solve_leaf(leaf: Leaf, damping: float, block: int) -> Solution:
     """Solve one leaf, except matrices whose Hessian no damping mends."""
-    form, m = leaf.problem.form, leaf.groups.m if leaf.groups else 1
+    form = leaf.problem.form
+    m = leaf.groups.m if leaf.groups else 1
     block = max(min(block, form.k + -form.k % m) // m, 1) * m  # whole groups
     rows, note = leaf.rows(block)
     plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.rounding.see)
@@ -197,8 +198,8 @@ def _matrix(
     factor, factored = damped_factor(take(take(gram).T), damping, len(w))
     ordered = Block(take(w), factor, (rows < len(w), [take(each) for each in operands]))
     prune = _prune_unit if plan.groups is None else _prune_groups
-    new, kept = by_blocks(ordered, partial(prune, counts=counts, plan=plan), plan.block)
-    return (put(new), put(kept)), factored
+    new, mask = by_blocks(ordered, partial(prune, counts=counts, plan=plan), plan.block)
+    return (put(new), put(mask)), factored
 
 
 def _prune_groups(block: Block, counts: jax.Array, plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -217,16 +218,16 @@ def _prune_unit(unit: Block, counts: jax.Array, plan: Plan) -> tuple[jax.Array, 
     if plan.groups is None:
         number = Wide(jnp.uint32(0), counts[unit.start // plan.block])
         keys = [(score, jnp.broadcast_to(real[:, None], score.shape))]
-        kept = ~smallest_by(_key, keys, number)[0]
+        mask = ~smallest_by(_key, keys, number)[0]
     else:
         bits = jnp.where(real[:, None], magnitude_bits(score) + 1, 0)
-        kept = largest_of_each(bits, *plan.groups, (0,))
+        mask = largest_of_each(bits, *plan.groups, (0,))
 
     def prune_row(row: jax.Array, own: tuple[jax.Array, list[jax.Array]]) -> jax.Array:
-        kept, operands = own
-        return plan.quantize_fn(jnp.where(kept, row, 0.0), *operands)
+        keep, operands = own
+        return plan.quantize_fn(jnp.where(keep, row, 0.0), *operands)
 
-    return by_rows(unit._replace(operands=(kept, operands)), prune_row), kept
+    return by_rows(unit._replace(operands=(mask, operands)), prune_row), mask
 
 
 def _key(score: jax.Array, real: jax.Array) -> jax.Array:

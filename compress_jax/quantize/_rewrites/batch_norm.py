@@ -1,10 +1,10 @@
 """Batch-norm folding: a norm's scale moves into the kernel before it, its shift into its bias."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -58,21 +58,19 @@ def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
     """
     if site.position not in found.values or site.position not in found.kernels:
         return []
-    maps, here, steps = [], site.position, []
+    maps: list[AffineMap] = []
+    steps: list[Position] = []
+    here = site.position
     following = {parent: key for key, (_, parent) in found.values.items() if parent is not None}
     while (following.get(here) is not None) and len(found.goes.get(here, ())) == 1:
         (use,) = found.goes[here]
-        if (
-            not use.step
-            or use.position not in found.values
-            or found.values[use.position][1] != here
-        ):
+        follows = use.position in found.values and found.values[use.position][1] == here
+        if not (use.step and follows):
             break
         here = use.position
         steps.append(here)
-        maps.append(
-            AffineMap(found.kernels[site.position], found.values[here][0], frozenset(steps))
-        )
+        made, _ = found.values[here]
+        maps.append(AffineMap(found.kernels[site.position], made, frozenset(steps)))
     return maps
 
 
@@ -138,7 +136,7 @@ class _Frame:
 
 def folded_map(
     each: AffineMap, arrays: Mapping[str, np.ndarray], leaves: Leaves
-) -> tuple[dict[str, Any], tuple[str, ...]]:
+) -> tuple[dict[str, jax.Array], tuple[str, ...]]:
     r"""Return parameters that scale the kernel and leave of a map :math:`y a + b` only a shift.
 
     Each parameter of the scale takes the value at which its factor is 1. Those of the shift become
@@ -156,49 +154,45 @@ def folded_map(
     Raises:
       Refused: if there are no such parameters.
     """
-    frame, kernel, scale, shift = _Frame(each), each.kernel, each.made.scale, each.made.shift
+    frame = _Frame(each)
+    kernel = each.kernel
+    scale = each.made.scale
+    shift = each.made.shift
     if len(scale.terms) != 1:
         raise Refused("the scale after it is a sum")
-    params = {
-        path: leaves[path]
-        for path in sorted(scale.paths | shift.paths | {kernel.path})
-        if path in leaves
-    }
-    old = {
-        path: np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
-        for path, x in params.items()
-    }
+    paths = sorted((scale.paths | shift.paths | {kernel.path}) & leaves.keys())
+    old = {path: _float64(leaves[path]) for path in paths}
 
     def value(p: Polynomial, of: Mapping[str, np.ndarray]) -> np.ndarray:
         own = {**arrays, **of}
-        return evaluate(
-            p, lambda atom: frame.spread(atom(own[atom.path]), frame.parts(atom.sliced, atom.dims))
-        )
+
+        def entries(atom: Atom) -> np.ndarray:
+            return frame.spread(atom(own[atom.path]), frame.parts(atom.sliced, atom.dims))
+
+        return evaluate(p, entries)
 
     with np.errstate(all="ignore"):
-        before, wanted = value(scale, old), value(shift, old)
+        before = value(scale, old)
+        wanted = value(shift, old)
         new, terms = _neutral(scale, shift, old)
         carrier = _carrier(frame, terms, each, old)
         if carrier is not None:
             new |= _carried(frame, carrier, shift, wanted, new, value)
         after = value(scale, new)
-        if not np.allclose(
-            value(shift, new),
-            wanted,
-            rtol=1e-6,
-            atol=1e-6 * (np.abs(wanted).max(initial=0) + 1e-30),
-        ):
+        tolerance = 1e-6 * (np.abs(wanted).max(initial=0) + 1e-30)
+        if not np.allclose(value(shift, new), wanted, rtol=1e-6, atol=tolerance):
             raise Refused("no parameter of its norm could take up the shift")
-        grown = old[kernel.path] * frame.stored(
-            before / after, old[kernel.path].shape, frame.channels
-        )
-    cast = {
-        path: jnp.asarray(x).astype(leaves[path].dtype)
-        for path, x in {**new, kernel.path: grown}.items()
-    }
+        # W a / a', in the kernel's own axes.
+        factors = frame.stored(before / after, old[kernel.path].shape, frame.channels)
+        new[kernel.path] = old[kernel.path] * factors
+    cast = {path: jnp.asarray(x).astype(leaves[path].dtype) for path, x in new.items()}
     if not all(bool(jnp.isfinite(x).all()) for x in cast.values()):
         raise Refused("folded parameters would not be finite")
     return cast, _in_order(scale, terms, carrier, new)
+
+
+def _float64(x: jax.Array) -> np.ndarray:
+    return np.asarray(jnp.asarray(x).astype(jnp.float32), np.float64)
 
 
 def _neutral(
@@ -260,37 +254,35 @@ def _carried(
     shift: Polynomial,
     wanted: np.ndarray,
     new: dict[str, np.ndarray],
-    value: Any,
+    value: Callable[[Polynomial, Mapping[str, np.ndarray]], np.ndarray],
 ) -> dict[str, np.ndarray]:
+    """Return the carrier's parameter, solved for the wanted shift once the others are neutral."""
     (factors, k), own = carrier
     rest = add(shift, Polynomial(((factors, k),)), -1.0)
     assert rest is not None
-    times = value(Polynomial(((tuple(pair for pair in factors if pair[0] != own), k),)), new)
+    # shift = rest + times * f(own): what the carrier's term multiplies, without the carrier.
+    others = tuple(pair for pair in factors if pair[0] != own)
+    times = value(Polynomial(((others, k),)), new)
     entries = own.inverse((wanted - value(rest, new)) / times)
     if entries is None:
         raise Refused("no parameter of its norm could take up the shift")
     shape = new[own.path].shape
-    return {
-        own.path: np.broadcast_to(
-            frame.stored(entries, shape, frame.parts(own.sliced, own.dims)), shape
-        )
-    }
+    placed = frame.stored(entries, shape, frame.parts(own.sliced, own.dims))
+    return {own.path: np.broadcast_to(placed, shape)}
 
 
 def _in_order(
-    scale: Polynomial, terms: list[Term], carrier: tuple[Term, Atom] | None, new: Mapping[str, Any]
+    scale: Polynomial, terms: list[Term], carrier: tuple[Term, Atom] | None, new: Leaves
 ) -> tuple[str, ...]:
     """Return the paths of a norm: means, variances, gains, the bias, then a bias before it."""
     factors = scale.terms[0][0]
-    spread, gains = (
-        [a.path for a, p in factors if (p < 0) == divides] for divides in (True, False)
-    )
+    spread = [atom.path for atom, power in factors if power < 0]
+    gains = [atom.path for atom, power in factors if power >= 0]
     means = [atom.path for own, k in terms for atom, _ in own if k < 0]
     biases = [carrier[1].path] if carrier is not None else []
     rest = [atom.path for own, _ in terms for atom, _ in own]
-    first = [path for path in means if path not in (*spread, *gains, *biases)] or [
-        p for p in means if p in biases
-    ]
+    first = [path for path in means if path not in (*spread, *gains, *biases)]
+    first = first or [path for path in means if path in biases]
     return tuple(
         path for path in dict.fromkeys([*first, *spread, *gains, *biases, *rest]) if path in new
     )
@@ -351,7 +343,7 @@ def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Rewritten:
     return Rewritten(rebuild(leaves), changed=changed, skipped=skipped)
 
 
-def _best(found: Walk, site: Site, leaves: Leaves) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _best(found: Walk, site: Site, leaves: Leaves) -> tuple[dict[str, jax.Array], tuple[str, ...]]:
     """Fold the longest scale and shift possible; else raise the reason for the whole norm."""
     maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
     if (why := _kernel_elsewhere(found, site)) or not maps:
