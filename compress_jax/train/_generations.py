@@ -16,10 +16,10 @@ from compress_jax.train._step import Metrics, Step
 Apply = Callable[..., Any]
 
 
-def graduate(state: TrainState, apply: Apply, compression: Compression | None = None) -> Teacher:
+def as_teacher(state: TrainState, apply: Apply, compression: Compression | None = None) -> Teacher:
     """Return a trained student as the frozen teacher of the next: the transition between two stages of training.
 
-    Born-again networks: ``teacher = graduate(train(teacher), model.apply)``, again and again, and
+    Born-again networks: ``teacher = as_teacher(train(teacher), model.apply)``, again and again, and
     all of them together are `compress_jax.distill.Teachers`. Teacher assistants: the same with a
     smaller model at each stage. A stage that is trained in a directory of its own is not trained
     again when the chain is resumed, and `require_same` tells if the teacher before it has changed.
@@ -37,7 +37,7 @@ def graduate(state: TrainState, apply: Apply, compression: Compression | None = 
       >>> from compress_jax.core.compression import identity
       >>> from compress_jax.train import create
       >>> state = create({"params": {"w": jnp.eye(2)}}, identity(), optax.sgd(0.1), jax.random.key(0))
-      >>> graduate(state, lambda variables, x: x @ variables["params"]["w"])(jnp.ones((1, 2))).tolist()
+      >>> as_teacher(state, lambda variables, x: x @ variables["params"]["w"])(jnp.ones((1, 2))).tolist()
       [[1.0, 1.0]]
 
     References:

@@ -89,7 +89,7 @@ def ledger(
       ['loss', 'student', 'teacher', 'whole']
     """
     c, key = compression or identity(), jax.random.key(0)
-    logits, features = jax.jit(teacher.see)(batch[inputs])
+    logits, features = jax.jit(teacher.forward)(batch[inputs])
     told = {**batch, "teacher": logits, **{f"{TEACHER}{path}": x for path, x in features.items()}}
     taught, alone = (
         distillation(model, each, inputs=inputs, labels=labels) for each in (terms, [on_labels()])
@@ -101,7 +101,7 @@ def ledger(
 
     programs = {
         "teacher": (
-            jax.jit(lambda teacher, x: teacher.see(x)).lower(teacher, batch[inputs]).compile(),
+            jax.jit(lambda teacher, x: teacher.forward(x)).lower(teacher, batch[inputs]).compile(),
             (teacher, batch[inputs]),
         ),
         "student": program(alone, batch),

@@ -78,21 +78,6 @@ def averaged(totals: Callable[..., Any]) -> Callable[..., Any]:
     return loss
 
 
-@dataclass(frozen=True)
-class PlainLoss:
-    """A `Loss` that also knows its sums and counts.
-
-    Attributes:
-      totals: as the loss, but it returns an `Objective`, and metrics may be totals.
-    """
-
-    totals: Callable[..., Any]
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Return the loss as a scalar, and the model state and metrics beside it."""
-        return averaged(self.totals)(*args, **options)
-
-
 def chosen(batch: Batch, name: str, who: str = "the loss") -> Any:
     """Return a batch's mask, or None if it has none; one that was asked for by a name of its own must be there.
 

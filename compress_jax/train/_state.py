@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import Params, PyTree
 
@@ -69,12 +70,13 @@ def _trainable(params: Params, learned: PyTree, parts: PyTree) -> dict[str, Any]
     return {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
 
 
+@renamed_arguments(beside="aux")
 def create(
     variables: Mapping[str, Any],
     compression: Compression,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
-    beside: tuple[Any, Any] = ({}, {}),
+    aux: tuple[PyTree, PyTree] = ({}, {}),
 ) -> TrainState:
     """Return the state before the first step.
 
@@ -86,7 +88,7 @@ def create(
       compression: the compression to train under; ``cj.core.identity()`` for none.
       optimizer: over ``{"params": ..., "learned": ...}``; see `label_optimizer`.
       key: typed PRNG key, from ``jax.random.key(seed)``.
-      beside: ``(parts, memory)`` of a loss that has them, from its ``init``; see `StatefulLoss`.
+      aux: ``(parts, memory)`` from the ``init`` of a `StatefulLoss` that has any.
 
     Returns:
       A TrainState at step 0.
@@ -118,10 +120,10 @@ def create(
         {name: c for name, c in variables.items() if name != "params"},
     )
     learned, fixed = compression.init(params)
-    opt_state = optimizer.init(_trainable(params, learned, beside[0]))
+    opt_state = optimizer.init(_trainable(params, learned, aux[0]))
     refuse_accumulation(opt_state)
     state = TrainState(
-        jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *beside
+        jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *aux
     )
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 

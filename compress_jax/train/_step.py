@@ -18,12 +18,13 @@ Metrics = dict[str, Any]
 
 
 class Loss(Protocol):
-    """``loss(params, model_state, batch, key, teacher, train=True) -> (scalar, (new_model_state, metrics))``.
+    """A loss without state of its own, which `make_step` lifts to a `StatefulLoss`.
 
-    ``params`` are the params as the compression shows them; ``teacher`` is whatever tree the step
-    was given, or None. The loss may return a `compress_jax.distill.Total` in place of the scalar,
-    and metrics may be totals: then sums and counts travel over devices and microbatches, and the
-    division comes last. A loss of a mask must (see `make_step`).
+    ``loss(params, model_state, batch, key, teacher, train=True) -> (scalar, (new_model_state,
+    metrics))``. ``params`` are the params after the compression's view; ``teacher`` is the tree the
+    step was given, or None. The loss may return a `compress_jax.distill.Total` in place of the
+    scalar, and metrics may be totals: sums and counts are then added up over devices and
+    microbatches and divided last. A loss over a mask must return a total (see `make_step`).
     """
 
     def __call__(
@@ -34,26 +35,53 @@ class Loss(Protocol):
         key: jax.Array,
         teacher: Any,
         train: bool = True,
-    ) -> tuple[jax.Array | Total, tuple[Any, Metrics]]:
-        """Return the loss to minimise, and the model state and metrics beside it."""
+    ) -> tuple[jax.Array | Total, tuple[PyTree, Metrics]]:
+        """Return the loss to minimise, the new model state and metrics."""
         ...
 
 
 class StatefulLoss(NamedTuple):
-    """A loss with something of its own: parts that are trained beside the model, and a memory rewritten at each step.
+    """The protocol of a training loss: params of its own that are trained, and a memory.
 
     Attributes:
-      init: ``(key, variables, batch, teacher) -> (parts, memory)``, for `create`.
-      loss: ``(params, parts, model_state, memory, batch, key, teacher, step) -> (scalar, (model_state, memory,
-        metrics))``. Gradients flow to params and parts; ``step`` counts from 0, for schedules. As of a `Loss`, the scalar
-        and metrics may be totals.
-      totals: as ``loss``, but for the scalar it returns an `Objective`: pairs of a weight and a
-        `Total` each of which is divided last. None if there is just the scalar.
+      init: ``(key, variables, batch, teacher) -> (parts, memory)``, the ``aux`` of `create`.
+      loss: ``(params, parts, model_state, memory, batch, key, teacher, step) -> (scalar,
+        (model_state, memory, metrics))``. Gradients flow to params and parts (the params of
+        adapters); ``step`` counts from 0, for schedules. As in a `Loss`, the scalar and metrics may
+        be totals.
+      totals: as ``loss``, but in place of the scalar it returns an `Objective`: pairs of a weight
+        and a `Total`, each of which is divided last. None if there is just the scalar.
+
+    Example:
+      >>> import compress_jax as cj, jax.numpy as jnp
+      >>> model, batch = cj.models.LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.ones(2, int)}
+      >>> variables, key = model.init(jax.random.key(0), batch["image"]), jax.random.key(1)
+      >>> loss = cj.train.distillation(model, [cj.distill.on_labels()])
+      >>> aux = loss.init(key, variables, batch, None)
+      >>> value, _ = loss.loss(variables["params"], aux[0], {}, aux[1], batch, key, None, 0)
+      >>> value.shape, aux
+      ((), ({}, {}))
     """
 
-    init: Callable[[jax.Array, Any, Any, Any], tuple[Any, Any]]
-    loss: Callable[..., tuple[jax.Array | Total, tuple[Any, Any, Metrics]]]
-    totals: Callable[..., tuple[Objective, tuple[Any, Any, Metrics]]] | None = None
+    init: Callable[[jax.Array, Any, Any, Any], tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[jax.Array | Total, tuple[PyTree, PyTree, Metrics]]]
+    totals: Callable[..., tuple[Objective, tuple[PyTree, PyTree, Metrics]]] | None = None
+
+    def __call__(
+        self,
+        params: Params,
+        model_state: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        teacher: Any = None,
+        train: bool = True,
+    ) -> tuple[jax.Array | Total, tuple[PyTree, Metrics]]:
+        """Evaluate a loss without adapters and memory as a `Loss`, at step 0."""
+        options = {} if train else {"train": False}
+        value, (model_state, _, metrics) = self.loss(
+            params, {}, model_state, {}, batch, key, teacher, 0, **options
+        )
+        return value, (model_state, metrics)
 
 
 class Step(Protocol):
@@ -123,7 +151,8 @@ def make_step(
             "microbatches is how many parts a batch is cut into, a whole number from 1; got "
             f"{microbatches!r}"
         )
-    general = _general(loss)
+    stateful = loss if isinstance(loss, StatefulLoss) else _stateful(loss)
+    general = _objective_of(stateful)
 
     def step(
         state: TrainState, batch: Batch, *, teacher: Any = None, axis_name: str | None = None
@@ -173,28 +202,32 @@ def make_step(
     return step
 
 
-def _general(loss: Loss | StatefulLoss) -> General:
-    """Return any loss as one that has parts and memory and returns an objective."""
-    if isinstance(loss, StatefulLoss):
-        run = loss.totals or loss.loss
-    else:
-        plain = getattr(loss, "totals", loss)
+def _stateful(loss: Loss) -> StatefulLoss:
+    """Return a plain loss as one with neither adapters nor memory."""
 
-        def run(
-            params: Params,
-            parts: PyTree,
-            model_state: PyTree,
-            memory: PyTree,
-            batch: Batch,
-            key: jax.Array,
-            teacher: Any,
-            step: Step,
-        ) -> Any:
-            value, (model_state, metrics) = plain(params, model_state, batch, key, teacher)
-            return value, (model_state, memory, metrics)
+    def run(
+        params: Params,
+        parts: PyTree,
+        model_state: PyTree,
+        memory: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        teacher: Any,
+        step: int | jax.Array,
+    ) -> tuple[jax.Array | Total, tuple[PyTree, PyTree, Metrics]]:
+        value, (model_state, metrics) = loss(params, model_state, batch, key, teacher)
+        return value, (model_state, memory, metrics)
 
-    def general(*args: Any) -> Any:
-        value, aux = run(*args)
-        return (value if isinstance(value, (tuple, list)) else ((1.0, counted(value)),)), aux
+    return StatefulLoss(lambda key, variables, batch, teacher: ({}, {}), run)
+
+
+def _objective_of(loss: StatefulLoss) -> General:
+    """Return a loss as a function that returns an `Objective` in place of a scalar."""
+    if loss.totals is not None:
+        return loss.totals
+
+    def general(*args: Any) -> tuple[Objective, tuple[PyTree, PyTree, Metrics]]:
+        value, aux = loss.loss(*args)
+        return ((1.0, counted(value)),), aux
 
     return general

@@ -19,12 +19,11 @@ from compress_jax.distill import (
     fingerprint,
     hexadecimal,
     hinton,
-    resize,
+    on_logits,
+    resize_features,
 )
 from compress_jax.models import LeNet300100
-from compress_jax.train._losses import distilled
-from compress_jax.train._state import create
-from compress_jax.train._step import make_step
+from compress_jax.train import create, distillation, make_step
 
 
 class Normed(nn.Module):
@@ -111,7 +110,8 @@ def test_a_replicated_teacher_serves_sharded_batches():
 def test_a_student_learns_its_teachers_logits_in_the_training_step():
     student, optimizer = LeNet300100(classes=3, hidden=(16,)), optax.adam(0.01)
     teacher = teacher_of(Normed())
-    loss = distilled(student, Teacher.__call__, hinton(alpha=0.0, temperature=2.0))
+    objective = hinton(alpha=0.0, temperature=2.0)
+    loss = distillation(student, [on_logits(objective, labels=True)])
     state = create(
         student.init(jax.random.key(2), INPUTS), identity(), optimizer, jax.random.key(3)
     )
@@ -164,7 +164,7 @@ def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
     half = Teacher(
         lambda v, x: x.reshape(len(x), -1) * v["w"],
         {"w": jnp.float32(2.0)},
-        view=partial(resize, size=(2, 2)),
+        view=partial(resize_features, size=(2, 2)),
     )
     images = jnp.arange(16.0).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(half(images), [[5.0, 9.0, 21.0, 25.0]])
@@ -174,7 +174,7 @@ def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
     )
     with pytest.raises(ShapeError, match=r"\(1, 4\), \(1, 10\)"):
         both(images)
-    _, features = both.members[1].see(images)
+    _, features = both.members[1].forward(images)
     assert features["dense_0"].shape == (1, 3)
 
 

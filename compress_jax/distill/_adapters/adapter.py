@@ -19,7 +19,7 @@ from compress_jax.distill._losses.shapes import bounded, per_channel
 Shape = Sequence[int]
 
 
-class Part(NamedTuple):
+class Adapter(NamedTuple):
     """A learned map from the student's features towards the teacher's.
 
     Attributes:
@@ -38,7 +38,7 @@ class Part(NamedTuple):
     apply: Callable[[Any, Any], Any]
 
 
-def fits(part: Part, params: Params, student_shape: Shape, teacher_shape: Shape) -> None:
+def fits(part: Adapter, params: Params, student_shape: Shape, teacher_shape: Shape) -> None:
     """Raise a ShapeError unless a part turns the student's shape into the teacher's.
 
     Example:
@@ -51,28 +51,28 @@ def fits(part: Part, params: Params, student_shape: Shape, teacher_shape: Shape)
         raise ShapeError(
             f"this part turns features {tuple(student_shape)} into {given}, the teacher's are "
             f"{tuple(teacher_shape)}: take "
-            "conv(stride=...) for fewer positions, deconv(stride=...) for more, or resize one of "
+            "conv(stride=...) for fewer positions, deconv(stride=...) for more, or distill.resize_features one of "
             "them"
         )
 
 
-def activation(function: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Part:
+def activation(function: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Adapter:
     """Return a part without params that applies a function of one array.
 
     Args:
       function: ``features -> features``.
 
     Returns:
-      A `Part` with params ``{}``.
+      A `Adapter` with params ``{}``.
 
     Example:
       >>> activation().apply({}, jnp.array([[-1.0, 2.0]])).tolist()
       [[0.0, 2.0]]
     """
-    return Part(lambda key, student_shape, teacher_shape: {}, lambda params, x: function(x))
+    return Adapter(lambda key, student_shape, teacher_shape: {}, lambda params, x: function(x))
 
 
-def norm(epsilon: float = 1e-5) -> Part:
+def norm(epsilon: float = 1e-5) -> Adapter:
     """Return a normalisation of the channels at each position, "layer norm": it needs no batch and keeps no averages.
 
     ``scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias``, mean and variance over channels, in
@@ -82,7 +82,7 @@ def norm(epsilon: float = 1e-5) -> Part:
       epsilon: added to the variance.
 
     Returns:
-      A `Part` with params ``{"scale": [channels], "bias": [channels]}``.
+      A `Adapter` with params ``{"scale": [channels], "bias": [channels]}``.
 
     Example:
       >>> params = norm().init(jax.random.key(0), (8, 2), (8, 2))
@@ -99,17 +99,17 @@ def norm(epsilon: float = 1e-5) -> Part:
         x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + epsilon)
         return per_channel(params["scale"], x.ndim) * x + per_channel(params["bias"], x.ndim)
 
-    return Part(init, apply)
+    return Adapter(init, apply)
 
 
-def sequential(*parts: Part) -> Part:
+def sequential(*parts: Adapter) -> Adapter:
     """Return parts one after the other.
 
     Args:
       *parts: each takes what the one before returns; a width of None means the teacher's.
 
     Returns:
-      A `Part` with params ``{"0": ..., "1": ...}``. Its ``init`` raises a ShapeError if what comes
+      A `Adapter` with params ``{"0": ..., "1": ...}``. Its ``init`` raises a ShapeError if what comes
       out has another shape than the teacher's features.
 
     Example:
@@ -134,14 +134,14 @@ def sequential(*parts: Part) -> Part:
             x = part.apply(params[str(i)], x)
         return x
 
-    whole = Part(init, apply)
+    whole = Adapter(init, apply)
     return whole
 
 
 # The parts most others are made of: linear maps of channels, and convolutions over positions.
 
 
-def linear(width: int | None = None, *, bias: bool = True) -> Part:
+def linear(width: int | None = None, *, bias: bool = True) -> Adapter:
     """Return a linear map of the channels at each position: a regressor for vectors, tokens and, as "1x1 conv", images.
 
     Args:
@@ -149,7 +149,7 @@ def linear(width: int | None = None, *, bias: bool = True) -> Part:
       bias: whether it adds one.
 
     Returns:
-      A `Part` with params ``{"kernel": [channels, width], "bias": [width]}``. Its ``init`` raises a
+      A `Adapter` with params ``{"kernel": [channels, width], "bias": [width]}``. Its ``init`` raises a
       ShapeError if positions of student and teacher differ and no width is given.
 
     Example:
@@ -160,7 +160,9 @@ def linear(width: int | None = None, *, bias: bool = True) -> Part:
     return _convolution(width, bias, window=1, stride=1, transposed=False)
 
 
-def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bool = True) -> Part:
+def conv(
+    width: int | None = None, *, window: int = 3, stride: int = 1, bias: bool = True
+) -> Adapter:
     """Return a convolution over up to three axes of positions, padded so that n positions become ``ceil(n / stride)``.
 
     On features without positions it is `linear`.
@@ -172,7 +174,7 @@ def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bo
       bias: whether it adds one.
 
     Returns:
-      A `Part` with params ``{"kernel": [*window, channels, width], "bias": [width]}``. Its ``init``
+      A `Adapter` with params ``{"kernel": [*window, channels, width], "bias": [width]}``. Its ``init``
       raises a ShapeError if what comes out does not have the teacher's positions and no width is
       given.
 
@@ -186,7 +188,7 @@ def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bo
 
 def deconv(
     width: int | None = None, *, window: int = 4, stride: int = 2, bias: bool = True
-) -> Part:
+) -> Adapter:
     """Return a transposed convolution over the positions: n become ``n * stride``, for a teacher that has more of them.
 
     Args:
@@ -197,7 +199,7 @@ def deconv(
       bias: whether it adds one.
 
     Returns:
-      A `Part` like `conv`.
+      A `Adapter` like `conv`.
 
     Example:
       >>> params = deconv().init(jax.random.key(0), (8, 4, 4, 4), (8, 8, 8, 6))
@@ -207,7 +209,9 @@ def deconv(
     return _convolution(width, bias, window, stride, transposed=True)
 
 
-def _convolution(width: int | None, bias: bool, window: int, stride: int, transposed: bool) -> Part:
+def _convolution(
+    width: int | None, bias: bool, window: int, stride: int, transposed: bool
+) -> Adapter:
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
         axes = 0 if window == stride == 1 else len(student_shape) - 2
         out = teacher_shape[-1] if width is None else width
@@ -215,7 +219,7 @@ def _convolution(width: int | None, bias: bool, window: int, stride: int, transp
         params = {"kernel": jax.nn.initializers.he_normal()(key, shape, jnp.float32)}
         params |= {"bias": jnp.zeros(out, jnp.float32)} if bias else {}
         if width is None:
-            fits(Part(init, apply), params, student_shape, teacher_shape)
+            fits(Adapter(init, apply), params, student_shape, teacher_shape)
         return params
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
@@ -234,7 +238,7 @@ def _convolution(width: int | None, bias: bool, window: int, stride: int, transp
             )
         return y + per_channel(params["bias"], y.ndim) if "bias" in params else y
 
-    return Part(init, apply)
+    return Adapter(init, apply)
 
 
 def _layout(axes: int) -> tuple[str, str, str]:

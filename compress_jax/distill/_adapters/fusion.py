@@ -9,13 +9,13 @@ import numpy as np
 
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.types import Params
-from compress_jax.distill._adapters.adapter import Part, Shape, conv, linear, norm, sequential
+from compress_jax.distill._adapters.adapter import Adapter, Shape, conv, linear, norm, sequential
 from compress_jax.distill._masks import Mask, kept, of_features
 
 # Bring features to other positions by averaging.
 
 
-def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
+def resize_features(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Return features at other positions: each new one is the mean of the old ones it covers ("adaptive average pooling").
 
     Along an axis from n to m positions, the i-th is the mean of those from ``floor(i n / m)`` up
@@ -34,14 +34,14 @@ def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
       ShapeError: if ``size`` has another number of axes than the positions.
 
     Example:
-      >>> resize(jnp.arange(4.0).reshape(1, 4, 1), (2,)).ravel().tolist()
+      >>> resize_features(jnp.arange(4.0).reshape(1, 4, 1), (2,)).ravel().tolist()
       [0.5, 2.5]
-      >>> resize(jnp.arange(2.0).reshape(1, 2, 1), (4,)).ravel().tolist()
+      >>> resize_features(jnp.arange(2.0).reshape(1, 2, 1), (4,)).ravel().tolist()
       [0.0, 0.0, 1.0, 1.0]
     """
     if len(size) != features.ndim - 2 or min(size, default=1) < 1:
         raise ShapeError(
-            f"features {features.shape} have {features.ndim - 2} axes of positions, resize was "
+            f"features {features.shape} have {features.ndim - 2} axes of positions, resize_features was "
             f"given {size}"
         )
     for axis, new in enumerate(size, start=1):
@@ -88,7 +88,7 @@ def _means(old: int, new: int) -> np.ndarray:
 _out = sequential(conv(bias=False), norm())
 
 
-def fusion(width: int | None = None) -> Part:
+def fusion(width: int | None = None) -> Adapter:
     """Return the part of `review`: attention-based fusion of each stage with those after it.
 
     From the last stage to the first, with ``x = norm(linear(f))``: the last has ``z = x``; the
@@ -100,8 +100,8 @@ def fusion(width: int | None = None) -> Part:
       width: channels of z; None for those of the student's last stage, at most 512.
 
     Returns:
-      A `Part` over lists of features, first stage first: ``init`` takes lists of shapes and raises
-      a ShapeError if the positions of a stage differ (`resize` the teacher's), ``apply`` returns a
+      A `Adapter` over lists of features, first stage first: ``init`` takes lists of shapes and raises
+      a ShapeError if the positions of a stage differ (use `resize_features` on the teacher's), ``apply`` returns a
       list in the teacher's shapes.
 
     Example:
@@ -120,7 +120,7 @@ def fusion(width: int | None = None) -> Part:
             tuple(shape[1:-1]) for shape in teacher_shape
         ]:
             raise ShapeError(
-                f"stages {student_shape} and {teacher_shape} differ in positions: distill.resize "
+                f"stages {student_shape} and {teacher_shape} differ in positions: distill.resize_features "
                 "the teacher's"
             )
         middle = min(512, student_shape[-1][-1]) if width is None else width
@@ -129,7 +129,7 @@ def fusion(width: int | None = None) -> Part:
         )
         return {str(i): _stage(*stage, middle) for i, stage in enumerate(stages)}
 
-    return Part(init, _apply)
+    return Adapter(init, _apply)
 
 
 def _stage(key: jax.Array, student_shape: Shape, teacher_shape: Shape, middle: int) -> Any:
@@ -143,7 +143,7 @@ def _stage(key: jax.Array, student_shape: Shape, teacher_shape: Shape, middle: i
     }
 
 
-def _into(middle: int) -> Part:
+def _into(middle: int) -> Adapter:
     return sequential(linear(middle, bias=False), norm())
 
 
@@ -153,7 +153,11 @@ def _apply(params: Params, features: Sequence[jax.Array]) -> list[jax.Array]:
     for i in reversed(range(len(features))):
         own = params[str(i)]
         x = _into(1).apply(own["in"], features[i])
-        deeper = x if deeper is None else _fused(own["attention"], x, resize(deeper, x.shape[1:-1]))
+        deeper = (
+            x
+            if deeper is None
+            else _fused(own["attention"], x, resize_features(deeper, x.shape[1:-1]))
+        )
         out.insert(0, _out.apply(own["out"], deeper))
     return out
 

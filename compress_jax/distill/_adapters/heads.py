@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from compress_jax.core.types import Params
 from compress_jax.distill._adapters.adapter import (
-    Part,
+    Adapter,
     Shape,
     activation,
     conv,
@@ -23,14 +23,14 @@ from compress_jax.distill._losses.shapes import flat, unit
 _leaky = activation(partial(jax.nn.leaky_relu, negative_slope=0.1))
 
 
-def _scaled(build: Callable[[int], Part]) -> Part:
+def _scaled(build: Callable[[int], Adapter]) -> Adapter:
     """Return the part that is built for the teacher's number of channels; what it applies must not depend on that."""
-    return Part(
+    return Adapter(
         lambda key, student, teacher: build(teacher[-1]).init(key, student, teacher), build(1).apply
     )
 
 
-def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 1e-5) -> Part:
+def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 1e-5) -> Adapter:
     """Return the part of `vid`: a mean for each of the teacher's features, and a variance for each of its channels.
 
     The mean is ``linear(relu(linear(relu(linear(x)))))``, the variance ``softplus(raw) + epsilon``.
@@ -41,7 +41,7 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
       epsilon: least variance.
 
     Returns:
-      A `Part` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the
+      A `Adapter` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the
       teacher's.
 
     Example:
@@ -69,10 +69,10 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return mean.apply(params["mean"], x), jax.nn.softplus(params["raw_variance"]) + epsilon
 
-    return Part(init, apply)
+    return Adapter(init, apply)
 
 
-def embedding(dim: int = 128) -> Part:
+def embedding(dim: int = 128) -> Adapter:
     """Return the part of `crd`: features flattened, mapped linearly and brought to norm 1.
 
     Student and teacher get one each, whose ``init`` is given the shape of its own features (the
@@ -82,7 +82,7 @@ def embedding(dim: int = 128) -> Part:
       dim: of the embedding.
 
     Returns:
-      A `Part` that returns ``[batch, dim]``.
+      A `Adapter` that returns ``[batch, dim]``.
 
     Example:
       >>> params = embedding(16).init(jax.random.key(0), (8, 2, 2, 4), (8, 2, 2, 4))
@@ -98,10 +98,10 @@ def embedding(dim: int = 128) -> Part:
         own = (student_shape[0], math.prod(student_shape[1:]))
         return part.init(key, own, own)
 
-    return Part(init, lambda params, x: unit(part.apply(params, flat(x))))
+    return Adapter(init, lambda params, x: unit(part.apply(params, flat(x))))
 
 
-def projector(factor: int = 2) -> Part:
+def projector(factor: int = 2) -> Adapter:
     """Return SimKD's projector: a bottleneck from the student's last feature map to the teacher's; its loss is `hint`.
 
     Linear, 3x3 convolution, linear; each with `norm` and ReLU; the teacher's channels divided by
@@ -112,7 +112,7 @@ def projector(factor: int = 2) -> Part:
       factor: of the bottleneck.
 
     Returns:
-      A `Part`; positions must be the teacher's.
+      A `Adapter`; positions must be the teacher's.
 
     Example:
       >>> params = projector().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 6))
@@ -124,7 +124,7 @@ def projector(factor: int = 2) -> Part:
       3.
     """
 
-    def build(channels: int) -> Part:
+    def build(channels: int) -> Adapter:
         narrow = max(channels // factor, 1)
         maps = (linear(narrow, bias=False), conv(narrow, bias=False), linear(bias=False))
         return sequential(*(each for part in maps for each in (part, norm(), activation())))
@@ -132,11 +132,11 @@ def projector(factor: int = 2) -> Part:
     return _scaled(build)
 
 
-def generator() -> Part:
+def generator() -> Adapter:
     """Return the part of `mgd`: two 3x3 convolutions with a ReLU between, from hidden features to the teacher's.
 
     Returns:
-      A `Part`; positions must be the teacher's.
+      A `Adapter`; positions must be the teacher's.
 
     Example:
       >>> params = generator().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 6))
@@ -149,11 +149,11 @@ def generator() -> Part:
     return sequential(conv(), activation(), conv())
 
 
-def translator() -> Part:
+def translator() -> Adapter:
     """Return the student's part of `ft`: three 3x3 convolutions, each with `norm` and leaky ReLU, to the shape of a factor.
 
     Returns:
-      A `Part`; give its ``init`` the shape of the paraphraser's factor as the teacher's.
+      A `Adapter`; give its ``init`` the shape of the paraphraser's factor as the teacher's.
 
     Example:
       >>> params = translator().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 3))
@@ -167,7 +167,7 @@ def translator() -> Part:
     return sequential(*(part for _ in range(3) for part in (conv(), norm(), _leaky)))
 
 
-def paraphraser(rate: float = 0.5) -> Part:
+def paraphraser(rate: float = 0.5) -> Adapter:
     """Return the teacher's part of `ft`: an autoencoder of its features, whose code is the factor.
 
     Three 3x3 convolutions to ``rate`` times the channels and three back. Train it first, on the
@@ -177,7 +177,7 @@ def paraphraser(rate: float = 0.5) -> Part:
       rate: channels of the factor, as a share of the teacher's.
 
     Returns:
-      A `Part` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the
+      A `Adapter` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the
       teacher's shape twice.
 
     Example:
@@ -207,4 +207,4 @@ def paraphraser(rate: float = 0.5) -> Part:
         factor = encode.apply(params["encode"], x)
         return factor, decode.apply(params["decode"], factor)
 
-    return Part(init, apply)
+    return Adapter(init, apply)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ShapeError
-from compress_jax.distill._adapters.fusion import resize
+from compress_jax.distill._adapters.fusion import resize_features
 from compress_jax.distill._losses.shapes import (
     bounded,
     flat,
@@ -114,7 +114,7 @@ def review(
 ) -> jax.Array:
     """Return the mean squared difference of features at several resolutions: ReviewKD's hierarchical context loss.
 
-    ``sum_k w[k] * hint(resize(s, k), resize(t, k)) / sum_k w[k]`` with weight 1 for the features
+    ``sum_k w[k] * hint(resize_features(s, k), resize_features(t, k)) / sum_k w[k]`` with weight 1 for the features
     themselves, 1/2, 1/4 and 1/8 for their averages over grids of 4, 2 and 1 positions a side; grids
     not smaller than the features are left out. ReviewKD adds this loss over its stages, after the
     part `fusion`, with weight 1 reached over 20 epochs.
@@ -155,12 +155,12 @@ def _coarse(
 ) -> tuple[jax.Array, Mask | None]:
     """Return features at coarser positions, means of what counts, and which of those count."""
     if mask is None or not has_positions(mask):
-        return resize(features, size), mask
+        return resize_features(features, size), mask
     counts = (of_features(mask, features) > 0).astype(features.dtype)[..., None]
-    share = resize(counts, size)
-    return resize(kept(features, counts[..., 0]), size) / jnp.where(share > 0, share, 1.0), share[
-        ..., 0
-    ]
+    share = resize_features(counts, size)
+    return resize_features(kept(features, counts[..., 0]), size) / jnp.where(
+        share > 0, share, 1.0
+    ), share[..., 0]
 
 
 def mgd(
@@ -297,7 +297,7 @@ def fsp(
 
     ``mean((G(s) - G(t))**2)`` with ``G[i, j] = mean(f[i] * g[j])`` over positions, f being the
     features where a stage begins and g those where it ends. Positions of student and teacher may
-    differ; the two of a pair must agree (`resize`).
+    differ; the two of a pair must agree (`resize_features`).
 
     Args:
       student: two arrays ``[batch, *positions, channels]``, any floating dtype, channels as the
@@ -334,7 +334,7 @@ def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
     if first.shape[:-1] != second.shape[:-1]:
         raise ShapeError(
             f"fsp pairs features of equal positions, got {first.shape} and {second.shape}: "
-            "distill.resize one"
+            "distill.resize_features one"
         )
     counts = jnp.ones(first.shape[:-1]) if mask is None else of_features(mask, first) > 0
     number = jnp.maximum(counts.reshape(first.shape[0], -1).sum(axis=1), 1).astype(first.dtype)

@@ -12,7 +12,7 @@ from compress_jax.distill._masks import Mask, kept, of_features
 from compress_jax.distill._teachers.teacher import at_least_float32
 
 CHANNELS = "bring the student's channels to the teacher's by a regressor part (distill.linear, conv, deconv)"
-POSITIONS = "bring one of them to the other's positions by distill.resize or by a part with a stride (distill.conv, deconv)"
+POSITIONS = "bring one of them to the other's positions by distill.resize_features or by a part with a stride (distill.conv, deconv)"
 
 
 def same_shape(student: Any, teacher: Any) -> None:

@@ -105,7 +105,7 @@ def _length(x: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-class Calibration(NamedTuple):
+class CalibrationBins(NamedTuple):
     """Sums over the examples in each bin of confidence; those of several batches or devices are simply added.
 
     Attributes:
@@ -119,7 +119,7 @@ class Calibration(NamedTuple):
     correct: jax.Array
 
 
-def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibration:
+def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> CalibrationBins:
     """Sort examples by confidence, the largest probability, into bins of equal width, and count how many are right.
 
     Args:
@@ -149,10 +149,10 @@ def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibra
         confidence * counts.astype(jnp.float32),
         (counts & right).astype(jnp.float32),
     )
-    return Calibration(*(jnp.zeros(bins, jnp.float32).at[at].add(value) for value in each))
+    return CalibrationBins(*(jnp.zeros(bins, jnp.float32).at[at].add(value) for value in each))
 
 
-def calibration_error(sums: Calibration) -> jax.Array:
+def calibration_error(sums: CalibrationBins) -> jax.Array:
     """Return the expected calibration error: how far confidence is from accuracy, on average.
 
     ``sum over bins of count / N * |correct / count - confidence / count|``.

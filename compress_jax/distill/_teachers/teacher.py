@@ -1,5 +1,6 @@
 """The frozen teacher: variables that are an argument of the training step, and the function that turns them into logits."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -76,14 +77,22 @@ class Teacher:
 
     def __call__(self, inputs: PyTree) -> jax.Array:
         """Return the logits of some inputs, float32 ``[..., classes]``."""
-        return self.see(inputs)[0]
+        return self.forward(inputs)[0]
 
-    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the logits, float32 ``[..., classes]``, and the features that ``apply`` captures, by path."""
-        seen = inputs if self.view is None else self.view(inputs)
-        out = jax.lax.stop_gradient(self.apply(unpack(jax.lax.stop_gradient(self.variables)), seen))
+    def forward(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the logits, float32 ``[..., classes]``, and the captured features by path."""
+        if self.view is not None:
+            inputs = self.view(inputs)
+        variables = unpack(jax.lax.stop_gradient(self.variables))
+        out = jax.lax.stop_gradient(self.apply(variables, inputs))
         logits, features = out if isinstance(out, tuple) else (out, {})
         return at_least_float32(logits), features
+
+    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Deprecated: the old name of `forward`."""
+        text = "Teacher.see is now Teacher.forward; the old name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return self.forward(inputs)
 
     def cast(self, dtype: DType) -> "Teacher":
         """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.
