@@ -298,9 +298,11 @@ def distilled(
     def init(key: jax.Array, variables: Variables, batch: Batch, teacher: Any) -> Any:
         return loss.init(key, variables, batch, Teacher(teacher_apply, teacher))
 
+    inner = loss.totals or loss.loss
+
     def totals(*args: Any, **options: Any) -> Any:
         *rest, teacher, step = args
-        return loss.totals(*rest, Teacher(teacher_apply, teacher), step, **options)
+        return inner(*rest, Teacher(teacher_apply, teacher), step, **options)
 
     return StatefulLoss(init, averaged(totals), totals)
 

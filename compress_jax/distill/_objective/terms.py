@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError, NoMatchError
-from compress_jax.core.types import Batch, Params, Patterns, PyTree, Step
+from compress_jax.core.paths import Patterns
+from compress_jax.core.types import Batch, Params, PyTree, Step
 from compress_jax.distill._adapters.adapter import Adapter
 from compress_jax.distill._adapters.heads import embedding
 from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
