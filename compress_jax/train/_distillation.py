@@ -94,7 +94,7 @@ def distillation(
         module nor a graphdef.
 
     Example:
-      >>> from compress_jax.distill import capture, hint, kl, linear, on_features, on_labels, on_logits
+      >>> from compress_jax.distill import hint, kl, linear, on_features
       >>> from compress_jax.models import LeNet300100
       >>> small, large = LeNet300100(hidden=(4,)), LeNet300100(hidden=(8,))
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
@@ -102,7 +102,8 @@ def distillation(
       >>> teacher = Teacher(forward, large.init(jax.random.key(0), batch["image"]))
       >>> terms = [on_labels(0.1), on_logits(kl, 0.9, temperature=4.0)]
       >>> terms.append(on_features(hint, "dense_0", "dense_0", 100.0, adapter=linear()))
-      >>> loss, variables = distillation(small, terms), small.init(jax.random.key(1), batch["image"])
+      >>> loss = distillation(small, terms)
+      >>> variables = small.init(jax.random.key(1), batch["image"])
       >>> adapters, memory = loss.init(jax.random.key(2), variables, batch, teacher)
       >>> adapters["hint"]["kernel"].shape
       (4, 8)
@@ -220,7 +221,7 @@ def supervised(
     labels: str = "label",
     mask: str = "mask",
 ) -> StatefulLoss:
-    """Return the loss that trains a classifier on labels: `distillation` with the one term `on_labels`.
+    """Return the loss of a classifier: `distillation` with the one term `on_labels`.
 
     ``mean(cross_entropy(logits, labels))`` over the examples or tokens that the mask counts. It has
     no adapters and no memory, so `create` needs no ``aux``.
@@ -241,7 +242,8 @@ def supervised(
       >>> from compress_jax.models import LeNet300100
       >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
       >>> params = model.init(jax.random.key(0), batch["image"])["params"]
-      >>> value, (model_state, metrics) = supervised(model)(params, {}, batch, jax.random.key(1), None)
+      >>> loss = supervised(model)
+      >>> value, (model_state, metrics) = loss(params, {}, batch, jax.random.key(1))
       >>> value.shape, model_state, sorted(metrics)
       ((), {}, ['accuracy', 'labels'])
     """
@@ -328,7 +330,7 @@ def _term_losses(
         own_key = jax.random.fold_in(context.key, i)
         own = _masked_context(context._replace(key=own_key), term, mask)
         loss, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
-        totals[term.name] = everything(total_of(term.name, loss, own.mask, told=False))
+        totals[term.name] = everything(total_of(term.name, loss, own.mask, masked=False))
         if jax.tree.leaves(new):
             new_memory[term.name] = new
     return totals, new_memory

@@ -54,8 +54,9 @@ class StatefulLoss(NamedTuple):
 
     Example:
       >>> import compress_jax as cj, jax.numpy as jnp
-      >>> model, batch = cj.models.LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.ones(2, int)}
-      >>> variables, key = model.init(jax.random.key(0), batch["image"]), jax.random.key(1)
+      >>> model, key = cj.models.LeNet300100(), jax.random.key(1)
+      >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.ones(2, int)}
+      >>> variables = model.init(jax.random.key(0), batch["image"])
       >>> loss = cj.train.distillation(model, [cj.distill.on_labels()])
       >>> aux = loss.init(key, variables, batch, None)
       >>> value, _ = loss.loss(variables["params"], aux[0], {}, aux[1], batch, key, None, 0)
@@ -140,7 +141,8 @@ def make_step(
       >>> from compress_jax.train._state import create
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
-      >>> state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> variables = {"params": {"w": jnp.zeros(())}}
+      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
       >>> step = jax.jit(make_step(loss, optax.sgd(0.5), identity()))
       >>> state, metrics = step(state, jnp.full((4,), 3.0))
       >>> float(state.params["w"]), float(metrics["loss"])
@@ -159,31 +161,29 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         refuse_accumulation(state.opt_state)
         loss_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        if (
-            axis_name is not None
-        ):  # each device draws its own noise, but all must draw the same masks
+        if axis_name is not None:
+            # Each device draws its own noise, but all must draw the same masks.
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
 
         def view(trainable: dict[str, Any]) -> Any:
-            seen = compression.view(
-                trainable["params"], CompressionState(trainable["learned"], state.fixed)
-            )
-            return seen, trainable.get("parts", {})
+            compression_state = CompressionState(trainable["learned"], state.fixed)
+            viewed = compression.view(trainable["params"], compression_state)
+            return viewed, trainable.get("parts", {})
 
-        seen, pull_back = jax.vjp(view, state.trainable)
-        kept, rest = (state.model_state, state.memory), (teacher, state.step)
-        found = gather(general, seen, kept, batch, loss_key, rest, microbatches, axis_name)
-        (grads,) = pull_back(found.slopes)
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax mixes int32 counts and floats; strict callers may not
+        trained, pull_back = jax.vjp(view, state.trainable)
+        carried = (state.model_state, state.memory)
+        rest = (teacher, state.step)
+        found = gather(general, trained, carried, batch, loss_key, rest, microbatches, axis_name)
+        (grads,) = pull_back(found.grads)
+        # Optax mixes int32 counts and floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable: PyTree = optax.apply_updates(state.trainable, updates)
         compressed = compression.update(
             trainable["params"],
             CompressionState(trainable["learned"], state.fixed),
             step=state.step,
-            grads=found.slopes[0],
+            grads=found.grads[0],
             key=update_key,
         )
         params, opt_state = restart(trainable["params"], opt_state, state.fixed, compressed.fixed)

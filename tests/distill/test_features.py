@@ -332,7 +332,7 @@ def test_review_leaves_out_grids_that_are_not_smaller_and_takes_vectors():
 
 @pytest.mark.parametrize("name", ["hint", "ft", "vid", "ab", "ofd", "review"])
 def test_other_channels_are_an_error_that_says_what_to_do(name):
-    with pytest.raises(ShapeError, match=r"\(3, 6, 6, 4\).*\(3, 6, 6, 5\).*regressor part"):
+    with pytest.raises(ShapeError, match=r"\(3, 6, 6, 4\).*\(3, 6, 6, 5\).*adapter"):
         LOSSES[name][0](jnp.ones((3, 6, 6, 4)), jnp.ones(SHAPE))
 
 

@@ -316,7 +316,7 @@ def test_review_trains_the_fusion():
 
     before, after, _ = descend(loss, start(fusion(8), *STAGES), rate=0.05)
     assert after < 0.95 * before
-    with pytest.raises(ShapeError, match="distill.resize_features the teacher's"):
+    with pytest.raises(ShapeError, match="distill.resize_features on the teacher's"):
         fusion().init(KEY, STAGES[0], [(4, 4, 4, 4), *STAGES[1][1:]])
 
 

@@ -21,7 +21,13 @@ from compress_jax.distill._losses.logits import cross_entropy
 from compress_jax.distill._losses.temperature import bounded
 from compress_jax.distill._losses.tokens import Total, takes_mask
 from compress_jax.distill._masks import has_positions, of_examples
-from compress_jax.distill._objective.totals import masked, of_features, of_logits, shown, total_of
+from compress_jax.distill._objective.totals import (
+    evaluate,
+    of_features,
+    of_logits,
+    total_of,
+    transformed,
+)
 from compress_jax.distill._objective.weights import l2_sp
 
 Schedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
@@ -119,8 +125,9 @@ def value_at(schedule: Schedule, step: Step) -> jax.Array:
 
     Example:
       >>> import optax
-      >>> [float(value_at(each, jnp.array(5))) for each in (0.25, optax.linear_schedule(0.0, 1.0, 10))]
-      [0.25, 0.5]
+      >>> schedule = optax.linear_schedule(0.0, 1.0, 10)
+      >>> float(value_at(0.25, jnp.array(5))), float(value_at(schedule, jnp.array(5)))
+      (0.25, 0.5)
     """
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats
         return jnp.asarray(schedule(step) if callable(schedule) else schedule, jnp.float32)
@@ -211,7 +218,7 @@ def on_logits(
         if labels:
             args = (*args, context.labels)
         what = f"the term {term_name!r}"
-        losses = masked(what, loss, args, context.mask, logits.ndim - 1, **options)
+        losses = evaluate(what, loss, args, context.mask, logits.ndim - 1, **options)
         return of_logits(term_name, losses, logits, context.mask, takes_mask(loss)), memory
 
     return Term(term_name, term_loss, weight, mask=mask)
@@ -298,7 +305,7 @@ def on_features(
         # How many leading axes of the features the mask tells apart: the batch, or its positions.
         by_position = context.mask is not None and has_positions(context.mask) and first.ndim > 2
         what = f"the term {term_name!r}"
-        losses = masked(what, loss, (own, target, *extra), context.mask, 2 if by_position else 1)
+        losses = evaluate(what, loss, (own, target, *extra), context.mask, 2 if by_position else 1)
         return of_features(term_name, losses, first, context.mask, takes_mask(loss)), memory
 
     return Term(term_name, term_loss, weight, _tuple(student), _tuple(teacher), init, mask)
@@ -364,7 +371,7 @@ def _transformed(
     found = []
     for path in _tuple(paths):
         what = f"the {whose}'s {path!r} in term {term!r}"
-        found.append(shown(features[path], transform, what, mask))
+        found.append(transformed(features[path], transform, what, mask))
     return found[0] if isinstance(paths, str) else found
 
 
@@ -390,8 +397,8 @@ def contrast(
     Args:
       student: path of the student's feature, usually the last before the head.
       teacher: path of the teacher's.
-      labels: integers ``[examples]``, the labels of all training examples; ``arange(examples)`` to exclude
-        only the anchor itself.
+      labels: integers ``[examples]``, the labels of all training examples; ``arange(examples)`` to
+        exclude only the anchor itself.
       weight: a number or an optax schedule.
       dim: width of the embeddings.
       negatives: number per anchor; the paper has 16384.
@@ -407,7 +414,8 @@ def contrast(
     Example:
       >>> term = contrast("conv_1", "block_2_0", jnp.arange(50), dim=8)
       >>> features = {"conv_1": jnp.ones((4, 2, 2, 3))}, {"block_2_0": jnp.ones((4, 5))}
-      >>> adapters, memory = term.init(jax.random.key(0), LossContext(*[None] * 3, *features, *[None] * 5))
+      >>> context = LossContext(*[None] * 3, *features, *[None] * 5)
+      >>> adapters, memory = term.init(jax.random.key(0), context)
       >>> sorted(adapters), memory["bank"].student.shape
       (['student', 'teacher'], (50, 8))
 

@@ -52,7 +52,7 @@ class Teachers:
         return self.forward(inputs)[0]
 
     def forward(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the stacked logits, and features by ``"{member}/{path}"``, such as ``"0/conv_1"``."""
+        """Return the stacked logits, and features by member and path, such as ``"0/conv_1"``."""
         outputs = [member.forward(inputs) for member in self.members]
         shapes = [logits.shape for logits, _ in outputs]
         if len(set(shapes)) > 1:
