@@ -1,4 +1,4 @@
-"""Feature losses against float64 NumPy written from the papers, at any finite features, and under their own invariances."""
+"""Feature losses against float64 NumPy from the papers, at extremes, and their invariances."""
 
 from functools import partial
 

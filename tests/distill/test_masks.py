@@ -1,4 +1,4 @@
-"""One rule for masks, held to by every loss there is: a new one without a row fails, and so does one that forgets it."""
+"""Every loss follows one rule for masks; a new loss without a row here fails."""
 
 from functools import partial
 
@@ -86,7 +86,7 @@ PER_TOKEN = set(TERMS) - set(
 
 
 class Given(nn.Module):
-    """What a student returns and captures are its parameters, so that gradients are those to logits and features."""
+    """A student whose outputs are its params: gradients are those to logits and features."""
 
     @nn.compact
     def __call__(self, x, train=False):

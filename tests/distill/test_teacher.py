@@ -178,5 +178,39 @@ def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
     assert features["dense_0"].shape == (1, 3)
 
 
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("Part", "Adapter"),
+        ("Seen", "LossContext"),
+        ("Calibration", "CalibrationBins"),
+        ("resize", "resize_features"),
+    ],
+)
+def test_old_names_warn_and_still_work(old, new):
+    with pytest.warns(DeprecationWarning, match=new):
+        assert getattr(cj.distill, old) is getattr(cj.distill, new)
+    assert old not in dir(cj.distill)
+
+
+def test_old_arguments_and_methods_warn_and_still_work():
+    with pytest.warns(DeprecationWarning, match="adapter="):
+        term = cj.distill.on_features(cj.distill.hint, "a", "b", part=cj.distill.linear())
+    assert term.name == "hint"
+    teacher = Teacher(lambda v, x: x * v["w"], {"w": jnp.float32(2.0)})
+    with pytest.warns(DeprecationWarning, match="forward"):
+        logits, features = teacher.see(jnp.ones(3))
+    assert logits.tolist() == [2.0] * 3 and not features
+    with pytest.warns(DeprecationWarning, match="as_teacher"):
+        assert cj.train.graduate is cj.train.as_teacher
+    with pytest.warns(DeprecationWarning, match="aux="):
+        state = create(
+            {"params": {}}, identity(), optax.sgd(0.1), jax.random.key(0), beside=({}, {"a": 1})
+        )
+    assert int(state.memory["a"]) == 1
+    with pytest.warns(DeprecationWarning, match="label_smoothing="):
+        cj.train.supervised(LeNet300100(), smoothing=0.1)
+
+
 def _variables(images):
     return LeNet300100(hidden=(3,)).init(jax.random.key(0), images)

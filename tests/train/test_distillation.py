@@ -1,4 +1,4 @@
-"""Distillation by terms: parts that train under a label of their own, memory, schedules, and what a resumed run is."""
+"""Distillation by terms: adapters under an own label, memory, schedules, and resumed runs."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Means over what counts are the same number however a batch is spread: whole, in microbatches, over devices, or both."""
+"""Masked means do not depend on how a batch is spread over microbatches and devices."""
 
 import jax
 import jax.numpy as jnp

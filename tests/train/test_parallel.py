@@ -1,4 +1,4 @@
-"""Eight devices compute what one does, under a mesh and under pmap, with batch norm and learned compressions too."""
+"""Eight devices compute what one does, under a mesh and pmap, also with batch norm."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ RULES = [("dense_*/kernel", P(None, "data")), ("dense_0/bias", P("data"))]
 
 
 def rounding():
-    """Round to multiples of 1/16 times a learned scale, under a mask that keeps what is above the mean of squares."""
+    """Round to a learned grid, under a mask of the values above the mean of squares."""
 
     def init(x, key):
         return jnp.ones((), x.dtype), jnp.ones(x.shape, bool)
