@@ -1,13 +1,15 @@
-"""Distillation: a student learns from a teacher's logits, seen by losses over arrays and given by a frozen teacher.
+"""Distillation: train a student on the logits and features of a frozen teacher.
 
-Losses on logits and tokens are of each example, in float32, and give the teacher no gradient. Their
-weights and temperatures may be arrays: schedules are optax's, as in
+Losses are functions of arrays. Those on logits and tokens return one float32 number per example or
+token, and pass no gradient to the teacher. Weights and temperatures may be arrays, such as an optax
+schedule's value at a step:
 ``cross_entropy(s, y) + warmup(step) * dkd(s, t, y, temperature=cooling(step))`` with
 ``warmup = optax.linear_schedule(0.0, 1.0, 1000)``.
 """
 
+from compress_jax.core.deprecated import renamed
 from compress_jax.distill._adapters.adapter import (
-    Part,
+    Adapter,
     activation,
     conv,
     deconv,
@@ -15,7 +17,7 @@ from compress_jax.distill._adapters.adapter import (
     norm,
     sequential,
 )
-from compress_jax.distill._adapters.fusion import fusion, pool, resize
+from compress_jax.distill._adapters.fusion import fusion, pool, resize_features
 from compress_jax.distill._adapters.heads import (
     embedding,
     gaussian,
@@ -53,8 +55,8 @@ from compress_jax.distill._losses.transforms import (
     virtual_teacher,
 )
 from compress_jax.distill._objective.terms import (
+    LossContext,
     Schedule,
-    Seen,
     Term,
     contrast,
     on_features,
@@ -80,7 +82,7 @@ from compress_jax.distill._teachers.ensemble import (
     require_same,
 )
 from compress_jax.distill._teachers.fidelity import (
-    Calibration,
+    CalibrationBins,
     agreement,
     calibration,
     calibration_error,
@@ -93,12 +95,12 @@ __all__ = [
     "Bank",
     "Cache",
     "CachedFeed",
-    "Calibration",
+    "CalibrationBins",
     "Drift",
     "Objective",
-    "Part",
+    "Adapter",
     "Schedule",
-    "Seen",
+    "LossContext",
     "Teacher",
     "Teachers",
     "Term",
@@ -170,7 +172,7 @@ __all__ = [
     "pool",
     "projector",
     "require_same",
-    "resize",
+    "resize_features",
     "reverse_kl",
     "review",
     "rkd",
@@ -189,7 +191,17 @@ __all__ = [
     "write_cache",
 ]
 
+__getattr__ = renamed(
+    {
+        "Calibration": "CalibrationBins",
+        "Part": "Adapter",
+        "Seen": "LossContext",
+        "resize": "resize_features",
+    },
+    __name__,
+)
+
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """List the public names only, not the modules that define them."""
     return sorted(__all__)

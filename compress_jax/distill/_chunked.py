@@ -1,329 +1,23 @@
-"""Distillation of language models without their logits: hidden states and heads in, losses of tokens out."""
+"""Language-model distillation without whole logits: hidden states and heads in, token losses out.
+
+The logits ``hidden @ head`` of a large vocabulary are computed slice by slice. A forward pass keeps
+a streaming softmax of each token; the backward pass computes the slices again.
+"""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core import ShapeError
+from compress_jax.core.errors import ArgumentError, ShapeError
+from compress_jax.core.types import PyTree, Scalar
 from compress_jax.distill._losses.logits import mixture
-from compress_jax.distill._losses.temperature import Scalar, bounded, squared
+from compress_jax.distill._losses.temperature import bounded, squared
 from compress_jax.distill._masks import fitted
 
-# Sums of a softmax over classes that come slice by slice: the largest so far, and sums relative to
-# it.
-
-
-class Softmax(NamedTuple):
-    """Of each row, the largest logit and the logarithm of ``sum exp(logit - top)``: two numbers, as their sum is rounded."""
-
-    top: jax.Array
-    log_sum: jax.Array
-
-    def log_probs(self, logits: jax.Array) -> jax.Array:
-        """Return the log-probabilities of a slice ``[rows, width]`` of the logits."""
-        return (logits - self.top[:, None]) - self.log_sum[:, None]
-
-
-class Running(NamedTuple):
-    """Of each row, the largest logit so far and ``sum exp(logit - top)``."""
-
-    top: jax.Array
-    sum: jax.Array
-
-    @classmethod
-    def none(cls, like: jax.Array) -> "Running":
-        """Return the sums before the first slice: below any bounded logit, and yet finite."""
-        zero = jnp.zeros_like(like)
-        return cls(zero + jnp.finfo(zero.dtype).min / 16, zero)
-
-    def add(self, logits: jax.Array) -> "Running":
-        """Return the sums with a slice ``[rows, width]`` of logits added."""
-        top = jnp.maximum(self.top, logits.max(axis=-1))
-        return Running(
-            top, self.sum * jnp.exp(self.top - top) + jnp.exp(logits - top[:, None]).sum(axis=-1)
-        )
-
-    def done(self) -> Softmax:
-        """Return the softmax, once every slice was added."""
-        return Softmax(self.top, jnp.log(self.sum))
-
-
-class Cross(NamedTuple):
-    """Sums for ``KL(p || q)`` from logits x and y: ``sum`` is of ``exp(x - p.top) * ((x - p.top) - (y - q.top))``."""
-
-    p: Running
-    q: Running
-    sum: jax.Array
-
-    @classmethod
-    def none(cls, like: jax.Array) -> "Cross":
-        """Return the sums before the first slice."""
-        return cls(Running.none(like), Running.none(like), jnp.zeros_like(like))
-
-    def add(self, x: jax.Array, y: jax.Array) -> "Cross":
-        """Return the sums with slices ``[rows, width]`` of both logits added."""
-        p, q = self.p.add(x), self.q.add(y)
-        raised, raised_q = self.p.top - p.top, self.q.top - q.top
-        before = jnp.exp(raised) * (self.sum + self.p.sum * (raised - raised_q))
-        x, y = x - p.top[:, None], y - q.top[:, None]
-        return Cross(p, q, before + (jnp.exp(x) * (x - y)).sum(axis=-1))
-
-    def divergence(self) -> jax.Array:
-        """Return ``KL(p || q)`` of each row, once every slice was added."""
-        return self.sum / self.p.sum - self.p.done().log_sum + self.q.done().log_sum
-
-
-# Slices: a linear head over a large vocabulary, applied to some of its columns and to some tokens
-# at a time.
-
-
-Carry = TypeVar("Carry")
-
-
-class Head(NamedTuple):
-    """A linear head and what it is applied to: hidden states ``[tokens, width]``, kernel ``[width, vocabulary]``."""
-
-    hidden: jax.Array
-    kernel: jax.Array
-
-    def columns(self, start: Scalar, width: int) -> jax.Array:
-        """Return some columns of the kernel."""
-        return jax.lax.dynamic_slice_in_dim(self.kernel, start, width, axis=1)
-
-    def logits(self, start: Scalar, width: int, temperature: Scalar) -> jax.Array:
-        """Return the bounded softened logits of some columns, float32 from the matrix product on."""
-        return bounded(
-            wide_matmul(self.hidden, self.columns(start, width)), temperature, self.kernel.shape[1]
-        )
-
-
-def wide_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Return ``a @ b``, accumulated and returned in float32 at least, whatever short dtypes come in."""
-    wide = widest(a, b)
-    if a.dtype != b.dtype:
-        a, b = a.astype(wide), b.astype(wide)
-    return jnp.matmul(a, b, preferred_element_type=wide)
-
-
-def widest(*arrays: jax.Array) -> jnp.dtype:
-    """Return float32, or float64 if one of the arrays is."""
-    return jnp.dtype(jnp.float64 if any(x.dtype == jnp.float64 for x in arrays) else jnp.float32)
-
-
-def alongside(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Return the kernel as it is, but under `jax.shard_map` one of each device that has its own hidden states.
-
-    It adds zeros that vary as the hidden states do (XLA drops the addition). The gradient to the
-    kernel is then summed over the devices, outside of any custom derivative, as that of every
-    shared array is.
-    """
-    return kernel + jnp.zeros_like(hidden, kernel.dtype, shape=(1, 1))
-
-
-def over_columns(
-    step: Callable[[Carry, Any, int], Carry], carry: Carry, columns: int, size: int
-) -> Carry:
-    """Return the carry after ``step(carry, start, width)`` over all columns, ``size`` at a time, the last ones fewer."""
-    size = min(size, columns)
-    full, rest = divmod(columns, size)
-    carry, _ = jax.lax.scan(
-        lambda carry, i: (step(carry, i * size, size), None), carry, jnp.arange(full)
-    )
-    return step(carry, full * size, rest) if rest else carry
-
-
-def split(tokens: Any, size: int | None) -> Any:
-    """Return arrays ``[tokens, ...]`` as ``[blocks, tokens of a block, ...]``, filled up with zeros.
-
-    A block takes every so-many-th token, so that each holds some of every device's, where devices
-    hold consecutive ones.
-    """
-
-    def one(x: jax.Array) -> jax.Array:
-        blocks = max(1, -(-len(x) // (size or len(x) or 1)))
-        filled = jnp.pad(x, ((0, -len(x) % blocks), *[(0, 0)] * (x.ndim - 1)))
-        return filled.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1)
-
-    return jax.tree.map(one, tokens)
-
-
-def join(blocks: Any, tokens: int) -> Any:
-    """Return arrays ``[blocks, tokens of a block, ...]``, as `split` made them, as ``[tokens, ...]``."""
-
-    def one(x: jax.Array) -> jax.Array:
-        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
-
-    return jax.tree.map(one, blocks)
-
-
-# Divergence and cross entropy of a student's and a teacher's head over a large vocabulary, without
-# all their logits.
-
-
-class Plan(NamedTuple):
-    """What is static: the divergence, ``beta`` as in `jsd`, and how many columns and tokens are seen at a time."""
-
-    beta: float
-    chunk: int
-    block: int | None
-
-
-class Sums(NamedTuple):
-    """Of each token: both softened softmaxes, a mean that the divergence's gradient needs, the student's at T = 1."""
-
-    student: Softmax
-    teacher: Softmax
-    mean: jax.Array
-    plain: Softmax | None
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def fused(
-    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
-) -> tuple[jax.Array, Any]:
-    """Return ``T**2`` times the divergence and, given labels, the cross entropy of each token; gradients go to the student.
-
-    Args:
-      plan: the divergence and the sizes.
-      student: hidden states and head.
-      teacher: hidden states and head, for the same tokens and vocabulary.
-      labels: integers ``[tokens]``, or None.
-      temperature: of the divergence, a scalar array.
-
-    Returns:
-      ``(divergence, cross entropy)``, each ``[tokens]``; the latter is None without labels.
-    """
-    return _forward(plan, student, teacher, labels, temperature)[0]
-
-
-def _forward(
-    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
-) -> tuple[Any, Any]:
-    def one(block: Any) -> tuple[Any, Sums]:
-        hidden, teacher_hidden, of_labels = block
-        return _losses(
-            plan,
-            Head(hidden, student.kernel),
-            Head(teacher_hidden, teacher.kernel),
-            of_labels,
-            temperature,
-        )
-
-    blocks = split((student.hidden, teacher.hidden, labels), plan.block)
-    losses, sums = join(jax.lax.map(one, blocks), len(student.hidden))
-    return losses, (student, teacher, labels, temperature, sums)
-
-
-def _losses(
-    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
-) -> tuple[Any, Sums]:
-    """Return the losses of a block of tokens and the sums that their gradients need."""
-    like = wide_matmul(student.hidden[:, :1], student.kernel[:1, 0])
-
-    def add(carry: Any, start: Any, width: int) -> Any:
-        cross, plain, at_label = carry
-        s, t = (head.logits(start, width, temperature) for head in (student, teacher))
-        cross = cross.add(s, t) if plan.beta == 1 else cross.add(t, s)
-        if labels is not None:
-            hard = student.logits(start, width, 1.0)
-            plain, at_label = (
-                plain.add(hard),
-                at_label + jnp.where(_hit(labels, start, width), hard, 0).sum(axis=-1),
-            )
-        return cross, plain, at_label
-
-    start = (Cross.none(like), Running.none(like), jnp.zeros_like(like))
-    cross, plain, at_label = over_columns(add, start, student.kernel.shape[1], plan.chunk)
-    of_student, of_teacher = (cross.p, cross.q) if plan.beta == 1 else (cross.q, cross.p)
-    sums = Sums(
-        of_student.done(),
-        of_teacher.done(),
-        cross.divergence(),
-        None if labels is None else plain.done(),
-    )
-    divergence = sums.mean
-    if plan.beta not in (0, 1):
-        divergence, mean = _mixed(plan, student, teacher, sums, temperature)
-        sums = sums._replace(mean=mean)
-    hard = None if sums.plain is None else sums.plain.log_sum + (sums.plain.top - at_label)
-    return (squared(temperature, divergence), hard), sums
-
-
-def _mixed(
-    plan: Plan, student: Head, teacher: Head, sums: Sums, temperature: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the generalised Jensen-Shannon divergence of each token and its student's part, both from a second pass."""
-
-    def add(carry: Any, start: Any, width: int) -> Any:
-        log_q = sums.student.log_probs(student.logits(start, width, temperature))
-        log_p = sums.teacher.log_probs(teacher.logits(start, width, temperature))
-        log_m = mixture(log_q, log_p, plan.beta)
-        parts = ((jnp.exp(log) * (log - log_m)).sum(axis=-1) for log in (log_p, log_q))
-        return tuple(total + part for total, part in zip(carry, parts, strict=True))
-
-    zero = jnp.zeros_like(sums.mean)
-    of_teacher, of_student = over_columns(add, (zero, zero), student.kernel.shape[1], plan.chunk)
-    return plan.beta * of_teacher + (1 - plan.beta) * of_student, (1 - plan.beta) * of_student
-
-
-def _hit(labels: jax.Array, start: Any, width: int) -> jax.Array:
-    """Tell which of some columns ``[tokens, width]`` is the label."""
-    return labels[:, None] - start == jnp.arange(width, dtype=labels.dtype)[None]
-
-
-def _slope(beta: float, log_q: jax.Array, log_p: jax.Array, mean: jax.Array) -> jax.Array:
-    """Return the gradient of the divergence to the student's softened logits, of some columns."""
-    if beta == 0:
-        return jnp.exp(log_q) - jnp.exp(log_p)
-    pull = log_q - log_p if beta == 1 else (1 - beta) * (log_q - mixture(log_q, log_p, beta))
-    return jnp.exp(log_q) * (pull - mean[:, None])
-
-
-def _backward(plan: Plan, kept: Any, cotangents: Any) -> tuple[Head, None, None, None]:
-    student, teacher, labels, temperature, sums = kept
-    blocks = split((student.hidden, teacher.hidden, labels, sums, cotangents), plan.block)
-
-    def columns(carry: Any, start: Any, width: int) -> Any:
-        to_hidden, to_kernel = carry
-        kernel = student.columns(start, width)
-
-        def add(to_columns: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
-            hidden, teacher_hidden, *rest = block
-            heads = Head(hidden, student.kernel), Head(teacher_hidden, teacher.kernel)
-            slope = _slope_of_losses(plan, (*heads, *rest), temperature, start, width)
-            return to_columns + wide_matmul(hidden.T, slope), wide_matmul(slope, kernel.T)
-
-        to_columns, to_blocks = jax.lax.scan(add, jnp.zeros_like(kernel, to_hidden.dtype), blocks)
-        to_kernel = jax.lax.dynamic_update_slice_in_dim(
-            to_kernel, to_columns.astype(kernel.dtype), start, axis=1
-        )
-        return to_hidden + to_blocks, to_kernel
-
-    zeros = jnp.zeros_like(blocks[0], cotangents[0].dtype), jnp.zeros_like(student.kernel)
-    to_hidden, to_kernel = over_columns(columns, zeros, student.kernel.shape[1], plan.chunk)
-    to_hidden = join(to_hidden, len(student.hidden))
-    return Head(to_hidden.astype(student.hidden.dtype), to_kernel), None, None, None
-
-
-def _slope_of_losses(
-    plan: Plan, block: Any, temperature: jax.Array, start: Any, width: int
-) -> jax.Array:
-    """Return the gradient of both losses, times their cotangents, to the student's logits of some columns."""
-    student, teacher, labels, sums, (to_soft, to_hard) = block
-    log_q = sums.student.log_probs(student.logits(start, width, temperature))
-    log_p = sums.teacher.log_probs(teacher.logits(start, width, temperature))
-    slope = (temperature * to_soft)[:, None] * _slope(plan.beta, log_q, log_p, sums.mean)
-    if sums.plain is None:
-        return slope
-    probability = jnp.exp(sums.plain.log_probs(student.logits(start, width, 1.0)))
-    return slope + to_hard[:, None] * (probability - _hit(labels, start, width).astype(slope.dtype))
-
-
-fused.defvjp(_forward, _backward)
-Direction = Literal["forward", "reverse", "jsd"]
+Direction: TypeAlias = Literal["forward", "reverse", "jsd"]
 
 
 def chunked_kl(
@@ -339,42 +33,42 @@ def chunked_kl(
     beta: float = 0.5,
     block: int | None = None,
 ) -> jax.Array:
-    """Return the divergence of each token, equal to that of its logits, which never exist as a whole; in float32.
+    """Return the divergence of each token from hidden states and heads, without whole logits.
 
     ``kl(student_hidden @ student_head, teacher_hidden @ teacher_head, T)``, or `reverse_kl`, or
-    `jsd`, with the head's matrix product inside. Running maxima and sums over slices of the
-    vocabulary take the place of ``[tokens, vocabulary]`` arrays; the backward pass computes the
-    slices again. The price is time: 6 matrix products (8 for "jsd") instead of 4.
+    `jsd`, with the head's matrix product inside, in float32. A streaming softmax over slices of the
+    vocabulary replaces the ``[tokens, vocabulary]`` arrays; the backward pass computes the slices
+    again. The price is time: 6 matrix products (8 for "jsd") instead of 4.
 
     Args:
-      student_hidden: ``[..., student_width]``, any floating dtype: what the student's head is
-        applied to.
-      student_head: ``[student_width, vocabulary]``. A bias is one more row, and a column of ones in
-        the hidden states.
+      student_hidden: ``[..., student_width]``, any floating dtype: the input of the student's head.
+      student_head: ``[student_width, vocabulary]``. Give a bias as one more row, with a column of
+        ones in the hidden states.
       teacher_hidden: ``[..., teacher_width]``, for the same tokens.
       teacher_head: ``[teacher_width, vocabulary]``, for the same vocabulary. No gradient goes to
         the teacher.
       temperature: T > 0, a number or a scalar array; no gradient goes here.
-      chunk: columns of the vocabulary seen at a time. Two float32 arrays ``[tokens, chunk]`` exist,
-        or a few.
+      chunk: columns of the vocabulary per slice. A few float32 arrays ``[tokens, chunk]`` exist at
+        a time.
       mask: which tokens count, see `masks`; where it is 0 the loss is 0, without gradient, whatever
-        the hidden states are. Otherwise it does not weight: give it to `masked_mean` or
+        the hidden states are. It does not weight the other losses: give it to `masked_mean` or
         `masked_total` too.
       direction: "forward", "reverse" or "jsd".
-      beta: of `jsd`, for "jsd" only.
-      block: tokens seen at a time; None is all of them. Where tokens are sharded, a multiple of the
+      beta: the beta of `jsd`, for "jsd" only.
+      block: tokens per block; None takes all at once. Where tokens are sharded, a multiple of the
         number of devices.
 
     Returns:
       ``[...]``, in nats. Reverse-mode derivatives of the first order only. Gradients have the
-      dtypes of what they are of, but are summed in float32.
+      dtypes of their arguments, but are summed in float32.
 
     Raises:
       ShapeError: if the shapes do not fit.
-      ValueError: if ``chunk``, ``block``, ``direction`` or ``beta`` is out of range.
+      ArgumentError: if ``chunk``, ``block``, ``direction`` or ``beta`` is out of range.
 
     Example:
-      >>> hidden, head = jnp.ones((1, 2)), jnp.zeros((2, 6))
+      >>> hidden = jnp.ones((1, 2))
+      >>> head = jnp.zeros((2, 6))
       >>> teacher_head = head.at[0, 0].set(jnp.log(5.0))
       >>> f"{chunked_kl(hidden, head, hidden, teacher_head, chunk=4)[0]:.3f}"
       '0.294'
@@ -385,8 +79,10 @@ def chunked_kl(
       softmax", 2018, algorithm 3.
     """
     plan = _plan(direction, beta, chunk, block)
-    student, teacher = Head(student_hidden, student_head), Head(teacher_hidden, teacher_head)
-    return _tokens(plan, student, teacher, None, temperature, mask)[0]
+    student = Head(student_hidden, student_head)
+    teacher = Head(teacher_hidden, teacher_head)
+    soft, _ = _token_losses(plan, student, teacher, None, temperature, mask)
+    return soft
 
 
 def chunked_hinton(
@@ -404,34 +100,36 @@ def chunked_hinton(
     beta: float = 0.5,
     block: int | None = None,
 ) -> jax.Array:
-    """Return the classical objective of each token, part labels and part teacher, without whole logits; in float32.
+    """Return `hinton` of each token from hidden states and heads, without whole logits.
 
-    ``alpha * CE(student, label) + (1 - alpha) * T**2 * KL(p_t || p_s)``, as `hinton` has it, from
+    ``alpha * CE(student, label) + (1 - alpha) * T**2 * KL(p_t || p_s)``, in float32, from
     one pass over the vocabulary: the cross entropy costs no further matrix product.
 
     Args:
-      student_hidden: see `chunked_kl`, as for all that is not listed here.
+      student_hidden: ``[..., student_width]``, see `chunked_kl`.
       student_head: ``[student_width, vocabulary]``.
       teacher_hidden: ``[..., teacher_width]``.
       teacher_head: ``[teacher_width, vocabulary]``.
       labels: integers ``[...]``; those of masked tokens may be anything, such as -1.
       alpha: weight of the labels, 0 to 1.
-      temperature: of the divergence; labels are met at 1.
-      chunk: columns of the vocabulary seen at a time.
+      temperature: of the divergence; the cross entropy is at temperature 1.
+      chunk: columns of the vocabulary per slice.
       mask: ``[...]`` or None.
-      direction: of the divergence.
-      beta: of `jsd`, for "jsd" only.
-      block: tokens seen at a time.
+      direction: "forward", "reverse" or "jsd", the direction of the divergence.
+      beta: the beta of `jsd`, for "jsd" only.
+      block: tokens per block.
 
     Returns:
       ``[...]``, in nats.
 
     Raises:
       ShapeError: if the shapes do not fit.
-      ValueError: if ``chunk``, ``block``, ``direction`` or ``beta`` is out of range.
+      ArgumentError: if ``chunk``, ``block``, ``direction`` or ``beta`` is out of range.
 
     Example:
-      >>> hidden, head, labels = jnp.ones((1, 2)), jnp.zeros((2, 6)), jnp.array([3])
+      >>> hidden = jnp.ones((1, 2))
+      >>> head = jnp.zeros((2, 6))
+      >>> labels = jnp.array([3])
       >>> f"{chunked_hinton(hidden, head, hidden, head, labels, alpha=1.0, chunk=4)[0]:.3f}"
       '1.792'
 
@@ -444,24 +142,211 @@ def chunked_hinton(
             f"labels {labels.shape} must have one entry of each token {student_hidden.shape[:-1]}"
         )
     plan = _plan(direction, beta, chunk, block)
-    student, teacher = Head(student_hidden, student_head), Head(teacher_hidden, teacher_head)
-    soft, hard = _tokens(plan, student, teacher, labels, temperature, mask)
+    student = Head(student_hidden, student_head)
+    teacher = Head(teacher_hidden, teacher_head)
+    soft, hard = _token_losses(plan, student, teacher, labels, temperature, mask)
     alpha = jnp.asarray(alpha, soft.dtype)
     return alpha * hard + (1 - alpha) * soft
+
+
+class Plan(NamedTuple):
+    """The static options: the divergence as the ``beta`` of `jsd`, and the sizes of slices."""
+
+    beta: float
+    chunk: int
+    block: int | None
 
 
 def _plan(direction: Direction, beta: float, chunk: int, block: int | None) -> Plan:
     betas = {"forward": 0.0, "reverse": 1.0, "jsd": beta}
     if direction not in betas:
-        raise ValueError(f"direction must be one of {', '.join(betas)}; got {direction!r}")
+        raise ArgumentError(f"direction must be one of {', '.join(betas)}; got {direction!r}")
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be 0 (forward) to 1 (reverse), got {beta}")
+        raise ArgumentError(f"beta must be 0 (forward) to 1 (reverse), got {beta}")
     if chunk < 1 or (block is not None and block < 1):
-        raise ValueError(f"chunk and block are sizes and must be positive, got {chunk} and {block}")
+        raise ArgumentError(
+            f"chunk and block are sizes and must be positive, got {chunk} and {block}"
+        )
     return Plan(betas[direction], chunk, block)
 
 
-def _tokens(
+# The streaming softmax: a maximum and a sum that are updated by each slice of classes.
+
+
+class Normalizer(NamedTuple):
+    """The largest logit of each row and the logarithm of ``sum exp(logit - top)``.
+
+    Two numbers, because their sum would be rounded.
+    """
+
+    top: jax.Array  # [rows]
+    log_sum: jax.Array  # [rows]
+
+    def log_probs(self, logits: jax.Array) -> jax.Array:
+        """Return the log-probabilities of a slice ``[rows, width]`` of the logits."""
+        return (logits - self.top[:, None]) - self.log_sum[:, None]
+
+
+class StreamingSoftmax(NamedTuple):
+    """The largest logit so far of each row, and ``sum exp(logit - top)``."""
+
+    top: jax.Array  # [rows]
+    sum: jax.Array  # [rows]
+
+    @classmethod
+    def start(cls, like: jax.Array) -> "StreamingSoftmax":
+        """Return the state before the first slice: a top below any bounded logit, yet finite."""
+        zero = jnp.zeros_like(like)
+        return cls(zero + jnp.finfo(zero.dtype).min / 16, zero)
+
+    def add(self, logits: jax.Array) -> "StreamingSoftmax":
+        """Return the state after a slice ``[rows, width]`` of logits."""
+        top = jnp.maximum(self.top, logits.max(axis=-1))
+        # The old sum is relative to the old top (Milakov and Gimelshein, algorithm 3).
+        rescaled = self.sum * jnp.exp(self.top - top)
+        return StreamingSoftmax(top, rescaled + jnp.exp(logits - top[:, None]).sum(axis=-1))
+
+    def normalizer(self) -> Normalizer:
+        """Return the normalizer, once every slice was added."""
+        return Normalizer(self.top, jnp.log(self.sum))
+
+
+class StreamingKL(NamedTuple):
+    """The state of ``KL(p || q)`` from logits x and y.
+
+    ``sum`` is that of ``exp(x - p.top) * ((x - p.top) - (y - q.top))`` over the classes so far.
+    """
+
+    p: StreamingSoftmax
+    q: StreamingSoftmax
+    sum: jax.Array  # [rows]
+
+    @classmethod
+    def start(cls, like: jax.Array) -> "StreamingKL":
+        """Return the state before the first slice."""
+        return cls(StreamingSoftmax.start(like), StreamingSoftmax.start(like), jnp.zeros_like(like))
+
+    def add(self, x: jax.Array, y: jax.Array) -> "StreamingKL":
+        """Return the state after slices ``[rows, width]`` of both logits."""
+        p = self.p.add(x)
+        q = self.q.add(y)
+        # Bring the old sum to the new tops: with d = old top - new top, each term
+        # exp(x - top) * (x - y) becomes exp(d_p) * exp(x - top) * ((x - y) + d_p - d_q).
+        shift_p = self.p.top - p.top
+        shift_q = self.q.top - q.top
+        before = jnp.exp(shift_p) * (self.sum + self.p.sum * (shift_p - shift_q))
+        x = x - p.top[:, None]
+        y = y - q.top[:, None]
+        return StreamingKL(p, q, before + (jnp.exp(x) * (x - y)).sum(axis=-1))
+
+    def divergence(self) -> jax.Array:
+        """Return ``KL(p || q)`` of each row, once every slice was added."""
+        return self.sum / self.p.sum - self.p.normalizer().log_sum + self.q.normalizer().log_sum
+
+
+# Slices of a head, by columns of the vocabulary and by blocks of tokens.
+
+Carry = TypeVar("Carry")
+
+
+class Head(NamedTuple):
+    """A linear head and its input."""
+
+    hidden: jax.Array  # [tokens, width]
+    kernel: jax.Array  # [width, vocabulary]
+
+    def columns(self, start: Scalar, width: int) -> jax.Array:
+        """Return some columns of the kernel."""
+        return jax.lax.dynamic_slice_in_dim(self.kernel, start, width, axis=1)
+
+    def logits(self, start: Scalar, width: int, temperature: Scalar) -> jax.Array:
+        """Return bounded softened logits ``[tokens, width]``, in float32 from the product on."""
+        logits = _wide_matmul(self.hidden, self.columns(start, width))
+        return bounded(logits, temperature, self.kernel.shape[1])
+
+
+def _wide_matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Return ``a @ b``, accumulated and returned in float32 at least."""
+    wide = _widest(a, b)
+    if a.dtype != b.dtype:
+        a = a.astype(wide)
+        b = b.astype(wide)
+    return jnp.matmul(a, b, preferred_element_type=wide)
+
+
+def _widest(*arrays: jax.Array) -> jnp.dtype:
+    """Return float32, or float64 if one of the arrays is."""
+    any_double = any(x.dtype == jnp.float64 for x in arrays)
+    return jnp.dtype(jnp.float64 if any_double else jnp.float32)
+
+
+def _varying_like(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Return the kernel, varying over the devices of `jax.shard_map` as the hidden states do.
+
+    It adds zeros that vary so (XLA drops the addition). The gradient of the kernel is then summed
+    over the devices outside of the custom derivative, like that of every shared array.
+    """
+    return kernel + jnp.zeros_like(hidden, kernel.dtype, shape=(1, 1))
+
+
+def _scan_columns(
+    step: Callable[[Carry, Any, int], Carry], carry: Carry, columns: int, size: int
+) -> Carry:
+    """Return the carry after ``step(carry, start, width)`` over all columns, ``size`` at a time."""
+    size = min(size, columns)
+    full, rest = divmod(columns, size)
+
+    def body(carry: Carry, i: jax.Array) -> tuple[Carry, None]:
+        return step(carry, i * size, size), None
+
+    carry, _ = jax.lax.scan(body, carry, jnp.arange(full))
+    return step(carry, full * size, rest) if rest else carry
+
+
+def _split_tokens(tokens: PyTree, size: int | None) -> PyTree:
+    """Return arrays ``[tokens, ...]`` as ``[blocks, tokens of a block, ...]``, padded with zeros.
+
+    A block takes every n-th token, so that it holds some of every device's, where devices hold
+    consecutive ones.
+    """
+
+    def one(x: jax.Array) -> jax.Array:
+        blocks = max(1, -(-len(x) // (size or len(x) or 1)))
+        padded = jnp.pad(x, ((0, -len(x) % blocks), *[(0, 0)] * (x.ndim - 1)))
+        return padded.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(one, tokens)
+
+
+def _join_tokens(blocks: PyTree, tokens: int) -> PyTree:
+    """Return what `_split_tokens` made as ``[tokens, ...]`` again."""
+
+    def one(x: jax.Array) -> jax.Array:
+        return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
+
+    return jax.tree.map(one, blocks)
+
+
+# The losses and their gradients.
+
+
+class Sums(NamedTuple):
+    """What the backward pass needs of each token, all ``[tokens]``.
+
+    Attributes:
+      student: normalizer of the student's softened logits.
+      teacher: normalizer of the teacher's.
+      mean: the mean in the divergence's gradient, see `_divergence_gradient`.
+      hard: normalizer of the student's logits at T = 1; None without labels.
+    """
+
+    student: Normalizer
+    teacher: Normalizer
+    mean: jax.Array
+    hard: Normalizer | None
+
+
+def _token_losses(
     plan: Plan,
     student: Head,
     teacher: Head,
@@ -469,27 +354,27 @@ def _tokens(
     temperature: Scalar,
     mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return both losses of all tokens, whatever axes they are on; those of masked ones are 0."""
-    _check(student, teacher)
+    """Return divergence and cross entropy of tokens on any leading axes, 0 where masked."""
+    _check_shapes(student, teacher)
     tokens = student.hidden.shape[:-1]
-    counts = (
-        jnp.ones(tokens, bool)
-        if mask is None
-        else fitted(mask, tokens, "the student's tokens") != 0
-    )
-    student, teacher = (
-        Head(
-            jnp.where(counts[..., None], hidden, 0).reshape(-1, hidden.shape[-1]),
-            alongside(kernel, hidden),
-        )
-        for hidden, kernel in (student, jax.lax.stop_gradient(teacher))
-    )
-    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, widest(*student)))
-    losses = fused(plan, student, teacher, None if labels is None else labels.ravel(), temperature)
+    counts = jnp.ones(tokens, bool)
+    if mask is not None:
+        counts = fitted(mask, tokens, "the student's tokens") != 0
+
+    def flat(head: Head) -> Head:
+        hidden = jnp.where(counts[..., None], head.hidden, 0)
+        hidden = hidden.reshape(-1, hidden.shape[-1])  # [tokens, width]
+        return Head(hidden, _varying_like(head.kernel, head.hidden))
+
+    student = flat(student)
+    teacher = flat(jax.lax.stop_gradient(teacher))
+    temperature = jax.lax.stop_gradient(jnp.asarray(temperature, _widest(*student)))
+    flat_labels = None if labels is None else labels.ravel()
+    losses = _fused(plan, student, teacher, flat_labels, temperature)
     return jax.tree.map(lambda loss: jnp.where(counts, loss.reshape(tokens), 0), losses)
 
 
-def _check(student: Head, teacher: Head) -> None:
+def _check_shapes(student: Head, teacher: Head) -> None:
     tokens = student.hidden.shape[:-1]
     if teacher.hidden.shape[:-1] != tokens:
         raise ShapeError(
@@ -505,3 +390,170 @@ def _check(student: Head, teacher: Head) -> None:
             f"vocabularies differ: student {student.kernel.shape[1]}, teacher "
             f"{teacher.kernel.shape[1]}"
         )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(
+    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Return ``T**2`` times the divergence, and the cross entropy, of each token.
+
+    Args:
+      plan: the divergence and the sizes.
+      student: hidden states and head; gradients go here only.
+      teacher: hidden states and head, for the same tokens and vocabulary.
+      labels: integers ``[tokens]``, or None.
+      temperature: temperature of the divergence, a scalar array.
+
+    Returns:
+      ``(divergence, cross entropy)``, each ``[tokens]``; the latter is None without labels.
+    """
+    return _forward(plan, student, teacher, labels, temperature)[0]
+
+
+def _forward(
+    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
+) -> tuple[Any, Any]:
+    def one(block: Any) -> tuple[Any, Sums]:
+        hidden, teacher_hidden, block_labels = block
+        heads = Head(hidden, student.kernel), Head(teacher_hidden, teacher.kernel)
+        return _block_losses(plan, *heads, block_labels, temperature)
+
+    blocks = _split_tokens((student.hidden, teacher.hidden, labels), plan.block)
+    losses, sums = _join_tokens(jax.lax.map(one, blocks), len(student.hidden))
+    return losses, (student, teacher, labels, temperature, sums)
+
+
+def _block_losses(
+    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
+) -> tuple[Any, Sums]:
+    """Return the losses of a block of tokens, and the sums that their gradients need."""
+    # Sums start as zeros that vary over devices as the logits do.
+    like = _wide_matmul(student.hidden[:, :1], student.kernel[:1, 0])  # [tokens]
+    reverse = plan.beta == 1
+
+    def add(carry: Any, start: Any, width: int) -> Any:
+        kl, hard, label_logit = carry
+        s = student.logits(start, width, temperature)  # [tokens, width]
+        t = teacher.logits(start, width, temperature)
+        kl = kl.add(s, t) if reverse else kl.add(t, s)
+        if labels is not None:
+            plain = student.logits(start, width, 1.0)
+            hard = hard.add(plain)
+            hit = _is_label(labels, start, width)
+            label_logit = label_logit + jnp.where(hit, plain, 0).sum(axis=-1)
+        return kl, hard, label_logit
+
+    first = (StreamingKL.start(like), StreamingSoftmax.start(like), jnp.zeros_like(like))
+    columns = student.kernel.shape[1]
+    kl, hard, label_logit = _scan_columns(add, first, columns, plan.chunk)
+    student_softmax, teacher_softmax = (kl.p, kl.q) if reverse else (kl.q, kl.p)
+    sums = Sums(
+        student=student_softmax.normalizer(),
+        teacher=teacher_softmax.normalizer(),
+        mean=kl.divergence(),
+        hard=None if labels is None else hard.normalizer(),
+    )
+    divergence = sums.mean
+    if plan.beta not in (0, 1):
+        divergence, mean = _jsd(plan, student, teacher, sums, temperature)
+        sums = sums._replace(mean=mean)
+    cross_entropy = None
+    if sums.hard is not None:
+        cross_entropy = sums.hard.log_sum + (sums.hard.top - label_logit)
+    return (squared(temperature, divergence), cross_entropy), sums
+
+
+def _jsd(
+    plan: Plan, student: Head, teacher: Head, sums: Sums, temperature: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the generalised Jensen-Shannon divergence of each token and its student share.
+
+    The mixture needs both normalizers, so this is a second pass over the vocabulary.
+    """
+
+    def add(carry: Any, start: Any, width: int) -> Any:
+        teacher_kl, student_kl = carry
+        log_q = sums.student.log_probs(student.logits(start, width, temperature))
+        log_p = sums.teacher.log_probs(teacher.logits(start, width, temperature))
+        log_m = mixture(log_q, log_p, plan.beta)  # [tokens, width]
+        teacher_kl = teacher_kl + (jnp.exp(log_p) * (log_p - log_m)).sum(axis=-1)
+        student_kl = student_kl + (jnp.exp(log_q) * (log_q - log_m)).sum(axis=-1)
+        return teacher_kl, student_kl
+
+    zero = jnp.zeros_like(sums.mean)
+    columns = student.kernel.shape[1]
+    teacher_kl, student_kl = _scan_columns(add, (zero, zero), columns, plan.chunk)
+    student_share = (1 - plan.beta) * student_kl
+    return plan.beta * teacher_kl + student_share, student_share
+
+
+def _is_label(labels: jax.Array, start: Any, width: int) -> jax.Array:
+    """Return booleans ``[tokens, width]``: whether a column is the token's label."""
+    return labels[:, None] - start == jnp.arange(width, dtype=labels.dtype)[None]
+
+
+def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Head, None, None, None]:
+    student, teacher, labels, temperature, sums = residuals
+    tokens = (student.hidden, teacher.hidden, labels, sums, cotangents)
+    blocks = _split_tokens(tokens, plan.block)
+
+    def columns(carry: Any, start: Any, width: int) -> Any:
+        hidden_grad, kernel_grad = carry
+        kernel = student.columns(start, width)  # [width of hidden, width]
+
+        def add(columns_grad: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+            hidden, teacher_hidden, *rest = block
+            heads = Head(hidden, student.kernel), Head(teacher_hidden, teacher.kernel)
+            grad = _logits_gradient(plan, (*heads, *rest), temperature, start, width)
+            columns_grad = columns_grad + _wide_matmul(hidden.T, grad)
+            return columns_grad, _wide_matmul(grad, kernel.T)
+
+        zeros = jnp.zeros_like(kernel, hidden_grad.dtype)
+        columns_grad, block_grads = jax.lax.scan(add, zeros, blocks)
+        kernel_grad = jax.lax.dynamic_update_slice_in_dim(
+            kernel_grad, columns_grad.astype(kernel.dtype), start, axis=1
+        )
+        return hidden_grad + block_grads, kernel_grad
+
+    zeros = jnp.zeros_like(blocks[0], cotangents[0].dtype), jnp.zeros_like(student.kernel)
+    hidden_grad, kernel_grad = _scan_columns(columns, zeros, student.kernel.shape[1], plan.chunk)
+    hidden_grad = _join_tokens(hidden_grad, len(student.hidden))
+    return Head(hidden_grad.astype(student.hidden.dtype), kernel_grad), None, None, None
+
+
+def _logits_gradient(
+    plan: Plan, block: Any, temperature: jax.Array, start: Any, width: int
+) -> jax.Array:
+    """Return the gradient ``[tokens, width]`` of both losses to the student's unsoftened logits."""
+    student, teacher, labels, sums, (soft_cotangent, hard_cotangent) = block
+    log_q = sums.student.log_probs(student.logits(start, width, temperature))
+    log_p = sums.teacher.log_probs(teacher.logits(start, width, temperature))
+    # T**2 * d/dlogits = T * d/d(logits / T).
+    scale = (temperature * soft_cotangent)[:, None]
+    grad = scale * _divergence_gradient(plan.beta, log_q, log_p, sums.mean)
+    if sums.hard is None:
+        return grad
+    probs = jnp.exp(sums.hard.log_probs(student.logits(start, width, 1.0)))
+    one_hot = _is_label(labels, start, width).astype(grad.dtype)
+    return grad + hard_cotangent[:, None] * (probs - one_hot)
+
+
+def _divergence_gradient(
+    beta: float, log_q: jax.Array, log_p: jax.Array, mean: jax.Array
+) -> jax.Array:
+    """Return the gradient of the divergence to the student's softened logits, of some columns.
+
+    Forward: ``q - p``. Otherwise ``q * (d - mean)``, where d is ``log q - log p`` (reverse) or
+    ``(1 - beta) * (log q - log m)`` (Jensen-Shannon), and mean is ``sum_c q[c] * d[c]``.
+    """
+    if beta == 0:
+        return jnp.exp(log_q) - jnp.exp(log_p)
+    if beta == 1:
+        difference = log_q - log_p
+    else:
+        difference = (1 - beta) * (log_q - mixture(log_q, log_p, beta))
+    return jnp.exp(log_q) * (difference - mean[:, None])
+
+
+_fused.defvjp(_forward, _backward)

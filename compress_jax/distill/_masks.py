@@ -1,12 +1,12 @@
-"""Masks: which examples or tokens of a batch count. One rule says how a mask meets an array, for every loss and metric.
+"""Masks: which examples or tokens of a batch count. One rule fits masks to arrays everywhere.
 
-A mask has the leading axes of what it is of: ``[batch]`` of examples, ``[batch, sequence]`` of
+A mask has leading axes of the array it masks: ``[batch]`` for examples, ``[batch, sequence]`` for
 tokens, booleans or weights >= 0. It is matched axis by axis from the left: each of its axes is as
-long as the array's or 1, axes of 1 at its end may be too many (``[batch, sequence, 1]``), and axes
-that it lacks are broadcast: ``[batch]`` meets ``[batch, sequence]``. A mask of tokens meets what
-has one entry an example, and no positions, as a mask of examples: one counts if any of its tokens
-does. Anything else is refused. What does not count is replaced by zeros *before* anything is
-computed of it, so that neither value nor gradient depends on it, be it NaN.
+long as the array's or 1, it may have extra axes of 1 at its end (``[batch, sequence, 1]``), and
+axes that it lacks are broadcast: ``[batch]`` fits ``[batch, sequence]``. For an array with one
+entry per example, a mask of tokens becomes a mask of examples: one counts if any of its tokens
+does. Anything else is refused. Masked entries are replaced by zeros *before* anything is computed
+from them, so that neither value nor gradient depends on them, even if they are NaN.
 """
 
 from typing import Any
@@ -25,10 +25,10 @@ def fitted(
     """Return a mask as weights of some leading axes, float32; see this module for the rule.
 
     Args:
-      mask: booleans, or numbers >= 0; a number below 0 becomes NaN, so that no mean of it passes
-        for one.
-      leading: the axes whose entries are to be weighed, such as ``loss.shape``.
-      what: what they are of, for the error.
+      mask: booleans, or numbers >= 0; a number below 0 becomes NaN, and so does every mean with
+        it.
+      leading: the axes whose entries are weighted, such as ``loss.shape``.
+      what: description of the array, for the error.
       examples: whether a mask of tokens may stand for its examples, where ``leading`` is
         ``(batch,)``: the weight of one is the mean weight of its tokens that count.
 
@@ -49,9 +49,8 @@ def fitted(
     own = _without_ones(weight.shape, len(leading))
     if examples and len(leading) == 1 and len(own) > 1:
         positions = tuple(range(1, weight.ndim))
-        weight = weight.sum(positions) / jnp.maximum((weight > 0).sum(positions), 1).astype(
-            weight.dtype
-        )
+        number = jnp.maximum((weight > 0).sum(positions), 1)  # [batch]
+        weight = weight.sum(positions) / number.astype(weight.dtype)
         own = weight.shape
     padded = own + (1,) * (len(leading) - len(own))
     if len(padded) > len(leading) or any(
@@ -59,15 +58,14 @@ def fitted(
     ):
         raise ShapeError(
             f"a mask of shape {tuple(jnp.shape(mask))} does not fit {what}, which has the leading "
-            f"axes {tuple(leading)}: "
-            "its axes must be those, from the left, each as long or 1 ([batch], [batch, "
-            "sequence], [batch, sequence, 1])"
+            f"axes {tuple(leading)}: its axes must be those, from the left, each as long or 1 "
+            "([batch], [batch, sequence], [batch, sequence, 1])"
         )
     return jnp.broadcast_to(weight.reshape(padded), leading)
 
 
 def fits(mask: Any, leading: tuple[int, ...], *, examples: bool = False) -> bool:
-    """Tell whether `fitted` would take a mask.
+    """Return whether `fitted` accepts a mask.
 
     Example:
       >>> fits(jnp.ones((2, 3)), (2, 3)), fits(jnp.ones((2, 3)), (2, 4))
@@ -81,7 +79,7 @@ def fits(mask: Any, leading: tuple[int, ...], *, examples: bool = False) -> bool
 
 
 def kept(x: Any, counts: jax.Array | None) -> Any:
-    """Return an array with zeros for all that does not count; its gradient is zero there too.
+    """Return an array with zeros for masked entries; its gradient is zero there too.
 
     Args:
       x: ``[*leading, ...]``.
@@ -101,11 +99,14 @@ def kept(x: Any, counts: jax.Array | None) -> Any:
 
 
 def of_features(mask: Any, features: jax.Array, what: str = "features") -> jax.Array:
-    """Return a mask as weights of the examples and positions of features ``[batch, *positions, channels]``.
+    """Return a mask as weights ``[batch, *positions]`` of features.
 
     Example:
-      >>> [of_features(jnp.array([[1, 0]]), jnp.ones(shape)).tolist() for shape in ((1, 2, 4), (1, 4))]
-      [[[1.0, 0.0]], [1.0]]
+      >>> mask = jnp.array([[1, 0]])
+      >>> of_features(mask, jnp.ones((1, 2, 4))).tolist()
+      [[1.0, 0.0]]
+      >>> of_features(mask, jnp.ones((1, 4))).tolist()
+      [1.0]
     """
     return fitted(
         mask,
@@ -126,12 +127,12 @@ def of_examples(mask: Any, batch: int) -> jax.Array:
 
 
 def has_positions(mask: Any) -> bool:
-    """Tell whether a mask tells positions of an example apart."""
+    """Return whether a mask distinguishes positions within an example."""
     return len(_without_ones(jnp.shape(mask), 1)) > 1
 
 
 def mean_of_each(values: jax.Array, mask: Any) -> jax.Array:
-    """Return the mean of each example, over its positions that count and all channels; 0 of none.
+    """Return each example's mean over its positions that count and all channels, 0 without any.
 
     Args:
       values: ``[batch, *positions, channels]``, finite.
@@ -153,10 +154,10 @@ def mean_of_each(values: jax.Array, mask: Any) -> jax.Array:
 
 
 def mean_of_positions(values: jax.Array, mask: Any) -> jax.Array:
-    """Return the mean of each example, ``[batch]``; with a mask of positions, of each position, ``[batch, *positions]``.
+    """Return means ``[batch]``; with a mask of positions, means ``[batch, *positions]``.
 
-    What does not count is 0. Positions of which some do not count are left to `masked_total`, so
-    that all weigh alike.
+    Masked entries are 0. The mean over positions is left to `masked_total`, so that all positions
+    of a batch weigh alike.
 
     Args:
       values: ``[batch, *positions, channels]``, finite.
@@ -167,8 +168,10 @@ def mean_of_positions(values: jax.Array, mask: Any) -> jax.Array:
 
     Example:
       >>> values = jnp.array([[[1.0], [9.0]]])
-      >>> mean_of_positions(values, None).tolist(), mean_of_positions(values, jnp.array([[1, 0]])).tolist()
-      ([5.0], [[1.0, 0.0]])
+      >>> mean_of_positions(values, None).tolist()
+      [5.0]
+      >>> mean_of_positions(values, jnp.array([[1, 0]])).tolist()
+      [[1.0, 0.0]]
     """
     if mask is None or not has_positions(mask) or values.ndim == 2:
         return mean_of_each(values, mask)
@@ -188,7 +191,7 @@ def _weights(mask: Any) -> jax.Array:
 
 
 def _without_ones(shape: tuple[int, ...], keep: int) -> tuple[int, ...]:
-    """Return a shape without axes of 1 at its end, as far as more than so many axes are left."""
+    """Return a shape without trailing axes of 1, but with at least ``keep`` axes."""
     while len(shape) > keep and shape[-1] == 1:
         shape = shape[:-1]
     return shape

@@ -19,7 +19,7 @@ from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Batch, Params, PyTree
 from compress_jax.data import batches
-from compress_jax.distill import Teacher, capture
+from compress_jax.distill import Teacher, capture, on_logits
 from compress_jax.export import load, save
 from compress_jax.search._experiment import Candidate, Experiment, Network, Training
 from compress_jax.search._ingredients import ingredients
@@ -27,14 +27,12 @@ from compress_jax.search._judge import Assessment
 from compress_jax.search._stage_record import require_same
 from compress_jax.trace import bind
 from compress_jax.train import (
-    Loss,
     StatefulLoss,
     Step,
     TrainState,
     accuracy,
     create,
     distillation,
-    distilled,
     fit,
     jit_step,
     label_optimizer,
@@ -137,11 +135,10 @@ def prepared(
 ) -> tuple[Step, TrainState]:
     """Return the step of a stage and the state before the first; pure, so that it can be traced on shapes."""
     compression = compression or identity()
-    loss, beside = _loss(experiment, model, training, teacher), ({}, {})
-    if isinstance(loss, StatefulLoss):
-        beside = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
+    loss = _loss(experiment, model, training, teacher)
+    aux = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
     state = create(
-        variables, compression, optimizer(training), stage_key(experiment.seed, stage), beside
+        variables, compression, optimizer(training), stage_key(experiment.seed, stage), aux
     )
     return make_step(loss, optimizer(training), compression), state
 
@@ -178,6 +175,8 @@ def train(
     """
     about = made_of(experiment, model, training, stage, compression, teacher, start)
     require_same(directory, about)
+    if experiment.loss is None:
+        teacher = None  # trained on labels alone
     batch = {name: values[: training.batch_size] for name, values in experiment.data.train.items()}
     step, state = prepared(
         experiment, model, variables, compression, training, stage, teacher, batch
@@ -229,16 +228,13 @@ def made_of(
 
 def _loss(
     experiment: Experiment, model: Any, training: Training, teacher: Teacher | None
-) -> Loss | StatefulLoss:
+) -> StatefulLoss:
     if teacher is None or experiment.loss is None:
         return supervised(model, augment=training.augment)
-    if isinstance(experiment.loss, tuple):
-        return distillation(model, experiment.loss, augment=training.augment)
-    return distilled(model, _ask, experiment.loss, augment=training.augment)
-
-
-def _ask(teacher: Teacher, x: jax.Array) -> jax.Array:
-    return teacher(x)
+    terms = experiment.loss
+    if not isinstance(terms, tuple):
+        terms = (on_logits(terms, labels=True),)
+    return distillation(model, terms, augment=training.augment)
 
 
 def frozen(experiment: Experiment, model: Any, variables: Variables) -> Teacher:

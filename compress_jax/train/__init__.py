@@ -1,13 +1,13 @@
-"""Training: one pure step over one state, on one device or many, and the loop that records, saves and resumes."""
+"""Training: one pure step, on one device or many, and the loop that records, saves and resumes."""
 
+from compress_jax.core.deprecated import renamed
 from compress_jax.train._checkpoint import Checkpoints
-from compress_jax.train._distillation import distillation
+from compress_jax.train._distillation import distillation, distilled, supervised
 from compress_jax.train._evaluate import accuracy, averages, logits
-from compress_jax.train._generations import graduate, mutual_step
+from compress_jax.train._generations import as_teacher, mutual_step
 from compress_jax.train._interrupt import Interrupted, watch_signals
 from compress_jax.train._ledger import Ledger, ledger
 from compress_jax.train._loop import Feed, fit
-from compress_jax.train._losses import distilled, supervised
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train._parallel import (
     jit_step,
@@ -37,12 +37,12 @@ __all__ = [
     "TensorBoard",
     "TrainState",
     "accuracy",
+    "as_teacher",
     "averages",
     "create",
     "distillation",
     "distilled",
     "fit",
-    "graduate",
     "jit_step",
     "label_optimizer",
     "ledger",
@@ -60,7 +60,9 @@ __all__ = [
     "watch_signals",
 ]
 
+__getattr__ = renamed({"graduate": "as_teacher"}, __name__)
+
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """List the public names only, not the modules that define them."""
     return sorted(__all__)

@@ -76,7 +76,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Turn what cannot be written into one sentence: writing is in the background, and its errors come later."""
+        """Raise errors of writing as one sentence; they come late, from the background."""
         try:
             yield
         except CheckpointError:
@@ -234,7 +234,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
-    """Keep Python from printing what orbax's abandoned coroutines raise besides the first error, which is told."""
+    """Hide the errors of orbax's abandoned coroutines; the first error is raised already."""
     before, problem = sys.unraisablehook, None
     sys.unraisablehook = lambda unraisable: None
     try:
@@ -255,7 +255,8 @@ class _DamagedError(Exception):
 
 def _why(error: BaseException) -> str:
     """Return the reason that the file system gave, wherever in a chain of errors it is."""
-    text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason is given'}"
+    lines = str(error).strip().splitlines() or ["no reason is given"]
+    text = f"{type(error).__name__}: {lines[0]}"
     found: BaseException | None = error
     while found is not None:
         if (
@@ -289,7 +290,7 @@ def _like(array: jax.Array, leaf: PyTree) -> jax.Array:
 
 
 def _describe(array: jax.Array) -> dict[str, Any]:
-    """Return shape, dtype and content hash (None where other processes hold a part of the array)."""
+    """Return shape, dtype and content hash (None if other processes hold a part of the array)."""
     content = None
     if array.is_fully_addressable:
         content = hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()

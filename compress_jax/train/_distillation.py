@@ -1,172 +1,111 @@
-"""Distillation by any terms: one forward of the student, one of the teacher on the same view, and the weighted sum."""
+"""The training loss: a weighted sum of objective terms, from one forward of student and teacher."""
 
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.types import Batch, Params, PyTree, Step, Variables
-from compress_jax.distill import Seen, Teacher, Term, TopK, Total, capture, ensemble, fingerprint
+from compress_jax.distill import (
+    LossContext,
+    Teacher,
+    Term,
+    TopK,
+    Total,
+    capture,
+    ensemble,
+    fingerprint,
+    on_labels,
+    on_logits,
+)
 from compress_jax.distill._masks import fits, fitted, kept
 from compress_jax.distill._objective.terms import value_at
 from compress_jax.distill._objective.totals import total_of
-from compress_jax.train._losses import Augment
 from compress_jax.train._objective import Objective, averaged, chosen, everything, total
+from compress_jax.train._quantized import QuantizedModel
 from compress_jax.train._step import Metrics, StatefulLoss
 
-# A student as the training objective runs it: logits, features and new model state, of a Linen or
-# an NNX model.
+Augment: TypeAlias = Callable[[jax.Array, Batch], Batch]
+"""``(key, batch) -> batch``, random and the same for student and teacher."""
 
-
-class Student(NamedTuple):
-    """A model as two pure functions.
-
-    Attributes:
-      train: ``(params, model_state, x, key) -> (logits, features, model_state)``.
-      evaluate: ``(params, model_state, x) -> (logits, features)``, in eval mode.
-    """
-
-    train: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any, Any]]
-    evaluate: Callable[[Any, Any, Any], tuple[Any, Any]]
-
-
-def student(model: Any, patterns: tuple[str, ...]) -> Student:
-    """Return a student whose features of some paths are captured.
-
-    Args:
-      model: a Linen module called as ``model(x, train=...)``; or the graphdef of an NNX module,
-        from ``nnx.split(module, nnx.Param, ...)``, whose state is
-        ``{"params": params, "rest": rest}``.
-      patterns: globs of paths, see `compress_jax.distill.capture`; none captures nothing.
-
-    Returns:
-      A `Student`.
-
-    Raises:
-      ConfigError: if it is neither.
-    """
-    from flax import nnx
-
-    if isinstance(model, nn.Module):
-        return _linen(model, patterns)
-    if isinstance(model, nnx.GraphDef):
-        return _nnx(model, patterns)
-    raise ConfigError(
-        "the student is a Linen module or the graphdef of nnx.split(module, nnx.Param, ...), got "
-        f"{model!r}"
-    )
-
-
-def _linen(model: nn.Module, patterns: tuple[str, ...]) -> Student:
-    see = (
-        capture(model, patterns)
-        if patterns
-        else lambda *args, **options: (model.apply(*args, **options), {})
-    )
-
-    def train(params: Params, model_state: PyTree, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
-        variables = {"params": params, **model_state}
-        (logits, new), features = see(
-            variables, x, train=True, mutable=list(model_state), rngs={"dropout": key}
-        )
-        return logits, features, {**model_state, **new}
-
-    def evaluate(params: Params, model_state: PyTree, x: Any) -> tuple[Any, Any]:
-        return see({"params": params, **model_state}, x, train=False)
-
-    return Student(train, evaluate)
-
-
-def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
-    from flax import nnx
-
-    def merged(params: Params, model_state: PyTree, training: bool) -> Any:
-        module = nnx.merge(graphdef, params, model_state.get("rest", nnx.State({})), copy=True)
-        (module.train if training else module.eval)()
-        return module
-
-    def run(module: Any, x: Any) -> tuple[Any, Any]:
-        return capture(module, patterns)(x) if patterns else (module(x), {})
-
-    def train(params: Params, model_state: PyTree, x: Any, key: jax.Array) -> tuple[Any, Any, Any]:
-        module = merged(params, model_state, True)
-        nnx.reseed(module, dropout=key)
-        logits, features = run(module, x)
-        rest = nnx.split(module, nnx.Param, ...)[2]
-        like = jax.tree.leaves(rest), jax.tree.structure(model_state.get("rest", rest))
-        return logits, features, {"rest": jax.tree.unflatten(like[1], like[0])}
-
-    def evaluate(params: Params, model_state: PyTree, x: Any) -> tuple[Any, Any]:
-        return run(merged(params, model_state, False), x)
-
-    return Student(train, evaluate)
-
+Resample: TypeAlias = Callable[[jax.Array, Batch, Callable[[Any], jax.Array]], Batch]
+"""``(key, batch, logits) -> batch``, with the student's logits function."""
 
 TEACHER = "teacher/"
+"""Batch entries of this prefix hold cached teacher features by path."""
 
 
 def distillation(
-    model: Any,
+    model: nn.Module | QuantizedModel | Any,
     terms: Sequence[Term],
     *,
     augment: Augment | None = None,
     average: float | None = None,
-    resample: Callable[[jax.Array, Any, Callable[[Any], Any]], Any] | None = None,
+    resample: Resample | None = None,
     inputs: str = "image",
     labels: str = "label",
     mask: str = "mask",
 ) -> StatefulLoss:
-    """Return the loss that is a weighted sum of terms: ``sum_k weight_k(step) * mean(loss_k)``, means over what counts.
+    """Return the training loss: a weighted sum of objective terms.
+
+    ``sum_k weight_k(step) * mean(loss_k)``, means over the examples or tokens that the mask counts.
 
     The batch is augmented once, before both forwards; the teacher may have a view of its own
-    (`Teacher.view`). Features are captured for terms that ask for them. What terms learn comes
-    under ``state.parts``, what they keep under ``state.memory``, both by the term's name. Metrics:
-    each term's mean loss, ``accuracy``, ``teacher_accuracy`` and ``agreement`` on this batch, and
-    ``teacher_id``, the first 24 bits of its hash; the whole hash is in the memory.
+    (`Teacher.view`). Features are captured for terms that ask for them. Adapters are trained under
+    ``state.parts``, memories kept under ``state.memory``, both by the term's name. Metrics: each
+    term's mean loss and ``accuracy``; with a teacher also ``teacher_accuracy`` and ``agreement`` on
+    this batch, and ``teacher_id``, the first 24 bits of its hash (the whole hash is in the memory).
 
     Args:
-      model: the student: a Linen module called as ``model(x, train=...)``, or the graphdef of an
-        NNX module, see `compress_jax.distill.capture`.
+      model: the student: a Linen module called as ``model(x, train=...)``, one from `quantized`, or
+        the graphdef of an NNX module, see `compress_jax.distill.capture`.
       terms: `on_labels`, `on_logits`, `on_features`, `contrast`, `on_weights` or your own `Term`.
-      augment: ``(key, batch) -> batch``; `compress_jax.data.mixup` makes labels probabilities.
-      average: the teacher is the student's own moving average, of this decay:
-        ``a = average * a + (1 - average) * params`` of the params as the compression shows them.
+      augment: ``(key, batch) -> batch``, in training only; `compress_jax.data.mixup` makes labels
+        probabilities.
+      average: the decay of a moving average of the student, which is then its own teacher:
+        ``a = average * a + (1 - average) * params``, of the params after the compression's view.
         The step is given no teacher then.
-      resample: ``(key, batch, logits) -> batch``, given the student as it is:
+      resample: ``(key, batch, logits) -> batch``, given the current student's logits function:
         `compress_jax.distill.on_policy`.
-      inputs: the batch's entry that both models are given.
-      labels: the batch's entry with labels.
-      mask: the batch's entry of which examples or tokens count, if it is there; see
-        `compress_jax.distill.masks` for what fits what. What does not count reaches neither a value
-        nor a gradient, in no term and no metric. A term may have one of its own
-        (``on_features(..., mask="patches")``). What a model makes of padding inside (batch
-        statistics, attention to padding) is the model's affair: give it what it needs in its
-        inputs.
+      inputs: the batch entry that both models are given.
+      labels: the batch entry with labels.
+      mask: the batch entry with the mask over examples or tokens, if it is there; see
+        `compress_jax.distill.masks` for which shapes fit. Masked entries reach neither a value nor
+        a gradient, in no term and no metric. A term may have its own mask
+        (``on_features(..., mask="patches")``). How a model treats padding inside (batch statistics,
+        attention) is up to the model: give it what it needs in its inputs.
 
     Returns:
       A `StatefulLoss`, whose means are over all devices and microbatches of a step (`make_step`):
       ``create(variables, compression, optimizer, key, loss.init(key, variables, batch, teacher))``.
-      The teacher given to the step is a `Teacher` or `Teachers`; or None, if the batch has its
-      logits as ``"teacher"`` (see `compress_jax.distill.CachedFeed`), which then count. Raises a
-      ConfigError if two terms share a name; its loss raises a ShapeError that names the term if a
-      mask does not fit, and a ConfigError if a mask asked for by name is missing.
+      The teacher given to the step is a `Teacher` or `Teachers`; or None, if no term needs one or
+      if the batch has its logits as ``"teacher"`` (see `compress_jax.distill.CachedFeed`). The loss
+      raises a ShapeError that names the term if a mask does not fit, and a ConfigError if a mask
+      asked for by name is missing.
+
+    Raises:
+      ConfigError: if there is no term, two terms share a name, or the model is neither a Linen
+        module nor a graphdef.
 
     Example:
-      >>> from compress_jax.distill import capture, hint, kl, linear, on_features, on_labels, on_logits
+      >>> from compress_jax.distill import hint, kl, linear, on_features
       >>> from compress_jax.models import LeNet300100
       >>> small, large = LeNet300100(hidden=(4,)), LeNet300100(hidden=(8,))
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
-      >>> see = capture(large, ("dense_0",))
-      >>> teacher = Teacher(see, large.init(jax.random.key(0), batch["image"]))
+      >>> forward = capture(large, ("dense_0",))
+      >>> teacher = Teacher(forward, large.init(jax.random.key(0), batch["image"]))
       >>> terms = [on_labels(0.1), on_logits(kl, 0.9, temperature=4.0)]
-      >>> terms.append(on_features(hint, "dense_0", "dense_0", 100.0, part=linear()))
-      >>> loss, variables = distillation(small, terms), small.init(jax.random.key(1), batch["image"])
-      >>> parts, memory = loss.init(jax.random.key(2), variables, batch, teacher)
-      >>> parts["hint"]["kernel"].shape
+      >>> terms.append(on_features(hint, "dense_0", "dense_0", 100.0, adapter=linear()))
+      >>> loss = distillation(small, terms)
+      >>> variables = small.init(jax.random.key(1), batch["image"])
+      >>> adapters, memory = loss.init(jax.random.key(2), variables, batch, teacher)
+      >>> adapters["hint"]["kernel"].shape
       (4, 8)
     """
     names = [term.name for term in terms]
@@ -174,9 +113,9 @@ def distillation(
         raise ConfigError(
             f"an objective needs terms, each with a name of its own (name=...); got {names}"
         )
-    runs = student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
+    student = _student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
 
-    def see(
+    def context_of(
         params: Params,
         state: PyTree,
         memory: PyTree,
@@ -184,15 +123,31 @@ def distillation(
         key: jax.Array,
         teacher: Any,
         step: Step,
-    ) -> tuple[Seen, Any]:
-        logits, features, state = runs.train(params, state, batch[inputs], key)
+        train: bool = True,
+    ) -> tuple[LossContext, PyTree]:
+        """Run both models; return what the terms read and the new model state."""
+        if train:
+            counts = chosen(batch, mask)
+            out = student.train(params, state, batch[inputs], key, counts)
+        else:
+            out = (*student.evaluate(params, state, batch[inputs]), state)
+        logits, features, state = out
         if average is not None:
-            teacher = _averaged(runs, memory["average"])
-        given, others = _told(batch, teacher, inputs)
-        variables = getattr(teacher, "variables", None)
-        return Seen(
-            logits, given, batch[labels], features, others, params, variables, batch, key, step
-        ), state
+            teacher = _average_teacher(student, memory["average"])
+        teacher_logits, teacher_features = _teacher_outputs(batch, teacher, inputs)
+        context = LossContext(
+            student_logits=logits,
+            teacher_logits=teacher_logits,
+            labels=batch[labels],
+            student=features,
+            teacher=teacher_features,
+            params=params,
+            teacher_variables=getattr(teacher, "variables", None),
+            batch=batch,
+            key=key,
+            step=step,
+        )
+        return context, state
 
     def totals(
         params: Params,
@@ -203,168 +158,362 @@ def distillation(
         key: jax.Array,
         teacher: Any,
         step: Step,
-    ) -> tuple[Objective, tuple[Any, Any, Metrics]]:
-        first, second, third, fourth = jax.random.split(key, 4)
-        batch = batch if augment is None else augment(first, batch)
-        if resample is not None:
+        train: bool = True,
+    ) -> tuple[Objective, tuple[PyTree, PyTree, Metrics]]:
+        augment_key, dropout_key, term_key, resample_key = jax.random.split(key, 4)
+        if train and augment is not None:
+            batch = augment(augment_key, batch)
+        if train and resample is not None:
             frozen = jax.lax.stop_gradient((params, state))
-            batch = resample(fourth, batch, lambda x: runs.evaluate(*frozen, x)[0])
-        seen, state = see(params, state, memory, batch, second, teacher, step)
-        metrics, kept = _each_term(terms, seen._replace(key=third), parts, memory, mask)
-        objective = tuple((value_at(term.weight, step), metrics[term.name]) for term in terms)
+            batch = resample(resample_key, batch, lambda x: student.evaluate(*frozen, x)[0])
+        context, new_state = context_of(
+            params, state, memory, batch, dropout_key, teacher, step, train
+        )
+        context = context._replace(key=term_key)
+        losses, new_memory = _term_losses(terms, context, parts, memory, mask)
+        objective = tuple((value_at(term.weight, step), losses[term.name]) for term in terms)
         if average is not None:
-            kept["average"] = _moved(memory["average"], params, state, average)
-        kept |= {"teacher": memory["teacher"]} if "teacher" in memory else {}
-        return objective, (
-            state,
-            jax.lax.stop_gradient(kept),
-            {**metrics, **_fidelity(seen, memory, mask)},
-        )
+            new_memory["average"] = _next_average(memory["average"], params, new_state, average)
+        if "teacher" in memory:
+            new_memory["teacher"] = memory["teacher"]
+        metrics = {**losses, **_fidelity(context, memory, mask)}
+        return objective, (new_state, jax.lax.stop_gradient(new_memory), metrics)
 
-    def init(key: jax.Array, variables: Variables, batch: Batch, teacher: Any) -> tuple[Any, Any]:
-        params, state = (
-            variables["params"],
-            {name: each for name, each in variables.items() if name != "params"},
-        )
-        own = {"average": {"params": params, "state": state}} if average is not None else {}
-        own |= {} if teacher is None else {"teacher": fingerprint(teacher)}
-        first, second = jax.random.split(key)
+    def init(
+        key: jax.Array, variables: Variables, batch: Batch, teacher: Any
+    ) -> tuple[PyTree, PyTree]:
+        params = variables["params"]
+        state = {name: each for name, each in variables.items() if name != "params"}
+        own_memory = {}
+        if average is not None:
+            own_memory["average"] = {"params": params, "state": state}
+        if teacher is not None:
+            own_memory["teacher"] = fingerprint(teacher)
+        batch_key, term_key = jax.random.split(key)
 
-        def shown(params: Params, batch: Batch, teacher: Any) -> Seen:
-            batch = batch if augment is None else augment(first, batch)
-            seen, _ = see(params, state, own, batch, first, teacher, jnp.zeros((), jnp.int32))
-            return seen._replace(key=None)
+        def context_shapes(params: Params, batch: Batch, teacher: Any) -> LossContext:
+            if augment is not None:
+                batch = augment(batch_key, batch)
+            start = jnp.zeros((), jnp.int32)
+            context, _ = context_of(params, state, own_memory, batch, batch_key, teacher, start)
+            return context._replace(key=None)  # a typed key is no output of eval_shape
 
-        shapes = jax.eval_shape(shown, params, batch, teacher)
-        begun = {
-            term.name: term.init(jax.random.fold_in(second, i), shapes)
-            for i, term in enumerate(terms)
-        }
-        parts, memory = (
-            {name: each[i] for name, each in begun.items() if jax.tree.leaves(each[i])}
-            for i in (0, 1)
-        )
-        return parts, {**memory, **own}
+        shapes = jax.eval_shape(context_shapes, params, batch, teacher)
+        parts, memory = {}, {}
+        for i, term in enumerate(terms):
+            adapter_params, kept_arrays = term.init(jax.random.fold_in(term_key, i), shapes)
+            if jax.tree.leaves(adapter_params):
+                parts[term.name] = adapter_params
+            if jax.tree.leaves(kept_arrays):
+                memory[term.name] = kept_arrays
+        return parts, {**memory, **own_memory}
 
     return StatefulLoss(init, averaged(totals), totals)
 
 
-def _told(batch: Batch, teacher: Any, inputs: str) -> tuple[Any, Any]:
-    """Return the teacher's logits and features: those that came with the batch, or what it says now."""
+@renamed_arguments(smoothing="label_smoothing")
+def supervised(
+    model: nn.Module | QuantizedModel | Any,
+    *,
+    label_smoothing: float = 0.0,
+    augment: Augment | None = None,
+    inputs: str = "image",
+    labels: str = "label",
+    mask: str = "mask",
+) -> StatefulLoss:
+    """Return the loss of a classifier: `distillation` with the one term `on_labels`.
+
+    ``mean(cross_entropy(logits, labels))`` over the examples or tokens that the mask counts. It has
+    no adapters and no memory, so `create` needs no ``aux``.
+
+    Args:
+      model: the student, see `distillation`; dropout gets the step's key.
+      label_smoothing: see `compress_jax.distill.cross_entropy`.
+      augment: ``(key, batch) -> batch``, applied in training only.
+      inputs: the batch entry that is given to the model.
+      labels: the batch entry with integer labels, ``[batch]`` or ``[batch, sequence]``, or with
+        probabilities.
+      mask: the batch entry with the mask over examples or tokens, if it is there.
+
+    Returns:
+      A `StatefulLoss` with metrics ``labels`` and ``accuracy``, for steps without a teacher.
+
+    Example:
+      >>> from compress_jax.models import LeNet300100
+      >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> params = model.init(jax.random.key(0), batch["image"])["params"]
+      >>> loss = supervised(model)
+      >>> value, (model_state, metrics) = loss(params, {}, batch, jax.random.key(1))
+      >>> value.shape, model_state, sorted(metrics)
+      ((), {}, ['accuracy', 'labels'])
+    """
+    terms = [on_labels(label_smoothing=label_smoothing)]
+    return distillation(model, terms, augment=augment, inputs=inputs, labels=labels, mask=mask)
+
+
+def distilled(
+    model: nn.Module | QuantizedModel | Any,
+    teacher_apply: Callable[[Any, Any], jax.Array],
+    loss_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    *,
+    augment: Augment | None = None,
+    inputs: str = "image",
+    labels: str = "label",
+    mask: str = "mask",
+) -> StatefulLoss:
+    """Deprecated: use ``distillation(model, [on_logits(loss_fn, labels=True)])`` with a `Teacher`.
+
+    Args:
+      model: the student.
+      teacher_apply: ``(teacher, x) -> logits``, in eval mode.
+      loss_fn: ``(student_logits, teacher_logits, labels) -> loss of each example``.
+      augment: ``(key, batch) -> batch``, applied in training only.
+      inputs: the batch entry that is given to both models.
+      labels: the batch entry with integer labels.
+      mask: the batch entry with the mask.
+
+    Returns:
+      The loss; the teacher given to the step is the tree that ``teacher_apply`` takes.
+
+    Example:
+      >>> from compress_jax.models import LeNet300100
+      >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> variables = model.init(jax.random.key(0), batch["image"])
+      >>> with warnings.catch_warnings():
+      ...     warnings.simplefilter("ignore")
+      ...     loss = distilled(model, model.apply, lambda s, t, y: jnp.square(s - t).mean(-1))
+      >>> value, _ = loss(variables["params"], {}, batch, jax.random.key(1), variables)
+      >>> float(value)
+      0.0
+    """
+    text = (
+        "train.distilled is now train.distillation(model, [distill.on_logits(loss, labels=True)])"
+    )
+    warnings.warn(
+        f"{text} with a distill.Teacher; it goes in the next version",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    terms = [on_logits(loss_fn, labels=True)]
+    loss = distillation(model, terms, augment=augment, inputs=inputs, labels=labels, mask=mask)
+
+    def init(key: jax.Array, variables: Variables, batch: Batch, teacher: Any) -> Any:
+        return loss.init(key, variables, batch, Teacher(teacher_apply, teacher))
+
+    inner = loss.totals or loss.loss
+
+    def totals(*args: Any, **options: Any) -> Any:
+        *rest, teacher, step = args
+        return inner(*rest, Teacher(teacher_apply, teacher), step, **options)
+
+    return StatefulLoss(init, averaged(totals), totals)
+
+
+def _teacher_outputs(batch: Batch, teacher: Any, inputs: str) -> tuple[Any, dict[str, jax.Array]]:
+    """Return cached teacher logits and features, else those of a fresh forward pass."""
     if "teacher" in batch:
-        return batch["teacher"], {
-            n.removeprefix(TEACHER): f for n, f in batch.items() if n.startswith(TEACHER)
+        features = {
+            name.removeprefix(TEACHER): feature
+            for name, feature in batch.items()
+            if name.startswith(TEACHER)
         }
-    return (None, {}) if teacher is None else teacher.see(batch[inputs])
+        return batch["teacher"], features
+    return (None, {}) if teacher is None else teacher.forward(batch[inputs])
 
 
-def _each_term(
-    terms: Sequence[Term], seen: Seen, parts: PyTree, memory: PyTree, mask: str
-) -> tuple[dict[str, Total], Any]:
-    """Return the total of each term, which draws from a key of its own, and what it keeps."""
-    totals, kept = {}, {}
+def _term_losses(
+    terms: Sequence[Term], context: LossContext, parts: PyTree, memory: PyTree, mask: str
+) -> tuple[dict[str, Total], dict[str, PyTree]]:
+    """Return each term's total and new memory; each draws from a key of its own."""
+    totals, new_memory = {}, {}
     for i, term in enumerate(terms):
-        own = _masked(seen._replace(key=jax.random.fold_in(seen.key, i)), term, mask)
-        each, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
-        totals[term.name] = everything(total_of(term.name, each, own.mask, told=False))
-        kept |= {term.name: new} if jax.tree.leaves(new) else {}
-    return totals, kept
+        own_key = jax.random.fold_in(context.key, i)
+        own = _masked_context(context._replace(key=own_key), term, mask)
+        loss, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
+        totals[term.name] = everything(total_of(term.name, loss, own.mask, masked=False))
+        if jax.tree.leaves(new):
+            new_memory[term.name] = new
+    return totals, new_memory
 
 
-def _masked(seen: Seen, term: Term, mask: str) -> Seen:
-    """Return what a term may look at: nothing of what does not count."""
+def _masked_context(context: LossContext, term: Term, mask: str) -> LossContext:
+    """Return the context of one term, with its mask, and zeros for everything masked."""
     if term.whole:
-        return seen
-    default = chosen(seen.batch, mask)
-    own = default if term.mask is None else chosen(seen.batch, term.mask, f"the term {term.name!r}")
+        return context
+    default = chosen(context.batch, mask)
+    own = default
+    if term.mask is not None:
+        own = chosen(context.batch, term.mask, f"the term {term.name!r}")
     if own is None:
-        return seen
-    leading = seen.student_logits.shape[:-1]
-    of_logits = next(
-        (
-            each
-            for each in (own, default)
-            if each is not None and fits(each, leading, examples=True)
-        ),
-        None,
-    )
-    if of_logits is None and term.mask is None:
-        fitted(
-            own,
-            leading,
-            f"the student's logits {seen.student_logits.shape}, for the term {term.name!r}",
-            examples=True,
-        )
-    student, teacher = (
-        {p: _shown(f, own) for p, f in each.items()} for each in (seen.student, seen.teacher)
-    )
-    logits = seen.student_logits, seen.teacher_logits, seen.labels
-    if of_logits is not None:
-        counts = fitted(of_logits, leading, examples=True)
-        logits = jax.tree.map(lambda x: _kept(x, counts), logits)
-    return seen._replace(
-        student_logits=logits[0],
-        teacher_logits=logits[1],
-        labels=logits[2],
-        student=student,
-        teacher=teacher,
+        return context
+    leading = context.student_logits.shape[:-1]
+    # A term's own mask may be of feature positions; the logits then take the objective's mask.
+    candidates = [each for each in (own, default) if each is not None]
+    fitting = [each for each in candidates if fits(each, leading, examples=True)]
+    if not fitting and term.mask is None:
+        shape = context.student_logits.shape
+        what = f"the student's logits {shape}, for the term {term.name!r}"
+        fitted(own, leading, what, examples=True)  # raises the ShapeError
+    outputs = (context.student_logits, context.teacher_logits, context.labels)
+    if fitting:
+        counts = fitted(fitting[0], leading, examples=True)
+        outputs = jax.tree.map(lambda x: _masked_outputs(x, counts), outputs)
+    student_logits, teacher_logits, labels = outputs
+    return context._replace(
+        student_logits=student_logits,
+        teacher_logits=teacher_logits,
+        labels=labels,
+        student={path: _masked_feature(x, own) for path, x in context.student.items()},
+        teacher={path: _masked_feature(x, own) for path, x in context.teacher.items()},
         mask=own,
     )
 
 
-def _shown(feature: jax.Array, mask: Any) -> jax.Array:
-    """Return a feature with zeros where its positions, or at least its examples, do not count."""
+def _masked_feature(feature: jax.Array, mask: jax.Array) -> jax.Array:
+    """Return a feature with zeros at masked positions, or at least in masked examples."""
     for leading in (feature.shape[:-1], feature.shape[:1]):
         if leading and fits(mask, leading, examples=True):
             return kept(feature, fitted(mask, leading, examples=True))
     return feature
 
 
-def _kept(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return logits or labels with zeros for what does not count; those of several teachers have an axis in front."""
-    several = x.shape[: counts.ndim] != counts.shape
-    return jax.vmap(lambda x: kept(x, counts))(x) if several else kept(x, counts)
+def _masked_outputs(x: jax.Array, counts: jax.Array) -> jax.Array:
+    """Return logits or labels with zeros for masked entries."""
+    if x.shape[: counts.ndim] == counts.shape:
+        return kept(x, counts)
+    return jax.vmap(lambda x: kept(x, counts))(x)  # [teachers, *leading, classes]
 
 
-def _averaged(runs: Student, average: Any) -> Teacher:
-    """Return the moving average as a teacher."""
-
-    def apply(variables: Variables, x: Any) -> Any:
-        return runs.evaluate(variables["params"], variables["state"], x)
-
-    return Teacher(apply, average)
-
-
-def _moved(average: Any, params: Params, state: PyTree, decay: float) -> Any:
-    """Return the average after this step: params move slowly, the model's state (batch statistics) is what it is."""
+def _next_average(average: PyTree, params: Params, state: PyTree, decay: float) -> PyTree:
+    """Return the moving average after this step; batch statistics are the current ones."""
     moved = optax.incremental_update(jax.lax.stop_gradient(params), average["params"], 1 - decay)
     return {"params": moved, "state": state}
 
 
-def _fidelity(seen: Seen, memory: PyTree, mask: str) -> Metrics:
-    """Return how right student and teacher are on what counts of this batch, and how much they agree."""
-    labels = (
-        seen.labels
-        if jnp.issubdtype(seen.labels.dtype, jnp.integer)
-        else seen.labels.argmax(axis=-1)
-    )
-    own, given = seen.student_logits.argmax(axis=-1), seen.teacher_logits
-    hits = {"accuracy": own == labels}
-    if given is not None:
-        best = _best(given, seen.student_logits.ndim)
-        hits |= {"teacher_accuracy": best == labels, "agreement": own == best}
-    counts = chosen(seen.batch, mask)
+def _fidelity(context: LossContext, memory: PyTree, mask: str) -> Metrics:
+    """Return the accuracy of student and teacher on this batch, and their agreement."""
+    labels = context.labels
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = labels.argmax(axis=-1)
+    predicted = context.student_logits.argmax(axis=-1)
+    hits = {"accuracy": predicted == labels}
+    if context.teacher_logits is not None:
+        best = _predictions(context.teacher_logits, context.student_logits.ndim)
+        hits |= {"teacher_accuracy": best == labels, "agreement": predicted == best}
+    counts = chosen(context.batch, mask)
     if counts is not None:
-        counts = fitted(counts, own.shape, "the predictions", examples=True)
+        counts = fitted(counts, predicted.shape, "the predictions", examples=True)
     metrics: Metrics = {name: total(hit.astype(jnp.float32), counts) for name, hit in hits.items()}
     if "teacher" in memory:
+        # 24 bits are exact in float32.
         digits = memory["teacher"][:3].astype(jnp.float32)
         metrics["teacher_id"] = digits[0] * 65536.0 + digits[1] * 256.0 + digits[2]
     return metrics
 
 
-def _best(given: Any, ndim: int) -> jax.Array:
-    """Return what a teacher, several or a cached one predicts."""
-    if isinstance(given, TopK):
-        return given.ids[..., 0]
-    return (ensemble(given) if given.ndim > ndim else given).argmax(axis=-1)
+def _predictions(teacher_logits: Any, ndim: int) -> jax.Array:
+    """Return the classes predicted by one teacher, several, or a top-k cache."""
+    if isinstance(teacher_logits, TopK):
+        return teacher_logits.ids[..., 0]
+    if teacher_logits.ndim > ndim:
+        teacher_logits = ensemble(teacher_logits)
+    return teacher_logits.argmax(axis=-1)
+
+
+class Student(NamedTuple):
+    """A Linen or NNX model as two pure functions.
+
+    Attributes:
+      train: ``(params, model_state, x, key, counts) -> (logits, features, model_state)``; counts is
+        the batch's mask or None.
+      evaluate: ``(params, model_state, x) -> (logits, features)``, in eval mode.
+    """
+
+    train: Callable[..., tuple[jax.Array, dict[str, jax.Array], PyTree]]
+    evaluate: Callable[[Params, PyTree, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def _student(model: Any, patterns: tuple[str, ...]) -> Student:
+    """Return a model as pure functions that capture the features of some paths.
+
+    Raises:
+      ConfigError: if it is neither a Linen module nor a graphdef.
+    """
+    from flax import nnx
+
+    if isinstance(model, (nn.Module, QuantizedModel)):
+        return _linen(model, patterns)
+    if isinstance(model, nnx.GraphDef):
+        return _nnx(model, patterns)
+    raise ConfigError(
+        "the student is a Linen module or the graphdef of nnx.split(module, nnx.Param, ...), got "
+        f"{model!r}"
+    )
+
+
+def _linen(model: nn.Module | QuantizedModel, patterns: tuple[str, ...]) -> Student:
+    if patterns:
+        forward = capture(model, patterns)
+    else:
+
+        def forward(*args: Any, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
+            return model.apply(*args, **options), {}
+
+    def train(
+        params: Params, model_state: PyTree, x: Any, key: jax.Array, counts: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array], PyTree]:
+        variables = {"params": params, **model_state}
+        options = {"mutable": list(model_state), "rngs": {"dropout": key}}
+        if counts is not None and isinstance(model, QuantizedModel):
+            options["counts"] = counts  # ranges must not move with padding
+        (logits, new), features = forward(variables, x, train=True, **options)
+        return jnp.asarray(logits), features, {**model_state, **new}
+
+    def evaluate(
+        params: Params, model_state: PyTree, x: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return forward({"params": params, **model_state}, x, train=False)
+
+    return Student(train, evaluate)
+
+
+def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
+    from flax import nnx
+
+    def merge(params: Params, model_state: PyTree, training: bool) -> Any:
+        module = nnx.merge(graphdef, params, model_state.get("rest", nnx.State({})), copy=True)
+        if training:
+            module.train()
+        else:
+            module.eval()
+        return module
+
+    def forward(module: Any, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return capture(module, patterns)(x) if patterns else (module(x), {})
+
+    def train(
+        params: Params, model_state: PyTree, x: Any, key: jax.Array, counts: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array], PyTree]:
+        module = merge(params, model_state, training=True)
+        nnx.reseed(module, dropout=key)
+        logits, features = forward(module, x)
+        rest = nnx.split(module, nnx.Param, ...)[2]
+        # A capture adds nothing to the state: it must keep the structure that it came with.
+        structure = jax.tree.structure(model_state.get("rest", rest))
+        return logits, features, {"rest": jax.tree.unflatten(structure, jax.tree.leaves(rest))}
+
+    def evaluate(
+        params: Params, model_state: PyTree, x: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return forward(merge(params, model_state, training=False), x)
+
+    return Student(train, evaluate)
+
+
+def _average_teacher(student: Student, average: PyTree) -> Teacher:
+    """Return the student's moving average as a teacher."""
+
+    def apply(variables: Variables, x: Any) -> Any:
+        return student.evaluate(variables["params"], variables["state"], x)
+
+    return Teacher(apply, average)

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import DataError
+from compress_jax.core.errors import ArgumentError, DataError
 from compress_jax.core.types import Variables
 from compress_jax.data._feed import eval_batches
 from compress_jax.distill import Total
 from compress_jax.distill._masks import fitted
 
 Apply = Callable[[Any, jax.Array], jax.Array]
-OWN = "of the split"  # the split's own mask, beside that of the rows that fill up the last batch
+OWN = "of the split"  # the split's own mask; "mask" is that of the rows that pad the last batch
 
 
 def logits(
@@ -30,7 +30,7 @@ def logits(
     Args:
       apply_fn: ``(variables, x) -> logits`` in eval mode, such as ``model.apply``. Compiled once a
         function: pass the same one (``apply`` of the same model) again rather than a new lambda.
-      variables: what apply_fn takes.
+      variables: the variables of apply_fn.
       split: arrays by name, all of the same leading length n.
       batch_size: number of examples evaluated at once.
       inputs: the entry given to the model.
@@ -39,10 +39,11 @@ def logits(
       float32 ``[n, classes]``.
 
     Raises:
-      ValueError: if the split is empty.
+      ArgumentError: if the split is empty.
 
     Example:
-      >>> logits(lambda w, x: x @ w, jnp.ones((2, 3)), {"image": np.ones((5, 2), np.float32)}, batch_size=4).shape
+      >>> split = {"image": np.ones((5, 2), np.float32)}
+      >>> logits(lambda w, x: x @ w, jnp.ones((2, 3)), split, batch_size=4).shape
       (5, 3)
     """
     batches = _batches(split, (inputs,), batch_size)
@@ -66,7 +67,7 @@ def accuracy(
 
     Args:
       apply_fn: ``(variables, x) -> logits`` in eval mode, see `logits`.
-      variables: what apply_fn takes.
+      variables: the variables of apply_fn.
       split: arrays by name, all of the same leading length.
       batch_size: number of examples evaluated at once.
       inputs: the entry given to the model.
@@ -78,7 +79,7 @@ def accuracy(
       Correct answers over answers that count, 0 to 1, counted exactly.
 
     Raises:
-      ValueError: if the split is empty or its arrays differ in length.
+      ArgumentError: if the split is empty or its arrays differ in length.
       ShapeError: if the mask does not fit the labels.
 
     Example:
@@ -100,13 +101,13 @@ def accuracy(
 def averages(
     measure: Callable[[Any, Any], Mapping[str, Total]], variables: Variables, batches: Iterable[Any]
 ) -> dict[str, float]:
-    """Return means over batches of any sizes and lengths: sums and counts are added up, and divided once.
+    """Return means over batches of any sizes and lengths: sums and counts are divided last.
 
     Args:
-      measure: ``(variables, batch) -> {name: total}``, such as `compress_jax.distill.masked_total`;
-        compiled once for each shape of a batch.
-      variables: what it takes first.
-      batches: what it takes second, one after the other.
+      measure: ``(variables, batch) -> {name: total}``, with totals such as those of
+        `compress_jax.distill.masked_total`; compiled once for each shape of a batch.
+      variables: its first argument.
+      batches: its second arguments, one after the other.
 
     Returns:
       ``{name: mean}``; 0 where nothing counted.
@@ -116,8 +117,12 @@ def averages(
 
     Example:
       >>> from compress_jax.distill import masked_total
-      >>> batches = [(jnp.array([1.0, 1.0, 1.0]), jnp.ones(3)), (jnp.array([5.0, 9.0]), jnp.array([1, 0]))]
-      >>> averages(lambda scale, batch: {"loss": masked_total(scale * batch[0], batch[1])}, 1.0, batches)
+      >>> def measure(scale, batch):
+      ...     losses, mask = batch
+      ...     return {"loss": masked_total(scale * losses, mask)}
+      >>> long = (jnp.array([1.0, 1.0, 1.0]), jnp.ones(3))
+      >>> short = (jnp.array([5.0, 9.0]), jnp.array([1, 0]))
+      >>> averages(measure, 1.0, [long, short])
       {'loss': 2.0}
     """
     run = jax.jit(measure)
@@ -133,10 +138,10 @@ def averages(
 def _batches(
     split: Mapping[str, Any], names: tuple[str, ...], batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Cut some arrays of a split into batches of one size with a mask; all of them on each process."""
+    """Cut a split's arrays into masked batches of one size, all of them on each process."""
     sizes = {name: len(split[name]) for name in names}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
-        raise ValueError(f"the arrays of a split must have one length, and not 0; got {sizes}")
+        raise ArgumentError(f"the arrays of a split must have one length, and not 0; got {sizes}")
     return eval_batches(
         {name: split[name] for name in names}, batch_size, process_index=0, process_count=1
     )

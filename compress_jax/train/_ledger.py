@@ -1,4 +1,4 @@
-"""Where the time of distillation goes: the teacher's forward, the student's step, and what the losses add to it."""
+"""Time and FLOPs of a distillation step: the teacher's forward, the student's step, the losses."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +16,13 @@ from compress_jax.train._step import StatefulLoss, make_step
 
 
 class Ledger(NamedTuple):
-    """What a step of distillation is made of.
+    """The cost of a distillation step, by its pieces.
 
     Attributes:
-      seconds: of the ``"teacher"``, the ``"student"`` (a step on the labels alone), the ``"loss"``
-        (what the terms add), and the ``"whole"``.
-      flops: likewise, as XLA counts them in what it compiled.
-      examples_per_second: of the whole.
+      seconds: seconds of the ``"teacher"``, the ``"student"`` (a step on the labels alone), the
+        ``"loss"`` (what the terms add), and the ``"whole"``.
+      flops: likewise, as XLA counts them in the compiled programs.
+      examples_per_second: throughput of the whole step.
     """
 
     seconds: dict[str, float]
@@ -38,8 +38,8 @@ class Ledger(NamedTuple):
         lines = ["| | ms | MFLOP | of the time | of the FLOPs |", "|---|--:|--:|--:|--:|"]
         for name, seconds in self.seconds.items():
             time_share, flop_share = self.share(name)
-            numbers = f"{1e3 * seconds:.2f} | {self.flops[name] / 1e6:.1f} | {time_share:.0%} | {flop_share:.0%}"
-            lines.append(f"| {name} | {numbers} |")
+            numbers = f"{1e3 * seconds:.2f} | {self.flops[name] / 1e6:.1f}"
+            lines.append(f"| {name} | {numbers} | {time_share:.0%} | {flop_share:.0%} |")
         return "\n".join(lines)
 
 
@@ -58,10 +58,10 @@ def ledger(
 ) -> Ledger:
     """Measure a step of distillation and its pieces, side by side on this device.
 
-    Three programs are compiled: the teacher's forward, the step given what the teacher says, and
-    the step on labels alone; each is run in turn, ``repeats`` times, and its fastest run counts.
-    What the loss costs is a difference of two measurements, and may come out below zero where it is
-    small.
+    Three programs are compiled: the teacher's forward, the step with the teacher's outputs given,
+    and the step on labels alone. Each is run in turn, ``repeats`` times, and its fastest run
+    counts. The cost of the loss is a difference of two measurements, and may be below zero where it
+    is small.
 
     Args:
       model: the student, as `distillation` takes it.
@@ -82,43 +82,56 @@ def ledger(
       >>> import jax.numpy as jnp
       >>> from compress_jax.distill import Teacher, kl, on_logits
       >>> from compress_jax.models import LeNet300100
-      >>> model, batch = LeNet300100(hidden=(4,)), {"image": jnp.ones((8, 4)), "label": jnp.zeros(8, jnp.int32)}
+      >>> model = LeNet300100(hidden=(4,))
+      >>> batch = {"image": jnp.ones((8, 4)), "label": jnp.zeros(8, jnp.int32)}
       >>> variables = model.init(jax.random.key(0), batch["image"])
       >>> teacher = Teacher(model.apply, variables)
-      >>> sorted(ledger(model, [on_logits(kl)], variables, batch, teacher, optax.sgd(0.1), repeats=1).seconds)
+      >>> terms, optimizer = [on_logits(kl)], optax.sgd(0.1)
+      >>> found = ledger(model, terms, variables, batch, teacher, optimizer, repeats=1)
+      >>> sorted(found.seconds)
       ['loss', 'student', 'teacher', 'whole']
     """
-    c, key = compression or identity(), jax.random.key(0)
-    logits, features = jax.jit(teacher.see)(batch[inputs])
-    told = {**batch, "teacher": logits, **{f"{TEACHER}{path}": x for path, x in features.items()}}
-    taught, alone = (
-        distillation(model, each, inputs=inputs, labels=labels) for each in (terms, [on_labels()])
-    )
+    compression = compression or identity()
+    key = jax.random.key(0)
+    logits, features = jax.jit(teacher.forward)(batch[inputs])
+    cached = {f"{TEACHER}{path}": feature for path, feature in features.items()}
+    batch_with_teacher = {**batch, "teacher": logits, **cached}
+    distilled = distillation(model, terms, inputs=inputs, labels=labels)
+    supervised = distillation(model, [on_labels()], inputs=inputs, labels=labels)
 
     def program(loss: StatefulLoss, batch: Batch) -> tuple[Any, tuple[Any, ...]]:
-        state = create(variables, c, optimizer, key, loss.init(key, variables, batch, None))
-        return jax.jit(make_step(loss, optimizer, c)).lower(state, batch).compile(), (state, batch)
+        aux = loss.init(key, variables, batch, None)
+        state = create(variables, compression, optimizer, key, aux)
+        step = jax.jit(make_step(loss, optimizer, compression))
+        return step.lower(state, batch).compile(), (state, batch)
 
     programs = {
         "teacher": (
-            jax.jit(lambda teacher, x: teacher.see(x)).lower(teacher, batch[inputs]).compile(),
+            jax.jit(lambda teacher, x: teacher.forward(x)).lower(teacher, batch[inputs]).compile(),
             (teacher, batch[inputs]),
         ),
-        "student": program(alone, batch),
-        "told": program(taught, told),
+        "student": program(supervised, batch),
+        "distilled": program(distilled, batch_with_teacher),
     }
     seconds = _fastest(
         {name: lambda run=run, given=given: run(*given) for name, (run, given) in programs.items()},
         repeats,
     )
     flops = {name: float(run.cost_analysis()["flops"]) for name, (run, _) in programs.items()}
-    whole = seconds["teacher"] + seconds["told"]
+    whole = seconds["teacher"] + seconds["distilled"]
     return Ledger(_pieces(seconds), _pieces(flops), len(jax.tree.leaves(batch[labels])[0]) / whole)
 
 
 def _pieces(measured: dict[str, float]) -> dict[str, float]:
-    teacher, student, told = (measured[name] for name in ("teacher", "student", "told"))
-    return {"teacher": teacher, "student": student, "loss": told - student, "whole": teacher + told}
+    teacher = measured["teacher"]
+    student = measured["student"]
+    distilled = measured["distilled"]
+    return {
+        "teacher": teacher,
+        "student": student,
+        "loss": distilled - student,
+        "whole": teacher + distilled,
+    }
 
 
 def _fastest(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:

@@ -22,10 +22,6 @@ from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train._progress import Report, progress
 from compress_jax.train._state import TrainState
 
-# What happens between two steps: metrics to disk, checkpoints, and the check that the numbers still
-# mean something.
-
-
 _log = logging.getLogger(__name__)
 
 
@@ -44,10 +40,10 @@ class Session(NamedTuple):
     checkpoints: Checkpoints | None
     ahead: deque[Any]
 
-    def keep_pace(self, step: int, metrics: Any, most: int = 2) -> None:
-        """Wait until the device is at most so many steps behind, or stopping would mean finishing a long queue."""
+    def keep_pace(self, step: int, metrics: Any, max_ahead: int = 2) -> None:
+        """Wait until the device is few steps behind: stopping must not wait for a long queue."""
         self.ahead.append(metrics)
-        if len(self.ahead) > most:
+        if len(self.ahead) > max_ahead:
             jax.block_until_ready(self.ahead.popleft())
         self.report(step, {})
 
@@ -66,7 +62,7 @@ class Session(NamedTuple):
         )
 
     def save(self, step: int, state: TrainState) -> None:
-        """Save a state, unless it is good for nothing: it must not push out a good checkpoint."""
+        """Save a state if it is finite: another must not replace a good checkpoint."""
         if self.checkpoints is None:
             return
         if not _all_finite(state.trainable):
@@ -87,7 +83,7 @@ class Session(NamedTuple):
 def open_recorders(
     directory: str | os.PathLike[str] | None, start: int
 ) -> Iterator[list[Recorder]]:
-    """Open the files for metrics in a directory, if any; only the first process of a job writes them."""
+    """Open the metric files in a directory, if any; only the first process writes them."""
     recorders: list[Recorder] = []
     if directory is not None and jax.process_index() == 0:
         _tell_damaged(Path(directory) / "metrics.jsonl")
@@ -103,7 +99,7 @@ def open_recorders(
 
 
 def _tell_damaged(file: Path) -> None:
-    """Warn of lines that will be dropped as they are damaged; the last may have been cut short by a kill."""
+    """Warn of damaged lines, which will be dropped; a kill may have cut the last one short."""
     if not file.is_file():
         return
     lines = file.read_bytes().splitlines(keepends=True)
@@ -147,7 +143,7 @@ def _all_finite(tree: PyTree) -> jax.Array:
 
 
 class Feed(Protocol):
-    """Batches by step: ``feed[step]`` is always the same batch, so a resumed run sees what an uninterrupted one does."""
+    """Batches by step: ``feed[step]`` is always the same batch, so that a run can be resumed."""
 
     def __getitem__(self, step: int, /) -> Any:
         """Return the batch of a step, counted from 0."""
@@ -186,7 +182,7 @@ def fit(
       save_every: a checkpoint is written at multiples of this, and at the end.
       evaluate: ``(state) -> {name: value}``, run at multiples of eval_every and at the end.
       eval_every: None evaluates at the end only.
-      title: shown beside the progress.
+      title: shown with the progress.
       teacher: given to the step; never donated.
 
     Returns:
@@ -204,18 +200,17 @@ def fit(
       >>> from compress_jax.train import create, make_step
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
-      >>> state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> variables = {"params": {"w": jnp.zeros(())}}
+      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
       >>> step = jax.jit(make_step(loss, optax.sgd(0.5), identity()), donate_argnums=0)
       >>> state = fit(step, state, [np.ones(4, np.float32)] * 3, steps=3)
       >>> int(state.step), float(state.params["w"])
       (3, 1.0)
     """
     with contextlib.ExitStack() as stack:
-        checkpoints = (
-            None
-            if directory is None
-            else stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
-        )
+        checkpoints = None
+        if directory is not None:
+            checkpoints = stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
         start, state = _resume(state, checkpoints, steps)
         if start == steps:
             return state

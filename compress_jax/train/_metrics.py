@@ -12,10 +12,10 @@ from tensorboardX import SummaryWriter
 
 
 class Recorder(Protocol):
-    """What metrics are written to."""
+    """A destination of metrics."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep the values of one step."""
+        """Write the values of one step."""
         ...
 
     def close(self) -> None:
@@ -24,7 +24,7 @@ class Recorder(Protocol):
 
 
 class JsonLines:
-    r"""A file with one JSON object a line, ``{"step": 10, "train/loss": 0.5}``; not-finite values are null.
+    r"""A file of JSON lines such as ``{"step": 10, "train/loss": 0.5}``; NaN and inf become null.
 
     Each line goes to the operating system at once, in a single append, so that a killed process
     loses none. Nothing but the values is written (no time), so a resumed run leaves the very file
@@ -64,7 +64,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files for TensorBoard in a directory; values of steps after ``resume_step`` are hidden when resuming.
+    """TensorBoard event files in a directory; a resumed run hides later steps of the old one.
 
     Args:
       directory: where the event files go.
@@ -96,7 +96,7 @@ class TensorBoard:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Keep the whole lines of steps up to ``step``; replace the file in one move, or leave it alone if nothing goes."""
+    """Drop lines of later steps and cut lines; the file is replaced in one move, if at all."""
     if not path.exists():
         return
     old = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What a step minimises: weighted means, kept as sums and counts until all devices and microbatches are in."""
+"""Weighted means as sums and counts, which are added over microbatches and devices first."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,35 +12,36 @@ from compress_jax.core.types import Batch, PyTree
 from compress_jax.distill import Total, masked_total
 
 Objective: TypeAlias = Sequence[tuple[Any, Total]]
-"""``sum_k weight_k * sum_k / count_k``: pairs of a weight and a `Total`, counts having no gradient."""
+"""``sum_k weight_k * sum_k / count_k`` as pairs ``(weight_k, Total)``; counts have no gradient."""
 
 MASK = "mask"
 
 
 def total(values: jax.Array, counts: Any) -> Total:
-    """Return the sum and the number of some values, of those that count; None is all.
+    """Return the total of the values that count, or of all if counts is None.
 
     Example:
-      >>> total(jnp.array([1.0, 5.0]), None).mean.tolist(), total(jnp.array([1.0, 5.0]), jnp.array([1, 0])).mean.tolist()
+      >>> values = jnp.array([1.0, 5.0])
+      >>> total(values, None).mean.tolist(), total(values, jnp.array([1, 0])).mean.tolist()
       (3.0, 1.0)
     """
     return everything(values) if counts is None else masked_total(values, counts)
 
 
 def everything(loss: jax.Array | Total) -> Total:
-    """Return the total of a loss without a mask; what is one already stays.
+    """Return the total of a loss without a mask; a `Total` stays as it is.
 
     Example:
       >>> everything(jnp.ones((2, 3))).count.tolist()
       6.0
     """
-    return (
-        loss if isinstance(loss, Total) else Total(loss.sum(), jnp.asarray(loss.size, loss.dtype))
-    )
+    if isinstance(loss, Total):
+        return loss
+    return Total(loss.sum(), jnp.asarray(loss.size, loss.dtype))
 
 
 def value(objective: Objective, counts: Sequence[jax.Array] | None = None) -> jax.Array:
-    """Return the weighted sum of means, or of shares of means whose counts are those of more than this batch.
+    """Return the weighted sum of means; with given counts, this batch's share of it.
 
     Example:
       >>> value([(2.0, Total(jnp.float32(6.0), jnp.float32(3.0)))]).tolist()
@@ -69,7 +70,7 @@ def means(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
 
 
 def averaged(totals: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``(...) -> (scalar, (..., metrics))`` of a function that returns an `Objective` and metrics with totals."""
+    """Return ``totals`` with a scalar in place of its `Objective`, and with means as metrics."""
 
     def loss(*args: Any, **options: Any) -> Any:
         objective, (*kept, metrics) = totals(*args, **options)
@@ -78,23 +79,8 @@ def averaged(totals: Callable[..., Any]) -> Callable[..., Any]:
     return loss
 
 
-@dataclass(frozen=True)
-class PlainLoss:
-    """A `Loss` that also knows its sums and counts.
-
-    Attributes:
-      totals: as the loss, but it returns an `Objective`, and metrics may be totals.
-    """
-
-    totals: Callable[..., Any]
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        """Return the loss as a scalar, and the model state and metrics beside it."""
-        return averaged(self.totals)(*args, **options)
-
-
 def chosen(batch: Batch, name: str, who: str = "the loss") -> Any:
-    """Return a batch's mask, or None if it has none; one that was asked for by a name of its own must be there.
+    """Return a batch's mask, or None without one; a mask with a name of its own must be there.
 
     Example:
       >>> chosen({"image": jnp.ones(2)}, "mask") is None
@@ -110,14 +96,13 @@ def chosen(batch: Batch, name: str, who: str = "the loss") -> Any:
     return None
 
 
-# The gradient of one step, from all its microbatches and devices: sums and counts are added up, the
-# division comes last.
+# The gradient of one step from all its microbatches and devices.
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Divided(Total):
-    """The total of a scalar that a loss returned, of which nobody knows how many it is the mean of: it counts as one."""
+    """The total of a scalar loss, a mean over an unknown number of entries: its count is 1."""
 
 
 def counted(loss: jax.Array | Total) -> Total:
@@ -131,20 +116,20 @@ def counted(loss: jax.Array | Total) -> Total:
 
 
 General = Callable[..., tuple[Objective, tuple[Any, Any, dict[str, Any]]]]
-"""``(params, parts, model_state, memory, batch, key, teacher, step) -> (objective, (model_state, memory, metrics))``."""
+"""As `StatefulLoss.totals`: it returns ``(objective, (model_state, memory, metrics))``."""
 
 
 class Gathered(NamedTuple):
-    """What a step needs of its batch.
+    """What a step computes from its batch.
 
     Attributes:
-      slopes: gradients of the loss to params and to parts.
-      model_state: after the batch.
-      memory: likewise.
+      grads: gradients of the loss to params and to parts.
+      model_state: the state after the batch.
+      memory: the memory after the batch.
       metrics: means over the batch, ``loss`` among them.
     """
 
-    slopes: Any
+    grads: tuple[PyTree, PyTree]
     model_state: PyTree
     memory: PyTree
     metrics: dict[str, jax.Array]
@@ -152,133 +137,136 @@ class Gathered(NamedTuple):
 
 def gather(
     general: General,
-    seen: tuple[Any, Any],
-    kept: tuple[Any, Any],
+    trained: tuple[PyTree, PyTree],
+    carried: tuple[PyTree, PyTree],
     batch: Batch,
     key: jax.Array,
     rest: tuple[Any, Any],
     microbatches: int,
     axis_name: str | None,
 ) -> Gathered:
-    """Return gradients and metrics of a batch, as if it were seen at once.
+    """Return gradients and metrics of a batch, as if it were one microbatch on one device.
 
-    Every mean of the loss is divided by its number in the whole step, over microbatches and the
-    devices of a mapped axis. With several microbatches these numbers come from a pass before, of
-    which the compiler leaves only what they depend on: masks.
+    Every mean of the loss is divided by its count in the whole step, over microbatches and the
+    devices of a mapped axis. With several microbatches the counts come from a pass before; the
+    compiler removes all of it but the computation of masks.
 
     Args:
       general: the loss.
-      seen: params and parts.
-      kept: model state and memory, handed from one microbatch to the next.
-      batch: the device's.
-      key: of the step, and the device.
+      trained: params, viewed by the compression, and parts.
+      carried: model state and memory, passed from one microbatch to the next.
+      batch: the device's batch.
+      key: key of the step and the device.
       rest: teacher and step number.
-      microbatches: into how many the batch is cut.
-      axis_name: of a mapped axis, or None.
+      microbatches: number of microbatches.
+      axis_name: name of a mapped axis, or None.
 
     Returns:
-      What was gathered.
+      Gradients, new state and metrics.
 
     Raises:
       ShapeError: if the batch cannot be cut.
     """
     several = microbatches > 1 or axis_name is not None
 
-    def run(seen: Any, kept: Any, part: Any, key: jax.Array) -> Any:
-        objective, aux = general(*seen, *kept, part, key, *rest)
+    def run(trained: Any, carried: Any, microbatch: Any, key: jax.Array) -> Any:
+        objective, aux = general(*trained, *carried, microbatch, key, *rest)
         if several:
-            _require_counts(objective, part)
+            _require_counts(objective, microbatch)
         return objective, aux
 
-    def slope(kept: Any, part: Any, key: jax.Array, counts: Any) -> Any:
-        def weighed(seen: Any) -> Any:
-            objective, (model_state, memory, metrics) = run(seen, kept, part, key)
-            own = value(
-                objective, _over_devices(objective, axis_name) if counts is None else counts
-            )
-            return own, (model_state, memory, {"loss": Shares(own), **metrics})
+    def grad(carried: Any, microbatch: Any, key: jax.Array, counts: Any) -> Any:
+        def share(trained: Any) -> Any:
+            objective, (model_state, memory, metrics) = run(trained, carried, microbatch, key)
+            own = counts
+            if own is None:
+                own = _over_devices(objective, axis_name)
+            loss = value(objective, own)
+            return loss, (model_state, memory, {"loss": Shares(loss), **metrics})
 
-        (_, aux), slopes = jax.value_and_grad(weighed, has_aux=True)(seen)
-        return slopes, aux
+        (_, aux), grads = jax.value_and_grad(share, has_aux=True)(trained)
+        return grads, aux
 
     if microbatches == 1:
-        slopes, (model_state, memory, metrics) = slope(kept, batch, key, None)
+        grads, (model_state, memory, metrics) = grad(carried, batch, key, None)
     else:
-        slopes, (model_state, memory), metrics = _in_parts(
-            run, slope, seen, kept, batch, key, microbatches, axis_name
+        grads, (model_state, memory), metrics = _over_microbatches(
+            run, grad, trained, carried, batch, key, microbatches, axis_name
         )
     if axis_name is not None:
-        slopes = jax.lax.psum(slopes, axis_name)
+        grads = jax.lax.psum(grads, axis_name)
     return Gathered(
-        slopes, mean(model_state, axis_name), mean(memory, axis_name), _finished(metrics, axis_name)
+        grads=grads,
+        model_state=mean(model_state, axis_name),
+        memory=mean(memory, axis_name),
+        metrics=_finished(metrics, axis_name),
     )
 
 
 class Shares(NamedTuple):
-    """A part of a number that is the sum over microbatches and devices."""
+    """One share of a number; the number is the sum over microbatches and devices."""
 
     value: jax.Array
 
 
 def mean(tree: PyTree, axis_name: str | None) -> Any:
-    """Return a tree with the mean of its floating leaves over a mapped axis; as it is where there is none."""
+    """Return a tree with its floating leaves averaged over a mapped axis, if there is one."""
     if axis_name is None:
         return tree
 
     def one(leaf: jax.Array) -> jax.Array:
-        return (
-            jax.lax.pmean(leaf, axis_name)
-            if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
-            else leaf
-        )
+        floating = jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
+        return jax.lax.pmean(leaf, axis_name) if floating else leaf
 
     return jax.tree.map(one, tree)
 
 
-def _in_parts(
-    run: Any,
-    slope: Any,
-    seen: Any,
-    kept: Any,
+def _over_microbatches(
+    run: Callable[..., Any],
+    grad: Callable[..., Any],
+    trained: PyTree,
+    carried: PyTree,
     batch: Batch,
     key: jax.Array,
-    parts: int,
+    number: int,
     axis_name: str | None,
-) -> tuple[Any, Any, Any]:
-    """Return gradients, model state and memory, and metrics of a batch that is seen in parts."""
-    cut = jax.tree.map(lambda leaf: _cut(leaf, parts), batch)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(parts))
+) -> tuple[PyTree, PyTree, dict[str, Any]]:
+    """Return gradients, model state and memory, and metrics summed over microbatches."""
+    cut = jax.tree.map(lambda leaf: _cut(leaf, number), batch)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(number))
 
-    def count(kept: Any, part: Any) -> Any:
-        objective, (model_state, memory, _) = run(seen, kept, *part)
+    def count(carried: Any, microbatch: Any) -> Any:
+        objective, (model_state, memory, _) = run(trained, carried, *microbatch)
         return (model_state, memory), [each.count for _, each in objective]
 
-    _, counts = jax.lax.scan(count, kept, (cut, keys))
+    _, counts = jax.lax.scan(count, carried, (cut, keys))
     counts = [each.sum() for each in counts]
-    counts = counts if axis_name is None else jax.lax.psum(counts, axis_name)
+    if axis_name is not None:
+        counts = jax.lax.psum(counts, axis_name)
 
-    def add(carry: Any, part: Any) -> Any:
-        total, kept = carry
-        slopes, (model_state, memory, metrics) = slope(kept, *part, counts)
-        return (jax.tree.map(jnp.add, total, slopes), (model_state, memory)), metrics
+    def add(carry: Any, microbatch: Any) -> Any:
+        total, carried = carry
+        grads, (model_state, memory, metrics) = grad(carried, *microbatch, counts)
+        return (jax.tree.map(jnp.add, total, grads), (model_state, memory)), metrics
 
-    start = jax.tree.map(jnp.zeros_like, seen)
-    (slopes, kept), metrics = jax.lax.scan(add, (start, kept), (cut, keys))
-    return slopes, kept, _added(metrics)
+    start = jax.tree.map(jnp.zeros_like, trained)
+    (grads, carried), metrics = jax.lax.scan(add, (start, carried), (cut, keys))
+    return grads, carried, _added(metrics)
 
 
-def _cut(leaf: PyTree, parts: int) -> jax.Array:
-    """Return ``[parts, rows of a part, ...]``; a part has every so-many-th row, so some of every device's."""
+def _cut(leaf: jax.Array, number: int) -> jax.Array:
+    """Return ``[microbatches, rows, ...]``; each has every n-th row, so some of every device's."""
     shape = jnp.shape(leaf)
-    if not shape or shape[0] % parts:
+    if not shape or shape[0] % number:
         raise ShapeError(
-            f"a batch with an entry of shape {shape} cannot be cut evenly into {parts} microbatches"
+            f"a batch with an entry of shape {shape} cannot be cut evenly into {number} "
+            "microbatches"
         )
-    return jnp.reshape(leaf, (shape[0] // parts, parts, *shape[1:])).swapaxes(0, 1)
+    return jnp.reshape(leaf, (shape[0] // number, number, *shape[1:])).swapaxes(0, 1)
 
 
 def _added(metrics: Any) -> Any:
-    """Return metrics stacked over microbatches as those of all: sums added, other numbers averaged."""
+    """Return metrics over microbatches: sums are added, other numbers averaged."""
     return {
         name: jax.tree.map(lambda x: x.sum(axis=0), each)
         if isinstance(each, (Total, Shares))
@@ -307,7 +295,7 @@ def _finished(metrics: Any, axis_name: str | None) -> dict[str, jax.Array]:
 
 
 def _require_counts(objective: Objective, batch: Batch) -> None:
-    """Refuse a loss that has divided already where devices or microbatches may count differently."""
+    """Refuse a scalar loss of a masked batch: counts may differ over devices or microbatches."""
     if (
         isinstance(batch, dict)
         and MASK in batch
@@ -315,8 +303,6 @@ def _require_counts(objective: Objective, batch: Batch) -> None:
     ):
         raise ArgumentError(
             "the loss returns a mean of a batch with a mask, and the mean of such means over "
-            "devices or microbatches is "
-            "another number: return distill.Total(sum, count) instead, as masked_total does; or, "
-            "if its mean is of equally "
-            "many in each, Total(mean, 1)"
+            "devices or microbatches is another number: return distill.Total(sum, count) instead, "
+            "as masked_total does; or, if its mean is of equally many in each, Total(mean, 1)"
         )

@@ -45,10 +45,12 @@ def shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
       >>> from compress_jax.core.compression import identity
       >>> from compress_jax.train import create
       >>> optimizer = optax.sgd(0.1, momentum=0.9)
-      >>> state = create({"params": {"kernel": jnp.ones((4, 8))}}, identity(), optimizer, jax.random.key(0))
+      >>> variables = {"params": {"kernel": jnp.ones((4, 8))}}
+      >>> state = create(variables, identity(), optimizer, jax.random.key(0))
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
       >>> where = shardings(state, mesh, [("kernel", PartitionSpec(None, "data"))])
-      >>> where.params["kernel"].spec == where.opt_state[0].trace["params"]["kernel"].spec == PartitionSpec(None, "data")
+      >>> spec = where.params["kernel"].spec
+      >>> spec == where.opt_state[0].trace["params"]["kernel"].spec == PartitionSpec(None, "data")
       True
     """
     params = flatten(state.params)[0]
@@ -84,7 +86,8 @@ def place(state: TrainState, mesh: Mesh, rules: Rules = ()) -> TrainState:
       >>> import optax
       >>> from compress_jax.core.compression import identity
       >>> from compress_jax.train import create
-      >>> state = create({"params": {"w": jnp.zeros(3)}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> variables = {"params": {"w": jnp.zeros(3)}}
+      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
       >>> len(place(state, mesh).params["w"].devices()) == jax.device_count()
       True
@@ -127,7 +130,8 @@ def jit_step(
       >>> from compress_jax.train import create, make_step
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
-      >>> state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> variables = {"params": {"w": jnp.zeros(())}}
+      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
       >>> step = jit_step(make_step(loss, optax.sgd(0.5), identity()), mesh, state)
       >>> state, metrics = step(place(state, mesh), jnp.full((jax.device_count(),), 3.0))
@@ -200,7 +204,7 @@ def unreplicate(tree: PyTree) -> Any:
 def pmap_step(
     step: Step, devices: Sequence[Any] | None = None, axis_name: str = "data"
 ) -> CompiledStep:
-    """Compile a step by ``jax.pmap``, for code that is built around it; new code is better served by `jit_step`.
+    """Compile a step by ``jax.pmap``, for code built around it; use `jit_step` in new code.
 
     The step sums gradients and counts over devices, so that means are over all that counts, and
     averages model state. Batch norm must average its statistics too:
@@ -226,7 +230,8 @@ def pmap_step(
       >>> from compress_jax.train import create, make_step
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
-      >>> state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> variables = {"params": {"w": jnp.zeros(())}}
+      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
       >>> step = pmap_step(make_step(loss, optax.sgd(0.5), identity()))
       >>> state, metrics = step(replicate(state), jnp.full((jax.device_count(),), 3.0))
       >>> float(unreplicate(state).params["w"])

@@ -1,4 +1,4 @@
-"""A model that trains on quantized activations, for everything that trains, evaluates or exports a Linen module."""
+"""Quantization-aware training: a Linen module on quantized activations."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +36,7 @@ def quantized(
     freeze_batch_norm: int | None = None,
     example: PyTree = None,
 ) -> "QuantizedModel":
-    """Return a model whose activations are quantized: quantization-aware training with the trainer as it is.
+    """Return a model with quantized activations, for quantization-aware training.
 
     It is called as the model is, ``apply(variables, x, train=..., mutable=..., rngs=...)``. Moving
     ranges are a collection of variables of their own, ``"quantization"``, which training updates as
@@ -71,10 +71,11 @@ def quantized(
       >>> from compress_jax.train import create, make_step, supervised
       >>> model = quantized(LeNet300100(), static(bits=4, range="ema"), start=1)
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
-      >>> state = create(model.init(jax.random.key(0), batch["image"]), identity(), optax.sgd(0.1), jax.random.key(1))
-      >>> state, _ = make_step(supervised(model), optax.sgd(0.1), identity())(state, batch)
-      >>> seen = state.model_state["quantization"]
-      >>> int(seen["steps"]), float(next(iter(seen["ranges"].values()))["input"]["high"])
+      >>> variables, optimizer = model.init(jax.random.key(0), batch["image"]), optax.sgd(0.1)
+      >>> state = create(variables, identity(), optimizer, jax.random.key(1))
+      >>> state, _ = make_step(supervised(model), optimizer, identity())(state, batch)
+      >>> found = state.model_state["quantization"]
+      >>> int(found["steps"]), float(next(iter(found["ranges"].values()))["input"]["high"])
       (1, 1.0)
 
     References:
@@ -93,7 +94,7 @@ def quantized(
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """A Linen module on quantized activations, with the methods of one that a trainer calls; see `quantized`.
+    """A Linen module on quantized activations, with ``init`` and ``apply``; see `quantized`.
 
     Attributes:
       model: the module.
@@ -148,7 +149,7 @@ class QuantizedModel:
     def calibrate(
         self, variables: Mapping[str, Any], batches: Iterable[Any], mask: Masks | None = None
     ) -> Variables:
-        """Return variables with ranges, and what is learned, from calibration batches: quantization after training.
+        """Return variables with ranges from calibration batches: post-training quantization.
 
         Args:
           variables: of the module, trained, with or without those of quantization.
@@ -168,7 +169,7 @@ class QuantizedModel:
         )
 
     def parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
-        """Return the module's own variables, and ranges as `quantize.activations` has them: for integer inference.
+        """Return the module's own variables, and ranges for integer inference.
 
         Args:
           variables: of this model.
@@ -186,7 +187,7 @@ class QuantizedModel:
         return plain, ranges
 
     def broken(self, variables: Mapping[str, Any]) -> dict[str, int]:
-        """Return at which sites training met activations that were not finite, and how often; none if there were none.
+        """Return how often training had activations that were not finite, by site.
 
         Args:
           variables: of this model.
@@ -233,7 +234,7 @@ class QuantizedModel:
           options: anything else the module's ``apply`` takes.
 
         Returns:
-          What the module returns, and the changed collections beside it if any are mutable.
+          What the module returns, with the changed collections if any are mutable.
 
         Raises:
           StateError: if these are not variables of a quantized model.
@@ -292,7 +293,7 @@ class QuantizedModel:
         return {**variables, "params": params, COLLECTION: own}
 
     def _split(self, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what is fixed and what is learned, by names without a slash: those of one leaf must stay one key."""
+        """Return fixed and learned ranges, by site names without slashes."""
         names = {name for _, each in pairs(self.how) if each is not None for name in each.learned}
         fixed, learned = {}, {}
         for site, operands in ranges.items():
@@ -330,9 +331,10 @@ def _without(mutable: Any) -> Any:
 
 
 def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -> How:
-    """Return quantizers that do nothing before it is time, or while there is no range, and whose ranges can be frozen.
+    """Return quantizers that start late and whose ranges can be frozen.
 
-    After training a range that there is not is an error.
+    They pass activations through before the start and while there is no range; after training a
+    missing range is an error.
     """
 
     def delayed(each: ActivationQuantizer) -> ActivationQuantizer:

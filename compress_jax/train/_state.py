@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import Params, PyTree
 
@@ -18,12 +19,12 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 ``[]``, number of steps taken.
       params: the model's parameters, dense and full precision.
-      learned: the part of the compression that the optimizer trains beside the params.
+      learned: the part of the compression that the optimizer trains with the params.
       fixed: the part of the compression that is never differentiated.
       model_state: the model's other collections, ``{"batch_stats": ...}`` or ``{}``.
-      opt_state: of the optimizer over `trainable`.
+      opt_state: state of the optimizer over `trainable`.
       key: typed PRNG key of the run; the key of a step is derived from it and the step's number.
-      parts: the parts of the loss that the optimizer trains beside the params (regressors,
+      parts: params of the loss's adapters, which the optimizer trains with the params (regressors,
         variances): saved and resumed with the run, and none of the model's, so that nothing exports
         them.
       memory: what else the loss keeps from step to step (banks, moving averages): never
@@ -42,7 +43,7 @@ class TrainState(NamedTuple):
 
     @property
     def trainable(self) -> dict[str, Any]:
-        """What the optimizer sees: ``{"params": params, "learned": learned}``, and ``"parts"`` if the loss has any."""
+        """The optimizer's params: ``{"params": ..., "learned": ...}``, and ``"parts"`` if any."""
         return _trainable(self.params, self.learned, self.parts)
 
     @property
@@ -51,7 +52,7 @@ class TrainState(NamedTuple):
         return CompressionState(self.learned, self.fixed)
 
     def variables(self, compression: Compression | None = None) -> dict[str, Any]:
-        """Return what ``model.apply`` takes: the params as the compression shows them, and the model state.
+        """Return what ``model.apply`` takes: the compression's view of the params, and state.
 
         Args:
           compression: the compression to look through; None for the dense params.
@@ -59,9 +60,9 @@ class TrainState(NamedTuple):
         Returns:
           ``{"params": view, **model_state}``.
         """
-        params = (
-            self.params if compression is None else compression.view(self.params, self.compression)
-        )
+        params = self.params
+        if compression is not None:
+            params = compression.view(params, self.compression)
         return {"params": params, **self.model_state}
 
 
@@ -69,12 +70,13 @@ def _trainable(params: Params, learned: PyTree, parts: PyTree) -> dict[str, Any]
     return {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
 
 
+@renamed_arguments(beside="aux")
 def create(
     variables: Mapping[str, Any],
     compression: Compression,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
-    beside: tuple[Any, Any] = ({}, {}),
+    aux: tuple[PyTree, PyTree] = ({}, {}),
 ) -> TrainState:
     """Return the state before the first step.
 
@@ -86,13 +88,13 @@ def create(
       compression: the compression to train under; ``cj.core.identity()`` for none.
       optimizer: over ``{"params": ..., "learned": ...}``; see `label_optimizer`.
       key: typed PRNG key, from ``jax.random.key(seed)``.
-      beside: ``(parts, memory)`` of a loss that has them, from its ``init``; see `StatefulLoss`.
+      aux: ``(parts, memory)`` from the ``init`` of a `StatefulLoss` that has any.
 
     Returns:
       A TrainState at step 0.
 
     Raises:
-      ValueError: if variables has no ``"params"``.
+      ArgumentError: if variables has no ``"params"``.
       TypeError: if key is not a typed PRNG key.
       ArgumentError: if the optimizer accumulates gradients by itself (`optax.MultiSteps`): see
         `make_step`.
@@ -105,7 +107,7 @@ def create(
       (0, ['learned', 'params'])
     """
     if "params" not in variables:
-        raise ValueError(
+        raise ArgumentError(
             "variables must hold 'params', as model.init returns them; got the keys "
             f"{sorted(variables)}"
         )
@@ -113,15 +115,13 @@ def create(
         raise TypeError(
             "key must be a typed PRNG key: jax.random.key(seed), not jax.random.PRNGKey(seed)"
         )
-    params, model_state = (
-        variables["params"],
-        {name: c for name, c in variables.items() if name != "params"},
-    )
+    params = variables["params"]
+    model_state = {name: each for name, each in variables.items() if name != "params"}
     learned, fixed = compression.init(params)
-    opt_state = optimizer.init(_trainable(params, learned, beside[0]))
+    opt_state = optimizer.init(_trainable(params, learned, aux[0]))
     refuse_accumulation(opt_state)
     state = TrainState(
-        jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *beside
+        jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *aux
     )
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
 
@@ -144,10 +144,9 @@ def refuse_accumulation(opt_state: PyTree) -> None:
     if found:
         raise ArgumentError(
             f"the optimizer accumulates gradients by itself ({type(found[0]).__name__}): each "
-            "microbatch would count as a "
-            "step of every schedule, mask and compression, and the mean of their means is not the "
-            "mean of what counts; "
-            "use make_step(..., microbatches=n) with the optimizer inside"
+            "microbatch would count as a step of every schedule, mask and compression, and the "
+            "mean of their means is not the mean of what counts; use "
+            "make_step(..., microbatches=n) with the optimizer inside"
         )
 
 
@@ -160,7 +159,7 @@ def label_optimizer(
     learned: optax.GradientTransformation,
     parts: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformation:
-    """Train the params, the compression's learned arrays and the loss's parts each by an optimizer of its own.
+    """Return one optimizer of three: for params, learned arrays, and the loss's adapters.
 
     Scales, centroids and thresholds want other learning rates than weights, and no weight decay.
 

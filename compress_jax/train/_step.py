@@ -18,12 +18,13 @@ Metrics = dict[str, Any]
 
 
 class Loss(Protocol):
-    """``loss(params, model_state, batch, key, teacher, train=True) -> (scalar, (new_model_state, metrics))``.
+    """A loss without state of its own, which `make_step` lifts to a `StatefulLoss`.
 
-    ``params`` are the params as the compression shows them; ``teacher`` is whatever tree the step
-    was given, or None. The loss may return a `compress_jax.distill.Total` in place of the scalar,
-    and metrics may be totals: then sums and counts travel over devices and microbatches, and the
-    division comes last. A loss of a mask must (see `make_step`).
+    ``loss(params, model_state, batch, key, teacher, train=True) -> (scalar, (new_model_state,
+    metrics))``. ``params`` are the params after the compression's view; ``teacher`` is the tree the
+    step was given, or None. The loss may return a `compress_jax.distill.Total` in place of the
+    scalar, and metrics may be totals: sums and counts are then added up over devices and
+    microbatches and divided last. A loss over a mask must return a total (see `make_step`).
     """
 
     def __call__(
@@ -34,26 +35,54 @@ class Loss(Protocol):
         key: jax.Array,
         teacher: Any,
         train: bool = True,
-    ) -> tuple[jax.Array | Total, tuple[Any, Metrics]]:
-        """Return the loss to minimise, and the model state and metrics beside it."""
+    ) -> tuple[jax.Array | Total, tuple[PyTree, Metrics]]:
+        """Return the loss to minimise, the new model state and metrics."""
         ...
 
 
 class StatefulLoss(NamedTuple):
-    """A loss with something of its own: parts that are trained beside the model, and a memory rewritten at each step.
+    """The protocol of a training loss: params of its own that are trained, and a memory.
 
     Attributes:
-      init: ``(key, variables, batch, teacher) -> (parts, memory)``, for `create`.
-      loss: ``(params, parts, model_state, memory, batch, key, teacher, step) -> (scalar, (model_state, memory,
-        metrics))``. Gradients flow to params and parts; ``step`` counts from 0, for schedules. As of a `Loss`, the scalar
-        and metrics may be totals.
-      totals: as ``loss``, but for the scalar it returns an `Objective`: pairs of a weight and a
-        `Total` each of which is divided last. None if there is just the scalar.
+      init: ``(key, variables, batch, teacher) -> (parts, memory)``, the ``aux`` of `create`.
+      loss: ``(params, parts, model_state, memory, batch, key, teacher, step) -> (scalar,
+        (model_state, memory, metrics))``. Gradients flow to params and parts (the params of
+        adapters); ``step`` counts from 0, for schedules. As in a `Loss`, the scalar and metrics may
+        be totals.
+      totals: as ``loss``, but in place of the scalar it returns an `Objective`: pairs of a weight
+        and a `Total`, each of which is divided last. None if there is just the scalar.
+
+    Example:
+      >>> import compress_jax as cj, jax.numpy as jnp
+      >>> model, key = cj.models.LeNet300100(), jax.random.key(1)
+      >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.ones(2, int)}
+      >>> variables = model.init(jax.random.key(0), batch["image"])
+      >>> loss = cj.train.distillation(model, [cj.distill.on_labels()])
+      >>> aux = loss.init(key, variables, batch, None)
+      >>> value, _ = loss.loss(variables["params"], aux[0], {}, aux[1], batch, key, None, 0)
+      >>> value.shape, aux
+      ((), ({}, {}))
     """
 
-    init: Callable[[jax.Array, Any, Any, Any], tuple[Any, Any]]
-    loss: Callable[..., tuple[jax.Array | Total, tuple[Any, Any, Metrics]]]
-    totals: Callable[..., tuple[Objective, tuple[Any, Any, Metrics]]] | None = None
+    init: Callable[[jax.Array, Any, Any, Any], tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[jax.Array | Total, tuple[PyTree, PyTree, Metrics]]]
+    totals: Callable[..., tuple[Objective, tuple[PyTree, PyTree, Metrics]]] | None = None
+
+    def __call__(
+        self,
+        params: Params,
+        model_state: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        teacher: Any = None,
+        train: bool = True,
+    ) -> tuple[jax.Array | Total, tuple[PyTree, Metrics]]:
+        """Evaluate a loss without adapters and memory as a `Loss`, at step 0."""
+        options = {} if train else {"train": False}
+        value, (model_state, _, metrics) = self.loss(
+            params, {}, model_state, {}, batch, key, teacher, 0, **options
+        )
+        return value, (model_state, metrics)
 
 
 class Step(Protocol):
@@ -112,7 +141,8 @@ def make_step(
       >>> from compress_jax.train._state import create
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
-      >>> state = create({"params": {"w": jnp.zeros(())}}, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> variables = {"params": {"w": jnp.zeros(())}}
+      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
       >>> step = jax.jit(make_step(loss, optax.sgd(0.5), identity()))
       >>> state, metrics = step(state, jnp.full((4,), 3.0))
       >>> float(state.params["w"]), float(metrics["loss"])
@@ -123,38 +153,37 @@ def make_step(
             "microbatches is how many parts a batch is cut into, a whole number from 1; got "
             f"{microbatches!r}"
         )
-    general = _general(loss)
+    stateful = loss if isinstance(loss, StatefulLoss) else _stateful(loss)
+    general = _objective_of(stateful)
 
     def step(
         state: TrainState, batch: Batch, *, teacher: Any = None, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         refuse_accumulation(state.opt_state)
         loss_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
-        if (
-            axis_name is not None
-        ):  # each device draws its own noise, but all must draw the same masks
+        if axis_name is not None:
+            # Each device draws its own noise, but all must draw the same masks.
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
 
         def view(trainable: dict[str, Any]) -> Any:
-            seen = compression.view(
-                trainable["params"], CompressionState(trainable["learned"], state.fixed)
-            )
-            return seen, trainable.get("parts", {})
+            compression_state = CompressionState(trainable["learned"], state.fixed)
+            viewed = compression.view(trainable["params"], compression_state)
+            return viewed, trainable.get("parts", {})
 
-        seen, pull_back = jax.vjp(view, state.trainable)
-        kept, rest = (state.model_state, state.memory), (teacher, state.step)
-        found = gather(general, seen, kept, batch, loss_key, rest, microbatches, axis_name)
-        (grads,) = pull_back(found.slopes)
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax mixes int32 counts and floats; strict callers may not
+        trained, pull_back = jax.vjp(view, state.trainable)
+        carried = (state.model_state, state.memory)
+        rest = (teacher, state.step)
+        found = gather(general, trained, carried, batch, loss_key, rest, microbatches, axis_name)
+        (grads,) = pull_back(found.grads)
+        # Optax mixes int32 counts and floats, which strict promotion refuses.
+        with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
         trainable: PyTree = optax.apply_updates(state.trainable, updates)
         compressed = compression.update(
             trainable["params"],
             CompressionState(trainable["learned"], state.fixed),
             step=state.step,
-            grads=found.slopes[0],
+            grads=found.grads[0],
             key=update_key,
         )
         params, opt_state = restart(trainable["params"], opt_state, state.fixed, compressed.fixed)
@@ -173,28 +202,32 @@ def make_step(
     return step
 
 
-def _general(loss: Loss | StatefulLoss) -> General:
-    """Return any loss as one that has parts and memory and returns an objective."""
-    if isinstance(loss, StatefulLoss):
-        run = loss.totals or loss.loss
-    else:
-        plain = getattr(loss, "totals", loss)
+def _stateful(loss: Loss) -> StatefulLoss:
+    """Return a plain loss as one with neither adapters nor memory."""
 
-        def run(
-            params: Params,
-            parts: PyTree,
-            model_state: PyTree,
-            memory: PyTree,
-            batch: Batch,
-            key: jax.Array,
-            teacher: Any,
-            step: Step,
-        ) -> Any:
-            value, (model_state, metrics) = plain(params, model_state, batch, key, teacher)
-            return value, (model_state, memory, metrics)
+    def run(
+        params: Params,
+        parts: PyTree,
+        model_state: PyTree,
+        memory: PyTree,
+        batch: Batch,
+        key: jax.Array,
+        teacher: Any,
+        step: int | jax.Array,
+    ) -> tuple[jax.Array | Total, tuple[PyTree, PyTree, Metrics]]:
+        value, (model_state, metrics) = loss(params, model_state, batch, key, teacher)
+        return value, (model_state, memory, metrics)
 
-    def general(*args: Any) -> Any:
-        value, aux = run(*args)
-        return (value if isinstance(value, (tuple, list)) else ((1.0, counted(value)),)), aux
+    return StatefulLoss(lambda key, variables, batch, teacher: ({}, {}), run)
+
+
+def _objective_of(loss: StatefulLoss) -> General:
+    """Return a loss as a function that returns an `Objective` in place of a scalar."""
+    if loss.totals is not None:
+        return loss.totals
+
+    def general(*args: Any) -> tuple[Objective, tuple[PyTree, PyTree, Metrics]]:
+        value, aux = loss.loss(*args)
+        return ((1.0, counted(value)),), aux
 
     return general

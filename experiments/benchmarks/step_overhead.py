@@ -18,11 +18,11 @@ from interleave import interleaved, milliseconds, ratio, report
 
 import compress_jax as cj
 from compress_jax.core import Compression, identity
-from compress_jax.distill import kl
+from compress_jax.distill import Teacher, kl, on_logits
 from compress_jax.models import ResNet
 from compress_jax.prune import magnitude
 from compress_jax.quantize import uniform
-from compress_jax.train import Loss, create, distilled, make_step, supervised
+from compress_jax.train import StatefulLoss, create, distillation, make_step, supervised
 
 HEAD = ["step", "ms", "processor ms", "ratio to plain", "ratio of processor time"]
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
@@ -38,7 +38,7 @@ def kernels(*compressions: Compression) -> Compression:
 
 
 def stepper(
-    loss: Loss, compression: Compression, variables: Any, batch: Any, teacher: Any
+    loss: StatefulLoss, compression: Compression, variables: Any, batch: Any, teacher: Any
 ) -> partial[Any]:
     """Return one compiled training step, applied to its arguments."""
     state = create(variables, compression, OPTIMIZER, jax.random.key(1))
@@ -60,7 +60,7 @@ def variants(depth: int, batch_size: int) -> dict[str, partial[Any]]:
     mask, int8 = magnitude(0.9), uniform(bits=8, granularity="channel")
     init = jax.jit(lambda key, model: model.init(key, batch["image"][:1]), static_argnums=1)
     own = supervised(student)
-    cases: dict[str, tuple[Loss, Compression, Any]] = {
+    cases: dict[str, tuple[StatefulLoss, Compression, Any]] = {
         "plain": (own, identity(), None),
         "mask 90 %": (own, held(kernels(mask)), None),
         "mask 90 %, recomputed every step": (own, kernels(mask), None),
@@ -68,32 +68,16 @@ def variants(depth: int, batch_size: int) -> dict[str, partial[Any]]:
         "fake quantization int8, scales recomputed every step": (own, kernels(int8), None),
         "mask and fake quantization": (own, held(kernels(mask, int8)), None),
     }
-    for teacher in (depth, 3 * depth - 4):  # as deep as the student, and three times as many blocks
-        cases[f"distillation, ResNet-{teacher} teacher"] = (
-            taught(student, ResNet(depth=teacher)),
-            identity(),
-            teacher,
-        )
+    taught = distillation(student, [on_logits(kl, temperature=4.0)])
+    for deep in (depth, 3 * depth - 4):  # as deep as the student, and three times as many blocks
+        model = ResNet(depth=deep)
+        teacher = Teacher(model.apply, init(image_key, model))
+        cases[f"distillation, ResNet-{deep} teacher"] = (taught, identity(), teacher)
     variables = init(image_key, student)
     return {
-        name: stepper(
-            loss, c, variables, batch, init(image_key, ResNet(depth=teacher)) if teacher else None
-        )
+        name: stepper(loss, c, variables, batch, teacher)
         for name, (loss, c, teacher) in cases.items()
     }
-
-
-def taught(student: ResNet, teacher: ResNet) -> Loss:
-    def objective(
-        student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        return kl(student_logits, teacher_logits, temperature=4.0)
-
-    return distilled(
-        student,
-        lambda variables, x: jnp.asarray(teacher.apply(variables, x, train=False)),
-        objective,
-    )
 
 
 def main() -> None:

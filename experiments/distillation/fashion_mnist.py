@@ -66,11 +66,11 @@ def standardized(student: jax.Array, teacher: jax.Array, temperature: Any) -> ja
 def scaled(term: d.Term) -> d.Term:
     """Return a term with its weight in memory, so that one compiled step serves every weight."""
 
-    def init(key: jax.Array, seen: d.Seen) -> tuple[Any, Any]:
+    def init(key: jax.Array, seen: d.LossContext) -> tuple[Any, Any]:
         parts, memory = term.init(key, seen)
         return parts, {"own": memory, "share": jnp.ones((), jnp.float32)}
 
-    def loss(seen: d.Seen, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
+    def loss(seen: d.LossContext, parts: Any, memory: Any) -> tuple[jax.Array, Any]:
         value, own = term.loss(seen, parts, memory["own"])
         return memory["share"] * value, {**memory, "own": own}
 
@@ -97,9 +97,9 @@ def methods(labels: np.ndarray, steps: int) -> tuple[dict[str, list[d.Term]], di
         "RKD": on_last(d.rkd, weight=1.0),
         "SP": on_last(d.similarity, weight=3000.0),
         "PKT": on_last(d.pkt, weight=30000.0),
-        "VID": on_last(d.vid, weight=1.0, part=d.gaussian()),
+        "VID": on_last(d.vid, weight=1.0, adapter=d.gaussian()),
         "CRD": d.contrast("dense_1", LAST, labels, 0.8, dim=32, negatives=64),
-        "FitNet hint": on_last(d.hint, weight=100.0, part=d.linear()),
+        "FitNet hint": on_last(d.hint, weight=100.0, adapter=d.linear()),
     }
     return given, chosen
 
@@ -140,7 +140,7 @@ def train_teacher(data: Data, split: dict[str, np.ndarray], steps: int = TEACHER
 
 def taught(variables: Any, split: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the teacher's logits and features of each image."""
-    run = jax.jit(d.Teacher(see, variables).see)
+    run = jax.jit(d.Teacher(see, variables).forward)
     out = [
         jax.device_get(run(split["image"][i : i + 500])) for i in range(0, len(split["label"]), 500)
     ]

@@ -124,7 +124,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog, monkeypatch):
-    """Of every file, in every way: damage is an error to read; write_cache brings the cache back, and says so."""
+    """Damage to any file is an error to the reader; write_cache repairs it and logs that."""
     monkeypatch.setattr("compress_jax.distill._teachers.cache.block_rows", lambda k, dtype: 4)
     right = contents(write(tmp_path / "right", views=2, augment=VIEW))
     rng = np.random.default_rng(0)
@@ -147,7 +147,7 @@ def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog,
 
 
 def test_a_file_of_another_cache_or_place_is_none_of_this_one(tmp_path):
-    """A digest stands for one block of one view of one cache: nothing that was written elsewhere passes for it."""
+    """A digest belongs to one block of one view of one cache, and matches no other."""
     right = contents(write(tmp_path / "mine", views=2, augment=VIEW))
     write(tmp_path / "other", views=2, augment=VIEW, temperature=2.0)
     for kind in ("ids", "log_probs", "tail", "digests"):
@@ -232,7 +232,7 @@ def test_what_does_not_belong_is_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 5e-3)])
 def test_training_from_the_cache_is_training_online(tmp_path, dtype, error):
-    """The same views, the same losses: to rounding from float32, to half a percent of the weights from bfloat16."""
+    """Weights agree to rounding from a float32 cache, to half a percent from bfloat16."""
     cache = write(tmp_path, views=2, augment=VIEW, dtype=dtype, temperature=2.0)
     model, optimizer = LeNet300100(classes=CLASSES, hidden=(8,)), optax.sgd(0.05)
     feed = batches(SPLIT, 7, seed=0)

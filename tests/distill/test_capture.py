@@ -1,4 +1,4 @@
-"""Features by path: what a module returns, whatever transforms the model, at no cost where it is not asked for."""
+"""Features by path, under any transformation of the model, at no cost where none is captured."""
 
 import re
 

@@ -37,7 +37,7 @@ LABELS = jnp.arange(TOKENS) * 31 % VOCABULARY
 
 
 def differentiate(loss, *arrays):
-    """Return the losses of the tokens and the gradients of their weighted sum to the student's hidden states and head."""
+    """Return token losses, and gradients of their weighted sum to hidden states and head."""
 
     def total(hidden, head, *teacher):
         losses = loss(hidden, head, *teacher)

@@ -50,7 +50,7 @@ N, DIM, K = 40, 16, 12
 
 
 def noise_contrast(anchor, bank, index, negatives, temperature):
-    """Return the loss as the paper writes it, with h = e / (e + K / N) and Z as a new bank gives it in expectation."""
+    """Return the paper's loss, with h = e / (e + K / N) and the expected Z of a new bank."""
     z = N * np.exp(1 / (2 * DIM * temperature**2))
     losses = []
     for a, i, others in zip(anchor, index, negatives, strict=True):

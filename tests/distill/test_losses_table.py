@@ -10,7 +10,8 @@ from compress_jax import distill
 
 SCRIPT = Path(__file__).parents[2] / "experiments/distillation/losses.py"
 NO_LOSSES = set(
-    "Bank Cache CachedFeed Calibration Drift Objective Part Schedule Seen Teacher Teachers Term "
+    "Adapter Bank Cache CachedFeed CalibrationBins Drift LossContext Objective Schedule Teacher "
+    "Teachers Term "
     "TopK Total activation "
     "agreement buckets by_example calibration calibration_error capture cast cka contrast conv "
     "crd_bank crd_negatives "
@@ -18,7 +19,8 @@ NO_LOSSES = set(
     "linear masked_mean "
     "masked_total next_tokens norm ofd_margin on_features on_labels on_logits on_policy "
     "on_weights open_cache paraphraser "
-    "pool projector require_same resize sequential token_total top_k translator write_cache".split()
+    "pool projector require_same resize_features sequential token_total top_k translator "
+    "write_cache".split()
 )
 
 

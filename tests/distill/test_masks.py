@@ -1,4 +1,4 @@
-"""One rule for masks, held to by every loss there is: a new one without a row fails, and so does one that forgets it."""
+"""Every loss follows one rule for masks; a new loss without a row here fails."""
 
 from functools import partial
 
@@ -65,7 +65,7 @@ TERMS = {
     "fsp": lambda name: d.on_features(d.fsp, ("mid", "end"), ("mid", "end"), name=name),
     "ft": on(d.ft),
     "nst": on(d.nst),
-    "vid": on(d.vid, part=d.gaussian(2)),
+    "vid": on(d.vid, adapter=d.gaussian(2)),
     "ab": on(d.ab),
     "ofd": on(partial(d.ofd, margin=jnp.full(C, -0.5))),
     "review": on(d.review),
@@ -86,7 +86,7 @@ PER_TOKEN = set(TERMS) - set(
 
 
 class Given(nn.Module):
-    """What a student returns and captures are its parameters, so that gradients are those to logits and features."""
+    """A student whose outputs are its params: gradients are those to logits and features."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -237,7 +237,9 @@ def test_a_loss_of_ones_own_cannot_forget_the_mask():
     with pytest.raises(ShapeError, match="'mine' gave one number.*mask="):
         lossy(d.Term("mine", lambda seen, parts, memory: (seen.student_logits.mean(), memory)))
     with pytest.raises(ShapeError, match="'mine'.*pool"):
-        lossy(d.on_features(d.rkd, "mid", "mid", of_student=lambda x: x.mean(1), name="mine"))
+        lossy(
+            d.on_features(d.rkd, "mid", "mid", student_transform=lambda x: x.mean(1), name="mine")
+        )
     np.testing.assert_allclose(
         lossy(d.on_features(lambda s, t: jnp.square(s - t).mean(-1), "mid", "mid", name="mine")),
         lossy(d.on_features(d.hint, "mid", "mid")),
@@ -257,7 +259,9 @@ def test_a_term_may_have_a_mask_of_its_own_by_name():
 
 
 def test_pooled_features_know_their_lengths():
-    term = d.on_features(d.similarity, "mid", "mid", of_student=d.pool, of_teacher=d.pool)
+    term = d.on_features(
+        d.similarity, "mid", "mid", student_transform=d.pool, teacher_transform=d.pool
+    )
     real = np.flatnonzero(LENGTHS)
     means = [
         jnp.stack([x["mid"][i, : int(LENGTHS[i])].mean(0) for i in real]) for x in (STUDENT, TEACHER)

@@ -1,4 +1,4 @@
-"""Learned parts: what they compute, that they train under an optimizer label of their own, and what shapes they refuse."""
+"""Adapters: what they compute, their training under an own label, and the shapes they refuse."""
 
 import jax
 import jax.numpy as jnp
@@ -316,7 +316,7 @@ def test_review_trains_the_fusion():
 
     before, after, _ = descend(loss, start(fusion(8), *STAGES), rate=0.05)
     assert after < 0.95 * before
-    with pytest.raises(ShapeError, match="distill.resize the teacher's"):
+    with pytest.raises(ShapeError, match="distill.resize_features on the teacher's"):
         fusion().init(KEY, STAGES[0], [(4, 4, 4, 4), *STAGES[1][1:]])
 
 
@@ -343,7 +343,8 @@ def test_parts_have_an_optimizer_label_and_names_of_their_own():
 def test_a_part_that_cannot_give_the_teachers_positions_says_which_can(part):
     with pytest.raises(
         ShapeError,
-        match=r"\(4, 6, 6, .\).*\(4, 3, 3, 8\).*conv\(stride=...\).*deconv\(stride=...\).*resize",
+        match=r"\(4, 6, 6, .\).*\(4, 3, 3, 8\).*conv\(stride=...\).*deconv\(stride=...\).*"
+        "resize_features",
     ):
         part.init(KEY, S, (4, 3, 3, 8))
     with pytest.raises(ShapeError, match="up to 3 axes"):

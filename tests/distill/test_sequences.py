@@ -1,4 +1,4 @@
-"""Sequences that a model writes: what is drawn, what counts, and a student that is taught on its own."""
+"""Generated sequences: what is drawn, what counts, and a student corrected on its own."""
 
 from functools import partial
 

@@ -19,12 +19,11 @@ from compress_jax.distill import (
     fingerprint,
     hexadecimal,
     hinton,
-    resize,
+    on_logits,
+    resize_features,
 )
 from compress_jax.models import LeNet300100
-from compress_jax.train._losses import distilled
-from compress_jax.train._state import create
-from compress_jax.train._step import make_step
+from compress_jax.train import create, distillation, make_step
 
 
 class Normed(nn.Module):
@@ -111,7 +110,8 @@ def test_a_replicated_teacher_serves_sharded_batches():
 def test_a_student_learns_its_teachers_logits_in_the_training_step():
     student, optimizer = LeNet300100(classes=3, hidden=(16,)), optax.adam(0.01)
     teacher = teacher_of(Normed())
-    loss = distilled(student, Teacher.__call__, hinton(alpha=0.0, temperature=2.0))
+    objective = hinton(alpha=0.0, temperature=2.0)
+    loss = distillation(student, [on_logits(objective, labels=True)])
     state = create(
         student.init(jax.random.key(2), INPUTS), identity(), optimizer, jax.random.key(3)
     )
@@ -164,7 +164,7 @@ def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
     half = Teacher(
         lambda v, x: x.reshape(len(x), -1) * v["w"],
         {"w": jnp.float32(2.0)},
-        view=partial(resize, size=(2, 2)),
+        view=partial(resize_features, size=(2, 2)),
     )
     images = jnp.arange(16.0).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(half(images), [[5.0, 9.0, 21.0, 25.0]])
@@ -174,8 +174,42 @@ def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
     )
     with pytest.raises(ShapeError, match=r"\(1, 4\), \(1, 10\)"):
         both(images)
-    _, features = both.members[1].see(images)
+    _, features = both.members[1].forward(images)
     assert features["dense_0"].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("Part", "Adapter"),
+        ("Seen", "LossContext"),
+        ("Calibration", "CalibrationBins"),
+        ("resize", "resize_features"),
+    ],
+)
+def test_old_names_warn_and_still_work(old, new):
+    with pytest.warns(DeprecationWarning, match=new):
+        assert getattr(cj.distill, old) is getattr(cj.distill, new)
+    assert old not in dir(cj.distill)
+
+
+def test_old_arguments_and_methods_warn_and_still_work():
+    with pytest.warns(DeprecationWarning, match="adapter="):
+        term = cj.distill.on_features(cj.distill.hint, "a", "b", part=cj.distill.linear())
+    assert term.name == "hint"
+    teacher = Teacher(lambda v, x: x * v["w"], {"w": jnp.float32(2.0)})
+    with pytest.warns(DeprecationWarning, match="forward"):
+        logits, features = teacher.see(jnp.ones(3))
+    assert logits.tolist() == [2.0] * 3 and not features
+    with pytest.warns(DeprecationWarning, match="as_teacher"):
+        assert cj.train.graduate is cj.train.as_teacher
+    with pytest.warns(DeprecationWarning, match="aux="):
+        state = create(
+            {"params": {}}, identity(), optax.sgd(0.1), jax.random.key(0), beside=({}, {"a": 1})
+        )
+    assert int(state.memory["a"]) == 1
+    with pytest.warns(DeprecationWarning, match="label_smoothing="):
+        cj.train.supervised(LeNet300100(), smoothing=0.1)
 
 
 def _variables(images):

@@ -219,7 +219,7 @@ def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
         "candidates": (Candidate("none", cj.identity(), training(2)),),
     }
     hint = cj.distill.on_features(
-        cj.distill.hint, "dense_1", "dense_0", 0.1, part=cj.distill.linear()
+        cj.distill.hint, "dense_1", "dense_0", 0.1, adapter=cj.distill.linear()
     )
     losses = {
         "function": lambda student, teacher, labels: cj.distill.kl(student, teacher, 2.0),

@@ -1,4 +1,4 @@
-"""Distillation by terms: parts that train under a label of their own, memory, schedules, and what a resumed run is."""
+"""Distillation by terms: adapters under an own label, memory, schedules, and resumed runs."""
 
 from functools import partial
 
@@ -14,10 +14,10 @@ import compress_jax as cj
 from compress_jax import distill as d
 from compress_jax.core.errors import ConfigError, NoMatchError, StateError
 from compress_jax.train import (
+    as_teacher,
     create,
     distillation,
     fit,
-    graduate,
     jit_step,
     label_optimizer,
     make_step,
@@ -44,7 +44,7 @@ X = jax.random.normal(jax.random.key(1), (16, 5))
 BATCH = {"image": X, "label": jnp.arange(16) % 3, "index": jnp.arange(16)}
 SEE = d.capture(LARGE, ("body", "norm"))
 TEACHER = d.Teacher(SEE, LARGE.init(jax.random.key(0), X))
-HINT = partial(d.on_features, d.hint, "body", "body", part=d.linear())
+HINT = partial(d.on_features, d.hint, "body", "body", adapter=d.linear())
 
 
 def begin(loss, optimizer, c=None, teacher=TEACHER, model=SMALL, batch=BATCH):
@@ -166,7 +166,7 @@ def test_nnx_students_train_on_features_with_dropout_and_batch_statistics():
 def test_logits_and_features_that_come_with_the_batch_train_the_same_student():
     loss, optimizer = distillation(SMALL, [d.on_logits(d.kl), HINT(1.0)]), adam()
     step = compiled(loss, optimizer)
-    logits, features = jax.jit(TEACHER.see)(X)
+    logits, features = jax.jit(TEACHER.forward)(X)
     cached = {**BATCH, "teacher": logits, "teacher/body": features["body"]}
     online = begin(loss, optimizer)
     offline = online._replace(memory={})
@@ -282,7 +282,7 @@ def test_mutual_learning_brings_students_together_and_graduates_teach():
     for _ in range(60):
         states, (own, _) = step(states, BATCH)
     assert own["kl"] < 0.3 * first["kl"]
-    teacher = graduate(states[0], SMALL.apply)
+    teacher = as_teacher(states[0], SMALL.apply)
     np.testing.assert_array_equal(teacher(X), SMALL.apply(states[0].variables(), X))
     with pytest.raises(ConfigError, match="two or more"):
         mutual_step([step], [SMALL.apply])
@@ -296,7 +296,7 @@ def test_eight_devices_train_the_parts_the_bank_and_the_student_of_one():
         d.contrast("body", "norm", BATCH["label"], dim=4, negatives=5),
     ]
     loss, optimizer = distillation(SMALL, terms), optax.sgd(0.05)
-    logits, features = TEACHER.see(X)
+    logits, features = TEACHER.forward(X)
     batch = {
         **BATCH,
         "teacher": d.top_k(logits, 2),

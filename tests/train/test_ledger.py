@@ -11,7 +11,7 @@ def test_flops_are_those_of_the_matrix_products_and_pieces_add_up():
     student, large = LeNet300100(hidden=(64,)), LeNet300100(hidden=(256,))
     batch = {"image": jnp.ones((128, 100)), "label": jnp.zeros(128, jnp.int32)}
     teacher = Teacher(capture(large, ("dense_0",)), large.init(jax.random.key(0), batch["image"]))
-    terms = [on_logits(kl), on_features(hint, "dense_0", "dense_0", part=linear())]
+    terms = [on_logits(kl), on_features(hint, "dense_0", "dense_0", adapter=linear())]
     variables = student.init(jax.random.key(1), batch["image"])
     book = ledger(student, terms, variables, batch, teacher, optax.sgd(0.1), repeats=1)
     assert abs(book.flops["teacher"] / (2 * 128 * 256 * (100 + 10)) - 1) < 0.1

@@ -47,7 +47,7 @@ class Feed:
 
 
 def make(traces=None):
-    """Return a compiled step and what makes its first state: noise, learned scales, Adam, a mask that changes."""
+    """Return a compiled step and its first state: noise, learned scales, Adam, a changing mask."""
     model = LeNet300100(classes=3, hidden=(6,))
     rounded = straight_through(lambda x: jnp.round(x * 8) / 8)
     compression = at(

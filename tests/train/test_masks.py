@@ -1,4 +1,4 @@
-"""Means over what counts are the same number however a batch is spread: whole, in microbatches, over devices, or both."""
+"""Masked means do not depend on how a batch is spread over microbatches and devices."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from compress_jax.train import (
     _evaluate,
     create,
     distillation,
-    distilled,
     make_step,
     pmap_step,
     quantized,
@@ -39,24 +38,24 @@ TEACHER = d.Teacher(d.capture(MODEL, ("mid",)), OTHER)
 TERMS = [d.on_labels(0.5), d.on_logits(d.kl, 0.25), d.on_features(d.hint, "mid", "mid", 2.0)]
 LOSS = distillation(MODEL, TERMS, inputs="tokens")
 PLAIN = supervised(MODEL, inputs="tokens")
-TAUGHT = distilled(MODEL, MODEL.apply, d.hinton(0.5), inputs="tokens")
+TAUGHT = distillation(MODEL, [d.on_logits(d.hinton(0.5), labels=True)], inputs="tokens")
 C = cj.at("**/kernel", cj.prune.magnitude(optax.linear_schedule(0.0, 0.5, 4)))
 LOSSES = {
     "distillation": (LOSS, TEACHER),
     "supervised": (PLAIN, None),
-    "distilled": (TAUGHT, OTHER),
+    "hinton": (TAUGHT, d.Teacher(MODEL.apply, OTHER)),
 }
 
 
 def run(name, microbatches=1, devices=None, steps=2, batch=BATCH):
     loss, teacher = LOSSES[name]
-    beside = (
+    aux = (
         loss.init(jax.random.key(2), VARIABLES, batch, teacher)
         if name == "distillation"
         else ({}, {})
     )
     optimizer = optax.sgd(optax.linear_schedule(1.0, 0.1, 2), momentum=0.5)
-    state = create(VARIABLES, C, optimizer, jax.random.key(0), beside)
+    state = create(VARIABLES, C, optimizer, jax.random.key(0), aux)
     step = make_step(loss, optimizer, C, microbatches=microbatches)
     if devices:
         step = pmap_step(step, jax.devices()[:devices])

@@ -1,4 +1,4 @@
-"""Eight devices compute what one does, under a mesh and under pmap, with batch norm and learned compressions too."""
+"""Eight devices compute what one does, under a mesh and pmap, also with batch norm."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,11 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from compress_jax.core import NoMatchError, ShapeError, at, identity, leafwise, straight_through
+from compress_jax.distill import Teacher, mse, on_logits
 from compress_jax.models import LeNet300100, ResNet
 from compress_jax.train import (
     create,
-    distilled,
+    distillation,
     jit_step,
     label_optimizer,
     make_step,
@@ -28,7 +29,7 @@ RULES = [("dense_*/kernel", P(None, "data")), ("dense_0/bias", P("data"))]
 
 
 def rounding():
-    """Round to multiples of 1/16 times a learned scale, under a mask that keeps what is above the mean of squares."""
+    """Round to a learned grid, under a mask of the values above the mean of squares."""
 
     def init(x, key):
         return jnp.ones((), x.dtype), jnp.ones(x.shape, bool)
@@ -173,12 +174,9 @@ def test_the_state_is_donated_and_neither_its_original_nor_the_teacher_are():
     model, feed = LeNet300100(hidden=(8,)), batches(2, 4)
     optimizer, new = setup(model, 4)
     original = new()
-    teacher = jax.device_put(original.variables(), jax.sharding.NamedSharding(mesh(), P()))
-    step = make_step(
-        distilled(model, model.apply, lambda s, t, y: jnp.square(s - t).mean(-1)),
-        optimizer,
-        rounding(),
-    )
+    teacher = Teacher(model.apply, original.variables())
+    teacher = jax.device_put(teacher, jax.sharding.NamedSharding(mesh(), P()))
+    step = make_step(distillation(model, [on_logits(mse)]), optimizer, rounding())
     placed = place(original, mesh())
     run(jit_step(step, mesh(), placed), placed, feed, teacher=teacher)
     assert placed.params["head"]["kernel"].is_deleted()

@@ -1,4 +1,4 @@
-"""Models on quantized activations in training: when quantization starts, when ranges and norms freeze, what ships."""
+"""Training on quantized activations: start, frozen ranges and norms, and what ships."""
 
 import jax
 import jax.numpy as jnp

@@ -8,8 +8,16 @@ import pytest
 from flax import linen as nn
 
 from compress_jax.core import Compression, CompressionState, identity
+from compress_jax.distill import Teacher, on_logits
 from compress_jax.models import LeNet300100
-from compress_jax.train import create, distilled, label_optimizer, make_step, supervised
+from compress_jax.train import (
+    create,
+    distillation,
+    distilled,
+    label_optimizer,
+    make_step,
+    supervised,
+)
 
 
 def scaled() -> Compression:
@@ -137,7 +145,7 @@ def test_model_state_moves_in_training_only():
     first, metrics = step(state, batch)
     before, after = (jax.tree.leaves(s.model_state["batch_stats"]) for s in (state, first))
     assert all(not np.array_equal(a, b) for a, b in zip(before, after, strict=True))
-    assert sorted(metrics) == ["accuracy", "loss"]
+    assert sorted(metrics) == ["accuracy", "labels", "loss"]
     in_eval_mode = jax.jit(lambda s: loss(s.params, s.model_state, batch, s.key, None, train=False))
     _, (unmoved, _) = in_eval_mode(state)
     assert len(calls) == 1  # no augmentation in eval mode
@@ -147,21 +155,29 @@ def test_model_state_moves_in_training_only():
 def test_the_teacher_is_an_argument_that_sees_the_augmented_batch_and_gets_no_gradient():
     model = LeNet300100(classes=2, hidden=(3,))
     batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
-    teacher = {"w": jnp.arange(8.0).reshape(4, 2)}
+    kernel = {"w": jnp.arange(8.0).reshape(4, 2)}
 
     def augment(key, batch):
         return {**batch, "image": 2 * batch["image"]}
 
-    loss = distilled(
-        model, lambda t, x: x @ t["w"], lambda s, t, y: (0.0 * s + t).sum(-1), augment=augment
-    )
+    def total(s, t, y):
+        return (0.0 * s + t).sum(-1)
+
+    def apply(variables, x):
+        return x @ variables["w"]
+
+    loss = distillation(model, [on_logits(total, labels=True)], augment=augment)
+    with pytest.warns(DeprecationWarning, match="on_logits"):
+        old = distilled(model, apply, total, augment=augment)
     variables = model.init(jax.random.key(0), batch["image"])
 
-    def value(params, teacher):
+    def value(params, teacher, loss=loss):
         return loss(params, {}, batch, jax.random.key(1), teacher)[0]
 
+    teacher = Teacher(apply, kernel)
     assert float(value(variables["params"], teacher)) == 2 * 28.0
-    assert not jax.grad(value, argnums=1)(variables["params"], teacher)["w"].any()
+    assert not jax.grad(value, argnums=1)(variables["params"], teacher).variables["w"].any()
+    assert float(value(variables["params"], kernel, old)) == 2 * 28.0
     state = create(variables, identity(), optax.sgd(0.1), jax.random.key(2))
     _, metrics = jax.jit(make_step(loss, optax.sgd(0.1), identity()))(state, batch, teacher=teacher)
     assert float(metrics["loss"]) == 56.0

@@ -1,9 +1,9 @@
-"""Parts: the small learned maps that some losses need between student and teacher, as pairs of pure functions.
+"""Adapters: small learned maps between student and teacher features, as pairs of pure functions.
 
-A part's params are a plain tree of float32 arrays: put them beside the student's under an optimizer
-label of their own, save and resume them with the run, and leave them out of what is exported. No
-part has a state or averages over the batch. They compute in float32, finite with finite gradients
-at any finite features.
+The params of an adapter are a plain tree of float32 arrays: `train.distillation` trains them with
+the student, under an optimizer label of their own, saves and resumes them with the run, and exports
+none of them. No adapter has a state or averages over the batch. They compute in float32, finite
+with finite gradients at any finite features.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from compress_jax.distill._losses.shapes import bounded, per_channel
 Shape = Sequence[int]
 
 
-class Part(NamedTuple):
+class Adapter(NamedTuple):
     """A learned map from the student's features towards the teacher's.
 
     Attributes:
@@ -28,9 +28,9 @@ class Part(NamedTuple):
       apply: ``(params, features) -> features``, of any batch.
 
     Example:
-      >>> part = norm()
-      >>> params = part.init(jax.random.key(0), (32, 8, 8, 16), (32, 8, 8, 16))
-      >>> part.apply(params, jnp.ones((2, 8, 8, 16))).shape
+      >>> adapter = norm()
+      >>> params = adapter.init(jax.random.key(0), (32, 8, 8, 16), (32, 8, 8, 16))
+      >>> adapter.apply(params, jnp.ones((2, 8, 8, 16))).shape
       (2, 8, 8, 16)
     """
 
@@ -38,51 +38,56 @@ class Part(NamedTuple):
     apply: Callable[[Any, Any], Any]
 
 
-def fits(part: Part, params: Params, student_shape: Shape, teacher_shape: Shape) -> None:
-    """Raise a ShapeError unless a part turns the student's shape into the teacher's.
+def require_fit(
+    adapter: Adapter, params: Params, student_shape: Shape, teacher_shape: Shape
+) -> None:
+    """Raise a ShapeError unless an adapter maps the student's shape to the teacher's.
 
     Example:
-      >>> fits(activation(), {}, (8, 4, 4, 2), (8, 4, 4, 2))
+      >>> require_fit(activation(), {}, (8, 4, 4, 2), (8, 4, 4, 2))
     """
-    given = jax.eval_shape(
-        part.apply, params, jax.ShapeDtypeStruct(tuple(student_shape), jnp.float32)
-    ).shape
+    given = _shape_after(adapter, params, student_shape)
     if given[1:] != tuple(teacher_shape[1:]):
         raise ShapeError(
-            f"this part turns features {tuple(student_shape)} into {given}, the teacher's are "
-            f"{tuple(teacher_shape)}: take "
-            "conv(stride=...) for fewer positions, deconv(stride=...) for more, or resize one of "
-            "them"
+            f"this adapter maps features {tuple(student_shape)} to {given}, the teacher's are "
+            f"{tuple(teacher_shape)}: take conv(stride=...) for fewer positions, "
+            "deconv(stride=...) for more, or use distill.resize_features on one of them"
         )
 
 
-def activation(function: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Part:
-    """Return a part without params that applies a function of one array.
+def _shape_after(adapter: Adapter, params: Params, shape: Shape) -> tuple[int, ...]:
+    features = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    return jax.eval_shape(adapter.apply, params, features).shape
+
+
+def activation(function: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Adapter:
+    """Return an adapter without params that applies a function of one array.
 
     Args:
       function: ``features -> features``.
 
     Returns:
-      A `Part` with params ``{}``.
+      An `Adapter` with params ``{}``.
 
     Example:
       >>> activation().apply({}, jnp.array([[-1.0, 2.0]])).tolist()
       [[0.0, 2.0]]
     """
-    return Part(lambda key, student_shape, teacher_shape: {}, lambda params, x: function(x))
+    return Adapter(lambda key, student_shape, teacher_shape: {}, lambda params, x: function(x))
 
 
-def norm(epsilon: float = 1e-5) -> Part:
-    """Return a normalisation of the channels at each position, "layer norm": it needs no batch and keeps no averages.
+def norm(epsilon: float = 1e-5) -> Adapter:
+    """Return a layer norm: it normalises the channels at each position.
 
     ``scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias``, mean and variance over channels, in
-    float32. Where the published parts have batch norm, ours have this.
+    float32. Where the published adapters have batch norm, ours have this: it needs no batch and
+    keeps no averages.
 
     Args:
       epsilon: added to the variance.
 
     Returns:
-      A `Part` with params ``{"scale": [channels], "bias": [channels]}``.
+      An `Adapter` with params ``{"scale": [channels], "bias": [channels]}``.
 
     Example:
       >>> params = norm().init(jax.random.key(0), (8, 2), (8, 2))
@@ -99,58 +104,57 @@ def norm(epsilon: float = 1e-5) -> Part:
         x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + epsilon)
         return per_channel(params["scale"], x.ndim) * x + per_channel(params["bias"], x.ndim)
 
-    return Part(init, apply)
+    return Adapter(init, apply)
 
 
-def sequential(*parts: Part) -> Part:
-    """Return parts one after the other.
+def sequential(*adapters: Adapter) -> Adapter:
+    """Return adapters one after the other.
 
     Args:
-      *parts: each takes what the one before returns; a width of None means the teacher's.
+      *adapters: each takes what the one before returns; a width of None means the teacher's.
 
     Returns:
-      A `Part` with params ``{"0": ..., "1": ...}``. Its ``init`` raises a ShapeError if what comes
-      out has another shape than the teacher's features.
+      An `Adapter` with params ``{"0": ..., "1": ...}``. Its ``init`` raises a ShapeError if the
+      result has another shape than the teacher's features.
 
     Example:
-      >>> part = sequential(norm(), activation())
-      >>> params = part.init(jax.random.key(0), (8, 16), (8, 16))
-      >>> sorted(params), part.apply(params, jnp.ones((2, 16))).shape
+      >>> adapter = sequential(norm(), activation())
+      >>> params = adapter.init(jax.random.key(0), (8, 16), (8, 16))
+      >>> sorted(params), adapter.apply(params, jnp.ones((2, 16))).shape
       (['0', '1'], (2, 16))
     """
 
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
-        params, shape = {}, student_shape
-        for i, (part, own) in enumerate(zip(parts, jax.random.split(key, len(parts)), strict=True)):
-            params[str(i)] = part.init(own, shape, teacher_shape)
-            shape = jax.eval_shape(
-                part.apply, params[str(i)], jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
-            ).shape
-        fits(whole, params, student_shape, teacher_shape)
+        params = {}
+        shape = student_shape
+        keys = jax.random.split(key, len(adapters))
+        for i, (adapter, own_key) in enumerate(zip(adapters, keys, strict=True)):
+            params[str(i)] = adapter.init(own_key, shape, teacher_shape)
+            shape = _shape_after(adapter, params[str(i)], shape)
+        require_fit(whole, params, student_shape, teacher_shape)
         return params
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
-        for i, part in enumerate(parts):
-            x = part.apply(params[str(i)], x)
+        for i, adapter in enumerate(adapters):
+            x = adapter.apply(params[str(i)], x)
         return x
 
-    whole = Part(init, apply)
+    whole = Adapter(init, apply)
     return whole
 
 
-# The parts most others are made of: linear maps of channels, and convolutions over positions.
+def linear(width: int | None = None, *, bias: bool = True) -> Adapter:
+    """Return a linear map of the channels at each position: a regressor for any features.
 
-
-def linear(width: int | None = None, *, bias: bool = True) -> Part:
-    """Return a linear map of the channels at each position: a regressor for vectors, tokens and, as "1x1 conv", images.
+    For images it is a 1x1 convolution.
 
     Args:
       width: channels it returns; None for the teacher's.
       bias: whether it adds one.
 
     Returns:
-      A `Part` with params ``{"kernel": [channels, width], "bias": [width]}``. Its ``init`` raises a
-      ShapeError if positions of student and teacher differ and no width is given.
+      An `Adapter` with params ``{"kernel": [channels, width], "bias": [width]}``. Its ``init``
+      raises a ShapeError if positions of student and teacher differ and no width is given.
 
     Example:
       >>> params = linear().init(jax.random.key(0), (8, 16), (8, 64))
@@ -160,21 +164,23 @@ def linear(width: int | None = None, *, bias: bool = True) -> Part:
     return _convolution(width, bias, window=1, stride=1, transposed=False)
 
 
-def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bool = True) -> Part:
-    """Return a convolution over up to three axes of positions, padded so that n positions become ``ceil(n / stride)``.
+def conv(
+    width: int | None = None, *, window: int = 3, stride: int = 1, bias: bool = True
+) -> Adapter:
+    """Return a convolution over up to three axes of positions, with "SAME" padding.
 
-    On features without positions it is `linear`.
+    n positions become ``ceil(n / stride)``. On features without positions it is `linear`.
 
     Args:
       width: channels it returns; None for the teacher's.
-      window: positions it sees along each axis.
+      window: positions it covers along each axis.
       stride: 2 for a teacher with half the positions along each axis.
       bias: whether it adds one.
 
     Returns:
-      A `Part` with params ``{"kernel": [*window, channels, width], "bias": [width]}``. Its ``init``
-      raises a ShapeError if what comes out does not have the teacher's positions and no width is
-      given.
+      An `Adapter` with params ``{"kernel": [*window, channels, width], "bias": [width]}``. Its
+      ``init`` raises a ShapeError if the result does not have the teacher's positions and no width
+      is given.
 
     Example:
       >>> params = conv(stride=2).init(jax.random.key(0), (8, 16, 16, 4), (8, 8, 8, 6))
@@ -186,18 +192,18 @@ def conv(width: int | None = None, *, window: int = 3, stride: int = 1, bias: bo
 
 def deconv(
     width: int | None = None, *, window: int = 4, stride: int = 2, bias: bool = True
-) -> Part:
-    """Return a transposed convolution over the positions: n become ``n * stride``, for a teacher that has more of them.
+) -> Adapter:
+    """Return a transposed convolution: n positions become ``n * stride``.
 
     Args:
       width: channels it returns; None for the teacher's.
-      window: positions that each one reaches along each axis; a multiple of the stride avoids
+      window: positions that each input reaches along each axis; a multiple of the stride avoids
         checkerboards.
       stride: 2 for a teacher with twice the positions along each axis.
       bias: whether it adds one.
 
     Returns:
-      A `Part` like `conv`.
+      An `Adapter` like `conv`.
 
     Example:
       >>> params = deconv().init(jax.random.key(0), (8, 4, 4, 4), (8, 8, 8, 6))
@@ -207,15 +213,18 @@ def deconv(
     return _convolution(width, bias, window, stride, transposed=True)
 
 
-def _convolution(width: int | None, bias: bool, window: int, stride: int, transposed: bool) -> Part:
+def _convolution(
+    width: int | None, bias: bool, window: int, stride: int, transposed: bool
+) -> Adapter:
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
         axes = 0 if window == stride == 1 else len(student_shape) - 2
         out = teacher_shape[-1] if width is None else width
         shape = (window,) * axes + (student_shape[-1], out)
         params = {"kernel": jax.nn.initializers.he_normal()(key, shape, jnp.float32)}
-        params |= {"bias": jnp.zeros(out, jnp.float32)} if bias else {}
+        if bias:
+            params["bias"] = jnp.zeros(out, jnp.float32)
         if width is None:
-            fits(Part(init, apply), params, student_shape, teacher_shape)
+            require_fit(Adapter(init, apply), params, student_shape, teacher_shape)
         return params
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
@@ -224,17 +233,15 @@ def _convolution(width: int | None, bias: bool, window: int, stride: int, transp
         axes = kernel.ndim - 2
         if axes == 0:
             y = x @ kernel
-        elif transposed:
-            y = jax.lax.conv_transpose(
-                x, kernel, (stride,) * axes, "SAME", dimension_numbers=_layout(axes)
-            )
         else:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (stride,) * axes, "SAME", dimension_numbers=_layout(axes)
-            )
-        return y + per_channel(params["bias"], y.ndim) if "bias" in params else y
+            convolve = jax.lax.conv_transpose if transposed else jax.lax.conv_general_dilated
+            strides = (stride,) * axes
+            y = convolve(x, kernel, strides, "SAME", dimension_numbers=_layout(axes))
+        if "bias" in params:
+            y = y + per_channel(params["bias"], y.ndim)
+        return y
 
-    return Part(init, apply)
+    return Adapter(init, apply)
 
 
 def _layout(axes: int) -> tuple[str, str, str]:

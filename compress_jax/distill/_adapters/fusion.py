@@ -1,4 +1,4 @@
-"""The part of ReviewKD: each of the student's stages fused with the deeper ones."""
+"""Resizing and pooling of features, and the adapter of ReviewKD that is built on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,18 +9,16 @@ import numpy as np
 
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.types import Params
-from compress_jax.distill._adapters.adapter import Part, Shape, conv, linear, norm, sequential
+from compress_jax.distill._adapters.adapter import Adapter, Shape, conv, linear, norm, sequential
 from compress_jax.distill._masks import Mask, kept, of_features
 
-# Bring features to other positions by averaging.
 
+def resize_features(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
+    """Return features at other positions by adaptive average pooling.
 
-def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
-    """Return features at other positions: each new one is the mean of the old ones it covers ("adaptive average pooling").
-
-    Along an axis from n to m positions, the i-th is the mean of those from ``floor(i n / m)`` up
-    to, not including, ``ceil((i + 1) n / m)``. Where m divides n this is average pooling, where n
-    divides m it repeats (nearest neighbour).
+    Along an axis from n to m positions, position i is the mean of the old ones from
+    ``floor(i n / m)`` up to, not including, ``ceil((i + 1) n / m)``. Where m divides n this is
+    average pooling, where n divides m it repeats (nearest neighbour).
 
     Args:
       features: ``[batch, *positions, channels]``, any floating dtype.
@@ -34,15 +32,15 @@ def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
       ShapeError: if ``size`` has another number of axes than the positions.
 
     Example:
-      >>> resize(jnp.arange(4.0).reshape(1, 4, 1), (2,)).ravel().tolist()
+      >>> resize_features(jnp.arange(4.0).reshape(1, 4, 1), (2,)).ravel().tolist()
       [0.5, 2.5]
-      >>> resize(jnp.arange(2.0).reshape(1, 2, 1), (4,)).ravel().tolist()
+      >>> resize_features(jnp.arange(2.0).reshape(1, 2, 1), (4,)).ravel().tolist()
       [0.0, 0.0, 1.0, 1.0]
     """
     if len(size) != features.ndim - 2 or min(size, default=1) < 1:
         raise ShapeError(
-            f"features {features.shape} have {features.ndim - 2} axes of positions, resize was "
-            f"given {size}"
+            f"features {features.shape} have {features.ndim - 2} axes of positions, "
+            f"resize_features was given {size}"
         )
     for axis, new in enumerate(size, start=1):
         if features.shape[axis] != new:
@@ -53,11 +51,13 @@ def resize(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
 
 
 def pool(features: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return the mean of features over their positions, those that count: what a relation of sequences is made of.
+    """Return the mean of features over their positions that count.
+
+    Relations between sequences (`similarity`, `pkt`) compare such means.
 
     Args:
       features: ``[batch, *positions, channels]``, any floating dtype.
-      mask: which examples or positions count, see `masks`; of an example without any the mean is 0.
+      mask: which examples or positions count, see `masks`; without any, the mean is 0.
 
     Returns:
       ``[batch, channels]``, the dtype of ``features``.
@@ -78,9 +78,10 @@ def pool(features: jax.Array, *, mask: Mask | None = None) -> jax.Array:
 
 
 def _means(old: int, new: int) -> np.ndarray:
-    """Return ``[old, new]`` whose columns take the means."""
+    """Return the matrix ``[old, new]`` whose columns average the positions that each covers."""
     i = np.arange(new)
-    start, stop = i * old // new, -((i + 1) * old // -new)
+    start = i * old // new
+    stop = -((i + 1) * old // -new)  # rounded up
     at = np.arange(old)[:, None]
     return ((at >= start) & (at < stop)) / (stop - start)
 
@@ -88,24 +89,25 @@ def _means(old: int, new: int) -> np.ndarray:
 _out = sequential(conv(bias=False), norm())
 
 
-def fusion(width: int | None = None) -> Part:
-    """Return the part of `review`: attention-based fusion of each stage with those after it.
+def fusion(width: int | None = None) -> Adapter:
+    """Return the adapter of `review`: attention-based fusion of each stage with those after it.
 
     From the last stage to the first, with ``x = norm(linear(f))``: the last has ``z = x``; the
     others, with y the z of the stage after it, resized to their positions,
-    ``z = a[0] * x + a[1] * y``, ``a = sigmoid(linear([x, y]))`` at each position. What comes out of
-    a stage is ``norm(conv(z))``.
+    ``z = a[0] * x + a[1] * y``, ``a = sigmoid(linear([x, y]))`` at each position. The output of a
+    stage is ``norm(conv(z))``.
 
     Args:
       width: channels of z; None for those of the student's last stage, at most 512.
 
     Returns:
-      A `Part` over lists of features, first stage first: ``init`` takes lists of shapes and raises
-      a ShapeError if the positions of a stage differ (`resize` the teacher's), ``apply`` returns a
-      list in the teacher's shapes.
+      An `Adapter` over lists of features, first stage first: ``init`` takes lists of shapes and
+      raises a ShapeError if the positions of a stage differ (use `resize_features` on the
+      teacher's), ``apply`` returns a list in the teacher's shapes.
 
     Example:
-      >>> student, teacher = [(8, 4, 4, 2), (8, 2, 2, 4)], [(8, 4, 4, 6), (8, 2, 2, 12)]
+      >>> student = [(8, 4, 4, 2), (8, 2, 2, 4)]
+      >>> teacher = [(8, 4, 4, 6), (8, 2, 2, 12)]
       >>> params = fusion().init(jax.random.key(0), student, teacher)
       >>> [each.shape for each in fusion().apply(params, [jnp.ones(shape) for shape in student])]
       [(8, 4, 4, 6), (8, 2, 2, 12)]
@@ -116,26 +118,25 @@ def fusion(width: int | None = None) -> Part:
     """
 
     def init(key: jax.Array, student_shape: Sequence[Shape], teacher_shape: Sequence[Shape]) -> Any:
-        if [tuple(shape[1:-1]) for shape in student_shape] != [
-            tuple(shape[1:-1]) for shape in teacher_shape
-        ]:
+        positions = [tuple(shape[1:-1]) for shape in student_shape]
+        if positions != [tuple(shape[1:-1]) for shape in teacher_shape]:
             raise ShapeError(
-                f"stages {student_shape} and {teacher_shape} differ in positions: distill.resize "
-                "the teacher's"
+                f"stages {student_shape} and {teacher_shape} differ in positions: use "
+                "distill.resize_features on the teacher's"
             )
         middle = min(512, student_shape[-1][-1]) if width is None else width
-        stages = zip(
-            jax.random.split(key, len(student_shape)), student_shape, teacher_shape, strict=True
-        )
+        keys = jax.random.split(key, len(student_shape))
+        stages = zip(keys, student_shape, teacher_shape, strict=True)
         return {str(i): _stage(*stage, middle) for i, stage in enumerate(stages)}
 
-    return Part(init, _apply)
+    return Adapter(init, _apply)
 
 
 def _stage(key: jax.Array, student_shape: Shape, teacher_shape: Shape, middle: int) -> Any:
     """Return the params of one stage."""
     first, second, third = jax.random.split(key, 3)
-    fused, pair = (*student_shape[:-1], middle), (*student_shape[:-1], 2 * middle)
+    fused = (*student_shape[:-1], middle)
+    pair = (*student_shape[:-1], 2 * middle)
     return {
         "in": _into(middle).init(first, student_shape, fused),
         "attention": linear().init(second, pair, (*student_shape[:-1], 2)),
@@ -143,7 +144,7 @@ def _stage(key: jax.Array, student_shape: Shape, teacher_shape: Shape, middle: i
     }
 
 
-def _into(middle: int) -> Part:
+def _into(middle: int) -> Adapter:
     return sequential(linear(middle, bias=False), norm())
 
 
@@ -153,7 +154,9 @@ def _apply(params: Params, features: Sequence[jax.Array]) -> list[jax.Array]:
     for i in reversed(range(len(features))):
         own = params[str(i)]
         x = _into(1).apply(own["in"], features[i])
-        deeper = x if deeper is None else _fused(own["attention"], x, resize(deeper, x.shape[1:-1]))
+        if deeper is not None:
+            x = _fused(own["attention"], x, resize_features(deeper, x.shape[1:-1]))
+        deeper = x
         out.insert(0, _out.apply(own["out"], deeper))
     return out
 

@@ -1,4 +1,4 @@
-"""The parts that particular losses are published with, as compositions of `linear`, `conv`, `norm` and `activation`."""
+"""Adapters that particular losses are published with, built from `linear`, `conv` and `norm`."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from compress_jax.core.types import Params
 from compress_jax.distill._adapters.adapter import (
-    Part,
+    Adapter,
     Shape,
     activation,
     conv,
@@ -23,25 +23,28 @@ from compress_jax.distill._losses.shapes import flat, unit
 _leaky = activation(partial(jax.nn.leaky_relu, negative_slope=0.1))
 
 
-def _scaled(build: Callable[[int], Part]) -> Part:
-    """Return the part that is built for the teacher's number of channels; what it applies must not depend on that."""
-    return Part(
+def _scaled(build: Callable[[int], Adapter]) -> Adapter:
+    """Return the adapter that ``build`` makes for the teacher's number of channels.
+
+    Its ``apply`` must not depend on that number, which only ``init`` knows.
+    """
+    return Adapter(
         lambda key, student, teacher: build(teacher[-1]).init(key, student, teacher), build(1).apply
     )
 
 
-def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 1e-5) -> Part:
-    """Return the part of `vid`: a mean for each of the teacher's features, and a variance for each of its channels.
+def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 1e-5) -> Adapter:
+    """Return the adapter of `vid`: a mean per teacher feature and a variance per channel.
 
     The mean is ``linear(relu(linear(relu(linear(x)))))``, the variance ``softplus(raw) + epsilon``.
 
     Args:
       hidden: channels between the linear maps; None for the teacher's.
-      variance: all channels' at the start.
-      epsilon: least variance.
+      variance: initial variance of all channels.
+      epsilon: smallest variance.
 
     Returns:
-      A `Part` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the
+      An `Adapter` whose ``apply`` returns ``(mean, variance [channels])``; positions must be the
       teacher's.
 
     Example:
@@ -69,50 +72,51 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
     def apply(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return mean.apply(params["mean"], x), jax.nn.softplus(params["raw_variance"]) + epsilon
 
-    return Part(init, apply)
+    return Adapter(init, apply)
 
 
-def embedding(dim: int = 128) -> Part:
-    """Return the part of `crd`: features flattened, mapped linearly and brought to norm 1.
+def embedding(dim: int = 128) -> Adapter:
+    """Return the adapter of `crd`: features flattened, mapped linearly and scaled to norm 1.
 
-    Student and teacher get one each, whose ``init`` is given the shape of its own features (the
+    Student and teacher get one each. Its ``init`` is given the shape of its own features (the
     second shape is not used).
 
     Args:
-      dim: of the embedding.
+      dim: width of the embedding.
 
     Returns:
-      A `Part` that returns ``[batch, dim]``.
+      An `Adapter` that returns ``[batch, dim]``.
 
     Example:
       >>> params = embedding(16).init(jax.random.key(0), (8, 2, 2, 4), (8, 2, 2, 4))
-      >>> jnp.linalg.norm(embedding(16).apply(params, jnp.ones((3, 2, 2, 4))), axis=1).round(4).tolist()
+      >>> embedded = embedding(16).apply(params, jnp.ones((3, 2, 2, 4)))
+      >>> jnp.linalg.norm(embedded, axis=1).round(4).tolist()
       [1.0, 1.0, 1.0]
 
     References:
       Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020, section 3.
     """
-    part = linear(dim)
+    project = linear(dim)
 
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
         own = (student_shape[0], math.prod(student_shape[1:]))
-        return part.init(key, own, own)
+        return project.init(key, own, own)
 
-    return Part(init, lambda params, x: unit(part.apply(params, flat(x))))
+    return Adapter(init, lambda params, x: unit(project.apply(params, flat(x))))
 
 
-def projector(factor: int = 2) -> Part:
-    """Return SimKD's projector: a bottleneck from the student's last feature map to the teacher's; its loss is `hint`.
+def projector(factor: int = 2) -> Adapter:
+    """Return SimKD's projector from the student's last feature map to the teacher's; use `hint`.
 
-    Linear, 3x3 convolution, linear; each with `norm` and ReLU; the teacher's channels divided by
-    ``factor`` inside. Unlike all other parts this one is shipped: the student is its backbone, the
-    projector and the teacher's own classifier.
+    A bottleneck: linear, 3x3 convolution, linear, each with `norm` and ReLU, with the teacher's
+    channels divided by ``factor`` inside. Unlike all other adapters this one is shipped: the
+    student is its backbone, the projector and the teacher's own classifier.
 
     Args:
-      factor: of the bottleneck.
+      factor: teacher channels over channels of the bottleneck.
 
     Returns:
-      A `Part`; positions must be the teacher's.
+      An `Adapter`; positions must be the teacher's.
 
     Example:
       >>> params = projector().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 6))
@@ -124,19 +128,24 @@ def projector(factor: int = 2) -> Part:
       3.
     """
 
-    def build(channels: int) -> Part:
+    def build(channels: int) -> Adapter:
         narrow = max(channels // factor, 1)
         maps = (linear(narrow, bias=False), conv(narrow, bias=False), linear(bias=False))
-        return sequential(*(each for part in maps for each in (part, norm(), activation())))
+        layers = []
+        for layer in maps:
+            layers += [layer, norm(), activation()]
+        return sequential(*layers)
 
     return _scaled(build)
 
 
-def generator() -> Part:
-    """Return the part of `mgd`: two 3x3 convolutions with a ReLU between, from hidden features to the teacher's.
+def generator() -> Adapter:
+    """Return the adapter of `mgd`: two 3x3 convolutions with a ReLU between them.
+
+    It generates the teacher's features from the student's masked ones.
 
     Returns:
-      A `Part`; positions must be the teacher's.
+      An `Adapter`; positions must be the teacher's.
 
     Example:
       >>> params = generator().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 6))
@@ -149,11 +158,13 @@ def generator() -> Part:
     return sequential(conv(), activation(), conv())
 
 
-def translator() -> Part:
-    """Return the student's part of `ft`: three 3x3 convolutions, each with `norm` and leaky ReLU, to the shape of a factor.
+def translator() -> Adapter:
+    """Return the student's adapter of `ft`: features to the shape of a factor.
+
+    Three 3x3 convolutions, each with `norm` and leaky ReLU.
 
     Returns:
-      A `Part`; give its ``init`` the shape of the paraphraser's factor as the teacher's.
+      An `Adapter`; give its ``init`` the shape of the paraphraser's factor as the teacher's.
 
     Example:
       >>> params = translator().init(jax.random.key(0), (8, 4, 4, 2), (8, 4, 4, 3))
@@ -164,20 +175,20 @@ def translator() -> Part:
       Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
       NeurIPS 2018, section 3.2.
     """
-    return sequential(*(part for _ in range(3) for part in (conv(), norm(), _leaky)))
+    return sequential(*([conv(), norm(), _leaky] * 3))
 
 
-def paraphraser(rate: float = 0.5) -> Part:
-    """Return the teacher's part of `ft`: an autoencoder of its features, whose code is the factor.
+def paraphraser(rate: float = 0.5) -> Adapter:
+    """Return the teacher's adapter of `ft`: an autoencoder whose code is the factor.
 
     Three 3x3 convolutions to ``rate`` times the channels and three back. Train it first, on the
     teacher's features alone, by ``hint(reconstruction, features)``.
 
     Args:
-      rate: channels of the factor, as a share of the teacher's.
+      rate: channels of the factor, as a fraction of the teacher's (the paper's paraphrase rate).
 
     Returns:
-      A `Part` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the
+      An `Adapter` whose ``apply`` returns ``(factor, reconstruction)``; its ``init`` is given the
       teacher's shape twice.
 
     Example:
@@ -190,10 +201,8 @@ def paraphraser(rate: float = 0.5) -> Part:
       Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
       NeurIPS 2018, equation 1.
     """
-    encode, decode = (
-        translator(),
-        sequential(conv(), norm(), _leaky, conv(), norm(), _leaky, conv()),
-    )
+    encode = translator()
+    decode = sequential(conv(), norm(), _leaky, conv(), norm(), _leaky, conv())
 
     def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
         code = (*teacher_shape[:-1], max(int(rate * teacher_shape[-1]), 1))
@@ -207,4 +216,4 @@ def paraphraser(rate: float = 0.5) -> Part:
         factor = encode.apply(params["encode"], x)
         return factor, decode.apply(params["decode"], factor)
 
-    return Part(init, apply)
+    return Adapter(init, apply)

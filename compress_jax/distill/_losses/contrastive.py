@@ -1,4 +1,4 @@
-"""Contrastive representation distillation: tell the teacher's embedding of an example from those of others."""
+"""Contrastive representation distillation: match embeddings of one example against negatives."""
 
 import math
 from typing import NamedTuple
@@ -12,7 +12,9 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 
 
 class Bank(NamedTuple):
-    """The last embedding of each training example, both models': state of the run, to be checkpointed with it.
+    """The last embedding of each training example by both models: state of the run.
+
+    `contrast` keeps it in the memory of its term, so it is checkpointed with the run.
 
     Attributes:
       student: float32 ``[examples, dim]``, of norm about 1.
@@ -29,7 +31,7 @@ def crd_bank(key: jax.Array, examples: int, dim: int = 128) -> Bank:
     Args:
       key: typed PRNG key.
       examples: number of training examples.
-      dim: of the embeddings (the part `embedding`).
+      dim: width of the embeddings (the adapter `embedding`).
 
     Returns:
       A `Bank` of ``2 * 4 * examples * dim`` bytes.
@@ -41,11 +43,11 @@ def crd_bank(key: jax.Array, examples: int, dim: int = 128) -> Bank:
     """
     student, teacher = jax.random.split(key)
     bound = math.sqrt(3 / dim)
-    draw = [
-        jax.random.uniform(each, (examples, dim), minval=-bound, maxval=bound)
-        for each in (student, teacher)
-    ]
-    return Bank(*draw)
+
+    def draw(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(key, (examples, dim), minval=-bound, maxval=bound)
+
+    return Bank(draw(student), draw(teacher))
 
 
 def crd_negatives(
@@ -69,10 +71,12 @@ def crd_negatives(
       >>> sorted(set(drawn[0].tolist())), sorted(set(drawn[1].tolist()))
       ([1, 3], [0, 1, 2])
     """
-    order, sorted_labels = jnp.argsort(labels), jnp.sort(labels)
+    order = jnp.argsort(labels)
+    sorted_labels = jnp.sort(labels)
+    # Sorted by label, the anchor's class is one run; draw among the others and jump over it.
     start = jnp.searchsorted(sorted_labels, labels[index], side="left")[:, None]
     own = jnp.searchsorted(sorted_labels, labels[index], side="right")[:, None] - start
-    drawn = jax.random.randint(key, (len(index), count), 0, len(labels) - own)
+    drawn = jax.random.randint(key, (len(index), count), 0, len(labels) - own)  # [batch, count]
     return order[jnp.where(drawn < start, drawn, drawn + own)].astype(jnp.int32)
 
 
@@ -86,7 +90,7 @@ def crd(
     *,
     mask: Mask | None = None,
 ) -> jax.Array:
-    """Return the noise-contrastive loss of telling pairs of one example from pairs of two, both ways.
+    """Return the noise-contrastive loss of both models' embeddings against a bank.
 
     For an anchor a of one model, ``softplus(-l(a, b+)) + sum_k softplus(l(a, b_k))`` with b from
     the bank of the other, b+ of the anchor's own example, and
@@ -96,9 +100,10 @@ def crd(
     here it is what that tends to. The usual weight is 0.8.
 
     Args:
-      student: ``[batch, dim]``, embeddings of norm 1 (the part `embedding`), any floating dtype.
-      teacher: ``[batch, dim]``, of the teacher's features by a part of its own. Gradients flow to
-        that part, so stop them before it: ``embed.apply(params, jax.lax.stop_gradient(features))``.
+      student: ``[batch, dim]``, embeddings of norm 1 (the adapter `embedding`), any floating dtype.
+      teacher: ``[batch, dim]``, the teacher's features by an adapter of its own. Gradients flow to
+        that adapter, so stop them before it:
+        ``embed.apply(params, jax.lax.stop_gradient(features))``.
       bank: last embeddings; no gradient flows to them. After the step give it to `crd_update`.
       index: integers ``[batch]``, numbers of the examples in the bank.
       negatives: integers ``[batch, K]`` from `crd_negatives`, or ``[K]`` shared by the batch, which
@@ -127,9 +132,8 @@ def crd(
     counts = None if mask is None else of_examples(mask, len(student))
     student, teacher, index = (kept(each, counts) for each in (student, teacher, index))
     forward = _one_way(bounded(student, 1), bank.teacher, index, negatives, temperature)
-    return kept(
-        forward + _one_way(bounded(teacher, 1), bank.student, index, negatives, temperature), counts
-    )
+    backward = _one_way(bounded(teacher, 1), bank.student, index, negatives, temperature)
+    return kept(forward + backward, counts)
 
 
 def _one_way(
@@ -141,8 +145,10 @@ def _one_way(
     positive = jnp.einsum("bd,bd->b", anchor, bank[index], precision="highest")
     negative = jnp.einsum(f"bd,{others}->bk", anchor, bank[negatives], precision="highest")
     offset = math.log(negatives.shape[-1]) + 1 / (2 * anchor.shape[-1] * temperature**2)
-    missed = jax.nn.softplus(offset - positive / temperature)
-    return missed + jax.nn.softplus(negative / temperature - offset).sum(axis=1)
+    # Equations 18 and 19: -log h for the positive, -log(1 - h) for each negative.
+    of_positive = jax.nn.softplus(offset - positive / temperature)  # [batch]
+    of_negatives = jax.nn.softplus(negative / temperature - offset).sum(axis=1)
+    return of_positive + of_negatives
 
 
 def crd_update(
@@ -154,7 +160,7 @@ def crd_update(
     *,
     mask: Mask | None = None,
 ) -> Bank:
-    """Return the bank after a batch: its examples moved to their new embeddings, the others as they were.
+    """Return the bank after a batch: its examples are moved towards their new embeddings.
 
     ``b[i] = unit(momentum * b[i] + (1 - momentum) * embedding[i])``.
 
@@ -162,8 +168,8 @@ def crd_update(
       bank: before.
       student: ``[batch, dim]``, the embeddings `crd` was given.
       teacher: ``[batch, dim]``.
-      index: integers ``[batch]``, numbers of the examples, each once; of one given twice, one
-        embedding is kept.
+      index: integers ``[batch]``, numbers of the examples, each once; if one is given twice, one
+        of its embeddings is kept.
       momentum: share of the old embedding.
       mask: which examples count, see `masks`; the others leave the bank as it is, whatever their
         number says.
@@ -172,7 +178,8 @@ def crd_update(
       A `Bank`; no gradient flows through it.
 
     Example:
-      >>> bank = crd_update(Bank(jnp.eye(2), jnp.eye(2)), jnp.eye(2)[:1], jnp.eye(2)[1:], jnp.array([0]))
+      >>> one, two = jnp.eye(2)[:1], jnp.eye(2)[1:]
+      >>> bank = crd_update(Bank(jnp.eye(2), jnp.eye(2)), one, two, jnp.array([0]))
       >>> bank.student.tolist()
       [[1.0, 0.0], [0.0, 1.0]]
       >>> print(bank.teacher.round(4))
@@ -184,14 +191,12 @@ def crd_update(
       2018, section 3.2.
     """
     counts = jnp.ones(len(student)) if mask is None else of_examples(mask, len(student))
-    places = jnp.where(
-        counts != 0, index, len(bank.student)
-    )  # of the others: beyond the end, where nothing is written
+    # Masked examples get a row beyond the end, where "drop" writes nothing.
+    places = jnp.where(counts != 0, index, len(bank.student))
 
     def moved(rows: jax.Array, new: jax.Array) -> jax.Array:
         new = jax.lax.stop_gradient(at_least_float32(kept(new, counts)))
-        return rows.at[places].set(
-            unit(momentum * rows[kept(index, counts)] + (1 - momentum) * new), mode="drop"
-        )
+        mixed = momentum * rows[kept(index, counts)] + (1 - momentum) * new  # [batch, dim]
+        return rows.at[places].set(unit(mixed), mode="drop")
 
     return Bank(moved(bank.student, student), moved(bank.teacher, teacher))

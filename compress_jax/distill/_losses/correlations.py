@@ -1,4 +1,4 @@
-"""Losses on correlations: between examples (`pkt`, `cc`, `cka_loss`) or between channels (`ickd`). See `relations`."""
+"""Losses on correlations between examples (`pkt`, `cc`, `cka_loss`) or channels (`ickd`)."""
 
 import math
 
@@ -22,7 +22,7 @@ from compress_jax.distill._teachers.fidelity import centred, cka
 def pkt(
     student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7, *, mask: Mask | None = None
 ) -> jax.Array:
-    """Return the divergence of the probabilities that one example is another's neighbour: probabilistic knowledge transfer.
+    """Return probabilistic knowledge transfer: the divergence of neighbour probabilities.
 
     ``mean_j p_t[i, j] * log(p_t[i, j] / p_s[i, j])``, ``p[i, j]`` being
     ``(1 + cos(x_i, x_j)) / 2``, each row divided by its sum; ``epsilon`` is added to both in the
@@ -113,10 +113,10 @@ def _kernel(x: jax.Array, gamma: float, order: int) -> jax.Array:
 
 
 def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return one minus the centred kernel alignment: 0 where the student's features are the teacher's, rotated and scaled.
+    """Return one minus the centred kernel alignment of student and teacher.
 
-    ``1 - CKA(s, t)``, see `cka`. A number for the whole batch, as alignment is no sum over
-    examples.
+    ``1 - CKA(s, t)``, see `cka`: 0 where the student's features are the teacher's, rotated and
+    scaled. One number for the whole batch, as alignment is no sum over examples.
 
     Args:
       student: ``[batch, ...]``, any floating dtype.
@@ -147,7 +147,7 @@ def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None
 
 
 def _centred(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return ``[batch, features]`` of mean zero and a common scale; 0 where they vary by no more than rounding."""
+    """Return ``[batch, features]`` of mean zero and one scale; 0 if they only vary by rounding."""
     x = centred(rescaled(flat(x)), counts)
     return jnp.where(jnp.abs(x).max() > 1e-6, x, 0.0)
 

@@ -1,4 +1,4 @@
-"""DIST: a student's probabilities need only be correlated with the teacher's, within each example and within each class."""
+"""DIST: correlation of probabilities within each example and within each class."""
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,10 @@ def dist(
 
     Example:
       >>> teacher = jnp.array([[2.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
-      >>> [f"{loss:.2f}" for loss in abs(dist(teacher, teacher))], [f"{loss:.2f}" for loss in dist(-teacher, teacher)]
-      (['0.00', '0.00'], ['3.87', '3.81'])
+      >>> [f"{loss:.2f}" for loss in abs(dist(teacher, teacher))]
+      ['0.00', '0.00']
+      >>> [f"{loss:.2f}" for loss in dist(-teacher, teacher)]
+      ['3.87', '3.81']
 
     References:
       Huang et al., "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, section 3
@@ -56,8 +58,11 @@ def dist(
     counts = jnp.ones(leading, bool)
     if mask is not None:
         counts = fitted(mask, leading, "the logits", examples=True).astype(bool)
-        student_logits, teacher_logits = kept(student_logits, counts), kept(teacher_logits, counts)
-    logs, counts = log_distributions(student_logits, teacher_logits, temperature), counts.ravel()
+        student_logits = kept(student_logits, counts)
+        teacher_logits = kept(teacher_logits, counts)
+    logs = log_distributions(student_logits, teacher_logits, temperature)
+    counts = counts.ravel()
+    # Columns run over all leading axes together: [examples, classes].
     student, teacher = (kept(jnp.exp(log).reshape(-1, log.shape[-1]), counts) for log in logs)
     there = jnp.broadcast_to(counts[:, None], student.shape)
     rows = 1 - _correlation(student, teacher, axis=1, counts=there)
@@ -67,16 +72,18 @@ def dist(
 
 
 def _correlation(x: jax.Array, y: jax.Array, axis: int, counts: jax.Array) -> jax.Array:
-    """Return Pearson's correlation along an axis of two arrays of probabilities, over what counts."""
-    return (unit(x, axis, _floor(x, axis), counts) * unit(y, axis, _floor(y, axis), counts)).sum(
-        axis
-    )
+    """Return Pearson's correlation of probabilities along an axis, over the entries that count."""
+    x = unit(x, axis, _floor(x, axis), counts)
+    y = unit(y, axis, _floor(y, axis), counts)
+    return (x * y).sum(axis)
 
 
 def _floor(x: jax.Array, axis: int) -> jax.Array:
-    """Return the length below which differences are noise: relative, as the columns of rare classes are small."""
+    """Return the length below which differences are noise.
+
+    It is relative to the length of ``x``, as the columns of rare classes are small.
+    """
     largest = x.max(axis, keepdims=True)
-    length = largest * jnp.sqrt(
-        jnp.square(x / jnp.maximum(largest, 1e-30)).sum(axis, keepdims=True)
-    )
+    scaled = x / jnp.maximum(largest, 1e-30)
+    length = largest * jnp.sqrt(jnp.square(scaled).sum(axis, keepdims=True))
     return jax.lax.stop_gradient(jnp.maximum(1e-4 * length, 1e-30))

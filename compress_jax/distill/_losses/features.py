@@ -1,9 +1,9 @@
-"""Losses that ask the student's features, or what a part makes of them, to be the teacher's, position by position.
+"""Losses between features, after an adapter where shapes differ, and on statistics of features.
 
 Each takes arrays ``[batch, *positions, channels]`` and returns the loss of each example,
 ``[batch]`` in float32, finite with finite gradients at any finite features; no gradient reaches the
 teacher. `hint`, `review` and `mgd` are means over positions and channels, so that a weight does not
-depend on sizes. With a ``mask`` (see `masks`) what does not count has loss 0 and is not read; one
+depend on sizes. With a ``mask`` (see `masks`) masked entries have loss 0 and are not read; a mask
 of positions makes the result ``[batch, *positions]``, to be averaged by `masked_mean`.
 """
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ShapeError
-from compress_jax.distill._adapters.fusion import resize
+from compress_jax.distill._adapters.fusion import resize_features
 from compress_jax.distill._losses.shapes import (
     bounded,
     flat,
@@ -71,12 +71,12 @@ def hint(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) ->
 def vid(
     mean: jax.Array, teacher: jax.Array, variance: jax.Array, *, mask: Mask | None = None
 ) -> jax.Array:
-    """Return the negative log-likelihood of the teacher's features under a Gaussian that the student predicts.
+    """Return the negative log-likelihood of the teacher's features under the student's Gaussian.
 
     ``mean(1/2 * ((t - mean)**2 / variance + log(variance)))``, the constant ``log(2 pi) / 2`` left
     out: a bound of the mutual information. A channel that the student cannot predict gets a large
-    variance and little weight. The part `gaussian` makes ``mean`` and ``variance`` and must be
-    trained, variances too.
+    variance and little weight. The adapter `gaussian` returns ``mean`` and ``variance`` and must
+    be trained, variances too.
 
     Args:
       mean: ``[batch, *positions, channels]``, predicted from the student's features.
@@ -112,12 +112,12 @@ def review(
     *,
     mask: Mask | None = None,
 ) -> jax.Array:
-    """Return the mean squared difference of features at several resolutions: ReviewKD's hierarchical context loss.
+    """Return ReviewKD's hierarchical context loss: `hint` at several resolutions.
 
     ``sum_k w[k] * hint(resize(s, k), resize(t, k)) / sum_k w[k]`` with weight 1 for the features
     themselves, 1/2, 1/4 and 1/8 for their averages over grids of 4, 2 and 1 positions a side; grids
     not smaller than the features are left out. ReviewKD adds this loss over its stages, after the
-    part `fusion`, with weight 1 reached over 20 epochs.
+    adapter `fusion`, with weight 1 reached over 20 epochs.
 
     Args:
       student: ``[batch, *positions, channels]``, any floating dtype.
@@ -133,7 +133,8 @@ def review(
       ShapeError: if the shapes differ.
 
     Example:
-      >>> review(jnp.zeros((1, 2, 2, 1)), jnp.array([1.0, -1.0, 1.0, -1.0]).reshape(1, 2, 2, 1)).round(4).tolist()
+      >>> teacher = jnp.array([1.0, -1.0, 1.0, -1.0]).reshape(1, 2, 2, 1)
+      >>> review(jnp.zeros((1, 2, 2, 1)), teacher).round(4).tolist()
       [0.666700005531311]
 
     References:
@@ -142,25 +143,28 @@ def review(
     same_shape(student, teacher)
     student, teacher = (bounded(each, 2) for each in pair(student, teacher, mask))
     axes = student.ndim - 2
-    loss, total, weight = mean_of_each(jnp.square(student - teacher), mask), 1.0, 1.0
+    loss = mean_of_each(jnp.square(student - teacher), mask)
+    weight = 1.0
+    total_weight = 1.0
     for level in [each for each in levels if each < min(student.shape[1:-1], default=0)]:
         weight /= 2
-        (s, counts), (t, _) = (_coarse(each, mask, (level,) * axes) for each in (student, teacher))
-        loss, total = loss + weight * mean_of_each(jnp.square(s - t), counts), total + weight
-    return loss / total
+        s, counts = _coarse(student, mask, (level,) * axes)
+        t, _ = _coarse(teacher, mask, (level,) * axes)
+        loss = loss + weight * mean_of_each(jnp.square(s - t), counts)
+        total_weight = total_weight + weight
+    return loss / total_weight
 
 
 def _coarse(
     features: jax.Array, mask: Mask | None, size: tuple[int, ...]
 ) -> tuple[jax.Array, Mask | None]:
-    """Return features at coarser positions, means of what counts, and which of those count."""
+    """Return features at coarser positions, means over those that count, and the coarser mask."""
     if mask is None or not has_positions(mask):
-        return resize(features, size), mask
+        return resize_features(features, size), mask
     counts = (of_features(mask, features) > 0).astype(features.dtype)[..., None]
-    share = resize(counts, size)
-    return resize(kept(features, counts[..., 0]), size) / jnp.where(share > 0, share, 1.0), share[
-        ..., 0
-    ]
+    share = resize_features(counts, size)  # [batch, *size, 1], the share of positions that count
+    means = resize_features(kept(features, counts[..., 0]), size)
+    return means / jnp.where(share > 0, share, 1.0), share[..., 0]
 
 
 def mgd(
@@ -172,7 +176,7 @@ def mgd(
     *,
     mask: Mask | None = None,
 ) -> jax.Array:
-    """Return how well the teacher's features can be made from the student's with most positions hidden.
+    """Return the error of generating the teacher's features from masked student features.
 
     ``mean((generate(mask * s) - t)**2)``; the mask hides a position, all channels of it, with
     probability ``ratio``. The paper has the sum over positions and channels, times 7e-5 for
@@ -182,11 +186,11 @@ def mgd(
       student: ``[batch, *positions, channels]``, any floating dtype, brought to what ``generate``
         takes.
       teacher: ``[batch, *positions, channels]``.
-      generate: ``features -> features`` in the teacher's shape: ``partial(part.apply, params)`` of
-        the part `generator`.
+      generate: ``features -> features`` in the teacher's shape: ``partial(adapter.apply, params)``
+        of the adapter `generator`.
       key: typed PRNG key of this step.
       ratio: share of positions hidden, 0 to 1.
-      mask: which examples or positions count, see `masks`; ``generate`` sees zeros at the others.
+      mask: which examples or positions count, see `masks`; ``generate`` gets zeros at the others.
 
     Returns:
       ``[batch]``; with a mask of positions ``[batch, *positions]``.
@@ -258,8 +262,8 @@ def ft(
     """Return the mean distance of normalised factors: factor transfer.
 
     ``mean(abs(s / norm(s) - t / norm(t))**p)`` with norms over all of an example's factor. The
-    teacher's factor comes from the part `paraphraser`, trained before on its features alone, the
-    student's from the part `translator`.
+    teacher's factor comes from the adapter `paraphraser`, trained before on its features alone, the
+    student's from the adapter `translator`.
 
     Args:
       student: ``[batch, ...]``, a translator's output, any floating dtype.
@@ -274,8 +278,10 @@ def ft(
       ShapeError: if the shapes differ.
 
     Example:
-      >>> ft(jnp.array([[3.0, 4.0]]), jnp.array([[6.0, 8.0]])).tolist(), ft(jnp.eye(2), jnp.eye(2)[::-1]).tolist()
-      ([0.0], [1.0, 1.0])
+      >>> ft(jnp.array([[3.0, 4.0]]), jnp.array([[6.0, 8.0]])).tolist()
+      [0.0]
+      >>> ft(jnp.eye(2), jnp.eye(2)[::-1]).tolist()
+      [1.0, 1.0]
 
     References:
       Kim, Park and Kwak, "Paraphrasing Complex Network: Network Compression via Factor Transfer",
@@ -293,11 +299,11 @@ def fsp(
     *,
     mask: Mask | None = None,
 ) -> jax.Array:
-    """Return the mean squared difference of the flow of solution procedure, what lies between two layers.
+    """Return the mean squared difference of the flow of solution procedure (FSP) matrices.
 
     ``mean((G(s) - G(t))**2)`` with ``G[i, j] = mean(f[i] * g[j])`` over positions, f being the
     features where a stage begins and g those where it ends. Positions of student and teacher may
-    differ; the two of a pair must agree (`resize`).
+    differ; the two of a pair must agree (`resize_features`).
 
     Args:
       student: two arrays ``[batch, *positions, channels]``, any floating dtype, channels as the
@@ -334,7 +340,7 @@ def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
     if first.shape[:-1] != second.shape[:-1]:
         raise ShapeError(
             f"fsp pairs features of equal positions, got {first.shape} and {second.shape}: "
-            "distill.resize one"
+            "use distill.resize_features on one"
         )
     counts = jnp.ones(first.shape[:-1]) if mask is None else of_features(mask, first) > 0
     number = jnp.maximum(counts.reshape(first.shape[0], -1).sum(axis=1), 1).astype(first.dtype)
@@ -343,7 +349,7 @@ def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
 
 
 def nst(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return the maximum mean discrepancy of where channels are active: neuron selectivity transfer.
+    """Return neuron selectivity transfer: the maximum mean discrepancy of activation maps.
 
     ``mean k(s_i, s_j) + mean k(t_i, t_j) - 2 mean k(s_i, t_j)`` with ``k(x, y) = (x . y)**2``, a
     channel being the vector of its values over positions, of norm 1. Numbers of channels may

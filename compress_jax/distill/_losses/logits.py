@@ -1,4 +1,4 @@
-"""Losses on logits, each example's own: the mean over a batch is left to the caller. Finite at any finite logits."""
+"""Losses on logits, one number per example; finite with finite gradients at any finite logits."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.distill._losses.temperature import (
     Scalar,
     bounded,
@@ -164,7 +165,7 @@ def hinton(
       ``(student_logits, teacher_logits, labels) -> [...]``, the loss of each example.
 
     Raises:
-      ValueError: if ``alpha`` or ``temperature`` is out of range.
+      ArgumentError: if ``alpha`` or ``temperature`` is out of range.
 
     Example:
       >>> objective = hinton(alpha=0.5, temperature=2.0)
@@ -175,9 +176,9 @@ def hinton(
       Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
     if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
-        raise ValueError(f"alpha is the share of the labels and must be 0 to 1, got {alpha}")
+        raise ArgumentError(f"alpha is the share of the labels and must be 0 to 1, got {alpha}")
     if isinstance(temperature, (int, float)) and temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+        raise ArgumentError(f"temperature must be positive, got {temperature}")
 
     def objective(student_logits: jax.Array, teacher_logits: jax.Array, labels: Any) -> jax.Array:
         hard = cross_entropy(student_logits, labels, label_smoothing)
@@ -185,10 +186,6 @@ def hinton(
         return share * hard + (1 - share) * kl(student_logits, teacher_logits, temperature)
 
     return objective
-
-
-# Other distances between the two distributions: reverse and generalised Jensen-Shannon divergence,
-# total variation.
 
 
 def reverse_kl(
@@ -248,7 +245,7 @@ def jsd(
 
     Raises:
       ShapeError: if the shapes of the logits differ.
-      ValueError: if ``beta`` is out of range.
+      ArgumentError: if ``beta`` is out of range.
 
     Example:
       >>> jsd(jnp.array([[50.0, 0.0]]), jnp.array([[0.0, 50.0]])).round(4).tolist()
@@ -259,14 +256,14 @@ def jsd(
       Mistakes", ICLR 2024, section 2 (generalised Jensen-Shannon divergence).
     """
     if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be 0 (forward) to 1 (reverse), got {beta}")
+        raise ArgumentError(f"beta must be 0 (forward) to 1 (reverse), got {beta}")
     if beta in (0, 1):
         return (kl, reverse_kl)[int(beta)](student_logits, teacher_logits, temperature)
     log_student, log_teacher = log_distributions(student_logits, teacher_logits, temperature)
     log_mixture = mixture(log_student, log_teacher, beta)
-    of_teacher = jnp.exp(log_teacher) * (log_teacher - log_mixture)
-    of_student = jnp.exp(log_student) * (log_student - log_mixture)
-    return squared(temperature, (beta * of_teacher + (1 - beta) * of_student).sum(axis=-1))
+    teacher_kl = jnp.exp(log_teacher) * (log_teacher - log_mixture)  # [..., classes]
+    student_kl = jnp.exp(log_student) * (log_student - log_mixture)
+    return squared(temperature, (beta * teacher_kl + (1 - beta) * student_kl).sum(axis=-1))
 
 
 def mixture(log_student: jax.Array, log_teacher: jax.Array, beta: float) -> jax.Array:
@@ -291,7 +288,8 @@ def total_variation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
       ShapeError: if the shapes of the logits differ.
 
     Example:
-      >>> total_variation(jnp.array([[0.0, 0.0]]), jnp.array([[jnp.log(3.0), 0.0]])).round(4).tolist()
+      >>> teacher = jnp.array([[jnp.log(3.0), 0.0]])
+      >>> total_variation(jnp.array([[0.0, 0.0]]), teacher).round(4).tolist()
       [0.25]
 
     References:
@@ -303,10 +301,6 @@ def total_variation(student_logits: jax.Array, teacher_logits: jax.Array) -> jax
     return 0.5 * jnp.abs(jnp.exp(log_student) - jnp.exp(log_teacher)).sum(axis=-1)
 
 
-# Decoupled distillation: the target's share of the Kullback-Leibler divergence and that of the
-# other classes, apart.
-
-
 def dkd(
     student_logits: jax.Array,
     teacher_logits: jax.Array,
@@ -315,7 +309,7 @@ def dkd(
     beta: Scalar = 8.0,
     temperature: Scalar = 4.0,
 ) -> jax.Array:
-    """Return the decoupled divergence of the student from the teacher, in float32; add the labels' cross entropy yourself.
+    """Return the decoupled divergence of the student from the teacher, in float32.
 
     ``T**2 * (alpha * TCKD + beta * NCKD)``. With ``p = softmax(logits / T)`` and y the label,
     ``TCKD = KL((p_t[y], 1 - p_t[y]) || (p_s[y], 1 - p_s[y]))`` and ``NCKD = KL(r_t || r_s)``, where
@@ -350,25 +344,24 @@ def dkd(
     """
     student, teacher = pair(student_logits, teacher_logits, temperature)
     target = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
-    far = -4 * largest(
-        student.dtype, temperature, student.shape[-1]
-    )  # finite, and yet of probability zero
+    far = -4 * largest(student.dtype, temperature, student.shape[-1])  # probability 0, yet finite
     student_hit, student_miss, student_others = _decouple(student, target, far)
     teacher_hit, teacher_miss, teacher_others = _decouple(teacher, target, far)
-    of_target = _term(teacher_hit, student_hit) + _term(teacher_miss, student_miss)
-    of_others = _term(teacher_others, student_others).sum(axis=-1)
-    alpha, beta = (jnp.asarray(weight, of_target.dtype) for weight in (alpha, beta))
-    return squared(temperature, alpha * of_target + beta * of_others)
+    tckd = _kl_term(teacher_hit, student_hit) + _kl_term(teacher_miss, student_miss)
+    nckd = _kl_term(teacher_others, student_others).sum(axis=-1)
+    alpha = jnp.asarray(alpha, tckd.dtype)
+    beta = jnp.asarray(beta, tckd.dtype)
+    return squared(temperature, alpha * tckd + beta * nckd)
 
 
 def _decouple(
     logits: jax.Array, target: jax.Array, far: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return ``log p[y]``, ``log(1 - p[y])`` and, over all classes, ``log r``: that of y itself is about ``far``."""
+    """Return ``log p[y]``, ``log(1 - p[y])`` and ``log r`` over all classes, about ``far`` at y."""
     others = jnp.where(target, far, logits)
     odds = jnp.where(target, logits, 0).sum(axis=-1) - jax.nn.logsumexp(others, axis=-1)
     return -jax.nn.softplus(-odds), -jax.nn.softplus(odds), jax.nn.log_softmax(others)
 
 
-def _term(log_teacher: jax.Array, log_student: jax.Array) -> jax.Array:
+def _kl_term(log_teacher: jax.Array, log_student: jax.Array) -> jax.Array:
     return jnp.exp(log_teacher) * (log_teacher - log_student)

@@ -1,4 +1,4 @@
-"""Losses on features before their ReLU: on which side of zero they are matters, how far below it does not.
+"""Losses on features before their ReLU, where only positive values matter.
 
 ``[batch, *positions, channels] -> [batch]``, float32, masks as in `features`.
 """
@@ -21,7 +21,7 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 def ab(
     student: jax.Array, teacher: jax.Array, margin: float = 1.0, *, mask: Mask | None = None
 ) -> jax.Array:
-    """Return how far the student's neurons are from being on and off where the teacher's are: activation boundaries.
+    """Return the hinge loss between the activation boundaries of student and teacher.
 
     ``mean(relu(margin - s)**2 where t > 0, relu(margin + s)**2 elsewhere)``, of features before the
     ReLU: the boundary between on and off is matched, with a margin, and the size of activations is
@@ -58,7 +58,7 @@ def ab(
 def ofd(
     student: jax.Array, teacher: jax.Array, margin: jax.Array, *, mask: Mask | None = None
 ) -> jax.Array:
-    """Return the partial squared distance to the teacher's features after a margin ReLU: overhauled feature distillation.
+    """Return overhauled feature distillation: a partial squared distance after a margin ReLU.
 
     With ``t' = max(t, margin)``: ``mean(0 where s <= t' <= 0, (s - t')**2 elsewhere)``. What the
     teacher's ReLU removes need only be removed too. The reference code has the sum over features,
@@ -88,7 +88,8 @@ def ofd(
     same_shape(student, teacher)
     student, teacher = pair(student, teacher, mask)
     target = jnp.maximum(teacher, per_channel(frozen(margin), teacher.ndim))
-    student, target = bounded(student, 2), bounded(target, 2)
+    student = bounded(student, 2)
+    target = bounded(target, 2)
     wanted = (student > target) | (target > 0)
     return mean_of_positions(jnp.square(jnp.where(wanted, student - target, 0.0)), mask)
 
@@ -120,9 +121,8 @@ def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:
     deviation = jnp.maximum(jnp.abs(at_least_float32(scale)), SMALLEST)
     bias = at_least_float32(bias)
     z = bias / deviation
-    tail = jnp.maximum(
-        z, 8.0
-    )  # there the difference of z and the ratio cancels, and their asymptotic series does not
+    # From z = 8 on, z and the ratio cancel; the asymptotic series of their difference does not.
+    tail = jnp.maximum(z, 8.0)
     series = -(1 - 2 / tail**2 + 10 / tail**4 - 74 / tail**6) / tail
     near = jnp.clip(z, -30.0, 8.0)
     ratio = jnp.exp(jax.scipy.stats.norm.logpdf(near) - jax.scipy.stats.norm.logcdf(-near))

@@ -1,4 +1,4 @@
-"""Losses on how the examples of a batch lie to each other, so that widths of student and teacher may differ.
+"""Losses on pairwise relations between examples; widths of student and teacher may differ.
 
 Each takes ``[batch, ...]`` (the rest is flattened) and returns the share of each example,
 ``[batch]`` in float32. The loss is its mean, yet each share depends on the whole batch that the
@@ -17,7 +17,7 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 
 
 def rkd_distance(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return how far distances between examples, in units of their mean, differ: relational distillation by pairs.
+    """Return the Huber loss between normalised pairwise distances: relational distillation.
 
     ``mean_j huber(d_s[i, j] / mean(d_s) - d_t[i, j] / mean(d_t))`` with Euclidean distances d,
     means over distances that are not zero, and ``huber(x) = x**2 / 2`` up to 1, ``abs(x) - 1/2``
@@ -58,7 +58,7 @@ def _distances(x: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def _differences(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return ``[batch, batch, features]``: from the second example to the first, of a common scale; 0 if either is none.
+    """Return ``[batch, batch, features]``, ``x_i - x_j`` on one scale; 0 if either is masked.
 
     Equal examples must differ by exactly 0, also where XLA fuses a product into the difference: so
     the scale comes after, and before it only a power of two, against overflow.
@@ -68,7 +68,7 @@ def _differences(x: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def rkd_angle(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return how far the cosines of angles between examples differ: relational distillation by triplets.
+    """Return the Huber loss between angles of example triplets: relational distillation.
 
     ``mean_jk huber(cos_s[j, i, k] - cos_t[j, i, k])``, the angle at example i between the
     directions to j and k; 0 where one of them is i. It does not change when either is moved,
@@ -88,7 +88,8 @@ def rkd_angle(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = Non
       ShapeError: if the batches differ.
 
     Example:
-      >>> student, teacher = jnp.array([[0.0], [1.0], [-1.0]]), jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+      >>> student = jnp.array([[0.0], [1.0], [-1.0]])
+      >>> teacher = jnp.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
       >>> print((9 * rkd_angle(student, teacher)).round(4))
       [1.     0.0858 0.0858]
 
@@ -140,9 +141,9 @@ def rkd(
     References:
       Park et al., "Relational Knowledge Distillation", CVPR 2019, section 3.2.
     """
-    return distance * rkd_distance(student, teacher, mask=mask) + angle * rkd_angle(
-        student, teacher, mask=mask
-    )
+    by_distance = rkd_distance(student, teacher, mask=mask)
+    by_angle = rkd_angle(student, teacher, mask=mask)
+    return distance * by_distance + angle * by_angle
 
 
 def similarity(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
@@ -165,8 +166,10 @@ def similarity(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = No
       ShapeError: if the batches differ.
 
     Example:
-      >>> print(similarity(jnp.eye(2), jnp.eye(2)), similarity(jnp.eye(2), jnp.ones((2, 3))).round(4))
-      [0. 0.] [0.2929 0.2929]
+      >>> print(similarity(jnp.eye(2), jnp.eye(2)))
+      [0. 0.]
+      >>> print(similarity(jnp.eye(2), jnp.ones((2, 3))).round(4))
+      [0.2929 0.2929]
 
     References:
       Tung and Mori, "Similarity-Preserving Knowledge Distillation", ICCV 2019, equations 2 to 4.
@@ -183,11 +186,9 @@ def counting(mask: Mask | None, features: jax.Array) -> jax.Array:
       >>> counting(jnp.array([[1, 0], [0, 0]]), jnp.ones((2, 2, 3))).tolist()
       [True, False]
     """
-    return (
-        jnp.ones(features.shape[0], bool)
-        if mask is None
-        else of_examples(mask, features.shape[0]) > 0
-    )
+    if mask is None:
+        return jnp.ones(features.shape[0], bool)
+    return of_examples(mask, features.shape[0]) > 0
 
 
 def both(counts: jax.Array) -> jax.Array:
@@ -201,7 +202,7 @@ def both(counts: jax.Array) -> jax.Array:
 
 
 def mean_over_examples(shares: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return for each example that counts the mean of its shares over all others that do, and 0 for the rest.
+    """Return the mean of each example's shares over the examples that count, 0 if it does not.
 
     Args:
       shares: ``[batch, batch]``, or ``[batch, batch, batch]``: of pairs and triplets.
@@ -211,12 +212,15 @@ def mean_over_examples(shares: jax.Array, counts: jax.Array) -> jax.Array:
       ``[batch]``.
 
     Example:
-      >>> mean_over_examples(jnp.array([[1.0, 3.0, 9.0]] * 3), jnp.array([True, True, False])).tolist()
+      >>> counts = jnp.array([True, True, False])
+      >>> mean_over_examples(jnp.array([[1.0, 3.0, 9.0]] * 3), counts).tolist()
       [2.0, 2.0, 0.0]
     """
-    of = both(counts) if shares.ndim == 2 else both(counts)[:, :, None] & counts[None, None]
+    members = both(counts)
+    if shares.ndim == 3:
+        members = members[:, :, None] & counts[None, None]
     number = jnp.maximum(counts.sum(), 1).astype(shares.dtype) ** (shares.ndim - 1)
-    return kept(shares, of).sum(axis=tuple(range(1, shares.ndim))) / number
+    return kept(shares, members).sum(axis=tuple(range(1, shares.ndim))) / number
 
 
 def gram(x: jax.Array) -> jax.Array:

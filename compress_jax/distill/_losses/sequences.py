@@ -1,4 +1,4 @@
-"""Sequences that a model writes itself: the student learns the teacher's, or is taught on its own."""
+"""Generated sequences: the student learns the teacher's, or is corrected on its own."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,8 +28,8 @@ def generate(
     forwards as there are positions. No gradient flows.
 
     Args:
-      logits: ``tokens [batch, width] -> [batch, width, vocabulary]``, causal: position i sees
-        tokens up to i.
+      logits: ``tokens [batch, width] -> [batch, width, vocabulary]``, causal: position i depends
+        on tokens up to i.
       tokens: integers ``[batch, width]``, prompts at the left; what is to the right of them is not
         read.
       lengths: integers ``[batch]``, of the prompts, at least 1.
@@ -46,7 +46,8 @@ def generate(
 
     Example:
       >>> follow = lambda tokens: 9.0 * jax.nn.one_hot((tokens + 1) % 5, 5)
-      >>> tokens, mask = generate(follow, jnp.array([[2, 0, 0, 0]]), jnp.array([2]), jax.random.key(0), temperature=0.0)
+      >>> prompt, lengths = jnp.array([[2, 0, 0, 0]]), jnp.array([2])
+      >>> tokens, mask = generate(follow, prompt, lengths, jax.random.key(0), temperature=0.0)
       >>> tokens.tolist(), mask.tolist()
       ([[2, 0, 1, 2]], [[False, True, True, False]])
 
@@ -60,30 +61,28 @@ def generate(
         carry: tuple[jax.Array, jax.Array], at: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
         tokens, ended = carry
-        z = bounded(jax.lax.stop_gradient(logits(tokens))[:, at])
-        drawn = (
-            z.argmax(-1)
-            if temperature == 0
-            else jax.random.categorical(jax.random.fold_in(key, at), z / temperature)
-        )
+        z = bounded(jax.lax.stop_gradient(logits(tokens))[:, at])  # [batch, vocabulary]
+        if temperature == 0:
+            drawn = z.argmax(-1)
+        else:
+            drawn = jax.random.categorical(jax.random.fold_in(key, at), z / temperature)
         drawn = drawn.astype(tokens.dtype)
-        own = (at + 1 >= lengths) & ~ended
-        after = (
-            tokens[:, at + 1]
-            if end is None
-            else jnp.where(ended, jnp.asarray(end, tokens.dtype), tokens[:, at + 1])
-        )
+        own = (at + 1 >= lengths) & ~ended  # [batch], whether token at + 1 is generated
+        after = tokens[:, at + 1]
+        if end is not None:
+            after = jnp.where(ended, jnp.asarray(end, tokens.dtype), after)
         new = jnp.where(own, drawn, after)
-        ended = ended if end is None else ended | (own & (drawn == end))
+        if end is not None:
+            ended = ended | (own & (drawn == end))
         return (tokens.at[:, at + 1].set(new), ended), own
 
-    start = tokens, jnp.zeros(len(tokens), bool)
+    start = (tokens, jnp.zeros(len(tokens), bool))
     (tokens, _), own = jax.lax.scan(one, start, jnp.arange(width - 1))
     return tokens, jnp.concatenate([own.T, jnp.zeros((len(tokens), 1), bool)], axis=1)
 
 
 def next_tokens(tokens: jax.Array) -> jax.Array:
-    """Return the labels of causal logits: at each position the token after it; at the last, which has none, itself.
+    """Return the labels of causal logits: the next token, at the last position the token itself.
 
     Args:
       tokens: integers ``[batch, width]``.
@@ -108,11 +107,11 @@ def on_policy(
     labels: str = "label",
     mask: str = "mask",
 ) -> Callable[[jax.Array, Any, Logits], Any]:
-    """Return what replaces some answers of a batch by the student's own, for the teacher to correct.
+    """Return a function that replaces some answers of a batch by samples from the student.
 
-    Each example is, with probability ``fraction``, its prompt continued by the student as it is
-    now; the loss then is any divergence of the tokens, as ``partial(jsd, beta=0.9)`` or
-    `reverse_kl`, over the mask. Sampling has no gradient.
+    With probability ``fraction`` an example becomes its prompt continued by the current student,
+    which the teacher then corrects; the loss is any divergence of tokens, as
+    ``partial(jsd, beta=0.9)`` or `reverse_kl`, over the mask. Sampling has no gradient.
 
     Args:
       fraction: share of examples that are the student's own, 0 to 1; the others stay as they are.
@@ -127,7 +126,8 @@ def on_policy(
       ``(key, batch, logits) -> batch``, for ``distillation(..., resample=...)``.
 
     Example:
-      >>> batch = {"tokens": jnp.array([[2, 0, 0]]), "length": jnp.array([1]), "mask": jnp.ones((1, 3), bool)}
+      >>> batch = {"tokens": jnp.array([[2, 0, 0]]), "length": jnp.array([1])}
+      >>> batch["mask"] = jnp.ones((1, 3), bool)
       >>> follow = lambda tokens: 99.0 * jax.nn.one_hot((tokens + 1) % 5, 5)
       >>> on_policy()(jax.random.key(0), batch, follow)["tokens"].tolist()
       [[2, 3, 4]]

@@ -1,4 +1,4 @@
-"""What shapes of features a loss takes: checks whose errors say what to do, and the layouts losses compute in."""
+"""Checks of feature shapes, layouts, and norms that are finite at any finite features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,8 +11,13 @@ from compress_jax.core.errors import ShapeError
 from compress_jax.distill._masks import Mask, kept, of_features
 from compress_jax.distill._teachers.teacher import at_least_float32
 
-CHANNELS = "bring the student's channels to the teacher's by a regressor part (distill.linear, conv, deconv)"
-POSITIONS = "bring one of them to the other's positions by distill.resize or by a part with a stride (distill.conv, deconv)"
+CHANNELS = (
+    "bring the student's channels to the teacher's by an adapter (distill.linear, conv, deconv)"
+)
+POSITIONS = (
+    "bring one of them to the other's positions by distill.resize_features or by an adapter with a "
+    "stride (distill.conv, deconv)"
+)
 
 
 def same_shape(student: Any, teacher: Any) -> None:
@@ -86,21 +91,20 @@ def frozen(teacher: Any) -> jax.Array:
 
 
 def pair(student: jax.Array, teacher: jax.Array, mask: Mask | None) -> tuple[jax.Array, jax.Array]:
-    """Return both features in float32, zero where the mask says so, the teacher's cut off from gradients.
+    """Return both features in float32 with masked entries zero, the teacher's without gradient.
 
     Example:
       >>> import jax.numpy as jnp
       >>> pair(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.array([False]))[0].tolist()
       [[0.0, 0.0]]
     """
-    student, teacher = at_least_float32(student), frozen(teacher)
+    student = at_least_float32(student)
+    teacher = frozen(teacher)
     if mask is None:
         return student, teacher
-    counts = (
-        of_features(mask, student, "the student's features"),
-        of_features(mask, teacher, "the teacher's features"),
-    )
-    return kept(student, counts[0]), kept(teacher, counts[1])
+    student_counts = of_features(mask, student, "the student's features")
+    teacher_counts = of_features(mask, teacher, "the teacher's features")
+    return kept(student, student_counts), kept(teacher, teacher_counts)
 
 
 def flat(features: jax.Array) -> jax.Array:
@@ -136,12 +140,10 @@ def per_channel(values: jax.Array, ndim: int) -> jax.Array:
     return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
-# Norms, directions and bounds with finite values and gradients at any finite features, zeros and
-# 1e38 among them.
-
+# Norms, directions and bounds, finite with finite gradients at any finite features.
 
 SMALLEST = 1e-12
-"""What is not larger has no direction: it counts as zero, and gets no gradient. No gradient is larger than its inverse."""
+"""Vectors up to this size count as zero and get no gradient; gradients are at most its inverse."""
 
 Axes = int | Sequence[int] | None
 
@@ -149,14 +151,14 @@ _clip = straight_through(jnp.clip)
 
 
 def bounded(x: jax.Array, power: int) -> jax.Array:
-    """Return ``x`` in float32, kept so small that a sum over all its entries to a power, with any usual weight, is finite.
+    """Return ``x`` in float32, clipped so that a weighted sum of its entries to a power is finite.
 
     The bound is 1e7 times 100 for power 4 and millions of entries, more for less. It is
     straight-through: gradients are those of the bounded value, never zero.
 
     Args:
       x: any floating array.
-      power: of the features that the loss contains: 2 for a squared difference.
+      power: the power of the features in the loss: 2 for a squared difference.
 
     Returns:
       ``x``, clipped.
@@ -171,7 +173,7 @@ def bounded(x: jax.Array, power: int) -> jax.Array:
 
 
 def rescaled(x: jax.Array, axis: Axes = None) -> jax.Array:
-    """Return ``x / max(abs(x))`` in float32, the maximum taken over some axes; what is zero there stays zero.
+    """Return ``x / max(abs(x))`` in float32, the maximum over some axes; zeros stay zeros.
 
     The divisor counts as a constant for gradients, which makes no difference to a loss that does
     not depend on scale.
@@ -187,12 +189,11 @@ def rescaled(x: jax.Array, axis: Axes = None) -> jax.Array:
       >>> rescaled(jnp.array([[1e38, -2e38], [0.0, 0.0]]), axis=1).tolist()
       [[0.5, -1.0], [0.0, 0.0]]
     """
-    x = (
-        at_least_float32(x) / 16
-    )  # XLA may multiply by the inverse, and that of the largest floats is flushed to 0
+    # XLA may multiply by the divisor's inverse, and that of the largest floats is flushed to 0.
+    x = at_least_float32(x) / 16
     size = jax.lax.stop_gradient(jnp.abs(x).max(axis=axis, keepdims=True))
-    alive = size > SMALLEST / 16
-    return jnp.where(alive, x / jnp.where(alive, size, 1.0), 0.0)
+    nonzero = size > SMALLEST / 16
+    return jnp.where(nonzero, x / jnp.where(nonzero, size, 1.0), 0.0)
 
 
 def length(x: jax.Array, axis: Axes = -1, keepdims: bool = False) -> jax.Array:
@@ -217,7 +218,7 @@ def length(x: jax.Array, axis: Axes = -1, keepdims: bool = False) -> jax.Array:
 
 
 def unit(x: jax.Array, axis: Axes = -1) -> jax.Array:
-    """Return the direction of a vector, ``x / norm(x)``, in float32; 0, with gradient 0, where it has none.
+    """Return ``x / norm(x)`` in float32; 0, with gradient 0, for a vector of zeros.
 
     Args:
       x: any floating array.

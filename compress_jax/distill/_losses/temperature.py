@@ -1,4 +1,4 @@
-"""Softened distributions: what every loss on logits starts from. In float32, finite at any finite logits."""
+"""Logits divided by a temperature, as distributions in float32, finite at any finite logits."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ _clip = straight_through(jnp.clip)
 
 
 def bounded(logits: jax.Array, temperature: Scalar = 1.0, classes: int | None = None) -> jax.Array:
-    """Return ``logits / temperature`` in float32, kept so far from overflow that any loss of them is finite.
+    """Return ``logits / temperature`` in float32, clipped so that any loss of them is finite.
 
     The bound, about 1e37 divided by the number of classes and ``temperature**2``, leaves room for
     differences, sums over classes and the factor ``temperature**2``. It is straight-through:
@@ -21,7 +21,7 @@ def bounded(logits: jax.Array, temperature: Scalar = 1.0, classes: int | None = 
     Args:
       logits: ``[..., classes]``, any floating dtype.
       temperature: T > 0.
-      classes: how many classes will be summed over, where that is not the last axis.
+      classes: number of classes that are summed over, where that is not the last axis.
 
     Returns:
       An array of the shape of the logits.
@@ -33,10 +33,9 @@ def bounded(logits: jax.Array, temperature: Scalar = 1.0, classes: int | None = 
 
 
 def largest(dtype: jnp.dtype, temperature: Scalar, classes: int) -> jax.Array:
-    """Return the bound of `bounded`: no softened logit lies beyond it."""
-    return (
-        jnp.finfo(dtype).max / 32 / classes / jnp.maximum(jnp.asarray(temperature, dtype), 1) ** 2
-    )
+    """Return the bound of `bounded`: the largest absolute value of a softened logit."""
+    temperature = jnp.maximum(jnp.asarray(temperature, dtype), 1)
+    return jnp.finfo(dtype).max / 32 / classes / temperature**2
 
 
 def pair(
@@ -50,23 +49,22 @@ def pair(
     if student_logits.shape != teacher_logits.shape:
         raise ShapeError(
             f"student logits {student_logits.shape} and teacher logits {teacher_logits.shape} "
-            "must have the same shape, "
-            "[..., classes]; drop the classes that only one of them knows, or use a loss on "
-            "features"
+            "must have the same shape, [..., classes]; drop the classes that only one of them "
+            "knows, or use a loss on features"
         )
-    return bounded(student_logits, temperature), jax.lax.stop_gradient(
-        bounded(teacher_logits, temperature)
-    )
+    student = bounded(student_logits, temperature)
+    teacher = jax.lax.stop_gradient(bounded(teacher_logits, temperature))
+    return student, teacher
 
 
 def log_distributions(
     student_logits: jax.Array, teacher_logits: jax.Array, temperature: Scalar = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-    """Return ``log softmax(logits / T)`` of the student and of the teacher; no gradient goes to the teacher's."""
+    """Return ``log softmax(logits / T)`` of student and teacher; the teacher gets no gradient."""
     student, teacher = pair(student_logits, teacher_logits, temperature)
     return jax.nn.log_softmax(student), jax.nn.log_softmax(teacher)
 
 
 def squared(temperature: Scalar, loss: jax.Array) -> jax.Array:
-    """Return ``T**2 * loss``: gradients of softened distributions shrink as ``1 / T**2``, and this keeps their size."""
+    """Return ``T**2 * loss``, which undoes the factor ``1 / T**2`` of softened gradients."""
     return jnp.asarray(temperature, loss.dtype) ** 2 * loss

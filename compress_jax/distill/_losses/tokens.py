@@ -1,4 +1,4 @@
-"""Losses of tokens: which of them count, and means whose denominators can be summed over microbatches and devices."""
+"""Masked means of token losses, as sums and counts that add up over microbatches and devices."""
 
 import functools
 import inspect
@@ -16,7 +16,7 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Total:
-    """A sum and what it is a sum over, kept apart, as a mean of means is no mean when the numbers of tokens differ.
+    """A sum and a count, because a mean of means is wrong where the numbers of tokens differ.
 
     It is a pytree: add the totals of microbatches, or ``jax.lax.psum`` those of devices, and take
     the mean at the end. For gradients accumulated over microbatches, differentiate ``total.sum``
@@ -27,7 +27,8 @@ class Total:
       count: float32 scalar.
 
     Example:
-      >>> long, short = Total(jnp.float32(8.0), jnp.float32(4.0)), Total(jnp.float32(1.0), jnp.float32(1.0))
+      >>> long = Total(jnp.float32(8.0), jnp.float32(4.0))
+      >>> short = Total(jnp.float32(1.0), jnp.float32(1.0))
       >>> (long + short).mean.round(4).tolist()
       1.7999999523162842
     """
@@ -114,7 +115,8 @@ def token_total(
       student_logits: ``[..., classes]``, such as ``[batch, sequence, vocabulary]``.
       teacher_logits: same shape.
       mask: see `masked_total`: 1 for tokens of an answer, 0 for prompt and padding.
-      **options: for the loss, such as ``temperature``; a loss that couples tokens (`dist`) is given the mask too.
+      **options: options of the loss, such as ``temperature``; a loss that couples tokens (`dist`)
+        receives the mask too.
 
     Returns:
       A `Total`.
@@ -124,8 +126,9 @@ def token_total(
 
     Example:
       >>> from compress_jax.distill import kl
-      >>> student, teacher = jnp.zeros((1, 2, 2)), jnp.array([[[jnp.log(3.0), 0.0], [jnp.nan, 0.0]]])
-      >>> token_total(kl, student, teacher, jnp.array([[1, 0]]), temperature=1.0).mean.round(4).tolist()
+      >>> student, mask = jnp.zeros((1, 2, 2)), jnp.array([[1, 0]])
+      >>> teacher = jnp.array([[[jnp.log(3.0), 0.0], [jnp.nan, 0.0]]])
+      >>> token_total(kl, student, teacher, mask).mean.round(4).tolist()
       0.13079999387264252
 
     References:
@@ -133,13 +136,15 @@ def token_total(
       distillation).
     """
     counts = fitted(mask, student_logits.shape[:-1], "the tokens")
-    student, teacher = kept(student_logits, counts), kept(teacher_logits, counts)
-    options |= {"mask": counts} if takes_mask(loss) else {}
+    student = kept(student_logits, counts)
+    teacher = kept(teacher_logits, counts)
+    if takes_mask(loss):
+        options["mask"] = counts
     return masked_total(loss(student, teacher, **options), counts)
 
 
 def takes_mask(loss: Callable[..., Any]) -> bool:
-    """Tell whether a function has a parameter called ``mask`` that is not bound yet, as losses that couple entries have.
+    """Return whether a function has an unbound parameter ``mask``, as coupling losses do.
 
     Example:
       >>> from compress_jax.distill import dist, kl
@@ -154,12 +159,14 @@ def takes_mask(loss: Callable[..., Any]) -> bool:
 
 
 def masked_like(loss: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a loss made of another, that takes a mask by name only if the other does.
+    """Return ``made``, a loss built on another one, with a parameter ``mask`` only if that has one.
 
     Example:
       >>> from compress_jax.distill import dist
-      >>> takes_mask(masked_like(dist, lambda student, teacher, **options: dist(student, teacher, **options)))
-      True
+      >>> def twice(student, teacher, **options):
+      ...     return 2 * dist(student, teacher, **options)
+      >>> takes_mask(twice), takes_mask(masked_like(dist, twice))
+      (False, True)
     """
     if not takes_mask(loss):
         return made

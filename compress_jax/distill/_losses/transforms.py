@@ -1,4 +1,4 @@
-"""Logits made from logits or labels, for any loss to take: standardised, virtual, or those of an ensemble of teachers."""
+"""Transforms of logits for any loss: standardised, virtual, and those of teacher ensembles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -6,18 +6,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.distill._losses.temperature import Scalar, bounded
+from compress_jax.core.errors import ArgumentError
+from compress_jax.core.types import Scalar
+from compress_jax.distill._losses.temperature import bounded
 from compress_jax.distill._losses.tokens import masked_like
 from compress_jax.distill._masks import Mask, kept
 from compress_jax.distill._teachers.teacher import at_least_float32
-
-# Rows centred and scaled to unit length, with finite gradients where a row is constant or huge.
 
 
 def unit(
     x: jax.Array, axis: int, floor: float | jax.Array, counts: jax.Array | None = None
 ) -> jax.Array:
-    """Return ``(x - mean) / max(||x - mean||, floor)`` along an axis: rows of length 1, shorter below the floor.
+    """Return ``(x - mean) / max(||x - mean||, floor)`` along an axis.
 
     Constant rows give exact zeros: differences to the maximum are taken first, and these are zero
     before any rounding. Nothing is squared before it was divided by the row's largest difference,
@@ -42,16 +42,15 @@ def unit(
     centred = jnp.where(counts, centred - centred.sum(axis, keepdims=True) / number, 0)
     size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(centred).max(axis, keepdims=True), floor))
     scaled = centred / size
-    return scaled * jax.lax.rsqrt(
-        jnp.maximum(jnp.square(scaled).sum(axis, keepdims=True), jnp.square(floor / size))
-    )
+    square = jnp.square(scaled).sum(axis, keepdims=True)
+    return scaled * jax.lax.rsqrt(jnp.maximum(square, jnp.square(floor / size)))
 
 
 Teachers = Sequence[jax.Array] | jax.Array
 
 
 NEVER = -1e9
-"""A class whose logit is not above this is one that the model masks out: it has probability 0 whatever the others are."""
+"""A model masks a class out by a logit up to this, of probability 0 next to ordinary ones."""
 
 
 def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = None) -> jax.Array:
@@ -59,17 +58,16 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
 
     ``(z - mean(z)) / max(std(z), floor)``, to be given to `kl` for student and teacher alike: the
     student then matches the teacher's order and proportions, and is free in the range of its own
-    logits. Classes that a model masks out (logits of -inf, or beside ordinary ones of -1e9 or
-    below, or of the least number of their dtype) are no part of mean and deviation, of which they
-    would leave nothing to learn; they come back as -1e9, of probability 0.
+    logits. Classes that a model masks out (logits of -inf, or next to ordinary ones of -1e9
+    or below, or of the least number of their dtype) are left out of mean and deviation; they are
+    returned as -1e9, of probability 0.
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
       floor: a smaller deviation than this is taken as this. Gradients are at most its inverse;
         equal logits give zeros.
       mask: booleans that broadcast against ``logits``, which classes there are, where a model marks
-        the others by a number of its own (-1e4, say). It is beside what is found out from the
-        logits.
+        the others by a number of its own (-1e4, say). Classes masked by their logits stay masked.
 
     Returns:
       ``[..., classes]``. The paper's loss is
@@ -83,8 +81,8 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
       Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024, algorithm 1.
     """
     never = max(NEVER, float(jnp.finfo(logits.dtype).min))
-    # Beside ordinary logits such a number is a mark; where even the largest is of that size, all
-    # are logits.
+    # Next to ordinary logits such a number is a mask; where even the largest logit is of that size,
+    # all of them are logits.
     ordinary = jnp.abs(logits.max(axis=-1, keepdims=True)) < jnp.asarray(-never, logits.dtype)
     there = (
         jnp.isnan(logits)
@@ -95,13 +93,12 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
         there &= jnp.broadcast_to(jnp.asarray(mask).astype(bool), logits.shape)
     classes = jnp.maximum(there.sum(axis=-1, keepdims=True), 1)
     root = jnp.sqrt(classes.astype(at_least_float32(logits).dtype))
-    return jnp.where(
-        there, root * unit(bounded(kept(logits, there)), -1, floor * root, there), NEVER
-    )
+    standardized = root * unit(bounded(kept(logits, there)), -1, floor * root, there)
+    return jnp.where(there, standardized, NEVER)
 
 
 def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -> jax.Array:
-    """Return the logits of a teacher that needs no network: right, with one probability, on every example.
+    """Return the logits of a teacher without a network: the label has a fixed probability.
 
     ``log p`` with ``p[label] = probability`` and ``p[c] = (1 - probability) / (classes - 1)``
     elsewhere. With the student's logits and T = 20 or more in `kl` this is teacher-free
@@ -117,7 +114,7 @@ def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -
       float32 ``[..., classes]``.
 
     Raises:
-      ValueError: if ``classes`` or ``probability`` is out of range.
+      ArgumentError: if ``classes`` or ``probability`` is out of range.
 
     Example:
       >>> [f"{p:.3f}" for p in jax.nn.softmax(virtual_teacher(jnp.array(1), classes=3))]
@@ -128,24 +125,19 @@ def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -
       2020, section 4 (Tf-KD: self-training and the manually designed teacher).
     """
     if classes < 2 or not 1 / classes < probability < 1:
-        raise ValueError(
+        raise ArgumentError(
             "probability must be between 1/classes and 1, of at least 2 classes; got "
             f"{probability} of {classes}"
         )
     others = (1 - probability) / (classes - 1)
-    return jnp.log(
-        jnp.where(
-            jax.nn.one_hot(labels, classes, dtype=bool),
-            jnp.float32(probability),
-            jnp.float32(others),
-        )
-    )
+    one_hot = jax.nn.one_hot(labels, classes, dtype=bool)
+    return jnp.log(jnp.where(one_hot, jnp.float32(probability), jnp.float32(others)))
 
 
 def ensemble(
     teacher_logits: Teachers, weights: Sequence[float] | None = None, temperature: Scalar = 1.0
 ) -> jax.Array:
-    """Return the logits of one teacher whose softened probabilities are the mean of several teachers', in float32.
+    """Return logits whose softened probabilities are the mean of several teachers', in float32.
 
     ``T * log sum_m w_m softmax(t_m / T)``: with the same temperature in `kl` the student learns the
     mean of probabilities. (The gradient of `kl` is then also that of the mean of the losses, see
@@ -154,14 +146,14 @@ def ensemble(
     Args:
       teacher_logits: ``[teachers, ..., classes]``, or a sequence of ``[..., classes]``. No gradient
         goes here.
-      weights: one of each teacher, not negative, of any sum; the default is the same for all.
+      weights: one per teacher, not negative, of any sum; equal by default.
       temperature: T > 0, that of the loss.
 
     Returns:
       ``[..., classes]``.
 
     Raises:
-      ValueError: if there is not one weight a teacher, or one is negative, or all are zero.
+      ArgumentError: if there is not one weight a teacher, or one is negative, or all are zero.
 
     Example:
       >>> certain, unsure = jnp.array([99.0, 0.0]), jnp.array([0.0, 0.0])
@@ -183,23 +175,24 @@ def ensemble(
 def averaged(
     loss: Callable[..., jax.Array], weights: Sequence[float] | None = None
 ) -> Callable[..., jax.Array]:
-    """Return the loss of several teachers that is the weighted mean of a loss of each.
+    """Return a loss of several teachers: the weighted mean of the loss to each.
 
     ``sum_m w_m * loss(student_logits, t_m, ...)`` with weights of sum 1.
 
     Args:
       loss: ``(student_logits, teacher_logits, *rest) -> [...]``, such as `kl`, `dkd` or what
         `hinton` returns.
-      weights: one of each teacher, not negative, of any sum; the default is the same for all.
+      weights: one per teacher, not negative, of any sum; equal by default.
 
     Returns:
       ``(student_logits, teacher_logits, *rest) -> [...]`` with teacher logits as `ensemble` takes
-      them; it takes a ``mask`` if the loss does, and other options by name. It raises ValueError if
-      there is not one weight a teacher, or one is negative, or all are zero.
+      them; it takes a ``mask`` if the loss does, and other options by name. It raises an
+      ArgumentError if there is not one weight a teacher, or one is negative, or all are zero.
 
     Example:
       >>> from compress_jax.distill import mse
-      >>> averaged(mse, weights=[3, 1])(jnp.zeros((1, 2)), [jnp.ones((1, 2)), jnp.zeros((1, 2))]).tolist()
+      >>> teachers = [jnp.ones((1, 2)), jnp.zeros((1, 2))]
+      >>> averaged(mse, weights=[3, 1])(jnp.zeros((1, 2)), teachers).tolist()
       [0.75]
 
     References:
@@ -222,14 +215,14 @@ def averaged(
 def ensembled(
     loss: Callable[..., jax.Array], weights: Sequence[float] | None = None
 ) -> Callable[..., jax.Array]:
-    """Return the loss of several teachers that is a loss of the mean of their probabilities, see `ensemble`.
+    """Return a loss of several teachers: the loss to the mean of their probabilities (`ensemble`).
 
     ``loss(student_logits, ensemble(teacher_logits, weights, T), *rest, temperature=T)``.
 
     Args:
       loss: ``(student_logits, teacher_logits, *rest, temperature=...) -> [...]``, such as `kl` or
         `jsd`.
-      weights: one of each teacher, not negative, of any sum; the default is the same for all.
+      weights: one per teacher, not negative, of any sum; equal by default.
 
     Returns:
       ``(student_logits, teacher_logits, *rest, temperature=1.0) -> [...]`` with teacher logits as
@@ -245,7 +238,7 @@ def ensembled(
       Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 5.
     """
 
-    def of(
+    def loss_to_mean(
         student_logits: jax.Array,
         teacher_logits: Teachers,
         *rest: jax.Array,
@@ -255,15 +248,15 @@ def ensembled(
         mean = ensemble(teacher_logits, weights, temperature)
         return loss(student_logits, mean, *rest, temperature=temperature, **options)
 
-    of.__name__ = getattr(loss, "__name__", "ensembled")
-    return masked_like(loss, of)
+    loss_to_mean.__name__ = getattr(loss, "__name__", "ensembled")
+    return masked_like(loss, loss_to_mean)
 
 
 def _shares(weights: Sequence[float] | None, teachers: int) -> list[float]:
     """Return weights of sum 1."""
     weights = [1.0] * teachers if weights is None else [float(weight) for weight in weights]
     if len(weights) != teachers or min(weights) < 0 or sum(weights) == 0:
-        raise ValueError(
+        raise ArgumentError(
             f"{teachers} teachers need as many weights, none negative, not all zero; got {weights}"
         )
     return [weight / sum(weights) for weight in weights]

@@ -1,4 +1,8 @@
-"""The terms of a training objective: what each looks at, weighs at each step, learns and keeps."""
+"""Objective terms: a loss, its weight at each step, and the adapters and memory it needs.
+
+An objective is a list of terms, given to `train.distillation`. Each term reads one `LossContext`:
+`on_labels`, `on_logits`, `on_features`, `on_weights` and `contrast` build the usual ones.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -6,42 +10,58 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError, NoMatchError
+from compress_jax.core.paths import Patterns
 from compress_jax.core.types import Batch, Params, PyTree, Step
-from compress_jax.distill._adapters.adapter import Part
+from compress_jax.distill._adapters.adapter import Adapter
 from compress_jax.distill._adapters.heads import embedding
 from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
 from compress_jax.distill._losses.logits import cross_entropy
 from compress_jax.distill._losses.temperature import bounded
 from compress_jax.distill._losses.tokens import Total, takes_mask
 from compress_jax.distill._masks import has_positions, of_examples
-from compress_jax.distill._objective.totals import masked, of_features, of_logits, shown, total_of
+from compress_jax.distill._objective.totals import (
+    evaluate,
+    of_features,
+    of_logits,
+    total_of,
+    transformed,
+)
 from compress_jax.distill._objective.weights import l2_sp
 
 Schedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
 """A number, or an optax schedule: its value at a step."""
 
 Paths: TypeAlias = str | Sequence[str]
+Transform: TypeAlias = Callable[..., jax.Array]
 
 
-class Seen(NamedTuple):
-    """What a term may look at, all of one batch.
+class LossContext(NamedTuple):
+    """Everything a term may read about one batch.
 
     Attributes:
       student_logits: ``[..., classes]``.
-      teacher_logits: same shape; ``[teachers, ..., classes]`` of several; a `TopK` from a cache;
-        None without a teacher.
+      teacher_logits: same shape; ``[teachers, ..., classes]`` for several teachers; a `TopK` from a
+        cache; None without a teacher.
       labels: integers ``[...]``, or probabilities ``[..., classes]`` after a mixup.
-      student: features by path.
-      teacher: features by path.
-      params: the student's, as its compression shows them.
-      teacher_variables: of the teacher, or None.
+      student: the student's captured features by path.
+      teacher: the teacher's captured features by path.
+      params: the student's params after the compression's view.
+      teacher_variables: the teacher's variables, or None.
       batch: all entries of the batch, augmented.
-      key: typed PRNG key of the step and the term.
+      key: typed PRNG key for this step and this term.
       step: int32 scalar, counts from 0.
-      mask: of the term: which examples or tokens count, see `masks`; None where the batch has none.
-        What does not count is zero already in logits, labels and features, so that nothing computed
-        of them is NaN or inf by padding.
+      mask: the term's mask over examples or tokens, see `masks`; None where the batch has none.
+        Logits, labels and features are already zero where it is 0, so that NaN in padding reaches
+        no loss.
+
+    Example:
+      >>> logits = jnp.zeros((2, 3))
+      >>> context = LossContext(logits, logits, jnp.array([0, 1]), {}, {}, {}, None, {}, None, 0)
+      >>> loss, memory = on_labels().loss(context, {}, {})
+      >>> loss.shape, context.mask is None
+      ((2,), True)
     """
 
     student_logits: Any
@@ -57,36 +77,45 @@ class Seen(NamedTuple):
     mask: Any = None
 
 
-def _nothing(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
+def _no_state(key: jax.Array, context: LossContext) -> tuple[PyTree, PyTree]:
     return {}, {}
 
 
 class Term(NamedTuple):
-    """One loss of a training objective, as pure functions; the objective is the sum over terms of weight times mean loss.
+    """One loss of a training objective, as pure functions.
+
+    The objective is ``sum_k weight_k(step) * mean(loss_k)`` over its terms.
 
     Attributes:
-      name: of its metric, its parts and its memory; each term of an objective has another.
-      loss: ``(seen, parts, memory) -> (loss, memory)``. The loss is of each example or token, in
-        the shape that the mask fits; or a `Total`, of a loss that has looked at ``seen.mask``
-        itself. A scalar is refused where there is a mask, as nobody knows what of the padding is in
-        it.
+      name: names the term's metric, adapters and memory; unique within an objective.
+      loss: ``(context, adapter_params, memory) -> (loss, memory)``. The loss has one entry per
+        example or token, in a shape that the mask fits; or it is a `Total`, if the function has
+        applied ``context.mask`` itself. A scalar is refused where the batch has a mask, because
+        padding may be part of it.
       weight: a number or an optax schedule.
-      student: globs of the student's features that it looks at, see `capture`.
-      teacher: globs of the teacher's.
-      init: ``(key, seen) -> (parts, memory)``, given a `Seen` of shapes: parts are trained beside
-        the student by an optimizer of their own, the memory is rewritten by each step; neither is
-        exported.
-      mask: the batch's entry that says what of this term counts; None for that of the objective.
-      whole: whether it looks at no example, but at the model (`on_weights`): no mask concerns it,
-        and it returns a scalar.
+      student: globs of the student's features to capture, see `capture`.
+      teacher: globs of the teacher's features.
+      init: ``(key, context) -> (adapter_params, memory)``, given a `LossContext` of shapes. Adapter
+        params are trained with the student by an optimizer of their own, the memory is rewritten by
+        each step; neither is exported.
+      mask: the batch entry that holds this term's mask; None for that of the objective.
+      whole: True for a loss of the model's weights (`on_weights`): it returns a scalar, and no mask
+        applies.
+
+    Example:
+      >>> def entropy(context, adapter_params, memory):
+      ...     log_p = jax.nn.log_softmax(context.student_logits)
+      ...     return -(jnp.exp(log_p) * log_p).sum(axis=-1), memory
+      >>> Term("entropy", entropy, weight=-0.1).name
+      'entropy'
     """
 
     name: str
-    loss: Callable[[Seen, Any, Any], tuple[jax.Array | Total, Any]]
+    loss: Callable[[LossContext, PyTree, PyTree], tuple[jax.Array | Total, PyTree]]
     weight: Schedule = 1.0
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
-    init: Callable[[jax.Array, Seen], tuple[Any, Any]] = _nothing
+    init: Callable[[jax.Array, LossContext], tuple[PyTree, PyTree]] = _no_state
     mask: str | None = None
     whole: bool = False
 
@@ -96,15 +125,12 @@ def value_at(schedule: Schedule, step: Step) -> jax.Array:
 
     Example:
       >>> import optax
-      >>> [float(value_at(each, jnp.array(5))) for each in (0.25, optax.linear_schedule(0.0, 1.0, 10))]
-      [0.25, 0.5]
+      >>> schedule = optax.linear_schedule(0.0, 1.0, 10)
+      >>> float(value_at(0.25, jnp.array(5))), float(value_at(schedule, jnp.array(5)))
+      (0.25, 0.5)
     """
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats
         return jnp.asarray(schedule(step) if callable(schedule) else schedule, jnp.float32)
-
-
-def _name(loss: Callable[..., Any]) -> str:
-    return getattr(loss, "__name__", getattr(getattr(loss, "func", None), "__name__", "loss"))
 
 
 def on_labels(
@@ -114,13 +140,16 @@ def on_labels(
     name: str = "labels",
     mask: str | None = None,
 ) -> Term:
-    """Return the term of the labels: `cross_entropy`, also with the probabilities that a mixup makes of labels.
+    """Return the cross entropy of the labels as a term.
+
+    ``-sum_c q[c] * log softmax(s)[c]``; labels may be integers, or the probabilities q that a mixup
+    makes of them.
 
     Args:
       weight: a number or an optax schedule.
-      label_smoothing: see `cross_entropy`; not for probabilities.
-      name: of the term.
-      mask: the batch's entry of what counts, see `Term`.
+      label_smoothing: see `cross_entropy`; not applied to probabilities.
+      name: name of the term.
+      mask: the batch entry with the mask, see `Term`.
 
     Returns:
       A `Term`.
@@ -130,12 +159,15 @@ def on_labels(
       'labels'
     """
 
-    def loss(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
-        if jnp.issubdtype(seen.labels.dtype, jnp.integer):
-            each = cross_entropy(seen.student_logits, seen.labels, label_smoothing)
+    def loss(
+        context: LossContext, adapter_params: PyTree, memory: PyTree
+    ) -> tuple[jax.Array | Total, PyTree]:
+        if jnp.issubdtype(context.labels.dtype, jnp.integer):
+            losses = cross_entropy(context.student_logits, context.labels, label_smoothing)
         else:
-            each = -(seen.labels * jax.nn.log_softmax(bounded(seen.student_logits))).sum(axis=-1)
-        return of_logits(name, each, seen.student_logits, seen.mask, False), memory
+            log_probs = jax.nn.log_softmax(bounded(context.student_logits))
+            losses = -(context.labels * log_probs).sum(axis=-1)
+        return of_logits(name, losses, context.student_logits, context.mask, False), memory
 
     return Term(name, loss, weight, mask=mask)
 
@@ -149,19 +181,19 @@ def on_logits(
     name: str | None = None,
     mask: str | None = None,
 ) -> Term:
-    """Return the term of a loss of the student's and the teacher's logits.
+    """Return a loss between the student's and the teacher's logits as a term.
 
     Args:
-      loss: ``(student_logits, teacher_logits) -> [...]``, such as `kl`, `dist` or `top_k_kl` with a
-        cache; options by ``functools.partial``. Of several teachers it gets the stacked logits: see
-        `averaged` and `ensembled`. A loss that couples examples or tokens must have a parameter
-        ``mask``, as `dist` does, and is given it by name; one that does not is tried on random
-        logits, and refused if what it says of one entry depends on another.
+      loss: ``(student_logits, teacher_logits) -> [...]``, such as `kl`, `dist`, or `top_k_kl` with
+        a cache; bind options by ``functools.partial``. With several teachers it gets the stacked
+        logits: see `averaged` and `ensembled`. A loss that couples examples or tokens must have a
+        parameter ``mask``, as `dist` does, and receives the mask by that name. A loss without one
+        is tried on random logits, and refused if its value for one entry depends on another.
       weight: a number or an optax schedule.
-      temperature: given to the loss by name; a number or an optax schedule. None gives none.
-      labels: whether the loss takes the labels third, as `dkd` and what `hinton` returns do.
-      name: of the term; by default that of the loss.
-      mask: the batch's entry of what counts, see `Term`.
+      temperature: passed to the loss by name; a number or an optax schedule. None passes nothing.
+      labels: True passes the labels as third argument, as `dkd` and what `hinton` returns need.
+      name: name of the term; by default that of the loss.
+      mask: the batch entry with the mask, see `Term`.
 
     Returns:
       A `Term`.
@@ -173,53 +205,60 @@ def on_logits(
       >>> term.name, term.student
       ('kl', ())
     """
+    term_name = name or _name(loss)
 
-    def of(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
-        options = {} if temperature is None else {"temperature": value_at(temperature, seen.step)}
-        rest = (seen.labels,) if labels else ()
-        given = (seen.student_logits, seen.teacher_logits, *rest)
-        each = masked(
-            f"the term {own!r}", loss, given, seen.mask, seen.student_logits.ndim - 1, **options
-        )
-        return of_logits(own, each, seen.student_logits, seen.mask, takes_mask(loss)), memory
+    def term_loss(
+        context: LossContext, adapter_params: PyTree, memory: PyTree
+    ) -> tuple[jax.Array | Total, PyTree]:
+        options = {}
+        if temperature is not None:
+            options["temperature"] = value_at(temperature, context.step)
+        logits = context.student_logits
+        args = (logits, context.teacher_logits)
+        if labels:
+            args = (*args, context.labels)
+        what = f"the term {term_name!r}"
+        losses = evaluate(what, loss, args, context.mask, logits.ndim - 1, **options)
+        return of_logits(term_name, losses, logits, context.mask, takes_mask(loss)), memory
 
-    own = name or _name(loss)
-    return Term(own, of, weight, mask=mask)
+    return Term(term_name, term_loss, weight, mask=mask)
 
 
+@renamed_arguments(part="adapter", of_student="student_transform", of_teacher="teacher_transform")
 def on_features(
     loss: Callable[..., jax.Array],
     student: Paths,
     teacher: Paths,
     weight: Schedule = 1.0,
     *,
-    part: Part | None = None,
-    of_student: Callable[[Any], Any] | None = None,
-    of_teacher: Callable[[Any], Any] | None = None,
+    adapter: Adapter | None = None,
+    student_transform: Transform | None = None,
+    teacher_transform: Transform | None = None,
     name: str | None = None,
     mask: str | None = None,
 ) -> Term:
-    """Return the term of a loss of features: a hint, attention, a relation, a statistic.
+    """Return a loss between features as a term: a hint, attention, a relation, a statistic.
 
-    ``loss(part(of_student(f_s)), of_teacher(f_t))``; what a part returns beside its features (the
-    variances of `gaussian`) goes to the loss after the teacher's, as `vid` takes it.
+    ``loss(adapter(student_transform(f_s)), teacher_transform(f_t))``. An adapter may return a tuple
+    of features and more (`gaussian` returns variances): the rest is passed to the loss after the
+    teacher's features, as `vid` takes it.
 
     Args:
-      loss: ``(student, teacher) -> [batch]`` or a scalar; options by ``functools.partial``. It is
-        given the mask by name if it has a parameter ``mask``, as all losses here do; else it must
-        return one number for each entry of the mask, and is tried on random features, and refused
-        if what it says of one entry depends on another.
-      student: path of the student's feature; with several, part and loss get lists.
-      teacher: path of the teacher's.
+      loss: ``(student, teacher) -> [batch]`` or a scalar; bind options by ``functools.partial``. It
+        receives the mask by name if it has a parameter ``mask``, as all losses here do. Otherwise
+        it must return one number per entry of the mask; it is tried on random features, and refused
+        if its value for one entry depends on another.
+      student: path of the student's feature; with several paths, adapter and loss get lists.
+      teacher: path of the teacher's feature.
       weight: a number or an optax schedule.
-      part: what brings the student's features to the teacher's; trained with the student.
-      of_student: ``feature -> feature``, applied to each before, such as `pool`, the mean over
-        positions. If it has a parameter ``mask`` it is given the mask; if not, it must leave the
-        positions that the mask is of where they are.
-      of_teacher: likewise, such as ``partial(resize, size=(8, 8))``, or a `paraphraser` that was
-        trained before.
-      name: of the term; by default that of the loss.
-      mask: the batch's entry of what counts, see `Term`: ``[batch, *positions]`` of these features,
+      adapter: maps the student's features to the teacher's shape; trained with the student.
+      student_transform: ``feature -> feature``, applied to each feature before the adapter, such as
+        `pool`, the mean over positions. It receives the mask if it has a parameter ``mask``; if
+        not, it must keep the positions that the mask refers to.
+      teacher_transform: likewise, such as ``partial(resize_features, size=(8, 8))``, or a
+        `paraphraser` that was trained before.
+      name: name of the term; by default that of the loss.
+      mask: the batch entry with the mask, see `Term`: ``[batch, *positions]`` of these features,
         where it is not the objective's.
 
     Returns:
@@ -229,46 +268,59 @@ def on_features(
 
     Example:
       >>> from compress_jax.distill import hint, linear
-      >>> term = on_features(hint, "conv_1", "block_1_0", 100.0, part=linear())
-      >>> seen = Seen(*[None] * 3, {"conv_1": jnp.ones((8, 4))}, {"block_1_0": jnp.ones((8, 6))}, *[None] * 5)
-      >>> parts, memory = term.init(jax.random.key(0), seen)
-      >>> parts["kernel"].shape, term.loss(seen, parts, memory)[0].shape
+      >>> term = on_features(hint, "conv_1", "block_1_0", 100.0, adapter=linear())
+      >>> features = {"conv_1": jnp.ones((8, 4))}, {"block_1_0": jnp.ones((8, 6))}
+      >>> context = LossContext(*[None] * 3, *features, *[None] * 5)
+      >>> adapter_params, memory = term.init(jax.random.key(0), context)
+      >>> adapter_params["kernel"].shape, term.loss(context, adapter_params, memory)[0].shape
       ((4, 6), (8,))
     """
-    named = name or _name(loss)
+    term_name = name or _name(loss)
 
-    def both(seen: Seen) -> tuple[Any, Any]:
-        own = _each(student, seen.student, of_student, "student", named, seen.mask)
-        return own, _each(teacher, seen.teacher, of_teacher, "teacher", named, seen.mask)
+    def both(context: LossContext) -> tuple[PyTree, PyTree]:
+        mask = context.mask
+        own = _transformed(student, context.student, student_transform, "student", term_name, mask)
+        target = _transformed(
+            teacher, context.teacher, teacher_transform, "teacher", term_name, mask
+        )
+        return own, target
 
-    def init(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
-        shapes = jax.tree.map(lambda x: x.shape, jax.eval_shape(both, _arrays(seen)))
-        return ({} if part is None else part.init(key, *shapes)), {}
+    def init(key: jax.Array, context: LossContext) -> tuple[PyTree, PyTree]:
+        features = jax.eval_shape(both, _only_features(context))
+        student_shape, teacher_shape = jax.tree.map(lambda x: x.shape, features)
+        if adapter is None:
+            return {}, {}
+        return adapter.init(key, student_shape, teacher_shape), {}
 
-    def of(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
-        own, other = both(seen)
-        out = own if part is None else part.apply(parts, own)
-        first, rest = (out[0], out[1:]) if isinstance(out, tuple) else (out, ())
-        entries = jax.tree.leaves(first)[0]
-        units = 2 if seen.mask is not None and has_positions(seen.mask) and entries.ndim > 2 else 1
-        each = masked(f"the term {named!r}", loss, (first, other, *rest), seen.mask, units)
-        return of_features(named, each, entries, seen.mask, takes_mask(loss)), memory
+    def term_loss(
+        context: LossContext, adapter_params: PyTree, memory: PyTree
+    ) -> tuple[jax.Array | Total, PyTree]:
+        own, target = both(context)
+        if adapter is not None:
+            own = adapter.apply(adapter_params, own)
+        extra = ()
+        if isinstance(own, tuple):
+            own, *extra = own
+        first = jax.tree.leaves(own)[0]
+        # How many leading axes of the features the mask tells apart: the batch, or its positions.
+        by_position = context.mask is not None and has_positions(context.mask) and first.ndim > 2
+        what = f"the term {term_name!r}"
+        losses = evaluate(what, loss, (own, target, *extra), context.mask, 2 if by_position else 1)
+        return of_features(term_name, losses, first, context.mask, takes_mask(loss)), memory
 
-    return Term(named, of, weight, _tuple(student), _tuple(teacher), init, mask)
+    return Term(term_name, term_loss, weight, _tuple(student), _tuple(teacher), init, mask)
 
 
-def on_weights(
-    weight: Schedule = 0.01, *, pattern: str | tuple[str, ...] = "**", name: str = "l2_sp"
-) -> Term:
-    """Return the term of `l2_sp`: the student's weights, as its compression shows them, near the teacher's.
+def on_weights(weight: Schedule = 0.01, *, pattern: Patterns = "**", name: str = "l2_sp") -> Term:
+    """Return `l2_sp` as a term: the student's viewed weights are pulled towards the teacher's.
 
     Args:
       weight: a number or an optax schedule.
       pattern: globs of the leaves, see `l2_sp`.
-      name: of the term.
+      name: name of the term.
 
     Returns:
-      A `Term`, for a teacher whose ``variables`` are ``{"params": ...}`` of the student's own
+      A `Term`, for a teacher whose ``variables`` are ``{"params": ...}`` in the student's own
       shapes.
 
     Example:
@@ -276,49 +328,51 @@ def on_weights(
       'l2_sp'
     """
 
-    def loss(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
-        return l2_sp(seen.params, seen.teacher_variables["params"], pattern), memory
+    def loss(
+        context: LossContext, adapter_params: PyTree, memory: PyTree
+    ) -> tuple[jax.Array | Total, PyTree]:
+        return l2_sp(context.params, context.teacher_variables["params"], pattern), memory
 
     return Term(name, loss, weight, whole=True)
+
+
+def _name(loss: Callable[..., Any]) -> str:
+    """Return the name of a function, also of one inside ``functools.partial``."""
+    function = getattr(loss, "func", loss)
+    return getattr(loss, "__name__", getattr(function, "__name__", "loss"))
 
 
 def _tuple(paths: Paths) -> tuple[str, ...]:
     return (paths,) if isinstance(paths, str) else tuple(paths)
 
 
-def _arrays(seen: Seen) -> Seen:
-    """Return only the features, which is all that shapes are made of."""
-    return Seen(None, None, None, seen.student, seen.teacher, None, None, None, None, None)
+def _only_features(context: LossContext) -> LossContext:
+    """Return a context with nothing but features, whose shapes decide those of the adapter."""
+    return LossContext(None, None, None, context.student, context.teacher, *[None] * 5)
 
 
-def _each(
+def _transformed(
     paths: Paths,
-    features: Mapping[str, Any],
-    of: Callable[..., Any] | None,
+    features: Mapping[str, jax.Array],
+    transform: Transform | None,
     whose: str,
     term: str,
     mask: Any,
-) -> Any:
-    """Return the feature of one path, or the list of those of several, zero where the mask says so."""
+) -> PyTree:
+    """Return the feature of one path, or a list for several, masked and transformed."""
     missing = [path for path in _tuple(paths) if path not in features]
     if missing:
-        how = (
-            "give it apply=capture(model, patterns)"
-            if whose == "teacher"
-            else "its model captures what terms ask for"
-        )
+        advice = "its model captures what terms ask for"
+        if whose == "teacher":
+            advice = "give it apply=capture(model, patterns)"
         raise NoMatchError(
-            f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {how}"
+            f"the {whose} has no feature {missing[0]!r}, only {sorted(features)}; {advice}"
         )
-    found = [
-        shown(features[path], of, f"the {whose}'s {path!r} in term {term!r}", mask)
-        for path in _tuple(paths)
-    ]
+    found = []
+    for path in _tuple(paths):
+        what = f"the {whose}'s {path!r} in term {term!r}"
+        found.append(transformed(features[path], transform, what, mask))
     return found[0] if isinstance(paths, str) else found
-
-
-# The term of contrastive representation distillation: embeddings that are trained, and a bank that
-# is kept.
 
 
 def contrast(
@@ -335,25 +389,24 @@ def contrast(
     name: str = "crd",
     mask: str | None = None,
 ) -> Term:
-    """Return the term of `crd`, its two embeddings as parts and its bank as memory.
+    """Return `crd` as a term, with two embeddings as adapters and a bank as memory.
 
-    The bank is written where the loss is made, so that negatives of a step are those of the steps
-    before. It takes the whole batch: train by ``jit`` (a mesh is fine), not by ``pmap``.
+    The bank is updated after the loss is computed, so a step draws its negatives from the steps
+    before. It needs the whole batch: train by ``jit`` (a mesh is fine), not by ``pmap``.
 
     Args:
       student: path of the student's feature, usually the last before the head.
       teacher: path of the teacher's.
-      labels: integers ``[examples]``, of all training examples; ``arange(examples)`` to exclude
-        only the anchor itself.
+      labels: integers ``[examples]``, the labels of all training examples; ``arange(examples)`` to
+        exclude only the anchor itself.
       weight: a number or an optax schedule.
-      dim: of the embeddings.
-      negatives: of each anchor; the paper has 16384.
+      dim: width of the embeddings.
+      negatives: number per anchor; the paper has 16384.
       temperature: see `crd`.
       momentum: see `crd_update`.
-      index: the batch's entry with the examples' numbers, ``0 .. examples - 1``.
-      name: of the term.
-      mask: the batch's entry of what counts, see `Term`; examples that do not count leave the bank
-        as it is.
+      index: the batch entry with the examples' numbers, ``0 .. examples - 1``.
+      name: name of the term.
+      mask: the batch entry with the mask, see `Term`; masked examples leave the bank unchanged.
 
     Returns:
       A `Term`. Its loss raises a ConfigError if the batch has no such entry.
@@ -361,36 +414,45 @@ def contrast(
     Example:
       >>> term = contrast("conv_1", "block_2_0", jnp.arange(50), dim=8)
       >>> features = {"conv_1": jnp.ones((4, 2, 2, 3))}, {"block_2_0": jnp.ones((4, 5))}
-      >>> parts, memory = term.init(jax.random.key(0), Seen(*[None] * 3, *features, *[None] * 5))
-      >>> sorted(parts), memory["bank"].student.shape
+      >>> context = LossContext(*[None] * 3, *features, *[None] * 5)
+      >>> adapters, memory = term.init(jax.random.key(0), context)
+      >>> sorted(adapters), memory["bank"].student.shape
       (['student', 'teacher'], (50, 8))
 
     References:
       Tian, Krishnan and Isola, "Contrastive Representation Distillation", ICLR 2020.
     """
-    part = embedding(dim)
+    embed = embedding(dim)
 
-    def init(key: jax.Array, seen: Seen) -> tuple[Any, Any]:
-        first, second, third = jax.random.split(key, 3)
-        own, other = seen.student[student].shape, seen.teacher[teacher].shape
-        parts = {"student": part.init(first, own, own), "teacher": part.init(second, other, other)}
-        return parts, {"bank": crd_bank(third, len(labels), dim), "labels": jnp.asarray(labels)}
+    def init(key: jax.Array, context: LossContext) -> tuple[PyTree, PyTree]:
+        student_key, teacher_key, bank_key = jax.random.split(key, 3)
+        student_shape = context.student[student].shape
+        teacher_shape = context.teacher[teacher].shape
+        adapter_params = {
+            "student": embed.init(student_key, student_shape, student_shape),
+            "teacher": embed.init(teacher_key, teacher_shape, teacher_shape),
+        }
+        bank = crd_bank(bank_key, len(labels), dim)
+        return adapter_params, {"bank": bank, "labels": jnp.asarray(labels)}
 
-    def loss(seen: Seen, parts: PyTree, memory: PyTree) -> tuple[jax.Array | Total, Any]:
-        if index not in seen.batch:
+    def loss(
+        context: LossContext, adapter_params: PyTree, memory: PyTree
+    ) -> tuple[jax.Array | Total, PyTree]:
+        if index not in context.batch:
             raise ConfigError(
                 f"crd keeps a bank by example: the batch needs their numbers as {index!r}, has "
-                f"{[*seen.batch]}"
+                f"{[*context.batch]}"
             )
-        at = seen.batch[index]
-        own = part.apply(parts["student"], seen.student[student])
-        other = part.apply(parts["teacher"], jax.lax.stop_gradient(seen.teacher[teacher]))
+        at = context.batch[index]
+        own = embed.apply(adapter_params["student"], context.student[student])  # [batch, dim]
+        # The teacher's embedding is trained; the teacher below it is not.
+        target = jax.lax.stop_gradient(context.teacher[teacher])
+        target = embed.apply(adapter_params["teacher"], target)  # [batch, dim]
         bank = Bank(*memory["bank"])
-        drawn = crd_negatives(seen.key, at, memory["labels"], negatives)
-        counts = None if seen.mask is None else of_examples(seen.mask, len(own))
-        value = total_of(
-            name, crd(own, other, bank, at, drawn, temperature, mask=counts), counts, True
-        )
-        return value, {**memory, "bank": crd_update(bank, own, other, at, momentum, mask=counts)}
+        drawn = crd_negatives(context.key, at, memory["labels"], negatives)
+        counts = None if context.mask is None else of_examples(context.mask, len(own))
+        losses = crd(own, target, bank, at, drawn, temperature, mask=counts)
+        bank = crd_update(bank, own, target, at, momentum, mask=counts)
+        return total_of(name, losses, counts, True), {**memory, "bank": bank}
 
     return Term(name, loss, weight, (student,), (teacher,), init, mask)

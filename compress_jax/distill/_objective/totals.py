@@ -1,4 +1,4 @@
-"""From what a loss returns to a sum and a count, and the check that a loss without a mask has no need of one."""
+"""Sums and counts from what a loss returns, and the check that a loss needs no mask."""
 
 import functools
 from collections.abc import Callable
@@ -14,18 +14,21 @@ from compress_jax.distill import _masks
 from compress_jax.distill._losses.tokens import Total, masked_total, takes_mask
 from compress_jax.distill._masks import fitted, has_positions, kept, of_examples
 
-TOLD = "let the loss take mask=..., as those of compress_jax.distill do, or return a number for each entry of the mask"
+ADVICE = (
+    "let the loss take mask=..., as those of compress_jax.distill do, or return a number for each "
+    "entry of the mask"
+)
 
 
-def total_of(name: str, loss: jax.Array | Total, mask: Any, told: bool) -> jax.Array | Total:
-    """Return the total of a loss over what counts; where there is no mask, the loss itself.
+def total_of(name: str, loss: jax.Array | Total, mask: Any, masked: bool) -> jax.Array | Total:
+    """Return the total of a loss over the mask; without a mask, the loss itself.
 
     Args:
-      name: of the term, for errors.
-      loss: of each entry that the mask is of; or a scalar of a loss that was told the mask, which
-        then weighs as many as there are examples that count.
-      mask: or None.
-      told: whether the loss took the mask.
+      name: name of the term, for errors.
+      loss: one number per entry of the mask; or a scalar from a loss that was given the mask, which
+        is then weighted by the number of examples that count.
+      mask: the mask or None.
+      masked: whether the loss was given the mask.
 
     Returns:
       A `Total`, or ``loss``.
@@ -39,100 +42,102 @@ def total_of(name: str, loss: jax.Array | Total, mask: Any, told: bool) -> jax.A
     """
     if mask is None or isinstance(loss, Total):
         return loss
-    if loss.ndim == 0 and told:
+    if loss.ndim == 0 and masked:
         number = (of_examples(mask, jnp.shape(mask)[0]) > 0).sum().astype(loss.dtype)
         return Total(jnp.where(number > 0, loss, 0) * number, number)
     if loss.ndim == 0:
         raise ShapeError(
             f"the term {name!r} gave one number of a batch with a mask, in which padding may "
-            f"count: {TOLD}"
+            f"count: {ADVICE}"
         )
     try:
         return masked_total(loss, mask)
     except ShapeError as error:
         raise ShapeError(
             f"the loss of term {name!r} has shape {tuple(loss.shape)}, and its mask "
-            f"{tuple(jnp.shape(mask))} does not fit: "
-            f"{TOLD}; or name another mask of the batch by the term's mask=..."
+            f"{tuple(jnp.shape(mask))} does not fit: {ADVICE}; or name another mask "
+            "of the batch by the term's mask=..."
         ) from error
 
 
-def of_logits(name: str, loss: Any, logits: jax.Array, mask: Any, told: bool) -> jax.Array | Total:
-    """Return a loss of logits, over what counts if there is a mask: of tokens, or of examples.
+def of_logits(
+    name: str, loss: Any, logits: jax.Array, mask: Any, masked: bool
+) -> jax.Array | Total:
+    """Return the total of a loss on logits over a mask of tokens or examples; see `total_of`.
 
     Example:
-      >>> of_logits("kl", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), jnp.array([[1, 1], [0, 0]]), False).mean.tolist()
+      >>> mask = jnp.array([[1, 1], [0, 0]])
+      >>> of_logits("kl", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), mask, False).mean.tolist()
       1.0
     """
     if mask is None or isinstance(loss, Total) or loss.ndim == 0:
-        return total_of(name, loss, mask, told)
-    if told and loss.ndim == 1:
-        return total_of(name, loss, of_examples(mask, len(loss)), told)
+        return total_of(name, loss, mask, masked)
+    if masked and loss.ndim == 1:
+        return total_of(name, loss, of_examples(mask, len(loss)), masked)
     fits = fitted(mask, logits.shape[:-1], f"the logits of term {name!r}", examples=True)
-    return total_of(name, loss, fits, told)
+    return total_of(name, loss, fits, masked)
 
 
 def of_features(
-    name: str, loss: Any, features: jax.Array, mask: Any, told: bool
+    name: str, loss: Any, features: jax.Array, mask: Any, masked: bool
 ) -> jax.Array | Total:
-    """Return a loss of features, over what counts; of each example, if the loss saw to its positions or there are none.
+    """Return the total of a loss on features over a mask; see `total_of`.
+
+    A loss ``[batch]`` takes the mask of examples, if it has treated positions or there are none.
 
     Example:
-      >>> of_features("hint", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), jnp.array([1, 0]), True).mean.tolist()
+      >>> mask = jnp.array([1, 0])
+      >>> of_features("hint", jnp.array([1.0, 9.0]), jnp.ones((2, 3)), mask, True).mean.tolist()
       1.0
     """
-    if (
-        mask is None
-        or isinstance(loss, Total)
-        or loss.ndim != 1
-        or not (told or features.ndim == 2)
-    ):
-        return total_of(name, loss, mask, told)
-    return total_of(name, loss, of_examples(mask, features.shape[0]), told)
+    if mask is None or isinstance(loss, Total):
+        return total_of(name, loss, mask, masked)
+    if loss.ndim == 1 and (masked or features.ndim == 2):
+        mask = of_examples(mask, features.shape[0])
+    return total_of(name, loss, mask, masked)
 
 
-def shown(feature: jax.Array, of: Callable[..., Any] | None, what: str, mask: Any) -> jax.Array:
-    """Return a feature as a loss is to see it, zero where the mask says so, after a function that must not undo it.
+def transformed(
+    feature: jax.Array, transform: Callable[..., Any] | None, what: str, mask: Any
+) -> jax.Array:
+    """Return a feature with masked entries zero, transformed.
 
     Args:
       feature: ``[batch, *positions, channels]``.
-      of: ``feature -> feature``, which is given the mask if it takes one; or None.
-      what: whose it is, for errors.
-      mask: or None.
+      transform: ``feature -> feature``, which receives the mask if it takes one; or None.
+      what: description of the feature, for errors.
+      mask: the mask or None.
 
     Returns:
-      What the loss sees.
+      The feature that the loss is given.
 
     Raises:
       ShapeError: if the mask does not fit, or the function takes none and makes other positions.
 
     Example:
-      >>> shown(jnp.array([[1.0], [jnp.nan]]), jnp.tanh, "x", jnp.array([1, 0])).round(2).tolist()
+      >>> feature = jnp.array([[1.0], [jnp.nan]])
+      >>> transformed(feature, jnp.tanh, "x", jnp.array([1, 0])).round(2).tolist()
       [[0.7599999904632568], [0.0]]
     """
     if mask is not None:
         feature = kept(feature, _masks.of_features(mask, feature, what))
-    if of is None:
+    if transform is None:
         return feature
-    if takes_mask(of):
-        return of(feature, mask=mask)
-    made = of(feature)
-    if (
-        mask is not None
-        and has_positions(mask)
-        and feature.ndim > 2
-        and made.shape[:-1] != feature.shape[:-1]
-    ):
+    if takes_mask(transform):
+        return transform(feature, mask=mask)
+    made = transform(feature)
+    if mask is None or not has_positions(mask) or feature.ndim <= 2:
+        return made
+    if made.shape[:-1] != feature.shape[:-1]:
         raise ShapeError(
             f"{what} was {feature.shape} and is made {made.shape} by a function that does not "
-            "know of the mask "
-            f"{tuple(jnp.shape(mask))}, so padding would count: let it take mask=..., as "
-            "distill.pool does"
+            f"know of the mask {tuple(jnp.shape(mask))}, so padding would count: let it take "
+            "mask=..., as distill.pool does"
         )
     return made
 
 
-def masked(
+def evaluate(
     what: str,
     loss: Callable[..., Any],
     given: tuple[Any, ...],
@@ -140,21 +145,21 @@ def masked(
     units: int,
     **options: Any,
 ) -> Any:
-    """Return ``loss(*given, **options)``, with the mask if the loss takes one, and else only if it needs none.
+    """Return ``loss(*given, **options)``, with the mask if the loss takes one.
 
     Args:
-      what: the term, for errors.
+      what: description of the term, for errors.
       loss: see `on_logits` and `on_features`.
-      given: its arguments; the first one decides which leading axes the entries are on.
-      mask: or None.
-      units: how many leading axes tell entries apart.
-      options: for the loss.
+      given: its arguments; the leading axes of the first one are those of the entries.
+      mask: the mask or None.
+      units: number of leading axes that index entries.
+      options: options of the loss.
 
     Returns:
       What the loss returns.
 
     Raises:
-      ArgumentError: if a loss that takes no mask couples the entries.
+      ArgumentError: if a loss that takes no mask couples the entries, so that padding would count.
     """
     if mask is None:
         return loss(*given, **options)
@@ -164,23 +169,26 @@ def masked(
         coupled = couples(loss, given, units, **options)
     except Exception as error:
         raise ArgumentError(
-            f"{what}: whether its loss needs the mask could not be tried ({error}); {TOLD}"
+            f"{what}: whether its loss needs the mask could not be tried ({error}); {ADVICE}"
         ) from error
     if coupled:
         raise ArgumentError(
-            f"{what}: its loss of one entry depends on others, so that padding would count; {TOLD}"
+            f"{what}: its loss of one entry depends on others, so that padding would count; "
+            f"{ADVICE}"
         )
     return loss(*given, **options)
 
 
 def couples(loss: Callable[..., Any], given: tuple[Any, ...], units: int, **options: Any) -> bool:
-    """Tell whether a loss of one entry depends on the others, by trying it on two random batches that share one entry.
+    """Return whether the loss of one entry depends on the others.
+
+    It evaluates the loss on two random batches that share one entry.
 
     Args:
-      loss: of arrays with the same leading axes.
+      loss: a function of arrays with the same leading axes.
       given: trees of arrays or shapes.
-      units: how many leading axes tell entries apart.
-      options: for the loss, tried as 1: temperatures.
+      units: number of leading axes that index entries.
+      options: options of the loss, tried as 1: temperatures.
 
     Returns:
       Whether it does.
@@ -192,9 +200,8 @@ def couples(loss: Callable[..., Any], given: tuple[Any, ...], units: int, **opti
       (False, True)
     """
     leaves, tree = jax.tree.flatten(given)
-    return _couples(
-        loss, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves), tree, units, tuple(options)
-    )
+    shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
+    return _couples(loss, shapes, tree, units, tuple(options))
 
 
 @functools.lru_cache(128)
@@ -224,10 +231,10 @@ def _couples(
 
 
 def _drawn(x: Any, leading: tuple[int, ...], common: jax.Array, own: jax.Array) -> jax.Array:
-    """Return an array of three entries along each leading axis: the first from one key, the others from another.
+    """Return an array of three entries along each leading axis, the first shared by all batches.
 
-    What is of several teachers has them in front; what has no such axes is 1 (variances that a part
-    gives).
+    The first entry is drawn from the key ``common``, the others from ``own``. Logits of several
+    teachers have these axes after the first; an array without them is 1 (an adapter's variances).
     """
     units = len(leading)
     at = next((i for i in (0, 1) if x.shape[i : i + units] == leading), None)

@@ -1,4 +1,4 @@
-"""Distillation of weights, for students of the teacher's own shapes: pruned, quantized or fine-tuned copies."""
+"""Distillation of weights, for students of the teacher's own shapes."""
 
 from typing import Any
 

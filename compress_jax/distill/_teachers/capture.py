@@ -1,4 +1,4 @@
-"""Features by path, of Linen and NNX modules as they are."""
+"""Features of Linen and NNX modules by path, without changes to the modules."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,13 +13,13 @@ CALL = "__call__"
 
 
 def capture(model: Any, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
-    """Return a function that runs a model and also returns what chosen submodules of it returned.
+    """Return a function that runs a model and also returns the outputs of chosen submodules.
 
     A feature is named by its module, ``"block_0/conv_1"``; the output of a method other than
     ``__call__`` by module and method, ``"encoder/attend"``; what the model itself sows (Linen: in
     "intermediates", NNX: as ``nnx.Intermediate``) by module and name. A second call's are named
     ``"dense:1"``, a third's ``"dense:2"``; the arrays of an output that is no array ``"lstm/0"``,
-    ``"lstm/1"``. The model is not changed, and what is not captured is not computed for it.
+    ``"lstm/1"``. The model is not changed, and no other feature is stored.
 
     Args:
       model: a Linen module, to be called as its ``apply``; or, in NNX, a module, a method of one or
@@ -89,9 +89,8 @@ def _nnx(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
     run_all = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        owner = getattr(
-            model, "__self__", model if isinstance(model, nnx.Module) else next(iter(args), None)
-        )
+        first = model if isinstance(model, nnx.Module) else next(iter(args), None)
+        owner = getattr(model, "__self__", first)
         if not isinstance(owner, nnx.Module):
             raise ConfigError(
                 f"{model} is not called on an NNX module; trace.observe sees inside any function"
@@ -105,7 +104,10 @@ def _nnx(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _path(keys: Iterable[Any]) -> str:
-    """Return the name of a method's output: that of its module if it is the module's call, "" for the whole model's."""
+    """Return the name of a method's output: module and method, without ``__call__``.
+
+    The whole model's output is "".
+    """
     return "/".join(str(key) for key in keys if key != CALL)
 
 

@@ -1,6 +1,7 @@
-"""More about teachers: several of them, who they are, and how far a smaller copy of one is from itself."""
+"""Several teachers at once, the hash of a teacher, and the drift of a smaller copy of one."""
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import numpy as np
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import PyTree, Variables
 from compress_jax.distill._losses.logits import kl
 from compress_jax.distill._losses.tokens import masked_mean
 from compress_jax.distill._masks import fitted, kept
@@ -25,8 +26,8 @@ from compress_jax.distill._teachers.teacher import Teacher
 class Teachers:
     """Several frozen models, each with its own dtype and view; losses get their stacked logits.
 
-    `ensembled` makes of a loss one of the mean of their probabilities, `averaged` the mean of the
-    losses of each.
+    Wrap a loss by `ensembled` to use the mean of the teachers' probabilities, or by `averaged` to
+    use the mean of the losses to each teacher.
 
     Attributes:
       members: the teachers.
@@ -42,47 +43,54 @@ class Teachers:
     members: tuple[Teacher, ...]
 
     @property
-    def variables(self) -> tuple[Any, ...]:
-        """Of each."""
+    def variables(self) -> tuple[Variables, ...]:
+        """The variables of each member."""
         return tuple(member.variables for member in self.members)
 
     def __call__(self, inputs: PyTree) -> jax.Array:
         """Return the logits, float32 ``[teachers, ..., classes]``."""
-        return self.see(inputs)[0]
+        return self.forward(inputs)[0]
 
-    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the logits, and the features as ``"0/path"`` of the first, ``"1/path"`` of the second."""
-        seen = [member.see(inputs) for member in self.members]
-        shapes = [logits.shape for logits, _ in seen]
+    def forward(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the stacked logits, and features by member and path, such as ``"0/conv_1"``."""
+        outputs = [member.forward(inputs) for member in self.members]
+        shapes = [logits.shape for logits, _ in outputs]
         if len(set(shapes)) > 1:
             raise ShapeError(
                 "teachers of one student must have its classes, and give logits of one shape; "
                 f"got {shapes}"
             )
-        features = {
-            f"{i}/{path}": x for i, (_, found) in enumerate(seen) for path, x in found.items()
-        }
-        return jnp.stack([logits for logits, _ in seen]), features
+        features = {}
+        for i, (_, own) in enumerate(outputs):
+            features |= {f"{i}/{path}": feature for path, feature in own.items()}
+        return jnp.stack([logits for logits, _ in outputs]), features
+
+    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Deprecated: the old name of `forward`."""
+        text = "Teachers.see is now Teachers.forward; the old name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return self.forward(inputs)
 
 
 def fingerprint(teacher: Any) -> jax.Array:
-    """Return who a teacher is: the SHA-256 of its arrays, by path, dtype, shape and content.
+    """Return the SHA-256 of a teacher's arrays: their paths, dtypes, shapes and contents.
 
-    Two teachers with the same hash give the same logits under the same ``apply``. Arrays that are
-    packed are hashed as what they unpack to, so that a file's teacher is the one that was saved.
+    Two teachers with the same hash give the same logits under the same ``apply``. Packed arrays are
+    hashed after unpacking, so a teacher read from a file has the hash of the one that was saved.
 
     Args:
       teacher: a `Teacher`, `Teachers` or a tree of variables; concrete arrays.
 
     Returns:
-      uint8 ``[32]``, an array so that it is kept in a checkpoint. `hexadecimal` makes text of it.
+      uint8 ``[32]``, an array so that a checkpoint can hold it. `hexadecimal` formats it.
 
     Example:
       >>> hexadecimal(fingerprint({"kernel": jnp.arange(3.0)}))[:12]
       '3b5366a2e32a'
     """
     digest = hashlib.sha256()
-    for path, leaf in sorted(flatten(unpack(getattr(teacher, "variables", teacher)))[0].items()):
+    leaves, _ = flatten(unpack(getattr(teacher, "variables", teacher)))
+    for path, leaf in sorted(leaves.items()):
         array = np.asarray(leaf)
         digest.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
@@ -106,28 +114,29 @@ def hexadecimal(fingerprint: Any) -> str:
 
 
 def require_same(memory: Mapping[str, Any], teacher: Any) -> None:
-    """Raise unless a run's teacher is the one that it began with: to be called when one is resumed.
+    """Raise unless a resumed run is given the teacher that it started with.
 
     Args:
-      memory: of a state whose loss is `compress_jax.train.distillation`.
-      teacher: the one at hand.
+      memory: the ``state.memory`` of a run whose loss is `compress_jax.train.distillation`.
+      teacher: the teacher now at hand.
 
     Raises:
-      StateError: if it is another, with both hashes.
+      StateError: if the hashes differ; the message has both.
 
     Example:
       >>> require_same({"teacher": fingerprint({"w": jnp.ones(1)})}, {"w": jnp.ones(1)})
     """
-    began, now = hexadecimal(memory["teacher"]), hexadecimal(fingerprint(teacher))
-    if began != now:
+    expected = hexadecimal(memory["teacher"])
+    actual = hexadecimal(fingerprint(teacher))
+    if expected != actual:
         raise StateError(
-            f"this run began with teacher {began[:16]}, and is given {now[:16]}: restore the "
+            f"this run began with teacher {expected[:16]}, and is given {actual[:16]}: restore the "
             "first one"
         )
 
 
 class Drift(NamedTuple):
-    """How far one model's predictions are from another's.
+    """The difference between the predictions of two models.
 
     Attributes:
       largest: the largest difference of logits.
@@ -144,10 +153,10 @@ def drift(teacher: Teacher, reference: Teacher, inputs: PyTree, mask: Any = None
     """Return how far a teacher in a smaller dtype, or with packed weights, is from the original.
 
     Args:
-      teacher: the smaller one.
-      reference: in float32.
+      teacher: the smaller copy.
+      reference: the original, in float32.
       inputs: a batch.
-      mask: which examples or tokens of it count, see `masks`.
+      mask: which examples or tokens count, see `masks`.
 
     Returns:
       A `Drift` of float32 scalars.
@@ -159,12 +168,16 @@ def drift(teacher: Teacher, reference: Teacher, inputs: PyTree, mask: Any = None
       >>> drift(full.cast(jnp.bfloat16), full, jnp.eye(3)).agreement.tolist()
       1.0
     """
-    own, other = teacher(inputs), reference(inputs)
-    counts = (
-        jnp.ones(own.shape[:-1])
-        if mask is None
-        else fitted(mask, own.shape[:-1], "the logits", examples=True)
+    own = teacher(inputs)  # [..., classes]
+    other = reference(inputs)
+    leading = own.shape[:-1]
+    counts = jnp.ones(leading)
+    if mask is not None:
+        counts = fitted(mask, leading, "the logits", examples=True)
+    own = kept(own, counts)
+    other = kept(other, counts)
+    return Drift(
+        largest=jnp.abs(own - other).max(),
+        kl=masked_mean(kl(own, other), counts),
+        agreement=masked_mean(agreement(own, other), counts),
     )
-    own, other = kept(own, counts), kept(other, counts)
-    means = (masked_mean(each(own, other), counts) for each in (kl, agreement))
-    return Drift(jnp.abs(own - other).max(), *means)

@@ -1,4 +1,4 @@
-"""How faithful a student is, beside its accuracy: does it predict, represent and doubt as its teacher does?"""
+"""Measures of fidelity: agreement of predictions, similarity of features, and calibration."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 
 
 def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array:
-    """Tell where the student predicts what its teacher predicts, right or wrong.
+    """Return where student and teacher predict the same class, right or wrong.
 
     ``1[argmax s == argmax t]``; its mean is the top-1 agreement. For the divergence of the
     predictions see `kl`.
@@ -28,7 +28,9 @@ def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
       ShapeError: if the shapes of the logits differ.
 
     Example:
-      >>> agreement(jnp.array([[1.0, 0.0], [0.0, 1.0]]), jnp.array([[9.0, 0.0], [9.0, 0.0]])).tolist()
+      >>> student = jnp.array([[1.0, 0.0], [0.0, 1.0]])
+      >>> teacher = jnp.array([[9.0, 0.0], [9.0, 0.0]])
+      >>> agreement(student, teacher).tolist()
       [1.0, 0.0]
 
     References:
@@ -40,7 +42,7 @@ def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
 
 
 def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return the linear centred kernel alignment of two representations of the same examples, in float32.
+    """Return the linear centred kernel alignment of two representations, in float32.
 
     ``||Y' X||**2 / (||X' X|| * ||Y' Y||)``, Frobenius norms, with X and Y centred over the
     examples. It does not change when either is rotated or scaled, so that the widths of student and
@@ -80,7 +82,7 @@ def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
 
 
 def centred(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return ``[examples, features]`` less the mean of the examples that count, and zero where one does not.
+    """Return ``[examples, features]`` minus the mean over examples that count, 0 for the others.
 
     Example:
       >>> centred(jnp.array([[1.0], [3.0], [jnp.nan]]), jnp.array([True, True, False])).tolist()
@@ -92,7 +94,7 @@ def centred(x: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def _gram(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return the centred Gram matrix, of examples of a largest absolute value of 1 or 0."""
+    """Return the centred Gram matrix ``[examples, examples]``, after scaling to at most 1."""
     x = centred(at_least_float32(x).reshape(x.shape[0], -1), counts)
     largest = jax.lax.stop_gradient(jnp.abs(x).max())
     x = x / jnp.where(largest > 0, largest, 1)
@@ -105,8 +107,8 @@ def _length(x: jax.Array) -> jax.Array:
     return jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
 
 
-class Calibration(NamedTuple):
-    """Sums over the examples in each bin of confidence; those of several batches or devices are simply added.
+class CalibrationBins(NamedTuple):
+    """Sums per bin of confidence; add them over batches and devices.
 
     Attributes:
       count: float32 ``[bins]``, how many examples fell into a bin.
@@ -119,46 +121,51 @@ class Calibration(NamedTuple):
     correct: jax.Array
 
 
-def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibration:
-    """Sort examples by confidence, the largest probability, into bins of equal width, and count how many are right.
+def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> CalibrationBins:
+    """Count the right predictions per bin of confidence, the largest probability.
+
+    Bins have equal width.
 
     Args:
       logits: ``[..., classes]``, any floating dtype, any finite values.
       labels: integers ``[...]``; a negative one marks an example that does not count, such as
-        padding. With a teacher's predictions as labels, it is the calibration of the student's
-        trust in its teacher.
-      bins: how many; bin i holds confidences above ``i / bins`` and to ``(i + 1) / bins``.
+        padding. With a teacher's predictions as labels, it measures how well the student's
+        confidence predicts agreement with its teacher.
+      bins: number of bins; bin i holds confidences above ``i / bins`` and to ``(i + 1) / bins``.
 
     Returns:
-      The sums; `calibration_error` sums them up. Add them over batches by
+      The sums, for `calibration_error`. Add those of several batches by
       ``jax.tree.map(jnp.add, a, b)``.
 
     Example:
-      >>> calibration(jnp.array([[0.0, 0.0], [0.0, 99.0]]), jnp.array([0, 0]), bins=2).count.tolist()
+      >>> logits, labels = jnp.array([[0.0, 0.0], [0.0, 99.0]]), jnp.array([0, 0])
+      >>> calibration(logits, labels, bins=2).count.tolist()
       [1.0, 1.0]
 
     References:
       Guo et al., "On Calibration of Modern Neural Networks", ICML 2017, section 2.
     """
-    logits, labels = bounded(logits).reshape(-1, logits.shape[-1]), labels.ravel()
+    logits = bounded(logits).reshape(-1, logits.shape[-1])  # [examples, classes]
+    labels = labels.ravel()
     confidence = jnp.exp(jax.nn.log_softmax(logits).max(axis=-1)).astype(jnp.float32)
     at = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
-    counts, right = labels >= 0, logits.argmax(axis=-1) == labels
+    counts = labels >= 0
+    right = logits.argmax(axis=-1) == labels
     each = (
         counts.astype(jnp.float32),
         confidence * counts.astype(jnp.float32),
         (counts & right).astype(jnp.float32),
     )
-    return Calibration(*(jnp.zeros(bins, jnp.float32).at[at].add(value) for value in each))
+    return CalibrationBins(*(jnp.zeros(bins, jnp.float32).at[at].add(value) for value in each))
 
 
-def calibration_error(sums: Calibration) -> jax.Array:
-    """Return the expected calibration error: how far confidence is from accuracy, on average.
+def calibration_error(sums: CalibrationBins) -> jax.Array:
+    """Return the expected calibration error: the mean distance of confidence from accuracy.
 
     ``sum over bins of count / N * |correct / count - confidence / count|``.
 
     Args:
-      sums: of the whole data set, see `calibration`.
+      sums: the sums over the whole data set, see `calibration`.
 
     Returns:
       A float32 scalar, 0 to 1; 0 if nothing was counted.

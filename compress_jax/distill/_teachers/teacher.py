@@ -1,5 +1,6 @@
-"""The frozen teacher: variables that are an argument of the training step, and the function that turns them into logits."""
+"""The frozen teacher: a function and its variables, which are an argument of the training step."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,7 @@ from compress_jax.core.types import DType, PyTree, Variables
 
 
 def cast(variables: Variables, dtype: DType) -> Any:
-    """Return a tree with its floating-point arrays in another dtype; integers, booleans and keys stay.
+    """Return a tree with its floating-point arrays in another dtype; others stay as they are.
 
     Args:
       variables: any tree of arrays.
@@ -46,7 +47,7 @@ def at_least_float32(logits: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model: call it on inputs, get float32 logits that no gradient goes through.
+    """A frozen model: call it on inputs, get float32 logits without gradient.
 
     It is a pytree whose leaves are the variables, so it goes into a jitted step as an argument: its
     arrays are neither compiled into the program nor donated, and take whatever sharding they are
@@ -54,13 +55,13 @@ class Teacher:
 
     Attributes:
       apply: ``(variables, inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules
-        whose ``train`` is False by default; or ``-> (logits, features by path)``, which `capture`
-        makes of it. Define it once; a new lambda for each call would compile the step anew.
+        whose ``train`` is False by default; or ``-> (logits, features by path)``, as `capture`
+        returns it. Define it once; a new lambda for each call would compile the step anew.
       variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``. Leaves
         may be packed: 8-bit weights stay so in memory, and what ``load`` reads of a file is a
         teacher as it is.
-      view: ``inputs -> inputs``, how the teacher sees what the student was given: at its own
-        resolution, say. None for as it is.
+      view: ``inputs -> inputs``, applied to the student's inputs first, such as a resize to the
+        teacher's resolution; None for the inputs as they are.
 
     Example:
       >>> def linear(variables, x):
@@ -76,20 +77,28 @@ class Teacher:
 
     def __call__(self, inputs: PyTree) -> jax.Array:
         """Return the logits of some inputs, float32 ``[..., classes]``."""
-        return self.see(inputs)[0]
+        return self.forward(inputs)[0]
 
-    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return the logits, float32 ``[..., classes]``, and the features that ``apply`` captures, by path."""
-        seen = inputs if self.view is None else self.view(inputs)
-        out = jax.lax.stop_gradient(self.apply(unpack(jax.lax.stop_gradient(self.variables)), seen))
+    def forward(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Return the logits, float32 ``[..., classes]``, and the captured features by path."""
+        if self.view is not None:
+            inputs = self.view(inputs)
+        variables = unpack(jax.lax.stop_gradient(self.variables))
+        out = jax.lax.stop_gradient(self.apply(variables, inputs))
         logits, features = out if isinstance(out, tuple) else (out, {})
         return at_least_float32(logits), features
 
-    def cast(self, dtype: DType) -> "Teacher":
-        """Return the teacher with its ``"params"`` stored in another dtype, and its batch statistics as they are.
+    def see(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Deprecated: the old name of `forward`."""
+        text = "Teacher.see is now Teacher.forward; the old name goes in the next version"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        return self.forward(inputs)
 
-        Half the memory for bfloat16. What the layers compute in is the model's own affair (Linen's
-        ``dtype``).
+    def cast(self, dtype: DType) -> "Teacher":
+        """Return the teacher with its ``"params"`` stored in another dtype.
+
+        Half the memory for bfloat16; batch statistics stay. The dtype of the computation is the
+        model's own option (Linen's ``dtype``).
 
         Args:
           dtype: a floating dtype such as ``jnp.bfloat16``.
@@ -97,8 +106,7 @@ class Teacher:
         Returns:
           A new Teacher; if its variables have no ``"params"``, all of them are cast.
         """
-        if isinstance(self.variables, dict) and "params" in self.variables:
-            return replace(
-                self, variables={**self.variables, "params": cast(self.variables["params"], dtype)}
-            )
-        return replace(self, variables=cast(self.variables, dtype))
+        if not isinstance(self.variables, dict) or "params" not in self.variables:
+            return replace(self, variables=cast(self.variables, dtype))
+        params = cast(self.variables["params"], dtype)
+        return replace(self, variables={**self.variables, "params": params})

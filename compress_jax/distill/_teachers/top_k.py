@@ -1,11 +1,11 @@
-"""A teacher's distribution in little room: its k likeliest classes, and one bucket for the mass of all others."""
+"""Compact teacher distributions: the top k classes, and one bucket for all others."""
 
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core import ShapeError
+from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.distill._losses.logits import kl
 from compress_jax.distill._losses.temperature import bounded, largest, squared
 from compress_jax.distill._teachers.teacher import at_least_float32
@@ -14,14 +14,17 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TopK:
-    """The likeliest classes of softened distributions, as a cache keeps them.
+    """The likeliest classes of softened distributions, as a cache stores them.
 
     Attributes:
       ids: int32 ``[..., k]``, likeliest first.
-      log_probs: float32 (or what a cache stores) ``[..., k]``, at the temperature below.
+      log_probs: float32 (or the cache's dtype) ``[..., k]``, at the temperature below.
       tail: float32 ``[...]``, the probability of all other classes together.
-      temperature: that of the distributions. It is stored since a tail cannot be softened
-        afterwards.
+      temperature: temperature of the distributions, stored since a tail cannot be softened later.
+
+    Example:
+      >>> top_k(jnp.zeros((2, 5)), k=3).ids.shape
+      (2, 3)
     """
 
     ids: jax.Array
@@ -46,7 +49,7 @@ def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
       A `TopK`.
 
     Raises:
-      ValueError: if ``k`` is out of range.
+      ArgumentError: if ``k`` is out of range.
 
     Example:
       >>> top = top_k(jnp.log(jnp.array([0.1, 0.6, 0.3])), k=2)
@@ -54,7 +57,7 @@ def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
       [1 2] [0.6 0.3] 0.1
     """
     if not 1 <= k <= teacher_logits.shape[-1]:
-        raise ValueError(
+        raise ArgumentError(
             f"k must be 1 to {teacher_logits.shape[-1]}, the number of classes; got {k}"
         )
     log_p = jax.nn.log_softmax(bounded(jax.lax.stop_gradient(teacher_logits), temperature))
@@ -64,7 +67,7 @@ def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
 
 
 def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
-    """Return the divergence of the student from a teacher of whom only the top k classes are known, in float32.
+    """Return the divergence of the student from a teacher's top k classes, in float32.
 
     ``T**2 * (sum over the k of p_t * (log p_t - log p_s) + tail_t * (log tail_t - log tail_s))``,
     the student's tail being the probability of all its other classes: `kl` of the two distributions
@@ -84,8 +87,8 @@ def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
 
     Example:
       >>> student, teacher = jnp.zeros((1, 4)), jnp.log(jnp.array([[0.7, 0.1, 0.1, 0.1]]))
-      >>> f"{top_k_kl(student, top_k(teacher, k=1))[0]:.4f}", f"{top_k_kl(student, top_k(teacher, k=4))[0]:.4f}"
-      ('0.4458', '0.4458')
+      >>> [f"{top_k_kl(student, top_k(teacher, k))[0]:.4f}" for k in (1, 4)]
+      ['0.4458', '0.4458']
 
     References:
       Anshumann et al., "Sparse Logit Sampling: Accelerating Knowledge Distillation in LLMs", ACL
@@ -96,10 +99,10 @@ def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
 
 
 def buckets(student_logits: jax.Array, top: TopK) -> tuple[jax.Array, jax.Array]:
-    """Return both distributions over k + 1 buckets as logits of temperature 1, for any divergence to take.
+    """Return both distributions over k + 1 buckets as logits, for any divergence.
 
-    ``log p`` of the teacher's top k classes, and last the logarithm of the mass of all others;
-    where that is zero, a number below any other log-probability and yet finite.
+    ``log p`` of the teacher's top k classes, at temperature 1, and last the logarithm of the
+    probability of all others; where that is zero, a finite number below any log-probability.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
