@@ -41,8 +41,7 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
     from compress_jax.cli.workdir import kept_config, read_run
     from compress_jax.export import load
     from compress_jax.report import read_results
-    from compress_jax.search._ingredients import ingredients
-    from compress_jax.search._stage_record import require_same_model
+    from compress_jax.search._stage import require_same_model
 
     flags = read_run(workdir)["flags"]
     results = read_results(
@@ -52,9 +51,7 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
     packed = load(file)[0]
     function = load_config(config)
     experiment = build(function, parse_config(function, flags, f"compress-jax run {config}")[0])
-    require_same_model(
-        workdir / "candidates" / results["chosen"], ingredients(model=experiment.student.model)
-    )
+    require_same_model(workdir / "candidates" / results["chosen"], experiment.student.model)
     _require_fit(file, experiment, packed)
     return experiment, packed, results
 
@@ -321,6 +318,6 @@ def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar=
     from compress_jax.report import write
 
     console = stdout()
-    page = write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
+    page = write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
     console.print(shown(f"{page}\n{page.with_suffix('.md')}"))
     return 0

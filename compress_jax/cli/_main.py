@@ -76,16 +76,16 @@ def run(
         )
 
 
-def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
+def _compress(experiment: Any, workdir: Path, metadata: dict[str, Any]) -> int:
     """Run the loop, show what it found and write the report."""
     from compress_jax import report, search
     from compress_jax.cli.workdir import logging_to
     from compress_jax.train import Interrupted
 
     console = stdout()
-    with logging_to(workdir, lambda line: console.print(shown(line))) as say:
+    with logging_to(workdir, lambda line: console.print(shown(line))) as log_fn:
         try:
-            result = search.compress(experiment, workdir, about=about, say=say)
+            result = search.compress(experiment, workdir, metadata=metadata, log_fn=log_fn)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
             raise Stopped(stop.signum, str(stop)) from stop
     console.print(
@@ -93,7 +93,7 @@ def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
             report.results_table([row.as_dict() for row in result.rows], result.chosen.name)
         )
     )
-    page = report.write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
+    page = report.write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
     console.print(
         f"artifact: {shown(str(workdir / result.artifact.name))}\nreport:   {shown(str(page))}"
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
 from compress_jax.report._plots import pictures
@@ -234,12 +235,13 @@ def _markdown_section(part: Section) -> str:
     return "\n\n".join(blocks)
 
 
-def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Path:
+@renamed_arguments(say="log_fn")
+def write(directory: str | Path, log_fn: Callable[[str], None] | None = None) -> Path:
     """Write the report of a finished run.
 
     Args:
       directory: its folder.
-      say: receives a sentence for each file that is damaged and so is not shown; the report has
+      log_fn: receives a sentence for each file that is damaged and so is not shown; the report has
         them too.
 
     Returns:
@@ -266,7 +268,7 @@ def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Pa
     """
     run = read_run(Path(directory))
     for note in run.notes:
-        (say or str)(note)
+        (log_fn or str)(note)
     drawn = pictures(run)
     for name, png in drawn.items():
         write_atomically(run.directory / "report" / f"{name}.png", png)

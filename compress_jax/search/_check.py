@@ -1,332 +1,304 @@
-"""The pieces of the loop: train a network, train it under a compression, write it to disk and measure what was written."""
+"""Trace all that a run will do on shapes, so that what cannot work is found in the first second."""
 
-import dataclasses
-import re
-import zlib
-from os import PathLike
-from pathlib import Path
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import AxisType
+from flax import linen as nn
 
-from compress_jax.core.compression import Compression, identity
-from compress_jax.core.errors import ArtifactError, CompressError
-from compress_jax.core.packed import unpack
-from compress_jax.core.paths import flatten
-from compress_jax.core.types import Batch, Params, PyTree
-from compress_jax.data import batches
-from compress_jax.distill import Teacher, capture
-from compress_jax.export import load, save
-from compress_jax.search._experiment import Candidate, Experiment, Network, Training
-from compress_jax.search._ingredients import ingredients
-from compress_jax.search._judge import Assessment
-from compress_jax.search._stage_record import require_same
-from compress_jax.trace import bind
-from compress_jax.train import (
-    Loss,
-    StatefulLoss,
-    Step,
-    TrainState,
-    accuracy,
-    create,
-    distillation,
-    distilled,
-    fit,
-    jit_step,
-    label_optimizer,
-    logits,
-    make_step,
-    place,
-    supervised,
+from compress_jax.core.compression import Compression, CompressionState
+from compress_jax.core.errors import CompressError, ConfigError, DataError, ShapeError
+from compress_jax.core.types import Array, Batch, DType, Params, PyTree, Shape
+from compress_jax.data import Data
+from compress_jax.distill import Teacher
+from compress_jax.search._experiment import Candidate, Experiment, Network, Training, Variables
+from compress_jax.search._stage import Stage, prepare
+
+# Raised by functions that need the values of arrays, and so cannot be traced on shapes.
+NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+    jax.errors.NonConcreteBooleanIndexError,
 )
-
-Variables = dict[str, Any]
-
-
-def stage_key(seed: int, stage: str) -> jax.Array:
-    """Return the PRNG key of a stage: a function of the seed and its name, not of what ran before it."""
-    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+EXAMPLES = 2  # batch size of the traced calls
 
 
-def obtain(
-    experiment: Experiment, network: Network, stage: str, directory: Path, teacher: Teacher | None
-) -> Variables:
-    """Train a network in float32, or restore it.
+def check(experiment: Experiment, metadata: dict[str, Any]) -> list[str]:
+    """Check that data, models, losses, optimizers and every candidate fit together.
+
+    Models, losses, training steps, and each candidate's init, view, update and pack are traced; no
+    array is computed.
 
     Args:
-      experiment: for data, loss and seed.
-      network: what to train or restore.
-      stage: ``"teacher"`` or ``"student"``.
-      directory: where its checkpoints and metrics go; a finished stage found there is not trained
-        again.
-      teacher: the frozen teacher, or None to train on labels.
+      experiment: what is to be run.
+      metadata: what will be stored in the artifacts.
 
     Returns:
-      ``{"params": ..., "batch_stats": ...}``.
-    """
-    if network.artifact is not None:
-        return restored(network.artifact)
-    assert network.training is not None
-    example = jnp.zeros((1, *experiment.data.train["image"].shape[1:]))
-    variables = jax.jit(network.model.init)(stage_key(experiment.seed, f"{stage}/init"), example)
-    state = train(
-        experiment,
-        network.model,
-        variables,
-        identity(),
-        network.training,
-        stage,
-        directory,
-        teacher,
-    )
-    return state.variables()
-
-
-def restored(artifact: str | PathLike[str]) -> Variables:
-    """Return the variables of a network that an earlier run wrote."""
-    variables = unpack(load(artifact)[0])
-    if not isinstance(variables, dict) or "params" not in variables:
-        raise ArtifactError(
-            f"{artifact} holds no 'params'; a Network is restored from what a run wrote, or the "
-            "like of it"
-        )
-    return variables
-
-
-def fitted(experiment: Experiment, candidate: Candidate, variables: Variables) -> Compression:
-    """Return a candidate's compression bound to this student: the one place where candidates meet the model.
-
-    Args:
-      experiment: has the student's model and the data.
-      candidate: has the compression.
-      variables: the student's, or their shapes.
-
-    Returns:
-      The compression that is trained, packed and described: each leaf's layout is read from the
-      student's forward pass.
-    """
-    model = experiment.student.model
-    rest = {name: value for name, value in variables.items() if name != "params"}
-    images = experiment.data.train["image"]
-    example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
-
-    def forward(params: Params, rest: Variables, x: jax.Array) -> Any:
-        return model.apply({"params": params, **rest}, x)
-
-    return bind(candidate.compression, forward, variables["params"], rest, example)
-
-
-def optimizer(training: Training) -> optax.GradientTransformation:
-    """Return the optimizer of the weights and of what the compression learns."""
-    return label_optimizer(training.optimizer, training.learned or training.optimizer)
-
-
-def prepared(
-    experiment: Experiment,
-    model: Any,
-    variables: Variables,
-    compression: Compression | None,
-    training: Training,
-    stage: str,
-    teacher: Teacher | None,
-    batch: Batch,
-) -> tuple[Step, TrainState]:
-    """Return the step of a stage and the state before the first; pure, so that it can be traced on shapes."""
-    compression = compression or identity()
-    loss, beside = _loss(experiment, model, training, teacher), ({}, {})
-    if isinstance(loss, StatefulLoss):
-        beside = loss.init(stage_key(experiment.seed, f"{stage}/loss"), variables, batch, teacher)
-    state = create(
-        variables, compression, optimizer(training), stage_key(experiment.seed, stage), beside
-    )
-    return make_step(loss, optimizer(training), compression), state
-
-
-def train(
-    experiment: Experiment,
-    model: Any,
-    variables: Variables,
-    compression: Compression,
-    training: Training,
-    stage: str,
-    directory: Path,
-    teacher: Teacher | None,
-    start: Variables | None = None,
-) -> TrainState:
-    """Train a model seen through a compression, from given variables on; continue if the directory holds a checkpoint.
-
-    Args:
-      experiment: for data, loss, seed and mesh.
-      model: the Linen module.
-      variables: where to begin.
-      compression: what the forward pass sees the params through.
-      training: optimizer, steps, batches.
-      stage: names the randomness and the progress bar.
-      directory: where checkpoints and metrics go.
-      teacher: the frozen teacher, or None to train on labels.
-      start: variables that an earlier stage trained, which the directory then belongs to.
-
-    Returns:
-      The state after the last step.
+      Sentences on what could not be checked, as it needs values; usually none.
 
     Raises:
-      ConfigError: if the directory belongs to a stage that was made of something else.
+      DataError: if the splits do not hold labelled examples of one shape, or a label is out of
+        range.
+      ConfigError: if a model cannot be called on them, has too few outputs, or a step fails; it
+        says whose.
+      CompressError: as the candidates' compressions do, with the candidate's name.
+
+    Example:
+      >>> import optax
+      >>> import compress_jax as cj
+      >>> split = {"image": np.ones((8, 4, 4, 1), np.float32), "label": np.zeros(8, np.int32)}
+      >>> names, statistics = ("a", "b", "c"), (np.zeros(1), np.ones(1))
+      >>> data = Data("ones", split, split, split, 3, "", names, *statistics, 1.0, {})
+      >>> training = Training(optax.sgd(0.1), steps=1, batch_size=4)
+      >>> student = Network(cj.models.LeNet300100(3), training)
+      >>> wrong = Candidate("int4", cj.at("**/kernels", cj.quantize.uniform(4)), training)
+      >>> check(Experiment("ones", data, student, (wrong,)), {})  # doctest: +ELLIPSIS
+      Traceback (most recent call last):
+      compress_jax.core.errors.NoMatchError: candidate 'int4': pattern '**/kernels' matches no leaf. The leaves are:
+      ...
     """
-    about = made_of(experiment, model, training, stage, compression, teacher, start)
-    require_same(directory, about)
-    batch = {name: values[: training.batch_size] for name, values in experiment.data.train.items()}
-    step, state = prepared(
-        experiment, model, variables, compression, training, stage, teacher, batch
-    )
-    mesh = experiment.mesh or jax.make_mesh(
-        (jax.device_count(),), ("data",), axis_types=(AxisType.Auto,)
-    )
-    feed = batches(
-        experiment.data.train,
-        training.batch_size,
-        seed=zlib.crc32(f"{experiment.seed}/{stage}".encode()),
-    )
-    return fit(
-        jit_step(step, mesh, state),
-        place(state, mesh),
-        feed,
-        steps=training.steps,
-        directory=directory,
-        save_every=training.save_every,
-        title=stage,
-        teacher=teacher,
-    )
+    try:
+        json.dumps(metadata, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"metadata is stored in the artifacts as JSON, which cannot hold it: {error}"
+        ) from error
+    check_data(experiment.data)
+    return _Checks(experiment).run()
 
 
-def made_of(
-    experiment: Experiment,
-    model: Any,
-    training: Training,
-    stage: str,
-    compression: Compression,
-    teacher: Teacher | None,
-    start: Variables | None,
-) -> dict[str, str]:
-    """Return all that decides how a stage ends, by name; see `ingredients`."""
-    brief = {name: value for name, value in vars(training).items() if name != "save_every"}
-    parts = {
-        "stage": stage,
-        "seed": experiment.seed,
-        "model": model,
-        "training": brief,
-        "compression": compression,
-    }
-    if teacher is not None:
-        parts |= {"loss": experiment.loss, "teacher": flatten(teacher.variables)[0]}
-    return ingredients(
-        **parts, start=flatten(start)[0] if start else None, data=experiment.data.train
-    )
+class _Checks:
+    """The checks of one experiment, and the notes on what could not be checked."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        self.notes: list[str] = []
+        # Candidates are often trained alike: each kind of step is traced once.
+        self.traced_steps: set[Any] = set()
+
+    def run(self) -> list[str]:
+        experiment = self.experiment
+        teacher = None
+        if isinstance(experiment.teacher, Network):
+            variables = self._network("teacher", experiment.teacher, None)
+            teacher = self._teacher(experiment.teacher, variables)
+        learns_from = teacher if experiment.float32_student == "teacher" else None
+        student = self._network("student", experiment.student, learns_from)
+        if experiment.teacher == "student":
+            teacher = self._teacher(experiment.student, student)
+        if student is None:
+            return self.notes
+        for candidate in experiment.candidates:
+            with self._named(f"candidate {candidate.name!r}"):
+                self._candidate(candidate, student, teacher)
+        return self.notes
+
+    def _network(self, name: str, network: Network, teacher: Teacher | None) -> Variables | None:
+        """Trace a network's calls and training; return the shapes of its variables."""
+        variables = None
+        with self._named(name):
+            variables = self._variables(network)
+            self._outputs(network.model, variables)
+            if network.training is not None:
+                self._training(network.model, variables, network.training, teacher)
+        return variables
+
+    def _variables(self, network: Network) -> Variables:
+        if network.artifact is not None:
+            return _shapes(network.restore())
+        image = _struct((1, *self.experiment.data.train["image"].shape[1:]), jnp.float32)
+        return jax.eval_shape(network.model.init, jax.random.key(0), image)
+
+    def _outputs(self, model: nn.Module, variables: Variables) -> None:
+        """Check that the model gives logits, at least one for each class."""
+        image = self.experiment.data.train["image"]
+        classes = self.experiment.data.classes
+        x = _struct((EXAMPLES, *image.shape[1:]), image.dtype)
+        out = jax.eval_shape(model.apply, variables, x)
+        shape = getattr(out, "shape", None)
+        if shape is None:
+            given = f"a {type(out).__name__}"
+        elif len(shape) != 2 or shape[0] != EXAMPLES or shape[1] < classes:
+            given = f"{out.dtype}{list(shape)}"
+        else:
+            return
+        raise ConfigError(
+            f"the model must give logits [{EXAMPLES}, {classes}] or more for {EXAMPLES} images "
+            f"{list(image.shape[1:])}, as the data have {classes} classes; it gives {given}"
+        )
+
+    def _training(
+        self, model: nn.Module, variables: Variables, training: Training, teacher: Teacher | None
+    ) -> None:
+        """Trace one training step without a compression, unless its like was traced already."""
+        split = self.experiment.data.train
+        if training.batch_size > len(split["label"]):
+            raise ConfigError(
+                f"batch_size is {training.batch_size}, but there are {len(split['label'])} "
+                "training examples"
+            )
+        kind = id(model), training.augment, training.batch_size, teacher is None
+        if kind in self.traced_steps:
+            return
+        self.traced_steps.add(kind)
+        size = training.batch_size
+        batch = {name: _struct((size, *x.shape[1:]), x.dtype) for name, x in split.items()}
+        # Some losses hash the teacher, which needs arrays; those of `whole` are traced.
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), teacher)
+        stage = Stage("check", model, training, zeros)
+
+        def whole(variables: Variables, batch: Batch, teacher: Teacher | None) -> PyTree:
+            step, state = prepare(self.experiment, stage, variables, batch)
+            return state, step(state, batch, teacher=teacher)[0]
+
+        before, after = jax.eval_shape(whole, variables, batch, teacher)
+        _require_alike("training step", before, after)
+
+    def _teacher(self, network: Network, variables: Variables | None) -> Teacher | None:
+        if variables is None:
+            return None
+        with self._named("teacher"):
+            freeze = functools.partial(self.experiment.freeze, network.model)
+            return jax.eval_shape(freeze, variables)
+
+    def _candidate(self, candidate: Candidate, student: Variables, teacher: Teacher | None) -> None:
+        """Trace a candidate's compression of the student's params, and its training."""
+        experiment = self.experiment
+        model = experiment.student.model
+        compression = candidate.bind(model, student, experiment.data.train["image"])
+        key = jax.random.key(0)
+        step = jnp.zeros((), jnp.int32)
+
+        def life(params: Params) -> PyTree:
+            state = compression.init(params)
+            view = compression.view(params, state)
+            new = compression.update(params, state, step=step, grads=params, key=key)
+            trainable = {"params": params, "learned": state.learned}
+            optimizer = candidate.training.transformation()
+            with jax.numpy_dtype_promotion("standard"):  # as in the training step
+                optimizer.update(trainable, optimizer.init(trainable), trainable)
+            compression.skipped(params)
+            return state, view, new
+
+        state, view, new = jax.eval_shape(life, student["params"])
+        _require_alike("view", student["params"], view)
+        _require_alike("update", state, new)
+        _trace_pack(compression, student["params"], state)
+        self._training(model, student, candidate.training, teacher)
+
+    @contextlib.contextmanager
+    def _named(self, owner: str) -> Iterator[None]:
+        """Begin errors with whose they are; turn what needs values into a note."""
+        try:
+            yield
+        except NEEDS_VALUES as error:
+            self.notes.append(
+                f"{owner}: it needs the values of arrays ({_first_line(error)}), so it is not "
+                "checked ahead"
+            )
+        except CompressError as error:
+            raise type(error)(f"{owner}: {error}") from error
+        except Exception as error:
+            raise ConfigError(f"{owner}: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def _loss(
-    experiment: Experiment, model: Any, training: Training, teacher: Teacher | None
-) -> Loss | StatefulLoss:
-    if teacher is None or experiment.loss is None:
-        return supervised(model, augment=training.augment)
-    if isinstance(experiment.loss, tuple):
-        return distillation(model, experiment.loss, augment=training.augment)
-    return distilled(model, _ask, experiment.loss, augment=training.augment)
-
-
-def _ask(teacher: Teacher, x: jax.Array) -> jax.Array:
-    return teacher(x)
-
-
-def frozen(experiment: Experiment, model: Any, variables: Variables) -> Teacher:
-    """Return a trained network as the teacher, in the dtype asked for, with the features that terms of the loss look at.
-
-    Args:
-      experiment: for loss and dtype.
-      model: the Linen module.
-      variables: what it was trained to.
-
-    Returns:
-      The teacher; nothing is differentiated through it.
-    """
-    terms = experiment.loss if isinstance(experiment.loss, tuple) else ()
-    paths = tuple(dict.fromkeys(path for term in terms for path in term.teacher))
-    return Teacher(capture(model, paths) if paths else model.apply, variables).cast(
-        experiment.teacher_dtype
-    )
-
-
-def assess(
-    experiment: Experiment,
-    model: Any,
-    name: str,
-    packed: PyTree,
-    seen: Variables,
-    file: Path,
-    about: dict[str, Any],
-    *,
-    coded: bool = False,
-) -> Assessment:
-    """Write a network to disk, read it back, prove that it is the one that was trained, and measure it on validation.
-
-    Args:
-      experiment: for the data.
-      model: the Linen module.
-      name: of the row.
-      packed: variables with packed leaves.
-      seen: the variables training saw; the file must give the same logits, bit for bit.
-      file: the artifact to write.
-      about: metadata to keep in it, as JSON takes it.
-      coded: how to write it, see `export.save`.
-
-    Returns:
-      The row, not judged yet.
+def check_data(data: Data) -> None:
+    """Check that splits hold examples of one shape, finite, with labels that are classes.
 
     Raises:
-      CompressError: if what was written is not what was trained.
+      DataError: if not; it names the split.
     """
-    split = experiment.data.validation
-    trained = logits(model.apply, seen, split)
-    validation = float((trained.argmax(-1) == split["label"]).mean())
-    metadata = {"experiment": experiment.name, "name": name, "model": _describe(model), **about}
-    metadata |= {
-        "data": experiment.data.name,
-        "data_sha256": experiment.data.fingerprint,
-        "validation": validation,
-    }
-    nbytes = save(file, packed, metadata, coded=coded)
-    if not np.array_equal(logits(model.apply, unpack(load(file)[0]), split), trained):
-        raise CompressError(
-            f"{file} does not give the logits the trained model gives; please report this with "
-            "its config"
+    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    for name, split in splits.items():
+        for key in ("image", "label"):
+            if not isinstance(split, dict) or not hasattr(split.get(key), "shape"):
+                raise DataError(
+                    f"{name} must be a dict with arrays 'image' and 'label'; it has no array "
+                    f"{key!r}"
+                )
+        sizes = {key: len(values) for key, values in split.items()}
+        if len(set(sizes.values())) != 1 or not sizes["label"]:
+            raise DataError(f"the arrays of {name} must have one length, and not 0; got {sizes}")
+        _check_images(name, split["image"], data.train["image"])
+        _check_labels(name, split["label"], data.classes)
+
+
+def _check_images(name: str, images: Array, train: Array) -> None:
+    if not np.issubdtype(images.dtype, np.floating):
+        raise DataError(
+            f"{name} has images of {images.dtype}, and they must be floats; data.scale_to_unit "
+            "makes them so"
         )
-    return Assessment(name, count(seen["params"]), nbytes, validation)
+    if images.shape[1:] != train.shape[1:]:
+        raise DataError(
+            f"{name} has images {list(images.shape[1:])}, and train has {list(train.shape[1:])}"
+        )
+    # A sum is not finite if any of its terms is not; it needs no mask as large as the images.
+    sums = np.asarray(images, np.float32).reshape(len(images), -1).sum(axis=1)  # [examples]
+    bad = np.flatnonzero(~np.isfinite(sums))
+    if len(bad):
+        raise DataError(
+            f"{len(bad)} images of {name} are not finite, the first is {bad[0]}; data.clean drops "
+            "them"
+        )
 
 
-def _describe(model: Any) -> str:
-    """Return the call that makes a module, without what is default and without addresses, which differ between processes."""
-    fields = [
-        field
-        for field in dataclasses.fields(model)
-        if field.init and field.name not in ("parent", "name")
-    ]
-    values = {
-        field.name: (repr(getattr(model, field.name)), repr(field.default)) for field in fields
-    }
-    text = ", ".join(
-        f"{name}={value}" for name, (value, default) in values.items() if value != default
-    )
-    return f"{type(model).__name__}({re.sub(r' at 0x[0-9a-f]+', '', text)})"
+def _check_labels(name: str, labels: Array, classes: int) -> None:
+    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"{name} has labels {labels.dtype}{list(labels.shape)}; they must be integers, one an "
+            "example"
+        )
+    low = int(labels.min())
+    high = int(labels.max())
+    if low < 0 or high >= classes:
+        raise DataError(
+            f"{name} has labels {low} to {high}, but there are {classes} classes, so they must be "
+            f"0 to {classes - 1}"
+        )
 
 
-def measure_on_test(experiment: Experiment, model: Any, file: Path) -> float:
-    """Return the accuracy of an artifact, read from disk, on the test split."""
-    return accuracy(model.apply, unpack(load(file)[0]), experiment.data.test)
+def _trace_pack(compression: Compression, params: Params, state: CompressionState) -> None:
+    """Trace pack; it may compute with NumPy, so only errors raised on purpose count."""
+    try:
+        jax.eval_shape(compression.pack, params, state)
+    except CompressError:
+        raise
+    except Exception:  # noqa: S110  it takes arrays, and has none here
+        pass
 
 
-def count(params: Params) -> int:
-    """Return the number of entries of all params."""
-    return sum(leaf.size for leaf in flatten(params)[0].values())
+def _require_alike(what: str, before: PyTree, after: PyTree) -> None:
+    """Check that two trees have the same leaves, shapes and dtypes."""
+    old = _described_leaves(before)
+    new = _described_leaves(after)
+    for name in {**old, **new}:
+        if old.get(name) != new.get(name):
+            change = f"{old.get(name, 'not there')} before, {new.get(name, 'not there')} after"
+            raise ShapeError(
+                f"the {what} must keep every leaf's shape and dtype; {name or 'the leaf'}: {change}"
+            )
+
+
+def _described_leaves(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _struct(shape: Shape, dtype: DType) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: _struct(x.shape, x.dtype), tree)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no reason is given"

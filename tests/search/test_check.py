@@ -12,7 +12,7 @@ from flax import linen as nn
 import compress_jax as cj
 from compress_jax.core import CompressError, ConfigError, DataError
 from compress_jax.search import Candidate, Network, Requirement, Training, compress
-from compress_jax.search._loop import check
+from compress_jax.search._check import check
 
 
 def refuses(experiment, *words: str) -> None:
@@ -139,10 +139,10 @@ def test_data_that_are_no_labelled_images(which, split, experiment, blobs):
     assert said in str(error.value) or which == "another shape"
 
 
-@pytest.mark.parametrize("about", [{"x": float("inf")}, {"x": object()}, {"x": float("nan")}])
-def test_what_cannot_be_written_in_the_end_is_refused_at_the_start(about, experiment, tmp_path):
+@pytest.mark.parametrize("metadata", [{"x": float("inf")}, {"x": object()}, {"x": float("nan")}])
+def test_what_cannot_be_written_in_the_end_is_refused_at_the_start(metadata, experiment, tmp_path):
     with pytest.raises(ConfigError, match="JSON"):
-        compress(experiment(), tmp_path, about=about, say=print)
+        compress(experiment(), tmp_path, metadata=metadata, log_fn=print)
     assert not list(tmp_path.iterdir())
 
 
