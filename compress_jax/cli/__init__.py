@@ -1,4 +1,7 @@
-"""The command line, ``compress-jax``: one function a command, each importing what is heavy only when it runs."""
+"""The command line, ``compress-jax``: one function for each command.
+
+Each function imports what is heavy only when it runs.
+"""
 
 from compress_jax.cli._main import main
 

@@ -158,7 +158,9 @@ def export(
     min_agreement: float = 0.98,
     max_drop: float = 0.01,
 ) -> int:
-    """Export the artifact of a run to ONNX, LiteRT or StableHLO, and verify every file in its own runtime.
+    """Export the artifact of a run to ONNX, LiteRT or StableHLO, and verify each file.
+
+    Each file runs in its own runtime.
 
     Writes WORKDIR/export/model.onnx, model.tflite or model.stablehlo, beside each the same model in
     float32, and what was measured on the test split to WORKDIR/export/export.json: accuracy there,

@@ -117,7 +117,7 @@ def _as_json(requirement: Any) -> dict[str, Any]:
 
 
 def _quiet() -> None:
-    """Let checkpointing and TFDS speak only of what a person should act on; what fails is raised, and told once."""
+    """Silence orbax, JAX and TFDS below warnings; errors are raised and printed once."""
     import logging
 
     from absl import logging as absl_logging
@@ -211,7 +211,10 @@ def _main(words: list[str]) -> int:
 
 
 def _call(words: list[str]) -> int:
-    """Parse and make the call; the parser leaves by SystemExit after showing the help or explaining what is wrong."""
+    """Parse the arguments and make the call.
+
+    The parser raises SystemExit after it shows the help or explains what is wrong.
+    """
     try:
         return parse(words[0], COMMANDS[words[0]], words[1:])()
     except SystemExit as done:

@@ -1,4 +1,4 @@
-"""Words of the command line to a call that waits to be made, through tyro; the help texts are the docstrings."""
+"""Parse arguments into a deferred call, through tyro; the docstrings are the help texts."""
 
 import contextlib
 import functools
@@ -115,7 +115,10 @@ def teach(function: Callable[..., Any]) -> str:
 
 
 def _cli(function: Callable[..., Any], prog: str, description: str, words: Sequence[str]) -> Any:
-    """Call tyro; its help breaks words where a paragraph is wider than the terminal, so that is wrapped again."""
+    """Call tyro, and wrap its help again.
+
+    tyro breaks words where a paragraph is wider than the terminal.
+    """
     if not {"-h", "--help"} & set(words):
         return tyro.cli(function, prog=prog, description=description, args=words)
     text = io.StringIO()
@@ -133,7 +136,7 @@ def _about(config: Callable[..., Any]) -> str:
 
 
 def _waiting(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """Return a function that tyro reads as the command, and that returns the call instead of making it."""
+    """Return a function that tyro parses like the command, and that returns the deferred call."""
 
     @functools.wraps(command)
     def wait(*args: Any, **kwargs: Any) -> Callable[[], int]:

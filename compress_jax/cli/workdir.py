@@ -1,4 +1,4 @@
-"""The folder of a run: its name, what it remembers of the command, and the check that the same command continues it."""
+"""The folder of a run: its name, its record of the command, and its lock."""
 
 import contextlib
 import fcntl
@@ -57,7 +57,10 @@ def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str,
 def describe(
     config: Path, source: bytes, arguments: dict[str, Any], flags: list[str]
 ) -> dict[str, Any]:
-    """Return what ``run.json`` keeps of a command, as JSON takes it: infinity and NaN as text, which JSON has not."""
+    """Return the content of ``run.json`` for a command.
+
+    Infinity and NaN become text, as JSON has neither.
+    """
     known = _finite(json.loads(json.dumps(arguments, default=str)))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     digest = hashlib.sha256(source).hexdigest()
@@ -123,7 +126,9 @@ def read_run(workdir: Path) -> dict[str, Any]:
 
 
 def kept_config(workdir: Path) -> Path:
-    """Return the config's source in a folder, seen to be the one that its run was made of: it is about to be executed.
+    """Return the file of the config's source in a folder, which is about to be executed.
+
+    Its digest must be that of the config the run was made with.
 
     Raises:
       ConfigError: if it is missing or was changed.
@@ -143,7 +148,7 @@ def kept_config(workdir: Path) -> Path:
 
 
 def _others(workdir: Path, *ours: str) -> list[str]:
-    """Return what a folder holds besides some files, and what a killed process leaves of them half written."""
+    """Return the files of a folder besides some, and besides their half-written copies."""
     names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
     return sorted(
         name
@@ -153,7 +158,10 @@ def _others(workdir: Path, *ours: str) -> list[str]:
 
 
 def _begun(workdir: Path) -> bool:
-    """Tell whether a run has made anything yet; before that, a corrected config takes the place of a wrong one."""
+    """Return whether a run has made anything yet.
+
+    Before that, a corrected config replaces a wrong one.
+    """
     return bool(_others(workdir, RUN, CONFIG, LOG, LOCK))
 
 
@@ -169,7 +177,10 @@ def _require_empty(workdir: Path) -> None:
 
 
 def _kept_digest(workdir: Path, described: dict[str, Any]) -> str:
-    """Return the digest of the config that a run was made of; of an earlier version's, that of the file it keeps."""
+    """Return the digest of the config of a run.
+
+    A run of an earlier version recorded none; then it is that of the stored config file.
+    """
     if described.get("config_sha256"):
         return described["config_sha256"]
     file = workdir / CONFIG
@@ -181,7 +192,7 @@ def _given(described: dict[str, Any], name: str) -> str:
 
 
 def _first_change(workdir: Path, source: bytes) -> str:
-    """Return the first lines in which the config differs from the one that is kept, as a sentence."""
+    """Return a sentence on the first line in which the config differs from the stored one."""
     try:
         kept = (workdir / CONFIG).read_bytes().decode(errors="replace").splitlines()
     except OSError:
@@ -204,7 +215,9 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """Show lines and write them to ``log.txt``, from its beginning: a resumed run says all its decisions again.
+    """Show lines and write them to ``log.txt``, from its beginning.
+
+    A resumed run logs all its decisions again.
 
     Args:
       workdir: the folder.
@@ -231,7 +244,9 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keep a second process out of a folder while the ``with`` block runs; the lock of a killed process is gone with it.
+    """Keep a second process out of a folder while the ``with`` block runs.
+
+    The operating system releases the lock of a killed process.
 
     Args:
       workdir: the folder; made if missing.

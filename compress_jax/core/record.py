@@ -1,4 +1,4 @@
-"""Files of JSON that we wrote and read again: what they must hold, and one sentence where they do not.
+"""JSON files written and read by this package: their schema, their digest, their errors.
 
 A *form* says what a value must be: a `Kind` for text and numbers, ``[form]`` for a list,
 ``{"name": form}`` for an object with these entries (others are allowed), ``mapping(form)`` for one

@@ -1,4 +1,4 @@
-"""Packages that only some exports need: imported when asked for, with an error that says what to install."""
+"""Optional packages, imported on demand, with an error that says what to install."""
 
 import importlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""Scales of weights beside which a bias is a whole number of steps in int32, as integer kernels add it."""
+"""Weight scales at which every bias is representable in int32, for integer kernels."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ SMALLEST = 1e-30  # of a scale; products of scales must stay normal numbers in f
 
 
 def floor(bias: np.ndarray, step: float) -> np.ndarray:
-    r"""Return the smallest scale of weights for each channel, beside which its bias is representable.
+    r"""Return the smallest weight scale of each channel at which its bias is representable.
 
     A bias is stored as :math:`round(b / (s_x s_w))` in int32, so
     :math:`s_w \ge |b| / (s_x 2^{30})`.

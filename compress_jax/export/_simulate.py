@@ -124,7 +124,7 @@ def exactly(name: str) -> str:
 
 
 def _packed(params: Params, quantized: Sequence[Site]) -> Any:
-    """Pack the weights of sites that are still arrays, in 8 bits with a scale for each output of every site."""
+    """Pack the weights that are still arrays in 8 bits, with a scale for each output."""
     leaves, rebuild = flatten(params)
 
     def pack(path: str, leaf: PyTree) -> Any:
@@ -140,7 +140,7 @@ def _packed(params: Params, quantized: Sequence[Site]) -> Any:
 
 
 def channels(of: Sequence[Site], ndim: int) -> tuple[int, ...]:
-    """Return the axes of a stored parameter that none of its sites sums over: those that may have scales of their own.
+    """Return the axes of a parameter that no site sums over: those that may have scales.
 
     Args:
       of: the sites that the parameter feeds.

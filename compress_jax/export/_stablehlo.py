@@ -1,4 +1,7 @@
-"""A model as a StableHLO program that JAX runs without this package; weights stay packed, the program unpacks them."""
+"""A model as a StableHLO program that JAX runs without this package.
+
+Weights stay packed in the file; the program unpacks them.
+"""
 
 import os
 from collections.abc import Sequence
@@ -152,7 +155,7 @@ def _serialized(fn: ModelFn, specs: tuple[Any, ...], platforms: Sequence[str], b
 def _difference(
     fn: ModelFn, params: Params, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]
 ) -> float:
-    """Run what was written; return how far it is from the function itself, relative to the size of each result."""
+    """Run what was written; return the largest error relative to each result's size."""
     read, here = export.deserialize(bytearray(data)), jax.default_backend()
     if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(read.platforms):
         return float("nan")  # it was made for other machines

@@ -1,4 +1,4 @@
-"""Weights for other frameworks: a plain safetensors file of dense arrays, or of integers and their scales."""
+"""Weights for other frameworks: safetensors of dense arrays, or of integers and scales."""
 
 import json
 import os

@@ -81,7 +81,10 @@ def clean(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Draw with default settings whatever a person's are; a name in a script that the font lacks is told by the tables."""
+    """Draw with default settings, whatever the user's are.
+
+    A glyph that the font lacks gives no warning; the tables show the name.
+    """
     with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         yield

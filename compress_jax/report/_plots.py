@@ -80,7 +80,7 @@ def _lines(axes: Axes, run: Run, key: str) -> None:
 
 
 def layers(run: Run) -> Figure:
-    """Draw stored bits and share of zeros of each leaf of the artifact's params; leaves stored dense are grey.
+    """Draw stored bits and share of zeros of each leaf; leaves stored dense are grey.
 
     Args:
       run: the run.
@@ -273,7 +273,7 @@ COLUMNS, MOST, BINS = 3, 24, 81
 
 
 def weights(run: Run) -> Figure | None:
-    """Draw the weights of the float32 student and of the artifact, a panel for each compressed leaf.
+    """Draw the weights of the float32 student and of the artifact, one panel a leaf.
 
     Args:
       run: the run.
@@ -303,7 +303,10 @@ def weights(run: Run) -> Figure | None:
 
 
 def _panel(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
-    """Draw shares of all entries, so that the two can be compared; exact zeros would dwarf everything else."""
+    """Draw shares of all entries.
+
+    The two can be compared; exact zeros would dwarf everything else and are left out.
+    """
     reach = max(float(np.abs(before).max()), float(np.abs(after).max()), 1e-12)
     edges = np.linspace(-reach, reach, BINS + 1)
     kept = after[after != 0]

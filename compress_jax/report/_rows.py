@@ -1,4 +1,4 @@
-"""What is measured, as tables: the results, the leaves of an artifact, what was left alone, the metadata."""
+"""Tables of the results, of the leaves of an artifact, of skipped leaves, of metadata."""
 
 import json
 import math
@@ -116,7 +116,7 @@ def leaves_table(
 
 
 def causes_table(parts: Sequence[Part]) -> Table:
-    """Return what the bytes of an artifact are for, over all leaves; ``parts`` as of `leaves_table`.
+    """Return the bytes of an artifact by cause; ``parts`` as for `leaves_table`.
 
     Example:
       >>> parts = [Part("a", "codes", 30), Part("b", "codes", 50), Part("", "header and metadata", 20)]

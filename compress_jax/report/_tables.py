@@ -44,7 +44,10 @@ class Table:
 
 
 class _Fitted(RichTable):
-    """rich's table, of which no column is ever narrower than a word: where that does not fit, a block of lines a row."""
+    """rich's table, which never breaks a word.
+
+    Where the terminal is too narrow for that, each row becomes a block of lines.
+    """
 
     source: Table
 
@@ -85,7 +88,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def _filled(table: Table, *, every_word: bool) -> "_Fitted":
-    """Return a rich table; heads of numbers go over two lines, or over as many as they have words."""
+    """Return a rich table; heads of number columns take two lines, or one line a word."""
     padding = (0, 0) if every_word else (0, 1)
     shown = _Fitted(
         title=_text(table.title) or None,
@@ -116,7 +119,7 @@ def _filled(table: Table, *, every_word: bool) -> "_Fitted":
 
 
 def _folded(table: Table, width: int) -> list[int] | None:
-    """Return the columns' widths in which the table fits without breaking a word, or None if there are none."""
+    """Return the column widths at which no word breaks, or None if there are none."""
     columns = list(zip(*([table.head, *table.rows]), strict=True))
     numbers = [table.numeric(i) for i in range(len(columns))]
     wide = [max(cell_len(printable(cell)) for cell in column) for column in columns]
@@ -215,7 +218,9 @@ def html_table(table: Table) -> str:
 
 
 def escaped(text: str, *, block: bool = False) -> str:
-    r"""Return text as one line of Markdown that shows it as it is: no markup, no HTML, no end of a table's cell.
+    r"""Return text as one line of Markdown that shows it as it is.
+
+    No character of it acts as markup, as HTML or as the end of a cell.
 
     Args:
       text: any.

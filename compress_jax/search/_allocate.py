@@ -91,7 +91,10 @@ class _Program:
         )
 
     def solve(self, ceiling: float) -> list[int] | None:
-        """Return the best choice of options with values up to ``ceiling``, which is the scale of the objective too."""
+        """Return the best choice of options with values up to ``ceiling``.
+
+        ``ceiling`` is also the scale of the objective.
+        """
         if min(self.limits, default=0) < 0:
             return None
         fits = np.all(
@@ -224,7 +227,9 @@ class Allocation(Mapping[str, str]):
 def allocate(
     sensitivities: Sensitivities, max_bytes: float | None = None, max_bitops: float | None = None
 ) -> Allocation:
-    r"""Choose an option for each leaf: the least total sensitivity within the budgets, by an integer program.
+    r"""Choose an option for each leaf: the least total sensitivity within the budgets.
+
+    An integer program finds it.
 
     .. math:: \min_o \sum_p \Omega_p(o_p) \quad \text{with} \quad \sum_p bytes_p(o_p) \le B, \; \sum_p bitops_p(o_p) \le C
 
@@ -281,7 +286,10 @@ def allocate(
 
 
 def _together(names: dict[str, list[str]], first: Budget, second: Budget) -> ConfigError:
-    """Return the error of two budgets of which each can be met, but not both: what the first can reach beside the second."""
+    """Return the error of two budgets of which each can be met, but not both.
+
+    It says what the first can reach while the second is met.
+    """
     found = assign(first.table(names), [second.table(names)], [second.room]) or []
     chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
     return first.refusal(first.total(chosen), f" together with {second.name}={second.most}")

@@ -10,7 +10,10 @@ Amounts = dict[str, dict[str, int]]  # of each option of each leaf
 
 @dataclass(frozen=True)
 class Budget:
-    """One limit: its argument, its unit, the limit, what each option takes of it, and what is taken anyway."""
+    """One limit on the whole model.
+
+    ``amounts`` is the use of each option; ``anyway`` is the use that no option changes.
+    """
 
     name: str
     unit: str

@@ -74,7 +74,10 @@ def ingredients(**named: Any) -> dict[str, str]:
 
 
 class _Walk:
-    """The entries found so far, and the objects seen, which are kept alive so that their ids stay theirs."""
+    """The entries found so far, and the objects visited.
+
+    The objects are referenced, so that no other object takes their ids.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
@@ -217,7 +220,7 @@ class _Walk:
             self._globals(path, names, {**loaded, **_kept(value.__globals__, changed)})
 
     def _globals(self, path: str, names: set[str], space: dict[str, Any]) -> None:
-        """Visit what a function of one's own mentions; of one's own modules, what it mentions of them."""
+        """Visit the globals of user code; of user modules, the attributes it mentions."""
         for name in sorted(names & set(space)):
             value = space[name]
             self.visit(f"{path} > {name}", value)
@@ -234,7 +237,7 @@ class _Walk:
 
 
 def _fields(value: Any) -> list[tuple[str, Any]]:
-    """Return what an object holds by name, without what a Linen module has from where it was called."""
+    """Return an object's fields by name, without a Linen module's parent and name."""
     if isinstance(value, np.random.Generator):
         return [("state", value.bit_generator.state)]
     if dataclasses.is_dataclass(value):
@@ -292,7 +295,10 @@ def _cells(cells: Iterable[tuple[str, types.CellType]]) -> dict[str, Any]:
 
 
 def _kept(held: dict[str, Any], changed: dict[str, bool]) -> dict[str, Any]:
-    """Return the variables that are settings: not those a function assigns, nor the lists, dicts and sets it changes."""
+    """Return the variables that are settings.
+
+    Not among them: those a function assigns, and the lists, dicts and sets it changes.
+    """
     keeps = (list, dict, set, bytearray, collections.deque, np.ndarray)
     return {
         n: x
@@ -302,7 +308,10 @@ def _kept(held: dict[str, Any], changed: dict[str, bool]) -> dict[str, Any]:
 
 
 def _changed(code: types.CodeType) -> dict[str, bool]:
-    """Return variables from outside that a function may change: True if it assigns them, False if what is in them."""
+    """Return the outer variables that a function may change.
+
+    True if it assigns them, False if it changes their content.
+    """
     found: dict[str, bool] = {}
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
@@ -344,7 +353,7 @@ def _library_folders() -> tuple[str, ...]:
 
 @functools.cache
 def _is_library(file: str, module: str) -> bool:
-    """Tell whether code is installed, by its file, or by its module where it was made without one."""
+    """Return whether code is installed, by its file, or by its module if it has no file."""
     if file.startswith("<"):
         return file.startswith("<frozen") or _installed(sys.modules.get(module))
     return str(Path(file).resolve()).startswith(_library_folders())

@@ -68,7 +68,7 @@ def compress(
     metadata: dict[str, Any] | None = None,
     log_fn: Callable[[str], None] = print,
 ) -> Result:
-    """Find the smallest student that meets the requirement, and write it to ``workdir`` as one file.
+    """Find the smallest student that meets the requirement; write it as one file.
 
     First all of it is traced on shapes (see `check`), so that what cannot work is found before
     anything is trained. Then: data -> teacher -> student -> candidate: train under its compression,

@@ -1,4 +1,7 @@
-"""How sensitive a model is to each way of storing each of its leaves, and what that way costs: one table, made once."""
+"""Sensitivity and cost of every option for every leaf, in one table.
+
+Sensitivity is measured in the outputs or in the curvature of the loss.
+"""
 
 import json
 import math
@@ -36,7 +39,9 @@ Model = Callable[..., Any]  # (leaves by path, *inputs) -> outputs
 
 
 def divergence(expected: jax.Array, got: jax.Array) -> jax.Array:
-    r"""Return :math:`KL(softmax(expected) \| softmax(got))`, float32, in nats: over the last axis, a mean over the others.
+    r"""Return the mean :math:`KL(softmax(expected) \| softmax(got))` over the last axis.
+
+    It is float32, in nats.
 
     Example:
       >>> float(divergence(jnp.zeros((2, 3)), jnp.zeros((2, 3))))
@@ -106,7 +111,9 @@ def by_outputs(
 def by_fisher(
     model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], forms: Forms
 ) -> Scores:
-    r"""Score by the empirical Fisher, :math:`E[\sum_i (g_i \Delta w_i)^2]`, where g is the gradient of a batch's loss.
+    r"""Score by the empirical Fisher, :math:`E[\sum_i (g_i \Delta w_i)^2]`.
+
+    Here g is the gradient of a batch's loss.
 
     Args:
       model: ``(leaves, *inputs) -> loss``, a scalar.
@@ -149,7 +156,9 @@ def by_curvature(
     key: jax.Array,
     probes: int,
 ) -> Scores:
-    r"""Score by the mean eigenvalue of the loss's Hessian, :math:`tr(H_p) / n_p \cdot \|\Delta w_p\|^2`, as HAWQ-V2 does.
+    r"""Score by the mean Hessian eigenvalue, :math:`tr(H_p) / n_p \cdot \|\Delta w_p\|^2`.
+
+    This is the metric of HAWQ-V2.
 
     The traces of the diagonal blocks are estimated with Rademacher probes,
     :math:`E[v_p^\top (H v)_p]`, by derivatives of the gradient; a trace that comes out negative
@@ -214,7 +223,7 @@ def by_curvature(
 
 
 def unreached(scores: Scores, leaves: Leaves, forms: Forms) -> tuple[Scores, list[str]]:
-    """Give leaves that the batches say nothing about the scores of average ones, for as large a change.
+    """Give unreached leaves the scores of average ones, for as large a change.
 
     A leaf whose every form scores exactly 0 though it changes the leaf (a branch that never ran, an
     expert without tokens) was not reached: that is not to say that it does not matter.
@@ -303,7 +312,7 @@ Measure = Literal["fisher", "kl", "mse", "hutchinson"]
 
 @dataclass(frozen=True)
 class Sensitivities:
-    """One score, one size and one amount of work for each leaf and option: all that a budget is shared out by.
+    """Score, bytes and work of each leaf and option: what `allocate` shares a budget by.
 
     Attributes:
       measure: what the scores mean; smaller is better.
@@ -401,7 +410,7 @@ def sensitivities(
     max_bytes: float | None = None,
     max_bitops: float | None = None,
 ) -> Sensitivities:
-    r"""Measure what each way of storing each leaf does to the model, every other leaf left as it is.
+    r"""Measure what each option does to the model, one leaf at a time.
 
     With :math:`\Delta w` what the option changes in the leaf, the score is one of
 
@@ -560,7 +569,10 @@ def _forms(
 
 
 def _form(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
-    """Return one leaf under one option, or why it cannot take it; the very leaf if the option is to leave it alone."""
+    """Return one leaf under one option, or why it cannot take it.
+
+    An option that leaves the leaf alone returns the leaf itself.
+    """
     part = {path: x}
     try:
         state = option.init(part)
@@ -575,7 +587,7 @@ def _form(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
 def _work(
     sites: Mapping[str, SiteCost], leaves: Leaves, forms: Forms
 ) -> tuple[dict[str, dict[str, int]], dict[str, int], int]:
-    """Return bit-operations by leaf and option, MACs by leaf, and the bit-operations that no option changes.
+    """Return bit-operations by leaf and option, MACs by leaf, and what no option changes.
 
     A product that several parameters enter is shared out among them by size.
     """

@@ -1,4 +1,4 @@
-"""The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
+"""The artifact: one safetensors file that holds a packed model and its metadata.
 
 A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings
 ``format`` = ``"compress_jax"``, ``version``, and ``sha256`` = hex digest of the whole file as it is
@@ -84,7 +84,9 @@ def header_of(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def parsed(text: bytes | str, what: str) -> Any:
-    """Return JSON as Python, without what no writer of ours writes: names twice, NaN, numbers that are infinite.
+    """Return parsed JSON; refuse what `save` never writes.
+
+    Refused are duplicate names, NaN, and infinite numbers.
 
     Args:
       text: JSON in UTF-8.
@@ -201,7 +203,9 @@ def save(
     *,
     coded: bool = False,
 ) -> int:
-    """Write packed params to one file, atomically: a full disk or a kill leaves an old file as it was.
+    """Write packed params to one file, atomically.
+
+    A full disk or a kill leaves an older file as it was.
 
     Args:
       path: the file to write.
@@ -361,7 +365,7 @@ def _version(data: bytes, header: dict[str, Any]) -> int:
 
 
 def _content(text: str | bytes, wanted: set[str], limits: Limits) -> dict[str, Any]:
-    """Return the content of a file: an object of the entries it must have, the metadata among them."""
+    """Return the JSON content of a file, with the required entries and the metadata."""
     content = parsed(text, "its content")
     if not isinstance(content, dict) or content.keys() != wanted:
         raise ArtifactError(f"its content must have {', '.join(sorted(wanted))}, and nothing else")
@@ -414,7 +418,7 @@ def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
 
 
 def _ordered(data: bytes) -> bytes:
-    """Sort the header: safetensors writes its metadata in an order that differs from process to process."""
+    """Sort the header; safetensors writes its metadata in another order in every process."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(
         json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
@@ -424,12 +428,15 @@ def _ordered(data: bytes) -> bytes:
 
 
 def _reseal(data: bytes, old: str, new: str) -> bytes:
-    """Exchange the digest. It comes first: a quote in any other string of the header has a backslash before it."""
+    """Replace the digest in the header.
+
+    It comes first, and a quote in any other string of the header has a backslash before it.
+    """
     return data.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place, force it to disk, then rename it: it is there whole or not at all.
+    """Write a file atomically: write a temporary file, sync it to disk, then rename it.
 
     Args:
       path: the file; its directory is made.

@@ -83,7 +83,9 @@ def memory(node: Any) -> int:
 
 
 def intact(array: np.ndarray, where: str) -> None:
-    """See that the bytes of an array are those that its dtype has: of a bool 0 or 1, of an int4 the lower half.
+    """Check that the bytes of an array are valid for its dtype.
+
+    A bool is 0 or 1; an int4 fills only the lower half of its byte.
 
     Args:
       array: as it was read.

@@ -1,4 +1,4 @@
-"""The static fields of packed nodes as JSON has them: what each may be, and the value it stands for."""
+"""Static fields of packed nodes in JSON: their valid values, and how they are decoded."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -120,7 +120,10 @@ def _floating(value: Any) -> np.dtype:
 
 
 def _layout(value: Any) -> Layout:
-    """Return a layout whose axes exist and have one purpose each; fields with defaults may be missing at the end."""
+    """Return a layout whose axes exist and have one purpose each.
+
+    Fields with defaults may be missing at the end.
+    """
     given = _sequence(value)
     if not len(given) <= len(Layout._fields) or len(Layout._fields) - len(given) > len(
         Layout._field_defaults

@@ -1,4 +1,4 @@
-"""How much a file may claim before it is believed: its bytes in memory, its header, its arrays, its depth."""
+"""Limits on untrusted files: bytes in memory, header, number of arrays, depth."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Limits(NamedTuple):
 
 
 class Budget:
-    """Memory that a file may take: the file itself, what it is decoded to, and what `unpack` makes of that.
+    """The memory that a file may take once it is decoded and unpacked.
 
     Args:
       file_bytes: size of the file.

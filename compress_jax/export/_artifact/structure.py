@@ -1,4 +1,4 @@
-"""A packed tree as JSON structure plus named raw tensors, and back; what `artifact` puts into the file.
+"""A packed tree as a JSON structure and named tensors, and back.
 
 The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``,
 ``{"tuple": [...]}`` and ``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse,
@@ -94,7 +94,10 @@ def _key(key: Any, path: str) -> str | int:
 
 
 def _places(cls: Any, path: str) -> dict[str, str]:
-    """Return where each field of a node that holds tensors has them; an only one has the node's own place."""
+    """Return the name of each tensor field of a node.
+
+    A node with a single tensor uses the node's own name for it.
+    """
     names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
     return (
         {name: f"{path}.{name}" for name in names} if len(names) > 1 else dict.fromkeys(names, path)
@@ -224,7 +227,10 @@ def _listed(content: Any, path: str) -> list[Any]:
 
 
 def _pairs(content: Any, path: str) -> list[Any]:
-    """Return the entries of a dict after a look at its keys: JAX sorts them, so they must be all text or all integers."""
+    """Return the entries of a dict, whose keys must be all text or all integers.
+
+    JAX sorts the keys of a dict, and cannot sort a mixture.
+    """
     seen: dict[str | int, type] = {}
     for pair in _listed(content, path):
         if not (
@@ -274,7 +280,9 @@ def _made(cls: Any, content: Any, path: str, inside: dict[str, Any]) -> Any:
 
 
 def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Yield the name of every tensor a structure stands for, in its order, and what it holds if it is packed symbols.
+    """Yield the name of every tensor of a structure, in order.
+
+    With it comes the node of packed symbols that the tensor holds, or None.
 
     Args:
       structure: the JSON structure.

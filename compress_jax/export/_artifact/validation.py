@@ -1,4 +1,4 @@
-"""The one look at a tree between its checksum and its use: what a structure says, and whether its arrays agree."""
+"""Validate a tree after its checksum and before its use: the structure and its arrays."""
 
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from compress_jax.export._artifact.structure import Tensors, build, is_key, on_d
 
 
 def grammar(structure: Any, limits: Limits) -> int:
-    """See that a structure is one: containers, nodes of known kinds, their fields, each in its range.
+    """Check that a structure has containers, nodes of known kinds, and fields in range.
 
     Args:
       structure: from JSON.
@@ -45,7 +45,7 @@ def grammar(structure: Any, limits: Limits) -> int:
 
 
 def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limits) -> None:
-    """See that a structure agrees with the shapes and dtypes of its tensors, and count what they will take.
+    """Check a structure against the shapes and dtypes of its tensors; count its memory.
 
     Args:
       structure: from JSON.
@@ -152,7 +152,7 @@ def shallow(metadata: Any, limits: Limits) -> None:
 
 
 def _foreign(name: str, dtype: str) -> None:
-    """See that a dtype which is named is one, and that safetensors has it not; or that it is a kind of random key."""
+    """Check that a named dtype exists and is none of safetensors' own, or is a key type."""
     if dtype.startswith(KEY):
         if dtype.removeprefix(KEY) not in KEY_WORDS:
             raise refuse(

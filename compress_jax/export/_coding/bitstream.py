@@ -1,4 +1,4 @@
-"""The symbols of packed integers in NumPy, a piece at a time, so that memory stays small whatever the number of symbols."""
+"""Read the symbols of packed integers in NumPy, in chunks that bound the memory."""
 
 from collections.abc import Iterator
 

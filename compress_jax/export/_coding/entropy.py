@@ -1,4 +1,4 @@
-"""Entropy coding of small integers: tables of probabilities, and one asymmetric-numeral-systems stream for all of them."""
+"""Entropy coding of small integers: probability tables and one ANS stream for all."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -51,7 +51,9 @@ def quantized(counts: np.ndarray) -> np.ndarray:
 
 
 def probabilities(table: np.ndarray) -> np.ndarray:
-    """Return the probabilities of a table, float64; of exact powers and sixteen constants, the same on every machine.
+    """Return the probabilities of a table, float64, the same on every machine.
+
+    They are made of exact powers and sixteen constants.
 
     Example:
       >>> probabilities(np.array([16, 32, 255, 32], np.uint8)).tolist()

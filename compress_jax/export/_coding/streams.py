@@ -1,4 +1,4 @@
-"""The tensors of an artifact as few bytes: symbols at their entropy, all else by zstandard where that is smaller.
+"""The tensors of an artifact, entropy coded or compressed by zstandard.
 
 ``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see
 `entropy`), ``rest`` the bytes of all other tensors, one after the other, the bytes of equal
@@ -38,7 +38,9 @@ HEAD = 4  # bytes of a table beside its entries
 
 
 def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
-    """Return the group of each stream; streams of one group are described by the sum of their histograms.
+    """Return the group of each stream.
+
+    The sum of its streams' histograms describes a group.
 
     From every stream by itself on, the two groups whose union saves most are joined, until no union
     saves anything. The cost of a group is that of its symbols under its quantized table, and of the
@@ -195,7 +197,9 @@ def check(total: int, coded: Coded) -> None:
 
 
 def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
-    """Return shape and dtype of every tensor before anything is decoded, after a look at the whole index.
+    """Check the whole index, and return shape and dtype of every tensor.
+
+    Nothing is decoded before that.
 
     Args:
       structure: of the tree, known to be one.
@@ -269,7 +273,7 @@ def _spec(name: str, held: tuple[int, int] | None, entry: Any) -> Spec:
 
 
 def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[bytes]) -> None:
-    """See that the table of a stream is there, is as long as there are symbols, and lets some of them occur."""
+    """Check that a stream's table exists, has the right length and a possible symbol."""
     assert held is not None
     if not 0 <= entry < len(tables):
         raise refuse(
@@ -287,7 +291,7 @@ def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[byte
 
 
 def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield one tensor after the other, in the order of the tree; only one is held decoded at a time."""
+    """Yield the tensors in the order of the tree; only one is decoded at a time."""
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in coded.index["tables"]]
     decoder = Decoder(np.frombuffer(coded.ans, "<u4").astype(np.uint32))
     rest, start = unsqueezed(coded.rest, "its tensors"), 0

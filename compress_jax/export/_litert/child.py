@@ -1,4 +1,6 @@
-"""The process that converts and runs once: both are native code, and where it crashes it takes only this process along.
+"""Convert and run once, in a child process.
+
+Converter and runtime are native code: a crash of theirs ends this process alone.
 
 ``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and
 ``arrays.npz`` there, and writes ``model.tflite``, ``answer.json`` and what the model gives for the
@@ -50,7 +52,7 @@ class Product(NamedTuple):
 
 
 def products(data: bytes) -> tuple[Any, list[Product]]:
-    """Return the object tree of a flatbuffer and its operators that have weights and a bias, in order.
+    """Return a flatbuffer's object tree and its operators with weights and a bias.
 
     Args:
       data: the flatbuffer.
@@ -110,7 +112,7 @@ def _steps(tensor: Any) -> Any:
 
 
 def widened(data: bytes, ranges: Mapping[str, Any]) -> tuple[bytes, int]:
-    """Make the largest weight of every channel large enough for its bias to be a whole number of steps in int32.
+    """Raise each channel's scale until its bias is a whole number of int32 steps.
 
     Args:
       data: the float flatbuffer.
@@ -251,7 +253,7 @@ def _quantizer(data: bytes, name: str) -> Any:
 
 
 def operators(data: bytes) -> dict[str, bool]:
-    """Return the operators of a flatbuffer, and whether one of the kind has a constant among its inputs.
+    """Return the operators of a flatbuffer, and whether one of a kind has a constant input.
 
     Args:
       data: its bytes.
@@ -312,7 +314,7 @@ def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
 def put_ranges(
     data: bytes, ranges: dict[str, Any], job: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Put our ranges in the place of those that the quantizer measured, for every tensor that is a site's activation.
+    """Replace the ranges that the quantizer measured by those of the sites' activations.
 
     LiteRT keeps images as JAX does, so that such a tensor equals the activation entry by entry on
     the same example.

@@ -42,7 +42,7 @@ def to_litert(
     weights: Literal["dynamic", "stored"] = "dynamic",
     tolerance: float | None = None,
 ) -> Exported:
-    """Write a function and its params as a LiteRT flatbuffer, and see that LiteRT computes the same.
+    """Write a function and its params as a LiteRT flatbuffer, and verify it in LiteRT.
 
     With a static quantizer ``how`` the model computes in int8: activations on our grids wherever a
     tensor of the flatbuffer is the activation of a site, on grids of the same calibration batches
@@ -126,7 +126,7 @@ def _recipe(params: Params, weights: str) -> str:
 def _in_a_child(
     simulated: Simulation, inputs: Sequence[np.ndarray], batches: Sequence[Any], recipe: str
 ) -> tuple[bytes, dict[str, Any], list[np.ndarray]]:
-    """Return the flatbuffer, what became of the sites, and what the runtime makes of the example."""
+    """Return the flatbuffer, the result for each site, and the runtime's outputs."""
     names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
     fn, dense = simulated.fn, simulated.dense
     lowered = jax.jit(lambda *x: fn(dense, *x), keep_unused=True).lower(

@@ -1,4 +1,4 @@
-"""What an exported graph must pass before it is written: the checker, the runtime, its integer kernels, the numbers."""
+"""Checks of an exported graph: the ONNX checker, the runtime, integer kernels, numbers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -24,7 +24,9 @@ def valid(model: Any) -> None:
 
 
 def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
-    """Return the quantized sites that the runtime would compute in floats all the same, slower than without quantization.
+    """Return the quantized sites that the runtime would compute in floats.
+
+    They would be slower than without quantization.
 
     Args:
       model: with QDQ nodes.

@@ -77,7 +77,7 @@ def _pool(name: str, out: str, window: list[int]) -> list[Any]:
 
 
 def windows(model: Any) -> None:
-    """Exchange every ``Unsqueeze - Unsqueeze - MaxPool or Conv - Squeeze`` that the converter wrote for a window.
+    """Replace ``Unsqueeze - Unsqueeze - MaxPool or Conv - Squeeze`` by one window node.
 
     It makes of any window, of whatever axes, a pool or a convolution with ones over all axes of
     ``x[None, None]``, more than the runtime has kernels for: what it wants is a pool of those axes
@@ -126,7 +126,7 @@ def _unsqueezed(each: Any, constants: Any, made: Any) -> str:
 
 
 def _window(each: Any, constants: Any) -> list[int]:
-    """Return the window of a pool, or of a convolution with ones, over one channel; empty if it is neither."""
+    """Return the window of a pool or of a convolution with ones; empty if it is neither."""
     if each.op_type == "MaxPool":
         return [int(n) for n in g.attribute(each, "kernel_shape", [])]
     kernel = constants.get(each.input[1]) if len(each.input) == 2 else None
@@ -283,7 +283,7 @@ def _specs(inputs: Sequence[np.ndarray], dynamic: bool) -> list[jax.ShapeDtypeSt
 def _operations(
     flat: Callable[..., Any], specs: Sequence[Any], weights: Sequence[Any]
 ) -> Callable[..., Any]:
-    """Return a function that the converter sees as JAX's primitives: nothing in it has a name that it would recognise."""
+    """Return a function whose jaxpr has no named calls that the converter would recognize."""
     traced = jax.make_jaxpr(flat)(*specs, *weights)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         made = jax.make_jaxpr(plain(traced, [True] * len(specs) + [False] * len(weights)))(
@@ -294,7 +294,7 @@ def _operations(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter's remarks about itself off the terminal, and let its own layers broadcast as they do."""
+    """Silence the converter's warnings, and let its own layers promote dtypes."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -332,7 +332,10 @@ def baked(model: Any, leaves: Mapping[str, np.ndarray]) -> Any:
 
 
 def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
-    """Turn the inputs that are parameters into constants; one that the function does not use has gone already."""
+    """Turn the parameters among the inputs into constants.
+
+    Inputs that the function does not use are gone already.
+    """
     left = [each for each in model.graph.input if each.name not in leaves]
     for each in model.graph.input:
         if each.name in leaves:
@@ -342,7 +345,10 @@ def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) -> None:
-    """Write the shapes of reshapes as constants, -1 where the batch decides: a chain of small nodes less for each."""
+    """Write the shapes of reshapes as constants, with -1 for the batch axis.
+
+    This removes a chain of small nodes for each.
+    """
     known = {each.name for each in model.graph.initializer}
     reshapes = [
         each

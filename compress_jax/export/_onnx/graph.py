@@ -17,7 +17,10 @@ def initializers(graph: Any) -> dict[str, np.ndarray]:
 
 
 def add(graph: Any, name: str, value: np.ndarray, kind: int | None = None) -> str:
-    """Add a constant; ``kind`` is an ONNX type that NumPy does not know, its values given as small integers."""
+    """Add a constant.
+
+    ``kind`` is an ONNX type without a NumPy dtype; its values are given as small integers.
+    """
     if kind is None:
         tensor = extra("onnx.numpy_helper", "onnx").from_array(np.asarray(value, order="C"), name)
     else:
@@ -45,7 +48,7 @@ def producers(graph: Any) -> dict[str, Any]:
 
 
 def consumers(graph: Any) -> dict[str, list[Any]]:
-    """Return the nodes that take each tensor, a node as often as it does; ``None`` stands for the graph's output."""
+    """Return the consumers of each tensor, once for each use; None is the graph's output."""
     found: dict[str, list[Any]] = {}
     for each in graph.node:
         for name in each.input:
@@ -71,7 +74,7 @@ def replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
 
 
 def prune(model: Any) -> Any:
-    """Drop nodes and constants that no output needs, and shapes that may be stale; return the model."""
+    """Drop unused nodes, unused constants and stale shapes; return the model."""
     graph, needed = model.graph, {out.name for out in model.graph.output}
     kept = []
     for each in reversed(graph.node):

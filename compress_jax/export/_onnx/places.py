@@ -33,7 +33,7 @@ class Placed:
 
     @property
     def channel(self) -> int | None:
-        """The weight's axis of output channels; None if the runtime has no integer kernel for such a node."""
+        """The weight's axis of output channels; None if there is no integer kernel for the node."""
         if self.node.op_type == "Conv":
             return 0
         if self.data or self.weight.values.ndim != 2:

@@ -18,7 +18,7 @@ from compress_jax.trace._jaxpr.primitives import Branches, Call, Scan, While, ne
 
 
 def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:
-    """Return a jaxpr as a function whose calls are inlined and whose operations are in the converter's layouts.
+    """Return a jaxpr as a function with inlined calls, in the converter's layouts.
 
     Args:
       jaxpr: of the function.
@@ -38,7 +38,9 @@ def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:
 
 
 def live(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Return a jaxpr without the equations and captured arrays that no result needs (random keys of an initial state, say).
+    """Return a jaxpr without unused equations and captured arrays.
+
+    Random keys of an initial state are an example.
 
     Args:
       jaxpr: any.
@@ -165,7 +167,7 @@ def _dot(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
 
 
 def _conv(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
-    """Write a convolution with channels last, unless its layout is one that the converter has a rule for."""
+    """Write a convolution with channels last, unless the converter supports its layout."""
     numbers, rank = eqn.params["dimension_numbers"], arrays[0].ndim
     window = tuple(range(2, rank))
     first, last = (0, 1, *window), (0, rank - 1, *range(1, rank - 1))
@@ -188,7 +190,7 @@ def _window_min(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
 
 
 def _window(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
-    """Write a reduction of windows that starts from any number as one that starts from its neutral element."""
+    """Write a window reduction with any initial value as one that starts from the identity."""
     kind = _reducer(eqn)
     if len(arrays) != 2 or kind not in ("max", "min"):
         return None

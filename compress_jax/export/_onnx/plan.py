@@ -1,4 +1,4 @@
-"""Which graph is written: the way of conversion that leaves most sites in integers, and what cannot be and why."""
+"""Choose the conversion that leaves most sites in integers, and report the others."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -118,7 +118,7 @@ def _end(taken: Mapping[str, list[Any]], name: str) -> str:
 
 
 def _results(graph: Any, nodes: Iterable[Any], codes: Codes) -> list[str]:
-    """Note what convolutions return as quantized, with the grid of what it becomes by moves; return what has no grid.
+    """Note which outputs of convolutions are quantized, and return the ungridded ones.
 
     So are the sums of two such results: the Relu behind a residual sum would keep it in floats.
     """
@@ -142,7 +142,7 @@ def _results(graph: Any, nodes: Iterable[Any], codes: Codes) -> list[str]:
 
 
 def _without_relu(graph: Any, codes: Codes) -> None:
-    """Drop every Relu whose result is quantized with the zero point 0, for that clips at 0 as well."""
+    """Drop every Relu whose result has zero point 0: quantizing it clips at 0 as well."""
     made, taken, dropped = g.producers(graph), g.consumers(graph), set()
     for each in graph.node:
         name = each.output[0] if each.output else ""
@@ -230,7 +230,7 @@ def _rewrite(
 def _weights(
     graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool
 ) -> tuple[list[Any], list[str]]:
-    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that do so, and a note."""
+    """Give a node int8 weight codes and int32 bias codes; return the new nodes and a note."""
     found = int8(placed)
     assert not isinstance(found, str) and placed.channel is not None
     levels, scale = found
@@ -368,7 +368,7 @@ def _lost(made: Plan) -> bool:
 def _planned(
     fn: ModelFn, params: Params, inputs: Sequence[np.ndarray], asked: Asked, way: Way
 ) -> Plan:
-    """Convert in one way; leave out site after site until the runtime computes the others in integers."""
+    """Convert in one way; leave out sites until the runtime computes the rest in integers."""
     leaves, rebuild = flatten(params)
     keys = {path: x for path, x in leaves.items() if is_key(x)}
     arrays = {path: np.asarray(to_dense(x)) for path, x in leaves.items() if path not in keys}
@@ -403,7 +403,7 @@ def _planned(
 
 
 def _settled(converted: Any, packed: PyTree) -> tuple[Any, dict[str, Weight]]:
-    """Return the optimised float graph with other values for its parameters, and its weights by the names of constants."""
+    """Return the optimized float graph with other parameters, and its weights' names."""
     leaves = {path: x for path, x in flatten(packed)[0].items() if not is_key(x)}
     model = baked(converted, {path: np.asarray(to_dense(x)) for path, x in leaves.items()})
     weights = settle(model, {path: Weight.of(path, x) for path, x in leaves.items()})

@@ -47,7 +47,10 @@ def _level(level: str) -> str:
 
 
 def optimised(model: Any, level: str) -> Any:
-    """Return the graph that the runtime makes of a model; at ``"BASIC"`` of standard operators only."""
+    """Return the graph that the runtime optimizes a model to.
+
+    At ``"BASIC"`` it has standard operators only.
+    """
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "optimised.onnx")
         session(model, level, save=file)

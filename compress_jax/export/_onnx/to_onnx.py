@@ -29,7 +29,7 @@ WHOLE = 128  # block where one scale serves a whole channel
 
 
 def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
-    """Exchange a matrix product for one that takes 4- or 8-bit blocks (``MatMulNBits``), if there is one.
+    """Replace a matrix product by ``MatMulNBits``, which takes 4- or 8-bit blocks, if it can.
 
     Args:
       model: changed.
@@ -79,7 +79,7 @@ def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
 
 
 def _block(scale: np.ndarray, zero: np.ndarray) -> int:
-    """Return the largest block along the first axis in which scale and zero are one number; 0 if none is."""
+    """Return the largest block along axis 0 with one scale and zero point; 0 if none is."""
     sizes = [WHOLE, *(size for size in reversed(BLOCKS) if size != WHOLE)]
     whole = (scale == scale[:1]).all() and (zero == zero[:1]).all()
     for size in sizes if whole else reversed(BLOCKS):
@@ -115,7 +115,9 @@ def _import(model: Any) -> None:
 
 
 def unfold(model: Any, name: str, weight: Weight) -> str:
-    """Keep a constant as integers and scales; ``Cast - Sub - Mul`` gives it back, once, when the runtime loads the file.
+    """Store a constant as integers and scales.
+
+    ``Cast - Sub - Mul`` restores it, once, when the runtime loads the file.
 
     Args:
       model: changed.
@@ -174,7 +176,7 @@ def to_onnx(
     accuracy_level: int = 4,
     tolerance: float | None = None,
 ) -> Exported:
-    r"""Write a function and its params as an ONNX file, and see that ONNX Runtime computes the same.
+    r"""Write a function and its params as an ONNX file, and verify it in ONNX Runtime.
 
     What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer
     ``how`` the contractions run in integers: activations as uint8, :math:`x = s (q - z)` with the

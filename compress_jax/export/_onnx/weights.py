@@ -1,4 +1,4 @@
-"""Parameters on their way through a graph: moved, folded with batch norm, and split into small integers and scales."""
+"""Parameters of a graph: moved, folded with batch norm, split into integers and scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class Weight:
         return replace(self, moved=True, **parts)
 
     def scaled(self, factor: np.ndarray) -> "Weight":
-        """Return the weight times ``factor``, which broadcasts: its codes stay what they are, but for their sign."""
+        """Return the weight times ``factor``, which broadcasts; codes change only their sign."""
         values = self.values * factor
         if self.codes is None or self.zero is None or self.scale is None:
             return replace(self, values=values)
@@ -77,7 +77,7 @@ class Weight:
         return self.codes - self.zero
 
     def per_channel(self, axis: int) -> np.ndarray | None:
-        """Return one scale for each index of an axis; None if entries of one index differ in theirs."""
+        """Return one scale for each index of an axis; None if one index has several."""
         if self.scale is None:
             return None
         rows = np.moveaxis(self.scale, axis, 0).reshape(self.scale.shape[axis], -1)
@@ -104,7 +104,9 @@ def compact(x: np.ndarray) -> np.ndarray:
 
 
 def settle(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Make every move of a parameter now, so that nodes take constants; fold batch norm into convolutions.
+    """Apply every move of a parameter now, so that nodes take constants.
+
+    Batch norm is folded into convolutions on the way.
 
     Args:
       model: from `convert`; changed.
@@ -150,7 +152,7 @@ def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
 def _fold_batch_norm(
     graph: Any, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]
 ) -> None:
-    """Multiply the kernels of convolutions by the scale of the batch norm behind them; each channel's codes stay."""
+    """Fold the scale of a batch norm into the convolution before it; codes stay."""
     made, taken = g.producers(graph), g.consumers(graph)
     for norm in [each for each in graph.node if each.op_type == "BatchNormalization"]:
         conv, numbers = made.get(norm.input[0]), [constants.get(name) for name in norm.input[1:5]]
@@ -183,7 +185,7 @@ def _fold_batch_norm(
 
 
 def _named(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Write the moved weights as constants, named after their parameters; return those that are taken."""
+    """Write the moved weights as constants named after their parameters; return their names."""
     graph, result = g.prune(model).graph, {}
     taken = g.consumers(graph)
     there = {each.name: each for each in graph.initializer}

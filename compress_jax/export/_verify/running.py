@@ -28,7 +28,9 @@ SUFFIXES = (".onnx", ".tflite", ".stablehlo")
 
 
 def runner(path: Path, threads: int = 0) -> Runner:
-    """Return a function that runs a file: ``.onnx``, ``.tflite``, or ``.stablehlo`` (which always uses all threads).
+    """Return a function that runs a ``.onnx``, ``.tflite`` or ``.stablehlo`` file.
+
+    A StableHLO program always uses all threads.
 
     Args:
       path: the file.
@@ -61,7 +63,10 @@ def present(path: Path) -> None:
 
 
 def _named(path: Path, what: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose every error is an ExportError that names the file; runtimes' own have no common root."""
+    """Return a function that raises an ExportError naming the file for every error.
+
+    The runtimes' own exceptions have no common base.
+    """
 
     def call(*args: Any) -> Any:
         try:
@@ -246,7 +251,7 @@ def _answer(path: Path, folder: Path, done: subprocess.CompletedProcess[bytes]) 
 
 
 def _environment() -> dict[str, str]:
-    """Return the child's environment: this package, this precision, and a device that two processes may share."""
+    """Return the child's environment: package path, matmul precision, shared device memory."""
     root = str(Path(__file__).parents[3])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     found = {
@@ -297,7 +302,7 @@ def _times(
 
 
 def _confine(room: int) -> None:
-    """Let this process grow by so many bytes and no further, and leave no core file; where there are such limits."""
+    """Limit how much this process may grow, and disable core files, where the OS can."""
     with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
         import resource
 
