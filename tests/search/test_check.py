@@ -42,13 +42,19 @@ def grows(params, state, **_):
 
 BASE = cj.identity()
 CANDIDATES = {
-    "a glob that matches nothing": (lambda: cj.at("**/kernels", cj.quantize.uniform(4)), "matches no leaf"),
-    "one inside a chain": (lambda: cj.chain(cj.identity(), cj.at("x/**", cj.prune.magnitude(0.5))), "matches no leaf"),
-    "one of rules": (lambda: cj.rules([("**/kernel", cj.identity()), ("nothing", cj.identity())]), "nothing"),
-    "groups that do not divide": (lambda: cj.at("**/kernel", cj.quantize.uniform(4, granularity=7)), "7"),
-    "a view of another shape": (lambda: BASE._replace(view=lambda p, s: jax.tree.map(lambda x: x[None], p)), "view"),
+    "a glob that matches nothing": (lambda: cj.at("**/kernels", cj.quantize.uniform(4)),
+        "matches no leaf"),
+    "one inside a chain": (lambda: cj.chain(cj.identity(), cj.at("x/**",
+        cj.prune.magnitude(0.5))), "matches no leaf"),
+    "one of rules": (lambda: cj.rules([("**/kernel", cj.identity()), ("nothing", cj.identity())]),
+        "nothing"),
+    "groups that do not divide": (lambda: cj.at("**/kernel", cj.quantize.uniform(4,
+        granularity=7)), "7"),
+    "a view of another shape": (lambda: BASE._replace(view=lambda p,
+        s: jax.tree.map(lambda x: x[None], p)), "view"),
     "a view of another dtype": (
-        lambda: BASE._replace(view=lambda p, s: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p)), "view",
+        lambda: BASE._replace(view=lambda p, s: jax.tree.map(lambda x: x.astype(jnp.bfloat16),
+        p)), "view",
     ),
     "an update that grows its state": (lambda: BASE._replace(update=grows), "update"),
     "an init that fails": (lambda: BASE._replace(init=lambda p: p["nowhere"]), "KeyError"),
@@ -195,8 +201,10 @@ def test_a_drop_of_one_is_told_what_it_means():
 
 
 @pytest.mark.parametrize("changes", [
-    {"candidates": []}, {"candidates": None}, {"candidates": ("int4",)}, {"data": {}}, {"student": None}, {"seed": -1},
-    {"seed": 1.5}, {"coded": 1}, {"teacher_dtype": "int8"}, {"teacher_dtype": "floot"}, {"requirement": 0.01},
+    {"candidates": []}, {"candidates": None}, {"candidates": ("int4",)}, {"data": {}},
+    {"student": None}, {"seed": -1},
+    {"seed": 1.5}, {"coded": 1}, {"teacher_dtype": "int8"}, {"teacher_dtype": "floot"},
+    {"requirement": 0.01},
     {"mesh": 8}, {"teacher": 3},
 ])  # fmt: skip
 def test_fields_of_an_experiment(changes, experiment):

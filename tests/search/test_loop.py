@@ -1,4 +1,4 @@
-"""The loop on blobs: who is tried, what is written, and that nothing is trained twice or believed unseen."""
+"""The loop on blobs: which candidates are tried, what is written, what is trained once."""
 
 import dataclasses
 import json
@@ -132,7 +132,8 @@ def test_the_artifact_says_what_it_is(run, distilled):
         "Quantized"
     ] * 3
     assert metadata == {
-        "experiment": "blobs", "name": "int4", "model": "LeNet300100(classes=3, hidden=(24, 16))", "data": "blobs",
+        "experiment": "blobs", "name": "int4", "model": "LeNet300100(classes=3, hidden=(24, 16))",
+        "data": "blobs",
         "data_sha256": "0" * 64, "validation": result.chosen.validation, "arguments": {"bits": 4},
         "left_alone": {"no pattern matches it": ["dense_0/bias", "dense_1/bias", "head/bias"]},
     }  # fmt: skip
@@ -210,7 +211,10 @@ def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_pa
 def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
     run, distilled, experiment, training, tmp_path
 ):
-    """With a term of the logits alone it is the loss of each example; a hint's regressor is trained, and never shipped."""
+    """A term of the logits alone is the loss of each example.
+
+    A hint's regressor is trained, and never shipped.
+    """
     student, teacher = (
         distilled.student,
         Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors"),
@@ -253,7 +257,7 @@ def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
 def test_the_float32_student_may_learn_from_labels_alone(
     run, distilled, experiment, training, tmp_path
 ):
-    """With a teacher for the candidates only, it is the very student of an experiment that has no teacher."""
+    """With a teacher for the candidates only, the student is that of labels alone."""
     about = {"student": distilled.student, "requirement": Requirement(max_drop=0.99)}
     none = Candidate("none", cj.identity(), training(1))
     alone = compress(experiment(**about, candidates=(none,)), tmp_path / "alone", log_fn=silent)

@@ -16,6 +16,7 @@ zstandard, with the entry ``index`` besides; ``ans`` and ``rest`` hold the tenso
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -45,14 +46,25 @@ from compress_jax.export._coding.streams import (
     unsqueezed,
 )
 
-# The safetensors container, read with no trust: text and tensors of a file, every number of its
-# header looked at.
-
-
+LIMITS = Limits()
+FORMAT = "compress_jax"
+PLAIN = 1
+VERSION = 2
+BLANK = "0" * 64  # in place of the digest while the digest is computed
 DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], int]:
@@ -130,7 +142,7 @@ def _constant(text: str) -> float:
 
 
 def tensors_of(
-    data: bytes, header: dict[str, Any], start: int, seen: Callable[[int], None]
+    data: bytes, header: dict[str, Any], start: int, check_count: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a container; they share its memory.
 
@@ -138,7 +150,7 @@ def tensors_of(
       data: the file.
       header: of `header_of`.
       start: where its tensors begin.
-      seen: called with how many tensors there are.
+      check_count: called with the number of tensors before any is made.
 
     Returns:
       ``{name: array}``.
@@ -147,8 +159,9 @@ def tensors_of(
       ArtifactError: if an entry says anything that is not so.
     """
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    seen(len(entries))
-    tensors, spans = {}, []
+    check_count(len(entries))
+    tensors: dict[str, np.ndarray] = {}
+    spans = []
     for name, entry in entries.items():
         dtype, shape, (begin, end) = _entry(name, entry)
         size = math.prod(shape) * dtype.itemsize
@@ -159,20 +172,23 @@ def tensors_of(
                 f"to {end:,} for it",
             )
         spans.append((begin, end))
-        flat = (
-            np.frombuffer(data, dtype, math.prod(shape), start + begin)
-            if size
-            else np.zeros(0, dtype)
-        )
+        flat = np.zeros(0, dtype)  # np.frombuffer refuses to read nothing
+        if size:
+            flat = np.frombuffer(data, dtype, math.prod(shape), start + begin)
         tensors[name] = flat.reshape(shape)
+    _require_tiling(spans, start, len(data))
+    return tensors
+
+
+def _require_tiling(spans: list[tuple[int, int]], start: int, size: int) -> None:
+    """Check that tensors follow one another without a gap, up to the end of the file."""
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
             raise ArtifactError(f"its tensors overlap or leave a gap at byte {start + at:,}")
         at = end
-    if start + at != len(data):
-        raise ArtifactError(f"{len(data) - start - at:,} bytes at its end belong to no tensor")
-    return tensors
+    if start + at != size:
+        raise ArtifactError(f"{size - start - at:,} bytes at its end belong to no tensor")
 
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
@@ -180,7 +196,8 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int,
         raise refuse(
             name, "a tensor has a dtype, a shape and data_offsets, nothing less and nothing more"
         )
-    dtype, offsets = entry["dtype"], entry["data_offsets"]
+    dtype = entry["dtype"]
+    offsets = entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(name, f"the dtype {dtype!r} is none that compress_jax writes")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
@@ -190,10 +207,6 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int,
     except ValueError as error:
         raise refuse(name, f"the shape is wrong: {error}") from error
     return np.dtype(DTYPES[dtype]), shape, (offsets[0], offsets[1])
-
-
-LIMITS = Limits()
-FORMAT, PLAIN, VERSION, BLANK = "compress_jax", 1, 2, "0" * 64
 
 
 def save(
@@ -241,10 +254,9 @@ def load(
 ) -> tuple[Any, dict[str, Any]]:
     """Read a file that `save` wrote.
 
-    A file is looked at before it is believed: its checksum, then every number of its header and its
-    structure, then memory is allocated, then codes, masks and their shapes are held against each
-    other. So a file that was made to do harm costs an error, and neither the process nor its
-    memory.
+    A file is validated before it is used: its checksum, then every number of its header and its
+    structure; then memory is allocated; then codes, masks and shapes are compared with each other.
+    So a malicious file raises an error, and neither crashes the process nor fills its memory.
 
     Args:
       path: the file.
@@ -303,29 +315,37 @@ def opened(
         budget.parse(min(int.from_bytes(data[:8], "little"), len(data)), limits, "its header")
         header, start = header_of(data)
         version = _version(data, header)
-        count = lambda n: few(n, limits)  # noqa: E731
-        tensors = tensors_of(data, header, start, count)
+        tensors = tensors_of(data, header, start, functools.partial(few, limits=limits))
         if version == PLAIN:
-            text = header["__metadata__"]["content"]
-            budget.parse(len(text), limits, "its content")
-            content = _content(text, {"tree", "metadata"}, limits)
-            specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
-            survey(content["tree"], specs, budget, limits)
-            return content, tensors
-        pieces = _pieces(tensors)
-        budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
-        content = _content(
-            unsqueezed(pieces["content"], "its content"), {"tree", "metadata", "index"}, limits
-        )
-        grammar(content["tree"], limits)
-        coded = Coded(content["index"], pieces["ans"], pieces["rest"])
-        survey(content["tree"], specified(content["tree"], coded), budget, limits)
-        return content, coded
+            return _opened_plain(header["__metadata__"]["content"], tensors, budget, limits)
+        return _opened_coded(tensors, budget, limits)
+
+
+def _opened_plain(
+    text: str, tensors: Tensors, budget: Budget, limits: Limits
+) -> tuple[dict[str, Any], Tensors]:
+    budget.parse(len(text), limits, "its content")
+    content = _content(text, {"tree", "metadata"}, limits)
+    specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
+    survey(content["tree"], specs, budget, limits)
+    return content, tensors
+
+
+def _opened_coded(tensors: Tensors, budget: Budget, limits: Limits) -> tuple[dict[str, Any], Coded]:
+    pieces = _pieces(tensors)
+    # The size that the JSON unpacks to is checked before it is unpacked.
+    budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
+    text = unsqueezed(pieces["content"], "its content")
+    content = _content(text, {"tree", "metadata", "index"}, limits)
+    grammar(content["tree"], limits)
+    coded = Coded(content["index"], pieces["ans"], pieces["rest"])
+    survey(content["tree"], specified(content["tree"], coded), budget, limits)
+    return content, coded
 
 
 @contextlib.contextmanager
 def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let every ArtifactError name the file."""
+    """Begin every ArtifactError with the name of the file."""
     try:
         yield
     except ArtifactError as error:
@@ -333,7 +353,7 @@ def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _version(data: bytes, header: dict[str, Any]) -> int:
-    """Return the version of a container after a look at its strings and its digest."""
+    """Check the strings and the digest of a container, and return its version."""
     strings = header.get("__metadata__", {})
     if not isinstance(strings, dict) or strings.get("format") != FORMAT:
         raise ArtifactError(

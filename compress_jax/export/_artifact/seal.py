@@ -4,7 +4,8 @@ import hashlib
 
 from compress_jax.core.errors import ExportError
 
-MARK, DIGITS = b"compress_jax sha256 ", 64
+MARK = b"compress_jax sha256 "
+DIGITS = 64
 
 
 def sealed(data: bytes) -> bytes:

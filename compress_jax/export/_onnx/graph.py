@@ -1,4 +1,4 @@
-"""What a graph of ONNX nodes is asked for again and again."""
+"""Queries and edits of a graph of ONNX nodes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -30,7 +30,7 @@ def add(graph: Any, name: str, value: np.ndarray, kind: int | None = None) -> st
 
 
 def node(op: str, inputs: Iterable[str], output: str, **attributes: Any) -> Any:
-    """Return a node of one result, called after it."""
+    """Return a node with one result, which also names it."""
     return extra("onnx.helper", "onnx").make_node(
         op, list(inputs), [output], name=f"{op}:{output}", **attributes
     )
@@ -59,7 +59,7 @@ def consumers(graph: Any) -> dict[str, list[Any]]:
 
 
 def rename(graph: Any, old: str, new: str) -> None:
-    """Let every node take ``new`` where it took ``old``."""
+    """Replace the input ``old`` of every node by ``new``."""
     for each in graph.node:
         for i, name in enumerate(each.input):
             if name == old:
@@ -67,7 +67,7 @@ def rename(graph: Any, old: str, new: str) -> None:
 
 
 def replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
-    """Exchange the nodes of a graph."""
+    """Replace all nodes of a graph."""
     nodes = list(nodes)
     del graph.node[:]
     graph.node.extend(nodes)
@@ -75,13 +75,14 @@ def replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
 
 def prune(model: Any) -> Any:
     """Drop unused nodes, unused constants and stale shapes; return the model."""
-    graph, needed = model.graph, {out.name for out in model.graph.output}
-    kept = []
+    graph = model.graph
+    needed = {out.name for out in graph.output}
+    nodes = []
     for each in reversed(graph.node):
         if needed & set(each.output):
-            kept.append(each)
+            nodes.append(each)
             needed |= set(each.input)
-    replace_nodes(graph, reversed(kept))
+    replace_nodes(graph, reversed(nodes))
     constants = [each for each in graph.initializer if each.name in needed]
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(constants)
