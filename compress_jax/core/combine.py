@@ -132,7 +132,7 @@ class _Rules(NamedTuple):
 
     def skipped(self, params: Params) -> dict[str, str]:
         parts, left, _ = self.split(params)
-        reasons = dict.fromkeys(left, "no pattern matches it")
+        reasons = dict.fromkeys(left, "no pattern matches")
         for c, part in parts:
             reasons.update(c.skipped(part))
         return {path: reasons[path] for path in flatten(params)[0] if path in reasons}
@@ -167,7 +167,7 @@ def at(pattern: Patterns, compression: Compression) -> Compression:
       >>> from compress_jax.core.leafwise import leafwise
       >>> c = at("**/kernel", leafwise(lambda x, l, f: 2 * x))
       >>> c.skipped({"dense": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}})
-      {'dense/bias': 'no pattern matches it'}
+      {'dense/bias': 'no pattern matches'}
     """
     return rules([(pattern, compression)])
 

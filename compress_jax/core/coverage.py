@@ -188,7 +188,7 @@ def coverage(
       >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
       >>> table = coverage(at("**/kernel", leafwise(lambda x, learned, fixed: 2 * x)), params)
       >>> table["dense/bias"].reason, table.nbytes
-      ('no pattern matches it', 24)
+      ('no pattern matches', 24)
     """
     if compression is None:
         return Coverage(

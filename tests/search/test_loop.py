@@ -135,7 +135,7 @@ def test_the_artifact_says_what_it_is(run, distilled):
         "experiment": "blobs", "name": "int4", "model": "LeNet300100(classes=3, hidden=(24, 16))",
         "data": "blobs",
         "data_sha256": "0" * 64, "validation": result.chosen.validation, "arguments": {"bits": 4},
-        "left_alone": {"no pattern matches it": ["dense_0/bias", "dense_1/bias", "head/bias"]},
+        "left_alone": {"no pattern matches": ["dense_0/bias", "dense_1/bias", "head/bias"]},
     }  # fmt: skip
 
 
