@@ -9,5 +9,5 @@ __all__ = ["main"]
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names."""
     return sorted(__all__)

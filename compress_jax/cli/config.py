@@ -58,7 +58,7 @@ def build(config: Callable[..., Any], arguments: dict[str, Any]) -> "Experiment"
       arguments: its parameters by name.
 
     Returns:
-      What it returns, which is seen to be an Experiment.
+      The Experiment it returns.
 
     Raises:
       ConfigError: if it fails, or returns something else.
@@ -98,12 +98,11 @@ def _explained(path: Path) -> Iterator[None]:
     except CompressError:
         raise
     except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename) == path
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
+        line = lines[-1] if lines else None
+        if isinstance(error, SyntaxError):
+            line = error.lineno
         where = f"{path}, line {line}" if line else str(path)
         raise ConfigError(
             f"{where}: {type(error).__name__}: {error} (--debug shows the whole trace)"

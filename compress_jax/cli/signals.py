@@ -29,7 +29,7 @@ class Stop:
     """Whether a signal came.
 
     Attributes:
-      stopped: what was raised; it is kept here because code that runs outside Python may hide an
+      stopped: what was raised; it is stored here because code that runs outside Python may hide an
         exception.
     """
 
@@ -57,11 +57,9 @@ def stopped_by_signals() -> Iterator[Stop]:
       stopped by SIGTERM True
     """
     stop = Stop()
-    signals = (
-        (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread()
-        else ()
-    )
+    signals: tuple[signal.Signals, ...] = ()
+    if threading.current_thread() is threading.main_thread():
+        signals = (signal.SIGINT, signal.SIGTERM)
 
     def handle(signum: int, frame: FrameType | None) -> None:
         stop.stopped = Stopped(signum)

@@ -20,7 +20,10 @@ from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
 from compress_jax.report._read import RUN_FORM, RUN_VERSION
 
-CONFIG, RUN, LOG, LOCK = "config.py", "run.json", "log.txt", ".lock"
+CONFIG = "config.py"
+RUN = "run.json"
+LOG = "log.txt"
+LOCK = ".lock"
 PACKAGES = ("compress_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -36,21 +39,14 @@ def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str,
       A path below ``runs``, relative.
 
     Example:
-      >>> default_workdir(Path("configs/digits.py"), {"bits": 3, "seed": 0}, {"bits": 4, "seed": 0}).as_posix()
+      >>> defaults = {"bits": 4, "seed": 0}
+      >>> default_workdir(Path("configs/digits.py"), {"bits": 3, "seed": 0}, defaults).as_posix()
       'runs/digits-bits=3'
     """
-    given = {
-        name: value
-        for name, value in arguments.items()
-        if name not in defaults or value != defaults[name]
-    }
-    parts = [
-        config.stem,
-        *(
-            f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}"
-            for name, value in given.items()
-        ),
-    ]
+    parts = [config.stem]
+    for name, value in arguments.items():
+        if name not in defaults or value != defaults[name]:
+            parts.append(f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}")
     return Path("runs") / "-".join(parts)[:200]
 
 
@@ -64,12 +60,18 @@ def describe(
     known = _finite(json.loads(json.dumps(arguments, default=str)))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     digest = hashlib.sha256(source).hexdigest()
-    about = {"version": RUN_VERSION, "config": config.as_posix(), "config_sha256": digest}
-    return {**about, "arguments": known, "flags": flags, "versions": versions}
+    return {
+        "version": RUN_VERSION,
+        "config": config.as_posix(),
+        "config_sha256": digest,
+        "arguments": known,
+        "flags": flags,
+        "versions": versions,
+    }
 
 
 def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
-    """See that a folder is new or empty, or holds a run of the same config and arguments.
+    """Check that a folder is new or empty, or holds a run of the same config and arguments.
 
     Args:
       workdir: the folder.
@@ -81,16 +83,18 @@ def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
     """
     if not os.path.lexists(workdir / RUN):
         return _require_empty(workdir)
-    old, new = read_run(workdir), described
+    old = read_run(workdir)
+    new = described
     if not _begun(workdir):
         return
-    for name in [
-        n for n in {**old["arguments"], **new["arguments"]} if _given(old, n) != _given(new, n)
-    ]:
-        was, now = (_given(each, name) for each in (old, new))
-        raise ConfigError(
-            f"{workdir} holds a run with {name} = {was}, and now it is {now}; {_advice(workdir)}"
-        )
+    for name in {**old["arguments"], **new["arguments"]}:
+        was = _given(old, name)
+        now = _given(new, name)
+        if was != now:
+            raise ConfigError(
+                f"{workdir} holds a run with {name} = {was}, and now it is {now}; "
+                f"{_advice(workdir)}"
+            )
     if _kept_digest(workdir, old) != new["config_sha256"]:
         change = _first_change(workdir, source)
         raise ConfigError(
@@ -117,12 +121,8 @@ def read_run(workdir: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{workdir} is not the folder of a run (it has no {RUN}); compress-jax run makes one"
         )
-    return read_record(
-        workdir / RUN,
-        RUN_FORM,
-        f"copy it from where it is whole, or {_advice(workdir)}",
-        ConfigError,
-    )
+    advice = f"copy it from where it is whole, or {_advice(workdir)}"
+    return read_record(workdir / RUN, RUN_FORM, advice, ConfigError)
 
 
 def kept_config(workdir: Path) -> Path:
@@ -149,12 +149,11 @@ def kept_config(workdir: Path) -> Path:
 
 def _others(workdir: Path, *ours: str) -> list[str]:
     """Return the files of a folder besides some, and besides their half-written copies."""
-    names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
-    return sorted(
-        name
-        for name in names
-        if name not in ours and not name.startswith(tuple(f".{own}." for own in ours))
-    )
+    if not workdir.is_dir():
+        return []
+    half_written = tuple(f".{own}." for own in ours)  # as `write_atomically` names them
+    names = [entry.name for entry in workdir.iterdir()]
+    return sorted(n for n in names if n not in ours and not n.startswith(half_written))
 
 
 def _begun(workdir: Path) -> bool:
@@ -171,8 +170,7 @@ def _require_empty(workdir: Path) -> None:
         named = ", ".join(map(printable, strange[:3])) + (", ..." if len(strange) > 3 else "")
         raise ConfigError(
             f"{workdir} is not the folder of a run (it has no {RUN}), and it is not empty "
-            f"({named}), so nothing is written "
-            "there; choose another --workdir"
+            f"({named}), so nothing is written there; choose another --workdir"
         )
 
 
@@ -194,13 +192,14 @@ def _given(described: dict[str, Any], name: str) -> str:
 def _first_change(workdir: Path, source: bytes) -> str:
     """Return a sentence on the first line in which the config differs from the stored one."""
     try:
-        kept = (workdir / CONFIG).read_bytes().decode(errors="replace").splitlines()
+        stored = (workdir / CONFIG).read_bytes().decode(errors="replace").splitlines()
     except OSError:
         return "the one it was made of is not there any more"
     lines = source.decode(errors="replace").splitlines()
-    for number, (old, new) in enumerate(itertools.zip_longest(kept, lines), 1):
+    for number, (old, new) in enumerate(itertools.zip_longest(stored, lines), 1):
         if old != new:
-            was, now = ("nothing" if line is None else repr(line.strip()) for line in (old, new))
+            was = "nothing" if old is None else repr(old.strip())
+            now = "nothing" if new is None else repr(new.strip())
             return f"line {number} was {was}, and now is {now}"
     return "they differ in bytes that are no text"
 
@@ -224,7 +223,7 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
       show: receives each line too.
 
     Yields:
-      ``say(line)``.
+      ``log_fn(line)``.
     """
     try:
         file = (workdir / LOG).open("w", encoding="utf-8", buffering=1)
@@ -234,12 +233,12 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
         ) from error
     with file:
 
-        def say(line: str) -> None:
+        def log_fn(line: str) -> None:
             line = printable(line)
             file.write(f"{line}\n")
             show(line)
 
-        yield say
+        yield log_fn
 
 
 @contextlib.contextmanager

@@ -14,24 +14,18 @@ from compress_jax.report._read import Run, read_run
 from compress_jax.report._rows import (
     causes_table,
     leaves_table,
-    left_alone_table,
     metadata_table,
     percent,
     results_table,
+    skipped_table,
 )
 from compress_jax.report._tables import Table, escaped, html_table, markdown_table
 
-# What both pages of a report say, in order: titles, sentences, tables and pictures, independent of
-# the markup.
-
-
 CAPTIONS = {
     "tradeoff": "Accuracy on validation data against bytes on disk. The shaded corner is where "
-    "the requirement is met; "
-    "hollow marks are accuracies on test data, measured once, in the end.",
-    "weights": "Weights of each layer: the float32 student in grey, the artifact in colour. Exact "
-    "zeros are not drawn; "
-    "their share is in the corner.",
+    "the requirement is met; hollow marks are accuracies on test data, measured once, in the end.",
+    "weights": "Weights of each layer: the float32 student in grey, the artifact in color. Exact "
+    "zeros are not drawn; their share is in the corner.",
     "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of "
     "exact zeros.",
     "curves": "Training, by stage.",
@@ -64,17 +58,18 @@ def headline(run: Run) -> str:
       What the artifact is, how small and how accurate, and whether that is enough.
     """
     rows = {row["name"]: row for row in run.results["rows"]}
-    row, student = rows[run.results["chosen"]], rows["student"]
-    met = (
-        "It meets the requirement."
-        if run.results["met"]
-        else "It does not meet the requirement; nothing better was found."
-    )
+    row = rows[run.results["chosen"]]
+    student = rows["student"]
+    ratio = student["nbytes"] / row["nbytes"]
+    others = f"student {percent(student['test'])}"
+    if "teacher" in rows:
+        others += f", teacher {percent(rows['teacher']['test'])}"
+    met = "It does not meet the requirement; nothing better was found."
+    if run.results["met"]:
+        met = "It meets the requirement."
     return (
-        f"{row['name']}: {row['nbytes']:,} bytes, {student['nbytes'] / row['nbytes']:.1f}x "
-        "smaller than the student in "
-        f"float32, at {percent(row['test'])} on test data (student {percent(student['test'])}"
-        f"{', teacher ' + percent(rows['teacher']['test']) if 'teacher' in rows else ''}). {met}"
+        f"{row['name']}: {row['nbytes']:,} bytes, {ratio:.1f}x smaller than the student in "
+        f"float32, at {percent(row['test'])} on test data ({others}). {met}"
     )
 
 
@@ -89,65 +84,55 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
       The sections, in order.
     """
     left_alone = run.metadata.get("left_alone", {})
-    about = [
-        metadata_table("Arguments", run.about.get("arguments", {})),
-        metadata_table("Versions", _versions(run)),
-    ]
     results = results_table(run.results["rows"], run.results["chosen"])
     leaves = leaves_table(run.packed, left_alone, run.parts)
+    skipped = Section("Skipped", ["Nothing."])
+    if left_alone:
+        skipped = Section("Skipped", [], [skipped_table(left_alone)])
+    arguments = metadata_table("Arguments", run.record.get("arguments", {}))
+    origin = (arguments, metadata_table("Versions", _versions(run)))
     parts = [
         Section("Results", [], [results], "tradeoff"),
         Section("Decisions", run.decisions),
         Section("Files that could not be read", run.notes),
         Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
-        Section(
-            "Left alone",
-            [] if left_alone else ["Nothing."],
-            [left_alone_table(left_alone)] if left_alone else [],
-        ),
+        skipped,
         Section("Weights before and after", [], [], "weights"),
         Section("Training", [], [], "curves"),
-        Section(
-            "Arguments and versions", [_command(run)], [table for table in about if table.rows]
-        ),
+        Section("Arguments and versions", [_command(run)], [t for t in origin if t.rows]),
     ]
-    parts = [
-        p if p.picture is None or p.picture in pictures else p._replace(picture=None) for p in parts
-    ]
-    return [part for part in parts if part.lines or part.tables or part.picture]
+    drawn = [p._replace(picture=p.picture if p.picture in pictures else None) for p in parts]
+    return [part for part in drawn if part.lines or part.tables or part.picture]
 
 
 def _command(run: Run) -> str:
-    if not run.about:
+    if not run.record:
         return "Made by compress_jax.search.compress."
-    return f"compress-jax run {' '.join([run.about['config'], *run.about['flags']])}"
+    return f"compress-jax run {' '.join([run.record['config'], *run.record['flags']])}"
 
 
 def _versions(run: Run) -> dict[str, Any]:
-    data = {
-        key: run.metadata[key] for key in ("data", "data_sha256", "model") if key in run.metadata
-    }
-    return {**run.about.get("versions", {}), **data}
-
-
-# The report as one HTML file that needs nothing else: style and pictures are inside, and it links
-# to nowhere.
+    keys = ("data", "data_sha256", "model")
+    data = {key: run.metadata[key] for key in keys if key in run.metadata}
+    return {**run.record.get("versions", {}), **data}
 
 
 STYLE = """
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c2430; background: #f5f6f8;
-  margin: 0; }
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  color: #1c2430; background: #f5f6f8; margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 28px; margin: 0 0 8px; }
 h2 { font-size: 18px; margin: 0 0 12px; }
 h3 { font-size: 14px; margin: 20px 0 6px; color: #5b6675; font-weight: 600; }
-.headline { font-size: 17px; margin: 0 0 24px; padding: 14px 18px; background: #fff; border-left: 5px solid #1f9d61;
-  border-radius: 4px; }
+.headline { font-size: 17px; margin: 0 0 24px; padding: 14px 18px; background: #fff;
+  border-left: 5px solid #1f9d61; border-radius: 4px; }
 .headline.unmet { border-color: #d9622b; }
-section { background: #fff; border: 1px solid #e3e6eb; border-radius: 8px; padding: 20px 22px; margin: 0 0 20px; }
+section { background: #fff; border: 1px solid #e3e6eb; border-radius: 8px;
+  padding: 20px 22px; margin: 0 0 20px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; color: #5b6675; font-weight: 600; border-bottom: 2px solid #d5dae1; white-space: nowrap; }
+th { text-align: left; color: #5b6675; font-weight: 600; border-bottom: 2px solid #d5dae1;
+  white-space: nowrap; }
 th, td { padding: 5px 14px 5px 0; vertical-align: top; }
 td { border-bottom: 1px solid #edf0f3; overflow-wrap: anywhere; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -161,7 +146,7 @@ figcaption { color: #5b6675; font-size: 13px; margin-top: 6px; }
 
 
 def page(run: Run, pictures: Mapping[str, bytes]) -> str:
-    """Return ``report.html``.
+    """Return ``report.html``: one file with style and pictures inside, and no links.
 
     Args:
       run: the run.
@@ -196,19 +181,17 @@ def _titled(table: Table, *, several: bool) -> str:
 
 
 def _figure(name: str, png: bytes) -> str:
-    data, caption = base64.b64encode(png).decode(), html.escape(CAPTIONS[name])
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    data = base64.b64encode(png).decode()
+    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
 
 
 def _escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
-# The report as Markdown, its pictures in files beside it.
-
-
 def text(run: Run, pictures: list[str]) -> str:
-    """Return ``report.md``.
+    """Return ``report.md``; its pictures are files beside it.
 
     Args:
       run: the run.

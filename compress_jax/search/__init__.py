@@ -31,5 +31,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names."""
     return sorted(__all__)

@@ -44,9 +44,9 @@ class Training:
 
     Example:
       >>> import compress_jax as cj
-      >>> cj.search.Training(optax.adam(1e-3), steps=-5)
+      >>> cj.search.Training(optax.adam(1e-3), steps=-5)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      compress_jax.core.errors.ConfigError: Training: steps must be a whole number of at least 0, got -5
+      compress_jax.core.errors.ConfigError: Training: steps must be a whole number of at least 0...
     """
 
     optimizer: optax.GradientTransformation
@@ -85,9 +85,9 @@ class Network:
 
     Example:
       >>> import compress_jax as cj
-      >>> cj.search.Network(cj.models.LeNet300100())
+      >>> cj.search.Network(cj.models.LeNet300100())  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      compress_jax.core.errors.ConfigError: a Network needs either training=... or artifact=..., and not both
+      compress_jax.core.errors.ConfigError: a Network needs either training=... or artifact=...
     """
 
     model: nn.Module
