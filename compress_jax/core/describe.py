@@ -21,7 +21,7 @@ DEPTH = 8  # of functions within functions; deeper ones count by name alone
 
 
 def describe(value: Any, depth: int = DEPTH) -> str:
-    """Return a value as text: numbers as they are, arrays by a digest, functions by their closure.
+    """Return a value as text: numbers as they are, arrays by digest, functions by closure.
 
     Two values that would make a compression behave differently get different texts; the text is the
     same in every process.
@@ -61,7 +61,7 @@ def describe(value: Any, depth: int = DEPTH) -> str:
 def call_of(
     name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH, **options: Any
 ) -> str:
-    """Return the call that made some functions: ``name(option=value, ...)`` with what they close over.
+    """Return the call that made some functions, ``name(option=value, ...)``, with their closures.
 
     Args:
       name: of the call; empty for that of the function in which the first one was defined.

@@ -95,11 +95,11 @@ def intact(array: np.ndarray, where: str) -> None:
     Raises:
       ArtifactError: if they are not.
     """
-    octets = array.view(np.uint8)
     if array.dtype == bool:
-        valid = octets <= 1
+        valid = array.view(np.uint8) <= 1
     elif array.dtype.name in NARROW:
-        valid = array.astype(np.float32).astype(array.dtype).view(np.uint8) == octets
+        again = array.astype(np.float32).astype(array.dtype)
+        valid = again.view(np.uint8) == array.view(np.uint8)
     else:
         return
     _need(bool(valid.all()), where, f"some bytes stand for no {array.dtype.name}")
