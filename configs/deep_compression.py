@@ -76,7 +76,7 @@ def config(
       min_ratio: how many times smaller than float32 the artifact must be.
       bias_bits: bits of the biases, which are float32 without it.
       coded: whether to store the artifact at its entropy, the last stage of Deep Compression.
-      seed: of everything random.
+      seed: seed for all randomness.
     """
     images = load(data)
 

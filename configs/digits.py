@@ -46,7 +46,7 @@ def config(
       max_drop: validation accuracy that may be lost below the teacher's; 0.01 is one point, an
         image of 288 is 0.0035.
       min_ratio: how many times smaller than the float32 student the artifact must be.
-      seed: of everything random.
+      seed: seed for all randomness.
     """
     data = load("digits")
     black = jnp.asarray(-data.mean / data.std)

@@ -39,7 +39,7 @@ def config(
       rewind_to: after how many steps the weights are saved that rounds go back to; 0 for the
         initial weights.
       max_drop: validation accuracy that may be lost below the student's; 0.01 is one point.
-      seed: of everything random.
+      seed: seed for all randomness.
     """
     data, model, steps = load("digits"), LeNet300100(), (rounds + 1) * round_steps
     black = jnp.asarray(-data.mean / data.std)

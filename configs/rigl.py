@@ -38,7 +38,7 @@ def config(
       every: steps between two rewirings.
       drop: share of a layer's weights that the first rewiring replaces; it falls by a cosine.
       max_drop: validation accuracy that may be lost below the student's; 0.01 is one point.
-      seed: of everything random.
+      seed: seed for all randomness.
     """
     data, model, key = load("digits"), LeNet300100(), jax.random.key(seed)
     black = jnp.asarray(-data.mean / data.std)

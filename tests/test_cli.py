@@ -1,5 +1,4 @@
-"""The command line, in-process on a tiny config; signals and the start-up in processes of their
-own."""
+"""The command line on a tiny config; signals and start-up in their own processes."""
 
 import json
 import os
@@ -48,8 +47,8 @@ def config(bits: int = 4, min_ratio: float = 1.5, steps: int = 12, seed: int = 0
     training = Training(optax.adam(0.01), steps, batch_size=32, save_every=10)
     def candidate(bits):
         return Candidate(f"int{bits}", cj.at("**/kernel", cj.quantize.uniform(bits)), training)
-    student = Network(LeNet300100(3, (64, 32)), training)
-    return Experiment("blobs", data, student, (candidate(8), candidate(bits)),
+    return Experiment("blobs", data, Network(LeNet300100(3, (64, 32)), training), (candidate(8),
+        candidate(bits)),
                       Requirement(max_drop=0.1, min_ratio=min_ratio), order="all", seed=seed)
 '''
 

@@ -179,16 +179,15 @@ EDITS = {  # in the helpers: what is said of it, or None if it is nothing to the
     ],
 )
 def test_a_module_of_ones_own_that_changed_is_never_mixed_in(which: str, copy: Path, sources: Path):
-    """In processes of their own, as modules are imported once: the run is refused by name, or ends
-    as it did."""
+    """In child processes, as modules are imported once: refused by name, or ends as before."""
     old, new, said = EDITS[which]
     assert HELPERS.count(old) == 1
     changed = copy.parent / "changed"
     changed.mkdir()
     (changed / "blob_helpers.py").write_text(HELPERS.replace(old, new))
     before = contents(copy)
-    code = f"import sys; sys.path.insert(0, {str(changed)!r}); "
-    code += "from compress_jax.cli import main; sys.exit(main())"
+    path = f"import sys; sys.path.insert(0, {str(changed)!r})"
+    code = f"{path}; from compress_jax.cli import main; sys.exit(main())"
     command = [sys.executable, "-c", code, "run", str(sources / "blobs.py"), "--workdir", str(copy)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == (1 if said else 0), done.stderr

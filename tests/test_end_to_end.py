@@ -108,7 +108,7 @@ def test_digits(config, tmp_path):
     experiment = dataclasses.replace(
         experiment, candidates=experiment.candidates[1:2]
     )  # each is a program to compile
-    result = compress(experiment, tmp_path, say=lambda line: None)
+    result = compress(experiment, tmp_path, log_fn=lambda line: None)
     teacher, student, tried = result.rows
     assert (
         (teacher.name, student.name) == ("teacher", "student")
@@ -142,7 +142,7 @@ def test_fashion_mnist(config, real_images, tmp_path):
     experiment = config(
         "fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=0.99, min_ratio=1.0
     )
-    result = compress(experiment, tmp_path, say=lambda line: None)
+    result = compress(experiment, tmp_path, log_fn=lambda line: None)
     assert [row.name for row in result.rows] == [
         "teacher",
         "student",
@@ -166,7 +166,7 @@ def test_deep_compression(config, real_images, tmp_path):
         "max_drop": 0.99,
     }
     experiment = config("deep_compression", examples=1280, **arguments)
-    result = compress(experiment, tmp_path, say=lambda line: None)
+    result = compress(experiment, tmp_path, log_fn=lambda line: None)
     assert [row.name for row in result.rows] == [
         "teacher",
         "student",

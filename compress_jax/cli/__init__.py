@@ -1,4 +1,7 @@
-"""The command line, ``compress-jax``: one function a command, each importing what is heavy only when it runs."""
+"""The command line, ``compress-jax``: one function for each command.
+
+Each function imports what is heavy only when it runs.
+"""
 
 from compress_jax.cli._main import main
 
@@ -6,5 +9,5 @@ __all__ = ["main"]
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names."""
     return sorted(__all__)

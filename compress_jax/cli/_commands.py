@@ -1,86 +1,33 @@
-"""``compress-jax eval``: the artifact of a run, measured again in a fresh process."""
+"""The commands on a finished run or an artifact: eval, export, inspect and report."""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from compress_jax.cli.config import build, load_config
-from compress_jax.core.errors import ArtifactError
-from compress_jax.core.types import PyTree, Variables
-
-if TYPE_CHECKING:
-    from compress_jax.search import Experiment
-
+import functools
 import json
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import shown, stdout
-from compress_jax.core.errors import ExportError
+from compress_jax.core.errors import ArtifactError, ExportError
+from compress_jax.core.types import ModelFn, PyTree, Variables
 
-# A finished run's experiment and artifact again: the config it kept is executed, after it is seen
-# to be the same.
+if TYPE_CHECKING:
+    import numpy as np
 
+    from compress_jax.export import Exported, Verification
+    from compress_jax.search import Experiment
 
-def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
-    """Return the experiment of a finished run, its artifact and its results.
-
-    Args:
-      workdir: the folder.
-
-    Returns:
-      ``(experiment, packed variables, results)``; the artifact fits the student's model.
-
-    Raises:
-      ConfigError: if a file of the folder is missing or damaged, or the code of the model has
-        changed.
-      ArtifactError: if the artifact is damaged, or is of another model.
-    """
-    from compress_jax.cli.parse import parse_config
-    from compress_jax.cli.workdir import kept_config, read_run
-    from compress_jax.export import load
-    from compress_jax.report import read_results
-    from compress_jax.search._ingredients import ingredients
-    from compress_jax.search._stage_record import require_same_model
-
-    flags = read_run(workdir)["flags"]
-    results = read_results(
-        workdir, intact=False
-    )  # its numbers are not used, but shown beside what is measured
-    file, config = workdir / "artifact.safetensors", kept_config(workdir)
-    packed = load(file)[0]
-    function = load_config(config)
-    experiment = build(function, parse_config(function, flags, f"compress-jax run {config}")[0])
-    require_same_model(
-        workdir / "candidates" / results["chosen"], ingredients(model=experiment.student.model)
-    )
-    _require_fit(file, experiment, packed)
-    return experiment, packed, results
-
-
-def _require_fit(file: Path, experiment: "Experiment", packed: PyTree) -> None:
-    """See that the student's model can be called with an artifact's variables."""
-    import jax
-
-    from compress_jax.core import unpack
-
-    image, apply = experiment.data.test["image"], experiment.student.model.apply
-    try:
-        jax.eval_shape(
-            apply, unpack(packed), jax.ShapeDtypeStruct((1, *image.shape[1:]), image.dtype)
-        )
-    except Exception as error:
-        why = str(error).strip().split("\n")[0]
-        raise ArtifactError(
-            f"{file} does not fit the model of this run ({type(error).__name__}: {why})"
-        ) from error
+Target = Literal["onnx", "litert", "stablehlo"]
+SUFFIX = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}
+GATE = 4  # exit code of an export that fails its checks
 
 
 def evaluate(
     workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")],
 ) -> int:
-    """Measure the artifact of a run again, and compare with what the run wrote down.
+    """Measure the artifact of a run again, and compare it with the run's results.
 
     Builds the data and the student from the config and the arguments kept in WORKDIR, reads
     artifact.safetensors and prints its accuracies and bytes beside those of results.json. For
@@ -97,13 +44,14 @@ def evaluate(
     Returns:
       The exit code.
     """
-    pass
     from compress_jax.report import Table, rich_table
 
     experiment, packed, results = rebuilt(workdir)
     written = next(row for row in results["rows"] if row["name"] == results["chosen"])
-    measured = _measure(experiment, packed) | {
-        "nbytes": (workdir / "artifact.safetensors").stat().st_size
+    measured = {
+        "test": _accuracy(experiment, packed, experiment.data.test),
+        "validation": _accuracy(experiment, packed, experiment.data.validation),
+        "nbytes": (workdir / "artifact.safetensors").stat().st_size,
     }
     names = {
         "test": "test accuracy",
@@ -111,44 +59,79 @@ def evaluate(
         "nbytes": "bytes on disk",
     }
     rows = [(text, _cell(measured[key]), _cell(written[key])) for key, text in names.items()]
-    same = all(measured[key] == written[key] for key in names)
     console = stdout()
-    console.print(
-        rich_table(Table(results["chosen"], ("", "measured now", "results.json"), tuple(rows)))
-    )
-    console.print(
-        "the same"
-        if same
-        else "[bold red]they differ[/]: the artifact, the data or the versions have changed"
-    )
-    return 0 if same else 1
+    table = Table(results["chosen"], ("", "measured now", "results.json"), tuple(rows))
+    console.print(rich_table(table))
+    if all(measured[key] == written[key] for key in names):
+        console.print("the same")
+        return 0
+    console.print("[bold red]they differ[/]: the artifact, the data or the versions have changed")
+    return 1
 
 
-def _measure(experiment: Any, packed: PyTree) -> dict[str, Any]:
-    """Return the accuracies of an artifact."""
+def _accuracy(experiment: "Experiment", packed: PyTree, split: "Mapping[str, np.ndarray]") -> float:
     from compress_jax.core import unpack
     from compress_jax.train import logits
 
-    variables, data = unpack(packed), experiment.data
-    splits = {"test": data.test, "validation": data.validation}
-    hits = {
-        n: logits(experiment.student.model.apply, variables, x).argmax(-1) == x["label"]
-        for n, x in splits.items()
-    }
-    return {name: float(hit.mean()) for name, hit in hits.items()}
+    apply: ModelFn = experiment.student.model.apply
+    return float((logits(apply, unpack(packed), split).argmax(-1) == split["label"]).mean())
 
 
 def _cell(value: float) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f} %"
 
 
-# ``compress-jax export``: the artifact of a run as files for other runtimes, each held against JAX
-# and its float export.
+def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
+    """Return the experiment of a finished run, its artifact and its results.
+
+    The config that the run stored is executed, once its digest has been checked.
+
+    Args:
+      workdir: the folder.
+
+    Returns:
+      ``(experiment, packed variables, results)``; the artifact fits the student's model.
+
+    Raises:
+      ConfigError: if a file of the folder is missing or damaged, or the code of the model has
+        changed.
+      ArtifactError: if the artifact is damaged, or is of another model.
+    """
+    from compress_jax.cli.parse import parse_config
+    from compress_jax.cli.workdir import kept_config, read_run
+    from compress_jax.export import load
+    from compress_jax.report import read_results
+    from compress_jax.search._stage import require_same_model
+
+    flags = read_run(workdir)["flags"]
+    # The numbers are only shown beside what is measured, so a wrong digest does no harm.
+    results = read_results(workdir, intact=False)
+    file = workdir / "artifact.safetensors"
+    config = kept_config(workdir)
+    packed = load(file)[0]
+    function = load_config(config)
+    arguments, _ = parse_config(function, flags, f"compress-jax run {config}")
+    experiment = build(function, arguments)
+    require_same_model(workdir / "candidates" / results["chosen"], experiment.student.model)
+    _require_fit(file, experiment, packed)
+    return experiment, packed, results
 
 
-Target = Literal["onnx", "litert", "stablehlo"]
-SUFFIX = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}
-GATE = 4
+def _require_fit(file: Path, experiment: "Experiment", packed: PyTree) -> None:
+    """Check that the student's model can be called with an artifact's variables."""
+    import jax
+
+    from compress_jax.core import unpack
+
+    images = experiment.data.test["image"]
+    example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
+    try:
+        jax.eval_shape(experiment.student.model.apply, unpack(packed), example)
+    except Exception as error:
+        why = str(error).strip().split("\n")[0]
+        raise ArtifactError(
+            f"{file} does not fit the model of this run ({type(error).__name__}: {why})"
+        ) from error
 
 
 def export(
@@ -161,10 +144,12 @@ def export(
     min_agreement: float = 0.98,
     max_drop: float = 0.01,
 ) -> int:
-    """Export the artifact of a run to ONNX, LiteRT or StableHLO, and verify every file in its own runtime.
+    """Export the artifact of a run to ONNX, LiteRT or StableHLO, and verify each file.
+
+    Each file runs in its own runtime.
 
     Writes WORKDIR/export/model.onnx, model.tflite or model.stablehlo, beside each the same model in
-    float32, and what was measured on the test split to WORKDIR/export/export.json: accuracy there,
+    float32, and the measurements on the test split to WORKDIR/export/export.json: accuracy,
     agreement with JAX, bytes, and times beside the float export, slowdowns too. For example
 
       compress-jax export runs/digits --to onnx stablehlo
@@ -192,53 +177,65 @@ def export(
     Returns:
       The exit code.
     """
-    pass
     from compress_jax.core import unpack
     from compress_jax.export import verify, write_atomically
-    from compress_jax.report import Table, rich_table
 
     experiment, packed, _ = rebuilt(workdir)
-    model, data = experiment.student.model, experiment.data
-    example, folder, console = data.train["image"][:batch], workdir / "export", stdout()
+    model = experiment.student.model
+    data = experiment.data
+    dense = unpack(packed)
+    example = data.train["image"][:batch]
+    folder = workdir / "export"
     _make(folder)
 
     def fn(variables: Variables, x: Any) -> Any:
         return model.apply(variables, x)
 
-    records, passed = {}, True
+    console = stdout()
+    records: dict[str, Any] = {}
+    passed = True
     for target in dict.fromkeys(to):
         options = _options(target, activations, data.train["image"][:calibrate], batch)
-        file, plain = folder / f"model{SUFFIX[target]}", folder / f"float{SUFFIX[target]}"
+        file = folder / f"model{SUFFIX[target]}"
+        baseline = folder / f"float{SUFFIX[target]}"
         write = _writer(target)
-        done = write(fn, packed, example, file, **options)
-        write(fn, unpack(packed), example, plain)
-        reference = done.simulation or (lambda x: fn(unpack(packed), x))
-        limits = {"rounds": rounds, "min_agreement": min_agreement, "max_drop": max_drop}
-        found = verify(
+        exported = write(fn, packed, example, file, **options)
+        write(fn, dense, example, baseline)
+        verification = verify(
             file,
-            reference,
+            exported.simulation or functools.partial(fn, dense),
             data.test["image"],
             data.test["label"],
-            baseline=plain,
+            baseline=baseline,
             batch_sizes=(1, batch),
-            **limits,  # pyright: ignore[reportArgumentType]
+            rounds=rounds,
+            min_agreement=min_agreement,
+            max_drop=max_drop,
         )
-        passed &= found.passed
-        records[target] = {**found.record(), "sites": [row._asdict() for row in done.rows]}
-        console.print(rich_table(Table(f"{target}: {file}", ("", "measured"), tuple(found.rows()))))
-        for row in done.rows:
-            console.print(
-                shown(f"  {row.name}: {row.form}{f' ({row.reason})' if row.reason else ''}")
-            )
-        for note in done.notes:
-            console.print(shown(f"  {note}"))
+        passed &= verification.passed
+        sites = [row._asdict() for row in exported.rows]
+        records[target] = {**verification.record(), "sites": sites}
+        _print_export(target, exported, verification)
     write_atomically(folder / "export.json", f"{json.dumps(records, indent=1)}\n".encode())
-    console.print(
-        "every file passes"
-        if passed
-        else "[bold red]a file fails[/]: see above; no claim should rest on it"
-    )
-    return 0 if passed else GATE
+    if passed:
+        console.print("every file passes")
+        return 0
+    console.print("[bold red]a file fails[/]: see above; no claim should rest on it")
+    return GATE
+
+
+def _print_export(target: Target, exported: "Exported", verification: "Verification") -> None:
+    """Print the measurements of an export, its sites and its notes."""
+    from compress_jax.report import Table, rich_table
+
+    console = stdout()
+    rows = tuple(verification.rows())
+    console.print(rich_table(Table(f"{target}: {exported.path}", ("", "measured"), rows)))
+    for row in exported.rows:
+        reason = f" ({row.reason})" if row.reason else ""
+        console.print(shown(f"  {row.name}: {row.form}{reason}"))
+    for note in exported.notes:
+        console.print(shown(f"  {note}"))
 
 
 def _make(folder: Path) -> None:
@@ -256,8 +253,8 @@ def _writer(target: Target) -> Callable[..., Any]:
     return {"onnx": to_onnx, "litert": to_litert, "stablehlo": to_stablehlo}[target]
 
 
-def _options(target: Target, activations: str, images: Any, batch: int) -> dict[str, Any]:
-    """Return what a target's export is asked for."""
+def _options(target: Target, activations: str, images: "np.ndarray", batch: int) -> dict[str, Any]:
+    """Return the options of a target's export."""
     if activations == "float" or target == "stablehlo":
         return {}
     from compress_jax.quantize._activations.static import static
@@ -266,15 +263,12 @@ def _options(target: Target, activations: str, images: Any, batch: int) -> dict[
     return {"how": static(bits=8, symmetric=False), "batches": batches}
 
 
-# ``compress-jax inspect``: what is in an artifact.
-
-
 def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]) -> int:
     """Show what an artifact is and how each of its leaves is stored.
 
     Prints the metadata (model, data, config, accuracy) and one line a leaf: shape, form, stored
-    bits for each entry, share of zeros, bytes, share of the file, and why a leaf was left alone;
-    then what the bytes are for: codes, masks, scales. For example
+    bits for each entry, share of zeros, bytes, share of the file, and why a leaf was skipped; then
+    the bytes by cause: codes, masks, scales. For example
 
       compress-jax inspect runs/digits/artifact.safetensors
 
@@ -299,9 +293,6 @@ def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F
     return 0
 
 
-# ``compress-jax report``: the pages of a run, written again.
-
-
 def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]) -> int:
     """Write report.html and report.md of a run: tables, pictures and decisions.
 
@@ -321,6 +312,6 @@ def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar=
     from compress_jax.report import write
 
     console = stdout()
-    page = write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
+    page = write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
     console.print(shown(f"{page}\n{page.with_suffix('.md')}"))
     return 0

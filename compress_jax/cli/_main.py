@@ -1,4 +1,4 @@
-"""What happens around every command: parsing, signals, errors as one line, exit codes."""
+"""The entry of the command line: ``run``, and the signals, errors and exit codes of all."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -20,10 +20,11 @@ from compress_jax.cli.signals import Stopped, stopped_by_signals
 from compress_jax.core.errors import CompressError
 from compress_jax.core.table import printable
 
-# ``compress-jax run``: a config to a verified artifact and a report.
+if TYPE_CHECKING:
+    from compress_jax.search import Experiment, Requirement
 
-
-UNMET = 3
+UNMET = 3  # exit code of a run without a candidate that meets the requirement
+CLOSED = 141  # exit code if the pipe that the command prints into was closed
 
 
 def run(
@@ -59,7 +60,8 @@ def run(
     """
     from compress_jax.cli.workdir import check_same, default_workdir, describe, locked, remember
 
-    function, arguments = load_config(config), chosen or {}
+    function = load_config(config)
+    arguments = chosen or {}
     workdir = workdir or default_workdir(config, arguments, _defaults(function))
     source = config.read_bytes()
     described = describe(config, source, arguments, flags or [])
@@ -69,55 +71,47 @@ def run(
         _quiet()
         experiment = build(function, arguments)
         remember(workdir, source, described | {"requirement": _as_json(experiment.requirement)})
-        return _compress(
-            experiment,
-            workdir,
-            {"config": described["config"], "arguments": described["arguments"]},
-        )
+        metadata = {name: described[name] for name in ("config", "arguments")}
+        return _compress(experiment, workdir, metadata)
 
 
-def _compress(experiment: Any, workdir: Path, about: dict[str, Any]) -> int:
-    """Run the loop, show what it found and write the report."""
+def _compress(experiment: "Experiment", workdir: Path, metadata: dict[str, Any]) -> int:
+    """Run the loop, print its results and write the report."""
     from compress_jax import report, search
     from compress_jax.cli.workdir import logging_to
     from compress_jax.train import Interrupted
 
     console = stdout()
-    with logging_to(workdir, lambda line: console.print(shown(line))) as say:
+    with logging_to(workdir, lambda line: console.print(shown(line))) as log_fn:
         try:
-            result = search.compress(experiment, workdir, about=about, say=say)
+            result = search.compress(experiment, workdir, metadata=metadata, log_fn=log_fn)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
             raise Stopped(stop.signum, str(stop)) from stop
-    console.print(
-        report.rich_table(
-            report.results_table([row.as_dict() for row in result.rows], result.chosen.name)
-        )
-    )
-    page = report.write(workdir, say=lambda note: console.print(f"note: {shown(note)}"))
-    console.print(
-        f"artifact: {shown(str(workdir / result.artifact.name))}\nreport:   {shown(str(page))}"
-    )
-    if not result.met:
-        best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
-        console.print(f"No candidate met the requirement; {best}.")
-    return 0 if result.met else UNMET
+    rows = [row.as_dict() for row in result.rows]
+    console.print(report.rich_table(report.results_table(rows, result.chosen.name)))
+    page = report.write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
+    console.print(f"artifact: {shown(workdir / result.artifact.name)}")
+    console.print(f"report:   {shown(page)}")
+    if result.met:
+        return 0
+    best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
+    console.print(f"No candidate met the requirement; {best}.")
+    return UNMET
 
 
-def _defaults(function: Any) -> dict[str, Any]:
+def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
     parameters = signature(function).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
-def _as_json(requirement: Any) -> dict[str, Any]:
+def _as_json(requirement: "Requirement") -> dict[str, Any]:
     """Return the requirement's fields; JSON has no infinity, so no limit on the bytes is null."""
-    return {
-        name: None if value == math.inf else value
-        for name, value in dataclasses.asdict(requirement).items()
-    }
+    fields = dataclasses.asdict(requirement)
+    return {name: None if value == math.inf else value for name, value in fields.items()}
 
 
 def _quiet() -> None:
-    """Let checkpointing and TFDS speak only of what a person should act on; what fails is raised, and told once."""
+    """Silence orbax, JAX and TFDS below warnings; errors are raised and printed once."""
     import logging
 
     from absl import logging as absl_logging
@@ -147,19 +141,19 @@ A first run, of about two minutes:
   compress-jax run configs/digits.py
   compress-jax inspect runs/digits/artifact.safetensors
 
-compress-jax COMMAND --help explains a command, and compress-jax run CONFIG --help the arguments of a config.
+compress-jax COMMAND --help explains a command, and compress-jax run CONFIG --help the arguments of
+a config.
 
 Exit codes:
   0    done
-  1    an error, told in one line (--debug shows where it came from); of eval, also that the numbers differ
+  1    an error, printed as one line (--debug shows the trace); of eval, also: the numbers differ
   2    wrong usage
   3    no candidate met the requirement; the artifact is the best there was
   4    an exported file fails its checks
   130  stopped by Ctrl-C
-  141  what it prints into was closed, as by head
+  141  the pipe it prints into was closed, as by head
   143  stopped by SIGTERM
 """
-CLOSED = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -180,10 +174,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read it has seen enough; what a run has made is kept
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # or Python complains at its end
+    except BrokenPipeError:  # the reader has closed the pipe; the files of a run stay
+        # Python flushes stdout when it exits, and would report the closed pipe again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     return code
 
@@ -199,9 +192,8 @@ def _main(words: list[str]) -> int:
         except BrokenPipeError:
             raise
         except BaseException as error:
-            stopped = (
-                error if isinstance(error, Stopped) else stop.stopped
-            )  # a library may turn a stop into its own error
+            # A library may have turned the signal into an error of its own.
+            stopped = error if isinstance(error, Stopped) else stop.stopped
             if stopped is None and not isinstance(error, CompressError | OSError):
                 raise
             if debug:
@@ -211,7 +203,10 @@ def _main(words: list[str]) -> int:
 
 
 def _call(words: list[str]) -> int:
-    """Parse and make the call; the parser leaves by SystemExit after showing the help or explaining what is wrong."""
+    """Parse the arguments and make the call.
+
+    The parser raises SystemExit after it shows the help or explains what is wrong.
+    """
     try:
         return parse(words[0], COMMANDS[words[0]], words[1:])()
     except SystemExit as done:
@@ -219,17 +214,18 @@ def _call(words: list[str]) -> int:
 
 
 def _failed(error: BaseException) -> int:
-    """Say in one red line what was wrong, and return the exit code."""
+    """Print in one line what was wrong, and return the exit code."""
     text: object = error
     if isinstance(error, OSError):  # the disk, mostly
         where = f"{error.filename}: " if error.filename else ""
-        text = f"{where}{error.strerror or error}; see that the disk is writable and not full, and run the command again"
+        advice = "see that the disk is writable and not full, and run the command again"
+        text = f"{where}{error.strerror or error}; {advice}"
     stderr().print(f"[bold red]error:[/] {shown(text)}")
     return 1
 
 
 def _stopped(command: str, stopped: Stopped) -> int:
-    """Say in one line that a signal stopped the command, and return the exit code."""
+    """Print in one line that a signal stopped the command, and return the exit code."""
     advice = "; run the same command to continue" if command == "run" else ""
     stderr().print(f"{shown(stopped)}{advice}")
     return stopped.exit_code
@@ -241,10 +237,6 @@ def _no_command(words: list[str]) -> int:
         print(fitted(HELP.format(commands=commands)), end="")
         return 0
     wrong = f"there is no command {words[0]!r}" if words else "which command?"
-    print(
-        fitted(
-            printable(f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help", lines=True)
-        ),
-        file=sys.stderr,
-    )
+    text = f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help"
+    print(fitted(printable(text, lines=True)), file=sys.stderr)
     return 2

@@ -1,4 +1,4 @@
-"""A config file to its function, and the function to an Experiment; what is wrong with the file is said with its line."""
+"""Import a config file and call its function; errors name the line of the file."""
 
 import contextlib
 import inspect
@@ -58,7 +58,7 @@ def build(config: Callable[..., Any], arguments: dict[str, Any]) -> "Experiment"
       arguments: its parameters by name.
 
     Returns:
-      What it returns, which is seen to be an Experiment.
+      The Experiment it returns.
 
     Raises:
       ConfigError: if it fails, or returns something else.
@@ -78,7 +78,10 @@ def build(config: Callable[..., Any], arguments: dict[str, Any]) -> "Experiment"
 
 
 def _import(path: Path) -> ModuleType:
-    """Run a file as a module whose name no other has, so that a config called jax.py does no harm, and leave no cache."""
+    """Run a file as a module with a name of its own, and leave no cache.
+
+    So a config file called jax.py does not shadow a package.
+    """
     module = ModuleType(f"_compress_jax_config_{zlib.crc32(str(path.absolute()).encode()):08x}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and type hints of the file look it up
@@ -89,18 +92,17 @@ def _import(path: Path) -> ModuleType:
 
 @contextlib.contextmanager
 def _explained(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong in a person's own file into one line that names the line of the file."""
+    """Turn any error in a user's file into one line that names the line of the file."""
     try:
         yield
     except CompressError:
         raise
     except Exception as error:
-        lines = [
-            frame.lineno
-            for frame in traceback.extract_tb(error.__traceback__)
-            if Path(frame.filename) == path
-        ]
-        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
+        line = lines[-1] if lines else None
+        if isinstance(error, SyntaxError):
+            line = error.lineno
         where = f"{path}, line {line}" if line else str(path)
         raise ConfigError(
             f"{where}: {type(error).__name__}: {error} (--debug shows the whole trace)"

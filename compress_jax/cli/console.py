@@ -1,4 +1,4 @@
-"""Where commands print: tables keep their columns also where there is no terminal to fit; words are never broken."""
+"""Consoles for the commands: tables keep their columns, and words are never broken."""
 
 import shutil
 import textwrap
@@ -22,7 +22,7 @@ def stderr() -> Console:
 
 
 def shown(text: object) -> str:
-    r"""Return text that others wrote for `Console.print`: nothing in it is markup, and nothing moves the cursor.
+    r"""Return foreign text for `Console.print`, without markup or control characters.
 
     Example:
       >>> shown("[bold]\x1b[2J")
@@ -32,7 +32,7 @@ def shown(text: object) -> str:
 
 
 def fitted(text: str, width: int | None = None) -> str:
-    r"""Wrap the lines of a text that are wider than the terminal, at spaces, each as far in as it begins.
+    r"""Wrap lines that are wider than the terminal at spaces, and keep their indentation.
 
     Args:
       text: of several lines.

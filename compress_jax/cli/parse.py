@@ -1,4 +1,4 @@
-"""Words of the command line to a call that waits to be made, through tyro; the help texts are the docstrings."""
+"""Parse arguments into a deferred call, through tyro; the docstrings are the help texts."""
 
 import contextlib
 import functools
@@ -17,32 +17,34 @@ from compress_jax.core.errors import ConfigError
 Workdir = Annotated[
     str | None,
     tyro.conf.arg(
-        metavar="DIR", help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, say runs/digits-bits=3)"
+        metavar="DIR",
+        help_behavior_hint="(default: runs/CONFIG-ARGUMENTS, such as runs/digits-bits=3)",
     ),
 ]
 
 
 def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Callable[[], int]:
-    """Turn the words after a command's name into the call they ask for.
+    """Parse the arguments of a command into a deferred call.
 
     Args:
       name: of the command.
       command: its function; the parameters are the flags.
-      words: what follows the name.
+      words: the arguments after the name.
 
     Returns:
-      The call, not made yet: the parser takes some exceptions for wrong usage, and these must not
-      be the command's own.
+      The call, not made yet: the parser treats some exceptions as wrong usage, and must not catch
+      the command's own.
 
     Raises:
       SystemExit: with code 2 after explaining wrong usage, with code 0 after showing the help.
       ConfigError: if ``run`` is given a config that cannot be used.
     """
     if name == "run" and words and not words[0].startswith("-"):
-        config, flags = Path(words[0]), list(words[1:])
+        config = Path(words[0])
+        flags = list(words[1:])
         chosen, workdir = parse_config(load_config(config), flags, f"compress-jax run {config}")
         return functools.partial(command, config, workdir, chosen=chosen, flags=flags)
-    return _cli(_waiting(command), f"compress-jax {name}", teach(command), words)
+    return _cli(_deferred(command), f"compress-jax {name}", help_text(command), words)
 
 
 def parse_config(
@@ -74,18 +76,18 @@ def parse_config(
         return chosen
 
     def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], str | None]:
-        """Take both.
+        """Return both.
 
         Args:
           chosen: of the config.
-          workdir: where the run is kept.
+          workdir: folder of the run.
         """  # noqa: D417, D407
         return chosen, workdir
 
     both.__annotations__["chosen"] = Annotated[
         dict[str, Any], tyro.conf.arg(name="", constructor=arguments)
     ]
-    found, workdir = _cli(both, prog, _about(config), flags)
+    found, workdir = _cli(both, prog, _description(config), flags)
     if workdir is not None and not workdir.strip():
         raise ConfigError(f"--workdir is empty ({workdir!r}); name a folder, or leave the flag out")
     return found, None if workdir is None else Path(workdir)
@@ -96,8 +98,8 @@ def summary(function: Callable[..., Any]) -> str:
     return (inspect.getdoc(function) or "").split("\n")[0]
 
 
-def teach(function: Callable[..., Any]) -> str:
-    """Return what a docstring says before its sections on arguments and result.
+def help_text(function: Callable[..., Any]) -> str:
+    """Return a docstring without its sections on arguments and result.
 
     Args:
       function: any function.
@@ -106,7 +108,7 @@ def teach(function: Callable[..., Any]) -> str:
       Its text; tyro shows the arguments beside their flags.
 
     Example:
-      >>> teach(summary)
+      >>> help_text(summary)
       'Return the first sentence of a docstring, for a list of commands.'
     """
     lines = (inspect.getdoc(function) or "").split("\n")
@@ -115,7 +117,10 @@ def teach(function: Callable[..., Any]) -> str:
 
 
 def _cli(function: Callable[..., Any], prog: str, description: str, words: Sequence[str]) -> Any:
-    """Call tyro; its help breaks words where a paragraph is wider than the terminal, so that is wrapped again."""
+    """Call tyro, and wrap its help again.
+
+    tyro breaks words where a paragraph is wider than the terminal.
+    """
     if not {"-h", "--help"} & set(words):
         return tyro.cli(function, prog=prog, description=description, args=words)
     text = io.StringIO()
@@ -126,17 +131,17 @@ def _cli(function: Callable[..., Any], prog: str, description: str, words: Seque
         print(fitted(text.getvalue()), end="")
 
 
-def _about(config: Callable[..., Any]) -> str:
-    """Return what a config says of itself: its function's docstring, then that of its file."""
+def _description(config: Callable[..., Any]) -> str:
+    """Return the help text of a config: its function's docstring, then that of its file."""
     module = inspect.cleandoc(config.__globals__.get("__doc__") or "")
-    return "\n\n".join(text for text in (teach(config), module) if text)
+    return "\n\n".join(text for text in (help_text(config), module) if text)
 
 
-def _waiting(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
-    """Return a function that tyro reads as the command, and that returns the call instead of making it."""
+def _deferred(command: Callable[..., int]) -> Callable[..., Callable[[], int]]:
+    """Return a function that tyro parses like the command, and that returns the deferred call."""
 
     @functools.wraps(command)
-    def wait(*args: Any, **kwargs: Any) -> Callable[[], int]:
+    def defer(*args: Any, **kwargs: Any) -> Callable[[], int]:
         return functools.partial(command, *args, **kwargs)
 
-    return wait
+    return defer

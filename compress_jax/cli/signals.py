@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at any moment: one line and the exit code the shell expects, never a traceback."""
+"""Stop on Ctrl-C and SIGTERM: one line and the exit code the shell expects, no traceback."""
 
 import contextlib
 import signal
@@ -9,7 +9,9 @@ from types import FrameType
 
 
 class Stopped(BaseException):
-    """A signal asked the command to stop; not an Exception, so that nothing on the way takes it for an error.
+    """A signal asked the command to stop.
+
+    It is not an Exception, so no ``except Exception`` on the way mistakes it for an error.
 
     Attributes:
       exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for
@@ -27,7 +29,7 @@ class Stop:
     """Whether a signal came.
 
     Attributes:
-      stopped: what was raised; it is kept here because code that runs outside Python may hide an
+      stopped: what was raised; it is stored here because code that runs outside Python may hide an
         exception.
     """
 
@@ -36,7 +38,9 @@ class Stop:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[Stop]:
-    """Raise `Stopped` inside the ``with`` block when SIGINT or SIGTERM comes; a second one ends the process at once.
+    """Raise `Stopped` inside the ``with`` block on SIGINT or SIGTERM.
+
+    A second signal ends the process at once.
 
     While a network trains, `compress_jax.train.watch_signals` takes over, to finish the step and
     save it first. Outside the main thread, where Python allows no handlers, nothing is caught.
@@ -53,11 +57,9 @@ def stopped_by_signals() -> Iterator[Stop]:
       stopped by SIGTERM True
     """
     stop = Stop()
-    signals = (
-        (signal.SIGINT, signal.SIGTERM)
-        if threading.current_thread() is threading.main_thread()
-        else ()
-    )
+    signals: tuple[signal.Signals, ...] = ()
+    if threading.current_thread() is threading.main_thread():
+        signals = (signal.SIGINT, signal.SIGTERM)
 
     def handle(signum: int, frame: FrameType | None) -> None:
         stop.stopped = Stopped(signum)

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, what it remembers of the command, and the check that the same command continues it."""
+"""The folder of a run: its name, its record of the command, and its lock."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,10 @@ from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
 from compress_jax.report._read import RUN_FORM, RUN_VERSION
 
-CONFIG, RUN, LOG, LOCK = "config.py", "run.json", "log.txt", ".lock"
+CONFIG = "config.py"
+RUN = "run.json"
+LOG = "log.txt"
+LOCK = ".lock"
 PACKAGES = ("compress_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -36,37 +39,39 @@ def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str,
       A path below ``runs``, relative.
 
     Example:
-      >>> default_workdir(Path("configs/digits.py"), {"bits": 3, "seed": 0}, {"bits": 4, "seed": 0}).as_posix()
+      >>> defaults = {"bits": 4, "seed": 0}
+      >>> default_workdir(Path("configs/digits.py"), {"bits": 3, "seed": 0}, defaults).as_posix()
       'runs/digits-bits=3'
     """
-    given = {
-        name: value
-        for name, value in arguments.items()
-        if name not in defaults or value != defaults[name]
-    }
-    parts = [
-        config.stem,
-        *(
-            f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}"
-            for name, value in given.items()
-        ),
-    ]
+    parts = [config.stem]
+    for name, value in arguments.items():
+        if name not in defaults or value != defaults[name]:
+            parts.append(f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}")
     return Path("runs") / "-".join(parts)[:200]
 
 
 def describe(
     config: Path, source: bytes, arguments: dict[str, Any], flags: list[str]
 ) -> dict[str, Any]:
-    """Return what ``run.json`` keeps of a command, as JSON takes it: infinity and NaN as text, which JSON has not."""
+    """Return the content of ``run.json`` for a command.
+
+    Infinity and NaN become text, as JSON has neither.
+    """
     known = _finite(json.loads(json.dumps(arguments, default=str)))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     digest = hashlib.sha256(source).hexdigest()
-    about = {"version": RUN_VERSION, "config": config.as_posix(), "config_sha256": digest}
-    return {**about, "arguments": known, "flags": flags, "versions": versions}
+    return {
+        "version": RUN_VERSION,
+        "config": config.as_posix(),
+        "config_sha256": digest,
+        "arguments": known,
+        "flags": flags,
+        "versions": versions,
+    }
 
 
 def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
-    """See that a folder is new or empty, or holds a run of the same config and arguments.
+    """Check that a folder is new or empty, or holds a run of the same config and arguments.
 
     Args:
       workdir: the folder.
@@ -78,16 +83,18 @@ def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
     """
     if not os.path.lexists(workdir / RUN):
         return _require_empty(workdir)
-    old, new = read_run(workdir), described
+    old = read_run(workdir)
+    new = described
     if not _begun(workdir):
         return
-    for name in [
-        n for n in {**old["arguments"], **new["arguments"]} if _given(old, n) != _given(new, n)
-    ]:
-        was, now = (_given(each, name) for each in (old, new))
-        raise ConfigError(
-            f"{workdir} holds a run with {name} = {was}, and now it is {now}; {_advice(workdir)}"
-        )
+    for name in {**old["arguments"], **new["arguments"]}:
+        was = _given(old, name)
+        now = _given(new, name)
+        if was != now:
+            raise ConfigError(
+                f"{workdir} holds a run with {name} = {was}, and now it is {now}; "
+                f"{_advice(workdir)}"
+            )
     if _kept_digest(workdir, old) != new["config_sha256"]:
         change = _first_change(workdir, source)
         raise ConfigError(
@@ -114,16 +121,14 @@ def read_run(workdir: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{workdir} is not the folder of a run (it has no {RUN}); compress-jax run makes one"
         )
-    return read_record(
-        workdir / RUN,
-        RUN_FORM,
-        f"copy it from where it is whole, or {_advice(workdir)}",
-        ConfigError,
-    )
+    advice = f"copy it from where it is whole, or {_advice(workdir)}"
+    return read_record(workdir / RUN, RUN_FORM, advice, ConfigError)
 
 
 def kept_config(workdir: Path) -> Path:
-    """Return the config's source in a folder, seen to be the one that its run was made of: it is about to be executed.
+    """Return the file of the config's source in a folder, which is about to be executed.
+
+    Its digest must be that of the config the run was made with.
 
     Raises:
       ConfigError: if it is missing or was changed.
@@ -143,17 +148,19 @@ def kept_config(workdir: Path) -> Path:
 
 
 def _others(workdir: Path, *ours: str) -> list[str]:
-    """Return what a folder holds besides some files, and what a killed process leaves of them half written."""
-    names = [entry.name for entry in workdir.iterdir()] if workdir.is_dir() else []
-    return sorted(
-        name
-        for name in names
-        if name not in ours and not name.startswith(tuple(f".{own}." for own in ours))
-    )
+    """Return the files of a folder besides some, and besides their half-written copies."""
+    if not workdir.is_dir():
+        return []
+    half_written = tuple(f".{own}." for own in ours)  # as `write_atomically` names them
+    names = [entry.name for entry in workdir.iterdir()]
+    return sorted(n for n in names if n not in ours and not n.startswith(half_written))
 
 
 def _begun(workdir: Path) -> bool:
-    """Tell whether a run has made anything yet; before that, a corrected config takes the place of a wrong one."""
+    """Return whether a run has made anything yet.
+
+    Before that, a corrected config replaces a wrong one.
+    """
     return bool(_others(workdir, RUN, CONFIG, LOG, LOCK))
 
 
@@ -163,13 +170,15 @@ def _require_empty(workdir: Path) -> None:
         named = ", ".join(map(printable, strange[:3])) + (", ..." if len(strange) > 3 else "")
         raise ConfigError(
             f"{workdir} is not the folder of a run (it has no {RUN}), and it is not empty "
-            f"({named}), so nothing is written "
-            "there; choose another --workdir"
+            f"({named}), so nothing is written there; choose another --workdir"
         )
 
 
 def _kept_digest(workdir: Path, described: dict[str, Any]) -> str:
-    """Return the digest of the config that a run was made of; of an earlier version's, that of the file it keeps."""
+    """Return the digest of the config of a run.
+
+    A run of an earlier version recorded none; then it is that of the stored config file.
+    """
     if described.get("config_sha256"):
         return described["config_sha256"]
     file = workdir / CONFIG
@@ -181,15 +190,16 @@ def _given(described: dict[str, Any], name: str) -> str:
 
 
 def _first_change(workdir: Path, source: bytes) -> str:
-    """Return the first lines in which the config differs from the one that is kept, as a sentence."""
+    """Return a sentence on the first line in which the config differs from the stored one."""
     try:
-        kept = (workdir / CONFIG).read_bytes().decode(errors="replace").splitlines()
+        stored = (workdir / CONFIG).read_bytes().decode(errors="replace").splitlines()
     except OSError:
         return "the one it was made of is not there any more"
     lines = source.decode(errors="replace").splitlines()
-    for number, (old, new) in enumerate(itertools.zip_longest(kept, lines), 1):
+    for number, (old, new) in enumerate(itertools.zip_longest(stored, lines), 1):
         if old != new:
-            was, now = ("nothing" if line is None else repr(line.strip()) for line in (old, new))
+            was = "nothing" if old is None else repr(old.strip())
+            now = "nothing" if new is None else repr(new.strip())
             return f"line {number} was {was}, and now is {now}"
     return "they differ in bytes that are no text"
 
@@ -204,14 +214,16 @@ def _finite(value: Any) -> Any:
 
 @contextlib.contextmanager
 def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[[str], None]]:
-    """Show lines and write them to ``log.txt``, from its beginning: a resumed run says all its decisions again.
+    """Show lines and write them to ``log.txt``, from its beginning.
+
+    A resumed run logs all its decisions again.
 
     Args:
       workdir: the folder.
       show: receives each line too.
 
     Yields:
-      ``say(line)``.
+      ``log_fn(line)``.
     """
     try:
         file = (workdir / LOG).open("w", encoding="utf-8", buffering=1)
@@ -221,17 +233,19 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
         ) from error
     with file:
 
-        def say(line: str) -> None:
+        def log_fn(line: str) -> None:
             line = printable(line)
             file.write(f"{line}\n")
             show(line)
 
-        yield say
+        yield log_fn
 
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Keep a second process out of a folder while the ``with`` block runs; the lock of a killed process is gone with it.
+    """Keep a second process out of a folder while the ``with`` block runs.
+
+    The operating system releases the lock of a killed process.
 
     Args:
       workdir: the folder; made if missing.

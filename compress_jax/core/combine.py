@@ -137,7 +137,7 @@ class _Rules(NamedTuple):
 
     def skipped(self, params: Params) -> dict[str, str]:
         parts, left, _ = self.split(params)
-        reasons = dict.fromkeys(left, "no pattern matches it")
+        reasons = dict.fromkeys(left, "no pattern matches")
         for c, part in parts:
             reasons.update(c.skipped(part))
         return {path: reasons[path] for path in flatten(params)[0] if path in reasons}
@@ -172,7 +172,7 @@ def at(pattern: Patterns, compression: Compression) -> Compression:
       >>> import compress_jax as cj
       >>> c = cj.at("**/kernel", cj.leafwise(lambda x, l, f: 2 * x))
       >>> c.skipped({"dense": {"kernel": jnp.ones(1), "bias": jnp.ones(1)}})
-      {'dense/bias': 'no pattern matches it'}
+      {'dense/bias': 'no pattern matches'}
     """
     return rules([(pattern, compression)])
 

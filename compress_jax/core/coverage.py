@@ -11,7 +11,7 @@ from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
-from compress_jax.core.table import printable
+from compress_jax.core.table import aligned
 from compress_jax.core.types import Leaves, Params
 
 # Reasons to doubt the convention that a leaf's last axis is its outputs, from names and shapes
@@ -155,24 +155,19 @@ class Coverage:
         head = ("path", "shape", "axes", "form", "bits", "sparsity", "bytes", "notes")
         body = [
             (
-                printable(r.path),
-                "x".join(map(str, r.shape)),
-                r.axes,
-                r.form,
-                f"{r.bits:.2f}",
-                f"{r.sparsity:.1%}",
-                f"{r.nbytes:,}",
-                printable("; ".join(filter(None, (r.reason, r.doubt)))),
+                row.path,
+                "x".join(map(str, row.shape)),
+                row.axes,
+                row.form,
+                f"{row.bits:.2f}",
+                f"{row.sparsity:.1%}",
+                f"{row.nbytes:,}",
+                "; ".join(filter(None, (row.reason, row.doubt))),
             )
-            for r in self.rows
+            for row in self.rows
         ]
         total = ("total", "", "", "", f"{self.bits:.2f}", "", f"{self.nbytes:,}", "")
-        table = [head, *body, total]
-        widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        )
+        return aligned([head, *body, total], right=(4, 5, 6))
 
 
 def coverage(
@@ -193,7 +188,7 @@ def coverage(
       >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
       >>> table = cj.coverage(cj.at("**/kernel", cj.leafwise(lambda x, learned, fixed: 2 * x)), params)
       >>> table["dense/bias"].reason, table.nbytes
-      ('no pattern matches it', 24)
+      ('no pattern matches', 24)
     """
     if compression is None:
         return Coverage(

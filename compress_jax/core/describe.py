@@ -1,5 +1,10 @@
-"""Describe a function as text: its name and the values it closes over, equal for equal options."""
+"""Describe how a function was made: its name and the values it closes over, as text.
 
+Equal options give equal texts, in every process. `closure_of` and `code_content` also serve
+`search`, which records what a stage of a run was made of.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import types
@@ -16,7 +21,7 @@ DEPTH = 8  # of functions within functions; deeper ones count by name alone
 
 
 def describe(value: Any, depth: int = DEPTH) -> str:
-    """Return a value as text: arrays by a digest, functions by name and closure.
+    """Return a value as text: numbers as they are, arrays by digest, functions by closure.
 
     Two values that would make a compression behave differently get different texts; the text is the
     same in every process.
@@ -39,9 +44,8 @@ def describe(value: Any, depth: int = DEPTH) -> str:
         return repr(value)
     if isinstance(value, (jax.Array, np.ndarray)):
         return _array(value)
-    if call := getattr(
-        value, "call", None
-    ):  # a Compression, or a quantizer of activations, knows its own call
+    # A Compression, or a quantizer of activations, has its own call.
+    if call := getattr(value, "call", None):
         return str(call)
     if isinstance(value, (Mapping, tuple, list, set, frozenset)):
         return _container(value, depth)
@@ -57,7 +61,7 @@ def describe(value: Any, depth: int = DEPTH) -> str:
 def call_of(
     name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH, **options: Any
 ) -> str:
-    """Return the call that made some functions: ``name(option=value, ...)``.
+    """Return the call that made some functions, ``name(option=value, ...)``, with their closures.
 
     Args:
       name: of the call; empty for that of the function in which the first one was defined.
@@ -71,25 +75,25 @@ def call_of(
     Example:
       >>> def scaled(factor):
       ...     return lambda x: factor * x
-      >>> call_of("", scaled(3)) == call_of("", scaled(3))
-      True
-      >>> call_of("", scaled(3)) == call_of("", scaled(4))
-      False
+      >>> calls = [call_of("", scaled(factor)) for factor in (3, 3, 4)]
+      >>> calls[0] == calls[1], calls[0] == calls[2]
+      (True, False)
     """
     found = {key: describe(value, depth) for key, value in options.items() if value is not None}
     names = []
     for fn in functions:
         if fn is not None and depth > 0:
             names.append(_gather(fn, found, depth))
-    names += [""] if not names else []
-    inside = ", ".join(
-        f"{key}={value}" if key.isidentifier() else value for key, value in sorted(found.items())
-    )
-    return f"{name or names[0]}({inside})" if inside else (name or names[0])
+    name = name or (names[0] if names else "")
+    parts = [f"{k}={text}" if k.isidentifier() else text for k, text in sorted(found.items())]
+    return f"{name}({', '.join(parts)})" if parts else name
 
 
 def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
-    """Add the closure of a function to ``found``, local helpers included; return its name."""
+    """Add to ``found`` what a function holds; return the function's name.
+
+    Helper functions of the same maker are included.
+    """
     fn = _unwrapped(fn)
     if isinstance(fn, functools.partial):
         for i, value in enumerate(fn.args):
@@ -104,18 +108,13 @@ def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
         own = getattr(fn, "__qualname__", type(fn).__name__)
         return f"{module}.{own}" if module else own
     maker = fn.__qualname__.partition(".<locals>")[0]
-    if "<locals>" in fn.__qualname__ and not fn.__module__.startswith(
-        OURS
-    ):  # two functions of a user may share a name
-        _put(found, f"{fn.__code__.co_name}.", f"#{_digest(fn.__code__):08x}")
+    # Two functions of a user may share a name; their code tells them apart.
+    if "<locals>" in fn.__qualname__ and not fn.__module__.startswith(OURS):
+        content = repr(code_content(fn.__code__, fn.__doc__)).encode()
+        _put(found, f"{fn.__code__.co_name}.", f"#{zlib.crc32(content):08x}")
     for i, default in enumerate(fn.__defaults__ or ()):
         _put(found, f"default{i}", describe(default, depth))
-    cells = zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True)
-    for key, cell in cells:
-        try:
-            value = cell.cell_contents
-        except ValueError:  # not yet assigned: a function that refers to itself
-            continue
+    for key, value in closure_of(fn).items():
         inner = _unwrapped(value)
         same = (
             isinstance(inner, types.FunctionType)
@@ -145,13 +144,58 @@ def _unwrapped(fn: Any) -> Any:
     return fn
 
 
-def _digest(code: types.CodeType) -> int:
-    """Return a checksum of compiled code and its constants, names of files and lines left out."""
-    digest = zlib.crc32(code.co_code)
-    for constant in code.co_consts:
-        text = str(_digest(constant)) if isinstance(constant, types.CodeType) else repr(constant)
-        digest = zlib.crc32(text.encode(), digest)
-    return zlib.crc32(" ".join(code.co_names).encode(), digest)
+def closure_of(fn: types.FunctionType) -> dict[str, Any]:
+    """Return the variables that a function closes over, by name; unassigned ones are left out.
+
+    Example:
+      >>> def scaled(factor):
+      ...     return lambda x: factor * x
+      >>> closure_of(scaled(3))
+      {'factor': 3}
+    """
+    found: dict[str, Any] = {}
+    for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # a function that refers to itself, not yet assigned
+            found[name] = cell.cell_contents
+    return found
+
+
+def code_content(code: types.CodeType, doc: str | None = None) -> tuple[Any, ...]:
+    """Return what compiled code does, without files, line numbers and its docstring.
+
+    Args:
+      code: of a function.
+      doc: the function's docstring, which is one of the code's constants.
+
+    Returns:
+      A nested tuple whose ``repr`` is the same in every process.
+
+    Example:
+      >>> def documented(x):
+      ...     '''Return twice x.'''
+      ...     return 2 * x
+      >>> "twice" in repr(code_content(documented.__code__, documented.__doc__))
+      False
+    """
+    constants = [_constant(each) for each in code.co_consts if each != doc or each is None]
+    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    return (
+        code.co_code,
+        constants,
+        code.co_names,
+        code.co_varnames,
+        code.co_freevars,
+        code.co_cellvars,
+        counts,
+    )
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, types.CodeType):
+        return code_content(value)
+    if isinstance(value, frozenset):  # its order differs between processes
+        return f"frozenset {sorted(map(repr, value))}"
+    return repr(value)
 
 
 def _array(x: Any) -> str:
@@ -169,11 +213,8 @@ def _container(value: Any, depth: int) -> str:
     if depth <= 0:
         return type(value).__name__
     if isinstance(value, Mapping):
-        return (
-            "{"
-            + ", ".join(f"{describe(k, depth)}: {describe(v, depth - 1)}" for k, v in value.items())
-            + "}"
-        )
+        pairs = [f"{describe(k, depth)}: {describe(v, depth - 1)}" for k, v in value.items()]
+        return f"{{{', '.join(pairs)}}}"
     names: list[str] = list(getattr(value, "_fields", ()))
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]

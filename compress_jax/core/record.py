@@ -1,8 +1,8 @@
-"""Files of JSON that we wrote and read again: what they must hold, and one sentence where they do not.
+"""JSON files written and read by this package: their schema, their digest, their errors.
 
-A *form* says what a value must be: a `Kind` for text and numbers, ``[form]`` for a list,
-``{"name": form}`` for an object with these entries (others are allowed), ``mapping(form)`` for one
-whose names are free, ``optional(form)`` for null or none.
+A schema is a `Kind` for text and numbers, ``[schema]`` for a list, ``{"name": schema}`` for an
+object with these entries (others are allowed), ``mapping(schema)`` for an object with any names,
+``optional(schema)`` for a value that may be null or missing.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from compress_jax.core.errors import CompressError
 from compress_jax.core.table import printable
@@ -19,87 +19,97 @@ from compress_jax.core.table import printable
 DIGEST = "sha256"
 
 
+Schema: TypeAlias = Any
+
+
 class Kind(NamedTuple):
-    """A form given by a test: ``words`` says what passes it."""
+    """A schema given by a test.
+
+    Attributes:
+      words: what passes the test, after "not".
+      test: of a parsed value.
+    """
 
     words: str
     test: Callable[[Any], bool]
 
 
 class _Mapping(NamedTuple):
-    form: Any
+    schema: Schema
 
 
 class _Optional(NamedTuple):
-    form: Any
+    schema: Schema
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**63  # longer ones are no measurement, and no float holds them
+        return abs(value) < 2**63  # a longer one is no measurement, and no float holds it
     return isinstance(value, float) and math.isfinite(value)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value >= 0
 
 
 TEXT = Kind("text", lambda value: isinstance(value, str))
 NUMBER = Kind("a finite number", _is_number)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-COUNT = Kind(
-    "a whole number, 0 or more",
-    lambda value: isinstance(value, int) and _is_number(value) and value >= 0,
-)
-POSITIVE = Kind("a whole number above 0", lambda value: COUNT.test(value) and value > 0)
+COUNT = Kind("a whole number, 0 or more", _is_count)
+POSITIVE = Kind("a whole number above 0", lambda value: _is_count(value) and value > 0)
 ANYTHING = Kind("anything", lambda value: True)
 
 
-def mapping(form: Any) -> Any:
-    """Return the form of an object with any names, whose values have the form given."""
-    return _Mapping(form)
+def mapping(schema: Schema) -> Schema:
+    """Return the schema of an object with any names, whose values have the schema given."""
+    return _Mapping(schema)
 
 
-def optional(form: Any) -> Any:
-    """Return the form of a value that may be null, or not there."""
-    return _Optional(form)
+def optional(schema: Schema) -> Schema:
+    """Return the schema of a value that may be null or missing."""
+    return _Optional(schema)
 
 
-def deviation(value: Any, form: Any, at: str = "it") -> str | None:
-    """Return how a value departs from a form, or None if it does not.
+def deviation(value: Any, schema: Schema, name: str = "it") -> str | None:
+    """Return how a value differs from a schema, or None if it does not.
 
     Args:
-      value: as `json.loads` gives it.
-      form: what it should be.
-      at: its name.
+      value: as `json.loads` returns it.
+      schema: what it should be.
+      name: of the value.
 
     Returns:
-      A clause that names the first entry that is wrong.
+      A clause on the first entry that is wrong.
 
     Example:
       >>> deviation({"rows": [{"nbytes": 3}, {"nbytes": "x"}]}, {"rows": [{"nbytes": COUNT}]})
       "rows[1].nbytes is 'x', not a whole number, 0 or more"
     """
-    if isinstance(form, _Optional):
-        return None if value is None else deviation(value, form.form, at)
-    if isinstance(form, Kind):
-        return None if form.test(value) else f"{at} is {_brief(value)}, not {form.words}"
-    if isinstance(form, list):
+    if isinstance(schema, _Optional):
+        return None if value is None else deviation(value, schema.schema, name)
+    if isinstance(schema, Kind):
+        return None if schema.test(value) else f"{name} is {_brief(value)}, not {schema.words}"
+    if isinstance(schema, list):
         if not isinstance(value, list):
-            return f"{at} is {_brief(value)}, not a list"
-        entries = [(f"{at}[{i}]", entry, form[0]) for i, entry in enumerate(value)]
+            return f"{name} is {_brief(value)}, not a list"
+        entries = [(f"{name}[{i}]", entry, schema[0]) for i, entry in enumerate(value)]
     else:
         if not isinstance(value, dict):
-            return f"{at} is {_brief(value)}, not an object"
-        entries = _entries(value, form, "" if at == "it" else f"{at}.")
-    return next(
-        (found for name, entry, own in entries if (found := deviation(entry, own, name))), None
-    )
+            return f"{name} is {_brief(value)}, not an object"
+        entries = _entries(value, schema, "" if name == "it" else f"{name}.")
+    for own_name, entry, own_schema in entries:
+        if found := deviation(entry, own_schema, own_name):
+            return found
+    return None
 
 
-def _entries(value: dict[str, Any], form: Any, prefix: str) -> list[tuple[str, Any, Any]]:
-    """Return the entries of an object that its form speaks of: name, value, form."""
-    forms = dict.fromkeys(value, form.form) if isinstance(form, _Mapping) else form
-    return [(prefix + name, value.get(name), own) for name, own in forms.items()]
+def _entries(value: dict[str, Any], schema: Schema, prefix: str) -> list[tuple[str, Any, Schema]]:
+    """Return the entries of an object that its schema names: name, value, schema."""
+    schemas = dict.fromkeys(value, schema.schema) if isinstance(schema, _Mapping) else schema
+    return [(prefix + name, value.get(name), own) for name, own in schemas.items()]
 
 
-def _brief(value: Any) -> str:
+def _brief(value: object) -> str:
     text = "missing" if value is None else printable(repr(value))
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -116,25 +126,26 @@ def sealed(content: dict[str, Any]) -> bytes:
     Raises:
       ValueError: if it holds what JSON cannot, infinity and NaN included.
     """
-    rest = {name: value for name, value in content.items() if name != DIGEST}
-    return f"{json.dumps({**rest, DIGEST: _digest(rest)}, indent=1, allow_nan=False)}\n".encode()
+    rest = _without_digest(content)
+    text = json.dumps({**rest, DIGEST: _digest(rest)}, indent=1, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def read_record(
     path: str | os.PathLike[str],
-    form: Any,
+    schema: Schema,
     advice: str,
     error: type[CompressError],
     *,
     intact: bool = True,
 ) -> dict[str, Any]:
-    """Read a JSON file of ours and see that it is what it should be.
+    """Read a JSON file of this package and check its content.
 
     Args:
       path: the file.
-      form: of its content.
+      schema: of its content.
       advice: what to do if it cannot be used; it ends the sentence.
-      error: what is raised then.
+      error: class of the error that is raised then.
       intact: whether a digest in it, if there is one, must match.
 
     Returns:
@@ -153,7 +164,7 @@ def read_record(
       >>> _ = file.write_bytes(file.read_bytes().replace(b"3", b"4", 1))
       >>> read_record(file, {"k": COUNT}, "write it again", CompressError)  # doctest: +ELLIPSIS
       Traceback (most recent call last):
-      compress_jax.core.errors.CompressError: .../about.json is damaged: ... other content than was written; write it again
+      compress_jax.core.errors.CompressError: .../about.json is damaged: ...; write it again
     """
     where = printable(str(path))
     try:
@@ -162,15 +173,15 @@ def read_record(
         raise error(f"cannot read {where}: {problem.strerror}; {advice}") from problem
     except (ValueError, RecursionError) as problem:  # text that is no UTF-8 is a ValueError too
         raise error(f"{where} is damaged: it is not JSON; {advice}") from problem
-    if wrong := deviation(content, form):
+    if wrong := deviation(content, schema):
         raise error(f"{where} is damaged or was written by another version: {wrong}; {advice}")
-    if (
-        intact
-        and DIGEST in content
-        and content[DIGEST] != _digest({n: v for n, v in content.items() if n != DIGEST})
-    ):
+    if intact and DIGEST in content and content[DIGEST] != _digest(_without_digest(content)):
         raise error(f"{where} is damaged: it has other content than was written; {advice}")
     return content
+
+
+def _without_digest(content: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != DIGEST}
 
 
 def _digest(content: dict[str, Any]) -> str:

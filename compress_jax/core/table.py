@@ -1,48 +1,42 @@
-"""Tables for the terminal: aligned columns and numbers a person can read."""
+"""Tables for the terminal: aligned columns, readable numbers, and no control characters."""
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
-# Names that others chose, made fit to be shown: no character of theirs moves the cursor or turns
-# the text around.
-
-
-# Categories: controls, what turns or joins text invisibly, lone surrogates, unassigned and private
-# characters, separators.
+# Unicode categories that are not shown as themselves: controls, characters that turn or join text
+# invisibly, lone surrogates, unassigned and private characters, separators.
 HIDDEN = ("Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp")
+UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def printable(text: object, *, lines: bool = False) -> str:
     r"""Return text with every character that is not shown as itself written as an escape.
 
-    Terminals act on control characters: they clear the screen, set the title, hide what follows.
-    Names of leaves, files, candidates and metadata come from outside, so whatever prints or logs
-    them passes them through here.
+    Terminals act on control characters: these clear the screen, set the title, or hide text. Names
+    of leaves, files, candidates and metadata come from outside, so every function that prints or
+    logs them escapes them with this one.
 
     Args:
-      text: anything; its ``str``.
+      text: any object; its ``str``.
       lines: whether line ends and tabs stay, for a text of several lines.
 
     Returns:
-      The text, unchanged if all of it can be seen.
+      The text, unchanged if it has no such characters.
 
     Example:
-      >>> printable("\x1b[2Jevil"), printable("dense/kernel"), printable("a\nb"), printable("a\nb", lines=True)
-      ('\\x1b[2Jevil', 'dense/kernel', 'a\\nb', 'a\nb')
+      >>> printable("\x1b[2Jevil"), printable("dense/kernel")
+      ('\\x1b[2Jevil', 'dense/kernel')
+      >>> printable("a\nb"), printable("a\nb", lines=True)
+      ('a\\nb', 'a\nb')
     """
-    kept = "\n\t" if lines else ""
-    return "".join(each if each in kept or _shown(each) else _escaped(each) for each in str(text))
+    allowed = "\n\t" if lines else ""
+    return "".join(_escaped(each, allowed) for each in str(text))
 
 
-def _shown(character: str) -> bool:
-    return unicodedata.category(character) not in HIDDEN
-
-
-def _escaped(character: str) -> str:
+def _escaped(character: str, allowed: str) -> str:
+    if character in allowed or unicodedata.category(character) not in HIDDEN:
+        return character
     return character.encode("unicode_escape").decode("ascii")
-
-
-UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def units(number: float) -> str:
@@ -60,20 +54,26 @@ def units(number: float) -> str:
     """
     power = 0
     while float(f"{number:.3g}") >= 1000 and power < len(UNITS) - 1:
-        number, power = number / 1000, power + 1
-    return f"{number:#.3g}".rstrip(".") + UNITS[power] if power else f"{number:g}"
+        number = number / 1000
+        power += 1
+    if power == 0:
+        return f"{number:g}"
+    return f"{number:#.3g}".rstrip(".") + UNITS[power]
 
 
-def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
-    """Return rows of cells as lines of columns.
+def aligned(
+    rows: Sequence[Sequence[str]], left: int = 0, *, right: Collection[int] | None = None
+) -> str:
+    """Return rows of cells as lines of aligned columns.
 
     Args:
       rows: of equal lengths.
-      left: how many of the first columns are words, which stand left; the others are numbers and
-        stand right.
+      left: how many of the first columns are words, which are aligned left; the others are numbers
+        and are aligned right.
+      right: instead of ``left``, which columns are aligned right.
 
     Returns:
-      The lines, without blanks at their ends.
+      The lines, without trailing blanks; cells are `printable`.
 
     Example:
       >>> print(aligned([("site", "MACs"), ("head", "96")], left=1))
@@ -82,10 +82,12 @@ def aligned(rows: Sequence[Sequence[str]], left: int) -> str:
     """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = ["<" if i < left else ">" for i in range(len(widths))]
-    columns = list(zip(sides, widths, strict=True))
-    lines = (
-        "  ".join(f"{cell:{side}{width}}" for cell, (side, width) in zip(row, columns, strict=True))
-        for row in rows
-    )
-    return "\n".join(line.rstrip() for line in lines)
+    if right is None:
+        right = range(left, len(widths))
+    sides = [">" if i in right else "<" for i in range(len(widths))]
+    lines = []
+    for row in rows:
+        columns = zip(row, sides, widths, strict=True)
+        line = "  ".join(f"{cell:{side}{width}}" for cell, side, width in columns)
+        lines.append(line.rstrip())
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Leaving the lab: the artifact file, and programs for other runtimes."""
+"""Export: the artifact file, and programs for other runtimes."""
 
 from compress_jax.export._artifact.artifact import load, save, write_atomically
 from compress_jax.export._artifact.breakdown import Part, breakdown
@@ -32,5 +32,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names."""
     return sorted(__all__)

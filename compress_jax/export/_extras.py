@@ -1,4 +1,4 @@
-"""Packages that only some exports need: imported when asked for, with an error that says what to install."""
+"""Optional packages, imported on demand, with an error that says what to install."""
 
 import importlib
 from typing import Any
@@ -28,6 +28,5 @@ def extra(module: str, name: str) -> Any:
     except ImportError as error:
         raise ExportError(
             f"this export needs the package {module.split('.')[0]!r}, which cannot be imported "
-            f"({error}); "
-            f"pip install 'compress_jax[{name}]'"
+            f"({error}); pip install 'compress_jax[{name}]'"
         ) from error

@@ -1,15 +1,14 @@
-"""Scales of weights beside which a bias is a whole number of steps in int32, as integer kernels add it."""
+"""Weight scales at which every bias is representable in int32, for integer kernels."""
 
 import numpy as np
 
-LARGEST = (
-    2.0**30
-)  # of a bias in steps: half of int32, so that the sum of products still fits beside it
-SMALLEST = 1e-30  # of a scale; products of scales must stay normal numbers in float32
+# The largest bias in steps is half of int32's range, which leaves the other half to the products.
+LARGEST = 2.0**30
+SMALLEST = 1e-30  # the smallest scale: products of scales must stay normal numbers in float32
 
 
 def floor(bias: np.ndarray, step: float) -> np.ndarray:
-    r"""Return the smallest scale of weights for each channel, beside which its bias is representable.
+    r"""Return the smallest weight scale of each channel at which its bias is representable.
 
     A bias is stored as :math:`round(b / (s_x s_w))` in int32, so
     :math:`s_w \ge |b| / (s_x 2^{30})`.
@@ -36,10 +35,10 @@ def representable(
     bias: np.ndarray,
     step: float,
 ) -> tuple[np.ndarray, np.ndarray, int]:
-    """Give channels scales beside which their bias is representable.
+    """Raise the scales of channels until their bias is representable.
 
     A channel whose levels are all zero may have any scale: it gets the smallest, for then its bias
-    is exact. One whose weights are nearly zero beside its bias gets a larger scale, on which its
+    is exact. A channel whose weights are tiny compared with its bias gets a larger scale, and its
     weights are rounded again.
 
     Args:
@@ -55,8 +54,8 @@ def representable(
 
     Example:
       >>> levels, scale = np.array([[127, 0]], np.int8), np.array([1e-12, 0.5], np.float32)
-      >>> values = levels * scale
-      >>> levels, scale, changed = representable(levels, scale, values, 1, np.array([3.0, 3.0]), 0.1)
+      >>> values, bias = levels * scale, np.array([3.0, 3.0])
+      >>> levels, scale, changed = representable(levels, scale, values, 1, bias, step=0.1)
       >>> levels.tolist(), changed, np.allclose(np.round(3.0 / (scale * 0.1)) * (scale * 0.1), 3.0)
       ([[0, 0]], 1, True)
     """
@@ -65,6 +64,7 @@ def representable(
     dead = (levels == 0).all(others)
     least = np.maximum(floor(bias, step), SMALLEST) * (1 + 1e-6)
     low = ~dead & (scale < least)
-    new = np.where(dead, np.where(bias == 0, 1, least), np.maximum(scale, least)).astype(np.float32)
+    of_dead = np.where(bias == 0, 1, least)
+    new = np.where(dead, of_dead, np.maximum(scale, least)).astype(np.float32)  # [channels]
     again = np.clip(np.round(values.astype(np.float64) / new.reshape(shape)), -127, 127)
     return np.where(low.reshape(shape), again, levels).astype(np.int8), new, int(low.sum())

@@ -78,7 +78,8 @@ def simulation(
         not finite.
 
     Example:
-      >>> simulated = simulation(lambda w, x: x @ w, jnp.eye(2), [jnp.ones((1, 2))], None, None, (), None)
+      >>> fn, inputs = lambda w, x: x @ w, [jnp.ones((1, 2))]
+      >>> simulated = simulation(fn, jnp.eye(2), inputs, None, None, (), None)
       >>> simulated.grids, simulated.apply(jnp.ones((1, 2))).tolist()
       ({}, [[1.0, 1.0]])
     """
@@ -98,13 +99,16 @@ def simulation(
     how = [*((exactly(name), None) for name in left), *pairs(how)]
     quantizers = chosen(found, how, where)
     packed = _packed(params, [by_name[name] for name in quantizers])
-    quantized, seen = activations(fn, how, where), unpack(packed)
+    quantized = activations(fn, how, where)
+    rounded = unpack(packed)
     if ranges is None:
-        ranges = quantized.init(seen, list(batches))
+        ranges = quantized.init(rounded, list(batches))
     grids = {name: _grid(by_name[name], each, ranges) for name, each in quantizers.items()}
-    return Simulation(
-        fn, packed, found, grids, lambda *x: quantized.apply(seen, ranges, *x), left, ranges
-    )
+
+    def apply(*inputs: PyTree) -> PyTree:
+        return quantized.apply(rounded, ranges, *inputs)
+
+    return Simulation(fn, packed, found, grids, apply, left, ranges)
 
 
 def exactly(name: str) -> str:
@@ -124,14 +128,14 @@ def exactly(name: str) -> str:
 
 
 def _packed(params: Params, quantized: Sequence[Site]) -> Any:
-    """Pack the weights of sites that are still arrays, in 8 bits with a scale for each output of every site."""
+    """Pack the weights that are still arrays in 8 bits, with a scale for each output."""
     leaves, rebuild = flatten(params)
 
-    def pack(path: str, leaf: PyTree) -> Any:
-        of = [site for site in quantized if site.param == path]
-        if not of or is_packed(leaf):
+    def pack(path: str, leaf: PyTree) -> PyTree:
+        own = [site for site in quantized if site.param == path]
+        if not own or is_packed(leaf):
             return leaf
-        axes = channels(of, jnp.ndim(leaf))
+        axes = channels(own, jnp.ndim(leaf))
         granularity = "channel" if axes else "tensor"
         rounded = uniform(8, granularity=granularity, axis=axes or -1)
         return rounded.pack(leaf, rounded.init(leaf))
@@ -139,11 +143,11 @@ def _packed(params: Params, quantized: Sequence[Site]) -> Any:
     return rebuild({path: pack(path, leaf) for path, leaf in leaves.items()})
 
 
-def channels(of: Sequence[Site], ndim: int) -> tuple[int, ...]:
-    """Return the axes of a stored parameter that none of its sites sums over: those that may have scales of their own.
+def channels(uses: Sequence[Site], ndim: int) -> tuple[int, ...]:
+    """Return the axes of a parameter that no site sums over: those that may have scales.
 
     Args:
-      of: the sites that the parameter feeds.
+      uses: the sites that the parameter feeds.
       ndim: of the parameter.
 
     Returns:
@@ -151,18 +155,19 @@ def channels(of: Sequence[Site], ndim: int) -> tuple[int, ...]:
       mixes axes).
 
     Example:
-      >>> kernel = Site("w", "dot", "w", "rhs", (4, 8), (8, 16), (4, 16), *["float32"] * 3, ((1,), (0,)), param_axes=(1,))
-      >>> channels([kernel], 2)  # stored as [16, 8]
+      >>> shapes, dtypes = [(4, 8), (8, 16), (4, 16)], ["float32"] * 3
+      >>> product = Site("w", "dot", "w", "rhs", *shapes, *dtypes, ((1,), (0,)), param_axes=(1,))
+      >>> channels([product], 2)  # stored as [16, 8]
       (0,)
     """
-    if any(site.param_axes is None for site in of):
+    if any(site.param_axes is None for site in uses):
         return ()
-    summed = {axis for site in of for axis in site.param_axes or ()}
+    summed = {axis for site in uses for axis in site.param_axes or ()}
     return tuple(axis for axis in range(ndim) if axis not in summed)
 
 
 def _not_in_integers(site: Site) -> str:
-    """Say why no runtime has an integer kernel for a site; empty if some may."""
+    """Return why no runtime has an integer kernel for a site; empty if some may."""
     if site.operand is None:
         return "a product of two activations"
     if site.loops or site.conditional:
@@ -174,8 +179,8 @@ def _supported(name: str, quantizer: Any) -> None:
     if quantizer.grid.bits != 8 or quantizer.grid.symmetric or quantizer.reducer is None:
         raise ExportError(
             f"site {name!r} is quantized by {quantizer}, but the runtimes have fast kernels only "
-            "for 8-bit asymmetric "
-            "activations with calibrated ranges: use static(bits=8, symmetric=False)"
+            "for 8-bit asymmetric activations with calibrated ranges: use static(bits=8, "
+            "symmetric=False)"
         )
 
 
@@ -186,26 +191,23 @@ def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.flo
             f"there is no range for site {site.name!r}; pass batches= or ranges of the same "
             "activations"
         )
-    (key, index), shape = next(iter(site.inputs.items())), (site.lhs_shape, site.rhs_shape)
+    key, index = next(iter(site.inputs.items()))
+    shape = (site.lhs_shape, site.rhs_shape)[index]
     own = ranges[site.name][key]
-    scale, zero = quantizer.place(site, index, jnp.zeros(shape[index]), own)
+    scale, zero = quantizer.place(site, index, jnp.zeros(shape), own)
     if np.size(scale) != 1:
         raise ExportError(
             f"site {site.name!r} has a scale for each channel; use granularity='tensor'"
         )
     scale = np.float32(np.ravel(scale)[0])
-    if not (
-        all(np.isfinite(x).all() for x in jax.tree.leaves(own)) and np.isfinite(scale) and scale > 0
-    ):
-        ends = (
-            {name: np.ravel(x).tolist() for name, x in own.items()}
-            if isinstance(own, Mapping)
-            else own
-        )
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(own)) and np.isfinite(scale)
+    if not finite or scale <= 0:
+        ends = own
+        if isinstance(own, Mapping):
+            ends = {name: np.ravel(x).tolist() for name, x in own.items()}
         raise ExportError(
             f"the range of site {site.name!r} is {ends}: some calibration batch held inf or NaN, "
-            "and integers of such a "
-            "range would be a constant; calibrate again on finite batches, or leave the site out "
-            "of `how`"
+            "and integers of such a range would be a constant; calibrate again on finite batches, "
+            "or leave the site out of `how`"
         )
     return scale, np.uint8(np.ravel(zero)[0])

@@ -1,5 +1,9 @@
-"""A model as a StableHLO program that JAX runs without this package; weights stay packed, the program unpacks them."""
+"""A model as a StableHLO program that JAX runs without this package.
 
+Weights stay packed in the file; the program unpacks them.
+"""
+
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,7 +81,8 @@ def to_stablehlo(
     Example:
       >>> import tempfile
       >>> from compress_jax import quantize
-      >>> int4, params = quantize.uniform(bits=4), {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
+      >>> int4 = quantize.uniform(bits=4)
       >>> packed = int4.pack(params, int4.init(params))
       >>> file = Path(tempfile.mkdtemp()) / "model.stablehlo"
       >>> fn = lambda params, x: x @ params["kernel"]
@@ -87,8 +92,9 @@ def to_stablehlo(
       >>> jax.export.deserialize(bytearray(file.read_bytes())).call(jnp.ones((3, 64))).shape
       (3, 64)
     """
-    path, inputs = Path(path), tuple(example) if isinstance(example, (tuple, list)) else (example,)
-    inputs = tuple(jnp.asarray(x) for x in inputs)
+    path = Path(path)
+    several = example if isinstance(example, (tuple, list)) else (example,)
+    inputs = tuple(jnp.asarray(x) for x in several)
     structure, tensors = encode(params)
     if weights not in ("constants", "arguments") or batch not in ("any", "example"):
         raise ExportError(
@@ -97,20 +103,20 @@ def to_stablehlo(
         )
     if path.suffix == ".safetensors":
         raise ExportError(
-            f"{path} is the name the weights would have; call the program model.stablehlo, say"
+            f"{path} is the name the weights would have; call the program model.stablehlo instead"
         )
 
     def program(tensors: Any, *inputs: PyTree) -> Any:
         return fn(unpack(decode(structure, tensors)), *inputs)
 
-    constants = {
-        name: jnp.asarray(x) for name, x in tensors.items()
-    }  # NumPy arrays would be unpacked while tracing
+    # As JAX arrays: NumPy arrays would be unpacked while tracing.
+    constants = {name: jnp.asarray(x) for name, x in tensors.items()}
     separate = weights == "arguments"
-    whole = program if separate else lambda *inputs: program(constants, *inputs)
-    specs = ((_specs(constants),) if separate else ()) + _batched(inputs, batch)
+    arguments = (constants,) if separate else ()
+    whole = program if separate else functools.partial(program, constants)
+    specs = (*_specs(arguments), *_batched(inputs, batch))
     data = _serialized(whole, specs, platforms, batch)
-    difference = _difference(fn, params, inputs, data, (constants,) if separate else ())
+    difference = _difference(fn, params, inputs, data, arguments)
     files = {path: sealed(data)}
     if separate:
         files[path.with_suffix(".safetensors")] = safetensors.numpy.save(tensors)
@@ -141,9 +147,9 @@ def _serialized(fn: ModelFn, specs: tuple[Any, ...], platforms: Sequence[str], b
     try:
         return bytes(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs).serialize())
     except Exception as error:  # whatever the function raises while it is traced
-        advice = (
-            "; if it needs to know the batch size, pass batch='example'" if batch == "any" else ""
-        )
+        advice = ""
+        if batch == "any":
+            advice = "; if it needs to know the batch size, pass batch='example'"
         raise ExportError(
             f"the function cannot be exported{advice}: {type(error).__name__}: {error}"
         ) from error
@@ -152,22 +158,20 @@ def _serialized(fn: ModelFn, specs: tuple[Any, ...], platforms: Sequence[str], b
 def _difference(
     fn: ModelFn, params: Params, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]
 ) -> float:
-    """Run what was written; return how far it is from the function itself, relative to the size of each result."""
-    read, here = export.deserialize(bytearray(data)), jax.default_backend()
-    if not {"gpu": {"cuda", "rocm"}}.get(here, {here}) & set(read.platforms):
+    """Run what was written; return the largest error relative to each result's size."""
+    read = export.deserialize(bytearray(data))
+    here = jax.default_backend()
+    platforms = {"cuda", "rocm"} if here == "gpu" else {here}
+    if not platforms & set(read.platforms):
         return float("nan")  # it was made for other machines
-    got, wanted = (
-        jax.jit(read.call)(*weights, *inputs),
-        jax.jit(lambda p, *x: fn(unpack(p), *x))(params, *inputs),
-    )
+    got = jax.jit(read.call)(*weights, *inputs)
+    wanted = jax.jit(lambda p, *x: fn(unpack(p), *x))(params, *inputs)
     return agree(wanted, got, 1e-3, "the program against the function on the example")
 
 
 def _rows(params: Params) -> list[Row]:
-    return [
-        Row(path, f"{_form(leaf)}, {nbytes(leaf):,} bytes")
-        for path, leaf in flatten(params)[0].items()
-    ]
+    leaves = flatten(params)[0]
+    return [Row(path, f"{_form(leaf)}, {nbytes(leaf):,} bytes") for path, leaf in leaves.items()]
 
 
 def _form(leaf: PyTree) -> str:
@@ -175,9 +179,8 @@ def _form(leaf: PyTree) -> str:
         return str(jnp.asarray(leaf).dtype)
     name = type(leaf).__name__
     if isinstance(leaf, (Quantized, Tabled, Clustered)):
-        return f"{name}, {width(leaf.codes)} bits" + (
-            ", some left out" if isinstance(leaf.codes, Sparse) else ""
-        )
+        sparse = ", some left out" if isinstance(leaf.codes, Sparse) else ""
+        return f"{name}, {width(leaf.codes)} bits{sparse}"
     if isinstance(leaf, LowRank):
         return f"{name}, {_form(leaf.left)} and {_form(leaf.right)}"
     return (

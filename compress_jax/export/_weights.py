@@ -1,4 +1,4 @@
-"""Weights for other frameworks: a plain safetensors file of dense arrays, or of integers and their scales."""
+"""Weights for other frameworks: safetensors of dense arrays, or of integers and scales."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def to_safetensors(
     layout: Literal["flax", "torch"] = "flax",
     metadata: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write weights as any safetensors reader finds them.
+    """Write weights as tensors that any safetensors reader can read.
 
     ``weights="dense"``: every leaf is an array of its own dtype, exactly what the model was
       evaluated with.
@@ -78,7 +78,8 @@ def to_safetensors(
     Example:
       >>> import tempfile
       >>> from compress_jax import quantize
-      >>> int4, params = quantize.uniform(bits=4), {"params": {"dense": {"kernel": jnp.eye(3, 2), "bias": jnp.zeros(2)}}}
+      >>> params = {"params": {"dense": {"kernel": jnp.eye(3, 2), "bias": jnp.zeros(2)}}}
+      >>> int4 = quantize.uniform(bits=4)
       >>> packed = int4.pack(params, int4.init(params))
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
       >>> _ = to_safetensors(packed, file, layout="torch")
@@ -105,20 +106,17 @@ def to_safetensors(
             tensors[name + end] = np.ascontiguousarray(_outputs_first(x) if kernel else x)
     if groups and layout == "torch":
         raise ExportError(
-            "groups follow our order of axes; use layout='flax', or dense weights (say of "
-            f"{next(iter(groups))!r})"
+            "groups follow Flax's order of axes; use layout='flax', or dense weights (for example "
+            f"of {next(iter(groups))!r})"
         )
-    about = {
+    entries = {
         "format": "pt" if layout == "torch" else "flax",
         "weights": weights,
         "groups": groups,
         **(metadata or {}),
     }
     try:
-        strings = {
-            key: x if isinstance(x, str) else json.dumps(x, sort_keys=True)
-            for key, x in about.items()
-        }
+        strings = {key: _as_text(value) for key, value in entries.items()}
         data = safetensors.numpy.save(tensors, strings)
     except (TypeError, ValueError, KeyError) as error:
         raise ArtifactError(f"a tensor or the metadata cannot be written: {error}") from error
@@ -126,8 +124,12 @@ def to_safetensors(
     return len(data)
 
 
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
 def _parts(leaf: PyTree, weights: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield what stands for a leaf: the end of its name, and the array."""
+    """Yield the tensors of a leaf, each with its suffix to the leaf's name."""
     if weights == "integers" and isinstance(leaf, Quantized):
         zero = jnp.broadcast_to(leaf.zero_point, leaf.scale.shape)
         yield ".codes", np.asarray(_whole(leaf, zero))
@@ -139,13 +141,13 @@ def _parts(leaf: PyTree, weights: str) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def _whole(leaf: Quantized, zero: Any) -> Any:
-    """Return the codes of all entries; those left out have the code of zero."""
+    """Return the codes of all entries; masked ones have the code of zero."""
     codes = leaf.codes.unpack().astype(jnp.uint8)
     if not hasattr(leaf.codes, "mask"):
         return codes
-    kept = leaf.codes.mask.unpack().astype(bool)  # pyright: ignore[reportAttributeAccessIssue]
+    mask = leaf.codes.mask.unpack().astype(bool)  # pyright: ignore[reportAttributeAccessIssue]
     arranged = leaf.layout.arrange(codes)
-    return jnp.where(kept, codes, leaf.layout.restore(jnp.broadcast_to(zero, arranged.shape)))
+    return jnp.where(mask, codes, leaf.layout.restore(jnp.broadcast_to(zero, arranged.shape)))
 
 
 def _name(place: str) -> str:

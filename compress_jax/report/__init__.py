@@ -1,4 +1,4 @@
-"""What a run left in its folder, as tables, pictures, one HTML page and one Markdown page."""
+"""The report of a run: tables, pictures, one HTML page and one Markdown page."""
 
 from compress_jax.report._page import write
 from compress_jax.report._read import Run, read_results, read_run
@@ -22,5 +22,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names."""
     return sorted(__all__)

@@ -1,4 +1,4 @@
-"""Figures without pyplot: no global state, no window, the same look everywhere."""
+"""Figures without pyplot: no global state, no window, one style."""
 
 import contextlib
 import io
@@ -12,7 +12,11 @@ from matplotlib.figure import Figure
 
 from compress_jax.core.table import printable
 
-GREY, BLUE, GREEN, ORANGE, INK = "#8a94a3", "#2f6fb3", "#1f9d61", "#d9622b", "#1c2430"
+GREY = "#8a94a3"
+BLUE = "#2f6fb3"
+GREEN = "#1f9d61"
+ORANGE = "#d9622b"
+INK = "#1c2430"
 CYCLE = (GREY, BLUE, GREEN, ORANGE, "#7a52b3", "#b38f1f", "#2fa8a8", "#b3437a")
 
 __all__ = [
@@ -58,7 +62,7 @@ def plain(text: str) -> str:
 
 
 def clean(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
-    """Give axes the look of all: labels, no box, a faint grid behind.
+    """Style axes: labels, no box, a faint grid behind.
 
     Args:
       axes: the axes.
@@ -81,7 +85,10 @@ def clean(axes: Axes, title: str = "", x: str = "", y: str = "") -> Axes:
 
 @contextlib.contextmanager
 def drawing() -> Iterator[None]:
-    """Draw with default settings whatever a person's are; a name in a script that the font lacks is told by the tables."""
+    """Draw with default settings, whatever the user's are.
+
+    A glyph that the font lacks gives no warning; the tables show the name.
+    """
     with matplotlib.rc_context(matplotlib.rcParamsDefault), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph", UserWarning)
         yield

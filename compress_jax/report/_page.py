@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.table import printable
 from compress_jax.export import write_atomically
 from compress_jax.report._plots import pictures
@@ -13,24 +14,18 @@ from compress_jax.report._read import Run, read_run
 from compress_jax.report._rows import (
     causes_table,
     leaves_table,
-    left_alone_table,
     metadata_table,
     percent,
     results_table,
+    skipped_table,
 )
 from compress_jax.report._tables import Table, escaped, html_table, markdown_table
 
-# What both pages of a report say, in order: titles, sentences, tables and pictures, independent of
-# the markup.
-
-
 CAPTIONS = {
     "tradeoff": "Accuracy on validation data against bytes on disk. The shaded corner is where "
-    "the requirement is met; "
-    "hollow marks are accuracies on test data, measured once, in the end.",
-    "weights": "Weights of each layer: the float32 student in grey, the artifact in colour. Exact "
-    "zeros are not drawn; "
-    "their share is in the corner.",
+    "the requirement is met; hollow marks are accuracies on test data, measured once, in the end.",
+    "weights": "Weights of each layer: the float32 student in grey, the artifact in color. Exact "
+    "zeros are not drawn; their share is in the corner.",
     "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of "
     "exact zeros.",
     "curves": "Training, by stage.",
@@ -63,17 +58,18 @@ def headline(run: Run) -> str:
       What the artifact is, how small and how accurate, and whether that is enough.
     """
     rows = {row["name"]: row for row in run.results["rows"]}
-    row, student = rows[run.results["chosen"]], rows["student"]
-    met = (
-        "It meets the requirement."
-        if run.results["met"]
-        else "It does not meet the requirement; nothing better was found."
-    )
+    row = rows[run.results["chosen"]]
+    student = rows["student"]
+    ratio = student["nbytes"] / row["nbytes"]
+    others = f"student {percent(student['test'])}"
+    if "teacher" in rows:
+        others += f", teacher {percent(rows['teacher']['test'])}"
+    met = "It does not meet the requirement; nothing better was found."
+    if run.results["met"]:
+        met = "It meets the requirement."
     return (
-        f"{row['name']}: {row['nbytes']:,} bytes, {student['nbytes'] / row['nbytes']:.1f}x "
-        "smaller than the student in "
-        f"float32, at {percent(row['test'])} on test data (student {percent(student['test'])}"
-        f"{', teacher ' + percent(rows['teacher']['test']) if 'teacher' in rows else ''}). {met}"
+        f"{row['name']}: {row['nbytes']:,} bytes, {ratio:.1f}x smaller than the student in "
+        f"float32, at {percent(row['test'])} on test data ({others}). {met}"
     )
 
 
@@ -88,65 +84,55 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
       The sections, in order.
     """
     left_alone = run.metadata.get("left_alone", {})
-    about = [
-        metadata_table("Arguments", run.about.get("arguments", {})),
-        metadata_table("Versions", _versions(run)),
-    ]
     results = results_table(run.results["rows"], run.results["chosen"])
     leaves = leaves_table(run.packed, left_alone, run.parts)
+    skipped = Section("Skipped", ["Nothing."])
+    if left_alone:
+        skipped = Section("Skipped", [], [skipped_table(left_alone)])
+    arguments = metadata_table("Arguments", run.record.get("arguments", {}))
+    origin = (arguments, metadata_table("Versions", _versions(run)))
     parts = [
         Section("Results", [], [results], "tradeoff"),
         Section("Decisions", run.decisions),
         Section("Files that could not be read", run.notes),
         Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
-        Section(
-            "Left alone",
-            [] if left_alone else ["Nothing."],
-            [left_alone_table(left_alone)] if left_alone else [],
-        ),
+        skipped,
         Section("Weights before and after", [], [], "weights"),
         Section("Training", [], [], "curves"),
-        Section(
-            "Arguments and versions", [_command(run)], [table for table in about if table.rows]
-        ),
+        Section("Arguments and versions", [_command(run)], [t for t in origin if t.rows]),
     ]
-    parts = [
-        p if p.picture is None or p.picture in pictures else p._replace(picture=None) for p in parts
-    ]
-    return [part for part in parts if part.lines or part.tables or part.picture]
+    drawn = [p._replace(picture=p.picture if p.picture in pictures else None) for p in parts]
+    return [part for part in drawn if part.lines or part.tables or part.picture]
 
 
 def _command(run: Run) -> str:
-    if not run.about:
+    if not run.record:
         return "Made by compress_jax.search.compress."
-    return f"compress-jax run {' '.join([run.about['config'], *run.about['flags']])}"
+    return f"compress-jax run {' '.join([run.record['config'], *run.record['flags']])}"
 
 
 def _versions(run: Run) -> dict[str, Any]:
-    data = {
-        key: run.metadata[key] for key in ("data", "data_sha256", "model") if key in run.metadata
-    }
-    return {**run.about.get("versions", {}), **data}
-
-
-# The report as one HTML file that needs nothing else: style and pictures are inside, and it links
-# to nowhere.
+    keys = ("data", "data_sha256", "model")
+    data = {key: run.metadata[key] for key in keys if key in run.metadata}
+    return {**run.record.get("versions", {}), **data}
 
 
 STYLE = """
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: #1c2430; background: #f5f6f8;
-  margin: 0; }
+body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
+  color: #1c2430; background: #f5f6f8; margin: 0; }
 main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
 h1 { font-size: 28px; margin: 0 0 8px; }
 h2 { font-size: 18px; margin: 0 0 12px; }
 h3 { font-size: 14px; margin: 20px 0 6px; color: #5b6675; font-weight: 600; }
-.headline { font-size: 17px; margin: 0 0 24px; padding: 14px 18px; background: #fff; border-left: 5px solid #1f9d61;
-  border-radius: 4px; }
+.headline { font-size: 17px; margin: 0 0 24px; padding: 14px 18px; background: #fff;
+  border-left: 5px solid #1f9d61; border-radius: 4px; }
 .headline.unmet { border-color: #d9622b; }
-section { background: #fff; border: 1px solid #e3e6eb; border-radius: 8px; padding: 20px 22px; margin: 0 0 20px; }
+section { background: #fff; border: 1px solid #e3e6eb; border-radius: 8px;
+  padding: 20px 22px; margin: 0 0 20px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; color: #5b6675; font-weight: 600; border-bottom: 2px solid #d5dae1; white-space: nowrap; }
+th { text-align: left; color: #5b6675; font-weight: 600; border-bottom: 2px solid #d5dae1;
+  white-space: nowrap; }
 th, td { padding: 5px 14px 5px 0; vertical-align: top; }
 td { border-bottom: 1px solid #edf0f3; overflow-wrap: anywhere; }
 .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
@@ -160,7 +146,7 @@ figcaption { color: #5b6675; font-size: 13px; margin-top: 6px; }
 
 
 def page(run: Run, pictures: Mapping[str, bytes]) -> str:
-    """Return ``report.html``.
+    """Return ``report.html``: one file with style and pictures inside, and no links.
 
     Args:
       run: the run.
@@ -195,19 +181,17 @@ def _titled(table: Table, *, several: bool) -> str:
 
 
 def _figure(name: str, png: bytes) -> str:
-    data, caption = base64.b64encode(png).decode(), html.escape(CAPTIONS[name])
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
+    data = base64.b64encode(png).decode()
+    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
 
 
 def _escaped(text: str) -> str:
     return html.escape(printable(text))
 
 
-# The report as Markdown, its pictures in files beside it.
-
-
 def text(run: Run, pictures: list[str]) -> str:
-    """Return ``report.md``.
+    """Return ``report.md``; its pictures are files beside it.
 
     Args:
       run: the run.
@@ -234,12 +218,13 @@ def _markdown_section(part: Section) -> str:
     return "\n\n".join(blocks)
 
 
-def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Path:
+@renamed_arguments(say="log_fn")
+def write(directory: str | Path, log_fn: Callable[[str], None] | None = None) -> Path:
     """Write the report of a finished run.
 
     Args:
       directory: its folder.
-      say: receives a sentence for each file that is damaged and so is not shown; the report has
+      log_fn: receives a sentence for each file that is damaged and so is not shown; the report has
         them too.
 
     Returns:
@@ -266,7 +251,7 @@ def write(directory: str | Path, say: Callable[[str], None] | None = None) -> Pa
     """
     run = read_run(Path(directory))
     for note in run.notes:
-        (say or str)(note)
+        (log_fn or str)(note)
     drawn = pictures(run)
     for name, png in drawn.items():
         write_atomically(run.directory / "report" / f"{name}.png", png)

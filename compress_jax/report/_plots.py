@@ -27,10 +27,10 @@ from compress_jax.report._figure import (
 )
 from compress_jax.report._read import Run
 
-# Training curves of all stages.
-
-
 METRICS = (("train/loss", "training loss"), ("train/accuracy", "accuracy on training batches"))
+COLUMNS = 3  # panels of weights side by side
+MOST = 24  # panels of weights
+BINS = 81
 
 
 def curves(run: Run) -> Figure | None:
@@ -42,17 +42,13 @@ def curves(run: Run) -> Figure | None:
     Returns:
       The figure, or None if the run kept no metrics.
     """
-    shown = [
-        (key, title)
-        for key, title in METRICS
-        if any(key in series for series in run.curves.values())
-    ]
+    recorded = {key for series in run.curves.values() for key in series}
+    shown = [(key, title) for key, title in METRICS if key in recorded]
     if not shown:
         return None
     figure = new_figure(9, 3.4)
-    for axes, (key, title) in zip(
-        figure.subplots(1, len(shown), squeeze=False).ravel(), shown, strict=True
-    ):
+    panels = figure.subplots(1, len(shown), squeeze=False).ravel()
+    for axes, (key, title) in zip(panels, shown, strict=True):
         _lines(clean(axes, title, "step"), run, key)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -60,27 +56,25 @@ def curves(run: Run) -> Figure | None:
 
 
 def _lines(axes: Axes, run: Run, key: str) -> None:
+    lowest = math.inf
     for i, (stage, series) in enumerate(run.curves.items()):
         points = series.get(key, [])
-        steps, values = [step for step, _ in points], [value for _, value in points]
+        steps = [step for step, _ in points]
+        values = [value for _, value in points]
+        lowest = min([lowest, *values])
         axes.plot(
             steps,
             values,
             color=CYCLE[i % len(CYCLE)],
-            label=f" {plain(stage)}",  # a label that begins with _ is left out
+            label=f" {plain(stage)}",  # matplotlib leaves out a label that begins with _
             linewidth=1.3,
         )
-    if key.endswith("loss") and all(
-        value > 0 for series in run.curves.values() for _, value in series.get(key, [])
-    ):
+    if key.endswith("loss") and lowest > 0:
         axes.set_yscale("log")
 
 
-# Bits and sparsity of each leaf, as bars.
-
-
 def layers(run: Run) -> Figure:
-    """Draw stored bits and share of zeros of each leaf of the artifact's params; leaves stored dense are grey.
+    """Draw stored bits and share of zeros of each leaf; leaves stored dense are grey.
 
     Args:
       run: the run.
@@ -92,38 +86,27 @@ def layers(run: Run) -> Figure:
     figure = new_figure(9, 1.2 + 0.24 * len(rows))
     left, right = figure.subplots(1, 2, sharey=True)
     dense = [row.form == "dense" for row in rows]
-    _bars(
-        clean(left, "stored bits for each entry"), [row.bits for row in rows], "{:.2f}", dense, BLUE
-    )
-    _bars(
-        clean(right, "share of zeros, %"),
-        [100 * row.sparsity for row in rows],
-        "{:.1f}",
-        dense,
-        GREEN,
-    )
+    bits = [row.bits for row in rows]
+    zeros = [100 * row.sparsity for row in rows]
+    _bars(clean(left, "stored bits for each entry"), bits, "{:.2f}", dense, BLUE)
+    _bars(clean(right, "share of zeros, %"), zeros, "{:.1f}", dense, GREEN)
     left.set_yticks(range(len(rows)), [plain(row.path) for row in rows])
     left.invert_yaxis()
     right.set_xlim(0, 112)
     return figure
 
 
-def _bars(axes: Axes, values: list[float], form: str, dense: list[bool], colour: str) -> None:
-    bars = axes.barh(
-        range(len(values)), values, color=[GREY if each else colour for each in dense], height=0.7
-    )
-    axes.bar_label(
-        bars, [form.format(value) for value in values], padding=3, fontsize=7.5, color=INK
-    )
+def _bars(axes: Axes, values: list[float], pattern: str, dense: list[bool], color: str) -> None:
+    colors = [GREY if each else color for each in dense]
+    bars = axes.barh(range(len(values)), values, color=colors, height=0.7)
+    labels = [pattern.format(value) for value in values]
+    axes.bar_label(bars, labels, padding=3, fontsize=7.5, color=INK)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.14)
 
 
-# Accuracy against size, the picture of the whole run.
-
-
 def tradeoff(run: Run) -> Figure:
-    """Draw every network of a run by bytes on disk and accuracy, and where the requirement is met.
+    """Draw the networks of a run by bytes and accuracy, and the region that the requirement allows.
 
     Args:
       run: the run.
@@ -133,7 +116,8 @@ def tradeoff(run: Run) -> Figure:
     """
     figure = new_figure(9, 4.8)
     axes = clean(figure.subplots(), "", "bytes on disk", "accuracy")
-    rows, requirement = run.results["rows"], run.about.get("requirement")
+    rows = run.results["rows"]
+    requirement = run.record.get("requirement")
     labels = [_point(axes, row, run.results["chosen"]) for row in rows]
     _limits(axes, rows)
     if requirement:
@@ -144,11 +128,11 @@ def tradeoff(run: Run) -> Figure:
 
 
 def spread(figure: Figure, labels: list[Annotation]) -> None:
-    """Move labels that lie on one another, each to the nearest free place beside its point.
+    """Move overlapping labels, each to the nearest free place beside its point.
 
     Args:
-      figure: theirs.
-      labels: annotations with offsets in points; the first keep their places.
+      figure: the figure of the labels.
+      labels: annotations with offsets in points; earlier ones are placed first.
     """
     with drawing():
         figure.draw_without_rendering()
@@ -160,10 +144,7 @@ def spread(figure: Figure, labels: list[Annotation]) -> None:
         steps = [0, *(sign * n for n in range(1, len(labels) + 2) for sign in (1, -1))]
         sides = (x, -x - box.width * points)
         places = [(side, y + step * (box.height * points + 2)) for step in steps for side in sides]
-        moved = {
-            place: box.translated((place[0] - x) / points, (place[1] - y) / points)
-            for place in places
-        }
+        moved = {p: box.translated((p[0] - x) / points, (p[1] - y) / points) for p in places}
         free = (place for place, own in moved.items() if _is_free(own, taken, figure))
         label.xyann = next(free, (x, y))
         taken.append(moved[label.xyann])
@@ -175,44 +156,23 @@ def _is_free(box: Bbox, taken: list[Bbox], figure: Figure) -> bool:
 
 
 def _point(axes: Axes, row: Mapping[str, Any], chosen: str) -> Annotation:
-    colour = {None: GREY if row["name"] == "teacher" else BLUE, True: GREEN, False: ORANGE}[
-        row["accepted"]
-    ]
-    star = row["name"] == chosen
-    axes.plot(
-        row["nbytes"],
-        row["validation"],
-        "*" if star else "o",
-        color=colour,
-        markersize=16 if star else 8,
-        zorder=3,
-    )
-    if row["test"] is not None:
-        axes.plot(
-            [row["nbytes"]] * 2,
-            [row["validation"], row["test"]],
-            color=colour,
-            linewidth=1,
-            alpha=0.5,
-        )
-        axes.plot(
-            row["nbytes"],
-            row["test"],
-            "o",
-            color=colour,
-            markersize=7,
-            markerfacecolor="white",
-            zorder=2,
-        )
-    label = f"{plain(row['name'])}\n{row['nbytes']:,} bytes"
-    return axes.annotate(
-        label,
-        (row["nbytes"], row["validation"]),
-        (9, 4),
-        textcoords="offset points",
-        fontsize=8,
-        color=INK,
-    )
+    """Draw one network: validation accuracy filled, test accuracy hollow, the chosen one a star."""
+    size = row["nbytes"]
+    validation = row["validation"]
+    test = row["test"]
+    baseline = GREY if row["name"] == "teacher" else BLUE
+    color = {None: baseline, True: GREEN, False: ORANGE}[row["accepted"]]
+    marker: dict[str, Any] = {"marker": "o", "markersize": 8}
+    if row["name"] == chosen:
+        marker = {"marker": "*", "markersize": 16}
+    axes.plot(size, validation, color=color, linestyle="", zorder=3, **marker)
+    if test is not None:
+        axes.plot([size, size], [validation, test], color=color, linewidth=1, alpha=0.5)
+        hollow: dict[str, Any] = {"markersize": 7, "markerfacecolor": "white"}
+        axes.plot(size, test, "o", color=color, zorder=2, **hollow)
+    label = f"{plain(row['name'])}\n{size:,} bytes"
+    place: dict[str, Any] = {"xytext": (9, 4), "textcoords": "offset points"}
+    return axes.annotate(label, (size, validation), fontsize=8, color=INK, **place)
 
 
 def _limits(axes: Axes, rows: list[dict[str, Any]]) -> None:
@@ -229,34 +189,25 @@ def _limits(axes: Axes, rows: list[dict[str, Any]]) -> None:
 
 
 def _corner(axes: Axes, rows: list[dict[str, Any]], requirement: Mapping[str, Any]) -> None:
-    """Shade what is accurate and small enough, and write the limits on its edges."""
+    """Shade the region that is accurate and small enough, and write the limits on its edges."""
     student = next(row for row in rows if row["name"] == "student")
     reference = student if requirement["reference"] == "student" else rows[0]
     floor = reference["validation"] - (requirement["max_drop"] or 0.0)
-    most = min(
-        student["nbytes"] / (requirement["min_ratio"] or 1.0), requirement["max_bytes"] or math.inf
-    )
-    low, high = min(axes.get_ylim()[0], floor - 0.005), min(axes.get_ylim()[1], 1.01)
+    by_ratio = student["nbytes"] / (requirement["min_ratio"] or 1.0)
+    most = min(by_ratio, requirement["max_bytes"] or math.inf)
+    low = min(axes.get_ylim()[0], floor - 0.005)
+    high = min(axes.get_ylim()[1], 1.01)
     left = axes.get_xlim()[0] if most > axes.get_xlim()[0] else most / 1.6
     axes.fill_between([left, most], floor, high, color=GREEN, alpha=0.08, linewidth=0)
     axes.axhline(floor, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
     axes.axvline(most, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
-    axes.text(
-        0.995,
-        floor,
-        f"at least {100 * floor:.2f} %",
-        transform=axes.get_yaxis_transform(),
-        **_NOTE,
-        ha="right",
-    )
-    axes.text(
-        most, 0.01, f" at most {most:,.0f} bytes", transform=axes.get_xaxis_transform(), **_NOTE
-    )
+    style: dict[str, Any] = {"fontsize": 8, "color": GREEN, "va": "bottom"}
+    across = axes.get_yaxis_transform()
+    along = axes.get_xaxis_transform()
+    axes.text(0.995, floor, f"at least {100 * floor:.2f} %", transform=across, ha="right", **style)
+    axes.text(most, 0.01, f" at most {most:,.0f} bytes", transform=along, **style)
     axes.set_ylim(low, high)
     axes.set_xlim(left, axes.get_xlim()[1])
-
-
-_NOTE: dict[str, Any] = {"fontsize": 8, "color": GREEN, "va": "bottom"}
 
 
 def _bytes(value: float) -> str:
@@ -266,14 +217,8 @@ def _bytes(value: float) -> str:
     return f"{value:.4g} B"
 
 
-# Histograms of each layer's weights, before and after.
-
-
-COLUMNS, MOST, BINS = 3, 24, 81
-
-
 def weights(run: Run) -> Figure | None:
-    """Draw the weights of the float32 student and of the artifact, a panel for each compressed leaf.
+    """Draw the weights of the float32 student and of the artifact, one panel a leaf.
 
     Args:
       run: the run.
@@ -292,30 +237,29 @@ def weights(run: Run) -> Figure | None:
     figure = new_figure(9, 0.3 + 1.95 * rows)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, path in zip(panels, paths, strict=False):
-        _panel(
-            clean(axes, path),
-            np.asarray(run.before[path], np.float32),
-            np.asarray(run.after[path], np.float32),
-        )
+        before = np.asarray(run.before[path], np.float32)
+        after = np.asarray(run.after[path], np.float32)
+        _panel(clean(axes, path), before, after)
     for axes in panels[len(paths) :]:
         axes.set_visible(False)
     return figure
 
 
 def _panel(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
-    """Draw shares of all entries, so that the two can be compared; exact zeros would dwarf everything else."""
+    """Draw histograms of one leaf's weights, as shares of all entries.
+
+    Exact zeros of the artifact are left out: their bar would dwarf all others.
+    """
     reach = max(float(np.abs(before).max()), float(np.abs(after).max()), 1e-12)
     edges = np.linspace(-reach, reach, BINS + 1)
-    kept = after[after != 0]
-    for values, colour, alpha in ((before.ravel(), GREY, 0.55), (kept, BLUE, 0.75)):
+    nonzero = after[after != 0]
+    for values, color, alpha in ((before.ravel(), GREY, 0.55), (nonzero, BLUE, 0.75)):
         counts, _ = np.histogram(values, edges)
-        axes.stairs(
-            100 * counts / before.size, edges, fill=True, color=colour, alpha=alpha, linewidth=0
-        )
-    note = f"{1 - kept.size / after.size:.1%} zeros\n{np.unique(kept).size:,} values"
-    axes.text(
-        0.98, 0.95, note, transform=axes.transAxes, fontsize=7.5, color=INK, ha="right", va="top"
-    )
+        shares = 100 * counts / before.size
+        axes.stairs(shares, edges, fill=True, color=color, alpha=alpha, linewidth=0)
+    note = f"{1 - nonzero.size / after.size:.1%} zeros\n{np.unique(nonzero).size:,} values"
+    corner: dict[str, Any] = {"transform": axes.transAxes, "ha": "right", "va": "top"}
+    axes.text(0.98, 0.95, note, fontsize=7.5, color=INK, **corner)
     axes.set_ylabel("% of weights", fontsize=8)
     axes.margins(y=0.1)
     axes.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""A run's folder to what a report shows; everything is read, nothing is measured again."""
+"""Read a run's folder for its report; nothing is measured again."""
 
 import json
 import os
@@ -27,13 +27,12 @@ from compress_jax.core.types import PyTree
 from compress_jax.export import Part, breakdown, load
 
 Curves = dict[str, list[tuple[int, float]]]
-RUN_VERSION = 2  # 1 kept no digest of the config
+RUN_VERSION = 2  # version 1 had no digest of the config
+VERSION = Kind(
+    f"at most {RUN_VERSION}, the version that is read here", lambda v: v in (1, RUN_VERSION)
+)
 RUN_FORM = {
-    "version": optional(
-        Kind(
-            f"at most {RUN_VERSION}, the version that is read here", lambda v: v in (1, RUN_VERSION)
-        )
-    ),
+    "version": optional(VERSION),
     "config": TEXT,
     "config_sha256": optional(TEXT),
     "arguments": mapping(ANYTHING),
@@ -74,9 +73,9 @@ class Run:
     Attributes:
       directory: the folder.
       results: ``results.json``.
-      about: ``run.json``: config, arguments, versions, requirement; empty if the run was not made
+      record: ``run.json``: config, arguments, versions, requirement; empty if the run was not made
         by the command line.
-      decisions: the lines of ``log.txt``, or made from the results.
+      decisions: the lines of ``log.txt``, or sentences made of the results.
       packed: the artifact's variables, packed.
       metadata: of the artifact.
       before: params of the float32 student, dense, by path.
@@ -88,7 +87,7 @@ class Run:
 
     directory: Path
     results: dict[str, Any]
-    about: dict[str, Any]
+    record: dict[str, Any]
     decisions: list[str]
     packed: PyTree
     metadata: dict[str, Any]
@@ -115,8 +114,9 @@ def read_results(directory: Path, *, intact: bool = True) -> dict[str, Any]:
     Example:
       >>> import tempfile
       >>> directory = Path(tempfile.mkdtemp())
-      >>> numbers = {"nbytes": 9, "validation": 0.9, "test": 0.8, "bits": 32.0, "accepted": None, "reason": ""}
-      >>> results = {"experiment": "tiny", "chosen": "int4", "met": True, "rows": [{"name": "int4", **numbers}]}
+      >>> row = {"name": "int4", "nbytes": 9, "validation": 0.9, "test": 0.8, "bits": 32.0}
+      >>> rows = [row | {"accepted": None, "reason": ""}]
+      >>> results = {"experiment": "tiny", "chosen": "int4", "met": True, "rows": rows}
       >>> _ = (directory / "results.json").write_text(json.dumps(results))
       >>> read_results(directory)["chosen"]
       'int4'
@@ -162,14 +162,14 @@ def read_run(directory: Path) -> Run:
       >>> read_run(directory).after["kernel"].tolist()
       [[1.0, 1.0], [1.0, 1.0]]
     """
-    results, notes = read_results(directory), []
-    packed, before = (
-        _params(directory / f"{name}.safetensors") for name in ("artifact", "student")
-    )
+    results = read_results(directory)
+    notes: list[str] = []
+    packed = _params(directory / "artifact.safetensors")
+    before = _params(directory / "student.safetensors")
     return Run(
         directory=directory,
         results=results,
-        about=_about(directory),
+        record=_record(directory),
         decisions=_decisions(directory, results["rows"], notes),
         packed=packed,
         metadata=_metadata(directory / "artifact.safetensors"),
@@ -190,34 +190,30 @@ def _params(file: Path) -> dict[str, Any]:
 
 
 def _metadata(file: Path) -> dict[str, Any]:
-    """Return an artifact's metadata; a list of what was left alone that is none is not shown."""
+    """Return an artifact's metadata; an invalid list of skipped leaves is left out."""
     metadata = load(file)[1]
     if deviation(metadata.get("left_alone", {}), mapping([TEXT])):
         metadata = {**metadata, "left_alone": {}}
     return metadata
 
 
-def _about(directory: Path) -> dict[str, Any]:
+def _record(directory: Path) -> dict[str, Any]:
     """Return ``run.json``, or nothing if the run was not made by the command line."""
     file = directory / "run.json"
     if not os.path.lexists(file):
         return {}
-    return read_record(
-        file,
-        RUN_FORM,
-        "copy it from where it is whole, or remove it to have a report without it",
-        ConfigError,
-    )
+    advice = "copy it from where it is whole, or remove it to have a report without it"
+    return read_record(file, RUN_FORM, advice, ConfigError)
 
 
 def _decisions(directory: Path, rows: list[dict[str, Any]], notes: list[str]) -> list[str]:
-    judged = [row for row in rows if row["accepted"] is not None]
-    made = [
-        f"{row['name']}: {'accepted' if row['accepted'] else 'refused'}: {row['reason']}"
-        for row in judged
-    ]
+    """Return the lines of the log, or if it is missing, sentences made of the results."""
     text = _text(directory / "log.txt", notes, "the decisions are those of results.json")
-    return made if text is None else text.splitlines()
+    if text is not None:
+        return text.splitlines()
+    verdicts = {True: "accepted", False: "refused"}
+    judged = [row for row in rows if row["accepted"] is not None]
+    return [f"{row['name']}: {verdicts[row['accepted']]}: {row['reason']}" for row in judged]
 
 
 def _text(file: Path, notes: list[str], instead: str) -> str | None:
@@ -236,21 +232,19 @@ def _curves(directory: Path, names: list[str], notes: list[str]) -> dict[str, Cu
     """Return the metrics of each stage that was trained here; a restored teacher has none."""
     found: dict[str, Curves] = {}
     for name in names:
-        folder = (
-            directory / name if name in ("teacher", "student") else directory / "candidates" / name
-        )
-        text = _text(folder / "metrics.jsonl", notes, f"the curves of {name} are not drawn")
-        if text is not None:
-            found[name], bad = _series(text)
-            if bad:
-                notes.append(
-                    f"{bad} lines of metrics.jsonl of {name} are damaged; they are not drawn"
-                )
+        parent = directory if name in ("teacher", "student") else directory / "candidates"
+        file = parent / name / "metrics.jsonl"
+        text = _text(file, notes, f"the curves of {name} are not drawn")
+        if text is None:
+            continue
+        found[name], bad = _series(text)
+        if bad:
+            notes.append(f"{bad} lines of metrics.jsonl of {name} are damaged; they are not drawn")
     return found
 
 
 def _series(text: str) -> tuple[Curves, int]:
-    """Return the values by metric, and how many lines hold none."""
+    """Return the values by metric, and the number of damaged lines."""
     series: Curves = {}
     bad = 0
     for line in text.splitlines():

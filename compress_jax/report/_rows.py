@@ -1,4 +1,4 @@
-"""What is measured, as tables: the results, the leaves of an artifact, what was left alone, the metadata."""
+"""Tables of the results, of the leaves of an artifact, of skipped leaves, of metadata."""
 
 import json
 import math
@@ -23,8 +23,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
       One row a network.
 
     Example:
-      >>> row = {"name": "student", "nbytes": 4000, "validation": 0.9, "test": 0.89, "bits": 32.0, "accepted": None}
-      >>> results_table([row], "student").rows[0]
+      >>> row = {"name": "student", "nbytes": 4000, "bits": 32.0, "accepted": None}
+      >>> results_table([row | {"validation": 0.9, "test": 0.89}], "student").rows[0]
       ('student', '89.00 %', '90.00 %', '4,000', '1.0x', '-', '32.00', 'reference')
     """
     sizes = {row["name"]: row["nbytes"] for row in rows}
@@ -36,6 +36,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
         "ratio to student",
         "ratio to teacher",
         "bits per weight",
+        "verdict",
     )
     cells = [
         (
@@ -51,11 +52,11 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
         for row in rows
     ]
     marked = next((i for i, row in enumerate(rows) if row["name"] == chosen), None)
-    return Table("Results", (*head, "verdict"), tuple(cells), marked=marked)
+    return Table("Results", head, tuple(cells), marked=marked)
 
 
 def verdict(row: Mapping[str, Any], chosen: str) -> str:
-    """Return what became of a row, in a word or two."""
+    """Return the verdict on a row: reference, chosen, accepted or refused."""
     if row["accepted"] is None:
         return "reference"
     if row["name"] == chosen:
@@ -79,19 +80,20 @@ def leaves_table(
     Example:
       >>> import jax.numpy as jnp
       >>> parts = [Part("params/bias", "array", 16), Part("", "header and metadata", 84)]
-      >>> table = leaves_table({"params": {"bias": jnp.ones(4)}}, {"no pattern matches it": ["bias"]}, parts)
+      >>> skipped = {"no pattern matches": ["bias"]}
+      >>> table = leaves_table({"params": {"bias": jnp.ones(4)}}, skipped, parts)
       >>> for row in table.rows:
       ...     print(*filter(None, row))
-      params/bias 4 dense 32.00 0.0 % 16 16.0 % no pattern matches it
+      params/bias 4 dense 32.00 0.0 % 16 16.0 % no pattern matches
       header and metadata 84 84.0 %
       file 100 100.0 %
     """
     reasons = {path: reason for reason, paths in left_alone.items() for path in paths}
-    table, file_bytes = coverage(None, packed), round(sum(part.nbytes for part in parts))
-    sizes = {
-        row.path: round(sum(part.nbytes for part in parts if part.path == row.path))
-        for row in table.rows
-    }
+    table = coverage(None, packed)
+    file_bytes = round(sum(part.nbytes for part in parts))
+    sizes: dict[str, int] = {}
+    for row in table.rows:
+        sizes[row.path] = round(sum(part.nbytes for part in parts if part.path == row.path))
     rows = [
         (
             row.path,
@@ -107,38 +109,36 @@ def leaves_table(
     ]
     overhead = file_bytes - sum(sizes.values())
     blank = ("", "", "", "")
-    rows.append(
-        ("header and metadata", *blank, f"{overhead:,}", percent(overhead / file_bytes, 1), "")
-    )
+    share = percent(overhead / file_bytes, 1)
+    rows.append(("header and metadata", *blank, f"{overhead:,}", share, ""))
     rows.append(("file", *blank, f"{file_bytes:,}", percent(1.0, 1), ""))
-    head = ("path", "shape", "form", "bits", "zeros", "bytes", "of file", "why left alone")
+    head = ("path", "shape", "form", "bits", "zeros", "bytes", "of file", "skipped")
     return Table("Leaves", head, tuple(rows), totals=2)
 
 
 def causes_table(parts: Sequence[Part]) -> Table:
-    """Return what the bytes of an artifact are for, over all leaves; ``parts`` as of `leaves_table`.
+    """Return the bytes of an artifact by cause; ``parts`` as for `leaves_table`.
 
     Example:
-      >>> parts = [Part("a", "codes", 30), Part("b", "codes", 50), Part("", "header and metadata", 20)]
+      >>> codes = [Part("a", "codes", 30), Part("b", "codes", 50)]
+      >>> parts = [*codes, Part("", "header and metadata", 20)]
       >>> for row in causes_table(parts).rows:
       ...     print(*row)
       codes 80 80.0 %
       header and metadata 20 20.0 %
     """
-    total, causes = sum(part.nbytes for part in parts), dict.fromkeys(part.cause for part in parts)
-    sizes = {cause: sum(part.nbytes for part in parts if part.cause == cause) for cause in causes}
-    rows = tuple(
-        (cause, f"{round(size):,}", percent(size / total, 1)) for cause, size in sizes.items()
-    )
-    return Table("Bytes by cause", ("cause", "bytes", "of file"), rows)
+    total = sum(part.nbytes for part in parts)
+    sizes: dict[str, float] = {}
+    for part in parts:
+        sizes[part.cause] = sizes.get(part.cause, 0) + part.nbytes
+    rows = [(cause, f"{round(size):,}", percent(size / total, 1)) for cause, size in sizes.items()]
+    return Table("Bytes by cause", ("cause", "bytes", "of file"), tuple(rows))
 
 
-def left_alone_table(left_alone: Mapping[str, Sequence[str]]) -> Table:
-    """Return which leaves a compression left alone, and why; ``left_alone`` has paths by reason."""
-    rows = tuple(
-        (reason, str(len(paths)), ", ".join(paths)) for reason, paths in left_alone.items()
-    )
-    return Table("Left alone", ("why", "leaves", "paths"), rows)
+def skipped_table(left_alone: Mapping[str, Sequence[str]]) -> Table:
+    """Return the leaves that a compression skipped; ``left_alone`` has paths by reason."""
+    rows = [(reason, str(len(paths)), ", ".join(paths)) for reason, paths in left_alone.items()]
+    return Table("Skipped", ("why", "leaves", "paths"), tuple(rows))
 
 
 def metadata_table(title: str, metadata: Mapping[str, Any]) -> Table:
@@ -153,7 +153,8 @@ def metadata_table(title: str, metadata: Mapping[str, Any]) -> Table:
       One row a key.
 
     Example:
-      >>> metadata_table("", {"model": "LeNet5()", "validation": 0.985, "arguments": {"bits": 4}}).rows
+      >>> metadata = {"model": "LeNet5()", "validation": 0.985, "arguments": {"bits": 4}}
+      >>> metadata_table("", metadata).rows
       (('model', 'LeNet5()'), ('validation', '98.50 %'), ('arguments', '{"bits": 4}'))
     """
     rows = [(key, _text(key, value)) for key, value in metadata.items() if key != "left_alone"]

@@ -1,8 +1,8 @@
-"""One table of text cells, three looks: the terminal, Markdown, HTML."""
+"""A table of text cells, printed as plain text, for the terminal, as Markdown or as HTML."""
 
 import html
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
@@ -12,10 +12,10 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from compress_jax.core.table import printable
+from compress_jax.core.table import aligned, printable
 
-UNLIMITED = 1_000_000
-LONGEST = 24  # a word that is longer, such as a path, may be folded
+UNLIMITED = 1_000_000  # columns
+LONGEST = 24  # letters; a longer word, such as a path, may be folded
 NUMBER = re.compile(r"[\d.,]+( ?[%x])?|-")
 
 
@@ -29,6 +29,15 @@ class Table:
       rows: the cells, as many a row as there are columns.
       marked: number of the row to point out, or None.
       totals: how many of the last rows are totals.
+
+    Example:
+      >>> table = Table("Results", ("network", "bytes"), (("teacher", "1,000"), ("int4", "90")))
+      >>> table.numeric(0), table.numeric(1)
+      (False, True)
+      >>> print(table)
+      network  bytes
+      teacher  1,000
+      int4        90
     """
 
     title: str
@@ -38,22 +47,28 @@ class Table:
     totals: int = 0
 
     def numeric(self, column: int) -> bool:
-        """Tell whether a column holds numbers, which are aligned to the right."""
+        """Return whether a column holds numbers, which are aligned right."""
         cells = [row[column] for row in self.rows if row[column]]
         return bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
 
+    def __str__(self) -> str:
+        """Return the table as aligned text, without its title."""
+        numbers = [i for i in range(len(self.head)) if self.numeric(i)]
+        return aligned([self.head, *self.rows], right=numbers)
+
 
 class _Fitted(RichTable):
-    """rich's table, of which no column is ever narrower than a word: where that does not fit, a block of lines a row."""
+    """rich's table, which never breaks a word.
+
+    Where the terminal is too narrow for that, each row becomes a block of lines.
+    """
 
     source: Table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table, as a table with folded columns, or as blocks."""
-        if (
-            Measurement.get(console, options.update(width=UNLIMITED), self).maximum
-            <= options.max_width
-        ):
+        needed = Measurement.get(console, options.update(width=UNLIMITED), self).maximum
+        if needed <= options.max_width:
             yield from super().__rich_console__(console, options)
             return
         widths = _folded(self.source, options.max_width)
@@ -85,7 +100,7 @@ def rich_table(table: Table) -> RichTable:
 
 
 def _filled(table: Table, *, every_word: bool) -> "_Fitted":
-    """Return a rich table; heads of numbers go over two lines, or over as many as they have words."""
+    """Return a rich table; heads of number columns take two lines, or one line a word."""
     padding = (0, 0) if every_word else (0, 1)
     shown = _Fitted(
         title=_text(table.title) or None,
@@ -98,40 +113,39 @@ def _filled(table: Table, *, every_word: bool) -> "_Fitted":
     for i, name in enumerate(table.head):
         number = table.numeric(i)
         head = name.replace(" ", "\n", -1 if every_word else 1) if number else name
-        shown.add_column(
-            Text(head), justify="right" if number else "left", no_wrap=number, overflow="fold"
-        )
+        side = "right" if number else "left"
+        shown.add_column(Text(head), justify=side, no_wrap=number, overflow="fold")
+    first_total = len(table.rows) - table.totals
     for i, row in enumerate(table.rows):
-        style = (
-            "bold green"
-            if i == table.marked
-            else "bold"
-            if i >= len(table.rows) - table.totals
-            else ""
-        )
-        shown.add_row(
-            *map(_text, row), style=style, end_section=i == len(table.rows) - table.totals - 1
-        )
+        style = "bold" if i >= first_total else ""
+        if i == table.marked:
+            style = "bold green"
+        shown.add_row(*map(_text, row), style=style, end_section=i == first_total - 1)
     return shown
 
 
 def _folded(table: Table, width: int) -> list[int] | None:
-    """Return the columns' widths in which the table fits without breaking a word, or None if there are none."""
+    """Return the column widths at which no word breaks, or None if there are none."""
     columns = list(zip(*([table.head, *table.rows]), strict=True))
     numbers = [table.numeric(i) for i in range(len(columns))]
-    wide = [max(cell_len(printable(cell)) for cell in column) for column in columns]
-    least = [max(_longest_word(cell) for cell in column) for column in columns]
-    least = [
-        max(_longest_word(column[0]), *map(cell_len, column[1:])) if number else min(word, LONGEST)
-        for column, word, number in zip(columns, least, numbers, strict=True)
-    ]
-    spare = width - (len(columns) + 1) - sum(least)  # one blank between two, and at both ends
+    widths = [_least_width(column, number) for column, number in zip(columns, numbers, strict=True)]
+    spare = width - (len(columns) + 1) - sum(widths)  # one blank between two, and at both ends
     if spare < 0:
         return None
-    for i, number in enumerate(numbers):
-        more = 0 if number else min(spare, wide[i] - least[i])
-        least[i], spare = least[i] + more, spare - more
-    return least
+    for i, column in enumerate(columns):
+        if not numbers[i]:
+            wanted = max(cell_len(printable(cell)) for cell in column)
+            more = min(spare, wanted - widths[i])
+            widths[i] += more
+            spare -= more
+    return widths
+
+
+def _least_width(column: Sequence[str], number: bool) -> int:
+    """Return the width at which no number breaks, and no word but a very long one."""
+    if number:
+        return max(_longest_word(column[0]), *map(cell_len, column[1:]))
+    return min(max(_longest_word(cell) for cell in column), LONGEST)
 
 
 def _longest_word(cell: str) -> int:
@@ -139,7 +153,7 @@ def _longest_word(cell: str) -> int:
 
 
 def _blocks(table: Table) -> Iterator[Text]:
-    """Yield each row as its first cell and, below it, what the other columns say."""
+    """Yield each row as its first cell and, below it, the named cells of the other columns."""
     if table.title:
         yield Text(printable(table.title), style="italic")
     for i, row in enumerate(table.rows):
@@ -163,7 +177,8 @@ def markdown_table(table: Table) -> str:
       Lines, without the title.
 
     Example:
-      >>> print(markdown_table(Table("", ("network", "bytes"), (("teacher", "1,000"), ("a|b", "90")), marked=1)))
+      >>> rows = ("teacher", "1,000"), ("a|b", "90")
+      >>> print(markdown_table(Table("", ("network", "bytes"), rows, marked=1)))
       | network | bytes |
       | :-- | --: |
       | teacher | 1,000 |
@@ -172,10 +187,10 @@ def markdown_table(table: Table) -> str:
     head = [escaped(name) for name in table.head]
     rule = ["--:" if table.numeric(i) else ":--" for i in range(len(table.head))]
     strong = {table.marked, *range(len(table.rows) - table.totals, len(table.rows))}
-    rows = [
-        [_bold(escaped(cell)) if i in strong else escaped(cell) for cell in row]
-        for i, row in enumerate(table.rows)
-    ]
+    rows = []
+    for i, row in enumerate(table.rows):
+        cells = [escaped(cell) for cell in row]
+        rows.append([_bold(cell) for cell in cells] if i in strong else cells)
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, rule, *rows))
 
 
@@ -193,29 +208,26 @@ def html_table(table: Table) -> str:
       True
     """
     kinds = [' class="n"' if table.numeric(i) else "" for i in range(len(table.head))]
-    head = "".join(
-        f"<th{kind}>{html.escape(printable(name))}</th>"
-        for name, kind in zip(table.head, kinds, strict=True)
-    )
+    head = _html_cells("th", table.head, kinds)
     lines = []
     for i, row in enumerate(table.rows):
-        kind = (
-            ' class="marked"'
-            if i == table.marked
-            else ' class="total"'
-            if i >= len(table.rows) - table.totals
-            else ""
-        )
-        cells = "".join(
-            f"<td{each}>{html.escape(printable(cell))}</td>"
-            for cell, each in zip(row, kinds, strict=True)
-        )
-        lines.append(f"<tr{kind}>{cells}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        kind = ' class="total"' if i >= len(table.rows) - table.totals else ""
+        if i == table.marked:
+            kind = ' class="marked"'
+        lines.append(f"<tr{kind}>{_html_cells('td', row, kinds)}</tr>")
+    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
+    return f'<div class="wide"><table>{body}</table></div>'
+
+
+def _html_cells(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
+    pairs = zip(cells, kinds, strict=True)
+    return "".join(f"<{tag}{kind}>{html.escape(printable(cell))}</{tag}>" for cell, kind in pairs)
 
 
 def escaped(text: str, *, block: bool = False) -> str:
-    r"""Return text as one line of Markdown that shows it as it is: no markup, no HTML, no end of a table's cell.
+    r"""Return text as one line of Markdown that shows it as it is.
+
+    No character of it acts as markup, as HTML or as the end of a cell.
 
     Args:
       text: any.
@@ -232,9 +244,8 @@ def escaped(text: str, *, block: bool = False) -> str:
     """
     line = printable(text, lines=True).replace("\n", " ").replace("\t", " ")
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    line = re.sub(
-        r"([\\`*|~$\[\]!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line
-    )  # underscores within words are safe
+    # Underscores within words are no markup.
+    line = re.sub(r"([\\`*|~$\[\]!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
     return re.sub(r"^(\s*)([#+-]|\d+(?=[.)]))", _unlisted, line) if block else line
 
 

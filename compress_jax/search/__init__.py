@@ -1,4 +1,4 @@
-"""The automated loop: data, teacher, student, candidates; requirements met? Output, else choose again.
+"""The automated loop: data, teacher, student, candidates; requirement met? Output, else again.
 
 Mixed precision: `sensitivities` measures every option of every leaf once, `allocate` shares out as
 many budgets as you like.
@@ -31,5 +31,5 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names."""
     return sorted(__all__)

@@ -16,23 +16,22 @@ from compress_jax.core.table import aligned
 from compress_jax.search._budget import Budget, byte_budget, work_budget
 from compress_jax.search._sensitivity import Sensitivities
 
-# The integer program behind a budget: one option for each item, the least total value within the
-# limits.
-
-
 INFEASIBLE = 2  # a status of scipy's milp
 EXACTLY = {"mip_rel_gap": 0.0}
-SCALE = 1e3  # of the objective: the solver stops when it is within 1e-6 of the best
+SCALE = 1e3  # of the objective; the solver stops when it is within 1e-6 of the best
 Table = Sequence[Sequence[float]]  # for each item, one number for each of its options
 
 
 def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> list[int] | None:
-    r"""Solve :math:`\min_x \sum_{io} v_{io} x_{io}` with :math:`\sum_o x_{io} = 1`, :math:`\sum_{io} w_{io} x_{io} \le L`.
+    r"""Choose one option of each item: the least total value within the limits.
 
-    The solver works in floating point with absolute tolerances. So values are scaled to what is at
-    stake: an option whose value alone is above the total of a choice already found is in no best
-    choice; those are dropped and the rest is solved again at that scale. Limits are checked in
-    exact integers, and a choice that misses one is cut off.
+    .. math:: \min_x \sum_{io} v_{io} x_{io} \quad \text{with} \quad \sum_o x_{io} = 1, \;
+       \sum_{io} w_{io} x_{io} \le L
+
+    The solver works in floating point with absolute tolerances, so small values need a small scale.
+    An option whose value alone is above the total of a choice already found is in no best choice:
+    such options are dropped, and the rest is solved again at the scale of that total. Limits are
+    checked in exact integers, and a choice that misses one is cut off.
 
     Args:
       values: of each item's options.
@@ -72,11 +71,13 @@ class _Program:
         self.sizes = [len(options) for options in values]
         self.item = np.repeat(np.arange(len(values)), self.sizes)
         self.values = np.concatenate([np.asarray(each, float) - min(each) for each in values])
-        self.weights = [
-            [w - min(options) for options in table for w in options] for table in weights
-        ]  # exact integers
-        least = [sum(min(options) for options in table) for table in weights]
-        self.limits = [limit - low for limit, low in zip(limits, least, strict=True)]
+        # Python's integers, which are exact.
+        self.weights: list[list[float]] = []
+        self.limits: list[float] = []
+        for table, limit in zip(weights, limits, strict=True):
+            least = [min(options) for options in table]
+            self.weights.append(_above(table, least))
+            self.limits.append(limit - sum(least))
 
     def total(self, choice: Sequence[int]) -> float:
         return float(self.values[self._columns(choice)].sum())
@@ -85,23 +86,19 @@ class _Program:
         return np.cumsum([0, *self.sizes[:-1]]) + np.asarray(choice)
 
     def _meets(self, columns: np.ndarray) -> bool:
-        return all(
-            sum(w[c] for c in columns) <= limit
-            for w, limit in zip(self.weights, self.limits, strict=True)
-        )
+        pairs = zip(self.weights, self.limits, strict=True)
+        return all(sum(w[c] for c in columns) <= limit for w, limit in pairs)
 
     def solve(self, ceiling: float) -> list[int] | None:
-        """Return the best choice of options with values up to ``ceiling``, which is the scale of the objective too."""
+        """Return the best choice of options with values up to ``ceiling``.
+
+        ``ceiling`` is also the scale of the objective.
+        """
         if min(self.limits, default=0) < 0:
             return None
-        fits = np.all(
-            [
-                [w <= limit for w in row]
-                for row, limit in zip(self.weights, self.limits, strict=True)
-            ],
-            axis=0,
-        )
-        allowed = fits & (self.values <= ceiling)
+        allowed = self.values <= ceiling  # [options of all items]
+        for row, limit in zip(self.weights, self.limits, strict=True):
+            allowed &= np.array([w <= limit for w in row])
         top = ceiling if np.isfinite(ceiling) else self.values[allowed].max(initial=0) or 1.0
         objective = SCALE * (np.where(allowed, self.values, 0) / top)
         upper: Any = allowed.astype(float)
@@ -126,15 +123,23 @@ class _Program:
             constraints.append(LinearConstraint(taken, -np.inf, len(columns) - 1))
 
     def _constraints(self, allowed: np.ndarray) -> list[LinearConstraint]:
-        """Return that each item takes one option, and that each limit holds, in units of itself."""
-        one = csr_array((np.ones(len(self.item)), (self.item, np.arange(len(self.item)))))
-        limits = [
-            LinearConstraint(
-                np.where(allowed, row, 0) / max(limit, 1), -np.inf, limit / max(limit, 1)
-            )
-            for row, limit in zip(self.weights, self.limits, strict=True)
-        ]
-        return [LinearConstraint(one, 1, 1), *limits]
+        """Return the constraints: one option an item, and each limit in units of itself."""
+        columns = np.arange(len(self.item))
+        one = csr_array((np.ones(len(self.item)), (self.item, columns)))  # [items, options]
+        constraints = [LinearConstraint(one, 1, 1)]
+        for row, limit in zip(self.weights, self.limits, strict=True):
+            unit = max(limit, 1)
+            used = np.where(allowed, row, 0) / unit
+            constraints.append(LinearConstraint(used, -np.inf, limit / unit))
+        return constraints
+
+
+def _above(table: Table, least: Sequence[float]) -> list[float]:
+    """Return the weights of all options in one row, each above the least of its item."""
+    row: list[float] = []
+    for options, low in zip(table, least, strict=True):
+        row.extend(w - low for w in options)
+    return row
 
 
 @dataclass(frozen=True)
@@ -147,6 +152,16 @@ class Allocation(Mapping[str, str]):
       nbytes: stored bytes of all leaves, those that are left alone included.
       bitops: bit-operations of one call, everything included.
       left: ``{path: why}``, leaves that stay as they are.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> options = {"head/kernel": "int4"}
+      >>> left = {"head/bias": "no product uses it"}
+      >>> print(cj.search.Allocation(options, 0.5, 1250, 80_000, left))
+      path         option
+      head/kernel  int4
+      head/bias    stays: no product uses it
+      1,250 bytes, 80,000 bit-operations, 0.5
     """
 
     options: dict[str, str]
@@ -174,17 +189,10 @@ class Allocation(Mapping[str, str]):
 
     def __str__(self) -> str:
         """Return a table of the leaves and the totals."""
-        rows = [
-            ("path", "option"),
-            *self.options.items(),
-            *((path, f"stays: {why}") for path, why in self.left.items()),
-        ]
-        return "\n".join(
-            [
-                aligned(rows, left=2),
-                f"{self.nbytes:,} bytes, {self.bitops:,} bit-operations, {self.score:.4g}",
-            ]
-        )
+        stays = [(path, f"stays: {why}") for path, why in self.left.items()]
+        table = aligned([("path", "option"), *self.options.items(), *stays], left=2)
+        total = f"{self.nbytes:,} bytes, {self.bitops:,} bit-operations, {self.score:.4g}"
+        return f"{table}\n{total}"
 
     def compression(self, options: Mapping[str, Compression]) -> Compression:
         """Return the Compression that gives each leaf its option.
@@ -200,9 +208,10 @@ class Allocation(Mapping[str, str]):
 
         Example:
           >>> import jax.numpy as jnp
-          >>> from compress_jax.quantize import uniform
-          >>> mixed = Allocation({"a": "int2", "b": "int8"}, 0.0, 0, 0, {})
-          >>> c = mixed.compression({"int2": uniform(2), "int8": uniform(8)})
+          >>> import compress_jax as cj
+          >>> mixed = cj.search.Allocation({"a": "int2", "b": "int8"}, 0.0, 0, 0, {})
+          >>> options = {"int2": cj.quantize.uniform(2), "int8": cj.quantize.uniform(8)}
+          >>> c = mixed.compression(options)
           >>> params = {"a": jnp.ones(8), "b": jnp.ones(8)}
           >>> packed = c.pack(params, c.init(params))
           >>> packed["a"].codes.bits, packed["b"].codes.bits
@@ -214,28 +223,30 @@ class Allocation(Mapping[str, str]):
                 f"the allocation uses {', '.join(missing)}, but only "
                 f"{', '.join(options) or 'no option'} is given"
             )
-        paths = {
-            name: tuple(_literal(path) for path, own in self.options.items() if own == name)
-            for name in used
-        }
-        return rules([(paths[name], options[name]) for name in used])
+        patterns: dict[str, tuple[str, ...]] = dict.fromkeys(used, ())
+        for path, name in self.options.items():
+            patterns[name] += (_literal(path),)
+        return rules([(patterns[name], options[name]) for name in used])
 
 
 def allocate(
     sensitivities: Sensitivities, max_bytes: float | None = None, max_bitops: float | None = None
 ) -> Allocation:
-    r"""Choose an option for each leaf: the least total sensitivity within the budgets, by an integer program.
+    r"""Choose an option for each leaf: the least total sensitivity within the budgets.
 
-    .. math:: \min_o \sum_p \Omega_p(o_p) \quad \text{with} \quad \sum_p bytes_p(o_p) \le B, \; \sum_p bitops_p(o_p) \le C
+    An integer program finds it.
 
-    Solving again for another budget costs nothing but the program itself.
+    .. math:: \min_o \sum_p \Omega_p(o_p) \quad \text{with} \quad
+       \sum_p bytes_p(o_p) \le B, \; \sum_p bitops_p(o_p) \le C
+
+    Another budget needs no further measurements.
 
     Args:
       sensitivities: the table.
-      max_bytes: most bytes of all leaves together, those that are left alone included; None for no
+      max_bytes: largest number of bytes of all leaves together, skipped ones included; None for no
         limit.
-      max_bitops: most bit-operations of a call on the first batch, everything included; None for no
-        limit.
+      max_bitops: largest number of bit-operations of a call on the first batch, everything
+        included; None for no limit.
 
     Returns:
       The choice; its `Allocation.compression` is ready to train, to calibrate or to pack with.
@@ -244,14 +255,17 @@ def allocate(
       ConfigError: if no choice meets the budgets; it says what can be reached.
 
     Example:
+      >>> import compress_jax as cj
       >>> scores = {"a": {"int2": 9.0, "int8": 0.1}, "b": {"int2": 1.0, "int8": 0.2}}
       >>> sizes = {"a": {"int2": 2, "int8": 8}, "b": {"int2": 2, "int8": 8}}
-      >>> table = Sensitivities("kl", scores, sizes, sizes, {"a": 1, "b": 1}, {}, {}, 4, 0)
-      >>> dict(allocate(table, max_bytes=14)), allocate(table, max_bytes=14).nbytes
+      >>> macs = {"a": 1, "b": 1}
+      >>> table = cj.search.Sensitivities("kl", scores, sizes, sizes, macs, {}, {}, 4, 0)
+      >>> found = cj.search.allocate(table, max_bytes=14)
+      >>> dict(found), found.nbytes
       ({'a': 'int8', 'b': 'int2'}, 14)
       >>> try:
-      ...     allocate(table, max_bytes=7)
-      ... except ConfigError as error:
+      ...     cj.search.allocate(table, max_bytes=7)
+      ... except cj.core.errors.ConfigError as error:
       ...     print(str(error).partition(", 4 of")[0])
       max_bytes=7 cannot be met: the least that the options reach is 8 bytes
 
@@ -267,24 +281,31 @@ def allocate(
     )
     for budget in budgets:
         budget.check()
-    limited = [budget for budget in budgets if budget.most < math.inf]
+    limited = [budget for budget in budgets if budget.limit < math.inf]
     values = [[scores[path][name] for name in own] for path, own in names.items()]
-    found = assign(
-        values, [budget.table(names) for budget in limited], [budget.room for budget in limited]
-    )
+    tables = [budget.table(names) for budget in limited]
+    found = assign(values, tables, [budget.available for budget in limited])
     if found is None:
-        raise _together(names, *limited)
-    chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
+        raise _conflict(names, *limited)
+    chosen = _named(names, found)
     score = sum(scores[path][name] for path, name in chosen.items())
     nbytes, bitops = (budget.total(chosen) for budget in budgets)
     return Allocation(chosen, score, nbytes, bitops, dict(sensitivities.left))
 
 
-def _together(names: dict[str, list[str]], first: Budget, second: Budget) -> ConfigError:
-    """Return the error of two budgets of which each can be met, but not both: what the first can reach beside the second."""
-    found = assign(first.table(names), [second.table(names)], [second.room]) or []
-    chosen = {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
-    return first.refusal(first.total(chosen), f" together with {second.name}={second.most}")
+def _named(names: dict[str, list[str]], found: Sequence[int]) -> dict[str, str]:
+    """Return the chosen option of each leaf by name."""
+    return {path: own[which] for (path, own), which in zip(names.items(), found, strict=True)}
+
+
+def _conflict(names: dict[str, list[str]], first: Budget, second: Budget) -> ConfigError:
+    """Return the error of two budgets of which each can be met, but not both.
+
+    It says what the first can reach while the second is met.
+    """
+    found = assign(first.table(names), [second.table(names)], [second.available]) or []
+    least = first.total(_named(names, found))
+    return first.refusal(least, f" together with {second.name}={second.limit}")
 
 
 def _literal(path: str) -> str:

@@ -1,13 +1,12 @@
-"""What a stage of a run is made of, by name: values, and the code of the functions that are one's own.
+"""The ingredients of a stage of a run, by name: values, and the code of the user's functions.
 
 The walk starts at real objects (a compression, an optimizer, a model, a loss) and follows what they
-hold: closures, defaults, fields, globals that code mentions. Code that is installed counts by its
-name and its package's version; code of one's own (a config, modules beside it) by what it does, so
-that comments and line numbers do not matter.
+hold: closures, defaults, fields, globals that code mentions. Installed code counts by its name and
+its package's version; user code (a config, modules beside it) by what it does, so that comments and
+line numbers do not matter.
 """
 
 import collections
-import contextlib
 import dataclasses
 import dis
 import enum
@@ -28,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-MOST = 100_000  # entries; what has more is no setting
+from compress_jax.core.describe import closure_of, code_content
+
+MOST = 100_000  # entries; an object with more is no setting
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
-_OPAQUE = (
-    jax.sharding.Mesh,
-    jax.sharding.Sharding,
-    jax.Device,
-)  # where a run happens, not what it is
+# Where a run happens does not decide how it ends.
+_OPAQUE = (jax.sharding.Mesh, jax.sharding.Sharding, jax.Device)
+# Methods that change a list, a dict or a set.
 _CHANGES = {
     "append",
     "extend",
@@ -48,11 +47,13 @@ _CHANGES = {
     "discard",
     "clear",
 }
+_SETTINGS = (*_PLAIN, list, tuple, dict, set, np.ndarray)
+# Names by which code may reach any attribute of a module.
 _DYNAMIC = {"getattr", "vars", "globals", "eval", "exec", "__dict__", "import_module", "__import__"}
 
 
 def ingredients(**named: Any) -> dict[str, str]:
-    """Return what some objects are made of.
+    """Return the values and the code that some objects are made of.
 
     Args:
       **named: any objects.
@@ -62,9 +63,9 @@ def ingredients(**named: Any) -> dict[str, str]:
       process or another.
 
     Example:
-      >>> from compress_jax.quantize import uniform
-      >>> one, other = (ingredients(c=uniform(bits)) for bits in (4, 8))
-      >>> one == ingredients(c=uniform(4)), one == other
+      >>> import compress_jax as cj
+      >>> four, eight = (ingredients(c=cj.quantize.uniform(bits)) for bits in (4, 8))
+      >>> four == ingredients(c=cj.quantize.uniform(4)), four == eight
       (True, False)
     """
     walk = _Walk()
@@ -74,29 +75,33 @@ def ingredients(**named: Any) -> dict[str, str]:
 
 
 class _Walk:
-    """The entries found so far, and the objects seen, which are kept alive so that their ids stay theirs."""
+    """The entries found so far, and the objects visited.
+
+    The objects are referenced, so that no other object takes their ids.
+    """
 
     def __init__(self) -> None:
         self.found: dict[str, str] = {}
-        self.seen: dict[int, tuple[str, Any]] = {}
+        self.visited: dict[int, tuple[str, object]] = {}
         self.packages = {"jax", "jaxlib", "flax", "optax", "numpy", "compress_jax"}
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of Python and of the packages met."""
-        own = {
-            f"version of {name}": text for name in sorted(self.packages) if (text := _version(name))
-        }
-        return {"version of python": ".".join(map(str, sys.version_info[:2])), **own}
+        """Return the versions of Python and of the packages of the objects."""
+        versions = {"version of python": ".".join(map(str, sys.version_info[:2]))}
+        for name in sorted(self.packages):
+            if version := _version(name):
+                versions[f"version of {name}"] = version
+        return versions
 
-    def visit(self, path: str, value: Any) -> None:
+    def visit(self, path: str, value: object) -> None:
         if len(self.found) >= MOST:
             return
         if isinstance(value, _PLAIN):
             self.found[path] = _short(repr(value))
-        elif id(value) in self.seen:
-            self.found[path] = f"as {self.seen[id(value)][0]}"
+        elif id(value) in self.visited:
+            self.found[path] = f"as {self.visited[id(value)][0]}"
         else:
-            self.seen[id(value)] = path, value
+            self.visited[id(value)] = path, value
             self._visit(path, value)
 
     def _each(self, pairs: Iterable[tuple[str, Any]]) -> None:
@@ -104,7 +109,7 @@ class _Walk:
             self.visit(path, value)
 
     def _visit(self, path: str, value: Any) -> None:
-        """Dispatch on the kind of an object that was not seen yet."""
+        """Dispatch on the type of an object that is visited for the first time."""
         if isinstance(value, np.ndarray | np.generic | jax.Array):
             self._array(path, value)
         elif isinstance(value, type):
@@ -113,33 +118,27 @@ class _Walk:
             self._function(path, value)
         elif isinstance(value, types.ModuleType):
             self.found[path] = f"module {self._named(value.__name__)}"
-        elif isinstance(value, dict):
-            self._container(
-                path,
-                value,
-                [(f"{path}[{_short(repr(k), 60)}]", value[k]) for k in sorted(value, key=repr)],
-            )
-        elif isinstance(value, list | tuple):
-            names = getattr(value, "_fields", None)
-            number = "[{}]" if isinstance(value, list) else "({})"
-            ends = (
-                [f".{name}" for name in names]
-                if names
-                else [number.format(i) for i in range(len(value))]
-            )
-            self._container(
-                path, value, [(path + end, each) for end, each in zip(ends, value, strict=True)]
-            )
-        elif isinstance(value, set | frozenset):
-            self._container(
-                path,
-                value,
-                [(f"{path}{{{i}}}", each) for i, each in enumerate(sorted(value, key=repr))],
-            )
+        elif isinstance(value, dict | list | tuple | set | frozenset):
+            self._container(path, value)
         else:
             self._object(path, value)
 
-    def _container(self, path: str, value: Any, pairs: list[tuple[str, Any]]) -> None:
+    def _container(self, path: str, value: Any) -> None:
+        if isinstance(value, dict):
+            keys = sorted(value, key=repr)
+            pairs = [(f"{path}[{_short(repr(key), 60)}]", value[key]) for key in keys]
+        elif isinstance(value, set | frozenset):
+            ordered = sorted(value, key=repr)
+            pairs = [(f"{path}{{{i}}}", each) for i, each in enumerate(ordered)]
+        elif isinstance(value, list):
+            pairs = [(f"{path}[{i}]", each) for i, each in enumerate(value)]
+        elif names := getattr(value, "_fields", None):
+            pairs = [(f"{path}.{name}", each) for name, each in zip(names, value, strict=True)]
+        else:
+            pairs = [(f"{path}({i})", each) for i, each in enumerate(value)]
+        self._entries(path, value, pairs)
+
+    def _entries(self, path: str, value: Any, pairs: list[tuple[str, Any]]) -> None:
         if not pairs or type(value) not in (dict, list, tuple):
             self.found[path] = f"{type(value).__name__} of {len(pairs)}"
         self._each(pairs)
@@ -149,9 +148,8 @@ class _Walk:
             value = jax.random.key_data(value)
         array = np.asarray(value)
         if array.dtype == object:
-            return self._container(
-                path, value, [(f"{path}[{i}]", each) for i, each in enumerate(array.ravel())]
-            )
+            pairs = [(f"{path}[{i}]", each) for i, each in enumerate(array.ravel())]
+            return self._entries(path, value, pairs)
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         short = f" {array.item()!r}" if array.size == 1 else ""
         self.found[path] = f"{array.dtype}{list(array.shape)}{short} {digest[:16]}"
@@ -163,13 +161,9 @@ class _Walk:
         elif isinstance(value, types.MethodType):
             self._each([(f"{path}.self", value.__self__), (path + "()", value.__func__)])
         elif isinstance(value, functools.partial):
-            self._each(
-                [
-                    (path + "()", value.func),
-                    (f"{path}.args", value.args),
-                    (f"{path}.keywords", value.keywords),
-                ]
-            )
+            self.visit(path + "()", value.func)
+            self.visit(f"{path}.args", value.args)
+            self.visit(f"{path}.keywords", value.keywords)
         elif hasattr(value, "__wrapped__"):  # jit, custom_jvp, lru_cache
             self.found[path] = type(value).__name__
             self.visit(path + "()", value.__wrapped__)
@@ -191,42 +185,38 @@ class _Walk:
             elif isinstance(own, types.FunctionType):
                 if not own.__code__.co_filename.startswith("<"):  # else made by dataclass
                     self.visit(f"{path}.{name}", own)
-            elif not name.startswith("_") and isinstance(
-                own, (*_PLAIN, list, tuple, dict, set, np.ndarray)
-            ):
+            elif isinstance(own, _SETTINGS) and not name.startswith("_"):
                 self.visit(f"{path}.{name}", own)
 
     def _function(self, path: str, value: types.FunctionType) -> None:
-        code, module = value.__code__, value.__globals__.get("__name__", "")
-        cells = zip(code.co_freevars, value.__closure__ or (), strict=True)
+        code = value.__code__
+        module = value.__globals__.get("__name__", "")
         changed = _changed(code)
         library = _is_library(code.co_filename, module)
         if library:
             self.found[path] = f"{self._named(module)}.{value.__qualname__}"
         else:
-            digest = hashlib.sha256(repr(_meaning(code, value.__doc__)).encode()).hexdigest()
+            digest = hashlib.sha256(repr(code_content(code, value.__doc__)).encode()).hexdigest()
             self.found[path] = f"{value.__qualname__}, code {digest[:16]}"
             defaults = {"defaults": value.__defaults__, "keyword defaults": value.__kwdefaults__}
             self._each((f"{path}: {name}", held) for name, held in defaults.items() if held)
-        self._each((f"{path}.{name}", each) for name, each in _kept(_cells(cells), changed).items())
+        closure = _settings(closure_of(value), changed)
+        self._each((f"{path}.{name}", each) for name, each in closure.items())
         if not library:
             names = _names(code)
-            loaded = {
-                name: sys.modules[name] for name in names & set(sys.modules)
-            }  # imported inside the function
-            self._globals(path, names, {**loaded, **_kept(value.__globals__, changed)})
+            imported = {name: sys.modules[name] for name in names & set(sys.modules)}
+            self._globals(path, names, {**imported, **_settings(value.__globals__, changed)})
 
     def _globals(self, path: str, names: set[str], space: dict[str, Any]) -> None:
-        """Visit what a function of one's own mentions; of one's own modules, what it mentions of them."""
+        """Visit the globals of user code; of user modules, the attributes it mentions."""
         for name in sorted(names & set(space)):
             value = space[name]
             self.visit(f"{path} > {name}", value)
             if isinstance(value, types.ModuleType) and not _installed(value):
                 wanted = set(vars(value)) if names & _DYNAMIC else names
                 own = {key: each for key, each in vars(value).items() if not key.startswith("__")}
-                self._each(
-                    (f"{path} > {name}.{key}", own[key]) for key in sorted(wanted & set(own))
-                )
+                for key in sorted(wanted & set(own)):
+                    self.visit(f"{path} > {name}.{key}", own[key])
 
     def _named(self, module: str) -> str:
         self.packages.add(module.split(".")[0])
@@ -234,47 +224,20 @@ class _Walk:
 
 
 def _fields(value: Any) -> list[tuple[str, Any]]:
-    """Return what an object holds by name, without what a Linen module has from where it was called."""
+    """Return an object's fields by name, without a Linen module's parent and name."""
     if isinstance(value, np.random.Generator):
         return [("state", value.bit_generator.state)]
     if dataclasses.is_dataclass(value):
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         return [(name, getattr(value, name, None)) for name in fields if name not in skip]
-    slots = [
-        name for base in type(value).__mro__ for name in _as_tuple(getattr(base, "__slots__", ()))
-    ]
-    held = {
-        name: getattr(value, name) for name in slots if name[:2] != "__" and hasattr(value, name)
-    }
-    return sorted({**held, **getattr(value, "__dict__", {})}.items())
-
-
-def _as_tuple(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
-
-
-def _meaning(code: types.CodeType, doc: str | None = None) -> tuple[Any, ...]:
-    """Return what a piece of code does, without where it stands and what its docstring says."""
-    consts = [
-        _meaning(c) if isinstance(c, types.CodeType) else _constant(c)
-        for c in code.co_consts
-        if c != doc or c is None
-    ]
-    counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
-    return (
-        code.co_code,
-        consts,
-        code.co_names,
-        code.co_varnames,
-        code.co_freevars,
-        code.co_cellvars,
-        counts,
-    )
-
-
-def _constant(value: Any) -> str:
-    return f"frozenset {sorted(map(repr, value))}" if isinstance(value, frozenset) else repr(value)
+    by_name: dict[str, Any] = {}
+    for base in type(value).__mro__:
+        slots = getattr(base, "__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if not name.startswith("__") and hasattr(value, name):
+                by_name[name] = getattr(value, name)
+    return sorted({**by_name, **getattr(value, "__dict__", {})}.items())
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -282,47 +245,42 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _cells(cells: Iterable[tuple[str, types.CellType]]) -> dict[str, Any]:
-    """Return what a function holds by name; a cell that is not filled yet holds nothing."""
-    found: dict[str, Any] = {}
-    for name, cell in cells:
-        with contextlib.suppress(ValueError):
-            found[name] = cell.cell_contents
-    return found
+def _settings(variables: dict[str, Any], changed: dict[str, bool]) -> dict[str, Any]:
+    """Return the variables that are settings.
 
-
-def _kept(held: dict[str, Any], changed: dict[str, bool]) -> dict[str, Any]:
-    """Return the variables that are settings: not those a function assigns, nor the lists, dicts and sets it changes."""
-    keeps = (list, dict, set, bytearray, collections.deque, np.ndarray)
-    return {
-        n: x
-        for n, x in held.items()
-        if n not in changed or not (changed[n] or isinstance(x, keeps))
-    }
+    Not among them: those a function assigns, and the lists, dicts and sets it changes.
+    """
+    mutable = (list, dict, set, bytearray, collections.deque, np.ndarray)
+    settings: dict[str, Any] = {}
+    for name, value in variables.items():
+        assigned = changed.get(name, False)
+        mutated = name in changed and isinstance(value, mutable)
+        if not assigned and not mutated:
+            settings[name] = value
+    return settings
 
 
 def _changed(code: types.CodeType) -> dict[str, bool]:
-    """Return variables from outside that a function may change: True if it assigns them, False if what is in them."""
+    """Return the outer variables that a function may change.
+
+    True if it assigns them, False if it changes their content.
+    """
     found: dict[str, bool] = {}
+    assigned: list[str] = []
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGES:
             found |= _loaded(steps[i - 1])
-        if step.opname in (
-            "STORE_SUBSCR",
-            "DELETE_SUBSCR",
-        ):  # container, key; the value is below them
-            found |= _loaded(steps[i - 2])
-    stored = [step.argval for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")]
-    found |= {
-        name: True for name in stored if name in code.co_freevars or name not in code.co_cellvars
-    }
-    for inner in (each for each in code.co_consts if isinstance(each, types.CodeType)):
-        found |= {
-            name: assigned
-            for name, assigned in _changed(inner).items()
-            if name not in code.co_cellvars
-        }
+        if step.opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            found |= _loaded(steps[i - 2])  # pushed before the key
+        if step.opname in ("STORE_GLOBAL", "STORE_DEREF"):
+            if step.argval in code.co_freevars or step.argval not in code.co_cellvars:
+                assigned.append(step.argval)
+    found |= dict.fromkeys(assigned, True)
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            of_inner = _changed(inner)
+            found |= {name: of_inner[name] for name in of_inner if name not in code.co_cellvars}
     return found
 
 
@@ -344,7 +302,7 @@ def _library_folders() -> tuple[str, ...]:
 
 @functools.cache
 def _is_library(file: str, module: str) -> bool:
-    """Tell whether code is installed, by its file, or by its module where it was made without one."""
+    """Return whether code is installed, by its file, or by its module if it has no file."""
     if file.startswith("<"):
         return file.startswith("<frozen") or _installed(sys.modules.get(module))
     return str(Path(file).resolve()).startswith(_library_folders())
@@ -355,10 +313,8 @@ def _installed(module: types.ModuleType | None) -> bool:
         return False
     file = getattr(module, "__file__", None)
     if file is None:  # built in, or a namespace
-        return (
-            module.__name__.split(".")[0] in sys.stdlib_module_names
-            and module.__name__ != "__main__"
-        )
+        package = module.__name__.split(".")[0]
+        return package in sys.stdlib_module_names and module.__name__ != "__main__"
     return _is_library(file, module.__name__)
 
 
@@ -366,15 +322,11 @@ def _installed(module: types.ModuleType | None) -> bool:
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # of the standard library, or run from the source tree
-        return None
+    except importlib.metadata.PackageNotFoundError:
+        return None  # of the standard library, or run from the source tree
 
 
-def _short(text: str, most: int = 200) -> str:
-    return (
-        text
-        if len(text) <= most
-        else f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
-    )
+def _short(text: str, max_length: int = 200) -> str:
+    if len(text) <= max_length:
+        return text
+    return f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"

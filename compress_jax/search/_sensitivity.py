@@ -1,4 +1,7 @@
-"""How sensitive a model is to each way of storing each of its leaves, and what that way costs: one table, made once."""
+"""Sensitivity and cost of every option for every leaf, in one table.
+
+Sensitivity is measured in the outputs or in the curvature of the loss.
+"""
 
 import json
 import math
@@ -6,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,19 +27,18 @@ from compress_jax.trace import SiteCost, cost
 from compress_jax.trace._cost import dtype_bits, stored
 from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
 
-# How much it matters that one leaf changes: seen in the outputs, or in the curvature of the loss.
-
-
+T = TypeVar("T")
 Leaves = dict[str, Any]
-Forms = Mapping[
-    str, Mapping[str, Any]
-]  # path -> option -> what the leaf is then, packed or an array
-Scores = dict[str, dict[str, float]]
+Variants = Mapping[str, Mapping[str, Any]]  # {path: {option: the leaf, packed or an array}}
+Scores = dict[str, dict[str, float]]  # {path: {option: score}}
 Model = Callable[..., Any]  # (leaves by path, *inputs) -> outputs
+Measure = Literal["fisher", "kl", "mse", "hutchinson"]
 
 
 def divergence(expected: jax.Array, got: jax.Array) -> jax.Array:
-    r"""Return :math:`KL(softmax(expected) \| softmax(got))`, float32, in nats: over the last axis, a mean over the others.
+    r"""Return the mean :math:`KL(softmax(expected) \| softmax(got))` over the last axis.
+
+    It is float32, in nats.
 
     Example:
       >>> float(divergence(jnp.zeros((2, 3)), jnp.zeros((2, 3))))
@@ -59,16 +61,16 @@ def by_outputs(
     model: Model,
     leaves: Leaves,
     batches: Iterable[tuple[Any, ...]],
-    forms: Forms,
+    variants: Variants,
     distance: Callable[..., jax.Array],
 ) -> Scores:
-    """Score each form of each leaf by how far the outputs move when only that leaf takes that form.
+    """Score each variant of each leaf by how far the outputs move under it alone.
 
     Args:
       model: ``(leaves, *inputs) -> array``; compiled once.
       leaves: all leaves by path.
       batches: the inputs.
-      forms: the candidates' forms.
+      variants: the candidates' variants.
       distance: ``(expected outputs, outputs) -> float32 scalar``.
 
     Returns:
@@ -80,14 +82,14 @@ def by_outputs(
 
     Example:
       >>> model = lambda leaves, x: x * leaves["w"]
-      >>> by_outputs(model, {"w": jnp.ones(2)}, [(jnp.ones(2),)], {"w": {"zero": jnp.zeros(2)}}, squared_error)
+      >>> leaves, variants = {"w": jnp.ones(2)}, {"w": {"zero": jnp.zeros(2)}}
+      >>> by_outputs(model, leaves, [(jnp.ones(2),)], variants, squared_error)
       {'w': {'zero': 1.0}}
     """
-    run, moved = (
-        jax.jit(model),
-        jax.jit(lambda leaves, expected, inputs: distance(expected, model(leaves, *inputs))),
-    )
-    totals, count = {path: dict.fromkeys(options, 0.0) for path, options in forms.items()}, 0
+    run = jax.jit(model)
+    moved = jax.jit(lambda leaves, expected, inputs: distance(expected, model(leaves, *inputs)))
+    totals = {path: dict.fromkeys(options, 0.0) for path, options in variants.items()}
+    count = 0
     for inputs in batches:
         count += 1
         expected = run(leaves, *inputs)
@@ -95,24 +97,25 @@ def by_outputs(
             raise ShapeError(
                 f"fn must return one array of outputs to compare, not a {type(expected).__name__}"
             )
-        for path, option, form in _each(forms):
-            if form is not leaves[path]:
-                totals[path][option] += float(
-                    moved({**leaves, path: to_dense(form)}, expected, inputs)
-                )
+        for path, option, variant in _each(variants):
+            if variant is not leaves[path]:
+                changed = {**leaves, path: to_dense(variant)}
+                totals[path][option] += float(moved(changed, expected, inputs))
     return _means(totals, count)
 
 
 def by_fisher(
-    model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], forms: Forms
+    model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], variants: Variants
 ) -> Scores:
-    r"""Score by the empirical Fisher, :math:`E[\sum_i (g_i \Delta w_i)^2]`, where g is the gradient of a batch's loss.
+    r"""Score by the empirical Fisher, :math:`E[\sum_i (g_i \Delta w_i)^2]`.
+
+    Here g is the gradient of a batch's loss.
 
     Args:
       model: ``(leaves, *inputs) -> loss``, a scalar.
       leaves: all leaves by path.
       batches: the inputs.
-      forms: the candidates' forms.
+      variants: the candidates' variants.
 
     Returns:
       The scores.
@@ -123,33 +126,34 @@ def by_fisher(
 
     Example:
       >>> loss = lambda leaves, x: (x * leaves["w"]).sum()
-      >>> by_fisher(loss, {"w": jnp.ones(2)}, [(jnp.array([1.0, 3.0]),)], {"w": {"zero": jnp.zeros(2)}})
+      >>> leaves, variants = {"w": jnp.ones(2)}, {"w": {"zero": jnp.zeros(2)}}
+      >>> by_fisher(loss, leaves, [(jnp.array([1.0, 3.0]),)], variants)
       {'w': {'zero': 10.0}}
     """
-    loss, (chosen, rest) = _scalar(model), _divided(leaves, forms)
+    loss = _scalar(model)
+    chosen, rest = _divided(leaves, variants)
     squares = squared_gradients(
         lambda chosen, rest, *inputs: loss({**rest, **chosen}, *inputs),
         chosen,
         ((rest, *inputs) for inputs in batches),
     )
-    return {
-        path: {
-            option: float((squares[path] * _change(leaves[path], form)).sum())
-            for option, form in options.items()
-        }
-        for path, options in forms.items()
-    }
+    scores: Scores = {path: {} for path in variants}
+    for path, option, variant in _each(variants):
+        scores[path][option] = float((squares[path] * _change(leaves[path], variant)).sum())
+    return scores
 
 
 def by_curvature(
     model: Model,
     leaves: Leaves,
     batches: Iterable[tuple[Any, ...]],
-    forms: Forms,
+    variants: Variants,
     key: jax.Array,
     probes: int,
 ) -> Scores:
-    r"""Score by the mean eigenvalue of the loss's Hessian, :math:`tr(H_p) / n_p \cdot \|\Delta w_p\|^2`, as HAWQ-V2 does.
+    r"""Score by the mean Hessian eigenvalue, :math:`tr(H_p) / n_p \cdot \|\Delta w_p\|^2`.
+
+    This is the metric of HAWQ-V2.
 
     The traces of the diagonal blocks are estimated with Rademacher probes,
     :math:`E[v_p^\top (H v)_p]`, by derivatives of the gradient; a trace that comes out negative
@@ -159,7 +163,7 @@ def by_curvature(
       model: ``(leaves, *inputs) -> loss``, a scalar.
       leaves: all leaves by path.
       batches: the inputs.
-      forms: the candidates' forms.
+      variants: the candidates' variants.
       key: typed PRNG key of the probes.
       probes: how many a batch.
 
@@ -171,7 +175,7 @@ def by_curvature(
       ShapeError: if the loss is no scalar.
 
     Example:
-      >>> loss = lambda leaves, x: (x * leaves["w"] ** 2).sum()  # its Hessian is diagonal: the estimate is exact
+      >>> loss = lambda leaves, x: (x * leaves["w"] ** 2).sum()  # diagonal Hessian: exact
       >>> w, zero, batches = jnp.ones(2), {"zero": jnp.zeros(2)}, [(jnp.array([1.0, 3.0]),)]
       >>> by_curvature(loss, {"w": w}, batches, {"w": zero}, jax.random.key(0), 1)
       {'w': {'zero': 8.0}}
@@ -183,75 +187,65 @@ def by_curvature(
         gradient = jax.grad(lambda chosen: loss({**rest, **chosen}, *inputs))
 
         def probe(key: jax.Array) -> Leaves:
-            keys = dict(zip(chosen, jax.random.split(key, len(chosen)), strict=True))
+            keys = jax.random.split(key, len(chosen))
             signs = {
-                path: jax.random.rademacher(keys[path], x.shape, x.dtype)
-                for path, x in chosen.items()
+                path: jax.random.rademacher(own, x.shape, x.dtype)
+                for own, (path, x) in zip(keys, chosen.items(), strict=True)
             }
-            turned = jax.jvp(gradient, (chosen,), (signs,))[1]
-            return {
-                path: jnp.vdot(signs[path].astype(jnp.float32), turned[path].astype(jnp.float32))
-                for path in chosen
-            }
+            _, products = jax.jvp(gradient, (chosen,), (signs,))  # H v, without H
+            signs = {path: x.astype(jnp.float32) for path, x in signs.items()}
+            return {p: jnp.vdot(signs[p], products[p].astype(jnp.float32)) for p in chosen}
 
         return jax.tree.map(jnp.mean, jax.lax.map(probe, jax.random.split(key, probes)))
 
-    chosen, rest = _divided(leaves, forms)
-    totals, count = dict.fromkeys(chosen, 0.0), 0
+    chosen, rest = _divided(leaves, variants)
+    totals = dict.fromkeys(chosen, 0.0)
+    count = 0
     for inputs in batches:
         count += 1
         found = traces(chosen, rest, inputs, jax.random.fold_in(key, count))
         totals = {path: total + float(found[path]) for path, total in totals.items()}
     if not count:
         raise _no_batch()
-    return {
-        path: {
-            o: max(totals[path], 0.0) / count * float(_change(leaves[path], form).mean())
-            for o, form in options.items()
-        }
-        for path, options in forms.items()
-    }
+    scores: Scores = {path: {} for path in variants}
+    for path, option, variant in _each(variants):
+        mean_trace = max(totals[path], 0.0) / count
+        scores[path][option] = mean_trace * float(_change(leaves[path], variant).mean())
+    return scores
 
 
-def unreached(scores: Scores, leaves: Leaves, forms: Forms) -> tuple[Scores, list[str]]:
-    """Give leaves that the batches say nothing about the scores of average ones, for as large a change.
+def unreached(scores: Scores, leaves: Leaves, variants: Variants) -> tuple[Scores, list[str]]:
+    """Give unreached leaves the scores of average ones, for as large a change.
 
-    A leaf whose every form scores exactly 0 though it changes the leaf (a branch that never ran, an
-    expert without tokens) was not reached: that is not to say that it does not matter.
+    A leaf whose variants all score exactly 0 though they change the leaf (in a branch that never
+    ran, an expert without tokens) was not reached by the batches. It may matter all the same.
 
     Args:
       scores: of all leaves.
       leaves: all leaves by path.
-      forms: the candidates' forms.
+      variants: the candidates' variants.
 
     Returns:
       ``(scores, the leaves that were not reached)``. Where no leaf was, the scores stay.
 
     Example:
-      >>> w, forms = jnp.ones(2), {"w": {"a": jnp.zeros(2)}, "unused": {"a": jnp.full(2, -1.0)}}
-      >>> unreached({"w": {"a": 3.0}, "unused": {"a": 0.0}}, {"w": w, "unused": w}, forms)
+      >>> w, variants = jnp.ones(2), {"w": {"a": jnp.zeros(2)}, "unused": {"a": jnp.full(2, -1.0)}}
+      >>> unreached({"w": {"a": 3.0}, "unused": {"a": 0.0}}, {"w": w, "unused": w}, variants)
       ({'w': {'a': 3.0}, 'unused': {'a': 12.0}}, ['unused'])
     """
-    changes = {
-        path: {o: float(_change(leaves[path], form).sum()) for o, form in own.items()}
-        for path, own in forms.items()
-    }
-    dead = [
-        path for path in scores if not any(scores[path].values()) and any(changes[path].values())
-    ]
-    pairs = [
-        (scores[path][o], changes[path][o])
-        for path in scores
-        if path not in dead
-        for o in scores[path]
-    ]
-    rates = [score / change for score, change in pairs if change > 0]
+    changes: Scores = {path: {} for path in variants}
+    for path, option, variant in _each(variants):
+        changes[path][option] = float(_change(leaves[path], variant).sum())
+    dead = [p for p in scores if not any(scores[p].values()) and any(changes[p].values())]
+    rates = []
+    for path, option, score in _each(scores):
+        if path not in dead and changes[path][option] > 0:
+            rates.append(score / changes[path][option])
     if not rates:
         return scores, dead
     mean = sum(rates) / len(rates)
-    return scores | {
-        path: {o: mean * change for o, change in changes[path].items()} for path in dead
-    }, dead
+    filled = {p: {option: mean * x for option, x in changes[p].items()} for p in dead}
+    return scores | filled, dead
 
 
 def _scalar(model: Model) -> Model:
@@ -260,50 +254,43 @@ def _scalar(model: Model) -> Model:
         if jnp.shape(value) != ():
             raise ShapeError(
                 "this measure differentiates a loss: fn(params, *batch) must return a scalar, the "
-                "mean over the batch, but "
-                f"it returns {jax.tree.map(jnp.shape, value)}"
+                f"mean over the batch, but it returns {jax.tree.map(jnp.shape, value)}"
             )
         return value.astype(jnp.float32)
 
     return loss
 
 
-def _divided(leaves: Leaves, forms: Forms) -> tuple[Leaves, Leaves]:
-    """Return the leaves that have other forms, and the others."""
-    return {path: leaves[path] for path in forms}, {
-        path: x for path, x in leaves.items() if path not in forms
-    }
+def _divided(leaves: Leaves, variants: Variants) -> tuple[Leaves, Leaves]:
+    """Return the leaves that have variants, and the others."""
+    rest = {path: x for path, x in leaves.items() if path not in variants}
+    return {path: leaves[path] for path in variants}, rest
 
 
-def _each(forms: Forms) -> Iterator[tuple[str, str, Any]]:
-    for path, options in forms.items():
-        for option, form in options.items():
-            yield path, option, form
+def _each(table: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[str, str, T]]:
+    """Yield ``(path, option, entry)`` of a table ``{path: {option: entry}}``."""
+    for path, options in table.items():
+        for option, entry in options.items():
+            yield path, option, entry
 
 
-def _change(x: Any, form: Any) -> jax.Array:
-    return jnp.square(to_dense(form).astype(jnp.float32) - x.astype(jnp.float32))
+def _change(x: Any, variant: Any) -> jax.Array:
+    return jnp.square(to_dense(variant).astype(jnp.float32) - x.astype(jnp.float32))
 
 
 def _means(totals: Scores, count: int) -> Scores:
     if not count:
         raise _no_batch()
-    return {
-        path: {option: total / count for option, total in options.items()}
-        for path, options in totals.items()
-    }
+    return {p: {option: x / count for option, x in own.items()} for p, own in totals.items()}
 
 
 def _no_batch() -> DataError:
     return DataError("there is no batch to measure sensitivities with")
 
 
-Measure = Literal["fisher", "kl", "mse", "hutchinson"]
-
-
 @dataclass(frozen=True)
 class Sensitivities:
-    """One score, one size and one amount of work for each leaf and option: all that a budget is shared out by.
+    """Score, bytes and work of each leaf and option: what `allocate` shares a budget by.
 
     Attributes:
       measure: what the scores mean; smaller is better.
@@ -317,8 +304,15 @@ class Sensitivities:
       left_nbytes: bytes of those leaves.
       left_bitops: bit-operations of everything else: products of activations, and with those
         leaves.
-      notes: ``{path: what was out of the ordinary}``: leaves that the batches never reached have
-        the scores of average ones.
+      notes: ``{path: remark}``: leaves that the batches never reached have the scores of average
+        ones.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> scores, sizes = {"w": {"int4": 0.5, "int8": 0.01}}, {"w": {"int4": 40, "int8": 80}}
+      >>> print(cj.search.Sensitivities("kl", scores, sizes, sizes, {"w": 640}, {}, {}, 0, 0))
+      path  MACs  int4: kl  int4: bytes  int8: kl  int8: bytes
+      w      640       0.5           40      0.01           80
     """
 
     measure: str
@@ -333,11 +327,13 @@ class Sensitivities:
     notes: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """Return the table as JSON, to be kept beside the model.
+        """Return the table as JSON, for a file beside the model.
 
         Example:
-          >>> table = Sensitivities("kl", {"w": {"a": 0.5}}, {"w": {"a": 3}}, {"w": {"a": 9}}, {"w": 1}, {}, {}, 0, 0)
-          >>> Sensitivities.from_json(table.to_json()) == table
+          >>> import compress_jax as cj
+          >>> scores, sizes = {"w": {"a": 0.5}}, {"w": {"a": 3}}
+          >>> table = cj.search.Sensitivities("kl", scores, sizes, sizes, {"w": 1}, {}, {}, 0, 0)
+          >>> cj.search.Sensitivities.from_json(table.to_json()) == table
           True
         """
         return json.dumps(asdict(self), indent=1)
@@ -347,7 +343,7 @@ class Sensitivities:
         """Return the table that `to_json` wrote.
 
         Raises:
-          DataError: if the text is none.
+          DataError: if the text is no such table.
         """
         try:
             return cls(**json.loads(text))
@@ -359,24 +355,14 @@ class Sensitivities:
     def __str__(self) -> str:
         """Return a table: for each leaf its work, and for each option score and bytes."""
         options = list(dict.fromkeys(chain.from_iterable(self.scores.values())))
-        head = (
-            "path",
-            "MACs",
-            *(f"{option}: {what}" for option in options for what in (self.measure, "bytes")),
-        )
-        rows = [
-            (
-                path,
-                units(self.macs[path]),
-                *chain.from_iterable(self._cells(path, option) for option in options),
-            )
-            for path in self.scores
-        ]
-        refused = [
-            f"{path} cannot be {o}: {why}"
-            for path, reasons in self.refused.items()
-            for o, why in reasons.items()
-        ]
+        head = ["path", "MACs"]
+        for option in options:
+            head += [f"{option}: {self.measure}", f"{option}: bytes"]
+        rows = []
+        for path in self.scores:
+            cells = chain.from_iterable(self._cells(path, option) for option in options)
+            rows.append([path, units(self.macs[path]), *cells])
+        refused = [f"{path} cannot be {o}: {why}" for path, o, why in _each(self.refused)]
         stays = [f"{path} stays: {why}" for path, why in self.left.items()]
         notes = [f"{path}: {note}" for path, note in self.notes.items()]
         return "\n".join([aligned([head, *rows], left=1), *stays, *refused, *notes])
@@ -401,27 +387,30 @@ def sensitivities(
     max_bytes: float | None = None,
     max_bitops: float | None = None,
 ) -> Sensitivities:
-    r"""Measure what each way of storing each leaf does to the model, every other leaf left as it is.
+    r"""Measure what each option does to the model, one leaf at a time.
 
-    With :math:`\Delta w` what the option changes in the leaf, the score is one of
+    Every other leaf stays as it is. With :math:`\Delta w` the option's change of the leaf, the
+    score is one of
 
-    * ``"fisher"``: :math:`E[\sum_i (\partial L / \partial w_i \, \Delta w_i)^2]`, L the loss of a batch. Batches of one
-      example give the empirical Fisher; larger ones the same up to a factor, once the model is
-      trained. One backward pass a batch.
-    * ``"hutchinson"``: :math:`tr(H) / n \cdot \|\Delta w\|^2`, H the loss's Hessian in the n entries of the leaf.
-    * ``"kl"``: the divergence of the output distributions, ``softmax`` over the last axis. One run for each leaf and option.
+    * ``"fisher"``: :math:`E[\sum_i (\partial L / \partial w_i \, \Delta w_i)^2]`, L the loss of a
+      batch. Batches of one example give the empirical Fisher; larger ones the same up to a factor,
+      once the model is trained. One backward pass a batch.
+    * ``"hutchinson"``: :math:`tr(H) / n \cdot \|\Delta w\|^2`, H the loss's Hessian in the n
+      entries of the leaf.
+    * ``"kl"``: the divergence of the output distributions, ``softmax`` over the last axis. One run
+      for each leaf and option.
     * ``"mse"``: the mean squared change of the outputs.
 
     Args:
       fn: a pure function of params and one batch: for ``"kl"`` and ``"mse"`` it returns the outputs
         (logits), for ``"fisher"`` and ``"hutchinson"`` the loss, a scalar.
       params: tree of arrays.
-      batches: what ``fn`` takes after params, one after the other; a tuple is several arguments.
-      options: by name, compressions that act on one leaf; `core.identity` leaves it as it is. They
-        are bound to the layouts that the function tells, as `cj.bind` does.
+      batches: the arguments of ``fn`` after params; a tuple is several arguments.
+      options: compressions of one leaf, by name; `core.identity` leaves it as it is. They are bound
+        to the layouts read from the function, as `cj.bind` does.
       measure: one of the above.
-      where: a glob, or several, over the leaves to decide about; by default all that a product or a
-        lookup uses.
+      where: a glob, or several, over the leaves that take an option; by default all that a product
+        or a lookup uses.
       activation_bits: for the bit-operations, as `trace.cost` takes them.
       key: typed PRNG key of the probes for ``"hutchinson"``.
       probes: random vectors a batch for ``"hutchinson"``.
@@ -430,7 +419,7 @@ def sensitivities(
       max_bitops: likewise.
 
     Returns:
-      The table, which `allocate` reads for as many budgets as you like.
+      The table, from which `allocate` shares out any number of budgets.
 
     Raises:
       ConfigError: if there is no option, the measure is none of these, a key is missing, or no
@@ -441,11 +430,11 @@ def sensitivities(
       ShapeError: if ``fn`` returns what the measure cannot use.
 
     Example:
-      >>> from compress_jax.core import identity
-      >>> from compress_jax.quantize import uniform
+      >>> import compress_jax as cj
       >>> params = {"head": jnp.linspace(-1, 1, 12).reshape(4, 3), "bias": jnp.zeros((1, 3))}
       >>> fn = lambda params, x: x @ params["head"] + params["bias"]
-      >>> table = sensitivities(fn, params, [jnp.ones((2, 4))], {"int2": uniform(2), "float32": identity()}, "mse")
+      >>> options = {"int2": cj.quantize.uniform(2), "float32": cj.identity()}
+      >>> table = cj.search.sensitivities(fn, params, [jnp.ones((2, 4))], options, "mse")
       >>> table.nbytes, table.left
       ({'head': {'int2': 8, 'float32': 48}}, {'bias': 'no product and no lookup uses it'})
       >>> table.scores["head"]["int2"] > table.scores["head"]["float32"] == 0
@@ -463,49 +452,44 @@ def sensitivities(
     inputs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
     first = next(inputs, None)
     if first is None:
-        raise DataError("there is no batch to measure sensitivities with")
+        raise _no_batch()
     leaves, rebuild = flatten(params)
     traced = trace(fn, params, *first)
     known = layouts_of(traced)
     options = {name: bound(option, known) for name, option in options.items()}
     chosen, left = _candidates(traced, leaves, where)
-    forms, refused = _forms(leaves, chosen, options)
-    left |= {path: "no option can take it" for path in chosen if not forms[path]}
-    forms = {path: forms[path] for path in chosen if forms[path]}
-    bitops, macs, rest = _work(
-        cost(fn, params, *first, activation_bits=activation_bits).by_site, leaves, forms
-    )
-    sizes = {
-        path: {option: _nbytes(form) for option, form in options.items()}
-        for path, options in forms.items()
-    }
+    variants, refused = _variants(leaves, chosen, options)
+    left |= {path: "no option can take it" for path in chosen if not variants[path]}
+    variants = {path: variants[path] for path in chosen if variants[path]}
+    by_site = cost(fn, params, *first, activation_bits=activation_bits).by_site
+    bitops, macs, rest = _work(by_site, leaves, variants)
+    sizes = {path: {o: _nbytes(x) for o, x in own.items()} for path, own in variants.items()}
     bytes_left = sum(_nbytes(leaves[path]) for path in left)
     byte_budget(max_bytes, sizes, bytes_left).check()
     work_budget(max_bitops, bitops, rest).check()
-    scored = _scorer(measure, key, probes)(
-        lambda leaves, *x: fn(rebuild(leaves), *x), leaves, chain([first], inputs), forms
-    )
-    scored, dead = unreached(_finite(scored), leaves, forms)
-    notes = dict.fromkeys(
-        dead,
-        "every option scores 0: the batches say nothing of it, so it counts as an average leaf",
-    )
+
+    def model(leaves: Leaves, *x: PyTree) -> PyTree:
+        return fn(rebuild(leaves), *x)
+
+    scores = _scorer(measure, key, probes)(model, leaves, chain([first], inputs), variants)
+    scores, dead = unreached(_finite(scores), leaves, variants)
+    note = "every option scores 0: the batches say nothing of it, so it counts as an average leaf"
     return Sensitivities(
         measure,
-        scored,
-        sizes,
-        bitops,
-        macs,
-        refused,
-        _ordered(left, leaves),
-        bytes_left,
-        rest,
-        notes,
+        scores,
+        nbytes=sizes,
+        bitops=bitops,
+        macs=macs,
+        refused=refused,
+        left={path: left[path] for path in leaves if path in left},
+        left_nbytes=bytes_left,
+        left_bitops=rest,
+        notes=dict.fromkeys(dead, note),
     )
 
 
 def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., Scores]:
-    """Return ``(model, leaves, batches, forms) -> scores``."""
+    """Return ``(model, leaves, batches, variants) -> scores``."""
     if measure == "hutchinson":
         if key is None:
             raise ConfigError(
@@ -525,42 +509,44 @@ def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., S
 def _candidates(
     traced: Traced, leaves: Leaves, where: Patterns | None
 ) -> tuple[list[str], dict[str, str]]:
-    """Return the leaves to decide about, and why the others are left alone."""
+    """Return the leaves that take an option, and why the others are skipped."""
     if where is not None:
         found = match(where, leaves)
-        return found, {path: "no pattern matches it" for path in leaves if path not in found}
-    used = {path for site in traced.sites.values() for path in (site.param, *site.also)} | set(
-        traced.found.lookups.values()
-    )
-    why = {
-        path: f"{how}; name it in where to decide about it"
-        for path, how in traced.found.otherwise.items()
-    }
-    return [path for path in leaves if path in used], {
-        path: why.get(path, "no product and no lookup uses it")
-        for path in leaves
-        if path not in used
-    }
+        return found, {path: "no pattern matches" for path in leaves if path not in found}
+    used: set[str | None] = set(traced.found.lookups.values())
+    for site in traced.sites.values():
+        used.update((site.param, *site.also))
+    why = {}
+    for path in leaves:
+        if path not in used:
+            why[path] = "no product and no lookup uses it"
+            if path in traced.found.otherwise:
+                how = traced.found.otherwise[path]
+                why[path] = f"{how}; name it in where to decide about it"
+    return [path for path in leaves if path in used], why
 
 
-def _forms(
+def _variants(
     leaves: Leaves, chosen: list[str], options: Mapping[str, Compression]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
-    """Return what each leaf is under each option, packed, and why it cannot take some."""
-    forms: dict[str, dict[str, Any]] = {path: {} for path in chosen}
+    """Return each leaf under each option, packed, and why it cannot take some."""
+    variants: dict[str, dict[str, Any]] = {path: {} for path in chosen}
     refused: dict[str, dict[str, str]] = {}
     for path in chosen:
         for name, option in options.items():
-            form, why = _form(path, leaves[path], option)
+            variant, why = _variant(path, leaves[path], option)
             if why is None:
-                forms[path][name] = form
+                variants[path][name] = variant
             else:
                 refused.setdefault(path, {})[name] = why
-    return forms, refused
+    return variants, refused
 
 
-def _form(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
-    """Return one leaf under one option, or why it cannot take it; the very leaf if the option is to leave it alone."""
+def _variant(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
+    """Return one leaf under one option, or why it cannot take it.
+
+    An option that leaves the leaf alone returns the leaf itself.
+    """
     part = {path: x}
     try:
         state = option.init(part)
@@ -573,21 +559,18 @@ def _form(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
 
 
 def _work(
-    sites: Mapping[str, SiteCost], leaves: Leaves, forms: Forms
+    sites: Mapping[str, SiteCost], leaves: Leaves, variants: Variants
 ) -> tuple[dict[str, dict[str, int]], dict[str, int], int]:
-    """Return bit-operations by leaf and option, MACs by leaf, and the bit-operations that no option changes.
+    """Return bit-operations by leaf and option, MACs by leaf, and what no option changes.
 
-    A product that several parameters enter is shared out among them by size.
+    The work of a product of several parameters is divided among them by size.
     """
-    work, macs, rest = (
-        {path: dict.fromkeys(options, 0.0) for path, options in forms.items()},
-        dict.fromkeys(forms, 0.0),
-        0.0,
-    )
-    widths = {
-        path: {o: stored({o: form}, None, None)[o].bits for o, form in opts.items()}
-        for path, opts in forms.items()
-    }
+    work = {path: dict.fromkeys(options, 0.0) for path, options in variants.items()}
+    macs = dict.fromkeys(variants, 0.0)
+    rest = 0.0
+    widths: dict[str, dict[str, Any]] = {path: {} for path in variants}
+    for path, option, variant in _each(variants):
+        widths[path][option] = stored({option: variant}, None, None)[option].bits
     for each in sites.values():
         paths = [path for path in (each.site.param, *each.site.also) if path is not None]
         held = sum(leaves[path].size for path in paths)
@@ -595,33 +578,25 @@ def _work(
         own = dtype_bits(each.site.lhs_dtype if each.site.operand == "lhs" else each.site.rhs_dtype)
         for path in paths:
             share = each.macs * leaves[path].size / held
-            if path not in forms:
+            if path not in variants:
                 rest += share * own * each.activation_bits
                 continue
             macs[path] += share
             for option, bits in widths[path].items():
                 work[path][option] += share * (bits or own) * each.activation_bits
-    whole = {
-        path: {option: round(amount) for option, amount in amounts.items()}
-        for path, amounts in work.items()
-    }
-    return whole, {path: round(amount) for path, amount in macs.items()}, round(rest)
+    whole = {path: {o: round(x) for o, x in amounts.items()} for path, amounts in work.items()}
+    return whole, {path: round(x) for path, x in macs.items()}, round(rest)
 
 
-def _nbytes(form: Any) -> int:
-    return nbytes(form) if is_packed(form) else jnp.asarray(form).nbytes
+def _nbytes(variant: Any) -> int:
+    return nbytes(variant) if is_packed(variant) else jnp.asarray(variant).nbytes
 
 
 def _finite(scores: Scores) -> Scores:
-    for path, options in scores.items():
-        for option, score in options.items():
-            if not math.isfinite(score):
-                raise NonFiniteError(
-                    f"the sensitivity of {path!r} to {option!r} is {score}; look at the outputs "
-                    "or the loss"
-                )
+    for path, option, score in _each(scores):
+        if not math.isfinite(score):
+            raise NonFiniteError(
+                f"the sensitivity of {path!r} to {option!r} is {score}; look at the outputs or "
+                "the loss"
+            )
     return scores
-
-
-def _ordered(left: dict[str, str], leaves: Leaves) -> dict[str, str]:
-    return {path: left[path] for path in leaves if path in left}

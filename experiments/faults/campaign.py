@@ -1,4 +1,7 @@
-"""Runs numbered mutations in child processes, so that what ends, hangs or fills a process is one line of the result."""
+"""Run numbered mutations in child processes.
+
+A mutation that ends, hangs or fills its process is one line of the result.
+"""
 
 import json
 import subprocess
@@ -72,7 +75,7 @@ def campaign(
 
 
 class _Timer:
-    """Ends a process that is silent for much longer than a mutation may take, on a busy machine too."""
+    """Ends a process that is silent for longer than a mutation takes on a busy machine."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process, self.fired, self._timer = process, False, None

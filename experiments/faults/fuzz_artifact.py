@@ -1,4 +1,6 @@
-"""Ten thousand damaged artifacts whose checksums are right: every one is refused by name, or loads and is consistent.
+"""Ten thousand damaged artifacts with right checksums.
+
+Every one is refused by name, or loads and is consistent.
 
     python experiments/faults/fuzz_artifact.py --mutations 10000
 
@@ -41,7 +43,7 @@ from reading import assert_consistent, same  # noqa: E402 # pyright: ignore[repo
 import compress_jax as cj  # noqa: E402
 from compress_jax.core import ArtifactError  # noqa: E402
 from compress_jax.export._artifact.artifact import opened
-from compress_jax.export._coding.streams import Coded, _sum, decoded
+from compress_jax.export._coding.streams import Coded, _checksum, decoded
 
 MAX_BYTES, BAD = 2**28, ("unnamed", "raw", "abort", "hang", "memory", "inconsistent")
 
@@ -78,7 +80,7 @@ def repaired(data: bytes, file: Path) -> bytes:
     try:
         content, coded = opened(file, MAX_BYTES)
         assert isinstance(coded, Coded)
-        total = _sum(tensor for _, tensor in decoded(content["tree"], coded))
+        total = _checksum(tensor for _, tensor in decoded(content["tree"], coded))
         return with_content(data, lambda c: {**c, "index": {**c["index"], "crc32": total}})
     except (ArtifactError, AssertionError):
         return data

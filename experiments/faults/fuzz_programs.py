@@ -1,4 +1,6 @@
-"""Damaged StableHLO, ONNX and LiteRT files given to `cj.export.verify`: an ExportError, and never the end of the caller.
+"""Damaged StableHLO, ONNX and LiteRT files given to `cj.export.verify`.
+
+Each raises an ExportError, and none ends the caller.
 
     python experiments/faults/fuzz_programs.py --suffix .stablehlo --mutations 600 python
     experiments/faults/fuzz_programs.py --suffix .onnx --mutations 300     # needs the extra onnx
@@ -109,7 +111,7 @@ WAYS = (
 
 
 def child(original: Path, first: int, last: int) -> None:
-    """Try mutations of some numbers as the child of `verify` does, and print a line of JSON for each."""
+    """Try some mutations as the child of `verify` does, and print a line of JSON for each."""
     data = original.read_bytes()
     running._confine(2**32)
     for number in range(first, last):

@@ -1,4 +1,6 @@
-"""Damage the files of a finished run at random, and see that every command says so in one sentence, and loses nothing.
+"""Damage the files of a finished run at random.
+
+Every command must say so in one sentence, and lose nothing.
 
     python experiments/faults/fuzz_workdir.py --trials 300
 
@@ -35,7 +37,8 @@ from compress_jax.search import Candidate, Experiment, Network, Requirement, Tra
 def split(seed, n):
     rng = np.random.default_rng(seed)
     label = rng.integers(0, 3, n).astype(np.int32)
-    return {"image": rng.normal(label[:, None, None, None], 0.5, (n, 4, 4, 1)).astype(np.float32), "label": label}
+    return {"image": rng.normal(label[:, None, None, None], 0.5, (n, 4, 4, 1)).astype(np.float32),
+        "label": label}
 
 def config(bits: int = 4) -> Experiment:
     """Blobs."""
@@ -44,7 +47,8 @@ def config(bits: int = 4) -> Experiment:
     training = Training(optax.adam(0.01), 4, batch_size=32, save_every=2)
     candidates = (Candidate("int", cj.at("**/kernel", cj.quantize.uniform(bits)), training),)
     student, teacher = (Network(LeNet300100(3, hidden), training) for hidden in ((24,), (32,)))
-    return Experiment("blobs", data, student, candidates, Requirement(max_drop=0.9), teacher=teacher,
+    return Experiment("blobs", data, student, candidates, Requirement(max_drop=0.9),
+        teacher=teacher,
                       loss=cj.distill.hinton(0.5, 2.0))
 '''
 

@@ -100,7 +100,7 @@ def nodes() -> dict[str, Any]:
 
 
 def samples() -> dict[str, bytes]:
-    """Return small files by name: each node beside plain arrays, plain and coded, and one of all nodes."""
+    """Return small files by name, plain and coded: one for each node, and one of all nodes."""
     trees = beside_arrays(nodes())
     trees["all"] = {
         **nodes(),
@@ -233,7 +233,7 @@ def resize(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def set_values(data: bytes, rng: np.random.Generator) -> bytes:
-    """Fill a tensor with ones, zeros or noise: codes beyond a codebook, masks that keep all or none."""
+    """Fill a tensor with ones, zeros or noise: codes beyond a codebook, full or empty masks."""
     header, body = parts(data)
     names = [name for name in header if name != "__metadata__"]
     begin, end = header[names[rng.integers(len(names))]]["data_offsets"]
@@ -244,7 +244,10 @@ def set_values(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 def bomb(data: bytes, rng: np.random.Generator) -> bytes:
-    """Claim much in little: shapes of 1e12 entries that agree with each other, content that unpacks to gigabytes."""
+    """Claim much in little.
+
+    Shapes of 1e12 entries agree with each other, or content unpacks to gigabytes.
+    """
     size = int(10.0 ** rng.uniform(6, 13))
     how = rng.integers(4)
     if how == 0 and b'"version":"2"' in data[:4096]:

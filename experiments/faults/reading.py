@@ -1,4 +1,7 @@
-"""A second reading of packed nodes, in NumPy and with no tolerance: what is not exactly as it should be is an error."""
+"""A second reader of packed nodes, in NumPy and without tolerance.
+
+Whatever is not exactly right is an error.
+"""
 
 from typing import Any
 

@@ -1,4 +1,6 @@
-"""How the same operations are spelled must not matter to an export: each is written and right, or refused by name.
+"""The spelling of an operation must not matter to an export.
+
+Each is written and right, or refused by name.
 
 Claim: of every spelling in `spelled.py` (pooling, norms, dropout, layouts, transposed and batched
 products, activations, attention, over Flax Linen, NNX, Haiku, Keras, Equinox and plain JAX) the

@@ -123,7 +123,7 @@ def test_at_leaves_the_rest_alone_and_says_so():
         and seen["a"]["bias"] is PARAMS["a"]["bias"]
         and seen["n"] is PARAMS["n"]
     )
-    assert c.skipped(PARAMS) == dict.fromkeys(["a/bias", "n"], "no pattern matches it")
+    assert c.skipped(PARAMS) == dict.fromkeys(["a/bias", "n"], "no pattern matches")
     for call in (c.init, c.skipped, lambda p: c.view(p, CompressionState({"0": {}}, {"0": {}}))):
         with pytest.raises(NoMatchError, match=r"(?s)kernel.*b/weight"):
             call({"b": {"weight": jnp.ones(1)}})

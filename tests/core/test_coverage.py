@@ -26,7 +26,7 @@ def test_rows_say_what_became_of_each_leaf():
     assert (
         kernel.nbytes == stored and kernel.bits == 8 * stored / 4096 and kernel.sparsity == 63 / 64
     )
-    assert table["mixed"].reason == "no pattern matches it"
+    assert table["mixed"].reason == "no pattern matches"
     assert (table["mixed"].nbytes, table["mixed"].bits, table["mixed"].form) == (8, 16.0, "dense")
     assert table["n"].reason == "int32 is not a floating-point dtype"
     assert table["dense/bias"].form == "Sparse" and table["dense/bias"].sparsity == 1.0
@@ -84,7 +84,7 @@ def test_text_holds_every_row_aligned_and_the_total():
         "dense",
         "dense",
     ]
-    assert all("no pattern matches it" in lines[i] for i in (1, 3, 4))
+    assert all("no pattern matches" in lines[i] for i in (1, 3, 4))
 
 
 def test_an_unknown_path_lists_the_known_ones():

@@ -1,4 +1,4 @@
-"""The file: what is written is what is read, or an error that says so; and an old file survives a failed write."""
+"""What is written is read, or an error says why; a failed write leaves the old file."""
 
 import contextlib
 import errno
@@ -32,7 +32,8 @@ def model():
     params |= {"bias": jnp.arange(6.0), "half": jnp.ones(3, jnp.bfloat16)}
     small = cj.chain(cj.prune.magnitude(0.6), cj.quantize.uniform(4))
     c = cj.rules([("a", small), ("b", cj.cluster.kmeans(4)), ("c", cj.lowrank.svd(2))])
-    return c.pack(params, c.init(params)), {"model": "three", "who": {"z": 1, "a": [2.5, None]}, "ü": "\\u00fc\\ud800"}
+    return c.pack(params, c.init(params)), {"model": "three", "who": {"z": 1, "a": [2.5, None]},
+        "ü": "\\u00fc\\ud800"}
 """
 scope: dict = {}
 exec(MODEL, scope)
@@ -139,9 +140,12 @@ def test_a_foreign_file_is_an_error(file, content, size):
 
 
 HEADERS = [
-    "{}", "[]", "3", "null", '"x"', '{"__metadata__":3}', '{"__metadata__":[]}', '{"__metadata__":{"format":"pt"}}',
-    '{"__metadata__":{"format":"compress_jax"}}', '{"__metadata__":{"format":"compress_jax","version":1}}',
-    '{"__metadata__":{"format":"compress_jax","version":"²"}}', '{"__metadata__":{"format":"compress_jax","version":""}}',
+    "{}", "[]", "3", "null", '"x"', '{"__metadata__":3}', '{"__metadata__":[]}',
+    '{"__metadata__":{"format":"pt"}}',
+    '{"__metadata__":{"format":"compress_jax"}}',
+    '{"__metadata__":{"format":"compress_jax","version":1}}',
+    '{"__metadata__":{"format":"compress_jax","version":"²"}}',
+    '{"__metadata__":{"format":"compress_jax","version":""}}',
     '{"__metadata__":{"format":"compress_jax","version":"1","sha256":null}}', "[" * 100_000,
 ]  # fmt: skip
 
@@ -197,7 +201,7 @@ def test_a_key_that_is_no_unicode_is_an_error(tmp_path):
 
 @contextlib.contextmanager
 def full_disk(bytes_left: int):
-    """Let no file grow beyond a size: a true error of the operating system, in the midst of writing."""
+    """Limit the size of files: a true error of the operating system in the midst of writing."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_left, before[1]))
     try:

@@ -1,4 +1,4 @@
-"""Integer exports: layouts as the sites have them, biases that survive, sites that cannot be listed with the reason."""
+"""Integer exports: layouts of sites, biases, and the sites that stay in floats."""
 
 import jax
 import jax.numpy as jnp

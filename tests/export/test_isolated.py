@@ -1,4 +1,4 @@
-"""Files of other runtimes that are damaged, or made to do harm, cost an ExportError and not the caller's process."""
+"""Damaged or malicious files raise an ExportError and do not end the caller."""
 
 import os
 import re

@@ -120,7 +120,7 @@ def test_a_crash_or_a_refusal_is_an_error(mlp, tmp_path):
 
 
 def test_a_crash_of_the_runtime_is_an_error(mlp, tmp_path, monkeypatch):
-    """A file that the converter wrote and the runtime dies of: what indices of an embedding in int8 once did."""
+    """A converted file that kills the runtime, as int8 indices of an embedding once did."""
     fn, params, x = mlp
     real = subprocess.run
 

@@ -1,4 +1,7 @@
-"""Files that an earlier version wrote are read bit for bit; were these tests to change, old files would be lost."""
+"""Files of an earlier version are read bit for bit.
+
+If these tests change, old files are lost.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ METADATA = {"model": "old", "accuracy": 0.5, "none": None}
 
 
 def tree() -> dict[str, Any]:
-    """Return a node of every kind and nesting, of whole numbers, so that every machine makes the same."""
+    """Return a node of every kind and nesting, of whole numbers, equal on every machine."""
     grid = jnp.arange(120).reshape(12, 10)
     mask, few = grid % 3 == 0, grid % 40 == 7
     float32, bfloat16 = jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)

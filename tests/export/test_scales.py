@@ -1,4 +1,4 @@
-"""Biases as whole steps in int32: what is written is the bias, whatever the weights of its channel are."""
+"""Biases in int32 steps: the written bias is the bias, whatever its channel's weights."""
 
 import numpy as np
 from hypothesis import given, settings

@@ -1,4 +1,7 @@
-"""However an operation is spelled, the ONNX file computes it or an ExportError says why not; a few spellings by default."""
+"""However an operation is spelled, its ONNX file is right or an ExportError says why not.
+
+A few spellings by default.
+"""
 
 import importlib.util
 import sys

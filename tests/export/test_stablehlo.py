@@ -1,4 +1,4 @@
-"""A StableHLO program holds packed weights, runs without this package, and computes what the library computes."""
+"""A StableHLO program holds packed weights and computes what the library computes."""
 
 import subprocess
 import sys
@@ -24,7 +24,9 @@ x = np.load(f"{folder}/x.npy")
 for name in names:
     program = jax.export.deserialize(bytearray(open(f"{folder}/{name}.stablehlo", "rb").read()))
     assert set(program.platforms) == {"cpu", "cuda", "tpu"}
-    weights = (safetensors.numpy.load_file(f"{folder}/{name}.safetensors"),) if name.startswith("arguments") else ()
+    weights = ()
+    if name.startswith("arguments"):
+        weights = (safetensors.numpy.load_file(f"{folder}/{name}.safetensors"),)
     np.save(f"{folder}/{name}.npy", program.call(*weights, x))
 assert not [name for name in sys.modules if name.split(".")[0] in ("compress_jax", "flax", "optax")]
 """

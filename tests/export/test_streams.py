@@ -156,7 +156,7 @@ def test_the_file_of_the_reference_tensor_is_its_entropy(tmp_path):
     ids=["int4", "pruned and shared", "int8", "pruned int4"],
 )
 def test_a_whole_model_is_within_two_percent_of_its_entropy(model, shape, compression, tmp_path):
-    """The entropy of each leaf's codes, the bytes of all that is not codes, the header counted against us."""
+    """The entropy of each leaf's codes, the bytes of all else, the header counted as loss."""
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))["params"]
     compression = cj.at("**/kernel", compression)
     packed = compression.pack(params, compression.init(params))

@@ -1,4 +1,4 @@
-"""Every tree that can be saved comes back as it was, bit for bit; what cannot be is refused by name."""
+"""Every tree that can be saved is read bit for bit; others are refused by name."""
 
 import dataclasses
 import json
@@ -43,7 +43,8 @@ NODES_TO_SAVE = {
     "sparse, filled with minus zero": Sparse.pack(X, X > 0, fill=-0.0),
     "sparse, nothing kept": Sparse.pack(X, jnp.zeros_like(X)),
     "quantized": packed(cj.quantize.uniform(3)),
-    "quantized, asymmetric, by channel": packed(cj.quantize.uniform(5, symmetric=False, granularity="channel")),
+    "quantized, asymmetric, by channel": packed(cj.quantize.uniform(5, symmetric=False,
+    granularity="channel")),
     "quantized in groups": packed(cj.quantize.uniform(4, granularity=4)),
     "quantized, last group padded": Quantized.pack(
         jnp.arange(120).reshape(12, 10) % 16, 4, jnp.full((3, 1, 10), 0.1), jnp.uint8(8),
@@ -54,7 +55,8 @@ NODES_TO_SAVE = {
     "tabled": packed(cj.quantize.nf4("channel")),
     "tabled by one's own levels": packed(cj.quantize.codebook(cj.quantize.Table((-1.0, 0.1, 0.3)))),
     "tabled, scales e8m0": packed(cj.quantize.mxfp8(pad=True)),
-    "tabled, scales e4m3, times one of the tensor": packed(cj.quantize.nvfp4(pad=True), X.astype(jnp.bfloat16)),
+    "tabled, scales e4m3, times one of the tensor": packed(cj.quantize.nvfp4(pad=True),
+    X.astype(jnp.bfloat16)),
     "pruned, tabled": packed(cj.chain(cj.prune.magnitude(0.9), cj.quantize.fp8("e5m2"))),
     "binary, pruned": packed(cj.chain(cj.quantize.binary(), cj.prune.magnitude(0.5))),
     "clustered": packed(cj.cluster.kmeans(6)),
@@ -122,7 +124,8 @@ def test_the_nodes_above_are_of_every_kind_and_nesting():
 
 
 DTYPES = [
-    "bool", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16", "bfloat16", "float32",
+    "bool", "int4", "uint4", "int8", "uint8", "int16", "uint16", "int32", "uint32", "float16",
+    "bfloat16", "float32",
     "float8_e4m3fn", "float8_e5m2", "complex64",
 ]  # fmt: skip
 

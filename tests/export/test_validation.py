@@ -1,4 +1,4 @@
-"""What stands behind a right checksum is looked at all the same: every field of every kind of node, every limit."""
+"""Files with right checksums are validated: every field of every node, every limit."""
 
 import dataclasses
 import json
@@ -108,8 +108,11 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (TABLED, {"codes": Bits(u8(0x21, 0xA3), 4, (2, 2))}, "one of the codes is 10"),
     (TABLED, {"layout": Layout((4,))}, "layout"),
     (TABLED, {"dtype": np.dtype(np.float64)}, "x64"),
-    (CLUSTERED, {"codes": Bits(u8(0x21, 0x63), 4, (2, 2))}, "one of the codes is 6, and there are "
-                                                            "codes for 0 to 5"),
+    (
+        CLUSTERED,
+        {"codes": Bits(u8(0x21, 0x63), 4, (2, 2))},
+        "one of the codes is 6, and there are codes for 0 to 5",
+    ),
     (CLUSTERED, {"codes": left_out(fill=6)}, "fill is 6"),
     (CLUSTERED, {"codes": left_out(fill=0.5)}, "fill of codes"),
     (CLUSTERED, {"codebook": np.arange(3, dtype=F32)}, "one of the codes is 4"),
@@ -122,8 +125,11 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (LOW, {"left": np.ones((6, 2), np.int32)}, "floating"),
     (LOW, {"left": np.ones(6, F32)}, "two axes"),
     (LOW, {"right": CODES}, "an array must stand here, not a Bits"),
-    (LOW, {"right": dataclasses.replace(QUANTIZED, zero_point=u8(16).reshape(1, 1))}, "no code of "
-                                                                                      "4 bits"),
+    (
+        LOW,
+        {"right": dataclasses.replace(QUANTIZED, zero_point=u8(16).reshape(1, 1))},
+        "no code of 4 bits",
+    ),
     (LOW, {"right": dataclasses.replace(QUANTIZED)}, r"do not make the shape \[2, 3, 4\]"),
     (LOW, {"shape": (2, 4, 3)}, "do not make"),
     (LOW, {"shape": (2, 3, 5)}, "do not make"),
@@ -132,7 +138,7 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (LOW, {"columns": (0,)}, "do not make"),
     (LOW, {"stack": (0,)}, "two axes behind its layers"),
     (LOW, {"dtype": np.dtype(np.float64)}, "x64"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
@@ -178,14 +184,68 @@ def test_a_groups_padding_counts_as_memory():
 
 FIELD_VALUES = [
     ("bits", [0, 17, -1, 4.0, True, None, "4", [4], 10**30]),
-    ("shape", [None, 4, "ab", [-1], [2.0], [True], [None], [10**15], [10**15, 0], [1] * 33, {"a": 1}]),
+    (
+        "shape",
+        [None, 4, "ab", [-1], [2.0], [True], [None], [10**15], [10**15, 0], [1] * 33, {"a": 1}],
+    ),
     ("fill", [None, "0", True, [0], 10**400]),
-    ("dtype", ["int32", "float", "object", "dtype", "uint8", "nonsense", "", 3, None, ["float32"], "complex64"]),
-    ("layout", [None, [], [[2, 2]] * 9, 3, [[2], [1], None], [[2, 2], [0, 0], None], [[2, 2], [True], None],
-                [[2, 2], [0], 0], [[2, 2], [0], -4], [[2, 2], [0], 1.5], [[2, 2], [-1], None], [[2, 2], 1, None]]),
-    ("levels", [None, [], [2], [0, 1, 0], [8, 1, 0], [2, 9, 0], [2, 1, 8], [2, 1, -1], [2.0, 1, 0], [[]], [["a"]],
-                [[1.0, 1.0]], [[2.0, 1.0]], [[1e300]], [[0.1]], [[True]], [[0.0], 1, 1, 1], [[10**400]]]),
-]  # fmt: skip
+    (
+        "dtype",
+        [
+            "int32",
+            "float",
+            "object",
+            "dtype",
+            "uint8",
+            "nonsense",
+            "",
+            3,
+            None,
+            ["float32"],
+            "complex64",
+        ],
+    ),
+    (
+        "layout",
+        [
+            None,
+            [],
+            [[2, 2]] * 9,
+            3,
+            [[2], [1], None],
+            [[2, 2], [0, 0], None],
+            [[2, 2], [True], None],
+            [[2, 2], [0], 0],
+            [[2, 2], [0], -4],
+            [[2, 2], [0], 1.5],
+            [[2, 2], [-1], None],
+            [[2, 2], 1, None],
+        ],
+    ),
+    (
+        "levels",
+        [
+            None,
+            [],
+            [2],
+            [0, 1, 0],
+            [8, 1, 0],
+            [2, 9, 0],
+            [2, 1, 8],
+            [2, 1, -1],
+            [2.0, 1, 0],
+            [[]],
+            [["a"]],
+            [[1.0, 1.0]],
+            [[2.0, 1.0]],
+            [[1e300]],
+            [[0.1]],
+            [[True]],
+            [[0.0], 1, 1, 1],
+            [[10**400]],
+        ],
+    ),
+]
 
 
 @pytest.mark.parametrize(
@@ -199,13 +259,30 @@ def test_a_field_beyond_its_range_is_refused_by_name(field, value):
 
 
 TREES = [
-    [True, "a"], {"a": True, "b": True}, {}, {"dict": {"a": True}}, {"dict": [["a"]]}, {"dict": [[None, True]]},
-    False, 3, 0.5, {"dict": [["a", None], ["a", None]]}, {"dict": [["a", None], [1, None]]}, {"list": True},
-    {"Sparser": {}}, {"Bits": []}, {"Bits": {"data": True, "bits": 4}}, {"Bits": {"data": True, "bits": 4,
-    "shape": [2], "color": 3}}, "float32", "nonsense", {"Gaps": {"runs": None, "shape": [2]}}, {"Bits": {"data":
-    None, "bits": 4, "shape": [2]}}, {"Bits": {"data": {"list": [True]}, "bits": 4, "shape": [2]}}, {"dict":
-    [["__metadata__", True]]}, {"tuple": [True, True]},
-]  # fmt: skip
+    [True, "a"],
+    {"a": True, "b": True},
+    {},
+    {"dict": {"a": True}},
+    {"dict": [["a"]]},
+    {"dict": [[None, True]]},
+    False,
+    3,
+    0.5,
+    {"dict": [["a", None], ["a", None]]},
+    {"dict": [["a", None], [1, None]]},
+    {"list": True},
+    {"Sparser": {}},
+    {"Bits": []},
+    {"Bits": {"data": True, "bits": 4}},
+    {"Bits": {"data": True, "bits": 4, "shape": [2], "color": 3}},
+    "float32",
+    "nonsense",
+    {"Gaps": {"runs": None, "shape": [2]}},
+    {"Bits": {"data": None, "bits": 4, "shape": [2]}},
+    {"Bits": {"data": {"list": [True]}, "bits": 4, "shape": [2]}},
+    {"dict": [["__metadata__", True]]},
+    {"tuple": [True, True]},
+]
 
 
 @pytest.fixture
@@ -248,16 +325,24 @@ def test_a_name_twice_and_numbers_that_json_does_not_have_are_refused(file):
 
 
 INDEX = [
-    {"tensors": [0, ["float32", [2]]]}, {"tables": ["zz"], "tensors": [0, ["float32", [2]]], "crc32": 0}, [],
-    None, {"tables": [], "tensors": [None], "crc32": 0}, {"tables": [], "tensors": [None, None], "crc32": 0},
-    {"tables": [], "tensors": [None, ["float32", [3]]], "crc32": 0}, {"tables": [], "tensors": [0, ["float32",
-    [2]]], "crc32": 0}, {"tables": ["00ff"], "tensors": [0, ["float32", [2]]], "crc32": 0}, {"tables": ["ff" *
-    16], "tensors": [0, ["float32", [2]]], "crc32": 0}, {"tables": ["00" * 16] * 2, "tensors": [0, ["float32",
-    [2]]], "crc32": 0}, {"tables": [], "tensors": [None, ["bfloat16", [2]]], "crc32": 0}, {"tables": [],
-    "tensors": [None, ["float32", [-2]]], "crc32": 0}, {"tables": [], "tensors": [True, ["float32", [2]]],
-    "crc32": 0}, {"tables": [3], "tensors": [0, ["float32", [2]]], "crc32": 0}, {"tables": [], "tensors": [None,
-    ["float32", [2]]], "crc32": None}, {"tables": ["00" * 16], "tensors": [-1, ["float32", [2]]], "crc32": 0},
-]  # fmt: skip
+    {"tensors": [0, ["float32", [2]]]},
+    {"tables": ["zz"], "tensors": [0, ["float32", [2]]], "crc32": 0},
+    [],
+    None,
+    {"tables": [], "tensors": [None], "crc32": 0},
+    {"tables": [], "tensors": [None, None], "crc32": 0},
+    {"tables": [], "tensors": [None, ["float32", [3]]], "crc32": 0},
+    {"tables": [], "tensors": [0, ["float32", [2]]], "crc32": 0},
+    {"tables": ["00ff"], "tensors": [0, ["float32", [2]]], "crc32": 0},
+    {"tables": ["ff" * 16], "tensors": [0, ["float32", [2]]], "crc32": 0},
+    {"tables": ["00" * 16] * 2, "tensors": [0, ["float32", [2]]], "crc32": 0},
+    {"tables": [], "tensors": [None, ["bfloat16", [2]]], "crc32": 0},
+    {"tables": [], "tensors": [None, ["float32", [-2]]], "crc32": 0},
+    {"tables": [], "tensors": [True, ["float32", [2]]], "crc32": 0},
+    {"tables": [3], "tensors": [0, ["float32", [2]]], "crc32": 0},
+    {"tables": [], "tensors": [None, ["float32", [2]]], "crc32": None},
+    {"tables": ["00" * 16], "tensors": [-1, ["float32", [2]]], "crc32": 0},
+]
 
 
 @pytest.mark.parametrize("index", INDEX, ids=str)
@@ -271,14 +356,22 @@ def test_an_index_that_does_not_fit_its_structure_is_refused(index, file):
 
 
 ENTRIES = [
-    {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [2], "data_offsets": [0,
-    9]}, {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}, {"dtype": "U8", "shape": [7], "data_offsets":
-    [0, 7]}, {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}, {"dtype": "F32", "shape": [-2],
-    "data_offsets": [0, -8]}, {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]}, {"dtype": "F32",
-    "shape": [2]}, 3, None, {}, {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}, {"dtype": "F32",
-    "shape": "2", "data_offsets": [0, 8]}, {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [0, 9]},
+    {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]},
+    {"dtype": "U8", "shape": [7], "data_offsets": [0, 7]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]},
+    {"dtype": "F32", "shape": [-2], "data_offsets": [0, -8]},
+    {"dtype": "F32", "shape": [2], "data_offsets": [0.0, 8.0]},
+    {"dtype": "F32", "shape": [2]},
+    3,
+    None,
+    {},
+    {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": "2", "data_offsets": [0, 8]},
+    {"dtype": "F32", "shape": [2**62, 2**62], "data_offsets": [0, 8]},
     {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)

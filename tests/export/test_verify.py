@@ -16,7 +16,7 @@ from compress_jax.export._verify.verify import Timing, interleaved
 
 @pytest.fixture(scope="module")
 def linear(tmp_path_factory):
-    """Two files of a linear classifier, its weights, and inputs whose labels are its own answers."""
+    """Two files of a linear classifier, its weights, and inputs with its answers as labels."""
     pytest.importorskip("flatbuffers", reason="needs pip install 'compress_jax[stablehlo]'")
     folder = tmp_path_factory.mktemp("files")
     weights = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)}
@@ -82,7 +82,7 @@ def test_times_are_taken_beside_the_baseline(linear):
 
 def test_a_slowdown_is_called_one():
     assert "2.00x faster" in str(Timing(1, 1, 0.1, 0.2, 2.0, 1.9, 2.1))
-    assert "0.50x SLOWER" in str(Timing(1, 1, 0.2, 0.1, 0.5, 0.4, 0.6))
+    assert "50 % slower (0.40 to 0.60)" in str(Timing(1, 1, 0.2, 0.1, 0.5, 0.4, 0.6))
 
 
 def test_files_take_turns():

@@ -1,4 +1,4 @@
-"""Weights for other frameworks are the evaluated numbers, under documented names, for any safetensors reader."""
+"""Weights for other frameworks: the evaluated numbers, under documented names."""
 
 import json
 

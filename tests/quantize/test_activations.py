@@ -420,7 +420,7 @@ def test_products_of_activations_are_quantized_only_when_named():
     assert (
         table[products[0]].startswith("dynamic") and table["q"] == "pattern 'q' leaves it as it is"
     )
-    assert table["v"] == "no pattern matches it" and set(first.init(HEADS, [x])) == {
+    assert table["v"] == "no pattern matches" and set(first.init(HEADS, [x])) == {
         products[0],
         "k",
     }

@@ -78,7 +78,7 @@ def folder(tmp_path: Path) -> Path:
     )
     metadata = {
         "name": "mild|",
-        "left_alone": {"no pattern matches it": ["d/bias"]},
+        "left_alone": {"no pattern matches": ["d/bias"]},
         "model": "M(\n  1\n)",
     }
     save(
@@ -170,7 +170,7 @@ def test_markdown_rows_are_those_of_the_results(folder: Path):
 def test_decisions_and_what_was_left_alone_are_told(folder: Path):
     report.write(folder)
     text = (folder / "report.md").read_text()
-    assert "* strong: refused: bad" in text and "| no pattern matches it | 1 | d/bias |" in text
+    assert "* strong: refused: bad" in text and "| no pattern matches | 1 | d/bias |" in text
     assert "compress-jax run hand.py --bits 1" in text
     for name in re.findall(r"!\[.*\]\((.*)\)", text):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"

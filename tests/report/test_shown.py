@@ -1,4 +1,4 @@
-"""What others wrote is shown as it is, and as wide as there is room: on a terminal, in Markdown, HTML and pictures."""
+"""Foreign text is shown as it is on terminals, in Markdown, HTML and pictures."""
 
 import html
 import io

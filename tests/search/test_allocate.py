@@ -109,7 +109,7 @@ def test_the_refusal_names_what_can_be_reached(table, max_bitops):
 
 
 def test_scores_of_very_different_sizes_are_told_apart():
-    """Once the one option that is out of the question is gone, the rest is decided at its own scale."""
+    """Once the impossible option is gone, the rest is decided at its own scale."""
     values = [[1e9, 3e-9, 1e-9], [1e9, 2e-9, 1e-9]]
     assert assign(values, [[[0, 1, 3], [0, 1, 3]]], [4]) == [2, 1]
 

@@ -12,7 +12,7 @@ from flax import linen as nn
 import compress_jax as cj
 from compress_jax.core import CompressError, ConfigError, DataError
 from compress_jax.search import Candidate, Network, Requirement, Training, compress
-from compress_jax.search._loop import check
+from compress_jax.search._check import check
 
 
 def refuses(experiment, *words: str) -> None:
@@ -42,13 +42,19 @@ def grows(params, state, **_):
 
 BASE = cj.identity()
 CANDIDATES = {
-    "a glob that matches nothing": (lambda: cj.at("**/kernels", cj.quantize.uniform(4)), "matches no leaf"),
-    "one inside a chain": (lambda: cj.chain(cj.identity(), cj.at("x/**", cj.prune.magnitude(0.5))), "matches no leaf"),
-    "one of rules": (lambda: cj.rules([("**/kernel", cj.identity()), ("nothing", cj.identity())]), "nothing"),
-    "groups that do not divide": (lambda: cj.at("**/kernel", cj.quantize.uniform(4, granularity=7)), "7"),
-    "a view of another shape": (lambda: BASE._replace(view=lambda p, s: jax.tree.map(lambda x: x[None], p)), "view"),
+    "a glob that matches nothing": (lambda: cj.at("**/kernels", cj.quantize.uniform(4)),
+        "matches no leaf"),
+    "one inside a chain": (lambda: cj.chain(cj.identity(), cj.at("x/**",
+        cj.prune.magnitude(0.5))), "matches no leaf"),
+    "one of rules": (lambda: cj.rules([("**/kernel", cj.identity()), ("nothing", cj.identity())]),
+        "nothing"),
+    "groups that do not divide": (lambda: cj.at("**/kernel", cj.quantize.uniform(4,
+        granularity=7)), "7"),
+    "a view of another shape": (lambda: BASE._replace(view=lambda p,
+        s: jax.tree.map(lambda x: x[None], p)), "view"),
     "a view of another dtype": (
-        lambda: BASE._replace(view=lambda p, s: jax.tree.map(lambda x: x.astype(jnp.bfloat16), p)), "view",
+        lambda: BASE._replace(view=lambda p, s: jax.tree.map(lambda x: x.astype(jnp.bfloat16),
+        p)), "view",
     ),
     "an update that grows its state": (lambda: BASE._replace(update=grows), "update"),
     "an init that fails": (lambda: BASE._replace(init=lambda p: p["nowhere"]), "KeyError"),
@@ -139,10 +145,10 @@ def test_data_that_are_no_labelled_images(which, split, experiment, blobs):
     assert said in str(error.value) or which == "another shape"
 
 
-@pytest.mark.parametrize("about", [{"x": float("inf")}, {"x": object()}, {"x": float("nan")}])
-def test_what_cannot_be_written_in_the_end_is_refused_at_the_start(about, experiment, tmp_path):
+@pytest.mark.parametrize("metadata", [{"x": float("inf")}, {"x": object()}, {"x": float("nan")}])
+def test_what_cannot_be_written_in_the_end_is_refused_at_the_start(metadata, experiment, tmp_path):
     with pytest.raises(ConfigError, match="JSON"):
-        compress(experiment(), tmp_path, about=about, say=print)
+        compress(experiment(), tmp_path, metadata=metadata, log_fn=print)
     assert not list(tmp_path.iterdir())
 
 
@@ -195,8 +201,10 @@ def test_a_drop_of_one_is_told_what_it_means():
 
 
 @pytest.mark.parametrize("changes", [
-    {"candidates": []}, {"candidates": None}, {"candidates": ("int4",)}, {"data": {}}, {"student": None}, {"seed": -1},
-    {"seed": 1.5}, {"coded": 1}, {"teacher_dtype": "int8"}, {"teacher_dtype": "floot"}, {"requirement": 0.01},
+    {"candidates": []}, {"candidates": None}, {"candidates": ("int4",)}, {"data": {}},
+    {"student": None}, {"seed": -1},
+    {"seed": 1.5}, {"coded": 1}, {"teacher_dtype": "int8"}, {"teacher_dtype": "floot"},
+    {"requirement": 0.01},
     {"mesh": 8}, {"teacher": 3},
 ])  # fmt: skip
 def test_fields_of_an_experiment(changes, experiment):

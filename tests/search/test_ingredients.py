@@ -1,4 +1,4 @@
-"""What a stage is made of: equal for what does the same, different for what does not, in this process or another."""
+"""What a stage is made of: equal for equal values and code, in any process."""
 
 import functools
 import importlib
@@ -26,14 +26,17 @@ def pruned() -> cj.Compression:
 MAKE = {
     "float": lambda: 0.5, "array": lambda: np.arange(3), "key": lambda: jax.random.key(3),
     "nested": lambda: {"a": [1, (2, {3})]}, "model": lambda: ResNet(depth=8, width=4),
-    "partial": lambda: functools.partial(optax.adam, 1e-3, b1=0.8), "jitted": lambda: jax.jit(lambda x: x + 1),
+    "partial": lambda: functools.partial(optax.adam, 1e-3, b1=0.8),
+    "jitted": lambda: jax.jit(lambda x: x + 1),
     "adam": lambda: optax.adamw(optax.cosine_decay_schedule(0.1, 50), weight_decay=1e-4),
-    "uniform": lambda: cj.quantize.uniform(4, granularity="channel"), "lsq": lambda: cj.quantize.lsq(3),
+    "uniform": lambda: cj.quantize.uniform(4, granularity="channel"),
+    "lsq": lambda: cj.quantize.lsq(3),
     "kmeans": lambda: cj.cluster.kmeans(8), "svd": lambda: cj.lowrank.svd(2),
     "n:m": lambda: cj.prune.magnitude(0.5, cj.prune.n_m(2, 4)),
     "chain": lambda: cj.at("**/kernel", cj.chain(pruned(), cj.quantize.uniform(4))),
     "terms": lambda: (cj.distill.on_logits(cj.distill.kl, temperature=2.0), cj.distill.on_labels()),
-    "hinton": lambda: cj.distill.hinton(0.1, 4.0), "rng": lambda: np.random.default_rng(0), "type": lambda: jnp.bfloat16,
+    "hinton": lambda: cj.distill.hinton(0.1, 4.0), "rng": lambda: np.random.default_rng(0),
+    "type": lambda: jnp.bfloat16,
 }  # fmt: skip
 
 
@@ -55,11 +58,15 @@ def test_what_is_made_alike_is_alike_also_after_use(which):
 
 OTHERS = [
     (cj.quantize.uniform(4), cj.quantize.uniform(8), cj.quantize.uniform(4, symmetric=False)),
-    (cj.quantize.uniform(4), cj.quantize.uniform(4, scale="mse"), cj.quantize.uniform(4, granularity=4)),
-    (optax.adam(1e-3), optax.adam(2e-3), optax.adam(1e-3, b1=0.8), optax.adamw(1e-3), optax.chain(optax.adam(1e-3))),
-    (LeNet300100(3, (8, 4)), LeNet300100(3, (4, 8)), LeNet300100(4, (8, 4)), LeNet300100(3, (8, 4), jnp.bfloat16)),
+    (cj.quantize.uniform(4), cj.quantize.uniform(4, scale="mse"), cj.quantize.uniform(4,
+        granularity=4)),
+    (optax.adam(1e-3), optax.adam(2e-3), optax.adam(1e-3, b1=0.8), optax.adamw(1e-3),
+        optax.chain(optax.adam(1e-3))),
+    (LeNet300100(3, (8, 4)), LeNet300100(3, (4, 8)), LeNet300100(4, (8, 4)), LeNet300100(3, (8,
+        4), jnp.bfloat16)),
     (np.zeros(3), np.zeros(4), np.zeros(3, np.float32), np.array([0, 0, 1e-300])),
-    (cj.distill.hinton(0.1, 4.0), cj.distill.hinton(0.1, 5.0), cj.distill.hinton(0.2, 4.0), cj.distill.kl),
+    (cj.distill.hinton(0.1, 4.0), cj.distill.hinton(0.1, 5.0), cj.distill.hinton(0.2, 4.0),
+        cj.distill.kl),
     (1, 1.0, True, "1", None, [1], (1,), {1}),
 ]  # fmt: skip
 
@@ -117,7 +124,8 @@ class Base:
 
 def everything():
     half = helpers.WIDTH / 2
-    return {"loss": loss, "late": late, "net": helpers.Net(2), "object": Base(), "closure": lambda x: x * half,
+    return {"loss": loss, "late": late, "net": helpers.Net(2), "object": Base(),
+        "closure": lambda x: x * half,
             "named": named, "partial": functools.partial(loss, t=None)}
 """
 
@@ -177,7 +185,7 @@ def test_another_process_finds_the_same(tmp_path, monkeypatch):
 
 
 def test_what_a_function_keeps_as_it_runs_is_no_setting():
-    """Lists it appends to, caches it fills and counts change from call to call; what it only reads is a setting."""
+    """Lists, caches and counts that a function changes are no settings; what it reads is one."""
     calls, cache, settings, count = [], {}, {"bits": 4}, 0
 
     def counted(x):

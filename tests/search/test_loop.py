@@ -1,4 +1,4 @@
-"""The loop on blobs: who is tried, what is written, and that nothing is trained twice or believed unseen."""
+"""The loop on blobs: which candidates are tried, what is written, what is trained once."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ from flax import linen as nn
 import compress_jax as cj
 from compress_jax.core import ArtifactError, CompressError, ConfigError
 from compress_jax.search import Candidate, Network, Requirement, compress
-from compress_jax.search._stages import assess, stage_key, train
+from compress_jax.search._judge import Trained, assess
+from compress_jax.search._stage import Stage, stage_key, train
 from compress_jax.train import accuracy
 
 
@@ -55,7 +56,7 @@ def run(distilled, tmp_path_factory):
     workdir, lines = tmp_path_factory.mktemp("run"), []
     return (
         workdir,
-        compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=lines.append),
+        compress(distilled, workdir, metadata={"arguments": {"bits": 4}}, log_fn=lines.append),
         lines,
     )
 
@@ -90,7 +91,7 @@ def test_coded_candidates_are_smaller_and_what_they_are_compared_with_stays_plai
 ):
     workdir, result, _ = run
     shutil.copytree(workdir, tmp_path / "again")  # trained already: only written and measured again
-    again = compress(dataclasses.replace(distilled, coded=True), tmp_path / "again", say=silent)
+    again = compress(dataclasses.replace(distilled, coded=True), tmp_path / "again", log_fn=silent)
     sizes = [(row.nbytes, other.nbytes) for row, other in zip(result.rows, again.rows, strict=True)]
     assert all(coded < 0.8 * plain for plain, coded in sizes[2:])
     for name in ("teacher", "student"):
@@ -131,9 +132,10 @@ def test_the_artifact_says_what_it_is(run, distilled):
         "Quantized"
     ] * 3
     assert metadata == {
-        "experiment": "blobs", "name": "int4", "model": "LeNet300100(classes=3, hidden=(24, 16))", "data": "blobs",
+        "experiment": "blobs", "name": "int4", "model": "LeNet300100(classes=3, hidden=(24, 16))",
+        "data": "blobs",
         "data_sha256": "0" * 64, "validation": result.chosen.validation, "arguments": {"bits": 4},
-        "left_alone": {"no pattern matches it": ["dense_0/bias", "dense_1/bias", "head/bias"]},
+        "left_alone": {"no pattern matches": ["dense_0/bias", "dense_1/bias", "head/bias"]},
     }  # fmt: skip
 
 
@@ -159,9 +161,10 @@ def test_again_in_the_same_folder_is_the_same_without_a_step(run, distilled, mon
         def __getitem__(self, step):
             raise AssertionError("a finished stage was trained again")
 
-    monkeypatch.setattr("compress_jax.search._stages.batches", lambda *args, **kwargs: NoBatches())
+    monkeypatch.setattr("compress_jax.search._stage.batches", lambda *args, **kwargs: NoBatches())
     assert (
-        compress(distilled, workdir, about={"arguments": {"bits": 4}}, say=again.append) == result
+        compress(distilled, workdir, metadata={"arguments": {"bits": 4}}, log_fn=again.append)
+        == result
     )
     assert (
         again == lines
@@ -185,8 +188,8 @@ def test_networks_are_restored_from_artifacts(run, distilled, restored, tmp_path
     again = compress(
         dataclasses.replace(distilled, **restored),
         tmp_path,
-        about={"arguments": {"bits": 4}},
-        say=silent,
+        metadata={"arguments": {"bits": 4}},
+        log_fn=silent,
     )
     assert not (tmp_path / "teacher").exists() and not (tmp_path / "student").exists()
     assert again.rows == result.rows and again.artifact.read_bytes() == result.artifact.read_bytes()
@@ -199,7 +202,7 @@ def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_pa
         "teacher": "student",
         "loss": lambda s, t, y: jnp.square(s - t).sum(-1),
     }
-    result = compress(experiment(**about, candidates=(candidate,)), tmp_path, say=silent)
+    result = compress(experiment(**about, candidates=(candidate,)), tmp_path, log_fn=silent)
     assert [row.name for row in result.rows] == ["student", "itself"]
     (line,) = (tmp_path / "candidates/itself/metrics.jsonl").read_text().splitlines()
     assert json.loads(line)["train/loss"] == 0.0
@@ -208,7 +211,10 @@ def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_pa
 def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
     run, distilled, experiment, training, tmp_path
 ):
-    """With a term of the logits alone it is the loss of each example; a hint's regressor is trained, and never shipped."""
+    """A term of the logits alone is the loss of each example.
+
+    A hint's regressor is trained, and never shipped.
+    """
     student, teacher = (
         distilled.student,
         Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors"),
@@ -228,8 +234,8 @@ def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
     }
     found = {}
     for name, loss in losses.items():
-        result = compress(experiment(**about, loss=loss), tmp_path / name, say=silent)
-        again = compress(experiment(**about, loss=loss), tmp_path / name, say=silent)
+        result = compress(experiment(**about, loss=loss), tmp_path / name, log_fn=silent)
+        again = compress(experiment(**about, loss=loss), tmp_path / name, log_fn=silent)
         assert again == result
         found[name] = cj.load(result.artifact)[0]
     for one, other in zip(
@@ -251,15 +257,15 @@ def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
 def test_the_float32_student_may_learn_from_labels_alone(
     run, distilled, experiment, training, tmp_path
 ):
-    """With a teacher for the candidates only, it is the very student of an experiment that has no teacher."""
+    """With a teacher for the candidates only, the student is that of labels alone."""
     about = {"student": distilled.student, "requirement": Requirement(max_drop=0.99)}
     none = Candidate("none", cj.identity(), training(1))
-    alone = compress(experiment(**about, candidates=(none,)), tmp_path / "alone", say=silent)
+    alone = compress(experiment(**about, candidates=(none,)), tmp_path / "alone", log_fn=silent)
     teacher = Network(distilled.teacher.model, artifact=run[0] / "teacher.safetensors")
     with_teacher = experiment(
         **about, candidates=(none,), teacher=teacher, loss=distilled.loss, float32_student="labels"
     )
-    result = compress(with_teacher, tmp_path / "both", say=silent)
+    result = compress(with_teacher, tmp_path / "both", log_fn=silent)
     files = [
         (tmp_path / folder / "student.safetensors").read_bytes() for folder in ("alone", "both")
     ]
@@ -289,7 +295,7 @@ def test_the_order_decides_who_is_tried(
         "student": restored["student"],
         "requirement": Requirement(max_drop=0.2),
     }
-    result = compress(experiment(order=order, **about), tmp_path, say=silent)
+    result = compress(experiment(order=order, **about), tmp_path, log_fn=silent)
     assert [row.name for row in result.rows] == ["student", *tried]
     assert result.met and result.chosen.name == "int8"
     assert {row.name: row.accepted for row in result.rows[1:]} == {"int8": True, "nothing": False}
@@ -305,7 +311,9 @@ def test_if_none_passes_the_most_accurate_is_written_and_said_to_fail(
         "requirement": Requirement(max_bytes=100),
     }
     lines = []
-    result = compress(experiment(student=restored["student"], **about), tmp_path, say=lines.append)
+    result = compress(
+        experiment(student=restored["student"], **about), tmp_path, log_fn=lines.append
+    )
     assert not result.met and result.chosen.name == "int8" and result.chosen.accurate
     assert "refused" in lines[-1] and "more than 100" in lines[-1]
     assert (
@@ -328,7 +336,9 @@ def test_a_pack_that_lies_is_caught_before_it_is_believed(
 
     liar = dataclasses.replace(honest, compression=honest.compression._replace(pack=lie, bind=None))
     with pytest.raises(CompressError, match="int8/artifact.safetensors does not give the logits"):
-        compress(experiment(student=restored["student"], candidates=(liar,)), tmp_path, say=silent)
+        compress(
+            experiment(student=restored["student"], candidates=(liar,)), tmp_path, log_fn=silent
+        )
     assert not (tmp_path / "results.json").exists()
 
 
@@ -340,7 +350,7 @@ def test_a_file_that_is_no_network_is_an_error(experiment, model, tmp_path):
     ):
         with pytest.raises(ArtifactError, match=f"{said}"):
             compress(
-                experiment(student=Network(model, artifact=file)), tmp_path / "run", say=silent
+                experiment(student=Network(model, artifact=file)), tmp_path / "run", log_fn=silent
             )
 
 
@@ -351,16 +361,8 @@ def test_eight_devices_train_what_one_does(experiment, quantized, model, mesh, t
         [],
     )
     for n in (1, 8):
-        about = (
-            model,
-            variables,
-            candidate.compression,
-            candidate.training,
-            "stage",
-            tmp_path / str(n),
-            None,
-        )
-        states.append(train(experiment(mesh=mesh(n)), *about))
+        stage = Stage("stage", model, candidate.training, None, candidate.compression, variables)
+        states.append(train(experiment(mesh=mesh(n)), stage, tmp_path / str(n)))
         assert {len(leaf.devices()) for leaf in jax.tree.leaves(states[-1].params)} == {n}
     for one, eight in zip(*(jax.tree.leaves(state.trainable) for state in states), strict=True):
         np.testing.assert_allclose(one, eight, atol=2e-4, rtol=1e-3)
@@ -393,7 +395,8 @@ def test_a_model_is_described_without_addresses(experiment, tmp_path):
 
     model = Odd(hidden=5, act=lambda x: x)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
-    assess(experiment(), model, "row", variables, dict(variables), tmp_path / "file", {})
+    trained = Trained("row", model, dict(variables), packed=variables)
+    assess(experiment(), trained, tmp_path / "file", {})
     described = cj.load(tmp_path / "file")[1]["model"]
     assert (
         described.startswith("Odd(hidden=5, act=<function ")

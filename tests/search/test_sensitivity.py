@@ -219,7 +219,7 @@ def test_wrong_arguments_are_said():
 
 @pytest.fixture(scope="module")
 def digits():
-    """An MLP of six layers trained on the first half of scikit-learn's digits, and images of the second."""
+    """An MLP of six layers trained on half of scikit-learn's digits, and the other images."""
     images, labels = load_digits(return_X_y=True)
     x, y = jnp.asarray(images / 16, jnp.float32), jnp.asarray(labels, jnp.int32)
     rng, sizes = np.random.default_rng(0), (64, 40, 40, 40, 40, 40, 10)
@@ -277,7 +277,7 @@ def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measu
 
 @pytest.mark.parametrize("measure", ["fisher", "mse"])
 def test_a_leaf_that_no_batch_reached_counts_as_an_average_one(measure):
-    """A branch that never ran scores 0 for every option: that must not make it the first to be stored in 2 bits."""
+    """A branch that never ran scores 0 for all options, but is not quantized first."""
     keys = jax.random.split(jax.random.key(0), 3)
     params = {
         name: jax.random.normal(key, (6, 6))

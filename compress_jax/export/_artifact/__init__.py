@@ -1,1 +1,1 @@
-"""A private room."""
+"""The artifact file: container, structure, limits, validation, and its bytes by cause."""

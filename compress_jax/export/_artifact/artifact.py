@@ -1,4 +1,4 @@
-"""The artifact: one safetensors file that holds a packed model at its true size, and says what it is.
+"""The artifact: one safetensors file that holds a packed model and its metadata.
 
 A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings
 ``format`` = ``"compress_jax"``, ``version``, and ``sha256`` = hex digest of the whole file as it is
@@ -16,6 +16,7 @@ zstandard, with the entry ``index`` besides; ``ans`` and ``rest`` hold the tenso
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -45,14 +46,25 @@ from compress_jax.export._coding.streams import (
     unsqueezed,
 )
 
-# The safetensors container, read with no trust: text and tensors of a file, every number of its
-# header looked at.
-
-
+LIMITS = Limits()
+FORMAT = "compress_jax"
+PLAIN = 1
+VERSION = 2
+BLANK = "0" * 64  # in place of the digest while the digest is computed
 DTYPES = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "U16": "uint16", "I16": "int16", "U32": "uint32", "I32": "int32",
-    "U64": "uint64", "I64": "int64", "F16": "float16", "F32": "float32", "F64": "float64",
-}  # fmt: skip
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}
 
 
 def header_of(data: bytes) -> tuple[dict[str, Any], int]:
@@ -84,7 +96,9 @@ def header_of(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def parsed(text: bytes | str, what: str) -> Any:
-    """Return JSON as Python, without what no writer of ours writes: names twice, NaN, numbers that are infinite.
+    """Return parsed JSON; refuse what `save` never writes.
+
+    Refused are duplicate names, NaN, and infinite numbers.
 
     Args:
       text: JSON in UTF-8.
@@ -128,7 +142,7 @@ def _constant(text: str) -> float:
 
 
 def tensors_of(
-    data: bytes, header: dict[str, Any], start: int, seen: Callable[[int], None]
+    data: bytes, header: dict[str, Any], start: int, check_count: Callable[[int], None]
 ) -> dict[str, np.ndarray]:
     """Return the tensors of a container; they share its memory.
 
@@ -136,7 +150,7 @@ def tensors_of(
       data: the file.
       header: of `header_of`.
       start: where its tensors begin.
-      seen: called with how many tensors there are.
+      check_count: called with the number of tensors before any is made.
 
     Returns:
       ``{name: array}``.
@@ -145,8 +159,9 @@ def tensors_of(
       ArtifactError: if an entry says anything that is not so.
     """
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    seen(len(entries))
-    tensors, spans = {}, []
+    check_count(len(entries))
+    tensors: dict[str, np.ndarray] = {}
+    spans = []
     for name, entry in entries.items():
         dtype, shape, (begin, end) = _entry(name, entry)
         size = math.prod(shape) * dtype.itemsize
@@ -157,20 +172,23 @@ def tensors_of(
                 f"to {end:,} for it",
             )
         spans.append((begin, end))
-        flat = (
-            np.frombuffer(data, dtype, math.prod(shape), start + begin)
-            if size
-            else np.zeros(0, dtype)
-        )
+        flat = np.zeros(0, dtype)  # np.frombuffer refuses to read nothing
+        if size:
+            flat = np.frombuffer(data, dtype, math.prod(shape), start + begin)
         tensors[name] = flat.reshape(shape)
+    _require_tiling(spans, start, len(data))
+    return tensors
+
+
+def _require_tiling(spans: list[tuple[int, int]], start: int, size: int) -> None:
+    """Check that tensors follow one another without a gap, up to the end of the file."""
     at = 0
     for begin, end in sorted(spans):
         if begin != at:
             raise ArtifactError(f"its tensors overlap or leave a gap at byte {start + at:,}")
         at = end
-    if start + at != len(data):
-        raise ArtifactError(f"{len(data) - start - at:,} bytes at its end belong to no tensor")
-    return tensors
+    if start + at != size:
+        raise ArtifactError(f"{size - start - at:,} bytes at its end belong to no tensor")
 
 
 def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
@@ -178,7 +196,8 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int,
         raise refuse(
             name, "a tensor has a dtype, a shape and data_offsets, nothing less and nothing more"
         )
-    dtype, offsets = entry["dtype"], entry["data_offsets"]
+    dtype = entry["dtype"]
+    offsets = entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise refuse(name, f"the dtype {dtype!r} is none that compress_jax writes")
     if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
@@ -190,10 +209,6 @@ def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int,
     return np.dtype(DTYPES[dtype]), shape, (offsets[0], offsets[1])
 
 
-LIMITS = Limits()
-FORMAT, PLAIN, VERSION, BLANK = "compress_jax", 1, 2, "0" * 64
-
-
 def save(
     path: str | os.PathLike[str],
     packed: PyTree,
@@ -201,7 +216,9 @@ def save(
     *,
     coded: bool = False,
 ) -> int:
-    """Write packed params to one file, atomically: a full disk or a kill leaves an old file as it was.
+    """Write packed params to one file, atomically.
+
+    A full disk or a kill leaves an older file as it was.
 
     Args:
       path: the file to write.
@@ -237,10 +254,9 @@ def load(
 ) -> tuple[Any, dict[str, Any]]:
     """Read a file that `save` wrote.
 
-    A file is looked at before it is believed: its checksum, then every number of its header and its
-    structure, then memory is allocated, then codes, masks and their shapes are held against each
-    other. So a file that was made to do harm costs an error, and neither the process nor its
-    memory.
+    A file is validated before it is used: its checksum, then every number of its header and its
+    structure; then memory is allocated; then codes, masks and shapes are compared with each other.
+    So a malicious file raises an error, and neither crashes the process nor fills its memory.
 
     Args:
       path: the file.
@@ -299,29 +315,37 @@ def opened(
         budget.parse(min(int.from_bytes(data[:8], "little"), len(data)), limits, "its header")
         header, start = header_of(data)
         version = _version(data, header)
-        count = lambda n: few(n, limits)  # noqa: E731
-        tensors = tensors_of(data, header, start, count)
+        tensors = tensors_of(data, header, start, functools.partial(few, limits=limits))
         if version == PLAIN:
-            text = header["__metadata__"]["content"]
-            budget.parse(len(text), limits, "its content")
-            content = _content(text, {"tree", "metadata"}, limits)
-            specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
-            survey(content["tree"], specs, budget, limits)
-            return content, tensors
-        pieces = _pieces(tensors)
-        budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
-        content = _content(
-            unsqueezed(pieces["content"], "its content"), {"tree", "metadata", "index"}, limits
-        )
-        grammar(content["tree"], limits)
-        coded = Coded(content["index"], pieces["ans"], pieces["rest"])
-        survey(content["tree"], specified(content["tree"], coded), budget, limits)
-        return content, coded
+            return _opened_plain(header["__metadata__"]["content"], tensors, budget, limits)
+        return _opened_coded(tensors, budget, limits)
+
+
+def _opened_plain(
+    text: str, tensors: Tensors, budget: Budget, limits: Limits
+) -> tuple[dict[str, Any], Tensors]:
+    budget.parse(len(text), limits, "its content")
+    content = _content(text, {"tree", "metadata"}, limits)
+    specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
+    survey(content["tree"], specs, budget, limits)
+    return content, tensors
+
+
+def _opened_coded(tensors: Tensors, budget: Budget, limits: Limits) -> tuple[dict[str, Any], Coded]:
+    pieces = _pieces(tensors)
+    # The size that the JSON unpacks to is checked before it is unpacked.
+    budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
+    text = unsqueezed(pieces["content"], "its content")
+    content = _content(text, {"tree", "metadata", "index"}, limits)
+    grammar(content["tree"], limits)
+    coded = Coded(content["index"], pieces["ans"], pieces["rest"])
+    survey(content["tree"], specified(content["tree"], coded), budget, limits)
+    return content, coded
 
 
 @contextlib.contextmanager
 def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Let every ArtifactError name the file."""
+    """Begin every ArtifactError with the name of the file."""
     try:
         yield
     except ArtifactError as error:
@@ -329,7 +353,7 @@ def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _version(data: bytes, header: dict[str, Any]) -> int:
-    """Return the version of a container after a look at its strings and its digest."""
+    """Check the strings and the digest of a container, and return its version."""
     strings = header.get("__metadata__", {})
     if not isinstance(strings, dict) or strings.get("format") != FORMAT:
         raise ArtifactError(
@@ -361,7 +385,7 @@ def _version(data: bytes, header: dict[str, Any]) -> int:
 
 
 def _content(text: str | bytes, wanted: set[str], limits: Limits) -> dict[str, Any]:
-    """Return the content of a file: an object of the entries it must have, the metadata among them."""
+    """Return the JSON content of a file, with the required entries and the metadata."""
     content = parsed(text, "its content")
     if not isinstance(content, dict) or content.keys() != wanted:
         raise ArtifactError(f"its content must have {', '.join(sorted(wanted))}, and nothing else")
@@ -414,7 +438,7 @@ def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
 
 
 def _ordered(data: bytes) -> bytes:
-    """Sort the header: safetensors writes its metadata in an order that differs from process to process."""
+    """Sort the header; safetensors writes its metadata in another order in every process."""
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(
         json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
@@ -424,12 +448,15 @@ def _ordered(data: bytes) -> bytes:
 
 
 def _reseal(data: bytes, old: str, new: str) -> bytes:
-    """Exchange the digest. It comes first: a quote in any other string of the header has a backslash before it."""
+    """Replace the digest in the header.
+
+    It comes first, and a quote in any other string of the header has a backslash before it.
+    """
     return data.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its place, force it to disk, then rename it: it is there whole or not at all.
+    """Write a file atomically: write a temporary file, sync it to disk, then rename it.
 
     Args:
       path: the file; its directory is made.

@@ -57,18 +57,18 @@ def breakdown(
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
       >>> size = save(file, {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}})
       >>> parts = breakdown(file)
-      >>> parts[:2], sum(part.nbytes for part in parts) == size
-      ([Part(path='dense/kernel', cause='array', nbytes=16), Part(path='dense/bias', cause='array', nbytes=8)], True)
+      >>> parts[0], sum(part.nbytes for part in parts) == size
+      (Part(path='dense/kernel', cause='array', nbytes=16), True)
     """
     path = Path(path)
     content, parts = opened(path, max_bytes, limits)
-    tree, size = content["tree"], path.stat().st_size
-    with of_file(path):
-        sizes = (
-            _coded(tree, parts)
-            if isinstance(parts, Coded)
-            else {name: x.nbytes for name, x in parts.items()}
-        )
+    tree = content["tree"]
+    size = path.stat().st_size
+    if isinstance(parts, Coded):
+        with of_file(path):
+            sizes = _coded_sizes(tree, parts)
+    else:
+        sizes = {name: float(x.nbytes) for name, x in parts.items()}
     rows = []
     for place, structure in leaves(tree):
         for name, _ in places(structure, place):
@@ -77,19 +77,20 @@ def breakdown(
     return [*rows, Part("", "header and metadata", size - sum(row.nbytes for row in rows))]
 
 
-def _coded(tree: object, parts: Coded) -> dict[str, float]:
+def _coded_sizes(tree: object, parts: Coded) -> dict[str, float]:
     """Return the bytes of each tensor of a coded file."""
     raw = max(expanded(parts.rest, "its tensors"), 1)
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in parts.index["tables"]]
-    sizes = {}
+    sizes: dict[str, float] = {}
     tensors = zip(decoded(tree, parts), places(tree), parts.index["tensors"], strict=True)
-    for (name, tensor), (_, held), entry in tensors:
-        if isinstance(entry, int) and held:
-            counts, used = (
-                np.bincount(unpacked(tensor, *held), minlength=2 ** held[0]),
-                tables[entry] != NEVER,
-            )
-            sizes[name] = float(-np.log2(probabilities(tables[entry])[used]) @ counts[used]) / 8
+    for (name, tensor), (_, symbols), entry in tensors:
+        if isinstance(entry, int) and symbols:
+            # The information of the symbols under their table: sum_s -n_s log2(p_s) bits.
+            bits, _ = symbols
+            counts = np.bincount(unpacked(tensor, *symbols), minlength=2**bits)
+            used = tables[entry] != NEVER
+            information = -np.log2(probabilities(tables[entry])[used])
+            sizes[name] = float(information @ counts[used]) / 8
         else:
             sizes[name] = tensor.nbytes * len(parts.rest) / raw
     return sizes

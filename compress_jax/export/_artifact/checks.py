@@ -1,7 +1,7 @@
-"""What must hold between the fields of a packed node, one function for each kind of node.
+"""Consistency of the fields of a packed node, one function for each kind of node.
 
 Each takes a node whose arrays are NumPy's, or a `Spec` of shape and dtype where nothing is decoded
-yet; values are looked at where they are there. A new kind of node is one more function and one more
+yet; values are checked once they are decoded. A new kind of node is one more function and one more
 entry of `CHECKS`.
 """
 
@@ -39,7 +39,7 @@ class Spec(NamedTuple):
 
 
 def check(node: Any, where: str) -> None:
-    """See that a packed node is consistent in itself.
+    """Check that a packed node is consistent in itself.
 
     Args:
       node: its arrays are NumPy's or `Spec`.
@@ -50,10 +50,10 @@ def check(node: Any, where: str) -> None:
 
     Example:
       >>> check(Bits(Spec((1,), np.dtype("uint8")), 3, (2,)), "dense/kernel")
-      >>> check(Bits(Spec((1,), np.dtype("uint8")), 3, (1000,)), "dense/kernel")
+      >>> check(Bits(Spec((1,), np.dtype("uint8")), 3, (1000,)), "w")
       Traceback (most recent call last):
-      compress_jax.core.errors.ArtifactError: entry 'dense/kernel': it has shape [1], and the other fields ask for [375]
-    """
+      compress_jax.core.errors.ArtifactError: entry 'w': it has shape [1], and the other fields ask for [375]
+    """  # noqa: E501
     CHECKS[type(node)](node, where)
 
 
@@ -75,7 +75,8 @@ def memory(node: Any) -> int:
     """
     if type(node) not in CHECKS:
         return 0 if node is None else 2 * _nbytes(node)
-    entries, layout = math.prod(node.shape), getattr(node, "layout", None)
+    entries = math.prod(node.shape)
+    layout = getattr(node, "layout", None)
     if layout is not None and layout.group_size:
         entries = max(entries, math.prod(layout.scale_shape) * layout.group_size)
     size = max(4, getattr(node, "dtype", np.dtype(np.uint8)).itemsize)
@@ -83,7 +84,9 @@ def memory(node: Any) -> int:
 
 
 def intact(array: np.ndarray, where: str) -> None:
-    """See that the bytes of an array are those that its dtype has: of a bool 0 or 1, of an int4 the lower half.
+    """Check that the bytes of an array are valid for its dtype.
+
+    A bool is 0 or 1; an int4 fills only the lower half of its byte.
 
     Args:
       array: as it was read.
@@ -93,14 +96,13 @@ def intact(array: np.ndarray, where: str) -> None:
       ArtifactError: if they are not.
     """
     if array.dtype == bool:
-        whole = (array.view(np.uint8) <= 1).all()
+        valid = array.view(np.uint8) <= 1
     elif array.dtype.name in NARROW:
-        whole = (
-            array.astype(np.float32).astype(array.dtype).view(np.uint8) == array.view(np.uint8)
-        ).all()
+        again = array.astype(np.float32).astype(array.dtype)
+        valid = again.view(np.uint8) == array.view(np.uint8)
     else:
         return
-    _need(bool(whole), where, f"some bytes stand for no {array.dtype.name}")
+    _need(bool(valid.all()), where, f"some bytes stand for no {array.dtype.name}")
 
 
 NARROW = frozenset(
@@ -124,30 +126,19 @@ def _nbytes(array: Any) -> int:
 def _array(
     x: Any, where: str, dtypes: Collection[str] = (), shape: tuple[int, ...] | None = None
 ) -> None:
-    """See that a field is an array, of one of some dtypes, of a shape."""
-    _need(
-        isinstance(x, (Spec, np.ndarray)),
-        where,
-        f"an array must stand here, not a {type(x).__name__}",
-    )
+    """Check that a field is an array, of one of some dtypes, of a shape."""
+    is_array = isinstance(x, (Spec, np.ndarray))
+    _need(is_array, where, f"an array must stand here, not a {type(x).__name__}")
+    name = x.dtype.name
     known = jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
-    _need(
-        known,
-        where,
-        f"{x.dtype.name} inside a packed node needs jax.config.update('jax_enable_x64', True)",
-    )
+    advice = "inside a packed node needs jax.config.update('jax_enable_x64', True)"
+    _need(known, where, f"{name} {advice}")
     if dtypes:
-        _need(
-            x.dtype.name in dtypes,
-            where,
-            f"it has dtype {x.dtype.name}, and it must be {' or '.join(dtypes)}",
-        )
+        problem = f"it has dtype {name}, and it must be {' or '.join(dtypes)}"
+        _need(name in dtypes, where, problem)
     if shape is not None:
-        _need(
-            tuple(x.shape) == shape,
-            where,
-            f"it has shape {list(x.shape)}, and the other fields ask for {list(shape)}",
-        )
+        problem = f"it has shape {list(x.shape)}, and the other fields ask for {list(shape)}"
+        _need(tuple(x.shape) == shape, where, problem)
     if isinstance(x, np.ndarray):
         intact(x, where)
 
@@ -167,12 +158,11 @@ def _bits(node: Bits, where: str) -> None:
 def _gaps(node: Gaps, where: str) -> None:
     _kind(node.runs, where, Bits)
     _bits(node.runs, where)
-    size, longest = math.prod(node.shape), 2**node.runs.bits - 1
-    _need(
-        len(node.runs.shape) == 1 and size < COUNTED,
-        where,
-        "gaps must be one row of symbols for fewer than 2**31 entries",
-    )
+    size = math.prod(node.shape)
+    longest = 2**node.runs.bits - 1
+    one_row = len(node.runs.shape) == 1 and size < COUNTED
+    _need(one_row, where, "gaps must be one row of symbols for fewer than 2**31 entries")
+    # Every symbol skips that many entries; all but the longest are followed by a nonzero one.
     total = sum(int(s.sum(dtype=np.int64)) + int((s < longest).sum()) for s in _symbols(node.runs))
     _need(total <= size, where, f"the gaps reach to entry {total:,} of a mask that has {size:,}")
 
@@ -181,36 +171,24 @@ def _sparse(node: Sparse, where: str) -> None:
     _kind(node.mask, f"{where}.mask", Bits, Gaps)
     check(node.mask, f"{where}.mask")
     if isinstance(node.mask, Bits):
-        _need(
-            node.mask.bits == 1, f"{where}.mask", f"a mask has 1 bit an entry, not {node.mask.bits}"
-        )
+        bits = node.mask.bits
+        _need(bits == 1, f"{where}.mask", f"a mask has 1 bit an entry, not {bits}")
     _need(math.prod(node.shape) < COUNTED, where, "a mask must have fewer than 2**31 entries")
     if isinstance(node.values, Bits):
         _bits(node.values, f"{where}.values")
-        _need(
-            isinstance(node.fill, int) and 0 <= node.fill <= 2**16,
-            where,
-            f"the fill of codes cannot be {node.fill}",
-        )
+        is_code = isinstance(node.fill, int) and 0 <= node.fill <= 2**16
+        _need(is_code, where, f"the fill of codes cannot be {node.fill}")
     else:
         _array(node.values, f"{where}.values")
-        _need(
-            _holds(node.values.dtype, node.fill),
-            where,
-            f"{node.values.dtype.name} does not hold the fill {node.fill}",
-        )
-    values = node.values.shape
-    _need(
-        len(values) == 1,
-        f"{where}.values",
-        f"values must be in one row, and have shape {list(values)}",
-    )
-    kept = _ones(node.mask)
-    _need(
-        kept in (None, values[0]),
-        where,
-        f"the mask keeps {kept} entries, and there are {values[0]} values",
-    )
+        dtype = node.values.dtype
+        problem = f"{dtype.name} does not hold the fill {node.fill}"
+        _need(_holds(dtype, node.fill), where, problem)
+    shape = node.values.shape
+    problem = f"values must be in one row, and have shape {list(shape)}"
+    _need(len(shape) == 1, f"{where}.values", problem)
+    ones = _ones(node.mask)
+    problem = f"the mask keeps {ones} entries, and there are {shape[0]} values"
+    _need(ones in (None, shape[0]), where, problem)
 
 
 def _quantized(node: Quantized, where: str) -> None:
@@ -218,12 +196,10 @@ def _quantized(node: Quantized, where: str) -> None:
     _layout(node.layout, node.shape, where)
     _array(node.scale, f"{where}.scale", ("float32",), node.layout.scale_shape)
     _array(node.zero_point, f"{where}.zero_point", ("uint8",))
-    _need(
-        _broadcasts(node.zero_point.shape, node.layout.scale_shape),
-        f"{where}.zero_point",
-        f"it has shape {list(node.zero_point.shape)}, and scales have "
-        f"{list(node.layout.scale_shape)}",
-    )
+    shape = node.zero_point.shape
+    scales = node.layout.scale_shape
+    problem = f"it has shape {list(shape)}, and scales have {list(scales)}"
+    _need(_broadcasts(shape, scales), f"{where}.zero_point", problem)
     if isinstance(node.zero_point, np.ndarray):
         top = int(node.zero_point.max(initial=0))
         _need(top < 2**bits, f"{where}.zero_point", f"{top} is no code of {bits} bits")
@@ -237,11 +213,8 @@ def _tabled(node: Tabled, where: str) -> None:
     if node.tensor_scale is not None:
         layers = tuple(node.shape[a] for a in node.layout.stack)
         _array(node.tensor_scale, f"{where}.tensor_scale", ("float32",), layers)
-    _need(
-        bits == node.levels.bits,
-        where,
-        f"codes have {bits} bits, and the levels need {node.levels.bits}",
-    )
+    problem = f"codes have {bits} bits, and the levels need {node.levels.bits}"
+    _need(bits == node.levels.bits, where, problem)
     if isinstance(node.levels, Table):
         _below(node.codes, len(node.levels.values), f"{where}.codes")
     _dtype(node.dtype, where)
@@ -251,52 +224,37 @@ def _clustered(node: Clustered, where: str) -> None:
     _codes(node.codes, f"{where}.codes", fill=True)
     _array(node.codebook, f"{where}.codebook", ("float32",))
     layers = _layers(node.stack, node.shape, where)
-    rows = node.codebook.shape
-    _need(
-        rows[:-1] == layers and bool(rows),
-        f"{where}.codebook",
-        f"codebooks are one row a layer of {list(layers)}, not {list(rows)}",
-    )
+    rows = node.codebook.shape  # [*layers, clusters]
+    problem = f"codebooks are one row a layer of {list(layers)}, not {list(rows)}"
+    _need(rows[:-1] == layers and bool(rows), f"{where}.codebook", problem)
     _below(node.codes, rows[-1] + 1, f"{where}.codes")  # one more code stands for zero
     _dtype(node.dtype, where)
 
 
 def _low_rank(node: LowRank, where: str) -> None:
-    layers, rank = _layers(node.stack, node.shape, where), len(node.shape)
-    left, right = (
-        _factor(getattr(node, name), layers, f"{where}.{name}") for name in ("left", "right")
-    )
-    _need(left[1] == right[0], where, f"factors of {list(left)} and {list(right)} have no product")
-    exist = all(-rank <= a < rank for a in node.columns)
-    _need(
-        exist,
-        where,
-        f"the columns {list(node.columns)} are no axes of the shape {list(node.shape)}",
-    )
-    columns = {a % rank for a in node.columns}
-    _need(
-        len(columns) == len(node.columns) and not columns & set(node.stack),
-        where,
-        "an axis has two purposes",
-    )
-    fits = math.prod(node.shape[a] for a in columns) == right[1]
-    fits = fits and math.prod(node.shape) == left[0] * right[1] * math.prod(layers)
-    _need(
-        fits,
-        where,
-        f"factors of {list(left)} and {list(right)} do not make the shape {list(node.shape)}",
-    )
+    layers = _layers(node.stack, node.shape, where)
+    left = _factor(node.left, layers, f"{where}.left")  # [rows, rank]
+    right = _factor(node.right, layers, f"{where}.right")  # [rank, columns]
+    factors = f"factors of {list(left)} and {list(right)}"
+    shape = list(node.shape)
+    _need(left[1] == right[0], where, f"{factors} have no product")
+    ndim = len(shape)
+    exist = all(-ndim <= a < ndim for a in node.columns)
+    _need(exist, where, f"the columns {list(node.columns)} are no axes of the shape {shape}")
+    columns = {a % ndim for a in node.columns}
+    distinct = len(columns) == len(node.columns) and not columns & set(node.stack)
+    _need(distinct, where, "an axis has two purposes")
+    fits = math.prod(shape[a] for a in columns) == right[1]
+    fits = fits and math.prod(shape) == left[0] * right[1] * math.prod(layers)
+    _need(fits, where, f"{factors} do not make the shape {shape}")
     _dtype(node.dtype, where)
 
 
 def _layers(stack: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple[int, ...]:
     """Return the sizes of the axes that hold layers."""
     ascending = all(0 <= a < len(shape) for a in stack) and list(stack) == sorted(set(stack))
-    _need(
-        ascending,
-        where,
-        f"the stack {list(stack)} is no list of ascending axes of the shape {list(shape)}",
-    )
+    problem = f"the stack {list(stack)} is no list of ascending axes of the shape {list(shape)}"
+    _need(ascending, where, problem)
     return tuple(shape[a] for a in stack)
 
 
@@ -305,19 +263,13 @@ def _factor(x: Any, layers: tuple[int, ...], where: str) -> tuple[int, int]:
         check(x, where)
     else:
         _array(x, where)
-        _need(
-            jnp.issubdtype(x.dtype, jnp.floating),
-            where,
-            f"a factor is floating point, not {x.dtype.name}",
-        )
-    wanted = len(x.shape) == len(layers) + 2 and x.shape[: len(layers)] == layers
-    _need(
-        wanted,
-        where,
-        f"a factor has two axes behind its layers {list(layers)}, and this has shape "
-        f"{list(x.shape)}",
-    )
-    rows, columns = x.shape[-2:]
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        _need(floating, where, f"a factor is floating point, not {x.dtype.name}")
+    shape = x.shape
+    fits = len(shape) == len(layers) + 2 and shape[: len(layers)] == layers
+    axes = f"two axes behind its layers {list(layers)}"
+    _need(fits, where, f"a factor has {axes}, and this has shape {list(shape)}")
+    rows, columns = shape[-2:]
     return rows, columns
 
 
@@ -326,21 +278,15 @@ def _codes(node: Any, where: str, fill: bool = False) -> int:
     _kind(node, where, Bits, Sparse)
     if isinstance(node, Sparse):
         _kind(node.values, f"{where}.values", Bits)
-        _need(
-            fill or node.fill == 0,
-            where,
-            f"codes that are left out stand for zero, and the fill is {node.fill}",
-        )
+        problem = f"codes that are left out stand for zero, and the fill is {node.fill}"
+        _need(fill or node.fill == 0, where, problem)
     check(node, where)
     return width(node)
 
 
 def _layout(layout: Layout, shape: tuple[int, ...], where: str) -> None:
-    _need(
-        layout.shape == shape,
-        where,
-        f"the layout is of shape {list(layout.shape)}, and the codes of {list(shape)}",
-    )
+    problem = f"the layout is of shape {list(layout.shape)}, and the codes of {list(shape)}"
+    _need(layout.shape == shape, where, problem)
 
 
 def _dtype(dtype: np.dtype, where: str) -> None:
@@ -349,28 +295,23 @@ def _dtype(dtype: np.dtype, where: str) -> None:
 
 
 def _below(codes: Bits | Sparse, end: int, where: str) -> None:
-    """See that all codes, and what stands for those left out, are below an end."""
+    """Check that all codes, and the fill for masked ones, are below an end."""
+    valid = f"there are codes for 0 to {end - 1} only"
     if isinstance(codes, Sparse):
-        _need(
-            codes.fill < end,
-            where,
-            f"the fill is {codes.fill}, and there are codes for 0 to {end - 1} only",
-        )
+        _need(codes.fill < end, where, f"the fill is {codes.fill}, and {valid}")
     bits = codes.values if isinstance(codes, Sparse) else codes
     assert isinstance(bits, Bits)
     if 2**bits.bits > end:
         top = max((int(symbols.max(initial=0)) for symbols in _symbols(bits)), default=0)
-        _need(
-            top < end,
-            where,
-            f"one of the codes is {top}, and there are codes for 0 to {end - 1} only",
-        )
+        _need(top < end, where, f"one of the codes is {top}, and {valid}")
 
 
 def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    return not shape or (
-        len(shape) == len(wanted) and all(n in (1, m) for n, m in zip(shape, wanted, strict=True))
-    )
+    if not shape:
+        return True
+    if len(shape) != len(wanted):
+        return False
+    return all(n in (1, m) for n, m in zip(shape, wanted, strict=True))
 
 
 def _holds(dtype: np.dtype, fill: float) -> bool:

@@ -1,4 +1,4 @@
-"""The static fields of packed nodes as JSON has them: what each may be, and the value it stands for."""
+"""Static fields of packed nodes in JSON: their valid values, and how they are decoded."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,13 +11,11 @@ from compress_jax.core.errors import ArtifactError
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Levels, Table
 
-LARGEST, RANK = (
-    2**48,
-    32,
-)  # entries and axes of an array: more than any machine holds, and than NumPy 1 takes
-# Dtypes safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
+LARGEST = 2**48  # entries of an array, more than any machine holds
+RANK = 32  # axes of an array; NumPy 1 takes no more
 KEY = "key:"  # before the implementation of a typed random key
 KEY_WORDS = {"threefry2x32": 2, "rbg": 4, "unsafe_rbg": 4}  # uint32 words of a key of each
+# Dtypes that safetensors has for NumPy; any other (bfloat16, int4, fp8) is stored as its bytes.
 NATIVE = frozenset(
     "bool uint8 int8 uint16 int16 uint32 int32 uint64 int64 float16 float32 float64".split()
 )
@@ -120,14 +118,17 @@ def _floating(value: Any) -> np.dtype:
 
 
 def _layout(value: Any) -> Layout:
-    """Return a layout whose axes exist and have one purpose each; fields with defaults may be missing at the end."""
+    """Return a layout whose axes exist and have one purpose each.
+
+    Fields with defaults may be missing at the end.
+    """
     given = _sequence(value)
-    if not len(given) <= len(Layout._fields) or len(Layout._fields) - len(given) > len(
-        Layout._field_defaults
-    ):
+    missing = len(Layout._fields) - len(given)
+    if not 0 <= missing <= len(Layout._field_defaults):
         raise ValueError(f"it must be a list of {', '.join(Layout._fields)}")
     found = dict(zip(Layout._fields, given, strict=False))
-    shape, group_size = extents(found.pop("shape")), found.pop("group_size", None)
+    shape = extents(found.pop("shape"))
+    group_size = found.pop("group_size", None)
     if group_size is not None and not (_whole(group_size) and 1 <= group_size <= LARGEST):
         raise ValueError("group_size must be null or a whole number from 1 on")
     axes = {name: _axes(name, each, len(shape)) for name, each in found.items()}
@@ -160,11 +161,8 @@ def _levels(value: Any) -> Levels:
             "it must be a list of exponent_bits, mantissa_bits and reserved, or one list of numbers"
         )
     found = Float(*given)
-    if not (
-        1 <= found.exponent_bits <= 7
-        and 0 <= found.mantissa_bits <= 8
-        and 0 <= found.reserved < 2 ** (found.bits - 1)
-    ):
+    widths = 1 <= found.exponent_bits <= 7 and 0 <= found.mantissa_bits <= 8
+    if not widths or not 0 <= found.reserved < 2 ** (found.bits - 1):
         raise ValueError(
             "exponents have 1 to 7 bits, mantissas 0 to 8, and fewer are reserved than there are"
         )
@@ -175,11 +173,8 @@ def _ascending(given: Sequence[Any]) -> tuple[float, ...]:
     values = tuple(map(_number, given))
     with np.errstate(over="ignore"):
         rounded = np.array(values, np.float64).astype(np.float32)
-    if (
-        not 1 <= len(values) <= 2**16
-        or not (rounded == values).all()
-        or not (np.diff(rounded) > 0).all()
-    ):
+    exact = len(values) <= 2**16 and (rounded == values).all()
+    if not values or not exact or not (np.diff(rounded) > 0).all():
         raise ValueError("a table is 1 to 65,536 ascending float32 numbers")
     return values
 

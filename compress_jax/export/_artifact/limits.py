@@ -1,10 +1,11 @@
-"""How much a file may claim before it is believed: its bytes in memory, its header, its arrays, its depth."""
+"""Limits on untrusted files: bytes in memory, header, number of arrays, depth."""
 
 from typing import NamedTuple
 
 from compress_jax.core.errors import ArtifactError
 
-FLOOR, FACTOR = 2**29, 1024  # bytes of memory that any file may take, and times its own size
+FLOOR = 2**29  # bytes of memory that any file may take
+FACTOR = 1024  # a larger file may take this many times its size
 PARSED = 40  # bytes of Python objects that one byte of JSON becomes at most
 
 
@@ -14,7 +15,7 @@ class Limits(NamedTuple):
     Attributes:
       header: bytes of JSON: the safetensors header of a plain file, the content of a coded one.
       arrays: how many arrays the tree has, those inside packed nodes counted too.
-      depth: how many containers and nodes may stand inside each other.
+      depth: how deeply containers and nodes may be nested.
 
     Example:
       >>> Limits(depth=500).arrays
@@ -27,7 +28,7 @@ class Limits(NamedTuple):
 
 
 class Budget:
-    """Memory that a file may take: the file itself, what it is decoded to, and what `unpack` makes of that.
+    """The memory that a file may take once it is decoded and unpacked.
 
     Args:
       file_bytes: size of the file.
@@ -61,8 +62,7 @@ class Budget:
         if self.taken > self.max_bytes:
             raise ArtifactError(
                 f"with {what}, memory would grow to {self.taken:,} bytes, and the limit is "
-                f"{self.max_bytes:,}; if you trust "
-                f"the file, pass a larger max_bytes"
+                f"{self.max_bytes:,}; if you trust the file, pass a larger max_bytes"
             )
 
     def parse(self, size: int, limits: Limits, what: str) -> None:
@@ -79,7 +79,6 @@ class Budget:
         if size > limits.header:
             raise ArtifactError(
                 f"{what} has {size:,} bytes, and the limit is {limits.header:,}; if you trust the "
-                "file, pass "
-                "limits=export.Limits(header=...)"
+                "file, pass limits=export.Limits(header=...)"
             )
         self.take(PARSED * size, what)

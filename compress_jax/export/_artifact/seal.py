@@ -1,10 +1,11 @@
-"""A digest at the end of a StableHLO file. JAX reads what stands before it, and so reads the file with or without."""
+"""A digest appended to a StableHLO file; JAX ignores bytes after the program."""
 
 import hashlib
 
 from compress_jax.core.errors import ExportError
 
-MARK, DIGITS = b"compress_jax sha256 ", 64
+MARK = b"compress_jax sha256 "
+DIGITS = 64
 
 
 def sealed(data: bytes) -> bytes:
@@ -18,7 +19,9 @@ def sealed(data: bytes) -> bytes:
 
 
 def unsealed(data: bytes) -> bytes:
-    """Return a program without its digest, or as it is where it has none: an older file, or one of JAX alone.
+    """Return a program without its digest.
+
+    A program without one (an older file, or one that JAX alone wrote) is returned as it is.
 
     Args:
       data: the file.

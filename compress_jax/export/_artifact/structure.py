@@ -1,4 +1,4 @@
-"""A packed tree as JSON structure plus named raw tensors, and back; what `artifact` puts into the file.
+"""A packed tree as a JSON structure and named tensors, and back.
 
 The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``,
 ``{"tuple": [...]}`` and ``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse,
@@ -57,11 +57,8 @@ def encode(tree: PyTree) -> tuple[Any, Tensors]:
             arrays = {k: visit(getattr(x, k), where) for k, where in _places(type(x), path).items()}
             return {type(x).__name__: {**arrays, **statics}}
         if isinstance(x, Mapping):
-            return {
-                "dict": [
-                    [_key(key, path), visit(value, _below(path, key))] for key, value in x.items()
-                ]
-            }
+            pairs = [[_key(k, path), visit(value, _below(path, k))] for k, value in x.items()]
+            return {"dict": pairs}
         if isinstance(x, (list, tuple)):
             kind = "list" if isinstance(x, list) else "tuple"
             return {kind: [visit(value, _below(path, i)) for i, value in enumerate(x)]}
@@ -70,8 +67,8 @@ def encode(tree: PyTree) -> tuple[Any, Tensors]:
     return visit(tree, ""), tensors
 
 
-def is_key(x: Any) -> bool:
-    """Tell whether a leaf is a typed random key, such as NNX's Dropout keeps.
+def is_key(x: object) -> bool:
+    """Return whether a leaf is a typed random key, such as NNX's Dropout has.
 
     Example:
       >>> is_key(jax.random.key(0)), is_key(jax.random.PRNGKey(0))
@@ -94,29 +91,29 @@ def _key(key: Any, path: str) -> str | int:
 
 
 def _places(cls: Any, path: str) -> dict[str, str]:
-    """Return where each field of a node that holds tensors has them; an only one has the node's own place."""
+    """Return the name of each tensor field of a node.
+
+    A node with a single tensor uses the node's own name for it.
+    """
     names = [field.name for field in dataclasses.fields(cls) if not field.metadata.get("static")]
-    return (
-        {name: f"{path}.{name}" for name in names} if len(names) > 1 else dict.fromkeys(names, path)
-    )
+    if len(names) == 1:
+        return {names[0]: path}
+    return {name: f"{path}.{name}" for name in names}
 
 
 def _statics(node: Any) -> dict[str, Any]:
     """Return the static fields of a node that differ from their defaults, as JSON takes them."""
-    fields = [field for field in dataclasses.fields(node) if field.metadata.get("static")]
-    values = {field.name: getattr(node, field.name) for field in fields}
-    told = {
-        field.name for field in fields if repr(values[field.name]) != repr(field.default)
-    }  # -0.0 == 0, but is not 0
-    return {
-        name: value.name if isinstance(value, np.dtype) else value
-        for name, value in values.items()
-        if name in told
-    }
+    statics: dict[str, Any] = {}
+    for field in dataclasses.fields(node):
+        value = getattr(node, field.name)
+        # Compared as text, for -0.0 == 0.
+        if field.metadata.get("static") and repr(value) != repr(field.default):
+            statics[field.name] = value.name if isinstance(value, np.dtype) else value
+    return statics
 
 
 def _leaf(x: Any, path: str, tensors: Tensors) -> bool | str:
-    if path in tensors or path == "__metadata__":  # the latter is what safetensors calls its own
+    if path in tensors or path == "__metadata__":  # which safetensors reserves
         raise ArtifactError(
             f"two entries would be named {path!r} in the file; rename a key that contains '/', "
             "'.' or '__'"
@@ -125,9 +122,11 @@ def _leaf(x: Any, path: str, tensors: Tensors) -> bool | str:
         tensors[path] = np.asarray(jax.random.key_data(x))
         return f"{KEY}{jax.random.key_impl(x)}"
     array = _numpy(x, path)
-    native = array.dtype.name in NATIVE
-    tensors[path] = array if native else array.reshape(*array.shape, 1).view(np.uint8)
-    return native or array.dtype.name
+    if array.dtype.name in NATIVE:
+        tensors[path] = array
+        return True
+    tensors[path] = array.reshape(*array.shape, 1).view(np.uint8)  # [..., itemsize]
+    return array.dtype.name
 
 
 def _numpy(x: Any, path: str) -> np.ndarray:
@@ -166,16 +165,16 @@ def build(
     path: str = "",
     depth: int = 300,
 ) -> Any:
-    """Return the tree that a structure describes, whatever stands for its arrays.
+    """Return the tree that a structure describes, with arrays or placeholders for its tensors.
 
     Args:
       structure: the JSON structure.
-      array: ``(name, dtype) -> what stands for the tensor of this name``; the dtype is True where
+      array: ``(name, dtype) -> array or placeholder`` of a tensor; the dtype is True where
         safetensors has it.
-      leaf: ``(array or packed node, path) -> what stands in its place``; not called for what is
-        inside a packed node.
-      path: where in the tree the structure stands.
-      depth: how many containers and nodes may stand inside each other.
+      leaf: ``(array or packed node, path) -> leaf of the tree``; not called for the fields of a
+        packed node.
+      path: of the structure in the tree.
+      depth: how deeply containers and nodes may be nested.
 
     Returns:
       The tree.
@@ -195,15 +194,11 @@ def build(
     kind, content = _only(structure, path)
     inside = {"array": array, "leaf": leaf, "depth": depth - 1}
     if kind == "dict":
-        return {
-            key: build(value, path=_below(path, key), **inside)
-            for key, value in _pairs(content, path)
-        }
+        pairs = _pairs(content, path)
+        return {key: build(value, path=_below(path, key), **inside) for key, value in pairs}
     if kind in ("list", "tuple"):
-        values = [
-            build(value, path=_below(path, i), **inside)
-            for i, value in enumerate(_listed(content, path))
-        ]
+        entries = enumerate(_listed(content, path))
+        values = [build(value, path=_below(path, i), **inside) for i, value in entries]
         return values if kind == "list" else tuple(values)
     if kind not in NODES:
         raise refuse(path, f"a node of kind {kind!r}, which this version does not know")
@@ -224,33 +219,35 @@ def _listed(content: Any, path: str) -> list[Any]:
 
 
 def _pairs(content: Any, path: str) -> list[Any]:
-    """Return the entries of a dict after a look at its keys: JAX sorts them, so they must be all text or all integers."""
-    seen: dict[str | int, type] = {}
+    """Return the entries of a dict, whose keys must be all text or all integers.
+
+    JAX sorts the keys of a dict, and cannot sort a mixture.
+    """
+    types: dict[str | int, type] = {}
     for pair in _listed(content, path):
-        if not (
-            isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[0], (str, int))
-        ):
-            raise refuse(
-                path, "in the file's structure, a pair of a key and a node must stand here"
-            )
-        if (
-            isinstance(pair[0], str)
-            and not pair[0].isascii()
-            and pair[0] != pair[0].encode(errors="replace").decode()
-        ):
-            raise refuse(
-                path, f"the key {pair[0]!r} is no Unicode text, so it can be the name of no tensor"
-            )
-        if pair[0] in seen:
-            raise refuse(path, f"the key {pair[0]!r} is there twice")
-        seen[pair[0]] = str if isinstance(pair[0], str) else int
-    if len(set(seen.values())) > 1:
+        is_pair = isinstance(pair, (list, tuple)) and len(pair) == 2
+        if not is_pair or not isinstance(pair[0], (str, int)):
+            problem = "in the file's structure, a pair of a key and a node must stand here"
+            raise refuse(path, problem)
+        key = pair[0]
+        if isinstance(key, str) and not _is_unicode(key):
+            problem = f"the key {key!r} is no Unicode text, so it can be the name of no tensor"
+            raise refuse(path, problem)
+        if key in types:
+            raise refuse(path, f"the key {key!r} is there twice")
+        types[key] = str if isinstance(key, str) else int
+    if len(set(types.values())) > 1:
         raise refuse(
             path,
-            f"the keys {list(seen)[:9]} are text and integers, and JAX takes dicts of one of them "
+            f"the keys {list(types)[:9]} are text and integers, and JAX takes dicts of one of them "
             "only",
         )
     return content
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a text has no lone surrogates, which UTF-8 cannot encode."""
+    return text.isascii() or text == text.encode(errors="replace").decode()
 
 
 def _made(cls: Any, content: Any, path: str, inside: dict[str, Any]) -> Any:
@@ -260,21 +257,23 @@ def _made(cls: Any, content: Any, path: str, inside: dict[str, Any]) -> Any:
         raise refuse(
             path, f"a {cls.__name__} has the fields {', '.join(fields)}, and the file has others"
         )
-    if missing := [
-        k for k in fields if k not in content and fields[k].default is dataclasses.MISSING
-    ]:
-        raise refuse(path, f"a {cls.__name__} without its field {missing[0]!r}")
-    where = _places(cls, path)
-    return cls(
-        **{
-            k: build(v, path=where[k], **inside) if k in where else static(k, v, path)
-            for k, v in content.items()
-        }
-    )
+    for name, field in fields.items():
+        if name not in content and field.default is dataclasses.MISSING:
+            raise refuse(path, f"a {cls.__name__} without its field {name!r}")
+    tensors = _places(cls, path)
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in tensors:
+            values[name] = build(value, path=tensors[name], **inside)
+        else:
+            values[name] = static(name, value, path)
+    return cls(**values)
 
 
 def places(structure: Any, path: str = "") -> Iterator[tuple[str, tuple[int, int] | None]]:
-    """Yield the name of every tensor a structure stands for, in its order, and what it holds if it is packed symbols.
+    """Yield the name of every tensor of a structure, in order.
+
+    With it comes the node of packed symbols that the tensor holds, or None.
 
     Args:
       structure: the JSON structure.
@@ -315,9 +314,9 @@ def leaves(structure: Any, path: str = "") -> Iterator[tuple[str, Any]]:
       >>> list(leaves(tree))
       [('k', {'Bits': {'data': True, 'bits': 3, 'shape': (8,)}}), ('b/0', True)]
     """
-    kind, content = (
-        next(iter(structure.items())) if isinstance(structure, dict) else ("", structure)
-    )
+    kind, content = "", structure
+    if isinstance(structure, dict):
+        ((kind, content),) = structure.items()
     if kind == "dict":
         for key, value in content:
             yield from leaves(value, _below(path, key))
@@ -356,17 +355,6 @@ def typed(name: str, dtype: str | Literal[True], tensors: Tensors) -> Any:
 
 def on_device(array: Any) -> jax.Array | np.ndarray:
     """Return an array as JAX's, or as it is where JAX would cut its 64 bits to 32."""
-    if isinstance(array, jax.Array):
+    if isinstance(array, jax.Array) or jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
-    return (
-        jnp.asarray(array) if jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype else array
-    )
-
-
-def _random_key(path: str, implementation: str, data: Any) -> jax.Array:
-    try:
-        return jax.random.wrap_key_data(jnp.asarray(data), impl=implementation)
-    except (ValueError, TypeError) as error:
-        raise ArtifactError(
-            f"{path!r} is a random key of {implementation!r}, which this JAX cannot make: {error}"
-        ) from error
+    return jnp.asarray(array)

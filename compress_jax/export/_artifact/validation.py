@@ -1,5 +1,6 @@
-"""The one look at a tree between its checksum and its use: what a structure says, and whether its arrays agree."""
+"""Validate a tree after its checksum and before its use: the structure and its arrays."""
 
+from itertools import chain
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ from compress_jax.export._artifact.structure import Tensors, build, is_key, on_d
 
 
 def grammar(structure: Any, limits: Limits) -> int:
-    """See that a structure is one: containers, nodes of known kinds, their fields, each in its range.
+    """Check that a structure has containers, nodes of known kinds, and fields in range.
 
     Args:
       structure: from JSON.
@@ -27,7 +28,8 @@ def grammar(structure: Any, limits: Limits) -> int:
       ArtifactError: if it is none; says which entry and what is wrong.
 
     Example:
-      >>> grammar({"dict": [["a", True], ["b", {"Bits": {"data": True, "bits": 4, "shape": [2]}}]]}, Limits())
+      >>> bits = {"Bits": {"data": True, "bits": 4, "shape": [2]}}
+      >>> grammar({"dict": [["a", True], ["b", bits]]}, Limits())
       2
     """
     names: set[str] = set()
@@ -45,7 +47,7 @@ def grammar(structure: Any, limits: Limits) -> int:
 
 
 def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limits) -> None:
-    """See that a structure agrees with the shapes and dtypes of its tensors, and count what they will take.
+    """Check a structure against the shapes and dtypes of its tensors; count its memory.
 
     Args:
       structure: from JSON.
@@ -65,23 +67,17 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
             raise refuse(name, "the file's structure names this tensor, and it is not in the file")
         if dtype is True:
             return spec
+        found = f"{spec.dtype} {list(spec.shape)}"
         if dtype.startswith(KEY):
             words = KEY_WORDS[dtype.removeprefix(KEY)]
             if spec.dtype != np.uint32 or spec.shape[-1:] != (words,):
-                raise refuse(
-                    name,
-                    f"{dtype} is stored as rows of {words} uint32, not {spec.dtype} "
-                    f"{list(spec.shape)}",
-                )
+                raise refuse(name, f"{dtype} is stored as rows of {words} uint32, not {found}")
             return spec
-        found = dtype_named(dtype)
-        if spec.dtype != np.uint8 or spec.shape[-1:] != (found.itemsize,):
-            raise refuse(
-                name,
-                f"{dtype} is stored as rows of {found.itemsize} bytes, not {spec.dtype} "
-                f"{list(spec.shape)}",
-            )
-        return Spec(spec.shape[:-1], found)
+        wanted = dtype_named(dtype)
+        if spec.dtype != np.uint8 or spec.shape[-1:] != (wanted.itemsize,):
+            size = wanted.itemsize
+            raise refuse(name, f"{dtype} is stored as rows of {size} bytes, not {found}")
+        return Spec(spec.shape[:-1], wanted)
 
     def leaf(found: Any, path: str) -> None:
         if not isinstance(found, Spec):
@@ -137,22 +133,21 @@ def few(count: int, limits: Limits) -> None:
 
 
 def shallow(metadata: Any, limits: Limits) -> None:
-    """Raise ArtifactError unless metadata is an object that is not nested more deeply than the limit allows."""
+    """Raise ArtifactError unless metadata is a dict no deeper than the limit allows."""
     if not isinstance(metadata, dict):
         raise ArtifactError(f"the metadata must be a dict, not a {type(metadata).__name__}")
-    level = [metadata]
+    # Level by level: recursion would meet Python's own limit first.
+    level: list[Any] = [metadata]
     for _ in range(limits.depth):
-        inside = [each.values() if isinstance(each, dict) else each for each in level]
-        level = [
-            each for values in inside for each in values if isinstance(each, (dict, list, tuple))
-        ]
+        values = chain.from_iterable(x.values() if isinstance(x, dict) else x for x in level)
+        level = [value for value in values if isinstance(value, (dict, list, tuple))]
         if not level:
             return
     raise ArtifactError(f"the metadata is nested more deeply than {limits.depth} levels")
 
 
 def _foreign(name: str, dtype: str) -> None:
-    """See that a dtype which is named is one, and that safetensors has it not; or that it is a kind of random key."""
+    """Check that a named dtype exists and is none of safetensors' own, or is a key type."""
     if dtype.startswith(KEY):
         if dtype.removeprefix(KEY) not in KEY_WORDS:
             raise refuse(

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Entropy coding of the tensors of an artifact, and reading it leaf by leaf."""

@@ -1,12 +1,11 @@
-"""The symbols of packed integers in NumPy, a piece at a time, so that memory stays small whatever the number of symbols."""
+"""Read the symbols of packed integers in NumPy, in chunks that bound the memory."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
-PIECE = (
-    2**20
-)  # symbols that are unpacked at once; a multiple of 8, so that a piece begins on a whole byte
+# Symbols that are unpacked at once; a multiple of 8, so that a piece begins on a whole byte.
+PIECE = 2**20
 
 
 def unpacked(data: np.ndarray, bits: int, count: int) -> np.ndarray:
@@ -47,7 +46,7 @@ def pieces(data: np.ndarray, bits: int, count: int) -> Iterator[tuple[int, np.nd
         piece = data[start * bits // 8 : -(-(start + size) * bits // 8)]
         flags = np.unpackbits(piece, count=size * bits, bitorder="little")
         if bits > 1:
-            full = np.zeros((size, wide), np.uint8)  # a bit each, the least significant first
+            full = np.zeros((size, wide), np.uint8)  # one bit an entry, the least significant first
             full[:, :bits] = flags.reshape(size, bits)
             flags = np.packbits(full.ravel(), bitorder="little").view(f"<u{wide // 8}")
         yield start, flags.astype(np.int32)
@@ -71,18 +70,15 @@ def repacked(symbols: np.ndarray, bits: int) -> np.ndarray:
       >>> repacked(np.array([1, 8, 15, 9]), 4).tolist()
       [129, 159]
     """
-    packed = [
-        _packed(symbols[start : start + PIECE], bits) for start in range(0, len(symbols), PIECE)
-    ]
+    starts = range(0, len(symbols), PIECE)
+    packed = [_packed(symbols[start : start + PIECE], bits) for start in starts]
     return np.concatenate(packed or [np.zeros(0, np.uint8)])
 
 
 def _packed(symbols: np.ndarray, bits: int) -> np.ndarray:
     wide = _wide(bits)
     octets = symbols.astype(f"<u{wide // 8}").view(np.uint8)
-    flags = (
-        octets
-        if bits == 1
-        else np.unpackbits(octets, bitorder="little").reshape(-1, wide)[:, :bits]
-    )
-    return np.packbits(flags.ravel(), bitorder="little")
+    if bits == 1:
+        return np.packbits(octets, bitorder="little")
+    flags = np.unpackbits(octets, bitorder="little").reshape(-1, wide)  # [symbols, wide]
+    return np.packbits(flags[:, :bits].ravel(), bitorder="little")

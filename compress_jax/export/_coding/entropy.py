@@ -1,4 +1,4 @@
-"""Entropy coding of small integers: tables of probabilities, and one asymmetric-numeral-systems stream for all of them."""
+"""Entropy coding of small integers: probability tables and one ANS stream for all."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +10,9 @@ from compress_jax.core.errors import ArtifactError
 from compress_jax.export._coding.bitstream import PIECE
 
 CODERS: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
-NEVER = 255
-STEPS = 16  # a table holds probabilities in sixteenths of a bit: never more than 2e-4 bits a symbol too many
+NEVER = 255  # a table's entry for a symbol that does not occur
+# Tables hold information in sixteenths of a bit, which costs at most 2e-4 bits a symbol.
+STEPS = 16
 ROOTS = 2.0 ** (-np.arange(STEPS) / STEPS)
 
 
@@ -45,13 +46,14 @@ def quantized(counts: np.ndarray) -> np.ndarray:
     """
     with np.errstate(divide="ignore"):
         information = -STEPS * np.log2(counts / max(counts.sum(), 1))
-    return np.where(counts > 0, np.clip(np.round(information), 0, NEVER - 1), NEVER).astype(
-        np.uint8
-    )
+    steps = np.clip(np.round(information), 0, NEVER - 1)
+    return np.where(counts > 0, steps, NEVER).astype(np.uint8)
 
 
 def probabilities(table: np.ndarray) -> np.ndarray:
-    """Return the probabilities of a table, float64; of exact powers and sixteen constants, the same on every machine.
+    """Return the probabilities of a table, float64, the same on every machine.
+
+    They are made of exact powers of two and sixteen constants.
 
     Example:
       >>> probabilities(np.array([16, 32, 255, 32], np.uint8)).tolist()
@@ -141,7 +143,7 @@ class Decoder:
                 yield used[self._coder.decode(model, count)]
 
     def close(self) -> None:
-        """See that nothing is left.
+        """Check that no words are left.
 
         Raises:
           ArtifactError: if there are words that no stream needed.
@@ -149,8 +151,7 @@ class Decoder:
         if not self._coder.is_empty():
             raise ArtifactError(
                 "its coded symbols are more than its tensors have: the file was made by hand, or "
-                "the installed constriction "
-                "codes otherwise than the one that wrote it"
+                "the installed constriction codes otherwise than the one that wrote it"
             )
 
 

@@ -1,7 +1,6 @@
 """An artifact leaf by leaf, for models whose unpacked weights do not all fit into memory."""
 
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from compress_jax.export._artifact.artifact import LIMITS, of_file, opened
 from compress_jax.export._artifact.limits import Limits
 from compress_jax.export._artifact.structure import leaves, places
 from compress_jax.export._artifact.validation import checked
-from compress_jax.export._coding.streams import Coded, check, decoded
+from compress_jax.export._coding.streams import Coded, check, crc32, decoded
 
 
 def stream(
@@ -29,8 +28,7 @@ def stream(
       limits: as of `load`.
 
     Yields:
-      ``(path, leaf)``: the place in the tree, keys joined by ``/``, and the array or packed node
-        that `load` has there.
+      ``(path, leaf)``: keys joined by ``/``, and the array or packed node that `load` has there.
 
     Raises:
       ArtifactError: as `load`.
@@ -45,19 +43,17 @@ def stream(
       [('dense/kernel', (2, 2)), ('dense/bias', (2,))]
     """
     content, parts = opened(Path(path), max_bytes, limits)
-    tree, total = content["tree"], 0
+    tree = content["tree"]
+    total = 0
     with of_file(path):
-        tensors = (
-            decoded(tree, parts)
-            if isinstance(parts, Coded)
-            else ((name, parts[name]) for name, _ in places(tree))
-        )
+        if isinstance(parts, Coded):
+            tensors = decoded(tree, parts)
+        else:
+            tensors = ((name, parts[name]) for name, _ in places(tree))
         for place, structure in leaves(tree):
             own: dict[str, np.ndarray] = dict(next(tensors) for _ in places(structure, place))
             for tensor in own.values():
-                total = zlib.crc32(
-                    np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total
-                )
+                total = crc32(tensor, total)
             yield place, checked(structure, own, place)
         if isinstance(parts, Coded):
             check(total, parts)

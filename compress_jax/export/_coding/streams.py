@@ -1,4 +1,4 @@
-"""The tensors of an artifact as few bytes: symbols at their entropy, all else by zstandard where that is smaller.
+"""The tensors of an artifact, entropy coded or compressed by zstandard.
 
 ``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see
 `entropy`), ``rest`` the bytes of all other tensors, one after the other, the bytes of equal
@@ -10,7 +10,7 @@ two digits a symbol.
 
 import math
 import zlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,19 +30,18 @@ from compress_jax.export._coding.entropy import (
     quantized,
 )
 
-# Which streams of symbols share a table: merged while the table saved costs more than the bits
-# lost.
-
-
-HEAD = 4  # bytes of a table beside its entries
+HEAD = 4  # bytes of a table besides its entries
+BEST = 19  # level of zstandard that takes a second for a megabyte
+FAST = 9  # level for what is larger than LARGE bytes
+LARGE = 2**22
 
 
 def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
-    """Return the group of each stream; streams of one group are described by the sum of their histograms.
+    """Return the group of each stream; the streams of a group share a table.
 
-    From every stream by itself on, the two groups whose union saves most are joined, until no union
-    saves anything. The cost of a group is that of its symbols under its quantized table, and of the
-    table.
+    At first each stream is a group; then the two groups whose union saves most are joined, until no
+    union saves anything. The cost of a group is that of its symbols under its quantized table, plus
+    the table.
 
     Args:
       counts: a histogram for each stream.
@@ -67,16 +66,15 @@ def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
     while savings and max(savings.values()) > 0:
         i, j = max(savings, key=lambda pair: (savings[pair], pair))
         members[i] += members[j]
+        members[j] = []
         histograms[i] = histograms[i] + histograms[j]
-        costs[i], members[j] = cost(histograms[i]), []
+        costs[i] = cost(histograms[i])
         savings = {pair: value for pair, value in savings.items() if j not in pair}
         savings |= {pair: _saved(histograms, costs, *pair) for pair in savings if i in pair}
-    group = {stream: which for which, of in enumerate(members) for stream in of}
-    order = {
-        which: number
-        for number, which in enumerate(dict.fromkeys(group[i] for i in range(len(counts))))
-    }
-    return [order[group[i]] for i in range(len(counts))]
+    # Groups are numbered by their first stream; members[i] begins with the smallest of its own.
+    groups = sorted(own for own in map(sorted, members) if own)
+    number = {stream: which for which, own in enumerate(groups) for stream in own}
+    return [number[i] for i in range(len(counts))]
 
 
 def cost(histogram: np.ndarray) -> float:
@@ -94,9 +92,6 @@ def cost(histogram: np.ndarray) -> float:
 
 def _saved(histograms: list[np.ndarray], costs: list[float], i: int, j: int) -> float:
     return costs[i] + costs[j] - cost(histograms[i] + histograms[j])
-
-
-BEST, FAST, LARGE = 19, 9, 2**22  # levels of zstandard; the best takes a second for a megabyte
 
 
 class Coded(NamedTuple):
@@ -135,32 +130,30 @@ def code(structure: Any, tensors: Tensors) -> Coded:
       >>> (uncode(tree, coded)["codes"] == tensors["codes"]).all()
       np.True_
     """
-    found = list(places(structure))
-    symbols = {name: unpacked(tensors[name], *held) for name, held in found if held}
-    kinds = {name: held[0] for name, held in found if held}
-    counts = {name: np.bincount(each, minlength=2 ** kinds[name]) for name, each in symbols.items()}
-    names = [
-        name for name in symbols if cost(counts[name]) <= len(squeezed(tensors[name].tobytes()))
-    ]
-    groups = dict(
-        zip(names, share([counts[n] for n in names], [kinds[n] for n in names]), strict=True)
-    )
-    totals = [
-        np.sum([counts[n] for n in names if groups[n] == g], axis=0)
-        for g in range(len(set(groups.values())))
-    ]
-    tables = [quantized(total) for total in totals]
+    found = dict(places(structure))
+    widths = {name: held[0] for name, held in found.items() if held}
+    symbols = {name: unpacked(tensors[name], *held) for name, held in found.items() if held}
+    counts = {n: np.bincount(each, minlength=2 ** widths[n]) for n, each in symbols.items()}
+
+    # Symbols are coded where that takes no more bytes than zstandard does.
+    names = [n for n in symbols if cost(counts[n]) <= len(squeezed(tensors[n].tobytes()))]
+    shared = share([counts[name] for name in names], [widths[name] for name in names])
+    groups = dict(zip(names, shared, strict=True))
+    tables = []
+    for group in range(len(set(shared))):
+        own = [counts[name] for name in names if groups[name] == group]
+        tables.append(quantized(np.sum(own, axis=0)))
     words = encode([Stream(symbols[name], tables[groups[name]]) for name in names])
-    others = [(name, held) for name, held in found if name not in groups]
-    rest = b"".join(_planes(tensors[name]) for name, _ in others)
-    described = {
-        name: None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
-        for name, held in others
-    }
+
+    entries: list[Any] = []
+    for name, held in found.items():
+        described = None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
+        entries.append(groups.get(name, described))
+    rest = b"".join(_planes(tensors[name]) for name in found if name not in groups)
     index = {
-        "tensors": [groups.get(name, described.get(name)) for name, _ in found],
+        "tensors": entries,
         "tables": [table.tobytes().hex() for table in tables],
-        "crc32": _sum(tensors[name] for name, _ in found),
+        "crc32": _checksum(tensors[name] for name in found),
     }
     return Coded(index, words.astype("<u4").tobytes(), squeezed(rest))
 
@@ -180,7 +173,7 @@ def uncode(structure: Any, coded: Coded) -> Tensors:
         do.
     """
     tensors = dict(decoded(structure, coded))
-    check(_sum(tensors.values()), coded)
+    check(_checksum(tensors.values()), coded)
     return tensors
 
 
@@ -189,13 +182,15 @@ def check(total: int, coded: Coded) -> None:
     if total != coded.index["crc32"]:
         raise ArtifactError(
             "the tensors do not decode to what was written, though the file is whole: the "
-            "installed constriction or numpy "
-            "codes otherwise than the one that wrote it; please report both versions"
+            "installed constriction or numpy codes otherwise than the one that wrote it; please "
+            "report both versions"
         )
 
 
 def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
-    """Return shape and dtype of every tensor before anything is decoded, after a look at the whole index.
+    """Check the whole index, and return shape and dtype of every tensor.
+
+    Nothing is decoded before that.
 
     Args:
       structure: of the tree, known to be one.
@@ -207,10 +202,14 @@ def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
     Raises:
       ArtifactError: if the index says anything that is not so.
     """
-    tables, entries, found = _index(coded), coded.index["tensors"], list(places(structure))
+    tables = _index(coded)
+    entries = coded.index["tensors"]
+    found = list(places(structure))
     if len(entries) != len(found):
         raise ArtifactError(f"its index has {len(entries)} tensors, and its structure {len(found)}")
-    used, size, specs = set(), 0, {}
+    used: set[int] = set()
+    size = 0
+    specs: dict[str, Spec] = {}
     for (name, held), entry in zip(found, entries, strict=True):
         specs[name] = spec = _spec(name, held, entry)
         if isinstance(entry, int):
@@ -234,11 +233,8 @@ def _index(coded: Coded) -> list[bytes]:
     index = coded.index
     if not isinstance(index, dict) or index.keys() != {"tensors", "tables", "crc32"}:
         raise ArtifactError("its index must have tensors, tables and crc32")
-    if (
-        not isinstance(index["tensors"], list)
-        or not isinstance(index["tables"], list)
-        or type(index["crc32"]) is not int
-    ):
+    lists = isinstance(index["tensors"], list) and isinstance(index["tables"], list)
+    if not lists or type(index["crc32"]) is not int:
         raise ArtifactError("its index must have a list of tensors, a list of tables and a number")
     if len(coded.ans) % 4:
         raise ArtifactError(
@@ -269,7 +265,7 @@ def _spec(name: str, held: tuple[int, int] | None, entry: Any) -> Spec:
 
 
 def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[bytes]) -> None:
-    """See that the table of a stream is there, is as long as there are symbols, and lets some of them occur."""
+    """Check that a stream's table exists, has the right length and a possible symbol."""
     assert held is not None
     if not 0 <= entry < len(tables):
         raise refuse(
@@ -287,10 +283,11 @@ def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[byte
 
 
 def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield one tensor after the other, in the order of the tree; only one is held decoded at a time."""
+    """Yield the tensors in the order of the tree; only one is decoded at a time."""
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in coded.index["tables"]]
     decoder = Decoder(np.frombuffer(coded.ans, "<u4").astype(np.uint32))
-    rest, start = unsqueezed(coded.rest, "its tensors"), 0
+    rest = unsqueezed(coded.rest, "its tensors")
+    start = 0
     for (name, held), entry in zip(places(structure), coded.index["tensors"], strict=True):
         if isinstance(entry, int):
             assert held is not None
@@ -300,7 +297,7 @@ def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
         dtype, shape = ("uint8", [-(-held[0] * held[1] // 8)]) if held else entry
         size = math.prod(shape) * np.dtype(dtype).itemsize
         planes = np.frombuffer(rest, np.uint8, size, start) if size else np.zeros(0, np.uint8)
-        octets = planes.reshape(np.dtype(dtype).itemsize, -1).T
+        octets = planes.reshape(np.dtype(dtype).itemsize, -1).T  # [entries, itemsize]
         yield name, np.ascontiguousarray(octets).view(dtype).reshape(shape)
         start += size
     decoder.close()
@@ -334,7 +331,7 @@ def expanded(data: bytes, what: str) -> int:
 
 
 def unsqueezed(data: bytes, what: str) -> bytes:
-    """Undo `squeezed`; whoever calls has looked at `expanded`.
+    """Undo `squeezed`; the caller has checked the size that `expanded` returns.
 
     Args:
       data: compressed.
@@ -357,13 +354,25 @@ def unsqueezed(data: bytes, what: str) -> bytes:
 
 
 def _planes(x: np.ndarray) -> bytes:
-    return np.ascontiguousarray(x.reshape(-1).view(np.uint8).reshape(-1, x.itemsize).T).tobytes()
+    """Return the bytes of an array, those of equal significance side by side."""
+    octets = x.reshape(-1).view(np.uint8).reshape(-1, x.itemsize)  # [entries, itemsize]
+    return np.ascontiguousarray(octets.T).tobytes()
 
 
-def _sum(tensors: Any) -> int:
+def _checksum(tensors: Iterable[np.ndarray]) -> int:
     total = 0
     for tensor in tensors:
-        total = zlib.crc32(
-            np.ascontiguousarray(tensor).data.cast("B") if tensor.size else b"", total
-        )
+        total = crc32(tensor, total)
     return total
+
+
+def crc32(tensor: np.ndarray, total: int = 0) -> int:
+    """Return the CRC-32 of a tensor's bytes, continued from that of the bytes before them.
+
+    Example:
+      >>> crc32(np.frombuffer(b"ab", np.uint8)) == zlib.crc32(b"ab")
+      True
+    """
+    if not tensor.size:
+        return total
+    return zlib.crc32(np.ascontiguousarray(tensor).data.cast("B"), total)

@@ -1,1 +1,1 @@
-"""A private room."""
+"""LiteRT: conversion and quantization in a child process."""

@@ -1,13 +1,15 @@
-"""The process that converts and runs once: both are native code, and where it crashes it takes only this process along.
+"""Convert and run once, in a child process.
 
-``python -m compress_jax.export.litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and
-``arrays.npz`` there, and writes ``model.tflite``, ``answer.json`` and what the model gives for the
+Converter and runtime are native code: a crash of theirs ends this process alone.
+
+``python -m compress_jax.export._litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and
+``arrays.npz`` there, and writes ``model.tflite``, ``answer.json`` and the model's results for the
 example, ``results.npz``.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,17 +20,33 @@ from compress_jax.export._extras import extra
 from compress_jax.export._litert.interpreter import interpreter, results, tensors
 from compress_jax.export._scales import floor
 
-# Biases in int32 steps: kernels widened so that the quantizer's scales can hold them, and what it
-# wrote held against them.
-
-
-PLACES = {  # operator -> where its input, weights and bias are, and the weights' axis of output channels
+# {operator: indices of its input, weights and bias, and the weights' axis of output channels}
+PLACES = {
     "FULLY_CONNECTED": (0, 1, 2, 0),
     "CONV_2D": (0, 1, 2, 0),
     "DEPTHWISE_CONV_2D": (0, 1, 2, 3),
     "TRANSPOSE_CONV": (2, 1, 3, 0),
 }
-SHARE = 16.0  # a widened bias has at most 2**30 / SHARE steps: the runtime's fixed-point multipliers must not underflow
+# A bias has at most 2**30 / SHARE steps of a widened scale: the runtime's fixed-point multipliers
+# must not underflow.
+SHARE = 16.0
+SIGNATURE = "serving_default"
+# Model inputs and outputs stay float32, as in every other export; a SELECT may be of indices, which
+# the quantizer would round and crash on.
+FLOAT = ("INPUT", "OUTPUT", "SELECT")
+# Models that normalize activations compute in int8 where weights are multiplied, as the simulation
+# does, and in floats elsewhere: in 8 bits the epsilon added to a variance has a scale that the
+# runtime aborts at, and a small vision transformer was 6 times further from the simulation and took
+# 1.8 times as long.
+WEIGHTS = (
+    "FULLY_CONNECTED",
+    "CONV_2D",
+    "DEPTHWISE_CONV_2D",
+    "CONV_2D_TRANSPOSE",
+    "EMBEDDING_LOOKUP",
+    "GATHER",
+    "GATHER_ND",
+)
 
 
 class Product(NamedTuple):
@@ -50,7 +68,7 @@ class Product(NamedTuple):
 
 
 def products(data: bytes) -> tuple[Any, list[Product]]:
-    """Return the object tree of a flatbuffer and its operators that have weights and a bias, in order.
+    """Return a flatbuffer's object tree and its operators with weights and a bias.
 
     Args:
       data: the flatbuffer.
@@ -58,26 +76,33 @@ def products(data: bytes) -> tuple[Any, list[Product]]:
     Returns:
       ``(tree, operators)``.
     """
+    model, found = _operators(data)
+    return model, list(_products(model, found))
+
+
+def _operators(data: bytes) -> tuple[Any, list[tuple[str, Any, Any]]]:
+    """Return a flatbuffer's object tree, and ``(name, operator, its graph)`` of each operator."""
     schema = extra("ai_edge_litert.schema_py_generated", "litert")
-    names = {
-        number: name
-        for name, number in vars(schema.BuiltinOperator).items()
-        if isinstance(number, int)
-    }
+    constants = vars(schema.BuiltinOperator).items()
+    names = {number: name for name, number in constants if isinstance(number, int)}
     model = schema.ModelT.InitFromPackedBuf(data, 0)
-    return model, list(_products(model, names))
-
-
-def _products(model: Any, names: Mapping[int, str]) -> Iterator[Product]:
+    found = []
     for graph in model.subgraphs:
         for each in graph.operators:
             code = model.operatorCodes[each.opcodeIndex]
-            where = PLACES.get(names[max(code.builtinCode, code.deprecatedBuiltinCode)])
-            if where is None or len(each.inputs) <= where[2] or each.inputs[where[2]] < 0:
-                continue
-            data, weights, bias = (graph.tensors[each.inputs[i]] for i in where[:3])
-            if _stored(model, weights) is not None and _stored(model, bias) is not None:
-                yield Product(model, data, weights, bias, where[3])
+            name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            found.append((name, each, graph))
+    return model, found
+
+
+def _products(model: Any, found: Sequence[tuple[str, Any, Any]]) -> Iterator[Product]:
+    for name, each, graph in found:
+        where = PLACES.get(name)
+        if where is None or len(each.inputs) <= where[2] or each.inputs[where[2]] < 0:
+            continue
+        data, weights, bias = (graph.tensors[each.inputs[i]] for i in where[:3])
+        if _stored(model, weights) is not None and _stored(model, bias) is not None:
+            yield Product(model, data, weights, bias, where[3])
 
 
 def _stored(model: Any, tensor: Any) -> Any:
@@ -100,17 +125,17 @@ def _values(model: Any, tensor: Any) -> np.ndarray:
 
 def _steps(tensor: Any) -> Any:
     """Return the scale of a constant, which broadcasts against it; 1 for floats."""
-    about = tensor.quantization
-    if about is None or about.scale is None or not len(about.scale):
+    grid = tensor.quantization
+    if grid is None or grid.scale is None or not len(grid.scale):
         return 1.0
     shape = [1] * len(tensor.shape)
-    if len(about.scale) > 1:
-        shape[about.quantizedDimension] = -1
-    return np.asarray(about.scale, np.float64).reshape(shape)
+    if len(grid.scale) > 1:
+        shape[grid.quantizedDimension] = -1
+    return np.asarray(grid.scale, np.float64).reshape(shape)
 
 
 def widened(data: bytes, ranges: Mapping[str, Any]) -> tuple[bytes, int]:
-    """Make the largest weight of every channel large enough for its bias to be a whole number of steps in int32.
+    """Raise each channel's scale until its bias is a whole number of int32 steps.
 
     Args:
       data: the float flatbuffer.
@@ -147,9 +172,10 @@ def _step(ends: Mapping[str, Any]) -> float:
 
 
 def _widen(weights: np.ndarray, bias: np.ndarray, axis: int, step: float) -> int:
-    """Change weights in place; return of how many channels."""
+    """Raise the largest weight of channels in place; return the number of changed channels."""
     rows = np.moveaxis(weights, axis, 0)
-    least, changed = 127 * SHARE * floor(bias.ravel(), step), 0
+    least = 127 * SHARE * floor(bias.ravel(), step)  # [channels]
+    changed = 0
     for row, value in zip(rows, least, strict=True):
         if np.abs(row).max(initial=0) < value:
             place = np.unravel_index(np.abs(row).argmax(), row.shape)
@@ -158,8 +184,8 @@ def _widen(weights: np.ndarray, bias: np.ndarray, axis: int, step: float) -> int
     return changed
 
 
-def held(plain: bytes, quantized: bytes) -> None:
-    """See that every constant of the quantized products is the float one, to half a step.
+def require_rounded(plain: bytes, quantized: bytes) -> None:
+    """Check that every constant of the quantized products is the float one, to half a step.
 
     Args:
       plain: the float flatbuffer.
@@ -168,37 +194,21 @@ def held(plain: bytes, quantized: bytes) -> None:
     Raises:
       ExportError: if a weight or a bias is another, channel by channel.
     """
-    (first, ours), (second, theirs) = products(plain), products(quantized)
+    first, ours = products(plain)
+    second, theirs = products(quantized)
     if len(ours) != len(theirs):
         return  # the quantizer left out or split some; results are compared all the same
     for a, b in zip(ours, theirs, strict=True):
         for mine, other in ((a.weights, b.weights), (a.bias, b.bias)):
-            wanted, steps = _values(first, mine), _steps(other)
-            off, largest = np.abs(_values(second, other) - wanted), np.abs(wanted).max()
+            wanted = _values(first, mine)
+            steps = _steps(other)
+            off = np.abs(_values(second, other) - wanted)
+            largest = np.abs(wanted).max()
             if (off > 0.51 * steps + 1e-5 * np.abs(wanted)).any():
                 raise ExportError(
                     f"LiteRT's quantizer wrote {_name(mine)!r} wrong: {off.max():.3g} off, of "
                     f"{largest:.3g}"
                 )
-
-
-SIGNATURE = "serving_default"
-# Ends stay float32, as in every other export; a SELECT may be of indices, which the quantizer would
-# round and crash on.
-FLOAT = ("INPUT", "OUTPUT", "SELECT")
-# Models that normalise activations compute in int8 where weights are multiplied, as the simulation
-# does, and in floats elsewhere: in 8 bits the epsilon beside a variance has a scale that the
-# runtime aborts at, and a small vision transformer was 6 times further from the simulation and took
-# 1.8 times as long.
-WEIGHTS = (
-    "FULLY_CONNECTED",
-    "CONV_2D",
-    "DEPTHWISE_CONV_2D",
-    "CONV_2D_TRANSPOSE",
-    "EMBEDDING_LOOKUP",
-    "GATHER",
-    "GATHER_ND",
-)
 
 
 def main(folder: Path) -> None:
@@ -207,26 +217,25 @@ def main(folder: Path) -> None:
     Args:
       folder: see above.
     """
-    job, arrays = (
-        json.loads((folder / "job.json").read_text()),
-        dict(np.load(folder / "arrays.npz")),
-    )
-    data = convert((folder / "module.mlir").read_text(), job["inputs"], job["outputs"])
+    job = json.loads((folder / "job.json").read_text())
+    arrays = dict(np.load(folder / "arrays.npz"))
+    names = job["inputs"]
+    data = convert((folder / "module.mlir").read_text(), names, job["outputs"])
     answer: dict[str, Any] = {"matched": {}, "missing": [], "widened": 0}
     if job["recipe"]:
-        plain, quantizer, ranges = data, _quantizer(data, job["recipe"]), None
+        plain = data
+        quantizer = _quantizer(data, job["recipe"])
+        ranges = None
         if quantizer.need_calibration:
-            batches = [
-                {name: arrays[f"{name}:{i}"] for name in job["inputs"]}
-                for i in range(job["batches"])
-            ]
+            numbers = range(job["batches"])
+            batches = [{name: arrays[f"{name}:{i}"] for name in names} for i in numbers]
             ranges = quantizer.calibrate({SIGNATURE: batches})
             answer |= put_ranges(data, ranges, job, arrays)
             plain, answer["widened"] = widened(data, ranges)
             quantizer = _quantizer(plain, job["recipe"])
         data = bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
         if ranges is not None:
-            held(plain, data)
+            require_rounded(plain, data)
     (folder / "model.tflite").write_bytes(data)
     (folder / "answer.json").write_text(json.dumps(answer))
     example = {name: arrays[f"{name}:example"] for name in job["inputs"]}
@@ -235,15 +244,13 @@ def main(folder: Path) -> None:
 
 
 def _quantizer(data: bytes, name: str) -> Any:
-    """Return the quantizer of a float flatbuffer, with what must stay in floats told."""
+    """Return the quantizer of a float flatbuffer, with the operators that stay in floats."""
     recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), name)()
     quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
     found = operators(data)
-    multiplied = {
-        *WEIGHTS,
-        *(("BATCH_MATMUL",) if found.get("BATCH_MATMUL") else ()),
-        "ALL_SUPPORTED",
-    }
+    multiplied = {*WEIGHTS, "ALL_SUPPORTED"}
+    if found.get("BATCH_MATMUL"):
+        multiplied.add("BATCH_MATMUL")
     for kind in extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName:
         if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
             quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
@@ -251,7 +258,7 @@ def _quantizer(data: bytes, name: str) -> Any:
 
 
 def operators(data: bytes) -> dict[str, bool]:
-    """Return the operators of a flatbuffer, and whether one of the kind has a constant among its inputs.
+    """Return the operators of a flatbuffer, and whether one of a kind has a constant input.
 
     Args:
       data: its bytes.
@@ -260,22 +267,13 @@ def operators(data: bytes) -> dict[str, bool]:
       Such as ``{"FULLY_CONNECTED": True, "BATCH_MATMUL": False}``; that one multiplies two
       activations.
     """
-    schema = extra("ai_edge_litert.schema_py_generated", "litert")
-    names = {
-        number: name
-        for name, number in vars(schema.BuiltinOperator).items()
-        if isinstance(number, int)
-    }
-    model, found = schema.ModelT.InitFromPackedBuf(data, 0), {}
-    for graph in model.subgraphs:
-        for each in graph.operators:
-            code = model.operatorCodes[each.opcodeIndex]
-            name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-            buffers = [model.buffers[graph.tensors[i].buffer] for i in each.inputs if i >= 0]
-            found[name] = found.get(name, False) or any(
-                b.data is not None or b.size for b in buffers
-            )
-    return found
+    model, found = _operators(data)
+    constant: dict[str, bool] = {}
+    for name, each, graph in found:
+        buffers = [model.buffers[graph.tensors[i].buffer] for i in each.inputs if i >= 0]
+        has_constant = any(b.data is not None or b.size for b in buffers)
+        constant[name] = constant.get(name, False) or has_constant
+    return constant
 
 
 def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
@@ -301,9 +299,7 @@ def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
             module.operation, signature_name=SIGNATURE, input_names=inputs, output_names=outputs
         )
         config = api.ConvertToTFLConfig()
-        config.model_origin_framework = (
-            "PYTORCH"  # the converter's name for modules that are StableHLO
-        )
+        config.model_origin_framework = "PYTORCH"  # the converter's name for StableHLO modules
         config.canonicalizing_inf_as_min_max_float = False
         api.run_convert_to_tfl_passes(module, passes.PassManager(), config)
         return bytes(api.export_flatbuffer_to_bytes(module.operation))
@@ -312,9 +308,9 @@ def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
 def put_ranges(
     data: bytes, ranges: dict[str, Any], job: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """Put our ranges in the place of those that the quantizer measured, for every tensor that is a site's activation.
+    """Replace the ranges that the quantizer measured by those of the sites' activations.
 
-    LiteRT keeps images as JAX does, so that such a tensor equals the activation entry by entry on
+    LiteRT has JAX's layout of images, so the tensor of an activation equals it entry by entry on
     the same example.
 
     Args:
@@ -327,17 +323,15 @@ def put_ranges(
       ``{"matched": {site: tensors}, "missing": [sites]}``.
     """
     runner = interpreter(data, preserve=True)
-    seen = tensors(runner, [arrays[f"{name}:example"] for name in job["inputs"]])
+    found = tensors(runner, [arrays[f"{name}:example"] for name in job["inputs"]])
     matched: dict[str, list[str]] = {}
     for site, (low, high) in job["sites"].items():
         ours = arrays[f"site:{site}"]
-        slack = 1e-3 * (np.abs(ours).max() or 1)
-        for name, theirs in seen.items():
-            if (
-                name in ranges
-                and theirs.size == ours.size
-                and np.allclose(theirs.ravel(), ours.ravel(), 1e-3, slack)
-            ):
+        atol = 1e-3 * (np.abs(ours).max() or 1)
+        for name, theirs in found.items():
+            if name not in ranges or theirs.size != ours.size:
+                continue
+            if np.allclose(theirs.ravel(), ours.ravel(), 1e-3, atol):
                 matched.setdefault(site, []).append(name)
                 for key, end in (("min", low), ("max", high)):
                     ranges[name][key] = np.full(np.shape(ranges[name][key]), end, np.float32)

@@ -1,4 +1,4 @@
-"""Running flatbuffers."""
+"""Run flatbuffers in LiteRT's interpreter."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

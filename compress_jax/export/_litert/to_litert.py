@@ -17,16 +17,14 @@ from compress_jax.core.packed import Quantized, is_packed, unpack
 from compress_jax.core.sparse import width
 from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
-from compress_jax.export._exported import Exported, Row
+from compress_jax.export._exported import Exported, Row, as_inputs
 from compress_jax.export._extras import extra
 from compress_jax.export._simulate import Simulation, simulation
 from compress_jax.export._verify.agreement import agree
-from compress_jax.trace import observe
+from compress_jax.trace import Site, observe
 
-EXACT, ROUNDED = (
-    1e-3,
-    0.05,
-)  # the difference from JAX that is allowed without and with rounded activations
+EXACT = 1e-3  # relative difference from JAX that is allowed without rounded activations
+ROUNDED = 0.05  # and with them
 
 
 def to_litert(
@@ -42,16 +40,16 @@ def to_litert(
     weights: Literal["dynamic", "stored"] = "dynamic",
     tolerance: float | None = None,
 ) -> Exported:
-    """Write a function and its params as a LiteRT flatbuffer, and see that LiteRT computes the same.
+    """Write a function and its params as a LiteRT flatbuffer, and verify it in LiteRT.
 
     With a static quantizer ``how`` the model computes in int8: activations on our grids wherever a
     tensor of the flatbuffer is the activation of a site, on grids of the same calibration batches
     elsewhere. Packed weights without ``how`` become int8, or int4 where none has more than 4 bits,
-    and activations are rounded as they come. LiteRT's quantizer takes each channel's largest weight
-    for its scale: codes of ``uniform(bits, granularity="channel")`` are kept, those of clipped or
-    grouped scales are rounded anew, which the difference that is returned tells. Beside the scale
-    of a channel that is nearly zero int32 could not hold its bias: one of its weights is made large
-    enough, which ``notes`` tell.
+    and activations are quantized dynamically. LiteRT's quantizer takes each channel's largest
+    weight for its scale: codes of ``uniform(bits, granularity="channel")`` stay, those of clipped
+    or grouped scales are rounded again, which ``difference`` includes. If a channel is nearly zero,
+    its scale is too small for its bias in int32: one of its weights is made larger, and ``notes``
+    has the number of such channels.
 
     Args:
       fn: a pure function of params and inputs.
@@ -82,8 +80,8 @@ def to_litert(
       Row(name='kernel', form='float32', reason='not quantized')
     """
     extra("litert_converter", "litert")
-    inputs = _tuple(example)
-    batches = [_tuple(each) for each in batches]
+    inputs = as_inputs(example)
+    batches = [as_inputs(each) for each in batches]
     if how is not None and not batches:
         raise ExportError(
             "LiteRT has an integer kernel only between tensors that all have ranges: pass batches="
@@ -91,13 +89,17 @@ def to_litert(
     simulated = simulation(fn, params, inputs, how, ranges, batches, where)
     recipe = "static_wi8_ai8" if simulated.grids else _recipe(params, weights)
     data, answer, theirs = _in_a_child(simulated, inputs, batches, recipe)
-    ours, judged = jax.jit(simulated.apply)(*inputs), bool(simulated.grids) and tolerance is None
-    floating = jax.jit(fn)(unpack(params), *inputs) if judged else None
-    allowed = tolerance if tolerance is not None else ROUNDED if recipe else EXACT
-    difference = agree(ours, theirs, allowed, "LiteRT against the simulation in JAX", floating)
+    ours = jax.jit(simulated.apply)(*inputs)
+    floating = None
+    if simulated.grids and tolerance is None:
+        floating = jax.jit(fn)(unpack(params), *inputs)
+    if tolerance is None:
+        tolerance = ROUNDED if recipe else EXACT
+    difference = agree(ours, theirs, tolerance, "LiteRT against the simulation in JAX", floating)
     write_atomically(Path(path), data)
-    rows, notes = tuple(_rows(simulated, recipe, answer)), _notes(answer)
-    return Exported(Path(path), "litert", len(data), rows, difference, simulated.apply, notes)
+    rows = tuple(_row(site, simulated, recipe, answer["missing"]) for site in simulated.sites)
+    apply = simulated.apply
+    return Exported(Path(path), "litert", len(data), rows, difference, apply, _notes(answer))
 
 
 def _notes(answer: Mapping[str, Any]) -> tuple[str, ...]:
@@ -109,45 +111,38 @@ def _notes(answer: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _tuple(example: PyTree) -> tuple[np.ndarray, ...]:
-    return tuple(np.asarray(x) for x in (example if isinstance(example, tuple) else (example,)))
-
-
 def _recipe(params: Params, weights: str) -> str:
-    leaves = [
-        leaf for leaf in jax.tree.leaves(params, is_leaf=is_packed) if isinstance(leaf, Quantized)
-    ]
-    if not leaves:
+    """Return the name of LiteRT's recipe for packed weights; empty if none is packed."""
+    leaves = jax.tree.leaves(params, is_leaf=is_packed)
+    widths = [width(leaf.codes) for leaf in leaves if isinstance(leaf, Quantized)]
+    if not widths:
         return ""
-    bits = 4 if max(width(leaf.codes) for leaf in leaves) <= 4 else 8
+    bits = 4 if max(widths) <= 4 else 8
     return f"{'dynamic' if weights == 'dynamic' else 'weight_only'}_wi{bits}_afp32"
 
 
 def _in_a_child(
     simulated: Simulation, inputs: Sequence[np.ndarray], batches: Sequence[Any], recipe: str
 ) -> tuple[bytes, dict[str, Any], list[np.ndarray]]:
-    """Return the flatbuffer, what became of the sites, and what the runtime makes of the example."""
+    """Return the flatbuffer, the result for each site, and the runtime's outputs."""
     names = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
-    fn, dense = simulated.fn, simulated.dense
-    lowered = jax.jit(lambda *x: fn(dense, *x), keep_unused=True).lower(
-        *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs)
-    )
+    fn = simulated.fn
+    dense = simulated.dense
+    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in inputs]
+    lowered = jax.jit(lambda *x: fn(dense, *x), keep_unused=True).lower(*specs)
     arrays = {f"{name}:example": x for name, x in zip(names, inputs, strict=True)}
     for i, batch in enumerate(batches):
         arrays |= {f"{name}:{i}": x for name, x in zip(names, batch, strict=True)}
     if simulated.grids:
         arrays |= _activations(simulated, inputs)
-    ends = {
-        name: [-float(s) * int(z), float(s) * (255 - int(z))]
-        for name, (s, z) in simulated.grids.items()
-    }
+    ranges = {name: _range(*grid) for name, grid in simulated.grids.items()}
     outputs = [f"y{i}" for i in range(len(jax.tree.leaves(lowered.out_info)))]
     job = {
         "inputs": names,
         "outputs": outputs,
         "recipe": recipe,
         "batches": len(batches),
-        "sites": ends,
+        "sites": ranges,
     }
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -157,47 +152,38 @@ def _in_a_child(
         command = [sys.executable, "-W", "ignore", "-m", "compress_jax.export._litert.child", place]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode or not (folder / "results.npz").exists():
-            said = (done.stderr.strip().splitlines() or ["nothing"])[-1]
+            lines = done.stderr.strip().splitlines() or ["nothing"]
             how = f"crashed (signal {-done.returncode})" if done.returncode < 0 else "failed"
-            part = (
-                "runtime, on the converted model,"
-                if (folder / "model.tflite").exists()
-                else "converter"
-            )
-            raise ExportError(f"the LiteRT {part} {how}; the last it said: {said}")
+            converted = (folder / "model.tflite").exists()
+            part = "runtime, on the converted model," if converted else "converter"
+            raise ExportError(f"the LiteRT {part} {how}; its last line of output: {lines[-1]}")
         answer = json.loads((folder / "answer.json").read_text())
         results = np.load(folder / "results.npz")
         return (folder / "model.tflite").read_bytes(), answer, [results[name] for name in outputs]
 
 
+def _range(scale: np.float32, zero_point: np.uint8) -> list[float]:
+    """Return the lowest and the highest value of a uint8 grid."""
+    return [-float(scale) * int(zero_point), float(scale) * (255 - int(zero_point))]
+
+
 def _activations(simulated: Simulation, inputs: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
     """Return the activations that enter the quantized sites, of the function on dense weights."""
-    reduce = lambda site, lhs, rhs: (lhs, rhs)[next(iter(site.inputs.values()))]  # noqa: E731
-    _, found = observe(simulated.fn, reduce)(simulated.dense, *inputs)
+
+    def activation(site: Site, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return (lhs, rhs)[next(iter(site.inputs.values()))]
+
+    _, found = observe(simulated.fn, activation)(simulated.dense, *inputs)
     return {f"site:{name}": np.asarray(found[name]) for name in simulated.grids}
 
 
-def _rows(simulated: Simulation, recipe: str, answer: Mapping[str, Any]) -> list[Row]:
-    rows = []
-    for site in simulated.sites:
-        if site.name in answer["missing"]:
-            rows.append(
-                Row(
-                    site.name,
-                    "int8",
-                    "no tensor of the flatbuffer is its activation: LiteRT's own range",
-                )
-            )
-        elif site.name in simulated.left:
-            rows.append(Row(site.name, "as LiteRT's quantizer does", simulated.left[site.name]))
-        elif recipe:
-            rows.append(
-                Row(
-                    site.name,
-                    "int8 x int8" if simulated.grids else recipe.replace("_afp32", ""),
-                    "",
-                )
-            )
-        else:
-            rows.append(Row(site.name, "float32", "not quantized"))
-    return rows
+def _row(site: Site, simulated: Simulation, recipe: str, missing: Sequence[str]) -> Row:
+    """Return how a site is computed."""
+    if site.name in missing:
+        reason = "no tensor of the flatbuffer is its activation: LiteRT's own range"
+        return Row(site.name, "int8", reason)
+    if site.name in simulated.left:
+        return Row(site.name, "as LiteRT's quantizer does", simulated.left[site.name])
+    if not recipe:
+        return Row(site.name, "float32", "not quantized")
+    return Row(site.name, "int8 x int8" if simulated.grids else recipe.removesuffix("_afp32"))

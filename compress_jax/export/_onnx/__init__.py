@@ -1,1 +1,1 @@
-"""A private room."""
+"""ONNX: conversion, quantized nodes, and the checks in ONNX Runtime."""

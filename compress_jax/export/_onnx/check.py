@@ -1,4 +1,4 @@
-"""What an exported graph must pass before it is written: the checker, the runtime, its integer kernels, the numbers."""
+"""Checks of an exported graph: the ONNX checker, the runtime, integer kernels, numbers."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from typing import Any
 
 from compress_jax.core.errors import ExportError
 from compress_jax.export._extras import extra
-from compress_jax.export._onnx.runtime import optimised
+from compress_jax.export._onnx.runtime import optimized
 
 KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
 
@@ -19,12 +19,14 @@ def valid(model: Any) -> None:
     """
     try:
         extra("onnx", "onnx").checker.check_model(model, full_check=True)
-    except Exception as error:  # its exceptions have no common root
+    except Exception as error:  # its exceptions have no common base
         raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
 
 
 def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
-    """Return the quantized sites that the runtime would compute in floats all the same, slower than without quantization.
+    """Return the quantized sites that the runtime would compute in floats.
+
+    They would be slower than without quantization.
 
     Args:
       model: with QDQ nodes.
@@ -37,25 +39,20 @@ def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
       ExportError: if some stay in floats and it is not known which.
     """
     wanted = list(wanted)
-    graph = optimised(model, "EXTENDED").graph
+    graph = optimized(model, "EXTENDED").graph
     counts = Counter(each.op_type for each in graph.node)
     there = sum(counts[kind] for kind in KERNELS)
     if there >= len(wanted):
         return {}
-    left = {
-        name.removesuffix(":int")
-        for each in graph.node
-        for name in each.input
-        if each.op_type == "DequantizeLinear"
-    }
+    # A weight that the runtime still dequantizes belongs to a site that it computes in floats.
+    dequantized = [each for each in graph.node if each.op_type == "DequantizeLinear"]
+    left = {name.removesuffix(":int") for each in dequantized for name in each.input}
     names = [name for name in wanted if name in left]
     if not names:
         raise ExportError(
             f"ONNX Runtime would compute {len(wanted) - there} of {len(wanted)} quantized sites "
-            "in floats, slower than "
-            "without quantization, and does not tell which; leave some of them out of `how`: "
-            f"{', '.join(wanted)}"
+            "in floats, slower than without quantization, and does not say which; leave some of "
+            f"them out of `how`: {', '.join(wanted)}"
         )
-    return dict.fromkeys(
-        names, "ONNX Runtime would compute it in floats, slower than without quantization"
-    )
+    reason = "ONNX Runtime would compute it in floats, slower than without quantization"
+    return dict.fromkeys(names, reason)

@@ -18,52 +18,56 @@ from compress_jax.export._onnx import graph as g
 from compress_jax.export._onnx.plain import live, plain
 from compress_jax.export._onnx.runtime import evaluate
 
-# Pooling in the form that runtimes have fast kernels for: ``MaxPool`` and ``AveragePool`` over the
-# last axes of images.
-
-
-FIRST, LAST = [0, 3, 1, 2], [0, 2, 3, 1]  # from channels last to channels first, and back
+OPSET = 21  # the first with 4-bit integers
+Way = Literal["layers", "operations"]
+WAYS: tuple[Way, ...] = ("layers", "operations")
+FIRST = [0, 3, 1, 2]  # the axes from channels last to channels first
+LAST = [0, 2, 3, 1]  # and back
 MOST = 3  # axes of an image that the runtime pools over
 
 
 def pools(model: Any, inputs: Sequence[np.ndarray]) -> None:
-    """Exchange ``x.reshape(b, h, p, w, q, c).max((2, 4))`` for a ``MaxPool``.
+    """Replace ``x.reshape(b, h, p, w, q, c).max((2, 4))`` by a ``MaxPool``.
 
     Args:
       model: changed.
       inputs: an example, to learn the shapes of tensors.
     """
-    graph = model.graph
-    constants, made, taken = g.initializers(graph), g.producers(graph), g.consumers(graph)
-    found: dict[str, tuple[Any, np.ndarray]] = {}
+    found = _pooled_reshapes(model.graph)
+    if not found:
+        return
+    images = evaluate(model, list({image for image, _ in found.values()}), inputs)
+    nodes: list[Any] = []
+    for each in model.graph.node:
+        image, shape = found.get(each.output[0], ("", None))
+        if shape is not None and _tiles(images[image].shape, shape):
+            nodes += _pool(image, each.output[0], [int(shape[2]), int(shape[4])])
+        else:
+            nodes.append(each)
+    g.replace_nodes(model.graph, nodes)
+
+
+def _pooled_reshapes(graph: Any) -> dict[str, tuple[str, np.ndarray]]:
+    """Return ``{result: (x, shape)}`` of every ``x.reshape(shape).max((2, 4))``."""
+    constants = g.initializers(graph)
+    made = g.producers(graph)
+    taken = g.consumers(graph)
+    found: dict[str, tuple[str, np.ndarray]] = {}
     for each in graph.node:
         before = made.get(each.input[0]) if each.op_type == "ReduceMax" else None
         if before is None or before.op_type != "Reshape" or len(taken[before.output[0]]) > 1:
             continue
-        shape, axes = (
-            constants.get(before.input[1]),
-            constants.get(each.input[1]) if len(each.input) > 1 else None,
-        )
-        if shape is not None and axes is not None and (shape.size, sorted(axes % 6)) == (6, [2, 4]):
-            if not g.attribute(each, "keepdims", 1):
-                found[each.output[0]] = (before, shape)
-    if not found:
-        return
-    images = evaluate(model, list({before.input[0] for before, _ in found.values()}), inputs)
-    nodes = []
-    for each in graph.node:
-        if each.output[0] in found and _tiles(
-            images[found[each.output[0]][0].input[0]].shape, found[each.output[0]][1]
-        ):
-            before, shape = found[each.output[0]]
-            nodes += _pool(before.input[0], each.output[0], [int(shape[2]), int(shape[4])])
-        else:
-            nodes.append(each)
-    g.replace_nodes(graph, nodes)
+        shape = constants.get(before.input[1])
+        axes = constants.get(each.input[1]) if len(each.input) > 1 else None
+        if shape is None or axes is None or g.attribute(each, "keepdims", 1):
+            continue
+        if shape.size == 6 and sorted(axes % 6) == [2, 4]:
+            found[each.output[0]] = (before.input[0], shape)
+    return found
 
 
 def _tiles(image: tuple[int, ...], shape: np.ndarray) -> bool:
-    """Tell whether a reshape cuts the rows and columns of images, and nothing else."""
+    """Return whether a reshape splits the rows and columns of images, and nothing else."""
     cut = (shape[1] * shape[2], shape[3] * shape[4], shape[5])
     return len(image) == 4 and tuple(image[1:]) == tuple(int(n) for n in cut)
 
@@ -77,34 +81,33 @@ def _pool(name: str, out: str, window: list[int]) -> list[Any]:
 
 
 def windows(model: Any) -> None:
-    """Exchange every ``Unsqueeze - Unsqueeze - MaxPool or Conv - Squeeze`` that the converter wrote for a window.
+    """Replace ``Unsqueeze - Unsqueeze - MaxPool or Conv - Squeeze`` by one window node.
 
-    It makes of any window, of whatever axes, a pool or a convolution with ones over all axes of
-    ``x[None, None]``, more than the runtime has kernels for: what it wants is a pool of those axes
-    alone that have a window.
+    The converter turns any window into a pool, or a convolution with ones, over all axes of
+    ``x[None, None]``. The runtime has kernels for fewer axes: this pools only the axes that have a
+    window.
 
     Args:
       model: changed.
     """
     graph = model.graph
-    constants, made, taken = g.initializers(graph), g.producers(graph), g.consumers(graph)
-    nodes = []
+    constants = g.initializers(graph)
+    made = g.producers(graph)
+    taken = g.consumers(graph)
+    nodes: list[Any] = []
     for each in graph.node:
-        source = _unsqueezed(each, constants, made) if each.op_type in ("MaxPool", "Conv") else ""
-        after: list[Any] = [taker for taker in taken.get(each.output[0], []) if taker is not None]
-        alone = len(after) == 1 and len(taken.get(each.output[0], [])) == 1
-        window = _window(each, constants)
-        squeezed = alone and after[0].op_type == "Squeeze"
-        if (
-            source
-            and window
-            and squeezed
-            and (new := list(_exchanged(each, source, after[0].output[0], window, graph)))
-        ):
-            nodes += new
+        new: list[Any] = []
+        after = taken.get(each.output[0], [])
+        squeeze: Any = after[0] if len(after) == 1 else None
+        if squeeze is not None and squeeze.op_type == "Squeeze":
+            pool = each.op_type in ("MaxPool", "Conv")
+            source = _unsqueezed(each, constants, made) if pool else ""
+            window = _window(each, constants)
+            if source and window:
+                new = list(_exchanged(each, source, squeeze.output[0], window, graph))
+        if new:
             after[0].output[0] = f"{after[0].output[0]}:unused"
-        else:
-            nodes.append(each)
+        nodes += new or [each]
     g.replace_nodes(graph, nodes)
     g.prune(model)
 
@@ -126,17 +129,13 @@ def _unsqueezed(each: Any, constants: Any, made: Any) -> str:
 
 
 def _window(each: Any, constants: Any) -> list[int]:
-    """Return the window of a pool, or of a convolution with ones, over one channel; empty if it is neither."""
+    """Return the window of a pool or of a convolution with ones; empty if it is neither."""
     if each.op_type == "MaxPool":
         return [int(n) for n in g.attribute(each, "kernel_shape", [])]
     kernel = constants.get(each.input[1]) if len(each.input) == 2 else None
-    alone = (
-        kernel is not None
-        and kernel.ndim > 2
-        and kernel.shape[:2] == (1, 1)
-        and bool((kernel == 1).all())
-    )
-    return list(kernel.shape[2:]) if kernel is not None and alone else []
+    if kernel is None or kernel.ndim <= 2 or kernel.shape[:2] != (1, 1):
+        return []
+    return list(kernel.shape[2:]) if (kernel == 1).all() else []
 
 
 def _exchanged(each: Any, source: str, out: str, window: list[int], graph: Any) -> Iterator[Any]:
@@ -145,20 +144,20 @@ def _exchanged(each: Any, source: str, out: str, window: list[int], graph: Any) 
     strides = g.attribute(each, "strides", [1] * rank)
     pads = g.attribute(each, "pads", [0] * 2 * rank)
     dilations = g.attribute(each, "dilations", [1] * rank)
-    pooled = [
-        a for a in range(rank) if window[a] > 1 or strides[a] > 1 or pads[a] or pads[a + rank]
-    ]
-    kept = [a for a in range(rank) if a not in pooled]
-    while len(kept) > 2 and len(pooled) < MOST:
-        pooled.insert(0, kept.pop())
-    if len(pooled) > MOST or len(kept) > 2 or not pooled:
+    padded = [pads[a] != 0 or pads[a + rank] != 0 for a in range(rank)]
+    pooled = [a for a in range(rank) if window[a] > 1 or strides[a] > 1 or padded[a]]
+    others = [a for a in range(rank) if a not in pooled]
+    while len(others) > 2 and len(pooled) < MOST:
+        pooled.insert(0, others.pop())
+    if len(pooled) > MOST or len(others) > 2 or not pooled:
         return
-    order = [*kept, *pooled]
+    # Batch and channel come first, so two axes must be before the pooled ones.
+    order = [*others, *pooled]
     name = f"{out}:{source}"
     if order != list(range(rank)):
         yield g.node("Transpose", [source], f"{name}:moved", perm=order)
         source = f"{name}:moved"
-    missing = list(range(2 - len(kept)))
+    missing = list(range(2 - len(others)))
     if missing:
         axes = g.add(graph, f"{name}:axes", np.asarray(missing, np.int64))
         yield g.node("Unsqueeze", [source, axes], f"{name}:image")
@@ -174,31 +173,30 @@ def _exchanged(each: Any, source: str, out: str, window: list[int], graph: Any) 
     if each.op_type == "MaxPool":
         yield g.node("MaxPool", [source], last, **options)
     else:
+        # A convolution with ones is a sum: the mean times the number of entries.
         yield g.node("AveragePool", [source], f"{name}:mean", count_include_pad=1, **options)
-        count = g.add(
-            graph,
-            f"{name}:count",
-            np.asarray(np.prod(window), g.initializers(graph)[each.input[1]].dtype),
-        )
+        dtype = g.initializers(graph)[each.input[1]].dtype
+        count = g.add(graph, f"{name}:count", np.asarray(np.prod(window), dtype))
         yield g.node("Mul", [f"{name}:mean", count], last)
-    back = [order.index(a) for a in range(rank)]
+    yield from _moved_back(last, out, name, order, missing, graph)
+
+
+def _moved_back(
+    last: str, out: str, name: str, order: list[int], missing: list[int], graph: Any
+) -> Iterator[Any]:
+    """Yield the nodes that undo the transposition and the new axes before a pool."""
+    back = [order.index(a) for a in range(len(order))]
     steps: list[tuple[str, list[str], dict[str, Any]]] = []
     if missing:
-        steps.append(
-            ("Squeeze", [g.add(graph, f"{name}:axes_back", np.asarray(missing, np.int64))], {})
-        )
-    if back != list(range(rank)):
+        axes = g.add(graph, f"{name}:axes_back", np.asarray(missing, np.int64))
+        steps.append(("Squeeze", [axes], {}))
+    if back != list(range(len(order))):
         steps.append(("Transpose", [], {"perm": back}))
     steps = steps or [("Identity", [], {})]
     for i, (kind, rest, attributes) in enumerate(steps):
         result = out if i == len(steps) - 1 else f"{name}:{kind}"
         yield g.node(kind, [last, *rest], result, **attributes)
         last = result
-
-
-OPSET = 21  # the first with 4-bit integers
-Way = Literal["layers", "operations"]
-WAYS: tuple[Way, ...] = ("layers", "operations")
 
 
 def convert(
@@ -266,7 +264,7 @@ def convert(
     _bake(model, leaves)
     windows(model)
     _constant_shapes(model, inputs, dynamic)
-    _without_nothing(model.graph)
+    _without_zero_bias(model.graph)
     pools(model, inputs)
     return g.prune(model)
 
@@ -283,18 +281,17 @@ def _specs(inputs: Sequence[np.ndarray], dynamic: bool) -> list[jax.ShapeDtypeSt
 def _operations(
     flat: Callable[..., Any], specs: Sequence[Any], weights: Sequence[Any]
 ) -> Callable[..., Any]:
-    """Return a function that the converter sees as JAX's primitives: nothing in it has a name that it would recognise."""
+    """Return a function whose jaxpr has no named calls that the converter would recognize."""
     traced = jax.make_jaxpr(flat)(*specs, *weights)
+    is_data = [True] * len(specs) + [False] * len(weights)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        made = jax.make_jaxpr(plain(traced, [True] * len(specs) + [False] * len(weights)))(
-            *specs, *weights
-        )
+        made = jax.make_jaxpr(plain(traced, is_data))(*specs, *weights)
     return jaxpr_as_fun(live(made))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the converter's remarks about itself off the terminal, and let its own layers broadcast as they do."""
+    """Silence the converter's warnings, and let its own layers promote ranks and dtypes."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -332,7 +329,10 @@ def baked(model: Any, leaves: Mapping[str, np.ndarray]) -> Any:
 
 
 def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
-    """Turn the inputs that are parameters into constants; one that the function does not use has gone already."""
+    """Turn the parameters among the inputs into constants.
+
+    Inputs that the function does not use are gone already.
+    """
     left = [each for each in model.graph.input if each.name not in leaves]
     for each in model.graph.input:
         if each.name in leaves:
@@ -342,23 +342,23 @@ def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) -> None:
-    """Write the shapes of reshapes as constants, -1 where the batch decides: a chain of small nodes less for each."""
+    """Write the shapes of reshapes as constants, with -1 for the batch axis.
+
+    This removes a chain of small nodes for each.
+    """
     known = {each.name for each in model.graph.initializer}
-    reshapes = [
-        each
-        for each in model.graph.node
-        if each.op_type == "Reshape" and each.input[1] not in known
-    ]
+    reshapes = [n for n in model.graph.node if n.op_type == "Reshape" and n.input[1] not in known]
     if not reshapes:
         return
     names = list(dict.fromkeys(each.input[1] for each in reshapes))
-    sizes = (2, 3) if dynamic else (len(inputs[0]),)
-    seen = [
-        evaluate(model, names, [np.resize(x, (n, *x.shape[1:])) if dynamic else x for x in inputs])
-        for n in sizes
-    ]
+    # The entry that differs between two batch sizes is that of the batch.
+    batches = [list(inputs)]
+    if dynamic:
+        batches = [[np.resize(x, (n, *x.shape[1:])) for x in inputs] for n in (2, 3)]
+    shapes = [evaluate(model, names, batch) for batch in batches]
     for name in names:
-        first, last = seen[0][name], seen[-1][name]
+        first = shapes[0][name]
+        last = shapes[-1][name]
         if (first != last).sum() > 1:
             continue
         constant = g.add(model.graph, f"{name}:constant", np.where(first == last, first, -1))
@@ -367,16 +367,15 @@ def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) ->
                 each.input[1] = constant
 
 
-def _without_nothing(graph: Any) -> None:
+def _without_zero_bias(graph: Any) -> None:
     """Drop the third operand of products that is multiplied by 0, or is 0."""
     constants = g.initializers(graph)
     for each in graph.node:
         if each.op_type != "Gemm" or len(each.input) < 3:
             continue
         bias = constants.get(each.input[2])
-        if g.attribute(each, "beta", 1.0) == 0 or (
-            bias is not None and bias.ndim == 0 and not bias
-        ):
+        is_zero = bias is not None and bias.ndim == 0 and not bias
+        if is_zero or g.attribute(each, "beta", 1.0) == 0:
             del each.input[2]
             for option in [a for a in each.attribute if a.name == "beta"]:
                 each.attribute.remove(option)

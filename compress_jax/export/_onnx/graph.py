@@ -1,4 +1,4 @@
-"""What a graph of ONNX nodes is asked for again and again."""
+"""Queries and edits of a graph of ONNX nodes."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +17,10 @@ def initializers(graph: Any) -> dict[str, np.ndarray]:
 
 
 def add(graph: Any, name: str, value: np.ndarray, kind: int | None = None) -> str:
-    """Add a constant; ``kind`` is an ONNX type that NumPy does not know, its values given as small integers."""
+    """Add a constant.
+
+    ``kind`` is an ONNX type without a NumPy dtype; its values are given as small integers.
+    """
     if kind is None:
         tensor = extra("onnx.numpy_helper", "onnx").from_array(np.asarray(value, order="C"), name)
     else:
@@ -27,7 +30,7 @@ def add(graph: Any, name: str, value: np.ndarray, kind: int | None = None) -> st
 
 
 def node(op: str, inputs: Iterable[str], output: str, **attributes: Any) -> Any:
-    """Return a node of one result, called after it."""
+    """Return a node with one result, which also names it."""
     return extra("onnx.helper", "onnx").make_node(
         op, list(inputs), [output], name=f"{op}:{output}", **attributes
     )
@@ -45,7 +48,7 @@ def producers(graph: Any) -> dict[str, Any]:
 
 
 def consumers(graph: Any) -> dict[str, list[Any]]:
-    """Return the nodes that take each tensor, a node as often as it does; ``None`` stands for the graph's output."""
+    """Return the consumers of each tensor, once for each use; None is the graph's output."""
     found: dict[str, list[Any]] = {}
     for each in graph.node:
         for name in each.input:
@@ -56,7 +59,7 @@ def consumers(graph: Any) -> dict[str, list[Any]]:
 
 
 def rename(graph: Any, old: str, new: str) -> None:
-    """Let every node take ``new`` where it took ``old``."""
+    """Replace the input ``old`` of every node by ``new``."""
     for each in graph.node:
         for i, name in enumerate(each.input):
             if name == old:
@@ -64,21 +67,22 @@ def rename(graph: Any, old: str, new: str) -> None:
 
 
 def replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
-    """Exchange the nodes of a graph."""
+    """Replace all nodes of a graph."""
     nodes = list(nodes)
     del graph.node[:]
     graph.node.extend(nodes)
 
 
 def prune(model: Any) -> Any:
-    """Drop nodes and constants that no output needs, and shapes that may be stale; return the model."""
-    graph, needed = model.graph, {out.name for out in model.graph.output}
-    kept = []
+    """Drop unused nodes, unused constants and stale shapes; return the model."""
+    graph = model.graph
+    needed = {out.name for out in graph.output}
+    nodes = []
     for each in reversed(graph.node):
         if needed & set(each.output):
-            kept.append(each)
+            nodes.append(each)
             needed |= set(each.input)
-    replace_nodes(graph, reversed(kept))
+    replace_nodes(graph, reversed(nodes))
     constants = [each for each in graph.initializer if each.name in needed]
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(constants)

@@ -1,4 +1,4 @@
-"""Which nodes of a graph are a function's sites, and what is done at each."""
+"""The nodes of a graph that compute a function's sites, and whether they can run in integers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Placed:
 
     @property
     def channel(self) -> int | None:
-        """The weight's axis of output channels; None if the runtime has no integer kernel for such a node."""
+        """The weight's axis of output channels; None if there is no integer kernel for the node."""
         if self.node.op_type == "Conv":
             return 0
         if self.data or self.weight.values.ndim != 2:
@@ -41,11 +41,9 @@ class Placed:
         if self.node.op_type == "MatMul":
             return 1
         scaled = any(g.attribute(self.node, name, 1.0) != 1.0 for name in ("alpha", "beta"))
-        return (
-            None
-            if scaled or g.attribute(self.node, "transA", 0)
-            else 1 - g.attribute(self.node, "transB", 0)
-        )
+        if scaled or g.attribute(self.node, "transA", 0):
+            return None
+        return 1 - g.attribute(self.node, "transB", 0)
 
 
 def place(model: Any, weights: Mapping[str, Weight], sites: Sequence[Site]) -> dict[str, Placed]:
@@ -66,17 +64,16 @@ def place(model: Any, weights: Mapping[str, Weight], sites: Sequence[Site]) -> d
                 uses.setdefault(weights[name].path, []).append((each, name, 1 - index))
     found: dict[str, Placed] = {}
     for path, nodes in uses.items():
-        of = [site for site in sites if site.param == path]
-        if len(of) == len(nodes) and not any(site.loops for site in of):
-            found |= {
-                site.name: Placed(site.name, each, weights[name], name, data)
-                for site, (each, name, data) in zip(of, nodes, strict=True)
-            }
+        own = [site for site in sites if site.param == path]
+        if len(own) != len(nodes) or any(site.loops for site in own):
+            continue
+        for site, (each, name, data) in zip(own, nodes, strict=True):
+            found[site.name] = Placed(site.name, each, weights[name], name, data)
     return found
 
 
 def why_not(site: Site, placed: Placed | None) -> str:
-    """Say why the runtime does not compute a site in integers; empty if it does.
+    """Return why the runtime does not compute a site in integers; empty if it does.
 
     Args:
       site: the site.
@@ -92,11 +89,14 @@ def why_not(site: Site, placed: Placed | None) -> str:
         return "ONNX Runtime has no integer kernel for transposed convolutions"
     if site.batch_axes or site.batch[0]:
         return "ONNX Runtime has no integer kernel for a product with a batch of weights"
-    return "no single node of the graph multiplies with this parameter (it is computed with first, or used elsewhere too)"
+    return (
+        "no single node of the graph multiplies with this parameter (it is computed with first, or "
+        "used elsewhere too)"
+    )
 
 
 def int8(placed: Placed) -> tuple[np.ndarray, np.ndarray] | str:
-    """Return a weight as signed codes and a scale for each output channel, or why it has none such.
+    """Return a weight as signed codes and a scale for each output channel, or why it cannot be.
 
     Args:
       placed: the place.
@@ -104,17 +104,20 @@ def int8(placed: Placed) -> tuple[np.ndarray, np.ndarray] | str:
     Returns:
       ``(int8 codes, float32 scales)``, or a reason.
     """
-    weight, axis = placed.weight, placed.channel
+    weight = placed.weight
+    axis = placed.channel
     if axis is None:
         return f"ONNX Runtime has no integer kernel for this {placed.node.op_type}"
     scale = weight.per_channel(axis)
     if scale is None:
-        return "its weights have no single scale for each output channel (use granularity='channel' or 'tensor')"
+        return (
+            "its weights have no single scale for each output channel (use granularity='channel' "
+            "or 'tensor')"
+        )
     levels = weight.levels
     if np.abs(levels).max(initial=0) > 127:
         return "its weights are not symmetric (use symmetric=True)"
     dead = scale == 0  # a batch norm that multiplies by 0
     shape = [-1 if i == axis else 1 for i in range(levels.ndim)]
-    return np.where(dead.reshape(shape), 0, levels).astype(np.int8), np.where(
-        dead, 1, scale
-    ).astype(np.float32)
+    codes = np.where(dead.reshape(shape), 0, levels).astype(np.int8)
+    return codes, np.where(dead, 1, scale).astype(np.float32)

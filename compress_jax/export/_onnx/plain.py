@@ -1,10 +1,11 @@
-"""A function in the few forms that the converter knows, however its operations were spelled.
+"""Rewrite a function's jaxpr in the layouts that the converter has rules for.
 
 The converter has rules for whole layers, which it recognizes by the names of functions, and these
-rules know some of the ways to call them. JAX's own trace has one form for each operation; what is
-left to do is to write its operations in the layouts that the converter has rules for.
+rules know some of the ways to call them. JAX's own trace has one primitive for each operation; only
+its layouts are left to change.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from compress_jax.trace._jaxpr.primitives import Branches, Call, Scan, While, ne
 
 
 def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:
-    """Return a jaxpr as a function whose calls are inlined and whose operations are in the converter's layouts.
+    """Return a jaxpr as a function with inlined calls, in the converter's layouts.
 
     Args:
       jaxpr: of the function.
@@ -30,15 +31,19 @@ def plain(jaxpr: ClosedJaxpr, data: Sequence[bool]) -> Callable[..., list[Any]]:
 
     Example:
       >>> import jax
-      >>> made = jax.make_jaxpr(lambda w, x: w @ x)(jnp.ones((5, 3)), jnp.ones((3, 2)))
-      >>> print(jax.make_jaxpr(plain(made, [False, True]))(jnp.ones((5, 3)), jnp.ones((3, 2))).jaxpr.eqns[2].primitive)
+      >>> arrays = jnp.ones((5, 3)), jnp.ones((3, 2))
+      >>> made = jax.make_jaxpr(lambda w, x: w @ x)(*arrays)
+      >>> rewritten = jax.make_jaxpr(plain(made, [False, True]))(*arrays)
+      >>> print(rewritten.jaxpr.eqns[2].primitive)
       dot_general
     """
     return lambda *arrays: _run(jaxpr, list(arrays), list(data))[0]
 
 
 def live(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
-    """Return a jaxpr without the equations and captured arrays that no result needs (random keys of an initial state, say).
+    """Return a jaxpr without unused equations and captured arrays.
+
+    Random keys of an initial state are an example.
 
     Args:
       jaxpr: any.
@@ -59,10 +64,9 @@ def live(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
         if eqn.effects or needed.intersection(eqn.outvars):
             eqns.append(eqn)
             needed.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    kept = [(var, x) for var, x in zip(inner.constvars, jaxpr.consts, strict=True) if var in needed]
-    return ClosedJaxpr(
-        inner.replace(eqns=eqns[::-1], constvars=[var for var, _ in kept]), [x for _, x in kept]
-    )
+    consts = {v: x for v, x in zip(inner.constvars, jaxpr.consts, strict=True) if v in needed}
+    inner = inner.replace(eqns=eqns[::-1], constvars=list(consts))
+    return ClosedJaxpr(inner, list(consts.values()))
 
 
 def _run(jaxpr: ClosedJaxpr, arrays: list[Any], data: list[bool]) -> tuple[list[Any], list[bool]]:
@@ -72,10 +76,7 @@ def _run(jaxpr: ClosedJaxpr, arrays: list[Any], data: list[bool]) -> tuple[list[
         return (atom.val, False) if isinstance(atom, Literal) else env[atom]
 
     env |= {var: (x, False) for var, x in zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)}
-    env |= {
-        var: pair
-        for var, pair in zip(jaxpr.jaxpr.invars, zip(arrays, data, strict=True), strict=True)
-    }
+    env |= dict(zip(jaxpr.jaxpr.invars, zip(arrays, data, strict=True), strict=True))
     for eqn in jaxpr.jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
         with eqn.ctx.manager:
@@ -86,7 +87,8 @@ def _run(jaxpr: ClosedJaxpr, arrays: list[Any], data: list[bool]) -> tuple[list[
 
 
 def _equation(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> tuple[list[Any], list[bool]]:
-    inside, flag = nested(eqn), any(data)
+    inside = nested(eqn)
+    flag = any(data)
     if isinstance(inside, Call) and inside.shards is None:
         return _run(inside.body, arrays, data)
     results = _bodies(eqn, inside, arrays, data)
@@ -98,37 +100,39 @@ def _equation(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> tuple[list[
 
 
 def _bodies(eqn: JaxprEqn, inside: Any, arrays: list[Any], data: list[bool]) -> list[Any] | None:
-    """Build a loop or a choice again around plain bodies; None for anything else."""
+    """Rebuild a loop or a choice around plain bodies; None for anything else."""
     match inside:
         case Scan() as scan:
-            start, end = scan.consts, scan.consts + scan.carry
+            start = scan.consts
+            end = start + scan.carry
 
-            def turn(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
+            def iteration(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
                 flags = [*data[:start], *[True] * scan.carry, *data[end:]]
                 results = _run(scan.body, [*arrays[:start], *carry, *xs], flags)[0]
                 return results[: scan.carry], results[scan.carry :]
 
             options = {key: eqn.params[key] for key in ("reverse", "unroll")}
             carried, ys = lax.scan(
-                turn, arrays[start:end], arrays[end:], length=scan.length, **options
+                iteration, arrays[start:end], arrays[end:], length=scan.length, **options
             )
             return [*carried, *ys]
         case While() as loop:
             start = loop.condition_consts
             end = start + loop.body_consts
-            head, consts, carry = arrays[:start], arrays[start:end], arrays[end:]
+            head = arrays[:start]
+            consts = arrays[start:end]
+            carried_data = [True] * (len(arrays) - end)
 
-            def more(carry: list[Any]) -> Any:
-                return _run(loop.condition, [*head, *carry], [*data[:start], *[True] * len(carry)])[
-                    0
-                ][0]
+            def condition(carry: list[Any]) -> Any:
+                flags = [*data[:start], *carried_data]
+                results, _ = _run(loop.condition, [*head, *carry], flags)
+                return results[0]
 
-            def step(carry: list[Any]) -> list[Any]:
-                return _run(loop.body, [*consts, *carry], [*data[start:end], *[True] * len(carry)])[
-                    0
-                ]
+            def body(carry: list[Any]) -> list[Any]:
+                flags = [*data[start:end], *carried_data]
+                return _run(loop.body, [*consts, *carry], flags)[0]
 
-            return list(lax.while_loop(more, step, carry))
+            return list(lax.while_loop(condition, body, arrays[end:]))
         case Branches(bodies):
             made = [
                 lambda *operands, body=body: _run(body, list(operands), data[1:])[0]
@@ -140,35 +144,33 @@ def _bodies(eqn: JaxprEqn, inside: Any, arrays: list[Any], data: list[bool]) -> 
 
 def _dot(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
     """Write a product without batch axes as ``[..., k] @ [k, n]``, its parameter on the right."""
-    (contracting, batch), preferred = (
-        eqn.params["dimension_numbers"],
-        eqn.params["preferred_element_type"],
-    )
+    contracting, batch = eqn.params["dimension_numbers"]
     if batch[0]:
         return None
     swapped = data[1] and not data[0]
     (x, w), (xs, ws) = (arrays[::-1], contracting[::-1]) if swapped else (arrays, contracting)
     rows = [axis for axis in range(x.ndim) if axis not in xs]
     columns = [axis for axis in range(w.ndim) if axis not in ws]
-    lead, tail = [x.shape[axis] for axis in rows], [w.shape[axis] for axis in columns]
-    size = 1
-    for axis in ws:
-        size *= w.shape[axis]
-    left = jnp.transpose(x, (*rows, *xs)).reshape(*(lead or [1]), size)
-    right = jnp.transpose(w, (*ws, *columns)).reshape(size, -1)
+    lead = [x.shape[axis] for axis in rows]
+    tail = [w.shape[axis] for axis in columns]
+    size = math.prod(w.shape[axis] for axis in ws)
+    left = jnp.transpose(x, (*rows, *xs)).reshape(*(lead or [1]), size)  # [..., k]
+    right = jnp.transpose(w, (*ws, *columns)).reshape(size, -1)  # [k, n]
     numbers = (((left.ndim - 1,), (0,)), ((), ()))
-    y = lax.dot_general(
-        left, right, numbers, precision=eqn.params["precision"], preferred_element_type=preferred
-    )
-    y = y.reshape(*lead, *tail)
-    return jnp.transpose(y, (*range(len(lead), y.ndim), *range(len(lead)))) if swapped else y
+    options = {name: eqn.params[name] for name in ("precision", "preferred_element_type")}
+    y = lax.dot_general(left, right, numbers, **options).reshape(*lead, *tail)
+    if not swapped:
+        return y
+    return jnp.transpose(y, (*range(len(lead), y.ndim), *range(len(lead))))
 
 
 def _conv(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
-    """Write a convolution with channels last, unless its layout is one that the converter has a rule for."""
-    numbers, rank = eqn.params["dimension_numbers"], arrays[0].ndim
+    """Write a convolution with channels last, unless the converter supports its layout."""
+    numbers = eqn.params["dimension_numbers"]
+    rank = arrays[0].ndim
     window = tuple(range(2, rank))
-    first, last = (0, 1, *window), (0, rank - 1, *range(1, rank - 1))
+    first = (0, 1, *window)  # channels first
+    last = (0, rank - 1, *range(1, rank - 1))  # channels last
     kernels = ((0, 1, *window), (rank - 1, rank - 2, *range(rank - 2)))
     if numbers[0] in (first, last) and numbers[1] in kernels and numbers[2] in (first, last):
         return None
@@ -188,7 +190,7 @@ def _window_min(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
 
 
 def _window(eqn: JaxprEqn, arrays: list[Any], data: list[bool]) -> Any:
-    """Write a reduction of windows that starts from any number as one that starts from its neutral element."""
+    """Write a window reduction with any initial value as one that starts from the identity."""
     kind = _reducer(eqn)
     if len(arrays) != 2 or kind not in ("max", "min"):
         return None
@@ -207,9 +209,8 @@ def _reducer(eqn: JaxprEqn) -> str:
 def _window_max(x: Any, params: dict[str, Any]) -> Any:
     names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
     low = -jnp.inf if jnp.issubdtype(x.dtype, jnp.floating) else jnp.iinfo(x.dtype).min
-    start = np.asarray(
-        low, x.dtype
-    )  # a constant: JAX has a primitive of its own for windows that start from it
+    # With this constant JAX uses reduce_window_max, a primitive that the converter knows.
+    start = np.asarray(low, x.dtype)
     return lax.reduce_window(x, start, lax.max, **{name: params[name] for name in names})
 
 

@@ -1,4 +1,4 @@
-"""Which graph is written: the way of conversion that leaves most sites in integers, and what cannot be and why."""
+"""Choose the conversion that leaves most sites in integers, and report the others."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,18 +16,16 @@ from compress_jax.export._onnx import check
 from compress_jax.export._onnx import graph as g
 from compress_jax.export._onnx.convert import WAYS, Way, baked, convert
 from compress_jax.export._onnx.places import Placed, int8, place, why_not
-from compress_jax.export._onnx.runtime import extremes, optimised, run
+from compress_jax.export._onnx.runtime import extremes, optimized, run
 from compress_jax.export._onnx.weights import Weight, settle
 from compress_jax.export._scales import representable
 from compress_jax.export._simulate import Simulation, simulation
 from compress_jax.export._verify.agreement import agree
 
-# Static integer inference: quantize and dequantize nodes around the nodes of sites, with the scales
-# that were given.
-
-
-Grid = tuple[np.float32, np.uint8]
+Grid = tuple[np.float32, np.uint8]  # scale and zero point
+# Operators whose results have the entries of their input, and so its grid.
 SAME = ("MaxPool", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
+FLOAT = 1e-3  # relative difference between the float graph and the function that is allowed
 
 
 def grid_of(low: np.float32, high: np.float32) -> Grid:
@@ -44,7 +42,8 @@ def grid_of(low: np.float32, high: np.float32) -> Grid:
       >>> grid_of(np.float32(-1), np.float32(4.1))
       (np.float32(0.02), np.uint8(50))
     """
-    bottom, top = min(float(low), 0.0), max(float(high), 0.0)
+    bottom = min(float(low), 0.0)
+    top = max(float(high), 0.0)
     scale = np.float32((top - bottom) / 255) or np.float32(1)
     return scale, np.uint8(np.clip(round(-bottom / float(scale)), 0, 255))
 
@@ -80,7 +79,7 @@ def write(
       unsigned: whether weights are written as uint8, 128 standing for zero.
 
     Returns:
-      What must be told: whose scales are not those of the simulation, and why.
+      Notes on scales that are not those of the simulation, and why.
 
     Raises:
       ExportError: if a measured range is not finite.
@@ -88,9 +87,9 @@ def write(
     codes = Codes({each.node.input[each.data]: grids[site] for site, each in places.items()})
     nodes = [each.node for each in places.values()]
     missing = _results(model.graph, nodes, codes)
-    codes.grids |= {
-        name: _finite(name, *ends) for name, ends in (extremes(missing) if missing else {}).items()
-    }
+    if missing:
+        for name, ends in extremes(missing).items():
+            codes.grids[name] = _finite(name, *ends)
     _without_relu(model.graph, codes)
     _moves(model.graph, codes)
     sums = {each.output[0] for each in model.graph.node if _summed(each, codes)}
@@ -108,21 +107,21 @@ def _finite(name: str, low: np.float32, high: np.float32) -> Grid:
 
 
 def _end(taken: Mapping[str, list[Any]], name: str) -> str:
-    """Return the result of a node after the Relu that its kernel takes in."""
+    """Return the result of a node after the Relu that its kernel includes."""
     only = taken.get(name, [])
-    return (
-        only[0].output[0]
-        if len(only) == 1 and only[0] is not None and only[0].op_type == "Relu"
-        else name
-    )
+    if len(only) == 1 and only[0] is not None and only[0].op_type == "Relu":
+        return only[0].output[0]
+    return name
 
 
 def _results(graph: Any, nodes: Iterable[Any], codes: Codes) -> list[str]:
-    """Note what convolutions return as quantized, with the grid of what it becomes by moves; return what has no grid.
+    """Note which outputs of convolutions are quantized, and return the ungridded ones.
 
-    So are the sums of two such results: the Relu behind a residual sum would keep it in floats.
+    Sums of two such results are quantized too: the Relu behind a residual sum would keep it in
+    floats.
     """
-    taken, missing = g.consumers(graph), []
+    taken = g.consumers(graph)
+    missing: list[str] = []
 
     def note(name: str) -> None:
         grid = _ahead(taken, name, codes)
@@ -142,8 +141,10 @@ def _results(graph: Any, nodes: Iterable[Any], codes: Codes) -> list[str]:
 
 
 def _without_relu(graph: Any, codes: Codes) -> None:
-    """Drop every Relu whose result is quantized with the zero point 0, for that clips at 0 as well."""
-    made, taken, dropped = g.producers(graph), g.consumers(graph), set()
+    """Drop every Relu whose result has zero point 0: quantizing it clips at 0 as well."""
+    made = g.producers(graph)
+    taken = g.consumers(graph)
+    dropped: set[str] = set()
     for each in graph.node:
         name = each.output[0] if each.output else ""
         only = each.op_type == "Relu" and len(taken[each.input[0]]) == 1 and each.input[0] in made
@@ -151,14 +152,12 @@ def _without_relu(graph: Any, codes: Codes) -> None:
             before = made[each.input[0]]
             before.output[list(before.output).index(each.input[0])] = name
             dropped.add(name)
-    kept = [
-        each for each in graph.node if not (each.op_type == "Relu" and each.output[0] in dropped)
-    ]
-    g.replace_nodes(graph, kept)
+    nodes = [n for n in graph.node if n.op_type != "Relu" or n.output[0] not in dropped]
+    g.replace_nodes(graph, nodes)
 
 
 def _ahead(taken: Mapping[str, list[Any]], name: str, codes: Codes) -> Grid | None:
-    """Return the grid of the tensor that this one only moves to become."""
+    """Return the grid of a tensor into which this one's entries are only moved."""
     while name not in codes.grids:
         only = taken.get(name, [])
         if len(only) != 1 or only[0] is None or only[0].op_type not in SAME:
@@ -173,7 +172,7 @@ def _summed(each: Any, codes: Codes) -> bool:
 
 
 def _moves(graph: Any, codes: Codes) -> None:
-    """Note what quantized entries are only moved into, if it is quantized alike."""
+    """Note the tensors that hold moved entries of a quantized one on the same grid."""
     for each in graph.node:
         if each.op_type in SAME and each.input[0] in codes.whole:
             if codes.grids.get(each.output[0]) == codes.grids[each.input[0]]:
@@ -183,8 +182,10 @@ def _moves(graph: Any, codes: Codes) -> None:
 def _rewrite(
     model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool
 ) -> list[str]:
-    """Put the nodes in; return what must be told."""
-    graph, out, notes = model.graph, [], []
+    """Insert the nodes that quantize and dequantize; return notes."""
+    graph = model.graph
+    out: list[Any] = []
+    notes: list[str] = []
     outputs = {each.name for each in graph.output}
     made: dict[tuple[str, Grid], str] = {}
 
@@ -209,9 +210,9 @@ def _rewrite(
             elif name in codes.whole or each.output[0] in sums:
                 each.input[i] = coded(name, codes.grids[name])
         if placed is not None:
-            nodes, note = _weights(graph, each, *placed, unsigned)
+            nodes, found = _weights(graph, each, *placed, unsigned)
             out.extend(nodes)
-            notes.extend(note)
+            notes.extend(found)
         for i, name in enumerate(each.output):
             if name in codes.whole and name in outputs:
                 each.output[i] = f"{name}:float"
@@ -230,23 +231,24 @@ def _rewrite(
 def _weights(
     graph: Any, each: Any, placed: Placed, grid: Grid, unsigned: bool
 ) -> tuple[list[Any], list[str]]:
-    """Give a node its weight as int8 codes and its bias as int32 codes; return the nodes that do so, and a note."""
+    """Give a node int8 weight codes and int32 bias codes; return the new nodes and notes."""
     found = int8(placed)
     assert not isinstance(found, str) and placed.channel is not None
     levels, scale = found
     third = each.input[2] if each.op_type != "MatMul" and len(each.input) > 2 else ""
-    bias, note = g.initializers(graph).get(third), []
-    if bias is not None and (bias.ndim != 1 or len(bias) != len(scale)):
+    bias = g.initializers(graph).get(third)
+    if bias is not None and bias.shape != scale.shape:
         bias = None
+    notes = []
     if bias is not None:
-        levels, scale, changed = representable(
-            levels, scale, placed.weight.values, placed.channel, bias, float(grid[0])
-        )
-        note = [
-            f"{placed.site}: the weights of {changed} channels have larger scales, so that the "
-            "bias fits in int32"
-        ]
-        note = note if changed else []
+        values = placed.weight.values
+        step = float(grid[0])
+        levels, scale, changed = representable(levels, scale, values, placed.channel, bias, step)
+        if changed:
+            notes.append(
+                f"{placed.site}: the weights of {changed} channels have larger scales, so that "
+                "the bias fits in int32"
+            )
     if unsigned:
         levels = (levels.astype(np.int16) + 128).astype(np.uint8)
     nodes = [_dequantized(graph, placed.site, levels, scale, placed.channel)]
@@ -256,19 +258,14 @@ def _weights(
         whole = np.round(bias.astype(np.float64) / steps.astype(np.float64)).astype(np.int32)
         nodes.append(_dequantized(graph, f"{placed.site}:bias", whole, steps, 0))
         each.input[2] = nodes[1].output[0]
-    return nodes, note
+    return nodes, notes
 
 
 def _dequantized(graph: Any, name: str, codes: np.ndarray, scale: np.ndarray, axis: int) -> Any:
-    parts = (codes, scale, np.full(scale.shape, 128 if codes.dtype == np.uint8 else 0, codes.dtype))
-    names = [
-        g.add(graph, f"{name}:{what}", x)
-        for what, x in zip(("int", "step", "zero"), parts, strict=True)
-    ]
+    zero = np.full(scale.shape, 128 if codes.dtype == np.uint8 else 0, codes.dtype)
+    parts = {"int": codes, "step": scale, "zero": zero}
+    names = [g.add(graph, f"{name}:{what}", x) for what, x in parts.items()]
     return g.node("DequantizeLinear", names, f"{name}:weight", axis=axis)
-
-
-FLOAT = 1e-3  # the difference between a float graph and the function that is allowed
 
 
 @dataclass(frozen=True)
@@ -328,7 +325,8 @@ def plan(fn: ModelFn, params: Params, inputs: Sequence[np.ndarray], asked: Asked
     Raises:
       ExportError: if no way succeeds, or none has a site in integers although ``how`` is given.
     """
-    best, failures = None, []
+    best = None
+    failures: list[str] = []
     for way in WAYS:
         try:
             made = _planned(fn, params, inputs, asked, way)
@@ -347,18 +345,13 @@ def plan(fn: ModelFn, params: Params, inputs: Sequence[np.ndarray], asked: Asked
             f"no site can be computed in integers: {'; '.join(reasons) or '`how` names none'}"
         )
     if failures:
-        best = replace(
-            best,
-            notes=(
-                f"converted operation by operation, as layers could not be: {failures[0]}",
-                *best.notes,
-            ),
-        )
+        note = f"converted operation by operation, as layers could not be: {failures[0]}"
+        best = replace(best, notes=(note, *best.notes))
     return best
 
 
 def _lost(made: Plan) -> bool:
-    """Tell whether another graph might compute more sites in integers."""
+    """Return whether another graph might compute more sites in integers."""
     return any(
         name not in made.places or reason.startswith("ONNX Runtime")
         for name, reason in made.simulated.left.items()
@@ -368,7 +361,7 @@ def _lost(made: Plan) -> bool:
 def _planned(
     fn: ModelFn, params: Params, inputs: Sequence[np.ndarray], asked: Asked, way: Way
 ) -> Plan:
-    """Convert in one way; leave out site after site until the runtime computes the others in integers."""
+    """Convert in one way; leave out sites until the runtime computes the rest in integers."""
     leaves, rebuild = flatten(params)
     keys = {path: x for path, x in leaves.items() if is_key(x)}
     arrays = {path: np.asarray(to_dense(x)) for path, x in leaves.items() if path not in keys}
@@ -376,18 +369,16 @@ def _planned(
         fn, arrays, lambda arrays: rebuild({**arrays, **keys}), inputs, asked.dynamic, way
     )
     floating = jax.jit(fn)(unpack(params), *inputs)
-    agree(
-        floating,
-        run(converted, inputs),
-        FLOAT,
-        "the float graph in ONNX Runtime against the function in JAX",
-    )
-    left, ranges = {}, asked.ranges
+    what = "the float graph in ONNX Runtime against the function in JAX"
+    agree(floating, run(converted, inputs), FLOAT, what)
+    left: dict[str, str] = {}
+    ranges = asked.ranges
     while True:
         simulated = simulation(
             fn, params, inputs, asked.how, ranges, asked.batches, asked.where, left
         )
-        left, ranges = dict(simulated.left), simulated.ranges
+        left = dict(simulated.left)
+        ranges = simulated.ranges  # calibrated once
         model, weights = _settled(converted, simulated.packed)
         places = place(model, weights, simulated.sites)
         sites = {site.name: site for site in simulated.sites}
@@ -403,11 +394,11 @@ def _planned(
 
 
 def _settled(converted: Any, packed: PyTree) -> tuple[Any, dict[str, Weight]]:
-    """Return the optimised float graph with other values for its parameters, and its weights by the names of constants."""
+    """Return the optimized float graph with other parameters, and its weights' names."""
     leaves = {path: x for path, x in flatten(packed)[0].items() if not is_key(x)}
     model = baked(converted, {path: np.asarray(to_dense(x)) for path, x in leaves.items()})
     weights = settle(model, {path: Weight.of(path, x) for path, x in leaves.items()})
-    model = optimised(model, "BASIC")
+    model = optimized(model, "BASIC")
     del model.graph.value_info[:]
     there = {each.name for each in model.graph.initializer}
     return model, {name: weight for name, weight in weights.items() if name in there}
@@ -416,7 +407,7 @@ def _settled(converted: Any, packed: PyTree) -> tuple[Any, dict[str, Weight]]:
 def _integers(
     model: Any, places: Mapping[str, Placed], simulated: Simulation, asked: Asked
 ) -> tuple[str, ...]:
-    """Quantize what the simulation quantizes; return what must be told of it."""
+    """Quantize what the simulation quantizes; return notes."""
 
     def measured(names: Sequence[str]) -> Mapping[str, Any]:
         if not asked.batches:

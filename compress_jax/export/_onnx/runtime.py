@@ -1,4 +1,4 @@
-"""ONNX Runtime: running, optimising and measuring a model."""
+"""ONNX Runtime: run, optimize and evaluate a model."""
 
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -16,9 +16,9 @@ def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") ->
 
     Args:
       model: a ``ModelProto``, or the path of a file.
-      level: of graph optimisation: ``"DISABLE_ALL"``, ``"BASIC"``, ``"EXTENDED"`` or ``"ALL"``.
+      level: of graph optimization: ``"DISABLE_ALL"``, ``"BASIC"``, ``"EXTENDED"`` or ``"ALL"``.
       threads: how many; 0 is one for each core.
-      save: where to write the optimised graph, if anywhere.
+      save: file to write the optimized graph to, if any.
 
     Returns:
       The session.
@@ -30,26 +30,25 @@ def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") ->
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
-    options.graph_optimization_level = getattr(
-        runtime.GraphOptimizationLevel, f"ORT_{_level(level)}"
-    )
+    levels = runtime.GraphOptimizationLevel
+    name = level if level.startswith("DISABLE") else f"ENABLE_{level}"
+    options.graph_optimization_level = getattr(levels, f"ORT_{name}")
     if save:
         options.optimized_model_filepath = save
     source = str(model) if isinstance(model, (str, Path)) else model.SerializeToString()
     try:
         return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own exceptions have no common root
+    except Exception as error:  # the runtime's own exceptions have no common base
         raise ExportError(f"ONNX Runtime refuses the exported model: {error}") from error
 
 
-def _level(level: str) -> str:
-    return level if level.startswith("DISABLE") else f"ENABLE_{level}"
+def optimized(model: Any, level: str) -> Any:
+    """Return the graph that the runtime optimizes a model to.
 
-
-def optimised(model: Any, level: str) -> Any:
-    """Return the graph that the runtime makes of a model; at ``"BASIC"`` of standard operators only."""
+    At ``"BASIC"`` it has standard operators only.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = str(Path(folder) / "optimised.onnx")
+        file = str(Path(folder) / "optimized.onnx")
         session(model, level, save=file)
         return extra("onnx", "onnx").load(file)
 
@@ -70,18 +69,15 @@ def run(model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """
     made = session(model)
     every = ["x"] if len(inputs) == 1 else [f"x{i}" for i in range(len(inputs))]
-    feed = {
-        name: x
-        for name, x in zip(every, inputs, strict=True)
-        if name in {each.name for each in made.get_inputs()}
-    }
+    taken = {each.name for each in made.get_inputs()}
+    feed = {name: x for name, x in zip(every, inputs, strict=True) if name in taken}
     return _run(made, None, feed)
 
 
 def _run(made: Any, names: Sequence[str] | None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
     try:
         return made.run(names, feed)
-    except Exception as error:  # the runtime's own exceptions have no common root
+    except Exception as error:  # the runtime's own exceptions have no common base
         raise ExportError(f"ONNX Runtime cannot run the exported model: {error}") from error
 
 

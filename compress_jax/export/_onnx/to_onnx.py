@@ -10,9 +10,9 @@ import numpy as np
 
 from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
-from compress_jax.export._exported import Exported, Row
+from compress_jax.export._exported import Exported, Row, as_inputs
 from compress_jax.export._extras import extra
-from compress_jax.export._onnx import check, graph
+from compress_jax.export._onnx import check
 from compress_jax.export._onnx import graph as g
 from compress_jax.export._onnx.places import Placed
 from compress_jax.export._onnx.plan import Asked, plan
@@ -20,16 +20,14 @@ from compress_jax.export._onnx.runtime import run
 from compress_jax.export._onnx.weights import Weight, compact
 from compress_jax.export._verify.agreement import agree
 
-# Weights alone in few bits: integer constants that the runtime multiplies with, or unfolds when it
-# loads the file.
-
-
+EXACT = 1e-3  # relative difference from JAX that is allowed without rounded activations
+ROUNDED = 0.02  # and with them
 BLOCKS = (16, 32, 64, 128, 256)  # sizes the runtime has kernels for
 WHOLE = 128  # block where one scale serves a whole channel
 
 
 def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
-    """Exchange a matrix product for one that takes 4- or 8-bit blocks (``MatMulNBits``), if there is one.
+    """Replace a matrix product by ``MatMulNBits``, which takes 4- or 8-bit blocks, if it can.
 
     Args:
       model: changed.
@@ -40,28 +38,29 @@ def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
     Returns:
       What was done, in words; empty if nothing could be.
     """
-    node, weight, axis = placed.node, placed.weight, placed.channel
+    node = placed.node
+    weight = placed.weight
+    axis = placed.channel
     if node.op_type == "Conv" or axis is None or weight.codes is None:
         return ""
-    codes, zero, scale = (
-        x if axis else x.T for x in (weight.codes, weight.zero, weight.scale) if x is not None
-    )  # [k, n]
+    arrays = [x for x in (weight.codes, weight.zero, weight.scale) if x is not None]
+    codes, zero, scale = (x if axis else x.T for x in arrays)  # [k, n] each
     block = _block(scale, zero)
     if not block:
         return ""
+    # The runtime's codes have 4 or 8 bits and are centered at half of their range.
     bits = 4 if weight.bits <= 4 else 8
-    codes, zero = (
-        codes + 2 ** (bits - 1) - 2 ** (weight.bits - 1),
-        zero + 2 ** (bits - 1) - 2 ** (weight.bits - 1),
-    )
-    steps, zeros = scale[::block].T, zero[::block].T  # [n, blocks]
+    middle = 2 ** (bits - 1)
+    shift = middle - 2 ** (weight.bits - 1)
+    codes = codes + shift
+    steps = scale[::block].T  # [n, blocks]
+    zeros = (zero + shift)[::block].T  # [n, blocks]
     missing = -len(codes) % block
-    blocks = np.pad(codes.T, ((0, 0), (0, missing)), constant_values=2 ** (bits - 1)).reshape(
-        len(steps), -1, block
-    )
+    padded = np.pad(codes.T, ((0, 0), (0, missing)), constant_values=middle)
+    blocks = padded.reshape(len(steps), -1, block)  # [n, blocks, block]
     names = [g.add(model.graph, f"{placed.site}:blocks", _bytes(blocks, bits))]
     names.append(g.add(model.graph, f"{placed.site}:step", np.ascontiguousarray(steps).ravel()))
-    if (zeros != 2 ** (bits - 1)).any():
+    if (zeros != middle).any():
         names.append(g.add(model.graph, f"{placed.site}:zero", _bytes(zeros, bits).ravel()))
     new = g.node("MatMulNBits", [node.input[0], *names], node.output[0], domain=g.MICROSOFT)
     sizes = {
@@ -71,15 +70,14 @@ def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
         "block_size": block,
         "accuracy_level": accuracy_level,
     }
-    new.attribute.extend(
-        extra("onnx.helper", "onnx").make_attribute(name, value) for name, value in sizes.items()
-    )
+    make = extra("onnx.helper", "onnx").make_attribute
+    new.attribute.extend(make(name, value) for name, value in sizes.items())
     _exchange(model, node, new)
     return f"MatMulNBits, {bits} bits in blocks of {block}"
 
 
 def _block(scale: np.ndarray, zero: np.ndarray) -> int:
-    """Return the largest block along the first axis in which scale and zero are one number; 0 if none is."""
+    """Return the largest block along axis 0 with one scale and zero point; 0 if none is."""
     sizes = [WHOLE, *(size for size in reversed(BLOCKS) if size != WHOLE)]
     whole = (scale == scale[:1]).all() and (zero == zero[:1]).all()
     for size in sizes if whole else reversed(BLOCKS):
@@ -98,24 +96,24 @@ def _bytes(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def _exchange(model: Any, old: Any, new: Any) -> None:
-    """Put one node in the place of another; the bias of a Gemm is added behind it."""
+    """Replace one node by another; the bias of a Gemm is added behind it."""
     end = old.output[0]
-    nodes, bias = [new], old.input[2] if old.op_type == "Gemm" and len(old.input) > 2 else ""
-    if bias:
+    new_nodes = [new]
+    if old.op_type == "Gemm" and len(old.input) > 2:
         new.output[0] = f"{end}:product"
-        nodes.append(g.node("Add", [new.output[0], bias], end))
-    kept = [each for at in model.graph.node for each in (nodes if at.output[0] == end else [at])]
-    g.replace_nodes(model.graph, kept)
-    _import(model)
-
-
-def _import(model: Any) -> None:
+        new_nodes.append(g.node("Add", [new.output[0], old.input[2]], end))
+    nodes: list[Any] = []
+    for each in model.graph.node:
+        nodes.extend(new_nodes if each.output[0] == end else [each])
+    g.replace_nodes(model.graph, nodes)
     if g.MICROSOFT not in {each.domain for each in model.opset_import}:
         model.opset_import.append(extra("onnx.helper", "onnx").make_opsetid(g.MICROSOFT, 1))
 
 
 def unfold(model: Any, name: str, weight: Weight) -> str:
-    """Keep a constant as integers and scales; ``Cast - Sub - Mul`` gives it back, once, when the runtime loads the file.
+    """Store a constant as integers and scales.
+
+    ``Cast - Sub - Mul`` restores it, once, when the runtime loads the file.
 
     Args:
       model: changed.
@@ -126,14 +124,17 @@ def unfold(model: Any, name: str, weight: Weight) -> str:
       What was done, in words; empty if its scales take as much as its codes save.
     """
     assert weight.codes is not None and weight.zero is not None and weight.scale is not None
-    zero, scale = compact(weight.zero), compact(weight.scale)
+    zero = compact(weight.zero)
+    scale = compact(weight.scale)
     kinds = extra("onnx", "onnx").TensorProto
     kind, bits = (kinds.INT4, 4) if weight.bits <= 4 else (kinds.INT8, 8)
     if 32 * (scale.size + zero.size) + bits * weight.codes.size > 32 * weight.codes.size:
         return ""
-    middle, graph = 2 ** (weight.bits - 1), model.graph
+    middle = 2 ** (weight.bits - 1)
+    graph = model.graph
     graph.initializer.remove(next(each for each in graph.initializer if each.name == name))
-    nodes, last = [], f"{name}:codes"
+    nodes: list[Any] = []
+    last = f"{name}:codes"
     g.add(graph, last, weight.codes - middle, kind)
     steps = [("Cast", [], {"to": kinds.FLOAT}), ("Mul", [g.add(graph, f"{name}:scale", scale)], {})]
     if (zero != middle).any():
@@ -153,12 +154,6 @@ def unused(found: Mapping[str, Weight], model: Any) -> set[str]:
     return {name for name in found if name not in taken}
 
 
-EXACT, ROUNDED = (
-    1e-3,
-    0.02,
-)  # the difference from JAX that is allowed without and with rounded activations
-
-
 def to_onnx(
     fn: ModelFn,
     params: Params,
@@ -174,13 +169,13 @@ def to_onnx(
     accuracy_level: int = 4,
     tolerance: float | None = None,
 ) -> Exported:
-    r"""Write a function and its params as an ONNX file, and see that ONNX Runtime computes the same.
+    r"""Write a function and its params as an ONNX file, and verify it in ONNX Runtime.
 
-    What ``params`` holds decides what is written. Arrays stay float32. With a static quantizer
+    ``params`` and ``how`` decide what is written. Arrays stay float32. With a static quantizer
     ``how`` the contractions run in integers: activations as uint8, :math:`x = s (q - z)` with the
-    very scales of the simulation ``activations(fn, how).apply(unpack(params), ranges, x)``; weights
-    as their codes, a scale for each output channel. Batch norm is folded into the scales, which
-    leaves the codes what they are. Weights that are still arrays there are quantized by
+    scales of the simulation ``activations(fn, how).apply(unpack(params), ranges, x)``; weights as
+    their codes, with a scale for each output channel. Batch norm is folded into the scales, which
+    leaves the codes unchanged. Weights that are still arrays there are quantized by
     ``uniform(8, granularity="channel")`` along the axes that no site sums over. A site that the
     runtime has no integer kernel for stays in floats and is listed with the reason; if none has
     one, that is an error. Without ``how``, packed integers become weight-only 4- or 8-bit blocks
@@ -212,8 +207,8 @@ def to_onnx(
         channel of every result is held to it, see `agreement.agree`.
 
     Returns:
-      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``; ``print`` shows what
-      became of every site.
+      ``Exported(path, target, nbytes, rows, difference, simulation, notes)``; ``print`` shows how
+      every site is computed.
 
     Raises:
       ExportError: if the packages are not installed, the function cannot be converted, no site can
@@ -230,43 +225,35 @@ def to_onnx(
       ONNX Runtime, "Quantize ONNX models" (the QDQ format),
       https://onnxruntime.ai/docs/performance/model-optimizations.
     """
-    inputs = [np.asarray(x) for x in (example if isinstance(example, tuple) else (example,))]
-    batches = [
-        tuple(np.asarray(x) for x in (each if isinstance(each, tuple) else (each,)))
-        for each in batches
-    ]
-    asked = Asked(how, ranges, batches, where, batch == "any", weights == "uint8")
+    inputs = as_inputs(example)
+    calibration = [as_inputs(each) for each in batches]
+    asked = Asked(how, ranges, calibration, where, batch == "any", weights == "uint8")
     planned = plan(fn, params, inputs, asked)
-    model, simulated = planned.model, planned.simulated
-    rows = {
-        site.name: Row(site.name, "float32", simulated.left.get(site.name, "not quantized"))
-        for site in simulated.sites
-    }
+    model = planned.model
+    simulated = planned.simulated
+    rows: dict[str, Row] = {}
     form = "uint8 x uint8" if weights == "uint8" else "uint8 x int8"
-    rows |= {name: Row(name, form, "") for name in simulated.grids}
+    for site in simulated.sites:
+        name = site.name
+        reason = simulated.left.get(name, "not quantized")
+        rows[name] = Row(name, form) if name in simulated.grids else Row(name, "float32", reason)
     floats = {name: each for name, each in planned.places.items() if name not in simulated.grids}
     rows |= _weights_only(model, planned.weights, floats, rows, accuracy_level)
     check.valid(model)
     rounds = bool(simulated.grids) or any("MatMulNBits" in row.form for row in rows.values())
-    allowed = tolerance if tolerance is not None else ROUNDED if rounds else EXACT
-    ours, floating = (
-        jax.jit(simulated.apply)(*inputs),
-        planned.floating if simulated.grids and tolerance is None else None,
-    )
+    default = ROUNDED if rounds else EXACT
     difference = agree(
-        ours, run(model, inputs), allowed, "ONNX Runtime against the simulation in JAX", floating
+        jax.jit(simulated.apply)(*inputs),
+        run(model, inputs),
+        default if tolerance is None else tolerance,
+        "ONNX Runtime against the simulation in JAX",
+        planned.floating if simulated.grids and tolerance is None else None,
     )
     data = model.SerializeToString()
     write_atomically(Path(path), data)
-    return Exported(
-        Path(path),
-        "onnx",
-        len(data),
-        tuple(rows.values()),
-        difference,
-        simulated.apply,
-        planned.notes,
-    )
+    found = tuple(rows.values())
+    apply = simulated.apply
+    return Exported(Path(path), "onnx", len(data), found, difference, apply, planned.notes)
 
 
 def _weights_only(
@@ -276,24 +263,25 @@ def _weights_only(
     rows: Mapping[str, Row],
     accuracy_level: int,
 ) -> dict[str, Row]:
-    """Keep packed integers small where they are multiplied, or else where they are stored."""
+    """Multiply with packed integers where the runtime can, else store them packed."""
     done: dict[str, Row] = {}
     for name, each in places.items():
         if form := multiply(model, each, accuracy_level):
-            done[name] = Row(name, form, _kept(rows[name]))
+            done[name] = Row(name, form, _reason(rows[name]))
     gone = unused(weights, model)
     for name, weight in weights.items():
         if name in gone or weight.codes is None:
             continue
         row = name if name in rows else weight.path
-        form = unfold(model, name, weight)
-        kept = _kept(rows[row]) if row in rows else ""
-        reason = kept if form else "its scales would take as much as its codes save"
-        done[row] = Row(row, form or "float32", reason)
-    graph.prune(model)  # the dense weights that were exchanged
+        if form := unfold(model, name, weight):
+            done[row] = Row(row, form, _reason(rows[row]) if row in rows else "")
+        else:
+            reason = "its scales would take as much as its codes save"
+            done[row] = Row(row, "float32", reason)
+    g.prune(model)  # the dense weights that were replaced
     return done
 
 
-def _kept(row: Row) -> str:
-    """Return why a site is not computed in integers, if it was asked to be."""
+def _reason(row: Row) -> str:
+    """Return why a site that was to be quantized stays in floats; empty for other sites."""
     return "" if row.reason == "not quantized" else row.reason

@@ -1,4 +1,4 @@
-"""Parameters on their way through a graph: moved, folded with batch norm, and split into small integers and scales."""
+"""Parameters of a graph: moved, folded with batch norm, split into integers and scales."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -42,33 +42,31 @@ class Weight:
         if not isinstance(leaf, Quantized):
             return cls(path, values)
         spread = leaf.layout.spread
-        zero = np.asarray(
-            spread(jnp.broadcast_to(leaf.zero_point.astype(jnp.int32), leaf.layout.scale_shape))
-        )
+        zero_point = leaf.zero_point.astype(jnp.int32)
+        zero = np.asarray(spread(jnp.broadcast_to(zero_point, leaf.layout.scale_shape)))
         codes = np.asarray(leaf.codes.unpack()).astype(np.int32)
-        if isinstance(leaf.codes, Sparse):  # what was left out stands for zero
+        if isinstance(leaf.codes, Sparse):  # masked entries are zero
             codes = np.where(np.asarray(leaf.codes.mask.unpack()) != 0, codes, zero)
         return cls(path, values, width(leaf.codes), codes, zero, np.asarray(spread(leaf.scale)))
 
     def move(self, change: Any) -> "Weight":
-        """Return the weight with its entries elsewhere."""
-        parts = {
-            name: change(x)
-            for name in ("values", "codes", "zero", "scale")
-            if (x := getattr(self, name)) is not None
-        }
-        return replace(self, moved=True, **parts)
+        """Return the weight with its entries moved by a transposition or a reshape."""
+        parts = {name: getattr(self, name) for name in ("values", "codes", "zero", "scale")}
+        moved = {name: change(x) for name, x in parts.items() if x is not None}
+        return replace(self, moved=True, **moved)
 
     def scaled(self, factor: np.ndarray) -> "Weight":
-        """Return the weight times ``factor``, which broadcasts: its codes stay what they are, but for their sign."""
+        """Return the weight times ``factor``, which broadcasts; codes change only their sign."""
         values = self.values * factor
         if self.codes is None or self.zero is None or self.scale is None:
             return replace(self, values=values)
-        top, flip = 2**self.bits - 1, factor < 0
-        codes, zero = (np.where(flip, top - x, x) for x in (self.codes, self.zero))
-        return replace(
-            self, values=values, codes=codes, zero=zero, scale=self.scale * np.abs(factor)
-        )
+        # -(codes - zero) = (top - codes) - (top - zero), and both stay in range.
+        top = 2**self.bits - 1
+        flip = factor < 0
+        codes = np.where(flip, top - self.codes, self.codes)
+        zero = np.where(flip, top - self.zero, self.zero)
+        scale = self.scale * np.abs(factor)
+        return replace(self, values=values, codes=codes, zero=zero, scale=scale)
 
     @property
     def levels(self) -> np.ndarray:
@@ -77,7 +75,7 @@ class Weight:
         return self.codes - self.zero
 
     def per_channel(self, axis: int) -> np.ndarray | None:
-        """Return one scale for each index of an axis; None if entries of one index differ in theirs."""
+        """Return one scale for each index of an axis; None if one index has several."""
         if self.scale is None:
             return None
         rows = np.moveaxis(self.scale, axis, 0).reshape(self.scale.shape[axis], -1)
@@ -85,7 +83,7 @@ class Weight:
 
 
 def compact(x: np.ndarray) -> np.ndarray:
-    """Return an array with length 1 along the axes on which nothing depends.
+    """Return an array with length 1 along the axes on which its entries do not depend.
 
     Args:
       x: any array.
@@ -104,7 +102,9 @@ def compact(x: np.ndarray) -> np.ndarray:
 
 
 def settle(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Make every move of a parameter now, so that nodes take constants; fold batch norm into convolutions.
+    """Apply every move of a parameter now, so that nodes take constants.
+
+    Batch norm is folded into convolutions on the way.
 
     Args:
       model: from `convert`; changed.
@@ -113,22 +113,25 @@ def settle(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     Returns:
       The weights by the names of the constants that nodes take now.
     """
-    graph, found = model.graph, dict(weights)
-    constants, kept = g.initializers(graph), []
+    graph = model.graph
+    found = dict(weights)
+    constants = g.initializers(graph)
+    others = []
     for each in graph.node:
         change = _move(each, constants) if each.input and each.input[0] in found else None
         if change is None:
-            kept.append(each)
+            others.append(each)
         else:
             found[each.output[0]] = found[each.input[0]].move(change)
-    g.replace_nodes(graph, kept)
+    g.replace_nodes(graph, others)
     _fold_batch_norm(graph, found, constants)
     return _named(model, found)
 
 
 def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
-    """Return what a node does to the entries of its first input, if it only moves them."""
-    op, rest = each.op_type, [constants[name] for name in each.input[1:] if name in constants]
+    """Return a node as a function of its first input if it only moves entries, else None."""
+    op = each.op_type
+    rest = [constants[name] for name in each.input[1:] if name in constants]
     if op == "Transpose":
         order = g.attribute(each, "perm", None)
         return lambda x: np.transpose(x, order)
@@ -140,51 +143,44 @@ def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
         shape = [int(n) for n in rest[0]]
         return None if 0 in shape else lambda x: x.reshape(shape)
     axes = tuple(int(a) for a in rest[0]) if rest else None
-    return (
-        (lambda x: np.squeeze(x, axes))
-        if op == "Squeeze"
-        else (lambda x: np.expand_dims(x, axes or ()))
-    )
+    if op == "Squeeze":
+        return lambda x: np.squeeze(x, axes)
+    return lambda x: np.expand_dims(x, axes or ())
 
 
 def _fold_batch_norm(
     graph: Any, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]
 ) -> None:
-    """Multiply the kernels of convolutions by the scale of the batch norm behind them; each channel's codes stay."""
-    made, taken = g.producers(graph), g.consumers(graph)
+    """Fold the scale of a batch norm into the convolution before it; codes stay."""
+    made = g.producers(graph)
+    taken = g.consumers(graph)
     for norm in [each for each in graph.node if each.op_type == "BatchNormalization"]:
-        conv, numbers = made.get(norm.input[0]), [constants.get(name) for name in norm.input[1:5]]
-        if (
-            conv is None
-            or conv.op_type != "Conv"
-            or len(taken[norm.input[0]]) > 1
-            or any(x is None for x in numbers)
-        ):
+        conv = made.get(norm.input[0])
+        numbers = [constants.get(name) for name in norm.input[1:5]]
+        if conv is None or conv.op_type != "Conv" or any(x is None for x in numbers):
             continue
-        kernel, first = (
-            conv.input[1],
-            constants.get(conv.input[2]) if len(conv.input) > 2 else np.float32(0),
-        )
-        if kernel not in weights or len(taken[kernel]) > 1 or first is None:
+        kernel = conv.input[1]
+        shared = len(taken[norm.input[0]]) > 1 or len(taken[kernel]) > 1
+        first = constants.get(conv.input[2]) if len(conv.input) > 2 else np.float32(0)
+        if kernel not in weights or shared or first is None:
             continue
+        # gain (w x + b - mean) / sqrt(variance + epsilon) + bias, as one convolution.
         gain, bias, mean, variance = (np.asarray(x, np.float64) for x in numbers)
-        factor = gain / np.sqrt(variance + g.attribute(norm, "epsilon", 1e-5))
-        weights[kernel] = weights[kernel].scaled(
-            factor.astype(np.float32).reshape(-1, *(1,) * (weights[kernel].values.ndim - 1))
-        )
-        folded = g.add(
-            graph,
-            f"{weights[kernel].path}:bias",
-            (bias + (first - mean) * factor).astype(np.float32),
-        )
+        factor = gain / np.sqrt(variance + g.attribute(norm, "epsilon", 1e-5))  # [channels]
+        weight = weights[kernel]
+        ones = (1,) * (weight.values.ndim - 1)
+        weights[kernel] = weight.scaled(factor.astype(np.float32).reshape(-1, *ones))
+        shift = (bias + (first - mean) * factor).astype(np.float32)
+        folded = g.add(graph, f"{weight.path}:bias", shift)
         conv.input[:] = [conv.input[0], kernel, folded]
         conv.output[0] = norm.output[0]
         graph.node.remove(norm)
 
 
 def _named(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Write the moved weights as constants, named after their parameters; return those that are taken."""
-    graph, result = g.prune(model).graph, {}
+    """Write the moved weights as constants named after their parameters; return their names."""
+    graph = g.prune(model).graph
+    result: dict[str, Weight] = {}
     taken = g.consumers(graph)
     there = {each.name: each for each in graph.initializer}
     for name, weight in weights.items():

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Verification of exported files in their own runtimes."""

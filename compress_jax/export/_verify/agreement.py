@@ -1,4 +1,4 @@
-"""Whether another runtime computes what JAX does: every result, and every channel of it."""
+"""Agreement of another runtime with JAX: of every result, and of every channel of it."""
 
 from typing import Any
 
@@ -7,19 +7,18 @@ import numpy as np
 
 from compress_jax.core.errors import ExportError
 
-CHANNEL = 2.0  # how much more than a whole result may a single channel of it differ
-NOISE = 3.0  # how many times the simulation's own rounding error is explained by rounding
-MOST = 0.1  # of a result's size, that rounding may explain at all
+CHANNEL = 2.0  # a single channel may differ this much more than a whole result
+NOISE = 3.0  # times the simulation's own rounding error that rounding may explain
+MOST = 0.1  # share of a result's size that rounding may explain at most
 
 
 def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = None) -> float:
     r"""Compare results with those of JAX.
 
     The root mean square difference of every result, relative to that result's size, may be
-    ``tolerance``, and of every index of every axis but the first (of each channel, say) twice as
-    much of the whole result's size. Where values are rounded, ``floats`` tells how much rounding
-    explains: three times the simulation's own difference from it, and at most a tenth of the
-    result's size.
+    ``tolerance``; that of every index of every axis but the first (of each channel, for example)
+    may be twice as large. Where values are rounded, ``floats`` shows how much rounding explains:
+    three times the simulation's own difference from it, and at most a tenth of the result's size.
 
     Args:
       ours: what JAX computes: an array or a tree of them.
@@ -37,25 +36,22 @@ def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = Non
 
     Example:
       >>> right, wrong = np.array([[3.0, 0.1], [4.0, 0.2]]), np.array([[3.0, 0.0], [4.0, 0.0]])
-      >>> agree(right, right, 1e-3, "ONNX against JAX")
+      >>> agree(right, right, 1e-3, "ONNX")
       0.0
-      >>> agree(right, wrong, 0.04, "ONNX against JAX")
+      >>> agree(right, wrong, 0.04, "ONNX")
       Traceback (most recent call last):
-      compress_jax.core.errors.ExportError: ONNX against JAX: results differ by 0.045 of their size, and 0.04 is allowed
-    """
-    mine, others = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+      compress_jax.core.errors.ExportError: ONNX: results differ by 0.045 of their size, and 0.04 is allowed
+    """  # noqa: E501
+    mine = jax.tree.leaves(ours)
+    others = jax.tree.leaves(theirs)
     plain = mine if floats is None else jax.tree.leaves(floats)
     if len(mine) != len(others):
         raise ExportError(f"{what}: there are {len(others)} results instead of {len(mine)}")
-    each = zip(mine, others, plain, strict=True)
-    return max(
-        (_agree(a, b, c, tolerance, _named(what, i, mine)) for i, (a, b, c) in enumerate(each)),
-        default=0.0,
-    )
-
-
-def _named(what: str, index: int, results: list[Any]) -> str:
-    return what if len(results) == 1 else f"{what}, result {index}"
+    largest = 0.0
+    for i, (a, b, c) in enumerate(zip(mine, others, plain, strict=True)):
+        name = what if len(mine) == 1 else f"{what}, result {i}"
+        largest = max(largest, _agree(a, b, c, tolerance, name))
+    return largest
 
 
 def _agree(ours: Any, theirs: Any, plain: Any, tolerance: float, what: str) -> float:
@@ -64,13 +60,13 @@ def _agree(ours: Any, theirs: Any, plain: Any, tolerance: float, what: str) -> f
         raise ExportError(f"{what}: the result has shape {theirs.shape} instead of {ours.shape}")
     ours, theirs, plain = (x.astype(np.float64) for x in (ours, theirs, plain))
     finite = np.isfinite(ours)
-    if not (
-        (ours == theirs) | (np.isnan(ours) & np.isnan(theirs)) | (finite & np.isfinite(theirs))
-    ).all():
+    same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
+    if not (same | (finite & np.isfinite(theirs))).all():
         raise ExportError(f"{what}: one result holds NaN or inf where the other does not")
     ours, theirs, plain = (np.where(finite, x, 0) for x in (ours, theirs, plain))
     size = _rms(ours) or 1.0
-    off, rounding = theirs - ours, plain - ours
+    off = theirs - ours
+    rounding = plain - ours
     allowed = np.hypot(tolerance * size, min(NOISE * _rms(rounding), MOST * size))
     difference = float(_rms(off) / size)
     if not _rms(off) <= allowed:
@@ -86,16 +82,16 @@ def _agree(ours: Any, theirs: Any, plain: Any, tolerance: float, what: str) -> f
 def _channels(
     off: np.ndarray, rounding: np.ndarray, axis: int, size: float, tolerance: float, what: str
 ) -> None:
-    """Hold each index of an axis to what its own rounding explains."""
+    """Compare the difference at each index of an axis with what its own rounding explains."""
     others = tuple(a for a in range(off.ndim) if a != axis)
-    found, noise = _rms(off, others), np.maximum(_rms(rounding, others), _rms(rounding))
+    found = _rms(off, others)  # [size of the axis]
+    noise = np.maximum(_rms(rounding, others), _rms(rounding))
     allowed = CHANNEL * np.hypot(tolerance * size, np.minimum(NOISE * noise, MOST * size))
     if (found > allowed).any():
         worst = int((found / np.maximum(allowed, np.finfo(float).tiny)).argmax())
         raise ExportError(
             f"{what}: index {worst} of axis {axis} differs by {found[worst] / size:.2g} of the "
-            "result's size, and "
-            f"{allowed[worst] / size:.2g} is allowed"
+            f"result's size, and {allowed[worst] / size:.2g} is allowed"
         )
 
 

@@ -1,8 +1,8 @@
-"""An exported file as a function of arrays, whatever runtime it is for.
+"""Run an exported file as a function of arrays, here or in a child process.
 
-Runtimes are native code: a file that is damaged, or made to do harm, may end the process. `verify`
-therefore uses this module in a process of its own (see `isolated`); files that you wrote yourself
-may be run anywhere.
+Runtimes are native code: a damaged or malicious file may end the process, hang or fill the memory.
+`verify` therefore calls `measured`, which runs this module in a child process; files that you wrote
+yourself may be run anywhere.
 """
 
 import contextlib
@@ -28,7 +28,9 @@ SUFFIXES = (".onnx", ".tflite", ".stablehlo")
 
 
 def runner(path: Path, threads: int = 0) -> Runner:
-    """Return a function that runs a file: ``.onnx``, ``.tflite``, or ``.stablehlo`` (which always uses all threads).
+    """Return a function that runs a ``.onnx``, ``.tflite`` or ``.stablehlo`` file.
+
+    A StableHLO program always uses all threads.
 
     Args:
       path: the file.
@@ -42,10 +44,10 @@ def runner(path: Path, threads: int = 0) -> Runner:
       ExportError: if the suffix is none of these, there is no such file, or the runtime refuses it.
 
     Example:
-      >>> runner(Path("model.pdf"))
+      >>> runner(Path("m.pdf"))
       Traceback (most recent call last):
-      compress_jax.core.errors.ExportError: model.pdf has none of the suffixes .onnx, .tflite and .stablehlo
-    """
+      compress_jax.core.errors.ExportError: m.pdf has none of the suffixes .onnx, .tflite and .stablehlo
+    """  # noqa: E501
     present(path)
     makers = {".onnx": _onnx, ".tflite": _pieces, ".stablehlo": _stablehlo}
     run = _named(path, "cannot be loaded", makers[path.suffix])(path, threads)
@@ -61,7 +63,10 @@ def present(path: Path) -> None:
 
 
 def _named(path: Path, what: str, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function whose every error is an ExportError that names the file; runtimes' own have no common root."""
+    """Return a function that raises an ExportError naming the file for every error.
+
+    The runtimes' own exceptions have no common base.
+    """
 
     def call(*args: Any) -> Any:
         try:
@@ -96,25 +101,16 @@ def batch_of(path: Path) -> int | None:
 
 
 def _pieces(path: Path, threads: int) -> Runner:
-    """Run a flatbuffer on pieces of its batch size, the last one filled up."""
+    """Return a function that runs a flatbuffer in batches of its own size."""
     from compress_jax.export._litert.interpreter import interpreter, run
 
     made: Any = interpreter(path, threads or os.cpu_count() or 1)
     size = int(made.get_input_details()[0]["shape"][0])
-
-    def call(*inputs: np.ndarray) -> np.ndarray:
-        count, results = len(inputs[0]), []
-        for start in range(0, count, size):
-            piece = [x[start : start + size] for x in inputs]
-            filled = [np.concatenate([x, np.repeat(x[-1:], size - len(x), 0)]) for x in piece]
-            results.append(run(made, filled)[: len(piece[0])])
-        return np.concatenate(results)
-
-    return call
+    return lambda *inputs: in_batches(lambda *batch: run(made, batch), inputs, size)
 
 
 def scores(call: Callable[..., Any], arrays: Sequence[np.ndarray], size: int = 64) -> np.ndarray:
-    """Return what a function gives for many examples, in batches of one size.
+    """Return the results of a function for many examples, float64 ``[examples, ...]``.
 
     Args:
       call: ``(*inputs) -> result``.
@@ -122,20 +118,31 @@ def scores(call: Callable[..., Any], arrays: Sequence[np.ndarray], size: int = 6
       size: of a batch.
 
     Returns:
-      float64.
+      The results.
     """
-    count, results = len(arrays[0]), []
-    for start in range(0, count, size):
-        piece = [x[start : start + size] for x in arrays]
-        filled = [np.concatenate([x, np.repeat(x[-1:], size - len(x), 0)]) for x in piece]
-        results.append(np.asarray(call(*filled))[: len(piece[0])])
-    return np.concatenate(results).astype(np.float64)
+    return in_batches(call, arrays, size).astype(np.float64)
+
+
+def in_batches(call: Callable[..., Any], arrays: Sequence[np.ndarray], size: int) -> np.ndarray:
+    """Call a function on batches of exactly one size, the last one filled up, and concatenate.
+
+    Example:
+      >>> in_batches(lambda x: 2 * x, [np.arange(5)], size=2).tolist()
+      [0, 2, 4, 6, 8]
+    """
+    results = []
+    for start in range(0, len(arrays[0]), size):
+        batch = [x[start : start + size] for x in arrays]
+        count = len(batch[0])
+        filled = [np.concatenate([x, np.repeat(x[-1:], size - len(x), 0)]) for x in batch]
+        results.append(np.asarray(call(*filled))[:count])
+    return np.concatenate(results)
 
 
 def interleaved(
     files: Mapping[str, Runner], batch: Sequence[np.ndarray], rounds: int
 ) -> dict[str, list[float]]:
-    """Time functions in turns; a first round does not count.
+    """Time functions alternately; a first round does not count.
 
     Args:
       files: functions by name.
@@ -154,15 +161,12 @@ def interleaved(
     return {name: each[1:] for name, each in times.items()}
 
 
-# Running exported files in a process of their own: where a runtime crashes, hangs or eats memory,
-# the caller does not.
-
-
-FLOOR, FACTOR = 2**33, 64  # bytes of memory that any file may take, and times the files and inputs
+FLOOR = 2**33  # bytes of memory that the child may take for any file
+FACTOR = 64  # larger files and inputs may take this many times their size
 
 
 class Measured(NamedTuple):
-    """What a file answered, and how long it took.
+    """Results and times of a file.
 
     Attributes:
       scores: float64, for all inputs.
@@ -203,23 +207,15 @@ def measured(
     room = max(FLOOR, FACTOR * size) if max_bytes is None else max_bytes
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        (folder / "job.json").write_text(
-            json.dumps({**job, "path": str(path), "max_bytes": room, "inputs": len(arrays)})
-        )
+        job = {**job, "path": str(path), "max_bytes": room, "inputs": len(arrays)}
+        (folder / "job.json").write_text(json.dumps(job))
         for i, x in enumerate(arrays):
             np.save(folder / f"{i}.npy", x)
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-m",
-            "compress_jax.export._verify.running",
-            place,
-        ]
+        module = "compress_jax.export._verify.running"
+        command = [sys.executable, "-W", "ignore", "-m", module, place]
+        options: dict[str, Any] = {"capture_output": True, "check": False, "timeout": timeout}
         try:
-            done = subprocess.run(
-                command, capture_output=True, env=_environment(), timeout=timeout, check=False
-            )
+            done = subprocess.run(command, env=_environment(), **options)
         except subprocess.TimeoutExpired as error:
             raise ExportError(
                 f"{path} has not answered after {timeout:g} seconds; pass a larger timeout= if it "
@@ -229,16 +225,14 @@ def measured(
 
 
 def _answer(path: Path, folder: Path, done: subprocess.CompletedProcess[bytes]) -> Measured:
-    """Return what a child wrote, or raise what it met."""
+    """Return what a child wrote, or raise its error."""
     file = folder / "answer.json"
     if done.returncode or not file.exists():
-        said = (done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"])[-1][:500]
-        how = (
-            f"crashed ({signal.Signals(-done.returncode).name})"
-            if done.returncode < 0
-            else "failed"
-        )
-        raise ExportError(f"{path}: its runtime {how}; the last it said: {said}")
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["nothing"]
+        how = "failed"
+        if done.returncode < 0:
+            how = f"crashed ({signal.Signals(-done.returncode).name})"
+        raise ExportError(f"{path}: its runtime {how}; its last line of output: {lines[-1][:500]}")
     answer = json.loads(file.read_text())
     if "error" in answer:
         raise ExportError(answer["error"])
@@ -246,7 +240,7 @@ def _answer(path: Path, folder: Path, done: subprocess.CompletedProcess[bytes]) 
 
 
 def _environment() -> dict[str, str]:
-    """Return the child's environment: this package, this precision, and a device that two processes may share."""
+    """Return the child's environment: package path, matmul precision, shared device memory."""
     root = str(Path(__file__).parents[3])
     paths = [root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     found = {
@@ -282,7 +276,9 @@ def main(folder: Path) -> None:
 def _times(
     path: Path, job: Mapping[str, Any], arrays: Sequence[np.ndarray]
 ) -> list[dict[str, Any]]:
-    fixed, found = batch_of(path), []
+    """Return the times of the file and of its baseline, by threads and batch size."""
+    fixed = batch_of(path)
+    found: list[dict[str, Any]] = []
     sizes = [fixed] if fixed is not None and job["batch_sizes"] else job["batch_sizes"]
     for threads in job["threads"] if sizes else ():
         files = {"export": runner(path, threads)}
@@ -290,14 +286,13 @@ def _times(
             files["float"] = runner(Path(job["baseline"]), threads)
         for size in sizes:
             batch = [np.resize(x, (size, *x.shape[1:])) for x in arrays]
-            found.append(
-                {"threads": threads, "batch": size, **interleaved(files, batch, job["rounds"])}
-            )
+            times = interleaved(files, batch, job["rounds"])
+            found.append({"threads": threads, "batch": size, **times})
     return found
 
 
 def _confine(room: int) -> None:
-    """Let this process grow by so many bytes and no further, and leave no core file; where there are such limits."""
+    """Limit how much this process may grow, and disable core files, where the OS can."""
     with contextlib.suppress(ImportError, OSError, ValueError, StopIteration):
         import resource
 

@@ -58,7 +58,7 @@ def choose(site: Site, how: How, where: Where = None) -> ActivationQuantizer | s
             if site.operand is None and where is None and glob == "**" and quantizer is not None:
                 return "a product of two activations, which is quantized only if a pattern names it"
             return f"pattern {glob!r} leaves it as it is" if quantizer is None else quantizer
-    return "no pattern matches it"
+    return "no pattern matches"
 
 
 def chosen(sites: Iterable[Site], how: How, where: Where = None) -> dict[str, ActivationQuantizer]:

@@ -365,7 +365,7 @@ def turns(
     found, refused = {}, {}
     for group in groups(fn, variables, *inputs):
         if where is not None and not matches(where, group.name):
-            refused[group.name] = "no pattern matches it"
+            refused[group.name] = "no pattern matches"
             continue
         free = _walk(analysis, leaves, group, ones=False)
         walk = free if free.reason is None else _walk(analysis, leaves, group, ones=True)
