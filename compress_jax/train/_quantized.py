@@ -14,8 +14,16 @@ from compress_jax.core.arguments import whole
 from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations.activations import Ranges, activations
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, require_finite
-from compress_jax.quantize._activations.site_patterns import How, Where, pairs
+from compress_jax.quantize._activations.quantizer import (
+    ActivationQuantizer,
+    OperandState,
+    require_finite,
+)
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    pattern_pairs,
+)
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.calibrate import Masks
 
@@ -28,8 +36,8 @@ Variables = dict[str, Any]
 
 def quantized(
     model: nn.Module,
-    how: How,
-    where: Where = None,
+    how: QuantizerRules,
+    where: SitePatterns = None,
     *,
     start: int = 0,
     freeze: int | None = None,
@@ -106,8 +114,8 @@ class QuantizedModel:
     """
 
     model: nn.Module
-    how: How
-    where: Where = None
+    how: QuantizerRules
+    where: SitePatterns = None
     start: int = 0
     freeze: int | None = None
     freeze_batch_norm: int | None = None
@@ -130,7 +138,9 @@ class QuantizedModel:
         variables = dict(self.model.init(rngs, *inputs, **options))
         if self.example is not None:
             return self.calibrate(variables, [self.example])
-        learned = [str(each) for _, each in pairs(self.how) if each is not None and each.learned]
+        learned = [
+            str(each) for _, each in pattern_pairs(self.how) if each is not None and each.learned
+        ]
         if learned:
             raise ConfigError(
                 f"{learned[0]} starts from data: give quantized(..., example=a batch of real "
@@ -293,7 +303,9 @@ class QuantizedModel:
 
     def _split(self, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return what is fixed and what is learned, by names without a slash: those of one leaf must stay one key."""
-        names = {name for _, each in pairs(self.how) if each is not None for name in each.learned}
+        names = {
+            name for _, each in pattern_pairs(self.how) if each is not None for name in each.learned
+        }
         fixed, learned = {}, {}
         for site, operands in ranges.items():
             for kept, inside in ((fixed, False), (learned, True)):
@@ -329,18 +341,20 @@ def _without(mutable: Any) -> Any:
     )
 
 
-def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -> How:
+def _delayed(
+    how: QuantizerRules, trained: bool, on: jax.Array, frozen: jax.Array | None
+) -> QuantizerRules:
     """Return quantizers that do nothing before it is time, or while there is no range, and whose ranges can be frozen.
 
     After training a range that there is not is an error.
     """
 
     def delayed(each: ActivationQuantizer) -> ActivationQuantizer:
-        def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
+        def quantize_fn(site: Site, index: int, x: jax.Array, own: OperandState) -> jax.Array:
             ready = jnp.stack([on, *(~jnp.isnan(value).any() for value in own.values())]).all()
-            return jnp.where(ready, each.see(site, index, x, own), x)
+            return jnp.where(ready, each.quantize_fn(site, index, x, own), x)
 
-        def merge(old: Own, new: Own) -> Own:
+        def merge(old: OperandState, new: OperandState) -> OperandState:
             moved = each.merge(old, new)
             return (
                 moved
@@ -348,7 +362,7 @@ def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -
                 else {name: jnp.where(frozen, old[name], moved[name]) for name in old}
             )
 
-        return each._replace(see=see, merge=merge, waits=not trained)
+        return each._replace(quantize_fn=quantize_fn, merge=merge, allow_unknown=not trained)
 
     if isinstance(how, ActivationQuantizer):
         return delayed(how)

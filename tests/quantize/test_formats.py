@@ -6,7 +6,9 @@ import pytest
 from scipy import stats
 
 from compress_jax.quantize import float_format
-from compress_jax.quantize._scales.levels import BINARY, E2M1, E4M3, E5M2, NF4, TERNARY
+from compress_jax.quantize._weights.binary import BINARY
+from compress_jax.quantize._weights.floats import E2M1, E4M3, E5M2, NF4
+from compress_jax.quantize._weights.ternary import TERNARY
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from compress_jax.core.packed import is_packed, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.table import aligned, units
 from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.quantize._activations.quantizer import Own, require_finite
-from compress_jax.quantize._activations.site_patterns import How, Where
+from compress_jax.quantize._activations.quantizer import OperandState, require_finite
+from compress_jax.quantize._activations.site_patterns import QuantizerRules, SitePatterns
 from compress_jax.quantize._integer.integer_dot import Coded, encode, product
 from compress_jax.quantize._integer.plan import Step, decide
 from compress_jax.trace import rewrite
@@ -95,7 +95,11 @@ class Contractions:
 
 
 def contractions(
-    fn: ModelFn, params: Params, *inputs: PyTree, how: How | None = None, where: Where = None
+    fn: ModelFn,
+    params: Params,
+    *inputs: PyTree,
+    how: QuantizerRules | None = None,
+    where: SitePatterns = None,
 ) -> Contractions:
     """List every contraction with its operands' formats, as `integer` would compute it, or the reason why in floats.
 
@@ -169,9 +173,9 @@ def integer(
     fn: ModelFn,
     packed: PyTree,
     *inputs: PyTree,
-    how: How | None = None,
+    how: QuantizerRules | None = None,
     ranges: Mapping[str, Any] | None = None,
-    where: Where = None,
+    where: SitePatterns = None,
 ) -> Integer:
     r"""Turn a function of packed params into integer inference.
 
@@ -254,7 +258,7 @@ def _require(steps: Mapping[str, Step], ranges: Mapping[str, Any]) -> None:
             require_finite(name, ranges.get(name, {}))
 
 
-def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
+def _given(step: Step, ranges: Mapping[str, dict[str, OperandState]]) -> dict[str, Any]:
     """Return what a site is handed: its ranges, and which turn of its loops it is in."""
     loops = step.site.loops
     turns = [
@@ -267,7 +271,12 @@ def _given(step: Step, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
 
 
 def _coded(
-    step: Step, index: int, x: jax.Array, own: dict[int, Own], captured: Any, turns: list[Any]
+    step: Step,
+    index: int,
+    x: jax.Array,
+    own: dict[int, OperandState],
+    captured: Any,
+    turns: list[Any],
 ) -> Coded:
     """Return an operand in integers: an activation by its range, or the parameter as it is packed."""
     if index in own:
@@ -300,7 +309,9 @@ def _rule(steps: Mapping[str, Step], arrays: Mapping[str, Any]) -> Callable[...,
             operands[site.operand == "rhs"] = step.feed.dense(captured[site.name], turns)
         if step.quantizer is not None:
             for index in own:
-                operands[index] = step.quantizer.see(site, index, operands[index], own[index])
+                operands[index] = step.quantizer.quantize_fn(
+                    site, index, operands[index], own[index]
+                )
         return operands[0], operands[1]
 
     return rule

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own
+from compress_jax.quantize._activations.quantizer import ActivationQuantizer, OperandState
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 
 # One operand of a contraction: which of its axes are summed over, and where the others are found in
@@ -122,7 +122,9 @@ class Coded:
     zero: jax.Array | None = None
 
 
-def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array, own: Own) -> Coded:
+def encode(
+    quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array, own: OperandState
+) -> Coded:
     """Return activations in integers.
 
     Args:
@@ -144,7 +146,7 @@ def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array,
       ([[-128, 127]], [[-128]], [[0.009999999776482582]])
     """
     grid, own_side = quantizer.grid, side(site, index)
-    scale, zero_point = quantizer.place(site, index, x, own)
+    scale, zero_point = quantizer.scale_fn(site, index, x, own)
     middle = 2 ** (grid.bits - 1)
     codes = (grid.encode(x, scale, zero_point) - middle).astype(jnp.int8)
     unknown = own_side.rows(jnp.isnan(x).any(own_side.summed, keepdims=True))

@@ -15,7 +15,12 @@ from compress_jax.core.sparse import Sparse
 from compress_jax.core.sparse import width as bit_width
 from compress_jax.core.types import DType, Leaves
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
-from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    match_site,
+    match_sites,
+)
 from compress_jax.quantize._integer.integer_dot import Coded, Side, fits, side
 from compress_jax.quantize._integer.provenance import Lost, Route, Value, routes
 from compress_jax.trace._jaxpr.find_sites import Traced
@@ -403,7 +408,7 @@ class Step:
 
 
 def decide(
-    traced: Traced, leaves: Leaves, how: How | None, where: Where
+    traced: Traced, leaves: Leaves, how: QuantizerRules | None, where: SitePatterns
 ) -> tuple[dict[str, Stored], dict[str, Step]]:
     """Return what is done at every site.
 
@@ -430,7 +435,7 @@ def decide(
         if isinstance(leaf, Quantized)
     }
     if how is not None:
-        chosen(traced.sites.values(), how, where)  # a glob that matches nothing is an error
+        match_sites(traced.sites.values(), how, where)  # a glob that matches nothing is an error
     steps = {
         site.name: _step(site, found[position], leaves, stored, how, where)
         for position, site in traced.sites.items()
@@ -443,10 +448,10 @@ def _step(
     operands: Sequence[Value],
     leaves: Leaves,
     stored: Mapping[str, Stored],
-    how: How | None,
-    where: Where,
+    how: QuantizerRules | None,
+    where: SitePatterns,
 ) -> Step:
-    answer = FLOAT if how is None else choose(site, how, where)
+    answer = FLOAT if how is None else match_site(site, how, where)
     quantizer = None if isinstance(answer, str) else answer
     feed, weight, reason = _weight(site, operands, leaves, stored)
     reasons = [
@@ -526,7 +531,7 @@ def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
             if reducer is None
             else quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
         )
-        return quantizer.place(site, index, (lhs, rhs)[index], own)[0]
+        return quantizer.scale_fn(site, index, (lhs, rhs)[index], own)[0]
 
     lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
     shape = jax.eval_shape(place, lhs, jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)).shape
