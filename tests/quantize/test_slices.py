@@ -8,7 +8,16 @@ import pytest
 import compress_jax as cj
 from compress_jax.core.paths import flatten
 from compress_jax.prune import n_m, sparsegpt, wanda
-from compress_jax.quantize import adaround, awq, clip, correct_bias, gptq, signround, smooth, uniform
+from compress_jax.quantize import (
+    adaround,
+    awq,
+    clip,
+    correct_bias,
+    gptq,
+    signround,
+    smooth,
+    uniform,
+)
 from compress_jax.trace import calibrate, gram, reducers
 
 
