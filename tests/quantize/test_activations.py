@@ -1,4 +1,4 @@
-"""Quantized activations: against numpy in float64, throughout the models of the zoo, under every transformation."""
+"""Quantized activations against numpy in float64, in many models, under every transformation."""
 
 import math
 from functools import partial
@@ -223,7 +223,7 @@ def test_mse_finds_the_least_error_there_is(kind, bits, symmetric):
 
 
 def test_mse_of_a_unit_normal_is_the_known_optimum():
-    """The best steps of a unit normal (Max, 1960; `scales.normal_clip`), by way of a histogram."""
+    """The best steps of a unit normal (Max, 1960; `quantize.normal_clip`), from a histogram."""
     x = scipy.stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
     for bits, step in ((2, 1.0484), (3, 0.6018), (4, 0.3386), (6, 0.1042)):
         _, high = range_rules.mse(seen_by(x)(histogram(range_rules.BINS)), Grid(bits))

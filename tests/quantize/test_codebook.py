@@ -1,4 +1,4 @@
-"""Formats of tabled levels as Compressions: rounding, train = ship, gradients, sharding, nesting, artifacts, refusals."""
+"""Formats of uneven levels: rounding, train = ship, gradients, sharding, nesting, artifacts."""
 
 import jax
 import jax.numpy as jnp

@@ -9,7 +9,7 @@ from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.errors import NonFiniteError, StateError
-from compress_jax.core.types import Batch, ModelFn, Params, PyTree
+from compress_jax.core.types import Array, Batch, ModelFn, Params, PyTree
 from compress_jax.quantize._activations.quantizer import (
     ActivationQuantizer,
     OperandState,
@@ -122,7 +122,7 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
         ranges: Ranges | None,
         inputs: tuple[PyTree, ...],
         moving: bool,
-        mask: Any = None,
+        mask: Array | None = None,
     ) -> tuple[PyTree, Ranges]:
         def hooks(found: dict[Position, Site]) -> Hooks:
             quantizers = match_sites(found.values(), how, where)
@@ -150,7 +150,7 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
         return run(params, ranges, inputs, moving=False)[0]
 
     def watch(
-        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Any = None
+        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
     ) -> tuple[PyTree, Ranges, dict[str, jax.Array]]:
         out, results = run(params, ranges, inputs, moving=True, mask=mask)
         moved: Ranges = {}
@@ -158,12 +158,13 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
         for name, operands in results.items():
             counts: Any = operands.pop(NON_FINITE)
             skipped[name] = counts.sum()
+            # A batch without any statistics of a site (a branch not taken) leaves its ranges.
             old = (ranges or {}).get(name) or operands
             moved[name] = jax.tree.map(_new_unless_nan, old, operands)
         return out, moved, skipped
 
     def update(
-        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Any = None
+        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
     ) -> tuple[PyTree, Ranges]:
         return watch(params, ranges, *inputs, mask=mask)[:2]
 
@@ -270,6 +271,7 @@ def _quantized_contraction(
     states = given.get("ranges", {})
     statistics = None
     if moving and quantizer.reducer is not None:
+        # Ranges are statistics: no gradient flows through them.
         lhs, rhs = map(jax.lax.stop_gradient, operands[:2])
         observed = quantizer.reducer(site, lhs, rhs, given.get("masks"))
         statistics = quantizer.reducer.finish(observed)
@@ -294,6 +296,7 @@ def _merge_finite(
     Where one of the two is NaN, the other is taken.
     """
     finite = jnp.stack([jnp.isfinite(value).all() for value in fresh.values()]).all()
+    # One bad number spoils the whole batch: no part of its statistics is used.
     fresh = {name: jnp.where(finite, value, jnp.nan) for name, value in fresh.items()}
     if not old:
         return fresh, finite

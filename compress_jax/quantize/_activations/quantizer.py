@@ -7,7 +7,7 @@ a scan of L iterations the arrays are stacked, ``[L, ...]``, and every iteration
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ class ActivationQuantizer(NamedTuple):
     scale_fn: Callable[[Site, int, jax.Array, OperandState], Scale]
     quantize_fn: Callable[[Site, int, jax.Array, OperandState], jax.Array]
     reducer: Reducer | None = None
-    ranges: Callable[[Site, Any], OperandState] = _no_ranges
+    ranges: Callable[[Site, PyTree], OperandState] = _no_ranges
     merge: Callable[[OperandState, OperandState], OperandState] = _keep_old
     learned: tuple[str, ...] = ()
     call: str = "ActivationQuantizer(...)"
@@ -146,6 +146,15 @@ def stable_scale_from_range(low: jax.Array, high: jax.Array, grid: Grid) -> Scal
     return scale, jnp.clip(jnp.round(-low * (1 / scale)), 0, grid.top).astype(jnp.uint8)
 
 
+def nearest_level(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
+    """Return ``grid.decode(grid.encode(x, ...), ...)`` in the dtype of ``x``; NaN stays NaN.
+
+    Unlike `Grid.round` it clips infinity.
+    """
+    decoded = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point)
+    return jnp.where(jnp.isnan(x), x, saturate(decoded, x.dtype))
+
+
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def round_to_grid(
     grid: Grid, clipped: bool, x: jax.Array, scale: jax.Array, zero_point: jax.Array
@@ -160,7 +169,7 @@ def round_to_grid(
       zero_point: uint8, likewise.
 
     Returns:
-      ``grid.decode(grid.encode(x, ...), ...)`` in the dtype of ``x``.
+      As `nearest_level`.
 
     Example:
       >>> def fn(x):
@@ -168,13 +177,12 @@ def round_to_grid(
       >>> [tuple(map(float, jax.value_and_grad(fn)(jnp.float32(x)))) for x in (0.9, 99.0)]
       [(1.0, 1.0), (63.5, 0.0)]
     """
-    decoded = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point)
-    return jnp.where(jnp.isnan(x), x, saturate(decoded, x.dtype))
+    return nearest_level(grid, x, scale, zero_point)
 
 
 @round_to_grid.defjvp
 def _(
-    grid: Grid, clipped: bool, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    grid: Grid, clipped: bool, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, scale, zero_point = primals
     dx = tangents[0]

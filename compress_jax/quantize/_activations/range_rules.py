@@ -8,25 +8,27 @@ then places the grid.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations.quantizer import stable_scale_from_range
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.rules import normal_clip
 from compress_jax.quantize._scales.search import kl_clip_ratio
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.reducer import Reducer, aligned, channels, of_inputs, total
-from compress_jax.trace.reducers import Histogram, edges, magnitudes
+from compress_jax.trace.reducers import Histogram, MinMax, edges, magnitudes
 from compress_jax.trace.reducers import percentile as quantile
 
 BINS = 4096  # of a histogram: at least a quarter lie on one side of zero, 8 for each of 128 levels
 
+T = TypeVar("T")
 Ends = tuple[jax.Array, jax.Array]
-RangeRule = Callable[[Any, Grid], Ends]
+RangeRule = Callable[[PyTree, Grid], Ends]
 
 
 class Spread(NamedTuple):
@@ -85,6 +87,7 @@ def spread(per_channel: bool = False) -> Reducer:
         share = new.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
 
         def pooled(a: jax.Array, b: jax.Array) -> jax.Array:
+            # The mean of two means, weighted by their counts.
             return a + aligned(share, a) * (b - a)
 
         return Spread(
@@ -109,7 +112,7 @@ def _mean_weight(
     return 1 / jnp.maximum(counted, 1)
 
 
-def extremes(statistics: Any, grid: Grid) -> Ends:
+def extremes(statistics: MinMax | Spread, grid: Grid) -> Ends:
     """Return the extremes themselves, or their moving averages if that is what was kept.
 
     Args:
@@ -226,7 +229,7 @@ def _rebin(
     return jnp.diff(jnp.round(cumulative).astype(jnp.int32), axis=-1)
 
 
-def _vmap_leading(fn: Callable[..., Any], axes: int) -> Callable[..., Any]:
+def _vmap_leading(fn: Callable[..., T], axes: int) -> Callable[..., T]:
     """Map a function over so many leading axes of all its arguments."""
     for _ in range(axes):
         fn = jax.vmap(fn)

@@ -1,7 +1,7 @@
 """Static quantization of activations: ranges from calibration, fixed or moving in training."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 
 from compress_jax.core.arguments import flag, number
 from compress_jax.core.errors import ArgumentError, ShapeError
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations import range_rules
 from compress_jax.quantize._activations.quantizer import (
     ActivationQuantizer,
@@ -89,7 +90,7 @@ def static(
     def quantize_fn(site: Site, index: int, x: jax.Array, state: OperandState) -> jax.Array:
         return round_to_grid(grid, clipped, x, *scale_fn(site, index, x, state))
 
-    def ranges(site: Site, statistics: Any) -> OperandState:
+    def ranges(site: Site, statistics: PyTree) -> OperandState:
         low, high = range_rule(statistics, grid)
         return {"low": low, "high": high}
 

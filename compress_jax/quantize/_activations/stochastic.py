@@ -3,7 +3,6 @@
 import zlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +46,7 @@ def quantized_backward(
     key: jax.Array,
     bits: int = 8,
     where: str | tuple[str, ...] | None = None,
-) -> Callable[..., Any]:
+) -> ModelFn:
     r"""Return ``fn`` with the gradients of its contractions computed from integers.
 
     The forward pass does not change. The gradient of a contraction consists of two contractions.
@@ -87,7 +86,7 @@ def quantized_backward(
     """
     grid = activation_grid(bits, True)._replace(narrow=True)
 
-    def rule(site: Site, lhs: jax.Array, rhs: jax.Array, site_key: jax.Array) -> Any:
+    def rule(site: Site, lhs: jax.Array, rhs: jax.Array, site_key: jax.Array) -> PyTree:
         if site.kind == "ragged_dot":
             return lhs, rhs
         return _contraction(site, grid)(lhs, rhs, site_key)
@@ -118,7 +117,7 @@ def _contraction(site: Site, grid: Grid) -> Callable[..., jax.Array]:
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         return exact(lhs, rhs), (lhs, rhs, key)
 
-    def exact_backward(_: None, lhs: jax.Array, rhs: jax.Array, gradient: jax.Array) -> Any:
+    def exact_backward(_: None, lhs: jax.Array, rhs: jax.Array, gradient: jax.Array) -> PyTree:
         return jax.vjp(exact, lhs, rhs)[1](gradient)
 
     def backward(

@@ -1,13 +1,12 @@
 """Rounding with a trained step size, offset or clipping bound: LSQ, LSQ+ and PACT."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.finite import saturate
 from compress_jax.core.straight_through import straight_through
+from compress_jax.quantize._activations.quantizer import nearest_level
 from compress_jax.quantize._scales.grid import Grid
 
 FLOOR = 2.0**-60
@@ -68,17 +67,19 @@ def lsq_round(
     References:
       Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, equations 3 and 5.
     """
-    return _round_to_grid(grid, x, scale, zero_point)
+    return nearest_level(grid, x, scale, zero_point)
 
 
 @lsq_round.defjvp
-def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> PrimalAndTangent:
+def _(
+    grid: Grid, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> PrimalAndTangent:
     x, scale, zero_point, gain = primals
     dx, ds, _, _ = tangents
     v, low, high = _steps_and_ends(grid, x, scale, zero_point)
     slope = jnp.where(v <= low, low, jnp.where(v >= high, high, jnp.round(v) - v))  # eq. 3
     inside = ((v > low) & (v < high)).astype(dx.dtype)  # eq. 5
-    out = _round_to_grid(grid, x, scale, zero_point)
+    out = nearest_level(grid, x, scale, zero_point)
     return out, dx * inside + (gain * slope * ds).astype(dx.dtype)
 
 
@@ -115,11 +116,13 @@ def lsq_plus_round(
     References:
       Bhalgat et al., "LSQ+", 2020, arXiv:2004.09576, equations 4 to 6.
     """
-    return _round_to_grid(grid, x, scale, zero_point_from_offset(grid, scale, offset))
+    return nearest_level(grid, x, scale, zero_point_from_offset(grid, scale, offset))
 
 
 @lsq_plus_round.defjvp
-def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> PrimalAndTangent:
+def _(
+    grid: Grid, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> PrimalAndTangent:
     x, scale, offset, gain = primals
     dx, ds, db, _ = tangents
     zero_point = zero_point_from_offset(grid, scale, offset)
@@ -128,7 +131,7 @@ def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Primal
     # Beyond the ends the value is the offset plus 0 or `top` steps (eq. 4 to 6).
     slope = jnp.where(v <= low, 0, jnp.where(v >= high, grid.top, jnp.round(v) - v))
     rest = gain * slope * ds + gain * jnp.where(inside, 0, db)
-    out = _round_to_grid(grid, x, scale, zero_point)
+    out = nearest_level(grid, x, scale, zero_point)
     return out, dx * inside.astype(dx.dtype) + rest.astype(dx.dtype)
 
 
@@ -160,11 +163,13 @@ def pact_round(grid: Grid, x: jax.Array, bound: jax.Array, zero_point: jax.Array
     References:
       Choi et al., "PACT", 2018, arXiv:1805.06085, equations 1 to 3.
     """
-    return _round_to_grid(grid, x, scale_from_bound(grid, bound, zero_point), zero_point)
+    return nearest_level(grid, x, scale_from_bound(grid, bound, zero_point), zero_point)
 
 
 @pact_round.defjvp
-def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> PrimalAndTangent:
+def _(
+    grid: Grid, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> PrimalAndTangent:
     x, bound, zero_point = primals
     dx, da, _ = tangents
     scale = scale_from_bound(grid, bound, zero_point)
@@ -172,7 +177,7 @@ def _(grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Primal
     # The lower end of the range is low / high times the bound, and moves with it.
     slope = jnp.where(v >= high, 1, jnp.where(v < low, low / high, 0))
     inside = ((v >= low) & (v < high)).astype(dx.dtype)
-    out = _round_to_grid(grid, x, scale, zero_point)
+    out = nearest_level(grid, x, scale, zero_point)
     return out, dx * inside + (slope * da).astype(dx.dtype)
 
 
@@ -202,11 +207,6 @@ def zero_point_from_sign(grid: Grid, low: jax.Array) -> jax.Array:
 def scale_from_bound(grid: Grid, bound: jax.Array, zero_point: jax.Array) -> jax.Array:
     """Return the scale of a grid whose highest level is ``bound``."""
     return bound * (1 / (grid.top - zero_point.astype(jnp.float32)))
-
-
-def _round_to_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-    decoded = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point)
-    return jnp.where(jnp.isnan(x), x, saturate(decoded, x.dtype))
 
 
 def _steps_and_ends(

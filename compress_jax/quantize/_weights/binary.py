@@ -1,7 +1,6 @@
 """Binary weights: a scale or its negative."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +86,7 @@ def mean_magnitude(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     return {"scale": jnp.clip(mean, 2.0**-126, 2.0**126)}
 
 
-def _constant(scale: Any) -> LevelRule:
+def _constant(scale: float | np.number) -> LevelRule:
     if isinstance(scale, bool) or not 0 < scale < np.inf:
         raise ArgumentError(f"a scale that is a number must be above 0 and finite, got {scale!r}")
     return lambda w, layout, levels: {"scale": jnp.full(layout.scale_shape, scale, jnp.float32)}

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
 from compress_jax.core.straight_through import pass_within
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales import levels as level_rules
 from compress_jax.quantize._scales.levels import Fixed, LevelRule
 
@@ -101,7 +101,7 @@ def from_levels(
         layout = layout_of(axes)
         return None, rule(layout.arrange(x.astype(jnp.float32)), layout, levels)
 
-    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
+    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: PyTree) -> LeafState:
         return init(x, None, axes)
 
     def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
@@ -144,7 +144,7 @@ def _rounded(
 
 @_rounded.defjvp
 def _(
-    layout: Layout, levels: Levels, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    layout: Layout, levels: Levels, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, levels, *primals), tangents[0]
 

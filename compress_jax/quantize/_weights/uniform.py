@@ -1,7 +1,6 @@
 """Uniform quantization: weights on an evenly spaced grid of 4 to 256 levels."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales import rules
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.least_squares import mse
@@ -94,7 +94,7 @@ def uniform(
         scale, zero_point = rule(layout.arrange(x.astype(jnp.float32)), layout, grid)
         return None, {"scale": scale, "zero_point": zero_point}
 
-    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
+    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: PyTree) -> LeafState:
         return init(x, None, axes)
 
     def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
@@ -133,7 +133,7 @@ def _rounded(
 
 @_rounded.defjvp
 def _(
-    layout: Layout, grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    layout: Layout, grid: Grid, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, grid, *primals), tangents[0]
 
