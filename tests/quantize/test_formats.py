@@ -70,3 +70,29 @@ def test_old_names_of_a_quantizers_functions_warn(old, new):
     quantizer = quantize.dynamic()
     with pytest.warns(DeprecationWarning, match=f"{old} is now {new}"):
         assert getattr(quantizer, old) is getattr(quantizer, new)
+
+
+@pytest.mark.parametrize(
+    ("compression", "call"),
+    [
+        (
+            quantize.uniform(4, granularity="channel"),
+            "uniform(granularity='channel', grid=Grid(bits=4, symmetric=True, narrow=False), "
+            "pad=False, rule=absmax, "
+            "see=_on_grid(Grid(bits=4, symmetric=True, narrow=False)))",
+        ),
+        (
+            quantize.fp4(),
+            "on_levels(clip=None, granularity='tensor', "
+            "levels=Float(exponent_bits=2, mantissa_bits=1, reserved=0), "
+            "pad=False, rule=absmax, scale_dtype=float32)",
+        ),
+        (
+            quantize.lsq(3),
+            "lsq(granularity='tensor', grid=Grid(bits=3, symmetric=True, narrow=False), pad=False)",
+        ),
+    ],
+)
+def test_the_call_in_checkpoints_keeps_its_text(compression, call):
+    """A checkpoint whose text differs is refused, so a renamed variable would cost old runs."""
+    assert compression.call == call

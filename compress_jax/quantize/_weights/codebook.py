@@ -122,6 +122,8 @@ def from_levels(
         layout = layout_of(axes)
         return Pointwise(quantize_fn, tuple(map(layout.spread, _scale_and_step(fixed, layout))))
 
+    # Checkpoints hold this text and are refused if it differs: its names must not change.
+    call = call_of("on_levels", view, rule=rule, scale_dtype=scale_dtype, axis=axis)
     return leafwise(
         view,
         init=init,
@@ -130,7 +132,7 @@ def from_levels(
         pointwise=pointwise,
         layout=True,
         axis=axis,
-        call=call_of("", view, rule=rule, scale_dtype=scale_dtype, axis=axis),
+        call=call,
     )
 
 

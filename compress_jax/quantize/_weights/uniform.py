@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from compress_jax.core.arguments import flag, sharing, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
@@ -117,8 +118,17 @@ def uniform(
         operands = (layout.spread(fixed["scale"]), layout.spread(fixed["zero_point"]))
         return Pointwise(quantize_fn, operands)
 
+    # Checkpoints hold this text and are refused if it differs: its names must not change.
+    call = call_of("uniform", view, rule=rule, see=quantize_fn, axis=axis)
     return leafwise(
-        view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis
+        view,
+        init=init,
+        update=update,
+        pack=pack,
+        pointwise=pointwise,
+        layout=True,
+        axis=axis,
+        call=call,
     )
 
 
