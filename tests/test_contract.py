@@ -160,7 +160,9 @@ CONTRACT = {
     "nf4 groups": tabled(quantize.nf4, 8, groups=True),
     "fp6": on_kernels(tabled(quantize.codebook, quantize.float_format(3, 2), "channel")),
     "own table": on_kernels(
-        tabled(quantize.codebook, quantize.Table((-1.0, -0.25, 0.0, 0.5)), scale="mse", sharded=1e-6)
+        tabled(
+            quantize.codebook, quantize.Table((-1.0, -0.25, 0.0, 0.5)), scale="mse", sharded=1e-6
+        )
     ),
     "mxfp8": tabled(quantize.mxfp8, pad=True, groups=True),
     "mxfp4": on_kernels(tabled(quantize.mxfp4, "mse", pad=True, groups=True)),

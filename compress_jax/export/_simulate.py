@@ -13,7 +13,7 @@ from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import is_packed, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.quantize._activations.site_patterns import pairs
+from compress_jax.quantize._activations.site_patterns import pattern_pairs
 from compress_jax.quantize._weights.uniform import uniform
 from compress_jax.trace import sites
 from compress_jax.trace._jaxpr.site import Site
@@ -88,16 +88,16 @@ def simulation(
     if how is None:
         return Simulation(fn, params, found, {}, lambda *x: fn(dense, *x))
     from compress_jax.quantize._activations.activations import activations
-    from compress_jax.quantize._activations.site_patterns import chosen
+    from compress_jax.quantize._activations.site_patterns import match_sites
 
     by_name = {site.name: site for site in found}
     left = dict(left or {})
-    for name, quantizer in chosen(found, how, where).items():
+    for name, quantizer in match_sites(found, how, where).items():
         _supported(name, quantizer)
         if reason := _not_in_integers(by_name[name]):
             left.setdefault(name, reason)
-    how = [*((exactly(name), None) for name in left), *pairs(how)]
-    quantizers = chosen(found, how, where)
+    how = [*((exactly(name), None) for name in left), *pattern_pairs(how)]
+    quantizers = match_sites(found, how, where)
     packed = _packed(params, [by_name[name] for name in quantizers])
     quantized = activations(fn, how, where)
     rounded = unpack(packed)
@@ -194,7 +194,7 @@ def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.flo
     key, index = next(iter(site.inputs.items()))
     shape = (site.lhs_shape, site.rhs_shape)[index]
     own = ranges[site.name][key]
-    scale, zero = quantizer.place(site, index, jnp.zeros(shape), own)
+    scale, zero = quantizer.scale_fn(site, index, jnp.zeros(shape), own)
     if np.size(scale) != 1:
         raise ExportError(
             f"site {site.name!r} has a scale for each channel; use granularity='tensor'"

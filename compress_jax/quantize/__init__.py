@@ -1,18 +1,19 @@
-"""Quantization: weights on few levels.
+"""Quantization: weights and activations on few levels.
 
-`uniform` rounds to evenly spaced levels; `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary`
-and `binary` to others, and `codebook` to any of one's own. Scale rules, grids and level tables are
-their pieces.
+Formats of weights: `uniform` rounds to evenly spaced levels; `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`,
+`nvfp4`, `ternary` and `binary` to others, and `codebook` to any table or small float. Scale rules
+(`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq` trains them.
 
-Once, after training: `gptq`, `adaround` and `signround` choose roundings by the layers' outputs,
-`clip` and `awq` ranges and scales, `smooth` and `equalize` move scales between layers of the same
-function, `rotate` its coordinates, `fold_batch_norm` its norms into its kernels, and `correct_bias`
-takes out the mean of the error.
+Once, after training: `gptq`, `adaround` and `signround` choose the rounding that changes a layer's
+outputs least, `clip` and `awq` choose clipping ranges and scales. `smooth`, `equalize`, `rotate`
+and `fold_batch_norm` rewrite params without changing the function, and `correct_bias` removes the
+mean of the error.
 
-Activations enter through a model's trace: `activations` applies `dynamic`, `static`, `lsq_inputs`
-(LSQ, and LSQ+ with ``offset=True``) or `pact` at its contractions, `lsq` learns the steps of
-weights, `integer` runs packed params on integer codes, and `contractions` lists every product with
-its operands' formats, or why it computes in floats.
+Activations: `activations` applies `dynamic`, `static`, `lsq_inputs` or `pact` at the contractions
+of a model. `integer` runs packed params on integer codes, and `contractions` lists every
+contraction with the formats of its operands, or why it computes in floats.
+
+README.md in this folder has a table of which method when.
 """
 
 from compress_jax.core.deprecated import renamed
@@ -36,14 +37,13 @@ from compress_jax.quantize._rewrites.smooth import smooth
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._scales.least_squares import fit, mse
-from compress_jax.quantize._scales.levels import float_format
 from compress_jax.quantize._scales.rules import (
     absmax,
     minmax,
     normal_clip,
     percentile,
     rms,
-    spanning,
+    scale_from_range,
 )
 from compress_jax.quantize._scales.search import entropy, pnorm
 from compress_jax.quantize._solvers.adaround import adaround
@@ -53,7 +53,7 @@ from compress_jax.quantize._solvers.signround import signround
 from compress_jax.quantize._weights.binary import binary
 from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
 from compress_jax.quantize._weights.codebook import codebook
-from compress_jax.quantize._weights.floats import fp4, fp8, nf4
+from compress_jax.quantize._weights.floats import float_format, fp4, fp8, nf4
 from compress_jax.quantize._weights.ternary import ternary
 from compress_jax.quantize._weights.uniform import uniform
 
@@ -102,9 +102,9 @@ __all__ = [
     "quantized_backward",
     "rms",
     "rotate",
+    "scale_from_range",
     "signround",
     "smooth",
-    "spanning",
     "static",
     "stochastic_round",
     "ternary",
@@ -114,6 +114,7 @@ __all__ = [
 __getattr__ = renamed(
     {
         "signed": "signround",
+        "spanning": "scale_from_range",
         "tabled": "codebook",
         "Corrected": "Rewritten",
         "Folded": "Rewritten",
@@ -125,5 +126,5 @@ __getattr__ = renamed(
 
 
 def __dir__() -> list[str]:
-    """Show what may be called, and no module that holds it."""
+    """Return the public names, without the modules that hold them."""
     return sorted(__all__)

@@ -14,8 +14,16 @@ from compress_jax.core.arguments import whole
 from compress_jax.core.errors import ConfigError, StateError
 from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations.activations import Ranges, activations
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, require_finite
-from compress_jax.quantize._activations.site_patterns import How, Where, pairs
+from compress_jax.quantize._activations.quantizer import (
+    ActivationQuantizer,
+    OperandState,
+    require_finite,
+)
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    pattern_pairs,
+)
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.calibrate import Masks
 
@@ -28,8 +36,8 @@ Variables = dict[str, Any]
 
 def quantized(
     model: nn.Module,
-    how: How,
-    where: Where = None,
+    how: QuantizerRules,
+    where: SitePatterns = None,
     *,
     start: int = 0,
     freeze: int | None = None,
@@ -107,8 +115,8 @@ class QuantizedModel:
     """
 
     model: nn.Module
-    how: How
-    where: Where = None
+    how: QuantizerRules
+    where: SitePatterns = None
     start: int = 0
     freeze: int | None = None
     freeze_batch_norm: int | None = None
@@ -131,7 +139,9 @@ class QuantizedModel:
         variables = dict(self.model.init(rngs, *inputs, **options))
         if self.example is not None:
             return self.calibrate(variables, [self.example])
-        learned = [str(each) for _, each in pairs(self.how) if each is not None and each.learned]
+        learned = [
+            str(each) for _, each in pattern_pairs(self.how) if each is not None and each.learned
+        ]
         if learned:
             raise ConfigError(
                 f"{learned[0]} starts from data: give quantized(..., example=a batch of real "
@@ -294,7 +304,9 @@ class QuantizedModel:
 
     def _split(self, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return fixed and learned ranges, by site names without slashes."""
-        names = {name for _, each in pairs(self.how) if each is not None for name in each.learned}
+        names = {
+            name for _, each in pattern_pairs(self.how) if each is not None for name in each.learned
+        }
         fixed, learned = {}, {}
         for site, operands in ranges.items():
             for kept, inside in ((fixed, False), (learned, True)):
@@ -330,7 +342,9 @@ def _without(mutable: Any) -> Any:
     )
 
 
-def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -> How:
+def _delayed(
+    how: QuantizerRules, trained: bool, on: jax.Array, frozen: jax.Array | None
+) -> QuantizerRules:
     """Return quantizers that start late and whose ranges can be frozen.
 
     They pass activations through before the start and while there is no range; after training a
@@ -338,11 +352,11 @@ def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -
     """
 
     def delayed(each: ActivationQuantizer) -> ActivationQuantizer:
-        def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
+        def quantize_fn(site: Site, index: int, x: jax.Array, own: OperandState) -> jax.Array:
             ready = jnp.stack([on, *(~jnp.isnan(value).any() for value in own.values())]).all()
-            return jnp.where(ready, each.see(site, index, x, own), x)
+            return jnp.where(ready, each.quantize_fn(site, index, x, own), x)
 
-        def merge(old: Own, new: Own) -> Own:
+        def merge(old: OperandState, new: OperandState) -> OperandState:
             moved = each.merge(old, new)
             return (
                 moved
@@ -350,7 +364,7 @@ def _delayed(how: How, trained: bool, on: jax.Array, frozen: jax.Array | None) -
                 else {name: jnp.where(frozen, old[name], moved[name]) for name in old}
             )
 
-        return each._replace(see=see, merge=merge, waits=not trained)
+        return each._replace(quantize_fn=quantize_fn, merge=merge, allow_unknown=not trained)
 
     if isinstance(how, ActivationQuantizer):
         return delayed(how)

@@ -1,6 +1,10 @@
 """Every constructor of a method refuses what means nothing, naming the argument, its value and
 what is accepted."""
 
+import inspect
+import typing
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,19 +36,19 @@ WHOLE = (
 FLAGS = (("one", 1), ("a string", "yes"), ("a number", 0.0), ("a list", []))
 NAMES = (("unknown", "nonsense"), ("a number", 3.5), ("a list", ["absmax"]), ("a flag", True))
 
-QUANTIZERS = {
-    "uniform": quantize.uniform,
-    "fp8": quantize.fp8,
-    "fp4": quantize.fp4,
-    "nf4": quantize.nf4,
-    "mxfp8": quantize.mxfp8,
-    "mxfp4": quantize.mxfp4,
-    "nvfp4": quantize.nvfp4,
-    "ternary": quantize.ternary,
-    "binary": quantize.binary,
-    "lsq": quantize.lsq,
-    "codebook": lambda **options: quantize.codebook(quantize.float_format(2, 1), **options),
-}
+
+def quantizers():
+    """Return every public function of `quantize` that makes a Compression, by name."""
+    functions = {name: getattr(quantize, name) for name in quantize.__all__}
+    found = {
+        name: fn
+        for name, fn in functions.items()
+        if inspect.isfunction(fn) and typing.get_type_hints(fn).get("return") is cj.Compression
+    }
+    return {**found, "codebook": partial(quantize.codebook, quantize.float_format(2, 1))}
+
+
+QUANTIZERS = quantizers()
 SCORED = {
     "magnitude": lambda sparsity=0.5, **o: prune.magnitude(sparsity, **o),
     "saliency": lambda sparsity=0.5, **o: prune.saliency(sparsity, **o),
@@ -73,7 +77,8 @@ def table():
         rows.extend((f"{of} {argument}: {what}", make, argument, value) for what, value in values)
 
     for name, make in QUANTIZERS.items():
-        if name not in ("mxfp8", "mxfp4", "nvfp4"):
+        arguments = inspect.signature(make).parameters
+        if "granularity" in arguments:
             add(
                 name,
                 make,
@@ -82,7 +87,7 @@ def table():
             )
         add(name, make, "pad", FLAGS)
         add(name, make, "axis", [*PLACES, ("floats", (0, 1.0)), ("none", ())])
-        if name != "lsq":
+        if "scale" in arguments:
             unknown = [each for each in NAMES if name != "binary" or each[0] != "a number"]
             add(name, make, "scale", unknown)
     for name in ("ternary", "binary"):

@@ -1,4 +1,4 @@
-"""Quantized activations: against numpy in float64, throughout the models of the zoo, under every transformation."""
+"""Quantized activations against numpy in float64, in many models, under every transformation."""
 
 import math
 from functools import partial
@@ -15,8 +15,8 @@ from compress_jax.core.errors import DataError, NoMatchError, NonFiniteError, Sh
 from compress_jax.quantize._activations import range_rules
 from compress_jax.quantize._activations.activations import activations
 from compress_jax.quantize._activations.dynamic import dynamic
-from compress_jax.quantize._activations.quantizer import rounded, spanned
-from compress_jax.quantize._activations.site_patterns import choose
+from compress_jax.quantize._activations.quantizer import round_to_grid, stable_scale_from_range
+from compress_jax.quantize._activations.site_patterns import match_site
 from compress_jax.quantize._activations.static import static
 from compress_jax.quantize._integer.integer import integer
 from compress_jax.quantize._learned.lsq import lsq_inputs
@@ -80,9 +80,9 @@ def test_values_are_those_of_float64(bits, symmetric):
     x = normal(4, 50, 6, scale=2, shift=0.3)
     (site,) = sites(dense, PARAMS, x)
     wide, rows = np.asarray(x), (2,)
-    ours = dynamic(bits, symmetric).see(site, 0, x, {})
+    ours = dynamic(bits, symmetric).quantize_fn(site, 0, x, {})
     close_but_for_ties(ours, x, wide.min(), wide.max(), bits, symmetric)
-    ours = dynamic(bits, symmetric, "token").see(site, 0, x, {})
+    ours = dynamic(bits, symmetric, "token").quantize_fn(site, 0, x, {})
     close_but_for_ties(
         ours, x, wide.min(rows, keepdims=True), wide.max(rows, keepdims=True), bits, symmetric
     )
@@ -91,7 +91,7 @@ def test_values_are_those_of_float64(bits, symmetric):
         own = activations(dense, how).init(PARAMS, [x])["kernel"]["input"]
         low, high = wide.min(axes, keepdims=True), wide.max(axes, keepdims=True)
         np.testing.assert_array_equal(own["low"], low.squeeze())
-        close_but_for_ties(how.see(site, 0, x, own), x, low, high, bits, symmetric)
+        close_but_for_ties(how.quantize_fn(site, 0, x, own), x, low, high, bits, symmetric)
 
 
 @QUANTIZERS
@@ -104,14 +104,14 @@ def test_what_is_seen_is_what_the_codes_stand_for_bit_for_bit(how, dtype):
     other = 3 * normal(4, 5, 6, seed=1).astype(dtype)
 
     def by_codes(x, own):
-        scale, zero_point = how.place(site, 0, x, own)
+        scale, zero_point = how.scale_fn(site, 0, x, own)
         assert scale.dtype == jnp.float32 and zero_point.dtype == jnp.uint8
         jnp.broadcast_shapes(scale.shape, zero_point.shape, x.shape)
         codes = how.grid.encode(x, scale, zero_point)
         return how.grid.decode(codes, scale, zero_point).astype(x.dtype), codes
 
     def see(x, own):
-        return how.see(site, 0, x, own)
+        return how.quantize_fn(site, 0, x, own)
 
     seen, codes = by_codes(other, own)
     assert codes.min() >= 0 and codes.max() <= how.grid.top
@@ -129,7 +129,7 @@ def test_what_is_seen_is_what_the_codes_stand_for_bit_for_bit(how, dtype):
 def test_a_grid_spans_its_range_and_holds_zero(a, b, bits, symmetric):
     low, high = min(a, b), max(a, b)
     grid = Grid(bits, symmetric)
-    scale, zero_point = spanned(jnp.float32(low), jnp.float32(high), grid)
+    scale, zero_point = stable_scale_from_range(jnp.float32(low), jnp.float32(high), grid)
     assert np.isfinite(scale) and scale > 0 and 0 <= int(zero_point) <= grid.top
     assert float(grid.decode(zero_point.astype(jnp.int32), scale, zero_point)) == 0
     if symmetric:
@@ -158,7 +158,9 @@ def test_the_gradient_is_straight_through_and_zero_where_it_clips():
     ):
         grad = jax.grad(lambda x, how=how: activations(fn, how).apply(params, ranges, x).sum())(x)
         assert grad.tolist() == [expected]
-    extreme = jax.grad(lambda x: rounded(Grid(8), True, x, *spanned(-x, x, Grid(8))))
+    extreme = jax.grad(
+        lambda x: round_to_grid(Grid(8), True, x, *stable_scale_from_range(-x, x, Grid(8)))
+    )
     assert all(
         float(extreme(jnp.float32(x))) == 1 for x in np.random.default_rng(0).uniform(0.1, 9, 50)
     )
@@ -203,9 +205,7 @@ def test_mse_finds_the_least_error_there_is(kind, bits, symmetric):
         "skewed": scipy.stats.norm.cdf(y := rng.normal(size=4_000)) * y,  # GELU
         "outlier": np.append(rng.normal(size=4_000), 30.0),
     }[kind]
-    low, high = range_rules.least_squares(
-        seen_by(x, 3)(histogram(range_rules.BINS)), Grid(bits, symmetric)
-    )
+    low, high = range_rules.mse(seen_by(x, 3)(histogram(range_rules.BINS)), Grid(bits, symmetric))
     ours = error(x, float(low), float(high), bits, symmetric)
     ends = (
         (min(x.min(), -x.max()), max(x.max(), -x.min()))
@@ -223,10 +223,10 @@ def test_mse_finds_the_least_error_there_is(kind, bits, symmetric):
 
 
 def test_mse_of_a_unit_normal_is_the_known_optimum():
-    """The best steps of a unit normal (Max, 1960; `scales.normal_clip`), by way of a histogram."""
+    """The best steps of a unit normal (Max, 1960; `quantize.normal_clip`), from a histogram."""
     x = scipy.stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
     for bits, step in ((2, 1.0484), (3, 0.6018), (4, 0.3386), (6, 0.1042)):
-        _, high = range_rules.least_squares(seen_by(x)(histogram(range_rules.BINS)), Grid(bits))
+        _, high = range_rules.mse(seen_by(x)(histogram(range_rules.BINS)), Grid(bits))
         np.testing.assert_allclose(float(high) / (2 ** (bits - 1) - 1), step, rtol=0.03)
 
 
@@ -234,9 +234,9 @@ def test_percentile_and_rms_are_those_of_numpy():
     x = np.random.default_rng(1).laplace(0.4, 2.0, 30_000)
     seen = seen_by(x, 4)(histogram(range_rules.BINS))
     width = 2 ** math.ceil(math.log2(np.abs(x).max())) * 2 / range_rules.BINS
-    high = range_rules.percentiles(seen, Grid(8), 99.0)[1]
+    high = range_rules.percentile(seen, Grid(8), 99.0)[1]
     np.testing.assert_allclose(float(high), np.percentile(np.abs(x), 99), atol=2 * width)
-    ends = range_rules.percentiles(seen, Grid(8, False), 99.0)
+    ends = range_rules.percentile(seen, Grid(8, False), 99.0)
     np.testing.assert_allclose(
         [float(end) for end in ends], np.percentile(x, [0.5, 99.5]), atol=2 * width
     )
@@ -246,7 +246,7 @@ def test_percentile_and_rms_are_those_of_numpy():
         [x.mean(), np.abs(x).mean(), (x**2).mean(), x.min(), x.max(), 30_000],
         rtol=1e-4,
     )
-    low, high = range_rules.root_mean_square(spread, Grid(4, False))
+    low, high = range_rules.rms(spread, Grid(4, False))
     reach = 2.3702614 * x.std()  # normal_clip(Grid(4))
     np.testing.assert_allclose(
         [float(low), float(high)], [x.mean() - reach, x.mean() + reach], rtol=1e-4
@@ -257,12 +257,12 @@ def test_percentile_and_rms_are_those_of_numpy():
 def test_entropy_lets_an_outlier_go_and_keeps_a_uniform_range(symmetric):
     rng = np.random.default_rng(2)
     heavy = np.append(np.maximum(rng.normal(size=50_000), 0), [200.0])
-    low, high = range_rules.least_entropy(
+    low, high = range_rules.entropy(
         seen_by(heavy, 2)(histogram(range_rules.BINS)), Grid(8, symmetric)
     )
     assert 2 < high < 20 and low == (-high if symmetric else 0)
     flat = rng.uniform(-1, 1, 100_000)
-    low, high = range_rules.least_entropy(
+    low, high = range_rules.entropy(
         seen_by(flat, 2)(histogram(range_rules.BINS)), Grid(4, symmetric)
     )
     assert high > 0.9 and low < -0.9
@@ -328,7 +328,7 @@ def test_eight_bits_change_every_model_a_little(entry):
     ]
     quantized = activations(fn, how)
     ranges = quantized.init(variables, [inputs])
-    chosen = {site.name for site in found if not isinstance(choose(site, how), str)}
+    chosen = {site.name for site in found if not isinstance(match_site(site, how), str)}
     assert set(ranges) == chosen and set(quantized.table(variables, *inputs)) == {
         site.name for site in found
     }
@@ -438,7 +438,7 @@ def test_an_image_of_a_convolution_and_both_kernels(granularity):
         {"kernel": normal(3, 3, 4, 2)},
     )
     (site,) = sites(fn, params, x)
-    scale, _ = dynamic(granularity=granularity).place(site, 0, x, {})
+    scale, _ = dynamic(granularity=granularity).scale_fn(site, 0, x, {})
     assert scale.shape == ((3, 1, 1, 1) if granularity == "token" else ())
     own = activations(fn, static(granularity="channel")).init(params, [x])["kernel"]["input"]
     np.testing.assert_array_equal(own["high"], np.asarray(x).max((0, 1, 2)))

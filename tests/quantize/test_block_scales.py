@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from compress_jax.core.layout import Layout
 from compress_jax.quantize import mxfp4, mxfp8, nvfp4
-from compress_jax.quantize._scales.levels import E2M1, E4M3, E5M2
 from compress_jax.quantize._weights.blocks import best_power, best_two_level, ceil, floor, two_level
+from compress_jax.quantize._weights.floats import E2M1, E4M3, E5M2
 
 DTYPE = {E2M1: ml_dtypes.float4_e2m1fn, E4M3: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2}
 EMAX = {E2M1: 2, E4M3: 8, E5M2: 15}  # of the specification, tables 2 to 5

@@ -1,4 +1,4 @@
-"""Formats of tabled levels as Compressions: rounding, train = ship, gradients, sharding, nesting, artifacts, refusals."""
+"""Formats of uneven levels: rounding, train = ship, gradients, sharding, nesting, artifacts."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from compress_jax import quantize
 from compress_jax.core import NonFiniteError, ShapeError, Tabled
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse
-from compress_jax.quantize import Table, float_format, fp4, fp8, nf4, codebook
-from compress_jax.quantize._scales import levels
-from compress_jax.quantize._scales.levels import BINARY, E2M1, E4M3, NF4, TERNARY
+from compress_jax.quantize import Table, codebook, float_format, fp4, fp8, nf4
+from compress_jax.quantize._scales import levels as level_rules
+from compress_jax.quantize._weights.binary import BINARY
+from compress_jax.quantize._weights.floats import E2M1, E4M3, NF4
+from compress_jax.quantize._weights.ternary import TERNARY
 
 GRANULARITIES = ("tensor", "channel", 4)
 FORMATS = {
@@ -107,17 +109,17 @@ def test_mse_is_no_worse_than_the_best_of_4000_scales(name, n, levels):
         distance = np.abs(w.astype(np.float64)[:, None] - scale * numbers)
         return float((distance.min(1) ** 2).sum())
 
-    fixed = levels.mse(jnp.asarray(w), Layout((n,)), levels)
+    fixed = level_rules.mse(jnp.asarray(w), Layout((n,)), levels)
     dense = min(map(error, np.abs(w).max() * np.geomspace(1e-3, 1.5, 4000)))
     assert error(float(fixed["scale"][0])) <= dense * (1 + 1e-3)
 
 
 def test_mse_finds_an_outlier_among_many_and_scales_with_the_weights():
     w = jnp.append(weights(2, (2**14,)), 60.0)
-    fixed = levels.mse(w, Layout(w.shape), NF4)
+    fixed = level_rules.mse(w, Layout(w.shape), NF4)
     assert 2 < float(fixed["scale"][0]) < 30
     for size in (2.0**-100, 2.0**100):
-        again = levels.mse(w * size, Layout(w.shape), NF4)
+        again = level_rules.mse(w * size, Layout(w.shape), NF4)
         np.testing.assert_array_equal(again["scale"], fixed["scale"] * np.float32(size))
 
 

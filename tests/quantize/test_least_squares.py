@@ -1,4 +1,4 @@
-"""The least-squares scale against brute force in float64, and against the published and measured figures."""
+"""The least-squares scale against brute force in float64 and against published figures."""
 
 from functools import partial
 

@@ -11,7 +11,7 @@ from compress_jax.core import ShapeError
 from compress_jax.core.layout import Layout
 from compress_jax.quantize import mse, uniform
 from compress_jax.quantize._activations.activations import activations
-from compress_jax.quantize._learned.learned_step import positive, shifted, stepped
+from compress_jax.quantize._learned.learned_step import lsq_plus_round, lsq_round, positive
 from compress_jax.quantize._learned.lsq import lsq, lsq_inputs
 from compress_jax.quantize._scales.grid import Grid
 
@@ -261,8 +261,8 @@ def test_an_offset_is_used_on_the_grid_so_that_zero_is_exact():
 
 def test_forward_and_reverse_mode_agree():
     x, s = normal(7), jnp.float32(0.4)
-    one = lambda x, s: stepped(Grid(3), x, s, jnp.uint8(4), jnp.float32(0.5))  # noqa: E731
-    other = lambda x, s: shifted(Grid(3, False), x, s, -2 * s, jnp.float32(0.5))  # noqa: E731
+    one = lambda x, s: lsq_round(Grid(3), x, s, jnp.uint8(4), jnp.float32(0.5))  # noqa: E731
+    other = lambda x, s: lsq_plus_round(Grid(3, False), x, s, -2 * s, jnp.float32(0.5))  # noqa: E731
     for each in (one, other):
         for argument in (0, 1):
             forward, reverse = jax.jacfwd(each, argument)(x, s), jax.jacrev(each, argument)(x, s)

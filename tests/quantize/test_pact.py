@@ -77,7 +77,7 @@ def test_where_it_starts():
 
 @pytest.mark.parametrize("way", ["loss", "optimizer"])
 def test_decay_pulls_alpha_down_until_clipping_costs_more(way):
-    """The paper's figure 3 in small: the loss alone keeps alpha at 10, decay brings it to where values are."""
+    """Figure 3 in small: the loss alone keeps alpha at 10, decay brings it down to the values."""
     x = jax.nn.relu(normal(200, 6))
     clipping = activations(fn, pact(2, alpha=10.0))
     ranges = clipping.init({"kernel": jnp.eye(6)}, [x])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from compress_jax.core.layout import Layout
 from compress_jax.quantize import Grid, entropy, mse, pnorm
-from compress_jax.quantize._scales.search import least_divergent
+from compress_jax.quantize._scales.search import kl_clip_ratio
 
 
 def divergence(counts: np.ndarray, zero: int, share: float, groups: int) -> float:
@@ -43,7 +43,7 @@ def test_the_share_has_the_least_divergence_of_all_tried(seed, zero, groups, str
     counts = rng.poisson(rng.choice([0.3, 3, 300], 64) * rng.random(64)).astype(np.int32)
     shares = [1 - i * stride / 64 for i in range((64 - groups) // stride + 1)]
     least = min(divergence(counts, zero, share, groups) for share in shares)
-    got = float(least_divergent(jnp.asarray(counts), jnp.int32(zero), groups, stride))
+    got = float(kl_clip_ratio(jnp.asarray(counts), jnp.int32(zero), groups, stride))
     assert min(abs(got - share) for share in shares) < 1e-6
     got = min(shares, key=lambda share: abs(share - got))
     np.testing.assert_allclose(divergence(counts, zero, got, groups), least, atol=1e-5)
@@ -51,11 +51,11 @@ def test_the_share_has_the_least_divergence_of_all_tried(seed, zero, groups, str
 
 def test_of_equal_shares_the_larger_is_taken_and_many_histograms_are_searched_at_once():
     counts = jnp.array([[4, 4, 4, 4, 0, 0, 0, 4], [30, 30, 10, 9, 0, 2, 0, 1], [0] * 8])
-    assert least_divergent(counts, jnp.zeros(3, jnp.int32), 2).tolist() == [1.0, 0.5, 1.0]
+    assert kl_clip_ratio(counts, jnp.zeros(3, jnp.int32), 2).tolist() == [1.0, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, symmetric=False)], ids=str)
-def test_entropy_is_the_least_divergent_range_of_a_histogram(grid):
+def test_entropy_is_the_kl_clip_ratio_range_of_a_histogram(grid):
     w = np.append(np.random.default_rng(0).normal(size=60_000), [30, -20]).astype(np.float32)
     w[:20_000] = 0  # exact on any grid, and not counted
     scale, _ = entropy(jnp.asarray(w), Layout(w.shape), grid)

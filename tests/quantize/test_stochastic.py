@@ -1,4 +1,4 @@
-"""Stochastic rounding and backward passes in integers: right on average, against the exact gradient."""
+"""Stochastic rounding and backward passes in integers: unbiased, against the exact gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -9,8 +9,7 @@ import pytest
 
 from compress_jax.core.layout import Layout
 from compress_jax.quantize import binary, ternary
-from compress_jax.quantize._scales.levels import TERNARY
-from compress_jax.quantize._weights.ternary import best_ternary
+from compress_jax.quantize._weights.ternary import TERNARY, best_ternary
 
 W = np.random.default_rng(0).laplace(size=(50, 4)).astype(np.float32)
 each = pytest.mark.parametrize("granularity", ["tensor", "channel", 20])

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Quantizers of activations and the function that applies them throughout a model."""

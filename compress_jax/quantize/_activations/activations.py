@@ -9,9 +9,19 @@ from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.errors import NonFiniteError, StateError
-from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own, require_finite
-from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen, pairs
+from compress_jax.core.types import Array, Batch, ModelFn, Params, PyTree
+from compress_jax.quantize._activations.quantizer import (
+    ActivationQuantizer,
+    OperandState,
+    require_finite,
+)
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    match_site,
+    match_sites,
+    pattern_pairs,
+)
 from compress_jax.trace import calibrate, sites
 from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind
 from compress_jax.trace._jaxpr.rewrite import hooked
@@ -19,40 +29,51 @@ from compress_jax.trace._jaxpr.site import Position, Site
 from compress_jax.trace._statistics.calibrate import Masks, masks_of
 from compress_jax.trace._statistics.reducer import Reducer
 
-Ranges = dict[str, dict[str, Own]]
-BROKEN = "not finite"  # beside the operands of a site: how many of its statistics were left out
+Ranges = dict[str, dict[str, OperandState]]
+NON_FINITE = "not finite"  # beside the operands of a site: how many of its statistics were skipped
 
 
 class Activations(NamedTuple):
     """Pure functions that run a model on quantized activations.
 
-    ``ranges`` is a plain tree, ``{site name: {"input": own}}``, or ``{"lhs": own, "rhs": own}`` of
-    a product of two activations; what ``own`` holds is its quantizer's affair, stacked inside
-    loops.
+    ``ranges`` is a plain tree, ``{site name: {"input": state}}``, or
+    ``{"lhs": state, "rhs": state}`` for a product of two activations. The state of an operand is a
+    dict of arrays that its quantizer defines, stacked inside loops.
 
     Attributes:
-      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches, each what the
-        model takes after params (a tuple is several arguments), and of them what counts, see
-        `trace.calibrate`. Dynamic quantizers need none.
+      init: ``(params, batches=(), mask=None) -> ranges``, from calibration batches. Each batch is
+        what the model takes after params (a tuple is several arguments); the mask selects the
+        examples that count, see `trace.calibrate`. Dynamic quantizers need no batches.
       apply: ``(params, ranges, *inputs) -> out``; differentiable in params and in learned ranges.
       update: ``(params, ranges, *inputs, mask=None) -> (out, new ranges)``: ranges move with this
-        batch, with what of it counts, and the output is that of the new ones. Where a range is NaN,
-        or ``ranges`` is None, this batch sets it. Statistics that are not finite (a batch with an
-        overflow) move nothing.
-      table: ``(params, *inputs) -> {site name: what is done there, or why nothing is}``.
+        batch, as far as the mask counts it, and the output is that of the new ones. Where a range
+        is NaN, or ``ranges`` is None, this batch sets it. Statistics that are not finite (a batch
+        with an overflow) move nothing.
+      table: ``(params, *inputs) -> {site name: its quantizer, or why it has none}``.
       watch: as ``update``,
         ``-> (out, new ranges, {site name: int32, how many of its statistics were not finite})``.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> fn, params, x = lambda p, x: x @ p["kernel"], {"kernel": jnp.eye(2)}, jnp.ones((1, 2))
+      >>> quantized = cj.quantize.activations(fn, cj.quantize.static(bits=4))
+      >>> ranges = quantized.init(params, [x])
+      >>> _, ranges = quantized.update(params, ranges, 2 * x)
+      >>> float(ranges["kernel"]["input"]["high"])
+      2.0
     """
 
     init: Callable[..., Ranges]
-    apply: Callable[..., Any]
-    update: Callable[..., tuple[Any, Ranges]]
+    apply: Callable[..., PyTree]
+    update: Callable[..., tuple[PyTree, Ranges]]
     table: Callable[..., dict[str, str]]
-    watch: Callable[..., tuple[Any, Ranges, dict[str, jax.Array]]]
+    watch: Callable[..., tuple[PyTree, Ranges, dict[str, jax.Array]]]
 
 
-def activations(fn: ModelFn, how: How, where: Where = None) -> Activations:
-    """Quantize the activations that enter the contractions of a function: dense layers, convolutions, einsums, experts.
+def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) -> Activations:
+    """Quantize the activations that enter the contractions of a function.
+
+    Contractions are dense layers, convolutions, einsums, experts.
 
     Args:
       fn: a pure function of params and inputs.
@@ -63,19 +84,20 @@ def activations(fn: ModelFn, how: How, where: Where = None) -> Activations:
         here or in ``how`` other than ``"**"`` matches it.
 
     Returns:
-      The functions. `Activations.table` tells what is done where.
+      The functions. `Activations.table` lists what is done at each site.
 
     Raises:
       NoMatchError: when called, if a glob matches no site.
       NonFiniteError: in ``init``, naming the site, if its activations were not finite or it never
-        ran; in ``apply`` and ``update``, if a known range is not finite. Of a traced one the result
-        is NaN.
+        ran; in ``apply`` and ``update``, if a known range is not finite. With a traced range the
+        result is NaN instead.
       StateError: in ``apply`` and ``update``, if ``ranges`` lacks a site.
 
     Example:
-      >>> from compress_jax.quantize._activations.static import static
-      >>> fn, params, x = lambda w, x: x @ w["kernel"], {"kernel": jnp.eye(2)}, jnp.array([[1.0, 0.3], [-7.0, 2.6]])
-      >>> int4 = activations(fn, static(bits=4))
+      >>> import compress_jax as cj
+      >>> fn, params = lambda w, x: x @ w["kernel"], {"kernel": jnp.eye(2)}
+      >>> x = jnp.array([[1.0, 0.3], [-7.0, 2.6]])
+      >>> int4 = cj.quantize.activations(fn, cj.quantize.static(bits=4))
       >>> ranges = int4.init(params, [x])
       >>> ranges["kernel"]["input"]["low"].tolist(), int4.apply(params, ranges, x).tolist()
       (-7.0, [[1.0, 0.0], [-7.0, 3.0]])
@@ -83,186 +105,208 @@ def activations(fn: ModelFn, how: How, where: Where = None) -> Activations:
       {'kernel': "static(bits=4, symmetric=True, granularity='tensor', range='minmax')"}
     """
 
-    def init(params: Params, batches: Iterable[Any] = (), mask: Masks | None = None) -> Ranges:
+    def init(params: Params, batches: Iterable[Batch] = (), mask: Masks | None = None) -> Ranges:
         batches = list(batches)
-        if not batches and not any(each.reducer for _, each in pairs(how) if each):
+        needed = any(each.reducer for _, each in pattern_pairs(how) if each)
+        if not batches and not needed:
             return {}
-        seen = calibrate(fn, _reducer(how, where), params, batches, mask=mask)
-        quantizers = chosen(seen.sites.values(), how, where)
+        statistics = calibrate(fn, _reducer(how, where), params, batches, mask=mask)
+        quantizers = match_sites(statistics.sites.values(), how, where)
         return {
-            name: _calibrated(seen.sites[name], each, seen[name])
+            name: _calibrated_ranges(statistics.sites[name], each, statistics[name])
             for name, each in quantizers.items()
         }
 
     def run(
         params: Params,
         ranges: Ranges | None,
-        inputs: tuple[Any, ...],
+        inputs: tuple[PyTree, ...],
         moving: bool,
-        mask: Any = None,
-    ) -> tuple[Any, Ranges]:
+        mask: Array | None = None,
+    ) -> tuple[PyTree, Ranges]:
         def hooks(found: dict[Position, Site]) -> Hooks:
-            quantizers = chosen(found.values(), how, where)
-            _require(quantizers, ranges, moving)
-            kept = {position: site for position, site in found.items() if site.name in quantizers}
-            return Hooks(
-                kept, lambda site, *rest: _quantized(quantizers[site.name], moving, site, *rest)
-            )
+            quantizers = match_sites(found.values(), how, where)
+            _require_ranges(quantizers, ranges, moving)
+            quantized = {
+                position: site for position, site in found.items() if site.name in quantizers
+            }
 
-        own = {name: {"own": each} for name, each in (ranges or {}).items()}
+            def contract(site: Site, *operation: Any) -> Values:
+                return _quantized_contraction(quantizers[site.name], moving, site, *operation)
+
+            return Hooks(quantized, contract)
+
+        given = _SiteInputs({name: {"ranges": each} for name, each in (ranges or {}).items()})
         if mask is not None:
-            found = [
-                site
-                for site in sites(fn, params, *inputs)
-                if not isinstance(choose(site, how, where), str)
+            found = sites(fn, params, *inputs)
+            names = [
+                site.name for site in found if not isinstance(match_site(site, how, where), str)
             ]
-            for name, masks in masks_of(
-                fn, [site.name for site in found], mask, params, *inputs
-            ).items():
-                own[name] = {**own.get(name, {}), "masks": masks}
-        return hooked(fn, hooks, None, _Given(own))(params, *inputs)
+            for name, masks in masks_of(fn, names, mask, params, *inputs).items():
+                given[name] = {**given[name], "masks": masks}
+        return hooked(fn, hooks, None, given)(params, *inputs)
 
-    def apply(params: Params, ranges: Ranges, *inputs: PyTree) -> Any:
+    def apply(params: Params, ranges: Ranges, *inputs: PyTree) -> PyTree:
         return run(params, ranges, inputs, moving=False)[0]
 
     def watch(
-        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Any = None
-    ) -> tuple[Any, Ranges, dict[str, jax.Array]]:
-        out, new = run(params, ranges, inputs, moving=True, mask=mask)
-        counts: dict[str, Any] = {name: own.pop(BROKEN) for name, own in new.items()}
-        broken = {name: count.sum() for name, count in counts.items()}
-        return (
-            out,
-            {
-                name: jax.tree.map(_known, (ranges or {}).get(name) or own, own)
-                for name, own in new.items()
-            },
-            broken,
-        )
+        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
+    ) -> tuple[PyTree, Ranges, dict[str, jax.Array]]:
+        out, results = run(params, ranges, inputs, moving=True, mask=mask)
+        moved: Ranges = {}
+        skipped: dict[str, jax.Array] = {}
+        for name, operands in results.items():
+            counts: Any = operands.pop(NON_FINITE)
+            skipped[name] = counts.sum()
+            # A batch without any statistics of a site (a branch not taken) leaves its ranges.
+            old = (ranges or {}).get(name) or operands
+            moved[name] = jax.tree.map(_new_unless_nan, old, operands)
+        return out, moved, skipped
 
     def update(
-        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Any = None
-    ) -> tuple[Any, Ranges]:
+        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
+    ) -> tuple[PyTree, Ranges]:
         return watch(params, ranges, *inputs, mask=mask)[:2]
 
     def table(params: Params, *inputs: PyTree) -> dict[str, str]:
         found = sites(fn, params, *inputs)
-        chosen(found, how, where)
-        return {site.name: str(choose(site, how, where)) for site in found}
+        match_sites(found, how, where)  # raises if a glob matches no site
+        return {site.name: str(match_site(site, how, where)) for site in found}
 
     return Activations(init, apply, update, table, watch)
 
 
-class _Given(dict[str, Any]):
-    """Ranges and masks by site, and nothing for every site that has none."""
+class _SiteInputs(dict[str, Any]):
+    """Ranges and masks by site; an empty dict for every site that has neither."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
-    def __missing__(self, name: str) -> dict[str, Own]:
+    def __missing__(self, name: str) -> dict[str, Any]:
         return {}
 
 
-def _require(
+def _require_ranges(
     quantizers: dict[str, ActivationQuantizer], ranges: Ranges | None, moving: bool
 ) -> None:
+    """Raise if a site that needs ranges has none, or has some that are not finite."""
     if ranges is None and moving:
         return
+    known = ranges or {}
     for name, each in quantizers.items():
-        if each.reducer is not None and name not in (ranges or {}):
+        if each.reducer is not None and name not in known:
             raise StateError(
-                f"there are no ranges for site {name!r}, only for: "
-                f"{', '.join(ranges or {}) or 'none'}; calibrate with "
-                "`init(params, batches)` of the same activations"
+                f"there are no ranges for site {name!r}, only for: {', '.join(known) or 'none'}; "
+                "calibrate with `init(params, batches)` of the same activations"
             )
-        require_finite(name, (ranges or {}).get(name, {}), unknown=moving or each.waits)
+        require_finite(name, known.get(name, {}), unknown=moving or each.allow_unknown)
 
 
-def _reducer(how: How, where: Where) -> Reducer:
-    """Return the reducer that keeps at each site what its quantizer needs, under the number of that quantizer."""
-    every = [each for _, each in pairs(how) if each is not None]
+def _reducer(how: QuantizerRules, where: SitePatterns) -> Reducer:
+    """Return the reducer that collects at each site what its quantizer needs.
 
-    def masked(
-        site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]
-    ) -> dict[str, Any]:
-        each = choose(site, how, where)
-        if isinstance(each, str) or each.reducer is None:
-            return {}
-        return {str(every.index(each)): each.reducer(site, lhs, rhs, masks)}
+    Statistics are kept under the quantizer's number: ``{"2": statistics}``.
+    """
+    quantizers = [each for _, each in pattern_pairs(how) if each is not None]
 
-    def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, Any]:
-        return masked(site, lhs, rhs, {})
-
-    def of(number: str) -> Reducer:
-        reducer = every[int(number)].reducer
+    def reducer_of(number: str) -> Reducer:
+        reducer = quantizers[int(number)].reducer
         assert reducer is not None
         return reducer
 
-    return Reducer(
-        reduce,
-        lambda old, new: {number: of(number).merge(old[number], new[number]) for number in new},
-        lambda seen: {number: of(number).finish(statistics) for number, statistics in seen.items()},
-        masked,
-    )
+    def reduce_masked(
+        site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]
+    ) -> dict[str, PyTree]:
+        each = match_site(site, how, where)
+        if isinstance(each, str) or each.reducer is None:
+            return {}
+        return {str(quantizers.index(each)): each.reducer(site, lhs, rhs, masks)}
+
+    def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, PyTree]:
+        return reduce_masked(site, lhs, rhs, {})
+
+    def merge(old: dict[str, PyTree], new: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {number: reducer_of(number).merge(old[number], new[number]) for number in new}
+
+    def finish(statistics: dict[str, PyTree]) -> dict[str, PyTree]:
+        return {number: reducer_of(number).finish(each) for number, each in statistics.items()}
+
+    return Reducer(reduce, merge, finish, reduce_masked)
 
 
-def _calibrated(site: Site, quantizer: ActivationQuantizer, seen: dict[str, Any]) -> dict[str, Own]:
-    """Return what belongs to each operand of a site; what no number was seen for is an error."""
+def _calibrated_ranges(
+    site: Site, quantizer: ActivationQuantizer, statistics: dict[str, PyTree]
+) -> dict[str, OperandState]:
+    """Return the state of each operand of a site, and raise for those without finite statistics."""
     if quantizer.reducer is None:
         return {key: {} for key in site.inputs}
-    (finished,) = seen.values()
+    (finished,) = statistics.values()
     result = {key: quantizer.ranges(site, finished[key]) for key in site.inputs}
-    for key, own in result.items():
-        if any(not isinstance(x, Tracer) and not jnp.isfinite(x).all() for x in own.values()):
-            never = not jnp.asarray(getattr(finished[key], "count", 1)).all()
-            why = (
-                "it did not run in any batch, or not in every turn of its loop"
-                if never
-                else "they are not finite"
-            )
-            raise NonFiniteError(
-                f"no range for the activations ({key}) of site {site.name!r}: {why}; look at the "
-                "calibration batches, or "
-                f"leave the site out with ({site.name!r}, None) before the other pairs of `how`"
-            )
+    for key, state in result.items():
+        if all(isinstance(x, Tracer) or jnp.isfinite(x).all() for x in state.values()):
+            continue
+        ran = jnp.asarray(getattr(finished[key], "count", 1)).all()
+        why = (
+            "they are not finite"
+            if ran
+            else "it did not run in any batch, or not in every iteration of its loop"
+        )
+        raise NonFiniteError(
+            f"no range for the activations ({key}) of site {site.name!r}: {why}; look at the "
+            f"calibration batches, or leave the site out with ({site.name!r}, None) before the "
+            "other pairs of `how`"
+        )
     return result
 
 
-def _quantized(
+def _quantized_contraction(
     quantizer: ActivationQuantizer,
     moving: bool,
     site: Site,
     eqn: JaxprEqn,
     operands: list[Any],
-    told: dict[str, Any],
+    given: dict[str, Any],
 ) -> Values:
-    """Run a contraction on quantized activations; if ranges move, return those that this batch led to."""
-    seen, new, args, given = None, {}, list(operands), told.get("own", {})
-    broken = jnp.zeros((), jnp.int32)
+    """Run a contraction on quantized activations; if ranges move, return the new ones too."""
+    states = given.get("ranges", {})
+    statistics = None
     if moving and quantizer.reducer is not None:
+        # Ranges are statistics: no gradient flows through them.
         lhs, rhs = map(jax.lax.stop_gradient, operands[:2])
-        seen = quantizer.reducer.finish(quantizer.reducer(site, lhs, rhs, told.get("masks")))
+        observed = quantizer.reducer(site, lhs, rhs, given.get("masks"))
+        statistics = quantizer.reducer.finish(observed)
+    new: dict[str, Any] = {}
+    args = list(operands)
+    skipped = jnp.zeros((), jnp.int32)
     for key, index in site.inputs.items():
-        new[key] = given.get(key, {})
-        if seen is not None:
-            new[key], sound = _moved(quantizer, new[key], quantizer.ranges(site, seen[key]))
-            broken += jnp.logical_not(sound).astype(jnp.int32)
-        args[index] = quantizer.see(site, index, operands[index], new[key])
-    return bind(eqn, args), {site.name: {**new, BROKEN: broken}} if moving else {}
+        new[key] = states.get(key, {})
+        if statistics is not None:
+            fresh = quantizer.ranges(site, statistics[key])
+            new[key], finite = _merge_finite(quantizer, new[key], fresh)
+            skipped += jnp.logical_not(finite).astype(jnp.int32)
+        args[index] = quantizer.quantize_fn(site, index, operands[index], new[key])
+    return bind(eqn, args), {site.name: {**new, NON_FINITE: skipped}} if moving else {}
 
 
-def _moved(quantizer: ActivationQuantizer, old: Own, fresh: Own) -> tuple[Own, jax.Array]:
-    """Merge what is finite and tell whether it is; what is NaN on one side is what the other side says."""
-    sound = jnp.stack([jnp.isfinite(value).all() for value in fresh.values()]).all()
-    fresh = {name: jnp.where(sound, value, jnp.nan) for name, value in fresh.items()}
+def _merge_finite(
+    quantizer: ActivationQuantizer, old: OperandState, fresh: OperandState
+) -> tuple[OperandState, jax.Array]:
+    """Merge the state of this batch if it is finite, and return whether it is.
+
+    Where one of the two is NaN, the other is taken.
+    """
+    finite = jnp.stack([jnp.isfinite(value).all() for value in fresh.values()]).all()
+    # One bad number spoils the whole batch: no part of its statistics is used.
+    fresh = {name: jnp.where(finite, value, jnp.nan) for name, value in fresh.items()}
     if not old:
-        return fresh, sound
+        return fresh, finite
     both = quantizer.merge(old, fresh)
-    return {
-        name: jnp.where(jnp.isnan(old[name]), fresh[name], _known(old[name], both[name]))
-        for name in old
-    }, sound
+    merged = {}
+    for name in old:
+        moved = _new_unless_nan(old[name], both[name])
+        merged[name] = jnp.where(jnp.isnan(old[name]), fresh[name], moved)
+    return merged, finite
 
 
-def _known(old: jax.Array, new: jax.Array) -> jax.Array:
+def _new_unless_nan(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(jnp.isnan(new), old, new)

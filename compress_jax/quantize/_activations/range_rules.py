@@ -1,31 +1,34 @@
-"""Which range of activations the levels of a static grid should span, from statistics of calibration batches.
+"""Range rules: which range of activations the levels of a static grid should span.
 
-A rule is ``(statistics, grid) -> (low, high)``, float32 and stacked as the statistics are; NaN
-where nothing was seen, or where something was not finite. `activation.spanned` then places the
-grid.
+A rule is ``(statistics of calibration batches, grid) -> (low, high)``, float32 and stacked as the
+statistics are; NaN without any statistics, or where they are not finite. `stable_scale_from_range`
+then places the grid.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.types import ModelFn
-from compress_jax.quantize._activations.quantizer import spanned
+from compress_jax.core.types import PyTree
+from compress_jax.quantize._activations.quantizer import stable_scale_from_range
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.rules import normal_clip
-from compress_jax.quantize._scales.search import least_divergent
+from compress_jax.quantize._scales.search import kl_clip_ratio
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.reducer import Reducer, aligned, channels, of_inputs, total
-from compress_jax.trace.reducers import Histogram, edges, magnitudes
+from compress_jax.trace.reducers import Histogram, MinMax, edges, magnitudes
 from compress_jax.trace.reducers import percentile as quantile
 
-BINS = 4096  # of a histogram: at least a quarter of them serve one side of zero, 8 for each of 128 levels
+BINS = 4096  # of a histogram: at least a quarter lie on one side of zero, 8 for each of 128 levels
+
+T = TypeVar("T")
 Ends = tuple[jax.Array, jax.Array]
+RangeRule = Callable[[PyTree, Grid], Ends]
 
 
 class Spread(NamedTuple):
@@ -37,7 +40,7 @@ class Spread(NamedTuple):
       square: mean of its squares.
       low: smallest value.
       high: largest value.
-      count: rows seen, int32.
+      count: rows counted, int32.
     """
 
     mean: jax.Array
@@ -60,28 +63,23 @@ def spread(per_channel: bool = False) -> Reducer:
     Example:
       >>> from compress_jax.trace import calibrate
       >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[-3.0, 4.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w, spread(), jnp.eye(2), batches)
-      >>> [float(x) for x in next(iter(seen.values()))["input"]]
+      >>> statistics = calibrate(lambda w, x: x @ w, spread(), jnp.eye(2), batches)
+      >>> [float(x) for x in next(iter(statistics.values()))["input"]]
       [1.0, 2.5, 7.5, -3.0, 4.0, 2.0]
     """
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Spread:
         table = channels(site, index, x, mask)
+        values = table.values
+        axes = table.rows if per_channel else tuple(range(values.ndim))
         flat = table.flat if per_channel else lambda x: x
-        axes, values = table.rows if per_channel else tuple(range(table.values.ndim)), table.values
-        share: Any = np.float32(1 / max(math.prod(values.shape[axis] for axis in axes), 1))
-        if table.there is not None:
-            share = 1 / jnp.maximum(
-                jnp.broadcast_to(table.there, values.shape).sum(axes, dtype=jnp.float32), 1
-            )
+        share = _mean_weight(values, table.there, axes)
 
         def mean(x: jax.Array) -> jax.Array:
             return flat(x.sum(axes) * share)
 
-        low, high = (
-            flat(table.reduced(each, values, start, axes))
-            for each, start in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
-        )
+        low = flat(table.reduced(jnp.min, values, jnp.inf, axes))
+        high = flat(table.reduced(jnp.max, values, -jnp.inf, axes))
         return Spread(mean(values), mean(jnp.abs(values)), mean(values**2), low, high, table.count)
 
     def combine(old: Spread, new: Spread) -> Spread:
@@ -89,87 +87,102 @@ def spread(per_channel: bool = False) -> Reducer:
         share = new.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
 
         def pooled(a: jax.Array, b: jax.Array) -> jax.Array:
+            # The mean of two means, weighted by their counts.
             return a + aligned(share, a) * (b - a)
 
-        low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
-        means = (
-            pooled(old.mean, new.mean),
-            pooled(old.magnitude, new.magnitude),
-            pooled(old.square, new.square),
+        return Spread(
+            mean=pooled(old.mean, new.mean),
+            magnitude=pooled(old.magnitude, new.magnitude),
+            square=pooled(old.square, new.square),
+            low=jnp.minimum(old.low, new.low),
+            high=jnp.maximum(old.high, new.high),
+            count=count,
         )
-        return Spread(means[0], means[1], means[2], low, high, count)
 
     return of_inputs(measure, combine)
 
 
-def widest(seen: Any, grid: Grid) -> Ends:
+def _mean_weight(
+    values: jax.Array, there: jax.Array | None, axes: tuple[int, ...]
+) -> jax.Array | np.float32:
+    """Return one over the number of values along some axes, masked ones not counted."""
+    if there is None:
+        return np.float32(1 / max(math.prod(values.shape[axis] for axis in axes), 1))
+    counted = jnp.broadcast_to(there, values.shape).sum(axes, dtype=jnp.float32)
+    return 1 / jnp.maximum(counted, 1)
+
+
+def extremes(statistics: MinMax | Spread, grid: Grid) -> Ends:
     """Return the extremes themselves, or their moving averages if that is what was kept.
 
     Args:
-      seen: `MinMax` or `Spread`.
-      grid: not looked at.
+      statistics: `MinMax` or `Spread`.
+      grid: not used.
 
     Returns:
       ``(low, high)``.
     """
-    return seen.low, seen.high
+    return statistics.low, statistics.high
 
 
-def root_mean_square(seen: Spread, grid: Grid) -> Ends:
-    """Return the range that is optimal for a normal distribution with the same moments, cut to the extremes.
+def rms(statistics: Spread, grid: Grid) -> Ends:
+    """Return the optimal range of a normal distribution with the same moments, cut to the extremes.
 
-    Symmetric: k times the root mean square to both sides; asymmetric: mean -+ k standard
-      deviations; k of `normal_clip`.
+    With k of `normal_clip`: symmetric, k times the root mean square to both sides; asymmetric,
+    mean -+ k standard deviations.
 
     Args:
-      seen: the moments.
+      statistics: the moments.
       grid: the levels.
 
     Returns:
       ``(low, high)``.
 
     Example:
-      >>> seen = Spread(*map(jnp.float32, (0, 0.8, 1, -9, 2)), jnp.int32(5))
-      >>> [round(float(end), 2) for end in root_mean_square(seen, Grid(4))]
+      >>> statistics = Spread(*map(jnp.float32, (0, 0.8, 1, -9, 2)), jnp.int32(5))
+      >>> [round(float(end), 2) for end in rms(statistics, Grid(4))]
       [-2.37, 2.0]
     """
-    mean = jnp.zeros_like(seen.mean) if grid.symmetric else seen.mean
-    reach = normal_clip(grid) * jnp.sqrt(jnp.maximum(seen.square - mean**2, 0))
-    known = jnp.isfinite(seen.low) & jnp.isfinite(seen.high)
-    ends = jnp.maximum(seen.low, mean - reach), jnp.minimum(seen.high, mean + reach)
-    return jnp.where(known, ends[0], jnp.nan), jnp.where(known, ends[1], jnp.nan)
+    mean = jnp.zeros_like(statistics.mean) if grid.symmetric else statistics.mean
+    reach = normal_clip(grid) * jnp.sqrt(jnp.maximum(statistics.square - mean**2, 0))
+    known = jnp.isfinite(statistics.low) & jnp.isfinite(statistics.high)
+    low = jnp.maximum(statistics.low, mean - reach)
+    high = jnp.minimum(statistics.high, mean + reach)
+    return jnp.where(known, low, jnp.nan), jnp.where(known, high, jnp.nan)
 
 
-def percentiles(seen: Histogram, grid: Grid, percent: float | None = None) -> Ends:
-    """Return the range that holds a share of the entries; of what is cut on an asymmetric grid, half lies on either side.
+def percentile(histogram: Histogram, grid: Grid, percent: float | None = None) -> Ends:
+    """Return the range that holds a percentage of the entries.
+
+    Of what is cut on an asymmetric grid, half lies on either side.
 
     Args:
-      seen: the histogram.
+      histogram: of the activations.
       grid: the levels.
-      percent: the share. By default that of a normal distribution within its optimal range, as in
-        `scales.percentile`.
+      percent: how much is inside. By default as much as of a normal distribution in its optimal
+        range, as in `quantize.percentile`.
 
     Returns:
       ``(low, high)``.
     """
-    share = 100 * math.erf(normal_clip(grid) / math.sqrt(2)) if percent is None else percent
+    if percent is None:
+        percent = 100 * math.erf(normal_clip(grid) / math.sqrt(2))
     if grid.symmetric:
-        bound = quantile(magnitudes(seen), share)
+        bound = quantile(magnitudes(histogram), percent)
         return -bound, bound
-    return quantile(seen, (100 - share) / 2), quantile(seen, 50 + share / 2)
+    return quantile(histogram, (100 - percent) / 2), quantile(histogram, 50 + percent / 2)
 
 
-def least_entropy(seen: Histogram, grid: Grid, stride: int = 8) -> Ends:
-    """Clip where the distribution on the grid is nearest to the true one, by relative entropy (`least_divergent`).
+def entropy(histogram: Histogram, grid: Grid, stride: int = 8) -> Ends:
+    """Clip where the distribution on the grid is nearest to the true one, by relative entropy.
 
-    The two bins that touch zero hold what their neighbours hold: zeros are exact on any grid, and
-    after a ReLU they would outweigh everything.
+    The search is that of `kl_clip_ratio`.
 
     Args:
-      seen: the histogram.
+      histogram: of the activations.
       grid: the levels.
-      stride: of the search, in bins, of which there are at least 2048 and 16 for each level: so
-        small can the share be.
+      stride: of the search, in bins, of which there are at least 2048 and 16 for each level, so
+        that the range can shrink to a 16th.
 
     Returns:
       ``(low, high)``.
@@ -180,108 +193,115 @@ def least_entropy(seen: Histogram, grid: Grid, stride: int = 8) -> Ends:
     groups = grid.qmax + 1 if grid.symmetric else grid.top + 1
     bins = max(2048, 16 * groups)
     if grid.symmetric:
-        seen = magnitudes(seen)
-    low, high = (
-        (jnp.minimum(seen.low, 0), jnp.maximum(seen.high, 0))
-        if not grid.symmetric
-        else (0 * seen.high, seen.high)
-    )
-    counts, half = seen.counts.to_float(), seen.counts.lower.shape[-1] // 2
-    counts = (
-        counts.at[..., half].set(counts[..., half + 1]).at[..., half - 1].set(counts[..., half - 2])
-    )
-    counts = _over(edges(seen), counts, low, high, bins)
+        histogram = magnitudes(histogram)
+        low = 0 * histogram.high
+        high = histogram.high
+    else:
+        low = jnp.minimum(histogram.low, 0)
+        high = jnp.maximum(histogram.high, 0)
+    counts = _without_zeros(histogram.counts.to_float(), histogram.counts.lower.shape[-1] // 2)
+    counts = _rebin(edges(histogram), counts, low, high, bins)  # [..., bins]
     zero = jnp.round(bins * -low / jnp.where(high > low, high - low, 1)).astype(jnp.int32)
-    share = least_divergent(counts, zero, groups, stride)
-    low, high = (_known(seen, share * end) for end in (low, high))
+    ratio = kl_clip_ratio(counts, zero, groups, stride)
+    low = _nan_if_unknown(histogram, ratio * low)
+    high = _nan_if_unknown(histogram, ratio * high)
     return (-high, high) if grid.symmetric else (low, high)
 
 
-def _over(
+def _without_zeros(counts: jax.Array, half: int) -> jax.Array:
+    """Return counts ``[..., bins]`` whose two bins beside zero hold what their neighbours hold.
+
+    Zeros are exact on any grid, and after a ReLU they would outweigh everything.
+    """
+    above = counts.at[..., half].set(counts[..., half + 1])
+    return above.at[..., half - 1].set(counts[..., half - 2])
+
+
+def _rebin(
     edges: jax.Array, counts: jax.Array, low: jax.Array, high: jax.Array, bins: int
 ) -> jax.Array:
-    """Spread counts over even bins from low to high: int32 ``[..., bins]``, at most 2**30 in all."""
+    """Spread counts over even bins from low to high: int32 ``[..., bins]``, sum at most 2**30."""
     counts = counts * jnp.minimum(1, 2.0**30 / jnp.maximum(counts.sum(-1, keepdims=True), 1))
     before = jnp.pad(jnp.cumsum(counts, -1), [(0, 0)] * (counts.ndim - 1) + [(1, 0)])
     steps = jnp.arange(bins + 1, dtype=jnp.float32).reshape(*(1,) * low.ndim, -1) / bins
-    wanted = low[..., None] + steps * (high - low)[..., None]
-    return jnp.diff(
-        jnp.round(_each(jnp.interp, low.ndim)(wanted, edges, before)).astype(jnp.int32), axis=-1
-    )
+    wanted = low[..., None] + steps * (high - low)[..., None]  # [..., bins + 1] edges
+    cumulative = _vmap_leading(jnp.interp, low.ndim)(wanted, edges, before)
+    return jnp.diff(jnp.round(cumulative).astype(jnp.int32), axis=-1)
 
 
-def _each(fn: ModelFn, axes: int) -> Callable[..., Any]:
+def _vmap_leading(fn: Callable[..., T], axes: int) -> Callable[..., T]:
     """Map a function over so many leading axes of all its arguments."""
     for _ in range(axes):
         fn = jax.vmap(fn)
     return fn
 
 
-def least_squares(seen: Histogram, grid: Grid) -> Ends:
-    r"""Return the range of least mean squared error, by search; both ends are searched on an asymmetric grid.
+def mse(histogram: Histogram, grid: Grid) -> Ends:
+    r"""Return the range of least mean squared error, by search.
 
-    The error of a candidate is exact for the density that the histogram describes, even within each
-    bin: with :math:`t = x / s` and :math:`n = clip(round(t))` the antiderivative of
-    :math:`(t - n)^2` is :math:`n / 12 + (t - n)^3 / 3`, continuous everywhere.
+    On an asymmetric grid both ends are searched. The error of a candidate is exact for the density
+    that the histogram describes, even within each bin: with :math:`t = x / s` and
+    :math:`n = clip(round(t))` the antiderivative of :math:`(t - n)^2` is
+    :math:`n / 12 + (t - n)^3 / 3`, continuous everywhere.
 
     Args:
-      seen: the histogram.
+      histogram: of the activations.
       grid: the levels.
 
     Returns:
       ``(low, high)``.
     """
-    ends = _each(partial(_searched, grid=grid), seen.low.ndim)(seen)
-    return _known(seen, ends[0]), _known(seen, ends[1])
+    low, high = _vmap_leading(partial(_least_squares, grid=grid), histogram.low.ndim)(histogram)
+    return _nan_if_unknown(histogram, low), _nan_if_unknown(histogram, high)
 
 
-def _searched(seen: Histogram, grid: Grid) -> Ends:
-    low, high = jnp.minimum(seen.low, 0), jnp.maximum(seen.high, 0)
+def _least_squares(histogram: Histogram, grid: Grid) -> Ends:
+    low = jnp.minimum(histogram.low, 0)
+    high = jnp.maximum(histogram.high, 0)
     if grid.symmetric:
         low, high = jnp.minimum(low, -high), jnp.maximum(high, -low)
     bound = jnp.maximum(jnp.maximum(high, -low), 2.0**-100)
-    counts = seen.counts.to_float()
-    density, places = counts / jnp.maximum(counts.sum(), 1), edges(seen) * (1 / bound)
+    counts = histogram.counts.to_float()
+    density = counts / jnp.maximum(counts.sum(), 1)  # [bins]
+    places = edges(histogram) * (1 / bound)  # [bins + 1], in [-1, 1]
 
     def error(low: jax.Array, high: jax.Array) -> jax.Array:
-        scale, zero_point = spanned(low, high, grid)
+        scale, zero_point = stable_scale_from_range(low, high, grid)
         levels = grid.levels(places, scale, zero_point)
-        left = places * (1 / scale) - levels
-        return scale**3 * (density * jnp.diff(levels / 12 + left**3 / 3)).sum()
+        residual = places * (1 / scale) - levels
+        return scale**3 * (density * jnp.diff(levels / 12 + residual**3 / 3)).sum()
 
-    def search(best: Any, factors: np.ndarray) -> Any:
-        around = best[1], best[2]
-
-        def body(i: jax.Array, found: Any) -> Any:
-            low, high = (end * jnp.asarray(factors)[i, j] for j, end in enumerate(around))
+    def search(start: Ends, factors: np.ndarray) -> Ends:
+        def body(i: jax.Array, best: tuple[jax.Array, Ends]) -> tuple[jax.Array, Ends]:
+            low = start[0] * jnp.asarray(factors)[i, 0]
+            high = start[1] * jnp.asarray(factors)[i, 1]
             now = error(low, high)
-            return jax.tree.map(partial(jnp.where, now < found[0]), (now, low, high), found)
+            return jax.tree.map(partial(jnp.where, now < best[0]), (now, (low, high)), best)
 
-        return jax.lax.fori_loop(0, len(factors), body, best)
+        return jax.lax.fori_loop(0, len(factors), body, (error(*start), start))[1]
 
     unit = low * (1 / bound), high * (1 / bound)
     for factors in _factors(grid.symmetric):
-        unit = search((error(*unit), *unit), factors)[1:]
+        unit = search(unit, factors)
     return unit[0] * bound, unit[1] * bound
 
 
 def _factors(symmetric: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return what to multiply both ends with, ``[trials, 2]``: over all sizes, then near the best."""
+    """Return the factors of both ends, ``[trials, 2]``: over all sizes, then near the best."""
     coarse = np.geomspace(1, 1 / 128, 128 if symmetric else 32)
     fine = np.geomspace(coarse[1], 1 / coarse[1], 17)
-    if symmetric:
-        return np.stack([coarse] * 2, 1).astype(np.float32), np.stack([fine] * 2, 1).astype(
-            np.float32
-        )
-    both = (
-        np.stack(np.meshgrid(each, each), -1).reshape(-1, 2).astype(np.float32)
-        for each in (coarse, fine)
-    )
-    first, second = both
-    return first, second
+    pairs = _same_factors if symmetric else _all_pairs
+    return pairs(coarse), pairs(fine)
 
 
-def _known(seen: Histogram, end: jax.Array) -> jax.Array:
-    return jnp.where(
-        jnp.isfinite(seen.low) & jnp.isfinite(seen.high) & (seen.count > 0), end, jnp.nan
-    )
+def _same_factors(factors: np.ndarray) -> np.ndarray:
+    return np.stack([factors] * 2, 1).astype(np.float32)
+
+
+def _all_pairs(factors: np.ndarray) -> np.ndarray:
+    return np.stack(np.meshgrid(factors, factors), -1).reshape(-1, 2).astype(np.float32)
+
+
+def _nan_if_unknown(histogram: Histogram, end: jax.Array) -> jax.Array:
+    finite = jnp.isfinite(histogram.low) & jnp.isfinite(histogram.high)
+    return jnp.where(finite & (histogram.count > 0), end, jnp.nan)

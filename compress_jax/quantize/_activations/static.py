@@ -1,7 +1,7 @@
-"""Static quantization of activations: ranges from calibration batches, fixed afterwards or moving in training."""
+"""Static quantization of activations: ranges from calibration, fixed or moving in training."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,15 +9,16 @@ import numpy as np
 
 from compress_jax.core.arguments import flag, number
 from compress_jax.core.errors import ArgumentError, ShapeError
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._activations import range_rules
 from compress_jax.quantize._activations.quantizer import (
     ActivationQuantizer,
-    Own,
-    Placed,
-    checked,
-    rounded,
-    spanned,
+    OperandState,
+    activation_grid,
+    round_to_grid,
+    stable_scale_from_range,
 )
+from compress_jax.quantize._scales.rules import Scale
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.reducer import Reducer
 from compress_jax.trace.reducers import histogram, minmax
@@ -35,23 +36,23 @@ def static(
 ) -> ActivationQuantizer:
     r"""Quantize an operand by a range that calibration chose; what lies beyond is clipped.
 
-    What belongs to an operand is ``{"low", "high"}``. An asymmetric grid has the zero point 0 where
-    no activation is negative: after a ReLU all codes serve what there is.
+    The state of an operand is ``{"low", "high"}``. An asymmetric grid has the zero point 0 where no
+    activation is negative: after a ReLU all codes stand for values that occur.
 
     Args:
       bits: 2 to 8.
       symmetric: whether the grid's zero is its middle.
       granularity: ``"tensor"``, or ``"channel"`` for a range for each contracted channel; one that
-        was always zero takes the widest of all. The latter can only be simulated: its scales cannot
-        be taken out of an integer product's sum.
-      range: ``"minmax"``, all that was seen; ``"ema"``, moving averages of the extremes of each
-        batch; ``"percentile"``; ``"entropy"``, least relative entropy; ``"mse"``, least squared
-        error; ``"rms"``, as for a normal distribution with the same moments. Per channel:
+        was always zero takes the widest of all. Ranges for channels can only be simulated: their
+        scales cannot be taken out of an integer product's sum.
+      range: ``"minmax"``, the extremes of all batches; ``"ema"``, moving averages of the extremes
+        of each batch; ``"percentile"``; ``"entropy"``, least relative entropy; ``"mse"``, least
+        squared error; ``"rms"``, as for a normal distribution with the same moments. Per channel:
         ``"minmax"``, ``"ema"``, ``"rms"``.
       momentum: of ``"ema"``; and of every range but ``"minmax"``, which only ever widens, when
         ranges move in training.
-      percent: of ``"percentile"``: the share of entries within. Default: by bits, 99.99 at 8 and
-        98.2 at 4 (see `quantize.percentile`).
+      percent: of ``"percentile"``: the percentage of entries within. Default: by bits, 99.99 at 8
+        and 98.2 at 4 (see `quantize.percentile`).
       clipped: whether what is clipped gets no gradient.
 
     Returns:
@@ -61,10 +62,10 @@ def static(
       ArgumentError: if an argument is none of the above.
 
     Example:
-      >>> from compress_jax.quantize._activations.activations import activations
+      >>> import compress_jax as cj
       >>> relu = lambda w, x: jax.nn.relu(x) @ w["kernel"]
       >>> params, x = {"kernel": jnp.eye(2)}, jnp.array([[-3.0, 0.4], [1.2, 3.0]])
-      >>> quantized = activations(relu, static(bits=2, symmetric=False))
+      >>> quantized = cj.quantize.activations(relu, cj.quantize.static(bits=2, symmetric=False))
       >>> ranges = quantized.init(params, [x])
       >>> quantized.apply(params, ranges, x).tolist()
       [[0.0, 0.0], [1.0, 3.0]]
@@ -73,45 +74,48 @@ def static(
       Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section
       3.1 (moving averages). Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
     """
-    grid, clipped = checked(bits, symmetric), flag("clipped", clipped)
-    reducer, rule = _rule(range, granularity, momentum, percent)
+    grid = activation_grid(bits, symmetric)
+    clipped = flag("clipped", clipped)
+    reducer, range_rule = _range_rule(range, granularity, momentum, percent)
 
-    def place(site: Site, index: int, x: jax.Array, own: Own) -> Placed:
-        low, high = (jax.lax.stop_gradient(own[end]) for end in ("low", "high"))
+    def scale_fn(site: Site, index: int, x: jax.Array, state: OperandState) -> Scale:
+        low = jax.lax.stop_gradient(state["low"])
+        high = jax.lax.stop_gradient(state["high"])
         if granularity == "channel":
-            low, high = (along(site, index, x, end) for end in _reached(low, high))
-        return spanned(low, high, grid)
+            low, high = _widen_unused(low, high)
+            low = broadcast_channels(site, index, x, low)
+            high = broadcast_channels(site, index, x, high)
+        return stable_scale_from_range(low, high, grid)
 
-    def see(site: Site, index: int, x: jax.Array, own: Own) -> jax.Array:
-        return rounded(grid, clipped, x, *place(site, index, x, own))
+    def quantize_fn(site: Site, index: int, x: jax.Array, state: OperandState) -> jax.Array:
+        return round_to_grid(grid, clipped, x, *scale_fn(site, index, x, state))
 
-    def ranges(site: Site, seen: Any) -> Own:
-        return dict(zip(("low", "high"), rule(seen, grid), strict=True))
+    def ranges(site: Site, statistics: PyTree) -> OperandState:
+        low, high = range_rule(statistics, grid)
+        return {"low": low, "high": high}
 
-    def merge(old: Own, new: Own) -> Own:
+    def merge(old: OperandState, new: OperandState) -> OperandState:
         if range == "minmax":
-            return {
-                "low": jnp.minimum(old["low"], new["low"]),
-                "high": jnp.maximum(old["high"], new["high"]),
-            }
+            low = jnp.minimum(old["low"], new["low"])
+            return {"low": low, "high": jnp.maximum(old["high"], new["high"])}
         return {end: old[end] + (1 - momentum) * (new[end] - old[end]) for end in old}
 
     call = (
         f"static(bits={bits}, symmetric={symmetric}, granularity={granularity!r}, range={range!r})"
     )
-    return ActivationQuantizer(grid, place, see, reducer, ranges, merge, call=call)
+    return ActivationQuantizer(grid, scale_fn, quantize_fn, reducer, ranges, merge, call=call)
 
 
-def _reached(low: jax.Array, high: jax.Array) -> Placed:
-    """Give channels that were always zero the widest range of all: nothing is known of them, so they are not clipped."""
-    never = (low == 0) & (high == 0)
-    return jnp.where(never, low.min(), low), jnp.where(never, high.max(), high)
+def _widen_unused(low: jax.Array, high: jax.Array) -> range_rules.Ends:
+    """Give channels that were always zero the widest range of all, so that nothing is clipped."""
+    unused = (low == 0) & (high == 0)
+    return jnp.where(unused, low.min(), low), jnp.where(unused, high.max(), high)
 
 
-def _rule(
+def _range_rule(
     kind: str, granularity: str, momentum: float, percent: float | None
-) -> tuple[Reducer, Any]:
-    """Return what to observe, and how a range follows from it."""
+) -> tuple[Reducer, range_rules.RangeRule]:
+    """Return the statistics to collect, and the rule that makes a range of them."""
     if granularity not in ("tensor", "channel"):
         raise ArgumentError(
             f"granularity must be 'tensor' or 'channel', got {granularity!r}; 'token' is "
@@ -125,13 +129,14 @@ def _rule(
             f"{kind!r}"
         )
     if kind in ("minmax", "ema"):
-        return minmax(momentum if kind == "ema" else None, granularity), range_rules.widest  # pyright: ignore[reportArgumentType]
+        reducer = minmax(momentum if kind == "ema" else None, granularity)  # pyright: ignore[reportArgumentType]
+        return reducer, range_rules.extremes
     if kind == "rms":
-        return range_rules.spread(granularity == "channel"), range_rules.root_mean_square
+        return range_rules.spread(granularity == "channel"), range_rules.rms
     rules = {
-        "percentile": partial(range_rules.percentiles, percent=percent),
-        "entropy": range_rules.least_entropy,
-        "mse": range_rules.least_squares,
+        "percentile": partial(range_rules.percentile, percent=percent),
+        "entropy": range_rules.entropy,
+        "mse": range_rules.mse,
     }
     if not isinstance(kind, str) or kind not in rules:
         raise ArgumentError(
@@ -145,14 +150,14 @@ def _rule(
     return histogram(range_rules.BINS), rules[kind]
 
 
-def along(site: Site, index: int, x: jax.Array, channels: jax.Array) -> jax.Array:
-    """Return one number for each channel, as reducers order them, in the shape that broadcasts against the operand.
+def broadcast_channels(site: Site, index: int, x: jax.Array, channels: jax.Array) -> jax.Array:
+    """Return one number a channel in the shape that broadcasts against the operand.
 
     Args:
       site: the contraction.
       index: which operand.
       x: the operand.
-      channels: ``[*batch, k]``.
+      channels: ``[*batch, k]``, as reducers order them.
 
     Returns:
       An array of the operand's rank.
@@ -161,8 +166,9 @@ def along(site: Site, index: int, x: jax.Array, channels: jax.Array) -> jax.Arra
       ShapeError: for the kernel of a convolution that is an activation.
 
     Example:
-      >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
-      >>> along(site, 0, jnp.ones((2, 5, 3)), jnp.arange(3.0)).shape
+      >>> shapes, float32 = ((2, 5, 3), (3, 4), (2, 5, 4)), ["float32"] * 3
+      >>> site = Site("a", "dot", None, None, *shapes, *float32, ((2,), (0,)))
+      >>> broadcast_channels(site, 0, jnp.ones((2, 5, 3)), jnp.arange(3.0)).shape
       (1, 1, 3)
     """
     if site.kind == "conv" and index == 1:
@@ -172,5 +178,5 @@ def along(site: Site, index: int, x: jax.Array, channels: jax.Array) -> jax.Arra
         )
     axes = site.batch[index] + site.contracting[index]
     table = channels.reshape([x.shape[axis] for axis in axes])
-    table = table.transpose(np.argsort(axes))
+    table = table.transpose(np.argsort(axes))  # into the order of the operand's axes
     return table.reshape([size if axis in axes else 1 for axis, size in enumerate(x.shape)])

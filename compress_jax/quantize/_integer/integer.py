@@ -12,8 +12,8 @@ from compress_jax.core.packed import is_packed, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.table import aligned, units
 from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.quantize._activations.quantizer import Own, require_finite
-from compress_jax.quantize._activations.site_patterns import How, Where
+from compress_jax.quantize._activations.quantizer import OperandState, require_finite
+from compress_jax.quantize._activations.site_patterns import QuantizerRules, SitePatterns
 from compress_jax.quantize._integer.integer_dot import Coded, encode, product
 from compress_jax.quantize._integer.plan import Captured, SitePlan, plan_sites
 from compress_jax.trace import rewrite
@@ -91,7 +91,11 @@ class Contractions:
 
 
 def contractions(
-    fn: ModelFn, params: Params, *inputs: PyTree, how: How | None = None, where: Where = None
+    fn: ModelFn,
+    params: Params,
+    *inputs: PyTree,
+    how: QuantizerRules | None = None,
+    where: SitePatterns = None,
 ) -> Contractions:
     """List every contraction with its operands' formats, as `integer` would compute it.
 
@@ -165,11 +169,11 @@ def integer(
     fn: ModelFn,
     packed: PyTree,
     *inputs: PyTree,
-    how: How | None = None,
+    how: QuantizerRules | None = None,
     ranges: Mapping[str, Any] | None = None,
-    where: Where = None,
+    where: SitePatterns = None,
 ) -> Integer:
-    r"""Iteration a function of packed params into integer inference.
+    r"""Turn a function of packed params into integer inference.
 
     Where both operands have integer codes the contraction is
     :math:`s_x s_w \sum (q_x - z_x) (q_w - z_w)`: int8 by int8, summed exactly in int32, scaled once
@@ -251,7 +255,7 @@ def _require(plans: Mapping[str, SitePlan], ranges: Mapping[str, Any]) -> None:
         require_finite(name, ranges.get(name, {}))
 
 
-def _given(plan: SitePlan, ranges: Mapping[str, dict[str, Own]]) -> dict[str, Any]:
+def _given(plan: SitePlan, ranges: Mapping[str, dict[str, OperandState]]) -> dict[str, Any]:
     """Return the data that a site gets: its ranges, and the current iteration of each loop."""
     loops = plan.site.loops
     # A site in loops gets slices of arrays with leading axes ``loops``: of the first loop's index,
@@ -264,7 +268,7 @@ def _coded(
     plan: SitePlan,
     index: int,
     x: jax.Array,
-    own: dict[int, Own],
+    own: dict[int, OperandState],
     captured: Captured | None,
     iterations: Sequence[jax.Array],
 ) -> Coded:

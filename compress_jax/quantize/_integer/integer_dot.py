@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer, Own
+from compress_jax.quantize._activations.quantizer import ActivationQuantizer, OperandState
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 
 
@@ -123,7 +123,9 @@ class Coded:
     zero: jax.Array | None = None
 
 
-def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array, own: Own) -> Coded:
+def encode(
+    quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array, own: OperandState
+) -> Coded:
     """Return activations in integers.
 
     Args:
@@ -147,7 +149,7 @@ def encode(quantizer: ActivationQuantizer, site: Site, index: int, x: jax.Array,
     """
     grid = quantizer.grid
     axes = operand_axes(site, index)
-    scale, zero_point = quantizer.place(site, index, x, own)
+    scale, zero_point = quantizer.scale_fn(site, index, x, own)
     middle = 2 ** (grid.bits - 1)
     codes = (grid.encode(x, scale, zero_point) - middle).astype(jnp.int8)
     unknown = axes.rows(jnp.isnan(x).any(axes.summed, keepdims=True))

@@ -21,7 +21,12 @@ from compress_jax.core.sparse import Sparse
 from compress_jax.core.sparse import width as bit_width
 from compress_jax.core.types import DType, Leaves
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
-from compress_jax.quantize._activations.site_patterns import How, Where, choose, chosen
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    match_site,
+    match_sites,
+)
 from compress_jax.quantize._integer.integer_dot import Coded, OperandAxes, fits, operand_axes
 from compress_jax.quantize._integer.provenance import Lost, Route, Value, routes
 from compress_jax.trace._jaxpr.find_sites import Traced
@@ -314,12 +319,12 @@ class PackedOperand:
 
     @property
     def groups(self) -> int:
-        """How many groups with scales of their own are summed over."""
+        """QuantizerRules many groups with scales of their own are summed over."""
         return self.scales.shape[-1]
 
     @property
     def _picked(self) -> int:
-        """How many of the first axes are sliced before the codes are unpacked."""
+        """QuantizerRules many of the first axes are sliced before the codes are unpacked."""
         if self.stored.bits == 8:
             return self.route.stacked
         return min(self.route.stacked, self.stored.axis)  # bytes join codes along this axis
@@ -389,7 +394,7 @@ NOT_QUANTIZED = "its activations are not quantized"
 
 @dataclass(frozen=True)
 class SitePlan:
-    """How one site is computed.
+    """QuantizerRules one site is computed.
 
     Attributes:
       site: the site.
@@ -424,7 +429,7 @@ class SitePlan:
 
 
 def plan_sites(
-    traced: Traced, leaves: Leaves, how: How | None, where: Where
+    traced: Traced, leaves: Leaves, how: QuantizerRules | None, where: SitePatterns
 ) -> tuple[dict[str, Stored], dict[str, SitePlan]]:
     """Plan how every site is computed.
 
@@ -435,7 +440,7 @@ def plan_sites(
       where: which sites' activations are quantized.
 
     Returns:
-      How each quantized parameter is stored, by path, and the plan of each site by name, in program
+      QuantizerRules each quantized parameter is stored, by path, and the plan of each site by name, in program
       order.
 
     Raises:
@@ -452,7 +457,7 @@ def plan_sites(
         if isinstance(leaf, Quantized)
     }
     if how is not None:
-        chosen(traced.sites.values(), how, where)  # a glob that matches nothing is an error
+        match_sites(traced.sites.values(), how, where)  # a glob that matches nothing is an error
     plans = {
         site.name: _plan_site(site, found[position], leaves, stored, how, where)
         for position, site in traced.sites.items()
@@ -465,10 +470,10 @@ def _plan_site(
     operands: Sequence[Value],
     leaves: Leaves,
     stored: Mapping[str, Stored],
-    how: How | None,
-    where: Where,
+    how: QuantizerRules | None,
+    where: SitePatterns,
 ) -> SitePlan:
-    answer = NOT_QUANTIZED if how is None else choose(site, how, where)
+    answer = NOT_QUANTIZED if how is None else match_site(site, how, where)
     operand, weight, reason = _weight(site, operands, leaves, stored)
     if isinstance(answer, str):
         quantizer = None

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Learned grids: the steps, offsets and clipping bounds that an optimizer trains."""

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Grids and the rules that choose their scales."""

@@ -1,4 +1,4 @@
-"""The grid of a uniform quantizer: integer levels, the codes that stand for them, and rounding to it."""
+"""The grid of a uniform quantizer: its levels, their integer codes, and rounding to them."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from compress_jax.core.finite import saturate, where_finite
 
 
 class Grid(NamedTuple):
-    """The ``2**bits`` levels ``code - zero_point`` that are multiplied by a scale, codes running from 0 to ``2**bits - 1``.
+    """The ``2**bits`` evenly spaced levels ``scale * (code - zero_point)``, codes from 0.
 
     A symmetric grid has the fixed zero point ``2**(bits - 1)``, hence the levels
     ``-2**(bits - 1) .. 2**(bits - 1) - 1`` of a signed integer. An asymmetric one has a zero point
@@ -22,7 +22,8 @@ class Grid(NamedTuple):
         level is one.
 
     Example:
-      >>> grid = Grid(bits=3, symmetric=True)
+      >>> import compress_jax as cj
+      >>> grid = cj.quantize.Grid(bits=3, symmetric=True)
       >>> codes = grid.encode(jnp.array([-9.0, -0.2, 0.9]), jnp.array(0.5), grid.middle)
       >>> codes.tolist(), grid.decode(codes, jnp.array(0.5), grid.middle).tolist()
       ([0, 4, 6], [-2.0, 0.0, 1.0])
@@ -34,12 +35,15 @@ class Grid(NamedTuple):
 
     @property
     def top(self) -> int:
-        """The largest code, which is also the number of steps from the lowest level to the highest."""
+        """The largest code; also the number of steps from the lowest level to the highest."""
         return 2**self.bits - 1
 
     @property
     def qmax(self) -> int:
-        """The highest level of the symmetric grid; the lowest is ``-qmax - 1``, or ``-qmax`` if it is narrow."""
+        """The highest level of the symmetric grid.
+
+        The lowest is ``-qmax - 1``, or ``-qmax`` on a narrow grid.
+        """
         return 2 ** (self.bits - 1) - 1
 
     @property
@@ -48,12 +52,10 @@ class Grid(NamedTuple):
         return jnp.array(2 ** (self.bits - 1), jnp.uint8)
 
     def levels(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-        """Return the nearest level of every entry, ``clip(round(x / scale), lowest, highest)``, in float32.
+        """Return the nearest integer level, ``clip(round(x / scale), lowest, highest)``, float32.
 
         The lowest is ``-zero_point``, or one more if the grid is narrow, and the highest
-        ``top - zero_point``. The division is written as a multiplication by ``1 / scale``, as XLA
-        turns it into one under ``jit`` wherever it can: so the levels are the same bits compiled or
-        not.
+        ``top - zero_point``.
 
         Args:
           x: float array in the arrangement of a `Layout`.
@@ -64,19 +66,24 @@ class Grid(NamedTuple):
           Whole numbers, float32, in the shape of ``x``.
         """
         zero = zero_point.astype(jnp.float32)
-        return jnp.clip(
-            jnp.round(x.astype(jnp.float32) * (1 / scale)), int(self.narrow) - zero, self.top - zero
-        )
+        lowest = int(self.narrow) - zero
+        # XLA turns a division under `jit` into this product wherever it can; written as a product,
+        # the levels are the same bits compiled or not.
+        steps = jnp.round(x.astype(jnp.float32) * (1 / scale))
+        return jnp.clip(steps, lowest, self.top - zero)
 
     def encode(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-        """Return the codes of the nearest levels, int32 in ``[0, top]``; arguments as in `levels`."""
+        """Return the codes of the nearest levels, int32 in ``[0, top]``; arguments of `levels`."""
         return self.levels(x, scale, zero_point).astype(jnp.int32) + zero_point.astype(jnp.int32)
 
     def decode(self, codes: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-        """Return ``(codes - zero_point) * scale`` in float32, by the very arithmetic of ``Quantized.unpack``."""
+        """Return ``(codes - zero_point) * scale`` in float32, bit for bit `Quantized.unpack`."""
         return (codes - zero_point.astype(jnp.int32)).astype(jnp.float32) * scale
 
     def round(self, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:
-        """Return what the codes of ``x`` stand for, in its dtype; NaN and infinity stay. Arguments as in `levels`."""
-        seen = self.decode(self.encode(x, scale, zero_point), scale, zero_point)
-        return where_finite(x, saturate(seen, x.dtype))
+        """Return the decoded codes of ``x`` in its dtype; NaN and infinity stay.
+
+        The arguments are those of `levels`.
+        """
+        rounded = self.decode(self.encode(x, scale, zero_point), scale, zero_point)
+        return where_finite(x, saturate(rounded, x.dtype))

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Quantization formats of weights, one file a format or a family of them."""

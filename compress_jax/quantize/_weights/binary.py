@@ -1,7 +1,6 @@
 """Binary weights: a scale or its negative."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,12 @@ import numpy as np
 from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.layout import Granularity, Layout
-from compress_jax.core.levels import Levels
-from compress_jax.quantize._scales.levels import BINARY, Fixed, LevelRule, peak
-from compress_jax.quantize._scales.rules import counts, usable
-from compress_jax.quantize._weights.codebook import choice, on_levels
+from compress_jax.core.levels import Levels, Table
+from compress_jax.quantize._scales.levels import Fixed, LevelRule
+from compress_jax.quantize._scales.rules import group_absmax, group_counts, safe_scale
+from compress_jax.quantize._weights.codebook import from_levels, scale_rule
+
+BINARY = Table((-1.0, 1.0))
 
 
 def binary(
@@ -24,7 +25,7 @@ def binary(
     *,
     clip: float | None = None,
 ) -> Compression:
-    r"""Round weights to s or -s: :math:`\hat w = s \, sign(w)`, the sign of 0 being 1; one bit a weight.
+    r"""Round weights to s or -s, one bit a weight: :math:`\hat w = s \, sign(w)`, sign(0) = 1.
 
     There is no zero among these levels, so pruned weights come back as s: prune after,
     ``chain(binary(), magnitude(...))``, or use `ternary`.
@@ -33,7 +34,7 @@ def binary(
       granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
         group.
       scale: ``"mse"``, the mean magnitude, which is the scale of least squared error (XNOR-Net); a
-        number for all sets (1 in BinaryConnect); or a function
+        number for all groups (1 in BinaryConnect); or a function
         ``(w, layout, levels) -> {"scale": float32}``.
       axis: the axis or axes of output channels.
       pad: allow a last group that is not full.
@@ -49,7 +50,9 @@ def binary(
         such axis.
 
     Example:
-      >>> params, xnor, connect = {"kernel": jnp.array([0.5, -4.0, 0.0])}, binary(), binary(scale=1.0, clip=1.0)
+      >>> import compress_jax as cj
+      >>> params = {"kernel": jnp.array([0.5, -4.0, 0.0])}
+      >>> xnor, connect = cj.quantize.binary(), cj.quantize.binary(scale=1.0, clip=1.0)
       >>> [c.view(params, c.init(params))["kernel"].tolist() for c in (xnor, connect)]
       [[1.5, -1.5, 1.5], [1.0, -1.0, 1.0]]
 
@@ -57,12 +60,11 @@ def binary(
       Rastegari et al., "XNOR-Net", 2016, equation 6. Courbariaux, Bengio and David,
       "BinaryConnect", 2015, section 2.
     """
-    rule = (
-        _constant(scale)
-        if isinstance(scale, (int, float, np.number))
-        else choice(scale, {"mse": mean_magnitude})
-    )
-    return on_levels(BINARY, rule, granularity, axis, pad, clip=clip)
+    if isinstance(scale, (int, float, np.number)):
+        rule = _constant(scale)
+    else:
+        rule = scale_rule(scale, {"mse": mean_magnitude})
+    return from_levels(BINARY, rule, granularity, axis, pad, clip=clip)
 
 
 @partial(jax.jit, static_argnames=("layout", "levels"))
@@ -77,15 +79,14 @@ def mean_magnitude(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     Returns:
       ``{"scale": float32}``.
     """
-    bound = usable(peak(w, layout))
+    bound = safe_scale(group_absmax(w, layout))
     total = (jnp.abs(w) * (1 / bound)).sum(layout.reduced, keepdims=True)
-    mean = total * (1 / counts(layout)).astype(np.float32) * bound
-    return {
-        "scale": jnp.clip(mean, 2.0**-126, 2.0**126)
-    }  # not 1 where all is zero: here zeros do not stay zeros
+    mean = total * (1 / group_counts(layout)).astype(np.float32) * bound
+    # Not `safe_scale`, which is 1 for a group of zeros: here a zero becomes the scale itself.
+    return {"scale": jnp.clip(mean, 2.0**-126, 2.0**126)}
 
 
-def _constant(scale: Any) -> LevelRule:
+def _constant(scale: float | np.number) -> LevelRule:
     if isinstance(scale, bool) or not 0 < scale < np.inf:
         raise ArgumentError(f"a scale that is a number must be above 0 and finite, got {scale!r}")
     return lambda w, layout, levels: {"scale": jnp.full(layout.scale_shape, scale, jnp.float32)}

@@ -1,4 +1,4 @@
-"""The block formats of current hardware: small blocks of small floats, whose scales are small floats too."""
+"""Block formats of current hardware: small blocks of small floats with small floats as scales."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,23 +10,156 @@ import numpy as np
 from compress_jax.core.compression import Compression
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Levels, exponent_of, power_of_two
-from compress_jax.quantize._scales.levels import E2M1, E4M3, Fixed, LevelRule, peak
-from compress_jax.quantize._scales.rules import usable
-from compress_jax.quantize._weights.codebook import choice, on_levels
-from compress_jax.quantize._weights.floats import fp8_levels
-
-# Scale rules of the block formats, whose scales are themselves small floats: powers of two, or e4m3
-# times a float32.
-
+from compress_jax.quantize._scales.levels import Fixed, LevelRule
+from compress_jax.quantize._scales.rules import group_absmax, safe_scale
+from compress_jax.quantize._weights.codebook import from_levels, scale_rule
+from compress_jax.quantize._weights.floats import E2M1, E4M3, fp8_format
 
 _compiled = partial(jax.jit, static_argnames=("layout", "levels"))
 
 
+def mxfp8(
+    kind: str = "e4m3",
+    scale: str | LevelRule = "floor",
+    axis: int | tuple[int, ...] | None = None,
+    pad: bool = False,
+) -> Compression:
+    r"""Round blocks of 32 weights to 8-bit floats times a power of two: MXFP8.
+
+    Args:
+      kind: ``"e4m3"`` or ``"e5m2"``.
+      scale: as in `mxfp4`.
+      axis: the axis or axes of output channels; blocks run along all others, joined.
+      pad: allow a last block that is not full.
+
+    Returns:
+      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 8.25 bits a
+      weight.
+
+    Raises:
+      ArgumentError: if an argument is none of the above.
+      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is
+        False.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> params, c = {"kernel": jnp.full((32, 2), 0.3)}, cj.quantize.mxfp8()
+      >>> state = c.init(params)
+      >>> c.view(params, state)["kernel"][0].tolist(), c.pack(params, state)["kernel"].nbytes
+      ([0.3125, 0.3125], 66)
+
+    References:
+      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2
+      and 6.3.
+    """
+    return from_levels(
+        fp8_format(kind),
+        scale_rule(scale, _powers()),
+        32,
+        axis,
+        pad,
+        scale_dtype=jnp.float8_e8m0fnu,
+    )
+
+
+def mxfp4(
+    scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False
+) -> Compression:
+    r"""Round blocks of 32 weights to 4-bit floats e2m1 times a power of two: MXFP4.
+
+    Args:
+      scale: ``"floor"``, the specification's, which saturates what lies above the largest level;
+        ``"ceil"``, the least power that saturates nothing; ``"mse"``, the power of least squared
+        error, a choice for each block; or a function
+        ``(w, layout, levels) -> {"scale": float32 powers of two}``.
+      axis: the axis or axes of output channels; blocks run along all others, joined.
+      pad: allow a last block that is not full.
+
+    Returns:
+      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 4.25 bits a
+      weight: the scales are stored as float8_e8m0fnu.
+
+    Raises:
+      ArgumentError: if an argument is none of the above.
+      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is
+        False.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> params = {"kernel": jnp.array([7.0] + 31 * [0.4])[:, None]}
+      >>> for scale in ("floor", "ceil", "mse"):
+      ...     c = cj.quantize.mxfp4(scale)
+      ...     print(c.view(params, c.init(params))["kernel"][:2, 0].tolist())
+      [6.0, 0.5]
+      [8.0, 0.0]
+      [6.0, 0.5]
+
+    References:
+      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2
+      and 6.3.
+    """
+    return from_levels(
+        E2M1, scale_rule(scale, _powers()), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu
+    )
+
+
+def nvfp4(
+    scale: str | LevelRule = "absmax", axis: int | tuple[int, ...] | None = None, pad: bool = False
+) -> Compression:
+    r"""Round blocks of 16 weights to 4-bit floats e2m1 times two scales: NVFP4.
+
+    Each block has an e4m3 scale, and the tensor a float32 scale that multiplies them all.
+
+    Args:
+      scale: ``"absmax"``, which puts the largest magnitude of a block on 6, as far as an e4m3 scale
+        can; ``"mse"``, the e4m3 scale of least squared error; or a function
+        ``(w, layout, levels) -> {"scale": ..., "tensor_scale": ...}``.
+      axis: the axis or axes of output channels; blocks run along all others, joined.
+      pad: allow a last block that is not full.
+
+    Returns:
+      The Compression; ``fixed[path]`` is ``{"scale": float32, "tensor_scale": float32 scalar}``.
+      Packs to `Tabled`, at 4.5 bits a weight: the scales of blocks are stored as float8_e4m3fn.
+
+    Raises:
+      ArgumentError: if an argument is none of the above.
+      ShapeError: in `init`, if 16 does not divide the contracting entries of a leaf and ``pad`` is
+        False.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> params, c = {"kernel": jnp.linspace(-3.0, 3.0, 16)[:, None]}, cj.quantize.nvfp4()
+      >>> node = c.pack(params, c.init(params))["kernel"]
+      >>> node.unpack()[:5, 0].tolist(), node.scale.dtype.name, node.nbytes
+      ([-3.0, -3.0, -2.0, -2.0, -1.5], 'float8_e4m3fn', 13)
+
+    References:
+      NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, section 2 and appendix C.
+    """
+    return from_levels(
+        E2M1,
+        scale_rule(scale, {"absmax": two_level, "mse": best_two_level}),
+        16,
+        axis,
+        pad,
+        scale_dtype=jnp.float8_e4m3fn,
+    )
+
+
+def _powers() -> dict[str, LevelRule]:
+    """Return the named scale rules of the MX formats."""
+    return {"floor": floor, "ceil": ceil, "mse": best_power}
+
+
+# Scale rules: powers of two for MX, e4m3 times a float32 of the tensor for NVFP4.
+
+
 @_compiled
 def floor(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
-    r"""Take the power of two of the OCP MX specification, :math:`s = 2^{\lfloor \log_2 \max|w| \rfloor - e_{max}}`.
+    r"""Take the power of two of the OCP MX specification.
 
-    With :math:`e_{max} = \lfloor \log_2 \ell_{max} \rfloor`. A block whose largest magnitude, in
+    It is :math:`s = 2^{\lfloor \log_2 \max|w| \rfloor - e_{max}}` with
+    :math:`e_{max} = \lfloor \log_2 \ell_{max} \rfloor`. A block whose largest magnitude, in
     units of s, lies above the largest level saturates: beyond 6 of up to 8 in e2m1, beyond 448 of
     up to 512 in e4m3.
 
@@ -40,19 +173,20 @@ def floor(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
       of zeros.
 
     Example:
-      >>> from compress_jax.quantize._scales.levels import E2M1
       >>> floor(jnp.array([0.5, -7.0]), Layout.of((2,), "tensor"), E2M1)["scale"].tolist()
       [1.0]
 
     References:
       Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, section 6.3.
     """
-    return {"scale": _floor(peak(w, layout), levels)}
+    return {"scale": _floor(group_absmax(w, layout), levels)}
 
 
 @_compiled
 def ceil(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
-    r"""Take the least power of two that clips nothing, :math:`s = 2^{\lceil \log_2 (\max|w| / \ell_{max}) \rceil}`.
+    r"""Take the least power of two that clips nothing.
+
+    It is :math:`s = 2^{\lceil \log_2 (\max|w| / \ell_{max}) \rceil}`.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -62,16 +196,16 @@ def ceil(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     Returns:
       ``{"scale": float32}`` as `floor`.
     """
-    return {"scale": _ceil(peak(w, layout), levels)}
+    return {"scale": _ceil(group_absmax(w, layout), levels)}
 
 
 @_compiled
 def best_power(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     r"""Take the power of two that minimises :math:`\sum (w - s \, \ell(w / s))^2` exactly.
 
-    Tried are the one that clips nothing and those below it, down to where the largest level is less
-    than half the least possible root mean square of a block with that peak. None above it has less
-    error: within the peak it has no level more.
+    The candidates are the one that clips nothing and those below it, down to where the largest
+    level is less than half the least possible root mean square of a block with that absolute
+    maximum. No larger power has less error: it has no further level within the maximum.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -81,20 +215,22 @@ def best_power(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     Returns:
       ``{"scale": float32}`` as `floor`.
     """
-    top, size = peak(w, layout), layout.group_size or w.size
+    top = group_absmax(w, layout)
+    size = layout.group_size or w.size
     unit = 1 / jnp.minimum(_power_below(top), 2.0**126)
-    largest, octaves = _ceil(top * unit, levels), 2 + int(np.ceil(np.log2(size) / 2))
+    largest = _ceil(top * unit, levels)
+    octaves = 2 + int(np.ceil(np.log2(size) / 2))
     halvings = jnp.asarray(0.5 ** np.arange(octaves), jnp.float32)
     scale = _cheapest(w * unit, lambda i: largest * halvings[i], octaves, layout, levels)
-    return {"scale": _within(scale * (1 / unit), levels)}
+    return {"scale": _clip_power(scale * (1 / unit), levels)}
 
 
 @_compiled
 def two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
-    r"""Scale blocks by an e4m3 number and the tensor by a float32, :math:`s_b = e4m3(\max_b |w| / (\ell_{max} t))`.
+    r"""Scale blocks by an e4m3 number and the tensor by a float32.
 
-    With :math:`t = \max |w| / (448 \, \ell_{max})`, so that the block of the largest magnitude has
-    the largest scale.
+    :math:`s_b = e4m3(\max_b |w| / (\ell_{max} t))` with :math:`t = \max |w| / (448 \, \ell_{max})`,
+    so that the block of the largest magnitude has the largest scale.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -113,7 +249,9 @@ def two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 
 @_compiled
 def best_two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
-    r"""As `two_level`, each block taking the e4m3 scale of least error among those from two octaves below to one above.
+    r"""Scale as `two_level`, each block by the e4m3 number of least squared error.
+
+    The candidates reach from two octaves below the scale of `two_level` to one above.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -132,8 +270,9 @@ def best_two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 
 
 def _block_codes(w: jax.Array, layout: Layout, levels: Levels) -> tuple[jax.Array, jax.Array]:
-    tensor = usable(jnp.abs(w).max() * np.float32(1 / (E4M3.largest * levels.largest)))
-    codes = E4M3.encode(peak(w, layout) * np.float32(1 / levels.largest) * (1 / tensor))
+    """Return the scale of the tensor, and the e4m3 code of the scale of every block."""
+    tensor = safe_scale(jnp.abs(w).max() * np.float32(1 / (E4M3.largest * levels.largest)))
+    codes = E4M3.encode(group_absmax(w, layout) * np.float32(1 / levels.largest) * (1 / tensor))
     return tensor, jnp.maximum(codes, 1)  # no block has the scale 0
 
 
@@ -144,13 +283,12 @@ def _cheapest(
     layout: Layout,
     levels: Levels,
 ) -> jax.Array:
-    """Return the scale of least squared error among ``trial(0 .. trials - 1)``, the earlier of equals."""
+    """Return the scale of least squared error among ``trial(0 .. trials - 1)``, first of equals."""
 
     def body(i: jax.Array, best: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         scale = trial(i)
-        error = ((w - levels.round(w * (1 / scale)) * scale) ** 2).sum(
-            layout.reduced, keepdims=True
-        )
+        residual = w - levels.round(w * (1 / scale)) * scale
+        error = (residual**2).sum(layout.reduced, keepdims=True)
         return jnp.minimum(error, best[0]), jnp.where(error < best[0], scale, best[1])
 
     start = jnp.full(layout.scale_shape, jnp.inf), jnp.zeros(layout.scale_shape)
@@ -162,129 +300,18 @@ def _power_below(x: jax.Array) -> jax.Array:
     return jnp.where(x == 0, 1.0, power_of_two(jnp.maximum(exponent_of(x), -126)))
 
 
-def _floor(peaks: jax.Array, levels: Levels) -> jax.Array:
+def _floor(absmax: jax.Array, levels: Levels) -> jax.Array:
     exponent = int(np.floor(np.log2(levels.largest)))
-    return jnp.where(
-        peaks == 0, 1.0, _within(_power_below(peaks) * np.float32(2.0**-exponent), levels)
-    )
+    power = _clip_power(_power_below(absmax) * np.float32(2.0**-exponent), levels)
+    return jnp.where(absmax == 0, 1.0, power)
 
 
-def _ceil(peaks: jax.Array, levels: Levels) -> jax.Array:
-    power = _floor(peaks, levels)
-    return _within(jnp.where(peaks > power * np.float32(levels.largest), 2 * power, power), levels)
+def _ceil(absmax: jax.Array, levels: Levels) -> jax.Array:
+    power = _floor(absmax, levels)
+    clips = absmax > power * np.float32(levels.largest)
+    return _clip_power(jnp.where(clips, 2 * power, power), levels)
 
 
-def _within(scale: jax.Array, levels: Levels) -> jax.Array:
+def _clip_power(scale: jax.Array, levels: Levels) -> jax.Array:
     """Keep a power of two, and its product with the largest level, a normal number."""
     return jnp.clip(scale, 2.0**-126, 2.0 ** (127 - int(np.floor(np.log2(levels.largest)))))
-
-
-_POWERS = {"floor": floor, "ceil": ceil, "mse": best_power}
-_TWO_LEVEL = {"absmax": two_level, "mse": best_two_level}
-
-
-def mxfp8(
-    kind: str = "e4m3",
-    scale: str | LevelRule = "floor",
-    axis: int | tuple[int, ...] | None = None,
-    pad: bool = False,
-) -> Compression:
-    r"""Round blocks of 32 weights to 8-bit floats times a power of two, the MXFP8 of the OCP specification.
-
-    Args:
-      kind: ``"e4m3"`` or ``"e5m2"``.
-      scale: as of `mxfp4`.
-      axis: the axis or axes of output channels; blocks run along all others, joined.
-      pad: allow a last block that is not full.
-
-    Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 8.25 bits a
-      weight.
-
-    Raises:
-      ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is
-        False.
-
-    Example:
-      >>> params, c = {"kernel": jnp.full((32, 2), 0.3)}, mxfp8()
-      >>> c.view(params, c.init(params))["kernel"][0].tolist(), c.pack(params, c.init(params))["kernel"].nbytes
-      ([0.3125, 0.3125], 66)
-
-    References:
-      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2
-      and 6.3.
-    """
-    return on_levels(
-        fp8_levels(kind), choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu
-    )
-
-
-def mxfp4(
-    scale: str | LevelRule = "floor", axis: int | tuple[int, ...] | None = None, pad: bool = False
-) -> Compression:
-    r"""Round blocks of 32 weights to 4-bit floats e2m1 times a power of two, the MXFP4 of the OCP specification.
-
-    Args:
-      scale: ``"floor"``, the specification's, which saturates what lies above the largest level;
-        ``"ceil"``, the least power that saturates nothing; ``"mse"``, the power of least squared
-        error, a choice for each block; or a function
-        ``(w, layout, levels) -> {"scale": float32 powers of two}``.
-      axis: the axis or axes of output channels; blocks run along all others, joined.
-      pad: allow a last block that is not full.
-
-    Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32}``. Packs to `Tabled`, at 4.25 bits a
-      weight: the scales are stored as float8_e8m0fnu.
-
-    Raises:
-      ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if 32 does not divide the contracting entries of a leaf and ``pad`` is
-        False.
-
-    Example:
-      >>> params = {"kernel": jnp.array([7.0] + 31 * [0.4])[:, None]}
-      >>> for c in (mxfp4(), mxfp4("ceil"), mxfp4("mse")):
-      ...     print(c.view(params, c.init(params))["kernel"][:2, 0].tolist())
-      [6.0, 0.5]
-      [8.0, 0.0]
-      [6.0, 0.5]
-
-    References:
-      Open Compute Project, "OCP Microscaling Formats (MX) Specification", v1.0, 2023, sections 5.2
-      and 6.3.
-    """
-    return on_levels(E2M1, choice(scale, _POWERS), 32, axis, pad, scale_dtype=jnp.float8_e8m0fnu)
-
-
-def nvfp4(
-    scale: str | LevelRule = "absmax", axis: int | tuple[int, ...] | None = None, pad: bool = False
-) -> Compression:
-    r"""Round blocks of 16 weights to 4-bit floats e2m1 times an e4m3 scale of the block times a float32 scale of the tensor.
-
-    Args:
-      scale: ``"absmax"``, which puts the largest magnitude of a block on 6, as far as an e4m3 scale
-        can; ``"mse"``, the e4m3 scale of least squared error; or a function
-        ``(w, layout, levels) -> {"scale": ..., "tensor_scale": ...}``.
-      axis: the axis or axes of output channels; blocks run along all others, joined.
-      pad: allow a last block that is not full.
-
-    Returns:
-      The Compression; ``fixed[path]`` is ``{"scale": float32, "tensor_scale": float32 scalar}``.
-      Packs to `Tabled`, at 4.5 bits a weight: the scales of blocks are stored as float8_e4m3fn.
-
-    Raises:
-      ValueError: if an argument is none of the above.
-      ShapeError: in `init`, if 16 does not divide the contracting entries of a leaf and ``pad`` is
-        False.
-
-    Example:
-      >>> params, c = {"kernel": jnp.linspace(-3.0, 3.0, 16)[:, None]}, nvfp4()
-      >>> node = c.pack(params, c.init(params))["kernel"]
-      >>> node.unpack()[:5, 0].tolist(), node.scale.dtype.name, node.nbytes
-      ([-3.0, -3.0, -2.0, -2.0, -1.5], 'float8_e4m3fn', 13)
-
-    References:
-      NVIDIA, "Pretraining Large Language Models with NVFP4", 2025, section 2 and appendix C.
-    """
-    return on_levels(E2M1, choice(scale, _TWO_LEVEL), 16, axis, pad, scale_dtype=jnp.float8_e4m3fn)

@@ -1,8 +1,7 @@
-"""Quantization to levels that are not evenly spaced, times a scale: the one Compression behind all such formats."""
+"""Quantization to levels that are not evenly spaced: `from_levels` is behind all such formats."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
 from compress_jax.core.straight_through import pass_within
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales import levels as level_rules
 from compress_jax.quantize._scales.levels import Fixed, LevelRule
 
@@ -32,11 +32,11 @@ def codebook(
 ) -> Compression:
     r"""Round weights to the nearest of any levels times a scale, :math:`\hat w = s \, \ell(w / s)`.
 
-    As `uniform` in all else: the scales of tensors, channels or groups are the state, the gradient
-    of the view is that of the identity, and the packed model is the trained one bit for bit.
+    The scale s of every tensor, channel or group is the state. As in `uniform`, the gradient of the
+    view is that of the identity, and the packed model is the trained one bit for bit.
 
     Args:
-      levels: a `Float` from `float_format`, or a `Table` of one's own.
+      levels: a `Float` from `float_format`, or a `Table` of ascending numbers.
       granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
         group.
       scale: ``"absmax"``, ``"mse"``, or a function ``(w, layout, levels) -> {"scale": float32}``.
@@ -52,16 +52,20 @@ def codebook(
         such axis.
 
     Example:
-      >>> powers = codebook(Table((-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)))  # products with these are shifts
+      Products with powers of two are shifts.
+
+      >>> import compress_jax as cj
+      >>> powers = cj.quantize.Table((-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0))
+      >>> c = cj.quantize.codebook(powers)
       >>> params = {"kernel": jnp.array([0.3, -4.0, 1.2, 0.9])}
-      >>> powers.view(params, powers.init(params))["kernel"].tolist()
+      >>> c.view(params, c.init(params))["kernel"].tolist()
       [0.0, -4.0, 1.0, 1.0]
     """
     rules = {"absmax": level_rules.absmax, "mse": level_rules.mse}
-    return on_levels(_checked(levels), choice(scale, rules), granularity, axis, pad)
+    return from_levels(_checked_levels(levels), scale_rule(scale, rules), granularity, axis, pad)
 
 
-def on_levels(
+def from_levels(
     levels: Levels,
     rule: LevelRule,
     granularity: Granularity,
@@ -71,15 +75,17 @@ def on_levels(
     scale_dtype: jax.typing.DTypeLike = jnp.float32,
     clip: float | None = None,
 ) -> Compression:
-    """Return the Compression to some levels with the scales of a rule; what every format here is made of.
+    """Return the Compression that rounds to levels with the scales of a rule.
 
     Args:
       levels: what scaled weights are rounded to.
-      rule: returns the state of a leaf.
-      granularity: as of `codebook`.
-      axis: as of `codebook`.
-      pad: as of `codebook`.
-      scale_dtype: what scales are packed as; those of the rule must be exact in it.
+      rule: returns the state of a leaf: ``"scale"``; where the format has them ``"tensor_scale"``,
+        a factor of all scales of the tensor, and ``"step"``, which weights are divided by instead
+        of the scale.
+      granularity: as in `codebook`.
+      axis: as in `codebook`.
+      pad: as in `codebook`.
+      scale_dtype: dtype of the packed scales; those of the rule must be exact in it.
       clip: the gradient passes only where magnitudes are at most this; None for everywhere.
 
     Returns:
@@ -91,33 +97,33 @@ def on_levels(
     def layout_of(axes: Axes) -> Layout:
         return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
 
-    def init(x: jax.Array, key: Any, axes: Axes) -> LeafState:
+    def init(x: jax.Array, key: jax.Array | None, axes: Axes) -> LeafState:
         layout = layout_of(axes)
         return None, rule(layout.arrange(x.astype(jnp.float32)), layout, levels)
 
-    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
+    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: PyTree) -> LeafState:
         return init(x, None, axes)
 
-    see = partial(
-        _nearest, levels
-    )  # one object, so that what is compiled for one leaf serves the next
-
     def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
-        return _rounded(layout_of(axes), levels, pass_within(x, clip), *_factors(fixed))
+        return _rounded(layout_of(axes), levels, pass_within(x, clip), *_scale_and_step(fixed))
 
     def pack(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Tabled:
         layout = layout_of(axes)
-        codes = layout.restore(
-            levels.encode(_scaled(layout.arrange(x), _factors(fixed, layout)[1]))
-        )
-        scale, tensor = fixed["scale"].astype(scale_dtype), fixed.get("tensor_scale")
-        return Tabled.pack(codes, scale, tensor, levels=levels, layout=layout, dtype=x.dtype)
+        step = _scale_and_step(fixed, layout)[1]
+        codes = layout.restore(levels.encode(_divided(layout.arrange(x), step)))
+        scale = fixed["scale"].astype(scale_dtype)
+        tensor_scale = fixed.get("tensor_scale")
+        return Tabled.pack(codes, scale, tensor_scale, levels=levels, layout=layout, dtype=x.dtype)
+
+    # Built once: solvers compile once for all leaves whose function is the same object.
+    quantize_fn = partial(_nearest, levels)
 
     def pointwise(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Pointwise:
         layout = layout_of(axes)
-        return Pointwise(see, tuple(map(layout.spread, _factors(fixed, layout))))
+        return Pointwise(quantize_fn, tuple(map(layout.spread, _scale_and_step(fixed, layout))))
 
-    made = call_of("", view, rule=rule, scale_dtype=scale_dtype, axis=axis)
+    # Checkpoints hold this text and are refused if it differs: its names must not change.
+    call = call_of("on_levels", view, rule=rule, scale_dtype=scale_dtype, axis=axis)
     return leafwise(
         view,
         init=init,
@@ -126,7 +132,7 @@ def on_levels(
         pointwise=pointwise,
         layout=True,
         axis=axis,
-        call=made,
+        call=call,
     )
 
 
@@ -140,33 +146,36 @@ def _rounded(
 
 @_rounded.defjvp
 def _(
-    layout: Layout, levels: Levels, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    layout: Layout, levels: Levels, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, levels, *primals), tangents[0]
 
 
 def _nearest(levels: Levels, x: jax.Array, scale: jax.Array, step: jax.Array) -> jax.Array:
-    return where_finite(x, saturate(levels.round(_scaled(x, step)) * scale, x.dtype))
+    return where_finite(x, saturate(levels.round(_divided(x, step)) * scale, x.dtype))
 
 
-def _scaled(x: jax.Array, step: jax.Array) -> jax.Array:
+def _divided(x: jax.Array, step: jax.Array) -> jax.Array:
     # Not a division: XLA turns one into this product where it can, and compiled or not the bits
     # should be the same.
     return x.astype(jnp.float32) * (1 / step)
 
 
-def _factors(fixed: Fixed, layout: Layout | None = None) -> tuple[jax.Array, jax.Array]:
-    """Return what levels are multiplied by, with the arithmetic of ``Tabled.unpack``, and what weights are divided by."""
+def _scale_and_step(fixed: Fixed, layout: Layout | None = None) -> tuple[jax.Array, jax.Array]:
+    """Return the factor of the levels, as ``Tabled.unpack`` computes it, and the weights' divisor.
+
+    With a layout, for a whole leaf whose state may have the axes of stacked layers in front.
+    """
     scale = fixed["scale"]
     if "tensor_scale" in fixed:
-        tensor = fixed["tensor_scale"]
-        scale = scale * (
-            tensor if layout is None else layout.expand(tensor)
-        )  # [layers] against [layers, ...]
+        tensor_scale = fixed["tensor_scale"]
+        if layout is not None:
+            tensor_scale = layout.expand(tensor_scale)  # [layers] -> [layers, 1, ...]
+        scale = scale * tensor_scale
     return scale, fixed.get("step", scale)
 
 
-def choice(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> LevelRule:
+def scale_rule(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> LevelRule:
     """Return the scale rule of a name; a rule that is a function already stays as it is.
 
     Args:
@@ -177,7 +186,7 @@ def choice(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> Le
       The rule.
 
     Raises:
-      ArgumentError: if there is no such rule; names all there are.
+      ArgumentError: if there is no such rule; the message lists them.
     """
     if callable(given):
         return given
@@ -190,8 +199,8 @@ def choice(given: str | LevelRule, rules: dict[str, Callable[..., Fixed]]) -> Le
     return rules[given]
 
 
-def _checked(levels: Levels) -> Levels:
-    """Return a format as it is, and a table with its numbers as float32 has them."""
+def _checked_levels(levels: Levels) -> Levels:
+    """Return a float format as it is, and a table with its numbers rounded to float32."""
     if isinstance(levels, Float):
         return levels
     if not isinstance(levels, Table):

@@ -8,10 +8,17 @@ import numpy as np
 
 from compress_jax.core.compression import Compression
 from compress_jax.core.layout import Granularity, Layout
-from compress_jax.core.levels import Levels
-from compress_jax.quantize._scales.levels import TERNARY, Fixed, LevelRule, peak
-from compress_jax.quantize._scales.rules import as_sets, counts, usable
-from compress_jax.quantize._weights.codebook import choice, on_levels
+from compress_jax.core.levels import Levels, Table
+from compress_jax.quantize._scales.levels import Fixed, LevelRule
+from compress_jax.quantize._scales.rules import (
+    flatten_groups,
+    group_absmax,
+    group_counts,
+    safe_scale,
+)
+from compress_jax.quantize._weights.codebook import from_levels, scale_rule
+
+TERNARY = Table((-1.0, 0.0, 1.0))
 
 
 def ternary(
@@ -22,7 +29,9 @@ def ternary(
     *,
     clip: float | None = None,
 ) -> Compression:
-    r"""Round weights to -s, 0 or s: :math:`\hat w = s \, sign(w) \, [|w| > \Delta]`, two bits a weight.
+    r"""Round weights to -s, 0 or s, two bits a weight.
+
+    .. math:: \hat w = s \, sign(w) \, [|w| > \Delta]
 
     Args:
       granularity: ``"tensor"``, ``"channel"``, or the number of entries of a channel that form a
@@ -41,26 +50,29 @@ def ternary(
       threshold is half the scale. Packs to `Tabled`.
 
     Raises:
-      ValueError: if an argument is none of the above.
+      ArgumentError: if an argument is none of the above.
       ShapeError: in `init`, if groups do not divide a leaf and ``pad`` is False, or a leaf has no
         such axis.
 
     Example:
-      >>> params, c = {"kernel": jnp.array([1.0, -0.25, -0.5, 0.25])}, ternary()
+      >>> import compress_jax as cj
+      >>> params, c = {"kernel": jnp.array([1.0, -0.25, -0.5, 0.25])}, cj.quantize.ternary()
       >>> c.view(params, c.init(params))["kernel"].tolist()  # above 0.7 * 0.5
       [0.75, 0.0, -0.75, 0.0]
 
     References:
       Li, Zhang and Liu, "Ternary Weight Networks", 2016, equations 5 and 6.
     """
-    return on_levels(
-        TERNARY, choice(scale, {"twn": twn, "mse": best_ternary}), granularity, axis, pad, clip=clip
-    )
+    rule = scale_rule(scale, {"twn": twn, "mse": best_ternary})
+    return from_levels(TERNARY, rule, granularity, axis, pad, clip=clip)
 
 
 @partial(jax.jit, static_argnames=("layout", "levels"))
 def twn(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
-    r"""Return the scale and step of Ternary Weight Networks: :math:`\Delta = 0.7 \, mean|w|`, s the mean above it.
+    r"""Return the scale and step of Ternary Weight Networks.
+
+    The threshold is :math:`\Delta = 0.7 \, mean|w|` (eq. 6), and the scale is the mean of the
+    magnitudes above it (eq. 5).
 
     Args:
       w: float32, arranged by ``layout``.
@@ -76,20 +88,21 @@ def twn(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
       ([2.0], [1.75])
     """
     total = partial(jnp.sum, axis=layout.reduced, keepdims=True)
-    bound = usable(peak(w, layout))
-    size = jnp.abs(w) * (1 / bound)
-    step = usable(total(size) * (1.4 / counts(layout)).astype(np.float32))
-    kept = levels.round(size * (1 / step))
-    scale = usable(total(size * kept) / jnp.maximum(total(kept), 1))
-    return {"scale": usable(scale * bound), "step": usable(step * bound)}
+    bound = safe_scale(group_absmax(w, layout))
+    size = jnp.abs(w) * (1 / bound)  # in [0, 1], so that no sum overflows
+    step = safe_scale(total(size) * (1.4 / group_counts(layout)).astype(np.float32))
+    nonzero = levels.round(size * (1 / step))  # 1 above the threshold, half a step, else 0
+    scale = safe_scale(total(size * nonzero) / jnp.maximum(total(nonzero), 1))
+    return {"scale": safe_scale(scale * bound), "step": safe_scale(step * bound)}
 
 
 @partial(jax.jit, static_argnames=("layout", "levels"))
 def best_ternary(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
-    r"""Return the scale of least squared error, exactly, :math:`\max_k (\sum_{i \le k} |w|_{(i)})^2 / k`.
+    r"""Return the scale of least squared error, exactly.
 
-    With the k largest magnitudes kept, the best scale is their mean, and it saves k times its
-    square of the error. At the best k the threshold lies at half the scale. Sorts the entries.
+    If the k largest magnitudes become s, the best s is their mean, and it reduces the error by
+    :math:`k s^2 = (\sum_{i \le k} |w|_{(i)})^2 / k`, which is maximised over k. At the best k the
+    threshold lies at half the scale. Sorts the entries.
 
     Args:
       w: float32, arranged by ``layout``.
@@ -106,12 +119,12 @@ def best_ternary(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     References:
       Li, Zhang and Liu, "Ternary Weight Networks", 2016, equation 4, which they approximate.
     """
-    bound = usable(peak(w, layout))
-    descending = jnp.sort(as_sets(jnp.abs(w) * (1 / bound), layout), axis=-1, descending=True)
-    kept = np.arange(1, descending.shape[-1] + 1, dtype=np.float32).reshape(
-        (1,) * (descending.ndim - 1) + (-1,)
-    )
-    means = jnp.cumsum(descending, axis=-1) / kept
-    best = jnp.argmax(means**2 * kept, axis=-1, keepdims=True)
+    bound = safe_scale(group_absmax(w, layout))
+    magnitudes = flatten_groups(jnp.abs(w) * (1 / bound), layout)  # [..., entries]
+    descending = jnp.sort(magnitudes, axis=-1, descending=True)
+    k = np.arange(1, descending.shape[-1] + 1, dtype=np.float32)
+    k = k.reshape((1,) * (descending.ndim - 1) + (-1,))
+    means = jnp.cumsum(descending, axis=-1) / k
+    best = jnp.argmax(means**2 * k, axis=-1, keepdims=True)
     scale = jnp.take_along_axis(means, best, axis=-1).reshape(layout.scale_shape)
-    return {"scale": usable(scale * bound)}
+    return {"scale": safe_scale(scale * bound)}

@@ -1,7 +1,6 @@
-"""Uniform quantization: weights on an evenly spaced grid of 4 to 256 levels, seen through a straight-through estimator."""
+"""Uniform quantization: weights on an evenly spaced grid of 4 to 256 levels."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +8,18 @@ import jax.numpy as jnp
 from compress_jax.core.arguments import flag, sharing, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
+from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
 from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
+from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales import rules
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.least_squares import mse
+from compress_jax.quantize._scales.levels import Fixed
 from compress_jax.quantize._scales.search import entropy, pnorm
-
-Fixed = dict[str, jax.Array]
 
 
 def uniform(
@@ -31,7 +31,9 @@ def uniform(
     pad: bool = False,
     narrow: bool = False,
 ) -> Compression:
-    r"""Round weights to evenly spaced levels, :math:`\hat w = s \, (clip(round(w / s) + z, 0, 2^{bits} - 1) - z)`.
+    r"""Round weights to evenly spaced levels through a straight-through estimator.
+
+    .. math:: \hat w = s \, (clip(round(w / s) + z, 0, 2^{bits} - 1) - z)
 
     The scale s and zero point z of every tensor, channel or group are the state: `init` and
     `update` derive them from the weights by a scale rule, `view` and `pack` share them, so the
@@ -65,8 +67,9 @@ def uniform(
         such axis.
 
     Example:
+      >>> import compress_jax as cj
       >>> params = {"kernel": jnp.array([[0.9, -3.0], [-1.5, 0.2]])}
-      >>> c = uniform(bits=3, granularity="channel")
+      >>> c = cj.quantize.uniform(bits=3, granularity="channel")
       >>> state = c.init(params)
       >>> c.view(params, state)["kernel"]
       Array([[ 1. , -3. ],
@@ -79,43 +82,53 @@ def uniform(
       sections 2.1 to 2.4. Bengio, Leonard and Courville, "Estimating or Propagating Gradients
       Through Stochastic Neurons", 2013.
     """
-    grid, rule = _checked_grid(bits, symmetric, narrow), _rule(scale, symmetric)
+    grid = _checked_grid(bits, symmetric, narrow)
+    rule = _scale_rule(scale, symmetric)
     granularity, axis, pad = sharing(granularity, axis, pad)
-    Layout.of(
-        (), granularity, pad=True
-    )  # a wrong granularity is refused here, before there is any leaf
+    Layout.of((), granularity, pad=True)  # refuses a wrong granularity before there is any leaf
 
     def layout_of(axes: Axes) -> Layout:
         return Layout.of(axes.shape, granularity, axes.outputs, pad=pad, stack=axes.stack)
 
-    def init(x: jax.Array, key: Any, axes: Axes) -> LeafState:
+    def init(x: jax.Array, key: jax.Array | None, axes: Axes) -> LeafState:
         layout = layout_of(axes)
-        s, z = rule(layout.arrange(x.astype(jnp.float32)), layout, grid)
-        return None, {"scale": s, "zero_point": z}
+        scale, zero_point = rule(layout.arrange(x.astype(jnp.float32)), layout, grid)
+        return None, {"scale": scale, "zero_point": zero_point}
 
-    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: Any) -> LeafState:
+    def update(x: jax.Array, learned: None, fixed: Fixed, *, axes: Axes, **_: PyTree) -> LeafState:
         return init(x, None, axes)
 
     def view(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> jax.Array:
         return _rounded(layout_of(axes), grid, x, fixed["scale"], fixed["zero_point"])
 
     def pack(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Quantized:
-        layout, zero = layout_of(axes), fixed["zero_point"]
-        codes = layout.restore(grid.encode(layout.arrange(x), fixed["scale"], layout.expand(zero)))
+        layout = layout_of(axes)
+        scale = fixed["scale"]
+        zero = fixed["zero_point"]
+        codes = layout.restore(grid.encode(layout.arrange(x), scale, layout.expand(zero)))
         if grid.symmetric:
-            zero = grid.middle  # a stack holds it once a layer
-        return Quantized.pack(codes, grid.bits, fixed["scale"], zero, layout=layout, dtype=x.dtype)
+            zero = grid.middle  # one scalar; the state of a stack holds it once a layer
+        return Quantized.pack(codes, grid.bits, scale, zero, layout=layout, dtype=x.dtype)
 
-    see = partial(
-        _on_grid, grid
-    )  # one object, so that what is compiled for one leaf serves the next
+    # Built once: solvers compile once for all leaves whose function is the same object.
+    quantize_fn = partial(_on_grid, grid)
 
     def pointwise(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Pointwise:
         layout = layout_of(axes)
-        return Pointwise(see, tuple(layout.spread(fixed[name]) for name in ("scale", "zero_point")))
+        operands = (layout.spread(fixed["scale"]), layout.spread(fixed["zero_point"]))
+        return Pointwise(quantize_fn, operands)
 
+    # Checkpoints hold this text and are refused if it differs: its names must not change.
+    call = call_of("uniform", view, rule=rule, see=quantize_fn, axis=axis)
     return leafwise(
-        view, init=init, update=update, pack=pack, pointwise=pointwise, layout=True, axis=axis
+        view,
+        init=init,
+        update=update,
+        pack=pack,
+        pointwise=pointwise,
+        layout=True,
+        axis=axis,
+        call=call,
     )
 
 
@@ -130,7 +143,7 @@ def _rounded(
 
 @_rounded.defjvp
 def _(
-    layout: Layout, grid: Grid, primals: tuple[Any, ...], tangents: tuple[Any, ...]
+    layout: Layout, grid: Grid, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, grid, *primals), tangents[0]
 
@@ -153,7 +166,7 @@ def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
     return Grid(bits, symmetric, narrow)
 
 
-def _rule(scale: str | rules.Rule | None, symmetric: bool) -> rules.Rule:
+def _scale_rule(scale: str | rules.Rule | None, symmetric: bool) -> rules.Rule:
     """Return the scale rule of a name; a rule that is a function already stays as it is."""
     if callable(scale):
         return scale
