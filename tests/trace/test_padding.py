@@ -66,7 +66,7 @@ def test_statistics_of_a_padded_batch_are_those_of_its_sequences_alone(name):
 
 def test_every_reducer_is_tried():
     made = {name for name in reducers.__all__ if returns(getattr(reducers, name)) is Reducer}
-    assert made == {each.split()[0] for each in REDUCERS} - {"spread"} | {"of_inputs"}
+    assert made == {each.split()[0] for each in REDUCERS} - {"spread"} | {"per_input"}
 
 
 def returns(made):
@@ -169,7 +169,7 @@ def test_what_cannot_be_followed_is_refused_by_name(name):
 
 def test_a_reducer_without_masks_refuses_them():
     own = Reducer(lambda site, lhs, rhs: jnp.abs(lhs).max(), jnp.maximum)
-    with pytest.raises(ArgumentError, match="does not know of masks"):
+    with pytest.raises(ArgumentError, match="takes no masks"):
         calibrate(lambda p, x: x @ p["up"], own, P, [X], mask=[TOKENS])
 
 

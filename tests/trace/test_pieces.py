@@ -173,7 +173,7 @@ P = {name: jnp.ones((3, 4)) for name in "ab"} | {"s": jnp.ones((2, 3, 4)), "i": 
 REFUSED = {
     "combined": lambda p, x: x @ (p["a"] + p["b"]),
     "data or": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
-    "the turn of a loop": lambda p, x: jax.lax.fori_loop(
+    "the iteration of a loop": lambda p, x: jax.lax.fori_loop(
         0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))
     ),
     "several parameters": lambda p, x: x @ (p["a"] @ p["b"].T),
