@@ -20,7 +20,13 @@ from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.rules import normal_clip
 from compress_jax.quantize._scales.search import least_divergent
 from compress_jax.trace._jaxpr.site import Site
-from compress_jax.trace._statistics.reducer import Reducer, aligned, channels, of_inputs, total
+from compress_jax.trace._statistics.reducer import (
+    Reducer,
+    add_counts,
+    channels,
+    expand_count,
+    per_input,
+)
 from compress_jax.trace.reducers import Histogram, edges, magnitudes
 from compress_jax.trace.reducers import percentile as quantile
 
@@ -70,9 +76,9 @@ def spread(per_channel: bool = False) -> Reducer:
         flat = table.flat if per_channel else lambda x: x
         axes, values = table.rows if per_channel else tuple(range(table.values.ndim)), table.values
         share: Any = np.float32(1 / max(math.prod(values.shape[axis] for axis in axes), 1))
-        if table.there is not None:
+        if table.mask is not None:
             share = 1 / jnp.maximum(
-                jnp.broadcast_to(table.there, values.shape).sum(axes, dtype=jnp.float32), 1
+                jnp.broadcast_to(table.mask, values.shape).sum(axes, dtype=jnp.float32), 1
             )
 
         def mean(x: jax.Array) -> jax.Array:
@@ -85,11 +91,11 @@ def spread(per_channel: bool = False) -> Reducer:
         return Spread(mean(values), mean(jnp.abs(values)), mean(values**2), low, high, table.count)
 
     def combine(old: Spread, new: Spread) -> Spread:
-        count = total(old.count, new.count)
+        count = add_counts(old.count, new.count)
         share = new.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
 
         def pooled(a: jax.Array, b: jax.Array) -> jax.Array:
-            return a + aligned(share, a) * (b - a)
+            return a + expand_count(share, a) * (b - a)
 
         low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
         means = (
@@ -99,7 +105,7 @@ def spread(per_channel: bool = False) -> Reducer:
         )
         return Spread(means[0], means[1], means[2], low, high, count)
 
-    return of_inputs(measure, combine)
+    return per_input(measure, combine)
 
 
 def widest(seen: Any, grid: Grid) -> Ends:

@@ -19,7 +19,7 @@ from compress_jax.trace._jaxpr.primitives import CASTS
 from compress_jax.trace._jaxpr.site import Position, Site
 from compress_jax.trace._statistics.calibration import require
 from compress_jax.trace._statistics.moments import Moments
-from compress_jax.trace._statistics.reducer import aligned
+from compress_jax.trace._statistics.reducer import expand_count
 
 # Which parameter is added to what comes out of a site: its bias.
 
@@ -197,7 +197,7 @@ def _shift(site: Site, shape: tuple[int, ...], lost: Any, seen: Moments) -> tupl
     if bool(never.all()):
         return None, "calibration never reached it"
     answer = met(
-        site, site.pieces[0], jnp.where(aligned(never, seen.mean), 0.0, seen.mean), jnp.mean
+        site, site.pieces[0], jnp.where(expand_count(never, seen.mean), 0.0, seen.mean), jnp.mean
     )
     if isinstance(answer, str):
         return None, answer
