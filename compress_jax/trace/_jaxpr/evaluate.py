@@ -207,16 +207,23 @@ def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
+# Calls that are more than their body.
+JITS = ("jit", "pjit")
+REMATS = ("remat", "remat2", "checkpoint")
+CUSTOM_JVPS = ("custom_jvp_call",)
+CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
 def call(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Values:
     """Rebuild a call; jit, remat and custom derivatives keep their options and rules."""
     name = eqn.primitive.name
-    if name in ("jit", "pjit"):
+    if name in JITS:
         return _jit(eqn.params, body)(*args)
-    if name in ("remat", "remat2", "checkpoint"):
+    if name in REMATS:
         return _remat(eqn, args, body)
-    if name == "custom_jvp_call":
+    if name in CUSTOM_JVPS:
         return custom_jvp(lambda *a: bind(eqn, a), args, body)
-    if name.startswith("custom_vjp_call"):
+    if name in CUSTOM_VJPS:
         return custom_vjp(lambda *a: bind(eqn, a), args, body)
     return body(*args)
 
