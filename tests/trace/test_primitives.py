@@ -187,7 +187,10 @@ def test_what_changes_shape_is_resized():
 
 
 def tagged(fn, tag, start=0, every=1):
-    """Return a function that passes parameters and results of equations (floating, one in ``every``) through ``tag``."""
+    """Return a function whose parameters and results of equations pass through ``tag``.
+
+    Only floating values are counted, and one in ``every`` is passed.
+    """
 
     def run(params, *inputs):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
@@ -221,7 +224,7 @@ def tagged(fn, tag, start=0, every=1):
 
 
 def block(p, x):
-    """A residual stream with an RMS norm, a gated and a plain MLP, a folded norm, a table, a loop and a fused kernel."""
+    """An RMS norm, a gated and a plain MLP, a folded norm, a table, a loop and a fused kernel."""
     h = p["table"][x] @ p["in"]
     n = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-6) * p["scale"][None]
     gate, up = jnp.split(n @ p["gate_up"], 2, axis=-1)
