@@ -29,8 +29,8 @@ from compress_jax.trace._jaxpr.primitives import (
 )
 from compress_jax.trace._jaxpr.site import Position, Site
 
-Statistics = dict[str, Any]
-Values = tuple[list[Any], Statistics]
+Statistics = dict[str, PyTree]
+Values = tuple[list[jax.Array], Statistics]
 """``(results, statistics by site)``."""
 Body = Callable[..., Values]
 
@@ -48,8 +48,8 @@ class Hooks:
     """
 
     sites: Mapping[Position, Site]
-    apply: Callable[[Site, JaxprEqn, list[Any], Any], Values]
-    merge: Callable[[Any, Any], Any] = lambda old, new: new
+    apply: Callable[[Site, JaxprEqn, list[jax.Array], Any], Values]
+    merge: Callable[[PyTree, PyTree], PyTree] = lambda old, new: new
     around: frozenset[Position] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,9 +60,9 @@ class Hooks:
 
 def evaluate(
     jaxpr: ClosedJaxpr,
-    args: Sequence[Any],
+    args: Sequence[jax.Array],
     hooks: Hooks,
-    given: Mapping[Position, Any],
+    given: Mapping[Position, PyTree],
     position: Position = (),
 ) -> Values:
     """Run a jaxpr with hooks.
@@ -90,6 +90,7 @@ def evaluate(
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
+        # Mesh contexts and named scopes of the original equation hold for its copy too.
         with ExitStack() as stack:
             stack.enter_context(eqn.ctx.manager)
             if scope := str(eqn.source_info.name_stack):
@@ -102,13 +103,20 @@ def evaluate(
 
 
 def _equation(
-    eqn: JaxprEqn, args: list[Any], hooks: Hooks, given: Mapping[Position, Any], position: Position
+    eqn: JaxprEqn,
+    args: list[jax.Array],
+    hooks: Hooks,
+    given: Mapping[Position, PyTree],
+    position: Position,
 ) -> Values:
+    # A chosen site: its hook computes the results.
     if position in hooks.sites:
         return hooks.apply(hooks.sites[position], eqn, args, given.get(position))
+    # No chosen site inside: as it stands.
     if position not in hooks.around:
         return bind(eqn, args), {}
 
+    # A site inside: rebuild the equation around it.
     inside = {place: tree for place, tree in given.items() if place[: len(position)] == position}
 
     def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Callable[..., Values]:
@@ -133,7 +141,7 @@ def _equation(
             raise AssertionError(f"{eqn.primitive.name} has sites inside, but cannot be rebuilt")
 
 
-def custom_jvp(original: Callable[..., Any], args: Sequence[Any], body: Body) -> Values:
+def custom_jvp(original: Callable[..., Any], args: Sequence[jax.Array], body: Body) -> Values:
     """Run another body under the tangent rule of the original.
 
     Args:
@@ -154,13 +162,14 @@ def custom_jvp(original: Callable[..., Any], args: Sequence[Any], body: Body) ->
     @function.defjvp
     def _(primals: PyTree, tangents: PyTree) -> tuple[Values, Values]:
         results = function(*primals)
+        # The author's rule, applied to the author's function.
         _, tangent = jax.jvp(original, primals[1], tangents[1])
         return results, (list(tangent), jax.tree.map(_no_tangent, results[1]))
 
     return function(consts, tuple(args))
 
 
-def custom_vjp(original: Callable[..., Any], args: Sequence[Any], body: Body) -> Values:
+def custom_vjp(original: Callable[..., Any], args: Sequence[jax.Array], body: Body) -> Values:
     """Run another body under the cotangent rule of the original; arguments as for `custom_jvp`."""
     run, consts = _closed(body, args)
 
@@ -179,8 +188,8 @@ def custom_vjp(original: Callable[..., Any], args: Sequence[Any], body: Body) ->
 
 
 def _closed(
-    body: Callable[..., Values], args: Sequence[Any]
-) -> tuple[Callable[[Any, Any], Values], list[Any]]:
+    body: Callable[..., Values], args: Sequence[jax.Array]
+) -> tuple[Callable[[Any, Any], Values], list[jax.Array]]:
     """Make what a body captures an argument of it; return the function and what it captures.
 
     Functions with custom rules must not close over values of other traces.
@@ -201,7 +210,7 @@ def _no_tangent(x: jax.Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-def bind(eqn: JaxprEqn, args: Sequence[Any]) -> list[Any]:
+def bind(eqn: JaxprEqn, args: Sequence[jax.Array]) -> list[jax.Array]:
     """Run an equation as it stands; return its results as a list."""
     results = eqn.primitive.bind(*args, **eqn.primitive.get_bind_params(eqn.params))
     return list(results) if eqn.primitive.multiple_results else [results]
@@ -214,7 +223,7 @@ CUSTOM_JVPS = ("custom_jvp_call",)
 CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
-def call(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Values:
+def call(eqn: JaxprEqn, args: Sequence[jax.Array], body: Body) -> Values:
     """Rebuild a call; jit, remat and custom derivatives keep their options and rules."""
     name = eqn.primitive.name
     if name in JITS:
@@ -241,7 +250,7 @@ def _jit(params: dict[str, Any], body: Body) -> Body:
     return jax.jit(named, keep_unused=params["keep_unused"], inline=params["inline"], **shardings)
 
 
-def _remat(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Values:
+def _remat(eqn: JaxprEqn, args: Sequence[jax.Array], body: Body) -> Values:
     """Bind the primitive: no public function sets both ``differentiated`` and ``prevent_cse``."""
     made, shape = jax.make_jaxpr(body, return_shape=True)(*args)
     params = {**eqn.params, "jaxpr": opened(made).jaxpr}
@@ -251,11 +260,13 @@ def _remat(eqn: JaxprEqn, args: Sequence[Any], body: Body) -> Values:
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
-def shard_map(params: dict[str, Any], args: Sequence[Any], body: Body, given: Any) -> Values:
+def shard_map(
+    params: dict[str, Any], args: Sequence[jax.Array], body: Body, given: PyTree
+) -> Values:
     """Rebuild a shard_map; the first axis of what is given, and of statistics, is the device."""
     axes = manual_axes(params)
 
-    def shard(given: Any, *args: Any) -> Values:
+    def shard(given: PyTree, *args: Any) -> Values:
         results, statistics = body(*args, given=jax.tree.map(lambda x: jnp.squeeze(x, 0), given))
         return results, jax.tree.map(lambda x: jnp.expand_dims(x, 0), statistics)
 
@@ -269,13 +280,15 @@ def shard_map(params: dict[str, Any], args: Sequence[Any], body: Body, given: An
     )(given, *args)
 
 
-def scan(eqn: JaxprEqn, args: Sequence[Any], loop: Scan, body: Body, given: Any) -> Values:
+def scan(eqn: JaxprEqn, args: Sequence[jax.Array], loop: Scan, body: Body, given: PyTree) -> Values:
     """Rebuild a scan; iterations take slices of what is given, and statistics come back stacked."""
     consts = args[: loop.consts]
     carry = list(args[loop.consts :][: loop.carry])
     xs = list(args[loop.consts + loop.carry :])
 
-    def iteration(carry: list[Any], slices: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+    def iteration(
+        carry: list[jax.Array], slices: tuple[list[jax.Array], Any]
+    ) -> tuple[list[jax.Array], Any]:
         own, given = slices
         results, statistics = body(*consts, *carry, *own, given=given)
         return results[: loop.carry], (results[loop.carry :], statistics)
@@ -289,11 +302,11 @@ def scan(eqn: JaxprEqn, args: Sequence[Any], loop: Scan, body: Body, given: Any)
 
 
 def while_loop(
-    args: Sequence[Any],
+    args: Sequence[jax.Array],
     loop: While,
     condition: Body,
     body: Body,
-    merge: Callable[[Any, Any], Any],
+    merge: Callable[[PyTree, PyTree], PyTree],
     sites_in_condition: bool,
 ) -> Values:
     """Rebuild a while loop; statistics are merged, as the number of iterations is not known.
@@ -306,11 +319,11 @@ def while_loop(
     consts = args[loop.condition_consts : split]
     carry = list(args[split:])
 
-    def check(carry: list[Any]) -> tuple[Any, Statistics]:
+    def check(carry: list[jax.Array]) -> tuple[Any, Statistics]:
         (more,), statistics = condition(*head, *carry)
         return more, statistics
 
-    def check_in_body(carry: list[Any]) -> tuple[Any, Statistics]:
+    def check_in_body(carry: list[jax.Array]) -> tuple[Any, Statistics]:
         return check(carry) if sites_in_condition else (None, {})
 
     def iteration(state: PyTree) -> PyTree:
@@ -320,6 +333,7 @@ def while_loop(
         merged = {site: merge(old[site], value) for site, value in {**new, **last}.items()}
         return carry, more, merged
 
+    # The state of the loop: (carry, whether the condition holds, statistics by site).
     def proceed(state: PyTree) -> Any:
         carry, more, _ = state
         return more if sites_in_condition else check(carry)[0]
@@ -331,7 +345,7 @@ def while_loop(
     return carry, statistics
 
 
-def branches(eqn: JaxprEqn, args: Sequence[Any], bodies: Sequence[Body]) -> Values:
+def branches(eqn: JaxprEqn, args: Sequence[jax.Array], bodies: Sequence[Body]) -> Values:
     """Rebuild a cond; sites of the branches that were not taken are unobserved."""
     index, *operands = args
     every: dict[str, Any] = {}
@@ -351,7 +365,11 @@ def branches(eqn: JaxprEqn, args: Sequence[Any], bodies: Sequence[Body]) -> Valu
 
 
 def _choose(
-    eqn: JaxprEqn, index: Any, bodies: Sequence[ClosedJaxpr], operands: Sequence[Any], tree: PyTree
+    eqn: JaxprEqn,
+    index: Any,
+    bodies: Sequence[ClosedJaxpr],
+    operands: Sequence[jax.Array],
+    tree: PyTree,
 ) -> Values:
     """Bind the primitive: lax.switch would clamp an index that is already clamped."""
     captured = [const for body in bodies for const in body.consts]

@@ -335,6 +335,7 @@ class Found:
     def equation(self, eqn: JaxprEqn, args: list[Origin], where: Where) -> Sequence[Origin]:
         """Return the origins of an equation's results; note it if it contracts or looks up."""
         if primitives.kind(eqn) is not None:
+            # A product with ones is a sum: its other operand is no weight.
             if where.position in self.sums:
                 args = [replace(arg, paths=()) for arg in args]
             self.contractions[where.position] = (eqn, args[0], args[1], where)
@@ -390,6 +391,7 @@ def name(found: Found) -> dict[Position, Site]:
         base = _base_name(contraction, names)
         counts[base] += 1
         names[position] = base if counts[base] == 1 else f"{base}#{counts[base]}"
+    # How each parameter is used: names of sites, and lookups.
     uses: dict[str, list[str]] = {}
     for position, contraction in found.contractions.items():
         for path in _paths(contraction)[:1]:

@@ -67,6 +67,7 @@ def data(label: str) -> Origin:
 def join(origins: Sequence[Origin]) -> Origin:
     """Join abstract values: the origin of a value that is any of these, or made of all of them."""
     level = max((origin.level for origin in origins), default=CONSTANT)
+    # Data absorbs parameters: its newest contraction names what comes after.
     if level == DATA:
         inputs = [origin for origin in origins if origin.level == DATA]
         return max(inputs, key=lambda origin: origin.maker)
@@ -119,6 +120,7 @@ def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
         return join(args)
     shaped = zip(args, shapes, strict=False)
     filling = [arg for arg, shape in shaped if arg.paths and shape == out and _fills(arg, shape)]
+    # A view whose axes are known replaces one of the same parameter whose axes are not.
     known = {path for arg in filling if arg.dims is not None for path in arg.paths}
     views = [arg for arg in filling if arg.dims is not None or not known.issuperset(arg.paths)]
     if views:
@@ -219,6 +221,7 @@ def _gather(eqn: JaxprEqn, args: Sequence[Origin], shapes: list[Shape], out: Sha
         return data("/".join(table.paths[:1]) or "parameters")  # an embedding
     if table.dims is None:
         return table
+    # Axes along which one index is taken; each offset axis of the result is a whole axis.
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     picked = tuple(axis for i in gone for axis in table.dims[i])
     dims: list[AxisIndices] = [picked] * len(out)
@@ -324,6 +327,7 @@ class PieceDomain:
             self.found[where.position] = (args[0], args[1])
             return [_unknown(args, f"it is changed on its way ({name})")]
         count = len(eqn.outvars)
+        # Constants stay unevaluated until an index needs their value.
         if args and all(isinstance(arg, Constant) for arg in args) and not eqn.effects:
             return [Constant(_computed(eqn, args, i)) for i in range(count)]
         if not any(isinstance(arg, Strided) for arg in args):
@@ -412,6 +416,7 @@ def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
         paths = {piece.path for arg in strided for piece in arg.pieces}
         how = "several parameters are combined" if len(paths) > 1 else "it is changed on its way"
         return _unknown(args, f"{how} ({name})")
+    # A cast to another floating dtype keeps every entry's value, up to rounding: no change.
     if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return args[0]
     earlier = [step for arg in strided for piece in arg.pieces for step in piece.changed]

@@ -49,6 +49,7 @@ def hooked(
             results, statistics = evaluate(traced.jaxpr, flat, hooks(chosen), own)
             return jax.tree.unflatten(tree, results), statistics
 
+        # Under jit or another transformation: part of the surrounding trace.
         if any(isinstance(x, Tracer) for x in (*flat, *traced.jaxpr.consts)):
             return with_hooks(*flat)
         cached = cache.get(traced.jaxpr)

@@ -108,6 +108,7 @@ def calibrate(
         inputs = batch if isinstance(batch, tuple) else (batch,)
         new = measure(params, inputs, own)
         if total is None:
+            # The first batch decides which sites there are.
             total = new
             sites = {site.name: site for site in trace(fn, params, *inputs).choose(where).values()}
             continue
@@ -414,6 +415,7 @@ class MaskDomain:
             return "slice leaves out some of it"
         if name in SUMMED or (name in PICKED and _all_or_one(eqn, args[0].dims)):
             return None
+        # An axis is lost if no leaf of it is in a result.
         leaves = self.walk.axes.leaves
         left = {leaf for dims in results for axis in dims for leaf in leaves(axis)}
         masked = [axis for arg in args if arg.lost is not None for axis in arg.dims]
@@ -489,6 +491,7 @@ class Padding:
         value = self.domain.operands[site.position][index]
         if value.lost is None:
             return None
+        # The mask's axes in the operand: those a loop runs along, then those of its own axes.
         scanned = {each.loop: (each.axis, 0) for each in value.lost if each.axis is not None}
         loops: list[Factors] = [[(n, scanned.get(loop))] for loop, n in enumerate(site.loops)]
         axes = [self._factors(site, axis) for axis in value.dims]
@@ -571,6 +574,7 @@ def _placed(mask: jax.Array, axes: list[Factors], labels: list[Label]) -> jax.Ar
     places = {label: [i for i, (*_, own) in enumerate(flat) if own == label] for label in labels}
     gone = tuple(i for i, label in enumerate(labels) if not places[label])
     left = [label for label in labels if places[label]]
+    # What has no axis here counts if any of its entries does.
     mask = mask.any(axis=gone)
     uses = max((len(places[label]) for label in left), default=1)
     result = None
@@ -598,6 +602,7 @@ def _spread(
       Booleans, of size 1 along the operand's axes that have none of the factors.
     """
     masked = {flat[i][0] for i in at}
+    # [factors], then each masked axis whole, then factors merged to the operand's axes.
     thin = mask.reshape([size if i in at else 1 for i, (_, size, _) in enumerate(flat)])
     full = jnp.broadcast_to(thin, [size if axis in masked else 1 for axis, size, _ in flat])
     sizes = [1] * axes

@@ -269,6 +269,7 @@ def outliers(threshold: float = 6.0) -> Reducer:
 
 def _moments(table: Table) -> Moments:
     count = expand_count(jnp.maximum(table.counts, 1).astype(jnp.float32), table.values)
+    # Masked values are 0, so the sum needs no mask; squares about the mean do.
     mean = table.values.sum(table.rows, keepdims=True) / count
     squares = jnp.square(table.values - mean)
     if table.mask is not None:

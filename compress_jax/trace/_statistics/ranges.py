@@ -294,6 +294,7 @@ def magnitudes(histogram: Histogram) -> Histogram:
       [0.0, 0.0, 1.0, 1.0]
     """
     half = _bins(histogram) // 2
+    # |x|: bin -1-i of x is bin i of the magnitude.
     above = _map(lambda part: part[..., half:], histogram.counts)
     below = _map(lambda part: part[..., half - 1 :: -1], histogram.counts)
     widths = [(0, 0)] * (histogram.counts.lower.ndim - 1) + [(half, 0)]
@@ -368,6 +369,7 @@ def _exponent(bound: jax.Array) -> jax.Array:
 
 
 def _merge(old: Histogram, new: Histogram) -> Histogram:
+    # Both on the wider range: bins of powers of two merge in pairs, exactly.
     exponent = jnp.maximum(old.exponent, new.exponent)
     first = _folded(old.counts, exponent - old.exponent)
     second = _folded(new.counts, exponent - new.exponent)
@@ -405,6 +407,7 @@ def _from_bottom(histogram: Histogram, share: float) -> jax.Array:
     """Return the value below which a share of the entries lies, counted from the smallest."""
     counts = histogram.counts.to_float()  # [..., bins]
     cumulative = counts.cumsum(-1)
+    # The first bin that is not empty and reaches the rank; then linear within it.
     rank = share * cumulative[..., -1:]
     place = jnp.argmax((cumulative >= rank) & (counts > 0), axis=-1, keepdims=True)  # [..., 1]
     below = jnp.take_along_axis(cumulative - counts, place, axis=-1)

@@ -167,6 +167,7 @@ def expand_count(count: jax.Array, x: jax.Array) -> jax.Array:
 
 def _skipping_empty(combine: Callable[[Any, Any], Any], old: Any, new: Any) -> Any:
     def choose(both: jax.Array, old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
+        # The other one's statistics where one of the two is empty.
         some = jnp.where(expand_count(old.count, both) == 0, new_leaf, both)
         return jnp.where(expand_count(new.count, both) == 0, old_leaf, some)
 
@@ -282,6 +283,7 @@ def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None
     batch, columns = site.batch[index], site.contracting[index]
     if site.kind == "conv" and index == 1:
         return _kernel(site, x)
+    # [*batch, *rows, *columns]
     rows = (axis for axis in range(x.ndim) if axis not in batch + columns)
     order = (*batch, *rows, *columns)
     mask = None if mask is None else mask.transpose(order)
