@@ -47,7 +47,7 @@ class SiteCost:
       >>> total = cj.trace.cost(fn, {"kernel": jnp.ones((3, 8))}, jnp.ones((4, 3)))
       >>> each = total.by_site["kernel"]
       >>> each.macs, each.params, each.weight_bits, each.bit_operations
-      (96, 24, 32, 98304)
+      (96, 24, 32.0, 98304)
     """
 
     site: Site
