@@ -1,4 +1,7 @@
-"""Seeing inside any function: one interpreter of jaxprs for sites, statistics, rewriting, cost and channel groups."""
+"""See inside any function: sites, statistics, rewriting, cost, groups and resizing.
+
+All of it is one interpreter of jaxprs; see README.md beside this file.
+"""
 
 from compress_jax.trace import reducers
 from compress_jax.trace._cost import Cost, SiteCost, cost

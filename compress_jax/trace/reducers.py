@@ -1,14 +1,26 @@
-"""Ready reducers: the statistics that quantization and pruning need of the activations at a site.
+"""The table of contents of reducers: statistics of the activations at a site.
 
-Each keeps, for each activation that enters a site (`Site.inputs`), float32 statistics whose size
-does not depend on how much data there is, with ``count``: the rows seen, a row being one vector
-that is contracted (a token, a pixel). It is 0 where a site did not run; then what `Reducer.finish`
-returns is NaN. "Per channel" is one number for each entry of a row, ``[*batch, k]`` as `channels`
-orders them.
+| Statistic | For |
+|---|---|
+| `absmax`, `minmax` | static ranges; `absmax("channel")` for SmoothQuant |
+| `histogram` (`edges`, `magnitudes`, `percentile`) | ranges by percentile or entropy |
+| `gram` | GPTQ, SparseGPT, AdaRound, AWQ: the Hessian of a layer's output error |
+| `moments` | bias correction, channel importance |
+| `absmean` | AWQ |
+| `norm` | Wanda |
+| `outliers` | LLM.int8() |
+| `per_input` | your own |
+
+Each reducer keeps, for each activation that enters a site (`Site.inputs`), float32 statistics whose
+size does not depend on how much data there is, and ``count``, the number of rows, a row being one
+vector that is contracted (a token, a pixel). The count is 0 where a site did not run; then
+`Reducer.finish` returns NaN. "Per channel" is one number for each entry of a row, ``[*batch, k]``
+in the order of ``site.contracting``.
 """
 
-from compress_jax.trace._statistics.calibration import Gram
+from compress_jax.core.deprecated import renamed
 from compress_jax.trace._statistics.moments import (
+    Gram,
     Moments,
     Norm,
     Outliers,
@@ -30,7 +42,7 @@ from compress_jax.trace._statistics.ranges import (
     minmax,
     percentile,
 )
-from compress_jax.trace._statistics.reducer import Reducer, of_inputs
+from compress_jax.trace._statistics.reducer import Reducer, per_input
 
 __all__ = [
     "AbsMax",
@@ -51,7 +63,9 @@ __all__ = [
     "minmax",
     "moments",
     "norm",
-    "of_inputs",
     "outliers",
+    "per_input",
     "percentile",
 ]
+
+__getattr__ = renamed({"of_inputs": "per_input"}, __name__)

@@ -1,4 +1,4 @@
-"""Costs: published numbers, loops and devices, what is said of what cannot be counted, and the table."""
+"""Costs: published numbers, loops and devices, notes on what is not counted, and the table."""
 
 from functools import cache
 from typing import Any
@@ -39,7 +39,7 @@ def ones(*shape, dtype=jnp.float32):
     [("resnet50/linen", 4.09, 25_557_032), ("vit_b16/linen", 17.56, 86_567_656)],
 )
 def test_published_costs(name, gmacs, parameters):
-    """At 224x224, as torchvision lists them: convolutions on padding and both products of attention included."""
+    """At 224x224, as torchvision lists them, padding and both products of attention included."""
     total = made(name)[3]
     assert total.params == parameters
     assert abs(total.macs / 1e9 / gmacs - 1) < 0.001

@@ -54,7 +54,7 @@ def test_without_a_compression_bits_are_those_of_the_dtypes():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 8])
 def test_quantized_weights_have_the_bits_of_their_codes(bits, granularity):
-    """Scales do not count, nor does it matter that a form that leaves zeros out may be the smallest (2 and 3 bits)."""
+    """Scales do not count, even if a sparse form would be the smallest (2 and 3 bits)."""
     quantize = kernels(cj.quantize.uniform(bits, granularity=granularity))
     total = cost(model, PARAMS, X, compression=quantize, activation_bits=6)
     assert [each.weight_bits for each in total.by_site.values()] == [bits, bits]
@@ -128,7 +128,7 @@ def test_parameters_side_by_side_have_their_mean():
 
 
 def test_bits_of_activations_are_for_data_only():
-    """Attention's products are between activations; a captured matrix and a product of two parameters are not."""
+    """Operands of attention are activations; constants and products of parameters are not."""
     total = cost(attention, dict.fromkeys("qkv", SQUARE), ones(2, 5, 6), activation_bits=8)
     scores, values = (each for each in total.by_site.values() if each.site.param is None)
     assert scores.bit_operations == 2 * 5 * 5 * 6 * 8 * 8 == values.bit_operations

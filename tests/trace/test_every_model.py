@@ -1,5 +1,8 @@
-"""The interpreter on every model of the zoo: sites are complete, observation is what a run by hand sees, an identity rewrite
-is the original."""
+"""The interpreter on every model of the zoo.
+
+Sites are complete, observed operands are those of a run by hand, an identity rewrite is the
+original.
+"""
 
 from collections import Counter
 
@@ -72,7 +75,7 @@ def test_every_contracted_parameter_is_found(entry):
 
 @on_one_device
 def test_stored_axes_are_those_of_the_operand(entry):
-    """The sizes of the stored axes that are said to be summed over are those of the operand's contracting axes."""
+    """The stored axes that are summed over have the sizes of the operand's contracting axes."""
     fn, variables, inputs = entry.make()
     traced = trace(fn, variables, *inputs)
     for site in traced.sites.values():
@@ -97,7 +100,7 @@ def ragged_dot_primitive():
 
 
 def seen_by_hand(fn, variables, inputs, monkeypatch):
-    """Run one operation at a time, without jit and with loops in Python, and note every contraction's concrete operands."""
+    """Run without jit, loops in Python, and note every contraction's concrete operands."""
     seen = []
     for primitive in (
         jax.lax.dot_general_p,
@@ -169,7 +172,7 @@ def test_an_identity_rewrite_is_the_original_in_value_and_gradient(entry):
 
 @every_model
 def test_a_rule_acts_at_every_site(entry):
-    """Zeroing the operands of one site after the other changes the output, as long as its branch is taken."""
+    """Zeros for the operands of one site change the output, if its branch is taken."""
     fn, variables, inputs = entry.make()
     out = jax.tree.leaves(jax.jit(fn)(variables, *inputs))
     names = [site.name for site in sites(fn, variables, *inputs) if not site.conditional]

@@ -19,7 +19,7 @@ def ones(*shape, dtype=jnp.float32):
 
 
 def analysed(fn, *args):
-    """Return FLOPs and transcendental functions as XLA counts them in the program before it optimises."""
+    """Return FLOPs and transcendental functions as XLA counts them before it optimizes."""
     found = jax.jit(fn).lower(*args).cost_analysis() or {}
     return found.get("flops", 0), found.get("transcendentals", 0)
 
@@ -46,7 +46,7 @@ def biggest(x):
 
 
 def backward(params, x):
-    """A function and its gradient, with a cotangent that is not the constant 1, by which XLA does not multiply."""
+    """A function and its gradient; XLA would not multiply by a cotangent that is the constant 1."""
     out, gradient = jax.vjp(lambda params: jnp.sin(convolve(x, params["w"])), params)
     return out, gradient(out)
 
@@ -105,7 +105,8 @@ def test_flops_are_those_of_xla_exactly(name):
     assert total.flops > 0
 
 
-ONE_EACH = "neg sign floor ceil round is_finite abs square exp log expm1 log1p tanh sin cos tan atan erf sqrt rsqrt cbrt"
+ONE_EACH = """neg sign floor ceil round is_finite abs square
+    exp log expm1 log1p tanh sin cos tan atan erf sqrt rsqrt cbrt"""
 TWO_EACH = "add sub mul div rem max min pow atan2 eq ne lt gt"
 
 
@@ -126,7 +127,7 @@ def test_integer_powers_are_products(exponent):
 
 
 def on_padding(site):
-    """Products of a convolution with elements of the padding, which XLA leaves out; one axis after the other."""
+    """Products with elements of the padding, which XLA leaves out; one axis after the other."""
     if site.kind != "conv":
         return 0
     numbers, p = site.params["dimension_numbers"], site.params
@@ -170,7 +171,7 @@ STRAIGHT = [
     ],
 )
 def test_models_cost_what_xla_says_once_padding_is_left_out(name):
-    """Not exactly: XLA adds up in float32, guards lookups against indices out of range and folds constants."""
+    """Not exactly: XLA adds in float32, guards indices out of range and folds constants."""
     fn, variables, inputs = ENTRIES[name].make()
     total = cost(fn, variables, *inputs)
     flops, transcendentals = analysed(fn, variables, *inputs)

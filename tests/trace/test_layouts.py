@@ -1,4 +1,4 @@
-"""The axes of a parameter as its products tell them, against the matrices by hand, in the spellings of several libraries."""
+"""The axes of a parameter read from its products, against matrices by hand, in many spellings."""
 
 import equinox as eqx
 import flax.linen as nn

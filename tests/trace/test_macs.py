@@ -73,7 +73,7 @@ def test_gradients_of_a_ragged_product_multiply_each_row_once():
 
 
 def pairs(size, window, stride, spread, apart, low, high):
-    """Slide a window along a line of ones: padding is ones too, but around a transposed one, whose holes are zeros too."""
+    """Slide a window along a line of ones; padding is ones too, zeros if it is transposed."""
     line = np.zeros((size - 1) * apart + 1)
     line[::apart] = 1
     reach = (window - 1) * spread
@@ -91,7 +91,7 @@ small = st.integers(1, 3)
 
 @st.composite
 def axes(draw):
-    """Draw one axis of a convolution, a transposed one with the padding that lets each input meet the whole window."""
+    """Draw one axis of a convolution; a transposed one is padded for the whole window."""
     window, spread = draw(st.integers(1, 4)), draw(small)
     reach = (window - 1) * spread
     if draw(st.booleans()):
@@ -134,9 +134,10 @@ GROUPS = [{}, {"feature_group_count": 3}, {"feature_group_count": 6}, {"batch_gr
 def test_macs_of_a_grouped_convolution(options):
     w = ones(6, 6 // options.get("feature_group_count", 1), 3, 2)
     args = w, ones(4, 6, 5, 7)
-    fn = lambda w, x: lax.conv_general_dilated(
-        x, w, (2, 1), "VALID", rhs_dilation=(1, 2), **options
-    )  # noqa: E731
+
+    def fn(w, x):
+        return lax.conv_general_dilated(x, w, (2, 1), "VALID", rhs_dilation=(1, 2), **options)
+
     assert cost(fn, *args).macs == products(fn, *args)
 
 

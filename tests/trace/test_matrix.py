@@ -1,4 +1,4 @@
-"""Stored parameters as matrices, and what they are fed: the energy of every layer's output can be told from both."""
+"""Stored parameters as matrices, and their inputs: both give the energy of a layer's output."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ MODELS = [
 
 @pytest.mark.parametrize("entry", MODELS, ids=[entry.name for entry in MODELS])
 def test_gram_and_matrices_give_the_energy_of_every_output(entry):
-    r"""sum |X W|^2 = tr(W^T X^T X W), summed over a parameter's sites; the left side is taken from the contractions."""
+    r"""sum |X W|^2 = tr(W^T X^T X W) over a parameter's sites; left: from the contractions."""
     fn, variables, inputs = entry.make()
 
     def energy(site, lhs, rhs):

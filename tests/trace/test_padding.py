@@ -1,4 +1,4 @@
-"""Calibration of padded batches: whatever the reducer and the layer, statistics are those of what counts alone."""
+"""Calibration of padded batches: statistics are those of the entries that count alone."""
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +15,29 @@ B, T, D = 4, 6, 8
 LENGTHS = (6, 1, 0, 3)
 TOKENS = np.arange(T)[None] < np.array(LENGTHS)[:, None]
 X = jax.random.normal(jax.random.key(0), (B, T, D)) + 2.0
-P = {name: jax.random.normal(jax.random.key(i), shape) / 3 for i, (name, shape) in enumerate({
-    "qkv": (D, 3, 2, 4), "out": (2, 4, D), "up": (D, 5), "stack": (3, D, D), "head": (D, 3)}.items())}  # fmt: skip
+SHAPES = {"qkv": (D, 3, 2, 4), "out": (2, 4, D), "up": (D, 5), "stack": (3, D, D), "head": (D, 3)}
+P = {
+    name: jax.random.normal(jax.random.key(i), shape) / 3
+    for i, (name, shape) in enumerate(SHAPES.items())
+}
 REDUCERS = {
-    "absmax": reducers.absmax(), "absmax channel": reducers.absmax("channel"), "minmax": reducers.minmax(),
-    "minmax channel": reducers.minmax(granularity="channel"), "moments": reducers.moments(), "absmean": reducers.absmean(),
-    "norm": reducers.norm(), "outliers": reducers.outliers(2.0), "histogram": reducers.histogram(64),
-    "gram": reducers.gram(), "spread": spread(), "spread channel": spread(True),
-}  # fmt: skip
+    "absmax": reducers.absmax(),
+    "absmax channel": reducers.absmax("channel"),
+    "minmax": reducers.minmax(),
+    "minmax channel": reducers.minmax(granularity="channel"),
+    "moments": reducers.moments(),
+    "absmean": reducers.absmean(),
+    "norm": reducers.norm(),
+    "outliers": reducers.outliers(2.0),
+    "histogram": reducers.histogram(64),
+    "gram": reducers.gram(),
+    "spread": spread(),
+    "spread channel": spread(True),
+}
 
 
 def model(p, x):
-    """Attention over what is given, flat rows of tokens, layers in a scan, a pooled head; 99 is padding."""
+    """Attention, flat rows of tokens, layers in a scan, a pooled head; 99 is padding."""
     there = (jnp.abs(x).max(-1) < 50.0)[:, None, None, :]
     q, k, v = jnp.einsum("btd,dchk->cbhtk", x, p["qkv"])
     scores = jnp.where(there, jnp.einsum("bhqk,bhsk->bhqs", q, k), -1e9)
@@ -66,7 +77,7 @@ def test_statistics_of_a_padded_batch_are_those_of_its_sequences_alone(name):
 
 def test_every_reducer_is_tried():
     made = {name for name in reducers.__all__ if returns(getattr(reducers, name)) is Reducer}
-    assert made == {each.split()[0] for each in REDUCERS} - {"spread"} | {"of_inputs"}
+    assert made == {each.split()[0] for each in REDUCERS} - {"spread"} | {"per_input"}
 
 
 def returns(made):
@@ -130,9 +141,11 @@ def test_a_recurrent_layer_counts_its_turns():
 @pytest.mark.parametrize("padding", ["SAME", ((2, 0),)])
 def test_windows_stand_at_positions_that_count(padding):
     w = {"kernel": jnp.ones((3, D, 2))}
-    fn = lambda w, x: jax.lax.conv_general_dilated(
-        x, w["kernel"], (1,), padding, dimension_numbers=("NHC", "HIO", "NHC")
-    )  # noqa: E731
+    spec = ("NHC", "HIO", "NHC")
+
+    def fn(w, x):
+        return jax.lax.conv_general_dilated(x, w["kernel"], (1,), padding, dimension_numbers=spec)
+
     clean = jnp.where(TOKENS[..., None], X, 0.0)
     found = calibrate(fn, reducers.gram(), w, [clean], mask=[TOKENS])["kernel"]["input"]
     own = [
@@ -169,7 +182,7 @@ def test_what_cannot_be_followed_is_refused_by_name(name):
 
 def test_a_reducer_without_masks_refuses_them():
     own = Reducer(lambda site, lhs, rhs: jnp.abs(lhs).max(), jnp.maximum)
-    with pytest.raises(ArgumentError, match="does not know of masks"):
+    with pytest.raises(ArgumentError, match="takes no masks"):
         calibrate(lambda p, x: x @ p["up"], own, P, [X], mask=[TOKENS])
 
 

@@ -1,4 +1,4 @@
-"""Pieces of parameters in operands against what the moves themselves do to an array of numbered entries."""
+"""Pieces of parameters in operands, against the moves themselves on an array of numbers."""
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ def halves(shape):
 
 @st.composite
 def moves(draw):
-    """Draw a way to make one operand of three parameters, by moves that keep entries as they are."""
+    """Draw a way to make an operand of three parameters by moves that leave entries as they are."""
     shape, chosen = (4, 6, 2), []
     for _ in range(draw(st.integers(1, 5))):
         kind = draw(
@@ -173,7 +173,7 @@ P = {name: jnp.ones((3, 4)) for name in "ab"} | {"s": jnp.ones((2, 3, 4)), "i": 
 REFUSED = {
     "combined": lambda p, x: x @ (p["a"] + p["b"]),
     "data or": lambda p, x: x @ p["s"][x[0, 0].astype(jnp.int32)],
-    "the turn of a loop": lambda p, x: jax.lax.fori_loop(
+    "the iteration of a loop": lambda p, x: jax.lax.fori_loop(
         0, 2, lambda i, y: y + x @ p["s"][i], jnp.zeros((5, 4))
     ),
     "several parameters": lambda p, x: x @ (p["a"] @ p["b"].T),

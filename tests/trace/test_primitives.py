@@ -1,8 +1,12 @@
-"""One table of primitives: it holds all that JAX has, every rule table is made of its classes, and what passes values on
-changes no answer of anything that looks into a function."""
+"""One table of primitives: it has all of JAX's, and every rule table is made of its classes.
+
+What passes values on changes no answer of any analysis.
+"""
 
 import contextlib
+import importlib
 import itertools
+import pkgutil
 from functools import cache
 
 import jax
@@ -16,9 +20,10 @@ from jax.sharding import PartitionSpec
 import compress_jax as cj
 from compress_jax.trace import _cost
 from compress_jax.trace._groups import analyze
-from compress_jax.trace._jaxpr import primitives
+from compress_jax.trace._jaxpr import evaluate, interpret, origin, primitives
 from compress_jax.trace._resize import widths
-from compress_jax.trace._symmetry import exponents, rotation
+from compress_jax.trace._statistics import calibrate
+from compress_jax.trace._symmetry import affine, exponents, rotation
 
 REGISTERED = {
     each.name for each in vars(core.primitives).values() if isinstance(each, core.Primitive)
@@ -49,15 +54,20 @@ MESHES = {
 def test_every_primitive_is_in_one_class():
     assert len(REGISTERED) > 100
     unclassified = {name for name in REGISTERED if primitives.class_of(name) is None}
-    assert not unclassified, "new primitives: say in trace/primitives.py what they do"
+    assert not unclassified, "new primitives: say in trace/_jaxpr/primitives.py what they do"
     for (a, ours), (b, theirs) in itertools.combinations(primitives.CLASSES.items(), 2):
         assert not ours & theirs, (a, b)
 
 
-HANDLED = {  # the classes that a table must know as a whole; what passes values on is the interpreter's business
+# The classes that a table must have as a whole; the interpreter itself passes values on.
+HANDLED = {
     "axes": (analyze.RULES, set(primitives.CLASSES) - {"pass-through", "control", "opaque"}),
     "flops": (
-        _cost.FREE | _cost.EACH | _cost.TRANSCENDENTAL | _cost.BOTH.keys() | _cost.RULES.keys(),
+        _cost.FREE
+        | _cost.PER_ELEMENT
+        | _cost.TRANSCENDENTAL
+        | _cost.MIXED.keys()
+        | _cost.RULES.keys(),
         {
             "pass-through",
             "moves",
@@ -73,7 +83,7 @@ HANDLED = {  # the classes that a table must know as a whole; what passes values
         }
         | {"creation", "collectives", "debug", "contractions"},
     ),
-    "turning": (
+    "rotation": (
         rotation.RULES,
         {"casts", "moves", "joins", "indexed", "sums", "signs", "contractions"},
     ),
@@ -91,6 +101,15 @@ HANDLED = {  # the classes that a table must know as a whole; what passes values
             "contractions",
         },
     ),
+    "pieces": (
+        {*origin.PIECE_RULES, *origin.PIECE_JOINS, "split"},
+        {"joins", "indexed"},
+    ),
+    "padding": (
+        {*calibrate.SUMMED, *calibrate.PICKED, *calibrate.REORDERED},
+        {"reductions", "index reductions", "indexed"},
+    ),
+    "biases": (affine.SAME, {"casts", "pass-through"}),
 }
 
 
@@ -102,6 +121,53 @@ def test_rule_tables_hold_whole_classes_and_nothing_unknown(table):
         assert not missing, f"{table} lacks {sorted(missing)} of {each}"
     assert all(primitives.class_of(name) for name in names)
     assert not set(names) & primitives.CONTROL
+
+
+def rule_tables():
+    """Yield every constant of a module of trace that has primitives' names for keys or entries."""
+    shared = {id(value) for value in vars(primitives).values()}
+    for info in pkgutil.walk_packages(cj.trace.__path__, "compress_jax.trace."):
+        module = importlib.import_module(info.name)
+        for name, value in vars(module).items():
+            if not isinstance(value, (dict, frozenset, set, tuple, list)) or id(value) in shared:
+                continue
+            names = {each for each in value if isinstance(each, str)}
+            if module is not primitives and names & REGISTERED:
+                yield f"{info.name.removeprefix('compress_jax.trace.')}.{name}", names
+
+
+TABLES = dict(rule_tables())
+
+
+def test_every_module_with_rules_is_found():
+    expected = {
+        "_cost": _cost.RULES,
+        "_groups.analyze": analyze.RULES,
+        "_jaxpr.evaluate": evaluate.JITS,
+        "_jaxpr.interpret": interpret.RULES,
+        "_jaxpr.origin": origin.MOVE_RULES,
+        "_resize.widths": widths.RULES,
+        "_statistics.calibrate": calibrate.REORDERED,
+        "_symmetry.affine": affine.UNARY,
+        "_symmetry.exponents": exponents.RULES,
+        "_symmetry.rotation": rotation.RULES,
+    }
+    for module, names in expected.items():
+        assert set(names) in [own for name, own in TABLES.items() if name.startswith(f"{module}.")]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_rule_tables_name_only_what_the_one_table_has(table):
+    unknown = {name for name in TABLES[table] if primitives.class_of(name) is None}
+    assert not unknown, f"{table} has names that trace/_jaxpr/primitives.py lacks"
+    if table.startswith("_jaxpr.evaluate"):
+        assert TABLES[table] <= primitives.CALLS.keys()
+    else:
+        assert not TABLES[table] & primitives.CONTROL
+
+
+def test_moves_of_origins_keep_entries():
+    assert origin.MOVE_RULES.keys() <= primitives.MOVES | primitives.JOINS
 
 
 def test_what_changes_shape_is_resized():
@@ -121,7 +187,10 @@ def test_what_changes_shape_is_resized():
 
 
 def tagged(fn, tag, start=0, every=1):
-    """Return a function that passes parameters and results of equations (floating, one in ``every``) through ``tag``."""
+    """Return a function whose parameters and results of equations pass through ``tag``.
+
+    Only floating values are counted, and one in ``every`` is passed.
+    """
 
     def run(params, *inputs):
         closed, shape = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
@@ -155,7 +224,7 @@ def tagged(fn, tag, start=0, every=1):
 
 
 def block(p, x):
-    """A residual stream with an RMS norm, a gated and a plain MLP, a folded norm, a table, a loop and a fused kernel."""
+    """An RMS norm, a gated and a plain MLP, a folded norm, a table, a loop and a fused kernel."""
     h = p["table"][x] @ p["in"]
     n = h * jax.lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-6) * p["scale"][None]
     gate, up = jnp.split(n @ p["gate_up"], 2, axis=-1)

@@ -1,4 +1,4 @@
-"""The ready reducers against float64, and the laws that let them run over any number of batches, loops and devices."""
+"""The ready reducers against float64, and their laws over batches, loops and devices."""
 
 import itertools
 import math
@@ -256,7 +256,7 @@ WIDTHS = {"two axes, the last first": 8, "hypernetwork": 12}
 
 @pytest.fixture(params=CHANNELS)
 def case(request):
-    """What a reducer finishes with at a site, and its input in float64, ``[*batch, rows, channels]``."""
+    """What a reducer returns at a site, and its input ``[*batch, rows, channels]`` in float64."""
     site, shape, arrange = CHANNELS[request.param]
     x, width = 3 * normal(*shape), WIDTHS.get(request.param, 3)
     batch = (2,) if request.param == "experts" else ()
@@ -358,14 +358,14 @@ def test_wrong_arguments_are_refused(wrong):
 
 
 def squared_error(gram, matrices):
-    """The sum of squares of ``rows @ matrix`` from the Gram matrix of the rows; each has a first axis for groups."""
+    """The sum of squares of ``rows @ matrix`` from the Gram matrix of the rows, for each group."""
     gram = np.asarray(gram, np.float64).reshape(len(matrices), *gram.shape[-2:])
     return np.einsum("gkn,gkl,gln->", matrices, gram, matrices)
 
 
 @st.composite
 def products(draw):
-    """A general product: any number of batch, contracting and other axes in any order, the kernel on either side."""
+    """A general product: any batch, contracting and other axes in any order, on either side."""
     sizes = [st.lists(st.integers(least, 3), max_size=2) for least in (1, 2, 1, 1)]
     batch, summed, rows, columns = (tuple(draw(each)) for each in sizes)
     places = [draw(st.permutations(range(len(batch + summed + free)))) for free in (rows, columns)]
@@ -525,7 +525,7 @@ def test_gram_of_any_convolution(site, seed):
 
 @pytest.mark.parametrize("features, examples", [(1, 1), (2, 1), (1, 2)])
 def test_gram_of_a_kernel_that_is_data(features, examples):
-    """A kernel that another network made: its rows are output channels, and it meets the same windows in the same order."""
+    """A kernel that another network made: rows are output channels, with the same windows."""
     shapes = (2, 3 * features, 4, 5), (4, 3, 2, 2)
     site = conv_site(
         *shapes, NCHW, operand=None, feature_group_count=features, batch_group_count=examples
@@ -634,7 +634,7 @@ def test_percentile_of_normal_values_and_of_stacked_histograms():
 
 
 def test_the_last_entries_of_very_many_are_resolved():
-    """Of 2**33 entries a few lie far out: counted from the other end, float32 would not tell them from none."""
+    """A few of 2**33 entries lie far out: counted from the other end, float32 would miss them."""
     upper, lower = np.zeros(16, np.uint32), np.zeros(16, np.uint32)
     upper[8], lower[15] = 2, 1024
     seen = Histogram(
@@ -651,7 +651,7 @@ def test_the_last_entries_of_very_many_are_resolved():
 
 
 def test_observed_through_loops_and_branches():
-    """Sites as the tracer describes them: a grouped convolution in a scan, and a product in a branch rarely taken."""
+    """Sites of a trace: a grouped convolution in a scan, and a product in a rare branch."""
     params, x = (
         {"conv": jnp.asarray(whole(2, 2, 2, 4)), "w": jnp.asarray(whole(4, 3))},
         jnp.asarray(whole(3, 2, 5, 4, 4)),

@@ -1,5 +1,7 @@
-"""A rewritten function is the original: bit for bit with a rule that changes nothing, and with the derivatives of the new
-operands where a rule changes them."""
+"""A rewritten function is the original, bit for bit with a rule that changes nothing.
+
+Where a rule changes operands, the derivatives are those of the new operands.
+"""
 
 from functools import partial
 
@@ -186,7 +188,7 @@ OTHERWISE = {
 
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - OTHERWISE))
 def test_a_rule_reaches_every_site_with_its_effect(name):
-    """Halving one operand everywhere is halving it by hand: the weights enter only through contractions."""
+    """Halving one operand everywhere is halving the weights, which only contractions use."""
 
     def halve(site, lhs, rhs):
         return (
@@ -221,9 +223,10 @@ def test_custom_derivative_rules_stay_the_authors(fn, factor):
 
 def test_what_a_rule_captures_is_differentiated():
     def total(scale, p, x):
-        fn = lambda p, x: jax.lax.scan(
-            jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None)), x, None, length=3
-        )[0]  # noqa: E731
+        def fn(p, x):
+            layer = jax.checkpoint(lambda x, _: (jnp.sin(x @ p["u"]), None))
+            return jax.lax.scan(layer, x, None, length=3)[0]
+
         return rewrite(fn, lambda site, lhs, rhs: (lhs * scale, rhs))(p, x).sum()
 
     def by_hand(scale, p, x):
@@ -238,7 +241,7 @@ def test_what_a_rule_captures_is_differentiated():
 
 
 def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
-    """Every layer of a scan has its own scale: by hand in a Python loop; so do the devices of a shard_map."""
+    """Every layer of a scan, or device of a shard_map, has its own scale: a loop by hand."""
     scales = jnp.array([0.5, 1.0, 2.0])
 
     def fn(p, x):

@@ -1,4 +1,4 @@
-"""Every contraction is found, with the parameter that feeds it, through whatever lies between the two."""
+"""Every contraction is found, with the parameter that feeds it, whatever lies between the two."""
 
 from functools import partial
 
@@ -312,7 +312,7 @@ def test_what_is_not_an_array_is_refused_by_name():
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_moves_keep_track_of_the_axes(draw):
-    """A random chain of moves: the axes claimed to be summed over are those along which the weights really are summed."""
+    """After random moves, the axes said to be summed over are those that really are."""
     shape = draw.draw(st.permutations([2, 3, 4]))
     moves = draw.draw(
         st.lists(st.sampled_from(["transpose", "merge", "split", "expand", "flip"]), max_size=5)
@@ -347,7 +347,7 @@ def test_moves_keep_track_of_the_axes(draw):
 
 
 def test_which_loop_runs_along_a_stacked_axis():
-    """A recurrent cell inside stacked layers: one loop is over layers, the other over time; equal lengths do not confuse."""
+    """A recurrent cell in stacked layers: a loop over layers, one over time, of equal lengths."""
     params = {"layers": {"in": normal(3, 6, 6), "hidden": normal(3, 6, 6)}}
 
     def fn(p, x):

@@ -1,4 +1,4 @@
-"""The zoo's own test: its models run and what it says of them holds, by a count that shares nothing with the library's."""
+"""The zoo's own test: its models run, and its answers hold by an independent count."""
 
 import math
 from collections import Counter
@@ -45,7 +45,7 @@ def loops(eqn):
 
 
 def count(jaxpr):
-    """Count contractions and their multiply-accumulates in a jaxpr and all that its equations hold."""
+    """Count contractions and their multiply-accumulates in a jaxpr and in all nested ones."""
     found = Counter()
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in MACS:
@@ -135,7 +135,7 @@ def test_an_independent_count_agrees(name):
 
 @pytest.mark.parametrize("model", BOTH)
 def test_linen_and_nnx_agree(model):
-    """With the same variables by name, the same outputs, new statistics included (recurrent cells have other names)."""
+    """The same variables by name give the same outputs (recurrent cells have other names)."""
     (_, linen, variables, inputs), (_, nnx, state, _) = made(f"{model}/linen"), made(f"{model}/nnx")
     leaves = {path.split("/", 1)[1]: leaf for path, leaf in flatten(variables)[0].items()}
     same = flatten(state)[1](leaves)
@@ -148,7 +148,7 @@ def test_linen_and_nnx_agree(model):
 
 @pytest.mark.parametrize("entry", BIG, ids=lambda entry: entry.name)
 def test_published_sizes_and_costs(entry):
-    """GMAC as torchvision publishes them for these weights: all convolutions and products, attention's two included."""
+    """GMAC as torchvision publishes them: all convolutions and products, attention's too."""
     leaves, _ = flatten(made(entry.name)[2])
     assert (
         sum(leaf.size for path, leaf in leaves.items() if path.startswith("params/"))

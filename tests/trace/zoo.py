@@ -1,4 +1,4 @@
-"""The zoo: models and functions on which whatever reads a computation is tested, with what it must find in them.
+"""The zoo: models and functions on which every analysis is tested, with the right answers.
 
 `ZOO` is quick: each entry traces, compiles and runs in about a second. `BIG` is abstract. Importing
 this builds nothing.

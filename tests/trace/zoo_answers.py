@@ -1,4 +1,4 @@
-"""What is known by hand of the models in `zoo_linen` and `zoo_nnx`: every contraction, from the architecture alone."""
+"""What is known by hand of the models in `zoo_linen` and `zoo_nnx`: every contraction."""
 
 from tests.trace.zoo_entry import Answer, answer
 
@@ -45,7 +45,7 @@ def vit(
     layers: int = 2,
     classes: int = 10,
 ) -> Answer:
-    """The heads' number changes no count: all of them together score with ``width`` multiplications per pair of tokens."""
+    """The number of heads changes no count: together they have ``width`` products per pair."""
     patches = (image // patch) ** 2
     tokens = patches + 1
     macs = {"patches/kernel": patches * patch**2 * 3 * width, "head/kernel": width * classes}
@@ -142,7 +142,7 @@ def mobilenet() -> Answer:
 
 
 def unet() -> Answer:
-    """A transposed convolution of stride 2 and window 2x2 meets each input once with each element of its kernel."""
+    """Stride 2, window 2x2, transposed: each input times each element of its kernel, once."""
     layers = {
         "down_0": 16**2 * 3**2 * 3 * 6,
         "down_1": 8**2 * 3**2 * 6 * 10,

@@ -1,4 +1,4 @@
-"""Two networks of published size and cost, as shapes only: to count and to time a trace, not to run."""
+"""Two networks of published size and cost, as shapes only: to count and to time a trace."""
 
 from typing import Any
 

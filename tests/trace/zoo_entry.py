@@ -16,7 +16,9 @@ Draw = Callable[[np.random.Generator], Any]
 
 @dataclass(frozen=True)
 class Answer:
-    """What the architecture says about its contractions (dot_general, convolution, ragged_dot); nothing here is traced.
+    """What the architecture says about its contractions; nothing here is traced.
+
+    Contractions are dot_general, convolution and ragged_dot.
 
     A scan's body runs as often as the scan is long, a shard_map's as often as there are devices;
     each branch of a cond and the body of a while loop count once.
@@ -106,7 +108,8 @@ def answer(
       looped: of parameters contracted ``loops`` times.
       loops: see ``looped``.
       anonymous: multiply-accumulates of each contraction without a parameter.
-      **rest: ``uncontracted`` and ``joined``, as they stand (what joined parameters do is shared out among them).
+      **rest: ``uncontracted`` and ``joined``, as they stand (what joined parameters do is shared
+        out among them).
 
     Returns:
       The answer.
@@ -118,7 +121,7 @@ def answer(
 
 
 def randomise(shapes: Any, seed: int = 0) -> Any:
-    """Return a tree of float32 arrays without symmetry: no two biases, scales or statistics alike, variances positive.
+    """Return a tree of float32 arrays without symmetry: no two alike, variances positive.
 
     Args:
       shapes: a tree of things with a shape.

@@ -17,7 +17,7 @@ def heads(x: jax.Array, count: int) -> jax.Array:
 
 
 def rope(x: jax.Array) -> jax.Array:
-    """Turn pairs of channels of ``[batch, tokens, heads, width]`` by angles that grow with the position."""
+    """Rotate pairs of channels of ``[batch, tokens, heads, width]`` by angles of the position."""
     half = x.shape[-1] // 2
     frequency = 1e4 ** (-jnp.arange(half, dtype=x.dtype) / half)
     angle = jnp.arange(x.shape[1], dtype=x.dtype)[None, :, None, None] * frequency[None, None, None]
@@ -28,7 +28,7 @@ def rope(x: jax.Array) -> jax.Array:
 
 
 def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return ``[batch, tokens, channels]``; fewer heads of keys and values than of queries are repeated."""
+    """Return ``[batch, tokens, channels]``; keys and values of fewer heads are repeated."""
     k, v = (jnp.repeat(each, q.shape[2] // each.shape[2], axis=2) for each in (k, v))
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(q.shape[-1])
     seen = jnp.tril(jnp.ones(scores.shape[-2:], bool))[None, None]

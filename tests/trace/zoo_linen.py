@@ -1,4 +1,4 @@
-"""The zoo's models in Flax Linen; `zoo_nnx` has the same with the same names, `zoo_answers` what is known of them."""
+"""The zoo's models in Flax Linen; `zoo_nnx` has the same names, `zoo_answers` the answers."""
 
 from collections.abc import Callable
 from functools import partial

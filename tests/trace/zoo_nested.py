@@ -1,4 +1,4 @@
-"""Plain functions whose contractions sit inside other primitives: loops, branches, calls, custom derivatives, shards."""
+"""Plain functions whose contractions sit inside loops, branches, calls, derivatives, shards."""
 
 from functools import partial
 
@@ -170,7 +170,7 @@ def sharded(v, x):
 
 
 def sharded_answer() -> Answer:
-    """Each device contracts its part of both kernels, and all parts together are the whole product."""
+    """Each device contracts its shard of both kernels; together they are the whole product."""
     n = jax.device_count()
     return Answer({"a": n, "b": n}, macs=3 * 12 * 24 + 3 * 24 * 10)
 

@@ -1,4 +1,4 @@
-"""The models of `zoo_linen` in Flax NNX, with the same names: split into a graph, which fn holds, and a state."""
+"""The models of `zoo_linen` in Flax NNX, with the same names: a graph, held by fn, and a state."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from tests.trace.zoo_layers import causal_attention, heads, max_pool, rope
 def flax_nnx(
     model: Callable[[nnx.Rngs], nnx.Module], *draws: Draw, mutable: Any = None
 ) -> Callable[[], Made]:
-    """Return the ``make`` of a module, of its inputs and of the kind of variables it returns anew."""
+    """Return the ``make`` of a module, its inputs and the kind of variables it returns anew."""
 
     def make() -> Made:
         graph, state = nnx.split(nnx.eval_shape(lambda: model(nnx.Rngs(0))))

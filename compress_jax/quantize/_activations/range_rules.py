@@ -20,7 +20,13 @@ from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.rules import normal_clip
 from compress_jax.quantize._scales.search import kl_clip_ratio
 from compress_jax.trace._jaxpr.site import Site
-from compress_jax.trace._statistics.reducer import Reducer, aligned, channels, of_inputs, total
+from compress_jax.trace._statistics.reducer import (
+    Reducer,
+    add_counts,
+    channels,
+    expand_count,
+    per_input,
+)
 from compress_jax.trace.reducers import Histogram, MinMax, edges, magnitudes
 from compress_jax.trace.reducers import percentile as quantile
 
@@ -73,7 +79,7 @@ def spread(per_channel: bool = False) -> Reducer:
         values = table.values
         axes = table.rows if per_channel else tuple(range(values.ndim))
         flat = table.flat if per_channel else lambda x: x
-        share = _mean_weight(values, table.there, axes)
+        share = _mean_weight(values, table.mask, axes)
 
         def mean(x: jax.Array) -> jax.Array:
             return flat(x.sum(axes) * share)
@@ -83,12 +89,12 @@ def spread(per_channel: bool = False) -> Reducer:
         return Spread(mean(values), mean(jnp.abs(values)), mean(values**2), low, high, table.count)
 
     def combine(old: Spread, new: Spread) -> Spread:
-        count = total(old.count, new.count)
+        count = add_counts(old.count, new.count)
         share = new.count.astype(jnp.float32) / jnp.maximum(count, 1).astype(jnp.float32)
 
         def pooled(a: jax.Array, b: jax.Array) -> jax.Array:
             # The mean of two means, weighted by their counts.
-            return a + aligned(share, a) * (b - a)
+            return a + expand_count(share, a) * (b - a)
 
         return Spread(
             mean=pooled(old.mean, new.mean),
@@ -99,7 +105,7 @@ def spread(per_channel: bool = False) -> Reducer:
             count=count,
         )
 
-    return of_inputs(measure, combine)
+    return per_input(measure, combine)
 
 
 def _mean_weight(

@@ -20,7 +20,7 @@ from compress_jax.trace._jaxpr.primitives import CASTS
 from compress_jax.trace._jaxpr.site import Position, Site
 from compress_jax.trace._statistics.calibration import Calibration, require
 from compress_jax.trace._statistics.moments import Moments
-from compress_jax.trace._statistics.reducer import aligned
+from compress_jax.trace._statistics.reducer import expand_count
 
 MOVES = CASTS | {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"}
 
@@ -185,7 +185,7 @@ def _shift(
     never = moments.count == 0
     if bool(never.all()):
         return None, "calibration never reached it"
-    known = jnp.where(aligned(never, moments.mean), 0.0, moments.mean)
+    known = jnp.where(expand_count(never, moments.mean), 0.0, moments.mean)
     answer = channel_statistic(site, site.pieces[0], known, jnp.mean)
     if isinstance(answer, str):
         return None, answer

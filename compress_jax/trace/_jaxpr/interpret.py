@@ -151,6 +151,7 @@ def _call(domain: Domain[V], eqn: JaxprEqn, call: Call, args: list[V], where: Wh
         return interpret(domain, call.body, args, where.inside("body"))
     inner = zip(args, call.body.jaxpr.invars, strict=True)
     shards = [domain.reshard(a, var.aval) for a, var in inner]
+    # A shard_map is a loop over devices: each runs the body on its own shard.
     results = interpret(domain, call.body, shards, where.inside("body", loop=call.shards))
     return [domain.reshard(a, var.aval) for a, var in zip(results, eqn.outvars, strict=True)]
 
@@ -160,6 +161,7 @@ def _scan(domain: Domain[V], scan: Scan, args: list[V], where: Where) -> list[V]
     inside = where.inside("body", loop=scan.length)
     slices = [domain.unstack(x, len(where.loops)) for x in xs]
 
+    # (consts, carry, slices of xs) -> (carry, slices of ys)
     def iteration(carry: list[V]) -> list[V]:
         return interpret(domain, scan.body, [*consts, *carry, *slices], inside)
 
@@ -176,6 +178,7 @@ def _while(domain: Domain[V], loop: While, args: list[V], where: Where) -> list[
         return interpret(domain, loop.body, [*body_consts, *carry], inside)
 
     carry = _fixed_point(domain, iteration, carry)
+    # The condition is run once, on the carry that holds for every iteration.
     check = where.inside("cond", conditional=True)
     _decide(domain, interpret(domain, loop.condition, [*condition_consts, *carry], check))
     return carry

@@ -1,7 +1,11 @@
-"""Where a value comes from: constants, one parameter (and which of its axes), several parameters, or data."""
+"""Where a value comes from: constants, one parameter (and which of its axes), several, or data.
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+Two analyses, a coarse and an exact one. `Origin`: a value is a view of which parameters, and which
+stored axes lie in which of its axes. `pieces`: which entries of which parameters lie where in the
+operands of every contraction.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -10,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from compress_jax.core.types import Params
+from compress_jax.core.types import Leaves
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.evaluate import bind
 from compress_jax.trace._jaxpr.interpret import Where, interpret
 from compress_jax.trace._jaxpr.primitives import INDEX_REDUCTIONS, RANDOM, REDUCTIONS
 from compress_jax.trace._jaxpr.site import AxisIndices, Position, Shape
-from compress_jax.trace._jaxpr.strided import Piece
+from compress_jax.trace._jaxpr.strided import Piece, runs
 
-CONSTANT, PARAMETER, DATA = 0, 1, 2
+CONSTANT = 0
+PARAMETER = 1
+DATA = 2
 Dims = tuple[AxisIndices, ...]
 
 
@@ -32,10 +38,11 @@ class Origin:
       paths: the parameters it is a view of, the main one first; empty if it is data or made of
         parameters in another way.
       dims: for each axis of the value the axes of the stored main parameter that lie in it; None if
-        they cannot be told.
+        they are unknown.
       sliced: axes of the stored parameter of which the value holds one index, each with the loop
-        whose turn is the index (counted from the outermost), or None.
-      maker: position of the newest contraction in the data's past, or of its input or table.
+        whose iteration is the index (counted from the outermost), or None.
+      maker: position of the newest contraction that the data went through, or of its input or
+        table.
       label: name of the input or table, where it was not a contraction.
     """
 
@@ -58,54 +65,62 @@ def data(label: str) -> Origin:
 
 
 def join(origins: Sequence[Origin]) -> Origin:
-    """Return the origin of what may be any of these values, or is made of all of them in an unknown way."""
+    """Join abstract values: the origin of a value that is any of these, or made of all of them."""
     level = max((origin.level for origin in origins), default=CONSTANT)
+    # Data absorbs parameters: its newest contraction names what comes after.
     if level == DATA:
-        return max(
-            (origin for origin in origins if origin.level == DATA), key=lambda origin: origin.maker
-        )
+        inputs = [origin for origin in origins if origin.level == DATA]
+        return max(inputs, key=lambda origin: origin.maker)
     views = list(dict.fromkeys(origin for origin in origins if origin.paths))
-    if len(views) <= 1:
-        return views[0] if views else Origin(level)
+    if not views:
+        return Origin(level)
+    if len(views) == 1:
+        return views[0]
     return Origin(level, tuple(dict.fromkeys(path for view in views for path in view.paths)))
 
 
 def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
-    """Return the origin of an equation's results; contractions are not its business.
+    """Return the origin of an equation's results.
 
     Args:
-      eqn: an equation that runs nothing inside.
+      eqn: an equation that has no jaxpr inside and does not contract.
       args: origins of its operands.
 
     Returns:
       The origin that its results share.
     """
-    shapes = [getattr(var.aval, "shape", ()) for var in eqn.invars]
-    name, out = eqn.primitive.name, getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
+    shapes = [_shape(var) for var in eqn.invars]
+    out = _shape(eqn.outvars[0]) if eqn.outvars else ()
+    name = eqn.primitive.name
     if name in RANDOM:
         return Origin()
-    if name in ("gather", "dynamic_slice") and args[0].level == PARAMETER:
-        return (
-            _gather(eqn, args, shapes, out) if name == "gather" else _slice(args[0], shapes[0], out)
-        )
+    if name == "gather" and args[0].level == PARAMETER:
+        return _gather(eqn, args, shapes, out)
+    if name == "dynamic_slice" and args[0].level == PARAMETER:
+        return _slice(args[0], shapes[0], out)
     if name in REDUCTIONS or name in INDEX_REDUCTIONS:
-        return (
-            args[0] if args[0].level == DATA else Origin(args[0].level)
-        )  # a sum of weights is no longer the weights
-    if name in MOVES and args[0].dims is not None:
-        return replace(args[0], **MOVES[name](eqn.params, args[0], shapes[0], out))
+        # A sum of weights is no view of the weights.
+        return args[0] if args[0].level == DATA else Origin(args[0].level)
+    if name in MOVE_RULES and args[0].dims is not None:
+        return MOVE_RULES[name](eqn.params, args[0], shapes[0], out)
     return _combine(args, shapes, out)
 
 
+def _shape(var: Any) -> Shape:
+    return getattr(var.aval, "shape", ())
+
+
 def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
-    """Element by element: what is broadcast along the result (a scale, a threshold) modifies what fills it."""
+    """Combine operands entry by entry.
+
+    What is broadcast along the result (a scale, a threshold) modifies what fills the result: the
+    result is a view of the latter only.
+    """
     if max((arg.level for arg in args), default=CONSTANT) == DATA:
         return join(args)
-    filling = [
-        arg
-        for arg, shape in zip(args, shapes, strict=False)
-        if arg.paths and shape == out and _fills(arg, shape)
-    ]
+    shaped = zip(args, shapes, strict=False)
+    filling = [arg for arg, shape in shaped if arg.paths and shape == out and _fills(arg, shape)]
+    # A view whose axes are known replaces one of the same parameter whose axes are not.
     known = {path for arg in filling if arg.dims is not None for path in arg.paths}
     views = [arg for arg in filling if arg.dims is not None or not known.issuperset(arg.paths)]
     if views:
@@ -114,78 +129,13 @@ def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
 
 
 def _fills(origin: Origin, shape: Shape) -> bool:
-    """Tell whether a parameter's own axes run along every axis of the value: it was not broadcast to this shape."""
-    return origin.dims is None or all(
-        axes or size == 1 for axes, size in zip(origin.dims, shape, strict=True)
-    )
+    """Tell whether a parameter's own axes run along every axis of the value, none broadcast."""
+    if origin.dims is None:
+        return True
+    return all(axes or size == 1 for axes, size in zip(origin.dims, shape, strict=True))
 
 
-def _transpose(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    return {"dims": tuple(_dims(origin)[axis] for axis in params["permutation"])}
-
-
-def _squeeze(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    return {
-        "dims": tuple(
-            axes for axis, axes in enumerate(_dims(origin)) if axis not in params["dimensions"]
-        )
-    }
-
-
-def _expand(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    rest = iter(_dims(origin))
-    return {
-        "dims": tuple(
-            () if axis in params["dimensions"] else next(rest) for axis in range(len(out))
-        )
-    }
-
-
-def _broadcast(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    dims: list[AxisIndices] = [()] * len(out)
-    for axis, target in enumerate(params["broadcast_dimensions"]):
-        dims[target] = _dims(origin)[axis] if shape[axis] == out[target] else ()
-    return {"dims": tuple(dims)}
-
-
-def _keep(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    return {}
-
-
-def _cut(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    sliced = _slice(origin, shape, out)
-    return {"dims": sliced.dims, "sliced": sliced.sliced}
-
-
-def _reshape(params: Params, origin: Origin, shape: Shape, out: Shape) -> dict[str, Any]:
-    """Match the smallest runs of axes with equal products; every axis of a run may hold every stored axis of it."""
-    dims: list[AxisIndices] = [()] * len(out)
-    old, new = (
-        [i for i, size in enumerate(shape) if size != 1],
-        [i for i, size in enumerate(out) if size != 1],
-    )
-    while old and new:
-        run, target = [old.pop(0)], [new.pop(0)]
-        while (left := math.prod(shape[i] for i in run)) != (
-            right := math.prod(out[i] for i in target)
-        ):
-            (run if left < right else target).append((old if left < right else new).pop(0))
-        axes = tuple(dict.fromkeys(axis for i in run for axis in _dims(origin)[i]))
-        for i in target:
-            dims[i] = axes
-    return {"dims": tuple(dims)}
-
-
-MOVES = {
-    "transpose": _transpose,
-    "squeeze": _squeeze,
-    "expand_dims": _expand,
-    "broadcast_in_dim": _broadcast,
-    "reshape": _reshape,
-    "slice": _cut,
-    "split": _cut,
-    "pad": _keep,
-}
+EqnParams = dict[str, Any]
 
 
 def _dims(origin: Origin) -> Dims:
@@ -193,56 +143,105 @@ def _dims(origin: Origin) -> Dims:
     return origin.dims
 
 
+def _transpose(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    dims = _dims(origin)
+    return replace(origin, dims=tuple(dims[axis] for axis in params["permutation"]))
+
+
+def _squeeze(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    removed = params["dimensions"]
+    left = tuple(axes for axis, axes in enumerate(_dims(origin)) if axis not in removed)
+    return replace(origin, dims=left)
+
+
+def _expand_dims(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    added = params["dimensions"]
+    rest = iter(_dims(origin))
+    dims = tuple(() if axis in added else next(rest) for axis in range(len(out)))
+    return replace(origin, dims=dims)
+
+
+def _broadcast(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    dims: list[AxisIndices] = [()] * len(out)
+    for axis, target in enumerate(params["broadcast_dimensions"]):
+        if shape[axis] == out[target]:
+            dims[target] = _dims(origin)[axis]
+    return replace(origin, dims=tuple(dims))
+
+
+def _reshape(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    """Every axis of a run may hold every stored axis of it."""
+    dims: list[AxisIndices] = [()] * len(out)
+    for run, target in runs(shape, out):
+        axes = tuple(dict.fromkeys(axis for i in run for axis in _dims(origin)[i]))
+        for i in target:
+            dims[i] = axes
+    return replace(origin, dims=tuple(dims))
+
+
+def _cut(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    return _slice(origin, shape, out)
+
+
+def _pad(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
+    return origin
+
+
+MOVE_RULES: Mapping[str, Callable[[EqnParams, Origin, Shape, Shape], Origin]] = {
+    "transpose": _transpose,
+    "squeeze": _squeeze,
+    "expand_dims": _expand_dims,
+    "broadcast_in_dim": _broadcast,
+    "reshape": _reshape,
+    "slice": _cut,
+    "split": _cut,
+    "pad": _pad,
+}
+
+
 def _slice(origin: Origin, shape: Shape, out: Shape) -> Origin:
-    """One index left of an axis: the value holds one slice of the stored axes that lay in it."""
+    """Note the stored axes of which one index is left: those in an axis that now has size 1."""
     if origin.dims is None:
         return origin
-    single = [1 == after < before for before, after in zip(shape, out, strict=True)]
-    gone = tuple(
-        (axis, None) for axes, one in zip(origin.dims, single, strict=True) if one for axis in axes
-    )
-    dims = tuple(() if one else axes for axes, one in zip(origin.dims, single, strict=True))
-    return replace(origin, dims=dims, sliced=(*origin.sliced, *gone))
+    dims: list[AxisIndices] = []
+    gone: list[tuple[int, int | None]] = []
+    for axes, before, after in zip(origin.dims, shape, out, strict=True):
+        single = 1 == after < before
+        dims.append(() if single else axes)
+        gone += [(axis, None) for axis in axes if single]
+    return replace(origin, dims=tuple(dims), sliced=(*origin.sliced, *gone))
 
 
 def _gather(eqn: JaxprEqn, args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
-    """One slice of stacked layers is still the parameter; rows picked by data from a table (an embedding) are data."""
-    table, numbers = args[0], eqn.params["dimension_numbers"]
-    many = len(out) > len(numbers.offset_dims)
-    if many and args[1].level == DATA and len(numbers.offset_dims) < 2:
-        return data("/".join(table.paths[:1]) or "parameters")
+    """One slice of stacked layers is still the parameter; rows that data choose are data."""
+    table = args[0]
+    numbers = eqn.params["dimension_numbers"]
+    several = len(out) > len(numbers.offset_dims)
+    if several and args[1].level == DATA and len(numbers.offset_dims) < 2:
+        return data("/".join(table.paths[:1]) or "parameters")  # an embedding
     if table.dims is None:
         return table
+    # Axes along which one index is taken; each offset axis of the result is a whole axis.
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
     picked = tuple(axis for i in gone for axis in table.dims[i])
     dims: list[AxisIndices] = [picked] * len(out)
-    kept = [i for i in range(len(shapes[0])) if i not in gone]
-    for target, axis in zip(numbers.offset_dims, kept, strict=True):
+    left = [i for i in range(len(shapes[0])) if i not in gone]
+    for target, axis in zip(numbers.offset_dims, left, strict=True):
         dims[target] = table.dims[axis]
-    return replace(
-        table,
-        dims=tuple(dims),
-        sliced=table.sliced if many else (*table.sliced, *((axis, None) for axis in picked)),
-    )
-
-
-# Which parts of which parameters lie where in the operands of every contraction: one walk over a
-# jaxpr.
-
-
-JOINED = frozenset(("concatenate", "stack"))
+    single = () if several else tuple((axis, None) for axis in picked)
+    return replace(table, dims=tuple(dims), sliced=(*table.sliced, *single))
 
 
 @dataclass(frozen=True)
-class Laid:
-    """A value in which parameters lie; what none of the pieces covers is constant."""
+class Strided:
+    """A value in which pieces of parameters lie; the entries that no piece covers are constant."""
 
     pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A value in which no parameter can be told from another.
+class Unknown:
+    """A value in which the entries of a parameter cannot be told from others.
 
     Attributes:
       reason: why; empty if there is no parameter in it.
@@ -254,103 +253,100 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Known:
-    """A value that depends on no parameter and no input; computed only if an index asks for it."""
+class Constant:
+    """A value that depends on no parameter and no input; computed only where an index needs it."""
 
     make: Callable[[], Any] = field(repr=False)
 
 
-Value = Laid | Lost | Known
+Value = Strided | Unknown | Constant
 
 
-@dataclass
-class Pieces:
-    """The domain for the interpreter; ``found`` holds the operands of every contraction by position."""
-
-    found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
-
-    def constant(self, aval: Any, value: Any) -> Value:
-        """Return a known value."""
-        return Known(lambda: value)
-
-    def join(self, a: Value, b: Value) -> Value:
-        """Return what may be either value."""
-        return a if a == b else _lost([a, b], "it is not the same in every turn or branch")
-
-    def same(self, a: Value, b: Value) -> bool:
-        """Tell whether two values are the same."""
-        return a == b
-
-    def unstack(self, a: Value, loop: int) -> Value:
-        """Return the slice that a turn sees."""
-        return (
-            _laid([piece.unstacked(loop) for piece in a.pieces])
-            if isinstance(a, Laid)
-            else _lost([a])
-        )
-
-    def stack(self, a: Value, length: int) -> Value:
-        """Return slices put together."""
-        return _lost([a], "a loop returns it")
-
-    def reshard(self, a: Value, aval: Any) -> Value:
-        """Return a device's piece, known only if it is the whole."""
-        whole = isinstance(a, Laid) and all(piece.sizes == aval.shape for piece in a.pieces)
-        return a if whole else _lost([a], "each device of a shard_map has a piece of the parameter")
-
-    def equation(self, eqn: JaxprEqn, args: list[Value], where: Where) -> Sequence[Value]:
-        """Return the results of an equation; note the operands of a contraction."""
-        if primitives.kind(eqn) is not None:
-            self.found[where.position] = (args[0], args[1])
-            return [_lost(args, f"it is changed on its way ({eqn.primitive.name})")]
-        count, name = len(eqn.outvars), eqn.primitive.name
-        if args and all(isinstance(arg, Known) for arg in args) and not eqn.effects:
-            return [Known(_computed(eqn, args, i)) for i in range(count)]
-        if not any(isinstance(arg, Laid) for arg in args):
-            return [_lost(args)] * count
-        if name in JOINED:
-            return [_joined(eqn, args)]
-        if name == "split" and isinstance(args[0], Laid):
-            return _parts(eqn, args[0].pieces)
-        if (
-            name in PIECE_MOVES
-            and isinstance(args[0], Laid)
-            and all(isinstance(arg, Known) for arg in args[1:])
-        ):
-            shape, out = (getattr(var.aval, "shape", ()) for var in (eqn.invars[0], eqn.outvars[0]))
-            move = PIECE_MOVES[name]
-            return [_laid([move(piece, eqn, args, shape, out) for piece in args[0].pieces])]
-        if name in ("gather", "dynamic_slice") and isinstance(args[0], Laid):
-            return [
-                _lost(args, "a slice of it is used, and data or the turn of a loop decide which")
-            ] * count
-        return [_combined(eqn, args)] * count
-
-
-def pieces(closed: ClosedJaxpr, params: Mapping[str, Any]) -> dict[Position, tuple[Value, Value]]:
-    """Return what lies in the operands of every contraction of a jaxpr.
+def pieces(closed: ClosedJaxpr, params: Leaves) -> dict[Position, tuple[Value, Value]]:
+    """Return the pieces of parameters in the operands of every contraction of a jaxpr.
 
     Args:
       closed: its first inputs are the parameters.
-      params: their shapes by path.
+      params: arrays or shapes by path.
 
     Returns:
       ``{position: (lhs, rhs)}``.
 
     Example:
       >>> w = jnp.ones((2, 3, 4))
-      >>> ((_, right),) = pieces(jax.make_jaxpr(lambda w, x: x @ w[1])(w, jnp.ones((5, 3))), {"w": w}).values()
+      >>> jaxpr = jax.make_jaxpr(lambda w, x: x @ w[1])(w, jnp.ones((5, 3)))
+      >>> ((_, right),) = pieces(jaxpr, {"w": w}).values()
       >>> right.pieces[0].offset, right.pieces[0].axes
       (12, (((3, 4),), ((4, 1),)))
     """
-    domain = Pieces()
-    rest = [Lost()] * (len(closed.jaxpr.invars) - len(params))
-    interpret(
-        domain,
-        closed,
-        [*(Laid((Piece.whole(path, x.shape),)) for path, x in params.items()), *rest],
-    )
+    domain = PieceDomain()
+    whole = [Strided((Piece.whole(path, x.shape),)) for path, x in params.items()]
+    inputs = [Unknown()] * (len(closed.jaxpr.invars) - len(params))
+    interpret(domain, closed, [*whole, *inputs])
     return domain.found
+
+
+@dataclass
+class PieceDomain:
+    """The domain of pieces; ``found`` holds the operands of every contraction by position."""
+
+    found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
+
+    def constant(self, aval: Any, value: Any) -> Value:
+        """Return the value of a literal or a captured array."""
+        return Constant(lambda: value)
+
+    def join(self, a: Value, b: Value) -> Value:
+        """Join two abstract values."""
+        return a if a == b else _unknown([a, b], "it is not the same in every iteration or branch")
+
+    def same(self, a: Value, b: Value) -> bool:
+        """Tell whether two abstract values are equal."""
+        return a == b
+
+    def unstack(self, a: Value, loop: int) -> Value:
+        """Return the slice of one iteration."""
+        if isinstance(a, Strided):
+            return _strided(piece.unstacked(loop) for piece in a.pieces)
+        return _unknown([a])
+
+    def stack(self, a: Value, length: int) -> Value:
+        """Return the slices put together."""
+        return _unknown([a], "a loop returns it")
+
+    def reshard(self, a: Value, aval: Any) -> Value:
+        """Return a device's shard, known only if it is the whole."""
+        if isinstance(a, Strided) and all(piece.sizes == aval.shape for piece in a.pieces):
+            return a
+        return _unknown([a], "each device of a shard_map has a piece of the parameter")
+
+    def equation(self, eqn: JaxprEqn, args: list[Value], where: Where) -> Sequence[Value]:
+        """Return the results of an equation; note the operands of a contraction."""
+        name = eqn.primitive.name
+        if primitives.kind(eqn) is not None:
+            self.found[where.position] = (args[0], args[1])
+            return [_unknown(args, f"it is changed on its way ({name})")]
+        count = len(eqn.outvars)
+        # Constants stay unevaluated until an index needs their value.
+        if args and all(isinstance(arg, Constant) for arg in args) and not eqn.effects:
+            return [Constant(_computed(eqn, args, i)) for i in range(count)]
+        if not any(isinstance(arg, Strided) for arg in args):
+            return [_unknown(args)] * count
+        if name in PIECE_JOINS:
+            return [_joined(eqn, args)]
+        operand = args[0]
+        if isinstance(operand, Strided):
+            if name == "split":
+                return _parts(eqn, operand.pieces)
+            if name in PIECE_RULES and all(isinstance(arg, Constant) for arg in args[1:]):
+                shape = _shape(eqn.invars[0])
+                out = _shape(eqn.outvars[0])
+                move = PIECE_RULES[name]
+                return [_strided(move(each, eqn, args, shape, out) for each in operand.pieces)]
+            if name in primitives.INDEXED:
+                reason = "a slice of it is used, and data or the iteration of a loop decide which"
+                return [_unknown(args, reason)] * count
+        return [_combined(eqn, args)] * count
 
 
 def _computed(eqn: JaxprEqn, args: Sequence[Any], result: int) -> Callable[[], Any]:
@@ -361,125 +357,169 @@ def _computed(eqn: JaxprEqn, args: Sequence[Any], result: int) -> Callable[[], A
     return make
 
 
-def _lost(args: Sequence[Value], reason: str = "") -> Lost:
-    """Return what is lost: for the first reason that was met, if a parameter is in it."""
-    earlier = next((arg.reason for arg in args if isinstance(arg, Lost) and arg.reason), "")
-    data = any(isinstance(arg, Lost) and arg.data for arg in args)
-    return Lost(earlier or (reason if any(isinstance(arg, Laid) for arg in args) else ""), data)
+def _unknown(args: Sequence[Value], reason: str = "") -> Unknown:
+    """Return an unknown value: for the first reason there was, if a parameter is in it."""
+    unknown = [arg for arg in args if isinstance(arg, Unknown)]
+    earlier = next((arg.reason for arg in unknown if arg.reason), "")
+    has_parameter = any(isinstance(arg, Strided) for arg in args)
+    own = reason if has_parameter else ""
+    return Unknown(earlier or own, any(arg.data for arg in unknown))
 
 
-def _laid(moved: Sequence[Piece | str | None]) -> Value:
-    """Return a value of the pieces that are left, lost if one of them is."""
+def _strided(moved: Iterable[Piece | str | None]) -> Value:
+    """Return the value of the pieces that are left; unknown for the reason one of them gives."""
+    moved = list(moved)
     if reason := next((each for each in moved if isinstance(each, str)), None):
-        return Lost(reason, data=False)
+        return Unknown(reason, data=False)
     left = tuple(each for each in moved if isinstance(each, Piece))
-    return Laid(left) if left else Lost(data=False)
+    return Strided(left) if left else Unknown("a slice leaves nothing of it", data=False)
+
+
+PIECE_JOINS = frozenset(("concatenate", "stack"))
 
 
 def _joined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     """Put values side by side along an axis, a new one for ``stack``."""
-    if any(isinstance(arg, Lost) for arg in args):
-        return _lost(args, "it is joined with data")
+    if any(isinstance(arg, Unknown) for arg in args):
+        return _unknown(args, "it is joined with data")
     stacked = eqn.primitive.name == "stack"
-    axis, place, found = eqn.params["axis" if stacked else "dimension"], 0, []
+    axis = eqn.params["axis" if stacked else "dimension"]
+    place = 0
+    found = []
     for arg, var in zip(args, eqn.invars, strict=True):
-        shape = var.aval.shape  # pyright: ignore[reportAttributeAccessIssue]
-        for piece in arg.pieces if isinstance(arg, Laid) else ():
+        shape = _shape(var)
+        for piece in arg.pieces if isinstance(arg, Strided) else ():
             if stacked:
                 out = (*shape[:axis], 1, *shape[axis:])
-                piece = piece.broadcast(out, shape, tuple(i for i in range(len(out)) if i != axis))
+                old = tuple(i for i in range(len(out)) if i != axis)
+                piece = piece.broadcast(out, shape, old)
             found.append(piece.shifted(axis, place))
         place += 1 if stacked else shape[axis]
-    return _laid(found)
+    return _strided(found)
 
 
 def _parts(eqn: JaxprEqn, given: tuple[Piece, ...]) -> list[Value]:
     ends = np.cumsum([0, *eqn.params["sizes"]]).tolist()
     axis = eqn.params["axis"]
-    return [
-        _laid([piece.cut(axis, *span) for piece in given])
-        for span in zip(ends[:-1], ends[1:], strict=True)
-    ]
+    spans = zip(ends[:-1], ends[1:], strict=True)
+    return [_strided([piece.cut(axis, low, high) for piece in given]) for low, high in spans]
 
 
 def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
-    """Entry by entry: what is broadcast along the result (a scale, a threshold) modifies what fills it."""
+    """Combine operands entry by entry; see `_combine`."""
     name = eqn.primitive.name
-    if any(isinstance(arg, Lost) and arg.data for arg in args):
-        return _lost(args, f"data change it on its way ({name})")
-    outs = {getattr(var.aval, "shape", None) for var in eqn.outvars}
-    filling: dict[Laid, None] = {}
-    for arg, var in zip(args, eqn.invars, strict=True):
-        if (
-            isinstance(arg, Laid)
-            and {getattr(var.aval, "shape", None)} == outs
-            and not any(map(_repeated, arg.pieces))
-        ):
-            filling[Laid(tuple(replace(piece, changed=()) for piece in arg.pieces))] = None
+    if any(isinstance(arg, Unknown) and arg.data for arg in args):
+        return _unknown(args, f"data change it on its way ({name})")
+    strided = [arg for arg in args if isinstance(arg, Strided)]
+    filling = _filling(eqn, args)
     if len(filling) != 1:
-        paths = {piece.path for arg in args if isinstance(arg, Laid) for piece in arg.pieces}
-        several = len(paths) > 1
-        return _lost(
-            args,
-            f"several parameters are combined ({name})"
-            if several
-            else f"it is changed on its way ({name})",
-        )
+        paths = {piece.path for arg in strided for piece in arg.pieces}
+        how = "several parameters are combined" if len(paths) > 1 else "it is changed on its way"
+        return _unknown(args, f"{how} ({name})")
+    # A cast to another floating dtype keeps every entry's value, up to rounding: no change.
     if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return args[0]
-    done = tuple(
-        dict.fromkeys(
-            [c for arg in args if isinstance(arg, Laid) for p in arg.pieces for c in p.changed]
-            + [name]
-        )
-    )
-    return Laid(tuple(replace(piece, changed=done) for piece in next(iter(filling)).pieces))
+    earlier = [step for arg in strided for piece in arg.pieces for step in piece.changed]
+    changed = tuple(dict.fromkeys([*earlier, name]))
+    return Strided(tuple(replace(piece, changed=changed) for piece in filling[0]))
+
+
+def _filling(eqn: JaxprEqn, args: Sequence[Value]) -> list[tuple[Piece, ...]]:
+    """Return the pieces, without their changes, of each operand that fills the result."""
+    outs = {_shape(var) for var in eqn.outvars}
+    filling: dict[tuple[Piece, ...], None] = {}
+    for arg, var in zip(args, eqn.invars, strict=True):
+        if not isinstance(arg, Strided) or {_shape(var)} != outs:
+            continue
+        if not any(map(_repeated, arg.pieces)):
+            filling[tuple(replace(piece, changed=()) for piece in arg.pieces)] = None
+    return list(filling)
 
 
 def _repeated(piece: Piece) -> bool:
     return any(stride == 0 for digits in piece.axes for _, stride in digits)
 
 
-def _slice_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Any:
-    starts, ends = eqn.params["start_indices"], eqn.params["limit_indices"]
-    return _box(piece, starts, ends, eqn.params["strides"] or (1,) * len(starts))
+# Rules for moves of pieces: (piece, equation, operands, shape of the operand, shape of the result)
+# to the piece in the result; None if nothing of it is left, or why what is left is no piece.
+Moved = Piece | str | None
 
 
-def _dynamic_slice(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Any:
-    starts = [
-        min(max(int(arg.make()), 0), n - m) for arg, n, m in zip(args[1:], shape, out, strict=True)
-    ]
-    return _box(
-        piece, starts, [start + n for start, n in zip(starts, out, strict=True)], (1,) * len(starts)
-    )
+def _transpose_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    return piece.transposed(eqn.params["permutation"])
 
 
-def _gather_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Any:
-    """One index along some axes, everything along the others: how ``take`` spells a slice."""
-    numbers, sizes, index = (
-        eqn.params["dimension_numbers"],
-        eqn.params["slice_sizes"],
-        np.asarray(args[1].make()),
-    )
+def _squeeze_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    return piece.squeezed(eqn.params["dimensions"])
+
+
+def _expand_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    old = tuple(i for i in range(len(out)) if i not in eqn.params["dimensions"])
+    return piece.broadcast(out, shape, old)
+
+
+def _broadcast_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    return piece.broadcast(out, shape, eqn.params["broadcast_dimensions"])
+
+
+def _reshape_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    return piece.reshaped(shape, out)
+
+
+def _reverse_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    return piece.reversed(eqn.params["dimensions"], shape)
+
+
+def _slice_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    starts = eqn.params["start_indices"]
+    steps = eqn.params["strides"] or (1,) * len(starts)
+    return _box(piece, starts, eqn.params["limit_indices"], steps)
+
+
+def _dynamic_slice_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    indices = [int(arg.make()) for arg in args[1:]]
+    # XLA moves a slice that would reach beyond the operand back inside.
+    starts = [min(max(i, 0), n - m) for i, n, m in zip(indices, shape, out, strict=True)]
+    ends = [start + n for start, n in zip(starts, out, strict=True)]
+    return _box(piece, starts, ends, (1,) * len(starts))
+
+
+def _gather_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    """One index along some axes, everything along the others: how ``take`` makes a slice."""
+    numbers = eqn.params["dimension_numbers"]
+    sizes = eqn.params["slice_sizes"]
+    index = np.asarray(args[1].make())
     gone = tuple(numbers.collapsed_slice_dims)
-    if (
-        index.ndim != 1
-        or numbers.operand_batching_dims
-        or any(sizes[i] != n for i, n in enumerate(shape) if i not in gone)
-    ):
+    partial = any(sizes[i] != n for i, n in enumerate(shape) if i not in gone)
+    if index.ndim != 1 or numbers.operand_batching_dims or partial:
         return "several indices are picked by one lookup"
-    place = dict(zip(numbers.start_index_map, index.tolist(), strict=True))
+    places = dict(zip(numbers.start_index_map, index.tolist(), strict=True))
+    starts = [0] * len(shape)
+    ends = list(shape)
     for axis in gone:
-        if not 0 <= place.get(axis, 0) < shape[axis]:
+        starts[axis] = places.get(axis, 0)
+        ends[axis] = starts[axis] + 1
+        if not 0 <= starts[axis] < shape[axis]:
             return "an index is out of bounds"
-    left = _box(piece, [place.get(i, 0) if i in gone else 0 for i in range(len(shape))],
-                [place.get(i, 0) + 1 if i in gone else n for i, n in enumerate(shape)], (1,) * len(shape))  # fmt: skip
+    left = _box(piece, starts, ends, (1,) * len(shape))
     return left.squeezed(gone) if isinstance(left, Piece) else left
+
+
+def _pad_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+    for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
+        if inner and shape[axis] > 1:
+            return "it is padded inside"
+        left = piece.cut(axis, max(-low, 0), shape[axis] - max(-high, 0))  # negative padding crops
+        if not isinstance(left, Piece):
+            return left
+        piece = left.shifted(axis, max(low, 0))
+    return piece
 
 
 def _box(
     piece: Piece, starts: Sequence[int], ends: Sequence[int], steps: Sequence[int]
 ) -> Piece | str | None:
+    """Return what a slice along every axis leaves of a piece."""
     for axis, span in enumerate(zip(starts, ends, steps, strict=True)):
         left = piece.cut(axis, *map(int, span))
         if not isinstance(left, Piece):
@@ -488,30 +528,15 @@ def _box(
     return piece
 
 
-def _pad(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Any:
-    for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        if inner and shape[axis] > 1:
-            return "it is padded inside"
-        left = piece.cut(axis, max(-low, 0), shape[axis] - max(-high, 0))
-        if not isinstance(left, Piece):
-            return left
-        piece = left.shifted(axis, max(low, 0))
-    return piece
-
-
-PIECE_MOVES: dict[str, Callable[..., Piece | str | None]] = {
-    "transpose": lambda piece, eqn, *_: piece.transposed(eqn.params["permutation"]),
-    "squeeze": lambda piece, eqn, *_: piece.squeezed(eqn.params["dimensions"]),
-    "expand_dims": lambda piece, eqn, args, shape, out: piece.broadcast(
-        out, shape, tuple(i for i in range(len(out)) if i not in eqn.params["dimensions"])
-    ),
-    "broadcast_in_dim": lambda piece, eqn, args, shape, out: piece.broadcast(
-        out, shape, eqn.params["broadcast_dimensions"]
-    ),
-    "reshape": lambda piece, eqn, args, shape, out: piece.reshaped(shape, out),
-    "rev": lambda piece, eqn, args, shape, out: piece.reversed(eqn.params["dimensions"], shape),
+PIECE_RULES: Mapping[str, Callable[[Piece, JaxprEqn, Any, Shape, Shape], Moved]] = {
+    "transpose": _transpose_piece,
+    "squeeze": _squeeze_piece,
+    "expand_dims": _expand_piece,
+    "broadcast_in_dim": _broadcast_piece,
+    "reshape": _reshape_piece,
+    "rev": _reverse_piece,
     "slice": _slice_piece,
-    "dynamic_slice": _dynamic_slice,
+    "dynamic_slice": _dynamic_slice_piece,
     "gather": _gather_piece,
-    "pad": _pad,
+    "pad": _pad_piece,
 }

@@ -1,4 +1,4 @@
-"""From a function to the same function with hooks at its sites, traced anew for every shape it is called with."""
+"""Change the operands of contractions, or replace contractions, inside any function."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from compress_jax.core.errors import NoMatchError, ShapeError
+from compress_jax.core.paths import Patterns
 from compress_jax.core.types import ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind, evaluate
 from compress_jax.trace._jaxpr.find_sites import trace
@@ -20,16 +21,16 @@ CACHED = 16  # shapes of arguments kept for calls outside jit
 def hooked(
     fn: ModelFn,
     hooks: Callable[[dict[Position, Site]], Hooks],
-    where: str | tuple[str, ...] | None,
+    where: Patterns | None,
     given: Mapping[str, Any] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Return ``(params, *inputs) -> (out, statistics)``, which runs ``fn`` with hooks at the chosen sites.
+    """Return ``(params, *inputs) -> (out, statistics)``: ``fn`` with hooks at the chosen sites.
 
     Args:
       fn: a pure function of params and inputs.
-      hooks: from the chosen sites to what is done at them.
+      hooks: makes the hooks of the chosen sites.
       where: a glob, or several, over the names of sites; None chooses all.
-      given: a tree for each chosen site by name, handed to its hook.
+      given: a tree for each chosen site by name, an argument of its hook.
 
     Returns:
       The function. Inside ``jit`` or another transformation it is part of the trace; outside, it is
@@ -44,16 +45,16 @@ def hooked(
 
         def with_hooks(*flat: Any) -> tuple[Any, dict[str, Any]]:
             chosen = traced.choose(where)
-            results, statistics = evaluate(
-                traced.jaxpr, flat, hooks(chosen), _placed(chosen, given)
-            )
+            own = _by_position(chosen, given)
+            results, statistics = evaluate(traced.jaxpr, flat, hooks(chosen), own)
             return jax.tree.unflatten(tree, results), statistics
 
+        # Under jit or another transformation: part of the surrounding trace.
         if any(isinstance(x, Tracer) for x in (*flat, *traced.jaxpr.consts)):
             return with_hooks(*flat)
-        made, shape = cache.get(traced.jaxpr) or jax.make_jaxpr(with_hooks, return_shape=True)(
-            *flat
-        )
+        cached = cache.get(traced.jaxpr)
+        made, shape = cached or jax.make_jaxpr(with_hooks, return_shape=True)(*flat)
+        # A captured tracer belongs to a trace that ends: such a jaxpr must not be kept.
         if not any(isinstance(x, Tracer) for x in made.consts):
             if len(cache) >= CACHED:
                 cache.clear()
@@ -63,8 +64,10 @@ def hooked(
     return run
 
 
-def _placed(chosen: dict[Position, Site], given: Mapping[str, Any] | None) -> dict[Position, Any]:
-    """Return what is given by position; every chosen site needs something, with the loops around it as leading axes."""
+def _by_position(
+    chosen: dict[Position, Site], given: Mapping[str, PyTree] | None
+) -> dict[Position, PyTree]:
+    """Return the trees that are given by position, after a check of their leading axes."""
     if given is None:
         return {}
     for site in chosen.values():
@@ -76,22 +79,19 @@ def _placed(chosen: dict[Position, Site], given: Mapping[str, Any] | None) -> di
             if jnp.shape(leaf)[: len(site.loops)] != site.loops:
                 raise ShapeError(
                     f"what is given for site {site.name!r} has shape {jnp.shape(leaf)}, but the "
-                    "loops around the site need "
-                    f"leading axes {site.loops}"
+                    f"loops around the site need leading axes {site.loops}"
                 )
     return {position: given[site.name] for position, site in chosen.items()}
 
 
-# Change the operands of contractions, or replace contractions, inside any function.
-
-
 Rule = Callable[..., Any]
+"""``(site, lhs, rhs) -> (lhs, rhs)``, or ``-> result``; see `rewrite`."""
 
 
 def rewrite(
     fn: ModelFn,
     rule: Rule,
-    where: str | tuple[str, ...] | None = None,
+    where: Patterns | None = None,
     given: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """Return ``fn`` with the contractions' operands, or whole contractions, replaced.
@@ -107,11 +107,11 @@ def rewrite(
         replaces the contraction's result (`Site.contract` runs it on other operands). It is called
         when the function is traced, as under ``jit``.
       where: a glob, or several, over the names of sites; the other contractions stay. By default
-        the rule sees all.
+        the rule is called for all.
       given: a tree of arrays for each such site, by name: the scale of its activations, say. The
-        rule is then called as ``rule(site, lhs, rhs, given[site.name])``. Inside loops every turn
-        has its own: their leading axes are `Site.loops`, as `observe` returns them. They are
-        differentiated like any array.
+        rule is then called as ``rule(site, lhs, rhs, given[site.name])``. Inside loops every
+        iteration has its own: their leading axes are `Site.loops`, as `observe` returns them. They
+        are differentiated like any array.
 
     Returns:
       ``(params, *inputs) -> out``.
@@ -121,8 +121,11 @@ def rewrite(
       NoMatchError: when called, if no site's name matches ``where``, or nothing is given for one.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> params = {"kernel": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
-      >>> halved = rewrite(lambda params, x: x @ params["kernel"], lambda site, lhs, rhs: (lhs, rhs / 2))
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> halved = cj.trace.rewrite(fn, lambda site, lhs, rhs: (lhs, rhs / 2))
       >>> halved(params, jnp.ones((1, 2))).tolist()
       [[2.0, 3.0]]
     """
@@ -130,9 +133,8 @@ def rewrite(
     def apply(site: Site, eqn: JaxprEqn, operands: list[Any], own: Any) -> Values:
         answer = rule(site, *operands[:2]) if given is None else rule(site, *operands[:2], own)
         if not isinstance(answer, tuple):
-            return [
-                _checked(site, "result", jnp.asarray(answer), site.out_shape, site.out_dtype)
-            ], {}
+            result = jnp.asarray(answer)
+            return [_checked(site, "result", result, site.out_shape, site.out_dtype)], {}
         if len(answer) != 2:
             raise ShapeError(
                 f"the rule returned {len(answer)} values at site {site.name!r}; return (lhs, rhs) "
@@ -151,6 +153,6 @@ def _checked(site: Site, what: str, x: Any, shape: tuple[int, ...], dtype: str) 
         return jax.lax.convert_element_type(x, x.dtype)  # drops the weak type of Python's numbers
     raise ShapeError(
         f"the rule's {what} at site {site.name!r} is {x.dtype}{list(x.shape)}, but "
-        f"{dtype}{list(shape)} is needed there; "
-        "cast it back, or return an array in the result's shape to replace the whole contraction"
+        f"{dtype}{list(shape)} is needed there; cast it back, or return an array in the result's "
+        "shape to replace the whole contraction"
     )

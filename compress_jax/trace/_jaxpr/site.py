@@ -302,6 +302,7 @@ def _axes(shape: Shape, uses: list[tuple[int, Roles]], stacked: set[int], unknow
     """
     if not uses:
         return _unused(shape, stacked, unknown)
+    # Multiply-accumulates for each way to use the axes.
     products: Counter[str] = Counter()
     for macs, roles in uses:
         products[_letters(shape, roles)] += macs
@@ -330,7 +331,7 @@ def _letters(shape: Shape, roles: Roles) -> str:
     letters = []
     for axis in range(len(shape)):
         own = roles.get(axis, set())
-        plain = own - {STACK} or own
+        plain = own - {STACK} or own  # a stack only if it is nothing else
         known = [role for role in (INPUT, WINDOW, OUTPUT, STACK) if role in plain]
         letters.append(known[0] if known else "1")
     if OUTPUT not in letters and "1" in letters:

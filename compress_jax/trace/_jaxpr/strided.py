@@ -133,6 +133,7 @@ class Piece:
         last = min(high, begin + size)
         if first >= last:
             return None
+        # Relative to the box; the number of steps is rounded up.
         answer = _slice_digits(self.axes[axis], first - begin, -(-(last - first) // step), step)
         if answer is None:
             return "a slice across what a reshape has joined"
@@ -256,6 +257,7 @@ def _regrouped(
     """
     if any(piece.sizes[i] != before[i] for i in run[1:]):
         return None
+    # Along the merged axis the box is an interval; the new first axis must not cut into it.
     width = math.prod(before[i] for i in run[1:])
     rest = math.prod(after[1:])
     start = piece.starts[run[0]] * width
@@ -439,6 +441,7 @@ def placed(
     fixed = [i for i, a in enumerate(axes) if not a.role]
     front = [*fixed, *ordered["lead"]]
     inner = ordered["summed"]
+    # Transposed to (*front, *inner, *outputs), the box reshapes to [matrices, contracted, outputs].
     matrices = math.prod(axes[i].size for i in front)
     contracted = math.prod(axes[i].size for i in inner)
     return box, (*front, *inner, *ordered["kept"]), (matrices, contracted)
@@ -474,6 +477,7 @@ def _written_out(
     found: list[_FineAxis] = []
     outer = size
     for n, stride, role, rank in sorted(digits, key=lambda digit: -abs(digit[1])):
+        # Cut `outer` into [outer / step, step]: the digit runs along the first.
         step = abs(stride)
         if outer % step or start // step + n > outer // step:
             return None

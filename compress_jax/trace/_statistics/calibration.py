@@ -1,35 +1,31 @@
-"""Finished statistics of many batches, by site: what the post-training solvers start from."""
+"""Finished statistics of many batches, by site: the input of the post-training solvers."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
-import jax
+from typing import Any
 
 from compress_jax.core.errors import NoMatchError, StateError
 from compress_jax.trace._jaxpr.site import Site
 
 
-class Gram(NamedTuple):
-    """Sums of outer products.
-
-    Attributes:
-      gram: float32 ``[*batch, k, k]``, not divided by ``count``.
-      count: rows in each sum, int32.
-    """
-
-    gram: jax.Array
-    count: jax.Array
-
-
 @dataclass(frozen=True)
 class Calibration(Mapping[str, Any]):
-    """Finished statistics by the names of sites, with the sites themselves: what the post-training solvers start from.
+    """Finished statistics by the names of sites; a mapping.
 
     Attributes:
       statistics: ``{site name: statistics}``.
       sites: ``{site name: site}``: which parameter it is, and which of its axes are summed over.
       left_out: ``{site name: why it has no statistics}``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> batches = [jnp.ones((4, 2)), -2 * jnp.ones((4, 2))]
+      >>> absmax = cj.trace.reducers.absmax()
+      >>> found = cj.trace.calibrate(fn, absmax, {"kernel": jnp.ones((2, 3))}, batches)
+      >>> list(found), float(found["kernel"]["input"]), found.sites["kernel"].kind
+      (['kernel'], 2.0, 'dot')
     """
 
     statistics: dict[str, Any]
@@ -57,22 +53,23 @@ class Calibration(Mapping[str, Any]):
 
 
 def require(calibration: Any, kind: type, reducer: str) -> None:
-    """Refuse statistics that are not those a solver reads.
+    """Raise unless the statistics are of the kind that a solver reads.
 
     Args:
-      calibration: what the solver was given.
-      kind: what it needs of each input.
-      reducer: how such statistics are made.
+      calibration: argument of the solver.
+      kind: class of the statistics that it needs of each input.
+      reducer: the reducer that makes them, as it is called.
 
     Raises:
-      StateError: if they are others; it says how to make the right ones.
+      StateError: if they are of another kind; the message says how to make the right ones.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from compress_jax.trace import calibrate
-      >>> from compress_jax.trace.reducers import absmax
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], absmax(), {"kernel": jnp.ones((2, 3))}, [jnp.ones((4, 2))])
-      >>> require(seen, jax.Array, "absmax()")
+      >>> import jax, jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> absmax = cj.trace.reducers.absmax()
+      >>> found = cj.trace.calibrate(fn, absmax, {"kernel": jnp.ones((2, 3))}, [jnp.ones((4, 2))])
+      >>> require(found, jax.Array, "absmax()")
     """
     how = f"make them with trace.calibrate(fn, trace.{reducer}, params, batches)"
     if not isinstance(calibration, Calibration):
@@ -82,13 +79,11 @@ def require(calibration: Any, kind: type, reducer: str) -> None:
     for name, site in calibration.sites.items():
         if site.param is None:
             continue
-        seen = (
-            calibration[name].get("input")
-            if isinstance(calibration[name], Mapping)
-            else calibration[name]
-        )
-        if not isinstance(seen, kind):
+        statistics = calibration[name]
+        if isinstance(statistics, Mapping):
+            statistics = statistics.get("input")
+        if not isinstance(statistics, kind):
             raise StateError(
-                f"the statistics of site {name!r} are {type(seen).__name__}, and {kind.__name__} "
-                f"is needed; {how}"
+                f"the statistics of site {name!r} are {type(statistics).__name__}, and "
+                f"{kind.__name__} is needed; {how}"
             )

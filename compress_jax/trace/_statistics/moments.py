@@ -1,26 +1,38 @@
-"""The Gram matrix of what a site is fed: the Hessian of its squared output error with respect to its weights."""
+"""Reducers of sums over rows: the Gram matrix, and mean, norm and outliers of each channel."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.trace._jaxpr.site import Site
-from compress_jax.trace._statistics.calibration import Gram
 from compress_jax.trace._statistics.reducer import (
     Reducer,
     Table,
-    aligned,
-    blank,
+    add_counts,
     channels,
-    of_inputs,
-    total,
+    expand_count,
+    nan_if_empty,
+    per_input,
     windows,
 )
 
 
+class Gram(NamedTuple):
+    """Sums of outer products.
+
+    Attributes:
+      gram: float32 ``[*batch, k, k]``, not divided by ``count``.
+      count: rows in each sum, int32.
+    """
+
+    gram: jax.Array
+    count: jax.Array
+
+
 def gram() -> Reducer:
-    r"""Keep :math:`X^\top X` of the rows that meet the weights, and the number of rows.
+    r"""Keep :math:`X^\top X` of the rows that the weights multiply, and the number of rows.
 
     With weights W of shape ``[k, n]`` the squared error of the outputs is
     :math:`\|X \Delta W\|^2 = \langle \Delta W, X^\top X \Delta W \rangle`: all of the data that
@@ -35,34 +47,39 @@ def gram() -> Reducer:
     ``[groups, k, k]``, and group g feeds the g-th part of the output channels. A ragged product has
     one matrix over all its rows, as the rows of each group are known only to the computation.
 
-    A convolution's windows of one batch are laid out in memory: as often as they overlap, its
-    input.
-
-    Summed in float32 at the highest precision of the device, whatever the dtype of the data.
+    A convolution's windows of one batch are laid out in memory: its input, as often as they
+    overlap. Sums are in float32 at the highest precision of the device, whatever the dtype of the
+    data.
 
     Returns:
       A reducer with statistics and result `Gram`: the sum and not the mean, so that it can be
       merged further.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 1.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], gram(), {"kernel": jnp.ones((2, 3))}, batches)
-      >>> seen["kernel"]["input"].gram.tolist(), int(seen["kernel"]["input"].count)
+      >>> found = cj.trace.calibrate(fn, cj.trace.gram(), params, batches)["kernel"]["input"]
+      >>> found.gram.tolist(), int(found.count)
       ([[1.0, 2.0], [2.0, 5.0]], 2)
 
     References:
       Frantar et al., "GPTQ", 2023, arXiv:2210.17323, equation 1 and section 3.
       Frantar and Alistarh, "Optimal Brain Compression", 2022, arXiv:2208.11580.
     """
-    return of_inputs(
-        _measure, lambda old, new: Gram(old.gram + new.gram, total(old.count, new.count))
-    )
+
+    def combine(old: Gram, new: Gram) -> Gram:
+        return Gram(old.gram + new.gram, add_counts(old.count, new.count))
+
+    return per_input(_gram, combine)
 
 
-def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gram:
+def _gram(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gram:
     table = windows(site, index, x, mask)
     batch = tuple(range(table.batch))
+    # X^T X, batch axes running along: [*batch, *columns, *columns]
     sums = jax.lax.dot_general(
         table.values,
         table.values,
@@ -73,11 +90,14 @@ def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gr
     return Gram(table.flat(sums, 2), table.count)
 
 
-# Reducers that weigh the channels of activations: mean, norm and outliers of each.
-
-
 class Moments(NamedTuple):
-    """Mean and variance over rows (divided by ``count``, not by one less): float32 per channel."""
+    """Mean and variance over rows.
+
+    Attributes:
+      mean: float32, per channel.
+      variance: likewise, divided by ``count``, not by one less.
+      count: rows, int32.
+    """
 
     mean: jax.Array
     variance: jax.Array
@@ -85,14 +105,24 @@ class Moments(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """Sum of squares over rows: float32 per channel."""
+    """Sum of squares over rows.
+
+    Attributes:
+      squares: float32, per channel.
+      count: rows, int32.
+    """
 
     squares: jax.Array
     count: jax.Array
 
 
 class Outliers(NamedTuple):
-    """How many entries are outliers: int32 per channel, of ``count`` in each."""
+    """How many entries are outliers.
+
+    Attributes:
+      entries: int32, per channel.
+      count: rows, int32: the entries of each channel.
+    """
 
     entries: jax.Array
     count: jax.Array
@@ -108,30 +138,43 @@ def moments() -> Reducer:
       A reducer with statistics and result `Moments`.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((1, 3))}
       >>> batches = [jnp.array([[1.0], [2.0]]), jnp.array([[6.0], [7.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], moments(), {"kernel": jnp.ones((1, 3))}, batches)["kernel"]["input"]
-      >>> seen.mean.tolist(), seen.variance.tolist(), int(seen.count)
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.moments(), params, batches)
+      >>> mean, variance, count = found["kernel"]["input"]
+      >>> mean.tolist(), variance.tolist(), int(count)
       ([4.0], [6.5], 4)
 
     References:
       Chan, Golub and LeVeque, "Algorithms for Computing the Sample Variance", 1983: the pairwise
       update.
     """
-    return of_inputs(lambda site, index, x, mask: _moments(channels(site, index, x, mask)), _pooled)
+
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Moments:
+        return _moments(channels(site, index, x, mask))
+
+    return per_input(measure, _pooled)
 
 
 def absmean() -> Reducer:
-    r"""Keep the mean magnitude of each channel, :math:`\bar x = \mathrm{mean} |x|`: how AWQ tells which channels matter.
+    r"""Keep the mean magnitude of each channel, :math:`\bar x = \mathrm{mean} |x|`.
+
+    AWQ weighs channels by it.
 
     Returns:
       A reducer with statistics `Moments`, of magnitudes, and for result their ``mean``.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[1.0, 0.0]]), jnp.array([[-3.0, 1.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], absmean(), {"kernel": jnp.ones((2, 3))}, batches)
-      >>> seen["kernel"]["input"].tolist()
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.absmean(), params, batches)
+      >>> found["kernel"]["input"].tolist()
       [2.0, 0.5]
 
     References:
@@ -142,7 +185,7 @@ def absmean() -> Reducer:
         table = channels(site, index, x, mask)
         return _moments(table._replace(values=jnp.abs(table.values)))
 
-    return of_inputs(measure, _pooled, lambda statistics: blank(statistics).mean)
+    return per_input(measure, _pooled, lambda statistics: nan_if_empty(statistics).mean)
 
 
 def norm() -> Reducer:
@@ -150,17 +193,20 @@ def norm() -> Reducer:
 
     Wanda scores the weight :math:`W_{ij}` by :math:`|W_{ij}| \|X_j\|_2`.
 
-    Of a convolution these are the norms of its input channels; the norm of each entry of the
-    window, padding and stride counted, is the root of the diagonal of `gram`.
+    For a convolution these are the norms of its input channels; the norm of each entry of the
+    window, with padding and stride, is the root of the diagonal of `gram`.
 
     Returns:
       A reducer with statistics `Norm` and for result the norms.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[3.0, 0.0]]), jnp.array([[-4.0, 1.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], norm(), {"kernel": jnp.ones((2, 3))}, batches)
-      >>> seen["kernel"]["input"].tolist()
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.norm(), params, batches)
+      >>> found["kernel"]["input"].tolist()
       [5.0, 1.0]
 
     References:
@@ -170,69 +216,74 @@ def norm() -> Reducer:
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Norm:
         table = channels(site, index, x, mask)
-        return Norm(
-            table.flat(table.reduced(jnp.sum, jnp.square(table.values), 0.0, table.rows)),
-            table.count,
-        )
+        squares = table.reduced(jnp.sum, jnp.square(table.values), 0.0, table.rows)
+        return Norm(table.flat(squares), table.count)
 
     def combine(old: Norm, new: Norm) -> Norm:
-        return Norm(old.squares + new.squares, total(old.count, new.count))
+        return Norm(old.squares + new.squares, add_counts(old.count, new.count))
 
-    return of_inputs(measure, combine, lambda statistics: jnp.sqrt(blank(statistics).squares))
+    return per_input(
+        measure, combine, lambda statistics: jnp.sqrt(nan_if_empty(statistics).squares)
+    )
 
 
 def outliers(threshold: float = 6.0) -> Reducer:
     r"""Count in each channel the entries of magnitude :math:`|x| \ge` threshold; NaN counts as one.
 
     Args:
-      threshold: positive, in units of the activation. LLM.int8() keeps in 16 bits the channels that
-        reach 6 anywhere.
+      threshold: positive, in units of the activation. LLM.int8() computes in 16 bits the channels
+        that reach 6 anywhere.
 
     Returns:
       A reducer with statistics and result `Outliers`.
 
     Raises:
-      ValueError: if the threshold is not positive.
+      ArgumentError: if the threshold is not positive.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[7.0, 5.0]]), jnp.array([[-6.0, 0.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], outliers(), {"kernel": jnp.ones((2, 3))}, batches)
-      >>> seen["kernel"]["input"].entries.tolist(), int(seen["kernel"]["input"].count)
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.outliers(), params, batches)
+      >>> found["kernel"]["input"].entries.tolist(), int(found["kernel"]["input"].count)
       ([2, 0], 2)
 
     References:
       Dettmers et al., "LLM.int8()", 2022, arXiv:2208.07339, section 3.2.
     """
     if not threshold > 0:
-        raise ValueError(f"threshold must be positive, got {threshold}")
+        raise ArgumentError(f"threshold must be positive, got {threshold}")
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Outliers:
         table = channels(site, index, x, mask)
-        far = ~(jnp.abs(table.values) < threshold)
-        return Outliers(table.flat(far.sum(table.rows, dtype=jnp.int32)), table.count)
+        large = ~(jnp.abs(table.values) < threshold)  # true of NaN
+        return Outliers(table.flat(large.sum(table.rows, dtype=jnp.int32)), table.count)
 
     def combine(old: Outliers, new: Outliers) -> Outliers:
-        return Outliers(total(old.entries, new.entries), total(old.count, new.count))
+        return Outliers(add_counts(old.entries, new.entries), add_counts(old.count, new.count))
 
-    return of_inputs(measure, combine)
+    return per_input(measure, combine)
 
 
 def _moments(table: Table) -> Moments:
-    count = aligned(jnp.maximum(table.numbers, 1).astype(jnp.float32), table.values)
+    count = expand_count(jnp.maximum(table.counts, 1).astype(jnp.float32), table.values)
+    # Masked values are 0, so the sum needs no mask; squares about the mean do.
     mean = table.values.sum(table.rows, keepdims=True) / count
-    far = jnp.square(table.values - mean)
-    far = far if table.there is None else jnp.where(table.there, far, 0.0)
-    variance = far.sum(table.rows, keepdims=True) / count
+    squares = jnp.square(table.values - mean)
+    if table.mask is not None:
+        squares = jnp.where(table.mask, squares, 0.0)
+    variance = squares.sum(table.rows, keepdims=True) / count
     return Moments(table.flat(mean), table.flat(variance), table.count)
 
 
 def _pooled(old: Moments, new: Moments) -> Moments:
-    before, now = (aligned(each.count, each.mean).astype(jnp.float32) for each in (old, new))
-    share, apart = now / jnp.maximum(before + now, 1), new.mean - old.mean
-    variance = (
-        old.variance
-        + share * (new.variance - old.variance)
-        + share * (1 - share) * jnp.square(apart)
-    )
-    return Moments(old.mean + share * apart, variance, total(old.count, new.count))
+    """Combine the moments of two batches: the pairwise update of Chan et al."""
+    n = expand_count(old.count, old.mean).astype(jnp.float32)
+    m = expand_count(new.count, new.mean).astype(jnp.float32)
+    w = m / jnp.maximum(n + m, 1)
+    apart = new.mean - old.mean
+    within = old.variance + w * (new.variance - old.variance)
+    variance = within + w * (1 - w) * jnp.square(apart)
+    return Moments(old.mean + w * apart, variance, add_counts(old.count, new.count))

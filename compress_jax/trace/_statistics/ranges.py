@@ -1,26 +1,49 @@
-"""Reducers of the range of activations: what the levels of a static grid should span."""
+"""Reducers of the range of activations, which the levels of a static grid span.
+
+Extremes (`absmax`, `minmax`), and a `histogram` of unbounded data that merges exactly, with the
+`percentile` of it.
+"""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.trace._jaxpr.site import Site
-from compress_jax.trace._statistics.reducer import Reducer, blank, channels, of_inputs, total
+from compress_jax.trace._statistics.reducer import (
+    Reducer,
+    Table,
+    add_counts,
+    channels,
+    nan_if_empty,
+    per_input,
+)
 
 Granularity = Literal["tensor", "channel"]
 
 
 class AbsMax(NamedTuple):
-    """The largest magnitude: float32, a scalar or per channel."""
+    """The largest magnitude.
+
+    Attributes:
+      value: float32, a scalar or per channel.
+      count: rows, int32.
+    """
 
     value: jax.Array
     count: jax.Array
 
 
 class MinMax(NamedTuple):
-    """The smallest and the largest value: float32, scalars or per channel."""
+    """The smallest and the largest value.
+
+    Attributes:
+      low: float32, a scalar or per channel.
+      high: likewise.
+      count: rows, int32.
+    """
 
     low: jax.Array
     high: jax.Array
@@ -28,7 +51,9 @@ class MinMax(NamedTuple):
 
 
 def absmax(granularity: Granularity = "tensor") -> Reducer:
-    r"""Keep the largest magnitude seen, :math:`\max |x|`: what an activation's static scale spans, or SmoothQuant balances.
+    r"""Keep the largest magnitude, :math:`\max |x|`.
+
+    An activation's static scale spans it; SmoothQuant balances it against the weights.
 
     Args:
       granularity: ``"tensor"`` for one number, ``"channel"`` for one for each channel.
@@ -37,107 +62,118 @@ def absmax(granularity: Granularity = "tensor") -> Reducer:
       A reducer with statistics `AbsMax` and for result its ``value``.
 
     Raises:
-      ValueError: if the granularity is neither.
+      ArgumentError: if the granularity is neither.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[1.0, 2.0]]), jnp.array([[-3.0, 1.0]])]
-      >>> seen = calibrate(lambda w, x: x @ w["kernel"], absmax("channel"), {"kernel": jnp.ones((2, 3))}, batches)
-      >>> seen["kernel"]["input"].tolist()
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.absmax("channel"), params, batches)
+      >>> found["kernel"]["input"].tolist()
       [3.0, 2.0]
 
     References:
       Xiao et al., "SmoothQuant", 2023, arXiv:2211.10438, equation 4.
     """
-    over = _over(granularity)
+    reduced = _reduction(granularity)
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> AbsMax:
         table = channels(site, index, x, mask)
-        return AbsMax(over(jnp.max, table, jnp.abs(table.values), 0.0), table.count)
+        return AbsMax(reduced(jnp.max, table, jnp.abs(table.values), 0.0), table.count)
 
     def combine(old: AbsMax, new: AbsMax) -> AbsMax:
-        return AbsMax(jnp.maximum(old.value, new.value), total(old.count, new.count))
+        return AbsMax(jnp.maximum(old.value, new.value), add_counts(old.count, new.count))
 
-    return of_inputs(measure, combine, lambda statistics: blank(statistics).value)
+    return per_input(measure, combine, lambda statistics: nan_if_empty(statistics).value)
 
 
 def minmax(momentum: float | None = None, granularity: Granularity = "tensor") -> Reducer:
-    r"""Keep the smallest and the largest value seen, or their moving averages over batches.
+    r"""Keep the smallest and the largest value, or their moving averages over batches.
 
     With momentum m a further batch moves the range by
     :math:`low \leftarrow m \, low + (1 - m) \min x`, and ``high`` likewise; the first batch sets
     it. That forgets outliers and depends on the order of the batches.
 
     Args:
-      momentum: share of the range that a new batch leaves as it was, from 0 to below 1 (0.99 is
-        usual in training). By default nothing that was seen is ever outside.
+      momentum: decay of the moving average, from 0 to below 1 (0.99 is usual in training). By
+        default the extremes over all batches.
       granularity: ``"tensor"`` for one range, ``"channel"`` for one for each channel.
 
     Returns:
       A reducer with statistics and result `MinMax`.
 
     Raises:
-      ValueError: if ``momentum`` or ``granularity`` is not one of the above.
+      ArgumentError: if ``momentum`` or ``granularity`` is not one of the above.
 
     Example:
-      >>> from compress_jax.trace import calibrate
-      >>> fn, params = lambda w, x: x @ w["kernel"], {"kernel": jnp.ones((2, 3))}
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[0.0, 2.0]]), jnp.array([[-4.0, 1.0]])]
-      >>> [float(end) for end in calibrate(fn, minmax(), params, batches)["kernel"]["input"]]
+      >>> extremes = cj.trace.calibrate(fn, cj.trace.reducers.minmax(), params, batches)
+      >>> [float(end) for end in extremes["kernel"]["input"]]
       [-4.0, 2.0, 2.0]
-      >>> [float(end) for end in calibrate(fn, minmax(momentum=0.75), params, batches)["kernel"]["input"]]
+      >>> moving = cj.trace.reducers.minmax(momentum=0.75)
+      >>> [float(end) for end in cj.trace.calibrate(fn, moving, params, batches)["kernel"]["input"]]
       [-1.0, 1.75, 2.0]
 
     References:
       Jacob et al., "Quantization and Training of Neural Networks", 2018, arXiv:1712.05877, section
       3.1.
     """
-    over = _over(granularity)
+    reduced = _reduction(granularity)
     if momentum is not None and not 0 <= momentum < 1:
-        raise ValueError(
+        raise ArgumentError(
             f"momentum must be from 0 to below 1, or None to keep the extremes, got {momentum}"
         )
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> MinMax:
         table = channels(site, index, x, mask)
-        low, high = (
-            over(jnp.min, table, table.values, jnp.inf),
-            over(jnp.max, table, table.values, -jnp.inf),
-        )
+        low = reduced(jnp.min, table, table.values, jnp.inf)
+        high = reduced(jnp.max, table, table.values, -jnp.inf)
         return MinMax(low, high, table.count)
 
     def combine(old: MinMax, new: MinMax) -> MinMax:
-        count = total(old.count, new.count)
+        count = add_counts(old.count, new.count)
         if momentum is None:
             return MinMax(jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high), count)
-        low, high = (
-            before + (1 - momentum) * (now - before)
-            for before, now in zip(old[:2], new[:2], strict=True)
-        )
+        low = old.low + (1 - momentum) * (new.low - old.low)
+        high = old.high + (1 - momentum) * (new.high - old.high)
         return MinMax(low, high, count)
 
-    return of_inputs(measure, combine)
+    return per_input(measure, combine)
 
 
-def _over(granularity: Granularity) -> Callable[..., jax.Array]:
+def _reduction(granularity: Granularity) -> Callable[..., jax.Array]:
     """Return ``(reduction, table, values, start) -> reduced``, over everything or over rows."""
+
+    def over_all(reduction: Any, table: Table, values: jax.Array, start: float) -> jax.Array:
+        return table.reduced(reduction, values, start)
+
+    def over_rows(reduction: Any, table: Table, values: jax.Array, start: float) -> jax.Array:
+        return table.flat(table.reduced(reduction, values, start, table.rows))
+
     if granularity == "tensor":
-        return lambda reduction, table, values, start: table.reduced(reduction, values, start)
+        return over_all
     if granularity == "channel":
-        return lambda reduction, table, values, start: table.flat(
-            table.reduced(reduction, values, start, table.rows)
-        )
-    raise ValueError(f"granularity must be 'tensor' or 'channel', got {granularity!r}")
+        return over_rows
+    raise ArgumentError(f"granularity must be 'tensor' or 'channel', got {granularity!r}")
 
 
-# Histograms of unbounded data that merge exactly.
-
-
-SMALLEST = -96  # exponent of the narrowest range; one bin of it, at most 2**20 times as narrow, is still a normal float32
+# Exponent of the narrowest range: a bin of it, at most 2**20 times as narrow, is a normal float32.
+SMALLEST = -96
 
 
 class Counts(NamedTuple):
-    """Numbers ``upper * 2**32 + lower``, both uint32: a language model's batch may hold 2**28 activations at one site."""
+    """Counts ``upper * 2**32 + lower``: a batch may hold 2**28 activations at one site.
+
+    Attributes:
+      upper: uint32, the upper half of each.
+      lower: uint32, the lower half.
+    """
 
     upper: jax.Array
     lower: jax.Array
@@ -156,11 +192,11 @@ class Histogram(NamedTuple):
     """How often values fell into each of the bins between ``edges(histogram)``.
 
     Attributes:
-      counts: of each bin, in ascending order; both parts ``[bins]``.
+      counts: count of each bin, in ascending order; both halves ``[bins]``.
       exponent: int32 e: the bins cover -2**e to 2**e.
-      low: smallest value seen, float32; not finite if any value was not.
-      high: largest value seen.
-      count: rows seen (not values), int32.
+      low: smallest value, float32; not finite if any value was not.
+      high: largest value.
+      count: rows (not values), int32.
     """
 
     counts: Counts
@@ -171,7 +207,7 @@ class Histogram(NamedTuple):
 
 
 def histogram(bins: int = 2048) -> Reducer:
-    r"""Keep a histogram of all entries: what percentile and entropy (KL) calibration choose a range from.
+    r"""Keep a histogram of all entries, from which percentile and entropy (KL) calibration choose.
 
     Bin i of n holds :math:`i - n/2 \le x n / 2^{e+1} < i - n/2 + 1`, mirrored below zero (there the
     edge nearer to zero is the open one). Merging gives exactly the histogram of all batches
@@ -185,24 +221,30 @@ def histogram(bins: int = 2048) -> Reducer:
       A reducer with statistics and result `Histogram`: one for the whole operand.
 
     Raises:
-      ValueError: if ``bins`` is not such a number.
+      ArgumentError: if ``bins`` is not such a number.
 
     Example:
-      >>> from compress_jax.trace import calibrate
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((2, 3))}
       >>> batches = [jnp.array([[0.5, 0.75]]), jnp.array([[-3.0, 0.0]])]
-      >>> fn, params = lambda w, x: x @ w["kernel"], {"kernel": jnp.ones((2, 3))}
-      >>> seen = calibrate(fn, histogram(8), params, batches)["kernel"]["input"]
-      >>> seen.counts.to_float().tolist()
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.histogram(8), params, batches)
+      >>> found["kernel"]["input"].counts.to_float().tolist()
       [1.0, 0.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0]
-      >>> edges(seen).tolist(), float(percentile(seen, 100)), float(percentile(magnitudes(seen), 100))
-      ([-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0], 0.75, 3.0)
+      >>> cj.trace.reducers.edges(found["kernel"]["input"]).tolist()
+      [-4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0]
 
     References:
       Migacz, "8-bit Inference with TensorRT", 2017: a range from a histogram of activations.
     """
     if bins not in (2**n for n in range(2, 22)):
-        raise ValueError(f"bins must be a power of two from 4 to {2**21}, got {bins!r}")
-    return of_inputs(lambda site, index, x, mask: _measure(site, index, x, mask, bins), _merge)
+        raise ArgumentError(f"bins must be a power of two from 4 to {2**21}, got {bins!r}")
+
+    def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Histogram:
+        return _histogram(channels(site, index, x, mask), bins)
+
+    return per_input(measure, _merge)
 
 
 def edges(histogram: Histogram) -> jax.Array:
@@ -215,10 +257,13 @@ def edges(histogram: Histogram) -> jax.Array:
       float32 ``[..., n + 1]``, exact. (Above 2**127 the outermost are infinite.)
 
     Example:
-      >>> from compress_jax.trace import calibrate
-      >>> fn, params, x = lambda w, x: x @ w["kernel"], {"kernel": jnp.ones((1, 1))}, jnp.array([[0.5], [-1.0]])
-      >>> seen = calibrate(fn, histogram(4), params, [x])["kernel"]["input"]
-      >>> edges(seen).tolist()
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((1, 1))}
+      >>> batches = [jnp.array([[0.5], [-1.0]])]
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.histogram(4), params, batches)
+      >>> cj.trace.reducers.edges(found["kernel"]["input"]).tolist()
       [-2.0, -1.0, 0.0, 1.0, 2.0]
     """
     half = _bins(histogram) // 2
@@ -236,19 +281,26 @@ def magnitudes(histogram: Histogram) -> Histogram:
       One with as many bins, those below zero empty. Its ``low`` is 0 if x took either sign.
 
     Example:
-      >>> from compress_jax.trace import calibrate
-      >>> fn, params, x = lambda w, x: x @ w["kernel"], {"kernel": jnp.ones((1, 1))}, jnp.array([[0.5], [-1.0]])
-      >>> seen = calibrate(fn, histogram(4), params, [x])["kernel"]["input"]
-      >>> seen.counts.to_float().tolist(), magnitudes(seen).counts.to_float().tolist()
-      ([1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0])
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((1, 1))}
+      >>> batches = [jnp.array([[0.5], [-1.0]])]
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.histogram(4), params, batches)
+      >>> signed = found["kernel"]["input"]
+      >>> signed.counts.to_float().tolist()
+      [1.0, 0.0, 1.0, 0.0]
+      >>> cj.trace.reducers.magnitudes(signed).counts.to_float().tolist()
+      [0.0, 0.0, 1.0, 1.0]
     """
     half = _bins(histogram) // 2
+    # |x|: bin -1-i of x is bin i of the magnitude.
     above = _map(lambda part: part[..., half:], histogram.counts)
     below = _map(lambda part: part[..., half - 1 :: -1], histogram.counts)
-    counts = _map(
-        lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(half, 0)]), above + below
-    )
-    low, high = histogram.low, histogram.high
+    widths = [(0, 0)] * (histogram.counts.lower.ndim - 1) + [(half, 0)]
+    counts = _map(lambda part: jnp.pad(part, widths), above + below)
+    low = histogram.low
+    high = histogram.high
     return histogram._replace(
         counts=counts,
         low=jnp.where(jnp.isnan(low), low, jnp.maximum(jnp.maximum(low, -high), 0)),
@@ -259,83 +311,91 @@ def magnitudes(histogram: Histogram) -> Histogram:
 def percentile(histogram: Histogram, percent: float) -> jax.Array:
     r"""Return the value that a given share of the entries does not exceed.
 
-    Counts from the nearer end, so that the last thousandth of a percent is resolved as well as the
-    first, and interpolates within the bin: at most the width of a bin, :math:`2^{e+1} / n`, from an
-    entry of that rank. 0 and 100 give the smallest and the largest value exactly (but not the
-    smallest magnitude).
+    Entries are counted from the nearer end, so that the last thousandth of a percent is resolved as
+    well as the first. The value is interpolated within the bin: at most the width of a bin,
+    :math:`2^{e+1} / n`, from an entry of that rank. 0 and 100 give the smallest and the largest
+    value exactly (but not the smallest magnitude).
 
     Args:
       histogram: may be stacked; take `magnitudes` of it for a symmetric range.
       percent: from 0 to 100.
 
     Returns:
-      float32, one for each histogram; NaN if nothing was seen, or if any value was not finite.
+      float32, one for each histogram; NaN if it is empty, or if any value was not finite.
 
     Raises:
-      ValueError: if ``percent`` is outside.
+      ArgumentError: if ``percent`` is outside.
 
     Example:
-      >>> from compress_jax.trace import calibrate
-      >>> fn, params = lambda w, x: x @ w["kernel"], {"kernel": jnp.ones((1, 1))}
-      >>> seen = calibrate(fn, histogram(), params, [jnp.arange(100.0)[:, None]])
-      >>> round(float(percentile(seen["kernel"]["input"], 90)))
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> params = {"kernel": jnp.ones((1, 1))}
+      >>> batches = [jnp.arange(100.0)[:, None]]
+      >>> found = cj.trace.calibrate(fn, cj.trace.reducers.histogram(), params, batches)
+      >>> round(float(cj.trace.reducers.percentile(found["kernel"]["input"], 90)))
       90
     """
     if not 0 <= percent <= 100:
-        raise ValueError(f"percent must be from 0 to 100, got {percent}")
+        raise ArgumentError(f"percent must be from 0 to 100, got {percent}")
     if percent > 50:
         return -_from_bottom(_mirrored(histogram), (100 - percent) / 100)
     return _from_bottom(histogram, percent / 100)
 
 
-def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None, bins: int) -> Histogram:
-    table, half = channels(site, index, x, mask), bins // 2
+def _histogram(table: Table, bins: int) -> Histogram:
+    half = bins // 2
     x = table.values
-    low, high = table.reduced(jnp.min, x, jnp.inf), table.reduced(jnp.max, x, -jnp.inf)
+    low = table.reduced(jnp.min, x, jnp.inf)
+    high = table.reduced(jnp.max, x, -jnp.inf)
     exponent = _exponent(jnp.maximum(high, -low))
-    # A power of two scales exactly; the magnitude and then the sign, or what underflows would
-    # change sides.
+    # A power of two scales exactly. The sign comes after the floor of the magnitude: a value that
+    # underflows would change sides otherwise.
     steps = jnp.floor(jnp.ldexp(jnp.abs(x), half.bit_length() - 1 - exponent))
     place = jnp.where(x < 0, half - 1 - steps, half + steps)
-    place = jnp.where(
-        jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins
-    ).astype(jnp.int32)
-    # Not flattened: each device counts its own part.
+    counted = jnp.isfinite(x)
+    if table.mask is not None:
+        counted &= table.mask
+    place = jnp.where(counted, place, bins).astype(jnp.int32)  # `bins` is dropped
+    # Not flattened: each device counts its own shard.
     lower = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
     return Histogram(Counts(jnp.zeros_like(lower), lower), exponent, low, high, table.count)
 
 
 def _exponent(bound: jax.Array) -> jax.Array:
-    """Return the smallest e with ``bound < 2**e``, but no less than `SMALLEST`, which is also that of 0."""
+    """Return the smallest e from `SMALLEST` with ``bound < 2**e``."""
     exponent = jnp.frexp(bound)[1]
     return jnp.where(bound > 0, jnp.maximum(exponent, SMALLEST), SMALLEST).astype(jnp.int32)
 
 
 def _merge(old: Histogram, new: Histogram) -> Histogram:
+    # Both on the wider range: bins of powers of two merge in pairs, exactly.
     exponent = jnp.maximum(old.exponent, new.exponent)
-    counts = _folded(old.counts, exponent - old.exponent) + _folded(
-        new.counts, exponent - new.exponent
-    )
-    low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
-    return Histogram(counts, exponent, low, high, total(old.count, new.count))
+    first = _folded(old.counts, exponent - old.exponent)
+    second = _folded(new.counts, exponent - new.exponent)
+    low = jnp.minimum(old.low, new.low)
+    high = jnp.maximum(old.high, new.high)
+    return Histogram(first + second, exponent, low, high, add_counts(old.count, new.count))
 
 
 @jax.jit
 def _folded(counts: Counts, times: jax.Array) -> Counts:
-    """Double the range so many times; after as many times as halve the bins to two, nothing changes any more."""
+    """Double the range so many times.
+
+    Once all is in the two bins next to zero, further doublings change nothing: the loop's length is
+    fixed, and compiled once.
+    """
     bins = counts.lower.shape[-1]
     ends = [(0, 0)] * (counts.lower.ndim - 1) + [(bins // 4, bins // 4)]
 
-    def once(time: jax.Array, counts: Counts) -> Counts:
-        even, odd = (
-            _map(lambda part, first=first: part[..., first::2], counts) for first in (0, 1)
-        )
+    def double(i: jax.Array, counts: Counts) -> Counts:
+        even = _map(lambda part: part[..., 0::2], counts)
+        odd = _map(lambda part: part[..., 1::2], counts)
         halved = _map(lambda part: jnp.pad(part, ends), even + odd)
-        return Counts(
-            *(jnp.where(time < times[..., None], a, b) for a, b in zip(halved, counts, strict=True))
-        )
+        more = i < times[..., None]
+        return jax.tree.map(lambda new, old: jnp.where(more, new, old), halved, counts)
 
-    return jax.lax.fori_loop(0, bins.bit_length() - 2, once, counts)
+    return jax.lax.fori_loop(0, bins.bit_length() - 2, double, counts)
 
 
 def _mirrored(histogram: Histogram) -> Histogram:
@@ -344,19 +404,20 @@ def _mirrored(histogram: Histogram) -> Histogram:
 
 
 def _from_bottom(histogram: Histogram, share: float) -> jax.Array:
-    counts = histogram.counts.to_float()
-    upto = counts.cumsum(-1)
-    rank = share * upto[..., -1:]
-    place = jnp.argmax((upto >= rank) & (counts > 0), axis=-1, keepdims=True)
-    inside, here = (jnp.take_along_axis(each, place, axis=-1) for each in (upto - counts, counts))
-    step = (place - _bins(histogram) // 2).astype(jnp.float32) + jnp.clip(
-        (rank - inside) / jnp.maximum(here, 1), 0, 1
-    )
+    """Return the value below which a share of the entries lies, counted from the smallest."""
+    counts = histogram.counts.to_float()  # [..., bins]
+    cumulative = counts.cumsum(-1)
+    # The first bin that is not empty and reaches the rank; then linear within it.
+    rank = share * cumulative[..., -1:]
+    place = jnp.argmax((cumulative >= rank) & (counts > 0), axis=-1, keepdims=True)  # [..., 1]
+    below = jnp.take_along_axis(cumulative - counts, place, axis=-1)
+    inside = jnp.take_along_axis(counts, place, axis=-1)
+    fraction = jnp.clip((rank - below) / jnp.maximum(inside, 1), 0, 1)
+    step = (place - _bins(histogram) // 2).astype(jnp.float32) + fraction
     value = jnp.ldexp(step, _bin_exponent(histogram))[..., 0]
-    low, high, known = histogram.low, histogram.high, blank(histogram)
-    return jnp.where(
-        jnp.isfinite(known.low) & jnp.isfinite(known.high), jnp.clip(value, low, high), jnp.nan
-    )
+    known = nan_if_empty(histogram)
+    finite = jnp.isfinite(known.low) & jnp.isfinite(known.high)
+    return jnp.where(finite, jnp.clip(value, histogram.low, histogram.high), jnp.nan)
 
 
 def _bins(histogram: Histogram) -> int:

@@ -1,4 +1,8 @@
-"""A reducer: what to keep of the operands at a site, how two batches of it combine, and what comes of it in the end."""
+"""A reducer: the statistics of the operands at a site, how they merge, and what they end as.
+
+`per_input` makes one from a measure of a single activation; `channels` and `windows` lay an operand
+out as a `Table`, one row for each vector that is contracted.
+"""
 
 import inspect
 import math
@@ -13,20 +17,30 @@ from compress_jax.core.errors import ArgumentError
 from compress_jax.core.types import PyTree
 from compress_jax.trace._jaxpr.site import Site
 
-MOST = 2**31 - 1
+INT32_MAX = 2**31 - 1
 
 
 class Reducer(NamedTuple):
-    """Three pure functions that make one statistic over any number of batches. Give it to `observe` as it is.
+    """Pure functions that make one statistic over any number of batches; an argument of `observe`.
 
     Attributes:
       reduce: ``(site, lhs, rhs) -> statistics``, a tree of arrays, of one batch at one site.
       merge: ``(old, new) -> statistics`` of both, of one site. Takes statistics stacked over loops
         as well.
       finish: ``statistics -> result``, once all batches are in.
-      masked: ``(site, lhs, rhs, masks) -> statistics`` of what counts: ``masks`` has booleans for
-        operands of which not all does, by their index, of the operand's rank and 1 along axes that
-        they do not tell apart. None refuses masks.
+      masked: ``(site, lhs, rhs, masks) -> statistics`` of the entries that count. ``masks`` has
+        booleans for the operands with padding, by their index: of the operand's rank, 1 along axes
+        that the mask does not depend on. None refuses masks.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> largest = cj.trace.Reducer(lambda site, lhs, rhs: jnp.abs(lhs).max(), jnp.maximum)
+      >>> batches = [jnp.ones((4, 2)), -2 * jnp.ones((4, 2))]
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> found = cj.trace.calibrate(fn, largest, {"kernel": jnp.ones((2, 3))}, batches)
+      >>> float(found["kernel"])
+      2.0
     """
 
     reduce: Callable[[Site, jax.Array, jax.Array], Any]
@@ -37,50 +51,47 @@ class Reducer(NamedTuple):
     def __call__(
         self, site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array] | None = None
     ) -> Any:
-        """Return ``reduce(site, lhs, rhs)``, of what counts if there are masks of the operands, by their index."""
+        """Return ``reduce(site, lhs, rhs)``, or with masks the statistics of what counts."""
         if not masks:
             return self.reduce(site, lhs, rhs)
         if self.masked is None:
             raise ArgumentError(
-                "this reducer does not know of masks, so padding would be in its statistics: make "
-                "it by reducer.of_inputs "
-                "with measure(site, index, x, mask), or as Reducer(..., masked=(site, lhs, rhs, "
-                "masks) -> statistics)"
+                "this reducer takes no masks, so padding would be in its statistics: make it by "
+                "reducers.per_input with measure(site, index, x, mask), or as Reducer(..., "
+                "masked=(site, lhs, rhs, masks) -> statistics)"
             )
         return self.masked(site, lhs, rhs, masks)
 
 
-def blank(statistics: PyTree) -> Any:
-    """Return statistics with NaN for every floating entry where ``count`` is 0: of nothing, no number means anything.
+def nan_if_empty(statistics: PyTree) -> Any:
+    """Return statistics with NaN for every floating entry where ``count`` is 0.
 
     Args:
       statistics: NamedTuple of arrays with a field ``count``, which may be stacked over loops.
 
     Returns:
-      The like.
+      The same kind of tree.
     """
 
     def fill(x: jax.Array) -> jax.Array:
-        return (
-            jnp.where(aligned(statistics.count, x) == 0, jnp.nan, x)
-            if jnp.issubdtype(x.dtype, jnp.floating)
-            else x
-        )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        return jnp.where(expand_count(statistics.count, x) == 0, jnp.nan, x)
 
     return jax.tree.map(fill, statistics)
 
 
-def of_inputs(
+def per_input(
     measure: Callable[..., Any],
     combine: Callable[[Any, Any], Any],
-    result: Callable[[Any], Any] = blank,
+    result: Callable[[Any], Any] = nan_if_empty,
 ) -> Reducer:
     """Return the reducer that measures each activation of a site by itself.
 
     Its statistics are ``{"input": measured}`` beside a parameter, else
-    ``{"lhs": measured, "rhs": measured}`` (`Site.inputs`). What has ``count`` 0 is neutral: the
-    site did not run, in a branch not taken say, and whatever else its statistics hold is ignored.
-    Arrays that carry an explicit sharding are measured under an automatic one.
+    ``{"lhs": measured, "rhs": measured}`` (`Site.inputs`). Statistics with ``count`` 0 are neutral:
+    the site did not run (it is in a branch that was not taken), and whatever else they hold is
+    ignored. Arrays that carry an explicit sharding are measured under an automatic one.
 
     Args:
       measure: ``(site, index of the operand, operand, mask) -> NamedTuple`` of arrays, among them
@@ -88,37 +99,43 @@ def of_inputs(
         measure without this argument refuses masks.
       combine: ``(old, new) -> NamedTuple`` of both. In either, all arrays may have the axes of
         loops in front.
-      result: ``NamedTuple -> result``; by default `blank`.
+      result: ``NamedTuple -> result``; by default `nan_if_empty`.
 
     Returns:
       The reducer.
 
     Example:
-      >>> from compress_jax.trace import calibrate
-      >>> class Most(NamedTuple):
+      >>> from typing import NamedTuple
+      >>> import jax, jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> class Largest(NamedTuple):
       ...     value: jax.Array
       ...     count: jax.Array
       >>> def larger(old, new):
-      ...     return Most(jnp.maximum(old.value, new.value), total(old.count, new.count))
-      >>> most = of_inputs(lambda site, index, x: Most(x.max(), jnp.int32(1)), larger)
+      ...     return Largest(jnp.maximum(old.value, new.value), old.count + new.count)
+      >>> measure = lambda site, index, x: Largest(x.max(), jnp.int32(1))
+      >>> largest = cj.trace.reducers.per_input(measure, larger)
       >>> batches = [jnp.ones((3, 2)), jnp.zeros((3, 2))]
-      >>> calibrate(lambda w, x: x @ w["kernel"], most, {"kernel": jnp.eye(2)}, batches)["kernel"]["input"]
-      Most(value=Array(1., dtype=float32), count=Array(2, dtype=int32))
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> found = cj.trace.calibrate(fn, largest, {"kernel": jnp.eye(2)}, batches)
+      >>> found["kernel"]["input"]
+      Largest(value=Array(1., dtype=float32), count=Array(2, dtype=int32))
     """
-    knows = len(inspect.signature(measure).parameters) > 3
+    takes_mask = len(inspect.signature(measure).parameters) > 3
+
+    def measured(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Any:
+        def run(x: jax.Array, mask: jax.Array | None = None) -> Any:
+            return measure(site, index, x, mask) if takes_mask else measure(site, index, x)
+
+        return _unsharded(run, x, mask)
 
     def masked(
         site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]
     ) -> dict[str, Any]:
-        operands = {
-            key: (index, jnp.asarray((lhs, rhs)[index]), masks.get(index))
-            for key, index in site.inputs.items()
-        }
+        operands = (jnp.asarray(lhs), jnp.asarray(rhs))
         return {
-            key: _unsharded(
-                lambda *x, i=index: measure(site, i, *x, *(None,) * (knows and len(x) < 2)), x, mask
-            )
-            for key, (index, x, mask) in operands.items()
+            key: measured(site, index, operands[index], masks.get(index))
+            for key, index in site.inputs.items()
         }
 
     def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, Any]:
@@ -130,40 +147,41 @@ def of_inputs(
     def finish(statistics: dict[str, Any]) -> dict[str, Any]:
         return {key: result(each) for key, each in statistics.items()}
 
-    return Reducer(reduce, merge, finish, masked if knows else None)
+    return Reducer(reduce, merge, finish, masked if takes_mask else None)
 
 
-def total(old: jax.Array, new: jax.Array) -> jax.Array:
+def add_counts(old: jax.Array, new: jax.Array) -> jax.Array:
     """Return the sum of two counts, int32; it stays at 2**31 - 1 rather than overflow.
 
     Example:
-      >>> int(total(jnp.int32(2**31 - 3), jnp.int32(9))) == 2**31 - 1
+      >>> int(add_counts(jnp.int32(2**31 - 3), jnp.int32(9))) == 2**31 - 1
       True
     """
-    return jnp.where(old > MOST - new, MOST, old + new)
+    return jnp.where(old > INT32_MAX - new, INT32_MAX, old + new)
 
 
-def aligned(count: jax.Array, x: jax.Array) -> jax.Array:
-    """Return a count, one for each turn of the loops, in the shape that broadcasts against ``x``, which has more axes."""
+def expand_count(count: jax.Array, x: jax.Array) -> jax.Array:
+    """Return a count, one for each iteration of the loops, so that it broadcasts against ``x``."""
     return count.reshape(*count.shape, *(1,) * (x.ndim - count.ndim))
 
 
 def _skipping_empty(combine: Callable[[Any, Any], Any], old: Any, new: Any) -> Any:
     def choose(both: jax.Array, old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
-        some = jnp.where(aligned(old.count, both) == 0, new_leaf, both)
-        return jnp.where(aligned(new.count, both) == 0, old_leaf, some)
+        # The other one's statistics where one of the two is empty.
+        some = jnp.where(expand_count(old.count, both) == 0, new_leaf, both)
+        return jnp.where(expand_count(new.count, both) == 0, old_leaf, some)
 
     return jax.tree.map(choose, combine(old, new), old, new)
 
 
 def _unsharded(measure: Callable[..., Any], x: jax.Array, mask: jax.Array | None) -> Any:
-    """Sums over a sharded axis are ambiguous where shardings are explicit: leave them to the compiler, the result whole."""
+    """Measure under automatic shardings, with a replicated result.
+
+    Where shardings are explicit, sums over a sharded axis would be ambiguous.
+    """
     mesh = jax.typeof(x).sharding.mesh
-    explicit = tuple(
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = tuple(name for name, kind in kinds if kind == AxisType.Explicit)
     given = (x,) if mask is None else (x, mask)
     if not explicit:
         return measure(*given)
@@ -172,28 +190,24 @@ def _unsharded(measure: Callable[..., Any], x: jax.Array, mask: jax.Array | None
         return automatic(*given)
 
 
-# An operand of a site as a table: one row for each vector that is contracted, one column for each
-# of its entries.
-
-
 class Table(NamedTuple):
-    """Values whose axes are in the order ``[*batch, *rows, *columns]``; none is merged, so none loses its sharding.
+    """An operand of a site: one row for each vector that is contracted, a column for each entry.
 
-    Statistics are made by `reduced`, `sums` and `count`, to which nothing counts that the mask
-    leaves out.
+    The axes of the values are in the order ``[*batch, *rows, *columns]``; none is merged, so none
+    loses its sharding. `reduced` and `count` leave out what the mask does.
 
     Attributes:
-      values: float32; zeros where the mask says so, be they NaN before.
+      values: float32; zeros where the mask is False, even where they were NaN.
       batch: how many axes are of the batch: each of their indices has a table of its own.
       columns: how many axes are of columns.
-      there: booleans, which entries count, of the rank of ``values``, 1 along axes that it does not
-        tell apart; None: all.
+      mask: booleans, which entries count, of the rank of ``values``, 1 along axes that it does not
+        depend on; None: all.
     """
 
     values: jax.Array
     batch: int
     columns: int
-    there: jax.Array | None = None
+    mask: jax.Array | None = None
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -203,30 +217,40 @@ class Table(NamedTuple):
     @property
     def count(self) -> jax.Array:
         """How many rows count: int32 scalar; of tables whose numbers differ, the largest."""
-        return self.numbers.max() if self.there is not None else self.numbers
+        return self.counts if self.mask is None else self.counts.max()
 
     @property
-    def numbers(self) -> jax.Array:
+    def counts(self) -> jax.Array:
         """How many rows of each table count: int32, a scalar or ``[*batch]``."""
         rows = math.prod(self.values.shape[axis] for axis in self.rows)
-        if self.there is None:
-            return jnp.int32(min(rows, MOST))
-        some = self.there.any(axis=tuple(range(self.values.ndim - self.columns, self.values.ndim)))
-        repeated = math.prod(
-            self.values.shape[axis] // self.there.shape[axis] for axis in self.rows
-        )
-        number = some.sum(self.rows, dtype=jnp.int32)
-        return jnp.where(number > MOST // max(repeated, 1), MOST, number * repeated)
+        if self.mask is None:
+            return jnp.int32(min(rows, INT32_MAX))
+        columns = tuple(range(self.values.ndim - self.columns, self.values.ndim))
+        count = self.mask.any(axis=columns).sum(self.rows, dtype=jnp.int32)
+        # A mask of size 1 along an axis stands for as many rows as the values have there.
+        sizes = [(self.values.shape[axis], self.mask.shape[axis]) for axis in self.rows]
+        repeated = math.prod(whole // own for whole, own in sizes)
+        return jnp.where(count > INT32_MAX // max(repeated, 1), INT32_MAX, count * repeated)
 
     def reduced(
         self, reduction: Callable[..., jax.Array], values: jax.Array, start: float, axes: Any = None
     ) -> jax.Array:
-        """Return ``reduction(values, axes, initial=start)`` over what counts, ``start`` being what changes nothing."""
-        shown = values if self.there is None else jnp.where(self.there, values, start)
-        return reduction(shown, axis=axes, initial=start)
+        """Return ``reduction(values, axes, initial=start)`` over what counts.
+
+        Args:
+          reduction: ``jnp.max`` or the like.
+          values: of the table's shape.
+          start: its neutral element, which replaces what does not count.
+          axes: those to reduce; by default all.
+
+        Returns:
+          The reduced values.
+        """
+        counted = values if self.mask is None else jnp.where(self.mask, values, start)
+        return reduction(counted, axis=axes, initial=start)
 
     def flat(self, x: jax.Array, repeats: int = 1) -> jax.Array:
-        """Merge the column axes of what is left after the rows are reduced, ``[*batch, *columns (repeats times)]``."""
+        """Merge the column axes of ``[*batch, *columns (repeats times)]``, rows being reduced."""
         width = math.prod(self.values.shape[self.values.ndim - self.columns :])
         return x.reshape(*x.shape[: self.batch], *(width,) * repeats)
 
@@ -235,48 +259,46 @@ def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None
     r"""Return an operand as the table of its channels: every entry of the operand is in it once.
 
     Columns are the contracting axes, in the order of ``site.contracting``, which pairs them with
-    the other operand's. Of a convolution's input they are its channels, those of all groups side by
+    the other operand's. In a convolution's input they are its channels, those of all groups side by
     side, whatever windows an entry falls into.
 
     Args:
       site: the contraction.
       index: 0 for the first operand, 1 for the second.
       x: the operand.
-      mask: booleans of the rank of ``x``, which entries count, 1 along axes that it does not tell
-        apart; None is all.
+      mask: booleans of the rank of ``x``, which entries count, 1 along axes that it does not depend
+        on; None is all.
 
     Returns:
       ``[*batch axes, *all others, *contracting axes]``. The kernel of a grouped convolution has its
       groups as batch axis.
 
     Example:
-      >>> site = Site("a", "dot", None, None, (2, 5, 3), (3, 4), (2, 5, 4), *["float32"] * 3, ((2,), (0,)))
-      >>> channels(site, 0, jnp.ones((2, 5, 3))).rows
+      >>> from compress_jax.trace import sites
+      >>> x = jnp.ones((2, 5, 3))
+      >>> (site,) = sites(lambda w, x: x @ w, jnp.ones((3, 4)), x)
+      >>> channels(site, 0, x).rows
       (0, 1)
     """
     batch, columns = site.batch[index], site.contracting[index]
     if site.kind == "conv" and index == 1:
         return _kernel(site, x)
+    # [*batch, *rows, *columns]
     rows = (axis for axis in range(x.ndim) if axis not in batch + columns)
     order = (*batch, *rows, *columns)
-    return _table(
-        x.transpose(order),
-        len(batch),
-        len(columns),
-        None if mask is None else mask.transpose(order),
-    )
+    mask = None if mask is None else mask.transpose(order)
+    return _table(x.transpose(order), len(batch), len(columns), mask)
 
 
 def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None) -> Table:
     r"""Return an operand as the table whose product with the other operand's is the contraction.
 
     The same as `channels`, but for a convolution's input. There a row is a window: for each example
-    and each position of the output, what the kernel meets (:math:`y = X W`, "im2col"), with
-    padding, strides and holes of either dilation as the site has them. Columns are in the order of
-    ``site.contracting[1]``, so that column j meets row j of
-
-    ``jnp.moveaxis(kernel, site.contracting[1], range(n)).reshape(k, -1)``,
-    ``n = len(site.contracting[1])``.
+    and each position of the output, the entries that the kernel is multiplied by (:math:`y = X W`,
+    "im2col"), with padding, strides and holes of either dilation as the site has them. Columns are
+    in the order of ``site.contracting[1]``, so that column j is multiplied by row j of
+    ``jnp.moveaxis(kernel, axes, range(len(axes))).reshape(k, -1)``, ``axes`` being
+    ``site.contracting[1]``.
 
     In a grouped or depthwise convolution each group has its own table, with the columns of its own
     channels.
@@ -285,12 +307,12 @@ def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None)
       site: the contraction.
       index: 0 for the first operand, 1 for the second.
       x: the operand.
-      mask: see `channels`. A window counts if the position does that it stands at, whole: it may
-        reach into padding, as it does in the model, but for what is not finite there, which is 0.
+      mask: see `channels`. A window counts as a whole if the position that it stands at does: it
+        may reach into padding, as it does in the model, where what is not finite is taken as 0.
 
     Returns:
-      ``[*batch axes, *all others, *contracting axes]``; of a convolution's input ``[groups (if more than one), examples,
-      *positions, *input channels and window]``.
+      ``[*batch axes, *all others, *contracting axes]``; for a convolution's input
+      ``[groups (if more than one), examples, *positions, *input channels and window]``.
     """
     if site.kind != "conv" or index == 1:
         return channels(site, index, x, mask)
@@ -299,20 +321,26 @@ def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None)
     rows = None
     if mask is not None:
         x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
-        rows = _of_windows(mask.transpose(lhs), examples, features)
-    x = _slide(site, x.transpose(lhs))
+        rows = _window_mask(mask.transpose(lhs), examples, features)
+    x = _slide(site, x.transpose(lhs))  # [example, channel, *(position, offset)]
     x = x.reshape(examples, x.shape[0] // examples, features, x.shape[1] // features, *x.shape[2:])
-    # Axes by now: groups of examples, example, groups of features, channel, and then position,
-    # offset of each dimension.
+    # [groups of examples, example, groups of features, channel, *(position, offset)]
     columns = [3 if axis == rhs[1] else 5 + 2 * rhs[2:].index(axis) for axis in site.contracting[1]]
     x = x.transpose(0, 2, 1, *range(4, x.ndim, 2), *columns)
+    # [groups of examples, groups of features, example, *position, *columns]
     return _grouped(x.reshape(examples * features, *x.shape[2:]), len(columns), rows)
 
 
-def _of_windows(mask: jax.Array, examples: int, features: int) -> jax.Array:
-    """Return which windows count, ``[groups, examples, *positions]``, of an image's mask ``[example, channel, *space]``.
+def _window_mask(mask: jax.Array, examples: int, features: int) -> jax.Array:
+    """Return which windows count, by the mask of the image.
 
-    Its positions are those of the output too, or are not told apart.
+    Args:
+      mask: ``[example, channel, *space]``; its positions are those of the output too, or of size 1.
+      examples: groups of examples.
+      features: groups of channels.
+
+    Returns:
+      Booleans ``[groups, examples, *positions]``.
     """
     mask = mask.any(axis=1)
     each = max(mask.shape[0] // examples, 1)
@@ -321,28 +349,30 @@ def _of_windows(mask: jax.Array, examples: int, features: int) -> jax.Array:
 
 
 def _slide(site: Site, x: jax.Array) -> jax.Array:
-    """Return all windows, ``[example, channel, *(position, offset)]``, of an image, ``[example, channel, *space]``."""
-    p, kernel = site.params, site.params["dimension_numbers"].rhs_spec[2:]
-    holes = [
-        (low, high, hole - 1)
-        for (low, high), hole in zip(p["padding"], p["lhs_dilation"], strict=True)
-    ]
+    """Return the windows of an image ``[example, channel, *space]``, an axis for each offset.
+
+    The result is ``[example, channel, *(position, offset)]``.
+    """
+    p = site.params
+    padded = zip(p["padding"], p["lhs_dilation"], strict=True)
+    holes = [(low, high, dilation - 1) for (low, high), dilation in padded]
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *holes])
-    for dimension, (stride, gap) in enumerate(
-        zip(p["window_strides"], p["rhs_dilation"], strict=True)
-    ):
-        axis, starts = 2 + 2 * dimension, range(0, gap * site.rhs_shape[kernel[dimension]], gap)
+    window = [site.rhs_shape[axis] for axis in p["dimension_numbers"].rhs_spec[2:]]
+    along = zip(window, p["window_strides"], p["rhs_dilation"], strict=True)
+    for dimension, (size, stride, dilation) in enumerate(along):
+        axis = 2 + 2 * dimension
+        starts = range(0, dilation * size, dilation)
         length = x.shape[axis] - starts[-1]
-        x = jnp.stack(
-            [jax.lax.slice_in_dim(x, start, start + length, stride, axis) for start in starts],
-            axis + 1,
-        )
+        # One slice for each offset in the window: the size of the input, as often as it is long.
+        slices = [jax.lax.slice_in_dim(x, i, i + length, stride, axis) for i in starts]
+        x = jnp.stack(slices, axis + 1)
     return x
 
 
 def _kernel(site: Site, x: jax.Array) -> Table:
     """Return a convolution's second operand as a table: a row for each output channel."""
-    groups, out = math.prod(_groups(site)), site.params["dimension_numbers"].rhs_spec[0]
+    groups = math.prod(_groups(site))
+    out = site.params["dimension_numbers"].rhs_spec[0]
     x = x.transpose(out, *site.contracting[1])
     return _grouped(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), x.ndim - 1)
 
@@ -355,9 +385,11 @@ def _grouped(x: jax.Array, columns: int, rows: jax.Array | None = None) -> Table
     return _table(x[0], 0, columns, None if mask is None else mask[0])
 
 
-def _table(values: jax.Array, batch: int, columns: int, there: jax.Array | None) -> Table:
+def _table(values: jax.Array, batch: int, columns: int, mask: jax.Array | None) -> Table:
     values = values.astype(jnp.float32)
-    return Table(values if there is None else jnp.where(there, values, 0.0), batch, columns, there)
+    if mask is not None:
+        values = jnp.where(mask, values, 0.0)
+    return Table(values, batch, columns, mask)
 
 
 def _groups(site: Site) -> tuple[int, int]:

@@ -60,7 +60,7 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
         )
     if name not in MOVES:
         return None
-    moved = origin.MOVES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out)["dims"]
+    moved: Any = origin.MOVE_RULES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out).dims
     whole = all(
         not axes or math.prod(_size(stored, axis) for axis in axes) == n
         for axes, n in zip(moved, out, strict=True)
