@@ -6,19 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compress_jax.cluster._fixed_point import (
-    Int64,
-    exponent,
-    from_fixed,
-    prefix_sums,
-    to_fixed,
-    total,
-)
 from compress_jax.core import Clustered, Compression, leafwise
 from compress_jax.core.arguments import flag, random_key, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
+from compress_jax.core.exact import (
+    Int64,
+    from_fixed,
+    prefix_sums,
+    scale_exponent,
+    subtract,
+    to_fixed,
+    total,
+)
 from compress_jax.core.finite import saturate
 
 # Where k-means starts: k-means++, and the point density that is optimal for many clusters.
@@ -112,7 +113,7 @@ def companded(y: jax.Array, clusters: int) -> jax.Array:
     """
     share = jnp.cbrt(jnp.diff(y, prepend=y[:1])) ** 2
     share = share / jnp.maximum(share.max(), jnp.finfo(jnp.float32).tiny)
-    upto = prefix_sums(to_fixed(share, jnp.zeros((), jnp.int32))).to_float()[1:]
+    upto = prefix_sums(to_fixed(share, 0)).to_float()[1:]
     wanted = (jnp.arange(clusters, dtype=jnp.float32) + 0.5) / clusters * upto[-1]
     return jnp.interp(wanted, upto, y)
 
@@ -292,7 +293,7 @@ def _lloyd(
     ordered: jax.Array, count: jax.Array, starts: jax.Array, iterations: int | jax.Array
 ) -> jax.Array:
     """Move each start's centroids to the means of their cells, again and again; ``[starts, clusters]``, ascending."""
-    e = exponent(ordered)
+    e = scale_exponent(ordered, largest=128)
     sums = prefix_sums(to_fixed(ordered, e))
     step = partial(_move, ordered, count, e, sums)
     return jax.lax.fori_loop(0, iterations, lambda _, centroids: jax.vmap(step)(centroids), starts)
@@ -306,8 +307,9 @@ def _move(
         jnp.searchsorted(ordered, _middles(centroids), side="right").astype(jnp.int32), count
     )
     begin, end = jnp.pad(inner, (1, 0)), jnp.append(inner, count)
+    cell_sums = subtract(sums.map(lambda word: word[end]), sums.map(lambda word: word[begin]))
     members = jnp.maximum(end - begin, 1).astype(jnp.float32)
-    mean = from_fixed((sums.at(end) - sums.at(begin)).to_float() / members, e)
+    mean = from_fixed(cell_sums.to_float() / members, e)
     mean = jnp.clip(
         mean, ordered[begin], ordered[end - 1]
     )  # a mean lies among its members, however it was rounded
@@ -326,6 +328,6 @@ def _distortions(ordered: jax.Array, count: jax.Array, found: jax.Array) -> jax.
     )
 
     def squares(centroids: jax.Array) -> jax.Array:
-        return to_fixed((error(centroids) / largest) ** 2, jnp.zeros((), jnp.int32))
+        return to_fixed((error(centroids) / largest) ** 2, 0)
 
     return jax.lax.map(lambda centroids: total(squares(centroids)).to_float(), found)

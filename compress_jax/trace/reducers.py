@@ -7,6 +7,8 @@ returns is NaN. "Per channel" is one number for each entry of a row, ``[*batch, 
 orders them.
 """
 
+from compress_jax.core.deprecated import renamed
+from compress_jax.core.exact import Int64
 from compress_jax.trace._statistics.calibration import Gram
 from compress_jax.trace._statistics.moments import (
     Moments,
@@ -20,7 +22,6 @@ from compress_jax.trace._statistics.moments import (
 )
 from compress_jax.trace._statistics.ranges import (
     AbsMax,
-    Counts,
     Histogram,
     MinMax,
     absmax,
@@ -34,9 +35,9 @@ from compress_jax.trace._statistics.reducer import Reducer, of_inputs
 
 __all__ = [
     "AbsMax",
-    "Counts",
     "Gram",
     "Histogram",
+    "Int64",
     "MinMax",
     "Moments",
     "Norm",
@@ -55,3 +56,5 @@ __all__ = [
     "outliers",
     "percentile",
 ]
+
+__getattr__ = renamed({"Counts": "Int64"}, __name__)

@@ -12,7 +12,7 @@ from compress_jax.core.amount import amount
 from compress_jax.core.axes import Axes, over_layers
 from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError, ShapeError
-from compress_jax.core.exact import choose, less, wide
+from compress_jax.core.exact import choose, less, uint64
 from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, Params, PyTree, Step
@@ -90,8 +90,8 @@ def _of_all(pools: list[jax.Array], share: Any, floor: float, key: Any) -> list[
     if not floor:
         return smallest(pools, lost, key)
     most = [pool.size - max(1, math.ceil(floor * pool.size)) for pool in pools]
-    may = [smallest([pool], wide(count), key)[0] for pool, count in zip(pools, most, strict=True)]
-    limit = wide(sum(most))
+    may = [smallest([pool], uint64(count), key)[0] for pool, count in zip(pools, most, strict=True)]
+    limit = uint64(sum(most))
     return smallest(pools, choose(less(limit, lost), limit, lost), key, may)
 
 

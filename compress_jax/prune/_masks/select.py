@@ -13,7 +13,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.exact import Wide, add, choose, count, less, subtract, wide
+from compress_jax.core.exact import Int64, add, choose, count, less, subtract, uint64
 
 
 def magnitude_bits(x: jax.Array) -> jax.Array:
@@ -34,7 +34,9 @@ def magnitude_bits(x: jax.Array) -> jax.Array:
     return pattern & jnp.asarray(2 ** (bits - 1) - 1, pattern.dtype)
 
 
-def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple[jax.Array, Wide]:
+def bisect(
+    below: Callable[[jax.Array], Int64], k: Int64, top: jax.Array
+) -> tuple[jax.Array, Int64]:
     """Return the largest ``t < top`` with ``below(t) <= k``, or any ``t`` with ``below(t) == k``, and ``below(t)``.
 
     Args:
@@ -46,16 +48,16 @@ def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple
       ``(t, below(t))``, ``t`` in the dtype of ``top``.
 
     Example:
-      >>> squares = lambda t: Wide(jnp.uint32(0), t * t)
-      >>> int(bisect(squares, wide(50), jnp.uint32(100))[0])
+      >>> squares = lambda t: Int64(jnp.uint32(0), t * t)
+      >>> int(bisect(squares, uint64(50), jnp.uint32(100))[0])
       7
     """
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, Wide]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, jax.Array, Int64]) -> jax.Array:
         low, high, reached = carry
         return (high - low > 1) & less(reached, k)
 
-    def halve(carry: tuple[jax.Array, jax.Array, Wide]) -> tuple[jax.Array, jax.Array, Wide]:
+    def halve(carry: tuple[jax.Array, jax.Array, Int64]) -> tuple[jax.Array, jax.Array, Int64]:
         low, high, reached = carry
         middle = low + (high - low) // 2
         counted = below(middle)
@@ -66,11 +68,11 @@ def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple
             choose(over, reached, counted),
         )
 
-    low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, wide(0)))
+    low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, uint64(0)))
     return low, reached
 
 
-def first(flags: jax.Array, k: Wide) -> jax.Array:
+def first(flags: jax.Array, k: Int64) -> jax.Array:
     """Return a mask of the first ``k`` true entries in C order, found axis by axis.
 
     Args:
@@ -81,7 +83,7 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
       bool, the shape of ``flags``.
 
     Example:
-      >>> first(jnp.array([[True, False, True], [True, True, False]]), wide(3)).tolist()
+      >>> first(jnp.array([[True, False, True], [True, True, False]]), uint64(3)).tolist()
       [[True, False, True], [True, False, False]]
     """
     chosen = jnp.zeros_like(flags)
@@ -95,7 +97,7 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
         chosen |= flags & (where() < end)
         flags &= where() == end
         k = subtract(k, taken)
-    return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis to look along
+    return chosen | (flags & less(uint64(0), k))  # an array of rank 0 has no axis to look along
 
 
 def value_bits(x: jax.Array) -> jax.Array:
@@ -131,7 +133,7 @@ def _value_if(x: jax.Array, may: jax.Array) -> jax.Array:
 
 def smallest(
     arrays: Sequence[jax.Array],
-    k: Wide,
+    k: Int64,
     key: Callable[..., jax.Array] = magnitude_bits,
     may: Sequence[jax.Array] | None = None,
 ) -> list[jax.Array]:
@@ -151,7 +153,7 @@ def smallest(
       One bool mask an array, true for the ``k`` smallest.
 
     Example:
-      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
+      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], uint64(1))[0].tolist()
       [False, True]
     """
     if may is None:
@@ -162,7 +164,7 @@ def smallest(
 
 @partial(jax.jit, static_argnums=0)
 def smallest_by(
-    key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, ...]], k: Wide
+    key: Callable[..., jax.Array], parts: Sequence[tuple[jax.Array, ...]], k: Int64
 ) -> list[jax.Array]:
     """Return masks of the ``k`` entries whose key is smallest, the earlier one first where keys are equal.
 
@@ -180,12 +182,12 @@ def smallest_by(
       >>> def kept_only(x, kept):
       ...     return jnp.where(kept, magnitude_bits(x), jnp.uint32(2**32 - 1))
       >>> part = (jnp.array([1.0, 2.0, 3.0]), jnp.array([False, True, True]))
-      >>> smallest_by(kept_only, [part], wide(1))[0].tolist()
+      >>> smallest_by(kept_only, [part], uint64(1))[0].tolist()
       [False, True, False]
     """
     top = jnp.iinfo(jax.eval_shape(key, *parts[0]).dtype)
 
-    def below(t: jax.Array) -> Wide:
+    def below(t: jax.Array) -> Int64:
         t, own = jax.lax.optimization_barrier(
             (t, list(parts))
         )  # else all keys are kept: another copy of the weights

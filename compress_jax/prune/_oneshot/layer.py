@@ -13,7 +13,7 @@ import numpy as np
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Pointwise
-from compress_jax.core.exact import Wide
+from compress_jax.core.exact import Int64
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import MatrixForm, Problem, column_errors
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest, smallest_by
@@ -117,7 +117,7 @@ def matrix_masks(
         w, norm = each
         score = jnp.abs(w) * norm[:, None]
         if groups is None:
-            pruned = partial(smallest, k=Wide(jnp.uint32(0), count))
+            pruned = partial(smallest, k=Int64(jnp.uint32(0), count))
             return ~(
                 jax.vmap(lambda s: pruned([s])[0], 1, 1)(score)
                 if within == "output"
@@ -332,7 +332,7 @@ def _rest(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array:
         return jnp.where(covered, mask, kept)
     free = int((~covered).sum())
     count = min(max(amount_exact(leaf.share, x.size) - int((~mask & covered).sum()), 0), free)
-    (pruned,) = smallest_by(_free, [(x, covered)], Wide(jnp.uint32(0), jnp.uint32(count)))
+    (pruned,) = smallest_by(_free, [(x, covered)], Int64(jnp.uint32(0), jnp.uint32(count)))
     return jnp.where(covered, mask, ~pruned)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.compression import Compression
-from compress_jax.core.exact import Wide
+from compress_jax.core.exact import Int64
 from compress_jax.core.paths import Patterns
 from compress_jax.core.types import Params
 from compress_jax.layerwise._problem import MatrixForm, damped_hessian, upper_factor
@@ -302,7 +302,7 @@ def _unit(
         kept = ~smallest_by(
             _key,
             [(score, jnp.broadcast_to(real[:, None], score.shape))],
-            Wide(jnp.uint32(0), count),
+            Int64(jnp.uint32(0), count),
         )[0]
     else:
         kept = largest_of_each(

@@ -186,7 +186,7 @@ def least_entropy(seen: Histogram, grid: Grid, stride: int = 8) -> Ends:
         if not grid.symmetric
         else (0 * seen.high, seen.high)
     )
-    counts, half = seen.counts.to_float(), seen.counts.lower.shape[-1] // 2
+    counts, half = seen.counts.to_float(), seen.counts.low.shape[-1] // 2
     counts = (
         counts.at[..., half].set(counts[..., half + 1]).at[..., half - 1].set(counts[..., half - 2])
     )

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core.exact import Int64, add, choose, widened
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.reducer import Reducer, blank, channels, of_inputs, total
 
@@ -136,34 +137,19 @@ def _over(granularity: Granularity) -> Callable[..., jax.Array]:
 SMALLEST = -96  # exponent of the narrowest range; one bin of it, at most 2**20 times as narrow, is still a normal float32
 
 
-class Counts(NamedTuple):
-    """Numbers ``upper * 2**32 + lower``, both uint32: a language model's batch may hold 2**28 activations at one site."""
-
-    upper: jax.Array
-    lower: jax.Array
-
-    def __add__(self, other: "Counts") -> "Counts":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the sum, exactly."""
-        lower = self.lower + other.lower
-        return Counts(self.upper + other.upper + (lower < self.lower).astype(jnp.uint32), lower)
-
-    def to_float(self) -> jax.Array:
-        """Return the nearest float32, up to its last bit; exact below 2**24."""
-        return self.upper.astype(jnp.float32) * 2.0**32 + self.lower.astype(jnp.float32)
-
-
 class Histogram(NamedTuple):
     """How often values fell into each of the bins between ``edges(histogram)``.
 
     Attributes:
-      counts: of each bin, in ascending order; both parts ``[bins]``.
+      counts: of each bin, in ascending order, unsigned; both words ``[bins]``. A language model's
+        batch may hold 2**28 activations at one site.
       exponent: int32 e: the bins cover -2**e to 2**e.
       low: smallest value seen, float32; not finite if any value was not.
       high: largest value seen.
       count: rows seen (not values), int32.
     """
 
-    counts: Counts
+    counts: Int64
     exponent: jax.Array
     low: jax.Array
     high: jax.Array
@@ -243,10 +229,10 @@ def magnitudes(histogram: Histogram) -> Histogram:
       ([1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 1.0])
     """
     half = _bins(histogram) // 2
-    above = _map(lambda part: part[..., half:], histogram.counts)
-    below = _map(lambda part: part[..., half - 1 :: -1], histogram.counts)
-    counts = _map(
-        lambda part: jnp.pad(part, [(0, 0)] * (part.ndim - 1) + [(half, 0)]), above + below
+    above = histogram.counts.map(lambda word: word[..., half:])
+    below = histogram.counts.map(lambda word: word[..., half - 1 :: -1])
+    counts = add(above, below).map(
+        lambda word: jnp.pad(word, [(0, 0)] * (word.ndim - 1) + [(half, 0)])
     )
     low, high = histogram.low, histogram.high
     return histogram._replace(
@@ -301,8 +287,8 @@ def _measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None, bins:
         jnp.isfinite(x) if table.there is None else jnp.isfinite(x) & table.there, place, bins
     ).astype(jnp.int32)
     # Not flattened: each device counts its own part.
-    lower = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
-    return Histogram(Counts(jnp.zeros_like(lower), lower), exponent, low, high, table.count)
+    counts = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
+    return Histogram(widened(counts), exponent, low, high, table.count)
 
 
 def _exponent(bound: jax.Array) -> jax.Array:
@@ -313,33 +299,30 @@ def _exponent(bound: jax.Array) -> jax.Array:
 
 def _merge(old: Histogram, new: Histogram) -> Histogram:
     exponent = jnp.maximum(old.exponent, new.exponent)
-    counts = _folded(old.counts, exponent - old.exponent) + _folded(
-        new.counts, exponent - new.exponent
+    counts = add(
+        _folded(old.counts, exponent - old.exponent), _folded(new.counts, exponent - new.exponent)
     )
     low, high = jnp.minimum(old.low, new.low), jnp.maximum(old.high, new.high)
     return Histogram(counts, exponent, low, high, total(old.count, new.count))
 
 
 @jax.jit
-def _folded(counts: Counts, times: jax.Array) -> Counts:
-    """Double the range so many times; after as many times as halve the bins to two, nothing changes any more."""
-    bins = counts.lower.shape[-1]
-    ends = [(0, 0)] * (counts.lower.ndim - 1) + [(bins // 4, bins // 4)]
+def _folded(counts: Int64, times: jax.Array) -> Int64:
+    """Double the range so many times; once only two bins are filled, nothing changes any more."""
+    bins = counts.low.shape[-1]
+    ends = [(0, 0)] * (counts.low.ndim - 1) + [(bins // 4, bins // 4)]
 
-    def once(time: jax.Array, counts: Counts) -> Counts:
-        even, odd = (
-            _map(lambda part, first=first: part[..., first::2], counts) for first in (0, 1)
-        )
-        halved = _map(lambda part: jnp.pad(part, ends), even + odd)
-        return Counts(
-            *(jnp.where(time < times[..., None], a, b) for a, b in zip(halved, counts, strict=True))
-        )
+    def once(time: jax.Array, counts: Int64) -> Int64:
+        even = counts.map(lambda word: word[..., 0::2])
+        odd = counts.map(lambda word: word[..., 1::2])
+        halved = add(even, odd).map(lambda word: jnp.pad(word, ends))
+        return choose(time < times[..., None], halved, counts)
 
     return jax.lax.fori_loop(0, bins.bit_length() - 2, once, counts)
 
 
 def _mirrored(histogram: Histogram) -> Histogram:
-    flipped = _map(lambda part: part[..., ::-1], histogram.counts)
+    flipped = histogram.counts.map(lambda word: word[..., ::-1])
     return histogram._replace(counts=flipped, low=-histogram.high, high=-histogram.low)
 
 
@@ -360,13 +343,9 @@ def _from_bottom(histogram: Histogram, share: float) -> jax.Array:
 
 
 def _bins(histogram: Histogram) -> int:
-    return histogram.counts.lower.shape[-1]
+    return histogram.counts.low.shape[-1]
 
 
 def _bin_exponent(histogram: Histogram) -> jax.Array:
     """Return the exponent of the width of a bin, ``[..., 1]``."""
     return (histogram.exponent - ((_bins(histogram) // 2).bit_length() - 1))[..., None]
-
-
-def _map(fn: Callable[[jax.Array], jax.Array], counts: Counts) -> Counts:
-    return Counts(*map(fn, counts))
