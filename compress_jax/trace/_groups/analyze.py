@@ -22,7 +22,7 @@ from compress_jax.trace._groups.axes import Axes, Axis, Dims, Results, alike, pr
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.find_sites import Traced, trace
 from compress_jax.trace._jaxpr.interpret import Where, interpret
-from compress_jax.trace._jaxpr.site import Position
+from compress_jax.trace._jaxpr.site import Position, Shape
 
 Rule = Callable[[Axes, JaxprEqn, list[Dims]], Results]
 
@@ -40,8 +40,12 @@ def _each(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 def _free(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Random bits may come in any order: new axes, not frozen."""
-    shapes = [getattr(var.aval, "shape", ()) for var in eqn.outvars]
-    return [tuple(axes.leaf(size) for size in shape) for shape in shapes]
+    return [_new(axes, getattr(var.aval, "shape", ())) for var in eqn.outvars]
+
+
+def _new(axes: Axes, shape: Shape) -> Dims:
+    """Return new axes for a value of a shape."""
+    return tuple(axes.leaf(size) for size in shape)
 
 
 def _nothing(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
@@ -121,6 +125,7 @@ def _dot_general(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     (left, right), (left_batch, right_batch) = primitives.axes(eqn)
     for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
         unify(axes, args[0][i], args[1][j])
+    # The result has batch axes, then the free axes of the left operand, then of the right one.
     lhs = [axis for i, axis in enumerate(args[0]) if i not in (*left, *left_batch)]
     rhs = [axis for j, axis in enumerate(args[1]) if j not in (*right, *right_batch)]
     return [(*(args[0][i] for i in left_batch), *lhs, *rhs)]
@@ -129,7 +134,8 @@ def _dot_general(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 def _ragged(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Groups of rows have a matrix each; their sizes are data, so neither can be permuted."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    rows = numbers.lhs_ragged_dimensions
+    groups = numbers.rhs_group_dimensions
     (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
     if len(rows) != 1 or rows[0] in (*left, *left_batch):
         return None
@@ -149,10 +155,12 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     image, kernel = args
     if p["batch_group_count"] != 1:
         return None
-    (batch, channel, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    batch, channel, *space = numbers.lhs_spec
+    out, into, *window = numbers.rhs_spec
     if p["feature_group_count"] == 1:
         unify(axes, image[channel], kernel[into])
     else:
+        # Channels are (group, channel of the group), the group varying slowest.
         groups = axes.leaf(p["feature_group_count"])
         unify(axes, image[channel], product([groups, kernel[into]]))
         unify(axes, kernel[out], product([groups, axes.leaf(kernel[out].size // groups.size)]))
@@ -283,7 +291,8 @@ class Walk:
 
     def equation(self, eqn: JaxprEqn, args: list[Dims], where: Where) -> Sequence[Dims]:
         """Return the axes of an equation's results; without a rule, freeze all it touches."""
-        name, position = eqn.primitive.name, where.position
+        name = eqn.primitive.name
+        position = where.position
         results = RULES[name](self.axes, eqn, args) if name in RULES else None
         if results is None or not _fit(eqn, results):
             self.unknown[position] = name
@@ -343,6 +352,7 @@ def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
     rest = traced.jaxpr.jaxpr.invars[len(params) :]
     data = [walk.fresh(var.aval, "input") for var in rest]
     results = interpret(walk, traced.jaxpr, [*params.values(), *data])
+    # An updated parameter must be permuted like the parameter; any other output must not change.
     outputs = flatten(traced.out)[0]
     state = returned(outputs, traced.params)
     for path, dims in zip(outputs, results, strict=True):
@@ -350,6 +360,7 @@ def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
             walk.join(params[state[path]], dims)
         else:
             walk.freeze(dims, "output")
+    # A leaf in two factors of one axis has no coordinates there (see `Axes.coordinates`).
     for axis in itertools.chain.from_iterable(params.values()):
         for leaf in walk.axes.repeated(axis):
             walk.axes.freeze(leaf, "twice in one axis")

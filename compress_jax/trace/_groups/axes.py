@@ -272,7 +272,8 @@ def unify(axes: Axes, a: Axis, b: Axis) -> None:
       >>> [leaf.size for leaf in axes.leaves(flat)]
       [2, 3]
     """
-    a, b = axes.find(a), axes.find(b)
+    a = axes.find(a)
+    b = axes.find(b)
     if a == b:
         return
     if a.size == b.size and isinstance(a, Leaf) and isinstance(b, Leaf):
@@ -324,7 +325,8 @@ def _align_terms(axes: Axes, left: Sequence[Axis], right: Sequence[Axis]) -> boo
 
     Of the two first terms the longer is split where a run of the other sum's terms ends.
     """
-    short, long = deque(left), deque(right)
+    short = deque(left)
+    long = deque(right)
     while short and long:
         shorter = _first(axes, short)
         longer = _first(axes, long)
@@ -352,6 +354,7 @@ def _align_first(
     split, and its rest goes back to its list.
     """
     while (size := sum(term.size for term in run)) < whole.size:
+        # A term of 5 against 2 + ...: it is 2 + 3, and the 3 goes on to the next term.
         if (cut := _cut(axes, whole, size)) is not None:
             unify(axes, concatenation(run), cut[0])
             long.appendleft(cut[1])
@@ -373,7 +376,8 @@ def _cut(axes: Axes, term: Axis, at: int) -> tuple[Axis, Axis] | None:
         return cut and (product([cut[0], *rest]), product([cut[1], *rest]))
     if not isinstance(term, Leaf):
         return None
-    left, right = axes.leaf(at), axes.leaf(term.size - at)
+    left = axes.leaf(at)
+    right = axes.leaf(term.size - at)
     axes.bind(term, concatenation([left, right]))
     return left, right
 
@@ -384,16 +388,20 @@ def _align_factors(axes: Axes, left: Sequence[Axis], right: Sequence[Axis]) -> b
     Of the two first factors the larger is unified with a run of the other product's factors that
     has its size, or split if it is a leaf.
     """
-    small, large = deque(left), deque(right)
+    small = deque(left)
+    large = deque(right)
     while small and large:
+        # The first factors may have been split since the lists were made.
         for factors in (small, large):
             factors.extendleft(reversed(axes.factors(factors.popleft())))
         if small[0].size > large[0].size:
             small, large = large, small
         whole = large.popleft()
         if run := _run(small, whole.size):
+            # 6 against 2 x 3: the run of factors is the whole.
             unify(axes, whole, product([small.popleft() for _ in range(run)]))
         elif isinstance(whole, Leaf) and whole.size % small[0].size == 0:
+            # A leaf of 12 against 4 x 6: it is 4 x 3, and the 3 goes on to the next factor.
             parts = (axes.leaf(small[0].size), axes.leaf(whole.size // small[0].size))
             axes.bind(whole, product(parts))
             large.extendleft(reversed(parts))
@@ -454,6 +462,7 @@ def reshape(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
         return None
     results: list[Axis] = [UNIT] * len(new)
     for old_run, new_run in _runs(old, new):
+        # (2, 3, 4) to (6, 4): the runs are [2, 3] to [6], and [4] to [4].
         whole = product([args[0][i] for i in old_run])
         made = [whole] if len(new_run) == 1 else [axes.leaf(new[i]) for i in new_run]
         unify(axes, whole, product(made))
@@ -559,6 +568,7 @@ def _piece(axes: Axes, axis: Axis, start: int, limit: int, stride: int) -> Axis:
     first, count = interleaved(start, limit, stride)
     last = first + count * stride
     if count > 1 and last <= axis.size:
+        # [count, stride] interleaved: the slice is one column of it.
         rows = pieces(axes, axis, [first, count * stride, axis.size - last])[1]
         column = axes.leaf(count)
         unify(axes, rows, product([column, concatenation([UNIT] * stride)]))
@@ -618,6 +628,7 @@ def gather(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     for i, j in batching:
         unify(axes, table[i], indices[j])
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    # The result interleaves the table's window axes and the batch axes of the indices.
     windows = [i for i in range(len(table)) if i not in gone]
     whole = iter([part(axes, table[i], sizes[i], "looked up by index") for i in windows])
     rest = iter(indices[:-1])

@@ -94,6 +94,7 @@ class Group:
         inside = np.flatnonzero(place >= 0)
         by_coordinate = inside[np.argsort(place[inside], kind="stable")]
         occurrences = by_coordinate.reshape(self.size, -1)  # [coordinate, occurrence]
+        # The k-th occurrence of a coordinate goes to the k-th occurrence of the other.
         order = np.arange(len(place))
         order[occurrences] = occurrences[np.asarray(permutation)]
         return order
@@ -584,7 +585,7 @@ def _permuted_outputs(
 
 def _cycle(rng: np.random.Generator, size: int) -> np.ndarray:
     """Return a random permutation of one cycle, which moves every coordinate."""
-    order = rng.permutation(size)
+    order = rng.permutation(size)  # the cycle goes through the coordinates in this order
     cycle = np.empty(size, int)
     cycle[order] = np.roll(order, 1)
     return cycle
