@@ -10,7 +10,7 @@ from scipy.linalg import hadamard
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.trace._groups.groups import Group
-from compress_jax.trace._symmetry.rotation import Turn, turns
+from compress_jax.trace._symmetry.rotation import Rotation, rotations
 
 
 class Rotated(NamedTuple):
@@ -75,7 +75,7 @@ def rotate(
       "SliceGPT", 2024, arXiv:2401.15024, theorem 1.
     """
     leaves, rebuild = flatten(params)
-    found, skipped = turns(fn, params, *inputs, where=where)
+    found, skipped = rotations(fn, params, *inputs, where=where)
     rotated: dict[str, tuple[str, ...]] = {}
     for i, (name, turn) in enumerate(found.items()):
         if (reason := _why_not(turn, leaves)) is not None:
@@ -85,7 +85,7 @@ def rotate(
         q = jnp.asarray(
             rotation(turn.group.size, jax.random.fold_in(key, i), turn.keeps_ones), jnp.float32
         )
-        still = {*turn.still, *(gain.path for gain in turn.gains)}
+        still = {*turn.unrotated, *(gain.path for gain in turn.gains)}
         members = [member for member in turn.group.members if member[0] not in still]
         for path, axis in members:
             leaves[path] = _turned(leaves[path], axis, turn.group, (path, axis), q)
@@ -139,7 +139,7 @@ def _turned(
     return jnp.moveaxis(rows.at[index].set(new), 0, axis).astype(x.dtype)
 
 
-def _why_not(turn: Turn, leaves: Leaves) -> str | None:
+def _why_not(turn: Rotation, leaves: Leaves) -> str | None:
     """Say why the gains of a turn cannot be moved into the kernels that read them."""
     gains: dict[str, set[str | None]] = {}
     for use in turn.uses:
@@ -159,7 +159,7 @@ def _why_not(turn: Turn, leaves: Leaves) -> str | None:
     return f"{mixed!r} is used with several scales" if mixed else None
 
 
-def _without_gains(turn: Turn, leaves: Leaves) -> dict[str, Any]:
+def _without_gains(turn: Rotation, leaves: Leaves) -> dict[str, Any]:
     """Move scales of norms into the kernels that read them, and out of the biases that are added to them."""
     new: dict[str, Any] = {}
     for gain in turn.gains:
