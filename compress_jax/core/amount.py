@@ -2,19 +2,19 @@
 
 import math
 from fractions import Fraction
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError
-from compress_jax.core.exact import Wide, add, multiply, wide
+from compress_jax.core.exact import Int64, add, multiply, uint64
+from compress_jax.core.types import Scalar
 
 MOST = 2**40 - 1  # so that every product with 2**24 stays below 2**64
 """More weights than one threshold can be asked to rank."""
 
 
-def amount(sparsity: Any, size: int) -> Wide:
+def amount(sparsity: Scalar, size: int) -> Int64:
     """Return how many of ``size`` weights to prune.
 
     ``pruned = floor(sparsity * size + 1/2)``, without floating-point error at any size. A Python
@@ -28,13 +28,13 @@ def amount(sparsity: Any, size: int) -> Wide:
       size: static, the number of weights, below 2**40.
 
     Returns:
-      The exact integer in ``[0, size]``.
+      The exact integer in ``[0, size]``, unsigned.
 
     Raises:
       ArgumentError: if ``size`` is 2**40 or more.
 
     Example:
-      >>> int(amount(0.7, 5).lo), int(amount(jnp.float32(0.25), 10).lo), int(amount(2.0, 10).lo)
+      >>> int(amount(0.7, 5).low), int(amount(jnp.float32(0.25), 10).low), int(amount(2.0, 10).low)
       (4, 3, 10)
     """
     if size > MOST:
@@ -43,7 +43,7 @@ def amount(sparsity: Any, size: int) -> Wide:
             "several parts"
         )
     if isinstance(sparsity, (int, float)):
-        return wide(amount_exact(float(sparsity), size))
+        return uint64(amount_exact(float(sparsity), size))
     return _amount_traced(jnp.asarray(sparsity).astype(jnp.float32), size)
 
 
@@ -53,12 +53,11 @@ def amount_exact(sparsity: float, size: int) -> int:
     return math.floor(min(max(share, Fraction(0)), Fraction(1)) * size + Fraction(1, 2))
 
 
-def _amount_traced(sparsity: jax.Array, size: int) -> Wide:
-    """Compute ``floor((t * size + 2**23) / 2**24)`` with ``t = round(sparsity * 2**24)``, in pairs of uint32 words."""
+def _amount_traced(sparsity: jax.Array, size: int) -> Int64:
+    """Return ``floor((t * size + 2**23) / 2**24)`` with ``t = round(sparsity * 2**24)``."""
     share = jnp.where(sparsity >= 1, 1.0, jnp.where(sparsity > 0, sparsity, 0.0))  # and NaN to 0
-    t = jnp.round(share * 2**24).astype(
-        jnp.uint32
-    )  # the product only shifts the exponent: it is exact
-    low = add(multiply(t, size & 0xFFFFFFFF), wide(2**23))
-    hi = low.hi + t * jnp.uint32(size >> 32)
-    return Wide(hi >> 24, (hi << 8) | (low.lo >> 24))
+    # The factor 2**24 only shifts the exponent: the product is exact.
+    t = jnp.round(share * 2**24).astype(jnp.uint32)
+    low = add(multiply(t, size & 0xFFFFFFFF), uint64(2**23))
+    high = low.high + t * jnp.uint32(size >> 32)
+    return Int64(high >> 24, (high << 8) | (low.low >> 24))  # both words shifted right by 24 bits

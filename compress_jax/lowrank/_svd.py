@@ -1,4 +1,8 @@
-"""Truncated singular value decomposition with trained factors."""
+"""Truncated singular value decomposition with trained factors.
+
+With a given rank, `svd` is leafwise. With a share of the energy it is a Compression of its own
+(`_ByEnergy`), as the shapes of the factors then depend on the values of the weights.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,8 +19,8 @@ from compress_jax.core import (
     LowRank,
     ShapeError,
     leafwise,
+    unpack,
 )
-from compress_jax.core import unpack as to_dense_tree
 from compress_jax.core.arguments import number, whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import stamped
@@ -30,7 +34,7 @@ Factors = dict[str, jax.Array]
 
 
 def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
-    """Replace each kernel by ``left @ right``, the best approximation of its rank, and train the two factors.
+    """Replace each kernel by ``left @ right``, its best approximation of rank r, and train both.
 
     A kernel is taken as the matrix W ``[m, n]`` of its inputs against its outputs, which are on the
     last axis unless a trace says otherwise (for a convolution: ``[height * width * in, out]``);
@@ -58,8 +62,9 @@ def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
       ShapeError: in `init`, if ``energy`` is given and the arrays are traced.
 
     Example:
+      >>> import compress_jax as cj
       >>> params = {"kernel": jnp.outer(jnp.arange(4.0), jnp.ones(6))}
-      >>> thin = svd(energy=0.99)
+      >>> thin = cj.lowrank.svd(energy=0.99)
       >>> state = thin.init(params)
       >>> {name: factor.shape for name, factor in state.learned["kernel"].items()}
       {'left': (4, 1), 'right': (1, 6)}
@@ -98,7 +103,10 @@ def _truncated(rank: int) -> Compression:
 
 
 def _by_energy(energy: float) -> Compression:
-    """Return the Compression that keeps a share of the energy; where that does not pay, a leaf has no factors."""
+    """Return the Compression that keeps a share of the energy.
+
+    A leaf whose factors would not be smaller has none.
+    """
     energy = number("energy", energy)
     if not 0 < energy <= 1:
         raise ArgumentError(
@@ -109,7 +117,10 @@ def _by_energy(energy: float) -> Compression:
 
 
 class _ByEnergy(NamedTuple):
-    """Tree-wise, as ranks depend on values: those of a stack's layers differ, and the factors have the largest of them."""
+    """The Compression of ``svd(energy=...)``, whose ranks depend on the values of the weights.
+
+    The layers of a stack may have different ranks; their factors have the shape of the largest.
+    """
 
     energy: float
     known: Mapping[str, Axes] | None = None
@@ -145,27 +156,27 @@ class _ByEnergy(NamedTuple):
         }
 
     def init(self, params: Params) -> CompressionState:
-        leaves, axes = flatten(params)[0], self.axes(params)
-        learned = {}
+        leaves = flatten(params)[0]
+        axes = self.axes(params)
+        learned: dict[str, Factors] = {}
         for path, ranks in self.ranks(params).items():
             if _no_gain(leaves[path], axes[path].layer, max(ranks)) is None:
                 learned[path] = _padded_factors(leaves[path], axes[path], ranks)
         return CompressionState(learned, {})
 
     def update(self, params: Params, state: CompressionState, **_: Any) -> CompressionState:
+        leaves = flatten(params)[0]
         for path in self.axes(params):
-            check_finite(path, flatten(params)[0][path])
+            check_finite(path, leaves[path])
         return state
 
-    def view(self, params: Params, state: CompressionState) -> Any:
-        seen = to_dense_tree(self.pack(params, state))
-        leaves, rebuild = flatten(seen)
+    def view(self, params: Params, state: CompressionState) -> Params:
+        dense, rebuild = flatten(unpack(self.pack(params, state)))
         stored = flatten(params)[0]
-        return rebuild(
-            {**leaves, **{path: where_finite(stored[path], leaves[path]) for path in state.learned}}
-        )
+        factored = {path: where_finite(stored[path], dense[path]) for path in state.learned}
+        return rebuild({**dense, **factored})
 
-    def pack(self, params: Params, state: CompressionState) -> Any:
+    def pack(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
         axes = self.axes(params)
         for path in axes:
@@ -176,32 +187,31 @@ class _ByEnergy(NamedTuple):
         return rebuild({**leaves, **packed})
 
     def skipped(self, params: Params) -> dict[str, str]:
-        leaves, axes = flatten(params)[0], self.axes(params)
-        found = {path: why for path, x in leaves.items() if (why := why_not_float(path, x))}
-        thin = {
-            path: _too_thin(known_axes(self.known, path, x).layer)
-            for path, x in leaves.items()
-            if path not in found
-        }
+        leaves = flatten(params)[0]
+        axes = self.axes(params)
+        reasons: dict[str, str | None] = {}
+        for path, x in leaves.items():
+            not_float = why_not_float(path, x)
+            reasons[path] = not_float or _too_thin(known_axes(self.known, path, x).layer)
         for path, ranks in self.ranks(params).items():
-            thin[path] = _no_gain(leaves[path], axes[path].layer, max(ranks))
-        return {
-            path: found.get(path) or thin[path] or ""
-            for path in leaves
-            if found.get(path) or thin.get(path)
-        }
+            reasons[path] = _no_gain(leaves[path], axes[path].layer, max(ranks))
+        return {path: why for path, why in reasons.items() if why}
 
 
 def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
-    """Return the factors of every layer, each of its own rank, filled up with zeros, whose gradients are zero too."""
+    """Return the factors of every layer, padded with zeros from its own rank to the largest.
+
+    The gradients of that padding are zero: each factor's gradient is a product with the other's
+    zeros.
+    """
     largest = max(ranks)
 
     def factors(x: jax.Array, rank: jax.Array) -> Factors:
         both = _factors(_matrix(x, axes.layer), largest)
-        kept = jnp.arange(largest) < rank
+        in_rank = jnp.arange(largest) < rank  # [largest]
         return {
-            "left": jnp.where(kept[None, :], both["left"], 0),
-            "right": jnp.where(kept[:, None], both["right"], 0),
+            "left": jnp.where(in_rank[None, :], both["left"], 0),  # [m, largest]
+            "right": jnp.where(in_rank[:, None], both["right"], 0),  # [largest, n]
         }
 
     own = jnp.asarray(ranks, jnp.int32).reshape(tuple(axes.shape[a] for a in axes.stack))
@@ -213,16 +223,16 @@ def _view(x: jax.Array, factors: Factors, fixed: PyTree, axes: Axes) -> jax.Arra
 
 
 def _pack(x: jax.Array, factors: Factors, fixed: PyTree, axes: Axes) -> LowRank:
-    columns = (
-        (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs
-    )  # the usual ones take no room in a file
+    # The usual outputs are written as -1, which takes no room in a file.
+    columns = (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs
     return LowRank(factors["left"], factors["right"], tuple(x.shape), x.dtype, columns, axes.stack)
 
 
 def _matrix(x: jax.Array, axes: Axes) -> jax.Array:
-    """Return one layer as a float32 matrix: all axes that are summed over, against the outputs."""
+    """Return one layer as a float32 matrix ``[m, n]``: contracted axes against outputs."""
     order = (*axes.contracted, *axes.outputs)
-    x = x if order == tuple(range(x.ndim)) else jnp.transpose(x, order)
+    if order != tuple(range(x.ndim)):
+        x = jnp.transpose(x, order)
     return x.reshape(-1, _columns(axes)).astype(jnp.float32)
 
 
@@ -231,27 +241,26 @@ def _columns(axes: Axes) -> int:
 
 
 def _factors(matrix: jax.Array, rank: int) -> Factors:
-    """Return the balanced factors of the best approximation of a rank."""
-    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)
+    """Return the factors ``U sqrt(s)`` and ``sqrt(s) V^T`` of the best approximation of a rank."""
+    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)  # [m, k], [k], [k, n]
     root = jnp.sqrt(s[:rank])
     return {"left": u[:, :rank] * root[None, :], "right": root[:, None] * v[:rank]}
 
 
 def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
-    """Return the least rank of each layer whose squared singular values are that share of all, at least 1."""
+    """Return the least rank of each layer that keeps that share of the squared singular values."""
     if isinstance(x, Tracer):
         raise ShapeError(
             "svd(energy=...) chooses the factors' shapes by the values of the weights, so its "
-            "`init` cannot run under jit; "
-            "call it outside, or give svd(rank=...)"
+            "`init` cannot run under jit; call it outside, or give svd(rank=...)"
         )
 
     def rank(x: jax.Array) -> jax.Array:
         s = jnp.linalg.svd(_matrix(x, axes.layer), compute_uv=False)
+        # Relative to the largest singular value: squares neither overflow nor underflow.
         squares = (s / jnp.maximum(s[0], jnp.finfo(jnp.float32).tiny)) ** 2
-        left_out = jnp.append(
-            jnp.cumsum(squares[::-1])[::-1], 0.0
-        )  # from the smallest: no rounding at energy 1
+        # Entry r is the energy lost at rank r, summed from the smallest: exactly 0 at energy 1.
+        left_out = jnp.append(jnp.cumsum(squares[::-1])[::-1], 0.0)  # [k + 1]
         return jnp.maximum(1, (left_out > (1 - energy) * squares.sum()).sum())
 
     ranks = over_layers(rank, axes, ("leaf",), "state")(x)
@@ -260,17 +269,22 @@ def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
 
 def _too_thin(axes: Axes) -> str | None:
     if len(axes.shape) < 2:
-        return f"it has {len(axes.shape)} axes and a factorisation needs 2"
-    return (
-        None if axes.outputs and axes.contracted else "all its axes are inputs, or all are outputs"
-    )
+        return f"it has {len(axes.shape)} axes and a factorization needs 2"
+    if not axes.outputs or not axes.contracted:
+        return "all its axes are inputs, or all are outputs"
+    return None
 
 
 def _no_gain(x: jax.Array, axes: Axes, rank: int) -> str | None:
-    """Say so if the float32 factors of a layer would not be smaller than the layer."""
-    size, columns = math.prod(axes.shape), _columns(axes)
+    """Return why a layer has no factors, or None if they are smaller than the layer."""
+    size = math.prod(axes.shape)
+    columns = _columns(axes)
     rows = size // max(columns, 1)
-    factors, dense = 4 * rank * (rows + columns), size * x.dtype.itemsize
+    factors = 4 * rank * (rows + columns)  # float32
+    dense = size * x.dtype.itemsize
     if factors < dense:
         return None
-    return f"factors of rank {rank} take {factors:,} bytes, the {rows}x{columns} array itself {dense:,}"
+    return (
+        f"factors of rank {rank} take {factors:,} bytes, "
+        f"the {rows}x{columns} array itself {dense:,}"
+    )

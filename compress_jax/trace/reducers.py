@@ -19,6 +19,7 @@ in the order of ``site.contracting``.
 """
 
 from compress_jax.core.deprecated import renamed
+from compress_jax.core.exact import Int64
 from compress_jax.trace._statistics.moments import (
     Gram,
     Moments,
@@ -32,7 +33,6 @@ from compress_jax.trace._statistics.moments import (
 )
 from compress_jax.trace._statistics.ranges import (
     AbsMax,
-    Counts,
     Histogram,
     MinMax,
     absmax,
@@ -46,9 +46,9 @@ from compress_jax.trace._statistics.reducer import Reducer, per_input
 
 __all__ = [
     "AbsMax",
-    "Counts",
     "Gram",
     "Histogram",
+    "Int64",
     "MinMax",
     "Moments",
     "Norm",
@@ -68,4 +68,4 @@ __all__ = [
     "percentile",
 ]
 
-__getattr__ = renamed({"of_inputs": "per_input"}, __name__)
+__getattr__ = renamed({"of_inputs": "per_input", "Counts": "Int64"}, __name__)

@@ -100,7 +100,7 @@ def test_what_is_packed_is_what_was_seen(c, dtype):
     table = coverage(c, params, state)
     rank = state.learned["dense/kernel"]["left"].shape[1]
     assert table["dense/kernel"].nbytes == 4 * rank * (96 + 64)
-    assert table["dense/bias"].reason == "it has 1 axes and a factorisation needs 2"
+    assert table["dense/bias"].reason == "it has 1 axes and a factorization needs 2"
 
 
 def test_leaves_that_would_not_shrink_are_left_alone():

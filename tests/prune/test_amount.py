@@ -16,7 +16,7 @@ sizes = st.integers(1, MOST) | st.sampled_from(
 
 
 def as_int(pruned):
-    return int(pruned.hi) * 2**32 + int(pruned.lo)
+    return int(pruned.high) * 2**32 + int(pruned.low)
 
 
 def half_up(share: Fraction, size: int) -> int:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from compress_jax.core.exact import multiply, wide
+from compress_jax.core.exact import multiply, uint64
 from compress_jax.prune._masks.select import bisect, first, magnitude_bits, smallest
 
 SHAPES = [(), (1,), (13,), (5, 7), (2, 3, 5), (3, 2, 2, 4)]
@@ -24,7 +24,7 @@ def by_argsort(arrays, k):
 
 
 def assert_same(arrays, k):
-    for ours, expected in zip(smallest(arrays, wide(k)), by_argsort(arrays, k), strict=True):
+    for ours, expected in zip(smallest(arrays, uint64(k)), by_argsort(arrays, k), strict=True):
         np.testing.assert_array_equal(ours, expected)
 
 
@@ -89,7 +89,7 @@ def test_float64_is_compared_in_float64():
 
 def test_signed_zeros_tie():
     x = jnp.array([0.0, -0.0, 1.0, -0.0, 0.0])
-    np.testing.assert_array_equal(smallest([x], wide(2))[0], [True, True, False, False, False])
+    np.testing.assert_array_equal(smallest([x], uint64(2))[0], [True, True, False, False, False])
     assert set(magnitude_bits(x).tolist()) == {0, int(np.float32(1).view(np.uint32))}
 
 
@@ -97,7 +97,7 @@ def test_signed_zeros_tie():
 @given(st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(bool, s)), st.integers(0, 70))
 def test_first_takes_the_first_true_ones(flags, k):
     expected = flags & (np.cumsum(flags).reshape(flags.shape) <= k)
-    np.testing.assert_array_equal(jax.jit(first)(jnp.asarray(flags), wide(k)), expected)
+    np.testing.assert_array_equal(jax.jit(first)(jnp.asarray(flags), uint64(k)), expected)
 
 
 @jax.jit
@@ -112,6 +112,6 @@ EACH = 2**31 + 12345
 @settings(deadline=None)
 @given(st.integers(0, 2**64 - 1))
 def test_bisection_reaches_counts_that_need_two_words(k):
-    found, reached = multiples_below(wide(k))
+    found, reached = multiples_below(uint64(k))
     assert int(found) == min(k // EACH, 2**31 - 1)
-    assert int(reached.hi) * 2**32 + int(reached.lo) == int(found) * EACH
+    assert int(reached.high) * 2**32 + int(reached.low) == int(found) * EACH

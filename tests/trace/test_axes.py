@@ -1,4 +1,4 @@
-"""The algebra of axes: whatever is unified has the same coordinates, and data that is moved about keeps them."""
+"""The axis algebra: unified axes have the same coordinates, and moved data keeps them."""
 
 import math
 from collections import Counter
@@ -75,7 +75,7 @@ def test_unified_axes_have_the_same_coordinates_and_stay_so(data, size):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), size=st.sampled_from([4, 6, 12, 24]))
 def test_the_kth_occurrences_of_all_coordinates_correspond(data, size):
-    """Moving k-th occurrence to k-th occurrence is the permutation of the tree, worked out leaf by leaf."""
+    """Moving k-th occurrence to k-th occurrence is the permutation of the tree, leaf by leaf."""
     axes = Axes()
     axis = data.draw(trees(axes, [], size))
     for leaf in set(axes.leaves(axis)) - axes.repeated(axis):
@@ -203,7 +203,7 @@ SHAPES = (
 
 @st.composite
 def programs(draw):
-    """Draw the shapes of two arrays and steps ``f(xp, values) -> values`` that move their entries about."""
+    """Draw the shapes of two arrays and steps ``f(xp, values) -> values`` that move entries."""
     shape = draw(SHAPES)
     steps, shapes = [], [shape, shape]
     for _ in range(draw(st.integers(1, 6))):
@@ -276,7 +276,7 @@ def _stack(draw, shapes):
 @settings(max_examples=150, deadline=None)
 @given(programs())
 def test_data_that_is_moved_keeps_its_coordinates(program):
-    """Labels that run through the same program in NumPy say where every entry was; both places have the same coordinates."""
+    """Labels that run through the program in NumPy tell where each entry was: same coordinates."""
     shape, steps = program
 
     def run(xp, values):

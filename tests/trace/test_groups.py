@@ -1,4 +1,4 @@
-"""Groups: known by hand, checked by permutation on every model of the zoo, named alike everywhere."""
+"""Groups: known by hand, checked by permutation on every zoo model, the same names everywhere."""
 
 from functools import partial
 
@@ -131,7 +131,7 @@ def test_concatenation():
 
 
 def attention(p, x, rotate=False):
-    """Four query heads over two key heads of three features each, kernels that join heads and features."""
+    """Four query heads, two key heads of three features each; kernels join heads and features."""
     q, k, v = (jnp.einsum("btd,de->bte", x, p[name]).reshape(2, 7, -1, 4) for name in "qkv")
     if rotate:
         q, k = rope(q), rope(k)
@@ -144,7 +144,7 @@ GQA = {"q": (8, 16), "k": (8, 8), "v": (8, 8), "out": (16, 8)}
 
 
 def test_grouped_query_attention():
-    """Key heads with their queries; queries within a key head; features of queries and keys; features of values."""
+    """Key heads with their queries; queries of a key head; features of queries, keys, values."""
     found = groups(attention, shapes(**GQA), SEQUENCE)
     heads, feature, value = (
         {("q", 1), ("k", 1), ("v", 1), ("out", 0)},
@@ -291,7 +291,7 @@ def test_an_output_is_not_a_parameter_because_of_its_shape_alone():
 
 
 def test_the_axes_of_every_value_are_at_hand():
-    """What shortening a model will need: by position, the axes of operands and results, and what is summed over."""
+    """By position, the axes of operands and results, and the summed axes: `resize` needs them."""
     fn, variables = residual()
     walk = analyze(fn, variables, IMAGE).walk
     traced = analyze(fn, variables, IMAGE).traced.jaxpr.jaxpr

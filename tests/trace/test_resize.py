@@ -1,4 +1,4 @@
-"""Shorter functions: against modules that take their widths from the parameters, against zeroed parameters, against hand."""
+"""Resized functions: against modules that read their widths, zeroed parameters, and by hand."""
 
 from functools import cache, partial
 
@@ -19,9 +19,11 @@ from tests.trace.zoo_linen import ViT
 ENTRIES = {entry.name: entry for entry in ZOO}
 # Parameters of these may simply be shorter: no shape is written down in them, so they say
 # themselves what is right.
-QUICK = "mlp/nnx plain/cast plain/convolutions plain/routed plain/custom_jvp plain/custom_vjp plain/scanned".split()
-DIRECT = """moe/nnx lenet/nnx resnet/nnx resnet_train/nnx plain/operators plain/on_the_left plain/transposed
-plain/contracted_in_place plain/einsum plain/both_parameters plain/low_rank plain/vmapped""".split()
+QUICK = """mlp/nnx plain/cast plain/convolutions plain/routed plain/custom_jvp plain/custom_vjp
+plain/scanned""".split()
+DIRECT = """moe/nnx lenet/nnx resnet/nnx resnet_train/nnx plain/operators plain/on_the_left
+plain/transposed plain/contracted_in_place plain/einsum plain/both_parameters plain/low_rank
+plain/vmapped""".split()
 # In these, some groups go through a norm or a softmax, for which a channel of zeros is not the same
 # as none.
 NORMALISED = {
@@ -130,7 +132,7 @@ def test_removed_channels_of_zeros_make_no_difference(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ENTRIES)
 def test_the_whole_zoo_runs_and_trains_at_half_its_widths(name):
-    """Traced only, but for gradients of the custom rules, which `test_it_is_the_function_of_shorter_parameters` runs."""
+    """Traced only; `test_it_is_the_function_of_shorter_parameters` runs the custom rules."""
     fn, variables, inputs, found = made(name)
     kept = half(found, 2)
     smaller = resize(fn, variables, found, kept)
@@ -157,11 +159,12 @@ def test_all_kept_is_the_function_itself():
 
 
 def test_a_residual_network_of_half_the_width_is_the_same():
-    """The module made with other arguments: convolutions, norms in training mode, their new statistics."""
+    """The module with other arguments: convolutions, norms in training, updated statistics."""
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
-    learn = lambda width: partial(
-        ResNet(depth=8, width=width).apply, train=True, mutable=["batch_stats"]
-    )  # noqa: E731
+
+    def learn(width):
+        return partial(ResNet(depth=8, width=width).apply, train=True, mutable=["batch_stats"])
+
     variables = randomise(jax.eval_shape(ResNet(depth=8, width=4).init, jax.random.key(0), x))
     found = groups(learn(4), variables, x)
     kept = half(found)
@@ -193,7 +196,7 @@ def test_a_transformer_of_half_the_width_is_the_same():
 
 @pytest.mark.parametrize("written_down", [False, True])
 def test_counts_of_means_and_variances_follow_and_other_numbers_stay(written_down):
-    """A sixth of a sum stays where the code says so at another width, and is a mean where only its value can tell."""
+    """A sixth of a sum stays where the code at the new width says so, else it makes a mean."""
 
     def fn(p, x):
         x = (x @ p["a"]).reshape((2, 6) if written_down else (2, -1))
@@ -221,7 +224,7 @@ def test_counts_of_means_and_variances_follow_and_other_numbers_stay(written_dow
 
 
 def test_shapes_that_are_written_down_follow():
-    """Reshapes, broadcasts, paddings, slices and noise with literal shapes; reference by hand on what is left."""
+    """Reshapes, broadcasts, padding, slices and noise with literal shapes; reference by hand."""
 
     def fn(p, x):
         h = (x @ p["a"]).reshape(2, 3, 4)  # 3 heads of 4
@@ -266,7 +269,7 @@ def test_an_error_says_what_is_wrong():
         with pytest.raises(ShapeError, match="coordinates 0 to 19"):
             resize(fn, variables, found, {first: wrong})
     with pytest.raises(
-        ShapeError, match="dense_0/bias' has shape .20,., but what is kept of it has shape .2,."
+        ShapeError, match="dense_0/bias' has shape .20,., but the coordinates to keep .* shape .2,."
     ):
         resize(fn, variables, found, {first: [0, 1]})(variables, *inputs)
     with pytest.raises(ShapeError, match="only in one of the two"):

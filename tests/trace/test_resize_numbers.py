@@ -1,4 +1,4 @@
-"""Which numbers count what gets shorter: the same code at the new width decides, else the value beside a whole sum."""
+"""Which numbers count a shortened axis: the code at the new width decides, else the value."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ LEFT = {"a:1": [0, 2, 3, 7, 11, 12]}
 
 
 def network(form, width=None):
-    """A function that reads its width from its parameters, or one that has it written down and runs at no other."""
+    """A function that reads its width from its parameters, or one that has it written down."""
 
     def fn(p, x):
         h = x @ p["a"]
@@ -80,7 +80,7 @@ def energy(scale):
     [lambda n: n, lambda n: n - 1, lambda n: 1 / n, lambda n: 1 / (n - 1), lambda n: n**-0.5],
 )
 def test_a_scale_that_looks_like_a_count_stays(width, count):
-    """Of a function that reads its width from its parameters: it is the function with zeros at what is removed."""
+    """If a function reads its width from its parameters, resizing equals zeroing channels."""
     n = max(2, width)
     p = {"a": P["a"][:, :n], "o": P["o"][:n]}
     left = list(range(0, n, 2)) if n > 2 else [1]
@@ -95,7 +95,7 @@ def test_a_scale_that_looks_like_a_count_stays(width, count):
     "number, follows", [(1 / 16, True), (1 / 15, False), (0.25, False), (0.7, False)]
 )
 def test_of_what_runs_at_one_width_only_a_count_beside_its_sum_follows(number, follows):
-    """``1 / (n - 1)`` only where a mean was taken off before; ``n ** -.5`` beside a sum is none of its counts."""
+    """``1 / (n - 1)`` follows only after a mean was subtracted; ``n ** -.5`` never on a sum."""
     fn = network(lambda h, d: h + number * h.sum(-1, keepdims=True), 16)
     found = groups(fn, P, X)
     got = resize(fn, P, found, LEFT)(found.keep(P, LEFT), X)

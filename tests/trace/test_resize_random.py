@@ -1,4 +1,4 @@
-"""Random networks: removing channels of zeros, of all groups at once, changes neither the outputs nor the gradients."""
+"""Random networks: removing zero channels of all groups changes no output and no gradient."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Scalings leave the function as it is: on the zoo of models, by analytic examples, and what cannot be scaled is said."""
+"""Scalings do not change the function, and axes that cannot be scaled have a reason."""
 
 from fractions import Fraction
 

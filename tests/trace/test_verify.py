@@ -20,7 +20,7 @@ def shapes(**sizes):
 
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_the_zoo(entry):
-    """No group's permutation changes the model, leaving out any member does, and no axis is forgotten."""
+    """No group's permutation changes the model, leaving out a member does, no axis is missing."""
     fn, variables, inputs = entry.make()
     found = groups(fn, variables, *inputs)
     assert not found.unknown

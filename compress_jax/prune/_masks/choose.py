@@ -12,7 +12,7 @@ from compress_jax.core.amount import amount
 from compress_jax.core.axes import Axes, over_layers
 from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError, ShapeError
-from compress_jax.core.exact import choose, less, wide
+from compress_jax.core.exact import choose, less, uint64
 from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, Params, PyTree, Scalar, Step
@@ -99,9 +99,9 @@ def _lowest_of_all(
     # A leaf may lose only its own lowest units, all but its floor.
     most = [leaf.size - max(1, math.ceil(floor * leaf.size)) for leaf in units]
     candidates = [
-        smallest([leaf], wide(limit), key)[0] for leaf, limit in zip(units, most, strict=True)
+        smallest([leaf], uint64(limit), key)[0] for leaf, limit in zip(units, most, strict=True)
     ]
-    limit = wide(sum(most))
+    limit = uint64(sum(most))
     return smallest(units, choose(less(limit, count), limit, count), key, candidates)
 
 

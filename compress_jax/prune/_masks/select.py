@@ -14,9 +14,9 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.exact import Wide, add, choose, count, less, subtract, wide
+from compress_jax.core.exact import Int64, add, choose, count, less, subtract, uint64
 
-Interval = tuple[jax.Array, jax.Array, Wide]
+Interval = tuple[jax.Array, jax.Array, Int64]
 """The state of a bisection: low, high, and the count below low."""
 
 
@@ -65,7 +65,7 @@ def value_bits(x: jax.Array) -> jax.Array:
 
 def smallest(
     arrays: Sequence[jax.Array],
-    k: Wide,
+    k: Int64,
     key: Callable[..., jax.Array] = magnitude_bits,
     candidates: Sequence[jax.Array] | None = None,
 ) -> list[jax.Array]:
@@ -85,7 +85,7 @@ def smallest(
       One bool mask for each array, true for the ``k`` smallest.
 
     Example:
-      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], wide(1))[0].tolist()
+      >>> smallest([jnp.array([3.0, -1.0]), jnp.array([1.0])], uint64(1))[0].tolist()
       [False, True]
     """
     arrays = _same_dtype(arrays)
@@ -97,7 +97,7 @@ def smallest(
 
 @partial(jax.jit, static_argnums=0)
 def smallest_by(
-    key: Callable[..., jax.Array], operands: Sequence[tuple[jax.Array, ...]], k: Wide
+    key: Callable[..., jax.Array], operands: Sequence[tuple[jax.Array, ...]], k: Int64
 ) -> list[jax.Array]:
     """Return masks of the ``k`` entries of smallest key; of equal keys the earlier entry.
 
@@ -115,12 +115,12 @@ def smallest_by(
       >>> def key(x, allowed):
       ...     return jnp.where(allowed, magnitude_bits(x), jnp.uint32(2**32 - 1))
       >>> x, allowed = jnp.array([1.0, 2.0, 3.0]), jnp.array([False, True, True])
-      >>> smallest_by(key, [(x, allowed)], wide(1))[0].tolist()
+      >>> smallest_by(key, [(x, allowed)], uint64(1))[0].tolist()
       [False, True, False]
     """
     top = jnp.iinfo(jax.eval_shape(key, *operands[0]).dtype)
 
-    def below(t: jax.Array) -> Wide:
+    def below(t: jax.Array) -> Int64:
         # The barrier keeps XLA from storing all keys, which would be a second copy of the weights.
         t, inside = jax.lax.optimization_barrier((t, list(operands)))
         return reduce(add, [count(key(*each) < t) for each in inside])
@@ -139,7 +139,9 @@ def smallest_by(
     return masks
 
 
-def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple[jax.Array, Wide]:
+def bisect(
+    below: Callable[[jax.Array], Int64], k: Int64, top: jax.Array
+) -> tuple[jax.Array, Int64]:
     """Return the largest ``t < top`` with ``below(t) <= k``, and ``below(t)``.
 
     The search stops early at a ``t`` with ``below(t) == k``.
@@ -153,8 +155,8 @@ def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple
       ``(t, below(t))``, ``t`` in the dtype of ``top``.
 
     Example:
-      >>> squares = lambda t: Wide(jnp.uint32(0), t * t)
-      >>> int(bisect(squares, wide(50), jnp.uint32(100))[0])
+      >>> squares = lambda t: Int64(jnp.uint32(0), t * t)
+      >>> int(bisect(squares, uint64(50), jnp.uint32(100))[0])
       7
     """
 
@@ -171,11 +173,11 @@ def bisect(below: Callable[[jax.Array], Wide], k: Wide, top: jax.Array) -> tuple
         high = jnp.where(over, middle, high)
         return low, high, choose(over, reached, found)
 
-    low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, wide(0)))
+    low, _, reached = jax.lax.while_loop(unfinished, halve, (jnp.zeros_like(top), top, uint64(0)))
     return low, reached
 
 
-def first(flags: jax.Array, k: Wide) -> jax.Array:
+def first(flags: jax.Array, k: Int64) -> jax.Array:
     """Return a mask of the first ``k`` true entries in C order, found axis by axis.
 
     Args:
@@ -186,7 +188,7 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
       bool, the shape of ``flags``.
 
     Example:
-      >>> first(jnp.array([[True, False, True], [True, True, False]]), wide(3)).tolist()
+      >>> first(jnp.array([[True, False, True], [True, True, False]]), uint64(3)).tolist()
       [[True, False, True], [True, False, False]]
     """
     chosen = jnp.zeros_like(flags)
@@ -196,7 +198,7 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
 
         def below(
             t: jax.Array, flags: jax.Array = flags, position: Callable[[], jax.Array] = position
-        ) -> Wide:
+        ) -> Int64:
             return count(flags & (position() < t))
 
         end, taken = bisect(below, k, jnp.uint32(length + 1))
@@ -204,7 +206,7 @@ def first(flags: jax.Array, k: Wide) -> jax.Array:
         # The k-th true entry lies in the slice at ``end``; continue along the next axis there.
         flags &= position() == end
         k = subtract(k, taken)
-    return chosen | (flags & less(wide(0), k))  # an array of rank 0 has no axis
+    return chosen | (flags & less(uint64(0), k))  # an array of rank 0 has no axis
 
 
 def _magnitude_where(x: jax.Array, candidates: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Pointwise
-from compress_jax.core.exact import Wide
+from compress_jax.core.exact import Int64
 from compress_jax.layerwise import _problem
 from compress_jax.layerwise._problem import MatrixForm, Problem, column_errors
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest, smallest_by
@@ -206,7 +206,7 @@ def _mask_unused(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array
     free = int((~used).sum())
     pruned_before = int((~mask & used).sum())
     count = min(max(amount_exact(leaf.share, x.size) - pruned_before, 0), free)
-    (pruned,) = smallest_by(_free, [(x, used)], Wide(jnp.uint32(0), jnp.uint32(count)))
+    (pruned,) = smallest_by(_free, [(x, used)], Int64(jnp.uint32(0), jnp.uint32(count)))
     return jnp.where(used, mask, ~pruned)
 
 
@@ -300,7 +300,7 @@ def matrix_masks(
     """
 
     def pruned(score: jax.Array) -> jax.Array:
-        return smallest([score], k=Wide(jnp.uint32(0), count))[0]
+        return smallest([score], k=Int64(jnp.uint32(0), count))[0]
 
     def mask(matrix: tuple[jax.Array, jax.Array]) -> jax.Array:
         w, norm = matrix  # [k, n], [k]

@@ -11,7 +11,7 @@ import numpy as np
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.compression import Compression
 from compress_jax.core.deprecated import renamed_arguments
-from compress_jax.core.exact import Wide
+from compress_jax.core.exact import Int64
 from compress_jax.core.paths import Patterns
 from compress_jax.core.types import Params, Scalar
 from compress_jax.layerwise._error_feedback import (
@@ -216,7 +216,7 @@ def _prune_unit(unit: Block, counts: jax.Array, plan: Plan) -> tuple[jax.Array, 
     moved = jax.lax.linalg.triangular_solve(unit.factor.T, unit.pending, left_side=True, lower=True)
     score = jnp.abs((unit.w + moved) * jnp.diagonal(unit.factor)[:, None])  # |w_ij| / U_ii
     if plan.groups is None:
-        number = Wide(jnp.uint32(0), counts[unit.start // plan.block])
+        number = Int64(jnp.uint32(0), counts[unit.start // plan.block])
         keys = [(score, jnp.broadcast_to(real[:, None], score.shape))]
         mask = ~smallest_by(_key, keys, number)[0]
     else:

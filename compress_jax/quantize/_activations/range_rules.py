@@ -205,7 +205,7 @@ def entropy(histogram: Histogram, grid: Grid, stride: int = 8) -> Ends:
     else:
         low = jnp.minimum(histogram.low, 0)
         high = jnp.maximum(histogram.high, 0)
-    counts = _without_zeros(histogram.counts.to_float(), histogram.counts.lower.shape[-1] // 2)
+    counts = _without_zeros(histogram.counts.to_float(), histogram.counts.low.shape[-1] // 2)
     counts = _rebin(edges(histogram), counts, low, high, bins)  # [..., bins]
     zero = jnp.round(bins * -low / jnp.where(high > low, high - low, 1)).astype(jnp.int32)
     ratio = kl_clip_ratio(counts, zero, groups, stride)

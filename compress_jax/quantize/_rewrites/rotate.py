@@ -10,7 +10,7 @@ from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.layerwise._result import Rewritten
 from compress_jax.trace._groups.groups import Group
-from compress_jax.trace._symmetry.rotation import Turn, turns
+from compress_jax.trace._symmetry.rotation import Rotation, rotations
 
 
 @renamed_arguments(where="pattern")
@@ -62,19 +62,19 @@ def rotate(
       "SliceGPT", 2024, arXiv:2401.15024, theorem 1.
     """
     leaves, rebuild = flatten(params)
-    found, skipped = turns(fn, params, *inputs, where=pattern)
+    found, skipped = rotations(fn, params, *inputs, where=pattern)
     changed: dict[str, tuple[str, ...]] = {}
-    for i, (name, turn) in enumerate(found.items()):
-        if (reason := _why_not(turn, leaves)) is not None:
+    for i, (name, each) in enumerate(found.items()):
+        if (reason := _why_not(each, leaves)) is not None:
             skipped[name] = reason
             continue
-        leaves |= _without_gains(turn, leaves)
-        matrix = rotation(turn.group.size, jax.random.fold_in(key, i), turn.keeps_ones)
+        leaves |= _without_gains(each, leaves)
+        matrix = rotation(each.group.size, jax.random.fold_in(key, i), each.keeps_ones)
         q = jnp.asarray(matrix, jnp.float32)
-        still = {*turn.still, *(gain.path for gain in turn.gains)}
-        members = [member for member in turn.group.members if member[0] not in still]
+        still = {*each.unrotated, *(gain.path for gain in each.gains)}
+        members = [member for member in each.group.members if member[0] not in still]
         for path, axis in members:
-            leaves[path] = _rotated(leaves[path], axis, turn.group, (path, axis), q)
+            leaves[path] = _rotated(leaves[path], axis, each.group, (path, axis), q)
         changed[name] = tuple(dict.fromkeys(path for path, _ in members))
     return Rewritten(rebuild(leaves), changed=changed, skipped=skipped)
 
@@ -130,10 +130,10 @@ def _rotated(
     return jnp.moveaxis(rows.at[index].set(new), 0, axis).astype(x.dtype)
 
 
-def _why_not(turn: Turn, leaves: Leaves) -> str | None:
+def _why_not(each: Rotation, leaves: Leaves) -> str | None:
     """Say why the scales of norms cannot be moved into the kernels that read them."""
     gains: dict[str, set[str | None]] = {}
-    for use in turn.uses:
+    for use in each.uses:
         if use.role != "gain":
             gains.setdefault(use.param.path, set()).add(use.gain.path if use.gain else None)
         if use.gain is not None and use.role == "other":
@@ -141,10 +141,10 @@ def _why_not(turn: Turn, leaves: Leaves) -> str | None:
                 f"{use.param.path!r} is used after the scale {use.gain.path!r} in another way than "
                 "a product"
             )
-    for gain in turn.gains:
+    for gain in each.gains:
         if gain.path in gains:
             return f"the scale {gain.path!r} is used in other ways too"
-        shifts = [use for use in turn.uses if use.role == "shift" and use.gain == gain]
+        shifts = [use for use in each.uses if use.role == "shift" and use.gain == gain]
         if shifts and not bool(jnp.all(leaves[gain.path] != 0)):
             return (
                 f"the scale {gain.path!r} has zeros, and {shifts[0].param.path!r} is added after it"
@@ -153,18 +153,18 @@ def _why_not(turn: Turn, leaves: Leaves) -> str | None:
     return f"{mixed!r} is used with several scales" if mixed else None
 
 
-def _without_gains(turn: Turn, leaves: Leaves) -> dict[str, jax.Array]:
+def _without_gains(each: Rotation, leaves: Leaves) -> dict[str, jax.Array]:
     """Move scales of norms into the kernels that read them, and out of biases added to them."""
     new: dict[str, jax.Array] = {}
-    for gain in turn.gains:
+    for gain in each.gains:
         scale = leaves[gain.path].astype(jnp.float32)
         done: set[str] = set()
-        for use in turn.uses:
+        for use in each.uses:
             path = use.param.path
             if use.gain is None or use.gain.path != gain.path or path in done or use.role == "gain":
                 continue
             done.add(path)
-            axes = [axis for member, axis in turn.group.members if member == path]
+            axes = [axis for member, axis in each.group.members if member == path]
             x = (new[path] if path in new else leaves[path]).astype(jnp.float32)
             for axis in axes:
                 own = _placed(scale, len(gain.stack), x.ndim, axis)

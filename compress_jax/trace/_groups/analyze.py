@@ -1,5 +1,10 @@
-"""The walk over a function's jaxpr that finds out what its axes are made of; the domain of axes for the interpreter."""
+"""What the axes of a function's values are made of, found by one walk over its jaxpr.
 
+`RULES` holds what every known primitive does to axes; a primitive without a rule freezes all it
+touches. `Walk` is the domain for the interpreter, `analyze` runs it.
+"""
+
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,11 +22,7 @@ from compress_jax.trace._groups.axes import Axes, Axis, Dims, Results, alike, pr
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.find_sites import Traced, trace
 from compress_jax.trace._jaxpr.interpret import Where, interpret
-from compress_jax.trace._jaxpr.site import Position
-
-# What every known primitive does to axes: one table of small functions; whatever it lacks freezes
-# all it touches.
-
+from compress_jax.trace._jaxpr.site import Position, Shape
 
 Rule = Callable[[Axes, JaxprEqn, list[Dims]], Results]
 
@@ -33,24 +34,27 @@ def _elementwise(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 
 def _each(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Every operand by itself becomes a result."""
+    """Each operand becomes a result of its own."""
     return args
 
 
 def _free(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Random bits are as good in any order."""
-    return [
-        tuple(axes.leaf(size) for size in getattr(var.aval, "shape", ())) for var in eqn.outvars
-    ]
+    """Random bits may come in any order: new axes, not frozen."""
+    return [_new(axes, getattr(var.aval, "shape", ())) for var in eqn.outvars]
+
+
+def _new(axes: Axes, shape: Shape) -> Dims:
+    """Return new axes for a value of a shape."""
+    return tuple(axes.leaf(size) for size in shape)
 
 
 def _nothing(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Look only."""
+    """There is no result."""
     return []
 
 
 def _iota(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Numbers along one axis tell its indices apart."""
+    """The result numbers one axis, whose indices are then no longer alike."""
     along = eqn.params["dimension"]
     return [
         tuple(
@@ -61,7 +65,7 @@ def _iota(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 
 def _reduce(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Sum, maximum and the like, which any order gives alike."""
+    """Sums, maxima and the like do not depend on the order along the reduced axes."""
     return [tuple(axis for i, axis in enumerate(args[0]) if i not in eqn.params["axes"])]
 
 
@@ -73,10 +77,15 @@ def _arg_reduce(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 
 def _along(name: str) -> Rule:
-    """Return the rule of what runs along one or more axes in order, named by a parameter: those are frozen."""
+    """Return the rule of primitives that depend on the order along axes, which are frozen.
+
+    Args:
+      name: the equation's parameter that holds the axis, or the axes.
+    """
 
     def rule(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-        dims, chosen = alike(axes, args), eqn.params[name]
+        dims = alike(axes, args)
+        chosen = eqn.params[name]
         for i in (chosen,) if isinstance(chosen, int) else chosen:
             axes.freeze(dims[i], eqn.primitive.name)
         return [dims for _ in eqn.outvars]
@@ -85,26 +94,26 @@ def _along(name: str) -> Rule:
 
 
 def _top_k(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Some indices of one axis, the largest entry first."""
+    """The results hold k entries of one axis in descending order: it is frozen."""
     i = eqn.params.get("axis", -1) % len(args[0])
     axes.freeze(args[0][i], "top_k")
-    return [
-        (*args[0][:i], axes.leaf(eqn.params["k"], "top_k"), *args[0][i + 1 :]) for _ in eqn.outvars
-    ]
+    largest = axes.leaf(eqn.params["k"], "top_k")
+    return [(*args[0][:i], largest, *args[0][i + 1 :]) for _ in eqn.outvars]
 
 
 def _window(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Pooling: an axis with a window of one goes through."""
+    """Pooling freezes axes with a window longer than 1; the others pass through."""
     p = eqn.params
     windows = zip(
         args[0], p["window_dimensions"], p["window_strides"], p["padding"], shape(eqn), strict=True
     )
-    return [tuple(_slide(axes, axis, (size, *rest)) for axis, size, *rest in windows)]
+    return [tuple(_slide(axes, *window) for window in windows)]
 
 
-def _slide(axes: Axes, axis: Axis, window: tuple) -> Axis:
-    """Return the axis that a window ``(size, stride, padding, length of the result)`` makes of another."""
-    size, stride, padding, length = window
+def _slide(
+    axes: Axes, axis: Axis, size: int, stride: int, padding: Sequence[int], length: int
+) -> Axis:
+    """Return the axis of the given length that a sliding window makes of another axis."""
     if (size, stride, tuple(padding), length) == (1, 1, (0, 0), axis.size):
         return axis
     axes.freeze(axis, "spatial window")
@@ -112,19 +121,21 @@ def _slide(axes: Axes, axis: Axis, window: tuple) -> Axis:
 
 
 def _dot_general(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """What is contracted or runs along is the same axis in both operands."""
+    """A contracted or a batch axis is the same axis in both operands."""
     (left, right), (left_batch, right_batch) = primitives.axes(eqn)
     for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
         unify(axes, args[0][i], args[1][j])
+    # The result has batch axes, then the free axes of the left operand, then of the right one.
     lhs = [axis for i, axis in enumerate(args[0]) if i not in (*left, *left_batch)]
     rhs = [axis for j, axis in enumerate(args[1]) if j not in (*right, *right_batch)]
     return [(*(args[0][i] for i in left_batch), *lhs, *rhs)]
 
 
 def _ragged(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Rows in groups, one matrix each: how many rows a group has is data, so neither can be reordered."""
+    """Groups of rows have a matrix each; their sizes are data, so neither can be permuted."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
-    rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    rows = numbers.lhs_ragged_dimensions
+    groups = numbers.rhs_group_dimensions
     (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
     if len(rows) != 1 or rows[0] in (*left, *left_batch):
         return None
@@ -138,14 +149,18 @@ def _ragged(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 
 def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
-    """Input channels are groups x the kernel's, output channels groups x the rest; windows of one go through."""
-    p, numbers, (image, kernel) = eqn.params, eqn.params["dimension_numbers"], args
+    """Input channels are groups x the kernel's, output channels are groups x the rest."""
+    p = eqn.params
+    numbers = p["dimension_numbers"]
+    image, kernel = args
     if p["batch_group_count"] != 1:
         return None
-    (batch, channel, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    batch, channel, *space = numbers.lhs_spec
+    out, into, *window = numbers.rhs_spec
     if p["feature_group_count"] == 1:
         unify(axes, image[channel], kernel[into])
     else:
+        # Channels are (group, channel of the group), the group varying slowest.
         groups = axes.leaf(p["feature_group_count"])
         unify(axes, image[channel], product([groups, kernel[into]]))
         unify(axes, kernel[out], product([groups, axes.leaf(kernel[out].size // groups.size)]))
@@ -155,9 +170,8 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
         zip(space, window, numbers.out_spec[2:], lengths, strict=True)
     ):
         axes.freeze(kernel[j], "spatial window")
-        results[target] = _slide(
-            axes, image[i], (kernel[j].size, p["window_strides"][n], p["padding"][n], length)
-        )
+        stride = p["window_strides"][n]
+        results[target] = _slide(axes, image[i], kernel[j].size, stride, p["padding"][n], length)
     return [tuple(results[i] for i in range(len(results)))]
 
 
@@ -197,25 +211,23 @@ RULES: dict[str, Rule] = {
 
 
 def summed(eqn: JaxprEqn) -> list[tuple[int, int]]:
-    """Return the axes that an equation takes together, as ``(operand, axis)``: those that its result no longer has."""
+    """Return the axes that an equation sums or reduces over, as ``(operand, axis)``."""
     if primitives.kind(eqn) is not None:
         return [(1, axis) for axis in primitives.axes(eqn)[0][1]]
-    return (
-        [(0, axis) for axis in eqn.params["axes"]]
-        if eqn.primitive.name in primitives.REDUCTIONS
-        else []
-    )
+    if eqn.primitive.name in primitives.REDUCTIONS:
+        return [(0, axis) for axis in eqn.params["axes"]]
+    return []
 
 
 @dataclass
 class Walk:
-    """What a walk over a jaxpr saw: a value is the tuple of its axes.
+    """The domain for the interpreter, in which a value is the tuple of its axes.
 
     Attributes:
       axes: what is known about them.
       values: by position, the axes of an equation's operands and of its results.
-      summed: by position, the axes that an equation takes together.
-      unknown: by position, a primitive that has no rule.
+      summed: by position, the axes that an equation sums or reduces over.
+      unknown: by position, a primitive without a rule.
     """
 
     axes: Axes = field(default_factory=Axes)
@@ -233,7 +245,7 @@ class Walk:
             self.axes.freeze(axis, reason)
 
     def constant(self, aval: Any, value: Any) -> Dims:
-        """Return the axes of a literal or a captured array: free where every index holds the same."""
+        """Return the axes of a literal or a captured array; frozen along which it varies."""
         if not getattr(aval, "shape", ()):
             return ()
         if not isinstance(value, (np.ndarray, jax.Array)) or jnp.issubdtype(
@@ -248,30 +260,28 @@ class Walk:
         )
 
     def join(self, a: Dims, b: Dims) -> Dims:
-        """Unify what may be either."""
+        """Unify the axes of two values that one variable may hold."""
         for one, other in zip(a, b, strict=True):
             unify(self.axes, one, other)
         return a
 
     def same(self, a: Dims, b: Dims) -> bool:
-        """Tell that two values need no further turn: to join them has already changed both."""
+        """Return True: `join` has already changed both, so a loop's body need not run again."""
         return True
 
     def unstack(self, a: Dims, loop: int) -> Dims:
-        """Return the axes of one slice; the order of the slices is that of the iterations."""
+        """Return the axes of a loop's slice; the axis along which the loop runs is frozen."""
         self.axes.freeze(a[0], "scan")
         return a[1:]
 
     def stack(self, a: Dims, length: int) -> Dims:
-        """Return the axes of the slices put together."""
+        """Return the axes of the slices that a loop stacks."""
         return (self.axes.leaf(length, "scan"), *a)
 
     def reshard(self, a: Dims, aval: Any) -> Dims:
-        """Return the axes of a device's piece, or of the whole: those that are not cut go through."""
-        return tuple(
-            self._recut(axis, size)
-            for axis, size in zip(a, getattr(aval, "shape", ()), strict=True)
-        )
+        """Return the axes of a device's shard, or of the whole array; sharded ones are frozen."""
+        shape = getattr(aval, "shape", ())
+        return tuple(self._recut(axis, size) for axis, size in zip(a, shape, strict=True))
 
     def _recut(self, axis: Axis, size: int) -> Axis:
         if axis.size == size:
@@ -280,8 +290,9 @@ class Walk:
         return self.axes.leaf(size, "cut over devices")
 
     def equation(self, eqn: JaxprEqn, args: list[Dims], where: Where) -> Sequence[Dims]:
-        """Return the axes of an equation's results; without a rule, freeze what it touches."""
-        name, position = eqn.primitive.name, where.position
+        """Return the axes of an equation's results; without a rule, freeze all it touches."""
+        name = eqn.primitive.name
+        position = where.position
         results = RULES[name](self.axes, eqn, args) if name in RULES else None
         if results is None or not _fit(eqn, results):
             self.unknown[position] = name
@@ -294,7 +305,10 @@ class Walk:
 
 
 def _fit(eqn: JaxprEqn, results: Sequence[Dims]) -> bool:
-    """Tell whether a rule's results have the shapes of the equation's: not so for a form of it that is not known."""
+    """Return whether a rule's results have the equation's shapes.
+
+    They may not, where JAX has a variant of the primitive that the rule does not know.
+    """
     shapes = [getattr(var.aval, "shape", ()) for var in eqn.outvars]
     return [tuple(axis.size for axis in dims) for dims in results] == shapes
 
@@ -307,8 +321,7 @@ class Analysis:
       traced: its trace.
       walk: the axes of every value in it, by position.
       params: the axes of every parameter, by path.
-      state: which outputs are parameters returned anew: path in the output to path of the
-        parameter.
+      state: which outputs are updated parameters, ``{path in the output: path of the parameter}``.
     """
 
     traced: Traced
@@ -323,7 +336,7 @@ class Analysis:
 
 
 def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
-    """Trace ``fn(variables, *inputs)`` and find out what its axes are made of.
+    """Trace ``fn(variables, *inputs)`` and return what its axes are made of.
 
     Args:
       fn: a pure function.
@@ -331,13 +344,15 @@ def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
       inputs: trees of the same.
 
     Returns:
-      The analysis, to which nothing is added any more.
+      The finished analysis.
     """
-    traced, walk = trace(fn, variables, *inputs), Walk()
+    traced = trace(fn, variables, *inputs)
+    walk = Walk()
     params = {path: walk.fresh(leaf) for path, leaf in traced.params.items()}
     rest = traced.jaxpr.jaxpr.invars[len(params) :]
     data = [walk.fresh(var.aval, "input") for var in rest]
     results = interpret(walk, traced.jaxpr, [*params.values(), *data])
+    # An updated parameter must be permuted like the parameter; any other output must not change.
     outputs = flatten(traced.out)[0]
     state = returned(outputs, traced.params)
     for path, dims in zip(outputs, results, strict=True):
@@ -345,15 +360,17 @@ def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
             walk.join(params[state[path]], dims)
         else:
             walk.freeze(dims, "output")
-    for dims in params.values():
-        for axis in dims:
-            for leaf in walk.axes.repeated(axis):
-                walk.axes.freeze(leaf, "twice in one axis")
+    # A leaf in two factors of one axis has no coordinates there (see `Axes.coordinates`).
+    for axis in itertools.chain.from_iterable(params.values()):
+        for leaf in walk.axes.repeated(axis):
+            walk.axes.freeze(leaf, "twice in one axis")
     return Analysis(traced, walk, params, state)
 
 
 def returned(outputs: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
-    """Return which outputs are parameters returned anew: their paths end in a parameter's; shape and dtype are the same.
+    """Return which outputs are updated parameters.
+
+    Their paths end in the path of a parameter, whose shape and dtype they have.
 
     Args:
       outputs: what a function returns, by path.
@@ -363,17 +380,17 @@ def returned(outputs: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
       ``{path of the output: path of the parameter}``.
 
     Example:
-      >>> returned({"0": np.ones((2, 3)), "1/stats/mean": np.ones(3)}, {"stats/mean": np.ones(3), "w": np.ones((4, 3))})
+      >>> params = {"stats/mean": np.ones(3), "w": np.ones((4, 3))}
+      >>> returned({"0": np.ones((2, 3)), "1/stats/mean": np.ones(3)}, params)
       {'1/stats/mean': 'stats/mean'}
     """
     found = {}
     for path, leaf in outputs.items():
-        parts = path.split("/")
-        ends = ["/".join(parts[start:]) for start in range(len(parts))]
-        match = next((end for end in ends if end and end in params), None)
-        if match is not None and (params[match].shape, params[match].dtype) == (
-            leaf.shape,
-            leaf.dtype,
-        ):
-            found[path] = match
+        keys = path.split("/")
+        ends = ["/".join(keys[start:]) for start in range(len(keys))]
+        param = next((end for end in ends if end and end in params), None)
+        if param is None:
+            continue
+        if params[param].shape == leaf.shape and params[param].dtype == leaf.dtype:
+            found[path] = param
     return found

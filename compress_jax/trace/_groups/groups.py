@@ -1,5 +1,10 @@
-"""`groups`: which parameter axes of a function can be permuted or shortened together, and which cannot, and why."""
+"""`groups`: which parameter axes of a function can be permuted or shortened together.
 
+`Group` and `Groups` hold the answer and apply it to variables. `verify_groups` checks it by running
+the function on permuted variables.
+"""
+
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,24 +22,31 @@ from compress_jax.trace._groups.analyze import Analysis, analyze, returned
 from compress_jax.trace._groups.axes import Leaf, Member
 from compress_jax.trace._jaxpr.site import Position
 
-# A group: everything along which a network's parameters must be permuted or removed together; and
-# doing so.
+Coordinates = dict[Leaf, np.ndarray]  # of the indices of one parameter axis, by leaf
+Leaves = dict[str, Any]  # arrays by path
+INDEXED = "single indices are picked out"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels, heads, features: indices that the same ones of every member belong to.
+    """Coordinates (channels, heads, features) of several parameter axes that belong together.
 
     Attributes:
       name: where they are produced, such as ``"params/conv/kernel:3"`` for axis 3 of that kernel; a
         second group produced along the same axis ends in ``#2``. It depends neither on shapes nor
         on the run.
-      size: how many there are.
+      size: how many coordinates there are.
       members: the parameter axes they lie in, in the order of the tree.
-      coordinates: for each member, which of them each index of the axis belongs to, -1 for none:
-        int array of the axis' length. Where one occurs several times (a flattened feature map), its
-        first occurrences correspond to the others' first ones, the second ones to the second ones,
-        and so on.
+      coordinates: for each member, the coordinate that each index of the axis belongs to, -1 for
+        none: int array of the axis' length. Where a coordinate occurs several times (a flattened
+        feature map), its k-th occurrence corresponds to the k-th occurrence of every other.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+      >>> group = cj.trace.groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 3)))[0]
+      >>> group.name, group.size, group.members
+      ('w:1', 4, (('v', 0), ('w', 1)))
     """
 
     name: str
@@ -43,7 +55,7 @@ class Group:
     coordinates: dict[Member, np.ndarray] = field(repr=False, compare=False)
 
     def mask(self, member: Member, kept: Iterable[int]) -> np.ndarray:
-        """Return which indices of a member's axis are left if only some of the group are kept.
+        """Return which indices of a member's axis remain if only some coordinates are kept.
 
         Args:
           member: path and axis.
@@ -53,15 +65,16 @@ class Group:
           bool array of the axis' length.
 
         Example:
-          >>> flat = Group("conv/kernel:3", 2, (("dense/kernel", 0),), {("dense/kernel", 0): np.array([0, 1, 0, 1])})
-          >>> flat.mask(("dense/kernel", 0), [1]).tolist()
+          >>> member = ("dense/kernel", 0)
+          >>> flat = Group("conv/kernel:3", 2, (member,), {member: np.array([0, 1, 0, 1])})
+          >>> flat.mask(member, [1]).tolist()
           [False, True, False, True]
         """
         place = self.coordinates[member]
         return (place < 0) | np.isin(place, np.asarray(list(kept), int))
 
     def order(self, member: Member, permutation: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Return which old index every index of a member's axis takes over if the group is permuted.
+        """Return, for each index of a member's axis, the old index that a permutation puts there.
 
         Args:
           member: path and axis.
@@ -71,15 +84,16 @@ class Group:
           int array of the axis' length.
 
         Example:
-          >>> flat = Group("conv/kernel:3", 2, (("dense/kernel", 0),), {("dense/kernel", 0): np.array([0, 1, 0, 1])})
-          >>> flat.order(("dense/kernel", 0), [1, 0]).tolist()
+          >>> member = ("dense/kernel", 0)
+          >>> flat = Group("conv/kernel:3", 2, (member,), {member: np.array([0, 1, 0, 1])})
+          >>> flat.order(member, [1, 0]).tolist()
           [1, 0, 3, 2]
         """
         place = self.coordinates[member]
         inside = np.flatnonzero(place >= 0)
-        occurrences = inside[np.argsort(place[inside], kind="stable")].reshape(
-            self.size, -1
-        )  # of each coordinate, in order
+        by_coordinate = inside[np.argsort(place[inside], kind="stable")]
+        occurrences = by_coordinate.reshape(self.size, -1)  # [coordinate, occurrence]
+        # The k-th occurrence of a coordinate goes to the k-th occurrence of the other.
         order = np.arange(len(place))
         order[occurrences] = occurrences[np.asarray(permutation)]
         return order
@@ -87,13 +101,23 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of a function's parameters, in the order in which it produces them; a read-only list.
+    """The groups of a function's parameters: a read-only list in the order of the computation.
 
     Attributes:
-      frozen: why parameter axes stay as they are, or a part or a factor of them does, by
-        ``(path, axis)``; axes of size 1 left out. Every index of an axis that is not listed lies in
+      items: the groups.
+      frozen: by ``(path, axis)`` the reason why a parameter axis, or a part or factor of it, cannot
+        be permuted. Axes of size 1 are left out. Every index of an axis that is not listed lies in
         a group.
-      unknown: how often each primitive occurs that no rule is known for; all it touches is frozen.
+      unknown: how often each primitive without a rule occurs; all it touches is frozen.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
+      >>> print(cj.trace.groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 3))))
+      group   size  members
+      w:1        4  v:0, w:1
+      frozen (output): v:1
+      frozen (input): w:0
     """
 
     items: tuple[Group, ...]
@@ -104,12 +128,12 @@ class Groups:
         """Return the number of groups."""
         return len(self.items)
 
-    def __iter__(self):
-        """Go through the groups."""
+    def __iter__(self) -> Iterator[Group]:
+        """Iterate over the groups."""
         return iter(self.items)
 
     def __getitem__(self, which: Any) -> Any:
-        """Return a group by its place or its name, or several by a slice."""
+        """Return a group by its index or its name, or several by a slice."""
         if not isinstance(which, str):
             return self.items[which]
         for group in self.items:
@@ -118,25 +142,27 @@ class Groups:
         listing = "\n  ".join(group.name for group in self.items) or "(none)"
         raise NoMatchError(f"no group is called {which!r}. The groups are:\n  {listing}")
 
-    def keep(self, variables: Variables, kept: Mapping[str, Sequence[int] | np.ndarray]) -> Any:
-        """Return smaller variables, of which only some coordinates of some groups are left.
+    def keep(
+        self, variables: Variables, kept: Mapping[str, Sequence[int] | np.ndarray]
+    ) -> Variables:
+        """Return smaller variables that hold only some coordinates of some groups.
 
         Args:
-          variables: the tree that was analysed, of arrays.
+          variables: the tree that was analyzed, of arrays.
           kept: by name of a group the coordinates to keep, in any order; other groups stay whole.
 
         Returns:
-          The tree with shorter axes; the order of what is left is as before.
+          The tree with shorter axes; the remaining coordinates keep their order.
 
         Raises:
           NoMatchError: if there is no group of a name.
           ShapeError: if a coordinate is not one of the group's, or none is kept.
 
         Example:
-          >>> from compress_jax.trace._groups.groups import groups
+          >>> import compress_jax as cj
           >>> params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
-          >>> smaller = groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 3))).keep(params, {"w:1": [0, 2]})
-          >>> {path: w.shape for path, w in smaller.items()}
+          >>> found = cj.trace.groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 3)))
+          >>> {path: w.shape for path, w in found.keep(params, {"w:1": [0, 2]}).items()}
           {'v': (2, 2), 'w': (3, 2)}
         """
         leaves, rebuild = flatten(variables)
@@ -152,26 +178,26 @@ class Groups:
 
     def permute(
         self, variables: Variables, group: Group | str, permutation: Sequence[int] | np.ndarray
-    ) -> Any:
-        """Return variables of which the members of one group are permuted; the function they give is the same.
+    ) -> Variables:
+        """Return variables with one group permuted, for which the function returns the same.
 
         Args:
-          variables: the tree that was analysed, of arrays.
+          variables: the tree that was analyzed, of arrays.
           group: one of the groups, or its name.
           permutation: of ``range(group.size)``; coordinate ``i`` becomes what ``permutation[i]``
             was.
 
         Returns:
-          The tree.
+          The tree, every member of the group permuted.
 
         Raises:
           NoMatchError: if there is no group of that name.
           ShapeError: if it is not a permutation of the group's coordinates.
 
         Example:
-          >>> from compress_jax.trace._groups.groups import groups
+          >>> import compress_jax as cj
           >>> params = {"w": jnp.array([[1.0, 2.0]]), "v": jnp.array([[3.0], [4.0]])}
-          >>> found = groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 1)))
+          >>> found = cj.trace.groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 1)))
           >>> {path: w.tolist() for path, w in found.permute(params, "w:1", [1, 0]).items()}
           {'v': [[4.0], [3.0]], 'w': [[2.0, 1.0]]}
         """
@@ -190,9 +216,12 @@ class Groups:
 
 
 def permuted(
-    leaves: Mapping[str, Any], group: Group, permutation: Any, members: Iterable[Member]
-) -> dict[str, Any]:
-    """Return leaves of which certain members of a group are permuted.
+    leaves: Mapping[str, Any],
+    group: Group,
+    permutation: Sequence[int] | np.ndarray,
+    members: Iterable[Member],
+) -> Leaves:
+    """Return leaves with certain members of a group permuted.
 
     Args:
       leaves: arrays by path.
@@ -205,11 +234,13 @@ def permuted(
     """
     leaves = dict(leaves)
     for path, axis in members:
-        leaves[path] = jnp.take(leaves[path], group.order((path, axis), permutation), axis=axis)
+        order = group.order((path, axis), permutation)
+        leaves[path] = jnp.take(leaves[path], order, axis=axis)
     return leaves
 
 
 def _check(group: Group, kept: Sequence[int] | np.ndarray) -> None:
+    """Raise a ShapeError if coordinates are not the group's, or there are none."""
     if not len(kept) or not set(np.asarray(kept).tolist()) <= set(range(group.size)):
         raise ShapeError(
             f"{group.name!r} has coordinates 0 to {group.size - 1}; keep at least one of them, "
@@ -219,7 +250,7 @@ def _check(group: Group, kept: Sequence[int] | np.ndarray) -> None:
 
 def _table(groups: Sequence[Group]) -> list[str]:
     """Return a line for each group: name, size, members."""
-    width = max([len(group.name) for group in groups], default=5)
+    width = max([len("group"), *(len(group.name) for group in groups)])
     rows = [
         f"{group.name:<{width}}  {group.size:>5}  {', '.join(map(show, group.members))}"
         for group in groups
@@ -229,20 +260,17 @@ def _table(groups: Sequence[Group]) -> list[str]:
 
 def _frozen(frozen: dict[Member, str]) -> list[str]:
     """Return a line for each reason: what is frozen for it."""
-    reasons = dict.fromkeys(frozen.values())
-    return [
-        f"frozen ({reason}): {', '.join(show(m) for m, why in frozen.items() if why == reason)}"
-        for reason in reasons
-    ]
+    by_reason: dict[str, list[str]] = {}
+    for member, reason in frozen.items():
+        by_reason.setdefault(reason, []).append(show(member))
+    return [f"frozen ({reason}): {', '.join(shown)}" for reason, shown in by_reason.items()]
 
 
 def _unknown(unknown: dict[str, int]) -> list[str]:
     """Return a line that lists the primitives without a rule."""
-    return (
-        ["unknown ops: " + ", ".join(f"{name} x{count}" for name, count in unknown.items())]
-        if unknown
-        else []
-    )
+    if not unknown:
+        return []
+    return ["unknown ops: " + ", ".join(f"{name} x{count}" for name, count in unknown.items())]
 
 
 def show(member: Member) -> str:
@@ -255,22 +283,18 @@ def show(member: Member) -> str:
     return f"{member[0]}:{member[1]}"
 
 
-Coordinates = dict[Leaf, np.ndarray]
-INDEXED = "single indices are picked out"
-
-
 def groups(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Groups:
     r"""Return the groups of parameter axes that belong together: channels, heads, hidden features.
 
     For every group and every permutation ``P`` of its coordinates
     ``fn(P variables, *inputs) == fn(variables, *inputs)``, where ``P`` permutes all members alike.
-    Shortening all members alike therefore leaves out the same features everywhere: it is what
-    structured pruning may remove. They are found by following axes through the function's jaxpr:
+    Shortening all members alike therefore removes the same features everywhere: this is what
+    structured pruning may remove. Groups are found by following axes through the function's jaxpr:
     both operands of a sum, and the contracted axes of a product, are one axis; reshapes and
-    concatenations build axes from parts. What is not understood is frozen: inputs, outputs,
-    constants that vary, positions, windows, whatever is looked up by index and primitives that are
-    not known. Random numbers count as good in any order, so dropout freezes nothing. An output that
-    is a parameter returned anew (batch statistics) goes with that parameter.
+    concatenations build axes from other axes. What is not understood is frozen: inputs, outputs,
+    constants that vary, positions, windows, whatever is looked up by index and primitives without a
+    rule. Random numbers may be drawn in any order, so dropout freezes nothing. An output that is an
+    updated parameter (batch statistics) goes with that parameter.
 
     Args:
       fn: a pure function of ``(variables, *inputs)``.
@@ -278,19 +302,23 @@ def groups(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Groups:
       inputs: trees of the same.
 
     Returns:
-      The groups in the order in which the function produces them, with what is frozen and why;
-      `Groups` permutes and shortens variables, ``print`` shows it all as a table.
+      The groups in the order in which the function produces them, with what is frozen and why.
+      `Groups` permutes and shortens variables; ``print`` shows a table.
 
     Raises:
       ShapeError: if an argument has a leaf that is not an array.
 
     Example:
       >>> import jax, jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> params = {"conv": jnp.ones((3, 3, 3, 4)), "head": jnp.ones((4 * 4 * 4, 10))}
       >>> def fn(params, x):
-      ...     x = jax.lax.conv_general_dilated(x, params["conv"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+      ...     layout = ("NHWC", "HWIO", "NHWC")
+      ...     x = jax.lax.conv_general_dilated(
+      ...         x, params["conv"], (2, 2), "SAME", dimension_numbers=layout
+      ...     )
       ...     return jax.nn.relu(x).reshape(1, -1) @ params["head"]
-      >>> print(groups(fn, params, jnp.ones((1, 8, 8, 3))))
+      >>> print(cj.trace.groups(fn, params, jnp.ones((1, 8, 8, 3))))
       group    size  members
       conv:3      4  conv:3, head:0
       frozen (spatial window): conv:0, conv:1, head:0
@@ -302,12 +330,13 @@ def groups(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Groups:
       graph; here of axes).
     """
     analysis = analyze(fn, variables, *inputs)
-    free, places = _free(analysis), _places(analysis)
-    leaves = dict.fromkeys(leaf for along in places.values() for leaf in along if leaf in free)
-    found = {
-        leaf: {member: along[leaf] for member, along in places.items() if leaf in along}
-        for leaf in leaves
-    }
+    free = _free(analysis)
+    places = _places(analysis)
+    found: dict[Leaf, dict[Member, np.ndarray]] = {}
+    for member, along in places.items():
+        for leaf, coordinates in along.items():
+            if leaf in free:
+                found.setdefault(leaf, {})[member] = coordinates
     named = _named(analysis, found, places)
     items = tuple(
         Group(name, leaf.size, tuple(found[leaf]), found[leaf]) for leaf, name in named.items()
@@ -316,37 +345,36 @@ def groups(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Groups:
 
 
 def _places(analysis: Analysis) -> dict[Member, Coordinates]:
-    """Return for each parameter axis longer than 1 the coordinates in the leaves it is made of, in their order."""
-    every = {
-        (path, i): axis
-        for path, dims in analysis.params.items()
-        for i, axis in enumerate(dims)
-        if axis.size > 1
-    }
-    return {member: analysis.walk.axes.coordinates(axis) for member, axis in every.items()}
+    """Return for each parameter axis longer than 1 its coordinates in the leaves it is made of."""
+    places = {}
+    for path, dims in analysis.params.items():
+        for i, axis in enumerate(dims):
+            if axis.size > 1:
+                places[path, i] = analysis.walk.axes.coordinates(axis)
+    return places
 
 
 def _free(analysis: Analysis) -> set[Leaf]:
-    """Return the leaves that nothing freezes and that something sums over: others have no effect."""
-    walk = analysis.walk
-    used = {
-        leaf
-        for summed in walk.summed.values()
-        for axis in summed
-        for leaf in walk.axes.leaves(axis)
-    }
-    return {leaf for leaf in used if walk.axes.reason(leaf) is None}
+    """Return the leaves that are not frozen and that an equation sums over: others are unused."""
+    axes = analysis.walk.axes
+    used: set[Leaf] = set()
+    for summed in analysis.walk.summed.values():
+        for axis in summed:
+            used.update(axes.leaves(axis))
+    return {leaf for leaf in used if axes.reason(leaf) is None}
 
 
 def _frozen_members(
     analysis: Analysis, places: dict[Member, Coordinates], free: set[Leaf]
 ) -> Iterator[tuple[Member, str]]:
-    """Yield why axes, or parts of them, stay as they are."""
+    """Yield why axes, or parts of them, cannot be permuted."""
     for member, along in places.items():
-        stuck = [analysis.walk.axes.reason(leaf) or "unused" for leaf in along if leaf not in free]
+        reasons = [
+            analysis.walk.axes.reason(leaf) or "unused" for leaf in along if leaf not in free
+        ]
         covered = np.any([place >= 0 for leaf, place in along.items() if leaf in free], axis=0)
-        if stuck or not covered.all():
-            yield member, ", ".join(dict.fromkeys(stuck or [INDEXED]))
+        if reasons or not covered.all():
+            yield member, ", ".join(dict.fromkeys(reasons or [INDEXED]))
 
 
 def _named(
@@ -354,39 +382,45 @@ def _named(
     found: dict[Leaf, dict[Member, np.ndarray]],
     places: dict[Member, Coordinates],
 ) -> dict[Leaf, str]:
-    """Return a name for each group, in the order in which they are produced, then of their place along that axis."""
-    order = {member: place for place, member in enumerate(_producers(analysis))}
-    late = len(order)
-    first = {
-        leaf: min(axes, key=lambda member: order.get(member, late)) for leaf, axes in found.items()
+    """Return a name for each leaf's group, in the order in which they are produced.
+
+    A group is named after the first axis that produces it. Groups produced along one axis follow
+    each other in the order in which they lie in it.
+    """
+    order = {member: rank for rank, member in enumerate(_producers(analysis))}
+    last = len(order)
+    producer = {
+        leaf: min(axes, key=lambda member: order.get(member, last)) for leaf, axes in found.items()
     }
-    seen: Counter[str] = Counter()
+
+    def rank(leaf: Leaf) -> tuple[int, int]:
+        member = producer[leaf]
+        return order.get(member, last), list(places[member]).index(leaf)
+
+    uses: Counter[str] = Counter()
     named = {}
-    for leaf in sorted(
-        first,
-        key=lambda leaf: (order.get(first[leaf], late), list(places[first[leaf]]).index(leaf)),
-    ):
-        base = show(first[leaf])
-        seen[base] += 1
-        named[leaf] = base if seen[base] == 1 else f"{base}#{seen[base]}"
+    for leaf in sorted(producer, key=rank):
+        base = show(producer[leaf])
+        uses[base] += 1
+        named[leaf] = base if uses[base] == 1 else f"{base}#{uses[base]}"
     return named
 
 
 def _producers(analysis: Analysis) -> list[Member]:
-    """Return the parameter axes that stay in the result of a contraction or a lookup, in program order."""
-    traced, made = analysis.traced, {}
+    """Return the parameter axes that are outputs of a contraction or a lookup, in program order."""
+    traced = analysis.traced
+    produced: dict[Position, list[Member]] = {}
     for position, table in traced.found.lookups.items():
-        made[position] = [(table, axis) for axis in range(1, len(analysis.params[table]))]
+        produced[position] = [(table, axis) for axis in range(1, len(analysis.params[table]))]
     for position, site in traced.sites.items():
         if site.param is not None:
             gone = (*(site.param_axes or ()), *site.stack_axes)
-            kept = [axis for axis in range(len(analysis.params[site.param])) if axis not in gone]
-            made[position] = [
-                (site.param, axis) for axis in (kept if site.param_axes else reversed(kept))
-            ]
-    return list(
-        dict.fromkeys(member for position in sorted(made, key=_place) for member in made[position])
-    )
+            outputs = [axis for axis in range(len(analysis.params[site.param])) if axis not in gone]
+            if not site.param_axes:
+                outputs.reverse()
+            produced[position] = [(site.param, axis) for axis in outputs]
+    in_order = [produced[position] for position in sorted(produced, key=_place)]
+    return list(dict.fromkeys(itertools.chain.from_iterable(in_order)))
 
 
 def _place(position: Position) -> tuple[tuple[int, int | str], ...]:
@@ -394,24 +428,20 @@ def _place(position: Position) -> tuple[tuple[int, int | str], ...]:
     return tuple((0, step) if isinstance(step, int) else (1, step) for step in position)
 
 
-# The permutation check: whether groups are what they claim to be, by running the function.
-
-
-Leaves = dict[str, Any]
+# The permutation check, which runs the function.
 
 
 @dataclass(frozen=True)
 class Check:
-    """What permuting one group did.
+    """The result of permuting one group.
 
     Attributes:
       name: of the group.
       size: of the group.
       error: largest change of an output, relative to that output's largest entry.
       ok: whether the error is within the tolerance.
-      undetected: members that can be left out of the permutation without any output changing:
-        parameters that have no effect, whose entries are all equal (a bias of zeros), or that are
-        the only member.
+      undetected: members that can be left out of the permutation without a change of any output:
+        parameters without effect, those with equal entries (a bias of zeros), or a single member.
     """
 
     name: str
@@ -423,10 +453,20 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """What permuting every group did.
+    """The results of permuting every group.
 
     Attributes:
       checks: one for each group.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> params = {"w": jnp.array([[1.0, 2.0]]), "v": jnp.array([[3.0], [4.0]])}
+      >>> report = cj.trace.verify_groups(
+      ...     lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 1))
+      ... )
+      >>> print(report)
+      group   size    error  check
+      w:1        2  0.0e+00  ok
     """
 
     checks: tuple[Check, ...]
@@ -438,20 +478,17 @@ class Verification:
 
     @property
     def undetected(self) -> dict[str, tuple[Member, ...]]:
-        """By name of the group, the members of which the check cannot tell that they belong to it."""
+        """By name of the group, the members whose omission the check does not notice."""
         return {check.name: check.undetected for check in self.checks if check.undetected}
 
     def __str__(self) -> str:
         """Return a table: a line for each group."""
-        width = max([len(check.name) for check in self.checks], default=5)
+        width = max([len("group"), *(len(check.name) for check in self.checks)])
         rows = [f"{'group':<{width}}   size    error  check"]
         for check in self.checks:
-            missed = (
-                f", undetected: {', '.join(map(show, check.undetected))}"
-                if check.undetected
-                else ""
-            )
-            result = ("ok" if check.ok else "FAILS") + missed
+            result = "ok" if check.ok else "FAILS"
+            if check.undetected:
+                result += f", undetected: {', '.join(map(show, check.undetected))}"
             rows.append(f"{check.name:<{width}}  {check.size:>5}  {check.error:7.1e}  {result}")
         return "\n".join(rows)
 
@@ -470,9 +507,9 @@ def verify_groups(
     """Check groups by running the function on permuted variables.
 
     Each group is permuted by a random cycle through all its coordinates, all members alike: the
-    outputs must not change, except that parameters returned anew come back permuted. Then each
-    member in turn is left out, which must change an output. Freshly initialised variables hide
-    errors, since zeros permute to zeros: give them random content before.
+    outputs must not change, except that updated parameters are returned permuted. Then each member
+    in turn is left out, which must change an output. Freshly initialized variables hide errors,
+    since zeros permute to zeros: fill them with random numbers before.
 
     Args:
       fn: a pure function of ``(variables, *inputs)``; compiled once. Random numbers that it draws
@@ -490,8 +527,10 @@ def verify_groups(
       ShapeError: if a variable or an input is not an array.
 
     Example:
-      >>> params = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.zeros(2), "v": jnp.array([[3.0], [4.0]])}
-      >>> report = verify_groups(lambda p, x: (x @ p["w"] + p["b"][None]) @ p["v"], params, jnp.ones((1, 1)))
+      >>> import compress_jax as cj
+      >>> params = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.zeros(2), "v": jnp.arange(2.0)[:, None]}
+      >>> fn = lambda p, x: (x @ p["w"] + p["b"][None]) @ p["v"]
+      >>> report = cj.trace.verify_groups(fn, params, jnp.ones((1, 1)))
       >>> report.ok, report.undetected
       (True, {'w:1': (('b', 0),)})
     """
@@ -504,64 +543,57 @@ def verify_groups(
                 "arrays"
             )
     compiled = jax.jit(lambda leaves, inputs: flatten(fn(rebuild(leaves), *inputs))[0])
-    rng = np.random.default_rng(
-        np.asarray(jax.random.key_data(jax.random.key(0) if key is None else key))
-    )
+    key = jax.random.key(0) if key is None else key
+    rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     expected = compiled(leaves, inputs)
 
     def change(group: Group, permutation: np.ndarray, members: Iterable[Member]) -> float:
         got = compiled(permuted(leaves, group, permutation, members), inputs)
-        return _change(got, _returned_alike(leaves, expected, group, permutation))
+        return _change(got, _permuted_outputs(leaves, expected, group, permutation))
 
-    return Verification(
-        tuple(
-            _verified(group, partial(change, group, _cycle(rng, group.size)), tolerance)
-            for group in found
-        )
-    )
+    checks = []
+    for group in found:
+        change_of = partial(change, group, _cycle(rng, group.size))
+        checks.append(_verified(group, change_of, tolerance))
+    return Verification(tuple(checks))
 
 
 def _verified(group: Group, change: Callable[[Iterable[Member]], float], tolerance: float) -> Check:
     """Permute a group, whole and with each member left out."""
     error = change(group.members)
-    without = {
-        member: [other for other in group.members if other != member] for member in group.members
-    }
-    undetected = tuple(member for member, others in without.items() if change(others) <= tolerance)
-    return Check(group.name, group.size, error, error <= tolerance, undetected)
+    undetected = []
+    for member in group.members:
+        others = [other for other in group.members if other != member]
+        if change(others) <= tolerance:
+            undetected.append(member)
+    return Check(group.name, group.size, error, error <= tolerance, tuple(undetected))
 
 
-def _returned_alike(
+def _permuted_outputs(
     leaves: Leaves, expected: Leaves, group: Group, permutation: np.ndarray
 ) -> Leaves:
-    """Permute those outputs that are members returned anew."""
+    """Permute those outputs that are updated members."""
     expected = dict(expected)
     for output, path in returned(expected, leaves).items():
         for member in group.members:
             if member[0] == path:
-                expected[output] = jnp.take(
-                    expected[output], group.order(member, permutation), axis=member[1]
-                )
+                order = group.order(member, permutation)
+                expected[output] = jnp.take(expected[output], order, axis=member[1])
     return expected
 
 
 def _cycle(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return a random permutation of one cycle: nothing stays where it is."""
-    order, cycle = rng.permutation(size), np.empty(size, int)
+    """Return a random permutation of one cycle, which moves every coordinate."""
+    order = rng.permutation(size)  # the cycle goes through the coordinates in this order
+    cycle = np.empty(size, int)
     cycle[order] = np.roll(order, 1)
     return cycle
 
 
 def _change(got: Leaves, expected: Leaves) -> float:
-    """Return the largest difference, each output's relative to its largest entry; NaN if there is a NaN."""
-    return float(
-        np.max(
-            [
-                0.0,
-                *(_difference(_numbers(got[path]), _numbers(expected[path])) for path in expected),
-            ]
-        )
-    )
+    """Return the largest difference, relative to each output's largest entry; NaN for a NaN."""
+    changes = [_difference(_numbers(got[path]), _numbers(expected[path])) for path in expected]
+    return float(np.max([0.0, *changes]))  # unlike `max`, keeps a NaN
 
 
 def _numbers(x: Any) -> np.ndarray:
@@ -572,8 +604,7 @@ def _numbers(x: Any) -> np.ndarray:
 
 
 def _difference(got: np.ndarray, expected: np.ndarray) -> float:
-    same = got == expected  # infinities too
-    finite = np.abs(expected[np.isfinite(expected)]).max(initial=0)
-    return float(
-        np.abs(np.where(same, 0, got) - np.where(same, 0, expected)).max(initial=0) / (finite or 1)
-    )
+    same = got == expected  # infinities too, whose difference would be NaN
+    scale = np.abs(expected[np.isfinite(expected)]).max(initial=0) or 1
+    difference = np.where(same, 0, got) - np.where(same, 0, expected)
+    return float(np.abs(difference).max(initial=0) / scale)

@@ -1,9 +1,9 @@
-r"""Which numbers in a computation count the terms of a sum: what a mean divides by must shrink with the sum's axes.
+r"""Which numbers in a computation count the terms of a sum, such as the n of a mean.
 
-A mean is a sum divided by a number: nothing ties the number to the axis but its value. So values
-are followed as products :math:`X \prod_i S_i^{p_i}` of powers of sums :math:`S_i` over :math:`n_i`
-terms, through roots, squares and quotients, and a factor :math:`n_i^{-p_i}` on such a value makes a
-mean of a sum: ``sum(h * h) / n``, ``h / norm(h) * sqrt(n)``, ``h @ ones / n``.
+A mean is a sum divided by a number, which only its value relates to the summed axes. So every value
+is described as a product :math:`X \prod_i S_i^{p_i}` of powers of sums :math:`S_i` over
+:math:`n_i` terms, through roots, squares and quotients. A factor :math:`n_i^{-p_i}` on such a value
+makes a mean of a sum: ``sum(h * h) / n``, ``h / norm(h) * sqrt(n)``, ``h @ ones / n``.
 """
 
 import itertools
@@ -32,11 +32,7 @@ from compress_jax.trace._jaxpr.primitives import (
     nested,
 )
 from compress_jax.trace._jaxpr.site import Position
-from compress_jax.trace._resize.widths import Kept
-
-# A value as a product of powers of sums and of numbers: what is known of it, and what arithmetic
-# does to that.
-
+from compress_jax.trace._resize.widths import KeptCoordinates
 
 HALF = Fraction(1, 2)
 
@@ -45,23 +41,30 @@ class Sum(NamedTuple):
     """A factor of a value: a power of a sum.
 
     Attributes:
-      axes: that it is over.
+      axes: the summed axes.
       power: of the sum.
-      of: what tells the summed value from others.
-      centred: whether the mean over the same axes was taken off before.
-      plain: False for a product of two values that is summed up (``q @ k``): a factor beside it may
-        be a scale.
+      of: the token of the summed value.
+      centered: whether the mean over the same axes was subtracted before.
+      plain: False for a sum of products of two values (``q @ k``), whose numeric factor may be a
+        scale.
     """
 
     axes: tuple[Axis, ...]
     power: Fraction
     of: Any
-    centred: bool = False
+    centered: bool = False
     plain: bool = True
 
 
 class Scale(NamedTuple):
-    """A number among a value's factors: an operand at a position, to a power (-1 where it divides, 2 after a square)."""
+    """A number among a value's factors.
+
+    Attributes:
+      position: of the equation that takes it.
+      which: its operand there.
+      number: its value.
+      power: of the number in the value: -1 where it divides, 2 after a square.
+    """
 
     position: Position
     which: int
@@ -71,15 +74,15 @@ class Scale(NamedTuple):
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a value.
+    """What is known of a value, as a product of powers of sums and of numbers.
 
     Attributes:
       dims: its axes; None for a constant.
-      token: what tells it from other values.
+      token: equal for equal values only.
       sums: its factors that are powers of sums.
-      scales: numbers among its factors that are not accounted for.
-      mean: ``(token, axes)`` of what it is the mean of.
-      centred: the axes over which its mean is zero, before any square.
+      scales: its numeric factors that do not make a mean of one of the sums.
+      mean: if it is a mean, the token of the averaged value and the axes.
+      centered: the axes over which its mean is zero, before any square.
     """
 
     dims: Dims | None = None
@@ -87,12 +90,12 @@ class Known:
     sums: tuple[Sum, ...] = ()
     scales: tuple[Scale, ...] = ()
     mean: tuple[Any, tuple[Axis, ...]] | None = None
-    centred: tuple[Axis, ...] = ()
+    centered: tuple[Axis, ...] = ()
 
 
 def close(number: float, expected: float) -> bool:
-    """Tell whether a number is another one, in any of the dtypes that constants have."""
-    rounded = (float(np.asarray(expected).astype(dtype)) for dtype in (jnp.bfloat16, jnp.float16))
+    """Return whether a constant is the expected number, perhaps rounded to 16 bits."""
+    rounded = [float(np.asarray(expected).astype(dtype)) for dtype in (jnp.bfloat16, jnp.float16)]
     return math.isclose(number, expected, rel_tol=1e-6) or number in rounded
 
 
@@ -102,15 +105,18 @@ def power_of(base: float, power: float) -> float:
 
 
 def powered(value: Known, power: Fraction) -> Known:
-    """A power of a value, entry by entry."""
+    """Return an elementwise power of a value."""
     sums = tuple(each._replace(power=each.power * power) for each in value.sums)
+    # Other powers of a number are not followed.
     times = power.numerator if power.denominator == 1 and power > 0 else 0
     scales = tuple(each._replace(power=each.power * times) for each in value.scales if times)
-    return Known(value.dims, sums=sums, scales=scales, centred=value.centred if power == 2 else ())
+    return Known(
+        value.dims, sums=sums, scales=scales, centered=value.centered if power == 2 else ()
+    )
 
 
 def product_of(a: Known, b: Known, sign: int, dims: Dims) -> Known:
-    """The product, or the quotient, of two values."""
+    """Return the elementwise product of two values, or their quotient for ``sign=-1``."""
     if a.token == b.token and sign == 1:
         return replace(powered(a, Fraction(2)), dims=dims)
     powers: dict[Sum, Fraction] = {}
@@ -123,39 +129,43 @@ def product_of(a: Known, b: Known, sign: int, dims: Dims) -> Known:
 
 
 def otherwise(eqn: JaxprEqn, args: list[Known], taken: Sequence[float | None], dims: Dims) -> Known:
-    """Powers change the powers of sums; a guard against zero changes nothing; most else loses all that is known."""
+    """Return what is known of the result of any other elementwise equation.
+
+    Powers change the powers of sums. A guard against zero (adding or comparing with a number) keeps
+    the sums. Subtracting its own mean centers a value. Of anything else nothing is known.
+    """
     name = eqn.primitive.name
     powers = {"sqrt": HALF, "rsqrt": -HALF, "square": Fraction(2)}
     if name in powers:
         return replace(powered(args[0], powers[name]), dims=dims)
-    if name == "integer_pow" or (
-        name == "pow" and taken[1] is not None and math.isfinite(taken[1])
-    ):
-        power = Fraction(
-            eqn.params["y"] if name == "integer_pow" else taken[1] or 0
-        ).limit_denominator(64)
+    exponent = eqn.params["y"] if name == "integer_pow" else None
+    if name == "pow":
+        exponent = taken[1]
+    if exponent is not None and math.isfinite(exponent):
+        power = Fraction(exponent).limit_denominator(64)
         return replace(powered(args[0], power), dims=dims)
     if name in ("neg", "abs", "real"):
         return replace(args[0], dims=dims, token=Known().token, mean=None)
+    # x - mean(x)
     if name == "sub" and args[1].mean is not None and args[1].mean[0] == args[0].token:
-        return Known(dims, centred=args[1].mean[1])
+        return Known(dims, centered=args[1].mean[1])
     if name in ("add", "sub", "max", "min", "select_n", "clamp"):
         values = [arg for arg, number in zip(args, taken, strict=True) if number is None]
-        values = values[1:] if name == "select_n" and len(values) > 1 else values
+        if name == "select_n" and len(values) > 1:
+            values = values[1:]  # without the predicate
         if len(values) == 1:
             return Known(dims, sums=values[0].sums)
     return Known(dims)
 
 
 class Count(NamedTuple):
-    """A number that equals a count of what gets shorter.
+    """A number that equals a (power of a) count over axes that are shortened.
 
     Attributes:
       which: the operand that it is.
-      now: what it is if it counts what is left.
-      proven: whether it makes a mean of a sum; else it is a scale as well (attention's, a
-        kernel's).
-      axes: that are counted.
+      now: the number for the new count.
+      proven: whether it makes a mean of a sum; else it may be a scale (attention's, a kernel's).
+      axes: the counted axes.
     """
 
     which: int
@@ -166,11 +176,11 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class Followed:
-    """What a walk over a jaxpr noted, by position.
+    """What `Follower` found in a jaxpr, by position.
 
     Attributes:
-      counts: of an equation of which one operand looks like a count.
-      calls: of an equation with a body, the axes of its operands and of its results; None for
+      counts: for an equation with an operand that looks like a count, that count.
+      calls: for an equation with a body, the axes of its operands and of its results; None for
         constants.
     """
 
@@ -180,24 +190,24 @@ class Followed:
 
 @dataclass(frozen=True)
 class Follower:
-    """Follows what is known of values through a jaxpr that has been walked over.
+    """Follows what is known of values through a jaxpr.
 
     Attributes:
-      walk: what the walk saw.
-      kept: what is left of its axes.
-      numbers: which operands are numbers.
-      noted: where notes are put.
+      walk: the axes of every value in it.
+      kept: the coordinates that remain.
+      numbers: by position, the operands that are numbers.
+      noted: what has been found.
     """
 
     walk: Walk
-    kept: Kept
+    kept: KeptCoordinates
     numbers: UniformOperands
     noted: Followed = field(default_factory=Followed)
 
     def run(
         self, jaxpr: ClosedJaxpr, args: Sequence[Known], position: Position = ()
     ) -> list[Known]:
-        """Follow a jaxpr, or one inside it; return what is known of each of its results."""
+        """Return what is known of each result of a jaxpr, or of one inside it."""
         env: dict[Any, Known] = {var: Known() for var in jaxpr.jaxpr.constvars}
         env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
 
@@ -205,7 +215,8 @@ class Follower:
             return Known() if isinstance(atom, Literal) else env[atom]
 
         for index, eqn in enumerate(jaxpr.jaxpr.eqns):
-            operands, place = [read(atom) for atom in eqn.invars], (*position, index)
+            operands = [read(atom) for atom in eqn.invars]
+            place = (*position, index)
             if eqn.primitive.name in PASS_THROUGH:
                 results = operands
             elif nested(eqn) is None:
@@ -220,7 +231,8 @@ class Follower:
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
     def _leaf(self, eqn: JaxprEqn, args: list[Known], position: Position) -> list[Known]:
-        name, (operands, results) = eqn.primitive.name, self.walk.values[position]
+        name = eqn.primitive.name
+        operands, results = self.walk.values[position]
         taken = self.numbers.get(position, (None,) * len(args))
         if len(results) != 1:
             return [Known(dims) for dims in results]
@@ -230,6 +242,7 @@ class Follower:
         if name == "reduce_sum":
             return [self._summed(args[0], tuple(operands[0][i] for i in eqn.params["axes"]), dims)]
         if name in MOVES or name in CASTS:
+            # The same move of the same value is the same value.
             same = (name, str(sorted(eqn.params.items(), key=str)), args[0].token)
             return [replace(args[0], dims=dims, token=same)]
         if name in ("mul", "div"):
@@ -237,25 +250,24 @@ class Follower:
         return [otherwise(eqn, args, taken, dims)]
 
     def _summed(self, value: Known, axes: tuple[Axis, ...], dims: Dims) -> Known:
-        """A sum, or one over further axes of what is a sum itself; scales from before that make it a mean are noted."""
-        inner = (
-            value.sums[0]
-            if len(value.sums) == 1 and value.sums[0].power == 1 and value.sums[0].plain
-            else None
-        )
+        """Return a sum over axes.
+
+        A sum of a sum is one over the axes of both. Numeric factors from before the sum that make
+        it a mean are noted.
+        """
+        only = value.sums[0] if len(value.sums) == 1 else None
+        inner = only if only and only.power == 1 and only.plain else None
         whole = (*inner.axes, *axes) if inner else axes
-        total = Sum(
-            whole, Fraction(1), inner.of if inner else value.token, self._same(value.centred, whole)
-        )
-        if any([self._note(total, scale) for scale in value.scales]):
+        of = inner.of if inner else value.token
+        total = Sum(whole, Fraction(1), of, self._same(value.centered, whole))
+        makes_mean = [self._note(total, scale) for scale in value.scales]  # notes every one
+        if any(makes_mean):
             return Known(dims)
         return Known(dims, sums=(total,))
 
     def _same(self, a: Sequence[Axis], b: Sequence[Axis]) -> bool:
-        leaves = [
-            {leaf for axis in axes for leaf in self.walk.axes.leaves(axis)} for axes in (a, b)
-        ]
-        return leaves[0] == leaves[1]
+        leaves = self.walk.axes.leaves
+        return set(itertools.chain(*map(leaves, a))) == set(itertools.chain(*map(leaves, b)))
 
     def _contracted(
         self,
@@ -266,16 +278,23 @@ class Follower:
         dims: Dims,
         at: Position,
     ) -> Known:
-        """By a constant that is one number: a sum. A value with itself: a sum of squares. Of others, scales are noted."""
+        """Return a contraction, which is a sum if an operand is constant or both are one value.
+
+        With a constant that is one number it is a sum times that number; of a value with itself it
+        is a sum of squares. Of other products, the numeric factors that may be scales are noted.
+        """
         contracted, _ = primitives.axes(eqn)
         for which in (0, 1):
             if (number := taken[which]) is not None:
                 axes = tuple(operands[1 - which][i] for i in contracted[1 - which])
                 made = self._summed(args[1 - which], axes, dims)
-                return self._scaled(made, Scale(at, which, number, 1)) if number != 1 else made
+                if number == 1:
+                    return made
+                return self._scaled(made, Scale(at, which, number, 1))
         axes = tuple(operands[0][i] for i in contracted[0])
         if args[0].token == args[1].token and contracted[0] == contracted[1]:
             return self._summed(product_of(args[0], args[1], 1, ()), axes, dims)
+        # q @ k: a factor 1/n or 1/sqrt(n) of an operand may be a scale, not a mean's.
         inner = Sum(axes, Fraction(1), None, plain=False)
         for scale in (*args[0].scales, *args[1].scales):
             for power in (Fraction(1), HALF):
@@ -290,44 +309,42 @@ class Follower:
         dims: Dims,
         position: Position,
     ) -> Known:
+        """Return the product or quotient of two values, of which one may be a number."""
         sign = 1 if name == "mul" else -1
         for which in (0, 1):
-            if (number := taken[which]) is not None and taken[1 - which] is None:
+            number = taken[which]
+            if number is not None and taken[1 - which] is None:
                 power = sign if which == 1 else 1  # of the number among the result's factors
-                value = args[1 - which] if which or sign == 1 else powered(args[1], Fraction(-1))
-                return self._scaled(
-                    replace(value, dims=dims, token=Known().token),
-                    Scale(position, which, number, power),
-                )
+                value = args[1 - which]
+                if which == 0 and sign == -1:  # number / value
+                    value = powered(value, Fraction(-1))
+                value = replace(value, dims=dims, token=Known().token)
+                return self._scaled(value, Scale(position, which, number, power))
         made = product_of(args[0], args[1], sign, dims)
         for scale in made.scales:
-            made = self._scaled(
-                replace(made, scales=tuple(s for s in made.scales if s is not scale)), scale
-            )
+            others = tuple(other for other in made.scales if other is not scale)
+            made = self._scaled(replace(made, scales=others), scale)
         return made
 
     def _scaled(self, value: Known, scale: Scale) -> Known:
-        """Account for a number among a value's factors: it makes a mean of a sum, or is a scale."""
+        """Multiply a value by a number, which makes a mean of one of its sums or is a scale."""
         for each in value.sums:
             if self._note(each, scale):
-                mean = (
-                    (each.of, each.axes)
-                    if each.power == 1 and len(value.sums) == 1 and each.plain
-                    else None
-                )
-                return replace(
-                    value, sums=tuple(other for other in value.sums if other is not each), mean=mean
-                )
+                is_mean = each.power == 1 and len(value.sums) == 1 and each.plain
+                others = tuple(other for other in value.sums if other is not each)
+                return replace(value, sums=others, mean=(each.of, each.axes) if is_mean else None)
         return replace(value, scales=(*value.scales, scale), mean=None)
 
     def _note(self, total: Sum, scale: Scale) -> bool:
-        """Tell whether a factor is the count of a sum, to the power that makes it a mean; note what its number becomes."""
-        full, now = (
-            math.prod(axis.size for axis in total.axes),
-            math.prod(map(self.kept.size, total.axes)),
-        )
+        """Return whether a number makes a mean of a sum, and note what it becomes.
+
+        It does if it is the count of the sum's terms to the opposite power of the sum; or the count
+        less one, if the mean was subtracted before (an unbiased variance).
+        """
+        full = math.prod(axis.size for axis in total.axes)
+        now = math.prod(map(self.kept.size, total.axes))
         power = float(-total.power / scale.power)  # of the count, in the number
-        for less in (0, 1) if total.centred else (0,):
+        for less in (0, 1) if total.centered else (0,):
             if full > less and close(scale.number, power_of(full - less, power)):
                 if now != full:
                     count = Count(scale.which, power_of(now - less, power), total.plain, total.axes)
@@ -345,22 +362,15 @@ class Follower:
             case Call(body, shards):
                 if shards is None:
                     return inside(body, args)
-                pieces = [
-                    _recut(a, var.aval) for a, var in zip(args, body.jaxpr.invars, strict=True)
-                ]
-                return [
-                    _recut(a, var.aval)
-                    for a, var in zip(inside(body, pieces), eqn.outvars, strict=True)
-                ]
+                results = inside(body, _resharded(args, body.jaxpr.invars))
+                return _resharded(results, eqn.outvars)
             case Scan() as scan:
                 start = scan.consts + scan.carry
                 slices = [Known(x.dims and x.dims[1:]) for x in args[start:]]
                 carried = [Known(x.dims) for x in args[scan.consts : start]]
                 results = inside(scan.body, [*args[: scan.consts], *carried, *slices])
-                stacked = [
-                    Known(y.dims and (Leaf(scan.length, -1), *y.dims))
-                    for y in results[scan.carry :]
-                ]
+                length = Leaf(scan.length, -1)
+                stacked = [Known(y.dims and (length, *y.dims)) for y in results[scan.carry :]]
                 return [*map(_either, carried, results[: scan.carry]), *stacked]
             case While() as loop:
                 start = loop.condition_consts + loop.body_consts
@@ -382,19 +392,22 @@ def _either(a: Known, b: Known) -> Known:
     return Known(b.dims if a.dims is None else a.dims)
 
 
-def _recut(a: Known, aval: Any) -> Known:
-    """Return the axes of a device's piece, or of the whole; those that are cut are frozen and need no identity."""
-    if a.dims is None:
+def _resharded(values: Sequence[Known], variables: Sequence[Any]) -> list[Known]:
+    """Return the axes of devices' shards, or of whole arrays again.
+
+    Sharded axes are frozen and cannot be shortened, so that any leaf will do for them.
+    """
+    return [_reshard(value, var.aval) for value, var in zip(values, variables, strict=True)]
+
+
+def _reshard(value: Known, aval: Any) -> Known:
+    if value.dims is None:
         return Known()
-    return Known(
-        tuple(
-            axis if axis.size == n else Leaf(n, -1)
-            for axis, n in zip(a.dims, aval.shape, strict=True)
-        )
-    )
+    sizes = zip(value.dims, aval.shape, strict=True)
+    return Known(tuple(axis if axis.size == n else Leaf(n, -1) for axis, n in sizes))
 
 
-def counted(kept: Kept, count: Count) -> Iterator[Leaf]:
-    """Yield the leaves that a count is of and that get shorter."""
+def counted(kept: KeptCoordinates, count: Count) -> Iterator[Leaf]:
+    """Yield the leaves of the counted axes that are shortened."""
     for axis in count.axes:
         yield from (leaf for leaf in kept.axes.leaves(axis) if leaf in kept.indices)

@@ -1,11 +1,16 @@
-"""`resize`: run a function with shorter parameters, whatever shapes are written down inside it."""
+"""`resize`: run a function with shorter parameters, whatever shapes are written down inside it.
+
+`Plan` runs the function's jaxpr with every equation resized. `resized_numbers` lists which numbers
+in it (the n of a mean) follow the new width, and why.
+"""
 
 import copy
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,175 +37,396 @@ from compress_jax.trace._jaxpr.primitives import (
 )
 from compress_jax.trace._jaxpr.site import Position, Shape
 from compress_jax.trace._resize.counts import Count, Followed, Follower, Known, counted
-from compress_jax.trace._resize.widths import Kept, cut, differences, leaves_of, own_width, resized
+from compress_jax.trace._resize.widths import (
+    KeptCoordinates,
+    differences,
+    leaves_of,
+    own_width,
+    resized,
+    sliced,
+)
 
-Body = Callable[..., tuple[list[Any], dict[str, Any]]]
+T = TypeVar("T")
+Values = list[jax.Array]  # the operands or the results of an equation, traced or not
+Body = Callable[..., tuple[Values, dict[str, Any]]]  # (*operands) -> (results, {})
+KeptByGroup = Mapping[str, Sequence[int] | np.ndarray]  # coordinates to keep, by name of a group
+Numbers = Mapping[str, bool]  # whether numbers follow the width, by globs over their names
+CODE = "as in the same code at the new width"
+MEAN = (
+    "it makes a mean of a sum over {}; the code does not run at the new width, so this is by its "
+    "value"
+)
+SCALE = "it may be a scale: it multiplies a sum of products over {}, not a mean"
+GIVEN = "as given by numbers="
 
-# Custom rules for derivatives on shorter values: the author's rule is traced, walked over and
-# resized as the function is.
+
+class Number(NamedTuple):
+    """A number in a computation whose axes are shortened.
+
+    Attributes:
+      name: its scope and its operation, numbered where there are several: ``"block/norm/div"``,
+        ``"mul#2"``.
+      old: its value at the old width.
+      new: its value at the new width.
+      follows: whether the two may differ.
+      counts: names of the groups that it counts or seems to count; empty if only the code shows
+        that it depends on a width.
+      reason: why it follows or stays.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> print(cj.trace.Number("div", 4.0, 2.0, True, ("a:1",), "it makes a mean"))
+      div: 4 -> 2 (it makes a mean)
+    """
+
+    name: str
+    old: float
+    new: float
+    follows: bool
+    counts: tuple[str, ...]
+    reason: str
+
+    def __str__(self) -> str:
+        """Return a line of text."""
+        if self.follows:
+            return f"{self.name}: {self.old:.6g} -> {self.new:.6g} ({self.reason})"
+        counts = ", ".join(self.counts)
+        return (
+            f"{self.name}: {self.old:.6g} stays, though it looks like a count of {counts} "
+            f"({self.reason})"
+        )
 
 
-def custom_jvp(
-    plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: Position
-) -> list[Any]:
-    """Run a shorter body under the shorter tangent rule.
+def resize(
+    fn: ModelFn,
+    variables: Variables,
+    groups: Groups,
+    kept: KeptByGroup,
+    numbers: Numbers | None = None,
+) -> ModelFn:
+    r"""Return ``fn`` for variables that hold only some coordinates of some groups.
+
+    ``fn`` is traced for variables of the old shapes, and every equation is run with the shapes,
+    limits, slice sizes and group counts of the new ones; loops, branches, calls and custom
+    derivative rules are rebuilt around it. So shapes that the model has written down do not matter,
+    and none of its code is changed. Constants are equal along every axis that is shortened: other
+    axes are frozen.
+
+    Which numbers count a shortened axis (the n of a mean), and which only look like it? If ``fn``
+    itself takes the shorter variables and does the same, equation for equation, then its own code
+    at the new width is run and decides. If not (a module with its widths written down), a number
+    becomes the new count if by its value it makes a mean of a sum over a shortened axis:
+    :math:`n^{-p}` times the p-th power of a sum over n terms (means, variances, norms, products
+    with ones). Every other number stays, the scale of attention's scores too. `resized_numbers`
+    lists them all; ``numbers`` overrules.
+
+    The gradient of a mean divides by a count as well, but without a sum next to it: first resize a
+    function, then differentiate it, not the reverse.
 
     Args:
-      plan: how to run what is around.
-      eqn: the call.
-      args: its operands, shorter.
-      body: its shorter body.
-      position: of the equation.
+      fn: a pure function of ``(variables, *inputs)``.
+      variables: tree of arrays or ``ShapeDtypeStruct``, of the old shapes.
+      groups: what `compress_jax.trace.groups` found in ``fn``.
+      kept: by name of a group the coordinates to keep, in any order (they stay in their old order);
+        other groups stay whole.
+      numbers: ``{glob over names of numbers: whether they follow the width}``, first match wins;
+        numbers that match no glob are decided as above.
 
     Returns:
-      The results.
+      ``smaller(smaller variables, *inputs)``, compiled, for inputs of any shapes that ``fn`` takes;
+      for the variables see `Groups.keep`.
+
+    Raises:
+      NoMatchError: if there is no group of a name.
+      ShapeError: if a coordinate is not one of the group's or none is kept; and, when the result is
+        called, if the variables do not have the new shapes, or if the axes cannot be shortened for
+        inputs of these shapes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> params = {"a": jnp.array([[1.0, 2.0, 3.0, 4.0]]), "b": jnp.ones((4, 1))}
+      >>> def fn(params, x):
+      ...     x = (x @ params["a"]).reshape(-1, 2, 2)
+      ...     return (x - x.mean((1, 2), keepdims=True)).reshape(-1, 4) ** 2 @ params["b"]
+      >>> found = cj.trace.groups(fn, params, jnp.ones((1, 1)))
+      >>> [(group.name, group.size) for group in found]
+      [('a:1', 2), ('a:1#2', 2)]
+      >>> kept = {"a:1": [0]}
+      >>> smaller = cj.trace.resize(fn, params, found, kept)
+      >>> smaller(found.keep(params, kept), jnp.ones((1, 1)))  # 1 and 2 less their mean, squared
+      Array([[0.5]], dtype=float32)
     """
-    run, consts = _closed(body, args)
+    work = _Work.of(fn, variables, groups, kept, numbers)
 
-    @jax.custom_jvp
-    def function(consts: Any, args: Any) -> list[Any]:
-        return run(consts, args)
+    def smaller(variables: Variables, *inputs: PyTree) -> PyTree:
+        leaves = flatten(variables)[0]
+        work.check(leaves)
+        flat = [*leaves.values(), *jax.tree.leaves(inputs)]
+        analysis, plan, code, _ = work.plan(variables, inputs)
+        if code is None:
+            results = plan.run(analysis.traced.jaxpr, flat)
+        else:
+            results = jaxpr_as_fun(code)(*flat)
+        outputs, rebuild_output = flatten(analysis.traced.out)
+        made = dict(zip(outputs, results, strict=True))
+        for output, path in analysis.state.items():
+            made[output] = sliced(made[output], work.expected[path])
+        return rebuild_output(made)
 
-    @function.defjvp
-    def _(primals: PyTree, tangents: PyTree) -> tuple[list[Any], list[Any]]:
-        results = function(*primals)
-        made = _rule(plan, eqn, position, primals[1], _moving(eqn, tangents[1]), _forward)
-        return results, _at_moving(made, results, lambda x: np.zeros(x.shape, jax.dtypes.float0))
-
-    return function(consts, tuple(args))
-
-
-def custom_vjp(
-    plan: Any, eqn: JaxprEqn, args: list[Any], body: Body, position: Position
-) -> list[Any]:
-    """Run a shorter body under the shorter cotangent rule, which starts from the operands; see `custom_jvp`."""
-    run, consts = _closed(body, args)
-
-    @jax.custom_vjp
-    def function(consts: Any, args: Any) -> list[Any]:
-        return run(consts, args)
-
-    def backward(args: Any, cotangents: list[Any]) -> Any:
-        given = [g for g, var in zip(cotangents, eqn.outvars, strict=True) if _inexact(var.aval)]
-        return None, tuple(
-            _at_moving(_rule(plan, eqn, position, args, given, _backward), args, lambda x: None)
-        )
-
-    function.defvjp(lambda consts, args: (run(consts, args), args), backward)
-    return function(consts, tuple(args))
+    # `own_width` reads this attribute when the result is itself resized.
+    smaller.whole = jax.jit(getattr(fn, "whole", fn), inline=True)
+    return jax.jit(smaller, inline=True)
 
 
-def _closed(body: Body, args: list[Any]) -> tuple[Callable[[Any, Any], list[Any]], list[Any]]:
-    """Make what a body captures its argument: functions with custom rules must not close over values of other traces."""
-    made = jax.make_jaxpr(lambda *a: body(*a)[0])(*args)
-    flat = jaxpr_as_fun(opened(made))
-    return lambda consts, args: list(flat(*consts, *args)), list(made.consts)
+def resized_numbers(
+    fn: ModelFn,
+    variables: Variables,
+    *inputs: PyTree,
+    groups: Groups,
+    kept: KeptByGroup,
+    numbers: Numbers | None = None,
+) -> tuple[Number, ...]:
+    """List the numbers in a function that count what `resize` shortens, or look like it.
 
+    Args:
+      fn: as for `resize`.
+      variables: as for `resize`.
+      inputs: trees of arrays or ``ShapeDtypeStruct``.
+      groups: as for `resize`.
+      kept: as for `resize`.
+      numbers: as for `resize`.
 
-def _inexact(x: Any) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.inexact)
+    Returns:
+      The numbers, in the order of the computation, each with its new value and the reason.
 
+    Raises:
+      NoMatchError: if there is no group of a name, or a glob matches no number.
 
-def _moving(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Return what belongs to operands that have derivatives."""
-    return [value for value, var in zip(values, eqn.invars, strict=True) if _inexact(var.aval)]
-
-
-def _at_moving(
-    values: Sequence[Any], like: Sequence[Any], other: Callable[[Any], Any]
-) -> list[Any]:
-    """Put derivatives where they belong, and something else where there are none."""
-    rest = iter(values)
-    return [next(rest) if _inexact(x) else other(x) for x in like]
-
-
-def _function(eqn: JaxprEqn, args: Sequence[Any]) -> Callable[..., list[Any]]:
-    """Return a call as a function of those operands that have derivatives, with those results that do."""
-
-    def function(*moving: Any) -> list[Any]:
-        rest = iter(moving)
-        operands = [
-            next(rest) if _inexact(var.aval) else x for x, var in zip(args, eqn.invars, strict=True)
-        ]
-        return [x for x in evaluate.bind(eqn, operands) if _inexact(x)]
-
-    return function
-
-
-def _forward(eqn: JaxprEqn, args: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
-    return jax.jvp(_function(eqn, args), tuple(_moving(eqn, args)), tuple(tangents))[1]
-
-
-def _backward(eqn: JaxprEqn, args: Sequence[Any], cotangents: Sequence[Any]) -> Any:
-    return list(jax.vjp(_function(eqn, args), *_moving(eqn, args))[1](list(cotangents)))
-
-
-def _rule(
-    plan: Any,
-    eqn: JaxprEqn,
-    position: Position,
-    args: Sequence[Any],
-    given: Sequence[Any],
-    rule: Callable[..., Any],
-) -> list[Any]:
-    """Run a rule on shorter values: ``given`` are tangents of the operands (forward) or cotangents of the results."""
-    old, results = _shapes(eqn.invars), _shapes(eqn.outvars)
-    forward = rule is _forward
-    into = _moving(eqn, old) if forward else list(filter(_inexact, results))
-    made = jax.make_jaxpr(lambda args, given: rule(eqn, args, given))(old, into)
-    walk = Walk(_copied(plan.walk.axes))
-    operand_dims, result_dims = plan.followed.calls[position]
-    dims = [walk.fresh(x) if d is None else d for x, d in zip(old, operand_dims, strict=True)]
-    ends = [walk.fresh(x) if d is None else d for x, d in zip(results, result_dims, strict=True)]
-    moving, inexact = (
-        _moving(eqn, dims),
-        [d for x, d in zip(results, ends, strict=True) if _inexact(x)],
-    )
-    starts = [*dims, *(moving if forward else inexact)]
-    for a, b in zip(interpret(walk, made, starts), inexact if forward else moving, strict=True):
-        walk.join(b, a)
-    indices = _translated(plan.kept, walk.axes, [*dims, *ends], eqn)
-    again = type(plan).of(walk, indices, made, list(map(Known, starts)))
-    return again.run(made, [*args, *given])
-
-
-def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
-    return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables]
-
-
-def _copied(axes: Axes) -> Axes:
-    """Return axes to which more can be added without a trace."""
-    made = copy.copy(axes)
-    made.bound, made.reasons = dict(axes.bound), dict(axes.reasons)
-    return made
-
-
-def _translated(
-    kept: Kept, axes: Axes, values: Sequence[Dims], eqn: JaxprEqn
-) -> dict[Leaf, np.ndarray]:
-    """Return what is kept in terms of axes that a rule has told more about; it must not have taken them apart."""
-    found: dict[Leaf, np.ndarray] = {}
-    for leaf in {
-        leaf
-        for dims in values
-        for axis in dims
-        for leaf in kept.axes.leaves(axis)
-        if leaf in kept.indices
-    }:
-        now, reason = axes.find(leaf), axes.reason(leaf)
-        same = isinstance(now, Leaf) and np.array_equal(
-            found.get(now, kept.indices[leaf]), kept.indices[leaf]
-        )
-        if not (isinstance(now, Leaf) and same) or reason:
-            why = reason or "it is taken apart there"
-            rule = eqn.params.get("name", eqn.primitive.name)
-            raise ShapeError(f"the derivative rule of {rule} cannot be shortened: {why}")
-        found[now] = kept.indices[leaf]
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> params = {"a": jnp.ones((1, 4)), "b": jnp.ones((4, 1))}
+      >>> def fn(params, x):
+      ...     h = x @ params["a"]
+      ...     return (h - h.mean(1, keepdims=True)) @ params["b"] + 0.25 * h.sum(1, keepdims=True)
+      >>> found = cj.trace.groups(fn, params, jnp.ones((1, 1)))
+      >>> for number in cj.trace.resized_numbers(
+      ...     fn, params, jnp.ones((1, 1)), groups=found, kept={"a:1": [0, 1]}
+      ... ):
+      ...     print(number)
+      div: 4 -> 2 (as in the same code at the new width)
+      mul: 0.25 stays, though it looks like a count of a:1 (as in the same code at the new width)
+    """
+    work = _Work.of(fn, variables, groups, kept, numbers)
+    smaller = jax.eval_shape(lambda v: groups.keep(v, work.kept), work.full)
+    found = work.plan(smaller, inputs)[3]
+    for pattern in numbers or {}:
+        if not any(matches(pattern, number.name) for number in found):
+            listing = "\n  ".join(map(str, found)) or "(none)"
+            raise NoMatchError(
+                f"numbers: {pattern!r} matches no number that may count a width. They are:\n  "
+                f"{listing}"
+            )
     return found
 
 
-# Run a jaxpr on shorter values: each equation with its own parameters resized, each nested one
-# built again around that.
+@dataclass(frozen=True)
+class _Work:
+    """The arguments of `resize`, with the shapes before and after.
+
+    Attributes:
+      fn: the function.
+      full: the variables before, as shapes.
+      expected: by path, the shapes after.
+      groups: of the function.
+      kept: by name of a group, the coordinates to keep, ascending.
+      numbers: see `resize`.
+    """
+
+    fn: ModelFn
+    full: Variables
+    expected: dict[str, Shape]
+    groups: Groups
+    kept: Mapping[str, np.ndarray]
+    numbers: Numbers
+
+    @classmethod
+    def of(
+        cls,
+        fn: ModelFn,
+        variables: Variables,
+        groups: Groups,
+        kept: KeptByGroup,
+        numbers: Numbers | None,
+    ) -> "_Work":
+        full = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), variables
+        )
+        indices = {
+            name: np.unique(np.asarray(list(coordinates), int))
+            for name, coordinates in kept.items()
+        }
+        short = flatten(jax.eval_shape(lambda v: groups.keep(v, indices), full))[0]
+        expected = {path: x.shape for path, x in short.items()}
+        return cls(fn, full, expected, groups, indices, numbers or {})
+
+    def check(self, leaves: Leaves) -> None:
+        """Raise a ShapeError if variables do not have the shapes after."""
+        if leaves.keys() != self.expected.keys():
+            odd = sorted(leaves.keys() ^ self.expected.keys())
+            raise ShapeError(
+                f"these variables are not the resized ones: {', '.join(odd)} is only in one of the "
+                "two"
+            )
+        for path, x in leaves.items():
+            if np.shape(x) != self.expected[path]:
+                raise ShapeError(
+                    f"{path!r} has shape {np.shape(x)}, but the coordinates to keep give it shape "
+                    f"{self.expected[path]}"
+                )
+
+    def plan(
+        self, variables: Variables, inputs: Sequence[PyTree]
+    ) -> "tuple[Analysis, Plan, ClosedJaxpr | None, tuple[Number, ...]]":
+        """Decide how to run the function for shorter variables.
+
+        Returns:
+          The analysis at the old width, the plan, the jaxpr of the function's own code if that is
+          what is to be run, and the numbers.
+        """
+        leaves = flatten(variables)[0]
+        old, rebuild = flatten(self.full)
+        full = {path: jax.ShapeDtypeStruct(old[path].shape, x.dtype) for path, x in leaves.items()}
+        analysis = analyze(self.fn, rebuild(full), *inputs)
+        indices = _indices(analysis, self.groups, self.kept)
+        plan = Plan.of(analysis.walk, indices, analysis.traced.jaxpr, _known(analysis))
+        code = own_width(self.fn, analysis, plan.kept, variables, inputs) if indices else None
+        found, changed, differ = decided(analysis, plan, code, self.groups, self.numbers)
+        return analysis, replace(plan, numbers=changed), None if differ else code, found
+
+
+def _known(analysis: Analysis) -> list[Known]:
+    """Return what is known of a trace's inputs: parameters have their axes, data has others."""
+    rest = analysis.traced.jaxpr.jaxpr.invars[len(analysis.params) :]
+    # One label for all of them: data is never shortened, and its axes are not compared.
+    data = [Known(_unshortened(getattr(var.aval, "shape", ()))) for var in rest]
+    return [*map(Known, analysis.params.values()), *data]
+
+
+def _unshortened(shape: Shape) -> Dims:
+    return tuple(Leaf(size, -1) for size in shape)
+
+
+def _indices(
+    analysis: Analysis, groups: Groups, kept: Mapping[str, np.ndarray]
+) -> dict[Leaf, np.ndarray]:
+    """Return the coordinates to keep by leaf; raise a ShapeError if a group cannot be shortened."""
+    found: dict[Leaf, np.ndarray] = {}
+    for name, coordinates in kept.items():
+        leaves = leaves_of(analysis, groups[name])
+        reasons = [reason for leaf in leaves if (reason := analysis.walk.axes.reason(leaf))]
+        if not leaves or reasons:
+            why = reasons[0] if reasons else "its axes are made of other axes"
+            raise ShapeError(
+                f"for inputs of these shapes group {name!r} cannot be shortened: {why}"
+            )
+        found |= dict.fromkeys(leaves, coordinates)
+    return found
+
+
+# The numbers that count what is shortened.
+
+
+def decided(
+    analysis: Analysis, plan: "Plan", code: ClosedJaxpr | None, groups: Groups, given: Numbers
+) -> tuple[tuple[Number, ...], dict[Position, dict[int, float]], bool]:
+    """Decide what numbers become at the new width.
+
+    Args:
+      analysis: of the function at its old width.
+      plan: how it is run, with the counts that were found.
+      code: the jaxpr of its own code at the new width, if that does the same.
+      groups: of its parameters.
+      given: what the user decides, by globs over names.
+
+    Returns:
+      The numbers; what they become, by position and operand; whether that differs from the code.
+    """
+    jaxpr = analysis.traced.jaxpr
+    by_code = {} if code is None else differences(jaxpr, code)
+    before = uniform_operands(jaxpr)
+    counts = plan.followed.counts
+    places = {(at, count.which) for at, count in counts.items()}
+    for at, operands in by_code.items():
+        places |= {(at, which) for which in operands}
+    found = []
+    changed: dict[Position, dict[int, float]] = {}
+    differ = False
+    for (at, which), name in _named(jaxpr, places).items():
+        count = counts.get(at)
+        if count is not None and count.which != which:
+            count = None
+        if code is not None:
+            own = by_code.get(at, {}).get(which)
+        else:
+            own = count.now if count and count.proven else None
+        follows = next((answer for glob, answer in given.items() if matches(glob, name)), None)
+        new = _new(own, count, follows)
+        differ |= new != own
+        old = before[at][which] or 0.0
+        over = () if count is None else _over(analysis, plan, groups, count)
+        reason = _why(count, over) if code is None else CODE
+        if follows is not None:
+            reason = GIVEN
+        found.append(Number(name, old, old if new is None else new, new is not None, over, reason))
+        if new is not None:
+            changed.setdefault(at, {})[which] = new
+    return tuple(found), changed, differ
+
+
+def _new(own: float | None, count: Count | None, follows: bool | None) -> float | None:
+    """Return what a number becomes, or None if it stays; ``follows`` is what the user decides."""
+    if follows is None or (follows and own is not None):
+        return own
+    return count.now if follows and count else None
+
+
+def _why(count: Count | None, over: tuple[str, ...]) -> str:
+    return (MEAN if count and count.proven else SCALE).format(", ".join(over))
+
+
+def _over(analysis: Analysis, plan: "Plan", groups: Groups, count: Count) -> tuple[str, ...]:
+    """Return the names of the groups that a number counts."""
+    axes = set(counted(plan.kept, count))
+    return tuple(group.name for group in groups if axes & set(leaves_of(analysis, group)))
+
+
+def _named(
+    jaxpr: ClosedJaxpr, places: set[tuple[Position, int]]
+) -> dict[tuple[Position, int], str]:
+    """Return a name for each operand, in program order."""
+    uses: Counter[str] = Counter()
+    named = {}
+    for position, eqn in _equations(jaxpr):
+        for which in range(len(eqn.invars)):
+            if (position, which) in places:
+                base = "/".join(filter(None, (str(eqn.source_info.name_stack), eqn.primitive.name)))
+                uses[base] += 1
+                named[position, which] = base if uses[base] == 1 else f"{base}#{uses[base]}"
+    return named
+
+
+def _equations(jaxpr: ClosedJaxpr, position: Position = ()) -> Iterator[tuple[Position, JaxprEqn]]:
+    """Yield the equations of a jaxpr and of those inside it, with their positions."""
+    for index, eqn in enumerate(jaxpr.eqns):
+        at = (*position, index)
+        yield at, eqn
+        for step, body in bodies(nested(eqn)).items():
+            yield from _equations(body, (*at, step))
+
+
+# Running a jaxpr on shorter values.
 
 
 @dataclass(frozen=True)
@@ -209,13 +435,13 @@ class Plan:
 
     Attributes:
       walk: the axes of every value in it.
-      kept: what is left of them.
+      kept: the coordinates of them that remain.
       followed: numbers that look like counts, and the axes of calls.
-      numbers: by position, operands that are numbers and become others: ``{which: number}``.
+      numbers: by position, the new numbers: ``{which operand: number}``.
     """
 
     walk: Walk
-    kept: Kept
+    kept: KeptCoordinates
     followed: Followed
     numbers: Mapping[Position, Mapping[int, float]]
 
@@ -223,20 +449,19 @@ class Plan:
     def of(
         cls, walk: Walk, indices: dict[Leaf, np.ndarray], jaxpr: ClosedJaxpr, args: Sequence[Known]
     ) -> "Plan":
-        """Make the plan of a jaxpr that has been walked over: numbers that make a mean of a sum follow its terms."""
-        kept = Kept(walk.axes, indices)
+        """Return the plan in which exactly those numbers that make a mean of a sum follow."""
+        kept = KeptCoordinates(walk.axes, indices)
         follower = Follower(walk, kept, uniform_operands(jaxpr))
         follower.run(jaxpr, args)
-        counts = follower.noted.counts
-        return cls(
-            walk,
-            kept,
-            follower.noted,
-            {at: {each.which: each.now} for at, each in counts.items() if each.proven},
-        )
+        counts = follower.noted.counts.items()
+        changed = {at: {count.which: count.now} for at, count in counts if count.proven}
+        return cls(walk, kept, follower.noted, changed)
 
-    def run(self, jaxpr: ClosedJaxpr, args: Sequence[Any], position: Position = ()) -> list[Any]:
-        """Run the jaxpr, or one inside it, on shorter values; a constant stays whole until an equation takes it."""
+    def run(self, jaxpr: ClosedJaxpr, args: Sequence[jax.Array], position: Position = ()) -> Values:
+        """Run the jaxpr, or one inside it, on shorter values.
+
+        A constant stays whole until an equation takes it and slices it.
+        """
         env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
         env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
 
@@ -248,13 +473,12 @@ class Plan:
                 stack.enter_context(eqn.ctx.manager)
                 if scope := str(eqn.source_info.name_stack):
                     stack.enter_context(jax.named_scope(scope))
-                results = self._equation(
-                    eqn, [read(atom) for atom in eqn.invars], (*position, index)
-                )
+                operands = [read(atom) for atom in eqn.invars]
+                results = self._equation(eqn, operands, (*position, index))
             env |= dict(zip(eqn.outvars, results, strict=True))
         return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
-    def _equation(self, eqn: JaxprEqn, args: list[Any], position: Position) -> list[Any]:
+    def _equation(self, eqn: JaxprEqn, args: Values, position: Position) -> Values:
         def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Body:
             return lambda *operands, given=None: (self.run(jaxpr, operands, (*position, where)), {})
 
@@ -276,418 +500,249 @@ class Plan:
             case While() as loop:
                 return _while(args, loop, body(loop.condition, "cond"), body(loop.body))
             case Branches(bodies):
-                return _branches(
-                    eqn, args, [body(jaxpr, index) for index, jaxpr in enumerate(bodies)]
-                )
-        raise AssertionError(f"{eqn.primitive.name} has no form")
+                branches = [body(jaxpr, index) for index, jaxpr in enumerate(bodies)]
+                return _branches(eqn, args, branches)
+        raise AssertionError(f"{eqn.primitive.name} is not nested")
 
-    def _leaf(self, eqn: JaxprEqn, args: list[Any], position: Position) -> list[Any]:
+    def _leaf(self, eqn: JaxprEqn, args: Values, position: Position) -> Values:
         operands, results = self.walk.values[position]
-        args = [cut(x, self.kept.shape(dims)) for x, dims in zip(args, operands, strict=True)]
+        # Constants are still whole; everything else already has its new shape.
+        args = [sliced(x, self.kept.shape(dims)) for x, dims in zip(args, operands, strict=True)]
         for which, number in self.numbers.get(position, {}).items():
             args[which] = jnp.full_like(args[which], number)
-        params = eqn.primitive.get_bind_params(
-            {**eqn.params, **resized(self.kept, eqn, operands, results)}
-        )
+        changes = resized(self.kept, eqn, operands, results)
+        params = eqn.primitive.get_bind_params({**eqn.params, **changes})
         made = eqn.primitive.bind(*args, **params)
         return list(made) if eqn.primitive.multiple_results else [made]
 
 
-def _scan(eqn: JaxprEqn, args: list[Any], scan: Scan, body: Body) -> list[Any]:
+def _scan(eqn: JaxprEqn, args: Values, scan: Scan, body: Body) -> Values:
     start = scan.consts + scan.carry
-    consts, xs = args[: scan.consts], args[start:]
+    consts = args[: scan.consts]
+    xs = args[start:]
     first = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in xs]
-    carry = _settled(
+    carry = _sliced_carry(
         lambda carry, first: body(*consts, *carry, *first)[0], args[scan.consts : start], first
     )
 
-    def turn(*operands: Any, given: Any = None) -> tuple[list[Any], dict[str, Any]]:
-        return _as_carried(body(*operands)[0], carry), {}
+    def iteration(*operands: jax.Array, given: Any = None) -> tuple[Values, dict[str, Any]]:
+        return _sliced_like(carry, body(*operands)[0]), {}
 
-    return evaluate.scan(eqn, [*consts, *carry, *xs], scan, turn, {})[0]
+    return evaluate.scan(eqn, [*consts, *carry, *xs], scan, iteration, {})[0]
 
 
-def _while(args: list[Any], loop: While, condition: Body, body: Body) -> list[Any]:
+def _while(args: Values, loop: While, condition: Body, body: Body) -> Values:
     split = loop.condition_consts + loop.body_consts
     consts = args[loop.condition_consts : split]
-    carry = _settled(lambda carry, _: body(*consts, *carry)[0], args[split:], [])
+    carry = _sliced_carry(lambda carry, _: body(*consts, *carry)[0], args[split:], [])
 
-    def turn(*operands: Any) -> tuple[list[Any], dict[str, Any]]:
-        return _as_carried(body(*operands)[0], carry), {}
+    def iteration(*operands: jax.Array) -> tuple[Values, dict[str, Any]]:
+        return _sliced_like(carry, body(*operands)[0]), {}
 
-    return evaluate.while_loop(
-        [*args[:split], *carry], loop, condition, turn, lambda old, new: new, False
-    )[0]
+    operands = [*args[:split], *carry]
+    return evaluate.while_loop(operands, loop, condition, iteration, lambda old, new: new, False)[0]
 
 
-def _branches(eqn: JaxprEqn, args: list[Any], bodies: list[Body]) -> list[Any]:
-    """Where one branch returns a constant, which is still whole, the others tell how much of it is left."""
+def _branches(eqn: JaxprEqn, args: Values, bodies: list[Body]) -> Values:
+    """Run branches that return equal shapes: a constant result is sliced as the others are."""
     made = [jax.eval_shape(lambda *a, body=body: body(*a)[0], *args[1:]) for body in bodies]
     least = [min(options, key=lambda x: x.size) for options in zip(*made, strict=True)]
 
     def alike(body: Body) -> Body:
-        return lambda *operands: (_as_carried(body(*operands)[0], least), {})
+        return lambda *operands: (_sliced_like(least, body(*operands)[0]), {})
 
     return evaluate.branches(eqn, args, [alike(body) for body in bodies])[0]
 
 
-def _settled(
-    turn: Callable[[list[Any], list[Any]], list[Any]], carry: list[Any], rest: list[Any]
-) -> list[Any]:
-    """Return what a loop carries, cut as a turn of it leaves it: a constant it starts from is still whole."""
+def _sliced_carry(iteration: Callable[..., Values], carry: Values, rest: Sequence[Any]) -> Values:
+    """Return the initial carry of a loop, sliced to the shapes that an iteration returns.
+
+    A constant that the loop starts from is still whole, and may make other results whole, so this
+    repeats until nothing changes.
+    """
     while True:
-        results = jax.eval_shape(turn, carry, rest)[: len(carry)]
-        shapes = [
-            tuple(map(min, np.shape(x), y.shape)) for x, y in zip(carry, results, strict=True)
-        ]
+        results = jax.eval_shape(iteration, carry, rest)[: len(carry)]
+        pairs = zip(carry, results, strict=True)
+        shapes = [tuple(map(min, np.shape(x), y.shape)) for x, y in pairs]
         if all(np.shape(x) == shape for x, shape in zip(carry, shapes, strict=True)):
             return carry
-        carry = [cut(x, shape) for x, shape in zip(carry, shapes, strict=True)]
+        carry = [sliced(x, shape) for x, shape in zip(carry, shapes, strict=True)]
 
 
-def _as_carried(results: list[Any], like: Sequence[Any]) -> list[Any]:
-    """Cut those of the first results that are constants and still whole."""
-    return [
-        *(cut(x, np.shape(y)) for x, y in zip(results, like, strict=False)),
-        *results[len(like) :],
-    ]
+def _sliced_like(like: Sequence[Any], results: Values) -> Values:
+    """Slice the first results, of which constants are still whole, to given shapes."""
+    first = [sliced(x, np.shape(y)) for x, y in zip(results, like, strict=False)]
+    return [*first, *results[len(like) :]]
 
 
-# What numbers become when the axes that they count, or seem to count, get shorter: decided, and
-# listed with the reason.
+# Custom derivative rules: the author's rule is traced and resized like the function itself.
 
 
-Numbers = Mapping[str, bool]
-CODE = "as in the same code at the new width"
-MEAN = "it makes a mean of a sum over {}; the code does not run at the new width, so this is by its value"
-SCALE = "it may be a scale: it stands beside a product that is summed over {}, not a mean"
-SAID = "as was said"
-
-
-class Number(NamedTuple):
-    """A number in a computation of which an axis was shortened.
-
-    Attributes:
-      name: the scope it stands in and its operation, numbered where there are several:
-        ``"block/norm/div"``, ``"mul#2"``.
-      old: its value at the old width.
-      new: its value now.
-      follows: whether it is another number now.
-      counts: names of the groups that it counts or seems to count; empty if only the code shows
-        that it depends on a width.
-      reason: why.
-    """
-
-    name: str
-    old: float
-    new: float
-    follows: bool
-    counts: tuple[str, ...]
-    reason: str
-
-    def __str__(self) -> str:
-        """Return a line of text."""
-        if self.follows:
-            return f"{self.name}: {self.old:.6g} -> {self.new:.6g} ({self.reason})"
-        return f"{self.name}: {self.old:.6g} stays, though it looks like a count of {', '.join(self.counts)} ({self.reason})"
-
-
-def decided(
-    analysis: Analysis, plan: Plan, code: ClosedJaxpr | None, groups: Groups, said: Numbers
-) -> tuple[tuple[Number, ...], dict[Position, dict[int, float]], bool]:
-    """Decide what becomes of numbers.
+def custom_jvp(plan: Plan, eqn: JaxprEqn, args: Values, body: Body, position: Position) -> Values:
+    """Run a shorter body under the shorter tangent rule.
 
     Args:
-      analysis: of the function at its old width.
-      plan: how it is run, with the counts that were noted.
-      code: the jaxpr of its own code at the new width, if that does the same.
-      groups: of its parameters.
-      said: what the user says, by globs over names.
+      plan: how the surrounding jaxpr is run.
+      eqn: the call.
+      args: its operands, shorter.
+      body: its shorter body.
+      position: of the equation.
 
     Returns:
-      The numbers; what they become, by position and operand; whether that differs from the code.
+      The results.
     """
-    jaxpr = analysis.traced.jaxpr
-    by_code = {} if code is None else differences(jaxpr, code)
-    before, counts = uniform_operands(jaxpr), plan.followed.counts
-    places = {(at, which) for at, each in by_code.items() for which in each} | {
-        (at, c.which) for at, c in counts.items()
-    }
-    named = _named(jaxpr, places)
-    found, changed, differ = [], {}, False
-    for (at, which), name in named.items():
-        old, count = before[at][which] or 0.0, counts.get(at)
-        count = count if count is not None and count.which == which else None
-        own = (
-            by_code.get(at, {}).get(which)
-            if code is not None
-            else count.now
-            if count and count.proven
-            else None
-        )
-        follows = next((answer for glob, answer in said.items() if matches(glob, name)), None)
-        new = own if follows is None else _new(own, count) if follows else None
-        over = () if count is None else _over(analysis, plan, groups, count)
-        reason = SAID if follows is not None else CODE if code is not None else _why(count, over)
-        found.append(Number(name, old, old if new is None else new, new is not None, over, reason))
-        differ |= new != own
-        if new is not None:
-            changed.setdefault(at, {})[which] = new
-    return tuple(found), changed, differ
+    run, consts = _closed(body, args)
+
+    @jax.custom_jvp
+    def function(consts: Sequence[jax.Array], args: Sequence[jax.Array]) -> Values:
+        return run(consts, args)
+
+    @function.defjvp
+    def _(primals: PyTree, tangents: PyTree) -> tuple[Values, Values]:
+        results = function(*primals)
+        made = _rule(plan, eqn, position, primals[1], _moving(eqn, tangents[1]), _forward)
+        return results, _at_moving(made, results, lambda x: np.zeros(x.shape, jax.dtypes.float0))
+
+    return function(consts, tuple(args))
 
 
-def _new(own: float | None, count: Count | None) -> float | None:
-    return own if own is not None else count and count.now
+def custom_vjp(plan: Plan, eqn: JaxprEqn, args: Values, body: Body, position: Position) -> Values:
+    """Run a shorter body under the shorter cotangent rule, with the operands as residuals.
 
-
-def _why(count: Count | None, over: tuple[str, ...]) -> str:
-    return (MEAN if count and count.proven else SCALE).format(", ".join(over))
-
-
-def _over(analysis: Analysis, plan: Plan, groups: Groups, count: Count) -> tuple[str, ...]:
-    """Return the names of the groups that a number counts."""
-    axes = set(counted(plan.kept, count))
-    return tuple(group.name for group in groups if axes & set(leaves_of(analysis, group)))
-
-
-def _named(
-    jaxpr: ClosedJaxpr, places: set[tuple[Position, int]]
-) -> dict[tuple[Position, int], str]:
-    """Return a name for each operand, in program order."""
-    seen: Counter[str] = Counter()
-    named = {}
-    for position, eqn in _equations(jaxpr):
-        for which in range(len(eqn.invars)):
-            if (position, which) in places:
-                base = "/".join(filter(None, (str(eqn.source_info.name_stack), eqn.primitive.name)))
-                seen[base] += 1
-                named[position, which] = base if seen[base] == 1 else f"{base}#{seen[base]}"
-    return named
-
-
-def _equations(jaxpr: ClosedJaxpr, position: Position = ()) -> Iterator[tuple[Position, JaxprEqn]]:
-    for index, eqn in enumerate(jaxpr.eqns):
-        at = (*position, index)
-        yield at, eqn
-        for step, body in bodies(nested(eqn)).items():
-            yield from _equations(body, (*at, step))
-
-
-KeptByGroup = Mapping[str, Sequence[int] | np.ndarray]
-
-
-def resize(
-    fn: ModelFn,
-    variables: Variables,
-    groups: Groups,
-    kept: KeptByGroup,
-    numbers: Numbers | None = None,
-) -> Callable[..., Any]:
-    r"""Return the function that ``fn`` is when only some coordinates of some groups are left.
-
-    ``fn`` is traced for variables of the old shapes, and every equation is run with shapes, limits,
-    slices and counts of groups as they are on what is left; loops, branches, calls and rules for
-    derivatives are built again around it. So it does not matter which shapes the model has written
-    down, and none of its code is changed. Constants must be the same along what is shortened, or it
-    would be frozen.
-
-    Which numbers count what gets shorter (the n of a mean), and which only look like it? Where
-    ``fn`` itself takes the shorter variables and does the same, equation for equation, it says so
-    itself, and it is what is run: the same code at the new width. Where it does not (a module with
-    its widths written down), a number becomes the new count if it makes a mean of a sum over a
-    shortened axis, by its value: :math:`n^{-p}` on the p-th power of a sum over n terms (means,
-    variances, norms, sums by ones); every other number stays, that of attention's scores among
-    them. `resized_numbers` lists them all; ``numbers`` overrules.
-
-    The gradient of a mean divides too, but where no sum shows it: shrink a function, then
-    differentiate, not the reverse.
-
-    Args:
-      fn: a pure function of ``(variables, *inputs)``.
-      variables: tree of arrays or ``ShapeDtypeStruct``, of the old shapes.
-      groups: what `compress_jax.trace.groups` found in ``fn``.
-      kept: by name of a group the coordinates to keep, in any order (their old order stays); others
-        stay whole.
-      numbers: ``{glob over names of numbers: whether they follow the width}``, first match wins;
-        others as above.
-
-    Returns:
-      ``smaller(smaller variables, *inputs)``, compiled, for inputs of any shapes that ``fn`` takes;
-      for the variables see `Groups.keep`.
-
-    Raises:
-      NoMatchError: if there is no group of a name.
-      ShapeError: if a coordinate is not one of the group's or none is kept; and, when it is called,
-        if the variables do not have the shapes of what is kept, or if with inputs of these shapes
-        the axes cannot be shortened.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from compress_jax.trace._groups.groups import groups
-      >>> params = {"a": jnp.array([[1.0, 2.0, 3.0, 4.0]]), "b": jnp.ones((4, 1))}
-      >>> def fn(params, x):
-      ...     x = (x @ params["a"]).reshape(-1, 2, 2)
-      ...     return (x - x.mean((1, 2), keepdims=True)).reshape(-1, 4) ** 2 @ params["b"]
-      >>> found = groups(fn, params, jnp.ones((1, 1)))
-      >>> [(group.name, group.size) for group in found]
-      [('a:1', 2), ('a:1#2', 2)]
-      >>> left = {"a:1": [0]}
-      >>> resize(fn, params, found, left)(found.keep(params, left), jnp.ones((1, 1)))  # 1 and 2 less their mean, squared
-      Array([[0.5]], dtype=float32)
+    Arguments are those of `custom_jvp`.
     """
-    work = _Work.of(fn, variables, groups, kept, numbers)
+    run, consts = _closed(body, args)
 
-    def smaller(variables: Variables, *inputs: PyTree) -> Any:
-        leaves = flatten(variables)[0]
-        work.check(leaves)
-        flat = [*leaves.values(), *jax.tree.leaves(inputs)]
-        analysis, plan, code, _ = work.plan(variables, inputs)
-        results = (
-            plan.run(analysis.traced.jaxpr, flat) if code is None else jaxpr_as_fun(code)(*flat)
-        )
-        outputs, rebuild_output = flatten(analysis.traced.out)
-        made = dict(zip(outputs, results, strict=True))
-        return rebuild_output(
-            made
-            | {out: cut(made[out], work.expected[path]) for out, path in analysis.state.items()}
-        )
+    @jax.custom_vjp
+    def function(consts: Sequence[jax.Array], args: Sequence[jax.Array]) -> Values:
+        return run(consts, args)
 
-    smaller.whole = jax.jit(
-        getattr(fn, "whole", fn), inline=True
-    )  # for the next time: see `own_width`
-    return jax.jit(smaller, inline=True)
+    def backward(
+        args: Sequence[jax.Array], cotangents: Values
+    ) -> tuple[None, tuple[jax.Array | None, ...]]:
+        given = [g for g, var in zip(cotangents, eqn.outvars, strict=True) if _inexact(var.aval)]
+        made = _rule(plan, eqn, position, args, given, _backward)
+        return None, tuple(_at_moving(made, args, lambda x: None))
+
+    function.defvjp(lambda consts, args: (run(consts, args), args), backward)
+    return function(consts, tuple(args))
 
 
-def resized_numbers(
-    fn: ModelFn,
-    variables: Variables,
-    *inputs: PyTree,
-    groups: Groups,
-    kept: KeptByGroup,
-    numbers: Numbers | None = None,
-) -> tuple[Number, ...]:
-    """List the numbers in a function that count, or look as if they counted, what `resize` shortens, and what they become.
+def _closed(body: Body, args: Values) -> tuple[Callable[..., Values], Values]:
+    """Return a body as a function of what it captures, and the captured values.
 
-    Args:
-      fn: as for `resize`.
-      variables: as for `resize`.
-      inputs: trees of arrays or ``ShapeDtypeStruct``.
-      groups: as for `resize`.
-      kept: as for `resize`.
-      numbers: as for `resize`.
-
-    Returns:
-      The numbers, in the order of the computation.
-
-    Raises:
-      NoMatchError: if there is no group of a name, or a glob matches no number.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from compress_jax.trace._groups.groups import groups
-      >>> params = {"a": jnp.ones((1, 4)), "b": jnp.ones((4, 1))}
-      >>> def fn(params, x):
-      ...     h = x @ params["a"]
-      ...     return (h - h.mean(1, keepdims=True)) @ params["b"] + 0.25 * h.sum(1, keepdims=True)
-      >>> found = groups(fn, params, jnp.ones((1, 1)))
-      >>> for number in resized_numbers(fn, params, jnp.ones((1, 1)), groups=found, kept={"a:1": [0, 1]}):
-      ...     print(number)
-      div: 4 -> 2 (as in the same code at the new width)
-      mul: 0.25 stays, though it looks like a count of a:1 (as in the same code at the new width)
+    Functions with custom rules must not close over values of other traces.
     """
-    work = _Work.of(fn, variables, groups, kept, numbers)
-    smaller = jax.eval_shape(lambda v: groups.keep(v, work.kept), work.full)
-    found = work.plan(smaller, inputs)[3]
-    for pattern in numbers or {}:
-        if not any(matches(pattern, number.name) for number in found):
-            listing = "\n  ".join(map(str, found)) or "(none)"
-            raise NoMatchError(
-                f"numbers: {pattern!r} matches no number that may count a width. They are:\n  "
-                f"{listing}"
-            )
-    return found
+    made = jax.make_jaxpr(lambda *a: body(*a)[0])(*args)
+    flat = jaxpr_as_fun(opened(made))
+    return lambda consts, args: list(flat(*consts, *args)), list(made.consts)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """What is to be done, whatever the inputs: the arguments of `resize`, with the shapes before and after."""
-
-    fn: ModelFn
-    full: Any
-    expected: dict[str, Shape]
-    groups: Groups
-    kept: Mapping[str, np.ndarray]
-    numbers: Numbers
-
-    @classmethod
-    def of(
-        cls,
-        fn: ModelFn,
-        variables: Variables,
-        groups: Groups,
-        kept: KeptByGroup,
-        numbers: Numbers | None,
-    ) -> "_Work":
-        full = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.numpy.result_type(x)), variables
-        )
-        left = {
-            name: np.unique(np.asarray(list(coordinates), int))
-            for name, coordinates in kept.items()
-        }
-        short = flatten(jax.eval_shape(lambda v: groups.keep(v, left), full))[0]
-        return cls(
-            fn, full, {path: x.shape for path, x in short.items()}, groups, left, numbers or {}
-        )
-
-    def check(self, leaves: Leaves) -> None:
-        if leaves.keys() != self.expected.keys():
-            odd = sorted(leaves.keys() ^ self.expected.keys())
-            raise ShapeError(
-                f"these variables are not those shortened: {', '.join(odd)} is only in one of the "
-                "two"
-            )
-        for path, x in leaves.items():
-            if np.shape(x) != self.expected[path]:
-                raise ShapeError(
-                    f"{path!r} has shape {np.shape(x)}, but what is kept of it has shape "
-                    f"{self.expected[path]}"
-                )
-
-    def plan(
-        self, variables: Variables, inputs: Sequence[Any]
-    ) -> tuple[Analysis, Plan, ClosedJaxpr | None, tuple[Number, ...]]:
-        """Return the analysis at the old width, the plan, the jaxpr of the function's own code if it does, the numbers."""
-        leaves, (old, rebuilt) = flatten(variables)[0], flatten(self.full)
-        wide = rebuilt(
-            {path: jax.ShapeDtypeStruct(old[path].shape, x.dtype) for path, x in leaves.items()}
-        )
-        analysis = analyze(self.fn, wide, *inputs)
-        indices = _indices(analysis, self.groups, self.kept)
-        plan = Plan.of(analysis.walk, indices, analysis.traced.jaxpr, _known(analysis))
-        code = own_width(self.fn, analysis, plan.kept, variables, inputs) if indices else None
-        found, changed, differ = decided(analysis, plan, code, self.groups, self.numbers)
-        return analysis, replace(plan, numbers=changed), None if differ else code, found
+def _inexact(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.inexact)
 
 
-def _known(analysis: Analysis) -> list[Known]:
-    """Return the axes of a trace's inputs: parameters have theirs, those of data stay as they are."""
-    rest = analysis.traced.jaxpr.jaxpr.invars[len(analysis.params) :]
-    data = [Known(tuple(Leaf(size, -1) for size in getattr(var.aval, "shape", ()))) for var in rest]
-    return [*map(Known, analysis.params.values()), *data]
+def _moving(eqn: JaxprEqn, values: Sequence[T]) -> list[T]:
+    """Return what belongs to operands that have derivatives."""
+    return [value for value, var in zip(values, eqn.invars, strict=True) if _inexact(var.aval)]
 
 
-def _indices(
-    analysis: Analysis, groups: Groups, kept: Mapping[str, np.ndarray]
+def _at_moving(
+    values: Sequence[Any], like: Sequence[jax.Array], other: Callable[[jax.Array], Any]
+) -> list[Any]:
+    """Put derivatives in the places of inexact values, and ``other`` in those of integers."""
+    rest = iter(values)
+    return [next(rest) if _inexact(x) else other(x) for x in like]
+
+
+def _function(eqn: JaxprEqn, args: Sequence[jax.Array]) -> Callable[..., Values]:
+    """Return a call as a function from its inexact operands to its inexact results."""
+
+    def function(*moving: jax.Array) -> Values:
+        rest = iter(moving)
+        pairs = zip(args, eqn.invars, strict=True)
+        operands = [next(rest) if _inexact(var.aval) else x for x, var in pairs]
+        return [x for x in evaluate.bind(eqn, operands) if _inexact(x)]
+
+    return function
+
+
+def _forward(eqn: JaxprEqn, args: Sequence[jax.Array], tangents: Sequence[jax.Array]) -> Values:
+    return jax.jvp(_function(eqn, args), tuple(_moving(eqn, args)), tuple(tangents))[1]
+
+
+def _backward(eqn: JaxprEqn, args: Sequence[jax.Array], cotangents: Sequence[jax.Array]) -> Values:
+    return list(jax.vjp(_function(eqn, args), *_moving(eqn, args))[1](list(cotangents)))
+
+
+def _rule(
+    plan: Plan,
+    eqn: JaxprEqn,
+    position: Position,
+    args: Sequence[jax.Array],
+    given: Sequence[jax.Array],
+    rule: Callable[..., Values],
+) -> Values:
+    """Run a rule on shorter values.
+
+    The rule is traced on the old shapes, its axes are unified with those of the call, and it is run
+    under a plan of its own. ``given`` are the tangents of the operands (`_forward`) or the
+    cotangents of the results (`_backward`).
+    """
+    old = _shapes(eqn.invars)
+    results = _shapes(eqn.outvars)
+    forward = rule is _forward
+    into = _moving(eqn, old) if forward else list(filter(_inexact, results))
+    made = jax.make_jaxpr(lambda args, given: rule(eqn, args, given))(old, into)
+    # The rule's axes start as those of the call, in a copy: what the rule unifies or freezes must
+    # not reach the rest of the function.
+    walk = Walk(_copied(plan.walk.axes))
+    operand_dims, result_dims = plan.followed.calls[position]
+    dims = [walk.fresh(x) if d is None else d for x, d in zip(old, operand_dims, strict=True)]
+    ends = [walk.fresh(x) if d is None else d for x, d in zip(results, result_dims, strict=True)]
+    moving = _moving(eqn, dims)
+    inexact = [d for x, d in zip(results, ends, strict=True) if _inexact(x)]
+    # Derivatives have the axes of their values: tangents in and out (forward), or cotangents.
+    starts = [*dims, *(moving if forward else inexact)]
+    for a, b in zip(interpret(walk, made, starts), inexact if forward else moving, strict=True):
+        walk.join(b, a)
+    indices = _translated(plan.kept, walk.axes, [*dims, *ends], eqn)
+    again = Plan.of(walk, indices, made, list(map(Known, starts)))
+    return again.run(made, [*args, *given])
+
+
+def _shapes(variables: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in variables]
+
+
+def _copied(axes: Axes) -> Axes:
+    """Return a copy of axes, to which facts can be added without changing the original."""
+    made = copy.copy(axes)
+    made.bound = dict(axes.bound)
+    made.reasons = dict(axes.reasons)
+    return made
+
+
+def _translated(
+    kept: KeptCoordinates, axes: Axes, values: Sequence[Dims], eqn: JaxprEqn
 ) -> dict[Leaf, np.ndarray]:
+    """Return the kept coordinates by the leaves of axes that a rule has refined.
+
+    Raises a ShapeError if the rule has frozen or split a leaf that is shortened.
+    """
+    leaves: set[Leaf] = set()
+    for axis in itertools.chain.from_iterable(values):
+        leaves.update(leaf for leaf in kept.axes.leaves(axis) if leaf in kept.indices)
     found: dict[Leaf, np.ndarray] = {}
-    for name, coordinates in kept.items():
-        leaves = leaves_of(analysis, groups[name])
-        reasons = [reason for leaf in leaves if (reason := analysis.walk.axes.reason(leaf))]
-        if not leaves or reasons:
-            why = reasons[0] if reasons else "its axes are made of other parts"
-            raise ShapeError(
-                f"for inputs of these shapes group {name!r} cannot be shortened: {why}"
-            )
-        found |= dict.fromkeys(leaves, coordinates)
+    for leaf in leaves:
+        own = kept.indices[leaf]
+        now = axes.find(leaf)
+        reason = axes.reason(leaf)
+        same = isinstance(now, Leaf) and np.array_equal(found.get(now, own), own)
+        if not same or reason:
+            why = reason or "it is split there"
+            rule = eqn.params.get("name", eqn.primitive.name)
+            raise ShapeError(f"the derivative rule of {rule} cannot be shortened: {why}")
+        assert isinstance(now, Leaf)
+        found[now] = own
     return found

@@ -1,4 +1,9 @@
-"""What is left of axes if only some coordinates of some leaves are kept: their indices and their lengths."""
+"""Axes with some coordinates removed: their indices and sizes, and what changes in equations.
+
+`KeptCoordinates` computes indices and sizes, `resized` the parameters of an equation at the new
+sizes. `own_width` traces a function at the new width and compares it, equation for equation, with
+the old one.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -19,42 +24,43 @@ from compress_jax.trace._jaxpr.site import Position, Shape
 
 
 @dataclass(frozen=True)
-class Kept:
-    """Coordinates that are kept of leaves; leaves that are not listed stay whole.
+class KeptCoordinates:
+    """The coordinates that remain of leaves; leaves that are not listed stay whole.
 
     Attributes:
       axes: what is known about axes.
-      indices: by leaf, none of them bound, the coordinates to keep, ascending.
+      indices: by leaf, none of them bound, the coordinates that remain, ascending.
     """
 
     axes: Axes
     indices: Mapping[Leaf, np.ndarray]
 
     def of(self, axis: Axis) -> np.ndarray:
-        """Return the indices of an axis that are left, ascending.
+        """Return the indices of an axis that remain, ascending.
 
         Example:
+          >>> from compress_jax.trace._groups.axes import product
           >>> axes = Axes()
           >>> rows, columns = axes.leaf(2), axes.leaf(3)
-          >>> from compress_jax.trace._groups.axes import product
-          >>> Kept(axes, {columns: np.array([0, 2])}).of(product([rows, columns])).tolist()
+          >>> kept = KeptCoordinates(axes, {columns: np.array([0, 2])})
+          >>> kept.of(product([rows, columns])).tolist()
           [0, 2, 3, 5]
         """
         axis = self.axes.find(axis)
         if isinstance(axis, Leaf):
             return self.indices.get(axis, np.arange(axis.size))
         if isinstance(axis, Sum):
-            starts = np.cumsum([0, *(part.size for part in axis.parts)])
-            return np.concatenate(
-                [start + self.of(part) for start, part in zip(starts, axis.parts, strict=False)]
-            )
+            starts = np.cumsum([0, *(part.size for part in axis.parts[:-1])])
+            terms = zip(starts, axis.parts, strict=True)
+            return np.concatenate([start + self.of(part) for start, part in terms])
+        # Row-major: index = (index of the slower factors) * size + (index of this factor).
         found = np.zeros(1, int)
         for part in axis.parts:
             found = (found[:, None] * part.size + self.of(part)[None, :]).reshape(-1)
         return found
 
     def size(self, axis: Axis) -> int:
-        """Return how many indices of an axis are left."""
+        """Return how many indices of an axis remain."""
         axis = self.axes.find(axis)
         if isinstance(axis, Leaf):
             return len(self.indices[axis]) if axis in self.indices else axis.size
@@ -62,57 +68,56 @@ class Kept:
         return sum(sizes) if isinstance(axis, Sum) else math.prod(sizes)
 
     def shape(self, dims: Dims) -> Shape:
-        """Return the shape of what is left of a value."""
+        """Return the shape of a value at the new sizes of its axes."""
         return tuple(map(self.size, dims))
 
 
 def leaves_of(analysis: Analysis, group: Group) -> tuple[Leaf, ...]:
-    """Return the leaves that a group is in an analysis, perhaps of the same function for inputs of other shapes.
+    """Return the leaves of a group in an analysis, perhaps for inputs of other shapes.
 
-    They are those whose coordinates along every member's axis are the group's: one, or several
-    where shorter inputs no longer tie all members together.
+    They are the leaves whose coordinates along every member's axis are the group's: one leaf, or
+    several where inputs of these shapes no longer tie all members together.
 
     Args:
       analysis: of the function.
       group: one that `groups` found, for the same parameters.
 
     Returns:
-      The leaves; none if in this analysis the members' axes are made of other parts.
+      The leaves; none if in this analysis the members' axes are made of other axes.
     """
     found: list[Leaf] = []
     for path, axis in group.members:
         along = analysis.walk.axes.coordinates(analysis.params[path][axis])
-        same = [
-            leaf
-            for leaf, place in along.items()
-            if np.array_equal(place, group.coordinates[path, axis])
-        ]
+        expected = group.coordinates[path, axis]
+        same = [leaf for leaf, place in along.items() if np.array_equal(place, expected)]
         if not same:
             return ()
         found += same
     return tuple(dict.fromkeys(found))
 
 
-def cut(x: Any, shape: Shape) -> Any:
-    """Return the first entries along every axis: a constant's, which are all the same along whatever may be shortened."""
+def sliced(x: Any, shape: Shape) -> Any:
+    """Return the first entries along every axis.
+
+    Of a constant any entries would do: they are equal along every axis that can be shortened.
+    """
     return x if np.shape(x) == shape else x[tuple(map(slice, shape))]
 
 
-# What an equation's own parameters become when axes get shorter: shapes, limits, sizes of slices,
-# counts of groups.
-
+# The parameters of equations (shapes, limits, sizes of slices, group counts) at the new sizes.
 
 Changes = dict[str, Any]
-Rule = Callable[
-    [Kept, JaxprEqn, list[Dims], list[Dims]], Changes
-]  # (kept, equation, axes of operands, of results)
+# (kept, equation, axes of operands, axes of results) -> changed parameters
+Rule = Callable[[KeptCoordinates, JaxprEqn, list[Dims], list[Dims]], Changes]
 
 
-def resized(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    """Return those of an equation's parameters that change when axes get shorter.
+def resized(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
+    """Return those parameters of an equation that change with the sizes of axes.
 
     Args:
-      kept: what is left of the axes.
+      kept: the coordinates that remain.
       eqn: an equation that runs nothing inside.
       operands: the axes of its operands.
       results: the axes of its results.
@@ -126,98 +131,111 @@ def resized(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
       >>> axes = Axes()
       >>> channels = axes.leaf(4)
       >>> eqn = jax.make_jaxpr(lambda x: jnp.broadcast_to(x, (2, 4)))(jnp.ones(4)).jaxpr.eqns[0]
-      >>> resized(Kept(axes, {channels: np.array([0, 3])}), eqn, [(channels,)], [(axes.leaf(2), channels)])
+      >>> kept = KeptCoordinates(axes, {channels: np.array([0, 3])})
+      >>> resized(kept, eqn, [(channels,)], [(axes.leaf(2), channels)])
       {'shape': (2, 2)}
     """
     rule = RULES.get(eqn.primitive.name)
     return rule(kept, eqn, operands, results) if rule else {}
 
 
-def _shape(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
+def _shape(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
     return {"shape": kept.shape(results[0])}
 
 
-def _last_axes(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
+def _last_axes(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
     """Random numbers for each key of an array of keys."""
     count = len(eqn.params["shape"])
     return {"shape": kept.shape(results[0])[len(results[0]) - count :]} if count else {}
 
 
-def _reshape(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
+def _reshape(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
     return {"new_sizes": kept.shape(results[0])}
 
 
-def _slice(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    """Count what is left before a limit."""
+def _slice(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
+    """A limit becomes the number of indices that remain before it."""
     p = eqn.params
     strides = p["strides"] or [1] * len(operands[0])
     pieces = zip(
         operands[0], results[0], p["start_indices"], p["limit_indices"], strides, strict=True
     )
     limits = [_limits(kept, *piece) for piece in pieces]
-    return {
-        "start_indices": tuple(start for start, _ in limits),
-        "limit_indices": tuple(limit for _, limit in limits),
-    }
+    starts, ends = zip(*limits, strict=True) if limits else ((), ())
+    return {"start_indices": starts, "limit_indices": ends}
 
 
 def _limits(
-    kept: Kept, axis: Axis, piece: Axis, start: int, limit: int, stride: int
+    kept: KeptCoordinates, axis: Axis, piece: Axis, start: int, limit: int, stride: int
 ) -> tuple[int, int]:
-    """Return the new start and limit; of a strided slice, rows stay whole or go."""
+    """Return the new start and limit; a strided slice's rows remain or go as a whole."""
 
     def before(index: int) -> int:
         return index and int((kept.of(axis) < index).sum())
 
     if stride == 1:
         return before(start), before(limit)
+    # The slice takes index `start - first` of each row; rows keep their length, the stride.
     first, _ = interleaved(start, limit, stride)
     new = before(first) + start - first
     return new, new + (kept.size(piece) - 1) * stride + 1
 
 
-def _split(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
+def _split(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
     return {"sizes": tuple(kept.size(dims[eqn.params["axis"]]) for dims in results)}
 
 
-def _whole(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    """Slices that take an axis whole still do; others are of axes that stay."""
-    pairs = zip(operands[0], eqn.params["slice_sizes"], strict=True)
-    return {
-        "slice_sizes": tuple(kept.size(axis) if axis.size == size else size for axis, size in pairs)
-    }
+def _whole(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
+    """An axis that was taken whole still is; other axes do not change."""
+    sizes = []
+    for axis, size in zip(operands[0], eqn.params["slice_sizes"], strict=True):
+        sizes.append(kept.size(axis) if axis.size == size else size)
+    return {"slice_sizes": tuple(sizes)}
 
 
-def _pad(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    """Padding that a removed channel falls into gets shorter."""
+def _pad(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
+    """Padding may be removed like any other coordinates of the result."""
     config = []
-    for axis, (low, high, interior), out in zip(
+    for axis, padding, out in zip(
         operands[0], eqn.params["padding_config"], results[0], strict=True
     ):
-        if low > 0 or high > 0:
+        low, high, interior = padding
+        if not interior and (low > 0 or high > 0):
             left = kept.of(out)
-            low, high = (
-                (int((left < low).sum()), int((left >= low + axis.size).sum()))
-                if not interior
-                else (low, high)
-            )
+            high = int((left >= low + axis.size).sum())
+            low = int((left < low).sum())
         config.append((low, high, interior))
     return {"padding_config": tuple(config)}
 
 
-def _tile(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    return {
-        "reps": tuple(
-            kept.size(out) // kept.size(axis)
-            for axis, out in zip(operands[0], results[0], strict=True)
-        )
-    }
+def _tile(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
+    pairs = zip(operands[0], results[0], strict=True)
+    return {"reps": tuple(kept.size(out) // kept.size(axis) for axis, out in pairs)}
 
 
-def _convolution(kept: Kept, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]) -> Changes:
-    """As many groups as the image's channels hold those of one kernel."""
+def _convolution(
+    kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
+) -> Changes:
+    """The number of groups is the image's channels over the kernel's."""
     numbers = eqn.params["dimension_numbers"]
-    image, kernel = operands[0][numbers.lhs_spec[1]], operands[1][numbers.rhs_spec[1]]
+    image = operands[0][numbers.lhs_spec[1]]
+    kernel = operands[1][numbers.rhs_spec[1]]
     return {"feature_group_count": kept.size(image) // kept.size(kernel)}
 
 
@@ -239,22 +257,26 @@ RULES: dict[str, Rule] = {
 }
 
 
-# A function at another width: whether its code runs there as it stands, equation for equation, and
-# with which numbers.
-
+# The function's own code at the new width, compared with the old one.
 
 PLAIN = (bool, int, float, str, tuple, np.dtype, type(None))
 
 
 def own_width(
-    fn: ModelFn, analysis: Analysis, kept: Kept, variables: Variables, inputs: Sequence[Any]
+    fn: ModelFn,
+    analysis: Analysis,
+    kept: KeptCoordinates,
+    variables: Variables,
+    inputs: Sequence[Any],
 ) -> ClosedJaxpr | None:
-    """Return the jaxpr of a function for shorter variables, if it is that of the longer ones with shapes as they are kept.
+    """Return the jaxpr of a function's own code for the shorter variables, if it does the same.
+
+    It does if its equations are those for the longer variables, with resized shapes.
 
     Args:
       fn: the function.
       analysis: of it, for the longer variables.
-      kept: what is left of axes.
+      kept: the coordinates that remain.
       variables: the shorter ones.
       inputs: as in the analysis.
 
@@ -264,14 +286,20 @@ def own_width(
     """
     try:
         made = jax.make_jaxpr(getattr(fn, "whole", fn))(variables, *inputs)
-    except Exception:  # whatever a model raises that has its widths written down
+    except Exception:  # whatever a model with its widths written down raises
         return None
-    return made if _Comparison(analysis.walk, kept).alike(analysis.traced.jaxpr, made) else None
+    alike = _Comparison(analysis.walk, kept).alike(analysis.traced.jaxpr, made)
+    return made if alike else None
 
 
 def differences(old: ClosedJaxpr, new: ClosedJaxpr) -> dict[Position, dict[int, float]]:
-    """Return the operands that are one number in both of two jaxprs that are alike, but not the same: the new numbers."""
-    before, after = uniform_operands(old), uniform_operands(new)
+    """Return the numbers that differ between two jaxprs that are otherwise alike.
+
+    Returns:
+      By position, ``{which operand: its number in the new jaxpr}``.
+    """
+    before = uniform_operands(old)
+    after = uniform_operands(new)
     found: dict[Position, dict[int, float]] = {}
     for position, ours in before.items():
         for which, (a, b) in enumerate(zip(ours, after.get(position, ()), strict=False)):
@@ -282,68 +310,54 @@ def differences(old: ClosedJaxpr, new: ClosedJaxpr) -> dict[Position, dict[int, 
 
 @dataclass
 class _Comparison:
-    """Goes through two jaxprs side by side.
+    """Compares two jaxprs equation by equation.
 
     Attributes:
       walk: the axes of every value in the first.
-      kept: what should be left of them in the second.
-      pairs: variables of the first and what they are in the second.
+      kept: the coordinates of them that the second should have.
+      pairs: variables of the first, and their counterparts in the second.
     """
 
     walk: Walk
-    kept: Kept
+    kept: KeptCoordinates
     pairs: dict[Any, Any] = field(default_factory=dict)
 
     def alike(self, old: ClosedJaxpr, new: ClosedJaxpr, position: Position = ()) -> bool:
-        """Tell whether the second is the first at another width."""
+        """Return whether the second jaxpr is the first one at another width."""
         inputs = (old.jaxpr.invars, new.jaxpr.invars)
-        if any(
-            len(a) != len(b)
-            for a, b in (inputs, (old.eqns, new.eqns), (old.jaxpr.outvars, new.jaxpr.outvars))
-        ):
+        outputs = (old.jaxpr.outvars, new.jaxpr.outvars)
+        if any(len(a) != len(b) for a, b in (inputs, outputs, (old.eqns, new.eqns))):
             return False
+        # Variables correspond by their places; every equation adds its results.
         self.pairs |= dict(zip(*inputs, strict=True))
-        constants = dict(
-            zip(
-                (*old.jaxpr.constvars, *new.jaxpr.constvars),
-                (*old.consts, *new.consts),
-                strict=True,
-            )
-        )
-        equations = enumerate(zip(old.eqns, new.eqns, strict=True))
-        return all(
-            self._equations(a, b, (*position, i), constants) for i, (a, b) in equations
-        ) and all(
-            self._atoms(a, b, constants)
-            for a, b in zip(old.jaxpr.outvars, new.jaxpr.outvars, strict=True)
-        )
+        variables = (*old.jaxpr.constvars, *new.jaxpr.constvars)
+        constants = dict(zip(variables, (*old.consts, *new.consts), strict=True))
+        for i, (a, b) in enumerate(zip(old.eqns, new.eqns, strict=True)):
+            if not self._equations(a, b, (*position, i), constants):
+                return False
+        return self._all_atoms(*outputs, constants)
 
     def _equations(
         self, old: JaxprEqn, new: JaxprEqn, position: Position, constants: Mapping[Any, Any]
     ) -> bool:
-        if (
-            old.primitive is not new.primitive
-            or len(old.invars) != len(new.invars)
-            or len(old.outvars) != len(new.outvars)
-        ):
+        if old.primitive is not new.primitive or len(old.outvars) != len(new.outvars):
             return False
-        if not all(
-            self._atoms(a, b, constants) for a, b in zip(old.invars, new.invars, strict=True)
-        ):
+        if not self._all_atoms(old.invars, new.invars, constants):
             return False
         self.pairs |= dict(zip(old.outvars, new.outvars, strict=True))
         if old.primitive.name in PASS_THROUGH:
             return True
-        form, other = nested(old), nested(new)
+        form = nested(old)
+        other = nested(new)
         if form is None or other is None:
             return form is other is None and self._leaf(old, new, position)
-        ours, others = bodies(form), bodies(other)
-        same = ours.keys() == others.keys() and getattr(form, "length", 0) == getattr(
-            other, "length", 0
-        )
-        return same and all(
-            self.alike(body, others[step], (*position, step)) for step, body in ours.items()
-        )
+        ours = bodies(form)
+        others = bodies(other)
+        if ours.keys() != others.keys():
+            return False
+        if getattr(form, "length", 0) != getattr(other, "length", 0):
+            return False
+        return all(self.alike(body, others[step], (*position, step)) for step, body in ours.items())
 
     def _leaf(self, old: JaxprEqn, new: JaxprEqn, position: Position) -> bool:
         operands, results = self.walk.values[position]
@@ -357,17 +371,27 @@ class _Comparison:
             if isinstance(value, PLAIN) and isinstance(new.params.get(key), PLAIN)
         )
 
+    def _all_atoms(
+        self, old: Sequence[Any], new: Sequence[Any], constants: Mapping[Any, Any]
+    ) -> bool:
+        if len(old) != len(new):
+            return False
+        return all(self._atoms(a, b, constants) for a, b in zip(old, new, strict=True))
+
     def _atoms(self, old: Any, new: Any, constants: Mapping[Any, Any]) -> bool:
-        """Tell whether two operands are the same value, or constants that are numbers or the same array."""
-        a, b = (_constant(atom, constants) for atom in (old, new))
+        """Return whether two operands are the same value, two numbers, or the same array."""
+        a = _constant(old, constants)
+        b = _constant(new, constants)
         if a is None or b is None:
             return a is b is None and self.pairs.get(old) is new
+        # Two numbers may differ: `differences` lists them, and `resize` decides.
         if uniform_value(a) is not None and uniform_value(b) is not None:
             return True
-        shapes = np.shape(a), np.shape(b)
-        if len(shapes[0]) != len(shapes[1]) or any(x < y for x, y in zip(*shapes, strict=True)):
+        before = np.shape(a)
+        after = np.shape(b)
+        if len(before) != len(after) or any(x < y for x, y in zip(before, after, strict=True)):
             return False
-        return _equal(cut(a, shapes[1]), b)
+        return _equal(sliced(a, after), b)
 
 
 def _constant(atom: Any, constants: Mapping[Any, Any]) -> Any:
@@ -377,7 +401,9 @@ def _constant(atom: Any, constants: Mapping[Any, Any]) -> Any:
 def _equal(a: Any, b: Any) -> bool:
     if jax.numpy.issubdtype(getattr(a, "dtype", np.float32), jax.dtypes.extended):
         return bool((jax.random.key_data(a) == jax.random.key_data(b)).all())
-    x, y = np.asarray(a), np.asarray(b)
-    return x.shape == y.shape and bool(
-        ((x == y) | ((x != x) & (y != y))).all()
-    )  # NaN is the same as NaN
+    x = np.asarray(a)
+    y = np.asarray(b)
+    if x.shape != y.shape:
+        return False
+    both_nan = (x != x) & (y != y)
+    return bool(((x == y) | both_nan).all())

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError
+from compress_jax.core.exact import Int64, add, choose, widened
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.reducer import (
     Reducer,
@@ -167,39 +168,19 @@ def _reduction(granularity: Granularity) -> Callable[..., jax.Array]:
 SMALLEST = -96
 
 
-class Counts(NamedTuple):
-    """Counts ``upper * 2**32 + lower``: a batch may hold 2**28 activations at one site.
-
-    Attributes:
-      upper: uint32, the upper half of each.
-      lower: uint32, the lower half.
-    """
-
-    upper: jax.Array
-    lower: jax.Array
-
-    def __add__(self, other: "Counts") -> "Counts":  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Return the sum, exactly."""
-        lower = self.lower + other.lower
-        return Counts(self.upper + other.upper + (lower < self.lower).astype(jnp.uint32), lower)
-
-    def to_float(self) -> jax.Array:
-        """Return the nearest float32, up to its last bit; exact below 2**24."""
-        return self.upper.astype(jnp.float32) * 2.0**32 + self.lower.astype(jnp.float32)
-
-
 class Histogram(NamedTuple):
     """How often values fell into each of the bins between ``edges(histogram)``.
 
     Attributes:
-      counts: count of each bin, in ascending order; both halves ``[bins]``.
+      counts: count of each bin, in ascending order, unsigned; both words ``[bins]``. A batch may
+        hold 2**28 activations at one site.
       exponent: int32 e: the bins cover -2**e to 2**e.
       low: smallest value, float32; not finite if any value was not.
       high: largest value.
       count: rows (not values), int32.
     """
 
-    counts: Counts
+    counts: Int64
     exponent: jax.Array
     low: jax.Array
     high: jax.Array
@@ -295,10 +276,10 @@ def magnitudes(histogram: Histogram) -> Histogram:
     """
     half = _bins(histogram) // 2
     # |x|: bin -1-i of x is bin i of the magnitude.
-    above = _map(lambda part: part[..., half:], histogram.counts)
-    below = _map(lambda part: part[..., half - 1 :: -1], histogram.counts)
-    widths = [(0, 0)] * (histogram.counts.lower.ndim - 1) + [(half, 0)]
-    counts = _map(lambda part: jnp.pad(part, widths), above + below)
+    above = histogram.counts.map(lambda word: word[..., half:])
+    below = histogram.counts.map(lambda word: word[..., half - 1 :: -1])
+    widths = [(0, 0)] * (histogram.counts.low.ndim - 1) + [(half, 0)]
+    counts = add(above, below).map(lambda word: jnp.pad(word, widths))
     low = histogram.low
     high = histogram.high
     return histogram._replace(
@@ -358,8 +339,8 @@ def _histogram(table: Table, bins: int) -> Histogram:
         counted &= table.mask
     place = jnp.where(counted, place, bins).astype(jnp.int32)  # `bins` is dropped
     # Not flattened: each device counts its own shard.
-    lower = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
-    return Histogram(Counts(jnp.zeros_like(lower), lower), exponent, low, high, table.count)
+    counts = jnp.zeros(bins, jnp.uint32).at[place].add(jnp.uint32(1), mode="drop")
+    return Histogram(widened(counts), exponent, low, high, table.count)
 
 
 def _exponent(bound: jax.Array) -> jax.Array:
@@ -375,31 +356,30 @@ def _merge(old: Histogram, new: Histogram) -> Histogram:
     second = _folded(new.counts, exponent - new.exponent)
     low = jnp.minimum(old.low, new.low)
     high = jnp.maximum(old.high, new.high)
-    return Histogram(first + second, exponent, low, high, add_counts(old.count, new.count))
+    return Histogram(add(first, second), exponent, low, high, add_counts(old.count, new.count))
 
 
 @jax.jit
-def _folded(counts: Counts, times: jax.Array) -> Counts:
+def _folded(counts: Int64, times: jax.Array) -> Int64:
     """Double the range so many times.
 
     Once all is in the two bins next to zero, further doublings change nothing: the loop's length is
     fixed, and compiled once.
     """
-    bins = counts.lower.shape[-1]
-    ends = [(0, 0)] * (counts.lower.ndim - 1) + [(bins // 4, bins // 4)]
+    bins = counts.low.shape[-1]
+    ends = [(0, 0)] * (counts.low.ndim - 1) + [(bins // 4, bins // 4)]
 
-    def double(i: jax.Array, counts: Counts) -> Counts:
-        even = _map(lambda part: part[..., 0::2], counts)
-        odd = _map(lambda part: part[..., 1::2], counts)
-        halved = _map(lambda part: jnp.pad(part, ends), even + odd)
-        more = i < times[..., None]
-        return jax.tree.map(lambda new, old: jnp.where(more, new, old), halved, counts)
+    def double(i: jax.Array, counts: Int64) -> Int64:
+        even = counts.map(lambda word: word[..., 0::2])
+        odd = counts.map(lambda word: word[..., 1::2])
+        halved = add(even, odd).map(lambda word: jnp.pad(word, ends))
+        return choose(i < times[..., None], halved, counts)
 
     return jax.lax.fori_loop(0, bins.bit_length() - 2, double, counts)
 
 
 def _mirrored(histogram: Histogram) -> Histogram:
-    flipped = _map(lambda part: part[..., ::-1], histogram.counts)
+    flipped = histogram.counts.map(lambda word: word[..., ::-1])
     return histogram._replace(counts=flipped, low=-histogram.high, high=-histogram.low)
 
 
@@ -421,13 +401,9 @@ def _from_bottom(histogram: Histogram, share: float) -> jax.Array:
 
 
 def _bins(histogram: Histogram) -> int:
-    return histogram.counts.lower.shape[-1]
+    return histogram.counts.low.shape[-1]
 
 
 def _bin_exponent(histogram: Histogram) -> jax.Array:
     """Return the exponent of the width of a bin, ``[..., 1]``."""
     return (histogram.exponent - ((_bins(histogram) // 2).bit_length() - 1))[..., None]
-
-
-def _map(fn: Callable[[jax.Array], jax.Array], counts: Counts) -> Counts:
-    return Counts(*map(fn, counts))

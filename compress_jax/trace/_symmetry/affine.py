@@ -1,5 +1,10 @@
-"""A walk over a function that follows what its sites give, and what is made of its parameters, as polynomials of them."""
+"""Scales and shifts of what sites return, as polynomials of the parameters.
 
+`walk` follows the result of every site through elementwise scales and shifts, and notes how every
+such value and every parameter is used: what batch norms can be folded into which kernels.
+"""
+
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,45 +36,41 @@ from compress_jax.trace._symmetry.polynomials import (
     uniform_result,
 )
 
-# Which stored axes of a parameter lie in which axes of a value, exactly: through moves and out of
-# contractions.
-
-
 MOVES = ("transpose", "squeeze", "expand_dims", "broadcast_in_dim", "reshape", "rev")
 
 
 def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
-    """Return where stored axes lie after an equation that moves entries.
+    """Return the stored axes in each axis of the result of an equation that moves entries.
 
     Args:
-      eqn: the equation; of its operand.
+      eqn: the equation.
       dims: for each axis of the operand, the stored axes in it, the slower first; ``~axis`` for one
         that is reversed.
-      stored: shape of what is stored.
+      stored: shape of the stored array.
 
     Returns:
-      The same of the result; None if it is no move, or leaves an axis with a part of a stored one.
+      The same for the result; None if the equation is no move, or splits a stored axis.
     """
     before: Any = eqn.invars[0].aval
     after: Any = eqn.outvars[0].aval
-    name, shape, out = eqn.primitive.name, before.shape, after.shape
+    name = eqn.primitive.name
     if name == "rev":
-        return tuple(
-            tuple(~axis for axis in axes) if i in eqn.params["dimensions"] else axes
-            for i, axes in enumerate(dims)
-        )
+        reversed_dims = list(dims)
+        for i in eqn.params["dimensions"]:
+            reversed_dims[i] = tuple(~axis for axis in dims[i])
+        return tuple(reversed_dims)
     if name not in MOVES:
         return None
-    moved: Any = origin.MOVE_RULES[name](eqn.params, Origin(PARAMETER, (), dims), shape, out).dims
-    whole = all(
-        not axes or math.prod(_size(stored, axis) for axis in axes) == n
-        for axes, n in zip(moved, out, strict=True)
-    )
-    return moved if whole else None
+    start = Origin(PARAMETER, (), dims)
+    moved = origin.MOVE_RULES[name](eqn.params, start, before.shape, after.shape).dims
+    for axes, n in zip(moved, after.shape, strict=True):
+        if axes and math.prod(_size(stored, axis) for axis in axes) != n:
+            return None
+    return moved
 
 
 def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
-    """Return the stored axes of a contraction's operand that lie in each axis of its result.
+    """Return the stored axes of a contraction's operand in each axis of its result.
 
     Args:
       eqn: a product or a convolution.
@@ -77,8 +78,8 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
       dims: for each axis of that operand, the stored axes in it.
 
     Returns:
-      ``()`` for axes of the result that come from the other operand or a window; None for what is
-      not followed.
+      For each axis of the result the stored axes, ``()`` for axes of the other operand or a window;
+      None for contractions that are not followed.
     """
     result: Any = eqn.outvars[0].aval
     operands: list[Any] = [var.aval for var in eqn.invars[:2]]
@@ -90,19 +91,20 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
         out[numbers.out_spec[1]] = dims[numbers.rhs_spec[0]]
     elif eqn.primitive.name == "dot_general":
         contracting, batch = eqn.params["dimension_numbers"]
-        ranks = [len(operand.shape) for operand in operands]
-        free = [
-            [a for a in range(n) if a not in (*contracting[s], *batch[s])]
-            for s, n in enumerate(ranks)
-        ]
-        places = [*enumerate(batch[side])]
+        free = []  # by operand, the axes that are neither contracted nor batch axes
+        for s, operand in enumerate(operands):
+            gone = (*contracting[s], *batch[s])
+            free.append([axis for axis in range(len(operand.shape)) if axis not in gone])
+        # The result has the batch axes, then the free axes of the left operand, then of the right.
+        for i, axis in enumerate(batch[side]):
+            out[i] = dims[axis]
         start = len(batch[0]) + (len(free[0]) if side else 0)
-        places += [(start + i, axis) for i, axis in enumerate(free[side])]
-        for place, axis in places:
-            out[place] = dims[axis]
+        for i, axis in enumerate(free[side]):
+            out[start + i] = dims[axis]
     else:
         return None
-    return None if any(axis < 0 for axes in out for axis in axes) else tuple(out)
+    reversed_axes = any(axis < 0 for axis in itertools.chain.from_iterable(out))
+    return None if reversed_axes else tuple(out)
 
 
 def _size(stored: Any, axis: int) -> int:
@@ -120,9 +122,9 @@ class Known:
     """A value that depends on parameters and constants only.
 
     Attributes:
-      poly: what it is; None if that is not known.
+      poly: the polynomial that it is; None if that is not known.
       paths: the parameters it depends on.
-      value: the number that all its entries are, if that is known.
+      value: the number that all its entries have, if that is known.
     """
 
     poly: Polynomial | None
@@ -132,10 +134,10 @@ class Known:
 
 @dataclass(frozen=True)
 class Mapped:
-    r"""What a site gives, y, scaled and shifted: :math:`y a + b`, a and b polynomials of parameters.
+    r"""The result y of a site, scaled and shifted: :math:`y a + b`, polynomials of parameters.
 
     Attributes:
-      key: position of the equation that gives it.
+      key: position of the equation that returns it.
       site: position of the site.
       scale: a.
       shift: b.
@@ -151,7 +153,13 @@ class Mapped:
 
 @dataclass(frozen=True)
 class Use:
-    """Where a value goes: a position and the primitive there, and whether it is a step of a scale and shift."""
+    """A use of a value.
+
+    Attributes:
+      position: of the equation that uses it.
+      name: of its primitive.
+      step: whether it is a step of a scale and shift.
+    """
 
     position: Position
     name: str
@@ -159,7 +167,7 @@ class Use:
 
 
 OTHER = object()
-"""A value of which nothing is known: data."""
+"""A value of which nothing is known, such as data."""
 
 
 @dataclass
@@ -168,13 +176,12 @@ class Walk:
 
     Attributes:
       traced: the function.
-      values: mapped values by the position that makes them, each with the one it is made of.
-      kernels: the parameter of each site that sees it as it is stored, but for moves and factors.
-      goes: for each mapped value, where it goes.
-      uses: for each parameter, where what is made of it goes.
+      values: mapped values by the position that computes them, each with its operand's position.
+      kernels: by site, its parameter, where the site takes it up to moves and factors.
+      goes: the uses of each mapped value.
+      uses: the uses of each parameter and of values computed from it.
       arrays: captured constants, by a name that no parameter has.
-      fixed: parameters whose present values were looked at (a counter of steps, say): they must
-        stay.
+      fixed: parameters whose present values were read (such as a step counter) and must not change.
     """
 
     traced: Traced
@@ -202,11 +209,11 @@ class Walk:
         return Known(poly.parameter(name, array.ndim), frozenset())
 
     def join(self, a: Any, b: Any) -> Any:
-        """Return a value that is the same both ways, or that nothing is known."""
+        """Return the value if both are equal; else nothing is known of it."""
         return a if a == b else self.lost([a, b], Use((), "a branch or a loop"))
 
     def same(self, a: Any, b: Any) -> bool:
-        """Tell whether two values are equal."""
+        """Return whether two values are equal."""
         return a == b
 
     def unstack(self, a: Any, loop: int) -> Any:
@@ -216,15 +223,15 @@ class Walk:
         return replace(a, poly=a.poly and a.poly.moved(lambda atom: sliced(atom, loop)))
 
     def stack(self, a: Any, length: int) -> Any:
-        """Return that nothing is known of what a loop puts together."""
+        """Return that nothing is known of the slices that a loop stacks."""
         return self.lost([a], Use((), "a loop"))
 
     def reshard(self, a: Any, aval: Any) -> Any:
-        """Return that nothing is known of the pieces of devices."""
+        """Return that nothing is known of devices' shards."""
         return self.lost([a], Use((), "shard_map"))
 
     def lost(self, args: Sequence[Any], use: Use) -> Any:
-        """Note that values are used in another way than scales and shifts are."""
+        """Note a use of values; of its result nothing is known."""
         for arg in args:
             if isinstance(arg, Mapped):
                 self.goes.setdefault(arg.key, set()).add(use)
@@ -237,9 +244,10 @@ class Walk:
         self.lost(args, Use((), "a choice of branches"))
 
     def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
-        """Return the results of an equation, and note what it does to mapped values and parameters."""
-        position, name = where.position, eqn.primitive.name
-        self.values.pop(position, None)  # of an earlier turn of a loop, in which more was known
+        """Return the results of an equation, and note how it uses mapped values and parameters."""
+        position = where.position
+        name = eqn.primitive.name
+        self.values.pop(position, None)  # from an earlier iteration, in which more was known
         if position in self.traced.sites:
             return [self._site(eqn, args, self.traced.sites[position])]
         if all(isinstance(arg, Known) for arg in args):
@@ -257,10 +265,12 @@ class Walk:
         side = 0 if site.operand == "lhs" else 1
         use = Use(site.position, f"site {site.name!r}")
         self.lost(args, use)
-        kernel = (
-            args[side] if site.param is not None and not isinstance(args[1 - side], Known) else None
-        )
-        atom = itself(kernel.poly if isinstance(kernel, Known) else None, site.param)
+        kernel = args[side]
+        data = args[1 - side]
+        is_kernel = site.param is not None and isinstance(kernel, Known)
+        atom = None
+        if is_kernel and not isinstance(data, Known):
+            atom = itself(kernel.poly, site.param)
         dims = None if atom is None else output_axes(eqn, side, atom.dims)
         if atom is None or dims is None:
             self.kernels.pop(site.position, None)
@@ -272,12 +282,11 @@ class Walk:
 
     def _known(self, eqn: JaxprEqn, args: list[Known]) -> Sequence[Known]:
         paths = frozenset().union(*(arg.paths for arg in args))
-        polys, name, out = [arg.poly for arg in args], eqn.primitive.name, eqn.outvars
-        found = (
-            None
-            if len(out) != 1 or None in polys or not polys
-            else self._computed(eqn, name, polys)
-        )
+        polys = [arg.poly for arg in args]
+        out = eqn.outvars
+        found = None
+        if len(out) == 1 and polys and None not in polys:
+            found = self._computed(eqn, eqn.primitive.name, polys)
         if found is not None:
             return [Known(found, paths, poly.as_number(found))]
         value = uniform_result(eqn, [arg.value for arg in args])
@@ -287,22 +296,22 @@ class Walk:
         return [Known(None, paths)] * len(out)
 
     def _computed(self, eqn: JaxprEqn, name: str, polys: list[Any]) -> Polynomial | None:
-        if not _is_float(eqn.outvars[0].aval):  # whole numbers divide otherwise
+        if not _is_float(eqn.outvars[0].aval):  # integers divide with a remainder
             return None
         if name in UNARY:
             return poly.power(polys[0], UNARY[name])
         if name == "integer_pow":
             return poly.power(polys[0], eqn.params["y"])
-        if name in ("neg", "exp"):
-            return (
-                poly.multiply(polys[0], poly.number(-1))
-                if name == "neg"
-                else poly.stepped(polys[0], "exp")
-            )
+        if name == "neg":
+            return poly.multiply(polys[0], poly.number(-1))
+        if name == "exp":
+            return poly.stepped(polys[0], "exp")
         if name in BINARY:
             aval: Any = eqn.outvars[0].aval
             one, other = (lifted(p, len(aval.shape)) for p in polys)
-            return None if one is None or other is None else combined(name, one, other)
+            if one is None or other is None:
+                return None
+            return combined(name, one, other)
         return self._moved(eqn, polys[0])
 
     def _moved(self, eqn: JaxprEqn, p: Polynomial) -> Polynomial | None:
@@ -327,12 +336,9 @@ class Walk:
         if len(args) == 1:
             return self._moved_map(eqn, old, name)
         known = next((arg for arg in args if isinstance(arg, Known)), None)
-        if (
-            len(args) != 2
-            or known is None
-            or known.poly is None
-            or len(old.dims) != len(aval.shape)
-        ):
+        if len(args) != 2 or known is None or known.poly is None:
+            return None
+        if len(old.dims) != len(aval.shape):
             return None
         other = lifted(known.poly, len(aval.shape))
         if other is None:
@@ -347,18 +353,13 @@ class Walk:
             return old
         if name == "neg":
             scale, shift = (poly.multiply(each, poly.number(-1)) for each in (old.scale, old.shift))
+            dims = old.dims
         else:
             scale, shift = (self._moved(eqn, each) for each in (old.scale, old.shift))
-        dims = (
-            old.dims
-            if name == "neg"
-            else arranged(eqn, old.dims, self._shape(self.kernels[old.site].path))
-        )
-        return (
-            None
-            if scale is None or shift is None or dims is None
-            else replace(old, scale=scale, shift=shift, dims=dims)
-        )
+            dims = arranged(eqn, old.dims, self._shape(self.kernels[old.site].path))
+        if scale is None or shift is None or dims is None:
+            return None
+        return replace(old, scale=scale, shift=shift, dims=dims)
 
     def _used(self, paths: frozenset[str], use: Use) -> None:
         for path in paths:
@@ -366,13 +367,13 @@ class Walk:
 
 
 def walk(traced: Traced) -> Walk:
-    """Walk over a function, following what its sites give and what is made of its parameters.
+    """Walk over a function, following the results of its sites and its parameters.
 
     Args:
       traced: the function.
 
     Returns:
-      What was found.
+      The walk, with all values and uses that were found.
     """
     found = Walk(traced)
     params = [

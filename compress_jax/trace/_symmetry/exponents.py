@@ -1,13 +1,14 @@
-"""How values scale with the parameters: the powers of a factor along an axis that every value of a computation takes up.
+"""How every value of a computation scales with the parameters.
 
 If coordinate j of an axis of parameter p is multiplied by :math:`s_j^{e_p}`, a value is multiplied
-by :math:`s_j^f` along the same axis, f being a linear form in the unknown exponents e: products add
-forms, sums demand equal ones, and what is neither (tanh, the function's output) demands zero.
-Solutions of all demands leave the function as it is, for every s > 0.
+by :math:`s_j^f` along the same axis, where f is a linear form in the unknown exponents e: products
+add forms, sums demand equal ones, and anything else (tanh, the function's output) demands zero. For
+solutions of all demands the function does not change, for every s > 0. `RULES` holds what
+primitives do to forms; `ScalingWalk` is the domain for the interpreter.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -40,10 +41,10 @@ class Scaled:
 
     Attributes:
       dims: its axes.
-      fields: for each axis, the forms of the leaves along it; those that are left out are zero.
-      zero: whether it is known to be zero, which stays zero however it is scaled.
-      param: the parameter that it is, untouched so far.
-      why: why it does not scale, where that is known.
+      fields: for each axis, the forms of the leaves along it; forms that are left out are zero.
+      zero: whether it is known to be zero, which any scaling leaves zero.
+      param: the parameter that it is, if it is one, or a loop's slice of one.
+      why: the reason why it does not scale, if known.
     """
 
     dims: Dims
@@ -53,12 +54,12 @@ class Scaled:
     why: str = ""
 
     def along(self, leaf: Leaf) -> list[Form]:
-        """Return the forms along a leaf, one for each axis on which one was noted."""
+        """Return the forms along a leaf, one for each axis that has one."""
         return [own[leaf] for own in self.fields if leaf in own]
 
 
 class Fixed(NamedTuple):
-    """A demand that a form be zero, and what makes it."""
+    """The demand that a form be zero, and its reason."""
 
     form: Form
     why: str
@@ -78,11 +79,12 @@ def plus(a: Form, b: Form, times: int | Fraction = 1) -> Form:
     return {name: x for name, x in total.items() if x}
 
 
-PARTS = (
-    "slice",
-    "split",
-    "unstack",
-)  # they leave out whole leaves; of those they cut, the axes say that they are frozen
+def _leaves(fields: Sequence[Field]) -> set[Leaf]:
+    return {leaf for own in fields for leaf in own}
+
+
+# These primitives drop whole leaves; leaves that they would split are frozen.
+PARTS = ("slice", "split", "unstack")
 
 
 @dataclass
@@ -97,15 +99,16 @@ class Demands:
     axes: Axes
     fixed: list[Fixed] = field(default_factory=list)
 
-    def still(self, dims: Dims, why: str = "", zero: bool = False) -> Scaled:
+    def unscaled(self, dims: Dims, why: str = "", zero: bool = False) -> Scaled:
         """Return a value that does not scale."""
         return Scaled(dims, tuple({} for _ in dims), zero, why=why)
 
     def fix(self, value: Scaled, why: str, axes: Sequence[int] | None = None) -> None:
         """Demand that a value does not scale, along some axes or all."""
-        if not value.zero:
-            for own in value.fields if axes is None else [value.fields[i] for i in axes]:
-                self.fixed += [Fixed(form, why) for form in own.values() if form]
+        if value.zero:
+            return
+        for own in value.fields if axes is None else [value.fields[i] for i in axes]:
+            self.fixed += [Fixed(form, why) for form in own.values() if form]
 
     def equal(self, forms: Sequence[Form], why: str) -> None:
         """Demand that forms be equal."""
@@ -114,18 +117,21 @@ class Demands:
     def alike(self, values: Sequence[tuple[Field, ...]], why: str) -> None:
         """Demand that values scale alike along every axis."""
         for along in zip(*values, strict=True):
-            for leaf in {leaf for own in along for leaf in own}:
+            for leaf in _leaves(along):
                 self.equal([own.get(leaf, {}) for own in along], why)
 
     def moved(self, value: Scaled, dims: Dims, why: str) -> Scaled:
-        """Return a value in another shape: leaves keep their order; what cannot be followed must not scale."""
+        """Return a value with its entries moved to other axes.
+
+        Leaves keep their order; leaves that cannot be followed must not scale.
+        """
         leaves = self.axes.leaves
         fields: tuple[Field, ...] = tuple({} for _ in dims)
         places: dict[Leaf, list[int]] = {}
         for i, axis in enumerate(dims):
             for leaf in leaves(axis):
                 places.setdefault(leaf, []).append(i)
-        for leaf in {leaf for own in value.fields for leaf in own}:
+        for leaf in _leaves(value.fields):
             forms = value.along(leaf)
             if len(forms) == len(places.get(leaf, ())):
                 for i, form in zip(places[leaf], forms, strict=True):
@@ -135,9 +141,7 @@ class Demands:
         return Scaled(dims, fields, value.zero, why=value.why)
 
 
-# What equations do to values that scale: one table of small functions; whatever it lacks must not
-# scale.
-
+# The rules of primitives; operands of any other primitive must not scale.
 
 Rule = Callable[[Demands, JaxprEqn, list[Scaled], Dims], Scaled | None]
 
@@ -145,73 +149,78 @@ Rule = Callable[[Demands, JaxprEqn, list[Scaled], Dims], Scaled | None]
 def _widened(args: Sequence[Scaled]) -> list[tuple[Field, ...]]:
     """Return the fields of elementwise operands, of which some may be scalars."""
     rank = max(len(arg.fields) for arg in args)
-    return [
-        arg.fields if len(arg.fields) == rank else tuple({} for _ in range(rank)) for arg in args
-    ]
+    scalar: tuple[Field, ...] = ({},) * rank
+    return [arg.fields if len(arg.fields) == rank else scalar for arg in args]
+
+
+def _combined(a: Field, b: Field, times: int = 1) -> Field:
+    """Return the forms ``a + times * b`` of all leaves."""
+    return {leaf: plus(a.get(leaf, {}), b.get(leaf, {}), times) for leaf in {**a, **b}}
 
 
 def _why(args: Sequence[Scaled]) -> str:
+    """Return the first operand's reason not to scale, constants excepted."""
     return next((arg.why for arg in args if arg.why and arg.why != "a constant"), "")
 
 
-def _sum(times: tuple[int, ...]) -> Rule:
-    """Products and quotients add or take off forms."""
+def _sum(times: int) -> Rule:
+    """Return the rule of products (1) and quotients (-1), which add or subtract forms."""
 
     def rule(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
         del demands, eqn
-        fields = []
-        for a, b in zip(*_widened(args), strict=True):
-            fields.append(
-                {leaf: plus(a.get(leaf, {}), b.get(leaf, {}), times[1]) for leaf in {**a, **b}}
-            )
-        return Scaled(
-            dims, tuple(fields), args[0].zero or (times[1] == 1 and args[1].zero), why=_why(args)
-        )
+        fields = tuple(_combined(a, b, times) for a, b in zip(*_widened(args), strict=True))
+        # 0 * y and 0 / y are zero.
+        zero = args[0].zero or (times == 1 and args[1].zero)
+        return Scaled(dims, fields, zero, why=_why(args))
 
     return rule
 
 
 def _power(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    powers = {"sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "square": Fraction(2)}
-    power = (
-        Fraction(eqn.params["y"])
-        if eqn.primitive.name == "integer_pow"
-        else powers[eqn.primitive.name]
-    )
-    fields = tuple(
-        {leaf: plus({}, form, power) for leaf, form in own.items()} for own in args[0].fields
-    )
+    """A power multiplies forms by its exponent."""
+    if eqn.primitive.name == "integer_pow":
+        power = Fraction(eqn.params["y"])
+    else:
+        power = {"sqrt": Fraction(1, 2), "rsqrt": Fraction(-1, 2), "square": Fraction(2)}[
+            eqn.primitive.name
+        ]
+    fields = tuple(_times(own, power) for own in args[0].fields)
     return Scaled(dims, fields, args[0].zero and power > 0, why=args[0].why)
 
 
+def _times(own: Field, power: Fraction) -> Field:
+    return {leaf: plus({}, form, power) for leaf, form in own.items()}
+
+
 def _equal(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    """Sums and choices: all scale alike, but for zeros."""
+    """Operands of sums and choices must scale alike, except zeros."""
     if eqn.primitive.name == "select_n":
         demands.fix(args[0], "its entries decide a choice")
         args = args[1:]
     live = [arg for arg in args if not arg.zero]
     if not live:
-        return demands.still(dims, zero=True)
-    wide = _widened([*live, demands.still(dims)])[: len(live)]
+        return demands.unscaled(dims, zero=True)
+    wide = _widened([*live, demands.unscaled(dims)])[: len(live)]  # of the result's rank
     demands.alike(wide, "something is added that does not scale with it")
     return Scaled(dims, wide[0], why=_why(live))
 
 
 def _compared(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
+    """Operands of comparisons must scale alike; the result does not scale."""
     _equal(demands, eqn, args, dims)
-    return demands.still(dims)
+    return demands.unscaled(dims)
 
 
-def _kept(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled | None:
-    if eqn.primitive.name == "convert_element_type" and not jnp.issubdtype(
-        eqn.params["new_dtype"], jnp.inexact
-    ):
-        return None
+def _passed(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled | None:
+    """The result scales like its operand, except a cast to integers."""
+    if eqn.primitive.name == "convert_element_type":
+        if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
+            return None
     return Scaled(dims, args[0].fields, args[0].zero, why=args[0].why)
 
 
 def _sign(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    return demands.still(dims)
+    return demands.unscaled(dims)
 
 
 def _moved(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
@@ -225,60 +234,56 @@ def _transposed(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
 
 def _broadcast(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     to = dict(zip(eqn.params["broadcast_dimensions"], args[0].fields, strict=True))
-    return Scaled(
-        dims, tuple(to.get(i, {}) for i in range(len(dims))), args[0].zero, why=args[0].why
-    )
+    fields = tuple(to.get(i, {}) for i in range(len(dims)))
+    return Scaled(dims, fields, args[0].zero, why=args[0].why)
 
 
 def _reduced(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     axes = eqn.params["axes"]
-    demands.fix(args[0], f"{eqn.primitive.name} takes its entries together", axes)
+    demands.fix(args[0], f"{eqn.primitive.name} combines its entries", axes)
     fields = tuple(own for i, own in enumerate(args[0].fields) if i not in axes)
     return Scaled(dims, fields, args[0].zero, why=args[0].why)
 
 
 def _ran_along(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     demands.fix(args[0], f"{eqn.primitive.name} runs along it", [eqn.params["axis"]])
-    return _kept(demands, eqn, args, dims) or demands.still(dims)
+    return _passed(demands, eqn, args, dims) or demands.unscaled(dims)
 
 
 def _padded(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    return _window(demands, eqn, args[:1], dims) if args[1].zero else _apart(demands, args[0], dims)
-
-
-def _apart(demands: Demands, value: Scaled, dims: Dims) -> Scaled:
-    demands.fix(value, "it is padded by what is not zero")
-    return demands.still(dims, "it is padded by what is not zero")
+    """Padding by zeros is like a window; a value padded by anything else must not scale."""
+    if args[1].zero:
+        return _window(demands, eqn, args[:1], dims)
+    why = "it is padded by what is not zero"
+    demands.fix(args[0], why)
+    return demands.unscaled(dims, why)
 
 
 def _window(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    wide = [
-        i for i, (old, new) in enumerate(zip(args[0].dims, dims, strict=True)) if old is not new
-    ]
+    """A value must not scale along axes that a window changes."""
+    pairs = zip(args[0].dims, dims, strict=True)
+    wide = [i for i, (old, new) in enumerate(pairs) if old is not new]
     demands.fix(args[0], "a window runs along it", wide)
     fields = tuple({} if i in wide else own for i, own in enumerate(args[0].fields))
     return Scaled(dims, fields, args[0].zero, why=args[0].why)
 
 
 def _concatenated(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
-    along, fields = eqn.params["dimension"], []
+    """Operands must scale alike along other axes, and along shared leaves of the joined axis."""
+    along = eqn.params["dimension"]
     live = [arg for arg in args if not arg.zero] or args
+    fields: list[Field] = []
     for i in range(len(dims)):
-        leaves = {leaf for arg in live for leaf in arg.fields[i]}
-        for leaf in leaves:
-            present = [
-                arg.fields[i].get(leaf, {}) for arg in live if i != along or leaf in arg.fields[i]
-            ]
-            demands.equal(present, "it is put beside what does not scale with it")
-        fields.append(
-            {
-                leaf: next(arg.fields[i][leaf] for arg in live if leaf in arg.fields[i])
-                for leaf in leaves
-            }
-        )
-    return Scaled(
-        dims, tuple(fields), args == live and all(arg.zero for arg in args), why=_why(args)
-    )
+        own = [arg.fields[i] for arg in live]
+        joined: Field = {}
+        for leaf in _leaves(own):
+            present = [each for each in own if i != along or leaf in each]
+            forms = [each.get(leaf, {}) for each in present]
+            demands.equal(forms, "it is put beside what does not scale with it")
+            joined[leaf] = next(each[leaf] for each in own if leaf in each)
+        fields.append(joined)
+    zero = args == live and all(arg.zero for arg in args)
+    return Scaled(dims, tuple(fields), zero, why=_why(args))
 
 
 def _stacked(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
@@ -288,6 +293,7 @@ def _stacked(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) ->
 
 
 def _contracted(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled | None:
+    """Contracted axes must cancel, batch axes add their forms, the others pass."""
     left, right = args[:2]
     if primitives.kind(eqn) == "ragged_dot":
         return None
@@ -299,8 +305,7 @@ def _contracted(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
         _against(demands, left, i, right, j)
     fields = []
     for i, j in zip(lhs_batch, rhs_batch, strict=True):
-        a, b = left.fields[i], right.fields[j]
-        fields.append({leaf: plus(a.get(leaf, {}), b.get(leaf, {})) for leaf in {**a, **b}})
+        fields.append(_combined(left.fields[i], right.fields[j]))
     fields += [own for i, own in enumerate(left.fields) if i not in (*lhs, *lhs_batch)]
     fields += [own for j, own in enumerate(right.fields) if j not in (*rhs, *rhs_batch)]
     return Scaled(dims, tuple(fields), zero)
@@ -309,8 +314,10 @@ def _contracted(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
 def _convolved(
     demands: Demands, eqn: JaxprEqn, image: Scaled, kernel: Scaled, dims: Dims
 ) -> Scaled | None:
-    p, numbers = eqn.params, eqn.params["dimension_numbers"]
-    (batch, channel, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    p = eqn.params
+    numbers = p["dimension_numbers"]
+    batch, channel, *space = numbers.lhs_spec
+    out, into, *window = numbers.rhs_spec
     if p["batch_group_count"] != 1:
         return None
     demands.fix(image, "a window runs along it", space)
@@ -323,29 +330,24 @@ def _convolved(
         return Scaled(dims, tuple(fields), image.zero or kernel.zero)
     if p["feature_group_count"] != image.dims[channel].size:
         return None
-    # depthwise: each input channel makes outputs of its own, so that it scales them as the kernel
-    # does
+    # Depthwise: each input channel has outputs of its own, which it scales as the kernel does.
     demands.fix(kernel, "it has one entry", [into])
-    a, b = image.fields[channel], kernel.fields[out]
-    fields[numbers.out_spec[1]] = {
-        leaf: plus(a.get(leaf, {}), b.get(leaf, {})) for leaf in {**a, **b}
-    }
+    fields[numbers.out_spec[1]] = _combined(image.fields[channel], kernel.fields[out])
     return Scaled(dims, tuple(fields), image.zero or kernel.zero)
 
 
 def _against(demands: Demands, left: Scaled, i: int, right: Scaled, j: int) -> None:
-    """Summed over: what one operand is multiplied by, the other is divided by."""
+    """Demand that the forms of two contracted axes cancel."""
     if left.zero or right.zero:
         return
-    a, b = left.fields[i], right.fields[j]
     why = _why([left, right]) or "nothing that scales comes before it"
-    for leaf in {**a, **b}:
-        if form := plus(a.get(leaf, {}), b.get(leaf, {})):
+    for form in _combined(left.fields[i], right.fields[j]).values():
+        if form:
             demands.fixed.append(Fixed(form, why))
 
 
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(primitives.CASTS | primitives.SIGNS | {"abs", "rev"}, _kept),
+    **dict.fromkeys(primitives.CASTS | primitives.SIGNS | {"abs", "rev"}, _passed),
     **dict.fromkeys(primitives.MOVES - {"broadcast_in_dim", "rev", "transpose"}, _moved),
     **dict.fromkeys(primitives.INDEXED, _moved),
     **dict.fromkeys(primitives.SUMS | {"max", "min", "select_n"}, _equal),
@@ -357,8 +359,8 @@ RULES: dict[str, Rule] = {
     "pad": _padded,
     "cumsum": _ran_along,
     "sign": _sign,
-    "mul": _sum((1, 1)),
-    "div": _sum((1, -1)),
+    "mul": _sum(1),
+    "div": _sum(-1),
     "transpose": _transposed,
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenated,
@@ -366,23 +368,19 @@ RULES: dict[str, Rule] = {
 }
 
 
-# The walk over a function's jaxpr that finds out what scaling its parameters demands of their
-# exponents.
-
-
 @dataclass
-class Walked:
-    """The domain for the interpreter: a value is a `Scaled`.
+class ScalingWalk:
+    """The domain for the interpreter, in which a value is a `Scaled`.
 
     Attributes:
       analysis: the axes of every value.
-      hold: parameters that are to stay as they are.
-      demands: what they demand of exponents.
-      carried: forms of what loops and branches carry or stack: factors of their own for each turn
-        must not reach them.
-      stacks: by parameter, how many of its leading axes loops run along.
+      demands: on the exponents.
+      hold: parameters that must not be scaled.
+      carried: forms of values that loops and branches carry or stack; factors that differ between
+        iterations must not appear in them.
+      stacks: by parameter, the number of its leading axes that loops run along.
       used: parameters that an equation takes.
-      whole: those that an equation takes as they are stored, not a loop's slices of them.
+      whole: parameters that an equation takes with all their axes, not a loop's slices of them.
     """
 
     analysis: Analysis
@@ -396,52 +394,49 @@ class Walked:
     def start(self, path: str, dims: Dims) -> Scaled:
         """Return a parameter: every leaf of its axes has an unknown of its own."""
         leaves = self.analysis.walk.axes.leaves
-        fields = tuple(
-            {leaf: {Unknown(path, i, leaf): Fraction(1)} for leaf in leaves(axis)}
-            for i, axis in enumerate(dims)
-        )
-        return Scaled(dims, fields, param=path)
+        fields: list[Field] = []
+        for i, axis in enumerate(dims):
+            fields.append({leaf: {Unknown(path, i, leaf): Fraction(1)} for leaf in leaves(axis)})
+        return Scaled(dims, tuple(fields), param=path)
 
     def constant(self, aval: Any, value: Any) -> Scaled:
         """Return a literal or a captured array."""
-        return self.demands.still(
-            tuple(Leaf(n, -1) for n in getattr(aval, "shape", ())),
-            "a constant",
-            _is_zero(aval, value),
-        )
+        dims = tuple(Leaf(n, -1) for n in getattr(aval, "shape", ()))
+        return self.demands.unscaled(dims, "a constant", _is_zero(aval, value))
 
     def join(self, a: Scaled, b: Scaled) -> Scaled:
-        """Demand that one place holds values that scale alike."""
+        """Demand that two values that one variable may hold scale alike."""
         live = [each for each in (a, b) if not each.zero]
         for each in live:
-            self.carried += [form for own in each.fields for form in own.values() if form]
+            self._carry(each)
         if len(live) == 2:
             self.demands.alike([each.fields for each in live], "a loop or a branch carries it")
         return Scaled(a.dims, (live or [a])[0].fields, not live, why=a.why)
 
     def same(self, a: Scaled, b: Scaled) -> bool:
-        """Tell whether a loop's body need not run again: what started as zero may not stay so."""
+        """Return whether a loop's body need not run again: what started as zero may change."""
         return a.zero == b.zero
 
     def unstack(self, a: Scaled, loop: int) -> Scaled:
-        """Return a turn's slice."""
+        """Return an iteration's slice."""
         if a.param is not None:
             depth = len(self.analysis.params[a.param]) - len(a.dims) + 1
             self.stacks[a.param] = max(self.stacks.get(a.param, 0), depth)
         else:
-            self.carried += [form for own in a.fields for form in own.values() if form]
+            self._carry(a)
         self.demands.fix(a, "a loop runs along it", [0])
         return Scaled(a.dims[1:], a.fields[1:], a.zero, a.param, a.why)
 
     def stack(self, a: Scaled, length: int) -> Scaled:
-        """Return slices put together; a loop may hand back those that it was given, as nnx.scan does."""
-        if a.param is not None and len(a.dims) < len(self.analysis.params[a.param]):
-            return Scaled((Leaf(length, -1), *a.dims), ({}, *a.fields), a.zero, a.param, a.why)
-        self.carried += [form for own in a.fields for form in own.values() if form]
-        return Scaled((Leaf(length, -1), *a.dims), ({}, *a.fields), a.zero, why=a.why)
+        """Return stacked slices; a loop may return those that it was given, as nnx.scan does."""
+        param = a.param
+        if param is None or len(a.dims) >= len(self.analysis.params[param]):
+            param = None
+            self._carry(a)
+        return Scaled((Leaf(length, -1), *a.dims), ({}, *a.fields), a.zero, param, a.why)
 
     def reshard(self, a: Scaled, aval: Any) -> Scaled:
-        """Return a device's piece: what is cut must not scale."""
+        """Return a device's shard; along sharded axes a value must not scale."""
         shape = getattr(aval, "shape", ())
         cut = [i for i, (axis, n) in enumerate(zip(a.dims, shape, strict=True)) if axis.size != n]
         self.demands.fix(a, "it is cut over devices", cut)
@@ -451,34 +446,39 @@ class Walked:
     def equation(self, eqn: JaxprEqn, args: list[Scaled], where: Where) -> Sequence[Scaled]:
         """Return how the results of an equation scale."""
         operands, results = self.analysis.walk.values[where.position]
-        args = [
-            Scaled(dims, arg.fields, arg.zero, arg.param, arg.why)
-            for arg, dims in zip(args, operands, strict=True)
-        ]
+        pairs = zip(args, operands, strict=True)
+        args = [replace(arg, dims=dims) for arg, dims in pairs]
+        self._use(args)
         name = eqn.primitive.name
+        if name in ("split", "unstack"):
+            return [self.demands.moved(args[0], dims, name) for dims in results]
+        out = RULES[name](self.demands, eqn, args, results[0]) if name in RULES else None
+        if out is not None and len(results) == 1:
+            return [out]
+        if out is not None:
+            return [self.demands.moved(out, dims, name) for dims in results]
+        why = f"{name} acts on its entries"
+        for arg in args:
+            self.demands.fix(arg, why)
+        return [self.demands.unscaled(dims, why) for dims in results]
+
+    def _carry(self, value: Scaled) -> None:
+        """Note the forms of a value that a loop or a branch carries."""
+        for own in value.fields:
+            self.carried += [form for form in own.values() if form]
+
+    def _use(self, args: Sequence[Scaled]) -> None:
+        """Note which operands are parameters."""
         for arg in args:
             if arg.param is not None:
                 self.used.add(arg.param)
-                self.whole |= (
-                    {arg.param} if len(arg.dims) == len(self.analysis.params[arg.param]) else set()
-                )
-        if name in ("split", "unstack"):
-            return [self.demands.moved(args[0], dims, name) for dims in results]
-        if name in RULES:
-            out = RULES[name](self.demands, eqn, args, results[0])
-            if out is not None:
-                return [
-                    out if len(results) == 1 else self.demands.moved(out, dims, name)
-                    for dims in results
-                ]
-        for arg in args:
-            self.demands.fix(arg, f"{name} acts on its entries")
-        return [self.demands.still(dims, f"{name} acts on its entries") for dims in results]
+                if len(arg.dims) == len(self.analysis.params[arg.param]):
+                    self.whole.add(arg.param)
 
 
 def _is_zero(aval: Any, value: Any) -> bool:
-    if not jnp.issubdtype(aval.dtype, jnp.number) or jnp.issubdtype(
-        aval.dtype, jax.dtypes.extended
-    ):
+    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        return False
+    if not jnp.issubdtype(aval.dtype, jnp.number):
         return False
     return not np.any(np.asarray(value))

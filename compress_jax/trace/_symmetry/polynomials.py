@@ -1,7 +1,11 @@
-"""Expressions of parameters, entry by entry, as sums of products of powers: all spellings of a map are one polynomial."""
+"""Elementwise expressions of parameters as polynomials: sums of products of powers.
+
+All spellings of one scale and shift (a folded norm, a norm by division, by rsqrt) become the same
+`Polynomial`. The functions at the end say what primitives do to polynomials.
+"""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,19 +17,20 @@ from jax.extend.core import JaxprEqn
 
 Dims = tuple[tuple[int, ...], ...]
 Step = tuple[str, float]
-MOST = 24  # terms: what a norm is written as has a handful
+MOST = 24  # terms: a norm has a handful
+MANY = 2**12  # entries of a result that is computed
 
 
 @dataclass(frozen=True)
 class Atom:
-    """A function of one parameter, entry by entry, laid out as a value is.
+    """An elementwise function of one parameter, with the layout of a value.
 
     Attributes:
       path: of the parameter.
-      steps: what is done to its entries, in order: ``("add" | "mul" | "pow" | "max", number)`` or
+      steps: operations on its entries, in order: ``("add" | "mul" | "pow" | "max", number)`` or
         ``("exp", 0)``.
-      dims: for each axis of the value, the axes of the stored parameter that lie in it; none where
-        it is broadcast.
+      dims: for each axis of the value, the axes of the stored parameter in it; none where it is
+        broadcast.
       sliced: stored axes that loops run along, each with the loop, counted from the outermost.
     """
 
@@ -41,12 +46,12 @@ class Atom:
         return x
 
     def inverse(self, y: Any) -> np.ndarray | None:
-        """Return the entries of which this is the function; None if there are none."""
+        """Return the parameter's entries for which the function is y; None if there are none."""
         y = np.asarray(y, np.float64)
         for kind, number in self.steps[::-1]:
-            if (kind in ("pow", "exp") and not (y > 0).all()) or (
-                kind == "max" and not (y >= number).all()
-            ):
+            if kind in ("pow", "exp") and not (y > 0).all():
+                return None
+            if kind == "max" and not (y >= number).all():
                 return None
             y = INVERT[kind](y, number)
         return y
@@ -98,12 +103,14 @@ class Polynomial:
         return frozenset(atom.path for atom in self.atoms)
 
     def moved(self, move: Callable[[Atom], Atom | None]) -> "Polynomial | None":
-        """Return it with its atoms laid out in another way; None if one of them cannot be."""
-        new = {atom: move(atom) for atom in self.atoms}
-        if any(atom is None for atom in new.values()):
-            return None
-        terms = [(tuple((new[atom], p) for atom, p in factors), k) for factors, k in self.terms]
-        return _sum(terms)  # type: ignore[arg-type]
+        """Return the polynomial with other layouts of its atoms; None if one has none."""
+        new: dict[Atom, Atom] = {}
+        for atom in self.atoms:
+            moved = move(atom)
+            if moved is None:
+                return None
+            new[atom] = moved
+        return _sum((tuple((new[atom], p) for atom, p in factors), k) for factors, k in self.terms)
 
 
 def number(x: float) -> Polynomial:
@@ -123,27 +130,27 @@ def add(a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial | None:
 
 def multiply(a: Polynomial, b: Polynomial) -> Polynomial | None:
     """Return the product, or None if it is too long."""
-    a, b = _joined(a), _joined(b)
+    a = _joined(a)
+    b = _joined(b)
     if len(a.terms) * len(b.terms) > MOST:
         return None
     return _limited(_sum([(_product(f, g), k * m) for f, k in a.terms for g, m in b.terms]))
 
 
 def power(a: Polynomial, exponent: float) -> Polynomial | None:
-    """Return a power of a single term, or of a parameter plus a number; None of anything else."""
+    """Return a power of a single term, or of one atom plus a number; None of anything else."""
     a = _joined(a)
     if len(a.terms) != 1:
         return None
     ((factors, k),) = a.terms
     if k < 0 and exponent != int(exponent):
         return None
-    return _sum(
-        [(_product((), tuple((atom, p * exponent) for atom, p in factors)), float(k) ** exponent)]
-    )
+    powers = tuple((atom, p * exponent) for atom, p in factors)
+    return _sum([(_product((), powers), float(k) ** exponent)])
 
 
 def stepped(a: Polynomial, kind: str, k: float = 0.0) -> Polynomial | None:
-    """Return a function (a step) of a term that is a power of one atom; None of anything else."""
+    """Return a step applied to a term that is a power of one atom; None of anything else."""
     a = _joined(a)
     if len(a.terms) != 1 or len(a.terms[0][0]) != 1:
         return None
@@ -152,14 +159,14 @@ def stepped(a: Polynomial, kind: str, k: float = 0.0) -> Polynomial | None:
 
 
 def as_number(a: Polynomial) -> float | None:
-    """Return the number that a polynomial is, or None if it is none."""
+    """Return the number that a polynomial equals, or None if it contains atoms."""
     if not a.terms:
         return 0.0
     return a.terms[0][1] if len(a.terms) == 1 and not a.terms[0][0] else None
 
 
 def evaluate(a: Polynomial, of: Callable[[Atom], np.ndarray]) -> np.ndarray:
-    """Return the sum, given the array of each atom; they broadcast against each other."""
+    """Return the value of a polynomial, given the array of each atom; these are broadcast."""
     values: Mapping[Atom, np.ndarray] = {atom: of(atom) for atom in a.atoms}
     total = np.zeros(())
     for factors, k in a.terms:
@@ -175,12 +182,17 @@ def _single(atom: Atom) -> Polynomial:
 
 
 def _after(atom: Atom, p: float, scale: float, step: Step) -> Atom:
-    own = [*([("pow", p)] if p != 1 else []), *([("mul", scale)] if scale != 1 else []), step]
-    return replace(atom, steps=(*atom.steps, *own))
+    """Return the atom ``step(scale * atom**p)``."""
+    steps = list(atom.steps)
+    if p != 1:
+        steps.append(("pow", p))
+    if scale != 1:
+        steps.append(("mul", scale))
+    return replace(atom, steps=(*steps, step))
 
 
 def _joined(a: Polynomial) -> Polynomial:
-    """Return a power of one atom plus a number as one atom; anything else as it is."""
+    """Return a power of one atom plus a number as one atom; any other polynomial unchanged."""
     if len(a.terms) != 2:
         return a
     constants = [k for factors, k in a.terms if not factors]
@@ -198,7 +210,8 @@ def _product(f: Factors, g: Factors) -> Factors:
     return tuple(sorted(((atom, p) for atom, p in powers.items() if p), key=repr))
 
 
-def _sum(terms: Any) -> Polynomial:
+def _sum(terms: Iterable[tuple[Factors, float]]) -> Polynomial:
+    """Return the polynomial of some terms, equal ones added, in a canonical order."""
     total: dict[Factors, float] = {}
     for factors, k in terms:
         key = _product(factors, ())
@@ -210,14 +223,11 @@ def _limited(a: Polynomial) -> Polynomial | None:
     return a if len(a.terms) <= MOST else None
 
 
-# What equations do to polynomials of parameters, and to scales and shifts by them.
-
-
-MANY = 2**12  # entries of a result that is worked out
+# What primitives do to polynomials, and to scales and shifts by them.
 
 
 def itself(kernel: Polynomial | None, path: str | None) -> Atom | None:
-    """Return the parameter itself, if a value is that times what does not depend on it."""
+    """Return the atom of a parameter, if a value is that times factors without the parameter."""
     if kernel is None or len(kernel.terms) != 1:
         return None
     own = [(atom, p) for atom, p in kernel.terms[0][0] if atom.path == path]
@@ -225,7 +235,7 @@ def itself(kernel: Polynomial | None, path: str | None) -> Atom | None:
 
 
 def combined(name: str, a: Polynomial, b: Polynomial) -> Polynomial | None:
-    """Return what an equation of two operands makes of polynomials; None where that is no polynomial."""
+    """Return the result of a binary primitive on polynomials, or None if it is not one."""
     if name in ("add", "add_any", "sub"):
         return add(a, b, -1.0 if name == "sub" else 1.0)
     if name == "mul":
@@ -245,7 +255,15 @@ def combined(name: str, a: Polynomial, b: Polynomial) -> Polynomial | None:
 def scaled_and_shifted(
     name: str, scale: Polynomial, shift: Polynomial, other: Polynomial, *, first: bool
 ) -> tuple[Polynomial | None, Polynomial | None]:
-    """Return the scale and shift after one more step; None where it is none."""
+    """Return the scale and shift after a binary primitive, or ``(None, None)`` for others.
+
+    Args:
+      name: of the primitive.
+      scale: before it.
+      shift: before it.
+      other: its other operand.
+      first: whether the scaled and shifted value is its first operand.
+    """
     if name in ("add", "add_any"):
         return scale, add(shift, other)
     if name == "sub" and first:
@@ -276,12 +294,11 @@ def laid_out(atom: Atom, dims: Dims | None) -> Atom | None:
 
 
 def sliced(atom: Atom, loop: int) -> Atom | None:
-    """Return one slice along the first axis, as a turn of a loop sees it; None if more than one stored axis lies there."""
+    """Return a loop's slice along the first axis; None if several stored axes lie in it."""
     if not atom.dims or len(atom.dims[0]) > 1:
         return None
-    return replace(
-        atom, dims=atom.dims[1:], sliced=(*atom.sliced, *((axis, loop) for axis in atom.dims[0]))
-    )
+    own = tuple((axis, loop) for axis in atom.dims[0])
+    return replace(atom, dims=atom.dims[1:], sliced=(*atom.sliced, *own))
 
 
 def scalar(x: Any) -> float | None:
@@ -293,11 +310,11 @@ def scalar(x: Any) -> float | None:
 
 
 def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | None:
-    """Return the number that all entries of an equation's result are, if all entries of each operand are one.
+    """Return the number that all entries of an equation's result have, given those of operands.
 
     Args:
-      eqn: the equation, which runs nothing inside.
-      values: the number that each operand is; None for those that are not known.
+      eqn: the equation, without a jaxpr inside.
+      values: for each operand, the number that all its entries have, or None.
 
     Returns:
       The number; None if it is not known or the entries differ.
@@ -311,7 +328,6 @@ def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | Non
     with jax.ensure_compile_time_eval():
         pairs: Any = zip(avals[: len(values)], values, strict=True)
         operands = [jnp.full(aval.shape, value, aval.dtype) for aval, value in pairs]
-        result = (
-            np.asarray(eqn.primitive.bind(*operands, **eqn.params)).astype(np.float64).reshape(-1)
-        )
+        made = eqn.primitive.bind(*operands, **eqn.params)
+        result = np.asarray(made).astype(np.float64).reshape(-1)
     return float(result[0]) if result.size and (result == result[0]).all() else None

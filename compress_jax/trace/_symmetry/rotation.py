@@ -1,4 +1,9 @@
-"""Which channel groups of a function may be rotated: a residual stream, the head dimension of values."""
+"""Which channel groups may be rotated: a residual stream, the head dimension of values.
+
+If one axis of a network is rotated everywhere, every value is zero, invariant, a vector that
+rotates along the axis, the square of such a vector entry by entry, or broken: nothing can be said.
+`RULES` holds what every primitive does to these five kinds; `rotations` runs the walk.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,21 +23,21 @@ from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.interpret import Where, interpret
 from compress_jax.trace._jaxpr.primitives import CASTS, MOVES, RANDOM
 
-# What equations do to values that turn: rotate one axis of a network everywhere, and what happens
-# to each of its values?
-
-
-ZERO, SAME, VECTOR, SQUARE, BROKEN = "zero", "same", "vector", "square", "broken"
+ZERO = "zero"
+INVARIANT = "invariant"
+VECTOR = "vector"
+SQUARE = "square"
+BROKEN = "broken"
 
 
 @dataclass(frozen=True)
 class Param:
-    """A parameter that a value is, but for moves and factors that do not turn.
+    """A parameter that a value is, up to moves and invariant factors.
 
     Attributes:
       path: of the parameter.
       stack: the loops that run along its leading axes, one for each.
-      whole: whether it is as it is stored, not moved so far.
+      whole: whether it has its stored layout, not moved so far.
     """
 
     path: str
@@ -45,9 +50,9 @@ class Kind:
     """What is known of a value.
 
     Attributes:
-      form: one of the five.
+      form: `ZERO`, `INVARIANT`, `VECTOR`, `SQUARE` or `BROKEN`.
       param: the parameter that it is, if it is one.
-      gain: a parameter that a vector was multiplied by, entry by entry, on its way.
+      gain: a parameter that a vector was multiplied by, entry by entry.
     """
 
     form: str
@@ -63,7 +68,7 @@ class Use:
       role: ``"gain"``, ``"read"`` (multiplied by a vector and summed over), ``"shift"`` (added to a
         vector that has a gain) or ``"other"``.
       param: the parameter.
-      gain: the gain of the vector it meets.
+      gain: the gain of the vector that it is combined with.
       position: of the equation.
     """
 
@@ -74,8 +79,14 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What comes out of an equation: a kind, how parameters were used, and why it broke, if it did."""
+class RuleResult:
+    """The result of an equation.
+
+    Attributes:
+      kind: of its results.
+      uses: of parameters in it.
+      reason: why the kind is broken, if it is.
+    """
 
     kind: Kind
     uses: tuple[Use, ...] = ()
@@ -83,16 +94,16 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Scene:
-    """An equation with all that its rule looks at.
+class RuleInputs:
+    """An equation with all that its rule needs.
 
     Attributes:
       eqn: the equation.
       args: the kinds of its operands.
-      along: for each operand, the axes that the rotated one is part of.
-      ones: whether only rotations are asked for that leave the vector of ones as it is.
-      uniform: tells of a parameter whether its entries are all equal along the rotated axis.
-      position: where it stands.
+      along: for each operand, the axes that contain the rotated axis.
+      ones: whether only rotations with ``Q 1 = 1`` are considered.
+      uniform: returns whether a parameter's entries are all equal along the rotated axis.
+      position: of the equation.
     """
 
     eqn: JaxprEqn
@@ -103,25 +114,27 @@ class Scene:
     position: tuple[int | str, ...]
 
 
-Rule = Callable[[Scene], Answer]
+Rule = Callable[[RuleInputs], RuleResult]
 
 
-def broken(reason: str) -> Answer:
-    """Return that nothing can be said, and why.
+def broken(reason: str) -> RuleResult:
+    """Return a broken result with its reason.
 
     Example:
       >>> broken("tanh").kind.form
       'broken'
     """
-    return Answer(Kind(BROKEN), reason=reason)
+    return RuleResult(Kind(BROKEN), reason=reason)
 
 
-def together(a: Kind, b: Kind, ones: bool) -> Kind:
-    """Return what two values are that are added, or of which either is taken.
+def joined(a: Kind, b: Kind, ones: bool) -> Kind:
+    """Return the kind of the sum of two values, or of a choice between them.
 
     Example:
-      >>> together(Kind(ZERO), Kind(VECTOR), ones=False).form, together(Kind(SAME), Kind(VECTOR), ones=False).form
-      ('vector', 'broken')
+      >>> joined(Kind(ZERO), Kind(VECTOR), ones=False).form
+      'vector'
+      >>> joined(Kind(INVARIANT), Kind(VECTOR), ones=False).form
+      'broken'
     """
     if a == b or b.form == ZERO:
         return a
@@ -129,175 +142,176 @@ def together(a: Kind, b: Kind, ones: bool) -> Kind:
         return b
     if a.form == b.form and a.gain == b.gain:
         return Kind(a.form, gain=a.gain)
-    if ones and {a.form, b.form} == {SAME, VECTOR} and a.gain is b.gain is None:
-        return Kind(VECTOR)  # what is equal along the axis turns as well: it stays
+    if ones and {a.form, b.form} == {INVARIANT, VECTOR} and a.gain is b.gain is None:
+        return Kind(VECTOR)  # as Q 1 = 1, what is equal along the axis is a rotated vector too
     return Kind(BROKEN)
 
 
-def dropped(kinds: Sequence[Kind], position: tuple[int | str, ...]) -> tuple[Use, ...]:
-    """Return the uses of parameters that go into a value that is no longer one."""
+def other_uses(kinds: Sequence[Kind], position: tuple[int | str, ...]) -> tuple[Use, ...]:
+    """Return the uses of those values that are parameters, of which the result no longer is one."""
     return tuple(
         Use("other", kind.param, kind.gain, position) for kind in kinds if kind.param is not None
     )
 
 
-def _move(scene: Scene) -> Answer:
-    kind = scene.args[0]
-    return Answer(replace(kind, param=kind.param and replace(kind.param, whole=False)))
+def _move(given: RuleInputs) -> RuleResult:
+    kind = given.args[0]
+    return RuleResult(replace(kind, param=kind.param and replace(kind.param, whole=False)))
 
 
-def _cast(scene: Scene) -> Answer:
+def _cast(given: RuleInputs) -> RuleResult:
     if (
-        scene.eqn.primitive.name == "convert_element_type"
-        and scene.eqn.params["new_dtype"].kind in "iub"
+        given.eqn.primitive.name == "convert_element_type"
+        and given.eqn.params["new_dtype"].kind in "iub"
     ):
         return broken("a cast to whole numbers acts on its entries")
-    return Answer(scene.args[0])
+    return RuleResult(given.args[0])
 
 
-def _linear(scene: Scene) -> Answer:
-    """The first operand goes through, of which the others pick or reorder."""
-    kind = scene.args[0]
-    return Answer(Kind(kind.form, gain=kind.gain), dropped([kind], scene.position))
+def _linear(given: RuleInputs) -> RuleResult:
+    """The first operand passes; other operands only select or reorder its entries."""
+    kind = given.args[0]
+    return RuleResult(Kind(kind.form, gain=kind.gain), other_uses([kind], given.position))
 
 
-def _mixture(kinds: Sequence[Kind], scene: Scene, what: str) -> Answer:
-    """Sums and choices: all turn, or none."""
-    if len(kinds) == 2 and (shifted := _shift(kinds, scene)) is not None:
+def _mixture(kinds: Sequence[Kind], given: RuleInputs, what: str) -> RuleResult:
+    """Return a sum or a choice: all operands rotate, or none does."""
+    if len(kinds) == 2 and (shifted := _shift(kinds, given)) is not None:
         return shifted
     kind = kinds[0]
     for other in kinds[1:]:
-        kind = together(kind, other, scene.ones)
+        kind = joined(kind, other, given.ones)
     if kind.form == BROKEN:
         return broken(what)
     live = [each for each in kinds if each.form != ZERO]
-    return Answer(kind, () if len(live) == 1 else dropped(live, scene.position))
+    return RuleResult(kind, () if len(live) == 1 else other_uses(live, given.position))
 
 
-def _shift(kinds: Sequence[Kind], scene: Scene) -> Answer | None:
-    """A vector with a gain, plus a parameter: the bias of a layer norm."""
+def _shift(kinds: Sequence[Kind], given: RuleInputs) -> RuleResult | None:
+    """Return a vector with a gain, plus a parameter (the bias of a layer norm), or None."""
+    if given.eqn.primitive.name == "sub":
+        return None
     for vector, bias in (kinds, kinds[::-1]):
-        if (
-            vector.gain
-            and vector.param is None
-            and bias.param
-            and not bias.gain
-            and scene.eqn.primitive.name != "sub"
-        ):
-            return Answer(vector, (Use("shift", bias.param, vector.gain, scene.position),))
+        if vector.gain and vector.param is None and bias.param and not bias.gain:
+            return RuleResult(vector, (Use("shift", bias.param, vector.gain, given.position),))
     return None
 
 
-def _sum(scene: Scene) -> Answer:
-    return _mixture(scene.args, scene, "something is added that does not turn with it")
+def _sum(given: RuleInputs) -> RuleResult:
+    return _mixture(given.args, given, "something is added that does not rotate with it")
 
 
-def _choice(scene: Scene) -> Answer:
-    if scene.args[0].form not in (ZERO, SAME):
+def _choice(given: RuleInputs) -> RuleResult:
+    if given.args[0].form not in (ZERO, INVARIANT):
         return broken("its entries decide a choice")
     return _mixture(
-        scene.args[1:], scene, "a choice is made between it and what does not turn with it"
+        given.args[1:], given, "a choice is made between it and what does not rotate with it"
     )
 
 
-def _update(scene: Scene) -> Answer:
+def _update(given: RuleInputs) -> RuleResult:
     return _mixture(
-        scene.args[:2], scene, "it is written into something that does not turn with it"
+        given.args[:2], given, "it is written into something that does not rotate with it"
     )
 
 
-def _scatter(scene: Scene) -> Answer:
+def _scatter(given: RuleInputs) -> RuleResult:
     return _mixture(
-        [scene.args[0], scene.args[2]],
-        scene,
-        "it is written into something that does not turn with it",
+        [given.args[0], given.args[2]],
+        given,
+        "it is written into something that does not rotate with it",
     )
 
 
-def _mul(scene: Scene) -> Answer:
-    a, b = scene.args
+def _mul(given: RuleInputs) -> RuleResult:
+    a, b = given.args
     if ZERO in (a.form, b.form):
-        return Answer(Kind(ZERO))
-    if SAME in (a.form, b.form):
-        return Answer(b if a.form == SAME else a)
+        return RuleResult(Kind(ZERO))
+    if INVARIANT in (a.form, b.form):
+        return RuleResult(b if a.form == INVARIANT else a)
     if a.form == b.form == VECTOR:
-        return _product(a, b, scene)
+        return _product(a, b, given)
     return broken("more than two values along it are multiplied entry by entry")
 
 
-def _product(a: Kind, b: Kind, scene: Scene) -> Answer:
-    """Entry by entry: a scale, or two vectors whose inner product is to come."""
-    if a.gain or b.gain or max(map(len, scene.along)) > 1:
+def _product(a: Kind, b: Kind, given: RuleInputs) -> RuleResult:
+    """Return a vector times a scale, or the square of a vector, which a sum may follow."""
+    if a.gain or b.gain or max(map(len, given.along)) > 1:
         return broken("it is multiplied entry by entry")
     if (a.param is None) == (b.param is None):
-        return Answer(Kind(SQUARE), dropped([a, b], scene.position))
+        return RuleResult(Kind(SQUARE), other_uses([a, b], given.position))
     scale = a.param or b.param
     assert scale is not None
-    use = Use("gain", scale, None, scene.position)
-    return Answer(Kind(VECTOR, gain=None if scene.uniform(scale.path) else scale), (use,))
+    use = Use("gain", scale, None, given.position)
+    return RuleResult(Kind(VECTOR, gain=None if given.uniform(scale.path) else scale), (use,))
 
 
-def _square(scene: Scene) -> Answer:
-    (kind,) = scene.args
-    twice = scene.eqn.params.get("y", 2) == 2
-    if not twice or kind.form != VECTOR or kind.gain or len(scene.along[0]) > 1:
-        return broken(f"{scene.eqn.primitive.name} acts on its entries")
-    return Answer(Kind(SQUARE), dropped([kind], scene.position))
+def _square(given: RuleInputs) -> RuleResult:
+    (kind,) = given.args
+    twice = given.eqn.params.get("y", 2) == 2
+    if not twice or kind.form != VECTOR or kind.gain or len(given.along[0]) > 1:
+        return broken(f"{given.eqn.primitive.name} acts on its entries")
+    return RuleResult(Kind(SQUARE), other_uses([kind], given.position))
 
 
-def _div(scene: Scene) -> Answer:
-    if scene.args[1].form != SAME:
+def _div(given: RuleInputs) -> RuleResult:
+    if given.args[1].form != INVARIANT:
         return broken("something is divided by its entries")
-    return Answer(scene.args[0])
+    return RuleResult(given.args[0])
 
 
-def _reduce_sum(scene: Scene) -> Answer:
-    kind = scene.args[0]
+def _reduce_sum(given: RuleInputs) -> RuleResult:
+    kind = given.args[0]
     if (
         kind.form == VECTOR
-        and scene.along[0] & set(scene.eqn.params["axes"])
-        and (not scene.ones or kind.gain)
+        and given.along[0] & set(given.eqn.params["axes"])
+        and (not given.ones or kind.gain)
     ):
         return broken("its entries are summed up, as a mean does")
-    return _linear(scene)
+    return _linear(given)
 
 
-def _contraction(scene: Scene) -> Answer:
-    left, right = scene.args[:2]
-    (lhs, rhs), (lhs_batch, rhs_batch) = primitives.axes(scene.eqn)
-    if (scene.along[0] & set(lhs_batch)) | (scene.along[1] & set(rhs_batch)):
+def _contraction(given: RuleInputs) -> RuleResult:
+    left, right = given.args[:2]
+    (lhs, rhs), (lhs_batch, rhs_batch) = primitives.axes(given.eqn)
+    if (given.along[0] & set(lhs_batch)) | (given.along[1] & set(rhs_batch)):
         return broken("it is multiplied entry by entry")
-    summed = bool(scene.along[0] & set(lhs))
-    if summed != bool(scene.along[1] & set(rhs)):
+    summed = bool(given.along[0] & set(lhs))
+    if summed != bool(given.along[1] & set(rhs)):
         return broken("it is multiplied entry by entry")
     if ZERO in (left.form, right.form):
-        return Answer(Kind(ZERO))
-    return _inner(left, right, scene) if summed else _outer(left, right, scene)
+        return RuleResult(Kind(ZERO))
+    return _inner(left, right, given) if summed else _outer(left, right, given)
 
 
-def _inner(left: Kind, right: Kind, scene: Scene) -> Answer:
-    """Summed over the axis: two vectors make a number that does not turn."""
+def _inner(left: Kind, right: Kind, given: RuleInputs) -> RuleResult:
+    """Return a product that is summed over the rotated axis.
+
+    Along other axes it may still rotate, so its form is a vector; `_Walk.equation` makes it
+    invariant where the rotated axis is gone.
+    """
     forms = {left.form, right.form}
-    if forms == {SQUARE, SAME} or (
-        forms == {VECTOR, SAME} and scene.ones and not (left.gain or right.gain)
-    ):
-        return Answer(Kind(VECTOR), dropped([left, right], scene.position))
+    norm = forms == {SQUARE, INVARIANT}
+    mean = forms == {VECTOR, INVARIANT} and given.ones and not (left.gain or right.gain)
+    if norm or mean:
+        return RuleResult(Kind(VECTOR), other_uses([left, right], given.position))
     if forms != {VECTOR}:
-        return broken("it is multiplied by what does not turn with it, and summed up")
+        return broken("it is multiplied by what does not rotate with it, and summed up")
     for data, kernel in ((left, right), (right, left)):
         if data.param is None and kernel.param is not None and kernel.gain is None:
-            return Answer(Kind(VECTOR), (Use("read", kernel.param, data.gain, scene.position),))
+            return RuleResult(Kind(VECTOR), (Use("read", kernel.param, data.gain, given.position),))
     if left.gain or right.gain:
         return broken("what a scale was applied to is multiplied by activations")
-    return Answer(Kind(VECTOR), dropped([left, right], scene.position))
+    return RuleResult(Kind(VECTOR), other_uses([left, right], given.position))
 
 
-def _outer(left: Kind, right: Kind, scene: Scene) -> Answer:
+def _outer(left: Kind, right: Kind, given: RuleInputs) -> RuleResult:
+    """Return a product that is not summed over the rotated axis."""
     forms = {left.form, right.form}
     if SQUARE in forms or (forms == {VECTOR} and (left.gain or right.gain)):
         return broken("products of its entries are multiplied further")
-    return Answer(
-        Kind(VECTOR, gain=left.gain or right.gain), dropped([left, right], scene.position)
+    return RuleResult(
+        Kind(VECTOR, gain=left.gain or right.gain), other_uses([left, right], given.position)
     )
 
 
@@ -317,33 +331,32 @@ RULES: dict[str, Rule] = {
     "div": _div,
     "reduce_sum": _reduce_sum,
 }
-STILL_ZERO = CASTS | MOVES | {"neg"}
+ZERO_PRESERVING = CASTS | MOVES | {"neg"}
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """A group along which the function's parameters may be rotated.
 
     Attributes:
-      group: its members.
-      keeps_ones: whether only by rotations that leave the vector of ones as it is, since means are
-        taken along it.
-      uses: how its parameters enter the computation.
-      still: parameters that lie along it and do not turn: scales of norms, all equal by now.
-      gains: scales of norms that must be made equal first.
+      group: the group.
+      keeps_ones: whether the rotation must satisfy ``Q 1 = 1``, as means are taken along the axis.
+      uses: how parameters enter the computation.
+      unrotated: members that are not rotated: scales of norms whose entries are all equal.
+      gains: scales of norms whose entries must be made equal first.
     """
 
     group: Group
     keeps_ones: bool
     uses: tuple[Use, ...]
-    still: tuple[str, ...]
+    unrotated: tuple[str, ...]
     gains: tuple[Param, ...]
 
 
-def turns(
+def rotations(
     fn: ModelFn, variables: Variables, *inputs: PyTree, where: str | tuple[str, ...] | None = None
-) -> tuple[dict[str, Turn], dict[str, str]]:
-    """Find the groups that may be rotated, by following what rotates with them through the function's jaxpr.
+) -> tuple[dict[str, Rotation], dict[str, str]]:
+    """Find the groups that may be rotated, by following them through the function's jaxpr.
 
     Args:
       fn: a pure function of ``(variables, *inputs)``.
@@ -352,25 +365,29 @@ def turns(
       where: a glob, or several, over the names of groups.
 
     Returns:
-      ``({name of the group: Turn}, {name of the group: why it cannot be rotated})``.
+      ``({name of the group: Rotation}, {name of the group: why it cannot be rotated})``.
 
     Example:
-      >>> params = {"up": jnp.ones((3, 4)), "down": jnp.ones((4, 2)), "side": jnp.ones((2, 5)), "out": jnp.ones((5, 1))}
+      >>> sizes = {"up": (3, 4), "down": (4, 2), "side": (2, 5), "out": (5, 1)}
+      >>> params = {name: jnp.ones(shape) for name, shape in sizes.items()}
       >>> def fn(p, x):
       ...     return jnp.tanh(x @ p["up"] @ p["down"] @ p["side"]) @ p["out"]
-      >>> turns(fn, params, jnp.ones((1, 3)))[1]
+      >>> rotations(fn, params, jnp.ones((1, 3)))[1]
       {'side:1': 'tanh acts on its entries'}
     """
-    analysis, leaves = analyze(fn, variables, *inputs), flatten(variables)[0]
-    found, refused = {}, {}
+    analysis = analyze(fn, variables, *inputs)
+    leaves = flatten(variables)[0]
+    found: dict[str, Rotation] = {}
+    refused: dict[str, str] = {}
     for group in groups(fn, variables, *inputs):
         if where is not None and not matches(where, group.name):
             refused[group.name] = "no pattern matches"
             continue
-        free = _walk(analysis, leaves, group, ones=False)
-        walk = free if free.reason is None else _walk(analysis, leaves, group, ones=True)
+        walk = _walk(analysis, leaves, group, ones=False)
+        if walk.reason is not None:
+            walk = _walk(analysis, leaves, group, ones=True)
         if walk.reason is None:
-            found[group.name] = walk.turn(group)
+            found[group.name] = walk.rotation(group)
         else:
             refused[group.name] = walk.reason
     return found, refused
@@ -379,22 +396,21 @@ def turns(
 def _walk(analysis: Analysis, leaves: Leaves, group: Group, ones: bool) -> "_Walk":
     walk = _Walk(analysis, leaves, group, _leaf(analysis, group), ones)
     paths = {path for path, _ in group.members}
-    args = [Kind(VECTOR, Param(path)) if path in paths else Kind(SAME) for path in analysis.params]
+    args = [
+        Kind(VECTOR, Param(path)) if path in paths else Kind(INVARIANT) for path in analysis.params
+    ]
     rest = len(analysis.traced.jaxpr.jaxpr.invars) - len(args)
-    interpret(walk, analysis.traced.jaxpr, [*args, *[Kind(SAME)] * rest])
+    interpret(walk, analysis.traced.jaxpr, [*args, *[Kind(INVARIANT)] * rest])
     return walk
 
 
 def _leaf(analysis: Analysis, group: Group) -> Leaf:
-    """Return the axis that a group is."""
-    candidates = None
+    """Return the leaf whose coordinates along every member's axis are the group's."""
+    candidates: set[Leaf] | None = None
     for path, axis in group.members:
-        own = analysis.walk.axes.coordinates(analysis.params[path][axis])
-        fits = {
-            leaf
-            for leaf, place in own.items()
-            if np.array_equal(place, group.coordinates[path, axis])
-        }
+        along = analysis.walk.axes.coordinates(analysis.params[path][axis])
+        expected = group.coordinates[path, axis]
+        fits = {leaf for leaf, place in along.items() if np.array_equal(place, expected)}
         candidates = fits if candidates is None else candidates & fits
     assert candidates
     return candidates.pop()
@@ -402,16 +418,17 @@ def _leaf(analysis: Analysis, group: Group) -> Leaf:
 
 @dataclass
 class _Walk:
-    """The domain for the interpreter: a value is a Kind.
+    """The domain for the interpreter, in which a value is a Kind.
 
     Attributes:
       analysis: the axes of every value.
       leaves: the parameters.
       group: what is rotated.
       leaf: the axis that is rotated.
-      ones: see `Scene`.
-      uses: how parameters entered, so far.
-      reason: why the group cannot be rotated, as far as known.
+      ones: see `RuleInputs`.
+      uses: how parameters entered so far, in order.
+      reason: why the group cannot be rotated, if that is known.
+      equal: whether parameters are uniform along the rotated axis, by path.
     """
 
     analysis: Analysis
@@ -423,11 +440,12 @@ class _Walk:
     reason: str | None = None
     equal: dict[str, bool] = field(default_factory=dict)
 
-    def turn(self, group: Group) -> Turn:
+    def rotation(self, group: Group) -> Rotation:
+        """Return the rotation that was found."""
         scales = dict.fromkeys(use.param for use in self.uses if use.role == "gain")
-        still = tuple(param.path for param in scales if self.uniform(param.path))
-        gains = tuple(param for param in scales if param.path not in still)
-        return Turn(group, self.ones, tuple(self.uses), still, gains)
+        unrotated = tuple(param.path for param in scales if self.uniform(param.path))
+        gains = tuple(param for param in scales if param.path not in unrotated)
+        return Rotation(group, self.ones, tuple(self.uses), unrotated, gains)
 
     def uniform(self, path: str) -> bool:
         if path not in self.equal:
@@ -440,17 +458,16 @@ class _Walk:
         if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or not jnp.issubdtype(
             aval.dtype, jnp.number
         ):
-            return Kind(SAME)
-        return Kind(SAME if np.asarray(value).any() else ZERO)
+            return Kind(INVARIANT)
+        return Kind(INVARIANT if np.asarray(value).any() else ZERO)
 
     def join(self, a: Kind, b: Kind) -> Kind:
-        kind = together(a, b, self.ones)
+        kind = joined(a, b, self.ones)
         if kind.form == BROKEN and BROKEN not in (a.form, b.form):
-            self.reason = (
-                self.reason or "a loop or a branch joins it with what does not turn with it"
-            )
+            reason = "a loop or a branch joins it with what does not rotate with it"
+            self.reason = self.reason or reason
         if kind not in (a, b):
-            self._note(dropped([a, b], ()))
+            self._note(other_uses([a, b], ()))
         return kind
 
     def same(self, a: Kind, b: Kind) -> bool:
@@ -460,59 +477,55 @@ class _Walk:
         if a.param is None:
             return a
         if not a.param.whole:
-            self._note(dropped([a], ()))
+            self._note(other_uses([a], ()))
             return Kind(a.form, gain=a.gain)
         return Kind(a.form, Param(a.param.path, (*a.param.stack, loop)), a.gain)
 
     def stack(self, a: Kind, length: int) -> Kind:
-        if (
-            a.param is not None and a.param.whole and a.param.stack
-        ):  # a loop that hands its slices back, as nnx.scan does
+        if a.param is not None and a.param.whole and a.param.stack:
+            # A loop that returns the slices it was given, as nnx.scan does.
             return Kind(a.form, Param(a.param.path, a.param.stack[:-1]), a.gain)
-        self._note(dropped([a], ()))
+        self._note(other_uses([a], ()))
         return Kind(a.form, gain=a.gain)
 
     def reshard(self, a: Kind, aval: Any) -> Kind:
-        self._note(dropped([a], ()))
+        self._note(other_uses([a], ()))
         return Kind(a.form, gain=a.gain)
 
     def equation(self, eqn: JaxprEqn, args: list[Kind], where: Where) -> Sequence[Kind]:
         forms = {kind.form for kind in args}
-        name, (operands, results) = eqn.primitive.name, self.analysis.walk.values[where.position]
+        name = eqn.primitive.name
+        operands, results = self.analysis.walk.values[where.position]
         if BROKEN in forms:
             return [Kind(BROKEN)] * len(eqn.outvars)
         if not forms & {VECTOR, SQUARE}:
-            return [self._still(name, args, dims) for dims in results]
-        scene = Scene(
-            eqn,
-            args,
-            [self._along(dims) for dims in operands],
-            self.ones,
-            self.uniform,
-            where.position,
-        )
-        answer = RULES[name](scene) if name in RULES else broken(f"{name} acts on its entries")
-        if answer.kind.form == BROKEN:
-            self.reason = self.reason or answer.reason
-        self._note(answer.uses)
-        turned = answer.kind.form in (VECTOR, SQUARE)
-        return [Kind(SAME) if turned and not self._along(dims) else answer.kind for dims in results]
+            return [self._invariant(name, args, dims) for dims in results]
+        along = [self._along(dims) for dims in operands]
+        given = RuleInputs(eqn, args, along, self.ones, self.uniform, where.position)
+        result = RULES[name](given) if name in RULES else broken(f"{name} acts on its entries")
+        if result.kind.form == BROKEN:
+            self.reason = self.reason or result.reason
+        self._note(result.uses)
+        rotates = result.kind.form in (VECTOR, SQUARE)
+        # A result without the rotated axis (a norm, logits) does not rotate.
+        return [
+            Kind(INVARIANT) if rotates and not self._along(dims) else result.kind
+            for dims in results
+        ]
 
-    def _still(self, name: str, args: list[Kind], dims: Sequence[Axis]) -> Kind:
-        """Of values that do not turn, only random numbers differ along the axis."""
+    def _invariant(self, name: str, args: list[Kind], dims: Sequence[Axis]) -> Kind:
+        """Return the result of invariant operands; only random numbers vary along the axis."""
         if name in RANDOM and self._along(dims):
             self.reason = self.reason or "random numbers run along it"
             return Kind(BROKEN)
         zeros = [kind.form == ZERO for kind in args]
-        return Kind(
-            ZERO if (name in STILL_ZERO and all(zeros)) or (name == "mul" and any(zeros)) else SAME
-        )
+        stays_zero = name in ZERO_PRESERVING and all(zeros)
+        return Kind(ZERO if stays_zero or (name == "mul" and any(zeros)) else INVARIANT)
 
     def _along(self, dims: Sequence[Axis]) -> frozenset[int]:
-        axes = self.analysis.walk.axes
-        return frozenset(
-            i for i, axis in enumerate(dims) if axis.size > 1 and self.leaf in axes.leaves(axis)
-        )
+        """Return the axes of a value that contain the rotated axis."""
+        leaves = self.analysis.walk.axes.leaves
+        return frozenset(i for i, axis in enumerate(dims) if self.leaf in leaves(axis))
 
     def _note(self, uses: Sequence[Use]) -> None:
         self.uses |= dict.fromkeys(uses)
