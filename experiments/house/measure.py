@@ -44,9 +44,9 @@ class Package:
 
     def _statements(self, name: str) -> Iterator[ast.ImportFrom]:
         for node in ast.walk(self.trees[name]):
-            ours = isinstance(node, ast.ImportFrom) and node.module
-            if ours and node.module.split(".")[0] == self.root.name:
-                yield node
+            if isinstance(node, ast.ImportFrom) and node.module:
+                if node.module.split(".")[0] == self.root.name:
+                    yield node
 
     def _exports(self) -> Iterator[tuple[tuple[str, str], str]]:
         for name in filter(self.is_door, self.paths):

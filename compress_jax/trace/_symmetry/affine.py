@@ -62,7 +62,7 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
     if name not in MOVES:
         return None
     start = Origin(PARAMETER, (), dims)
-    moved = origin.MOVE_RULES[name](eqn.params, start, before.shape, after.shape).dims
+    moved: Any = origin.MOVE_RULES[name](eqn.params, start, before.shape, after.shape).dims
     for axes, n in zip(moved, after.shape, strict=True):
         if axes and math.prod(_size(stored, axis) for axis in axes) != n:
             return None
