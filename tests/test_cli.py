@@ -124,6 +124,7 @@ def test_other_arguments_or_another_config_are_refused_by_name(
     assert numbers(finished) == before
 
 
+@pytest.mark.slow
 def test_requirement_not_met_is_exit_code_3_and_a_sentence(
     config: Path, capsys: pytest.CaptureFixture[str]
 ):

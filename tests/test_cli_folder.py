@@ -107,6 +107,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_infinity_as_an_argument_ends_as_any_other(finished: Path, run):
     assert json.loads((finished / "run.json").read_text())["arguments"]["max_bytes"] == "inf"
     assert run("run") == (0, "") and run("eval")[0] == 0
@@ -250,6 +251,7 @@ HOW = ["cut", "flipped", "garbage", "empty", "list", "deep", "folder"]
 CASES = [(name, how) for name in FILES for how in HOW]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("name", "how"),
     CASES[:: len(HOW) + 1] + [("student/metrics.jsonl", "garbage"), ("run.json", "list")],

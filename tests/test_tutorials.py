@@ -23,6 +23,7 @@ CHECKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_a_tutorial_runs(path):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

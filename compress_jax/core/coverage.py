@@ -186,7 +186,8 @@ def coverage(
     Example:
       >>> import compress_jax as cj
       >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
-      >>> table = cj.coverage(cj.at("**/kernel", cj.leafwise(lambda x, learned, fixed: 2 * x)), params)
+      >>> double = cj.at("**/kernel", cj.leafwise(lambda x, learned, fixed: 2 * x))
+      >>> table = cj.coverage(double, params)
       >>> table["dense/bias"].reason, table.nbytes
       ('no pattern matches', 24)
     """

@@ -47,6 +47,7 @@ def optimal_distortion(x, clusters):
     return best[-1]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("clusters", [4, 16])
 def test_lloyd_agrees_with_float64(clusters):
     x = np.random.default_rng(clusters).standard_normal(2000).astype(np.float32)
@@ -77,6 +78,7 @@ def samples(rng, n):
     ]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("clusters", [4, 16])
 def test_distortion_is_near_the_optimum(clusters):
     for x in samples(np.random.default_rng(0), 1000):
@@ -117,6 +119,7 @@ def test_any_leaf(x, clusters):
         np.testing.assert_array_equal(seen, x)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "x",
     [
@@ -178,6 +181,7 @@ def test_codebook_gradient_is_the_sum_over_its_members():
     assert (to_params["w"] == 0).all()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(("axis", "clusters"), [(0, 16), (1, 300), ((0, 1), 16)])
 def test_sharding_does_not_change_a_bit(axis, clusters):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
@@ -220,6 +224,7 @@ def test_starts_in_the_middle_of_training():
     assert jnp.unique(c.view(trained, state)["w"]).size == 4
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("clusters", [16, 300])
 def test_short_floats(dtype, clusters):

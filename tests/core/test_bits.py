@@ -35,6 +35,7 @@ def test_round_trip_and_the_very_bytes(bits, shape, random):
     assert np.ravel(out).tolist() == values
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("bits", [1, 3, 8, 11, 16])
 def test_round_trip_under_jit(bits):
     values = jax.random.randint(jax.random.key(bits), (5, 3), 0, 2**bits)

@@ -35,6 +35,7 @@ def hard(format: Float) -> np.ndarray:
     return np.concatenate([numbers, ties, *beside, spread]).astype(np.float32)
 
 
+@pytest.mark.wide(2)
 @each_format
 def test_rounding_is_that_of_ml_dtypes_bit_for_bit(name):
     format, x = FORMATS[name], hard(FORMATS[name])
@@ -66,6 +67,7 @@ def test_decode_undoes_encode_and_round_is_both(name):
     assert not np.signbit(rounded[rounded == 0]).any()
 
 
+@pytest.mark.wide(30)
 @each_format
 @pytest.mark.parametrize("x", [3.4e38, -3.4e38, np.inf, -np.inf, 1e-42, -1e-42, -0.0])
 def test_nothing_finite_or_infinite_is_rounded_to_what_is_no_number(name, x):

@@ -40,6 +40,7 @@ def quantized(shape=(6, 4), zero=4, bits=3, layout=None):
     )
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("shape", [(), (5,), (4, 5), (2, 3, 4), (2, 2, 3, 3)])
 @pytest.mark.parametrize("kept", ["none", "some", "all"])
 def test_sparse_holds_any_mask_in_any_rank(shape, kept):
@@ -56,6 +57,7 @@ def test_sparse_holds_any_mask_in_any_rank(shape, kept):
     assert node.nbytes == nbytes(node) == 4 * mask.sum() + node.mask.nbytes
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     ("ones", "form"), [(range(0, 512, 2), Bits), ([40, 300], Gaps), ([], Gaps)]
 )
@@ -92,6 +94,7 @@ def test_quantized_is_code_minus_zero_times_scale():
     assert node.nbytes == 9 + 16 + 1  # 24 codes of 3 bits, 4 scales, a zero point
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "layout", [Layout.of((5, 4), *how, pad=True) for how in [(2,), ("tensor",), (5, 0)]]
 )

@@ -59,18 +59,21 @@ NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FEW)) for na
 RAMP = optax.linear_schedule(0.0, 0.9, 10)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thinned_schedule_has_arrived_when_it_ends_and_ever_after(name):
     seen = sparsities(THINNED[name](RAMP, 7, 10), 13)
     np.testing.assert_allclose(seen[9:], 0.9, atol=2e-3)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_freezes_it_makes_a_last_update_first(name):
     c = cj.every(9, cj.between(0, 8, THINNED[name](RAMP, 5, 10)))  # whatever thins that
     np.testing.assert_allclose(sparsities(c, 12)[7:], 0.72, atol=2e-3)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "name", [each for each in NAMES if each.values[0] not in ("saliency", "movement", "fisher")]
 )

@@ -29,6 +29,7 @@ def node(levels=E2M1, layout=None, scale_dtype=jnp.float32, tensor_scale=None, d
     )
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("scale_dtype", [jnp.float32, jnp.float8_e8m0fnu, jnp.float8_e4m3fn])
 def test_value_is_level_times_scale_in_any_scale_dtype(scale_dtype):
     codes, packed = node(scale_dtype=scale_dtype, tensor_scale=0.3)
@@ -45,6 +46,7 @@ def test_value_is_level_times_scale_in_any_scale_dtype(scale_dtype):
     assert packed.nbytes == nbytes(packed) == 12 + 4 * packed.scale.dtype.itemsize + 4
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "layout", [Layout.of((6, 4), *how, pad=True) for how in [(4,), ("tensor",), (4, 0)]]
 )
@@ -56,6 +58,7 @@ def test_layouts_give_each_code_its_own_scale(layout):
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("levels", [E2M1, SIGNS], ids=["with zero", "without"])
 def test_keep_zeroes_the_rest_and_never_brings_anything_back(levels):
     _, packed = node(levels)

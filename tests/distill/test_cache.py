@@ -53,7 +53,7 @@ def seen(index, view):
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 2**-8)])
 def test_each_view_of_each_example_has_its_own_logits(tmp_path, dtype, error):
     for process in range(2):  # one after the other, as two would side by side
-        d.write_cache(tmp_path, teacher, SPLIT, **WHO, k=3, views=4, augment=VIEW, batch_size=8, dtype=dtype,
+        d.write_cache(tmp_path, teacher, SPLIT, **WHO, k=3, views=4, augment=VIEW, batch_size=8, dtype=dtype,  # noqa: E501
                       process_index=process, process_count=2)  # fmt: skip
     index, view = np.array([20, 0, 7, 7]), np.array([0, 3, 1, 2])
     top = d.open_cache(tmp_path, **WHO)(index, view)
@@ -122,6 +122,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog, monkeypatch):
     """Damage to any file is an error to the reader; write_cache repairs it and logs that."""
@@ -194,7 +195,7 @@ def test_one_process_at_a_time_writes_a_part(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"k": 0}, {"views": 0}, {"batch_size": 0}, {"batch_size": 2.0},
-                                     {"process_index": 2, "process_count": 2}, {"process_count": 0}])  # fmt: skip
+                                     {"process_index": 2, "process_count": 2}, {"process_count": 0}])  # fmt: skip # noqa: E501
 def test_numbers_out_of_range_are_refused_by_name(tmp_path, options):
     with pytest.raises(ArgumentError, match=list(options)[0]):
         write(tmp_path, **options)
@@ -230,6 +231,7 @@ def test_what_does_not_belong_is_refused(tmp_path):
     assert about["teacher_sha256"] == WHO["teacher_sha256"] and about["dtype"] == "bfloat16"
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 5e-3)])
 def test_training_from_the_cache_is_training_online(tmp_path, dtype, error):
     """Weights agree to rounding from a float32 cache, to half a percent from bfloat16."""

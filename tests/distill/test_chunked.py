@@ -59,6 +59,7 @@ def assert_close(found, expected, relative=1e-5):
         np.testing.assert_allclose(a, b, atol=relative * float(jnp.abs(b).max()))
 
 
+@pytest.mark.wide(2)
 @every_direction
 @pytest.mark.parametrize(
     "chunk, block", [(16, None), (103, None), (500, None), (10, 5), (1, 24), (103, 100)]
@@ -72,6 +73,7 @@ def test_values_and_gradients_are_those_of_the_naive_form(direction, chunk, bloc
     assert_close(differentiate(loss, *inputs()), differentiate(plain, *inputs()))
 
 
+@pytest.mark.wide(1)
 @every_direction
 def test_in_float64_they_are_equal_to_twelve_digits(direction):
     with jax.enable_x64(True):
@@ -81,6 +83,7 @@ def test_in_float64_they_are_equal_to_twelve_digits(direction):
         assert_close(differentiate(loss, *arrays), differentiate(plain, *arrays), 1e-12)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("block", [None, 7])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_hinton_shares_the_pass_with_the_labels(alpha, block):
@@ -91,6 +94,7 @@ def test_hinton_shares_the_pass_with_the_labels(alpha, block):
     assert_close(differentiate(loss, *inputs()), differentiate(plain, *inputs()))
 
 
+@pytest.mark.wide(1)
 @every_direction
 @given(
     st.integers(0, 99),
@@ -138,6 +142,7 @@ def test_a_common_shift_of_the_logits_costs_no_precision():
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_short_heads_give_float32_logits_and_short_gradients(dtype):
     short = inputs(dtype)

@@ -30,6 +30,7 @@ def by_definition(s, t, labels, alpha, beta, temperature):
     return np.array(out)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 4.0])
 @pytest.mark.parametrize("alpha, beta", [(1.0, 8.0), (1.0, 0.0), (0.0, 1.0), (0.3, 2.0)])
 def test_it_is_the_papers_formula(alpha, beta, temperature):

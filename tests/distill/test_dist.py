@@ -13,6 +13,7 @@ def logits(seed, shape=(16, 10), scale=2.0):
     return scale * jax.random.normal(jax.random.key(seed), shape)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "temperature, beta, gamma", [(1.0, 1.0, 1.0), (4.0, 2.0, 2.0), (1.0, 0.0, 1.0), (2.0, 1.0, 0.0)]
 )

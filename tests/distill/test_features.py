@@ -133,6 +133,7 @@ def single(x):
     return jnp.asarray(x, jnp.float32)
 
 
+@pytest.mark.wide(8)
 @every_loss
 def test_values_are_the_references(ours, reference):
     s, t = draw(0), draw(1)
@@ -141,6 +142,7 @@ def test_values_are_the_references(ours, reference):
     np.testing.assert_allclose(value, reference(s, t), rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.wide(10)
 @every_loss
 def test_gradients_are_finite_differences_of_the_float64_reference(ours, reference):
     s, t = draw(0), draw(1)
@@ -155,6 +157,7 @@ def test_gradients_are_finite_differences_of_the_float64_reference(ours, referen
         np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=2e-4, atol=1e-6)
 
 
+@pytest.mark.wide(1)
 @every_loss
 def test_each_example_has_its_own_loss_and_the_teacher_no_gradient(ours, reference):
     s, t = single(draw(0)), single(draw(1))
@@ -214,6 +217,7 @@ FINITE = {name: value_and_gradient(ours) for name, (ours, _) in LOSSES.items()} 
 }
 
 
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("name", FINITE)
 @given(ANY, ANY)
 @settings(deadline=None, max_examples=40)
@@ -298,6 +302,7 @@ def test_mgd_hides_whole_positions_and_as_many_as_it_should():
     np.testing.assert_array_equal(mgd(x, x, lambda shown: shown, jax.random.key(0), ratio=1.0), 1.0)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "old, other, new", [(8, 4, 4), (7, 5, 3), (3, 1, 7), (4, 2, 8), (9, 6, 1), (5, 3, 4)]
 )

@@ -25,6 +25,7 @@ def kornblith(x, y):
     return np.linalg.norm(y.T @ x) ** 2 / (np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("shapes", [((20, 5), (20, 9)), ((6, 30), (6, 8)), ((12, 3, 2), (12, 4))])
 def test_cka_is_the_definition_by_features(shapes):
     x = normal(0, shapes[0])
@@ -40,6 +41,7 @@ def test_cka_ignores_rotation_scale_and_shift_but_not_stretching():
     assert cka(x, x * jnp.array([[100.0, 1.0, 1.0, 1.0, 1.0]])) < 0.9
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("x", [jnp.zeros((4, 3)), jnp.full((4, 3), 7.3), jnp.full((4, 3), 1e30)])
 def test_cka_of_what_does_not_vary_is_zero_with_finite_gradient(x):
     value, gradient = jax.value_and_grad(cka)(x, normal(0, (4, 2)))
@@ -64,6 +66,7 @@ def guo(logits, labels, bins):
     return error
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("bins", [1, 7, 15])
 def test_calibration_error_is_guos(bins):
     logits, labels = 2 * normal(0, (500, 5)), np.arange(500) % 5

@@ -18,6 +18,7 @@ def probabilities(z, temperature=1.0):
     return scipy.special.softmax(np.asarray(z, np.float64) / temperature, axis=-1)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 20.0])
 @pytest.mark.parametrize("shape", [(32, 10), (2, 3, 100), (7,)])
 def test_kl_is_scipys_relative_entropy(temperature, shape):
@@ -31,6 +32,7 @@ def test_kl_is_scipys_relative_entropy(temperature, shape):
     )
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0, 1000.0])
 def test_kl_gradient_is_the_temperature_times_the_difference(temperature):
     s, t = logits(0), logits(1)
@@ -108,6 +110,7 @@ EXTREMES = [-LARGE, -1e30, -1e4, -100.0, -1.0, -1e-30, 0.0, 1e-30, 1.0, 100.0, 1
 ROWS = hnp.arrays(np.float32, (2, 6), elements=st.sampled_from([np.float32(x) for x in EXTREMES]))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @given(ROWS, ROWS, st.sampled_from([0.1, 1.0, 4.0, 100.0]))
 @settings(deadline=None, max_examples=60)

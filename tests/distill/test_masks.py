@@ -81,7 +81,8 @@ TERMS = {
     "crd": lambda name: d.contrast("mid", "mid", jnp.arange(B), dim=3, negatives=2, name=name),
 }
 PER_TOKEN = set(TERMS) - set(
-    "attention fsp ft nst review rkd rkd_distance rkd_angle similarity pkt cc ickd cka_loss crd".split()
+    "attention fsp ft nst review rkd rkd_distance rkd_angle similarity pkt cc ickd cka_loss "
+    "crd".split()
 )
 
 
@@ -150,6 +151,7 @@ def test_every_loss_has_a_row():
     assert set(TERMS) == set(d.__all__) - NO_LOSSES - UNMASKED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [jnp.nan, jnp.inf, 1e30, 7.0])
 @pytest.mark.parametrize("mask", [TOKENS, ROWS], ids=["tokens", "examples"])
 def test_padding_changes_no_value_no_gradient_and_no_memory(mask, padding):
@@ -164,6 +166,7 @@ def test_padding_changes_no_value_no_gradient_and_no_memory(mask, padding):
         assert not np.asarray(slope)[~counts].any() and np.asarray(slope)[counts].all(axis=-1).any()
 
 
+@pytest.mark.slow
 def test_a_mask_of_examples_gives_what_the_examples_give_alone():
     kept = np.flatnonzero(ROWS)
     alone = {name: (x if name == "index" else x)[kept] for name, x in BATCH.items() if name != "x"}
@@ -195,6 +198,7 @@ def test_a_mask_of_tokens_gives_what_the_tokens_give_alone():
         np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_masks_of_other_ranks_are_the_same_mask():
     reference = masked(jnp.broadcast_to(ROWS[:, None], (B, T)))
     for mask in (ROWS, ROWS[:, None, None].astype(jnp.int32)):
@@ -204,6 +208,7 @@ def test_masks_of_other_ranks_are_the_same_mask():
             )
 
 
+@pytest.mark.wide(32)
 @pytest.mark.parametrize("name", TERMS)
 def test_a_mask_that_does_not_fit_is_refused_and_the_term_is_named(name):
     alone = distillation(Given(), [TERMS[name](name)], inputs="x")
@@ -264,7 +269,7 @@ def test_pooled_features_know_their_lengths():
     )
     real = np.flatnonzero(LENGTHS)
     means = [
-        jnp.stack([x["mid"][i, : int(LENGTHS[i])].mean(0) for i in real]) for x in (STUDENT, TEACHER)
+        jnp.stack([x["mid"][i, : int(LENGTHS[i])].mean(0) for i in real]) for x in (STUDENT, TEACHER)  # noqa: E501
     ]  # fmt: skip
     np.testing.assert_allclose(lossy(term), d.similarity(*means).mean(), rtol=1e-5)
 
@@ -295,6 +300,7 @@ def test_weights_are_not_additive_masks_and_not_words():
         d.masked_mean(jnp.ones(2), jnp.ones(2, jnp.complex64))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("value", [-jnp.inf, -1e9, -3e38, float(jnp.finfo(jnp.float32).min)])
 def test_standardised_logits_leave_masked_classes_out(value):
     there = jnp.array([True, True, False, True, True, False])

@@ -85,6 +85,7 @@ def descend(loss, params, steps=30, rate=0.02):
     return values[0], values[-1], params
 
 
+@pytest.mark.wide(2)
 @every_part
 def test_parts_give_the_teachers_shape_and_learn_its_features(part, student, teacher):
     params = start(part, student, teacher)
@@ -98,6 +99,7 @@ def test_parts_give_the_teachers_shape_and_learn_its_features(part, student, tea
     assert after < 0.9 * before
 
 
+@pytest.mark.wide(6)
 @every_part
 def test_parts_see_each_example_alone_and_compute_in_float32(part, student, teacher):
     params = start(part, student, teacher)
@@ -112,6 +114,7 @@ def test_parts_see_each_example_alone_and_compute_in_float32(part, student, teac
     )
 
 
+@pytest.mark.wide(4)
 @every_part
 def test_the_key_decides_and_nothing_else(part, student, teacher):
     first, again, other = (
@@ -153,7 +156,7 @@ def _finite(part):
 
 DECONV = deconv()
 FINITE = {name: _finite(part) for name, part in zip(
-    ["conv", "deconv", "projector", "translator"], [conv(), DECONV, projector(), translator()], strict=True
+    ["conv", "deconv", "projector", "translator"], [conv(), DECONV, projector(), translator()], strict=True  # noqa: E501
 )}  # fmt: skip
 
 

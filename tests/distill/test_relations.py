@@ -112,6 +112,7 @@ LOSSES = {
 every_loss = pytest.mark.parametrize("ours, reference, shapes", LOSSES.values(), ids=LOSSES)
 
 
+@pytest.mark.wide(4)
 @every_loss
 def test_values_are_the_references(ours, reference, shapes):
     s, t = draw(0, shapes[0]), draw(1, shapes[1])
@@ -120,6 +121,7 @@ def test_values_are_the_references(ours, reference, shapes):
     np.testing.assert_allclose(value, reference(s, t), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.wide(7)
 @every_loss
 def test_gradients_are_finite_differences_of_the_float64_reference(ours, reference, shapes):
     s, t = draw(0, shapes[0]), draw(1, shapes[1])
@@ -134,6 +136,7 @@ def test_gradients_are_finite_differences_of_the_float64_reference(ours, referen
         np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=5e-4, atol=1e-5)
 
 
+@pytest.mark.wide(1)
 @every_loss
 def test_the_teacher_gets_no_gradient_and_half_precision_is_reduced_in_float32(
     ours, reference, shapes
@@ -240,6 +243,7 @@ def value_and_gradient(ours):
 FINITE = {name: value_and_gradient(ours) for name, (ours, *_) in LOSSES.items()}
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", FINITE)
 @given(ANY, ANY)
 @settings(deadline=None, max_examples=40)

@@ -152,7 +152,7 @@ def test_a_teacher_of_8_bit_weights_stays_packed_and_drifts_little(tmp_path):
 
 
 def test_the_hash_is_of_every_array_its_place_and_its_kind():
-    trees = [{"a": jnp.ones(4)}, {"b": jnp.ones(4)}, {"a": jnp.ones((2, 2))}, {"a": jnp.ones(4, jnp.int32)},
+    trees = [{"a": jnp.ones(4)}, {"b": jnp.ones(4)}, {"a": jnp.ones((2, 2))}, {"a": jnp.ones(4, jnp.int32)},  # noqa: E501
              {"a": jnp.ones(4).at[3].set(2)}, {"a": jnp.ones(4), "b": jnp.ones(4)}]  # fmt: skip
     assert len({hexadecimal(fingerprint(tree)) for tree in trees}) == len(trees)
     assert hexadecimal(fingerprint({"a": np.ones(4, np.float32)})) == hexadecimal(

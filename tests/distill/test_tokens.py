@@ -12,6 +12,7 @@ S, T = (2 * jax.random.normal(jax.random.key(i), SHAPE) for i in range(2))
 MASK = jnp.arange(6)[None] < jnp.array([6, 1, 3, 0, 5, 2, 4, 6])[:, None]
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("loss", [kl, reverse_kl, jsd])
 def test_the_mean_is_over_the_tokens_that_count(loss):
     total = token_total(loss, S, T, MASK, temperature=2.0)

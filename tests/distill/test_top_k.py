@@ -22,6 +22,7 @@ def coarse(p, ids):
     return np.concatenate([kept, p.sum(-1, keepdims=True) - kept.sum(-1, keepdims=True)], axis=-1)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("k", [1, 4, 11])
 def test_it_is_kl_over_k_plus_one_buckets(k, temperature):
@@ -40,6 +41,7 @@ def test_it_is_kl_over_k_plus_one_buckets(k, temperature):
     assert (top_k_kl(s, top) <= kl(s, t, temperature) + 1e-5).all()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_all_classes_are_the_full_divergence_with_its_gradient(temperature):
     s, t = logits(0), logits(1)

@@ -33,6 +33,7 @@ def test_standardised_logits_are_z_scores():
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("scale, shift", [(1e-2, 0.0), (1e4, 1e4), (1e30, 0.0), (3.0, -50.0)])
 def test_scale_and_shift_are_free(scale, shift):
     z = logits(0, scale=1.0)
@@ -78,6 +79,7 @@ def test_a_virtual_teacher_knows_better_than_chance(classes, probability):
         virtual_teacher(jnp.array([0]), classes, probability)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, 5.0], [1.0, 0.0, 1.0]])
 def test_an_ensemble_is_the_mean_of_probabilities(weights, temperature):

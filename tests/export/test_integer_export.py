@@ -44,6 +44,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scales_are_along_what_no_site_sums_over(name):
     fn, shape, summed = LAYOUTS[name]
@@ -119,6 +120,7 @@ def test_sites_without_an_integer_kernel_stay_float_and_are_listed(onnx, tmp_pat
     assert not (tmp_path / "n.onnx").exists()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("value", [jnp.inf, -jnp.inf, jnp.nan])
 def test_ranges_that_are_not_finite_are_refused_by_every_integer_path(value):
     fn, params, x = lambda p, x: x @ p["w"], {"w": array(0, 4, 4)}, array(1, 3, 4)
@@ -150,6 +152,7 @@ def dropping():
     return (lambda s, x: nnx.merge(graph, s)(x)), state, np.asarray(array(0, 4, 8))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("coded", [False, True])
 def test_a_state_with_random_keys_is_saved_as_it_is(dropping, coded, tmp_path):
     fn, state, x = dropping

@@ -82,6 +82,7 @@ def tree() -> dict[str, Any]:
     }
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", ["plain", "coded"])
 def test_an_old_file_is_read_bit_for_bit_and_written_again(name, tmp_path):
     packed, metadata = cj.load(OLD / f"{name}.safetensors")

@@ -80,6 +80,7 @@ def strangers(tmp_path, kinds):
         )
 
 
+@pytest.mark.slow
 def test_a_process_without_this_package_computes_the_same_from_packed_weights(tmp_path):
     strangers(tmp_path, [("constants", "int4"), ("arguments", "sparse")])
 

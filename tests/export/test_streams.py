@@ -133,6 +133,8 @@ def test_the_file_of_the_reference_tensor_is_its_entropy(tmp_path):
     np.testing.assert_array_equal(cj.unpack(cj.load(tmp_path / "f")[0])["w"], seen)
 
 
+@pytest.mark.wide(1)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("model", "shape", "compression"),
     [

@@ -49,6 +49,7 @@ def test_dense_weights_are_bit_for_bit_the_unpacked_ones(tmp_path):
     }
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "compression",
     [

@@ -25,6 +25,7 @@ def singular_values(x):
     return np.asarray(scipy.linalg.svdvals(np.asarray(x, np.float64).reshape(-1, x.shape[-1])))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), CONV])
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_error_is_the_tail_of_the_singular_values(shape, rank):
@@ -57,6 +58,7 @@ def test_factors_are_balanced():
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("shape", [(64, 48), CONV])
 def test_energy_takes_the_least_rank_that_keeps_it(energy, shape):
@@ -82,6 +84,7 @@ def test_energy_of_zeros_and_of_everything():
     assert jax.tree.structure(update) == jax.tree.structure(state)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("c", [svd(6), svd(energy=0.95)], ids=["rank", "energy"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_packed_is_what_was_seen(c, dtype):

@@ -19,6 +19,7 @@ def count(model, x):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+@pytest.mark.wide(6)
 @pytest.mark.parametrize(
     ("model", "x", "parameters"),
     [
@@ -79,6 +80,7 @@ def run(model, x):
     return variables, model.apply(variables, x), trained
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_and_finite_numbers(name):
     model, x, shape = MODELS[name]

@@ -154,6 +154,7 @@ NETWORK = {
 IMAGE = jnp.ones((2, 3, 6, 6))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "rule", [lambda s: {"conv": s}, lambda s: {"conv": s, "head": s}, lambda s: erk(NETWORK, s)]
 )

@@ -34,6 +34,7 @@ def kept(sparsity, floor):
     return masks
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.99])
 @pytest.mark.parametrize("floor", [0.001, 0.1, 0.45])
 def test_no_leaf_falls_below_its_floor(sparsity, floor):
@@ -62,6 +63,7 @@ def test_a_floor_needs_a_global_threshold():
             cj.prune.magnitude(0.5, **wrong)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("shape", [(3, 3, 1, 16), (2, 7)])
 def test_n_m_that_prunes_nothing_is_said(shape):
     c, params = (

@@ -49,6 +49,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("weights", [True, False])
 def test_one_loop_goes_through_all_rounds(weights):
     optimizer = rewinding(optax.adam(schedule), EVERY, TO, weights=weights)

@@ -30,6 +30,7 @@ def pruned(state):
     return {path: int((~mask).sum()) for path, mask in state.fixed.items()}
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("sparsity", [0, 0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99, 1])
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1001])
 def test_exactly_as_many_are_pruned_as_asked(n, sparsity):
@@ -57,6 +58,7 @@ def test_global_scope_is_one_argsort_of_everything(params, sparsity):
     np.testing.assert_array_equal(np.concatenate([np.ravel(mask) for mask in masks.values()]), kept)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_view_is_the_masked_params_and_pack_ships_it(params, scope):
     c = magnitude(0.9, scope=scope)
@@ -165,6 +167,7 @@ SHARDINGS = [
 ]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(("scope", "axes", "spec"), SHARDINGS)
 def test_sharded_is_unsharded_bit_for_bit_without_gathering(scope, axes, spec):
     x = jnp.round(

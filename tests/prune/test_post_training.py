@@ -73,6 +73,7 @@ def by_the_paper(w, x, share, n, m, size, scale=None, damping=0.01):
 CASES = {"60 %": (0.6, None), "2:4": (None, n_m(2, 4)), "1:3": (None, n_m(1, 3))}
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("case", "quantizer"),
     [("60 %", None), ("2:4", None), ("1:3", None), ("60 %", INT4), ("2:4", INT4)],
@@ -99,6 +100,7 @@ def test_sparsegpt_is_the_papers_algorithm(case, quantizer):
     np.testing.assert_allclose(error(ours), error(expected), rtol=0.02)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_exactly_as_many_weights_are_pruned_as_asked(share):
     params, x = layer()
@@ -111,6 +113,7 @@ def test_exactly_as_many_weights_are_pruned_as_asked(share):
         assert jnp.allclose(solved.params["kernel"], params["kernel"], atol=1e-6)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("groups", [None, n_m(2, 4), n_m(1, 3)])
 def test_wanda_is_a_sort_of_each_output(groups):
     params, x = layer(k=22, n=5)
@@ -125,6 +128,7 @@ def test_wanda_is_a_sort_of_each_output(groups):
     np.testing.assert_array_equal(pruned.params["kernel"], np.where(mask, params["kernel"], 0))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
 def test_groups_of_a_convolution_run_along_its_channels(solve):
     rng, shape = np.random.default_rng(0), (3, 3, 6, 5)
@@ -145,6 +149,7 @@ def test_groups_of_a_convolution_run_along_its_channels(solve):
     assert not pruned.notes
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
 def test_groups_run_along_what_is_summed_and_the_note_says_so(solve):
     rng = np.random.default_rng(0)
@@ -158,6 +163,7 @@ def test_groups_run_along_what_is_summed_and_the_note_says_so(solve):
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
 def test_layers_under_a_scan_are_solved_as_if_each_stood_alone(solve):
     rng = np.random.default_rng(0)

@@ -121,6 +121,7 @@ def test_a_rising_sparsity_is_reached_exactly_while_weights_come_back():
     assert pruned == 540 and back > 0
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("make", [cj.prune.sparse_evolution, rigl])
 def test_sharded_masks_are_the_unsharded_ones(make):
     x = {"w": jax.random.normal(jax.random.key(3), (8, 16))}
@@ -149,6 +150,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_restart_whatever_the_optimizer(name):
     """What is left of the gradient of a grown weight is nothing, and of all others everything."""

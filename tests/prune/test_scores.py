@@ -296,6 +296,7 @@ REMEMBERING = {
 }
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", REMEMBERING)
 def test_a_step_whose_gradients_are_not_finite_is_skipped_whole(name):
     c, params = (

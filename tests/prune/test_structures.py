@@ -66,6 +66,7 @@ def test_blocks_with_remainders_are_chosen_as_by_loops(reduce, values, sparsity)
     np.testing.assert_array_equal(mask_of(values, block((2, 3), reduce), sparsity), expected)
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize(
     ("structure", "window"),
     [
@@ -123,6 +124,7 @@ def test_a_sparsity_beside_n_of_m_must_agree():
             magnitude(other, n_m(2, 4))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "structure", [block((2, 3)), channel(), head(0), n_m(2, 4, axis=0)], ids=str
 )

@@ -32,6 +32,7 @@ def shape(model, ratio, **options):
     return small.params["params"]["Conv_0"]["kernel"].shape[-1], small
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("groups", [1, 2, 8, 32])
 @pytest.mark.parametrize("ratio, multiple", [(0.5, 1), (0.25, 1), (0.5, 8), (0.3, 8)])
 def test_half_of_a_width_is_half_whatever_makes_it_up(groups, ratio, multiple):
@@ -52,6 +53,7 @@ def attention(p, x):
     return jnp.einsum("bqhk,hkd->bqd", y, p["o"].reshape(4, 8, 6)) @ p["head"]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("stored", [(4, 8), (32,)])
 def test_heads_and_their_features_are_one_width_however_it_is_stored(stored):
     rng = np.random.default_rng(0)
@@ -113,6 +115,7 @@ P = {
 }
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "kept", [{"a:1": [0, 2, 5], "w:1": [1, 2, 3, 5]}, {"a:1": [0, 2, 5]}, {"w:1": [0]}]
 )

@@ -74,6 +74,7 @@ def close_but_for_ties(ours, x, low, high, bits, symmetric):
     assert wrong.mean() < 0.002 and (np.abs(ours - expected) < 1.01 * scale).all()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_values_are_those_of_float64(bits, symmetric):
@@ -94,6 +95,7 @@ def test_values_are_those_of_float64(bits, symmetric):
         close_but_for_ties(how.quantize_fn(site, 0, x, own), x, low, high, bits, symmetric)
 
 
+@pytest.mark.wide(2)
 @QUANTIZERS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_seen_is_what_the_codes_stand_for_bit_for_bit(how, dtype):
@@ -193,6 +195,7 @@ def error(x, low, high, bits, symmetric):
     return ((reference(x, low, high, bits, symmetric)[0] - x) ** 2).mean()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "relu", "laplace", "skewed", "outlier"])
@@ -253,6 +256,7 @@ def test_percentile_and_rms_are_those_of_numpy():
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_entropy_lets_an_outlier_go_and_keeps_a_uniform_range(symmetric):
     rng = np.random.default_rng(2)
@@ -268,6 +272,7 @@ def test_entropy_lets_an_outlier_go_and_keeps_a_uniform_range(symmetric):
     assert high > 0.9 and low < -0.9
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("rule", ["percentile", "entropy", "mse", "rms", "minmax", "ema"])
 def test_ranges_are_what_all_batches_say_and_scale_with_the_data(rule):
     batches = [normal(64, 6, seed=seed, shift=1.0) for seed in range(4)]
@@ -341,6 +346,7 @@ def test_eight_bits_change_every_model_a_little(entry):
     assert (0 < distance(ours, plain) < 0.2) if chosen else (distance(ours, plain) == 0)
 
 
+@pytest.mark.wide(1)
 @QUANTIZERS
 def test_layers_in_a_scan_have_a_range_each(how):
     def fn(w, x):
@@ -366,6 +372,7 @@ def test_layers_in_a_scan_have_a_range_each(how):
     assert np.isfinite(grads["layers"]).all() and np.asarray(grads["layers"]).any(axis=(1, 2)).all()
 
 
+@pytest.mark.wide(1)
 @QUANTIZERS
 def test_jit_vmap_and_remat_agree_with_plain_calls(how):
     def fn(w, x):
@@ -465,6 +472,7 @@ def test_moving_ranges():
     assert jax.tree.all(jax.tree.map(lambda a, b: bool(a == b), set_by_this, ranges))
 
 
+@pytest.mark.wide(1)
 @QUANTIZERS
 def test_update_keeps_the_structure_and_what_is_learned(how):
     batch = jax.nn.relu(normal(2, 5, 6))
@@ -491,6 +499,7 @@ def test_a_branch_that_is_not_taken_keeps_its_range():
     assert float(new["up"]["input"]["high"]) == 5 and float(new["down"]["input"]["low"]) == -1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_calibrated_is_named():
     params, x = {"up": jnp.eye(3), "down": -jnp.eye(3)}, jnp.ones((2, 3))
     for how in (
@@ -557,6 +566,7 @@ def test_dynamic_needs_no_calibration():
     assert how.update(PARAMS, {}, x)[1] == {"kernel": {"input": {}}}
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "how",
     [
@@ -587,6 +597,7 @@ def test_a_batch_that_is_not_finite_moves_no_range_and_is_counted(how):
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
 def test_a_range_that_is_not_finite_is_refused_where_it_is_used(bad):
     params, x, how = {"kernel": jnp.eye(6)}, jnp.ones((4, 6)), static(symmetric=False)

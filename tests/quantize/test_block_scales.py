@@ -67,6 +67,7 @@ def test_the_best_power_has_the_least_error_of_all_powers(levels):
     np.testing.assert_allclose(error(x, chosen, levels), least, rtol=1e-4)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("size", [0.0, 1e-42, 1.2e-38, 1e-30, 1e38, 3.4e38])
 @pytest.mark.parametrize("scale", ["floor", "ceil", "mse"])
 def test_blocks_at_the_ends_of_the_range(size, scale):
@@ -116,6 +117,7 @@ def test_an_error_of_choice_is_never_above_that_of_a_rule():
         ).all()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "c", [mxfp8(), mxfp8("e5m2", "ceil"), mxfp4(), mxfp4("mse"), nvfp4(), nvfp4("mse")]
 )

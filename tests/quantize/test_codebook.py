@@ -83,6 +83,7 @@ def test_every_weight_goes_to_the_nearest_level(seed, levels, granularity):
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
 def test_fp8_of_a_tensor_is_the_cast_of_ml_dtypes_times_the_scale(kind):
     w, dtype = (
@@ -128,6 +129,7 @@ def test_levels_on_one_side_of_zero_never_get_a_negative_scale():
     assert float(fixed["scale"][0]) > 0 and bool((view > 0).all())
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
 def test_what_is_packed_is_what_was_trained_compiled_or_not(name):
     params = {
@@ -155,6 +157,7 @@ def test_what_is_packed_is_what_was_trained_compiled_or_not(name):
                 np.testing.assert_array_equal(bits_of(got[dtype]), bits_of(want[dtype]))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("name", "nbytes"),
     [("fp8", 2048 + 4), ("fp4", 1024 + 4), ("fp6", 1536 + 4), ("binary", 256 + 32),
@@ -169,6 +172,7 @@ def test_stored_sizes_are_the_true_ones(name, nbytes):
     assert (row.form, row.nbytes, row.reason) == ("Tabled", nbytes, "")
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
 def test_gradient_is_that_of_the_identity_even_where_weights_saturate(name):
     w, c = weights(shape=(32, 4)), {**FORMATS, **BLOCKS}[name](pad=True)
@@ -178,6 +182,7 @@ def test_gradient_is_that_of_the_identity_even_where_weights_saturate(name):
     np.testing.assert_array_equal(grad, cotangent)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", ["fp8", "nf4", "mxfp4", "nvfp4"])
 def test_sharded_on_any_axis_is_as_unsharded_bit_for_bit(axis, name):
@@ -190,6 +195,7 @@ def test_sharded_on_any_axis_is_as_unsharded_bit_for_bit(axis, name):
     np.testing.assert_array_equal(bits_of(there_view), bits_of(here_view))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
 def test_degenerate_leaves(name):
     c = {**FORMATS, **BLOCKS}[name](pad=True)
@@ -211,6 +217,7 @@ def test_degenerate_leaves(name):
     assert float(jnp.abs(view["tiny"]).max()) < 1e-36
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", [name for name in [*FORMATS, *BLOCKS] if name != "binary"])
 def test_pruned_chains_nest(name):
     w = weights(4, (64, 32))
@@ -222,6 +229,7 @@ def test_pruned_chains_nest(name):
     np.testing.assert_array_equal(bits_of(node.unpack()), bits_of(view))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", ["nf4", "mxfp8", "nvfp4", "ternary"])
 def test_an_artifact_holds_them_exactly_and_at_their_size(name, tmp_path):
     w, c = weights(5, (64, 32)), cj.chain(cj.prune.magnitude(0.5), {**FORMATS, **BLOCKS}[name]())
@@ -313,6 +321,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_the_error_on_a_normal_matrix_is_below_the_peer_s(name):
     (c, figure), w = FIGURES[name], jax.random.normal(jax.random.key(0), (1024, 1024))

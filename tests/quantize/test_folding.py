@@ -1,4 +1,5 @@
-"""Folding norms into kernels: the function stays what it was, on random graphs with shared values, in every spelling."""
+"""Folding norms into kernels: the function stays what it was, on random graphs with shared values,
+in every spelling."""
 
 import itertools
 
@@ -81,6 +82,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.wide(7)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_is_folded_and_the_function_stays(name):
     p = params(("kernel", (N, N)))
@@ -94,6 +96,7 @@ def test_every_spelling_is_folded_and_the_function_stays(name):
         np.testing.assert_allclose(left, np.broadcast_to(left[:1], left.shape), atol=1e-5)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("spelling", ["flax", "keras", "biased"])
 def test_a_parameter_with_any_other_use_stays_the_same_function(spelling):
     p = params(("kernel", (N, N)))
@@ -223,6 +226,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_of_all_kinds(name):
     fn, shape, n = LAYERS[name]
@@ -309,7 +313,8 @@ NODES = st.lists(st.tuples(*(st.integers(0, n) for n in (9, 9, 9, 4))), min_size
 
 
 def graph(nodes):
-    """A random function of two kernels and five vectors: every node reads earlier nodes and any vector, in any way."""
+    """A random function of two kernels and five vectors: every node reads earlier nodes and any
+    vector, in any way."""
 
     def fn(p, x):
         values = [x, x @ p["kernel"], x @ p["other"]]

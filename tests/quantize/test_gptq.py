@@ -31,7 +31,8 @@ def solve(params, x, c, **options):
 
 
 def by_the_paper(w, x, scale, zero, top, damping=0.01, act_order=False):
-    """Algorithm 1 of the paper in float64: inverse Hessian, its Cholesky factor, one input after the other."""
+    """Algorithm 1 of the paper in float64: inverse Hessian, its Cholesky factor, one input after
+    the other."""
     w, x = np.asarray(w, np.float64).copy(), np.asarray(x, np.float64)
     h = 2 * x.T @ x / len(x)
     dead = np.diag(h) == 0
@@ -49,6 +50,7 @@ def by_the_paper(w, x, scale, zero, top, damping=0.01, act_order=False):
     return out
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(
     "options",
@@ -81,6 +83,7 @@ def test_it_is_the_papers_algorithm(options, act_order, k):
     np.testing.assert_allclose(error(ours), error(expected), rtol=0.02)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("block", [1, 7, 16, 128])
 def test_the_block_size_is_only_a_matter_of_speed(block):
     params, x = layer()
@@ -103,6 +106,7 @@ def test_large_layers_are_solved_in_halves(monkeypatch):
 CHAIN = cj.chain(cj.prune.magnitude(0.5), uniform(bits=4, granularity="channel"))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "c",
     [uniform(bits=2, granularity="channel"), uniform(bits=4, granularity=8, scale="mse"), CHAIN],
@@ -152,6 +156,7 @@ def fresh(inputs, seed):
     return jax.tree.map(like, inputs)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.name in MODELS], ids=lambda e: e.name)
 def test_every_layer_of_a_model_is_solved_or_listed(entry):
     model, variables, inputs = entry.make()

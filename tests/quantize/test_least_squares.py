@@ -36,6 +36,7 @@ def ours(w: np.ndarray, grid: Grid) -> float:
     return float(error(w, float(scale[0]), -z, grid.top - z))
 
 
+@pytest.mark.wide(24)
 @pytest.mark.parametrize("n", [16, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["normal", "laplace", "heavy", "uniform", "skewed", "few"])
@@ -45,6 +46,7 @@ def test_no_worse_than_the_best_of_4000_scales(name, bits, n):
     assert ours(w, Grid(bits)) <= dense.min() * (1 + 1e-4) + 1e-10
 
 
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["normal", "heavy", "skewed", "few"])
 def test_asymmetric_is_within_a_percent_of_brute_force_over_scale_and_zero_point(name, bits):
@@ -60,11 +62,13 @@ def test_one_outlier_among_a_million_does_not_hold_the_scale():
     assert ours(w, Grid(4)) <= dense.min()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(("bits", "figure"), [(8, 0.00773), (4, 0.1077), (3, 0.2008), (2, 0.3860)])
 def test_figures_for_a_normal_matrix_per_channel(bits, figure):
     assert frobenius(quantize.uniform(bits, granularity="channel", scale="mse")) < figure + 5e-5
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(("group", "figure"), [(128, 0.1106), (64, 0.1027), (32, 0.0948)])
 def test_figures_for_a_normal_matrix_in_groups(group, figure):
     assert frobenius(quantize.uniform(4, granularity=group, scale="mse")) < 0.93 * figure

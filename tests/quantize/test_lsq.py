@@ -28,6 +28,7 @@ def by_the_paper(x, s, qn, qp):
     return value, slope, ((v > -qn) & (v < qp)).astype(np.float64)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(40,), (6, 8), (3, 3, 4, 8)])
 def test_values_and_gradients_of_weights_are_the_papers(bits, shape):
@@ -53,6 +54,7 @@ def test_values_and_gradients_of_weights_are_the_papers(bits, shape):
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("granularity", ["channel", 4, 5])
 def test_each_channel_or_group_has_its_own_step_and_gradient(granularity):
     w, upstream = normal(12, 3), normal(12, 3, seed=1)
@@ -79,6 +81,7 @@ def test_each_channel_or_group_has_its_own_step_and_gradient(granularity):
             )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("raw", [-0.3, 0.3, 0.0, 1e-30])
 def test_a_step_of_any_sign_ships_what_is_seen(raw):
     params = {"w": normal(6, 8)}
@@ -187,6 +190,7 @@ def gradients(how, x, **changes):
     )
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gradients_of_a_step_of_activations_are_the_papers(bits, signed):
@@ -208,6 +212,7 @@ def test_gradients_of_a_step_of_activations_are_the_papers(bits, signed):
     np.testing.assert_allclose(float(grads["scale"]), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gradients_of_an_offset_are_those_of_lsq_plus(bits):
     x = jax.nn.gelu(2 * normal(20, 5, 6)) - 0.05
@@ -259,6 +264,7 @@ def test_an_offset_is_used_on_the_grid_so_that_zero_is_exact():
     assert errors[0] < 0.5 * errors[1]
 
 
+@pytest.mark.slow
 def test_forward_and_reverse_mode_agree():
     x, s = normal(7), jnp.float32(0.4)
     one = lambda x, s: lsq_round(Grid(3), x, s, jnp.uint8(4), jnp.float32(0.5))  # noqa: E731

@@ -1,4 +1,5 @@
-"""Rewrites that keep the function: equalisation, batch-norm folding, rotation; and bias correction, which keeps means."""
+"""Rewrites that keep the function: equalisation, batch-norm folding, rotation; and bias
+correction, which keeps means."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ slow = pytest.mark.slow
 
 
 def trained_looking(variables, seed=0):
-    """Return variables whose norms, biases and statistics are none of the values they start with."""
+    """Return variables whose norms, biases and statistics have left their initial values."""
     leaves, rebuild = flatten(variables)
     rng = np.random.default_rng(seed)
     for path, x in leaves.items():
@@ -47,7 +48,8 @@ def relu_net(p, x):
 
 
 def relu_params(seed=0):
-    """Return a network whose hidden channels have ranges far apart, which the next layer makes up for, and data."""
+    """Return a network whose hidden channels have ranges far apart, which the next layer makes up
+    for, and data."""
     rng = np.random.default_rng(seed)
     size = np.exp(1.5 * rng.normal(size=8))
     params = {
@@ -83,6 +85,7 @@ def test_what_has_no_partner_is_listed():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -216,6 +219,7 @@ def on(mesh, x, *axes):
     return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [("d", None), pytest.param((None, "d"), marks=slow)])
 def test_sharded_params_and_data_give_what_one_device_gives(axes):
     mesh = Mesh(np.array(jax.devices()), ("d",))

@@ -123,6 +123,7 @@ def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits, n
     assert step == pytest.approx(best.x, rel=1e-4)
 
 
+@pytest.mark.wide(21)
 @pytest.mark.parametrize("rule", [absmax, minmax, percentile, rms])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [0.0, 1e-42, 2e-38, 1e-30, 1e37])

@@ -31,6 +31,7 @@ def divergence(counts: np.ndarray, zero: int, share: float, groups: int) -> floa
         return float(np.where(p > 0, p * np.log(p / q), 0).sum())
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(
     st.integers(0, 999),

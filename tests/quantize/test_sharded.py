@@ -50,6 +50,7 @@ def spread(params):
     return jax.tree.map(lambda x: on(x, None, "model"), params)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", INPUTS)
 def test_ranges_of_sharded_batches(name):
     quantized = activations(model, INPUTS[name])
@@ -66,6 +67,7 @@ def test_ranges_of_sharded_batches(name):
         np.testing.assert_allclose(together[path], x, rtol=0 if exact else 1e-5, atol=0)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("how", ["ema", "LSQ", "PACT"])
 @pytest.mark.parametrize(
     "weights", [uniform(4, granularity="channel"), lsq(4, "channel")], ids=["uniform", "lsq"]

@@ -1,4 +1,4 @@
-"""Slices at constant indices and kernels joined in one product are solved as each would be alone."""
+"""Slices at constant indices and joined kernels are solved as each would be alone."""
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +63,7 @@ SLICED = {
 }
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("spelling", SLICED)
 def test_every_spelling_of_a_slice_is_solved(spelling):
     fn = lambda p, x: fed_apart(dict(zip("01", SLICED[spelling](p["w"]), strict=True)), x)  # noqa: E731
@@ -185,6 +186,7 @@ def test_of_a_kernel_of_which_some_rows_are_used_those_are_solved_and_the_rest_i
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
 @pytest.mark.parametrize("groups", [None, n_m(1, 3)])
 def test_of_a_kernel_of_which_some_rows_are_used_all_is_pruned_as_much_as_was_asked(solve, groups):

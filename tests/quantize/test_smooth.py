@@ -1,4 +1,5 @@
-"""SmoothQuant's folding: the formula, the same function, every kind of layer, and what cannot be folded."""
+"""SmoothQuant's folding: the formula, the same function, every kind of layer, and what cannot be
+folded."""
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ def case(seed=0):
     return params, [jnp.asarray(rng.normal(size=(20, 5)) * 10, jnp.float32) for _ in range(3)]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.8])
 def test_it_is_the_papers_equation_4(alpha):
     params, batches = case()

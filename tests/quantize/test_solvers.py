@@ -1,4 +1,5 @@
-"""The layer-wise solvers on real data, against independent float64 implementations, and their promises."""
+"""The layer-wise solvers on real data, against independent float64 implementations, and their
+promises."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ def fn(p, x):
 
 @pytest.fixture(scope="module")
 def digits():
-    """Return a network of random features and a ridge regression on the digits, its data, and its calibration."""
+    """Return a network of random features and a ridge regression on the digits, its data, and its
+    calibration."""
     images, labels = load_digits(return_X_y=True)
     x, rng = images / 16, np.random.default_rng(0)
     up = rng.normal(size=(64, 32)) / 4
@@ -79,6 +81,7 @@ def test_a_solver_beats_rounding_to_nearest_on_real_data_and_is_exact(digits, na
     assert (solved.params["bias"] == params["bias"]).all()
 
 
+@pytest.mark.slow
 def test_awq_beats_rounding_to_nearest_on_the_outputs_of_the_network(digits):
     params, x, seen = digits
     solved = awq(fn, params, seen, C3, x[:2])
@@ -93,7 +96,8 @@ def test_awq_beats_rounding_to_nearest_on_the_outputs_of_the_network(digits):
 
 
 def awq_by_the_paper(w, x, bits, points):
-    """Scale search in float64 for one kernel whose inputs a diagonal makes: the scale that wins, by the output error."""
+    """Scale search in float64 for one kernel whose inputs a diagonal makes: the scale that wins,
+    by the output error."""
     w, x = np.asarray(w, np.float64), np.asarray(x, np.float64)
 
     def rounded(v):
@@ -181,6 +185,7 @@ def hqq_by_numpy(w, bits, steps=20, p=0.7, beta=10.0):
     return best
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 4])
 def test_hqq_is_the_float64_splitting(bits):
     w = np.random.default_rng(3).laplace(size=(40, 6)).astype(np.float32)
@@ -199,6 +204,7 @@ def test_hqq_is_the_float64_splitting(bits):
     assert close.mean() >= 0.8
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_hqq_lowers_its_norm_also_in_groups_that_are_not_full(symmetric):
     w = jnp.asarray(np.random.default_rng(4).laplace(size=(50, 4)), jnp.float32)
@@ -208,6 +214,7 @@ def test_hqq_lowers_its_norm_also_in_groups_that_are_not_full(symmetric):
     assert norms[1] < 0.97 * norms[0]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "c",
     [

@@ -66,6 +66,7 @@ def test_every_weight_goes_to_the_nearest_level(seed, bits, symmetric, granulari
     )
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize(
     ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
 )
@@ -78,6 +79,7 @@ def test_error_falls_with_every_bit(scale, symmetric):
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(b, True) for b in range(2, 9)] + [(2, False), (5, False), (8, False)]
 )
@@ -105,6 +107,7 @@ def test_what_is_packed_is_what_was_trained_compiled_or_not(bits, symmetric):
                 np.testing.assert_array_equal(bits_of(got[name]), bits_of(want[name]))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_rule_packs_what_it_shows(scale):
     c, w = uniform(3, True, "channel", scale), weights(2)
@@ -149,6 +152,7 @@ def test_update_follows_the_weights_and_compiles_once():
     np.testing.assert_allclose(view, 3 * viewed(c, w)[0], rtol=1e-5)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
@@ -169,6 +173,7 @@ def test_sharded_on_any_axis_is_as_unsharded(axis, granularity, symmetric, scale
         np.testing.assert_array_equal(bits_of(there_view), bits_of(here_view))
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
 )
@@ -264,6 +269,7 @@ def test_grid_levels_of_both_kinds():
     assert codes(jnp.array([0], jnp.uint8)).tolist() == [0, 0, 0, 2, 3]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("scale", ["absmax", "mse", "rms"])
 def test_a_narrow_grid_has_the_negative_of_every_level(scale):
     w = jnp.append(weights(6, (200,)), -9.0)

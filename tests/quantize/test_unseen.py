@@ -40,6 +40,7 @@ SEEN = calibrate(experts, gram(), W, [X])
 STACKED = cj.at("w", uniform(bits=3, granularity="channel", axis=(0, -1)))
 
 
+@pytest.mark.wide(1)
 @rounders
 def test_an_expert_that_was_never_reached_is_rounded_to_nearest_and_so_are_dead_inputs(solve):
     solved = solve(W, SEEN, STACKED)
@@ -61,6 +62,7 @@ def test_clipping_leaves_what_was_never_reached_and_counts_dead_inputs():
     assert (clip(big, SEEN, STACKED).params["w"][1, 2] > 4).all()
 
 
+@pytest.mark.wide(1)
 @pruners
 @pytest.mark.parametrize("groups", [None, n_m(2, 4)])
 def test_what_was_never_reached_is_pruned_by_magnitude_as_much_as_was_asked(solve, groups):
@@ -90,6 +92,7 @@ def test_nothing_is_pruned_at_sparsity_0_and_with_a_quantizer_it_is_rounded():
     )
 
 
+@pytest.mark.wide(1)
 @rounders
 def test_a_branch_that_never_ran_and_rows_of_a_table_that_no_token_hit(solve):
     p = {"yes": normal(3, 8, 4), "no": normal(4, 8, 4), "table": normal(5, 12, 8)}
@@ -139,6 +142,7 @@ def error(p, new, x):
     ).sum()
 
 
+@pytest.mark.wide(3)
 @rounders
 @pytest.mark.parametrize("case", HARD)
 def test_no_input_makes_a_solver_worse_than_rounding_to_nearest(hard, solve, case):
@@ -151,6 +155,7 @@ def test_no_input_makes_a_solver_worse_than_rounding_to_nearest(hard, solve, cas
         np.testing.assert_array_equal(solved.params["w"], nearest["w"])
 
 
+@pytest.mark.wide(2)
 @pruners
 @pytest.mark.parametrize("case", HARD)
 def test_no_input_makes_sparsegpt_worse_than_magnitude_or_less_sparse(hard, solve, case):
@@ -165,9 +170,11 @@ def test_no_input_makes_sparsegpt_worse_than_magnitude_or_less_sparse(hard, solv
         assert error(p, pruned.params, HARD[case]) <= error(p, smallest, HARD[case]) * (1 + 1e-4)
 
 
+@pytest.mark.wide(2)
 @rounders
 def test_held_out_data_decide_between_the_solution_and_rounding_to_nearest(solve):
-    """Two rows say nothing of 16 inputs: on other data rounding to nearest is better, and then it is kept."""
+    """Two rows say nothing of 16 inputs: on other data rounding to nearest is better, and then it
+    is kept."""
     p, x = {"w": normal(14, 16, 8)}, normal(15, 512, 16)
     fn = lambda p, x: x @ p["w"]  # noqa: E731
     few, many = (calibrate(fn, gram(), p, [rows]) for rows in (x[:2], x))

@@ -176,6 +176,7 @@ def test_what_is_not_there_is_said():
     assert "stays: no product uses it" in str(mixed)
 
 
+@pytest.mark.slow
 def test_a_budget_out_of_reach_fails_before_anything_is_measured():
     fn, params, x = model()
 

@@ -40,6 +40,7 @@ MAKE = {
 }  # fmt: skip
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("which", MAKE)
 def test_what_is_made_alike_is_alike_also_after_use(which):
     one = MAKE[which]()

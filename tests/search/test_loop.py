@@ -61,6 +61,7 @@ def run(distilled, tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_the_result_is_the_smallest_that_passed(run):
     workdir, result, lines = run
     assert [row.name for row in result.rows] == ["teacher", "student", "int8", "int4"]
@@ -208,6 +209,7 @@ def test_a_student_may_be_its_own_teacher(experiment, restored, training, tmp_pa
     assert json.loads(line)["train/loss"] == 0.0
 
 
+@pytest.mark.slow
 def test_the_loss_may_be_terms_that_see_features_and_learn_parts(
     run, distilled, experiment, training, tmp_path
 ):
@@ -277,6 +279,7 @@ def test_the_float32_student_may_learn_from_labels_alone(
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("order", "names", "tried"),
     [

@@ -66,6 +66,7 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("measure", ["kl", "mse"])
 def test_outputs_are_compared_with_one_leaf_compressed(measure):
     p, data = params(), [x for x, _ in batches()]
@@ -253,6 +254,7 @@ def digits():
     return fn, objective, trained, x, y
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("measure", ["kl", "fisher", "hutchinson"])
 def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measure):
     fn, objective, p, x, y = digits
@@ -275,6 +277,7 @@ def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measu
         assert mixed.nbytes <= budget and moved(mixed.compression(options)) < moved(plain)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("measure", ["fisher", "mse"])
 def test_a_leaf_that_no_batch_reached_counts_as_an_average_one(measure):
     """A branch that never ran scores 0 for all options, but is not quantized first."""

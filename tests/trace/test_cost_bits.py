@@ -51,6 +51,7 @@ def test_without_a_compression_bits_are_those_of_the_dtypes():
     assert cost(integer, ones(6, 6, dtype=jnp.int8), SQUARE).bit_operations == 6**3 * 8 * 8
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 8])
 def test_quantized_weights_have_the_bits_of_their_codes(bits, granularity):
@@ -84,6 +85,7 @@ def test_effective_numbers_leave_out_products_with_zero(compression, bits):
     assert compression is QUANTIZE or sum(left.values()) <= (8 * 16 + 16 * 4) // 4
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(("clusters", "bits"), [(2, 1), (16, 4), (17, 5)])
 def test_shared_weights_have_the_bits_of_their_indices(clusters, bits):
     shared = cj.at("**/kernel", cj.cluster.kmeans(clusters))

@@ -51,6 +51,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.wide(13)
 @every_model
 def test_every_contracted_parameter_is_found(entry):
     fn, variables, inputs = entry.make()
@@ -118,6 +119,7 @@ def seen_by_hand(fn, variables, inputs, monkeypatch):
     return sorted(seen)
 
 
+@pytest.mark.wide(1)
 @on_one_device
 def test_observed_is_what_a_run_by_hand_sees(entry, monkeypatch):
     fn, variables, inputs = entry.make()
@@ -144,6 +146,7 @@ def instructions(compiled):
     return sorted(line.split(" = ")[1].split("(")[0] for line in lines)
 
 
+@pytest.mark.wide(5)
 @every_model
 def test_an_identity_rewrite_is_the_original_in_value_and_gradient(entry):
     fn, variables, inputs = entry.make()
@@ -170,6 +173,7 @@ def test_an_identity_rewrite_is_the_original_in_value_and_gradient(entry):
     assert_equal(gradient(again), gradient(fn))
 
 
+@pytest.mark.wide(5)
 @every_model
 def test_a_rule_acts_at_every_site(entry):
     """Zeros for the operands of one site change the output, if its branch is taken."""

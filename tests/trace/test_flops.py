@@ -163,6 +163,7 @@ STRAIGHT = [
 ]  # without loops
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "name",
     [

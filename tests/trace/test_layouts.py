@@ -194,6 +194,7 @@ def test_a_bound_compression_refuses_other_trees_and_unbound_states():
         cj.bind(replaced, lambda p, x: x @ p["w"].T, params, x)
 
 
+@pytest.mark.slow
 def test_coverage_doubts_what_looks_otherwise():
     params = {
         "torch": {"weight": ones(8, 4), "bias": ones(8)},

@@ -19,6 +19,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("entry", MODELS, ids=[entry.name for entry in MODELS])
 def test_gram_and_matrices_give_the_energy_of_every_output(entry):
     r"""sum |X W|^2 = tr(W^T X^T X W) over a parameter's sites; left: from the contractions."""
@@ -65,6 +66,7 @@ def energy_by_problems(leaf, tasks):
     return total
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.permutations(range(4)), st.integers(0, 2), st.integers(1, 2), st.sampled_from([1, 2]))
 def test_forms_are_inverted(order, batch, summed, groups):
@@ -98,6 +100,7 @@ def test_reasons():
     assert [reason and reason.split()[0] for reason in reasons] == [None, None, "a", "no"]
 
 
+@pytest.mark.slow
 def test_a_shared_parameter_is_fed_by_all_its_sites():
     params, x = (
         {"w": jnp.ones((3, 3))},

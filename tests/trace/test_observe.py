@@ -158,6 +158,7 @@ def test_sharded_batches_give_the_single_device_statistics():
     assert sharded[0].sharding.spec == P("data")
 
 
+@pytest.mark.slow
 def test_calibration_over_batches_is_one_pass_over_all():
     fn = lambda p, x: jnp.tanh(x @ p["u"]) @ p["w"]  # noqa: E731
     batches = [normal(8, 6, seed=seed) for seed in range(5)]

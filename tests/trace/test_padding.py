@@ -69,6 +69,7 @@ def close(found, expected):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", REDUCERS)
 def test_statistics_of_a_padded_batch_are_those_of_its_sequences_alone(name):
     found = calibrate(model, REDUCERS[name], P, [PADDED], WHERE, mask=lambda x: TOKENS)
@@ -84,6 +85,7 @@ def returns(made):
     return getattr(made, "__annotations__", {}).get("return")
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, 1e30])
 def test_what_does_not_count_may_hold_anything(value):
     fn = lambda p, x: jnp.tanh(x @ p["up"])  # noqa: E731

@@ -133,6 +133,7 @@ def test_pieces_are_the_entries_that_the_moves_put_there(case):
     np.testing.assert_array_equal(written_out(site.pieces, shape, firsts), operand(numbers))
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(moves(), st.integers(0, 9))
 def test_problems_give_the_energy_of_the_outputs(case, seed):

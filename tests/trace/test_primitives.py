@@ -310,6 +310,7 @@ def same(a, b):
             assert x == y, (x, y)
 
 
+@pytest.mark.slow
 def test_the_block_has_something_to_find_for_each():
     assert (
         plain()["rotated"][0]
@@ -325,6 +326,7 @@ def test_the_block_has_something_to_find_for_each():
     )
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("how", PASSING)
 def test_what_passes_values_on_changes_no_answer(how):
     mesh = contextlib.nullcontext()

@@ -119,6 +119,7 @@ def unseen(statistics):
 # --- The laws, for every reducer.
 
 
+@pytest.mark.wide(4)
 @commutative
 def test_two_batches_are_one_large_batch(name):
     a, b = whole(6, 3), 3 * whole(6, 3, seed=1)
@@ -154,6 +155,7 @@ def test_nothing_seen_finishes_as_nan(name):
     )
 
 
+@pytest.mark.wide(6)
 @every
 def test_statistics_of_loops_merge_and_finish_turn_by_turn(name):
     reducer = REDUCERS[name]
@@ -187,6 +189,7 @@ def test_zeros_have_finite_statistics(name):
     )
 
 
+@pytest.mark.wide(16)
 @every
 @pytest.mark.parametrize(
     "axis, kind",
@@ -205,6 +208,7 @@ def test_sharded_input(name, axis, kind):
         )  # memory: activations stay where they are
 
 
+@pytest.mark.wide(6)
 @every
 def test_two_activations_are_measured_each(name):
     site = dot_site((2, 6, 3), (2, 3, 5), ((2,), (1,)), ((0,), (0,)), operand=None)
@@ -272,6 +276,7 @@ def case(request):
     return result, table
 
 
+@pytest.mark.wide(6)
 def test_per_channel_statistics(case):
     result, x = case
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -283,6 +288,7 @@ def test_per_channel_statistics(case):
     close(result(outliers(3.0)).entries, (np.abs(x) >= 3).sum(-2))
 
 
+@pytest.mark.wide(2)
 def test_per_tensor_statistics(case):
     result, x = case
     np.testing.assert_array_equal(result(absmax()), np.abs(x).max())
@@ -382,6 +388,7 @@ def products(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @example(CHANNELS["two axes, the last first"][0], 0)
 @given(products(), st.integers(0, 99))
@@ -523,6 +530,7 @@ def test_gram_of_any_convolution(site, seed):
     assert squared_error(seen.gram, matrices.swapaxes(1, 2)) == (out**2).sum()
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("features, examples", [(1, 1), (2, 1), (1, 2)])
 def test_gram_of_a_kernel_that_is_data(features, examples):
     """A kernel that another network made: rows are output channels, with the same windows."""

@@ -26,6 +26,7 @@ def scaled(variables, found, seed=0):
     return rebuild(leaves)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "entry", [pytest.param(e, id=e.name, marks=() if e.name in QUICK else (slow,)) for e in ZOO]
 )

@@ -309,6 +309,7 @@ def test_what_is_not_an_array_is_refused_by_name():
         sites(lambda p, x, o: x @ p["w"], W, X, {"mode": "train"})
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_moves_keep_track_of_the_axes(draw):

@@ -18,6 +18,7 @@ def shapes(**sizes):
     return randomise({name: np.empty(size) for name, size in sizes.items()})
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("entry", ZOO, ids=lambda entry: entry.name)
 def test_the_zoo(entry):
     """No group's permutation changes the model, leaving out a member does, no axis is missing."""

@@ -69,6 +69,7 @@ MACS = {
 }
 
 
+@pytest.mark.wide(15)
 @quick
 def test_it_runs_and_again_gives_the_same(name):
     _, jitted, variables, inputs = made(name)
@@ -77,6 +78,7 @@ def test_it_runs_and_again_gives_the_same(name):
     assert all(map(np.array_equal, first, second))
 
 
+@pytest.mark.wide(46)
 @quick
 def test_making_it_again_gives_the_same_variables_and_inputs(name):
     _, _, variables, inputs = made(name)
@@ -106,6 +108,7 @@ def test_the_table_is_complete(name):
     assert matrices <= entry.contracted.keys() | entry.uncontracted.keys()
 
 
+@pytest.mark.wide(10)
 @quick
 def test_every_contracted_parameter_matters(name):
     _, jitted, variables, inputs = made(name)
@@ -116,6 +119,7 @@ def test_every_contracted_parameter_matters(name):
         assert not all(map(np.array_equal, before, after)), path
 
 
+@pytest.mark.wide(15)
 @pytest.mark.parametrize("name", [entry.name for entry in ZOO if entry.reverse])
 def test_it_has_gradients(name):
     """Traced only; the values are whatever reads the computation must keep."""

@@ -127,6 +127,7 @@ loud = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarni
 DAMAGES = [flip_a_byte, truncate, empty, spoil_the_record, alter_the_record]
 
 
+@pytest.mark.wide(1)
 @loud
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_can_be_saved_anew(
@@ -146,6 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_can_be_saved_ane
     assert restore(tmp_path)[0][0] == 7
 
 
+@pytest.mark.slow
 @loud
 def test_if_all_are_damaged_that_is_an_error_and_nothing_is_removed(tmp_path):
     write(tmp_path, 3, 7)

@@ -64,7 +64,7 @@ def adam(parts=None):
 
 def same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(*map(jax.random.key_data, (x, y)))
-                 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.testing.assert_array_equal(x, y), a, b)  # fmt: skip
+                 if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else np.testing.assert_array_equal(x, y), a, b)  # fmt: skip # noqa: E501
 
 
 def test_parts_train_under_a_label_of_their_own_and_are_never_exported():

@@ -70,6 +70,7 @@ def run(name, microbatches=1, devices=None, steps=2, batch=BATCH):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_microbatches_and_devices_take_the_step_of_the_whole_batch(name):
     (whole, metrics) = run(name)
@@ -97,6 +98,7 @@ def test_metrics_are_of_what_counts():
     )
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_decides_nothing(name):
     loss, teacher = LOSSES[name]

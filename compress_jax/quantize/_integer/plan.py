@@ -440,7 +440,7 @@ def plan_sites(
       where: which sites' activations are quantized.
 
     Returns:
-      QuantizerRules each quantized parameter is stored, by path, and the plan of each site by name, in program
+      How each quantized parameter is stored, by path, and the plan of each site by name, in program
       order.
 
     Raises:
