@@ -1,9 +1,11 @@
 """Compressions and their combinators, leaf paths, packed nodes and coverage."""
 
 from compress_jax.core._chain import chain
+from compress_jax.core._coverage import Coverage, Row, coverage
+from compress_jax.core._leafwise import leafwise
+from compress_jax.core._straight_through import straight_through
 from compress_jax.core.combine import at, between, every, rules
 from compress_jax.core.compression import Compression, CompressionState, identity
-from compress_jax.core.coverage import Coverage, Row, coverage
 from compress_jax.core.errors import (
     ArgumentError,
     ArtifactError,
@@ -18,10 +20,8 @@ from compress_jax.core.errors import (
     StateError,
     WeightsError,
 )
-from compress_jax.core.leafwise import leafwise
 from compress_jax.core.optax_adapter import as_optax
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled, nbytes, unpack
-from compress_jax.core.straight_through import straight_through
 
 __all__ = [
     "ArgumentError",

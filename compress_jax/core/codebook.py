@@ -27,10 +27,10 @@ class Tabled:
       dtype: of the unpacked array.
 
     Example:
-      >>> from compress_jax.core.levels import Float
+      >>> import compress_jax as cj
       >>> codes = Bits.pack(jnp.array([1, 7, 15]), bits=4)
       >>> scale = jnp.full((1,), 0.5, jnp.float8_e8m0fnu)
-      >>> node = Tabled(codes, scale, None, Float(2, 1), Layout((3,)))
+      >>> node = cj.core.Tabled(codes, scale, None, cj.quantize.Float(2, 1), Layout((3,)))
       >>> node.unpack().tolist(), node.nbytes
       ([0.25, 3.0, -3.0], 3)
     """

@@ -41,7 +41,6 @@ def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
       NoMatchError: if a pattern matches no leaf, or none that earlier rules have left.
 
     Example:
-      >>> from compress_jax.core.leafwise import leafwise
       >>> import compress_jax as cj
       >>> keep, negate = cj.identity(), cj.leafwise(lambda x, learned, fixed: -x)
       >>> mixed = cj.rules([("head/*", keep), ("**/kernel", negate)])

@@ -80,13 +80,13 @@ def to_stablehlo(
 
     Example:
       >>> import tempfile
-      >>> from compress_jax import quantize
+      >>> import compress_jax as cj
       >>> params = {"kernel": jax.random.normal(jax.random.key(0), (64, 64))}
-      >>> int4 = quantize.uniform(bits=4)
+      >>> int4 = cj.quantize.uniform(bits=4)
       >>> packed = int4.pack(params, int4.init(params))
       >>> file = Path(tempfile.mkdtemp()) / "model.stablehlo"
       >>> fn = lambda params, x: x @ params["kernel"]
-      >>> exported = to_stablehlo(fn, packed, jnp.ones((1, 64)), file)
+      >>> exported = cj.export.to_stablehlo(fn, packed, jnp.ones((1, 64)), file)
       >>> exported.rows[0].form, 2048 < exported.nbytes < 16384
       ('Quantized, 4 bits, 2,053 bytes', True)
       >>> jax.export.deserialize(bytearray(file.read_bytes())).call(jnp.ones((3, 64))).shape

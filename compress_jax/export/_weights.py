@@ -77,12 +77,12 @@ def to_safetensors(
 
     Example:
       >>> import tempfile
-      >>> from compress_jax import quantize
+      >>> import compress_jax as cj
       >>> params = {"params": {"dense": {"kernel": jnp.eye(3, 2), "bias": jnp.zeros(2)}}}
-      >>> int4 = quantize.uniform(bits=4)
+      >>> int4 = cj.quantize.uniform(bits=4)
       >>> packed = int4.pack(params, int4.init(params))
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
-      >>> _ = to_safetensors(packed, file, layout="torch")
+      >>> _ = cj.export.to_safetensors(packed, file, layout="torch")
       >>> {name: x.shape for name, x in sorted(safetensors.numpy.load_file(file).items())}
       {'dense.bias': (2,), 'dense.weight': (2, 3)}
     """

@@ -21,12 +21,12 @@ from compress_jax.core import (
     leafwise,
     unpack,
 )
+from compress_jax.core._leafwise import check_finite, why_not_float
 from compress_jax.core.arguments import number, whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.finite import where_finite
-from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Params, PyTree
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core._leafwise import why_not_float
 from compress_jax.core.errors import ArgumentError
-from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Batch, ModelFn, Params, PyTree
 from compress_jax.prune._masks.choose import keep_masks

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from compress_jax.core._leafwise import fold_path
 from compress_jax.core.amount import amount
 from compress_jax.core.arguments import number, random_key, refused, whole
 from compress_jax.core.axes import Axes, over_layers
@@ -16,7 +17,6 @@ from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.exact import choose, less
-from compress_jax.core.leafwise import fold_path
 from compress_jax.core.schedules import Scheduled, arrival
 from compress_jax.core.types import Params, PyTree, Scalar, Schedule, Step
 from compress_jax.prune._masks.choose import (

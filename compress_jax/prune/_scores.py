@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core._leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.arguments import random_key
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, bound, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ShapeError, StateError
-from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import begin
 from compress_jax.core.types import Params, PyTree, Step

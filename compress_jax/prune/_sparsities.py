@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from compress_jax.core._leafwise import why_not_float
 from compress_jax.core.amount import amount_exact
 from compress_jax.core.arguments import number, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError
-from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.types import Params, PyTree, Shape
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from compress_jax.core._straight_through import straight_through as with_identity_gradient
 from compress_jax.core.arguments import compression as checked
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, CompressionState, bound, stamped
@@ -14,7 +15,6 @@ from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
-from compress_jax.core.straight_through import straight_through as with_identity_gradient
 from compress_jax.core.types import Params, PyTree, Step
 from compress_jax.prune._masks.score import Leaves, apply_mask, fixed_of, mask_compression
 from compress_jax.prune._masks.target import Sparsity, Target

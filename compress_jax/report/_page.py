@@ -238,15 +238,15 @@ def write(directory: str | Path, log_fn: Callable[[str], None] | None = None) ->
     Example:
       >>> import json, tempfile
       >>> import jax.numpy as jnp
-      >>> from compress_jax.export import save
+      >>> import compress_jax as cj
       >>> directory, params = Path(tempfile.mkdtemp()), {"params": {"kernel": jnp.ones((2, 2))}}
       >>> names = ("student", "artifact")
-      >>> sizes = [save(directory / f"{name}.safetensors", params) for name in names]
+      >>> sizes = [cj.save(directory / f"{name}.safetensors", params) for name in names]
       >>> numbers = {"validation": 0.9, "test": 0.8, "bits": 32.0, "accepted": None, "reason": ""}
       >>> rows = [{"name": name, "nbytes": size, **numbers} for name, size in zip(names, sizes)]
       >>> results = {"experiment": "tiny", "chosen": "artifact", "met": True, "rows": rows}
       >>> _ = (directory / "results.json").write_text(json.dumps(results))
-      >>> write(directory).name, (directory / "report" / "tradeoff.png").exists()
+      >>> cj.report.write(directory).name, (directory / "report" / "tradeoff.png").exists()
       ('report.html', True)
     """
     run = read_run(Path(directory))

@@ -151,15 +151,15 @@ def read_run(directory: Path) -> Run:
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from compress_jax.export import save
+      >>> import compress_jax as cj
       >>> directory, params = Path(tempfile.mkdtemp()), {"params": {"kernel": jnp.ones((2, 2))}}
       >>> names = ("student", "artifact")
-      >>> sizes = [save(directory / f"{name}.safetensors", params) for name in names]
+      >>> sizes = [cj.save(directory / f"{name}.safetensors", params) for name in names]
       >>> numbers = {"validation": 0.9, "test": 0.8, "bits": 32.0, "accepted": None, "reason": ""}
       >>> rows = [{"name": name, "nbytes": size, **numbers} for name, size in zip(names, sizes)]
       >>> results = {"experiment": "tiny", "chosen": "artifact", "met": True, "rows": rows}
       >>> _ = (directory / "results.json").write_text(json.dumps(results))
-      >>> read_run(directory).after["kernel"].tolist()
+      >>> cj.report.read_run(directory).after["kernel"].tolist()
       [[1.0, 1.0], [1.0, 1.0]]
     """
     results = read_results(directory)

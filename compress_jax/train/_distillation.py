@@ -94,15 +94,16 @@ def distillation(
         module nor a graphdef.
 
     Example:
-      >>> from compress_jax.distill import hint, kl, linear, on_features
-      >>> from compress_jax.models import LeNet300100
-      >>> small, large = LeNet300100(hidden=(4,)), LeNet300100(hidden=(8,))
+      >>> import compress_jax as cj
+      >>> small, large = cj.models.LeNet300100(hidden=(4,)), cj.models.LeNet300100(hidden=(8,))
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
       >>> forward = capture(large, ("dense_0",))
       >>> teacher = Teacher(forward, large.init(jax.random.key(0), batch["image"]))
-      >>> terms = [on_labels(0.1), on_logits(kl, 0.9, temperature=4.0)]
-      >>> terms.append(on_features(hint, "dense_0", "dense_0", 100.0, adapter=linear()))
-      >>> loss = distillation(small, terms)
+      >>> terms = [on_labels(0.1), on_logits(cj.distill.kl, 0.9, temperature=4.0)]
+      >>> layer, adapter = "dense_0", cj.distill.linear()
+      >>> hint = cj.distill.on_features(cj.distill.hint, layer, layer, 100.0, adapter=adapter)
+      >>> terms.append(hint)
+      >>> loss = cj.train.distillation(small, terms)
       >>> variables = small.init(jax.random.key(1), batch["image"])
       >>> adapters, memory = loss.init(jax.random.key(2), variables, batch, teacher)
       >>> adapters["hint"]["kernel"].shape
@@ -239,10 +240,11 @@ def supervised(
       A `StatefulLoss` with metrics ``labels`` and ``accuracy``, for steps without a teacher.
 
     Example:
-      >>> from compress_jax.models import LeNet300100
-      >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> import compress_jax as cj
+      >>> model = cj.models.LeNet300100()
+      >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
       >>> params = model.init(jax.random.key(0), batch["image"])["params"]
-      >>> loss = supervised(model)
+      >>> loss = cj.train.supervised(model)
       >>> value, (model_state, metrics) = loss(params, {}, batch, jax.random.key(1))
       >>> value.shape, model_state, sorted(metrics)
       ((), {}, ['accuracy', 'labels'])
@@ -276,12 +278,14 @@ def distilled(
       The loss; the teacher given to the step is the tree that ``teacher_apply`` takes.
 
     Example:
-      >>> from compress_jax.models import LeNet300100
-      >>> model, batch = LeNet300100(), {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
+      >>> import compress_jax as cj
+      >>> model = cj.models.LeNet300100()
+      >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
       >>> variables = model.init(jax.random.key(0), batch["image"])
       >>> with warnings.catch_warnings():
       ...     warnings.simplefilter("ignore")
-      ...     loss = distilled(model, model.apply, lambda s, t, y: jnp.square(s - t).mean(-1))
+      ...     square = lambda s, t, y: jnp.square(s - t).mean(-1)
+      ...     loss = cj.train.distilled(model, model.apply, square)
       >>> value, _ = loss(variables["params"], {}, batch, jax.random.key(1), variables)
       >>> float(value)
       0.0

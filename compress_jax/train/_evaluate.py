@@ -116,13 +116,13 @@ def averages(
       DataError: if there is no batch.
 
     Example:
-      >>> from compress_jax.distill import masked_total
+      >>> import compress_jax as cj
       >>> def measure(scale, batch):
       ...     losses, mask = batch
-      ...     return {"loss": masked_total(scale * losses, mask)}
+      ...     return {"loss": cj.distill.masked_total(scale * losses, mask)}
       >>> long = (jnp.array([1.0, 1.0, 1.0]), jnp.ones(3))
       >>> short = (jnp.array([5.0, 9.0]), jnp.array([1, 0]))
-      >>> averages(measure, 1.0, [long, short])
+      >>> cj.train.averages(measure, 1.0, [long, short])
       {'loss': 2.0}
     """
     run = jax.jit(measure)

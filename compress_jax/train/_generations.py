@@ -34,11 +34,10 @@ def as_teacher(state: TrainState, apply: Apply, compression: Compression | None 
 
     Example:
       >>> import optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create
+      >>> import compress_jax as cj
       >>> variables = {"params": {"w": jnp.eye(2)}}
-      >>> state = create(variables, identity(), optax.sgd(0.1), jax.random.key(0))
-      >>> teacher = as_teacher(state, lambda variables, x: x @ variables["params"]["w"])
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.1), jax.random.key(0))
+      >>> teacher = cj.train.as_teacher(state, lambda variables, x: x @ variables["params"]["w"])
       >>> teacher(jnp.ones((1, 2))).tolist()
       [[1.0, 1.0]]
 
@@ -75,15 +74,15 @@ def mutual_step(
 
     Example:
       >>> import optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create, make_step
+      >>> import compress_jax as cj
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return 0.5 * jnp.square(params["w"] - teacher(batch)).sum(), (model_state, {})
       >>> def make(w):
       ...     variables = {"params": {"w": jnp.full(1, w)}}
-      ...     return create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
-      >>> step = make_step(loss, optax.sgd(0.5), identity())
-      >>> both = mutual_step([step, step], [lambda variables, x: variables["params"]["w"]] * 2)
+      ...     return cj.train.create(variables, cj.identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> step = cj.train.make_step(loss, optax.sgd(0.5), cj.identity())
+      >>> logits = lambda variables, x: variables["params"]["w"]
+      >>> both = cj.train.mutual_step([step, step], [logits, logits])
       >>> (a, b), _ = both((make(0.0), make(4.0)), jnp.ones(1))
       >>> a.params["w"].tolist(), b.params["w"].tolist()
       ([2.0], [2.0])

@@ -80,14 +80,13 @@ def ledger(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from compress_jax.distill import Teacher, kl, on_logits
-      >>> from compress_jax.models import LeNet300100
-      >>> model = LeNet300100(hidden=(4,))
+      >>> import compress_jax as cj
+      >>> model = cj.models.LeNet300100(hidden=(4,))
       >>> batch = {"image": jnp.ones((8, 4)), "label": jnp.zeros(8, jnp.int32)}
       >>> variables = model.init(jax.random.key(0), batch["image"])
-      >>> teacher = Teacher(model.apply, variables)
-      >>> terms, optimizer = [on_logits(kl)], optax.sgd(0.1)
-      >>> found = ledger(model, terms, variables, batch, teacher, optimizer, repeats=1)
+      >>> teacher = cj.distill.Teacher(model.apply, variables)
+      >>> terms, optimizer = [cj.distill.on_logits(cj.distill.kl)], optax.sgd(0.1)
+      >>> found = cj.train.ledger(model, terms, variables, batch, teacher, optimizer, repeats=1)
       >>> sorted(found.seconds)
       ['loss', 'student', 'teacher', 'whole']
     """

@@ -196,14 +196,13 @@ def fit(
 
     Example:
       >>> import jax.numpy as jnp, optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create, make_step
+      >>> import compress_jax as cj
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
       >>> variables = {"params": {"w": jnp.zeros(())}}
-      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
-      >>> step = jax.jit(make_step(loss, optax.sgd(0.5), identity()), donate_argnums=0)
-      >>> state = fit(step, state, [np.ones(4, np.float32)] * 3, steps=3)
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> step = jax.jit(cj.train.make_step(loss, optax.sgd(0.5), cj.identity()), donate_argnums=0)
+      >>> state = cj.train.fit(step, state, [np.ones(4, np.float32)] * 3, steps=3)
       >>> int(state.step), float(state.params["w"])
       (3, 1.0)
     """

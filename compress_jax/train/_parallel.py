@@ -42,13 +42,12 @@ def shardings(state: TrainState, mesh: Mesh, rules: Rules = ()) -> Any:
 
     Example:
       >>> import optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create
+      >>> import compress_jax as cj
       >>> optimizer = optax.sgd(0.1, momentum=0.9)
       >>> variables = {"params": {"kernel": jnp.ones((4, 8))}}
-      >>> state = create(variables, identity(), optimizer, jax.random.key(0))
+      >>> state = cj.train.create(variables, cj.identity(), optimizer, jax.random.key(0))
       >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
-      >>> where = shardings(state, mesh, [("kernel", PartitionSpec(None, "data"))])
+      >>> where = cj.train.shardings(state, mesh, [("kernel", PartitionSpec(None, "data"))])
       >>> spec = where.params["kernel"].spec
       >>> spec == where.opt_state[0].trace["params"]["kernel"].spec == PartitionSpec(None, "data")
       True
@@ -84,12 +83,11 @@ def place(state: TrainState, mesh: Mesh, rules: Rules = ()) -> TrainState:
 
     Example:
       >>> import optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create
+      >>> import compress_jax as cj
       >>> variables = {"params": {"w": jnp.zeros(3)}}
-      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.5), jax.random.key(0))
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-      >>> len(place(state, mesh).params["w"].devices()) == jax.device_count()
+      >>> len(cj.train.place(state, mesh).params["w"].devices()) == jax.device_count()
       True
     """
     copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state)
@@ -126,14 +124,14 @@ def jit_step(
 
     Example:
       >>> import optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create, make_step
+      >>> import compress_jax as cj
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
       >>> variables = {"params": {"w": jnp.zeros(())}}
-      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.5), jax.random.key(0))
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-      >>> step = jit_step(make_step(loss, optax.sgd(0.5), identity()), mesh, state)
+      >>> step = cj.train.make_step(loss, optax.sgd(0.5), cj.identity())
+      >>> step = cj.train.jit_step(step, mesh, state)
       >>> state, metrics = step(place(state, mesh), jnp.full((jax.device_count(),), 3.0))
       >>> float(state.params["w"])
       3.0
@@ -226,13 +224,12 @@ def pmap_step(
 
     Example:
       >>> import optax
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train import create, make_step
+      >>> import compress_jax as cj
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
       >>> variables = {"params": {"w": jnp.zeros(())}}
-      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
-      >>> step = pmap_step(make_step(loss, optax.sgd(0.5), identity()))
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> step = cj.train.pmap_step(cj.train.make_step(loss, optax.sgd(0.5), cj.identity()))
       >>> state, metrics = step(replicate(state), jnp.full((jax.device_count(),), 3.0))
       >>> float(unreplicate(state).params["w"])
       3.0

@@ -73,15 +73,14 @@ def quantized(
 
     Example:
       >>> import optax
-      >>> from compress_jax.core import identity
-      >>> from compress_jax.models import LeNet300100
-      >>> from compress_jax.quantize._activations.static import static
-      >>> from compress_jax.train import create, make_step, supervised
-      >>> model = quantized(LeNet300100(), static(bits=4, range="ema"), start=1)
+      >>> import compress_jax as cj
+      >>> int4 = cj.quantize.static(bits=4, range="ema")
+      >>> model = cj.train.quantized(cj.models.LeNet300100(), int4, start=1)
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
       >>> variables, optimizer = model.init(jax.random.key(0), batch["image"]), optax.sgd(0.1)
-      >>> state = create(variables, identity(), optimizer, jax.random.key(1))
-      >>> state, _ = make_step(supervised(model), optimizer, identity())(state, batch)
+      >>> state = cj.train.create(variables, cj.identity(), optimizer, jax.random.key(1))
+      >>> step = cj.train.make_step(cj.train.supervised(model), optimizer, cj.identity())
+      >>> state, _ = step(state, batch)
       >>> found = state.model_state["quantization"]
       >>> int(found["steps"]), float(next(iter(found["ranges"].values()))["input"]["high"])
       (1, 1.0)

@@ -95,14 +95,14 @@ def create(
 
     Raises:
       ArgumentError: if variables has no ``"params"``.
-      TypeError: if key is not a typed PRNG key.
+      ArgumentError: if key is not a typed PRNG key.
       ArgumentError: if the optimizer accumulates gradients by itself (`optax.MultiSteps`): see
         `make_step`.
 
     Example:
-      >>> from compress_jax.core.compression import identity
+      >>> import compress_jax as cj
       >>> variables = {"params": {"kernel": jnp.ones((2, 3))}}
-      >>> state = create(variables, identity(), optax.sgd(0.1), jax.random.key(0))
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.1), jax.random.key(0))
       >>> int(state.step), sorted(state.trainable)
       (0, ['learned', 'params'])
     """
@@ -112,7 +112,7 @@ def create(
             f"{sorted(variables)}"
         )
     if not jnp.issubdtype(jnp.asarray(key).dtype, jax.dtypes.prng_key):
-        raise TypeError(
+        raise ArgumentError(
             "key must be a typed PRNG key: jax.random.key(seed), not jax.random.PRNGKey(seed)"
         )
     params = variables["params"]

@@ -137,13 +137,12 @@ def make_step(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from compress_jax.core.compression import identity
-      >>> from compress_jax.train._state import create
+      >>> import compress_jax as cj
       >>> def loss(params, model_state, batch, key, teacher, train=True):
       ...     return jnp.square(params["w"] - batch).mean(), (model_state, {})
       >>> variables = {"params": {"w": jnp.zeros(())}}
-      >>> state = create(variables, identity(), optax.sgd(0.5), jax.random.key(0))
-      >>> step = jax.jit(make_step(loss, optax.sgd(0.5), identity()))
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(0.5), jax.random.key(0))
+      >>> step = jax.jit(cj.train.make_step(loss, optax.sgd(0.5), cj.identity()))
       >>> state, metrics = step(state, jnp.full((4,), 3.0))
       >>> float(state.params["w"]), float(metrics["loss"])
       (3.0, 9.0)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from compress_jax.core import CompressionState, NonFiniteError, StateError, leafwise
-from compress_jax.core.leafwise import check_finite
+from compress_jax.core._leafwise import check_finite
 
 double = leafwise(lambda x, learned, fixed: 2 * x)
 centred = leafwise(

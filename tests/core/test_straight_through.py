@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from compress_jax.core.straight_through import straight_through
+from compress_jax.core._straight_through import straight_through
 
 
 def clipped(x, low, high):

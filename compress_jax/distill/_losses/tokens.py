@@ -125,10 +125,10 @@ def token_total(
       ShapeError: if the shapes do not fit.
 
     Example:
-      >>> from compress_jax.distill import kl
+      >>> import compress_jax as cj
       >>> student, mask = jnp.zeros((1, 2, 2)), jnp.array([[1, 0]])
       >>> teacher = jnp.array([[[jnp.log(3.0), 0.0], [jnp.nan, 0.0]]])
-      >>> token_total(kl, student, teacher, mask).mean.round(4).tolist()
+      >>> cj.distill.token_total(cj.distill.kl, student, teacher, mask).mean.round(4).tolist()
       0.13079999387264252
 
     References:

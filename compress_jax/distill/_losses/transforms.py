@@ -190,9 +190,9 @@ def averaged(
       ArgumentError if there is not one weight a teacher, or one is negative, or all are zero.
 
     Example:
-      >>> from compress_jax.distill import mse
+      >>> import compress_jax as cj
       >>> teachers = [jnp.ones((1, 2)), jnp.zeros((1, 2))]
-      >>> averaged(mse, weights=[3, 1])(jnp.zeros((1, 2)), teachers).tolist()
+      >>> cj.distill.averaged(cj.distill.mse, weights=[3, 1])(jnp.zeros((1, 2)), teachers).tolist()
       [0.75]
 
     References:
@@ -229,9 +229,10 @@ def ensembled(
       `ensemble` takes them.
 
     Example:
-      >>> from compress_jax.distill import kl
+      >>> import compress_jax as cj
       >>> certain, unsure = jnp.array([99.0, 0.0]), jnp.array([0.0, 0.0])
-      >>> ensembled(kl)(jnp.array([jnp.log(3.0), 0.0]), [certain, unsure]).round(4).tolist()
+      >>> loss = cj.distill.ensembled(cj.distill.kl)
+      >>> loss(jnp.array([jnp.log(3.0), 0.0]), [certain, unsure]).round(4).tolist()
       0.0
 
     References:

@@ -200,8 +200,9 @@ def on_logits(
 
     Example:
       >>> import optax
-      >>> from compress_jax.distill import kl
-      >>> term = on_logits(kl, 0.9, temperature=optax.linear_schedule(8.0, 1.0, 1000))
+      >>> import compress_jax as cj
+      >>> temperature = optax.linear_schedule(8.0, 1.0, 1000)
+      >>> term = cj.distill.on_logits(cj.distill.kl, 0.9, temperature=temperature)
       >>> term.name, term.student
       ('kl', ())
     """
@@ -267,8 +268,9 @@ def on_features(
       in features without positions, their batch.
 
     Example:
-      >>> from compress_jax.distill import hint, linear
-      >>> term = on_features(hint, "conv_1", "block_1_0", 100.0, adapter=linear())
+      >>> import compress_jax as cj
+      >>> hint, linear = cj.distill.hint, cj.distill.linear()
+      >>> term = cj.distill.on_features(hint, "conv_1", "block_1_0", 100.0, adapter=linear)
       >>> features = {"conv_1": jnp.ones((8, 4))}, {"block_1_0": jnp.ones((8, 6))}
       >>> context = LossContext(*[None] * 3, *features, *[None] * 5)
       >>> adapter_params, memory = term.init(jax.random.key(0), context)

@@ -35,10 +35,10 @@ def capture(model: Any, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
       ConfigError: if the model is neither, or Flax is older than 0.12.6 and has no ``nnx.capture``.
 
     Example:
-      >>> from compress_jax.models import ResNet
-      >>> model, images = ResNet(depth=8, width=4), jax.numpy.zeros((2, 28, 28, 1))
+      >>> import compress_jax as cj
+      >>> model, images = cj.models.ResNet(depth=8, width=4), jax.numpy.zeros((2, 28, 28, 1))
       >>> variables = jax.jit(model.init)(jax.random.key(0), images)
-      >>> see = capture(model, ("stem", "block_*"))
+      >>> see = cj.distill.capture(model, ("stem", "block_*"))
       >>> logits, features = jax.jit(see)(variables, images)
       >>> {path: feature.shape for path, feature in features.items()}["block_1_0"]
       (2, 14, 14, 8)

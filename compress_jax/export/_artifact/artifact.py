@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from compress_jax.core.errors import ArtifactError
+from compress_jax.core.errors import ArgumentError, ArtifactError
 from compress_jax.core.types import PyTree
 from compress_jax.export._artifact.checks import Spec
 from compress_jax.export._artifact.fields import extents, refuse
@@ -126,19 +126,19 @@ def parsed(text: bytes | str, what: str) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ArgumentError("a name is there twice")
     return found
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text} is larger than any float")
+        raise ArgumentError(f"{text} is larger than any float")
     return value
 
 
 def _constant(text: str) -> float:
-    raise ValueError(f"{text} is no number of JSON")
+    raise ArgumentError(f"{text} is no number of JSON")
 
 
 def tensors_of(

@@ -53,10 +53,10 @@ def breakdown(
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from compress_jax.export._artifact.artifact import save
+      >>> import compress_jax as cj
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
-      >>> size = save(file, {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}})
-      >>> parts = breakdown(file)
+      >>> size = cj.save(file, {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}})
+      >>> parts = cj.export.breakdown(file)
       >>> parts[0], sum(part.nbytes for part in parts) == size
       (Part(path='dense/kernel', cause='array', nbytes=16), True)
     """

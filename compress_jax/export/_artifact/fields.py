@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import ArtifactError
+from compress_jax.core.errors import ArgumentError, ArtifactError
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Levels, Table
 
@@ -64,9 +64,9 @@ def extents(value: Any) -> tuple[int, ...]:
     """
     shape = _sequence(value)
     if len(shape) > RANK:
-        raise ValueError(f"a shape has at most {RANK} axes")
+        raise ArgumentError(f"a shape has at most {RANK} axes")
     if not all(_whole(n) and n >= 0 for n in shape) or math.prod(n for n in shape if n) > LARGEST:
-        raise ValueError("a shape is a list of whole numbers from 0 on, and no array is that large")
+        raise ArgumentError("a shape is a list of whole numbers from 0 on, below 2**63 in all")
     return shape
 
 
@@ -78,13 +78,13 @@ def dtype_named(name: Any) -> np.dtype:
       2
     """
     if not isinstance(name, str) or not hasattr(jnp, name):
-        raise ValueError("there is no such dtype")
+        raise ArgumentError("there is no such dtype")
     try:
         found = jnp.dtype(name)
     except TypeError as error:
-        raise ValueError("there is no such dtype") from error
+        raise ArgumentError("there is no such dtype") from error
     if found.name != name:
-        raise ValueError(f"the dtype is called {found.name!r}")
+        raise ArgumentError(f"the dtype is called {found.name!r}")
     return found
 
 
@@ -94,26 +94,26 @@ def _whole(value: Any) -> bool:
 
 def _sequence(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError("it must be a list")
+        raise ArgumentError("it must be a list")
     return tuple(value)
 
 
 def _bits(value: Any) -> int:
     if not _whole(value) or not 1 <= value <= 16:
-        raise ValueError("it must be a whole number from 1 to 16")
+        raise ArgumentError("it must be a whole number from 1 to 16")
     return value
 
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError("it must be a finite number")
+        raise ArgumentError("it must be a finite number")
     return value
 
 
 def _floating(value: Any) -> np.dtype:
     found = dtype_named(value)
     if not jnp.issubdtype(found, jnp.floating):
-        raise ValueError("what is unpacked must be floating point")
+        raise ArgumentError("what is unpacked must be floating point")
     return found
 
 
@@ -125,15 +125,15 @@ def _layout(value: Any) -> Layout:
     given = _sequence(value)
     missing = len(Layout._fields) - len(given)
     if not 0 <= missing <= len(Layout._field_defaults):
-        raise ValueError(f"it must be a list of {', '.join(Layout._fields)}")
+        raise ArgumentError(f"it must be a list of {', '.join(Layout._fields)}")
     found = dict(zip(Layout._fields, given, strict=False))
     shape = extents(found.pop("shape"))
     group_size = found.pop("group_size", None)
     if group_size is not None and not (_whole(group_size) and 1 <= group_size <= LARGEST):
-        raise ValueError("group_size must be null or a whole number from 1 on")
+        raise ArgumentError("group_size must be null or a whole number from 1 on")
     axes = {name: _axes(name, each, len(shape)) for name, each in found.items()}
     if len(set(sum(axes.values(), ()))) < sum(map(len, axes.values())):
-        raise ValueError(f"an axis is named twice in {axes}")
+        raise ArgumentError(f"an axis is named twice in {axes}")
     return Layout(shape=shape, group_size=group_size, **axes)
 
 
@@ -141,14 +141,14 @@ def _places(value: Any) -> tuple[int, ...]:
     """Return axes of a shape that is checked with them."""
     axes = _sequence(value)
     if not all(_whole(a) and -RANK <= a < RANK for a in axes):
-        raise ValueError("it must be a list of axes")
+        raise ArgumentError("it must be a list of axes")
     return axes
 
 
 def _axes(name: str, value: Any, rank: int) -> tuple[int, ...]:
     axes = _sequence(value)
     if not all(_whole(a) and 0 <= a < rank for a in axes):
-        raise ValueError(f"{name} must be axes of the shape, 0 to {rank - 1}")
+        raise ArgumentError(f"{name} must be axes of the shape, 0 to {rank - 1}")
     return axes
 
 
@@ -157,13 +157,13 @@ def _levels(value: Any) -> Levels:
     if len(given) == 1:
         return Table(_ascending(_sequence(given[0])))
     if not 2 <= len(given) <= 3 or not all(map(_whole, given)):
-        raise ValueError(
+        raise ArgumentError(
             "it must be a list of exponent_bits, mantissa_bits and reserved, or one list of numbers"
         )
     found = Float(*given)
     widths = 1 <= found.exponent_bits <= 7 and 0 <= found.mantissa_bits <= 8
     if not widths or not 0 <= found.reserved < 2 ** (found.bits - 1):
-        raise ValueError(
+        raise ArgumentError(
             "exponents have 1 to 7 bits, mantissas 0 to 8, and fewer are reserved than there are"
         )
     return found
@@ -175,7 +175,7 @@ def _ascending(given: Sequence[Any]) -> tuple[float, ...]:
         rounded = np.array(values, np.float64).astype(np.float32)
     exact = len(values) <= 2**16 and (rounded == values).all()
     if not values or not exact or not (np.diff(rounded) > 0).all():
-        raise ValueError("a table is 1 to 65,536 ascending float32 numbers")
+        raise ArgumentError("a table is 1 to 65,536 ascending float32 numbers")
     return values
 
 

@@ -36,10 +36,11 @@ def stream(
     Example:
       >>> import tempfile
       >>> import jax.numpy as jnp
-      >>> from compress_jax.export._artifact.artifact import save
+      >>> import compress_jax as cj
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
-      >>> _ = save(file, {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}, coded=True)
-      >>> [(path, leaf.shape) for path, leaf in stream(file)]
+      >>> params = {"dense": {"kernel": jnp.ones((2, 2)), "bias": jnp.zeros(2)}}
+      >>> _ = cj.save(file, params, coded=True)
+      >>> [(path, leaf.shape) for path, leaf in cj.export.stream(file)]
       [('dense/kernel', (2, 2)), ('dense/bias', (2,))]
     """
     content, parts = opened(Path(path), max_bytes, limits)

@@ -172,11 +172,11 @@ def verify(
 
     Example:
       >>> import tempfile, jax.numpy as jnp
-      >>> from compress_jax.export import to_stablehlo
+      >>> import compress_jax as cj
       >>> file, fn = Path(tempfile.mkdtemp()) / "m.stablehlo", lambda w, x: x @ w
-      >>> _ = to_stablehlo(fn, jnp.eye(2), jnp.ones((1, 2)), file)  # doctest: +SKIP
+      >>> _ = cj.export.to_stablehlo(fn, jnp.eye(2), jnp.ones((1, 2)), file)  # doctest: +SKIP
       >>> x, reference = np.eye(2, dtype=np.float32), lambda x: x
-      >>> done = verify(file, reference, x, [0, 1], batch_sizes=())  # doctest: +SKIP
+      >>> done = cj.export.verify(file, reference, x, [0, 1], batch_sizes=())  # doctest: +SKIP
       >>> done.passed, done.agreement, done.accuracy  # doctest: +SKIP
       (True, 1.0, 1.0)
     """

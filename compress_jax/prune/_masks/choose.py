@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from compress_jax.core._leafwise import check_finite
 from compress_jax.core.amount import amount
 from compress_jax.core.axes import Axes, over_layers
 from compress_jax.core.compression import CompressionState
 from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.core.exact import choose, less, uint64
-from compress_jax.core.leafwise import check_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, Params, PyTree, Scalar, Step
 from compress_jax.prune._masks.select import largest_of_each, magnitude_bits, smallest, value_bits

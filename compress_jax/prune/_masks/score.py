@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
+from compress_jax.core._leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.arguments import refused, whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import Compression, CompressionState, Pointwise, stamped
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError, NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import saturate, where_finite
-from compress_jax.core.leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, due

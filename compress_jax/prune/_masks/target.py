@@ -6,10 +6,10 @@ from typing import Any, TypeAlias
 
 import optax
 
+from compress_jax.core._leafwise import why_not_float
 from compress_jax.core.arguments import number, one_of, patterns, refused
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError
-from compress_jax.core.leafwise import why_not_float
 from compress_jax.core.paths import flatten, match, matches
 from compress_jax.core.types import Params, Scalar, Schedule, Step
 from compress_jax.prune._masks.structures import NofM, Structure

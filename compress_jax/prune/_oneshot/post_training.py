@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from compress_jax.core import chain
+from compress_jax.core._leafwise import check_finite, why_not_float
 from compress_jax.core.compression import (
     Compression,
     CompressionState,
@@ -17,7 +18,6 @@ from compress_jax.core.compression import (
 )
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ConfigError
-from compress_jax.core.leafwise import check_finite, why_not_float
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.stamp import seal
 from compress_jax.core.types import Params

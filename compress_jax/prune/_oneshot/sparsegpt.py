@@ -91,14 +91,14 @@ def sparsegpt(
       NonFiniteError: if calibration or weights are not finite.
 
     Example:
-      >>> from compress_jax.prune import magnitude
-      >>> from compress_jax.trace import calibrate, gram
+      >>> import compress_jax as cj
       >>> keys = jax.random.split(jax.random.key(0), 3)
       >>> x = jax.random.normal(keys[0], (256, 64)) @ jax.random.normal(keys[1], (64, 64))
       >>> params = {"kernel": jax.random.normal(keys[2], (64, 32))}
       >>> fn = lambda p, x: x @ p["kernel"]
-      >>> solved = sparsegpt(params, calibrate(fn, gram(), params, [x]), 0.5)
-      >>> smallest = magnitude(0.5).view(params, magnitude(0.5).init(params))
+      >>> seen = cj.trace.calibrate(fn, cj.trace.gram(), params, [x])
+      >>> solved = cj.prune.sparsegpt(params, seen, 0.5)
+      >>> smallest = cj.prune.magnitude(0.5).view(params, cj.prune.magnitude(0.5).init(params))
       >>> error = lambda p: jnp.square(fn(p, x) - fn(params, x)).mean()
       >>> int((solved.params["kernel"] == 0).sum()), bool(error(solved.params) < error(smallest))
       (1024, True)

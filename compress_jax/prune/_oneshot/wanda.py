@@ -53,9 +53,11 @@ def wanda(
       NonFiniteError: if calibration or weights are not finite.
 
     Example:
-      >>> from compress_jax.trace import calibrate, gram
+      >>> import compress_jax as cj
       >>> params, x = {"kernel": jnp.array([[1.0], [3.0]])}, jnp.array([[8.0, 1.0], [8.0, 2.0]])
-      >>> solved = wanda(params, calibrate(lambda p, x: x @ p["kernel"], gram(), params, [x]), 0.5)
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> seen = cj.trace.calibrate(fn, cj.trace.gram(), params, [x])
+      >>> solved = cj.prune.wanda(params, seen, 0.5)
       >>> solved.params["kernel"].tolist()
       [[1.0], [0.0]]
 

@@ -319,12 +319,12 @@ class PackedOperand:
 
     @property
     def groups(self) -> int:
-        """QuantizerRules many groups with scales of their own are summed over."""
+        """How many groups with scales of their own are summed over."""
         return self.scales.shape[-1]
 
     @property
     def _picked(self) -> int:
-        """QuantizerRules many of the first axes are sliced before the codes are unpacked."""
+        """How many of the first axes are sliced before the codes are unpacked."""
         if self.stored.bits == 8:
             return self.route.stacked
         return min(self.route.stacked, self.stored.axis)  # bytes join codes along this axis
@@ -394,7 +394,7 @@ NOT_QUANTIZED = "its activations are not quantized"
 
 @dataclass(frozen=True)
 class SitePlan:
-    """QuantizerRules one site is computed.
+    """How one site is computed.
 
     Attributes:
       site: the site.

@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.straight_through import straight_through
+from compress_jax.core._straight_through import straight_through
 from compress_jax.quantize._activations.quantizer import nearest_level
 from compress_jax.quantize._scales.grid import Grid
 

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core._leafwise import LeafState, leafwise
 from compress_jax.core.arguments import flag, function, sharing
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
 from compress_jax.core.describe import call_of
 from compress_jax.core.layout import Granularity, Layout
-from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
 from compress_jax.quantize._activations import range_rules
 from compress_jax.quantize._activations.quantizer import (

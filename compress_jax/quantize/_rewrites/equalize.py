@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.leafwise import check_finite
+from compress_jax.core._leafwise import check_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.layerwise._result import Rewritten

@@ -50,12 +50,12 @@ def clip(
       clipped, and listed.
 
     Example:
-      >>> from compress_jax.quantize import output_error, uniform
-      >>> from compress_jax.trace import calibrate, gram
+      >>> import compress_jax as cj
       >>> params = {"kernel": jnp.array([[1.0], [0.5], [-0.5]])}
       >>> x = jnp.array([[0.1, 1.0, 0.0], [0.0, 0.0, 1.0]])
-      >>> seen = calibrate(lambda p, x: x @ p["kernel"], gram(), params, [x])
-      >>> clip(params, seen, uniform(bits=2)).params["kernel"].round(2).tolist()
+      >>> seen = cj.trace.calibrate(lambda p, x: x @ p["kernel"], cj.trace.gram(), params, [x])
+      >>> clipped = cj.quantize.clip(params, seen, cj.quantize.uniform(bits=2))
+      >>> clipped.params["kernel"].round(2).tolist()
       [[0.5], [0.5], [-0.5]]
 
     References:

@@ -62,15 +62,15 @@ def signround(
       NonFiniteError: if calibration or weights are not finite.
 
     Example:
-      >>> from compress_jax.quantize import output_error, uniform
-      >>> from compress_jax.trace import calibrate, gram
+      >>> import compress_jax as cj
       >>> keys = jax.random.split(jax.random.key(0), 3)
       >>> x = jax.random.normal(keys[0], (256, 8)) @ jax.random.normal(keys[1], (8, 8))
       >>> params = {"kernel": jax.random.normal(keys[2], (8, 4))}
-      >>> seen = calibrate(lambda p, x: x @ p["kernel"], gram(), params, [x])
-      >>> solved = signround(params, seen, uniform(bits=3, granularity="channel"))
-      >>> nearest = uniform(bits=3, granularity="channel").view(params, solved.state)
-      >>> error = lambda p: output_error(params["kernel"], p["kernel"], x.T @ x / 256)
+      >>> seen = cj.trace.calibrate(lambda p, x: x @ p["kernel"], cj.trace.gram(), params, [x])
+      >>> int3 = cj.quantize.uniform(bits=3, granularity="channel")
+      >>> solved = cj.quantize.signround(params, seen, int3)
+      >>> nearest = cj.quantize.uniform(bits=3, granularity="channel").view(params, solved.state)
+      >>> error = lambda p: cj.quantize.output_error(params["kernel"], p["kernel"], x.T @ x / 256)
       >>> bool(error(solved.params) < 0.7 * error(nearest))
       True
 

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from compress_jax.core._leafwise import LeafState, leafwise
+from compress_jax.core._straight_through import pass_within
 from compress_jax.core.arguments import number, sharing
 from compress_jax.core.axes import Axes
 from compress_jax.core.codebook import Tabled
@@ -15,9 +17,7 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate, where_finite
 from compress_jax.core.layout import Granularity, Layout
-from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.levels import Float, Levels, Table
-from compress_jax.core.straight_through import pass_within
 from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales import levels as level_rules
 from compress_jax.quantize._scales.levels import Fixed, LevelRule

@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from compress_jax.core._leafwise import LeafState, leafwise
 from compress_jax.core.arguments import flag, sharing, whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, Pointwise
@@ -12,7 +13,6 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Granularity, Layout
-from compress_jax.core.leafwise import LeafState, leafwise
 from compress_jax.core.packed import Quantized
 from compress_jax.core.types import PyTree
 from compress_jax.quantize._scales import rules
