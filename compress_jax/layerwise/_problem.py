@@ -19,8 +19,7 @@ from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.types import Leaves
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
 from compress_jax.trace._jaxpr.strided import Box, Piece, placed
-from compress_jax.trace._statistics.calibration import Calibration, require
-from compress_jax.trace._statistics.moments import Gram
+from compress_jax.trace._statistics.calibration import Calibration, Gram, require
 
 Span = tuple[int, int]  # [start, end)
 MAX_NAMES = 6  # in one sentence

@@ -20,8 +20,8 @@ in the order of ``site.contracting``.
 
 from compress_jax.core.deprecated import renamed
 from compress_jax.core.exact import Int64
+from compress_jax.trace._statistics.calibration import Gram
 from compress_jax.trace._statistics.moments import (
-    Gram,
     Moments,
     Norm,
     Outliers,

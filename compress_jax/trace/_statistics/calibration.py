@@ -2,10 +2,24 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from compress_jax.core.errors import NoMatchError, StateError
 from compress_jax.trace._jaxpr.site import Site
+
+
+class Gram(NamedTuple):
+    """Sums of outer products.
+
+    Attributes:
+      gram: float32 ``[*batch, k, k]``, not divided by ``count``.
+      count: rows in each sum, int32.
+    """
+
+    gram: jax.Array
+    count: jax.Array
 
 
 @dataclass(frozen=True)

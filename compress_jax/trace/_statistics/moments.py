@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError
 from compress_jax.trace._jaxpr.site import Site
+from compress_jax.trace._statistics.calibration import Gram
 from compress_jax.trace._statistics.reducer import (
     Reducer,
     Table,
@@ -17,18 +18,6 @@ from compress_jax.trace._statistics.reducer import (
     per_input,
     windows,
 )
-
-
-class Gram(NamedTuple):
-    """Sums of outer products.
-
-    Attributes:
-      gram: float32 ``[*batch, k, k]``, not divided by ``count``.
-      count: rows in each sum, int32.
-    """
-
-    gram: jax.Array
-    count: jax.Array
 
 
 def gram() -> Reducer:
