@@ -1,13 +1,18 @@
 """The entry of the command line: ``run``, and the signals, errors and exit codes of all."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -16,12 +21,82 @@ from compress_jax.cli._commands import evaluate, export, inspect, report
 from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import fitted, shown, stderr, stdout
 from compress_jax.cli.parse import parse, summary
-from compress_jax.cli.signals import Stopped, stopped_by_signals
 from compress_jax.core.errors import CompressError
 from compress_jax.core.table import printable
 
 if TYPE_CHECKING:
     from compress_jax.search import Experiment, Requirement
+
+
+# Stop on Ctrl-C and SIGTERM: one line and the exit code the shell expects, no traceback.
+
+
+class Stopped(BaseException):
+    """A signal asked the command to stop.
+
+    It is not an Exception, so no ``except Exception`` on the way mistakes it for an error.
+
+    Attributes:
+      exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for
+        SIGTERM.
+    """
+
+    def __init__(self, signum: int, sentence: str = ""):
+        """Say which signal came."""
+        self.exit_code = 128 + signum
+        super().__init__(sentence or f"stopped by {signal.Signals(signum).name}")
+
+
+@dataclass
+class Stop:
+    """Whether a signal came.
+
+    Attributes:
+      stopped: what was raised; it is stored here because code that runs outside Python may hide an
+        exception.
+    """
+
+    stopped: Stopped | None = None
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[Stop]:
+    """Raise `Stopped` inside the ``with`` block on SIGINT or SIGTERM.
+
+    A second signal ends the process at once.
+
+    While a network trains, `compress_jax.train.watch_signals` takes over, to finish the step and
+    save it first. Outside the main thread, where Python allows no handlers, nothing is caught.
+
+    Yields:
+      The `Stop`, which remembers the signal.
+
+    Example:
+      >>> with stopped_by_signals() as stop:
+      ...     try:
+      ...         signal.raise_signal(signal.SIGTERM)
+      ...     except Stopped as error:
+      ...         print(error, stop.stopped is error)
+      stopped by SIGTERM True
+    """
+    stop = Stop()
+    signals: tuple[signal.Signals, ...] = ()
+    if threading.current_thread() is threading.main_thread():
+        signals = (signal.SIGINT, signal.SIGTERM)
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        stop.stopped = Stopped(signum)
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+        raise stop.stopped
+
+    previous = {signum: signal.signal(signum, handle) for signum in signals}
+    try:
+        yield stop
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
 
 UNMET = 3  # exit code of a run without a candidate that meets the requirement
 CLOSED = 141  # exit code if the pipe that the command prints into was closed

@@ -18,8 +18,7 @@ from compress_jax.cli import main
 from compress_jax.core.table import printable
 from compress_jax.export import save
 from compress_jax.report import Table, html_table, markdown_table, rich_table
-from compress_jax.report._figure import drawing
-from compress_jax.report._plots import tradeoff
+from compress_jax.report._plots import drawing, tradeoff
 from compress_jax.report._read import read_run
 from compress_jax.report._tables import escaped
 
