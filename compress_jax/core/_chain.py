@@ -96,7 +96,7 @@ def chain(*compressions: Compression) -> Compression:
             if all(path in own or path in left for own, left in found)
         ]
         through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
-        return {path: _in_turn(steps) for path, steps in through.items() if steps}
+        return {path: _in_sequence(steps) for path, steps in through.items() if steps}
 
     def axes(params: Params) -> dict[str, Axes]:
         return {path: each for c in reversed(compressions) for path, each in c.axes(params).items()}
@@ -115,21 +115,22 @@ def chain(*compressions: Compression) -> Compression:
     )
 
 
-def _in_turn(steps: Sequence[Pointwise]) -> Pointwise:
+def _in_sequence(steps: Sequence[Pointwise]) -> Pointwise:
     """Return one entry-by-entry view after the other as one."""
-    see = _InTurn(tuple((step.see, len(step.operands)) for step in steps))
-    return Pointwise(see, tuple(operand for step in steps for operand in step.operands))
+    fn = _InSequence(tuple((step.fn, len(step.operands)) for step in steps))
+    return Pointwise(fn, tuple(operand for step in steps for operand in step.operands))
 
 
 @dataclass(frozen=True)
-class _InTurn:
+class _InSequence:
     """Functions in sequence; equal if they are, so that `jit` compiles once for all leaves."""
 
     steps: tuple[tuple[Callable[..., Any], int], ...]
 
     def __call__(self, x: Any, *operands: Any) -> Any:
-        for see, n in self.steps:
-            x, operands = see(x, *operands[:n]), operands[n:]
+        for fn, n in self.steps:
+            x = fn(x, *operands[:n])
+            operands = operands[n:]
         return x
 
 

@@ -33,12 +33,12 @@ class Pointwise(NamedTuple):
     """The view of one array, entry by entry: a function of the entry and of operands beside it.
 
     Attributes:
-      see: ``(x, *operands) -> x`` for entries of any shape, the operands cut likewise; hashable,
-        and the same object for arrays that are seen the same way.
+      fn: ``(x, *operands) -> x`` for entries of any shape, the operands sliced likewise; hashable,
+        and the same object for arrays that are rounded in the same way.
       operands: arrays in the shape of the whole array: the scale of each entry, its mask.
     """
 
-    see: Callable[..., Any]
+    fn: Callable[..., Any]
     operands: tuple[Any, ...]
 
 

@@ -102,10 +102,10 @@ def _solve_leaf(
         part = task.box.take(x)
         operands = [task.box.take(each) for each in pointwise.operands]
         own = replace(task, gram=unit(task.gram))
-        solved, note = solve(path, part, Pointwise(pointwise.see, tuple(operands)), own)
+        solved, note = solve(path, part, Pointwise(pointwise.fn, tuple(operands)), own)
         judge = _problem.judge(task, others)
         best, won, same = _better_matrices(
-            part, operands, solved, own.gram, judge, task.form, pointwise.see
+            part, operands, solved, own.gram, judge, task.form, pointwise.fn
         )
         new = task.box.put(new, best)
         if note:

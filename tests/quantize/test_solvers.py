@@ -227,11 +227,11 @@ def test_hqq_lowers_its_norm_also_in_groups_that_are_not_full(symmetric):
 def test_neighboring_levels_are_the_two_levels_around_a_weight(c):
     w = jnp.asarray(np.random.default_rng(5).normal(size=(16, 4)), jnp.float32)
     (how,) = c.pointwise({"w": w}, c.init({"w": w})).values()
-    low, high = (np.asarray(each) for each in neighboring_levels(w, how.see, how.operands))
+    low, high = (np.asarray(each) for each in neighboring_levels(w, how.fn, how.operands))
     small = jnp.geomspace(1e-5, 6, 2000)
     fine = jnp.concatenate([-small, small, jnp.zeros(1)])[None, None]
     operands = [jnp.broadcast_to(x[..., None], (16, 4, 4001)) for x in how.operands]
-    every = np.asarray(how.see(jnp.broadcast_to(fine, (16, 4, 4001)), *operands))
+    every = np.asarray(how.fn(jnp.broadcast_to(fine, (16, 4, 4001)), *operands))
     for i in np.ndindex(16, 4):  # all levels of an entry, by brute force
         below, above = every[i][every[i] <= w[i]], every[i][every[i] >= w[i]]
         assert low[i] == (below.max() if len(below) else every[i].min())

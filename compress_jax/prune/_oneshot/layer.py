@@ -130,7 +130,7 @@ def pruned_leaf(
         failed = unreached if solution.failed is None else unreached | solution.failed
         judge = _problem.judge(problem, others, filled=True)
         operands = part.rounding.operands
-        round_fn = part.rounding.see
+        round_fn = part.rounding.fn
         form = problem.form
         new, part_mask, won, same = _better_matrices(
             part.x, operands, solution[:2], by_magnitude, judge, failed, form, round_fn, judged
@@ -158,7 +158,7 @@ def _part(leaf: Leaf, problem: Problem) -> Leaf:
         axes = [i for axis in along for i, own in enumerate(box.stored_axes) if own == axis]
         groups = replace(groups, axis=tuple(axes))
     operands = tuple(box.take(each) for each in leaf.rounding.operands)
-    rounding = Pointwise(leaf.rounding.see, operands)
+    rounding = Pointwise(leaf.rounding.fn, operands)
     return Leaf(box.take(leaf.x), problem, leaf.share, groups, rounding)
 
 

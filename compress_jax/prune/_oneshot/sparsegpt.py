@@ -117,7 +117,7 @@ def _solve_leaf(leaf: Leaf, damping: float, block: int) -> Solution:
     m = leaf.groups.m if leaf.groups else 1
     block = max(min(block, form.k + -form.k % m) // m, 1) * m  # whole groups
     rows, note = leaf.rows(block)
-    plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.rounding.see)
+    plan = Plan(form, block, leaf.groups and (leaf.groups.n, m), leaf.rounding.fn)
     counts = _counts(leaf, block, len(rows))
 
     def attempt(damping: float) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:

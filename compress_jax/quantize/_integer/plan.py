@@ -544,7 +544,7 @@ def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
         own = {}
         if reducer is not None:
             own = quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
-        return quantizer.place(site, index, (lhs, rhs)[index], own)[0]
+        return quantizer.scale_fn(site, index, (lhs, rhs)[index], own)[0]
 
     lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
     rhs = jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)

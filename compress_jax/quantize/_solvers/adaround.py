@@ -106,7 +106,7 @@ def adaround(
     def solve(
         path: str, x: jax.Array, pointwise: Pointwise, problem: Problem
     ) -> tuple[jax.Array, None]:
-        own = (pointwise.operands, problem.gram, problem.form, pointwise.see)
+        own = (pointwise.operands, problem.gram, problem.form, pointwise.fn)
         # optax mixes int32 counts and floats, which strict dtype promotion forbids.
         with jax.numpy_dtype_promotion("standard"):
             return solve_matrices(x, *own), None

@@ -131,7 +131,7 @@ def clipped_state(
 def _ends(pointwise: Pointwise, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the first and last level of every entry."""
     far = jnp.full(x.shape, BEYOND, jnp.float32)
-    return pointwise.see(-far, *pointwise.operands), pointwise.see(far, *pointwise.operands)
+    return pointwise.fn(-far, *pointwise.operands), pointwise.fn(far, *pointwise.operands)
 
 
 def _cut(x: jax.Array, ends: tuple[jax.Array, jax.Array], ratio: Ratios) -> jax.Array:

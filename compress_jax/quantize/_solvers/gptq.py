@@ -108,7 +108,7 @@ def _solve_leaf(
     form = problem.form
 
     def attempt(damping: float) -> tuple[jax.Array, jax.Array]:
-        see = pointwise.see
+        see = pointwise.fn
         gram = problem.gram
         return _solve(x, pointwise.operands, gram, damping, form, see, block, act_order)
 

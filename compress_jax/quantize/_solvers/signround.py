@@ -82,7 +82,7 @@ def signround(
     def solve(
         path: str, x: jax.Array, pointwise: Pointwise, problem: Problem
     ) -> tuple[jax.Array, None]:
-        own = (pointwise.operands, problem.gram, problem.form, pointwise.see)
+        own = (pointwise.operands, problem.gram, problem.form, pointwise.fn)
         return _solve(x, *own, steps, learning_rate or 1 / steps), None
 
     return solve_leaves(params, calibration, compression, state, solve, held_out)
