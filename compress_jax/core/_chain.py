@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,69 +50,93 @@ def chain(*compressions: Compression) -> Compression:
     """
     for c in compressions:
         arguments.compression("each part of a chain", c)
+    return _Chain(compressions).compression()
 
-    def init(params: Params, *, step: Step = 0) -> CompressionState:
+
+class _Chain(NamedTuple):
+    """The arguments of `chain`, and the functions of its Compression."""
+
+    compressions: tuple[Compression, ...]
+
+    def compression(self) -> Compression:
+        update = Scheduled(self.update, schedules_of(*self.compressions), self.at_once)
+        made = Compression(
+            self.init,
+            self.view,
+            update,
+            self.pack,
+            self.skipped,
+            self.pointwise,
+            bind=self.bind,
+            axes=self.axes,
+        )
+        return stamped(made, f"chain({', '.join(map(describe, self.compressions))})")
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return _Chain(tuple(bound(c, known) for c in self.compressions)).compression()
+
+    def states(self, state: CompressionState) -> list[CompressionState]:
+        """Return the states of the compressions."""
+        return parts_of(state, len(self.compressions))
+
+    def init(self, params: Params, *, step: Step = 0) -> CompressionState:
         states = []
-        for c in compressions:
+        for c in self.compressions:
             states.append(begin(c, params, step))
             params = c.view(params, states[-1])
         return joined(states)
 
-    def views(params: Params, state: CompressionState) -> list[Params]:
-        seen = [params]
-        for c, s in zip(compressions, parts_of(state, len(compressions)), strict=True):
-            seen.append(c.view(seen[-1], s))
-        return seen
+    def view(self, params: Params, state: CompressionState) -> Params:
+        for c, own in zip(self.compressions, self.states(state), strict=True):
+            params = c.view(params, own)
+        return params
 
-    def update(params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
+    def update(self, params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
         states = []
-        for c, s in zip(compressions, parts_of(state, len(compressions)), strict=True):
-            states.append(c.update(params, s, **inputs))
+        for c, own in zip(self.compressions, self.states(state), strict=True):
+            states.append(c.update(params, own, **inputs))
             params = c.view(params, states[-1])
         return joined(states)
 
-    def pack(params: Params, state: CompressionState) -> Params:
-        *inputs, final = views(params, state)
-        stages = zip(compressions, inputs, parts_of(state, len(compressions)), strict=True)
-        forms = [flatten(c.pack(seen, s))[0] for c, seen, s in stages]
-        leaves, rebuild = flatten(final)
-        return rebuild(
-            {path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()}
-        )
+    def at_once(
+        self, params: Params, state: CompressionState, **inputs: PyTree
+    ) -> CompressionState:
+        return _Chain(tuple(map(awake, self.compressions))).update(params, state, **inputs)
 
-    def skipped(params: Params) -> dict[str, str]:
-        reasons = [c.skipped(params) for c in compressions]
-        everywhere = [path for path in flatten(params)[0] if all(path in r for r in reasons)]
-        return {path: "; ".join(dict.fromkeys(r[path] for r in reasons)) for path in everywhere}
+    def pack(self, params: Params, state: CompressionState) -> Params:
+        forms = []
+        for c, own in zip(self.compressions, self.states(state), strict=True):
+            forms.append(flatten(c.pack(params, own))[0])
+            params = c.view(params, own)
+        leaves, rebuild = flatten(params)
+        packed = {path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()}
+        return rebuild(packed)
 
-    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
-        stages = zip(
-            compressions, views(params, state), parts_of(state, len(compressions)), strict=False
-        )
-        found = [(c.pointwise(seen, s), c.skipped(params)) for c, seen, s in stages]
-        leaves = [
-            path
-            for path in flatten(params)[0]
-            if all(path in own or path in left for own, left in found)
-        ]
-        through = {path: [own[path] for own, _ in found if path in own] for path in leaves}
-        return {path: _in_sequence(steps) for path, steps in through.items() if steps}
+    def skipped(self, params: Params) -> dict[str, str]:
+        reasons = [c.skipped(params) for c in self.compressions]
+        found = {}
+        for path in flatten(params)[0]:
+            if all(path in each for each in reasons):
+                found[path] = "; ".join(dict.fromkeys(each[path] for each in reasons))
+        return found
 
-    def axes(params: Params) -> dict[str, Axes]:
-        return {path: each for c in reversed(compressions) for path, each in c.axes(params).items()}
+    def pointwise(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
+        found = []
+        for c, own in zip(self.compressions, self.states(state), strict=True):
+            found.append((c.pointwise(params, own), c.skipped(params)))
+            params = c.view(params, own)
+        joint = {}
+        for path in flatten(params)[0]:
+            steps = [own[path] for own, _ in found if path in own]
+            if steps and all(path in own or path in left for own, left in found):
+                joint[path] = _in_sequence(steps)
+        return joint
 
-    def bind(known: Mapping[str, Axes]) -> Compression:
-        return chain(*(bound(c, known) for c in compressions))
-
-    def at_once(params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
-        return chain(*map(awake, compressions)).update(params, state, **inputs)
-
-    last = lambda params, state: views(params, state)[-1]  # noqa: E731
-    scheduled = Scheduled(update, schedules_of(*compressions), at_once)
-    call = f"chain({', '.join(map(describe, compressions))})"
-    return stamped(
-        Compression(init, last, scheduled, pack, skipped, pointwise, bind=bind, axes=axes), call
-    )
+    def axes(self, params: Params) -> dict[str, Axes]:
+        found: dict[str, Axes] = {}
+        for c in reversed(self.compressions):  # the first one that knows a leaf decides
+            found |= c.axes(params)
+        return found
 
 
 def _in_sequence(steps: Sequence[Pointwise]) -> Pointwise:

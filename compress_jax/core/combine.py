@@ -23,7 +23,7 @@ from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.schedules import Scheduled, at_once, awake, begin, due, schedules_of
-from compress_jax.core.types import Params, PyTree, Step
+from compress_jax.core.types import Params, PyTree, Schedule, Step
 
 
 def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
@@ -265,17 +265,50 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         raise ArgumentError(
             f"between(start, stop, ...) needs stop after start, got {start} and {stop}"
         )
+    return _Between(start, stop, compression).compression()
 
-    def init(params: Params, *, step: Step = 0) -> CompressionState:
-        return _wrapped(begin(compression, params, step), jnp.asarray(step) >= start, False)
 
-    def view(params: Params, state: CompressionState) -> Params:
-        seen = compression.view(params, _inner(state))
-        return jax.tree.map(
-            lambda new, old: jnp.where(state.fixed["active"], new, old), seen, params
+class _Between(NamedTuple):
+    """The arguments of `between`, and the functions of its Compression."""
+
+    start: int
+    stop: int | None
+    of: Compression
+
+    def compression(self) -> Compression:
+        update = Scheduled(self.update, self.schedules, self.at_once)
+        made = Compression(
+            self.init,
+            self.view,
+            update,
+            self.pack,
+            self.of.skipped,
+            self.pointwise,
+            bind=self.bind,
+            axes=self.of.axes,
         )
+        return stamped(made, f"between({self.start}, {self.stop}, {describe(self.of)})")
+
+    def bind(self, known: Mapping[str, Axes]) -> Compression:
+        return self._replace(of=bound(self.of, known)).compression()
+
+    @property
+    def schedules(self) -> tuple[Schedule, ...]:
+        """The schedules of the compression, and the freeze as one more."""
+        stop = self.stop
+        own = schedules_of(self.of)
+        return own if stop is None else (*own, lambda step: step >= stop)
+
+    def init(self, params: Params, *, step: Step = 0) -> CompressionState:
+        return _wrapped(begin(self.of, params, step), jnp.asarray(step) >= self.start, False)
+
+    def view(self, params: Params, state: CompressionState) -> Params:
+        view = self.of.view(params, _inner(state))
+        active = state.fixed["active"]
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), view, params)
 
     def update(
+        self,
         params: Params,
         state: CompressionState,
         *,
@@ -284,50 +317,44 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
         stats: PyTree = None,
         key: Any = None,
     ) -> CompressionState:
-        step, own, active = jnp.asarray(step), _inner(state), jnp.asarray(state.fixed["active"])
+        step = jnp.asarray(step)
+        own = _inner(state)
+        started, ending, at = self.phase(step)
         inputs = {"grads": grads, "stats": stats, "key": key}
-        started = step >= start
-        ending = jnp.zeros((), bool) if stop is None else started & (step + 1 >= stop)
-        at = step if stop is None else jnp.where(ending, jnp.asarray(stop, step.dtype), step)
         if not isinstance(step, Tracer) and not isinstance(state.fixed["active"], Tracer):
-            compression.view(
-                params, own
-            )  # refuses what is not finite, also where the state only stays
-        keep, first = (lambda: own), (lambda: begin(compression, params, at))
-        follow = lambda: compression.update(params, own, step=step, **inputs)  # noqa: E731
-        last = lambda: at_once(compression)(params, own, step=at, **inputs)  # noqa: E731
+            self.of.view(params, own)  # refuses NaN, also where the state only stays
+        branches: list[Callable[[], CompressionState]] = [
+            lambda: own,
+            lambda: begin(self.of, params, at),
+            lambda: self.of.update(params, own, step=step, **inputs),
+        ]
+        if self.stop is not None:
+            branches.append(lambda: at_once(self.of)(params, own, step=at, **inputs))
         moving = jnp.where(ending, jnp.where(state.fixed["done"], 0, 3), 2)
-        phase = jnp.where(started, jnp.where(~active | (step == start), 1, moving), 0)
-        branches = [keep, first, follow] if stop is None else [keep, first, follow, last]
-        return _wrapped(_switch(phase, branches), started, ending)
+        first = jnp.logical_not(jnp.asarray(state.fixed["active"])) | (step == self.start)
+        index = jnp.where(started, jnp.where(first, 1, moving), 0)
+        return _wrapped(_switch(index, branches), started, ending)
 
-    def pack(params: Params, state: CompressionState) -> Params:
+    def phase(self, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return whether it has started, whether it ends now, and the step to update with."""
+        started = step >= self.start
+        if self.stop is None:
+            return started, jnp.zeros((), bool), step
+        ending = started & (step + 1 >= self.stop)
+        return started, ending, jnp.where(ending, jnp.asarray(self.stop, step.dtype), step)
+
+    def at_once(
+        self, params: Params, state: CompressionState, **inputs: PyTree
+    ) -> CompressionState:
+        return self._replace(of=awake(self.of)).update(params, state, **inputs)
+
+    def pack(self, params: Params, state: CompressionState) -> Params:
         own = _inner(state)
-        return compression.pack(params, own) if bool(state.fixed["active"]) else params
+        return self.of.pack(params, own) if bool(state.fixed["active"]) else params
 
-    def pointwise(params: Params, state: CompressionState) -> dict[str, Pointwise]:
+    def pointwise(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
         own = _inner(state)
-        return compression.pointwise(params, own) if bool(state.fixed["active"]) else {}
-
-    def awake_update(params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
-        return between(start, stop, awake(compression)).update(params, state, **inputs)
-
-    schedules = (
-        schedules_of(compression)
-        if stop is None
-        else (*schedules_of(compression), lambda step: step >= stop)
-    )
-    made = Compression(
-        init,
-        view,
-        Scheduled(update, schedules, awake_update),
-        pack,
-        compression.skipped,
-        pointwise,
-        bind=lambda known: between(start, stop, bound(compression, known)),
-        axes=compression.axes,
-    )
-    return stamped(made, f"between({start}, {stop}, {describe(compression)})")
+        return self.of.pointwise(params, own) if bool(state.fixed["active"]) else {}
 
 
 def _inner(state: CompressionState) -> CompressionState:

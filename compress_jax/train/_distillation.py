@@ -114,9 +114,27 @@ def distillation(
         raise ConfigError(
             f"an objective needs terms, each with a name of its own (name=...); got {names}"
         )
-    student = _student(model, tuple(dict.fromkeys(path for term in terms for path in term.student)))
+    paths = tuple(dict.fromkeys(path for term in terms for path in term.student))
+    own = _Distillation(
+        _student(model, paths), tuple(terms), augment, average, resample, inputs, labels, mask
+    )
+    return StatefulLoss(own.init, averaged(own.totals), own.totals)
+
+
+class _Distillation(NamedTuple):
+    """The arguments of `distillation`, and the functions of its loss."""
+
+    student: "Student"
+    terms: tuple[Term, ...]
+    augment: Augment | None
+    average: float | None
+    resample: Resample | None
+    inputs: str
+    labels: str
+    mask: str
 
     def context_of(
+        self,
         params: Params,
         state: PyTree,
         memory: PyTree,
@@ -128,18 +146,18 @@ def distillation(
     ) -> tuple[LossContext, PyTree]:
         """Run both models; return what the terms read and the new model state."""
         if train:
-            counts = chosen(batch, mask)
-            out = student.train(params, state, batch[inputs], key, counts)
+            counts = chosen(batch, self.mask)
+            out = self.student.train(params, state, batch[self.inputs], key, counts)
         else:
-            out = (*student.evaluate(params, state, batch[inputs]), state)
+            out = (*self.student.evaluate(params, state, batch[self.inputs]), state)
         logits, features, state = out
-        if average is not None:
-            teacher = _average_teacher(student, memory["average"])
-        teacher_logits, teacher_features = _teacher_outputs(batch, teacher, inputs)
+        if self.average is not None:
+            teacher = _average_teacher(self.student, memory["average"])
+        teacher_logits, teacher_features = _teacher_outputs(batch, teacher, self.inputs)
         context = LossContext(
             student_logits=logits,
             teacher_logits=teacher_logits,
-            labels=batch[labels],
+            labels=batch[self.labels],
             student=features,
             teacher=teacher_features,
             params=params,
@@ -151,6 +169,7 @@ def distillation(
         return context, state
 
     def totals(
+        self,
         params: Params,
         parts: PyTree,
         state: PyTree,
@@ -162,54 +181,58 @@ def distillation(
         train: bool = True,
     ) -> tuple[Objective, tuple[PyTree, PyTree, Metrics]]:
         augment_key, dropout_key, term_key, resample_key = jax.random.split(key, 4)
-        if train and augment is not None:
-            batch = augment(augment_key, batch)
-        if train and resample is not None:
+        if train and self.augment is not None:
+            batch = self.augment(augment_key, batch)
+        if train and self.resample is not None:
             frozen = jax.lax.stop_gradient((params, state))
-            batch = resample(resample_key, batch, lambda x: student.evaluate(*frozen, x)[0])
-        context, new_state = context_of(
+            batch = self.resample(
+                resample_key, batch, lambda x: self.student.evaluate(*frozen, x)[0]
+            )
+        context, new_state = self.context_of(
             params, state, memory, batch, dropout_key, teacher, step, train
         )
         context = context._replace(key=term_key)
-        losses, new_memory = _term_losses(terms, context, parts, memory, mask)
-        objective = tuple((value_at(term.weight, step), losses[term.name]) for term in terms)
-        if average is not None:
-            new_memory["average"] = _next_average(memory["average"], params, new_state, average)
+        losses, new_memory = _term_losses(self.terms, context, parts, memory, self.mask)
+        objective = tuple((value_at(term.weight, step), losses[term.name]) for term in self.terms)
+        if self.average is not None:
+            new_memory["average"] = _next_average(
+                memory["average"], params, new_state, self.average
+            )
         if "teacher" in memory:
             new_memory["teacher"] = memory["teacher"]
-        metrics = {**losses, **_fidelity(context, memory, mask)}
+        metrics = {**losses, **_fidelity(context, memory, self.mask)}
         return objective, (new_state, jax.lax.stop_gradient(new_memory), metrics)
 
     def init(
-        key: jax.Array, variables: Variables, batch: Batch, teacher: Any
+        self, key: jax.Array, variables: Variables, batch: Batch, teacher: Any
     ) -> tuple[PyTree, PyTree]:
         params = variables["params"]
         state = {name: each for name, each in variables.items() if name != "params"}
         own_memory = {}
-        if average is not None:
+        if self.average is not None:
             own_memory["average"] = {"params": params, "state": state}
         if teacher is not None:
             own_memory["teacher"] = fingerprint(teacher)
         batch_key, term_key = jax.random.split(key)
 
         def context_shapes(params: Params, batch: Batch, teacher: Any) -> LossContext:
-            if augment is not None:
-                batch = augment(batch_key, batch)
+            if self.augment is not None:
+                batch = self.augment(batch_key, batch)
             start = jnp.zeros((), jnp.int32)
-            context, _ = context_of(params, state, own_memory, batch, batch_key, teacher, start)
+            context, _ = self.context_of(
+                params, state, own_memory, batch, batch_key, teacher, start
+            )
             return context._replace(key=None)  # a typed key is no output of eval_shape
 
         shapes = jax.eval_shape(context_shapes, params, batch, teacher)
         parts, memory = {}, {}
-        for i, term in enumerate(terms):
+        for i, term in enumerate(self.terms):
             adapter_params, kept_arrays = term.init(jax.random.fold_in(term_key, i), shapes)
             if jax.tree.leaves(adapter_params):
                 parts[term.name] = adapter_params
             if jax.tree.leaves(kept_arrays):
                 memory[term.name] = kept_arrays
         return parts, {**memory, **own_memory}
-
-    return StatefulLoss(init, averaged(totals), totals)
 
 
 @renamed_arguments(smoothing="label_smoothing")

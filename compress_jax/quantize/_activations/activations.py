@@ -104,20 +104,33 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
       >>> int4.table(params, x)
       {'kernel': "static(bits=4, symmetric=True, granularity='tensor', range='minmax')"}
     """
+    own = _Quantized(fn, how, where)
+    return Activations(own.init, own.apply, own.update, own.table, own.watch)
 
-    def init(params: Params, batches: Iterable[Batch] = (), mask: Masks | None = None) -> Ranges:
+
+class _Quantized(NamedTuple):
+    """The arguments of `activations`, and the functions that it returns."""
+
+    fn: ModelFn
+    how: QuantizerRules
+    where: SitePatterns
+
+    def init(
+        self, params: Params, batches: Iterable[Batch] = (), mask: Masks | None = None
+    ) -> Ranges:
         batches = list(batches)
-        needed = any(each.reducer for _, each in pattern_pairs(how) if each)
+        needed = any(each.reducer for _, each in pattern_pairs(self.how) if each)
         if not batches and not needed:
             return {}
-        statistics = calibrate(fn, _reducer(how, where), params, batches, mask=mask)
-        quantizers = match_sites(statistics.sites.values(), how, where)
+        statistics = calibrate(self.fn, _reducer(self.how, self.where), params, batches, mask=mask)
+        quantizers = match_sites(statistics.sites.values(), self.how, self.where)
         return {
             name: _calibrated_ranges(statistics.sites[name], each, statistics[name])
             for name, each in quantizers.items()
         }
 
     def run(
+        self,
         params: Params,
         ranges: Ranges | None,
         inputs: tuple[PyTree, ...],
@@ -125,7 +138,7 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
         mask: Array | None = None,
     ) -> tuple[PyTree, Ranges]:
         def hooks(found: dict[Position, Site]) -> Hooks:
-            quantizers = match_sites(found.values(), how, where)
+            quantizers = match_sites(found.values(), self.how, self.where)
             _require_ranges(quantizers, ranges, moving)
             quantized = {
                 position: site for position, site in found.items() if site.name in quantizers
@@ -138,21 +151,23 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
 
         given = _SiteInputs({name: {"ranges": each} for name, each in (ranges or {}).items()})
         if mask is not None:
-            found = sites(fn, params, *inputs)
+            found = sites(self.fn, params, *inputs)
             names = [
-                site.name for site in found if not isinstance(match_site(site, how, where), str)
+                site.name
+                for site in found
+                if not isinstance(match_site(site, self.how, self.where), str)
             ]
-            for name, masks in masks_of(fn, names, mask, params, *inputs).items():
+            for name, masks in masks_of(self.fn, names, mask, params, *inputs).items():
                 given[name] = {**given[name], "masks": masks}
-        return hooked(fn, hooks, None, given)(params, *inputs)
+        return hooked(self.fn, hooks, None, given)(params, *inputs)
 
-    def apply(params: Params, ranges: Ranges, *inputs: PyTree) -> PyTree:
-        return run(params, ranges, inputs, moving=False)[0]
+    def apply(self, params: Params, ranges: Ranges, *inputs: PyTree) -> PyTree:
+        return self.run(params, ranges, inputs, moving=False)[0]
 
     def watch(
-        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
+        self, params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
     ) -> tuple[PyTree, Ranges, dict[str, jax.Array]]:
-        out, results = run(params, ranges, inputs, moving=True, mask=mask)
+        out, results = self.run(params, ranges, inputs, moving=True, mask=mask)
         moved: Ranges = {}
         skipped: dict[str, jax.Array] = {}
         for name, operands in results.items():
@@ -164,16 +179,14 @@ def activations(fn: ModelFn, how: QuantizerRules, where: SitePatterns = None) ->
         return out, moved, skipped
 
     def update(
-        params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
+        self, params: Params, ranges: Ranges | None, *inputs: PyTree, mask: Array | None = None
     ) -> tuple[PyTree, Ranges]:
-        return watch(params, ranges, *inputs, mask=mask)[:2]
+        return self.watch(params, ranges, *inputs, mask=mask)[:2]
 
-    def table(params: Params, *inputs: PyTree) -> dict[str, str]:
-        found = sites(fn, params, *inputs)
-        match_sites(found, how, where)  # raises if a glob matches no site
-        return {site.name: str(match_site(site, how, where)) for site in found}
-
-    return Activations(init, apply, update, table, watch)
+    def table(self, params: Params, *inputs: PyTree) -> dict[str, str]:
+        found = sites(self.fn, params, *inputs)
+        match_sites(found, self.how, self.where)  # raises if a glob matches no site
+        return {site.name: str(match_site(site, self.how, self.where)) for site in found}
 
 
 class _SiteInputs(dict[str, Any]):

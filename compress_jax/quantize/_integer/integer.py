@@ -304,7 +304,8 @@ def _rule(plans: Mapping[str, SitePlan], arrays: Mapping[str, Any]) -> Callable[
             operands[site.operand == "rhs"] = plan.operand.dense(captured[site.name], iterations)
         if plan.quantizer is not None:
             for index in own:
-                operands[index] = plan.quantizer.quantize_fn(site, index, operands[index], own[index])
+                x = operands[index]
+                operands[index] = plan.quantizer.quantize_fn(site, index, x, own[index])
         return operands[0], operands[1]
 
     return rule
