@@ -535,6 +535,16 @@ add("nnx: Conv stride 2", nnx_model(lambda r: nnx.Conv(3, 4, (3, 3), strides=2, 
 add("nnx: ConvTranspose", nnx_model(lambda r: nnx.ConvTranspose(3, 4, (3, 3), strides=2, rngs=r)))
 add("nnx: Einsum", nnx_model(lambda r: nnx.Einsum("bi,ijk->bjk", (12, 2, 8), rngs=r), ROWS))
 add("linen: GRU", linen(lambda: nn.RNN(nn.GRUCell(5)), WORDS))
+
+
+def nnx_lstm() -> Model:
+    """Return a layer whose cell draws its initial state: the merge must copy, or `jit` refuses it."""
+    module = nnx.RNN(nnx.LSTMCell(8, 5, rngs=nnx.Rngs(0)))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    return lambda p, x: nnx.merge(graph, p, rest, copy=True)(x), params, normal(0, WORDS)
+
+
+add("nnx: LSTM", nnx_lstm)
 add(
     "haiku: Conv2D channels first",
     haiku(lambda hk, x: hk.Conv2D(4, 3, data_format="NCHW")(x), (4, 3, 8, 8)),

@@ -267,7 +267,7 @@ def test_another_batch_is_an_error(ours, reference, shapes):
 
 
 def test_ickd_needs_equal_channels():
-    with pytest.raises(ShapeError, match=r"\(2, 3, 4\).*\(2, 3, 5\).*channels.*regressor"):
+    with pytest.raises(ShapeError, match=r"\(2, 3, 4\).*\(2, 3, 5\).*channels.*adapter"):
         ickd(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5)))
 
 

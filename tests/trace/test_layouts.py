@@ -244,6 +244,15 @@ def test_inputs_that_the_function_does_not_take_are_refused_by_name():
         )
 
 
+def test_a_cell_that_changes_its_keys_is_refused_with_what_to_do():
+    graph, params, rest = nnx.split(nnx.RNN(nnx.LSTMCell(2, 3, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    x = jnp.ones((1, 4, 2))
+    with pytest.raises(cj.core.ArgumentError, match="copy=True"):
+        cj.trace.sites(lambda p, x: nnx.merge(graph, p, rest)(x), params, x)
+    found = cj.trace.sites(lambda p, x: nnx.merge(graph, p, rest, copy=True)(x), params, x)
+    assert {site.param.split("/")[-1] for site in found if site.param} == {"kernel"}
+
+
 def test_axes_of_a_layer():
     axes = Axes((2, 3, 4, 5), outputs=(1, 3), stack=(0, 2), window=(), source="trace")
     assert (

@@ -192,7 +192,7 @@ def test_a_reducer_without_masks_refuses_them():
 def test_solvers_solve_for_what_counts(solve):
     padded = calibrate(model, reducers.gram(), P, [PADDED], "up", mask=[TOKENS])
     one, other = (
-        solve(P, each, 0.5, where="up").params["up"]
+        solve(P, each, 0.5, pattern="up").params["up"]
         for each in (padded, alone(reducers.gram(), "up"))
     )
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

@@ -15,7 +15,7 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn
 
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, bound
-from compress_jax.core.errors import CompressError, ShapeError
+from compress_jax.core.errors import ArgumentError, CompressError, ShapeError
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr import primitives
@@ -42,6 +42,11 @@ LOOKED_UP = "rows of it are looked up (gather); no product uses it"
 CONSTANT_ROWS = "rows of it are read at constant indices"
 NO_SUM = "its products are summed over no axis: it scales entry by entry"
 CONTRACTS_INSIDE = "it contracts inside, where the interpreter does not look"
+
+MERGE_COPIES = (
+    "It changes a variable that it closes over (random keys, say): in Flax NNX, merge a copy, "
+    "nnx.merge(graph, params, rest, copy=True)"
+)
 
 
 def sites(fn: ModelFn, params: Params, *inputs: PyTree) -> list[Site]:
@@ -255,6 +260,13 @@ def trace(fn: ModelFn, params: Params, *inputs: PyTree) -> Traced:
         raise ShapeError(
             f"the function cannot be traced on these params with {shapes or 'no inputs'}: {error}"
         ) from error
+    except Exception as error:
+        # Flax's own class is not imported: core and trace know no framework.
+        if type(error).__name__ == "TraceContextError":
+            raise ArgumentError(
+                f"the function cannot be traced: {error}. {MERGE_COPIES}"
+            ) from error
+        raise
     return Traced(jaxpr, leaves, list(labels), out)
 
 
