@@ -60,6 +60,7 @@ def test_the_walk_sees_the_house():
     assert "compress_jax.core.layout.Layout" in imports(ROOT / "core/packed.py")
 
 
+@pytest.mark.wide(245)
 @every_file
 def test_imports_point_one_way(path):
     own = path.relative_to(ROOT).parts[0].removesuffix(".py")
@@ -105,6 +106,7 @@ def code_lines(path: Path) -> int:
     )
 
 
+@pytest.mark.wide(240)
 @every_file
 def test_a_file_is_one_idea(path):
     lines = code_lines(path)
@@ -190,6 +192,7 @@ PROTOCOLS = {"__getattr__": {"AttributeError"}, "__getitem__": {"KeyError", "Ind
 OURS = {"NotImplementedError", "AssertionError"}
 
 
+@pytest.mark.wide(165)
 @every_file
 def test_what_is_raised_is_ours(path):
     """Whoever catches CompressError catches everything that is raised on purpose."""

@@ -150,6 +150,7 @@ def test_eval_agrees_and_notices_a_changed_result(
         file.write_text(before)
 
 
+@pytest.mark.slow
 def test_export_writes_and_verifies_and_the_gate_is_exit_code_4(
     finished: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -384,7 +384,7 @@ def trained(name: str) -> Trained:
     return Trained(state, seen, update, view, traces)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @ROWS
 def test_1_view_keeps_structure_shapes_and_dtypes(name):
     c = CONTRACT[name].compression
@@ -402,7 +402,7 @@ def test_1_view_keeps_structure_shapes_and_dtypes(name):
     assert {"step", "none", "key"} <= set(c.skipped(odd))
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @ROWS
 def test_2_what_is_trained_is_what_ships(name):
     c, (state, seen, *_) = CONTRACT[name].compression, trained(name)
@@ -428,7 +428,7 @@ def test_3_view_is_idempotent(name):
     assert (bits(run.view(run.seen, run.state)) == bits(run.seen)) or not CONTRACT[name].idempotent
 
 
-@pytest.mark.wide(13)
+@pytest.mark.wide(10)
 @ROWS
 def test_4_gradients_are_finite_and_as_promised(name):
     c, state = CONTRACT[name].compression, trained(name).state
@@ -499,7 +499,7 @@ def alone(name: str) -> Any:
     return two_steps(name)(PARAMS, LATER)
 
 
-@pytest.mark.wide(7)
+@pytest.mark.wide(5)
 @ROWS
 def test_6_sharded_equals_alone_and_view_keeps_shardings(name):
     params, later = placed(PARAMS), placed(LATER)
@@ -554,7 +554,7 @@ def flavours() -> tuple[Any, Any, Any]:
     return (layers(), *(rebuild(leaves) for _, rebuild in trees))
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(7)
 @ROWS
 def test_8_linen_nnx_and_dict_agree(name):
     c = CONTRACT[name].compression
@@ -587,7 +587,7 @@ def test_9_a_leaf_that_is_not_finite_is_named(name):
             call()
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(7)
 @ROWS
 def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
     """Rows cut out of an array, with their operands, are seen as they are within it: solvers round
@@ -678,7 +678,7 @@ def begun() -> dict[str, Any]:
     }
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", CONTRACT)
 def test_12_the_state_of_another_method_is_refused(name):
     c, params = CONTRACT[name].compression, jax.eval_shape(lambda: PARAMS)
@@ -708,7 +708,7 @@ SHAPES = [
 ]
 
 
-@pytest.mark.wide(37)
+@pytest.mark.wide(29)
 @pytest.mark.parametrize("name", CONTRACT)
 def test_12_the_state_of_other_params_is_refused_by_name(name):
     c, state = CONTRACT[name].compression, begun()[name]
@@ -789,7 +789,7 @@ EXTREME = {
 }
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(3)
 @ROWS
 def test_14_what_is_finite_is_seen_finite_and_ships_so(name):
     c = CONTRACT[name].compression

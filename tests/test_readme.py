@@ -10,6 +10,7 @@ import compress_jax as cj
 README = Path(__file__).parents[1] / "README.md"
 
 
+@pytest.mark.slow
 def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     first, *rest = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)

@@ -87,6 +87,7 @@ def test_distortion_is_near_the_optimum(clusters):
         assert best * (1 - 1e-5) <= found <= best * (1.01 if clusters < 16 else 1.08)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("clusters", [4, 16, 300])
 def test_distortion_is_at_most_that_of_a_uniform_grid(clusters):
     for x in samples(np.random.default_rng(1), 4000):
@@ -181,7 +182,7 @@ def test_codebook_gradient_is_the_sum_over_its_members():
     assert (to_params["w"] == 0).all()
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("axis", "clusters"), [(0, 16), (1, 300), ((0, 1), 16)])
 def test_sharding_does_not_change_a_bit(axis, clusters):
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)

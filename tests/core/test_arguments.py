@@ -235,6 +235,7 @@ def test_what_means_nothing_is_refused():
     assert not accepted, "\n".join(accepted)
 
 
+@pytest.mark.slow
 def test_numpy_numbers_are_numbers():
     int_, float_ = np.int64, np.float32
     params = {"kernel": jnp.ones((8, 4))}

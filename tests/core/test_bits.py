@@ -17,6 +17,7 @@ def little_endian(values: list[int], bits: int) -> bytes:
     return total.to_bytes(-(-len(values) * bits // 8), "little")
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 16),
@@ -35,7 +36,7 @@ def test_round_trip_and_the_very_bytes(bits, shape, random):
     assert np.ravel(out).tolist() == values
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("bits", [1, 3, 8, 11, 16])
 def test_round_trip_under_jit(bits):
     values = jax.random.randint(jax.random.key(bits), (5, 3), 0, 2**bits)
@@ -75,6 +76,7 @@ masks = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(masks, st.sampled_from([2, 3, 5]))
 @example([False] * 24, 2)

@@ -57,6 +57,7 @@ def test_the_key_decides_and_jit_changes_nothing(images):
     assert not np.array_equal(random_crop_flip(jax.random.key(6), images), a)
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.uint8])
 def test_shape_and_dtype_stay(images, dtype):
     out = random_crop_flip(jax.random.key(0), images.astype(dtype), pad=3)

@@ -31,7 +31,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory):
     return folder, load("digits", data_dir=folder, normalized=False)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("how", HOW)
 def test_damage_is_told_or_makes_no_difference(how: str, prepared, tmp_path: Path):
     base, right = prepared

@@ -64,7 +64,7 @@ def test_values_and_gradients_are_finite(name, s, t, dtype, temperature):
     assert (value > -1e-4 * (1 + abs(value))).all()
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(4)
 @every_loss
 @pytest.mark.parametrize(
     "logits",
@@ -85,7 +85,7 @@ def test_equal_logits_of_both_cost_nothing_but_constants(name, logits):
         np.testing.assert_allclose(gradient, 0, atol=1e-5)
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @every_loss
 def test_shifts_do_not_matter(name):
     s, t = (3 * jax.random.normal(jax.random.key(i), (3, 6)) for i in range(2))
@@ -96,7 +96,7 @@ def test_shifts_do_not_matter(name):
     np.testing.assert_allclose(gradient.sum(-1), 0, atol=1e-4)
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(3)
 @every_loss
 def test_the_teacher_gets_no_gradient(name):
     s, t = (3 * jax.random.normal(jax.random.key(i), (3, 6)) for i in range(2))
@@ -104,7 +104,7 @@ def test_the_teacher_gets_no_gradient(name):
     np.testing.assert_array_equal(to_teacher, 0)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @every_loss
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_short_logits_are_reduced_in_float32(name, dtype):
@@ -116,7 +116,7 @@ def test_short_logits_are_reduced_in_float32(name, dtype):
     )  # two roundings of float32; float16's would be 1e-3
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @every_loss
 def test_gradients_are_those_of_finite_differences(name):
     with jax.enable_x64(True):

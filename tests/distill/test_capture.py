@@ -146,6 +146,7 @@ def test_only_what_matches_leaves_the_model():
     }
 
 
+@pytest.mark.slow
 def test_a_student_learns_its_teachers_attention():
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 1))
     teacher, student = ResNet(depth=8, width=8), ResNet(depth=8, width=4)

@@ -169,6 +169,7 @@ def test_negatives_are_of_other_classes_and_all_equally_likely():
         )
 
 
+@pytest.mark.slow
 def test_contrast_brings_the_embeddings_of_one_example_together():
     features = single(draw(0, (N, 10))), single(draw(0, (N, 10)) @ draw(1, (10, 12)))
     part, bank = embedding(DIM), crd_bank(jax.random.key(1), N, DIM)

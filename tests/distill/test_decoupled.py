@@ -68,6 +68,7 @@ def test_a_certain_teacher_still_tells_of_the_other_classes():
     assert jnp.abs(jax.grad(lambda s: kl(s, t, 1.0).sum())(s)).max() < 1e-20
 
 
+@pytest.mark.slow
 def test_gradients_keep_their_size_at_high_temperatures():
     s, t = logits(0, scale=1.0), logits(1, scale=1.0)
     gradient = jax.grad(lambda s, T: dkd(s, t, LABELS, temperature=T).sum())

@@ -133,7 +133,7 @@ def single(x):
     return jnp.asarray(x, jnp.float32)
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(4)
 @every_loss
 def test_values_are_the_references(ours, reference):
     s, t = draw(0), draw(1)
@@ -142,7 +142,7 @@ def test_values_are_the_references(ours, reference):
     np.testing.assert_allclose(value, reference(s, t), rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.wide(10)
+@pytest.mark.wide(5)
 @every_loss
 def test_gradients_are_finite_differences_of_the_float64_reference(ours, reference):
     s, t = draw(0), draw(1)
@@ -217,7 +217,7 @@ FINITE = {name: value_and_gradient(ours) for name, (ours, _) in LOSSES.items()} 
 }
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", FINITE)
 @given(ANY, ANY)
 @settings(deadline=None, max_examples=40)
@@ -234,6 +234,7 @@ def test_values_and_gradients_are_finite_where_there_is_nothing_or_all_is_equal(
         assert jnp.isfinite(value) and jnp.isfinite(gradient).all()
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", ["hint", "review", "ab", "ofd", "fsp", "vid"])
 def test_a_student_far_away_still_has_a_gradient_that_brings_it_back(name):
     s, t = jnp.full((2, 2, 2, 5), 1e30), -jnp.ones((2, 2, 2, 5))
@@ -302,7 +303,7 @@ def test_mgd_hides_whole_positions_and_as_many_as_it_should():
     np.testing.assert_array_equal(mgd(x, x, lambda shown: shown, jax.random.key(0), ratio=1.0), 1.0)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "old, other, new", [(8, 4, 4), (7, 5, 3), (3, 1, 7), (4, 2, 8), (9, 6, 1), (5, 3, 4)]
 )

@@ -75,6 +75,7 @@ def test_calibration_error_is_guos(bins):
     np.testing.assert_allclose(calibration_error(sums), guo(logits, labels, bins), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_sums_of_batches_add_up_and_padding_does_not_count():
     logits, labels = 2 * normal(0, (100, 5)), jnp.arange(100) % 5
     whole = calibration(logits, labels)

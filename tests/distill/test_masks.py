@@ -181,6 +181,7 @@ def test_a_mask_of_examples_gives_what_the_examples_give_alone():
         )
 
 
+@pytest.mark.slow
 def test_a_mask_of_tokens_gives_what_the_tokens_give_alone():
     def rows(x):  # every token that counts as an example of its own
         return {name: each[TOKENS][:, None] for name, each in x.items()}
@@ -208,7 +209,7 @@ def test_masks_of_other_ranks_are_the_same_mask():
             )
 
 
-@pytest.mark.wide(32)
+@pytest.mark.wide(17)
 @pytest.mark.parametrize("name", TERMS)
 def test_a_mask_that_does_not_fit_is_refused_and_the_term_is_named(name):
     alone = distillation(Given(), [TERMS[name](name)], inputs="x")
@@ -232,6 +233,7 @@ def lossy(term, **changed):
     return objective.loss(STUDENT, {}, {}, {}, batch, jax.random.key(0), None, jnp.int32(0))[0]
 
 
+@pytest.mark.slow
 def test_a_loss_of_ones_own_cannot_forget_the_mask():
     with pytest.raises(ArgumentError, match="'mine'.*depends on others.*mask="):
         lossy(d.on_features(lambda s, t: d.similarity(s, t), "mid", "mid", name="mine"))
@@ -263,6 +265,7 @@ def test_a_term_may_have_a_mask_of_its_own_by_name():
         lossy(term)
 
 
+@pytest.mark.slow
 def test_pooled_features_know_their_lengths():
     term = d.on_features(
         d.similarity, "mid", "mid", student_transform=d.pool, teacher_transform=d.pool
@@ -274,6 +277,7 @@ def test_pooled_features_know_their_lengths():
     np.testing.assert_allclose(lossy(term), d.similarity(*means).mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=60, deadline=None)
 def test_what_fits_is_what_the_rule_says(data):
@@ -300,7 +304,7 @@ def test_weights_are_not_additive_masks_and_not_words():
         d.masked_mean(jnp.ones(2), jnp.ones(2, jnp.complex64))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [-jnp.inf, -1e9, -3e38, float(jnp.finfo(jnp.float32).min)])
 def test_standardised_logits_leave_masked_classes_out(value):
     there = jnp.array([True, True, False, True, True, False])

@@ -99,7 +99,7 @@ def test_parts_give_the_teachers_shape_and_learn_its_features(part, student, tea
     assert after < 0.9 * before
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @every_part
 def test_parts_see_each_example_alone_and_compute_in_float32(part, student, teacher):
     params = start(part, student, teacher)
@@ -114,7 +114,7 @@ def test_parts_see_each_example_alone_and_compute_in_float32(part, student, teac
     )
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @every_part
 def test_the_key_decides_and_nothing_else(part, student, teacher):
     first, again, other = (
@@ -134,6 +134,7 @@ ANY = hnp.arrays(
 )
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", ["conv", "deconv", "projector", "translator"])
 @given(ANY)
 @settings(deadline=None, max_examples=20)
@@ -169,6 +170,7 @@ def test_linear_is_a_matrix_product():
     assert set(linear(bias=False).init(KEY, S, T)) == {"kernel"}
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("window, stride", [(3, 1), (5, 1), (3, 2)])
 def test_conv_is_scipys_correlation(window, stride):
     student, teacher = (1, 7, 9, 2), (1, -(-7 // stride), -(-9 // stride), 3)
@@ -201,6 +203,7 @@ def test_norm_takes_mean_and_variance_over_channels():
     assert jnp.isfinite(constant).all()
 
 
+@pytest.mark.slow
 def test_vid_learns_mean_and_variance():
     s, t = draw(1, (512, 3)), draw(2, (512, 2)) * jnp.array([[0.1, 2.0]])
     part = gaussian(hidden=8)

@@ -112,7 +112,7 @@ LOSSES = {
 every_loss = pytest.mark.parametrize("ours, reference, shapes", LOSSES.values(), ids=LOSSES)
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @every_loss
 def test_values_are_the_references(ours, reference, shapes):
     s, t = draw(0, shapes[0]), draw(1, shapes[1])
@@ -121,7 +121,7 @@ def test_values_are_the_references(ours, reference, shapes):
     np.testing.assert_allclose(value, reference(s, t), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.wide(7)
+@pytest.mark.wide(3)
 @every_loss
 def test_gradients_are_finite_differences_of_the_float64_reference(ours, reference, shapes):
     s, t = draw(0, shapes[0]), draw(1, shapes[1])
@@ -194,6 +194,7 @@ def test_ickd_sees_neither_the_order_of_positions_nor_scale():
     np.testing.assert_allclose(ickd(s, t)[2:3], ickd(s[2:3], t[2:3]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_positions_count_as_features():
     s, t = single(draw(0, (B, 2, 2, 3))), single(draw(1, (B, 5)))
     for loss in (rkd_distance, rkd_angle, similarity, pkt, cc, cka_loss):
@@ -243,7 +244,7 @@ def value_and_gradient(ours):
 FINITE = {name: value_and_gradient(ours) for name, (ours, *_) in LOSSES.items()}
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FINITE)
 @given(ANY, ANY)
 @settings(deadline=None, max_examples=40)
@@ -271,6 +272,7 @@ def test_ickd_needs_equal_channels():
         ickd(jnp.ones((2, 3, 4)), jnp.ones((2, 3, 5)))
 
 
+@pytest.mark.slow
 def test_a_batch_spread_over_devices_has_the_same_relations():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))

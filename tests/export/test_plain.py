@@ -26,7 +26,7 @@ def primitives(jaxpr):
     return [eqn.primitive.name for eqn in jaxpr.jaxpr.eqns]
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(5)
 @pytest.mark.parametrize(
     "spec",
     [
@@ -55,7 +55,7 @@ def test_every_product_has_its_parameter_on_the_right_as_a_matrix(spec, first):
     assert dot.invars[1].aval.ndim == 2 and dot.invars[1].aval.size == w.size
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("image", ["NHWC", "NCHW", "HWNC", "CHNW"])
 @pytest.mark.parametrize("kernel", ["HWIO", "OIHW", "HWOI", "IOHW"])
 def test_every_convolution_is_in_a_layout_that_the_converter_knows(image, kernel):
@@ -74,7 +74,7 @@ def test_every_convolution_is_in_a_layout_that_the_converter_knows(image, kernel
     assert numbers == lax.ConvDimensionNumbers((0, 3, 1, 2), (3, 2, 0, 1), (0, 3, 1, 2))
 
 
-@pytest.mark.wide(7)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     ("start", "reduce"),
     [(-jnp.inf, lax.max), (jnp.inf, lax.min), (0.25, lax.max), (-0.25, lax.min)],

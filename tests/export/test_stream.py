@@ -53,6 +53,7 @@ def test_the_parts_add_up_to_the_file(coded, tmp_path):
     ) >= 0
 
 
+@pytest.mark.slow
 def test_codes_count_as_their_entropy_and_the_rest_as_it_is_compressed(tmp_path):
     w = jax.random.normal(jax.random.key(0), (256, 256))
     c = cj.chain(cj.prune.magnitude(0.9), cj.cluster.kmeans(15, iterations=5))

@@ -126,6 +126,7 @@ def clustered():
     return codes, np.asarray(c.view({"w": w}, state)["w"])
 
 
+@pytest.mark.slow
 def test_the_file_of_the_reference_tensor_is_its_entropy(tmp_path):
     packed, seen = clustered()
     written = cj.save(tmp_path / "f", packed, coded=True)

@@ -80,7 +80,7 @@ def assert_same(a, b):
         assert (x.dtype, x.shape, x.tobytes()) == (y.dtype, y.shape, y.tobytes())
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", NODES_TO_SAVE)
 def test_a_packed_node_comes_back_with_what_it_unpacks_to(name):
     node = NODES_TO_SAVE[name]
@@ -131,7 +131,7 @@ DTYPES = [
 ]  # fmt: skip
 
 
-@pytest.mark.wide(26)
+@pytest.mark.wide(14)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (5,), (2, 3, 4), (0,), (2, 0), (0, 3)], ids=str)
 def test_an_array_of_any_dtype_and_shape_comes_back(dtype, shape):

@@ -35,7 +35,7 @@ def test_parameter_counts_are_the_textbook_numbers(model, shape, parameters):
     assert count(model, shape) == parameters
 
 
-@pytest.mark.wide(13)
+@pytest.mark.wide(7)
 @pytest.mark.parametrize(
     "model", [LeNet300100(7), LeNet5(7, padding="SAME"), ResNet(8, 4, 7), ResNet(8, 4, 7, 2, False)]
 )
@@ -133,7 +133,7 @@ def test_stem_stride_halves_every_later_resolution():
     assert shapes == {"block_0_0": (14, 14), "block_1_0": (7, 7), "block_2_0": (4, 4)}
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     ("height", "width", "window"), [(4, 6, 2), (5, 4, 2), (9, 6, 3), (3, 3, 2), (2, 2, 2)]
 )

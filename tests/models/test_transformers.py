@@ -19,7 +19,7 @@ def count(model, x):
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     ("model", "x", "parameters"),
     [
@@ -88,6 +88,7 @@ def test_shapes_and_finite_numbers(name):
     assert [(y.shape, bool(jnp.isfinite(y).all())) for y in answers] == 2 * [(shape, True)]
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_parameters_are_float32_under_bfloat16(name):
     model, x, _ = MODELS[name]
@@ -132,6 +133,7 @@ def test_flax_attention_agrees():
     )
 
 
+@pytest.mark.slow
 def test_scanned_layers_are_the_unrolled_ones():
     model = GPT(depth=3, **TINY)
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]

@@ -125,6 +125,7 @@ def test_lamp_is_its_formula_and_never_empties_a_layer():
     assert [int(m.sum()) for m in masks.values()] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_an_allocation_is_handed_on_exactly():
     params = {
         "a": jax.random.normal(jax.random.key(0), (7, 11)),
@@ -171,6 +172,7 @@ def test_a_budget_of_operations_is_just_met(rule):
     assert for_flops(1.0, rule, network, NETWORK, IMAGE) == rule(0.0)
 
 
+@pytest.mark.slow
 def test_a_budget_of_bytes_is_just_met():
     params = {
         "a": jax.random.normal(jax.random.key(0), (64, 64)),
@@ -183,6 +185,7 @@ def test_a_budget_of_bytes_is_just_met():
         for_bytes(0.2, lambda s: {"b": s}, params, iterations=2)
 
 
+@pytest.mark.slow
 def test_what_zeros_buy_depends_on_their_pattern():
     params = {"w": jax.random.normal(jax.random.key(0), (32, 32))}
     made = {

@@ -6,6 +6,7 @@ import pytest
 from compress_jax.prune import cubic
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     ("initial", "final", "begin", "end"),
     [(0.0, 0.9, 0, 100), (0.25, 0.8, 10, 17), (0.9, 0.1, 3, 50)],

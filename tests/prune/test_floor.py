@@ -34,7 +34,7 @@ def kept(sparsity, floor):
     return masks
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("sparsity", [0.5, 0.8, 0.99])
 @pytest.mark.parametrize("floor", [0.001, 0.1, 0.45])
 def test_no_leaf_falls_below_its_floor(sparsity, floor):

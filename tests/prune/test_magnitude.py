@@ -30,7 +30,7 @@ def pruned(state):
     return {path: int((~mask).sum()) for path, mask in state.fixed.items()}
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("sparsity", [0, 0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99, 1])
 @pytest.mark.parametrize("n", [1, 2, 7, 100, 1001])
 def test_exactly_as_many_are_pruned_as_asked(n, sparsity):
@@ -48,6 +48,7 @@ def test_leaf_scope_gives_every_leaf_the_sparsity(params):
     assert pruned(state) == {"a/bias": 18, "a/kernel": 288, "b/kernel": 3072, "b/scale": 1}
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.81, 1.0])
 def test_global_scope_is_one_argsort_of_everything(params, sparsity):
     leaves = [np.abs(np.asarray(x, np.float64)) for x in jax.tree.leaves(params)]

@@ -163,7 +163,7 @@ def test_groups_run_along_what_is_summed_and_the_note_says_so(solve):
     )
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("solve", [sparsegpt, wanda])
 def test_layers_under_a_scan_are_solved_as_if_each_stood_alone(solve):
     rng = np.random.default_rng(0)
@@ -228,6 +228,7 @@ def exact(pruned):
     return all(jax.tree.leaves(jax.tree.map(same, pruned.params, seen, unpacked)))
 
 
+@pytest.mark.slow
 def test_the_result_is_exact_and_its_masks_hold():
     params, x = layer()
     solved = sparsegpt(
@@ -294,6 +295,7 @@ def test_what_cannot_be_done_is_said():
     assert "raised" in singular.notes["kernel"] and np.isfinite(singular.params["kernel"]).all()
 
 
+@pytest.mark.slow
 def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_path):
     data = cj.data.load("digits", data_dir=tmp_path)
     model, (images, labels) = (
@@ -325,7 +327,7 @@ def test_on_a_network_that_learned_real_digits_every_solver_beats_magnitude(tmp_
     params = trained(params)
     name = "dense_1/kernel"
     seen, held_out = (
-        calibrate(forward, gram(), params, [x], pattern=name)
+        calibrate(forward, gram(), params, [x], where=name)
         for x in (images[:512], jnp.asarray(data.validation["image"]))
     )
     kernel, gram_ = (

@@ -150,7 +150,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_moments_restart_whatever_the_optimizer(name):
     """What is left of the gradient of a grown weight is nothing, and of all others everything."""
@@ -197,6 +197,7 @@ class Two(nn.Module):
         return nn.Dense(3)(nn.relu(nn.Dense(16)(x)))
 
 
+@pytest.mark.slow
 def test_in_the_training_step_grown_weights_start_from_zero():
     model, x = Two(), jax.random.normal(jax.random.key(0), (32, 8))
     y = x[:, :3] * x[:, 3:6]

@@ -87,6 +87,7 @@ SCORES = {
 }
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", SCORES)
 def test_masks_are_those_of_the_formula(name):
     c, scores = SCORES[name]

@@ -28,7 +28,7 @@ def assert_same(arrays, k):
         np.testing.assert_array_equal(ours, expected)
 
 
-@pytest.mark.wide(7)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_stable_argsort_at_every_count(shape, dtype):

@@ -72,6 +72,7 @@ def moments(p, x):
     return (h**2).mean(0), (np.maximum(h @ W1, 0) ** 2).mean(0)
 
 
+@pytest.mark.slow
 def test_criteria_against_numpy():
     """Scores of the first hidden layer, in which w0's columns and w1's rows lie, and b0."""
     loss = lambda p, x: jnp.square(mlp(p, x)).mean()  # noqa: E731
@@ -196,6 +197,7 @@ def test_ratios_exclusions_and_multiples_are_in_the_table():
     assert small.table.rows[1].reason == "the importance has no score for it"
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("share", [0.8, 0.5, 0.2])
 def test_a_target_is_met_by_the_smallest_removal(share):
     """Against all ratios at which anything changes."""
@@ -222,6 +224,7 @@ def test_channels_of_zeros_go_without_a_change():
     np.testing.assert_allclose(small.fn(small.params, X), mlp(p, X), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_each_call_is_one_step(half):
     """Twice a half is a quarter, of the indices of what was left; with training between."""
     once = half

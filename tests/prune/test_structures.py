@@ -56,6 +56,7 @@ def units_pruned(values, window, reduce, sparsity):
     return mask
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("reduce", REDUCE)
 @settings(max_examples=15, deadline=None)
 @given(
@@ -66,7 +67,7 @@ def test_blocks_with_remainders_are_chosen_as_by_loops(reduce, values, sparsity)
     np.testing.assert_array_equal(mask_of(values, block((2, 3), reduce), sparsity), expected)
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     ("structure", "window"),
     [

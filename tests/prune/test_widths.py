@@ -115,7 +115,7 @@ P = {
 }
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "kept", [{"a:1": [0, 2, 5], "w:1": [1, 2, 3, 5]}, {"a:1": [0, 2, 5]}, {"w:1": [0]}]
 )

@@ -146,6 +146,7 @@ def test_a_grid_spans_its_range_and_holds_zero(a, b, bits, symmetric):
     )  # rounding the zero point moves either end
 
 
+@pytest.mark.slow
 def test_the_gradient_is_straight_through_and_zero_where_it_clips():
     x = jnp.array([[-0.5, 0.0, 0.7, 0.99, 1.3, 5.0]])
     params, ranges = (
@@ -168,6 +169,7 @@ def test_the_gradient_is_straight_through_and_zero_where_it_clips():
     )
 
 
+@pytest.mark.slow
 def test_nan_is_not_hidden_by_a_code():
     fn = lambda w, x: x @ w["kernel"]  # noqa: E731
     x = jnp.array([[1.0, jnp.nan]])
@@ -256,7 +258,7 @@ def test_percentile_and_rms_are_those_of_numpy():
     )
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_entropy_lets_an_outlier_go_and_keeps_a_uniform_range(symmetric):
     rng = np.random.default_rng(2)
@@ -372,7 +374,7 @@ def test_layers_in_a_scan_have_a_range_each(how):
     assert np.isfinite(grads["layers"]).all() and np.asarray(grads["layers"]).any(axis=(1, 2)).all()
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @QUANTIZERS
 def test_jit_vmap_and_remat_agree_with_plain_calls(how):
     def fn(w, x):
@@ -566,7 +568,7 @@ def test_dynamic_needs_no_calibration():
     assert how.update(PARAMS, {}, x)[1] == {"kernel": {"input": {}}}
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "how",
     [

@@ -43,6 +43,7 @@ def error(w: Any, scale: Any, levels) -> np.ndarray:
     return ((w - scale * rounded(w / scale, levels)) ** 2).sum(1, keepdims=True)
 
 
+@pytest.mark.wide(2)
 @each
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 99))

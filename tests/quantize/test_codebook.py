@@ -54,6 +54,7 @@ def viewed(c: cj.Compression, w: jax.Array) -> tuple[jax.Array, dict]:
     return c.view({"w": w}, state)["w"], state.fixed["w"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 9), st.sampled_from(list(FORMATS)), st.sampled_from(GRANULARITIES))
 def test_view_is_idempotent_bit_for_bit_and_never_minus_zero(seed, name, granularity):
@@ -115,6 +116,7 @@ def test_mse_is_no_worse_than_the_best_of_4000_scales(name, n, levels):
     assert error(float(fixed["scale"][0])) <= dense * (1 + 1e-3)
 
 
+@pytest.mark.slow
 def test_mse_finds_an_outlier_among_many_and_scales_with_the_weights():
     w = jnp.append(weights(2, (2**14,)), 60.0)
     fixed = level_rules.mse(w, Layout(w.shape), NF4)
@@ -129,7 +131,7 @@ def test_levels_on_one_side_of_zero_never_get_a_negative_scale():
     assert float(fixed["scale"][0]) > 0 and bool((view > 0).all())
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
 def test_what_is_packed_is_what_was_trained_compiled_or_not(name):
     params = {

@@ -82,7 +82,7 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.wide(7)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_every_spelling_is_folded_and_the_function_stays(name):
     p = params(("kernel", (N, N)))
@@ -127,6 +127,7 @@ def test_a_parameter_with_any_other_use_stays_the_same_function(spelling):
             assert each in result.skipped["kernel"], (each, how)
 
 
+@pytest.mark.wide(6)
 @pytest.mark.parametrize(
     "fn",
     [
@@ -226,7 +227,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_of_all_kinds(name):
     fn, shape, n = LAYERS[name]

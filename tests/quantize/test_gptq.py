@@ -156,7 +156,7 @@ def fresh(inputs, seed):
     return jax.tree.map(like, inputs)
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [e for e in ZOO if e.name in MODELS], ids=lambda e: e.name)
 def test_every_layer_of_a_model_is_solved_or_listed(entry):
     model, variables, inputs = entry.make()

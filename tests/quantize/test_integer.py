@@ -81,7 +81,7 @@ def codes_of_rows(shape):
     return codes(9, *shape, 1).astype(np.int32)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("left", ["none", "one", "rows"])
 @pytest.mark.parametrize("right", ["none", "one", "rows"])
 def test_a_product_is_that_of_int64(left, right):
@@ -115,7 +115,7 @@ def convolved(image, kernel, groups, stride, pad):
     return out
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("zero", ["none", "one", "rows"])
 @pytest.mark.parametrize("groups, stride", [(1, 1), (1, 2), (2, 1), (4, 2)])
 def test_a_convolution_is_that_of_int64(zero, groups, stride):
@@ -204,7 +204,7 @@ def close(ours, theirs):
     np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     "fn, params, shape", [(two, DENSE, (5, 12)), (images, CONVS, (3, 6, 6, 4))], ids=["dot", "conv"]
@@ -239,7 +239,7 @@ def test_w8a8_is_numpys_arithmetic_in_int64():
     np.testing.assert_allclose(ours.apply(ours.params, x), expected, rtol=1e-6)
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_weights_alone_are_the_unpacked_model_and_stay_packed_in_memory(bits):
     packed = packed_by(cj.at("**/kernel", uniform(bits=bits, granularity="channel")), DENSE)

@@ -36,7 +36,7 @@ def ours(w: np.ndarray, grid: Grid) -> float:
     return float(error(w, float(scale[0]), -z, grid.top - z))
 
 
-@pytest.mark.wide(24)
+@pytest.mark.wide(13)
 @pytest.mark.parametrize("n", [16, 128])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["normal", "laplace", "heavy", "uniform", "skewed", "few"])
@@ -46,7 +46,7 @@ def test_no_worse_than_the_best_of_4000_scales(name, bits, n):
     assert ours(w, Grid(bits)) <= dense.min() * (1 + 1e-4) + 1e-10
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", ["normal", "heavy", "skewed", "few"])
 def test_asymmetric_is_within_a_percent_of_brute_force_over_scale_and_zero_point(name, bits):

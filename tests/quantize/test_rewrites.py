@@ -61,6 +61,7 @@ def relu_params(seed=0):
     return {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}, x
 
 
+@pytest.mark.slow
 def test_equalised_ranges_are_equal_and_quantize_better():
     params, x = relu_params()
     result = equalize(relu_net, params, x)
@@ -133,6 +134,7 @@ def test_a_norm_is_not_folded_if_the_kernels_output_goes_elsewhere():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["llama/nnx", pytest.param("vit/linen", marks=slow), pytest.param("tied_lm/linen", marks=slow)],
@@ -170,6 +172,7 @@ def test_a_rotation_spreads_an_outlier_channel():
     assert peak(result.params["in"]) < 0.75 * peak(p["in"])
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize(
     ("size", "ones"), [(8, False), (12, False), (7, False), (16, True), (9, True), (2, True)]
 )

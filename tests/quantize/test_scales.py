@@ -49,6 +49,7 @@ def test_minmax_of_positive_weights_starts_at_zero():
     assert (float(scale[0]), int(zero[0])) == (1.0, 0)
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.0, 100.0])
 def test_percentile_is_that_of_numpy_even_where_a_group_is_padded(percent):
     rule = partial(percentile, percent=percent)
@@ -123,7 +124,7 @@ def test_the_table_of_optimal_steps_minimises_the_error_of_a_unit_normal(bits, n
     assert step == pytest.approx(best.x, rel=1e-4)
 
 
-@pytest.mark.wide(21)
+@pytest.mark.wide(11)
 @pytest.mark.parametrize("rule", [absmax, minmax, percentile, rms])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("size", [0.0, 1e-42, 2e-38, 1e-30, 1e37])

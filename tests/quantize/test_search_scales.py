@@ -134,6 +134,7 @@ def test_pnorm_shrinks_both_ends_of_an_asymmetric_range():
     assert left(scale, zero) < left(*mse(w, layout, grid)) < left(full, zero)
 
 
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("size", [0.0, 1e-42, 1e-30, 1e37])
 @pytest.mark.parametrize("rule", [pnorm, entropy])
 def test_no_size_of_weights_gives_an_unusable_scale(rule, size):

@@ -73,6 +73,7 @@ def test_every_spelling_of_a_slice_is_solved(spelling):
     assert not solved.skipped and not solved.notes
 
 
+@pytest.mark.wide(6)
 @solvers
 def test_slices_come_out_as_each_would_alone(solve):
     fn = lambda p, x: fed_apart({"0": p["w"][0], "1": p["w"][1]}, x)  # noqa: E731
@@ -81,6 +82,7 @@ def test_slices_come_out_as_each_would_alone(solve):
     np.testing.assert_allclose(ours, jnp.stack([expected["0"], expected["1"]]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_loop_over_experts_is_solved_expert_by_expert():
     p = {"w": normal(3, 3, 8, 8)}
     loop = lambda p, x: sum(jnp.tanh(x * (i + 1)) @ p["w"][i] for i in range(3))  # noqa: E731
@@ -125,6 +127,7 @@ JOINED = {
 }
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("spelling", JOINED)
 def test_joined_kernels_are_solved_as_each_would_be_alone(spelling):
     together, apart = JOINED[spelling]
@@ -147,6 +150,7 @@ def test_joined_kernels_are_pruned_as_each_would_be_alone(solve):
     assert all(jnp.allclose(ours[name], expected[name], atol=1e-6) for name in "01")
 
 
+@pytest.mark.slow
 def test_every_kernel_of_flax_s_optimized_lstm_is_solved():
     from flax import linen as nn
 
@@ -191,7 +195,11 @@ def test_of_a_kernel_of_which_some_rows_are_used_those_are_solved_and_the_rest_i
 @pytest.mark.parametrize("groups", [None, n_m(1, 3)])
 def test_of_a_kernel_of_which_some_rows_are_used_all_is_pruned_as_much_as_was_asked(solve, groups):
     pruned = solve(
-        ROWS, calibrate(used_rows, gram(), ROWS, [TALL]), None if groups else 0.5, groups, where="a"
+        ROWS,
+        calibrate(used_rows, gram(), ROWS, [TALL]),
+        None if groups else 0.5,
+        groups,
+        pattern="a",
     )
     kept = np.asarray(pruned.state.fixed["a"])
     assert (kept.reshape(2, 3, 8).sum(1) <= 1).all() if groups else (~kept).sum() == 24
@@ -220,6 +228,7 @@ def test_correct_bias_restores_the_means_of_what_the_used_rows_give():
     assert result.changed == {"b": ("a",)}
 
 
+@pytest.mark.slow
 def test_awq_scales_slices_and_keeps_the_function():
     p = {"s": jnp.asarray(np.geomspace(30, 0.1, 8), jnp.float32), "w": W}
     fn = lambda p, x: jnp.tanh(x * p["s"][None] @ p["w"][0]) + x * p["s"][None] @ p["w"][1]  # noqa: E731

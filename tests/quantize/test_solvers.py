@@ -114,6 +114,7 @@ def awq_by_the_paper(w, x, bits, points):
     return rounded(w * best[0][:, None]), best[0]
 
 
+@pytest.mark.slow
 def test_awq_is_the_float64_search():
     rng = np.random.default_rng(1)
     x = rng.normal(size=(300, 12)) * np.exp(rng.normal(size=12))

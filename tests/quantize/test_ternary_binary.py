@@ -85,6 +85,7 @@ def test_a_clipped_gradient_ends_where_magnitudes_exceed_the_bound(make):
         )
 
 
+@pytest.mark.wide(5)
 @pytest.mark.parametrize("scale", ["twn", "mse"])
 @pytest.mark.parametrize("size", [0.0, 1e-30, 1e37])
 def test_any_size_of_weights(scale, size):

@@ -66,7 +66,7 @@ def test_every_weight_goes_to_the_nearest_level(seed, bits, symmetric, granulari
     )
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
 )
@@ -79,7 +79,7 @@ def test_error_falls_with_every_bit(scale, symmetric):
     assert errors == sorted(errors, reverse=True)
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bits", "symmetric"), [(b, True) for b in range(2, 9)] + [(2, False), (5, False), (8, False)]
 )
@@ -126,6 +126,7 @@ def test_codes_are_really_packed():
     assert packed.codes.nbytes == 128 * 8 // 2 and packed.nbytes == 128 * 8 // 2 + 8 * 4 + 1
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_gradient_is_that_of_the_identity_even_where_weights_are_clipped(granularity):
     w, c = weights(), uniform(2, True, granularity, "rms")
@@ -269,7 +270,7 @@ def test_grid_levels_of_both_kinds():
     assert codes(jnp.array([0], jnp.uint8)).tolist() == [0, 0, 0, 2, 3]
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["absmax", "mse", "rms"])
 def test_a_narrow_grid_has_the_negative_of_every_level(scale):
     w = jnp.append(weights(6, (200,)), -9.0)

@@ -92,7 +92,7 @@ def test_nothing_is_pruned_at_sparsity_0_and_with_a_quantizer_it_is_rounded():
     )
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @rounders
 def test_a_branch_that_never_ran_and_rows_of_a_table_that_no_token_hit(solve):
     p = {"yes": normal(3, 8, 4), "no": normal(4, 8, 4), "table": normal(5, 12, 8)}
@@ -142,7 +142,7 @@ def error(p, new, x):
     ).sum()
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @rounders
 @pytest.mark.parametrize("case", HARD)
 def test_no_input_makes_a_solver_worse_than_rounding_to_nearest(hard, solve, case):

@@ -61,6 +61,7 @@ CANDIDATES = {
 }  # fmt: skip
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("which", CANDIDATES)
 def test_a_candidate_that_cannot_work_is_named(which, experiment, training):
     make, said = CANDIDATES[which]
@@ -103,6 +104,7 @@ def test_a_loss_that_cannot_compare_student_and_teacher(experiment, model, train
     refuses(experiment(teacher=Network(model, training(1)), loss=(wide,)), "dense_9")
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("training_changes", [
     {"batch_size": 300},
     {"augment": lambda key, batch: {"image": batch["image"]}},

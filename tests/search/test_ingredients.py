@@ -175,7 +175,7 @@ def test_another_process_finds_the_same(tmp_path, monkeypatch):
         import json, sys
         sys.path.insert(0, sys.argv[1])
         import own
-        from compress_jax.search.ingredients import ingredients
+        from compress_jax.search._ingredients import ingredients
         print(json.dumps({name: ingredients(it=value) for name, value in own.everything().items()}))
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]

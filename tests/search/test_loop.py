@@ -279,7 +279,7 @@ def test_the_float32_student_may_learn_from_labels_alone(
     assert losses[0]["train/loss"] != losses[1]["train/loss"]
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("order", "names", "tried"),
     [
@@ -357,6 +357,7 @@ def test_a_file_that_is_no_network_is_an_error(experiment, model, tmp_path):
             )
 
 
+@pytest.mark.slow
 def test_eight_devices_train_what_one_does(experiment, quantized, model, mesh, tmp_path):
     variables, candidate, states = (
         model.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1))),

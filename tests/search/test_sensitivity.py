@@ -66,7 +66,7 @@ def log_softmax(z):
     return z - np.log(np.exp(z).sum(-1, keepdims=True))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["kl", "mse"])
 def test_outputs_are_compared_with_one_leaf_compressed(measure):
     p, data = params(), [x for x, _ in batches()]
@@ -254,7 +254,7 @@ def digits():
     return fn, objective, trained, x, y
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("measure", ["kl", "fisher", "hutchinson"])
 def test_at_equal_bytes_the_mixed_assignment_beats_the_uniform_one(digits, measure):
     fn, objective, p, x, y = digits

@@ -54,7 +54,7 @@ def test_attention_is_the_share_of_vit_that_the_formula_says():
     assert all(each.weight_bits is None and each.params == 0 for each in between_activations)
 
 
-@pytest.mark.wide(8)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_is_known_by_hand_of_the_zoo(name):
     total = made(name)[3]

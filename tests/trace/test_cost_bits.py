@@ -85,7 +85,7 @@ def test_effective_numbers_leave_out_products_with_zero(compression, bits):
     assert compression is QUANTIZE or sum(left.values()) <= (8 * 16 + 16 * 4) // 4
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("clusters", "bits"), [(2, 1), (16, 4), (17, 5)])
 def test_shared_weights_have_the_bits_of_their_indices(clusters, bits):
     shared = cj.at("**/kernel", cj.cluster.kmeans(clusters))

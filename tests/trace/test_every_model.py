@@ -51,7 +51,7 @@ def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.wide(13)
+@pytest.mark.wide(7)
 @every_model
 def test_every_contracted_parameter_is_found(entry):
     fn, variables, inputs = entry.make()
@@ -74,6 +74,7 @@ def test_every_contracted_parameter_is_found(entry):
     assert left <= set(entry.uncontracted)
 
 
+@pytest.mark.wide(37)
 @on_one_device
 def test_stored_axes_are_those_of_the_operand(entry):
     """The stored axes that are summed over have the sizes of the operand's contracting axes."""
@@ -146,7 +147,7 @@ def instructions(compiled):
     return sorted(line.split(" = ")[1].split("(")[0] for line in lines)
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(2)
 @every_model
 def test_an_identity_rewrite_is_the_original_in_value_and_gradient(entry):
     fn, variables, inputs = entry.make()
@@ -173,7 +174,7 @@ def test_an_identity_rewrite_is_the_original_in_value_and_gradient(entry):
     assert_equal(gradient(again), gradient(fn))
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(2)
 @every_model
 def test_a_rule_acts_at_every_site(entry):
     """Zeros for the operands of one site change the output, if its branch is taken."""

@@ -97,6 +97,7 @@ EXACT = {
 }
 
 
+@pytest.mark.wide(10)
 @pytest.mark.parametrize("name", EXACT)
 def test_flops_are_those_of_xla_exactly(name):
     fn, *args = EXACT[name]
@@ -163,7 +164,7 @@ STRAIGHT = [
 ]  # without loops
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "name",
     [

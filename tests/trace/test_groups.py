@@ -28,7 +28,7 @@ def members(found):
     return {group.name: set(group.members) for group in found}
 
 
-@pytest.mark.wide(5)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     "name", ["mlp", "lenet", "resnet", "resnet_train", "vit", "llama", "moe", "mobilenet", "unet"]
 )

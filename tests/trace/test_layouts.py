@@ -98,6 +98,7 @@ SPELLINGS = {
 }
 
 
+@pytest.mark.wide(15)
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_the_axes_of_a_spelling(name):
     fn, shape, given, expected = SPELLINGS[name]
@@ -212,6 +213,7 @@ def test_coverage_doubts_what_looks_otherwise():
     assert "use cj.bind" in str(table)
 
 
+@pytest.mark.slow
 def test_coverage_warns_of_an_emptied_layer():
     params = {
         "w": jnp.stack([jnp.full((4, 4), 1e-3), jnp.ones((4, 4)), jnp.full((4, 4), 2.0)]),

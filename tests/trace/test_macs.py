@@ -51,6 +51,7 @@ WAYS = {
 }
 
 
+@pytest.mark.wide(7)
 @pytest.mark.parametrize("name", WAYS)
 def test_macs_are_the_products(name):
     fn, w, x = WAYS[name]

@@ -119,6 +119,7 @@ def moves(draw):
     return params, operand
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(moves())
 def test_pieces_are_the_entries_that_the_moves_put_there(case):

@@ -326,7 +326,7 @@ def test_the_block_has_something_to_find_for_each():
     )
 
 
-@pytest.mark.wide(4)
+@pytest.mark.slow
 @pytest.mark.parametrize("how", PASSING)
 def test_what_passes_values_on_changes_no_answer(how):
     mesh = contextlib.nullcontext()

@@ -119,7 +119,7 @@ def unseen(statistics):
 # --- The laws, for every reducer.
 
 
-@pytest.mark.wide(4)
+@pytest.mark.wide(2)
 @commutative
 def test_two_batches_are_one_large_batch(name):
     a, b = whole(6, 3), 3 * whole(6, 3, seed=1)
@@ -136,6 +136,7 @@ def test_merging_is_associative(name):
     same(merge(merge(a, b), c), merge(a, merge(b, c)), 1e-6 if name in ROUNDED else 0)
 
 
+@pytest.mark.wide(8)
 @every
 def test_what_did_not_run_is_neutral(name):
     merge, seen = REDUCERS[name].merge, measured(name, normal(6, 3))
@@ -155,7 +156,7 @@ def test_nothing_seen_finishes_as_nan(name):
     )
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @every
 def test_statistics_of_loops_merge_and_finish_turn_by_turn(name):
     reducer = REDUCERS[name]
@@ -170,6 +171,7 @@ def test_statistics_of_loops_merge_and_finish_turn_by_turn(name):
     same(reducer.finish(together), stack([reducer.finish(each) for each in merged]), 1e-6)
 
 
+@pytest.mark.wide(6)
 @every
 def test_jit_and_lower_precision_and_integers(name):
     x = whole(6, 3)
@@ -189,7 +191,7 @@ def test_zeros_have_finite_statistics(name):
     )
 
 
-@pytest.mark.wide(16)
+@pytest.mark.wide(8)
 @every
 @pytest.mark.parametrize(
     "axis, kind",
@@ -208,7 +210,7 @@ def test_sharded_input(name, axis, kind):
         )  # memory: activations stay where they are
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @every
 def test_two_activations_are_measured_each(name):
     site = dot_site((2, 6, 3), (2, 3, 5), ((2,), (1,)), ((0,), (0,)), operand=None)
@@ -276,7 +278,7 @@ def case(request):
     return result, table
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 def test_per_channel_statistics(case):
     result, x = case
     close = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
@@ -504,6 +506,7 @@ def unfolded(site, x):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(convolutions(), st.integers(0, 99))
 def test_gram_of_any_convolution(site, seed):
@@ -613,6 +616,7 @@ def test_counts_go_on_past_32_bits():
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @example([1.0, -1.0], 0)
 @given(
@@ -691,6 +695,7 @@ def test_observed_through_loops_and_branches():
     assert np.isfinite(merged.gram[counts > 0]).all()
 
 
+@pytest.mark.wide(9)
 @every
 def test_observed_in_a_while_loop(name):
     """Its turns are merged by the reducer, and a loop without any turn has seen nothing."""

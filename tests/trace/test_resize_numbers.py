@@ -55,7 +55,7 @@ def network(form, width=None):
     return fn
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("written_down", [False, True])
 @pytest.mark.parametrize("name", MEANS)
 def test_means_in_any_spelling_are_those_of_the_same_code_at_the_new_width(name, written_down):
@@ -75,7 +75,7 @@ def energy(scale):
     )
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8, 11])
 @pytest.mark.parametrize(
     "count",

@@ -53,6 +53,7 @@ options = {
 }
 
 
+@pytest.mark.slow
 @settings(max_examples=4, **options)
 @given(drawn, st.integers(0, 99))
 def test_channels_of_zeros_go_without_a_change(network, seed):

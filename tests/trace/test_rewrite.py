@@ -144,7 +144,7 @@ def loss(fn):
     )
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", EVERY)
 def test_a_rule_that_changes_nothing_changes_nothing(name):
     fn = EVERY[name]
@@ -157,7 +157,7 @@ def test_a_rule_that_changes_nothing_changes_nothing(name):
     assert_equal(again(PARAMS, X), fn(PARAMS, X))
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_gradients_are_the_originals(name):
     fn = FUNCTIONS[name]
@@ -172,7 +172,7 @@ def test_gradients_are_the_originals(name):
         assert_equal(run(again), run(fn))
 
 
-@pytest.mark.wide(7)
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("name", sorted(set(EVERY) - {"constrained", "ragged"}))
 def test_vmap_is_the_originals(name):
     fn, xs = EVERY[name], jnp.stack([X, -X, 2 * X])
@@ -189,7 +189,7 @@ OTHERWISE = {
 }  # weights enter not only as one operand
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("name", sorted(set(FUNCTIONS) - OTHERWISE))
 def test_a_rule_reaches_every_site_with_its_effect(name):
     """Halving one operand everywhere is halving the weights, which only contractions use."""

@@ -69,7 +69,7 @@ MACS = {
 }
 
 
-@pytest.mark.wide(15)
+@pytest.mark.wide(8)
 @quick
 def test_it_runs_and_again_gives_the_same(name):
     _, jitted, variables, inputs = made(name)
@@ -78,7 +78,7 @@ def test_it_runs_and_again_gives_the_same(name):
     assert all(map(np.array_equal, first, second))
 
 
-@pytest.mark.wide(46)
+@pytest.mark.wide(24)
 @quick
 def test_making_it_again_gives_the_same_variables_and_inputs(name):
     _, _, variables, inputs = made(name)
@@ -108,7 +108,7 @@ def test_the_table_is_complete(name):
     assert matrices <= entry.contracted.keys() | entry.uncontracted.keys()
 
 
-@pytest.mark.wide(10)
+@pytest.mark.wide(5)
 @quick
 def test_every_contracted_parameter_matters(name):
     _, jitted, variables, inputs = made(name)
@@ -119,7 +119,7 @@ def test_every_contracted_parameter_matters(name):
         assert not all(map(np.array_equal, before, after)), path
 
 
-@pytest.mark.wide(15)
+@pytest.mark.wide(8)
 @pytest.mark.parametrize("name", [entry.name for entry in ZOO if entry.reverse])
 def test_it_has_gradients(name):
     """Traced only; the values are whatever reads the computation must keep."""
@@ -137,6 +137,7 @@ def test_an_independent_count_agrees(name):
     assert found == Counter(equations=ENTRIES[name].answer().equations, macs=ENTRIES[name].macs)
 
 
+@pytest.mark.wide(9)
 @pytest.mark.parametrize("model", BOTH)
 def test_linen_and_nnx_agree(model):
     """The same variables by name give the same outputs (recurrent cells have other names)."""

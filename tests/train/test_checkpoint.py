@@ -127,7 +127,7 @@ loud = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarni
 DAMAGES = [flip_a_byte, truncate, empty, spoil_the_record, alter_the_record]
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @loud
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_can_be_saved_anew(

@@ -96,6 +96,7 @@ def test_the_loss_is_the_scheduled_sum_of_what_its_terms_give():
         np.testing.assert_allclose(metrics["loss"], 0.5 * hard + i / 4 * soft, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_same_run_with_parts_bank_and_average(tmp_path):
     terms = [
         d.on_labels(),
@@ -213,6 +214,7 @@ def test_the_students_own_average_teaches_it():
     assert float(metrics["kl"]) > 0
 
 
+@pytest.mark.slow
 def test_prune_quantize_and_distill_in_one_step():
     c = cj.at(
         "**/kernel",
@@ -231,6 +233,7 @@ def test_prune_quantize_and_distill_in_one_step():
     )
 
 
+@pytest.mark.slow
 def test_weights_and_several_teachers_and_masks():
     teachers = d.Teachers((TEACHER, d.Teacher(LARGE.apply, LARGE.init(jax.random.key(9), X))))
     stacked = teachers(X)

@@ -7,6 +7,7 @@ from compress_jax.models import LeNet300100
 from compress_jax.train import ledger
 
 
+@pytest.mark.slow
 def test_flops_are_those_of_the_matrix_products_and_pieces_add_up():
     student, large = LeNet300100(hidden=(64,)), LeNet300100(hidden=(256,))
     batch = {"image": jnp.ones((128, 100)), "label": jnp.zeros(128, jnp.int32)}

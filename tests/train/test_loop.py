@@ -237,6 +237,7 @@ loop.run(sys.argv[2], loop.Feed(lambda step: time.sleep(0.02)), steps=400, save_
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_a_random_moment_changes_nothing(tmp_path):
     rng = np.random.default_rng()
     moment = float(rng.uniform(0.0, 2.0))

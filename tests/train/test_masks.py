@@ -98,7 +98,7 @@ def test_metrics_are_of_what_counts():
     )
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_decides_nothing(name):
     loss, teacher = LOSSES[name]

@@ -77,7 +77,7 @@ def setup(model, size, dtype=jnp.float32):
     return optimizer, lambda: create(variables, rounding(), optimizer, jax.random.key(1))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", [[], RULES])
 def test_lenet_in_float32(rules):
     model, feed = LeNet300100(hidden=(16, 8)), batches(3, 4)

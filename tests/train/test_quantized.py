@@ -78,6 +78,7 @@ def test_it_starts_when_it_should_and_ranges_and_norms_freeze():
     assert [int(state.model_state["quantization"]["steps"]) for state in states] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_what_is_learned_is_trained_and_ships_in_integers():
     model = quantized(Net(norm=False), lsq_inputs(bits=4), example=X)
     weights = cj.at("**/kernel", uniform(bits=8, granularity="channel"))

@@ -64,11 +64,12 @@ def breakdown(
     content, parts = opened(path, max_bytes, limits)
     tree = content["tree"]
     size = path.stat().st_size
+    sizes: dict[str, float] = {}
     if isinstance(parts, Coded):
         with of_file(path):
             sizes = _coded_sizes(tree, parts)
     else:
-        sizes = {name: float(x.nbytes) for name, x in parts.items()}
+        sizes |= {name: x.nbytes for name, x in parts.items()}
     rows = []
     for place, structure in leaves(tree):
         for name, _ in places(structure, place):
