@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import optax
+import pytest
 
 from compress_jax.distill import Teacher, capture, hint, kl, linear, on_features, on_logits
 from compress_jax.models import LeNet300100
