@@ -1,4 +1,5 @@
 import re
+import textwrap
 from pathlib import Path
 
 import jax
@@ -40,3 +41,21 @@ def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypa
     np.testing.assert_array_equal(
         cj.unpack(seen["packed"])["layers_2"]["kernel"], solved["layers_2"]["kernel"]
     )
+
+
+PAGES = sorted([*README.parent.glob("*.md"), *README.parent.glob("compress_jax/**/README.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(README.parent)))
+def test_a_page_names_what_there_is(page):
+    """Code parses, every `cj.name` exists under that name, and every link leads to a file."""
+    text = page.read_text()
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        compile(textwrap.dedent(block), page.name, "exec")
+    for name in set(re.findall(r"\bcj((?:\.\w+)+)", text)):
+        found = cj
+        for part in name.split(".")[1:]:
+            assert part in dir(found), f"cj{name}: there is no {part}"
+            found = getattr(found, part)
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
