@@ -204,7 +204,7 @@ def _first_change(workdir: Path, source: bytes) -> str:
     return "they differ in bytes that are no text"
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> Any:
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -14,7 +14,7 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, Params, PyTree, Step
+from compress_jax.core.types import Key, ModelFn, Params, PyTree, Step
 
 LeafState = tuple[Any, Any]
 
@@ -236,7 +236,7 @@ class _Lifted(NamedTuple):
         step: Step,
         grads: PyTree = None,
         stats: PyTree = None,
-        key: Any = None,
+        key: Key = None,
     ) -> CompressionState:
         leaves = self.compressed(params)
         if self.fn.update is None:
@@ -265,14 +265,14 @@ class _Lifted(NamedTuple):
         step: Step,
         grad: Any,
         stats: PyTree,
-        key: Any,
+        key: Key,
     ) -> LeafState:
         axes = self.axes_of(path, x)
         fn = self.fn.update
         assert fn is not None
 
         def update(
-            x: Any, learned: PyTree, fixed: PyTree, step: Step, grad: Any, stats: PyTree, key: Any
+            x: Any, learned: PyTree, fixed: PyTree, step: Step, grad: Any, stats: PyTree, key: Key
         ) -> LeafState:
             extra = {"axes": axes.layer} if self.fn.layout else {}
             return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)

@@ -23,7 +23,7 @@ from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.schedules import Scheduled, at_once, awake, begin, due, schedules_of
-from compress_jax.core.types import Params, PyTree, Schedule, Step
+from compress_jax.core.types import Key, Params, PyTree, Schedule, Step
 
 
 def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
@@ -215,7 +215,7 @@ def every(n: int, compression: Compression) -> Compression:
         step: Step,
         grads: PyTree = None,
         stats: PyTree = None,
-        key: Any = None,
+        key: Key = None,
     ) -> CompressionState:
         acts, at = due(n, schedules, step)
         skip = lambda: state  # noqa: E731
@@ -315,7 +315,7 @@ class _Between(NamedTuple):
         step: Step,
         grads: PyTree = None,
         stats: PyTree = None,
-        key: Any = None,
+        key: Key = None,
     ) -> CompressionState:
         step = jnp.asarray(step)
         own = _inner(state)

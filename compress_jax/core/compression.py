@@ -9,8 +9,8 @@ from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError, StateError
 from compress_jax.core.paths import flatten
 from compress_jax.core.stamp import seal, unseal
+from compress_jax.core.types import Key, PyTree, Step
 from compress_jax.core.types import Params as Params
-from compress_jax.core.types import PyTree, Step
 
 
 class CompressionState(NamedTuple):
@@ -155,7 +155,7 @@ def stamped(
             step: Step,
             grads: PyTree = None,
             stats: PyTree = None,
-            key: Any = None,
+            key: Key = None,
         ) -> CompressionState:
             own = unseal(call, axes, params, state)
             new = update(params, own, step=step, grads=grads, stats=stats, key=key)

@@ -70,7 +70,7 @@ def optional(schema: Schema) -> Schema:
     return _Optional(schema)
 
 
-def deviation(value: Any, schema: Schema, name: str = "it") -> str | None:
+def deviation(value: object, schema: Schema, name: str = "it") -> str | None:
     """Return how a value differs from a schema, or None if it does not.
 
     Args:

@@ -39,6 +39,15 @@ DType: TypeAlias = Any
 Patterns: TypeAlias = str | tuple[str, ...] | list[str]
 """A glob over paths, or several: ``"**/kernel"``."""
 
+Model: TypeAlias = Any
+"""A Flax Linen module, the graphdef of an NNX module, or another object that holds a model."""
+
+Aval: TypeAlias = Any
+"""The abstract value of a variable of a jaxpr: its shape and dtype."""
+
+Key: TypeAlias = jax.Array | None
+"""A typed PRNG key, or None where nothing is random."""
+
 ModelFn: TypeAlias = Callable[..., PyTree]
 """A pure function ``(params, *inputs) -> outputs``: what is traced, calibrated and exported."""
 

@@ -170,7 +170,7 @@ def _ratio(base: int | None, nbytes: int) -> str:
     return "-" if base is None else f"{base / nbytes:.1f}x"
 
 
-def _text(key: str, value: Any) -> str:
+def _text(key: str, value: object) -> str:
     if isinstance(value, float) and key in ("validation", "test"):
         return percent(value)
     return " ".join(value.split()) if isinstance(value, str) else json.dumps(value)

@@ -93,7 +93,7 @@ class _Walk:
                 versions[f"version of {name}"] = version
         return versions
 
-    def visit(self, path: str, value: object) -> None:
+    def visit(self, path: str, value: Any) -> None:
         if len(self.found) >= MOST:
             return
         if isinstance(value, _PLAIN):

@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError
-from compress_jax.core.types import Batch, Params, PyTree, Step, Variables
+from compress_jax.core.types import Batch, Model, Params, PyTree, Step, Variables
 from compress_jax.distill import (
     LossContext,
     Teacher,
@@ -460,7 +460,7 @@ class Student(NamedTuple):
     evaluate: Callable[[Params, PyTree, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
-def _student(model: Any, patterns: tuple[str, ...]) -> Student:
+def _student(model: Model, patterns: tuple[str, ...]) -> Student:
     """Return a model as pure functions that capture the features of some paths.
 
     Raises:

@@ -8,7 +8,7 @@ import jax
 import optax
 
 from compress_jax.core.compression import Compression, identity
-from compress_jax.core.types import Batch, Variables
+from compress_jax.core.types import Batch, Model, Variables
 from compress_jax.distill import Term, on_labels
 from compress_jax.train._distillation import TEACHER, distillation
 from compress_jax.train._state import create
@@ -44,7 +44,7 @@ class Ledger(NamedTuple):
 
 
 def ledger(
-    model: Any,
+    model: Model,
     terms: Sequence[Term],
     variables: Variables,
     batch: Batch,

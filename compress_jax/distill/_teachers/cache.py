@@ -35,7 +35,7 @@ from compress_jax.core.errors import (
     StateError,
 )
 from compress_jax.core.record import POSITIVE, TEXT, Kind, read_record, sealed
-from compress_jax.core.types import Batch, Shape
+from compress_jax.core.types import Batch, Key, Shape
 from compress_jax.distill._teachers.teacher import Teacher
 from compress_jax.distill._teachers.top_k import TopK, top_k
 
@@ -317,7 +317,7 @@ def by_example(
         key = jax.random.fold_in(jax.random.key(seed), index)
         return augment(jax.random.fold_in(key, view), x)
 
-    def augmented(key: Any, batch: Batch) -> Batch:
+    def augmented(key: Key, batch: Batch) -> Batch:
         return {**batch, inputs: jax.vmap(one)(batch[index], batch[view], batch[inputs])}
 
     return augmented

@@ -7,12 +7,12 @@ import jax
 
 from compress_jax.core.errors import ConfigError, NoMatchError
 from compress_jax.core.paths import match, matches, name
-from compress_jax.core.types import PyTree, Variables
+from compress_jax.core.types import Model, PyTree, Variables
 
 CALL = "__call__"
 
 
-def capture(model: Any, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
+def capture(model: Model, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
     """Return a function that runs a model and also returns the outputs of chosen submodules.
 
     A feature is named by its module, ``"block_0/conv_1"``; the output of a method other than
@@ -59,7 +59,7 @@ def capture(model: Any, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
     return _nnx(model, patterns)
 
 
-def _linen(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
+def _linen(model: Model, patterns: tuple[str, ...]) -> Callable[..., Any]:
     from flax.core.scope import union_filters
     from flax.traverse_util import flatten_dict
 
@@ -83,7 +83,7 @@ def _linen(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
     return run
 
 
-def _nnx(model: Any, patterns: tuple[str, ...]) -> Callable[..., Any]:
+def _nnx(model: Model, patterns: tuple[str, ...]) -> Callable[..., Any]:
     from flax import nnx
 
     run_all = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.types import Model
 from compress_jax.export._extras import extra
 from compress_jax.export._litert.interpreter import interpreter, results, tensors
 from compress_jax.export._scales import floor
@@ -60,7 +61,7 @@ class Product(NamedTuple):
       axis: of output channels.
     """
 
-    model: Any
+    model: Model
     input: Any
     weights: Any
     bias: Any
@@ -95,7 +96,7 @@ def _operators(data: bytes) -> tuple[Any, list[tuple[str, Any, Any]]]:
     return model, found
 
 
-def _products(model: Any, found: Sequence[tuple[str, Any, Any]]) -> Iterator[Product]:
+def _products(model: Model, found: Sequence[tuple[str, Any, Any]]) -> Iterator[Product]:
     for name, each, graph in found:
         where = PLACES.get(name)
         if where is None or len(each.inputs) <= where[2] or each.inputs[where[2]] < 0:
@@ -105,12 +106,12 @@ def _products(model: Any, found: Sequence[tuple[str, Any, Any]]) -> Iterator[Pro
             yield Product(model, data, weights, bias, where[3])
 
 
-def _stored(model: Any, tensor: Any) -> Any:
+def _stored(model: Model, tensor: Any) -> Any:
     data = model.buffers[tensor.buffer].data
     return None if data is None or not len(data) else data
 
 
-def _values(model: Any, tensor: Any) -> np.ndarray:
+def _values(model: Model, tensor: Any) -> np.ndarray:
     """Return a constant in floats."""
     schema = extra("ai_edge_litert.schema_py_generated", "litert").TensorType
     kinds = {

@@ -2,16 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.types import Model
 from compress_jax.export._extras import extra
 from compress_jax.export._onnx.runtime import optimized
 
 KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
 
 
-def valid(model: Any) -> None:
+def valid(model: Model) -> None:
     """Run the checker of ONNX.
 
     Raises:
@@ -23,7 +23,7 @@ def valid(model: Any) -> None:
         raise ExportError(f"the exported graph is not valid ONNX: {error}") from error
 
 
-def unfused(model: Any, wanted: Iterable[str]) -> dict[str, str]:
+def unfused(model: Model, wanted: Iterable[str]) -> dict[str, str]:
     """Return the quantized sites that the runtime would compute in floats.
 
     They would be slower than without quantization.

@@ -12,7 +12,7 @@ import numpy as np
 from jax.extend.core import jaxpr_as_fun
 
 from compress_jax.core.errors import ExportError
-from compress_jax.core.types import ModelFn
+from compress_jax.core.types import Model, ModelFn
 from compress_jax.export._extras import extra
 from compress_jax.export._onnx import graph as g
 from compress_jax.export._onnx.plain import live, plain
@@ -26,7 +26,7 @@ LAST = [0, 2, 3, 1]  # and back
 MOST = 3  # axes of an image that the runtime pools over
 
 
-def pools(model: Any, inputs: Sequence[np.ndarray]) -> None:
+def pools(model: Model, inputs: Sequence[np.ndarray]) -> None:
     """Replace ``x.reshape(b, h, p, w, q, c).max((2, 4))`` by a ``MaxPool``.
 
     Args:
@@ -80,7 +80,7 @@ def _pool(name: str, out: str, window: list[int]) -> list[Any]:
     ]
 
 
-def windows(model: Any) -> None:
+def windows(model: Model) -> None:
     """Replace ``Unsqueeze - Unsqueeze - MaxPool or Conv - Squeeze`` by one window node.
 
     The converter turns any window into a pool, or a convolution with ones, over all axes of
@@ -307,7 +307,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def baked(model: Any, leaves: Mapping[str, np.ndarray]) -> Any:
+def baked(model: Model, leaves: Mapping[str, np.ndarray]) -> Any:
     """Return a copy of a converted graph with other values for its parameters.
 
     Args:
@@ -328,7 +328,7 @@ def baked(model: Any, leaves: Mapping[str, np.ndarray]) -> Any:
     return copy
 
 
-def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
+def _bake(model: Model, leaves: Mapping[str, np.ndarray]) -> None:
     """Turn the parameters among the inputs into constants.
 
     Inputs that the function does not use are gone already.
@@ -341,7 +341,7 @@ def _bake(model: Any, leaves: Mapping[str, np.ndarray]) -> None:
     model.graph.input.extend(left)
 
 
-def _constant_shapes(model: Any, inputs: Sequence[np.ndarray], dynamic: bool) -> None:
+def _constant_shapes(model: Model, inputs: Sequence[np.ndarray], dynamic: bool) -> None:
     """Write the shapes of reshapes as constants, with -1 for the batch axis.
 
     This removes a chain of small nodes for each.

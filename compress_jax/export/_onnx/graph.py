@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from compress_jax.core.types import Model
 from compress_jax.export._extras import extra
 
 MICROSOFT = "com.microsoft"
@@ -73,7 +74,7 @@ def replace_nodes(graph: Any, nodes: Iterable[Any]) -> None:
     graph.node.extend(nodes)
 
 
-def prune(model: Any) -> Any:
+def prune(model: Model) -> Any:
     """Drop unused nodes, unused constants and stale shapes; return the model."""
     graph = model.graph
     needed = {out.name for out in graph.output}

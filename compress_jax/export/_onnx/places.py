@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from compress_jax.core.types import Model
 from compress_jax.export._onnx import graph as g
 from compress_jax.export._onnx.weights import Weight
 from compress_jax.trace._jaxpr.site import Site
@@ -46,7 +47,7 @@ class Placed:
         return 1 - g.attribute(self.node, "transB", 0)
 
 
-def place(model: Any, weights: Mapping[str, Weight], sites: Sequence[Site]) -> dict[str, Placed]:
+def place(model: Model, weights: Mapping[str, Weight], sites: Sequence[Site]) -> dict[str, Placed]:
     """Find the nodes of sites: those that take the site's parameter, in the order of its uses.
 
     Args:

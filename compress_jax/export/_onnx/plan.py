@@ -10,7 +10,7 @@ import numpy as np
 from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import to_dense, unpack
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, Params, PyTree
+from compress_jax.core.types import Model, ModelFn, Params, PyTree
 from compress_jax.export._artifact.structure import is_key
 from compress_jax.export._onnx import check
 from compress_jax.export._onnx import graph as g
@@ -62,7 +62,7 @@ class Codes:
 
 
 def write(
-    model: Any,
+    model: Model,
     places: Mapping[str, Placed],
     grids: Mapping[str, Grid],
     extremes: Callable[[Sequence[str]], Mapping[str, tuple[np.float32, np.float32]]],
@@ -180,7 +180,11 @@ def _moves(graph: Any, codes: Codes) -> None:
 
 
 def _rewrite(
-    model: Any, codes: Codes, sums: set[str], own: Mapping[str, tuple[Placed, Grid]], unsigned: bool
+    model: Model,
+    codes: Codes,
+    sums: set[str],
+    own: Mapping[str, tuple[Placed, Grid]],
+    unsigned: bool,
 ) -> list[str]:
     """Insert the nodes that quantize and dequantize; return notes."""
     graph = model.graph
@@ -302,7 +306,7 @@ class Plan:
       notes: what was done otherwise than asked for.
     """
 
-    model: Any
+    model: Model
     weights: dict[str, Weight]
     places: dict[str, Placed]
     simulated: Simulation
@@ -405,7 +409,7 @@ def _settled(converted: Any, packed: PyTree) -> tuple[Any, dict[str, Weight]]:
 
 
 def _integers(
-    model: Any, places: Mapping[str, Placed], simulated: Simulation, asked: Asked
+    model: Model, places: Mapping[str, Placed], simulated: Simulation, asked: Asked
 ) -> tuple[str, ...]:
     """Quantize what the simulation quantizes; return notes."""
 

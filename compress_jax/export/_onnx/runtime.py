@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.types import Model
 from compress_jax.export._extras import extra
 
 
-def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") -> Any:
+def session(model: Model, level: str = "ALL", threads: int = 0, save: str = "") -> Any:
     """Return a session of a model.
 
     Args:
@@ -42,7 +43,7 @@ def session(model: Any, level: str = "ALL", threads: int = 0, save: str = "") ->
         raise ExportError(f"ONNX Runtime refuses the exported model: {error}") from error
 
 
-def optimized(model: Any, level: str) -> Any:
+def optimized(model: Model, level: str) -> Any:
     """Return the graph that the runtime optimizes a model to.
 
     At ``"BASIC"`` it has standard operators only.
@@ -53,7 +54,7 @@ def optimized(model: Any, level: str) -> Any:
         return extra("onnx", "onnx").load(file)
 
 
-def run(model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+def run(model: Model, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Return all results of a model for an example.
 
     Args:
@@ -82,7 +83,7 @@ def _run(made: Any, names: Sequence[str] | None, feed: dict[str, np.ndarray]) ->
 
 
 def evaluate(
-    model: Any, names: Sequence[str], inputs: Sequence[np.ndarray]
+    model: Model, names: Sequence[str], inputs: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Return the values of any tensors of a model for some inputs."""
     onnx = extra("onnx", "onnx")
@@ -98,7 +99,7 @@ def evaluate(
 
 
 def extremes(
-    model: Any, names: Sequence[str], batches: Iterable[Sequence[np.ndarray]]
+    model: Model, names: Sequence[str], batches: Iterable[Sequence[np.ndarray]]
 ) -> dict[str, tuple[np.float32, np.float32]]:
     """Return the smallest and the largest entry of tensors over batches."""
     ranges: dict[str, tuple[np.float32, np.float32]] = {}

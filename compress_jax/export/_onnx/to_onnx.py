@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from compress_jax.core.types import ModelFn, Params, PyTree
+from compress_jax.core.types import Model, ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._exported import Exported, Row, as_inputs
 from compress_jax.export._extras import extra
@@ -26,7 +26,7 @@ BLOCKS = (16, 32, 64, 128, 256)  # sizes the runtime has kernels for
 WHOLE = 128  # block where one scale serves a whole channel
 
 
-def multiply(model: Any, placed: Placed, accuracy_level: int) -> str:
+def multiply(model: Model, placed: Placed, accuracy_level: int) -> str:
     """Replace a matrix product by ``MatMulNBits``, which takes 4- or 8-bit blocks, if it can.
 
     Args:
@@ -95,7 +95,7 @@ def _bytes(codes: np.ndarray, bits: int) -> np.ndarray:
     return codes[..., ::2] | (codes[..., 1::2] << 4)
 
 
-def _exchange(model: Any, old: Any, new: Any) -> None:
+def _exchange(model: Model, old: Any, new: Any) -> None:
     """Replace one node by another; the bias of a Gemm is added behind it."""
     end = old.output[0]
     new_nodes = [new]
@@ -110,7 +110,7 @@ def _exchange(model: Any, old: Any, new: Any) -> None:
         model.opset_import.append(extra("onnx.helper", "onnx").make_opsetid(g.MICROSOFT, 1))
 
 
-def unfold(model: Any, name: str, weight: Weight) -> str:
+def unfold(model: Model, name: str, weight: Weight) -> str:
     """Store a constant as integers and scales.
 
     ``Cast - Sub - Mul`` restores it, once, when the runtime loads the file.
@@ -148,7 +148,7 @@ def unfold(model: Any, name: str, weight: Weight) -> str:
     return f"{bits} bits in the file, float32 when loaded"
 
 
-def unused(found: Mapping[str, Weight], model: Any) -> set[str]:
+def unused(found: Mapping[str, Weight], model: Model) -> set[str]:
     """Return the names of weights that no node takes any more."""
     taken = g.consumers(model.graph)
     return {name for name in found if name not in taken}
@@ -257,7 +257,7 @@ def to_onnx(
 
 
 def _weights_only(
-    model: Any,
+    model: Model,
     weights: Mapping[str, Weight],
     places: Mapping[str, Placed],
     rows: Mapping[str, Row],

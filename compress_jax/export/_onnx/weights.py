@@ -9,7 +9,7 @@ import numpy as np
 
 from compress_jax.core.packed import Quantized, to_dense
 from compress_jax.core.sparse import Sparse, width
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Model, PyTree
 from compress_jax.export._onnx import graph as g
 
 
@@ -101,7 +101,7 @@ def compact(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def settle(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def settle(model: Model, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Apply every move of a parameter now, so that nodes take constants.
 
     Batch norm is folded into convolutions on the way.
@@ -177,7 +177,7 @@ def _fold_batch_norm(
         graph.node.remove(norm)
 
 
-def _named(model: Any, weights: Mapping[str, Weight]) -> dict[str, Weight]:
+def _named(model: Model, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     """Write the moved weights as constants named after their parameters; return their names."""
     graph = g.prune(model).graph
     result: dict[str, Weight] = {}

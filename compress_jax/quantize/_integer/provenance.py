@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
 
+from compress_jax.core.types import Aval
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.evaluate import bind
 from compress_jax.trace._jaxpr.find_sites import Traced
@@ -157,7 +158,7 @@ class Routes:
 
     found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
 
-    def constant(self, aval: Any, value: Any) -> Value:
+    def constant(self, aval: Aval, value: object) -> Value:
         """Return a known value."""
         return Constant(lambda: value)
 
@@ -177,7 +178,7 @@ class Routes:
         """Return slices put together."""
         return _lost([a], "a loop returns it")
 
-    def reshard(self, a: Value, aval: Any) -> Value:
+    def reshard(self, a: Value, aval: Aval) -> Value:
         """Return a device's piece."""
         return _lost([a], "each device of a shard_map has a piece of the parameter")
 

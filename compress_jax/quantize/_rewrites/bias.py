@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from jax.extend.core import JaxprEqn
 from compress_jax.core.deprecated import positional_arguments
 from compress_jax.core.errors import NonFiniteError
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, Params, PyTree, Shape
+from compress_jax.core.types import Aval, ModelFn, Params, PyTree, Shape
 from compress_jax.layerwise._problem import channel_statistic, fed_sites, summed_axes, why_not
 from compress_jax.layerwise._result import Rewritten
 from compress_jax.trace._jaxpr.find_sites import trace
@@ -43,7 +42,7 @@ class _Biases:
     sites: dict[Position, Site]
     found: dict[str, str] = field(default_factory=dict)
 
-    def constant(self, aval: Any, value: Any) -> Origin:
+    def constant(self, aval: Aval, value: object) -> Origin:
         return NOTHING
 
     def join(self, a: Origin, b: Origin) -> Origin:
@@ -58,7 +57,7 @@ class _Biases:
     def stack(self, a: Origin, length: int) -> Origin:
         return NOTHING
 
-    def reshard(self, a: Origin, aval: Any) -> Origin:
+    def reshard(self, a: Origin, aval: Aval) -> Origin:
         return NOTHING
 
     def equation(self, eqn: JaxprEqn, args: list[Origin], where: Where) -> Sequence[Origin]:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, PyTree, Variables
+from compress_jax.core.types import Aval, ModelFn, PyTree, Variables
 from compress_jax.trace._groups import axes as moves
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Results, alike, product, shape, unify
 from compress_jax.trace._jaxpr import primitives
@@ -235,7 +235,7 @@ class Walk:
     summed: dict[Position, list[Axis]] = field(default_factory=dict)
     unknown: dict[Position, str] = field(default_factory=dict)
 
-    def fresh(self, aval: Any, reason: str | None = None) -> Dims:
+    def fresh(self, aval: Aval, reason: str | None = None) -> Dims:
         """Return new axes for a value."""
         return tuple(self.axes.leaf(size, reason) for size in getattr(aval, "shape", ()))
 
@@ -244,7 +244,7 @@ class Walk:
         for axis in dims:
             self.axes.freeze(axis, reason)
 
-    def constant(self, aval: Any, value: Any) -> Dims:
+    def constant(self, aval: Aval, value: object) -> Dims:
         """Return the axes of a literal or a captured array; frozen along which it varies."""
         if not getattr(aval, "shape", ()):
             return ()
@@ -278,7 +278,7 @@ class Walk:
         """Return the axes of the slices that a loop stacks."""
         return (self.axes.leaf(length, "scan"), *a)
 
-    def reshard(self, a: Dims, aval: Any) -> Dims:
+    def reshard(self, a: Dims, aval: Aval) -> Dims:
         """Return the axes of a device's shard, or of the whole array; sharded ones are frozen."""
         shape = getattr(aval, "shape", ())
         return tuple(self._recut(axis, size) for axis, size in zip(a, shape, strict=True))

@@ -12,11 +12,11 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from compress_jax.core.types import Aval
 from compress_jax.trace._jaxpr.site import Shape
 
 Member = tuple[str, int]  # the path of a parameter and one of its axes
@@ -444,7 +444,7 @@ def alike(axes: Axes, values: Iterable[Dims]) -> Dims:
 
 def shape(eqn: JaxprEqn) -> Shape:
     """Return the shape of an equation's first result."""
-    aval: Any = eqn.outvars[0].aval
+    aval: Aval = eqn.outvars[0].aval
     return aval.shape
 
 

@@ -17,7 +17,7 @@ from compress_jax.core.axes import Axes
 from compress_jax.core.compression import Compression, bound
 from compress_jax.core.errors import ArgumentError, CompressError, ShapeError
 from compress_jax.core.paths import Patterns, flatten, match
-from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
+from compress_jax.core.types import Aval, Leaves, ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.interpret import Where, interpret, uniform_operands
 from compress_jax.trace._jaxpr.origin import (
@@ -315,7 +315,7 @@ class Found:
     stacked: dict[str, set[int]] = field(default_factory=dict)
     sums: frozenset[Position] = frozenset()
 
-    def constant(self, aval: Any, value: Any) -> Origin:
+    def constant(self, aval: Aval, value: object) -> Origin:
         """Return the origin of a literal or a captured array."""
         return Origin()
 
@@ -340,7 +340,7 @@ class Found:
         """Return the origin of slices put together."""
         return a if a.dims is None else replace(a, dims=((), *a.dims))
 
-    def reshard(self, a: Origin, aval: Any) -> Origin:
+    def reshard(self, a: Origin, aval: Aval) -> Origin:
         """Return the origin itself: a device's shard comes from where the whole does."""
         return a
 
@@ -445,7 +445,7 @@ def _operand(contraction: Contraction) -> str | None:
     return "lhs" if left > right else "rhs"
 
 
-def _likeness(origin: Origin, aval: Any) -> tuple[bool, bool, int]:
+def _likeness(origin: Origin, aval: Aval) -> tuple[bool, bool, int]:
     """Return how much a value is like a kernel.
 
     A kernel is one parameter, not repeated along an axis, with many axes longer than 1. Learned

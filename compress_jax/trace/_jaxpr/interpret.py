@@ -14,6 +14,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
+from compress_jax.core.types import Aval
 from compress_jax.trace._jaxpr.primitives import (
     CASTS,
     MOVES,
@@ -64,7 +65,7 @@ class Domain(Protocol[V]):
     point. So `join` must be monotone, and `equation` may be called more than once for one place.
     """
 
-    def constant(self, aval: Any, value: Any) -> V:
+    def constant(self, aval: Aval, value: object) -> V:
         """Return the abstract value of a literal or a captured array."""
         ...
 
@@ -96,7 +97,7 @@ class Domain(Protocol[V]):
         """Return the results of a loop's iterations, stacked along a new first axis."""
         ...
 
-    def reshard(self, a: V, aval: Any) -> V:
+    def reshard(self, a: V, aval: Aval) -> V:
         """Return the shard of a value inside ``shard_map``, or the value of a shard outside."""
         ...
 
@@ -259,7 +260,7 @@ def uniform_operands(jaxpr: ClosedJaxpr) -> UniformOperands:
     return {place: args for place, args in found if any(x is not None for x in args)}
 
 
-def uniform_value(value: Any) -> Number:
+def uniform_value(value: object) -> Number:
     """Return the one number that a constant's entries are, if they are real and equal."""
     dtype = getattr(value, "dtype", np.asarray(0.0).dtype)
     real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
@@ -275,7 +276,7 @@ class _Constants:
 
     operands: UniformOperands = field(default_factory=dict)
 
-    def constant(self, aval: Any, value: Any) -> Number:
+    def constant(self, aval: Aval, value: object) -> Number:
         return uniform_value(value)
 
     def join(self, a: Number, b: Number) -> Number:
@@ -290,7 +291,7 @@ class _Constants:
     def stack(self, a: Number, length: int) -> Number:
         return a
 
-    def reshard(self, a: Number, aval: Any) -> Number:
+    def reshard(self, a: Number, aval: Aval) -> Number:
         return a
 
     def equation(self, eqn: JaxprEqn, args: list[Number], where: Where) -> Sequence[Number]:

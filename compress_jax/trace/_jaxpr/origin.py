@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn
 
-from compress_jax.core.types import Leaves
+from compress_jax.core.types import Aval, Leaves
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.evaluate import bind
 from compress_jax.trace._jaxpr.interpret import Where, interpret
@@ -292,7 +292,7 @@ class PieceDomain:
 
     found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
 
-    def constant(self, aval: Any, value: Any) -> Value:
+    def constant(self, aval: Aval, value: object) -> Value:
         """Return the value of a literal or a captured array."""
         return Constant(lambda: value)
 
@@ -314,7 +314,7 @@ class PieceDomain:
         """Return the slices put together."""
         return _unknown([a], "a loop returns it")
 
-    def reshard(self, a: Value, aval: Any) -> Value:
+    def reshard(self, a: Value, aval: Aval) -> Value:
         """Return a device's shard, known only if it is the whole."""
         if isinstance(a, Strided) and all(piece.sizes == aval.shape for piece in a.pieces):
             return a

@@ -346,7 +346,7 @@ def contracts_inside(eqn: JaxprEqn) -> bool:
     return any(_contracts(value) for value in eqn.params.values())
 
 
-def _contracts(value: Any) -> bool:
+def _contracts(value: object) -> bool:
     if isinstance(value, (Jaxpr, ClosedJaxpr)):  # one class in newer JAX
         return any(kind(eqn) is not None or contracts_inside(eqn) for eqn in value.eqns)
     return isinstance(value, (tuple, list)) and any(map(_contracts, value))

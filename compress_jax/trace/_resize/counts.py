@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
 
+from compress_jax.core.types import Aval
 from compress_jax.trace._groups.analyze import Walk
 from compress_jax.trace._groups.axes import Axis, Dims, Leaf
 from compress_jax.trace._jaxpr import primitives
@@ -400,7 +401,7 @@ def _resharded(values: Sequence[Known], variables: Sequence[Any]) -> list[Known]
     return [_reshard(value, var.aval) for value, var in zip(values, variables, strict=True)]
 
 
-def _reshard(value: Known, aval: Any) -> Known:
+def _reshard(value: Known, aval: Aval) -> Known:
     if value.dims is None:
         return Known()
     sizes = zip(value.dims, aval.shape, strict=True)

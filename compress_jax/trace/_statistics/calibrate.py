@@ -14,7 +14,7 @@ from jax.extend.core import JaxprEqn
 
 from compress_jax.core.errors import DataError, ShapeError
 from compress_jax.core.paths import Patterns
-from compress_jax.core.types import Batch, ModelFn, Params, PyTree
+from compress_jax.core.types import Aval, Batch, ModelFn, Params, PyTree
 from compress_jax.trace._groups.analyze import Walk
 from compress_jax.trace._groups.axes import Axis, Dims
 from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind
@@ -352,7 +352,7 @@ class MaskDomain:
     walk: Walk = field(default_factory=Walk)
     operands: dict[Position, list[Followed]] = field(default_factory=dict)
 
-    def constant(self, aval: Any, value: Any) -> Followed:
+    def constant(self, aval: Aval, value: object) -> Followed:
         """Return the value of a literal or a captured array."""
         return Followed(self.walk.constant(aval, value), None)
 
@@ -383,7 +383,7 @@ class MaskDomain:
             return Followed(dims, a.lost)
         return Followed((self.mask[scanned[0].axis], *dims[1:]), a.lost - {scanned[0]})
 
-    def reshard(self, a: Followed, aval: Any) -> Followed:
+    def reshard(self, a: Followed, aval: Aval) -> Followed:
         """Return a device's shard, or the whole."""
         return Followed(self.walk.reshard(a.dims, aval), a.lost)
 

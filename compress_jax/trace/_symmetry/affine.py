@@ -15,6 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
+from compress_jax.core.types import Aval
 from compress_jax.trace._jaxpr import origin
 from compress_jax.trace._jaxpr.find_sites import Traced
 from compress_jax.trace._jaxpr.interpret import Where, interpret
@@ -192,7 +193,7 @@ class Walk:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
 
-    def constant(self, aval: Any, value: Any) -> Any:
+    def constant(self, aval: Aval, value: Any) -> Any:
         """Return a number, or a captured array of them."""
         if isinstance(value, Tracer) or not jnp.issubdtype(
             getattr(aval, "dtype", np.dtype(object)), jnp.number
@@ -226,7 +227,7 @@ class Walk:
         """Return that nothing is known of the slices that a loop stacks."""
         return self.lost([a], Use((), "a loop"))
 
-    def reshard(self, a: Any, aval: Any) -> Any:
+    def reshard(self, a: Any, aval: Aval) -> Any:
         """Return that nothing is known of devices' shards."""
         return self.lost([a], Use((), "shard_map"))
 
@@ -307,7 +308,7 @@ class Walk:
         if name == "exp":
             return poly.stepped(polys[0], "exp")
         if name in BINARY:
-            aval: Any = eqn.outvars[0].aval
+            aval: Aval = eqn.outvars[0].aval
             one, other = (lifted(p, len(aval.shape)) for p in polys)
             if one is None or other is None:
                 return None
@@ -329,7 +330,7 @@ class Walk:
     def _mapped(self, eqn: JaxprEqn, args: list[Any], position: Position) -> Mapped | None:
         mapped = [arg for arg in args if isinstance(arg, Mapped)]
         name = eqn.primitive.name
-        aval: Any = eqn.outvars[0].aval
+        aval: Aval = eqn.outvars[0].aval
         if len(mapped) != 1 or len(eqn.outvars) != 1 or not _is_float(aval):
             return None
         old = replace(mapped[0], key=position)
@@ -389,5 +390,5 @@ def walk(traced: Traced) -> Walk:
     return found
 
 
-def _is_float(aval: Any) -> bool:
+def _is_float(aval: Aval) -> bool:
     return hasattr(aval, "dtype") and jnp.issubdtype(aval.dtype, jnp.floating)

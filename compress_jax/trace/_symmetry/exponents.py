@@ -10,13 +10,14 @@ primitives do to forms; `ScalingWalk` is the domain for the interpreter.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
+from compress_jax.core.types import Aval
 from compress_jax.trace._groups.analyze import Analysis
 from compress_jax.trace._groups.axes import Axes, Dims, Leaf
 from compress_jax.trace._jaxpr import primitives
@@ -399,7 +400,7 @@ class ScalingWalk:
             fields.append({leaf: {Unknown(path, i, leaf): Fraction(1)} for leaf in leaves(axis)})
         return Scaled(dims, tuple(fields), param=path)
 
-    def constant(self, aval: Any, value: Any) -> Scaled:
+    def constant(self, aval: Aval, value: object) -> Scaled:
         """Return a literal or a captured array."""
         dims = tuple(Leaf(n, -1) for n in getattr(aval, "shape", ()))
         return self.demands.unscaled(dims, "a constant", _is_zero(aval, value))
@@ -435,7 +436,7 @@ class ScalingWalk:
             self._carry(a)
         return Scaled((Leaf(length, -1), *a.dims), ({}, *a.fields), a.zero, param, a.why)
 
-    def reshard(self, a: Scaled, aval: Any) -> Scaled:
+    def reshard(self, a: Scaled, aval: Aval) -> Scaled:
         """Return a device's shard; along sharded axes a value must not scale."""
         shape = getattr(aval, "shape", ())
         cut = [i for i, (axis, n) in enumerate(zip(a.dims, shape, strict=True)) if axis.size != n]
@@ -476,7 +477,7 @@ class ScalingWalk:
                     self.whole.add(arg.param)
 
 
-def _is_zero(aval: Any, value: Any) -> bool:
+def _is_zero(aval: Aval, value: object) -> bool:
     if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
         return False
     if not jnp.issubdtype(aval.dtype, jnp.number):

@@ -7,7 +7,6 @@ rotates along the axis, the square of such a vector entry by entry, or broken: n
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.paths import flatten, matches
-from compress_jax.core.types import Leaves, ModelFn, PyTree, Variables
+from compress_jax.core.types import Aval, Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze
 from compress_jax.trace._groups.axes import Axis, Leaf
 from compress_jax.trace._groups.groups import Group, groups
@@ -454,7 +453,7 @@ class _Walk:
             self.equal[path] = bool((x.max(axes) == x.min(axes)).all())
         return self.equal[path]
 
-    def constant(self, aval: Any, value: Any) -> Kind:
+    def constant(self, aval: Aval, value: object) -> Kind:
         if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or not jnp.issubdtype(
             aval.dtype, jnp.number
         ):
@@ -488,7 +487,7 @@ class _Walk:
         self._note(other_uses([a], ()))
         return Kind(a.form, gain=a.gain)
 
-    def reshard(self, a: Kind, aval: Any) -> Kind:
+    def reshard(self, a: Kind, aval: Aval) -> Kind:
         self._note(other_uses([a], ()))
         return Kind(a.form, gain=a.gain)
 
