@@ -79,7 +79,7 @@ def keep_masks(
     return {path: _entries(~mask, structure, axes[path]) for path, mask in pruned.items()}
 
 
-def _lowest_by_layer(units: jax.Array, axes: Axes, share: Scalar, key: Any) -> jax.Array:
+def _lowest_by_layer(units: jax.Array, axes: Axes, share: Scalar, key: Key) -> jax.Array:
     """Return a mask of the units of lowest score in each layer."""
     count = amount(share, units.size // max(axes.layers, 1))
 
@@ -90,7 +90,7 @@ def _lowest_by_layer(units: jax.Array, axes: Axes, share: Scalar, key: Any) -> j
 
 
 def _lowest_of_all(
-    units: list[jax.Array], share: Scalar, floor: float, key: Any
+    units: list[jax.Array], share: Scalar, floor: float, key: Key
 ) -> list[jax.Array]:
     """Return masks of the units of lowest score over all leaves, but the floor of each leaf."""
     count = amount(share, sum(leaf.size for leaf in units))
