@@ -76,7 +76,7 @@ def distillation(
       inputs: the batch entry that both models are given.
       labels: the batch entry with labels.
       mask: the batch entry with the mask over examples or tokens, if it is there; see
-        `compress_jax.distill.masks` for which shapes fit. Masked entries reach neither a value nor
+        `distill/_masks.py` for which shapes fit. Masked entries reach neither a value nor
         a gradient, in no term and no metric. A term may have its own mask
         (``on_features(..., mask="patches")``). How a model treats padding inside (batch statistics,
         attention) is up to the model: give it what it needs in its inputs.

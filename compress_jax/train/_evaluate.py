@@ -72,7 +72,7 @@ def accuracy(
       batch_size: number of examples evaluated at once.
       inputs: the entry given to the model.
       labels: the entry with integer labels, ``[n]`` or ``[n, sequence]``.
-      mask: the entry of which examples or tokens count, see `compress_jax.distill.masks`; None
+      mask: the entry of which examples or tokens count, see `distill/_masks.py`; None
         counts all. For batches of several lengths see `averages`.
 
     Returns:
