@@ -36,7 +36,7 @@ def test_mypy_sees_the_types_of_the_installed_package(tmp_path):
     command = [sys.executable, "-m", "mypy", "--follow-imports=silent", "program.py"]
     options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": ""}, "text": True}
     done = subprocess.run(command, capture_output=True, **options)
-    assert 'Revealed type is "compress_jax.core.compression.Compression"' in done.stdout
-    assert 'Revealed type is "compress_jax.core.compression.CompressionState"' in done.stdout
+    assert "fallback=compress_jax.core.compression.Compression]" in done.stdout
+    assert "fallback=compress_jax.core.compression.CompressionState]" in done.stdout
     assert 'Revealed type is "builtins.int"' in done.stdout
     assert 'incompatible type "str"' in done.stdout, done.stdout
