@@ -87,5 +87,17 @@ def _lines(title: str, steps: int, console: Console, seconds: float) -> Report:
     return report
 
 
+FIRST = ("loss", "accuracy")
+ROOM = 36  # columns for metrics: a line with its title and steps fits into 80
+
+
 def _text(values: Mapping[str, float]) -> str:
-    return "  ".join(f"{escape(printable(name))} {value:.4g}" for name, value in values.items())
+    """Return the metrics that fit on a line, loss and accuracy first; the file has all of them."""
+    names = [*(name for name in FIRST if name in values), *(n for n in values if n not in FIRST)]
+    text = ""
+    for name in names:
+        longer = f"{text}  {escape(printable(name))} {values[name]:.4g}".strip()
+        if text and len(longer) > ROOM:
+            break
+        text = longer
+    return text
