@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from compress_jax.core import ArgumentError
+from compress_jax.core.deprecated import renamed_arguments
+
 BEFORE = (Path(__file__).parent / "names/public_names_2026_11_28.txt").read_text().split()
 
 
@@ -36,3 +39,8 @@ def test_most_names_stayed():
         warnings.simplefilter("ignore")
         renamed = [name for name in BEFORE if not listed(name)]
     assert len(renamed) < len(BEFORE) / 10, renamed
+
+
+def test_an_argument_by_both_its_names_is_refused():
+    with pytest.raises(ArgumentError, match="give new= alone"):
+        renamed_arguments(old="new")(lambda new: new)(old=1, new=2)

@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
+from compress_jax.core.errors import ArgumentError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -46,7 +48,8 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
       names: ``old="new"`` for each.
 
     Returns:
-      A decorator; the function it makes warns with a DeprecationWarning where an old name is used.
+      A decorator; the function it makes warns with a DeprecationWarning where an old name is used,
+      and raises an ArgumentError where both names are.
 
     Example:
       >>> @renamed_arguments(rate="learning_rate")
@@ -62,6 +65,8 @@ def renamed_arguments(**names: str) -> Callable[[Callable[P, R]], Callable[P, R]
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in names.keys() & kwargs.keys():
                 new = names[old]
+                if new in kwargs:
+                    raise ArgumentError(f"{function.__name__}: give {new}= alone, not {old}= too")
                 text = f"{function.__name__}: {old}= is now {new}=; it goes in the next version"
                 warnings.warn(text, DeprecationWarning, stacklevel=2)
                 kwargs[new] = kwargs.pop(old)

@@ -68,6 +68,10 @@ def erk(
             f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}"
         )
     shapes = _kernel_shapes(params, pattern)
+    if layouts is not None:
+        wrong = [p for p, s in shapes.items() if p not in layouts or layouts[p].shape != s]
+        if wrong:
+            raise ArgumentError(f"layouts are of other params: none fits {', '.join(wrong)}")
     if not shapes:
         raise ArgumentError(
             "there is no kernel of rank 2 or more among the leaves; name the leaves by a pattern"

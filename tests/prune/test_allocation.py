@@ -90,6 +90,14 @@ def test_erk_gives_a_stack_what_its_layers_get_alone(kernel):
         assert erk(stacked, 0.6)["layers"] > found["layers"] + 0.05
 
 
+def test_erk_refuses_layouts_of_other_params():
+    params = {"a": jnp.ones((4, 8))}
+    other = cj.trace.layouts(lambda p, x: x @ p["a"], {"a": jnp.ones((4, 6))}, jnp.ones((1, 4)))
+    for layouts in ({}, other):
+        with pytest.raises(cj.core.ArgumentError, match="none fits a"):
+            erk(params, 0.5, layouts=layouts)
+
+
 def test_erk_masks_have_that_total():
     params = {
         "a": jax.random.normal(jax.random.key(0), (10, 30)),
