@@ -4,13 +4,15 @@ The core: `Compression` and its combinators `chain`, `at`, `rules`, `every`, `be
 to write your own; `bind` to read leaves' layouts from a function; `coverage` to see what is done to
 each leaf; `unpack` to get arrays back from packed ones; `save` and `load` for files. The methods:
 `quantize`, `prune`, `cluster`, `lowrank`, `distill`, and `layerwise` with the result of their
-solvers. The laboratory: `data`, `models`, `train`, `search`, `report`, which are imported when
-first used.
+solvers. The laboratory: `data`, `models`, `tasks`, `train`, `search`, `report`, which are imported
+when first used.
 """
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
+# The other packages load data pipelines, optimizers and plots; they are imported when first used.
 from compress_jax import cluster, core, distill, export, layerwise, lowrank, prune, quantize, trace
 from compress_jax.core import (
     Compression,
@@ -31,8 +33,9 @@ from compress_jax.core import (
 from compress_jax.export import load, save
 from compress_jax.trace import bind
 
+# Type checkers do not run `__getattr__`.
 if TYPE_CHECKING:
-    from compress_jax import data, models, report, search, train
+    from compress_jax import data, models, report, search, tasks, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -64,15 +67,18 @@ __all__ = [
     "save",
     "search",
     "straight_through",
+    "tasks",
     "trace",
     "train",
     "unpack",
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import data, models, report, search and train on first use: they take seconds to load."""
-    if name in ("data", "models", "report", "search", "train"):
+def __getattr__(name: str) -> ModuleType:
+    """Import data, models, report, search, tasks, train on first use: they take seconds to load."""
+    if name in ("data", "models", "report", "search", "tasks", "train"):
+        # The import also makes the module an attribute of this one, so that the next use does not
+        # come here.
         return importlib.import_module(f"compress_jax.{name}")
     raise AttributeError(f"module 'compress_jax' has no attribute {name!r}")
 

@@ -20,6 +20,7 @@ FLOORS = [
     {"quantize", "prune", "cluster", "lowrank", "distill"},  # neighbours do not know each other
     {"data"},
     {"models"},
+    {"tasks"},
     {"train"},
     {"export"},
     {"report"},

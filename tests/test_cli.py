@@ -53,6 +53,14 @@ def config(bits: int = 4, min_ratio: float = 1.5, steps: int = 12, seed: int = 0
 '''
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_pictures():
+    """They take most of the time of a small run, and have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("compress_jax.report._page.pictures", lambda run: {})
+        yield
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("configs") / "tiny.py"

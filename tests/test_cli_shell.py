@@ -14,6 +14,7 @@ from compress_jax.core import CheckpointError
 from compress_jax.train._loop import Session, open_recorders
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("words", [["--help"], ["report", "--help"]])
 def test_a_closed_pipe_is_quiet_and_has_an_exit_code_of_its_own(words: list[str]):
     read, write = os.pipe()
@@ -25,7 +26,9 @@ def test_a_closed_pipe_is_quiet_and_has_an_exit_code_of_its_own(words: list[str]
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["eval"], ["export"], ["inspect"], ["report"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["eval"], ["export"], ["inspect"], ["report"], ["plan"]]
+)
 @pytest.mark.parametrize("width", ["60", "80"])
 def test_help_fits_the_terminal_and_breaks_no_word(
     command: list[str], width: str, monkeypatch, capsys

@@ -22,6 +22,7 @@ from compress_jax.core.packed import Clustered, Quantized, Sparse
 from compress_jax.core.paths import flatten
 from compress_jax.data._builders import idx
 from compress_jax.search import compress
+from compress_jax.search._check import check as check_shapes
 from compress_jax.train import accuracy
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -97,7 +98,7 @@ def check(result, experiment) -> list:
     return kernels(packed)
 
 
-def test_digits(config, tmp_path):
+def digits(config):
     steps = {"teacher_steps": 12, "student_steps": 60, "candidate_steps": 20}
     experiment = config("digits", **steps, max_drop=0.99)
     assert [candidate.name for candidate in experiment.candidates] == [
@@ -105,11 +106,23 @@ def test_digits(config, tmp_path):
         "prune-91-int4",
         "prune-95-int4",
     ]
-    experiment = dataclasses.replace(
-        experiment, candidates=experiment.candidates[1:2]
-    )  # each is a program to compile
+    # Each is a program to compile.
+    return dataclasses.replace(experiment, candidates=experiment.candidates[1:2])
+
+
+@pytest.mark.slow
+def test_digits_on_shapes(config):
+    assert check_shapes(digits(config), {}) == []
+
+
+@pytest.mark.slow
+def test_digits(config, tmp_path):
+    experiment = digits(config)
     result = compress(experiment, tmp_path, log_fn=lambda line: None)
-    teacher, student, tried = result.rows
+    teacher, student, longer, tried = result.rows
+    assert longer.name == "student-longer" and longer.nbytes == pytest.approx(
+        student.nbytes, rel=0.01
+    )
     assert (
         (teacher.name, student.name) == ("teacher", "student")
         and result.chosen is tried
@@ -140,16 +153,17 @@ def real_images(monkeypatch):
 def test_fashion_mnist(config, real_images, tmp_path):
     epochs = {"teacher_epochs": 1, "student_epochs": 1, "candidate_epochs": 1}
     experiment = config(
-        "fashion_mnist", examples=1280, **epochs, batch_size=32, max_drop=0.99, min_ratio=1.0
+        "fashion_mnist", examples=512, **epochs, batch_size=32, max_drop=0.99, min_ratio=1.0
     )
     result = compress(experiment, tmp_path, log_fn=lambda line: None)
     assert [row.name for row in result.rows] == [
         "teacher",
         "student",
+        "student-longer",
         "prune-60-int4",
         "prune-80-int4",
     ]
-    sizes = [row.nbytes for row in result.rows]
+    sizes = [row.nbytes for row in result.rows if row.name != "student-longer"]
     assert result.met and sizes == sorted(sizes, reverse=True)
     nodes = check(result, experiment)
     assert all(isinstance(node, Quantized) for node in nodes) and 0.7999 < sparsity(nodes) < 0.9
@@ -165,11 +179,12 @@ def test_deep_compression(config, real_images, tmp_path):
         "sparsity": (0.9, 0.95),
         "max_drop": 0.99,
     }
-    experiment = config("deep_compression", examples=1280, **arguments)
+    experiment = config("deep_compression", examples=640, **arguments)
     result = compress(experiment, tmp_path, log_fn=lambda line: None)
     assert [row.name for row in result.rows] == [
         "teacher",
         "student",
+        "student-longer",
         "prune-90-share-16",
         "prune-95-share-16",
     ]

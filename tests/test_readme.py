@@ -12,10 +12,26 @@ import compress_jax as cj
 README = Path(__file__).parents[1] / "README.md"
 
 
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+
+
+@pytest.mark.slow
+def test_the_config_of_own_arrays_and_an_own_model_runs(tmp_path):
+    """In at most ten lines, from arrays to an artifact that is measured."""
+    code = blocks()[0]
+    assert code.split("def config")[1].strip().count("\n") <= 10
+    seen = {}
+    exec(compile(code, "README.md", "exec"), seen)
+    result = cj.search.compress(seen["config"](steps=40), tmp_path, log_fn=lambda line: None)
+    assert {"teacher", "student", "trained", "solved"} <= {row.name for row in result.rows}
+    assert result.artifact.exists() and result.chosen.test > 0.5
+
+
 @pytest.mark.slow
 def test_the_example_trains_compresses_and_saves_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    first, *rest = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
+    _, first, *rest = blocks()
     seen = {}
     with jax.numpy_dtype_promotion(
         "standard"

@@ -2,25 +2,27 @@
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import shown, stdout
 from compress_jax.core.errors import ArtifactError, ExportError
-from compress_jax.core.types import ModelFn, PyTree, Variables
+from compress_jax.core.types import JsonObject, ModelFn, PyTree, Variables
 
 if TYPE_CHECKING:
     import numpy as np
 
     from compress_jax.export import Exported, Verification
     from compress_jax.search import Experiment
+    from compress_jax.tasks import PureModel, Task
 
 Target = Literal["onnx", "litert", "stablehlo"]
 SUFFIX = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}
+FIXED = 64  # examples a call of a program that must know how many
 GATE = 4  # exit code of an export that fails its checks
 
 
@@ -46,22 +48,28 @@ def evaluate(
     """
     from compress_jax.report import Table, rich_table
 
-    experiment, packed, results = rebuilt(workdir)
+    experiment, model, packed, results = rebuilt(workdir)
     written = next(row for row in results["rows"] if row["name"] == results["chosen"])
+    metric = experiment.task.metric
     measured = {
-        "test": _accuracy(experiment, packed, experiment.data.test),
-        "validation": _accuracy(experiment, packed, experiment.data.validation),
+        "test": _measured(experiment, model, packed, experiment.data.test),
+        "validation": _measured(experiment, model, packed, experiment.data.validation),
         "nbytes": (workdir / "artifact.safetensors").stat().st_size,
     }
     names = {
-        "test": "test accuracy",
-        "validation": "validation accuracy",
+        "test": f"test {metric.name}",
+        "validation": f"validation {metric.name}",
         "nbytes": "bytes on disk",
     }
-    rows = [(text, _cell(measured[key]), _cell(written[key])) for key, text in names.items()]
+
+    def cell(value: float) -> str:
+        return f"{value:,}" if isinstance(value, int) else metric.text(value)
+
+    rows = [(text, cell(measured[key]), cell(written[key])) for key, text in names.items()]
     console = stdout()
     table = Table(results["chosen"], ("", "measured now", "results.json"), tuple(rows))
     console.print(rich_table(table))
+    # Exactly: the file, the data and the program are the same, so the numbers must be.
     if all(measured[key] == written[key] for key in names):
         console.print("the same")
         return 0
@@ -69,20 +77,18 @@ def evaluate(
     return 1
 
 
-def _accuracy(experiment: "Experiment", packed: PyTree, split: "Mapping[str, np.ndarray]") -> float:
+def _measured(
+    experiment: "Experiment", model: "PureModel", packed: PyTree, split: "Mapping[str, np.ndarray]"
+) -> float:
     from compress_jax.core import unpack
-    from compress_jax.train import logits
+    from compress_jax.tasks import measure
 
-    apply: ModelFn = experiment.student.model.apply
-    return float((logits(apply, unpack(packed), split).argmax(-1) == split["label"]).mean())
-
-
-def _cell(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{100 * value:.2f} %"
+    task = experiment.task
+    return measure(task, model.apply, unpack(packed), split).values[task.metric.name]
 
 
-def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
-    """Return the experiment of a finished run, its artifact and its results.
+def rebuilt(workdir: Path) -> "tuple[Experiment, PureModel, PyTree, JsonObject]":
+    """Return the experiment of a finished run, its model, its artifact and its results.
 
     The config that the run stored is executed, once its digest has been checked.
 
@@ -90,7 +96,8 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
       workdir: the folder.
 
     Returns:
-      ``(experiment, packed variables, results)``; the artifact fits the student's model.
+      ``(experiment, model, packed variables, results)``; the artifact is of the model: the
+      student's, or that which the candidate's method made of it.
 
     Raises:
       ConfigError: if a file of the folder is missing or damaged, or the code of the model has
@@ -101,8 +108,11 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
     from compress_jax.cli.workdir import kept_config, read_run
     from compress_jax.export import load
     from compress_jax.report import read_results
-    from compress_jax.search._stage import require_same_model
+    from compress_jax.search._ingredients import require_same_model
+    from compress_jax.search._loop import labelled
+    from compress_jax.search._method import rebuilt_model
 
+    # The flags are parsed again, as arguments that are no JSON were stored as text.
     flags = read_run(workdir)["flags"]
     # The numbers are only shown beside what is measured, so a wrong digest does no harm.
     results = read_results(workdir, intact=False)
@@ -112,21 +122,22 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, Any, dict[str, Any]]":
     function = load_config(config)
     arguments, _ = parse_config(function, flags, f"compress-jax run {config}")
     experiment = build(function, arguments)
-    require_same_model(workdir / "candidates" / results["chosen"], experiment.student.model)
-    _require_fit(file, experiment, packed)
-    return experiment, packed, results
+    model = rebuilt_model(experiment, file, results["chosen"])
+    # A model that a rewrite made has no source; the artifact is then compared by shapes alone.
+    if model.source is not None:
+        require_same_model(workdir / "candidates" / results["chosen"], model.source)
+    _require_fit(file, experiment, model, packed)
+    return labelled(experiment, workdir), model, packed, results
 
 
-def _require_fit(file: Path, experiment: "Experiment", packed: PyTree) -> None:
-    """Check that the student's model can be called with an artifact's variables."""
+def _require_fit(file: Path, experiment: "Experiment", model: "PureModel", packed: PyTree) -> None:
+    """Check that a model can be called with an artifact's variables."""
     import jax
 
     from compress_jax.core import unpack
 
-    images = experiment.data.test["image"]
-    example = jax.ShapeDtypeStruct((1, *images.shape[1:]), images.dtype)
     try:
-        jax.eval_shape(experiment.student.model.apply, unpack(packed), example)
+        jax.eval_shape(model.apply, unpack(packed), *experiment.example)
     except Exception as error:
         why = str(error).strip().split("\n")[0]
         raise ArtifactError(
@@ -172,7 +183,7 @@ def export(
       batch: examples a call; LiteRT files run this size only.
       rounds: timed calls of each file.
       min_agreement: smallest share of test examples that are answered as in JAX.
-      max_drop: largest loss of accuracy against JAX; 0.01 is one point.
+      max_drop: largest loss of accuracy, or of the task's metric, against JAX; 0.01 is one point.
 
     Returns:
       The exit code.
@@ -180,34 +191,34 @@ def export(
     from compress_jax.core import unpack
     from compress_jax.export import verify, write_atomically
 
-    experiment, packed, _ = rebuilt(workdir)
-    model = experiment.student.model
+    experiment, model, packed, _ = rebuilt(workdir)
+    task = experiment.task
     data = experiment.data
     dense = unpack(packed)
-    example = data.train["image"][:batch]
     folder = workdir / "export"
     _make(folder)
 
-    def fn(variables: Variables, x: Any) -> Any:
-        return model.apply(variables, x)
+    def fn(variables: Variables, *inputs: PyTree) -> PyTree:
+        return model.apply(variables, *inputs)
 
     console = stdout()
-    records: dict[str, Any] = {}
+    records: JsonObject = {}
     passed = True
     for target in dict.fromkeys(to):
-        options = _options(target, activations, data.train["image"][:calibrate], batch)
-        file = folder / f"model{SUFFIX[target]}"
-        baseline = folder / f"float{SUFFIX[target]}"
-        write = _writer(target)
-        exported = write(fn, packed, example, file, **options)
-        write(fn, dense, example, baseline)
+        options = _options(target, activations, task, data.train, calibrate, batch)
+        files = [folder / f"{name}{SUFFIX[target]}" for name in ("model", "float")]
+        exported, sizes = _write_files(
+            target, fn, (packed, dense), files, functools.partial(_inputs, task, data.train), batch,
+            options,
+        )  # fmt: skip
         verification = verify(
-            file,
+            exported.path,
             exported.simulation or functools.partial(fn, dense),
-            data.test["image"],
-            data.test["label"],
-            baseline=baseline,
-            batch_sizes=(1, batch),
+            _inputs(task, data.test),
+            task=task,
+            split=data.test,
+            baseline=files[1],
+            batch_sizes=sizes,
             rounds=rounds,
             min_agreement=min_agreement,
             max_drop=max_drop,
@@ -222,6 +233,46 @@ def export(
         return 0
     console.print("[bold red]a file fails[/]: see above; no claim should rest on it")
     return GATE
+
+
+def _write_files(
+    target: Target,
+    fn: ModelFn,
+    variables: tuple[PyTree, PyTree],
+    files: Sequence[Path],
+    inputs: Callable[[int], PyTree],
+    batch: int,
+    options: Mapping[str, object],
+) -> "tuple[Exported, tuple[int, ...]]":
+    """Write the artifact and the same model in float32.
+
+    Args:
+      target: the runtime.
+      fn: ``(variables, *inputs) -> outputs``.
+      variables: packed, and in float32.
+      files: where each goes.
+      inputs: the inputs of so many examples.
+      batch: examples a call.
+      options: of the first file.
+
+    Returns:
+      What was exported, and the examples a call that it can be timed with.
+    """
+    write = _writer(target)
+
+    def both(example: PyTree, **fixed: str) -> "Exported":
+        exported = write(fn, variables[0], example, files[0], **options, **fixed)
+        write(fn, variables[1], example, files[1], **fixed)
+        return exported
+
+    try:
+        return both(inputs(batch)), (1, batch)
+    except ExportError as error:
+        # The code of some models depends on the number of examples, which is then fixed.
+        if "batch='example'" not in str(error):
+            raise
+    stdout().print(f"{target}: runs {FIXED} examples a call, as its code needs the number")
+    return both(inputs(FIXED), batch="example"), (FIXED,)
 
 
 def _print_export(target: Target, exported: "Exported", verification: "Verification") -> None:
@@ -247,19 +298,37 @@ def _make(folder: Path) -> None:
         ) from error
 
 
-def _writer(target: Target) -> Callable[..., Any]:
+def _writer(target: Target) -> "Callable[..., Exported]":
     from compress_jax.export import to_litert, to_onnx, to_stablehlo
 
     return {"onnx": to_onnx, "litert": to_litert, "stablehlo": to_stablehlo}[target]
 
 
-def _options(target: Target, activations: str, images: "np.ndarray", batch: int) -> dict[str, Any]:
+def _inputs(task: "Task", split: "Mapping[str, np.ndarray]", examples: int | None = None) -> PyTree:
+    """Return what the model is given of the first examples of a split: an array, or several."""
+    inputs = task.inputs_of(task.prepare({name: x[:examples] for name, x in split.items()}))
+    return inputs[0] if len(inputs) == 1 else inputs
+
+
+def _options(
+    target: Target,
+    activations: str,
+    task: "Task",
+    split: "Mapping[str, np.ndarray]",
+    calibrate: int,
+    batch: int,
+) -> dict[str, object]:
     """Return the options of a target's export."""
     if activations == "float" or target == "stablehlo":
         return {}
     from compress_jax.quantize._activations.static import static
 
-    batches = [images[i : i + batch] for i in range(0, len(images) - batch + 1, batch)]
+    number = min(calibrate, len(next(iter(split.values()))))
+    # Whole batches only, so that calibration is compiled once.
+    batches = [
+        _inputs(task, {name: x[i : i + batch] for name, x in split.items()})
+        for i in range(0, max(number - batch + 1, 1), batch)
+    ]
     return {"how": static(bits=8, symmetric=False), "batches": batches}
 
 

@@ -13,19 +13,22 @@ from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from compress_jax.cli._commands import evaluate, export, inspect, report
+from compress_jax.cli._plan import plan
 from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import fitted, shown, stderr, stdout
 from compress_jax.cli.parse import parse, summary
-from compress_jax.core.errors import CompressError
+from compress_jax.cli.processes import LOST, emulate, join, launch, require_devices, split_flags
+from compress_jax.core.errors import CompressError, OtherProcessError
 from compress_jax.core.table import printable
+from compress_jax.core.types import JsonObject
 
 if TYPE_CHECKING:
-    from compress_jax.search import Experiment, Requirement
+    from compress_jax.search import Experiment, Requirement, Result
 
 
 # Stop on Ctrl-C and SIGTERM: one line and the exit code the shell expects, no traceback.
@@ -86,6 +89,7 @@ def stopped_by_signals() -> Iterator[Stop]:
 
     def handle(signum: int, frame: FrameType | None) -> None:
         stop.stopped = Stopped(signum)
+        # A second signal ends the process, should the first be caught on its way.
         for each in signals:
             signal.signal(each, signal.SIG_DFL)
         raise stop.stopped
@@ -106,7 +110,7 @@ def run(
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
     workdir: Path | None = None,
     *,
-    chosen: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None,
+    chosen: Annotated[JsonObject | None, tyro.conf.Suppress] = None,
     flags: Annotated[list[str] | None, tyro.conf.Suppress] = None,
 ) -> int:
     """Train, compress and verify what a config describes.
@@ -120,7 +124,17 @@ def run(
     The second leaves artifact.safetensors, results.json, log.txt, report.html, metrics and
     checkpoints in the folder runs/digits-bits=3.
 
-    A run that was stopped in any way continues where it was when the same command is given again.
+    Several processes share a run and its folder. The first of these starts two here, of four
+    emulated devices each; the second joins those of SLURM, GKE, TPU pods or Open MPI; the third is
+    one of 64 anywhere:
+
+      compress-jax run CONFIG --processes 2 --devices 4
+      srun compress-jax run CONFIG --distributed
+      compress-jax run CONFIG --processes 64 --process 3
+        --coordinator HOST:PORT
+
+    A run that was stopped in any way continues where it was when the same command is given again,
+    with any number of processes and devices.
     Exit code 3 means that no candidate met the requirement; the artifact is then the best there
     was.
 
@@ -133,53 +147,84 @@ def run(
     Returns:
       The exit code.
     """
-    from compress_jax.cli.workdir import check_same, default_workdir, describe, locked, remember
+    from compress_jax.cli.workdir import default_workdir, describe, remember
+    from compress_jax.train._processes import in_order, once
 
     function = load_config(config)
     arguments = chosen or {}
     workdir = workdir or default_workdir(config, arguments, _defaults(function))
     source = config.read_bytes()
     described = describe(config, source, arguments, flags or [])
-    check_same(workdir, source, described)  # before anything is written there
-    with locked(workdir):
-        check_same(workdir, source, described)
+    with contextlib.ExitStack() as stack:
+        once(lambda: _enter(stack, workdir, source, described))
         _quiet()
-        experiment = build(function, arguments)
-        remember(workdir, source, described | {"requirement": _as_json(experiment.requirement)})
+        # Remembered only when the config has built: one with an error can be corrected.
+        experiment = in_order(lambda: build(function, arguments))
+        kept = described | {"requirement": _as_json(experiment.requirement)}
+        once(lambda: remember(workdir, source, kept))
         metadata = {name: described[name] for name in ("config", "arguments")}
         return _compress(experiment, workdir, metadata)
 
 
-def _compress(experiment: "Experiment", workdir: Path, metadata: dict[str, Any]) -> int:
+def _enter(
+    stack: contextlib.ExitStack, workdir: Path, source: bytes, described: JsonObject
+) -> None:
+    """Keep a run's folder for this process, unless it holds another run."""
+    from compress_jax.cli.workdir import check_same, locked
+
+    check_same(workdir, source, described)  # before anything is written there
+    stack.enter_context(locked(workdir))
+    # Again, as another process may have begun a run there before the lock was held.
+    check_same(workdir, source, described)
+
+
+def _compress(experiment: "Experiment", workdir: Path, metadata: JsonObject) -> int:
     """Run the loop, print its results and write the report."""
-    from compress_jax import report, search
+    from compress_jax import search
     from compress_jax.cli.workdir import logging_to
     from compress_jax.train import Interrupted
+    from compress_jax.train._processes import is_first
 
     console = stdout()
-    with logging_to(workdir, lambda line: console.print(shown(line))) as log_fn:
+    logging = logging_to(workdir, lambda line: console.print(shown(line)))
+    # The first process alone writes and prints.
+    with logging if is_first() else contextlib.nullcontext(_say_nothing) as log_fn:
         try:
             result = search.compress(experiment, workdir, metadata=metadata, log_fn=log_fn)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
             raise Stopped(stop.signum, str(stop)) from stop
-    rows = [row.as_dict() for row in result.rows]
-    console.print(report.rich_table(report.results_table(rows, result.chosen.name)))
+    if not is_first():
+        return 0
+    _show(workdir, result)
+    return 0 if result.met else UNMET
+
+
+def _say_nothing(line: str) -> None:
+    """Log nothing."""
+
+
+def _show(workdir: Path, result: "Result") -> None:
+    """Print the results of a run and write its report."""
+    from compress_jax import report
+
+    console = stdout()
+    results = report.read_results(workdir)
+    table = report.results_table(results["rows"], results["chosen"], results.get("metric"))
+    console.print(report.rich_table(table))
     page = report.write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
     console.print(f"artifact: {shown(workdir / result.artifact.name)}")
     console.print(f"report:   {shown(page)}")
-    if result.met:
-        return 0
-    best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
-    console.print(f"No candidate met the requirement; {best}.")
-    return UNMET
+    if not result.met:
+        best = f"{shown(result.chosen.name)} is the best there was: {shown(result.chosen.reason)}"
+        console.print(f"No candidate met the requirement; {best}.")
 
 
-def _defaults(function: Callable[..., Any]) -> dict[str, Any]:
+def _defaults(function: Callable[..., object]) -> dict[str, object]:
     parameters = signature(function).parameters
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
-def _as_json(requirement: "Requirement") -> dict[str, Any]:
+def _as_json(requirement: "Requirement") -> JsonObject:
     """Return the requirement's fields; JSON has no infinity, so no limit on the bytes is null."""
     fields = dataclasses.asdict(requirement)
     return {name: None if value == math.inf else value for name, value in fields.items()}
@@ -202,6 +247,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "export": export,
     "inspect": inspect,
     "report": report,
+    "plan": plan,
 }
 
 HELP = """\
@@ -225,6 +271,7 @@ Exit codes:
   2    wrong usage
   3    no candidate met the requirement; the artifact is the best there was
   4    an exported file fails its checks
+  75   another process of the run failed or was lost
   130  stopped by Ctrl-C
   141  the pipe it prints into was closed, as by head
   143  stopped by SIGTERM
@@ -248,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        sys.stdout.flush()  # here, where a closed pipe is caught
     except BrokenPipeError:  # the reader has closed the pipe; the files of a run stay
         # Python flushes stdout when it exits, and would report the closed pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -258,23 +305,56 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     debug = "--debug" in words or os.environ.get("COMPRESS_JAX_DEBUG", "0") != "0"
-    words = [word for word in words if word != "--debug"]
+    words = [word for word in words if word != "--debug"]  # a flag of every command
     if not words or words[0] not in COMMANDS:
         return _no_command(words)
     with stopped_by_signals() as stop:
         try:
-            code = _call(words)
+            code = _over_processes(words) if words[0] in ("run", "plan") else _call(words)
         except BrokenPipeError:
             raise
         except BaseException as error:
             # A library may have turned the signal into an error of its own.
             stopped = error if isinstance(error, Stopped) else stop.stopped
             if stopped is None and not isinstance(error, CompressError | OSError):
-                raise
+                if not _is_loss(error):
+                    raise
+                text = "another process was lost; run the same command to continue"
+                error = OtherProcessError(text)
             if debug:
                 traceback.print_exception(error)
-            return _failed(error) if stopped is None else _stopped(words[0], stopped)
+            if stopped is not None:
+                return _stopped(words[0], stopped)
+            code = _failed(error)
+            if _is_one_of_several():
+                # An orderly end would wait for the others, and these wait for this one.
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            return code
+        # Code outside Python may have hidden the exception and returned as if all were done.
         return code if stop.stopped is None else _stopped(words[0], stop.stopped)
+
+
+def _over_processes(words: list[str]) -> int:
+    """Run a config in this process, with others of a cluster, or in several that are started."""
+    command, *rest = words
+    try:
+        flags, rest = split_flags(rest)
+    except SystemExit:  # wrong usage, which the parser has explained
+        return 2
+    if {"-h", "--help"} & set(rest):
+        return _call([command, *rest])
+    # All this before the config is read, as it may ask for devices.
+    if flags.devices:
+        emulate(flags.devices)
+    if flags.coordinator or flags.distributed:
+        join(flags)
+    elif flags.processes:
+        return launch(rest, flags.processes)
+    if flags.devices:
+        require_devices(flags.devices)
+    return _call([command, *rest])
 
 
 def _call(words: list[str]) -> int:
@@ -296,7 +376,22 @@ def _failed(error: BaseException) -> int:
         advice = "see that the disk is writable and not full, and run the command again"
         text = f"{where}{error.strerror or error}; {advice}"
     stderr().print(f"[bold red]error:[/] {shown(text)}")
-    return 1
+    return LOST if isinstance(error, OtherProcessError) else 1
+
+
+def _is_one_of_several() -> bool:
+    """Return whether this process has joined others; where JAX is not there yet, it has not."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Return whether an error means that another process of the run is gone."""
+    if not _is_one_of_several():
+        return False
+    from compress_jax.train._processes import is_loss
+
+    return is_loss(error)
 
 
 def _stopped(command: str, stopped: Stopped) -> int:

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress_jax.core.errors import CompressError, ConfigError
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # imports the whole library, which showing a help text should
     from compress_jax.search import Experiment
 
 
-def load_config(path: Path) -> Callable[..., Any]:
+def load_config(path: Path) -> Callable[..., object]:
     """Import a config file and return its ``config`` function.
 
     Args:
@@ -39,6 +39,7 @@ def load_config(path: Path) -> Callable[..., Any]:
             f"{path} has no function 'config'; write 'def config(bits: int = 4) -> Experiment: "
             "...' in it"
         )
+    # Types decide how the words of the command line are read.
     untyped = [
         name for name, p in inspect.signature(config).parameters.items() if p.annotation is p.empty
     ]
@@ -50,7 +51,7 @@ def load_config(path: Path) -> Callable[..., Any]:
     return config
 
 
-def build(config: Callable[..., Any], arguments: dict[str, Any]) -> "Experiment":
+def build(config: Callable[..., object], arguments: dict[str, object]) -> "Experiment":
     """Call a config function.
 
     Args:
@@ -98,9 +99,11 @@ def _explained(path: Path) -> Iterator[None]:
     except CompressError:
         raise
     except Exception as error:
+        # The last line of the user's file: what it called may have failed deep inside a library.
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if Path(frame.filename) == path]
         line = lines[-1] if lines else None
+        # The file was never run, so no frame is of it.
         if isinstance(error, SyntaxError):
             line = error.lineno
         where = f"{path}, line {line}" if line else str(path)

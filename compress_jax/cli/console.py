@@ -66,6 +66,7 @@ def fitted(text: str, width: int | None = None) -> str:
 
 
 def _wide(console: Console) -> Console:
+    # A file or a pipe has no columns; a table cut at 80 would lose numbers.
     if not console.is_terminal:
         console.width = UNLIMITED
     return console

@@ -6,13 +6,17 @@ import inspect
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from compress_jax.cli.config import load_config
 from compress_jax.cli.console import fitted
+from compress_jax.cli.processes import FLAGS
 from compress_jax.core.errors import ConfigError
+from compress_jax.core.types import JsonObject
+
+T = TypeVar("T")
 
 Workdir = Annotated[
     str | None,
@@ -40,16 +44,35 @@ def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Calla
       ConfigError: if ``run`` is given a config that cannot be used.
     """
     if name == "run" and words and not words[0].startswith("-"):
+        # The flags after a config are its own, so it is loaded before they can be parsed.
         config = Path(words[0])
         flags = list(words[1:])
         chosen, workdir = parse_config(load_config(config), flags, f"compress-jax run {config}")
         return functools.partial(command, config, workdir, chosen=chosen, flags=flags)
+    if name == "plan" and words and not words[0].startswith("-"):
+        own, flags = _of_plan(words[1:])
+        config = Path(words[0])
+        chosen, _ = parse_config(load_config(config), flags, f"compress-jax plan {config}")
+        command = functools.wraps(command)(functools.partial(command, chosen=chosen))
+        words = [words[0], *own]
     return _cli(_deferred(command), f"compress-jax {name}", help_text(command), words)
 
 
+def _of_plan(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate the flags of ``plan`` from those of its config."""
+    own: list[str] = []
+    rest = list(words)
+    for flag in ("--mesh", "--chip"):
+        if flag in rest[:-1]:
+            place = rest.index(flag)
+            own += rest[place : place + 2]
+            del rest[place : place + 2]
+    return own, rest
+
+
 def parse_config(
-    config: Callable[..., Any], flags: Sequence[str], prog: str
-) -> tuple[dict[str, Any], Path | None]:
+    config: Callable[..., object], flags: Sequence[str], prog: str
+) -> tuple[JsonObject, Path | None]:
     """Read a config's arguments from the command line.
 
     Args:
@@ -65,17 +88,19 @@ def parse_config(
       SystemExit: as `parse` does.
       ConfigError: if a parameter is named as a flag of ``run``, or the folder has no name.
     """
-    if {"workdir", "debug"} & set(inspect.signature(config).parameters):
+    taken = {"workdir", "debug", *FLAGS} & set(inspect.signature(config).parameters)
+    if taken:
         raise ConfigError(
-            "'workdir' and 'debug' are flags of compress-jax run itself; rename the config's "
+            f"{sorted(taken)[0]!r} is a flag of compress-jax run itself; rename the config's "
             "argument"
         )
 
+    # Looks like the config to tyro, and returns the arguments in place of calling it.
     @functools.wraps(config)
-    def arguments(**chosen: Any) -> dict[str, Any]:
+    def arguments(**chosen: object) -> JsonObject:
         return chosen
 
-    def both(chosen: dict[str, Any], workdir: Workdir = None) -> tuple[dict[str, Any], str | None]:
+    def both(chosen: JsonObject, workdir: Workdir = None) -> tuple[JsonObject, str | None]:
         """Return both.
 
         Args:
@@ -84,8 +109,9 @@ def parse_config(
         """  # noqa: D417, D407
         return chosen, workdir
 
+    # The name "" keeps the flags as they are: --bits, not --chosen.bits.
     both.__annotations__["chosen"] = Annotated[
-        dict[str, Any], tyro.conf.arg(name="", constructor=arguments)
+        JsonObject, tyro.conf.arg(name="", constructor=arguments)
     ]
     found, workdir = _cli(both, prog, _description(config), flags)
     if workdir is not None and not workdir.strip():
@@ -93,12 +119,12 @@ def parse_config(
     return found, None if workdir is None else Path(workdir)
 
 
-def summary(function: Callable[..., Any]) -> str:
+def summary(function: Callable[..., object]) -> str:
     """Return the first sentence of a docstring, for a list of commands."""
     return (inspect.getdoc(function) or "").split("\n")[0]
 
 
-def help_text(function: Callable[..., Any]) -> str:
+def help_text(function: Callable[..., object]) -> str:
     """Return a docstring without its sections on arguments and result.
 
     Args:
@@ -116,7 +142,7 @@ def help_text(function: Callable[..., Any]) -> str:
     return "\n".join(lines[: ends[0] if ends else None]).strip()
 
 
-def _cli(function: Callable[..., Any], prog: str, description: str, words: Sequence[str]) -> Any:
+def _cli(function: Callable[..., T], prog: str, description: str, words: Sequence[str]) -> T:
     """Call tyro, and wrap its help again.
 
     tyro breaks words where a paragraph is wider than the terminal.
@@ -127,11 +153,11 @@ def _cli(function: Callable[..., Any], prog: str, description: str, words: Seque
     try:
         with contextlib.redirect_stdout(text):
             return tyro.cli(function, prog=prog, description=description, args=words)
-    finally:
+    finally:  # tyro ends by SystemExit after it has printed the help
         print(fitted(text.getvalue()), end="")
 
 
-def _description(config: Callable[..., Any]) -> str:
+def _description(config: Callable[..., object]) -> str:
     """Return the help text of a config: its function's docstring, then that of its file."""
     module = inspect.cleandoc(config.__globals__.get("__doc__") or "")
     return "\n\n".join(text for text in (help_text(config), module) if text)

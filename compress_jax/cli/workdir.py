@@ -12,11 +12,11 @@ import platform
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from compress_jax.core.errors import ArtifactError, ConfigError
 from compress_jax.core.record import read_record, sealed
 from compress_jax.core.table import printable
+from compress_jax.core.types import JsonObject
 from compress_jax.export import write_atomically
 from compress_jax.report._read import RUN_FORM, RUN_VERSION
 
@@ -27,7 +27,9 @@ LOCK = ".lock"
 PACKAGES = ("compress_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
-def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str, Any]) -> Path:
+def default_workdir(
+    config: Path, arguments: dict[str, object], defaults: dict[str, object]
+) -> Path:
     """Name the folder of a run after its config and the arguments that differ from their defaults.
 
     Args:
@@ -47,16 +49,17 @@ def default_workdir(config: Path, arguments: dict[str, Any], defaults: dict[str,
     for name, value in arguments.items():
         if name not in defaults or value != defaults[name]:
             parts.append(f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}")
-    return Path("runs") / "-".join(parts)[:200]
+    return Path("runs") / "-".join(parts)[:200]  # file systems allow names of 255 bytes
 
 
 def describe(
-    config: Path, source: bytes, arguments: dict[str, Any], flags: list[str]
-) -> dict[str, Any]:
+    config: Path, source: bytes, arguments: dict[str, object], flags: list[str]
+) -> JsonObject:
     """Return the content of ``run.json`` for a command.
 
     Infinity and NaN become text, as JSON has neither.
     """
+    # What JSON has no form for, such as a Path, is stored as text.
     known = _finite(json.loads(json.dumps(arguments, default=str)))
     versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
     digest = hashlib.sha256(source).hexdigest()
@@ -70,7 +73,7 @@ def describe(
     }
 
 
-def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
+def check_same(workdir: Path, source: bytes, described: JsonObject) -> None:
     """Check that a folder is new or empty, or holds a run of the same config and arguments.
 
     Args:
@@ -85,8 +88,10 @@ def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
         return _require_empty(workdir)
     old = read_run(workdir)
     new = described
+    # Nothing was made by the run before: it is replaced.
     if not _begun(workdir):
         return
+    # Arguments first: they say more than a digest does.
     for name in {**old["arguments"], **new["arguments"]}:
         was = _given(old, name)
         now = _given(new, name)
@@ -103,7 +108,7 @@ def check_same(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
         )
 
 
-def remember(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
+def remember(workdir: Path, source: bytes, described: JsonObject) -> None:
     """Write ``run.json`` and the config's source, unless the folder has begun with them."""
     if not _begun(workdir) or not (workdir / RUN).exists():
         write_atomically(workdir / RUN, sealed(described))
@@ -111,7 +116,7 @@ def remember(workdir: Path, source: bytes, described: dict[str, Any]) -> None:
         write_atomically(workdir / CONFIG, source)
 
 
-def read_run(workdir: Path) -> dict[str, Any]:
+def read_run(workdir: Path) -> JsonObject:
     """Return what ``run.json`` of a folder holds.
 
     Raises:
@@ -174,7 +179,7 @@ def _require_empty(workdir: Path) -> None:
         )
 
 
-def _kept_digest(workdir: Path, described: dict[str, Any]) -> str:
+def _kept_digest(workdir: Path, described: JsonObject) -> str:
     """Return the digest of the config of a run.
 
     A run of an earlier version recorded none; then it is that of the stored config file.
@@ -185,7 +190,7 @@ def _kept_digest(workdir: Path, described: dict[str, Any]) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
-def _given(described: dict[str, Any], name: str) -> str:
+def _given(described: JsonObject, name: str) -> str:
     return repr(described["arguments"][name]) if name in described["arguments"] else "not there"
 
 
@@ -204,7 +209,7 @@ def _first_change(workdir: Path, source: bytes) -> str:
     return "they differ in bytes that are no text"
 
 
-def _finite(value: object) -> Any:
+def _finite(value: object) -> object:
     if isinstance(value, dict):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -235,7 +240,7 @@ def logging_to(workdir: Path, show: Callable[[str], None]) -> Iterator[Callable[
 
         def log_fn(line: str) -> None:
             line = printable(line)
-            file.write(f"{line}\n")
+            file.write(f"{line}\n")  # line-buffered, so that a kill loses none
             show(line)
 
         yield log_fn
@@ -256,6 +261,7 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        # The lock is of the open file, not of its name: the file itself stays.
         file = (workdir / LOCK).open("w")
     except OSError as error:
         raise ArtifactError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from compress_jax.core.describe import describe
 from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
-from compress_jax.core.types import Params, PyTree, Step
+from compress_jax.core.types import Leaf, Params, PyTree, Step
 
 
 def chain(*compressions: Compression) -> Compression:
@@ -80,6 +80,7 @@ class _Chain(NamedTuple):
         return parts_of(state, len(self.compressions))
 
     def init(self, params: Params, *, step: Step = 0) -> CompressionState:
+        # Each part starts from the view of those before it, which is what it sees in training.
         states = []
         for c in self.compressions:
             states.append(begin(c, params, step))
@@ -95,6 +96,7 @@ class _Chain(NamedTuple):
         states = []
         for c, own in zip(self.compressions, self.states(state), strict=True):
             states.append(c.update(params, own, **inputs))
+            # The view of the new state: the next part sees the masks and scales of this step.
             params = c.view(params, states[-1])
         return joined(states)
 
@@ -104,6 +106,7 @@ class _Chain(NamedTuple):
         return _Chain(tuple(map(awake, self.compressions))).update(params, state, **inputs)
 
     def pack(self, params: Params, state: CompressionState) -> Params:
+        # Every part packs the leaf as it sees it; what is stored must give the last part's view.
         forms = []
         for c, own in zip(self.compressions, self.states(state), strict=True):
             forms.append(flatten(c.pack(params, own))[0])
@@ -113,6 +116,7 @@ class _Chain(NamedTuple):
         return rebuild(packed)
 
     def skipped(self, params: Params) -> dict[str, str]:
+        # A leaf is left alone only if every part leaves it alone.
         reasons = [c.skipped(params) for c in self.compressions]
         found = {}
         for path in flatten(params)[0]:
@@ -128,6 +132,7 @@ class _Chain(NamedTuple):
         joint = {}
         for path in flatten(params)[0]:
             steps = [own[path] for own, _ in found if path in own]
+            # A part that changes the leaf and is not pointwise makes the whole not pointwise.
             if steps and all(path in own or path in left for own, left in found):
                 joint[path] = _in_sequence(steps)
         return joint
@@ -149,21 +154,24 @@ def _in_sequence(steps: Sequence[Pointwise]) -> Pointwise:
 class _InSequence:
     """Functions in sequence; equal if they are, so that `jit` compiles once for all leaves."""
 
-    steps: tuple[tuple[Callable[..., Any], int], ...]
+    steps: tuple[tuple[Callable[..., jax.Array], int], ...]
 
-    def __call__(self, x: Any, *operands: Any) -> Any:
+    def __call__(self, x: jax.Array, *operands: jax.Array) -> jax.Array:
+        # The operands of all steps follow one another; each step takes the next n.
         for fn, n in self.steps:
             x = fn(x, *operands[:n])
             operands = operands[n:]
         return x
 
 
-def _smallest(dense: jax.Array, forms: Sequence[Any]) -> Any:
+def _smallest(dense: jax.Array, forms: Sequence[Leaf]) -> Leaf:
     """Return the smallest packed form, or its nonzeros, that equals ``dense`` exactly."""
     nodes = [form for form in forms if is_packed(form)]
+    # A node that a later part has masked equals the view only with those codes left out.
     sparse = [
         node.keep(dense != 0) for node in nodes if isinstance(node, (Quantized, Tabled, Clustered))
     ]
-    bits = np.asarray(dense).tobytes() if nodes else b""  # comparing bits tells -0.0 from 0.0
+    # Bits are compared, not values: they tell -0.0 from 0.0.
+    bits = np.asarray(dense).tobytes() if nodes else b""
     exact = [node for node in [*nodes, *sparse] if np.asarray(to_dense(node)).tobytes() == bits]
     return min([*exact, dense], key=nbytes)

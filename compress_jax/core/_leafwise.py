@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,16 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Key, ModelFn, Params, PyTree, Step
+from compress_jax.core.types import Key, Leaf, Params, PyTree, Step
 
-LeafState = tuple[Any, Any]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LeafState = tuple[PyTree, PyTree]
+"""What a leaf adds to a `CompressionState`: ``(learned, fixed)``, None for nothing."""
 
 
-def check_finite(path: str, x: Any) -> None:
+def check_finite(path: str, x: Leaf) -> None:
     """Raise if a concrete array holds NaN or infinity; a traced one passes.
 
     Args:
@@ -50,7 +54,7 @@ def _bad(x: jax.Array) -> jax.Array:
     return (~jnp.isfinite(x)).sum()
 
 
-def why_not_float(path: str, x: Any) -> str | None:
+def why_not_float(path: str, x: Leaf) -> str | None:
     """Say why a leaf cannot be compressed by any algorithm here, or return None if it can."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"{getattr(x, 'dtype', type(x).__name__)} is not a floating-point dtype"
@@ -59,15 +63,16 @@ def why_not_float(path: str, x: Any) -> str | None:
 
 def fold_path(key: jax.Array | None, path: str) -> jax.Array | None:
     """Derive a leaf's key from its path: adding a leaf does not change the keys of others."""
+    # Python's own hash of a text differs from process to process.
     return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
 
 
 def leafwise(
-    view: Callable[..., Any],
+    view: Callable[..., jax.Array],
     *,
     init: Callable[..., LeafState] | None = None,
     update: Callable[..., LeafState] | None = None,
-    pack: Callable[..., Any] | None = None,
+    pack: Callable[..., Leaf] | None = None,
     why_not: Callable[..., str | None] | None = None,
     key: jax.Array | None = None,
     pointwise: Callable[..., Pointwise] | None = None,
@@ -120,21 +125,21 @@ def leafwise(
 class _Functions(NamedTuple):
     """The functions over one array that `leafwise` was given."""
 
-    view: Callable[..., Any]
+    view: Callable[..., jax.Array]
     init: Callable[..., LeafState] | None
     update: Callable[..., LeafState] | None
-    pack: Callable[..., Any] | None
+    pack: Callable[..., Leaf] | None
     why_not: Callable[..., str | None] | None
     pointwise: Callable[..., Pointwise] | None
     layout: bool
 
-    def with_axes(self, fn: ModelFn, axes: Axes) -> Callable[..., Any]:
+    def with_axes(self, fn: Callable[..., R], axes: Axes) -> Callable[..., R]:
         """Return a function with the axes as its last argument, if it takes them."""
         return (lambda *args: fn(*args, axes)) if self.layout else fn
 
     def per_layer(
-        self, fn: ModelFn, axes: Axes, args: Sequence[str], out: str
-    ) -> Callable[..., Any]:
+        self, fn: Callable[..., R], axes: Axes, args: Sequence[str], out: str
+    ) -> Callable[..., R]:
         """Return a function of one layer as one of the leaf."""
         return over_layers(self.with_axes(fn, axes.layer), axes, args, out)
 
@@ -164,19 +169,19 @@ class _Lifted(NamedTuple):
     def bind(self, known: Mapping[str, Axes]) -> Compression:
         return self._replace(known=known).compression()
 
-    def axes_of(self, path: str, x: Any) -> Axes:
+    def axes_of(self, path: str, x: Leaf) -> Axes:
         axes = known_axes(self.known, path, x)
         return axes if self.axis is None else _named(path, axes.with_outputs, self.axis)
 
     def axes(self, params: Params) -> dict[str, Axes]:
         return {path: self.axes_of(path, x) for path, x in self.chosen(params).items()}
 
-    def chosen(self, params: Params) -> dict[str, Any]:
+    def chosen(self, params: Params) -> dict[str, Leaf]:
         """Return the leaves that are compressed."""
         leaves = flatten(params)[0]
         return {path: x for path, x in leaves.items() if self.why_skipped(path, x) is None}
 
-    def why_skipped(self, path: str, x: Any) -> str | None:
+    def why_skipped(self, path: str, x: Leaf) -> str | None:
         if why := why_not_float(path, x):
             return why
         if self.fn.why_not is None:
@@ -189,7 +194,7 @@ class _Lifted(NamedTuple):
         reasons = {path: self.why_skipped(path, x) for path, x in flatten(params)[0].items()}
         return {path: reason for path, reason in reasons.items() if reason}
 
-    def compressed(self, params: Params) -> dict[str, Any]:
+    def compressed(self, params: Params) -> dict[str, Leaf]:
         """Return the leaves that are compressed, once they are found finite."""
         leaves = self.chosen(params)
         for path, x in leaves.items():
@@ -203,6 +208,7 @@ class _Lifted(NamedTuple):
         states = {}
         for path, x in leaves.items():
             axes = self.axes_of(path, x)
+            # The layers of a stack share the leaf's key: each starts as it would alone.
             init = self.fn.per_layer(self.fn.init, axes, ("leaf", "shared"), "state")
             states[path] = _named(path, init, x, fold_path(self.key, path))
         return _collect(states)
@@ -212,9 +218,10 @@ class _Lifted(NamedTuple):
         new = {path: self.view_leaf(path, x, state) for path, x in self.compressed(params).items()}
         return rebuild({**leaves, **new})
 
-    def view_leaf(self, path: str, x: Any, state: CompressionState) -> Any:
+    def view_leaf(self, path: str, x: jax.Array, state: CompressionState) -> jax.Array:
         axes = self.axes_of(path, x)
         view = self.fn.per_layer(self.fn.view, axes, ("leaf", "state", "state"), "leaf")
+        # A code in place of NaN would hide that training has diverged.
         return where_finite(x, _named(path, view, x, *self.own(state, path)))
 
     def pack(self, params: Params, state: CompressionState) -> Params:
@@ -222,8 +229,9 @@ class _Lifted(NamedTuple):
         new = {path: self.pack_leaf(path, x, state) for path, x in self.compressed(params).items()}
         return rebuild({**leaves, **new})
 
-    def pack_leaf(self, path: str, x: Any, state: CompressionState) -> Any:
+    def pack_leaf(self, path: str, x: jax.Array, state: CompressionState) -> Leaf:
         axes = self.axes_of(path, x)
+        # `pack` is given the whole leaf, so without its axes it would take a stack for one layer.
         if self.fn.pack is None or (axes.stack and not self.fn.layout):
             return self.view_leaf(path, x, state)
         return _named(path, self.fn.with_axes(self.fn.pack, axes), x, *self.own(state, path))
@@ -243,6 +251,7 @@ class _Lifted(NamedTuple):
             return state
         grads = {} if grads is None else flatten(grads)[0]
         stats = stats or {}
+        # A gradient of another shape would broadcast into the statistics without an error.
         for path, x in leaves.items():
             if grads.get(path) is not None and jnp.shape(grads[path]) != x.shape:
                 raise ShapeError(
@@ -259,11 +268,11 @@ class _Lifted(NamedTuple):
     def update_leaf(
         self,
         path: str,
-        x: Any,
+        x: jax.Array,
         learned: PyTree,
         fixed: PyTree,
         step: Step,
-        grad: Any,
+        grad: jax.Array | None,
         stats: PyTree,
         key: Key,
     ) -> LeafState:
@@ -271,8 +280,15 @@ class _Lifted(NamedTuple):
         fn = self.fn.update
         assert fn is not None
 
+        # Positional arguments only: `vmap` maps keyword arguments over their first axis.
         def update(
-            x: Any, learned: PyTree, fixed: PyTree, step: Step, grad: Any, stats: PyTree, key: Key
+            x: jax.Array,
+            learned: PyTree,
+            fixed: PyTree,
+            step: Step,
+            grad: jax.Array | None,
+            stats: PyTree,
+            key: Key,
         ) -> LeafState:
             extra = {"axes": axes.layer} if self.fn.layout else {}
             return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)
@@ -280,6 +296,7 @@ class _Lifted(NamedTuple):
         if key is not None and axes.stack:
             # Every layer draws its own randomness: keys [*layers].
             key = jax.random.split(key, tuple(axes.shape[a] for a in axes.stack))
+        # What is None has no arrays, and `vmap` leaves it as it is.
         args = ("leaf", "state", "state", "shared", "leaf", "state", "state")
         return over_layers(update, axes, args, "state")(x, learned, fixed, step, grad, stats, key)
 
@@ -289,6 +306,7 @@ class _Lifted(NamedTuple):
         found = {}
         for path, x in self.compressed(params).items():
             axes = self.axes_of(path, x)
+            # Operands of a stack must have the leaf's shape, for which its axes must be known.
             if self.fn.layout or not axes.stack:
                 leaf = self.fn.with_axes(self.fn.pointwise, axes)
                 found[path] = leaf(x, *self.own(state, path))
@@ -296,6 +314,7 @@ class _Lifted(NamedTuple):
 
     def own(self, state: CompressionState, path: str) -> LeafState:
         """Return a leaf's ``(learned, fixed)``."""
+        # Without an `init` no leaf has state; with one, each has an entry in one of the two.
         if self.fn.init is not None and path not in state.learned and path not in state.fixed:
             known = ", ".join({**state.fixed, **state.learned}) or "none"
             raise StateError(
@@ -313,7 +332,7 @@ def _collect(states: dict[str, LeafState]) -> CompressionState:
     )
 
 
-def _named(path: str, fn: ModelFn, *args: Any, **kwargs: Any) -> Any:
+def _named(path: str, fn: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Call a function of one array; if the array's shape is at fault, say which leaf it is."""
     try:
         return fn(*args, **kwargs)

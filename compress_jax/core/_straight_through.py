@@ -1,10 +1,11 @@
 """Straight-through estimators: the value of a step function with the derivative of the identity."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from compress_jax.core.types import PyTree
 
 
 def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -35,11 +36,12 @@ def straight_through(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """
 
     @jax.custom_jvp
-    def through(x: jax.Array, *rest: Any) -> jax.Array:
+    def through(x: jax.Array, *rest: PyTree) -> jax.Array:
         return fn(x, *rest)
 
     @through.defjvp
-    def _(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[jax.Array, jax.Array]:
+    def _(primals: tuple[PyTree, ...], tangents: tuple[PyTree, ...]) -> tuple[jax.Array, jax.Array]:
+        # The tangent of x passes; those of the rest are dropped.
         return through(*primals), tangents[0]
 
     return through
@@ -67,4 +69,7 @@ def pass_within(x: jax.Array, bound: float | None) -> jax.Array:
       Courbariaux, Bengio and David, "BinaryConnect", 2015, section 2.4.
       Hubara et al., "Binarized Neural Networks", 2016, equation 4.
     """
-    return x if bound is None else jnp.where(jnp.abs(x) <= bound, x, jax.lax.stop_gradient(x))
+    if bound is None:
+        return x
+    # Both branches hold the bits of x, so only the derivative depends on the bound.
+    return jnp.where(jnp.abs(x) <= bound, x, jax.lax.stop_gradient(x))

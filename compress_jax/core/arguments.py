@@ -1,8 +1,8 @@
 """Check the type and range of arguments; errors name argument, value and what is accepted."""
 
 import operator
-from collections.abc import Callable, Collection
-from typing import Any, NoReturn
+from collections.abc import Collection
+from typing import NoReturn, SupportsIndex, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,10 @@ from jax.core import Tracer
 
 from compress_jax.core.errors import ArgumentError
 
+T = TypeVar("T")
 
-def refused(name: str, value: Any, accepted: str) -> NoReturn:
+
+def refused(name: str, value: object, accepted: str) -> NoReturn:
     """Raise that an argument is not what is accepted.
 
     Args:
@@ -26,7 +28,7 @@ def refused(name: str, value: Any, accepted: str) -> NoReturn:
     raise ArgumentError(f"{name} must be {accepted}, got {value!r}")
 
 
-def whole(name: str, value: Any, low: int | None = None, high: int | None = None) -> int:
+def whole(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
     """Return a whole number in a range: an int or a NumPy integer; neither a bool nor a float.
 
     Args:
@@ -45,10 +47,7 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
       >>> whole("bits", np.int64(4), 2, 8)
       4
     """
-    try:
-        found = operator.index(value) if not isinstance(value, (bool, np.bool_)) else None
-    except TypeError:
-        found = None
+    found = operator.index(value) if is_whole(value) else None
     if found is None or (low is not None and found < low) or (high is not None and found > high):
         refused(name, value, f"a whole number{_range(low, high)}")
     return found
@@ -56,7 +55,7 @@ def whole(name: str, value: Any, low: int | None = None, high: int | None = None
 
 def number(
     name: str,
-    value: Any,
+    value: object,
     low: float | None = None,
     high: float | None = None,
     *,
@@ -83,14 +82,13 @@ def number(
       >>> number("decay", 1, 0, 1)
       1.0
     """
-    scalar = isinstance(value, (int, float, np.integer, np.floating)) or _is_number_array(value)
-    found = float(value) if scalar and not isinstance(value, (bool, np.bool_)) else None
+    found = float(value) if _is_number(value) else None
     if found is None or not np.isfinite(found) or not _inside(found, low, high, above, below):
         refused(name, value, f"a number{_range(low, high, above, below)}")
     return found
 
 
-def flag(name: str, value: Any) -> bool:
+def flag(name: str, value: object) -> bool:
     """Return True or False; anything else, 0 and 1 among it, is refused.
 
     Raises:
@@ -101,24 +99,19 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def one_of(name: str, value: Any, options: Collection[str]) -> str:
+def one_of(name: str, value: object, options: Collection[str]) -> str:
     """Return one of some names.
 
     Raises:
       ArgumentError: if it is none of them; the message lists them.
     """
     if not isinstance(value, str) or value not in options:
-        refused(
-            name,
-            value,
-            " or ".join(
-                filter(None, (", ".join(map(repr, list(options)[:-1])), repr(list(options)[-1])))
-            ),
-        )
+        *others, last = map(repr, options)
+        refused(name, value, f"{', '.join(others)} or {last}" if others else last)
     return value
 
 
-def function(name: str, value: Any, accepted: str) -> Callable[..., Any]:
+def function(name: str, value: T, accepted: str) -> T:
     """Return a function; what it is called with is in the message.
 
     Raises:
@@ -129,7 +122,7 @@ def function(name: str, value: Any, accepted: str) -> Callable[..., Any]:
     return value
 
 
-def axes(name: str, value: Any) -> int | tuple[int, ...]:
+def axes(name: str, value: object) -> int | tuple[int, ...]:
     """Return an axis, or a tuple of axes.
 
     Raises:
@@ -137,6 +130,7 @@ def axes(name: str, value: Any) -> int | tuple[int, ...]:
     """
     accepted = "a whole number or a tuple of whole numbers"
     if isinstance(value, (tuple, list)):
+        # No axis at all is a mistake: the default, None, stands for those that a trace tells.
         if not value or not all(is_whole(each) for each in value):
             refused(name, value, accepted)
         return tuple(operator.index(each) for each in value)
@@ -146,7 +140,7 @@ def axes(name: str, value: Any) -> int | tuple[int, ...]:
 
 
 def sharing(
-    granularity: Any, axis: Any, pad: Any
+    granularity: object, axis: object, pad: object
 ) -> tuple[str | int, int | tuple[int, ...] | None, bool]:
     """Return which entries share a scale, as quantizers take it, all three checked.
 
@@ -161,45 +155,52 @@ def sharing(
     Raises:
       ArgumentError: if one of them is something else.
     """
-    if not (isinstance(granularity, str) and granularity in ("tensor", "channel")):
-        size: Any = granularity
-        if not is_whole(size) or operator.index(size) < 1:
-            refused("granularity", granularity, "'tensor', 'channel' or a group size of at least 1")
-        granularity = operator.index(size)
-    return granularity, None if axis is None else axes("axis", axis), flag("pad", pad)
+    shared: str | int
+    if isinstance(granularity, str) and granularity in ("tensor", "channel"):
+        shared = granularity
+    elif is_whole(granularity) and operator.index(granularity) >= 1:
+        shared = operator.index(granularity)
+    else:
+        refused("granularity", granularity, "'tensor', 'channel' or a group size of at least 1")
+    return shared, None if axis is None else axes("axis", axis), flag("pad", pad)
 
 
-def compression(name: str, value: Any) -> Any:
+def compression(name: str, value: T) -> T:
     """Return a Compression, or anything with its four functions.
 
     Raises:
       ArgumentError: if it has not.
     """
+    # Its functions are asked for, not its class: a user's own class with these four will do.
     if not all(callable(getattr(value, each, None)) for each in ("init", "view", "update", "pack")):
         refused(name, value, "a Compression, such as prune.magnitude(0.5)")
     return value
 
 
-def patterns(name: str, value: Any) -> str | tuple[str, ...]:
+def patterns(name: str, value: object) -> str | tuple[str, ...]:
     """Return a glob, or a tuple of globs.
 
     Raises:
       ArgumentError: if it is neither, or the tuple is empty.
     """
-    several = (value,) if isinstance(value, str) else value
-    listed = isinstance(several, (tuple, list)) and len(several) > 0
-    if not listed or not all(isinstance(each, str) for each in several):
-        refused(name, value, "a glob such as '**/kernel', or a tuple of globs")
-    return value if isinstance(value, str) else tuple(several)
+    if isinstance(value, str):
+        return value
+    accepted = "a glob such as '**/kernel', or a tuple of globs"
+    if not isinstance(value, (tuple, list)) or len(value) == 0:
+        refused(name, value, accepted)
+    if not all(isinstance(each, str) for each in value):
+        refused(name, value, accepted)
+    return tuple(value)
 
 
-def random_key(name: str, value: Any) -> jax.Array:
+def random_key(name: str, value: jax.Array) -> jax.Array:
     """Return a typed PRNG key.
 
     Raises:
       ArgumentError: if it is none; old-style keys, which are plain integers, are among what is
         refused.
     """
+    # `jax.random.PRNGKey` returns plain uint32, which any array of integers could be taken for.
     if not (
         hasattr(value, "dtype")
         and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
@@ -209,21 +210,28 @@ def random_key(name: str, value: Any) -> jax.Array:
     return value
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> TypeGuard[int]:
     """Tell whether it is a whole number, as `whole` takes it."""
-    try:
-        return not isinstance(value, (bool, np.bool_)) and operator.index(value) is not None
-    except TypeError:
+    # True counts as 1 in Python; as a number of bits or steps it is a mistake.
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, SupportsIndex):
         return False
+    try:
+        operator.index(value)
+    except TypeError:  # arrays have the method, but only known integers of rank 0 an index
+        return False
+    return True
 
 
-def _is_number_array(value: Any) -> bool:
-    """Tell whether it is a known array of rank 0 that holds a number."""
-    if (
-        not isinstance(value, (np.ndarray, jax.Array))
-        or isinstance(value, Tracer)
-        or value.shape != ()
-    ):
+def _is_number(value: object) -> TypeGuard[float]:
+    """Tell whether it is a number as `number` takes it, a known array of rank 0 among them."""
+    if isinstance(value, (bool, np.bool_)):
+        return False
+    if isinstance(value, (int, float, np.integer, np.floating)):
+        return True
+    if not isinstance(value, (np.ndarray, jax.Array)) or value.shape != ():
+        return False
+    # The value of a tracer is not known while the function is traced.
+    if isinstance(value, Tracer):
         return False
     return jnp.issubdtype(value.dtype, jnp.floating) or jnp.issubdtype(value.dtype, jnp.integer)
 

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 
 from compress_jax.core.errors import ShapeError, StateError
-from compress_jax.core.types import ModelFn
+from compress_jax.core.types import Leaf
+
+R = TypeVar("R")
 
 
 class Axes(NamedTuple):
@@ -69,6 +71,7 @@ class Axes(NamedTuple):
     def layer(self) -> "Axes":
         """The axes of one layer, the stack taken away."""
         left = [a for a in range(len(self.shape)) if a not in self.stack]
+        # Without the stack the axes are numbered anew.
         place = {a: i for i, a in enumerate(left)}
 
         def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
@@ -99,15 +102,18 @@ class Axes(NamedTuple):
             raise ShapeError(
                 f"channel axis {axis} does not exist in an array of shape {self.shape}"
             )
+        # A layer of rank 1 is one channel: with a scale for each entry nothing would be shared.
         if rank - len(self.stack) < 2:
             return self._replace(outputs=())
         outputs = tuple(sorted({a % rank for a in chosen} - set(self.stack)))
-        if not outputs and self.stack:  # axis=0 was meant for a layer
+        # axis=0 of a scanned kernel is its stack; it was meant for one layer.
+        if not outputs and self.stack:
             left = [a for a in range(rank) if a not in self.stack]
             outputs = tuple(
                 sorted({left[a % len(left)] for a in chosen if -len(left) <= a < len(left)})
             )
         note = self.note
+        # The argument is followed even where a trace tells otherwise; `coverage` shows the note.
         if self.source == "trace" and outputs != tuple(sorted(self.outputs)):
             actual = _listed(self.outputs)
             note = f"axis={axis} was asked for, but its product's outputs are on {actual}"
@@ -116,7 +122,7 @@ class Axes(NamedTuple):
         )
 
 
-def known_axes(known: Mapping[str, Axes] | None, path: str, x: Any) -> Axes:
+def known_axes(known: Mapping[str, Axes] | None, path: str, x: Leaf) -> Axes:
     """Return the axes of a leaf: those a trace told, or the convention where there is no trace.
 
     Args:
@@ -146,9 +152,8 @@ def known_axes(known: Mapping[str, Axes] | None, path: str, x: Any) -> Axes:
         )
     axes = known[path]
     if axes.shape != shape:
-        if (
-            not jax.sharding.get_abstract_mesh().manual_axes
-        ):  # in shard_map, a leaf is a device's piece of it
+        # Inside shard_map a leaf is one device's piece: another shape, the same axes.
+        if not jax.sharding.get_abstract_mesh().manual_axes:
             raise StateError(
                 f"leaf {path!r} has shape {shape}; this compression was bound to one of "
                 f"{axes.shape}"
@@ -161,7 +166,9 @@ def _listed(axes: tuple[int, ...]) -> str:
     return f"axis {axes[0]}" if len(axes) == 1 else f"axes {axes}" if axes else "no axis"
 
 
-def over_layers(fn: ModelFn, axes: Axes, args: Sequence[str], out: str) -> Callable[..., Any]:
+def over_layers(
+    fn: Callable[..., R], axes: Axes, args: Sequence[str], out: str
+) -> Callable[..., R]:
     """Return a function of one layer as a function of a whole stack: one program for all layers.
 
     Args:

@@ -80,26 +80,24 @@ class Bits:
         return self.data.nbytes
 
 
-@partial(
-    jax.jit, static_argnames="bits"
-)  # one compilation for each shape, not one for each operation
+# Compiled, so that there is one compilation for each shape and not one for each operation.
+@partial(jax.jit, static_argnames="bits")
 def _pack(values: jax.Array, bits: int) -> jax.Array:
-    flat = jnp.ravel(values).astype(jnp.uint16)
+    flat = jnp.ravel(values).astype(jnp.uint16)  # [n]
+    # [n, bits], the least significant bit of each integer first
     planes = (flat[:, None] >> jnp.arange(bits, dtype=jnp.uint16)[None, :]) & jnp.uint16(1)
     return jnp.packbits(planes.astype(jnp.uint8).ravel(), bitorder="little")
 
 
 @jax.jit
 def _unpack(packed: Bits) -> jax.Array:
-    n, dtype = math.prod(packed.shape), packed.dtype
-    planes = jnp.unpackbits(packed.data, count=n * packed.bits, bitorder="little").reshape(
-        n, packed.bits
-    )
+    n = math.prod(packed.shape)
+    dtype = packed.dtype
+    planes = jnp.unpackbits(packed.data, count=n * packed.bits, bitorder="little")
+    planes = planes.reshape(n, packed.bits)
+    # [bits]: 1, 2, 4, ...; no sum of them exceeds the dtype.
     weights = jnp.left_shift(jnp.ones((), dtype), jnp.arange(packed.bits, dtype=dtype))
     return (planes.astype(dtype) * weights[None, :]).sum(axis=1, dtype=dtype).reshape(packed.shape)
-
-
-# A 0/1 mask with few ones, stored as the distances between them.
 
 
 @jax.tree_util.register_dataclass
@@ -130,13 +128,16 @@ class Gaps:
     def best_width(mask: jax.Array) -> int:
         """Return the symbol width, 2 to 12 bits, that encodes a boolean mask in the fewest bits."""
         zeros = _runs(mask)
+        # A run of z zeros takes z // M fillers and one last symbol, M = 2**bits - 1.
         return min(range(2, 13), key=lambda bits: bits * int((zeros // (2**bits - 1) + 1).sum()))
 
     @classmethod
     def pack(cls, mask: jax.Array, bits: int) -> "Gaps":
         """Encode a boolean mask (concrete, not traced) with symbols of the given width."""
-        longest, zeros = 2**bits - 1, _runs(mask)
-        fillers = zeros // longest
+        longest = 2**bits - 1
+        zeros = _runs(mask)  # [ones]
+        fillers = zeros // longest  # [ones]
+        # All symbols are fillers but the last one of each run.
         symbols = np.full(int(fillers.sum()) + zeros.size, longest, np.uint16)
         symbols[np.cumsum(fillers + 1) - 1] = zeros % longest
         return cls(Bits.pack(jnp.asarray(symbols), bits), jnp.shape(mask))
@@ -158,8 +159,10 @@ def _runs(mask: jax.Array) -> np.ndarray:
 
 @jax.jit
 def _unpack_gaps(gaps: Gaps) -> jax.Array:
-    symbols, longest = gaps.runs.unpack().astype(jnp.int32), 2**gaps.runs.bits - 1
-    is_one = symbols < longest
+    symbols = gaps.runs.unpack().astype(jnp.int32)
+    longest = 2**gaps.runs.bits - 1
+    is_one = symbols < longest  # [symbols]
     n = math.prod(gaps.shape)
+    # A symbol advances by its zeros, and by its one; fillers are sent to n and dropped.
     positions = jnp.where(is_one, jnp.cumsum(symbols + is_one.astype(jnp.int32)) - 1, n)
     return jnp.zeros(n, jnp.uint8).at[positions].set(jnp.uint8(1), mode="drop").reshape(gaps.shape)

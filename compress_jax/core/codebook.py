@@ -59,7 +59,8 @@ class Tabled:
 
     def keep(self, mask: jax.Array) -> "Tabled":
         """Store only the codes where ``mask`` is true; the others become exact zeros."""
-        if isinstance(self.codes, Sparse):  # what is already left out stays out
+        # What is already left out stays out: its code is not stored.
+        if isinstance(self.codes, Sparse):
             mask = mask & self.codes.mask.unpack().astype(bool)
         codes = Sparse.pack(self.codes.unpack(), mask, bits=width(self.codes))
         return Tabled(codes, self.scale, self.tensor_scale, self.levels, self.layout, self.dtype)
@@ -69,10 +70,10 @@ class Tabled:
         levels = self.levels.decode(self.codes.unpack().astype(jnp.int32))
         if isinstance(self.codes, Sparse):  # zero need not be a level
             levels = jnp.where(self.codes.mask.unpack() == 0, 0.0, levels)
-        scale = self.scale.astype(jnp.float32)
-        scale = (
-            scale if self.tensor_scale is None else scale * self.layout.expand(self.tensor_scale)
-        )
+        # The scales are multiplied first, as `view` does: another order would round otherwise.
+        scale = self.scale.astype(jnp.float32)  # broadcastable to the arranged levels
+        if self.tensor_scale is not None:
+            scale = scale * self.layout.expand(self.tensor_scale)
         return saturate(self.layout.restore(self.layout.arrange(levels) * scale), self.dtype)
 
     @property

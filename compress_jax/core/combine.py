@@ -1,7 +1,7 @@
 """Combinators: compressions on chosen leaves, at chosen steps."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from compress_jax.core.describe import describe
 from compress_jax.core.errors import ArgumentError, NoMatchError, StateError
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.schedules import Scheduled, at_once, awake, begin, due, schedules_of
-from compress_jax.core.types import Key, Params, PyTree, Schedule, Step
+from compress_jax.core.types import Key, Leaf, Leaves, Params, PyTree, Schedule, Step
 
 
 def rules(pairs: Sequence[tuple[Patterns, Compression]]) -> Compression:
@@ -80,11 +80,15 @@ class _Rules(NamedTuple):
 
     def split(
         self, params: Params
-    ) -> tuple[list[tuple[Compression, dict[str, Any]]], dict[str, Any], Any]:
+    ) -> tuple[
+        list[tuple[Compression, dict[str, Leaf]]], dict[str, Leaf], Callable[[Leaves], PyTree]
+    ]:
         """Return each compression with its leaves, the rest, and how to rebuild the tree."""
         leaves, rebuild = flatten(params)
-        parts, left = [], dict(leaves)
+        parts = []
+        left = dict(leaves)
         for pattern, c in self.pairs:
+            # Matched against all leaves, to tell a misspelled pattern from one that comes too late.
             found = match(pattern, leaves)
             chosen = [path for path in found if path in left]
             if not chosen:
@@ -119,11 +123,10 @@ class _Rules(NamedTuple):
             raise ArgumentError(f"there are gradients for {', '.join(unknown)}, and no such leaf")
         states = []
         for (c, part), s in zip(parts, parts_of(state, len(parts)), strict=True):
-            own = (
-                None
-                if gradients is None
-                else {path: gradients[path] for path in part if path in gradients}
-            )
+            # A leaf without a gradient is left out; a method that needs it says so.
+            own = None
+            if gradients is not None:
+                own = {path: gradients[path] for path in part if path in gradients}
             states.append(c.update(part, s, grads=own, **inputs))
         return joined(states)
 
@@ -149,9 +152,10 @@ class _Rules(NamedTuple):
         return found
 
     def axes(self, params: Params) -> dict[str, Axes]:
-        return {
-            path: each for c, part in self.split(params)[0] for path, each in c.axes(part).items()
-        }
+        found: dict[str, Axes] = {}
+        for c, part in self.split(params)[0]:
+            found.update(c.axes(part))
+        return found
 
 
 def at(pattern: Patterns, compression: Compression) -> Compression:
@@ -218,6 +222,7 @@ def every(n: int, compression: Compression) -> Compression:
         key: Key = None,
     ) -> CompressionState:
         acts, at = due(n, schedules, step)
+        # Functions, so that outside `jit` only the branch that is taken runs.
         skip = lambda: state  # noqa: E731
         act = lambda: compression.update(params, state, step=at, grads=grads, stats=stats, key=key)  # noqa: E731
         return _switch(acts, [skip, act])
@@ -260,7 +265,8 @@ def between(start: int, stop: int | None, compression: Compression) -> Compressi
       >>> c.view(params, state)["w"].tolist(), c.view(params, later)["w"].tolist()
       ([1.0], [0.0])
     """
-    start, compression = whole("start", start), arguments.compression("compression", compression)
+    start = whole("start", start)
+    compression = arguments.compression("compression", compression)
     if stop is not None and whole("stop", stop) <= start:
         raise ArgumentError(
             f"between(start, stop, ...) needs stop after start, got {start} and {stop}"
@@ -300,9 +306,11 @@ class _Between(NamedTuple):
         return own if stop is None else (*own, lambda step: step >= stop)
 
     def init(self, params: Params, *, step: Step = 0) -> CompressionState:
+        # The state is there from the first step, unused, as its shapes must not change under `jit`.
         return _wrapped(begin(self.of, params, step), jnp.asarray(step) >= self.start, False)
 
     def view(self, params: Params, state: CompressionState) -> Params:
+        # `active` may be traced, so both values are computed and one is chosen.
         view = self.of.view(params, _inner(state))
         active = state.fixed["active"]
         return jax.tree.map(lambda new, old: jnp.where(active, new, old), view, params)
@@ -324,13 +332,15 @@ class _Between(NamedTuple):
         if not isinstance(step, Tracer) and not isinstance(state.fixed["active"], Tracer):
             self.of.view(params, own)  # refuses NaN, also where the state only stays
         branches: list[Callable[[], CompressionState]] = [
-            lambda: own,
-            lambda: begin(self.of, params, at),
-            lambda: self.of.update(params, own, step=step, **inputs),
+            lambda: own,  # 0: before the start, or frozen
+            lambda: begin(self.of, params, at),  # 1: the first step
+            lambda: self.of.update(params, own, step=step, **inputs),  # 2: in between
         ]
+        # 3: the last update, once; not thinned, as `every` might skip it.
         if self.stop is not None:
             branches.append(lambda: at_once(self.of)(params, own, step=at, **inputs))
         moving = jnp.where(ending, jnp.where(state.fixed["done"], 0, 3), 2)
+        # A state made by `init` at step ``start`` is active already, and is made anew all the same.
         first = jnp.logical_not(jnp.asarray(state.fixed["active"])) | (step == self.start)
         index = jnp.where(started, jnp.where(first, 1, moving), 0)
         return _wrapped(_switch(index, branches), started, ending)
@@ -340,6 +350,7 @@ class _Between(NamedTuple):
         started = step >= self.start
         if self.stop is None:
             return started, jnp.zeros((), bool), step
+        # The state that an update makes is used at the step after it, hence one step early.
         ending = started & (step + 1 >= self.stop)
         return started, ending, jnp.where(ending, jnp.asarray(self.stop, step.dtype), step)
 
@@ -367,7 +378,9 @@ def _inner(state: CompressionState) -> CompressionState:
     return CompressionState(state.learned, state.fixed["of"])
 
 
-def _wrapped(state: CompressionState, active: Any, done: Any) -> CompressionState:
+def _wrapped(
+    state: CompressionState, active: jax.Array | bool, done: jax.Array | bool
+) -> CompressionState:
     """Return the state of a `between`."""
     flags = {"active": jnp.asarray(active, bool), "done": jnp.asarray(done, bool)}
     return CompressionState(state.learned, {**flags, "of": state.fixed})
@@ -379,6 +392,8 @@ def _switch(
     """Run one branch: at once if the index is concrete, else by `lax.switch`."""
     if not isinstance(index, Tracer):
         return branches[int(index)]()
+    # Branches must return equal types, so Python numbers in a state become arrays. ``branch`` is a
+    # default because a closure would see the last one.
     return jax.lax.switch(
         index.astype(jnp.int32),
         [lambda branch=branch: jax.tree.map(jnp.asarray, branch()) for branch in branches],

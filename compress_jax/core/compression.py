@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError, StateError
 from compress_jax.core.paths import flatten
 from compress_jax.core.stamp import seal, unseal
-from compress_jax.core.types import Key, PyTree, Step
+from compress_jax.core.types import Key, PyTree, Schedule, Step
 from compress_jax.core.types import Params as Params
 
 
@@ -23,10 +25,19 @@ class CompressionState(NamedTuple):
       learned: ``{path: float arrays}`` an optimizer trains beside the params: centroids, factors,
         step sizes.
       fixed: ``{path: arrays}`` that are never differentiated: masks, codes, scales.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> signs = lambda x, key: (None, jnp.sign(x))
+      >>> c = cj.leafwise(lambda x, learned, fixed: fixed, init=signs)
+      >>> state = c.init({"kernel": jnp.array([1.5, -3.0])})
+      >>> state.learned, state.fixed["kernel"].tolist()
+      ({}, [1.0, -1.0])
     """
 
-    learned: dict[str, Any]
-    fixed: dict[str, Any]
+    learned: dict[str, PyTree]
+    fixed: dict[str, PyTree]
 
 
 class Pointwise(NamedTuple):
@@ -38,8 +49,8 @@ class Pointwise(NamedTuple):
       operands: arrays in the shape of the whole array: the scale of each entry, its mask.
     """
 
-    fn: Callable[..., Any]
-    operands: tuple[Any, ...]
+    fn: Callable[..., jax.Array]
+    operands: tuple[jax.Array, ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +65,7 @@ class Scheduled:
     """
 
     update: Callable[..., CompressionState]
-    schedules: tuple[Callable[[Any], Any], ...] = ()
+    schedules: tuple[Schedule, ...] = ()
     at_once: Callable[..., CompressionState] | None = None
 
     def __call__(
@@ -64,7 +75,7 @@ class Scheduled:
         return self.update(params, state, **inputs)
 
 
-def _nothing(*_: Any) -> dict[str, Any]:
+def _nothing(*_: object) -> dict[str, Any]:
     return {}
 
 
@@ -98,6 +109,17 @@ class Compression(NamedTuple):
       bind: ``({path: Axes}) -> Compression``, the same one for leaves whose axes are known; see
         `cj.bind`. None if the compression cannot be told.
       axes: ``(params) -> {path: Axes}``, the axes it takes the leaves it compresses to have.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> c = cj.leafwise(lambda x, learned, fixed: jnp.round(x))
+      >>> params = {"kernel": jnp.array([1.2, -2.9])}
+      >>> state = c.update(params, c.init(params), step=1)
+      >>> c.view(params, state)["kernel"].tolist()
+      [1.0, -3.0]
+      >>> cj.unpack(c.pack(params, state))["kernel"].tolist()
+      [1.0, -3.0]
     """
 
     init: Callable[[Params], CompressionState]
@@ -138,6 +160,7 @@ def stamped(
       Make a state with this compression's own `init`.
     """
     axes = None if known is None else dict(known)
+    # Only where a schedule is followed does it matter at which step a state is made.
     takes_step = "step" in inspect.signature(compression.init).parameters
 
     def init(params: Params, *, step: Step = 0) -> CompressionState:
@@ -158,13 +181,14 @@ def stamped(
             key: Key = None,
         ) -> CompressionState:
             own = unseal(call, axes, params, state)
+            # An update that does nothing returns its argument, whose stamp still holds.
             new = update(params, own, step=step, grads=grads, stats=stats, key=key)
             return state if new is own else seal(call, axes, params, new)
 
         sealed_update.__qualname__ = "update"  # what a TypeError of the call names
         return sealed_update
 
-    update: Any = compression.update
+    update: Callable[..., CompressionState] = compression.update
     if isinstance(update, Scheduled):
         update = Scheduled(
             sealed(update.update), update.schedules, update.at_once and sealed(update.at_once)
@@ -215,6 +239,7 @@ def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
     """
     if compression.bind is None:
         return compression
+    # Binding makes a compression anew from its options: a function replaced since would be lost.
     again = compression.bind({})
     if any(_code(a) is not _code(b) for a, b in zip(compression[:6], again[:6], strict=True)):
         raise ArgumentError(
@@ -225,8 +250,9 @@ def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
     return compression.bind(known)
 
 
-def _code(fn: Any) -> Any:
+def _code(fn: object) -> object:
     """Return the code of a function, by which a replaced function is recognized."""
+    # Functions are made anew with each compression; their code is not.
     fn = fn.update if isinstance(fn, Scheduled) else fn
     return getattr(getattr(fn, "__func__", fn), "__code__", fn)
 
@@ -244,7 +270,7 @@ def identity() -> Compression:
       {'kernel': 1.0}
     """
 
-    def update(params: Params, state: CompressionState, **_: Any) -> CompressionState:
+    def update(params: Params, state: CompressionState, **_: PyTree) -> CompressionState:
         return _empty(state)
 
     def keep(params: Params, state: CompressionState) -> Params:
@@ -267,11 +293,8 @@ def _empty(state: CompressionState) -> CompressionState:
     return state
 
 
-# The state of several compressions as one: theirs under ``"0"``, ``"1"``, ...
-
-
 def joined(states: Sequence[CompressionState]) -> CompressionState:
-    """Return the states of several compressions as one."""
+    """Return the states of several compressions as one: theirs under ``"0"``, ``"1"``, ..."""
     return CompressionState(
         learned={str(i): s.learned for i, s in enumerate(states)},
         fixed={str(i): s.fixed for i, s in enumerate(states)},

@@ -97,6 +97,8 @@ def positional_arguments(*names: str, after: int) -> Callable[[Callable[P, R]], 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            # The positions after the first ``after`` belong, in order, to the names not yet given;
+            # what follows them are inputs.
             missing = [name for name in names if name not in kwargs]
             values = args[after : after + len(missing)]
             given: Any = dict(zip(missing, values, strict=False))

@@ -16,11 +16,13 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from compress_jax.core.types import Array
+
 OURS = __name__.partition(".")[0] + "."
 DEPTH = 8  # of functions within functions; deeper ones count by name alone
 
 
-def describe(value: Any, depth: int = DEPTH) -> str:
+def describe(value: object, depth: int = DEPTH) -> str:
     """Return a value as text: numbers as they are, arrays by digest, functions by closure.
 
     Two values that would make a compression behave differently get different texts; the text is the
@@ -59,7 +61,7 @@ def describe(value: Any, depth: int = DEPTH) -> str:
 
 
 def call_of(
-    name: str, *functions: Callable[..., Any] | None, depth: int = DEPTH, **options: Any
+    name: str, *functions: Callable[..., object] | None, depth: int = DEPTH, **options: object
 ) -> str:
     """Return the call that made some functions, ``name(option=value, ...)``, with their closures.
 
@@ -89,7 +91,7 @@ def call_of(
     return f"{name}({', '.join(parts)})" if parts else name
 
 
-def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
+def _gather(fn: object, found: dict[str, str], depth: int) -> str:
     """Add to ``found`` what a function holds; return the function's name.
 
     Helper functions of the same maker are included.
@@ -97,10 +99,12 @@ def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
     fn = _unwrapped(fn)
     if isinstance(fn, functools.partial):
         for i, value in enumerate(fn.args):
-            found[f"{i}."] = describe(value, depth)  # no identifier: printed without its key
+            # The key is no identifier, so `call_of` prints the value alone, as it was given.
+            found[f"{i}."] = describe(value, depth)
         found.update({key: describe(value, depth) for key, value in fn.keywords.items()})
         return _gather(fn.func, found, depth)
     if isinstance(fn, types.MethodType):
+        # A method of a NamedTuple of options: the options are all it holds.
         _put(found, "of", describe(fn.__self__, depth))
         return fn.__func__.__qualname__
     if not isinstance(fn, types.FunctionType):
@@ -116,11 +120,10 @@ def _gather(fn: Any, found: dict[str, str], depth: int) -> str:
         _put(found, f"default{i}", describe(default, depth))
     for key, value in closure_of(fn).items():
         inner = _unwrapped(value)
-        same = (
-            isinstance(inner, types.FunctionType)
-            and inner.__qualname__.partition(".<locals>")[0] == maker
-        )
-        if same and inner is not fn and depth > 1 and "<locals>" in inner.__qualname__:
+        own = inner.__qualname__ if isinstance(inner, types.FunctionType) else ""
+        # Helpers with the same maker close over its options too: they belong to the same call.
+        same = own.partition(".<locals>")[0] == maker
+        if same and inner is not fn and depth > 1 and "<locals>" in own:
             _gather(inner, found, depth - 1)
         elif inner is not fn:
             _put(found, key, describe(value, depth - 1))
@@ -134,7 +137,7 @@ def _put(found: dict[str, str], key: str, text: str) -> None:
     found[key] = text
 
 
-def _unwrapped(fn: Any) -> Any:
+def _unwrapped(fn: object) -> object:
     """Return the Python function inside `jit`, custom derivatives and the like."""
     while not isinstance(fn, (types.FunctionType, types.MethodType, functools.partial)):
         inner = getattr(fn, "__wrapped__", None) or getattr(fn, "fun", None)
@@ -144,7 +147,7 @@ def _unwrapped(fn: Any) -> Any:
     return fn
 
 
-def closure_of(fn: types.FunctionType) -> dict[str, Any]:
+def closure_of(fn: types.FunctionType) -> dict[str, object]:
     """Return the variables that a function closes over, by name; unassigned ones are left out.
 
     Example:
@@ -153,14 +156,14 @@ def closure_of(fn: types.FunctionType) -> dict[str, Any]:
       >>> closure_of(scaled(3))
       {'factor': 3}
     """
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # a function that refers to itself, not yet assigned
             found[name] = cell.cell_contents
     return found
 
 
-def code_content(code: types.CodeType, doc: str | None = None) -> tuple[Any, ...]:
+def code_content(code: types.CodeType, doc: str | None = None) -> tuple[object, ...]:
     """Return what compiled code does, without files, line numbers and its docstring.
 
     Args:
@@ -179,6 +182,7 @@ def code_content(code: types.CodeType, doc: str | None = None) -> tuple[Any, ...
     """
     constants = [_constant(each) for each in code.co_consts if each != doc or each is None]
     counts = code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags
+    # Instructions name constants and variables by their place in these tuples.
     return (
         code.co_code,
         constants,
@@ -190,7 +194,7 @@ def code_content(code: types.CodeType, doc: str | None = None) -> tuple[Any, ...
     )
 
 
-def _constant(value: Any) -> Any:
+def _constant(value: object) -> object:
     if isinstance(value, types.CodeType):
         return code_content(value)
     if isinstance(value, frozenset):  # its order differs between processes
@@ -198,7 +202,7 @@ def _constant(value: Any) -> Any:
     return repr(value)
 
 
-def _array(x: Any) -> str:
+def _array(x: Array) -> str:
     if isinstance(x, Tracer):
         return f"traced {x.dtype}{list(x.shape)}"
     if jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -218,7 +222,7 @@ def _container(value: Any, depth: int) -> str:
     names: list[str] = list(getattr(value, "_fields", ()))
     if dataclasses.is_dataclass(value):
         names = [field.name for field in dataclasses.fields(value)]
-    if names:
+    if names or dataclasses.is_dataclass(value):
         inside = [f"{name}={describe(getattr(value, name), depth - 1)}" for name in names]
         return f"{type(value).__name__}({', '.join(inside)})"
     return _sequence(value, depth)
@@ -226,6 +230,7 @@ def _container(value: Any, depth: int) -> str:
 
 def _sequence(value: Any, depth: int) -> str:
     texts = [describe(each, depth - 1) for each in value]
+    # Sets of texts have another order in every process.
     texts = sorted(texts) if isinstance(value, (set, frozenset)) else texts
     comma = "," if isinstance(value, tuple) and len(texts) == 1 else ""
     return f"({', '.join(texts)}{comma})" if isinstance(value, tuple) else f"[{', '.join(texts)}]"

@@ -22,6 +22,7 @@ def saturate(x: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
       [65504.0, -65504.0, 2.0]
     """
     bound = min(float(jnp.finfo(dtype).max), float(jnp.finfo(x.dtype).max))
+    # `clip` keeps NaN and turns infinity into the bound.
     return jnp.clip(x, -bound, bound).astype(dtype)
 
 

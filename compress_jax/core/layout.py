@@ -71,6 +71,7 @@ class Layout(NamedTuple):
         rank = len(shape)
         if any(not -rank <= a < rank for a in axes if shape):
             raise ShapeError(f"channel axis {axis} does not exist in an array of shape {shape}")
+        # A layer of rank 1 has no other axis to contract: it is one channel.
         wide = rank - len(stack) > 1
         channels = tuple(sorted({a % rank for a in axes} - set(stack))) if wide else ()
         if granularity == "tensor":
@@ -140,20 +141,22 @@ class Layout(NamedTuple):
     def arrange(self, x: jax.Array) -> jax.Array:
         """Return ``x`` with the sets that share a scale along `reduced` axes, padded by zeros."""
         order = self._order
+        # [layers..., other axes in place], for groups [layers..., contracting..., channels...]
         x = x if order == tuple(range(len(order))) else jnp.transpose(x, order)
         if not self.group_size:
             return x
-        matrix = x.reshape(
-            *self._layers, self.contracting, -1
-        )  # [layers..., contracting, channels]
+        # [layers..., contracting, channels]
+        matrix = x.reshape(*self._layers, self.contracting, -1)
         missing = self.groups * self.group_size - self.contracting
         padded = jnp.pad(matrix, (*((0, 0) for _ in self.stack), (0, missing), (0, 0)))
+        # [layers..., groups, group_size, channels]
         return padded.reshape(*self._layers, self.groups, self.group_size, -1)
 
     def restore(self, y: jax.Array) -> jax.Array:
         """Undo `arrange`: drop the padding and return to the shape of the array."""
         order = self._order
         if self.group_size:
+            # [layers..., groups * group_size, channels], then without the padding
             matrix = y.reshape(*self._layers, self.groups * self.group_size, -1)
             matrix = jax.lax.slice_in_dim(matrix, 0, self.contracting, axis=len(self.stack))
             y = matrix.reshape(tuple(self.shape[a] for a in order))
@@ -181,4 +184,5 @@ class Layout(NamedTuple):
         """
         if value.ndim == len(self.scale_shape):
             return value
+        # [layers...] -> [layers..., 1, ..., 1]; a scalar gets ones alone.
         return value.reshape(*value.shape, *(1,) * (len(self.scale_shape) - value.ndim))

@@ -52,7 +52,9 @@ class Float(NamedTuple):
 
     @property
     def _magnitudes(self) -> np.ndarray:
-        codes, m = np.arange(2 ** (self.bits - 1) - self.reserved), self.mantissa_bits
+        m = self.mantissa_bits
+        codes = np.arange(2 ** (self.bits - 1) - self.reserved)
+        # A subnormal number has exponent field 0, no leading one, and the exponent of field 1.
         normal = codes >= 2**m
         exponent = np.where(normal, (codes >> m) - 1, 0) + self.lowest_exponent - m
         return np.ldexp(np.where(normal, 2**m + codes % 2**m, codes).astype(np.float64), exponent)
@@ -78,7 +80,10 @@ class Float(NamedTuple):
           int32 codes of the shape of ``x``.
         """
         integer, exponent = self._nearest(x)
+        # The leading one of a normal number, 2**m, is carried into the exponent field, which is one
+        # more than the difference of exponents. So is that of an integer rounded up to 2**(m + 1).
         magnitude = jnp.abs(integer) + ((exponent - self.lowest_exponent) << self.mantissa_bits)
+        # An integer has no -0, so zero has the code without a sign.
         return jnp.where(integer < 0, magnitude + 2 ** (self.bits - 1), magnitude)
 
     def round(self, x: jax.Array) -> jax.Array:
@@ -95,10 +100,10 @@ class Float(NamedTuple):
         # Not a cast to the dtype and back: XLA may leave such a pair out, and casts overflow to NaN
         # or infinity.
         x = jnp.clip(x.astype(jnp.float32), -self.largest, self.largest)
+        # Below the normal numbers the spacing no longer shrinks.
         exponent = jnp.maximum(exponent_of(x), self.lowest_exponent)
-        return jnp.round(x * power_of_two(self.mantissa_bits - exponent)).astype(
-            jnp.int32
-        ), exponent
+        integer = jnp.round(x * power_of_two(self.mantissa_bits - exponent))  # half to even
+        return integer.astype(jnp.int32), exponent
 
 
 class Table(NamedTuple):
@@ -128,6 +133,7 @@ class Table(NamedTuple):
     @property
     def thresholds(self) -> np.ndarray:
         """The least float32 that is rounded to each level but the first."""
+        # The middles in float64, then rounded up to float32: no float32 lies in between.
         middle = np.convolve(np.array(self.values, np.float64), [0.5, 0.5], "valid")
         nearest = middle.astype(np.float32)
         return np.where(nearest < middle, np.nextafter(nearest, np.float32(np.inf)), nearest)
@@ -163,6 +169,7 @@ def exponent_of(x: jax.Array) -> jax.Array:
       >>> exponent_of(jnp.array([0.99, -8.0, 0.0])).tolist()
       [-1, 3, -127]
     """
+    # float32: sign bit, 8 bits of the exponent plus 127, 23 bits of the mantissa.
     return ((jax.lax.bitcast_convert_type(x, jnp.int32) >> 23) & 255) - 127
 
 

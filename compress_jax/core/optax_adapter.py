@@ -1,6 +1,6 @@
 """A Compression as an optax wrapper, for training loops that only know optimizers."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ class AsOptaxState(NamedTuple):
     """State of `as_optax`: the step, the wrapped optimizer's state, the compression's state."""
 
     step: jax.Array
-    optimizer: Any
+    optimizer: optax.OptState
     compression: CompressionState
 
 
@@ -50,14 +50,17 @@ def as_optax(
             jnp.zeros((), jnp.int32), optimizer.init(params), compression.init(params)
         )
 
-    def update(updates: Any, state: PyTree, params: Params = None) -> tuple[Any, AsOptaxState]:
+    def update(
+        updates: PyTree, state: PyTree, params: Params = None
+    ) -> tuple[PyTree, AsOptaxState]:
         if params is None:
             raise ArgumentError(
                 "as_optax projects the params, so pass them: tx.update(grads, state, params)"
             )
         moves, inner = optimizer.update(updates, state.optimizer, params)
-        moved: Any = optax.apply_updates(params, moves)
+        moved: Params = optax.apply_updates(params, moves)
         own = compression.update(moved, state.compression, step=state.step, grads=updates)
+        # The optimizer only adds: what moves the params onto their view is the difference.
         projected = jax.tree.map(jnp.subtract, compression.view(moved, own), params)
         return projected, AsOptaxState(state.step + 1, inner, own)
 

@@ -6,7 +6,7 @@ the model was trained and evaluated with.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from compress_jax.core.codebook import Tabled
 from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Layout
 from compress_jax.core.sparse import Sparse, nbytes, static, width
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Leaf, PyTree
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +32,14 @@ class Quantized:
         ``layout.scale_shape``.
       layout: which codes share a scale.
       dtype: of the unpacked array.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> codes = Bits.pack(jnp.array([[0, 7], [4, 2]]), bits=3)
+      >>> zero_point = jnp.array(4, jnp.uint8)
+      >>> node = cj.core.Quantized(codes, jnp.full((1, 1), 0.5), zero_point, Layout((2, 2)))
+      >>> node.unpack().tolist(), node.nbytes
+      ([[-2.0, 1.5], [0.0, -1.0]], 7)
     """
 
     codes: Bits | Sparse
@@ -56,15 +64,18 @@ class Quantized:
 
     def keep(self, mask: jax.Array) -> "Quantized":
         """Store only the codes where ``mask`` is true; the others become exact zeros."""
-        if isinstance(self.codes, Sparse):  # what is already left out stays out
+        # What is already left out stays out: its code is not stored.
+        if isinstance(self.codes, Sparse):
             mask = mask & self.codes.mask.unpack().astype(bool)
         codes = Sparse.pack(self.codes.unpack(), mask, bits=width(self.codes))
         return Quantized(codes, self.scale, self.zero_point, self.layout, self.dtype)
 
     def unpack(self) -> jax.Array:
         """Return the dense array, computed in float32 and cast to `dtype`."""
+        # The difference of integers is exact: only its product with the scale is rounded.
         zero = self.layout.expand(self.zero_point.astype(jnp.int32))
         levels = self.layout.arrange(self.codes.unpack().astype(jnp.int32)) - zero
+        # A code left out is unpacked as 0, which stands for -zero_point.
         if isinstance(self.codes, Sparse):
             levels = levels * self.layout.arrange(self.codes.mask.unpack().astype(jnp.int32))
         return saturate(self.layout.restore(levels.astype(jnp.float32) * self.scale), self.dtype)
@@ -91,6 +102,12 @@ class Clustered:
         each.
       dtype: of the unpacked array.
       stack: the axes along which the array holds layers, ascending.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> codes = Bits.pack(jnp.array([0, 1, 2, 1]), bits=2)
+      >>> cj.core.Clustered(codes, jnp.array([0.5, -0.5])).unpack().tolist()
+      [0.5, -0.5, 0.0, -0.5]
     """
 
     codes: Bits | Sparse
@@ -104,9 +121,9 @@ class Clustered:
     ) -> "Clustered":
         """Pack dense indices, ``clusters`` for zero; store only nonzeros where zeros prevail."""
         zero = codebook.shape[-1]
-        node = cls(
-            Bits.pack(codes, bits_for(zero + bool((codes == zero).any()))), codebook, dtype, stack
-        )
+        # The code for zero may cost a bit, so it has none where no entry needs it.
+        levels = zero + bool((codes == zero).any())
+        node = cls(Bits.pack(codes, bits_for(levels)), codebook, dtype, stack)
         return min(node, node.keep(codes != zero), key=nbytes)
 
     def keep(self, mask: jax.Array) -> "Clustered":
@@ -135,7 +152,7 @@ class Clustered:
 
 
 def _look_up(codes: jax.Array, codebook: jax.Array) -> jax.Array:
-    return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes]
+    return jnp.append(codebook, jnp.zeros((), codebook.dtype))[codes]  # of [clusters + 1] values
 
 
 @jax.tree_util.register_dataclass
@@ -152,10 +169,16 @@ class LowRank:
       columns: the axes of the array that the columns are made of, ascending; the rows are made of
         all others.
       stack: the axes along which the array holds layers, ascending.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> node = cj.core.LowRank(jnp.ones((2, 1)), jnp.array([[1.0, 2.0, 3.0]]), shape=(2, 3))
+      >>> node.unpack().tolist(), node.nbytes
+      ([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], 20)
     """
 
-    left: Any
-    right: Any
+    left: "jax.Array | Packed"
+    right: "jax.Array | Packed"
     shape: tuple[int, ...] = field(**static)
     dtype: jnp.dtype = field(default=jnp.dtype(jnp.float32), **static)
     columns: tuple[int, ...] = field(default=(-1,), **static)
@@ -163,16 +186,15 @@ class LowRank:
 
     def unpack(self) -> jax.Array:
         """Return the dense array, the product taken in the highest precision of the device."""
+        # Accelerators multiply float32 in fewer bits by default.
         product = jnp.matmul(
             to_dense(self.left), to_dense(self.right), precision=jax.lax.Precision.HIGHEST
-        )
+        )  # [layers..., rows, columns]
         order = self._order
         x = saturate(product.reshape(tuple(self.shape[a] for a in order)), self.dtype)
-        return (
-            x
-            if order == tuple(range(len(order)))
-            else jnp.transpose(x, tuple(map(order.index, range(len(order)))))
-        )
+        if order == tuple(range(len(order))):
+            return x
+        return jnp.transpose(x, tuple(map(order.index, range(len(order)))))  # the inverse of order
 
     @property
     def _order(self) -> tuple[int, ...]:
@@ -190,17 +212,17 @@ class LowRank:
 Packed: TypeAlias = Sparse | Quantized | Tabled | Clustered | LowRank
 
 
-def is_packed(x: Any) -> bool:
+def is_packed(x: object) -> bool:
     """Tell whether ``x`` is a packed node that stands for one array."""
     return isinstance(x, Packed)
 
 
-def to_dense(x: Any) -> Any:
+def to_dense(x: Leaf) -> Leaf:
     """Return the array that a packed node stands for, and anything else as it is."""
     return x.unpack() if isinstance(x, (Packed, Bits, Gaps)) else x
 
 
-def unpack(tree: PyTree) -> Any:
+def unpack(tree: PyTree) -> PyTree:
     """Replace every packed node of a tree by the array it stands for.
 
     Works under ``jit``: a model may be served from packed params that are unpacked inside the

@@ -1,19 +1,18 @@
 """Paths of leaves: ``{"dense": {"kernel": w}}`` holds ``dense/kernel``; globs choose some."""
 
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Container, Iterable
 
 import jax
 
 from compress_jax.core.errors import ArgumentError, NoMatchError
 from compress_jax.core.packed import is_packed
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Leaf, Leaves, PyTree
 
 Patterns = str | tuple[str, ...]
 
 
-def name(key_path: tuple[Any, ...]) -> str:
+def name(key_path: jax.tree_util.KeyPath) -> str:
     """Return the name of a JAX key path, keys joined by ``/``.
 
     The ``.value`` that ``flax.nnx`` variables add at the end is dropped, so that a Linen dict, an
@@ -34,7 +33,7 @@ def name(key_path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(key_path, simple=True, separator="/")
 
 
-def flatten(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]], Any]]:
+def flatten(tree: PyTree) -> tuple[dict[str, Leaf], Callable[[Leaves], PyTree]]:
     """Flatten a tree to ``{path: leaf}``, and return the function that rebuilds the tree.
 
     Packed nodes count as leaves, as they stand where an array stood.
@@ -55,12 +54,13 @@ def flatten(tree: PyTree) -> tuple[dict[str, Any], Callable[[Mapping[str, Any]],
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_packed)
     leaves = {name(path): leaf for path, leaf in pairs}
+    # {"a": {"b": x}, "a/b": y} has two leaves of one name.
     if len(leaves) != len(pairs):
         raise ArgumentError(
             "two leaves of this tree have the same name; rename a key that contains '/'"
         )
 
-    def rebuild(new: Mapping[str, Any]) -> Any:
+    def rebuild(new: Leaves) -> PyTree:
         return treedef.unflatten([new[key] for key in leaves])
 
     return leaves, rebuild
@@ -80,6 +80,7 @@ def owner(path: str, names: Container[str]) -> str | None:
       >>> owner("0/mu/dense/kernel", ["kernel", "dense/kernel"]), owner("0/count", ["kernel"])
       ('dense/kernel', None)
     """
+    # From the longest end: "kernel" must not take what belongs to "dense/kernel".
     keys = path.split("/")
     ends = ("/".join(keys[start:]) for start in range(len(keys)))
     return next((end for end in ends if end in names), None)
@@ -90,6 +91,7 @@ TOKENS = {"**/": "(?:.*/)?", "/**": "(?:/.*)?", "**": ".*", "*": "[^/]*", "?": "
 
 def _regex(pattern: str) -> re.Pattern[str]:
     """Translate a glob: ``**`` crosses ``/``; ``*``, ``?``, ``[a-c]`` and ``[!a]`` do not."""
+    # The alternatives are tried in order, hence "**/" before "**", and "**" before "*".
     parts = re.split(r"(\*\*/|/\*\*$|\*\*|\*|\?|\[!?[^\]!][^\]]*\])", pattern)
     return re.compile("".join(TOKENS.get(part) or _set(part) or re.escape(part) for part in parts))
 
@@ -98,6 +100,7 @@ def _set(part: str) -> str | None:
     """Translate ``[a-c]`` or ``[!a]``; return None for anything else."""
     if len(part) < 3 or (part[0], part[-1]) != ("[", "]"):
         return None
+    # `escape` escapes the hyphens of ranges too. No set matches "/": it stays within one key.
     inside = re.escape(part[1:-1]).replace(r"\-", "-")
     return f"[^/{inside[1:]}]" if inside[0] == "!" else f"(?!/)[{inside}]"
 

@@ -9,17 +9,17 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 from compress_jax.core.errors import CompressError
 from compress_jax.core.table import printable
+from compress_jax.core.types import JsonObject
 
 DIGEST = "sha256"
 
-
-Schema: TypeAlias = Any
+Schema: TypeAlias = "Kind | _Mapping | _Optional | Sequence[Schema] | Mapping[str, Schema]"
 
 
 class Kind(NamedTuple):
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
     """
 
     words: str
-    test: Callable[[Any], bool]
+    test: Callable[[object], bool]
 
 
 class _Mapping(NamedTuple):
@@ -42,13 +42,14 @@ class _Optional(NamedTuple):
     schema: Schema
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) < 2**63  # a longer one is no measurement, and no float holds it
+        # A longer one is no measurement, and no float holds it.
+        return abs(value) < 2**63
     return isinstance(value, float) and math.isfinite(value)
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and _is_number(value) and value >= 0
 
 
@@ -96,6 +97,7 @@ def deviation(value: object, schema: Schema, name: str = "it") -> str | None:
     else:
         if not isinstance(value, dict):
             return f"{name} is {_brief(value)}, not an object"
+        # The name of the whole, "it", would only lengthen those of its entries.
         entries = _entries(value, schema, "" if name == "it" else f"{name}.")
     for own_name, entry, own_schema in entries:
         if found := deviation(entry, own_schema, own_name):
@@ -103,10 +105,12 @@ def deviation(value: object, schema: Schema, name: str = "it") -> str | None:
     return None
 
 
-def _entries(value: dict[str, Any], schema: Schema, prefix: str) -> list[tuple[str, Any, Schema]]:
+def _entries(value: JsonObject, schema: Schema, prefix: str) -> list[tuple[str, object, Schema]]:
     """Return the entries of an object that its schema names: name, value, schema."""
-    schemas = dict.fromkeys(value, schema.schema) if isinstance(schema, _Mapping) else schema
-    return [(prefix + name, value.get(name), own) for name, own in schemas.items()]
+    if isinstance(schema, _Mapping):
+        schema = dict.fromkeys(value, schema.schema)
+    assert isinstance(schema, Mapping)
+    return [(prefix + name, value.get(name), own) for name, own in schema.items()]
 
 
 def _brief(value: object) -> str:
@@ -114,7 +118,7 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def sealed(content: dict[str, Any]) -> bytes:
+def sealed(content: JsonObject) -> bytes:
     """Return an object as JSON with a digest of itself as its last entry.
 
     Args:
@@ -138,7 +142,7 @@ def read_record(
     error: type[CompressError],
     *,
     intact: bool = True,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Read a JSON file of this package and check its content.
 
     Args:
@@ -180,9 +184,10 @@ def read_record(
     return content
 
 
-def _without_digest(content: dict[str, Any]) -> dict[str, Any]:
+def _without_digest(content: JsonObject) -> JsonObject:
     return {name: value for name, value in content.items() if name != DIGEST}
 
 
-def _digest(content: dict[str, Any]) -> str:
+def _digest(content: JsonObject) -> str:
+    # Of the content, not of the file's bytes: keys are sorted, and nothing is indented.
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

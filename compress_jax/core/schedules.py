@@ -6,15 +6,13 @@ when they end.
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Scheduled
-from compress_jax.core.types import Params, Step
+from compress_jax.core.types import Params, Schedule, Step
 
-Schedule = Callable[[Any], Any]
 FAR = 2**30  # a step that no training reaches; the next one still fits in int32
 
 
@@ -36,7 +34,7 @@ def awake(compression: Compression) -> Compression:
     return compression._replace(update=at_once(compression))
 
 
-def arrival(schedules: Sequence[Schedule], step: Step) -> tuple[Any, Any]:
+def arrival(schedules: Sequence[Schedule], step: Step) -> tuple[jax.Array, jax.Array]:
     """Decide whether a schedule ends at this step or the next, and which step to update with.
 
     The state that an update makes is what the model uses at the step after it. So the update one
@@ -55,12 +53,14 @@ def arrival(schedules: Sequence[Schedule], step: Step) -> tuple[Any, Any]:
       [(False, 0), (False, 1), (False, 2), (True, 4), (True, 4), (False, 5)]
     """
     step = jnp.asarray(step)
-    soon, now = jnp.zeros((), bool), jnp.zeros((), bool)
+    soon = jnp.zeros((), bool)
+    now = jnp.zeros((), bool)
     for schedule in schedules:
-        before, here, after = (
-            schedule(step + d) == schedule(jnp.full_like(step, FAR)) for d in (-1, 0, 1)
-        )
+        # Whether the schedule has its last value at the step before, at this one, at the next.
+        last = schedule(jnp.full_like(step, FAR))
+        before, here, after = (schedule(step + d) == last for d in (-1, 0, 1))
         soon |= after & jnp.logical_not(here)
+        # Also at that step itself, as no update need have been made at the step before.
         now |= here & jnp.logical_not(before)
     return soon | now, step + soon.astype(step.dtype)
 
@@ -81,7 +81,7 @@ def begin(compression: Compression, params: Params, step: Step = 0) -> Compressi
     return init(params, step=step) if takes else init(params)
 
 
-def due(every: int, schedules: Sequence[Schedule], step: Step) -> tuple[jax.Array, Any]:
+def due(every: int, schedules: Sequence[Schedule], step: Step) -> tuple[jax.Array, jax.Array]:
     """Return whether a thinned update acts at this step, and which step to update with.
 
     Args:

@@ -49,18 +49,19 @@ class Sparse:
         """
         mask = mask.astype(bool)
         values = dense[mask] if bits is None else Bits.pack(dense[mask], bits)
+        # A bit for each entry, or the gaps between kept ones, which are smaller where few are kept.
         width = Gaps.best_width(mask)
         forms = (Bits.pack(mask, 1), Gaps.pack(mask, width))
         return cls(values, min(forms, key=lambda form: form.nbytes), fill)
 
     def unpack(self) -> jax.Array:
         """Return the dense array."""
-        mask = self.mask.unpack().ravel().astype(bool)
+        mask = self.mask.unpack().ravel().astype(bool)  # [n]
         values = self.values.unpack() if isinstance(self.values, Bits) else self.values
-        values = values.astype(
-            self.dtype
-        )  # int32 for codes: the fill may be one more than their width can hold
-        padded = jnp.append(values, jnp.asarray(self.fill, values.dtype))
+        # int32 for codes: the fill may be one more than their width can hold.
+        values = values.astype(self.dtype)
+        padded = jnp.append(values, jnp.asarray(self.fill, values.dtype))  # [kept + 1]
+        # A kept entry takes the value of its rank among the kept ones, any other the fill.
         rank = jnp.where(mask, jnp.cumsum(mask) - 1, values.size)
         return padded[rank].reshape(self.shape)
 

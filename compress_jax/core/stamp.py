@@ -4,8 +4,8 @@ The stamp is static (part of the tree's structure, not an array), so the check r
 is traced and costs nothing under `jit`.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 
@@ -37,7 +37,7 @@ class Stamp(NamedTuple):
     fixed: Signature
 
 
-class Stamped(dict[str, Any]):
+class Stamped(dict[str, PyTree]):
     """The ``fixed`` dict of a state with the stamp of the compression that made it.
 
     Example:
@@ -45,20 +45,25 @@ class Stamped(dict[str, Any]):
       True
     """
 
-    def __init__(self, items: Any, stamp: Stamp | None):
+    def __init__(self, items: Mapping[str, PyTree], stamp: Stamp | None):
         """Hold items as a dict does, and the stamp beside them."""
         super().__init__(items)
         self.stamp = stamp
 
 
-def _flatten(x: Stamped) -> tuple[list[tuple[Any, Any]], tuple[Any, ...]]:
+Static = tuple[tuple[str, ...], Stamp | None]
+"""What of a `Stamped` is part of the structure of a tree: its keys and its stamp."""
+
+
+def _flatten(x: Stamped) -> tuple[list[tuple[Hashable, PyTree]], Static]:
+    # Sorted, as JAX sorts the keys of any dict: equal states have equal structures.
     keys = tuple(sorted(x))
     return [(jax.tree_util.DictKey(key), x[key]) for key in keys], (keys, x.stamp)
 
 
-def _unflatten(static: tuple[Any, ...], children: Any) -> Stamped:
+def _unflatten(static: Static, children: Iterable[PyTree]) -> Stamped:
     keys, stamp = static
-    return Stamped(zip(keys, children, strict=True), stamp)
+    return Stamped(dict(zip(keys, children, strict=True)), stamp)
 
 
 jax.tree_util.register_pytree_with_keys(Stamped, _flatten, _unflatten)
@@ -101,7 +106,7 @@ def calls(tree: PyTree) -> list[str]:
     ]
 
 
-def seal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> Any:
+def seal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> PyTree:
     """Return a state with a stamp."""
     known = tuple(sorted(_unusual(axes).items()))
     stamp = Stamp(
@@ -114,7 +119,7 @@ def seal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree)
     return state._replace(fixed=Stamped(state.fixed, stamp))
 
 
-def unseal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> Any:
+def unseal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTree) -> PyTree:
     """Check the stamp of a state and return the state without it; one without a stamp passes.
 
     Raises:
@@ -122,6 +127,7 @@ def unseal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTre
         other shapes or dtypes.
     """
     stamp = getattr(state.fixed, "stamp", None)
+    # A state made by hand has none; its shapes are checked where it is used.
     if stamp is None:
         return state
     if stamp.call != call:
@@ -131,9 +137,8 @@ def unseal(call: str, axes: dict[str, Axes] | None, params: Params, state: PyTre
             "Make a state with this compression's own `init`."
         )
     _same_axes(stamp, axes or {}, params)
-    if (
-        not jax.sharding.get_abstract_mesh().manual_axes
-    ):  # in shard_map, arrays are a device's pieces of what init saw
+    # Inside shard_map arrays are one device's pieces of what `init` saw.
+    if not jax.sharding.get_abstract_mesh().manual_axes:
         _same_leaves(stamp, params)
         _same_arrays("learned", stamp.learned, state.learned)
         _same_arrays("fixed", stamp.fixed, state.fixed)
@@ -155,6 +160,7 @@ def _short(text: str, other: str) -> str:
 
 def _unusual(axes: Mapping[str, Axes] | None) -> dict[str, str]:
     """Return the letters of the leaves whose axes differ from the convention."""
+    # Only these are in the stamp: a trace that confirms the convention changes nothing in a state.
     usual = {path: Axes.convention(each.shape) for path, each in (axes or {}).items()}
     return {
         path: each.letters

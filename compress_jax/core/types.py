@@ -6,19 +6,25 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
+# Any class can be registered as a node of a tree, so no type of Python says what a tree holds.
+# These names say what a function expects of it.
+
 PyTree: TypeAlias = Any
 """A nest of dicts, lists, tuples and registered classes with arrays as leaves."""
 
-Params: TypeAlias = Any
+Params: TypeAlias = PyTree
 """A tree of parameter arrays: a Linen dict, an NNX state, an Equinox module, a plain dict."""
 
-Leaves: TypeAlias = Mapping[str, Any]
+Leaf: TypeAlias = Any
+"""A leaf of params: an array, traced or not, its `jax.ShapeDtypeStruct`, or a packed node."""
+
+Leaves: TypeAlias = Mapping[str, Leaf]
 """Arrays, or what stands for them, by path."""
 
-Variables: TypeAlias = Any
+Variables: TypeAlias = PyTree
 """What a model's `apply` takes first: params, or params with batch statistics beside them."""
 
-Batch: TypeAlias = Any
+Batch: TypeAlias = PyTree
 """A tree of arrays whose leading axis counts examples."""
 
 Array: TypeAlias = jax.Array | np.ndarray
@@ -33,7 +39,7 @@ Step: TypeAlias = int | jax.Array
 Shape: TypeAlias = tuple[int, ...]
 """The shape of an array."""
 
-DType: TypeAlias = Any
+DType: TypeAlias = jax.typing.DTypeLike
 """Whatever NumPy takes for a dtype: `jnp.float32`, ``"int8"``, a `numpy.dtype`."""
 
 Patterns: TypeAlias = str | tuple[str, ...] | list[str]
@@ -53,3 +59,6 @@ ModelFn: TypeAlias = Callable[..., PyTree]
 
 Schedule: TypeAlias = Callable[[Step], Scalar]
 """A function of the training step, as optax has them."""
+
+JsonObject: TypeAlias = dict[str, Any]
+"""An object of a JSON file: text to null, flags, numbers, text, lists and objects."""

@@ -12,26 +12,73 @@ from typing import Any
 
 from compress_jax.core.deprecated import renamed
 from compress_jax.core.errors import DataError
+from compress_jax.data._audio import (
+    MFCC,
+    LogMel,
+    Standardized,
+    mel_filters,
+    power_spectrum,
+    spec_augment,
+    standardized,
+)
 from compress_jax.data._augment import mixup, random_crop_flip
-from compress_jax.data._dataset import Data, fingerprint, load
+from compress_jax.data._brown import brown
+from compress_jax.data._data import Data, fingerprint
+from compress_jax.data._dataset import load
 from compress_jax.data._feed import Feed, batches, eval_batches
+from compress_jax.data._folder import from_folder
+from compress_jax.data._hugging_face import from_hugging_face
+from compress_jax.data._keywords import keywords
+from compress_jax.data._packages import npm_archive, wheel_files
 from compress_jax.data._preprocess import Split, clean, normalize, scale_to_unit, statistics
+from compress_jax.data._records import from_grain
+from compress_jax.data._spam import spam_assassin
+from compress_jax.data._text import TextData, Tokens, from_texts, tokens
+from compress_jax.data._tfds import from_tfds
+from compress_jax.data._tokenizer import Tokenizer, WordPieces, load_tokenizer
+from compress_jax.data._tones import tones
+from compress_jax.data._train_tokenizer import train_tokenizer
 
 __all__ = [
+    "MFCC",
     "Data",
     "DataError",
     "Feed",
+    "LogMel",
     "Split",
+    "Standardized",
+    "TextData",
+    "Tokenizer",
+    "Tokens",
+    "WordPieces",
     "batches",
+    "brown",
     "clean",
     "eval_batches",
     "fingerprint",
+    "from_folder",
+    "from_grain",
+    "from_hugging_face",
+    "from_texts",
+    "from_tfds",
+    "keywords",
     "load",
+    "load_tokenizer",
+    "mel_filters",
     "mixup",
     "normalize",
+    "npm_archive",
+    "power_spectrum",
     "random_crop_flip",
     "scale_to_unit",
+    "spam_assassin",
+    "spec_augment",
+    "standardized",
     "statistics",
+    "tones",
+    "tokens",
+    "train_tokenizer",
+    "wheel_files",
 ]
 
 __getattr__: Callable[[str], Any] = renamed({"normalise": "normalize"}, __name__)

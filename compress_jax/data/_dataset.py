@@ -1,7 +1,6 @@
 """`load`: from the name of a data set to normalized arrays, split, cleaned and fingerprinted."""
 
 import contextlib
-import hashlib
 import io
 import os
 import socket
@@ -10,7 +9,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError, DataError
 from compress_jax.data._builders import MNIST, Digits, FashionMNIST, idx
+from compress_jax.data._data import Data, cut, fingerprint
 from compress_jax.data._preprocess import Split, clean, normalize, scale_to_unit, statistics
 
 # Around TFDS: error messages that say what to do, a progress bar, and silence.
@@ -187,48 +186,6 @@ _PORTS = {"http": 80, "https": 443, "ftp": 21}
 _FAMILY = {"mnist": MNIST, "fashion_mnist": FashionMNIST}
 
 
-@dataclass(frozen=True, eq=False)
-class Data:
-    """Labeled images in memory.
-
-    A split is a dict of ``image``, float32 ``[n, height, width, channels]``, and ``label``, int32
-    ``[n]``. Pixels x were transformed to ``(x / maximum - mean) / std``.
-
-    Attributes:
-      name: the name of the data set.
-      train: the split for parameters, statistics and calibration.
-      validation: the split for decisions.
-      test: the split for the final report only.
-      classes: the number of classes.
-      fingerprint: sha256 of the examples before normalization, which identifies the data of a run.
-      names: the names of the classes, in the order of the labels.
-      mean: float32 ``[channels]``; zeros without normalization.
-      std: float32 ``[channels]``; ones without normalization.
-      maximum: the largest value that a stored pixel can have.
-      dropped: the number of train and validation examples dropped by cleaning, by reason.
-
-    Example:
-      >>> import tempfile
-      >>> import compress_jax as cj
-      >>> with tempfile.TemporaryDirectory() as folder:
-      ...     digits = cj.data.load("digits", data_dir=folder)
-      >>> digits.train["image"].shape, digits.maximum, digits.names[:3]
-      ((1298, 8, 8, 1), 16.0, ('0', '1', '2'))
-    """
-
-    name: str
-    train: Split
-    validation: Split
-    test: Split
-    classes: int
-    fingerprint: str
-    names: tuple[str, ...]
-    mean: np.ndarray
-    std: np.ndarray
-    maximum: float
-    dropped: dict[str, int]
-
-
 @renamed_arguments(normalised="normalized")
 def load(
     name: str,
@@ -290,31 +247,6 @@ def load(
     return _finished(name, builder.info, splits, dropped, normalized)
 
 
-def fingerprint(splits: dict[str, Split]) -> str:
-    """Return the sha256 of the names, dtypes, shapes and bytes of arrays, sorted by name.
-
-    Args:
-      splits: dicts of arrays by name of the split.
-
-    Returns:
-      64 hexadecimal digits, the same on every machine.
-
-    Example:
-      >>> import numpy as np
-      >>> import compress_jax as cj
-      >>> cj.data.fingerprint({"train": {"label": np.arange(3, dtype=np.int32)}})[:16]
-      '3c16a9ea2cbb0a8d'
-    """
-    digest = hashlib.sha256()
-    for part, split in sorted(splits.items()):
-        for key, array in sorted(split.items()):
-            # Little-endian and contiguous, so that the bytes do not depend on the machine.
-            little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-            digest.update(f"{part}/{key} {little.dtype.str} {little.shape}\n".encode())
-            digest.update(little.data)
-    return digest.hexdigest()
-
-
 def _three(found: dict[str, Split], fraction: float) -> dict[str, Split]:
     """Return train, validation and test; those that are missing are cut from the end of train."""
     splits = dict(found)
@@ -322,17 +254,8 @@ def _three(found: dict[str, Split], fraction: float) -> dict[str, Split]:
         splits["test"] = splits.pop("validation")
     for part, share in (("test", 0.1), ("validation", fraction)):
         if part not in splits:
-            splits["train"], splits[part] = _cut(splits["train"], share)
+            splits["train"], splits[part] = cut(splits["train"], share)
     return splits
-
-
-def _cut(split: Split, fraction: float) -> tuple[Split, Split]:
-    """Divide a split into its first part and its last ``fraction``."""
-    n = len(split["label"])
-    at = n - round(n * fraction)
-    first = {key: array[:at] for key, array in split.items()}
-    last = {key: array[at:] for key, array in split.items()}
-    return first, last
 
 
 def _finished(
@@ -351,7 +274,9 @@ def _finished(
         splits = {part: normalize(split, mean, std) for part, split in splits.items()}
     return Data(
         name=name,
-        **splits,
+        train=splits["train"],
+        validation=splits["validation"],
+        test=splits["test"],
         classes=labels.num_classes,
         fingerprint=digest,
         names=tuple(labels.names),

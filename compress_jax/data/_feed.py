@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from compress_jax.core.errors import ConfigError
@@ -48,20 +47,21 @@ def batches(
     batch_size: int,
     *,
     seed: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Feed:
-    """Shuffle a split for each epoch and cut it into full batches, of which each process gets rows.
+    """Shuffle a split for each epoch and cut it into full batches.
 
-    The global batch of a step is the same for any number of processes; process p of P gets its rows
-    p, p + P, p + 2P, and so on. Examples that do not fill a batch are left out of that epoch.
+    The batch of a step is the same for any number of processes. By default each process gets all of
+    it, and `train.jit_step` gives every device its rows; process p of P may ask for one part alone:
+    B / P rows from row p * B / P on. Examples that do not fill a batch are left out of that epoch.
 
     Args:
       split: arrays ``[n, ...]``, all with the same n, in memory.
       batch_size: the number of examples in one global batch.
       seed: 0 to 2**32 - 1; the seed of all shuffles.
-      process_index: the index of this process; by default JAX's.
-      process_count: the number of processes; by default JAX's.
+      process_index: which part, counted from 0.
+      process_count: the number of parts.
 
     Returns:
       A `Feed` of dicts of arrays ``[batch_size / process_count, ...]``.
@@ -77,7 +77,7 @@ def batches(
       (2, (4,))
     """
     n = _size(split)
-    index, count = _process(batch_size, process_index, process_count)
+    part = _part(batch_size, process_index, process_count)
     if not 1 <= batch_size <= n:
         raise ConfigError(
             f"batch_size is {batch_size}, but the split has {n} examples; choose 1 to {n}."
@@ -90,7 +90,7 @@ def batches(
         .shuffle()
         .batch(batch_size, drop_remainder=True, batch_fn=np.asarray)
     )
-    gathered = rows.map(lambda r: {key: array[r[index::count]] for key, array in split.items()})
+    gathered = rows.map(lambda r: {key: array[r[part]] for key, array in split.items()})
     return Feed(gathered.repeat(), n // batch_size)
 
 
@@ -98,8 +98,8 @@ def eval_batches(
     split: Split,
     batch_size: int,
     *,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[Split]:
     """Cut a split in order into batches of one fixed size, the last one padded.
 
@@ -108,8 +108,8 @@ def eval_batches(
     Args:
       split: arrays ``[n, ...]``, all with the same n, and none called ``mask``.
       batch_size: the number of rows in one global batch; may be larger than n.
-      process_index: the index of this process; by default JAX's.
-      process_count: the number of processes; by default JAX's.
+      process_index: which part of each batch, see `batches`.
+      process_count: the number of parts.
 
     Yields:
       Dicts of arrays ``[batch_size / process_count, ...]`` with a boolean ``mask``: false for
@@ -126,13 +126,12 @@ def eval_batches(
       [1 2] [ True  True]
       [3 0] [ True False]
     """
-    index, count = _process(batch_size, process_index, process_count)
+    part = _part(batch_size, process_index, process_count)
     masked = {**split, "mask": np.ones(_size(split), bool)}
     for start in range(0, _size(split), batch_size):
         batch = {}
         for key, array in masked.items():
-            rows = _padded(array[start : start + batch_size], batch_size)
-            batch[key] = rows[index::count]
+            batch[key] = _padded(array[start : start + batch_size], batch_size)[part]
         yield batch
 
 
@@ -141,16 +140,15 @@ def _size(split: Split) -> int:
     return len(next(iter(split.values())))
 
 
-def _process(batch_size: int, index: int | None, count: int | None) -> tuple[int, int]:
-    """Return the index of this process and the number of processes, by default JAX's."""
-    index = jax.process_index() if index is None else index
-    count = jax.process_count() if count is None else count
+def _part(batch_size: int, index: int, count: int) -> slice:
+    """Return the rows of a batch that one of so many processes gets."""
     if batch_size % count:
         raise ConfigError(
             f"batch_size is {batch_size}, which {count} processes cannot divide evenly; choose a "
             f"multiple of {count}."
         )
-    return index, count
+    size = batch_size // count
+    return slice(index * size, (index + 1) * size)
 
 
 def _padded(rows: np.ndarray, size: int) -> np.ndarray:

@@ -49,13 +49,14 @@ def _first(split: Split) -> np.ndarray:
     return first
 
 
-def scale_to_unit(split: Split, *, maximum: float = 255.0) -> Split:
+def scale_to_unit(split: Split, *, maximum: float = 255.0, entry: str = "image") -> Split:
     r"""Scale images to :math:`x / \text{maximum}`, as float32.
 
     Args:
       split: ``image`` of any dtype with values 0 to ``maximum``; other keys are not changed.
       maximum: the largest value that a pixel can have, not the largest that occurs, which would
         differ between splits.
+      entry: the name of the images.
 
     Returns:
       The split with float32 ``image`` in [0, 1].
@@ -66,12 +67,12 @@ def scale_to_unit(split: Split, *, maximum: float = 255.0) -> Split:
       >>> cj.data.scale_to_unit({"image": np.array([[0, 255]], np.uint8)})["image"].tolist()
       [[0.0, 1.0]]
     """
-    images = split["image"].astype(np.float32)
+    images = split[entry].astype(np.float32)
     images /= np.float32(maximum)  # in place on the new copy, for half the memory
-    return {**split, "image": images}
+    return {**split, entry: images}
 
 
-def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
+def statistics(split: Split, *, entry: str = "image") -> tuple[np.ndarray, np.ndarray]:
     r"""Return the mean and the standard deviation of each channel.
 
     .. math:: \mu_c = \frac1N\sum x_c, \quad \sigma_c^2 = \frac1N\sum (x_c - \mu_c)^2
@@ -80,6 +81,7 @@ def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
 
     Args:
       split: ``image`` is ``[n, ..., channels]``.
+      entry: the name of the images, or of any array.
 
     Returns:
       Mean and standard deviation, float32 ``[channels]``. The deviation of a constant channel is
@@ -95,7 +97,7 @@ def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
       >>> mean.tolist(), std.tolist()
       ([2.0], [1.0])
     """
-    images = split["image"]
+    images = split[entry]
     if images.size == 0:
         raise ArgumentError("an empty split has no statistics; give one with examples")
     rows = images.size // images.shape[-1]
@@ -107,13 +109,14 @@ def statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
     return mean.astype(np.float32), std.astype(np.float32)
 
 
-def normalize(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
+def normalize(split: Split, mean: np.ndarray, std: np.ndarray, *, entry: str = "image") -> Split:
     r"""Shift and scale images to :math:`(x - \mu_c) / \sigma_c`.
 
     Args:
       split: float32 ``image`` ``[n, ..., channels]``; other keys are not changed.
       mean: float32 ``[channels]``, from `statistics` of the training split.
       std: float32 ``[channels]``, positive.
+      entry: the name of the images, or of any array.
 
     Returns:
       The split with its new ``image``.
@@ -126,6 +129,6 @@ def normalize(split: Split, mean: np.ndarray, std: np.ndarray) -> Split:
       >>> cj.data.normalize(split, mean, std)["image"].ravel().tolist()
       [-1.0, 1.0]
     """
-    images = split["image"] - mean
+    images = split[entry] - mean
     images /= std
-    return {**split, "image": images}
+    return {**split, entry: images}

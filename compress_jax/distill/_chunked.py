@@ -197,6 +197,8 @@ class StreamingSoftmax(NamedTuple):
     def start(cls, like: jax.Array) -> "StreamingSoftmax":
         """Return the state before the first slice: a top below any bounded logit, yet finite."""
         zero = jnp.zeros_like(like)
+        # The lowest float would not do: logit - top must not overflow, since `StreamingKL.add`
+        # multiplies the shift of the top by a sum that is still 0.
         return cls(zero + jnp.finfo(zero.dtype).min / 16, zero)
 
     def add(self, logits: jax.Array) -> "StreamingSoftmax":
@@ -247,6 +249,8 @@ class StreamingKL(NamedTuple):
 # Slices of a head, by columns of the vocabulary and by blocks of tokens.
 
 Carry = TypeVar("Carry")
+Start: TypeAlias = int | jax.Array
+"""The first column of a slice: a number for the last slice, an int32 scalar within the scan."""
 
 
 class Head(NamedTuple):
@@ -255,11 +259,11 @@ class Head(NamedTuple):
     hidden: jax.Array  # [tokens, width]
     kernel: jax.Array  # [width, vocabulary]
 
-    def columns(self, start: Scalar, width: int) -> jax.Array:
+    def columns(self, start: Start, width: int) -> jax.Array:
         """Return some columns of the kernel."""
         return jax.lax.dynamic_slice_in_dim(self.kernel, start, width, axis=1)
 
-    def logits(self, start: Scalar, width: int, temperature: Scalar) -> jax.Array:
+    def logits(self, start: Start, width: int, temperature: Scalar) -> jax.Array:
         """Return bounded softened logits ``[tokens, width]``, in float32 from the product on."""
         logits = _wide_matmul(self.hidden, self.columns(start, width))
         return bounded(logits, temperature, self.kernel.shape[1])
@@ -290,7 +294,7 @@ def _varying_like(kernel: jax.Array, hidden: jax.Array) -> jax.Array:
 
 
 def _scan_columns(
-    step: Callable[[Carry, Any, int], Carry], carry: Carry, columns: int, size: int
+    step: Callable[[Carry, Start, int], Carry], carry: Carry, columns: int, size: int
 ) -> Carry:
     """Return the carry after ``step(carry, start, width)`` over all columns, ``size`` at a time."""
     size = min(size, columns)
@@ -300,6 +304,7 @@ def _scan_columns(
         return step(carry, i * size, size), None
 
     carry, _ = jax.lax.scan(body, carry, jnp.arange(full))
+    # A scan's slices have one width; the columns that are left make a narrower one after it.
     return step(carry, full * size, rest) if rest else carry
 
 
@@ -313,7 +318,8 @@ def _split_tokens(tokens: PyTree, size: int | None) -> PyTree:
     def one(x: jax.Array) -> jax.Array:
         blocks = max(1, -(-len(x) // (size or len(x) or 1)))
         padded = jnp.pad(x, ((0, -len(x) % blocks), *[(0, 0)] * (x.ndim - 1)))
-        return padded.reshape(-1, blocks, *x.shape[1:]).swapaxes(0, 1)
+        padded = padded.reshape(-1, blocks, *x.shape[1:])  # [tokens of a block, blocks, ...]
+        return padded.swapaxes(0, 1)
 
     return jax.tree.map(one, tokens)
 
@@ -346,6 +352,13 @@ class Sums(NamedTuple):
     hard: Normalizer | None
 
 
+Losses: TypeAlias = tuple[jax.Array, jax.Array | None]
+"""Divergence and cross entropy of each token; the latter is None without labels."""
+
+Residuals: TypeAlias = tuple[Head, Head, jax.Array | None, jax.Array, Sums]
+"""The arguments of the losses (student, teacher, labels, temperature) and their sums."""
+
+
 def _token_losses(
     plan: Plan,
     student: Head,
@@ -353,7 +366,7 @@ def _token_losses(
     labels: jax.Array | None,
     temperature: Scalar,
     mask: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
     """Return divergence and cross entropy of tokens on any leading axes, 0 where masked."""
     _check_shapes(student, teacher)
     tokens = student.hidden.shape[:-1]
@@ -362,6 +375,7 @@ def _token_losses(
         counts = fitted(mask, tokens, "the student's tokens") != 0
 
     def flat(head: Head) -> Head:
+        # Before the product: the head's gradient would be NaN if padding were, as NaN * 0 is NaN.
         hidden = jnp.where(counts[..., None], head.hidden, 0)
         hidden = hidden.reshape(-1, hidden.shape[-1])  # [tokens, width]
         return Head(hidden, _varying_like(head.kernel, head.hidden))
@@ -371,6 +385,7 @@ def _token_losses(
     temperature = jax.lax.stop_gradient(jnp.asarray(temperature, _widest(*student)))
     flat_labels = None if labels is None else labels.ravel()
     losses = _fused(plan, student, teacher, flat_labels, temperature)
+    # Hidden states of zeros have a cross entropy too, log(vocabulary), so it is masked again.
     return jax.tree.map(lambda loss: jnp.where(counts, loss.reshape(tokens), 0), losses)
 
 
@@ -394,8 +409,8 @@ def _check_shapes(student: Head, teacher: Head) -> None:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(
-    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
-) -> tuple[jax.Array, Any]:
+    plan: Plan, student: Head, teacher: Head, labels: jax.Array | None, temperature: jax.Array
+) -> Losses:
     """Return ``T**2`` times the divergence, and the cross entropy, of each token.
 
     Args:
@@ -412,12 +427,13 @@ def _fused(
 
 
 def _forward(
-    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
-) -> tuple[Any, Any]:
-    def one(block: Any) -> tuple[Any, Sums]:
+    plan: Plan, student: Head, teacher: Head, labels: jax.Array | None, temperature: jax.Array
+) -> tuple[Losses, Residuals]:
+    def one(block: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[Losses, Sums]:
         hidden, teacher_hidden, block_labels = block
-        heads = Head(hidden, student.kernel), Head(teacher_hidden, teacher.kernel)
-        return _block_losses(plan, *heads, block_labels, temperature)
+        own = Head(hidden, student.kernel)
+        other = Head(teacher_hidden, teacher.kernel)
+        return _block_losses(plan, own, other, block_labels, temperature)
 
     blocks = _split_tokens((student.hidden, teacher.hidden, labels), plan.block)
     losses, sums = _join_tokens(jax.lax.map(one, blocks), len(student.hidden))
@@ -425,28 +441,33 @@ def _forward(
 
 
 def _block_losses(
-    plan: Plan, student: Head, teacher: Head, labels: Any, temperature: jax.Array
-) -> tuple[Any, Sums]:
+    plan: Plan, student: Head, teacher: Head, labels: jax.Array | None, temperature: jax.Array
+) -> tuple[Losses, Sums]:
     """Return the losses of a block of tokens, and the sums that their gradients need."""
     # Sums start as zeros that vary over devices as the logits do.
     like = _wide_matmul(student.hidden[:, :1], student.kernel[:1, 0])  # [tokens]
     reverse = plan.beta == 1
 
-    def add(carry: Any, start: Any, width: int) -> Any:
+    def add(
+        carry: tuple[StreamingKL, StreamingSoftmax, jax.Array], start: Start, width: int
+    ) -> tuple[StreamingKL, StreamingSoftmax, jax.Array]:
         kl, hard, label_logit = carry
         s = student.logits(start, width, temperature)  # [tokens, width]
         t = teacher.logits(start, width, temperature)
         kl = kl.add(s, t) if reverse else kl.add(t, s)
         if labels is not None:
+            # The cross entropy is at T = 1. XLA computes the common matrix product once.
             plain = student.logits(start, width, 1.0)
             hard = hard.add(plain)
             hit = _is_label(labels, start, width)
+            # One slice holds the token's label; all others add 0.
             label_logit = label_logit + jnp.where(hit, plain, 0).sum(axis=-1)
         return kl, hard, label_logit
 
     first = (StreamingKL.start(like), StreamingSoftmax.start(like), jnp.zeros_like(like))
     columns = student.kernel.shape[1]
     kl, hard, label_logit = _scan_columns(add, first, columns, plan.chunk)
+    # In `StreamingKL(p, q)` the teacher is p, but for the reverse divergence it is q.
     student_softmax, teacher_softmax = (kl.p, kl.q) if reverse else (kl.q, kl.p)
     sums = Sums(
         student=student_softmax.normalizer(),
@@ -467,13 +488,15 @@ def _block_losses(
 def _jsd(
     plan: Plan, student: Head, teacher: Head, sums: Sums, temperature: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the generalised Jensen-Shannon divergence of each token and its student share.
+    """Return the generalized Jensen-Shannon divergence of each token and its student share.
 
     The mixture needs both normalizers, so this is a second pass over the vocabulary.
     """
 
-    def add(carry: Any, start: Any, width: int) -> Any:
-        teacher_kl, student_kl = carry
+    def add(
+        carry: tuple[jax.Array, jax.Array], start: Start, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        teacher_kl, student_kl = carry  # [tokens]
         log_q = sums.student.log_probs(student.logits(start, width, temperature))
         log_p = sums.teacher.log_probs(teacher.logits(start, width, temperature))
         log_m = mixture(log_q, log_p, plan.beta)  # [tokens, width]
@@ -488,24 +511,32 @@ def _jsd(
     return plan.beta * teacher_kl + student_share, student_share
 
 
-def _is_label(labels: jax.Array, start: Any, width: int) -> jax.Array:
+def _is_label(labels: jax.Array, start: Start, width: int) -> jax.Array:
     """Return booleans ``[tokens, width]``: whether a column is the token's label."""
     return labels[:, None] - start == jnp.arange(width, dtype=labels.dtype)[None]
 
 
-def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Head, None, None, None]:
+def _backward(
+    plan: Plan, residuals: Residuals, cotangents: Losses
+) -> tuple[Head, None, None, None]:
     student, teacher, labels, temperature, sums = residuals
     tokens = (student.hidden, teacher.hidden, labels, sums, cotangents)
     blocks = _split_tokens(tokens, plan.block)
 
-    def columns(carry: Any, start: Any, width: int) -> Any:
-        hidden_grad, kernel_grad = carry
+    # Slices outside, blocks inside: the gradient of a slice of the kernel is summed over all blocks
+    # in float32, and rounded to the kernel's dtype once.
+    def columns(
+        carry: tuple[jax.Array, jax.Array], start: Start, width: int
+    ) -> tuple[jax.Array, jax.Array]:
+        hidden_grad, kernel_grad = carry  # [blocks, tokens, width of hidden] and as the kernel
         kernel = student.columns(start, width)  # [width of hidden, width]
 
-        def add(columns_grad: jax.Array, block: Any) -> tuple[jax.Array, jax.Array]:
+        def add(columns_grad: jax.Array, block: PyTree) -> tuple[jax.Array, jax.Array]:
             hidden, teacher_hidden, *rest = block
-            heads = Head(hidden, student.kernel), Head(teacher_hidden, teacher.kernel)
-            grad = _logits_gradient(plan, (*heads, *rest), temperature, start, width)
+            own = Head(hidden, student.kernel)
+            other = Head(teacher_hidden, teacher.kernel)
+            # [tokens, width]
+            grad = _logits_gradient(plan, (own, other, *rest), temperature, start, width)
             columns_grad = columns_grad + _wide_matmul(hidden.T, grad)
             return columns_grad, _wide_matmul(grad, kernel.T)
 
@@ -516,14 +547,14 @@ def _backward(plan: Plan, residuals: Any, cotangents: Any) -> tuple[Head, None, 
         )
         return hidden_grad + block_grads, kernel_grad
 
-    zeros = jnp.zeros_like(blocks[0], cotangents[0].dtype), jnp.zeros_like(student.kernel)
+    zeros = (jnp.zeros_like(blocks[0], cotangents[0].dtype), jnp.zeros_like(student.kernel))
     hidden_grad, kernel_grad = _scan_columns(columns, zeros, student.kernel.shape[1], plan.chunk)
     hidden_grad = _join_tokens(hidden_grad, len(student.hidden))
     return Head(hidden_grad.astype(student.hidden.dtype), kernel_grad), None, None, None
 
 
 def _logits_gradient(
-    plan: Plan, block: Any, temperature: jax.Array, start: Any, width: int
+    plan: Plan, block: PyTree, temperature: jax.Array, start: Start, width: int
 ) -> jax.Array:
     """Return the gradient ``[tokens, width]`` of both losses to the student's unsoftened logits."""
     student, teacher, labels, sums, (soft_cotangent, hard_cotangent) = block
@@ -534,6 +565,7 @@ def _logits_gradient(
     grad = scale * _divergence_gradient(plan.beta, log_q, log_p, sums.mean)
     if sums.hard is None:
         return grad
+    # The cross entropy's gradient is softmax - onehot, at T = 1.
     probs = jnp.exp(sums.hard.log_probs(student.logits(start, width, 1.0)))
     one_hot = _is_label(labels, start, width).astype(grad.dtype)
     return grad + hard_cotangent[:, None] * (probs - one_hot)

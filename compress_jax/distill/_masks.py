@@ -9,18 +9,17 @@ does. Anything else is refused. Masked entries are replaced by zeros *before* an
 from them, so that neither value nor gradient depends on them, even if they are NaN.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError, ShapeError
+from compress_jax.core.types import Array, Shape
 
 Mask = jax.Array
 
 
 def fitted(
-    mask: Any, leading: tuple[int, ...], what: str = "an array", *, examples: bool = False
+    mask: Array, leading: Shape, what: str = "an array", *, examples: bool = False
 ) -> jax.Array:
     """Return a mask as weights of some leading axes, float32; see this module for the rule.
 
@@ -47,12 +46,13 @@ def fitted(
     """
     weight = _weights(mask)
     own = _without_ones(weight.shape, len(leading))
+    # A mask of tokens for an array of examples: the mean weight of the tokens that count.
     if examples and len(leading) == 1 and len(own) > 1:
         positions = tuple(range(1, weight.ndim))
         number = jnp.maximum((weight > 0).sum(positions), 1)  # [batch]
-        weight = weight.sum(positions) / number.astype(weight.dtype)
+        weight = weight.sum(positions) / number.astype(weight.dtype)  # [batch]
         own = weight.shape
-    padded = own + (1,) * (len(leading) - len(own))
+    padded = own + (1,) * (len(leading) - len(own))  # axes that the mask lacks are broadcast
     if len(padded) > len(leading) or any(
         n not in (1, size) for n, size in zip(padded, leading, strict=True)
     ):
@@ -64,7 +64,7 @@ def fitted(
     return jnp.broadcast_to(weight.reshape(padded), leading)
 
 
-def fits(mask: Any, leading: tuple[int, ...], *, examples: bool = False) -> bool:
+def fits(mask: Array, leading: Shape, *, examples: bool = False) -> bool:
     """Return whether `fitted` accepts a mask.
 
     Example:
@@ -78,7 +78,7 @@ def fits(mask: Any, leading: tuple[int, ...], *, examples: bool = False) -> bool
     return True
 
 
-def kept(x: Any, counts: jax.Array | None) -> Any:
+def kept(x: jax.Array, counts: jax.Array | None) -> jax.Array:
     """Return an array with zeros for masked entries; its gradient is zero there too.
 
     Args:
@@ -95,10 +95,11 @@ def kept(x: Any, counts: jax.Array | None) -> Any:
     if counts is None:
         return x
     shown = counts.astype(bool).reshape(*counts.shape, *(1,) * (x.ndim - counts.ndim))
+    # No product with the mask: NaN times 0 is NaN.
     return jnp.where(shown, x, jnp.zeros((), x.dtype))
 
 
-def of_features(mask: Any, features: jax.Array, what: str = "features") -> jax.Array:
+def of_features(mask: Array, features: jax.Array, what: str = "features") -> jax.Array:
     """Return a mask as weights ``[batch, *positions]`` of features.
 
     Example:
@@ -116,7 +117,7 @@ def of_features(mask: Any, features: jax.Array, what: str = "features") -> jax.A
     )
 
 
-def of_examples(mask: Any, batch: int) -> jax.Array:
+def of_examples(mask: Array, batch: int) -> jax.Array:
     """Return a mask as weights of examples: one counts if any of its tokens does.
 
     Example:
@@ -126,12 +127,12 @@ def of_examples(mask: Any, batch: int) -> jax.Array:
     return fitted(mask, (batch,), "the examples", examples=True)
 
 
-def has_positions(mask: Any) -> bool:
+def has_positions(mask: Array) -> bool:
     """Return whether a mask distinguishes positions within an example."""
     return len(_without_ones(jnp.shape(mask), 1)) > 1
 
 
-def mean_of_each(values: jax.Array, mask: Any) -> jax.Array:
+def mean_of_each(values: jax.Array, mask: Array | None) -> jax.Array:
     """Return each example's mean over its positions that count and all channels, 0 without any.
 
     Args:
@@ -148,12 +149,12 @@ def mean_of_each(values: jax.Array, mask: Any) -> jax.Array:
     if mask is None:
         return values.reshape(values.shape[0], -1).mean(axis=1)
     counts = of_features(mask, values)
-    number = (counts > 0).reshape(values.shape[0], -1).sum(axis=1) * values.shape[-1]
+    number = (counts > 0).reshape(values.shape[0], -1).sum(axis=1) * values.shape[-1]  # [batch]
     total = kept(values, counts).reshape(values.shape[0], -1).sum(axis=1)
     return total / jnp.maximum(number, 1).astype(total.dtype)
 
 
-def mean_of_positions(values: jax.Array, mask: Any) -> jax.Array:
+def mean_of_positions(values: jax.Array, mask: Array | None) -> jax.Array:
     """Return means ``[batch]``; with a mask of positions, means ``[batch, *positions]``.
 
     Masked entries are 0. The mean over positions is left to `masked_total`, so that all positions
@@ -178,7 +179,7 @@ def mean_of_positions(values: jax.Array, mask: Any) -> jax.Array:
     return kept(values, of_features(mask, values)).mean(axis=-1)
 
 
-def _weights(mask: Any) -> jax.Array:
+def _weights(mask: Array) -> jax.Array:
     array = jnp.asarray(mask)
     if array.dtype == bool:
         return array.astype(jnp.float32)
@@ -187,10 +188,11 @@ def _weights(mask: Any) -> jax.Array:
             f"a mask holds booleans or weights >= 0, got {array.dtype}: give 1 or True for what "
             "counts"
         )
+    # Under jit no value can be refused; a NaN shows in every mean that has it.
     return jnp.where(array < 0, jnp.nan, array.astype(jnp.float32))
 
 
-def _without_ones(shape: tuple[int, ...], keep: int) -> tuple[int, ...]:
+def _without_ones(shape: Shape, keep: int) -> Shape:
     """Return a shape without trailing axes of 1, but with at least ``keep`` axes."""
     while len(shape) > keep and shape[-1] == 1:
         shape = shape[:-1]

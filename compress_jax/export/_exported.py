@@ -1,13 +1,22 @@
 """What an export takes and returns: inputs as arrays; the file, its bytes, a row for each site."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from compress_jax.core.errors import ExportError
+from compress_jax.core.packed import unpack
 from compress_jax.core.table import aligned
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import ModelFn, Params, PyTree
+
+FOURIER = (
+    "the function takes a Fourier transform, which other runtimes have no operator for that can be "
+    "relied on: use compress_jax.data.power_spectrum, which multiplies with constants"
+)
 
 
 def as_inputs(example: PyTree) -> tuple[np.ndarray, ...]:
@@ -17,8 +26,30 @@ def as_inputs(example: PyTree) -> tuple[np.ndarray, ...]:
       >>> [x.shape for x in as_inputs(np.ones((2, 3)))]
       [(2, 3)]
     """
+    # Only a tuple is several inputs: a list is an array's rows.
     several = example if isinstance(example, tuple) else (example,)
     return tuple(np.asarray(x) for x in several)
+
+
+@contextlib.contextmanager
+def advised(fn: ModelFn, params: Params, inputs: tuple[np.ndarray, ...]) -> Iterator[None]:
+    """Add advice to the errors of a converter where the function takes a Fourier transform.
+
+    Converters and runtimes fail at it in many ways, and their errors seldom name it.
+    """
+    try:
+        yield
+    except ExportError as error:
+        if not _takes_fourier(fn, params, inputs):
+            raise
+        raise ExportError(f"{error}; {FOURIER}") from error
+
+
+def _takes_fourier(fn: ModelFn, params: Params, inputs: tuple[np.ndarray, ...]) -> bool:
+    try:
+        return " fft[" in str(jax.make_jaxpr(fn)(unpack(params), *inputs))
+    except Exception:  # the function itself is wrong, as the error to be raised says
+        return False
 
 
 class Row(NamedTuple):
@@ -28,6 +59,11 @@ class Row(NamedTuple):
       name: of the site, or path of the parameter.
       form: how it is computed or stored.
       reason: why it is not smaller, if it is not.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> cj.export.Row("head/kernel", "float32", reason="not quantized").reason
+      'not quantized'
     """
 
     name: str

@@ -1,12 +1,12 @@
 """Optional packages, imported on demand, with an error that says what to install."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 from compress_jax.core.errors import ExportError
 
 
-def extra(module: str, name: str) -> Any:
+def extra(module: str, name: str) -> ModuleType:
     """Import a module of an optional dependency.
 
     Args:

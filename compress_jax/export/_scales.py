@@ -61,10 +61,12 @@ def representable(
     """
     shape = [-1 if i == axis else 1 for i in range(levels.ndim)]
     others = tuple(i for i in range(levels.ndim) if i != axis)
-    dead = (levels == 0).all(others)
+    dead = (levels == 0).all(others)  # [channels]
+    # The margin outweighs the rounding to float32 below, which may go down.
     least = np.maximum(floor(bias, step), SMALLEST) * (1 + 1e-6)
     low = ~dead & (scale < least)
     of_dead = np.where(bias == 0, 1, least)
     new = np.where(dead, of_dead, np.maximum(scale, least)).astype(np.float32)  # [channels]
+    # Symmetric codes: -127 to 127, never -128.
     again = np.clip(np.round(values.astype(np.float64) / new.reshape(shape)), -127, 127)
     return np.where(low.reshape(shape), again, levels).astype(np.int8), new, int(low.sum())

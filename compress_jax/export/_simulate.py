@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,15 @@ import numpy as np
 from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import is_packed, unpack
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.quantize._activations.site_patterns import pattern_pairs
+from compress_jax.core.types import Array, Batch, ModelFn, Params, PyTree
+from compress_jax.quantize._activations.activations import Ranges, activations
+from compress_jax.quantize._activations.quantizer import ActivationQuantizer
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    match_sites,
+    pattern_pairs,
+)
 from compress_jax.quantize._weights.uniform import uniform
 from compress_jax.trace import sites
 from compress_jax.trace._jaxpr.site import Site
@@ -34,15 +41,15 @@ class Simulation(NamedTuple):
     """
 
     fn: ModelFn
-    packed: PyTree
+    packed: Params
     sites: tuple[Site, ...]
     grids: dict[str, tuple[np.float32, np.uint8]]
-    apply: Callable[..., Any]
+    apply: Callable[..., PyTree]
     left: Mapping[str, str] = MappingProxyType({})
-    ranges: Mapping[str, Any] | None = None
+    ranges: Ranges | None = None
 
     @property
-    def dense(self) -> Any:
+    def dense(self) -> Params:
         """The params as arrays."""
         return unpack(self.packed)
 
@@ -50,11 +57,11 @@ class Simulation(NamedTuple):
 def simulation(
     fn: ModelFn,
     params: Params,
-    inputs: Sequence[Any],
-    how: Any,
-    ranges: Mapping[str, Any] | None,
-    batches: Iterable[Any],
-    where: Any,
+    inputs: Sequence[Array],
+    how: QuantizerRules | None,
+    ranges: Ranges | None,
+    batches: Iterable[Batch],
+    where: SitePatterns,
     left: Mapping[str, str] | None = None,
 ) -> Simulation:
     """Return the simulation that an integer runtime can follow.
@@ -87,19 +94,19 @@ def simulation(
     found = tuple(sites(fn, dense, *inputs))
     if how is None:
         return Simulation(fn, params, found, {}, lambda *x: fn(dense, *x))
-    from compress_jax.quantize._activations.activations import activations
-    from compress_jax.quantize._activations.site_patterns import match_sites
-
+    # The quantized sites that no runtime has a kernel for join those left in floats.
     by_name = {site.name: site for site in found}
     left = dict(left or {})
     for name, quantizer in match_sites(found, how, where).items():
         _supported(name, quantizer)
         if reason := _not_in_integers(by_name[name]):
             left.setdefault(name, reason)
+    # The first pattern that matches decides, so these come before the user's own.
     how = [*((exactly(name), None) for name in left), *pattern_pairs(how)]
     quantizers = match_sites(found, how, where)
     packed = _packed(params, [by_name[name] for name in quantizers])
     quantized = activations(fn, how, where)
+    # Ranges are those of the rounded weights, as the runtime will have them.
     rounded = unpack(packed)
     if ranges is None:
         ranges = quantized.init(rounded, list(batches))
@@ -127,7 +134,7 @@ def exactly(name: str) -> str:
     return re.sub(r"[*?\[]", r"[\g<0>]", name)
 
 
-def _packed(params: Params, quantized: Sequence[Site]) -> Any:
+def _packed(params: Params, quantized: Sequence[Site]) -> Params:
     """Pack the weights that are still arrays in 8 bits, with a scale for each output."""
     leaves, rebuild = flatten(params)
 
@@ -135,6 +142,7 @@ def _packed(params: Params, quantized: Sequence[Site]) -> Any:
         own = [site for site in quantized if site.param == path]
         if not own or is_packed(leaf):
             return leaf
+        # One scale for the tensor where its sites together sum over every axis of it.
         axes = channels(own, jnp.ndim(leaf))
         granularity = "channel" if axes else "tensor"
         rounded = uniform(8, granularity=granularity, axis=axes or -1)
@@ -175,7 +183,8 @@ def _not_in_integers(site: Site) -> str:
     return ""
 
 
-def _supported(name: str, quantizer: Any) -> None:
+def _supported(name: str, quantizer: ActivationQuantizer) -> None:
+    # Without a reducer it is dynamic: its scales are not known before the model runs.
     if quantizer.grid.bits != 8 or quantizer.grid.symmetric or quantizer.reducer is None:
         raise ExportError(
             f"site {name!r} is quantized by {quantizer}, but the runtimes have fast kernels only "
@@ -184,7 +193,9 @@ def _supported(name: str, quantizer: Any) -> None:
         )
 
 
-def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.float32, np.uint8]:
+def _grid(
+    site: Site, quantizer: ActivationQuantizer, ranges: Ranges
+) -> tuple[np.float32, np.uint8]:
     """Return scale and zero point of a site's activations."""
     if site.name not in ranges:
         raise ExportError(
@@ -194,6 +205,7 @@ def _grid(site: Site, quantizer: Any, ranges: Mapping[str, Any]) -> tuple[np.flo
     key, index = next(iter(site.inputs.items()))
     shape = (site.lhs_shape, site.rhs_shape)[index]
     own = ranges[site.name][key]
+    # Static quantizers use the range alone, so zeros may stand for the operand.
     scale, zero = quantizer.scale_fn(site, index, jnp.zeros(shape), own)
     if np.size(scale) != 1:
         raise ExportError(

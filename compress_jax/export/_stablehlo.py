@@ -5,9 +5,9 @@ Weights stay packed in the file; the program unpacks them.
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from compress_jax.core.errors import ExportError
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Tabled, is_packed, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.sparse import Sparse, nbytes, width
-from compress_jax.core.types import ModelFn, Params, PyTree
+from compress_jax.core.types import Array, ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.seal import sealed
 from compress_jax.export._artifact.structure import decode, encode
@@ -106,16 +106,18 @@ def to_stablehlo(
             f"{path} is the name the weights would have; call the program model.stablehlo instead"
         )
 
-    def program(tensors: Any, *inputs: PyTree) -> Any:
+    def program(tensors: Mapping[str, Array], *inputs: PyTree) -> PyTree:
         return fn(unpack(decode(structure, tensors)), *inputs)
 
     # As JAX arrays: NumPy arrays would be unpacked while tracing.
     constants = {name: jnp.asarray(x) for name, x in tensors.items()}
+    # Constants of the program, or its first argument.
     separate = weights == "arguments"
     arguments = (constants,) if separate else ()
     whole = program if separate else functools.partial(program, constants)
     specs = (*_specs(arguments), *_batched(inputs, batch))
     data = _serialized(whole, specs, platforms, batch)
+    # Nothing is written before what was made has run and agreed.
     difference = _difference(fn, params, inputs, data, arguments)
     files = {path: sealed(data)}
     if separate:
@@ -126,11 +128,11 @@ def to_stablehlo(
     return Exported(path, "stablehlo", size, tuple(_rows(params)), difference)
 
 
-def _specs(tree: PyTree) -> Any:
+def _specs(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def _batched(inputs: tuple[Any, ...], batch: str) -> tuple[Any, ...]:
+def _batched(inputs: tuple[jax.Array, ...], batch: str) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Return the shapes of the inputs, their leading axis symbolic where any batch is wanted."""
     if batch == "example":
         return _specs(inputs)
@@ -138,12 +140,15 @@ def _batched(inputs: tuple[Any, ...], batch: str) -> tuple[Any, ...]:
         raise ExportError(
             f"an input of shape {flat[0]} has no axis of examples; pass batch='example'"
         )
+    # One symbol for all inputs: they have the same number of rows.
     (size,) = export.symbolic_shape("batch")
     return tuple(jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for x in inputs)
 
 
-def _serialized(fn: ModelFn, specs: tuple[Any, ...], platforms: Sequence[str], batch: str) -> bytes:
-    extra("flatbuffers", "stablehlo")
+def _serialized(
+    fn: ModelFn, specs: tuple[PyTree, ...], platforms: Sequence[str], batch: str
+) -> bytes:
+    extra("flatbuffers", "stablehlo")  # jax.export needs it to serialize
     try:
         return bytes(export.export(jax.jit(fn), platforms=tuple(platforms))(*specs).serialize())
     except Exception as error:  # whatever the function raises while it is traced
@@ -156,10 +161,11 @@ def _serialized(fn: ModelFn, specs: tuple[Any, ...], platforms: Sequence[str], b
 
 
 def _difference(
-    fn: ModelFn, params: Params, inputs: Sequence[Any], data: bytes, weights: Sequence[Any]
+    fn: ModelFn, params: Params, inputs: Sequence[Array], data: bytes, weights: Sequence[PyTree]
 ) -> float:
     """Run what was written; return the largest error relative to each result's size."""
     read = export.deserialize(bytearray(data))
+    # JAX calls the backend "gpu" and the platforms of a program "cuda" and "rocm".
     here = jax.default_backend()
     platforms = {"cuda", "rocm"} if here == "gpu" else {here}
     if not platforms & set(read.platforms):

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,12 @@ import safetensors.numpy
 from compress_jax.core.errors import ArtifactError, ExportError
 from compress_jax.core.packed import Quantized, unpack
 from compress_jax.core.paths import flatten
+from compress_jax.core.sparse import Sparse
 from compress_jax.core.types import PyTree, Variables
 from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.structure import is_key
 
+# PyTorch's names for Flax's leaves; all others (a bias) keep theirs.
 TORCH = {
     "kernel": "weight",
     "embedding": "weight",
@@ -34,7 +36,7 @@ def to_safetensors(
     *,
     weights: Literal["dense", "integers"] = "dense",
     layout: Literal["flax", "torch"] = "flax",
-    metadata: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, object] | None = None,
 ) -> int:
     """Write weights as tensors that any safetensors reader can read.
 
@@ -91,6 +93,7 @@ def to_safetensors(
             f"weights={weights!r} is no 'dense' or 'integers', or layout={layout!r} no 'flax' or "
             "'torch'"
         )
+    # One leaf becomes one tensor, or three if its integers are kept.
     tensors: dict[str, np.ndarray] = {}
     groups: dict[str, int] = {}
     for place, leaf in flatten(variables)[0].items():
@@ -98,12 +101,14 @@ def to_safetensors(
         if weights == "integers" and isinstance(leaf, Quantized) and leaf.layout.group_size:
             groups[name] = leaf.layout.group_size
         for end, x in _parts(leaf, weights):
+            # In PyTorch's layout params/x and batch_stats/x have one name.
             if name + end in tensors:
                 raise ExportError(
                     f"two leaves would be called {name + end!r}; the second is {place!r}"
                 )
             kernel = layout == "torch" and place.rpartition("/")[2] == "kernel" and x.ndim >= 2
             tensors[name + end] = np.ascontiguousarray(_outputs_first(x) if kernel else x)
+    # A group is a run of contracted entries in Flax's order, which PyTorch's order separates.
     if groups and layout == "torch":
         raise ExportError(
             "groups follow Flax's order of axes; use layout='flax', or dense weights (for example "
@@ -131,22 +136,25 @@ def _as_text(value: object) -> str:
 def _parts(leaf: PyTree, weights: str) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors of a leaf, each with its suffix to the leaf's name."""
     if weights == "integers" and isinstance(leaf, Quantized):
+        # A scalar is repeated: scale and zero point always broadcast alike.
         zero = jnp.broadcast_to(leaf.zero_point, leaf.scale.shape)
         yield ".codes", np.asarray(_whole(leaf, zero))
         yield ".scale", np.asarray(leaf.scale)
         yield ".zero_point", np.asarray(zero)
     else:
         dense = unpack({"": leaf})[""]
+        # NumPy has no dtype for typed keys; their data are uint32 words.
         yield "", np.asarray(jax.random.key_data(dense) if is_key(dense) else dense)
 
 
-def _whole(leaf: Quantized, zero: Any) -> Any:
+def _whole(leaf: Quantized, zero: jax.Array) -> jax.Array:
     """Return the codes of all entries; masked ones have the code of zero."""
     codes = leaf.codes.unpack().astype(jnp.uint8)
-    if not hasattr(leaf.codes, "mask"):
+    if not isinstance(leaf.codes, Sparse):
         return codes
-    mask = leaf.codes.mask.unpack().astype(bool)  # pyright: ignore[reportAttributeAccessIssue]
-    arranged = leaf.layout.arrange(codes)
+    # Masked codes are unpacked to 0, and the code of zero is the zero point.
+    mask = leaf.codes.mask.unpack().astype(bool)
+    arranged = leaf.layout.arrange(codes)  # [..., groups, group size, channels] if it has groups
     return jnp.where(mask, codes, leaf.layout.restore(jnp.broadcast_to(zero, arranged.shape)))
 
 

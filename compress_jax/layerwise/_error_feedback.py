@@ -13,7 +13,7 @@ block, that within a block one product a row.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +71,9 @@ def by_blocks(
     tile = _tile(k, size)
     w, factor, operands, pending, _ = _padded(whole, -k % tile)
 
-    def step(residuals: jax.Array, rows: Any) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+    def step(
+        residuals: jax.Array, rows: tuple[jax.Array, jax.Array, PyTree, jax.Array | None]
+    ) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
         start, w, operands, pending = rows
         columns = jax.lax.dynamic_slice_in_dim(factor, start, size, axis=1)  # [k, size]
         pending = _add_earlier(pending, columns, residuals, start, tile)  # [size, n]
@@ -81,9 +83,11 @@ def by_blocks(
         return residuals, (new, collected)
 
     def cut(x: jax.Array) -> jax.Array:
-        return x.reshape(-1, size, *x.shape[1:])
+        return x.reshape(-1, size, *x.shape[1:])  # [blocks, size, ...]
 
-    blocks = (jnp.arange(0, len(w), size), *jax.tree.map(cut, (w, operands, pending)))
+    starts = jnp.arange(0, len(w), size)
+    w_blocks, operand_blocks, pending_blocks = jax.tree.map(cut, (w, operands, pending))
+    blocks = (starts, w_blocks, operand_blocks, pending_blocks)
     _, results = jax.lax.scan(step, jnp.zeros_like(w), blocks)
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:k], results)  # [k, ...]
 
@@ -108,7 +112,10 @@ def by_rows(block: Block, treat: Callable[[jax.Array, PyTree], jax.Array]) -> ja
     """
     pending = jnp.zeros_like(block.w) if block.pending is None else block.pending
 
-    def step(residuals: jax.Array, row: Any) -> tuple[jax.Array, jax.Array]:
+    def step(
+        residuals: jax.Array,
+        row: tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, PyTree],
+    ) -> tuple[jax.Array, jax.Array]:
         i, w, pending, column, inverse, operands = row
         # Row i absorbs the errors of the rows treated before it (eq. 1), then is treated itself.
         correction = pending + jnp.matmul(column, residuals, precision=HIGHEST)  # [n]
@@ -147,11 +154,12 @@ def _add_earlier(
     """Add the sum in (1) over all rows before ``start``; those behind it have residual 0."""
     first = jnp.zeros((columns.shape[1], residuals.shape[1])) if pending is None else pending
 
-    def add(i: Any, total: jax.Array) -> jax.Array:
+    def add(i: jax.Array | int, total: jax.Array) -> jax.Array:
         factor = jax.lax.dynamic_slice_in_dim(columns, i * tile, tile)  # [tile, size]
         earlier = jax.lax.dynamic_slice_in_dim(residuals, i * tile, tile)  # [tile, n]
         return total + jnp.matmul(factor.T, earlier, precision=HIGHEST)
 
+    # One tile needs no loop; of several, those behind ``start`` are skipped.
     if len(residuals) == tile:
         return add(0, first)
     return jax.lax.fori_loop(0, -(-start // tile), add, first)
@@ -199,6 +207,7 @@ def raise_damping(
         if attempt:
             used = max(damping, LEAST_DAMPING) * 10**attempt
         new, factored = solve(used)
+        # Only matrices that have failed so far take the new solution: others keep less damping.
         solved = (failed & factored)[:, None, None]
         solutions = jax.tree.map(
             lambda a, b, solved=solved: jnp.where(solved, a, b), new, solutions
@@ -248,7 +257,7 @@ def damped_hessian(gram: jax.Array, damping: Scalar, inputs: int) -> jax.Array:
       >>> damped_hessian(jnp.diag(jnp.array([1.0, 0.0])), jnp.float32(0.5), 2).tolist()
       [[2.5, 0.0], [0.0, 1.0]]
     """
-    diagonal = 2 * jnp.diagonal(gram)
+    diagonal = 2 * jnp.diagonal(gram)  # [k]
     added = jnp.where(diagonal == 0, 1.0, damping * diagonal.sum() / inputs)  # [k]
     return jnp.where(jnp.eye(len(gram), dtype=bool), 2 * gram + added[None], 2 * gram)
 

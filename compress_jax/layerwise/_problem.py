@@ -5,20 +5,20 @@ Gram matrix ``[k, k]`` of what they are multiplied by. Notes for the user say wh
 knows nothing.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import NonFiniteError
-from compress_jax.core.types import Leaves
+from compress_jax.core.types import Leaves, PyTree
 from compress_jax.trace._jaxpr.site import AxisIndices, Shape, Site
-from compress_jax.trace._jaxpr.strided import Box, Piece, placed
+from compress_jax.trace._jaxpr.strided import Box, Digit, Piece, placed
 from compress_jax.trace._statistics.calibration import Calibration, Gram, require
 
 Span = tuple[int, int]  # [start, end)
@@ -51,6 +51,7 @@ class MatrixForm:
 
     def stored(self, matrices: jax.Array) -> jax.Array:
         """Undo `matrices`."""
+        # [batch * groups, k, n / groups] -> [batch, k, groups, n / groups]
         flat = jnp.swapaxes(matrices.reshape(self.batch, self.groups, self.k, -1), 1, 2)
         back = tuple(self.order.index(axis) for axis in range(len(self.order)))
         return jnp.transpose(flat.reshape(tuple(self.shape[axis] for axis in self.order)), back)
@@ -88,10 +89,11 @@ class Problem:
         """
         diagonal = jnp.diagonal(self.gram, axis1=1, axis2=2)  # [batch, k]
         live = (~self.dead).sum(1).astype(jnp.float32)  # [batch]
-        means = diagonal.sum(1) / jnp.maximum(live, 1)
+        means = diagonal.sum(1) / jnp.maximum(live, 1)  # [batch], 0 without any live input
         reached = (live > 0).sum().astype(jnp.float32)
         average = jnp.where(reached > 0, means.sum() / jnp.maximum(reached, 1), 1.0)
-        added = jnp.where(self.dead, jnp.where(live > 0, means, average)[:, None], 0.0)
+        fill = jnp.where(live > 0, means, average)  # [batch]
+        added = jnp.where(self.dead, fill[:, None], 0.0)  # [batch, k]
         return self.gram + added[:, :, None] * jnp.eye(self.form.k)[None]
 
     def names(self, path: str) -> list[str]:
@@ -121,6 +123,7 @@ def why_not(site: Site) -> str | None:
     if site.param is None:
         return "no parameter feeds it"
     own = {piece.path for piece in site.pieces}
+    # Parameters side by side have a piece each; one without is added to them, or multiplies them.
     if own and (other := [path for path in (site.param, *site.also) if path not in own]):
         return "several parameters enter one product: " + ", ".join((*sorted(own), *other))
     if site.kind == "conv" and site.params["batch_group_count"] > 1:
@@ -168,11 +171,13 @@ def problems(
             box, form, place = answer
             total, rows = _gram_of_part(*calibration[name]["input"], place)
             own = sums.setdefault(piece.path, {})
+            # The errors of several sites add up, and so do sums of outer products.
             if (box, form) in own:
                 earlier, earlier_rows, _ = own[box, form]
                 total = total + earlier
                 rows = rows + earlier_rows
             own[box, form] = total, rows, piece.changed
+    # A use that cannot be solved for rules the parameter out: its inputs would not count.
     found = {path: own for path, own in sums.items() if path not in reasons}
     for path, own in found.items():
         if overlap := _overlap([box for box, _ in own]):
@@ -194,6 +199,7 @@ def _overlap(boxes: list[Box]) -> str | None:
     if len(set(boxes)) < len(boxes):
         return "it is used at several sites that sum over different axes of it"
     times = np.zeros(boxes[0].shape, np.uint8)
+    # How many problems hold each entry; the reshaped array is a view.
     for box in boxes:
         times.reshape(box.fine)[box.slices] += 1
     if times.max() > 1:
@@ -238,24 +244,28 @@ def lay_out(site: Site, piece: Piece) -> tuple[Box, MatrixForm, Place] | str:
       >>> box.starts, box.sizes, form
       ((1, 0, 0), (1, 3, 4), MatrixForm(shape=(1, 3, 4), order=(0, 1, 2), batch=1, k=3, groups=1))
     """
+    # The axes of the operand by what they are for, and the loops that slice the parameter.
     side = int(site.operand == "rhs")
     shape = (site.lhs_shape, site.rhs_shape)[side]
     summed = site.contracting[side]
     batch = site.batch[side]
     free = [axis for axis in range(len(shape)) if axis not in (*summed, *batch)]
     iterations = sorted(piece.iterations, key=lambda each: each.loop)
+    # Where the piece lies in the operand, axis by axis.
     spans = [(start, start + size) for start, size in zip(piece.starts, piece.sizes, strict=True)]
     if site.groups > 1 and any(spans[axis] != (0, shape[axis]) for axis in range(len(shape))):
         return "a part of the kernel of a grouped convolution is used"
     repeated = [any(stride == 0 for _, stride in digits) for digits in piece.axes]
+    # Batch axes may repeat entries: experts that share a kernel only have more inputs.
     if any(repeated[axis] for axis in (*summed, *free)):
         return "its entries are repeated (broadcast) before they are multiplied"
+    # In the order of the matrices: layers and batch, then inputs, then outputs.
     lead = [(each.size, each.stride) for each in iterations]
-    lead += [digit for axis in batch if not repeated[axis] for digit in piece.axes[axis]]
-    outputs = [digit for axis in free for digit in piece.axes[axis]]
+    lead += _digits(piece, (axis for axis in batch if not repeated[axis]))
+    outputs = _digits(piece, free)
     if site.groups == 1:  # else the outputs of each group are next to each other
         outputs.sort(key=lambda digit: -abs(digit[1]))
-    answer = placed(piece, lead, [digit for axis in summed for digit in piece.axes[axis]], outputs)
+    answer = placed(piece, lead, _digits(piece, summed), outputs)
     if isinstance(answer, str):
         return answer
     box, order, counts = answer
@@ -271,24 +281,31 @@ def lay_out(site: Site, piece: Piece) -> tuple[Box, MatrixForm, Place] | str:
     return box, form, place
 
 
+def _digits(piece: Piece, axes: Iterable[int]) -> list[Digit]:
+    return list(itertools.chain.from_iterable(piece.axes[axis] for axis in axes))
+
+
 @partial(jax.jit, static_argnames=("place",))
 def _gram_of_part(gram: jax.Array, count: jax.Array, place: Place) -> tuple[jax.Array, jax.Array]:
     """Return the sums of outer products ``[batch, k, k]``, and the number of rows in each."""
+    # Where a branch never ran the statistics are NaN, with count 0.
     ran = count.reshape(count.shape + (1,) * (gram.ndim - count.ndim)) > 0
     total = jnp.where(ran, gram, 0).sum(place.added)  # [*loops, *batch, *summed, *summed]
     rows = count.sum(place.added)  # [*loops]
     iterations = tuple(slice(*span) for span in place.iterations)
     total = total[iterations]
     rows = rows[iterations]
-    lead = rows.shape
+    lead = rows.shape  # iterations of the loops that run along the piece
     start = len(place.iterations)
     repeated = tuple(start + i for i, span in enumerate(place.batch) if span is None)
     spans = tuple(slice(None) if span is None else slice(*span) for span in place.batch)
+    # A kernel that several batch indices share sees the inputs of all of them.
     rows = rows * math.prod(total.shape[axis] for axis in repeated)
     total = total[(*(slice(None),) * start, *spans)].sum(repeated)
     sizes = tuple(size for size, _ in place.summed)
     own = tuple(slice(*span) for _, span in place.summed)
     k = math.prod(span[1] - span[0] for _, span in place.summed)
+    # [batch, *summed, *summed] -> the rows and columns that the piece covers, [batch, k, k]
     total = total.reshape(-1, *sizes, *sizes)[(slice(None), *own, *own)].reshape(-1, k, k)
     per_iteration = total.shape[0] // math.prod(lead)
     return total, jnp.broadcast_to(rows[..., None], (*lead, per_iteration)).reshape(-1)
@@ -328,7 +345,8 @@ def unit(gram: jax.Array) -> jax.Array:
       >>> unit(jnp.array([[[2.0**120]], [[2.0**-110]], [[0.0]]])).ravel().tolist()
       [0.5, 0.5, 0.0]
     """
-    largest = jnp.diagonal(gram, axis1=1, axis2=2).max(1)
+    # The largest entry of a positive semidefinite matrix is on its diagonal.
+    largest = jnp.diagonal(gram, axis1=1, axis2=2).max(1)  # [batch]
     exponent = jnp.frexp(largest)[1]
     return jnp.ldexp(gram, -exponent[:, None, None])
 
@@ -385,8 +403,11 @@ def asides(problems: Sequence[Problem], instead: str) -> list[str]:
     found = []
     if left := unused(problems):
         found.append(f"{left} of its entries are in no calibrated product: {instead}")
-    if changed := sorted({name for each in problems for name in each.changed}):
-        how = ", ".join(changed)
+    changed: set[str] = set()
+    for each in problems:
+        changed.update(each.changed)
+    if changed:
+        how = ", ".join(sorted(changed))
         found.append(f"it is changed on its way ({how}) and was solved as if it were not")
     return found
 
@@ -411,6 +432,7 @@ def judge(problem: Problem, others: Sequence[Problem], filled: bool = False) -> 
       float32 ``[batch, k, k]``, each scaled by `unit`.
     """
     own = problem.filled if filled else problem.gram
+    # Matrices that the held-out batches did not reach are judged by the calibration's own.
     for other in others:
         if (other.box, other.form) == (problem.box, problem.form):
             gram = other.filled if filled else other.gram
@@ -428,7 +450,7 @@ def check_finite(path: str, problems: Iterable[Problem]) -> None:
             )
 
 
-def fed_sites(calibration: Calibration, leaves: Leaves) -> Iterator[tuple[Site, Any]]:
+def fed_sites(calibration: Calibration, leaves: Leaves) -> Iterator[tuple[Site, PyTree]]:
     """Yield ``(site, statistics of its input)`` of the calibrated sites that use a parameter."""
     for name, site in calibration.sites.items():
         if site.param is not None and site.param in leaves:
@@ -472,6 +494,7 @@ def channel_statistic(
     repeated = tuple(lead + i for i, span in enumerate(place.batch) if span is None)
     batch = [slice(None) if span is None else slice(*span) for span in place.batch]
     x = x[(*(slice(None),) * lead, *batch)]
+    # One statistic for a kernel that several batch indices share.
     if repeated:
         x = fold(x, repeated)
     if site.kind == "conv":
@@ -490,8 +513,9 @@ def _windows(site: Site, x: jax.Array) -> jax.Array:
     """
     contracting = site.contracting[1]
     into = site.params["dimension_numbers"].rhs_spec[1]
-    x = x.reshape(*x.shape[:-1], site.groups, x.shape[-1] // site.groups)
+    x = x.reshape(*x.shape[:-1], site.groups, x.shape[-1] // site.groups)  # [..., groups, channels]
     shape = [site.rhs_shape[axis] for axis in contracting]
+    # Channels go to their axis in the kernel's order; every place of the window has the same.
     placed = [site.rhs_shape[axis] if axis == into else 1 for axis in contracting]
     x = x.reshape(*x.shape[:-1], *placed)
     return jnp.broadcast_to(x, (*x.shape[: x.ndim - len(shape)], *shape))
@@ -512,7 +536,7 @@ def parameter_shaped(box: Box, form: MatrixForm, values: jax.Array) -> jax.Array
         outputs = output_axes(form)
         shape = tuple(1 if axis in outputs else n for axis, n in enumerate(form.shape))
         return replace(form, shape=shape).stored(values[..., None])
-    n = math.prod(form.shape) // values.size
+    n = math.prod(form.shape) // values.size  # outputs of each matrix
     every = form.stored(jnp.broadcast_to(values[..., None], (*values.shape, n)))
     return box.put(jnp.zeros(box.shape, every.dtype), every)
 
@@ -533,6 +557,7 @@ def _ends(form: MatrixForm) -> tuple[int, int]:
 
     Axes of size 1 count to those before them.
     """
+    # Products along the order grow to `batch`, then to `batch * k` after the last summed axis.
     sizes = _sizes(form)
     last = len(sizes) - 1
     start = last - sizes[::-1].index(form.batch)

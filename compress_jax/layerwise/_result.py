@@ -3,12 +3,13 @@
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Never
 
 from compress_jax.core.compression import Compression, CompressionState, identity
 from compress_jax.core.types import Params
 
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+# Read-only, as a default is shared by all results; without values it is a mapping to any type.
+NOTHING: Mapping[str, Never] = MappingProxyType({})
 
 
 class Rewritten(NamedTuple):

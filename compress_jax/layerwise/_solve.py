@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,10 +97,11 @@ def _solve_leaf(
     _problem.check_finite(path, (*tasks, *others))
     notes: list[str] = []
     new = x
+    # Problems share no entry, so each writes its own part of the leaf.
     for task in tasks:
         part = task.box.take(x)
         operands = [task.box.take(each) for each in pointwise.operands]
-        own = replace(task, gram=unit(task.gram))
+        own = replace(task, gram=unit(task.gram))  # the scale of the inputs changes no solution
         solved, note = solve(path, part, Pointwise(pointwise.fn, tuple(operands)), own)
         judge = _problem.judge(task, others)
         best, won, same = _better_matrices(
@@ -133,6 +133,7 @@ def _better_matrices(
     w = form.matrices(x.astype(jnp.float32))  # [batch, k, n]
     new = form.matrices(solved.astype(jnp.float32))
     nearest = quantize_fn(w, *(form.matrices(each) for each in operands))
+    # Rounded to the leaf's dtype, as it will be stored: errors are those of what ships.
     nearest = nearest.astype(x.dtype).astype(jnp.float32)
     dead = jnp.diagonal(gram, axis1=1, axis2=2) == 0  # [batch, k]
     new = jnp.where(dead[:, :, None], nearest, new)
@@ -194,7 +195,7 @@ def neighboring_levels(
         if jnp.issubdtype(operand.dtype, jnp.floating):
             largest = jnp.maximum(largest, jnp.abs(operand).max())
 
-    def climb(i: Any, found: jax.Array) -> jax.Array:
+    def climb(i: jax.Array, found: jax.Array) -> jax.Array:
         distance = largest * LADDER_RATIO ** (i - LADDER_STEPS + 2.0)
         moved = quantize_fn(nearest + toward * distance, *operands)
         return jnp.where((found == nearest) & (moved != nearest), moved, found)

@@ -6,7 +6,7 @@ With a given rank, `svd` is leafwise. With a share of the energy it is a Compres
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -159,12 +159,13 @@ class _ByEnergy(NamedTuple):
         leaves = flatten(params)[0]
         axes = self.axes(params)
         learned: dict[str, Factors] = {}
+        # Layers of different ranks share one array, so the largest rank decides.
         for path, ranks in self.ranks(params).items():
             if _no_gain(leaves[path], axes[path].layer, max(ranks)) is None:
                 learned[path] = _padded_factors(leaves[path], axes[path], ranks)
         return CompressionState(learned, {})
 
-    def update(self, params: Params, state: CompressionState, **_: Any) -> CompressionState:
+    def update(self, params: Params, state: CompressionState, **_: PyTree) -> CompressionState:
         leaves = flatten(params)[0]
         for path in self.axes(params):
             check_finite(path, leaves[path])
@@ -173,6 +174,7 @@ class _ByEnergy(NamedTuple):
     def view(self, params: Params, state: CompressionState) -> Params:
         dense, rebuild = flatten(unpack(self.pack(params, state)))
         stored = flatten(params)[0]
+        # A leaf without factors is as it was; NaN in a factored one must not be hidden by them.
         factored = {path: where_finite(stored[path], dense[path]) for path in state.learned}
         return rebuild({**dense, **factored})
 

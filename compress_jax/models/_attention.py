@@ -44,13 +44,17 @@ class Attention(nn.Module):
             projected = nn.Dense(width, dtype=self.dtype, name=name)(x)
             return projected.reshape(split)  # [batch, length, heads, width / heads]
 
+        # Scaling the queries is cheaper than scaling the scores, of which there are more.
         query = project("query") * (width // self.heads) ** -0.5
         key = project("key")
         value = project("value")
+        # [batch, heads, queries, keys]
         scores = jnp.einsum("bqhd,bkhd->bhqk", query, key).astype(jnp.float32)
+        # The lowest float and not -inf: a query that may attend to nothing must not become NaN.
         if mask is not None:
             scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
         attention = nn.softmax(scores).astype(value.dtype)
+        # [batch, length, heads, width / heads]
         mixed = jnp.einsum("bhqk,bkhd->bqhd", attention, value)
         return nn.Dense(width, dtype=self.dtype, name="out")(mixed.reshape(x.shape))
 

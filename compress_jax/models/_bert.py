@@ -97,12 +97,13 @@ class Bert(nn.Module):
             segments = jnp.zeros_like(tokens)
         mask = tokens != PAD if mask is None else mask.astype(bool)
         mask = mask[:, None, None, :]  # [batch, heads, queries, keys]
-        x = embed(self.vocabulary, "tokens")(tokens)
+        x = embed(self.vocabulary, "tokens")(tokens)  # [batch, length, width]
         x = x + embed(self.positions, "positions")(jnp.arange(length)[None])
         x = x + embed(self.segments, "segments")(segments)
         x = norm("norm")(x)
         hidden = self.hidden or 4 * self.width
         for i in range(self.depth):
+            # Post-norm: the norm follows the sum, unlike in `PreNorm`.
             attention = Attention(self.heads, self.dtype, name=f"layer_{i}_attention")
             x = norm(f"layer_{i}_attention_norm")(x + attention(x, mask))
             mlp = Perceptron(hidden, self.gelu, self.dtype, name=f"layer_{i}_mlp")
@@ -143,6 +144,7 @@ class BertClassifier(nn.Module):
         train: bool = False,
     ) -> jax.Array:
         """Return logits ``[batch, classes]``; arguments as of `Bert`."""
+        # The first token, [CLS], stands for the text: [batch, width].
         first = self.encoder(tokens, mask, segments, train)[:, 0]
         pooled = jnp.tanh(nn.Dense(first.shape[-1], dtype=self.dtype, name="pooler")(first))
         return head(self.classes, self.dtype)(pooled)

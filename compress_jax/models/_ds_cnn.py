@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from compress_jax.core.types import DType
+from compress_jax.models._depthwise import ShiftedDepthwise
 from compress_jax.models._head import head
 
 
@@ -67,42 +68,14 @@ class DSCNN(nn.Module):
         conv = partial(
             nn.Conv, self.width, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
         )
+        # [batch, ceil(frames / stride), ceil(bands / stride), width]; blocks keep this shape.
         x = nn.relu(norm(name="stem_norm")(conv(self.window, strides=self.stride, name="stem")(x)))
         for i in range(self.blocks):
+            # Either way the kernel is [3, 3, 1, width].
             if self.depthwise == "conv":
                 depthwise = conv((3, 3), feature_group_count=self.width, name=f"depthwise_{i}")
             else:
-                depthwise = ShiftedDepthwise(self.width, self.dtype, name=f"depthwise_{i}")
+                depthwise = ShiftedDepthwise(self.width, dtype=self.dtype, name=f"depthwise_{i}")
             x = nn.relu(norm(name=f"depthwise_{i}_norm")(depthwise(x)))
             x = nn.relu(norm(name=f"pointwise_{i}_norm")(conv((1, 1), name=f"pointwise_{i}")(x)))
-        return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))
-
-
-class ShiftedDepthwise(nn.Module):
-    """A zero-padded depthwise 3x3 convolution as a sum of shifted products.
-
-    Its parameters are those of the grouped convolution.
-
-    Attributes:
-      width: the number of channels.
-      dtype: the dtype of the computation.
-    """
-
-    width: int
-    dtype: DType = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Return an array in the shape of ``x``, ``[batch, height, width, channels]``."""
-        kernel = self.param("kernel", nn.initializers.he_normal(), (3, 3, 1, self.width))
-        kernel = kernel.astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.width,)).astype(self.dtype)
-        _, height, width, _ = x.shape
-        padded = jnp.pad(x.astype(self.dtype), ((0, 0), (1, 1), (1, 1), (0, 0)))
-        # kernel[i, j] weighs the pixel at offset (i - 1, j - 1), for all channels at once.
-        total = bias[None, None, None]
-        for i in range(3):
-            for j in range(3):
-                shifted = padded[:, i : i + height, j : j + width]
-                total = total + shifted * kernel[i : i + 1, j : j + 1]
-        return total
+        return head(self.classes, self.dtype)(x.mean(axis=(1, 2)))  # of [batch, width]

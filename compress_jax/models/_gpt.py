@@ -80,6 +80,7 @@ class GPT(nn.Module):
         )
         # [batch, length, width]
         x = table(tokens) + places(jnp.arange(length)[None])
+        # Causal: query i attends to keys 0 to i. Broadcast over batch and heads.
         x = self._layers(x, jnp.tril(jnp.ones((1, 1, length, length), bool)))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
         # Logits in bfloat16 would cost accuracy of the gradient, see `head`.
@@ -87,12 +88,14 @@ class GPT(nn.Module):
         return x.astype(dtype) @ table.embedding.astype(dtype).T
 
     def _layers(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        # Within a scan XLA cannot merge the recomputation with the first pass: it needs no barrier.
         layer = nn.remat(PreNorm, prevent_cse=not self.scan) if self.remat else PreNorm
         arguments = (self.heads, self.hidden or 4 * self.width, self.gelu, self.epsilon, self.dtype)
         if not self.scan:
             for i in range(self.depth):
                 x = layer(*arguments, name=f"layer_{i}")(x, mask)
             return x
+        # Params get a leading axis of layers, and each layer is initialized from a key of its own.
         axes: dict[str, Any] = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         step = nn.scan(lambda layer, x, _: (layer(x, mask), None), length=self.depth, **axes)
         return step(layer(*arguments, name="layers"), x, None)[0]

@@ -23,5 +23,6 @@ def head(classes: int, dtype: DType) -> nn.Dense:
       >>> head(10, jnp.bfloat16).dtype.__name__
       'float32'
     """
+    # Only a float64 model has more than 32 bits; every other one gets a float32 head.
     dtype = dtype if jnp.finfo(dtype).bits > 32 else jnp.float32
     return nn.Dense(classes, dtype=dtype, name="head")

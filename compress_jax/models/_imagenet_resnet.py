@@ -67,9 +67,11 @@ class ImageNetResNet(nn.Module):
         norm = partial(norm, axis_name=self.axis_name)
         x = conv(self.width, (7, 7), strides=2, padding=((3, 3), (3, 3)), name="stem")(x)
         x = nn.relu(norm(name="stem_norm")(x))
+        # [batch, height / 4, width / 4, channels]
         x = nn.max_pool(x, window_shape=(3, 3), strides=(2, 2), padding=AROUND)
         for stage, blocks in enumerate(self.blocks):
             for i in range(blocks):
+                # Each stage but the first halves the sides in its first block.
                 stride = 2 if stage > 0 and i == 0 else 1
                 width = self.width * 2**stage
                 name = f"block_{stage}_{i}"
@@ -101,6 +103,7 @@ class _Block(nn.Module):
             side = (window, window)
             y = self.conv(width, side, strides=stride, padding=padding, name=f"conv_{i}")(y)
             y = self.norm(name=f"norm_{i}")(y)
+            # The last ReLU comes after the shortcut was added.
             if i < len(layers) - 1:
                 y = nn.relu(y)
         if self.stride > 1 or x.shape[-1] != outputs:

@@ -77,6 +77,7 @@ class ResNet(nn.Module):
         norm = partial(norm, axis_name=self.axis_name)
         x = conv(self.width, (3, 3), strides=self.stem_stride, name="stem")(x)
         x = nn.relu(norm(name="stem_norm")(x))
+        # A stage has half the sides and twice the channels of the one before it.
         for stage in range(3):
             for i in range(blocks):
                 stride = 2 if stage > 0 and i == 0 else 1

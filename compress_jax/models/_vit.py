@@ -71,7 +71,7 @@ class ViT(nn.Module):
             )
         side = (self.patch, self.patch)
         conv = partial(nn.Conv, padding="VALID", dtype=self.dtype, name="patches")
-        x = conv(self.width, side, strides=side)(x)
+        x = conv(self.width, side, strides=side)(x)  # [batch, rows, columns, width]
         x = x.reshape(x.shape[0], -1, self.width)  # [batch, patches, width]
         if self.pool == "token":
             # [batch, 1 + patches, width]
@@ -83,5 +83,6 @@ class ViT(nn.Module):
         for i in range(self.depth):
             x = PreNorm(self.heads, hidden, self.gelu, dtype=self.dtype, name=f"layer_{i}")(x)
         x = nn.LayerNorm(dtype=self.dtype, name="norm")(x)
+        # [batch, width]
         pooled = x[:, 0] if self.pool == "token" else x.mean(axis=1)
         return head(self.classes, self.dtype)(pooled)

@@ -47,6 +47,7 @@ def _resnet_names() -> tuple[tuple[str, str], ...]:
     for stage in range(4):
         ours = rf"block_{stage}_(\d+)"
         theirs = rf"layer{stage + 1}.\1"
+        # A bottleneck has three convolutions, a basic block two: the third is then not asked for.
         for i in range(3):
             names.append((rf"{ours}/conv_{i}", rf"{theirs}.conv{i + 1}"))
             names.append((rf"{ours}/norm_{i}", rf"{theirs}.bn{i + 1}"))
@@ -123,6 +124,7 @@ def bert(
     named = {}
     for name, x in weights.items():
         name = name.removeprefix("bert.")
+        # Names of files that were converted from TensorFlow's.
         name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
         name = re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
         named[name] = x
@@ -170,6 +172,7 @@ def _fill(
     Raises:
       WeightsError: with all problems at once.
     """
+    # All problems are collected first: a user who maps names wants the whole list.
     leaves, rebuild = flatten(variables)
     theirs = {path: _torch_name(path, names) for path in leaves}
     wanted = {path: name for path, name in theirs.items() if not matches(fresh, path)}
@@ -186,6 +189,7 @@ def _fill(
     used = set(theirs.values())
     unused = [name for name in weights if name not in used and not _matches_any(name, ignore)]
     fresh_paths = [path for path in leaves if path not in wanted]
+    # Fresh leaves are taken from `variables`, where a ShapeDtypeStruct has no values to take.
     shapes_only = [path for path in fresh_paths if not hasattr(leaves[path], "__array__")]
     problems = {
         "the model has, the weights have not": missing,
@@ -208,6 +212,7 @@ def _matches_any(name: str, globs: Sequence[str]) -> bool:
 def _torch_name(path: str, names: Sequence[tuple[str, str]]) -> str:
     """Return the PyTorch name of a leaf."""
     collection, _, inside = path.partition("/")
+    # The layers of a `BertClassifier` are those of its `Bert`, one level down.
     layer, _, leaf = inside.removeprefix("encoder/").rpartition("/")
     ends = STATISTICS if collection == "batch_stats" else LEAVES
     for pattern, theirs in names:

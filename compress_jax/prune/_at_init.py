@@ -1,7 +1,6 @@
 """Scores of weights before any training, from one batch or from no data, for `scored`."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from compress_jax.core._leafwise import why_not_float
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Batch, ModelFn, Params, PyTree
+from compress_jax.core.types import Batch, Leaf, ModelFn, Params, PyTree
 from compress_jax.prune._masks.choose import keep_masks
 from compress_jax.prune._masks.target import Target
 
@@ -48,6 +47,7 @@ def snip(loss: Callable[..., jax.Array], params: Params, *batch: Batch) -> Param
     """
 
     def score(w: Weights) -> Weights:
+        # The loss of m * w has at m = 1 the derivative w * dL/dw with respect to m.
         gradient = jax.grad(_of_weights(loss, params, batch))(w)
         return {path: jnp.abs(x) for path, x in _product(w, gradient).items()}
 
@@ -134,6 +134,7 @@ def synflow(
             f"synflow needs at least one round and a sparsity in [0, 1), got {rounds} and "
             f"{sparsity}"
         )
+    # Integers, such as token indices, stay as they are.
     ones = jax.tree.map(_ones, inputs)
 
     def output(p: Params) -> jax.Array:
@@ -143,6 +144,7 @@ def synflow(
         return total
 
     def flow(w: Weights) -> Weights:
+        # The derivative is taken at |w|, so that contributions of opposite signs do not cancel.
         positive = {path: jnp.abs(x) for path, x in w.items()}
         return _product(positive, jax.grad(_of_weights(output, params, ()))(positive))
 
@@ -169,6 +171,7 @@ def _score_tree(params: Params, score: Callable[[Weights], Weights]) -> Params:
     """Return the scores of floating-point leaves as a tree like the params, else zeros."""
     leaves, rebuild = flatten(params)
     found = score({path: x for path, x in leaves.items() if why_not_float(path, x) is None})
+    # Zeros stand for what has no score, so that the result has the structure of the params.
     zeros = {
         path: jnp.zeros(jnp.shape(x), jnp.float32)
         for path, x in leaves.items()
@@ -181,6 +184,6 @@ def _product(w: Weights, g: Weights) -> Weights:
     return {path: x.astype(jnp.float32) * g[path].astype(jnp.float32) for path, x in w.items()}
 
 
-def _ones(x: Any) -> Any:
+def _ones(x: Leaf) -> Leaf:
     floating = jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating)
     return jnp.ones_like(x) if floating else x

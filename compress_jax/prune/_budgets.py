@@ -58,6 +58,7 @@ def for_flops(
     total = sum(site.macs for site in sites)
 
     def left(allocation: Allocation) -> float:
+        # Products without a parameter, such as attention scores, cannot be pruned.
         kept = [site.macs * (1 - allocation.get(site.site.param or "", 0.0)) for site in sites]
         return sum(kept) / max(total, 1)
 
@@ -101,6 +102,7 @@ def for_bytes(
     dense = nbytes(params)
 
     def left(allocation: Allocation) -> float:
+        # Masks are packed too, and their size depends on where the zeros are: there is no formula.
         c = method(allocation)
         return nbytes(c.pack(params, c.init(params))) / dense
 
@@ -123,6 +125,8 @@ def _least(
             f"no sparsity meets the budget {budget:g}: with every weight of {', '.join(best)} "
             f"pruned, {least:.3g} is left; prune more leaves or raise the budget"
         )
+    # ``best`` is that of ``high``. Only allocations that were measured are returned, because counts
+    # of weights are rounded and what is left falls in steps.
     low = 0.0
     high = 1.0
     for _ in range(iterations):

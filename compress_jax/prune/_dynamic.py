@@ -18,7 +18,7 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.exact import choose, less
 from compress_jax.core.schedules import Scheduled, arrival
-from compress_jax.core.types import Params, PyTree, Scalar, Schedule, Step
+from compress_jax.core.types import Key, Params, PyTree, Scalar, Schedule, Step
 from compress_jax.prune._masks.choose import (
     Masks,
     checked_gradients,
@@ -128,7 +128,7 @@ def regrowing(
         refused(
             "growth", growth, "a prune.Growth: wrap a function of ScoreInputs, prune.Growth(fn)"
         )
-    stop = int(end_fraction * steps)
+    stop = int(end_fraction * steps)  # the last step at which weights are replaced
     schedule: Any = drop if callable(drop) else lambda step: _cosine(drop, step, stop)
     return _Regrow(growth, Target.of(sparsity), key, schedule, every, stop).compression()
 
@@ -155,6 +155,7 @@ class _Regrow(NamedTuple):
         return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
+        # The last update of a `between` lets the sparsity arrive and replaces nothing.
         update = Scheduled(self.update, self.target.schedules, partial(self.update, last=True))
         made = mask_compression(self.leaves)
         made = made._replace(init=self.init, update=update, bind=self.bind)
@@ -174,6 +175,7 @@ class _Regrow(NamedTuple):
 
     def init(self, params: Params, *, step: Step = 0) -> CompressionState:
         self.target.check_leaves(params)
+        # The mask of the lowest random scores is a random mask of exactly the target's count.
         draws = {}
         for path, x in self.leaves.of(params).items():
             draws[path] = jax.random.uniform(self.leaf_key(path), x.shape)
@@ -188,7 +190,7 @@ class _Regrow(NamedTuple):
         step: Step,
         grads: PyTree = None,
         stats: PyTree = None,
-        key: Any = None,
+        key: Key = None,
         last: bool = False,
     ) -> CompressionState:
         leaves = self.leaves.of(params)
@@ -208,13 +210,16 @@ class _Regrow(NamedTuple):
             drop = jnp.where(replacing & (not last), drop, 0.0)
             masks = {}
             for path, x in leaves.items():
+                # Derived from the step, so that a run that is restored grows the same weights.
                 own = jax.random.fold_in(self.leaf_key(path), at + 1)
                 inputs = ScoreInputs(path, x, at, gradients.get(path), key=own)
                 masks[path] = self.replace(inputs, old[path], drop, axes[path])
             return masks
 
         is_due = jnp.asarray(last) | replacing | arriving | self.rising(step)
+        # Thinned here and not by `every`: between updates nothing counts as grown.
         new = _state(update_if(is_due, replaced, lambda: old), old)
+        # A step that is skipped grows nothing: the mask before and after are the same.
         needed = gradients if self.growth.needs_grads else {}
         return skip_nonfinite(needed, new, _state(old, old))
 
@@ -222,6 +227,7 @@ class _Regrow(NamedTuple):
         """Return whether the sparsity still changes at an update step after `stop`."""
         schedules = self.target.schedules
         changes = [schedule(step) != schedule(step - self.every) for schedule in schedules]
+        # Up to `stop` every update step replaces weights and reaches the sparsity on the way.
         late = (step % self.every == 0) & (step > self.stop)
         return late & jnp.stack([jnp.zeros((), bool), *changes]).any()
 
@@ -233,7 +239,7 @@ class _Regrow(NamedTuple):
         self, inputs: ScoreInputs, mask: jax.Array, drop: jax.Array, axes: Axes
     ) -> jax.Array:
         """Return the new mask of one leaf, each layer of a stack by itself."""
-        scores = measure(self.growth, inputs, axes)
+        scores = measure(self.growth.measure, inputs, axes)
         sparsity = self.target.share(inputs.path, inputs.step)
 
         def replace_layer(x: jax.Array, scores: jax.Array, mask: jax.Array) -> jax.Array:
@@ -266,8 +272,9 @@ def turnover(
       [False, True, True, False]
     """
     pruned = amount(sparsity, x.size)
-    # (1 - drop) of those kept afterwards survive; everything else is a candidate to grow.
+    # The share (1 - drop) of those kept afterwards survive; everything else is a candidate to grow.
     candidates = amount(1 - (1 - jnp.asarray(sparsity, jnp.float32)) * (1 - drop), x.size)
+    # Rounding in float32 must not leave fewer candidates than there are weights to prune.
     candidates = choose(less(candidates, pruned), pruned, candidates)
     # Drop: pruned weights have the lowest key, so they are candidates too.
     (low,) = smallest_by(_survival_bits, [(x, mask)], candidates)
@@ -397,4 +404,4 @@ def rigl(
 
 
 def _slope(inputs: ScoreInputs) -> jax.Array:
-    return inputs.grad
+    return inputs.grad  # compared by magnitude

@@ -120,6 +120,7 @@ def _gain(path: str, x: jax.Array, mask: jax.Array) -> Gain:
     pattern = _pattern(np.asarray(mask))
     sparsity = 1 - float(np.asarray(mask).mean())
     dense = int(x.size * x.dtype.itemsize)
+    # Packing keeps the dense array where that is smaller.
     stored = min(dense, Sparse.pack(x, mask).nbytes)
     return Gain(path, sparsity, pattern, dense, stored, BUYS[pattern])
 
@@ -134,6 +135,7 @@ def _pattern(mask: np.ndarray) -> str:
     for axis in (-1, -2):
         others = tuple(i for i in range(mask.ndim) if i != axis % mask.ndim)
         empty = ~mask.any(axis=others)  # [channels]
+        # Zeros in empty channels, at least half of all.
         if 2 * int(empty.sum()) * (mask.size // mask.shape[axis]) >= zeros:
             return "channels"
     if _at_most_half(mask):
@@ -143,7 +145,7 @@ def _pattern(mask: np.ndarray) -> str:
 
 def _at_most_half(mask: np.ndarray) -> bool:
     """Return whether at most two of every four along axis -2 are kept."""
-    lines = np.moveaxis(mask, -2, 0)
+    lines = np.moveaxis(mask, -2, 0)  # [inputs, ...]
     if len(lines) % 4:
         return False
     return bool((lines.reshape(-1, 4, *lines.shape[1:]).sum(1) <= 2).all())

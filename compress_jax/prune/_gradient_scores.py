@@ -72,6 +72,7 @@ def saliency(
     def follow(inputs: ScoreInputs) -> jax.Array:
         return saturate(decay * inputs.carried + (1 - decay) * _effect(inputs), jnp.float32)
 
+    # Without a decay the score of a step needs nothing from the steps before.
     score = Score(_effect, needs_grads=True)
     if decay > 0:
         score = Score(
@@ -132,6 +133,7 @@ def fisher(
     decay = number("decay", decay)
     if not 0 <= decay <= 1:
         raise ArgumentError(f"decay lies between 0 and 1, got {decay}")
+    # With decay 1 a running mean would never move: F is then the plain sum.
     fresh = 1 - decay if decay < 1 else 1.0
 
     def follow(inputs: ScoreInputs) -> jax.Array:
@@ -211,6 +213,7 @@ def movement(
         # The derivative of the sigmoid is sigmoid(s) * sigmoid(-s).
         pull = penalty * jax.nn.sigmoid(inputs.carried) * jax.nn.sigmoid(-inputs.carried)
         moved = inputs.x.astype(jnp.float32) * inputs.grad.astype(jnp.float32)
+        # Saturated: a later sum of infinities of both signs would be NaN, which has no rank.
         return saturate(inputs.carried - rate * (moved + pull), jnp.float32)
 
     score = Score(lambda inputs: inputs.carried, _zero, follow, signed=True, needs_grads=True)
@@ -234,6 +237,7 @@ def _soft(hard: Compression, threshold: float, every: int) -> Compression:
     def update(
         params: Params, state: CompressionState, *, step: Step, now: bool = False, **inputs: PyTree
     ) -> CompressionState:
+        # `hard` has sparsity 0: it keeps the scores, and its masks are all true.
         new = hard.update(params, state, step=step, **inputs)
         is_due = jnp.asarray(now) | (jnp.asarray(step) % every == 0)
         fixed = {}

@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune, rewind to early weights, repeat, as pure functions of states."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,8 @@ def rounds(share: float, steps: int = 1) -> optax.Schedule:
             f"give a share between 0 and 1 and rounds of at least one step, got {share} and {steps}"
         )
 
-    def schedule(step: Any) -> jax.Array:
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        # Whole rounds: within a round the sparsity is constant.
         done = (jnp.asarray(step) // steps).astype(jnp.float32)
         return 1 - jnp.float32(1 - share) ** done
 
@@ -158,6 +159,7 @@ def rewind(
                 f"a training state is a NamedTuple with {', '.join(needed)}; "
                 f"{type(tree).__name__} lacks {missing}"
             )
+    # The masks are those of the next round in both cases.
     if weights:
         return saved._replace(learned=masks.learned, fixed=masks.fixed)
     return state._replace(
@@ -227,6 +229,7 @@ def rewinding(
     References:
       Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", 2020, section 4.
     """
+    # The first BACK steps go to ``start``; a round needs BACK more to come back, and one to train.
     begin = 0 if start is None else BACK
     if every is not None and (to < 0 or every <= begin + to + BACK):
         raise ArgumentError(
@@ -234,6 +237,7 @@ def rewinding(
             f"{begin + to + BACK + 1}"
         )
 
+    # Extra arguments of `update` are for the wrapped optimizer, whether it takes any or not.
     wrapped = optax.with_extra_args_support(optimizer)
 
     def init(params: Params) -> Rewound:
@@ -242,15 +246,16 @@ def rewinding(
         return Rewound(jnp.zeros((), jnp.int32), inner, () if every is None else (params, inner))
 
     def update(
-        updates: optax.Updates, state: Any, params: Params = None, **extra: Any
+        updates: PyTree, state: PyTree, params: Params = None, **extra: PyTree
     ) -> tuple[optax.Updates, Rewound]:
         now = state.count
-        saved: Any = state.saved
+        saved = state.saved
         if every is not None:
             # Save the params and the optimizer's state after ``to`` steps of the first round.
             saved = jax.lax.cond(now == begin + to, lambda: (params, state.inner), lambda: saved)
 
         def towards(target: Params) -> optax.Updates:
+            # In the dtype of the gradients, as that is what `train` returns: branches must agree.
             return jax.tree.map(lambda s, p, g: (s - p).astype(g.dtype), target, params, updates)
 
         def train() -> tuple[optax.Updates, optax.OptState]:

@@ -79,6 +79,8 @@ def newly_active(before: PyTree, after: PyTree) -> dict[str, jax.Array]:
     found = {}
     for name, new in after.items() if isinstance(after, Mapping) else ():
         if isinstance(new, Mapping) and {"mask", "grown"} <= new.keys():
+            # A state that `every` or `between` left as it was still says "grown"; then its mask was
+            # true before.
             found[name] = new["grown"] & ~before[name]["mask"]
         elif isinstance(new, Mapping):
             found.update(newly_active(before[name], new))
@@ -119,6 +121,8 @@ def reset_moments(opt_state: PyTree, params: Params, regrown: Flags) -> PyTree:
         raise NoMatchError(f"no param is named {unknown[0]!r}; there are: {', '.join(names)}")
     leaves, rebuild = flatten(opt_state)
     for path, leaf in leaves.items():
+        # Paths of the state end in paths of params ("0/mu/dense/kernel"). Factored moments do too,
+        # but have other shapes.
         flags = regrown.get(owner(path, names) or "")
         if flags is not None and jnp.shape(leaf) == flags.shape:
             leaves[path] = jnp.where(flags, jnp.zeros((), leaf.dtype), leaf)

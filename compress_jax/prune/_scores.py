@@ -1,7 +1,6 @@
 """Pruning by scores that need no gradients: magnitude, random, scores computed elsewhere, LAMP."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +123,10 @@ def random(
     random_key("key", key)
 
     def measure(inputs: ScoreInputs) -> jax.Array:
-        own: Any = fold_path(key, inputs.path)
-        if inputs.layer is not None:  # else all layers of a stack would have one mask
+        own = fold_path(key, inputs.path)
+        assert own is not None
+        # Without the index all layers of a stack would have one mask.
+        if inputs.layer is not None:
             own = jax.random.fold_in(own, inputs.layer)
         return jax.random.uniform(own, inputs.x.shape)
 
@@ -177,6 +178,7 @@ def scored(
         score = Score(lambda inputs: inputs.carried, begin, signed=True)
         return by_score(score, sparsity, structure, scope=scope, every=every)
 
+    # Everything but `init` needs no scores, and is made before there are any.
     without = build(lambda inputs: _score_of({}, inputs))
     return _with_scores(scores, without, build, None)
 
@@ -197,6 +199,7 @@ def _with_scores(
     def bind(known: Mapping[str, Axes]) -> Compression:
         return _with_scores(scores, bound(without, known), build, known)
 
+    # The stamp tells scores apart: a function by its code, arrays by their values.
     kind = scores if callable(scores) else flatten(scores)[0]
     made = without._replace(init=init, bind=bind)
     return stamped(made, call_of("scored", scores=kind, of=without), known)
@@ -251,11 +254,12 @@ def lamp(sparsity: Sparsity, *, every: int = 1) -> Compression:
 
 
 def _lamp(inputs: ScoreInputs) -> jax.Array:
-    magnitudes = jnp.abs(inputs.x.astype(jnp.float32)).ravel()
+    magnitudes = jnp.abs(inputs.x.astype(jnp.float32)).ravel()  # [n]
     order = jnp.argsort(magnitudes, stable=True)
     # The score is a ratio, so weights relative to the largest give the same, without overflow.
     largest = jnp.maximum(magnitudes.max(), jnp.finfo(jnp.float32).tiny)
     squares = jnp.square(magnitudes / largest)[order]
     left = jnp.cumsum(squares[::-1])[::-1]  # the denominator of equation 4
+    # The inner choice keeps 0 / 0 out of the branch that is not taken.
     scores = jnp.where(left > 0, squares / jnp.where(left > 0, left, 1.0), 0.0)
     return jnp.zeros_like(scores).at[order].set(scores).reshape(inputs.x.shape)

@@ -117,6 +117,7 @@ def fill(weights: Mapping[str, float], sizes: Mapping[str, int], total: int) -> 
       {'a': 3.0, 'b': 17.0}
     """
     # A leaf whose share exceeds its size is full; the rest is divided among the others.
+    # Every pass fills at least one more, so there are at most as many passes as leaves.
     full: dict[str, float] = {}
     while True:
         free = {path: weight for path, weight in weights.items() if path not in full}
@@ -138,6 +139,7 @@ def round_to_total(shares: Mapping[str, float], sizes: Mapping[str, int]) -> dic
     """
     floors = {path: min(math.floor(share), sizes[path]) for path, share in shares.items()}
     left = round(sum(shares.values())) - sum(floors.values())
+    # Negated, so that the largest come first.
     fractions = np.array([floors[path] - share for path, share in shares.items()])
     # Rounded, because fractions that are equal on paper may differ in the last bits.
     order = np.argsort(np.round(fractions, 9), kind="stable")
@@ -207,6 +209,7 @@ def shares(params: Params, state: CompressionState) -> dict[str, float]:
       >>> cj.prune.shares(params, cj.prune.magnitude(0.5, scope="global").init(params))
       {'a': 0.5, 'b': 0.5}
     """
+    # Counts are exact; a mean in float32 would not be.
     masks = masks_in(state.fixed, flatten(params)[0])
     return {path: int((~mask).sum()) / mask.size for path, mask in masks.items()}
 
@@ -226,6 +229,7 @@ def masks_in(fixed: PyTree, names: Iterable[str]) -> dict[str, jax.Array]:
       >>> masks_in({"0": {"w": leaf}}, ["w"])["w"].tolist()
       [True]
     """
+    # A leaf's state is a mask or a dict with one; combinators nest such states under their keys.
     names = frozenset(names)
     found = {}
     for name, each in fixed.items():

@@ -1,7 +1,7 @@
 """Sparse forward passes with denser gradients: Top-KAST and the straight-through estimator."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -58,8 +58,9 @@ def top_kast(
     References:
       Jayakumar et al., "Top-KAST: Top-K Always Sparse Training", 2020, section 2.
     """
-    pair: tuple[Any, Any] = (sparsity, backward)
-    if all(isinstance(each, NUMBERS) for each in pair) and pair[1] > pair[0]:
+    # Schedules and maps cannot be compared before training.
+    numbers = [each for each in (sparsity, backward) if isinstance(each, NUMBERS)]
+    if len(numbers) == 2 and numbers[1] > numbers[0]:
         raise ArgumentError(
             f"backward is below the sparsity {sparsity}, as more weights are trained than used, "
             f"got {backward}"
@@ -83,6 +84,7 @@ class _TopKast(NamedTuple):
         return Leaves(self.target.why_not, self.known)
 
     def compression(self) -> Compression:
+        # At the last update of a `between` both masks are recomputed, however rarely they are else.
         awoken = self._replace(forward=awake(self.forward), backward=awake(self.backward))
         schedules = schedules_of(self.forward, self.backward)
         update = Scheduled(self.update, schedules, awoken.update)
@@ -102,6 +104,7 @@ class _TopKast(NamedTuple):
     def update(self, params: Params, state: CompressionState, **inputs: PyTree) -> CompressionState:
         forward = self.split(state, "mask", params)
         backward = self.split(state, "backward", params)
+        # Both rank by magnitude, so that A lies within B as long as B has the lower sparsity.
         return _joined(
             self.forward.update(params, forward, **inputs),
             self.backward.update(params, backward, **inputs),
@@ -166,6 +169,7 @@ def straight_through(compression: Compression) -> Compression:
         leaves, rebuild = flatten(params)
         pruned = flatten(compression.view(params, state))[0]
         skipped = compression.skipped(params)
+        # A leaf that is not pruned has the identity's derivative already.
         for path, x in leaves.items():
             if path not in skipped:
                 leaves[path] = _value_of(x, pruned[path])

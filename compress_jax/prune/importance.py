@@ -7,7 +7,6 @@ gradients start from `gradients` or `squared_gradients`.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,7 @@ def taylor(gradients: PyTree, joint: bool = False) -> Importance:
     def score(member: Member) -> jax.Array | None:
         if member.path not in given:
             return None
-        product = member.rows * member.cut(given[member.path])
+        product = member.rows * member.cut(given[member.path])  # [size, n]
         return jnp.abs(product.sum(1)) if joint else jnp.abs(product).sum(1)
 
     return score
@@ -241,6 +240,7 @@ def _mean(
         if jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     }
 
+    # One program for all batches; leaves that have no gradient are constants of it.
     @jax.jit
     def add(
         total: dict[str, jax.Array], trained: dict[str, jax.Array], batch: tuple[Batch, ...]
@@ -289,6 +289,7 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
       Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", 2024 (Wanda,
       of single weights).
     """
+    # One operand may hold several parameters, such as concatenated kernels: it counts for each.
     sites: dict[str, list[Site]] = {}
     for site in calibration.sites.values():
         for path in dict.fromkeys((site.param or "", *site.also)):
@@ -297,12 +298,14 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
     def score(member: Member) -> jax.Array | None:
         readings = []
         for site in sites.get(member.path, []):
+            # In a grouped convolution a channel is read by one group of outputs only.
             if site.groups == 1:
                 found = _over_parameter(site, _squares(calibration, site), member)
                 if found is not None:
                     readings.append(found)
         if not readings or bool(jnp.isnan(jnp.stack(readings)).all()):
             return None
+        # [size, n]: the mean square of the input that each entry of the channel multiplies.
         mean = member.cut(_filled_mean(jnp.stack(readings)))
         return jnp.sum(mean * member.rows**2, 1) if weighted else mean.mean(1)
 
@@ -311,13 +314,14 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
 
 def _squares(calibration: Calibration, site: Site) -> jax.Array:
     """Return the mean squared input of a site, ``[*loops, *batch, k]``, NaN where it never ran."""
-    statistics: Any = calibration[site.name]
-    moments: Any = statistics.get("input") if isinstance(statistics, dict) else None
+    statistics: PyTree = calibration[site.name]
+    moments: PyTree = statistics.get("input") if isinstance(statistics, dict) else None
     if not hasattr(moments, "variance"):
         raise NoMatchError(
             f"the calibration of {site.name!r} has no moments; calibrate with "
             "trace.reducers.moments()"
         )
+    # E[x^2], from the moments that were kept.
     return moments.variance + jnp.square(moments.mean)
 
 
@@ -333,10 +337,11 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
             answer = channel_statistic(site, piece, squares, jnp.nanmean)
         if isinstance(answer, str):
             continue
-        box, form, own = answer
+        box, form, own = answer  # own: [batch, k]
         if member.axis not in {box.stored_axes[axis] for axis in summed_axes(form)}:
             continue
         n = math.prod(form.shape) // own.size
+        # Each of the n outputs reads the same inputs: [batch, k] -> [batch, k, n] -> as stored.
         every = form.stored(jnp.broadcast_to(own[..., None], (*own.shape, n)))
         values = box.put(jnp.full(member.shape, jnp.nan) if values is None else values, every)
     return values

@@ -4,10 +4,11 @@ import base64
 import html
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.table import printable
+from compress_jax.core.types import JsonObject
 from compress_jax.export import write_atomically
 from compress_jax.report._plots import pictures
 from compress_jax.report._read import Run, read_run
@@ -15,15 +16,15 @@ from compress_jax.report._rows import (
     causes_table,
     leaves_table,
     metadata_table,
-    percent,
     results_table,
     skipped_table,
+    value_text,
 )
 from compress_jax.report._tables import Table, escaped, html_table, markdown_table
 
 CAPTIONS = {
-    "tradeoff": "Accuracy on validation data against bytes on disk. The shaded corner is where "
-    "the requirement is met; hollow marks are accuracies on test data, measured once, in the end.",
+    "tradeoff": "The metric on validation data against bytes on disk. The shaded corner is where "
+    "the requirement is met; hollow marks are of test data, measured once, in the end.",
     "weights": "Weights of each layer: the float32 student in grey, the artifact in color. Exact "
     "zeros are not drawn; their share is in the corner.",
     "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of "
@@ -57,19 +58,22 @@ def headline(run: Run) -> str:
     Returns:
       What the artifact is, how small and how accurate, and whether that is enough.
     """
+    # Sizes are compared with the student's, as the teacher is another network, if there is one.
     rows = {row["name"]: row for row in run.results["rows"]}
     row = rows[run.results["chosen"]]
     student = rows["student"]
     ratio = student["nbytes"] / row["nbytes"]
-    others = f"student {percent(student['test'])}"
+    metric = run.results.get("metric")
+    others = f"student {value_text(student['test'], metric)}"
     if "teacher" in rows:
-        others += f", teacher {percent(rows['teacher']['test'])}"
+        others += f", teacher {value_text(rows['teacher']['test'], metric)}"
+    name = "" if metric is None else metric["name"]
     met = "It does not meet the requirement; nothing better was found."
     if run.results["met"]:
         met = "It meets the requirement."
     return (
         f"{row['name']}: {row['nbytes']:,} bytes, {ratio:.1f}x smaller than the student in "
-        f"float32, at {percent(row['test'])} on test data ({others}). {met}"
+        f"float32, at {name} {value_text(row['test'], metric)} on test data ({others}). {met}"
     )
 
 
@@ -84,13 +88,15 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
       The sections, in order.
     """
     left_alone = run.metadata.get("left_alone", {})
-    results = results_table(run.results["rows"], run.results["chosen"])
+    chosen = run.results["chosen"]
+    results = results_table(run.results["rows"], chosen, run.results.get("metric"))
     leaves = leaves_table(run.packed, left_alone, run.parts)
     skipped = Section("Skipped", ["Nothing."])
     if left_alone:
         skipped = Section("Skipped", [], [skipped_table(left_alone)])
     arguments = metadata_table("Arguments", run.record.get("arguments", {}))
     origin = (arguments, metadata_table("Versions", _versions(run)))
+    # In the order of a reader's questions: what came out, why, where the bytes are, how.
     parts = [
         Section("Results", [], [results], "tradeoff"),
         Section("Decisions", run.decisions),
@@ -101,17 +107,19 @@ def sections(run: Run, pictures: list[str]) -> list[Section]:
         Section("Training", [], [], "curves"),
         Section("Arguments and versions", [_command(run)], [t for t in origin if t.rows]),
     ]
+    # A picture may be missing (a run without metrics), and a section may have nothing to show.
     drawn = [p._replace(picture=p.picture if p.picture in pictures else None) for p in parts]
     return [part for part in drawn if part.lines or part.tables or part.picture]
 
 
 def _command(run: Run) -> str:
+    # Only the command line writes run.json.
     if not run.record:
         return "Made by compress_jax.search.compress."
     return f"compress-jax run {' '.join([run.record['config'], *run.record['flags']])}"
 
 
-def _versions(run: Run) -> dict[str, Any]:
+def _versions(run: Run) -> JsonObject:
     keys = ("data", "data_sha256", "model")
     data = {key: run.metadata[key] for key in keys if key in run.metadata}
     return {**run.record.get("versions", {}), **data}
@@ -155,6 +163,7 @@ def page(run: Run, pictures: Mapping[str, bytes]) -> str:
     Returns:
       HTML.
     """
+    # Names come from configs and files: nothing in them may act as HTML.
     title = _escaped(run.results["experiment"])
     unmet = "" if run.results["met"] else " unmet"
     body = "\n".join(_section(part, pictures) for part in sections(run, list(pictures)))
@@ -170,6 +179,7 @@ def page(run: Run, pictures: Mapping[str, bytes]) -> str:
 def _section(part: Section, pictures: Mapping[str, bytes]) -> str:
     items = "".join(f"<li>{_escaped(line)}</li>" for line in part.lines)
     blocks = [f"<h2>{html.escape(part.title)}</h2>", f"<ul>{items}</ul>" if items else ""]
+    # A single table needs no title beside that of its section.
     blocks.extend(_titled(table, several=len(part.tables) > 1) for table in part.tables)
     if part.picture:
         blocks.append(_figure(part.picture, pictures[part.picture]))
@@ -181,6 +191,7 @@ def _titled(table: Table, *, several: bool) -> str:
 
 
 def _figure(name: str, png: bytes) -> str:
+    # Inside the page, so that one file can be mailed and opened anywhere.
     data = base64.b64encode(png).decode()
     image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
     return f"<figure>{image}<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
@@ -252,6 +263,7 @@ def write(directory: str | Path, log_fn: Callable[[str], None] | None = None) ->
     run = read_run(Path(directory))
     for note in run.notes:
         (log_fn or str)(note)
+    # All is drawn before anything is written.
     drawn = pictures(run)
     for name, png in drawn.items():
         write_atomically(run.directory / "report" / f"{name}.png", png)

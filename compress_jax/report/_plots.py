@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import matplotlib
@@ -18,10 +18,11 @@ from matplotlib.transforms import Bbox
 
 from compress_jax.core import coverage
 from compress_jax.core.table import printable
+from compress_jax.core.types import JsonObject
 from compress_jax.report._read import Run
+from compress_jax.report._rows import ACCURACY, value_text
 
-# Figures without pyplot: no global state, no window, one style.
-
+# Figures are made without pyplot, which would keep them in a global state and may open windows.
 
 GREY = "#8a94a3"
 BLUE = "#2f6fb3"
@@ -29,22 +30,6 @@ GREEN = "#1f9d61"
 ORANGE = "#d9622b"
 INK = "#1c2430"
 CYCLE = (GREY, BLUE, GREEN, ORANGE, "#7a52b3", "#b38f1f", "#2fa8a8", "#b3437a")
-
-__all__ = [
-    "BLUE",
-    "CYCLE",
-    "GREEN",
-    "GREY",
-    "INK",
-    "ORANGE",
-    "Axes",
-    "Figure",
-    "clean",
-    "drawing",
-    "new_figure",
-    "plain",
-    "png",
-]
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -63,7 +48,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def plain(text: str) -> str:
-    r"""Return text for a picture: a dollar is a dollar, not the start of a formula.
+    r"""Return text for a picture, with each dollar escaped: it would begin a formula.
 
     Example:
       >>> plain("$a$"), plain("a\x1b")
@@ -128,7 +113,7 @@ def curves(run: Run) -> Figure | None:
     Returns:
       The figure, or None if the run kept no metrics.
     """
-    recorded = {key for series in run.curves.values() for key in series}
+    recorded = set().union(*run.curves.values())  # metrics of any stage
     shown = [(key, title) for key, title in METRICS if key in recorded]
     if not shown:
         return None
@@ -155,6 +140,7 @@ def _lines(axes: Axes, run: Run, key: str) -> None:
             label=f" {plain(stage)}",  # matplotlib leaves out a label that begins with _
             linewidth=1.3,
         )
+    # Losses fall by orders of magnitude; a logarithmic axis shows no zeros.
     if key.endswith("loss") and lowest > 0:
         axes.set_yscale("log")
 
@@ -177,8 +163,8 @@ def layers(run: Run) -> Figure:
     _bars(clean(left, "stored bits for each entry"), bits, "{:.2f}", dense, BLUE)
     _bars(clean(right, "share of zeros, %"), zeros, "{:.1f}", dense, GREEN)
     left.set_yticks(range(len(rows)), [plain(row.path) for row in rows])
-    left.invert_yaxis()
-    right.set_xlim(0, 112)
+    left.invert_yaxis()  # the first layer on top; the right panel shares the axis
+    right.set_xlim(0, 112)  # room for the label of a bar of 100 %
     return figure
 
 
@@ -201,14 +187,17 @@ def tradeoff(run: Run) -> Figure:
       The figure.
     """
     figure = new_figure(9, 4.8)
-    axes = clean(figure.subplots(), "", "bytes on disk", "accuracy")
+    metric = run.results.get("metric") or ACCURACY
+    axes = clean(figure.subplots(), "", "bytes on disk", metric["name"])
     rows = run.results["rows"]
     requirement = run.record.get("requirement")
+    # The corner reaches to the limits of the axes, so these come first; labels are placed last.
     labels = [_point(axes, row, run.results["chosen"]) for row in rows]
     _limits(axes, rows)
     if requirement:
-        _corner(axes, rows, requirement)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+        _corner(axes, rows, requirement, metric)
+    if metric["percent"]:
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     spread(figure, labels)
     return figure
 
@@ -221,18 +210,25 @@ def spread(figure: Figure, labels: list[Annotation]) -> None:
       labels: annotations with offsets in points; earlier ones are placed first.
     """
     with drawing():
+        # The sizes of texts are known only after a layout.
         figure.draw_without_rendering()
         boxes = [label.get_window_extent() for label in labels]
     taken: list[Bbox] = []
-    points = 72 / figure.dpi
+    points = 72 / figure.dpi  # points in a pixel: offsets are in points, boxes in pixels
+    # Up and down by whole labels, the smallest moves first.
+    steps = [0]
+    for n in range(1, len(labels) + 2):
+        steps += [n, -n]
     for label, box in zip(labels, boxes, strict=True):
         x, y = label.xyann
-        steps = [0, *(sign * n for n in range(1, len(labels) + 2) for sign in (1, -1))]
-        sides = (x, -x - box.width * points)
-        places = [(side, y + step * (box.height * points + 2)) for step in steps for side in sides]
+        places = []
+        for step in steps:
+            up = y + step * (box.height * points + 2)
+            # At the right of the point, then at its left.
+            places += [(x, up), (-x - box.width * points, up)]
         moved = {p: box.translated((p[0] - x) / points, (p[1] - y) / points) for p in places}
         free = (place for place, own in moved.items() if _is_free(own, taken, figure))
-        label.xyann = next(free, (x, y))
+        label.xyann = next(free, (x, y))  # where there is no free place it stays, and overlaps
         taken.append(moved[label.xyann])
 
 
@@ -241,7 +237,7 @@ def _is_free(box: Bbox, taken: list[Bbox], figure: Figure) -> bool:
     return inside and not any(box.overlaps(other) for other in taken)
 
 
-def _point(axes: Axes, row: Mapping[str, Any], chosen: str) -> Annotation:
+def _point(axes: Axes, row: JsonObject, chosen: str) -> Annotation:
     """Draw one network: validation accuracy filled, test accuracy hollow, the chosen one a star."""
     size = row["nbytes"]
     validation = row["validation"]
@@ -261,36 +257,53 @@ def _point(axes: Axes, row: Mapping[str, Any], chosen: str) -> Annotation:
     return axes.annotate(label, (size, validation), fontsize=8, color=INK, **place)
 
 
-def _limits(axes: Axes, rows: list[dict[str, Any]]) -> None:
+def _limits(axes: Axes, rows: list[JsonObject]) -> None:
     """Use a logarithmic axis of bytes with room for the labels, and ticks that people read."""
     sizes = [row["nbytes"] for row in rows]
     axes.set_xscale("log")
     axes.set_xlim(min(sizes) / 1.6, max(sizes) * 2.6)
     low, high = axes.get_xlim()
+    # Ticks at 1 and 3 of each power of ten.
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    axes.set_xticks([tick for p in powers for tick in (10**p, 3 * 10**p) if low <= tick <= high])
+    ticks = []
+    for power in powers:
+        ticks += [10**power, 3 * 10**power]
+    axes.set_xticks([tick for tick in ticks if low <= tick <= high])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     axes.margins(y=0.15)
 
 
-def _corner(axes: Axes, rows: list[dict[str, Any]], requirement: Mapping[str, Any]) -> None:
+def _corner(
+    axes: Axes, rows: list[JsonObject], requirement: JsonObject, metric: JsonObject
+) -> None:
     """Shade the region that is accurate and small enough, and write the limits on its edges."""
     student = next(row for row in rows if row["name"] == "student")
     reference = student if requirement["reference"] == "student" else rows[0]
-    floor = reference["validation"] - (requirement["max_drop"] or 0.0)
+    higher = metric["higher_is_better"]
+    drop = requirement["max_drop"] or 0.0
+    limit = reference["validation"] - drop if higher else reference["validation"] + drop
+    # Without a ratio the artifact must be no larger than the student.
     by_ratio = student["nbytes"] / (requirement["min_ratio"] or 1.0)
     most = min(by_ratio, requirement["max_bytes"] or math.inf)
-    low = min(axes.get_ylim()[0], floor - 0.005)
-    high = min(axes.get_ylim()[1], 1.01)
+    # The region must be visible even where no network reached it.
+    low, high = axes.get_ylim()
+    margin = 0.05 * (high - low)
+    low = min(low, limit - margin)
+    high = max(high, limit + margin)
+    if metric["percent"]:
+        high = min(high, 1.01)
     left = axes.get_xlim()[0] if most > axes.get_xlim()[0] else most / 1.6
-    axes.fill_between([left, most], floor, high, color=GREEN, alpha=0.08, linewidth=0)
-    axes.axhline(floor, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
+    axes.fill_between(
+        [left, most], limit, high if higher else low, color=GREEN, alpha=0.08, linewidth=0
+    )
+    axes.axhline(limit, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
     axes.axvline(most, color=GREEN, linewidth=1, linestyle=(0, (4, 3)))
     style: dict[str, Any] = {"fontsize": 8, "color": GREEN, "va": "bottom"}
     across = axes.get_yaxis_transform()
     along = axes.get_xaxis_transform()
-    axes.text(0.995, floor, f"at least {100 * floor:.2f} %", transform=across, ha="right", **style)
+    bound = f"at {'least' if higher else 'most'} {value_text(limit, metric)}"
+    axes.text(0.995, limit, bound, transform=across, ha="right", **style)
     axes.text(most, 0.01, f" at most {most:,.0f} bytes", transform=along, **style)
     axes.set_ylim(low, high)
     axes.set_xlim(left, axes.get_xlim()[1])
@@ -315,17 +328,19 @@ def weights(run: Run) -> Figure | None:
     """
     forms = {row.path: row.form for row in coverage(None, run.packed["params"]).rows}
     paths = [path for path, form in forms.items() if form != "dense" and path in run.before]
+    # The largest leaves are chosen, and drawn in the order of the network.
     largest = sorted(paths, key=lambda path: -run.before[path].size)[:MOST]
     paths = [path for path in paths if path in largest]
     if not paths:
         return None
-    rows = -(-len(paths) // COLUMNS)
+    rows = -(-len(paths) // COLUMNS)  # rounded up
     figure = new_figure(9, 0.3 + 1.95 * rows)
     panels = figure.subplots(rows, COLUMNS, squeeze=False).ravel()
     for axes, path in zip(panels, paths, strict=False):
         before = np.asarray(run.before[path], np.float32)
         after = np.asarray(run.after[path], np.float32)
         _panel(clean(axes, path), before, after)
+    # The last row may have fewer leaves than panels.
     for axes in panels[len(paths) :]:
         axes.set_visible(False)
     return figure
@@ -337,6 +352,7 @@ def _panel(axes: Axes, before: np.ndarray, after: np.ndarray) -> None:
     Exact zeros of the artifact are left out: their bar would dwarf all others.
     """
     reach = max(float(np.abs(before).max()), float(np.abs(after).max()), 1e-12)
+    # The same bins before and after, an odd number of them: zero is the middle of one.
     edges = np.linspace(-reach, reach, BINS + 1)
     nonzero = after[after != 0]
     for values, color, alpha in ((before.ravel(), GREY, 0.55), (nonzero, BLUE, 0.75)):

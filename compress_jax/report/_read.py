@@ -4,7 +4,6 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compress_jax.core import unpack
 from compress_jax.core.errors import ArtifactError, ConfigError
@@ -23,10 +22,10 @@ from compress_jax.core.record import (
     read_record,
 )
 from compress_jax.core.table import printable
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Array, JsonObject, PyTree, Variables
 from compress_jax.export import Part, breakdown, load
 
-Curves = dict[str, list[tuple[int, float]]]
+Curves = dict[str, list[tuple[int, float]]]  # (step, value) by metric
 RUN_VERSION = 2  # version 1 had no digest of the config
 VERSION = Kind(
     f"at most {RUN_VERSION}, the version that is read here", lambda v: v in (1, RUN_VERSION)
@@ -51,6 +50,7 @@ RUN_FORM = {
     ),
 }
 ROW_FORM = {
+    # It becomes part of a path: no name may lead out of the run's folder.
     "name": Kind(
         "the name of a folder",
         lambda v: isinstance(v, str) and v not in ("", ".", "..") and not {"/", "\0"} & set(v),
@@ -61,8 +61,16 @@ ROW_FORM = {
     "bits": NUMBER,
     "accepted": optional(FLAG),
     "reason": TEXT,
+    "metrics": optional(mapping(mapping(NUMBER))),
 }
-RESULTS_FORM = {"experiment": TEXT, "chosen": TEXT, "met": FLAG, "rows": [ROW_FORM]}
+RESULTS_FORM = {
+    "experiment": TEXT,
+    "task": optional(TEXT),
+    "metric": optional({"name": TEXT, "percent": FLAG, "higher_is_better": FLAG}),
+    "chosen": TEXT,
+    "met": FLAG,
+    "rows": [ROW_FORM],
+}
 AGAIN = "compress-jax run with the same config and arguments writes it again"
 
 
@@ -83,22 +91,30 @@ class Run:
       curves: metrics by stage: ``{stage: {"train/loss": [(step, value), ...]}}``.
       parts: what the bytes of the artifact are for.
       notes: sentences on files that are damaged, and so are not shown.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> folder, rows = Path("runs/tiny"), [{"name": "int4", "nbytes": 9}]
+      >>> results = {"experiment": "tiny", "chosen": "int4", "met": True, "rows": rows}
+      >>> run = cj.report.Run(folder, results, {}, [], {}, {}, {}, {}, {}, [], [])
+      >>> run.results["chosen"]
+      'int4'
     """
 
     directory: Path
-    results: dict[str, Any]
-    record: dict[str, Any]
+    results: JsonObject
+    record: JsonObject
     decisions: list[str]
     packed: PyTree
-    metadata: dict[str, Any]
-    before: dict[str, Any]
-    after: dict[str, Any]
+    metadata: JsonObject
+    before: dict[str, Array]
+    after: dict[str, Array]
     curves: dict[str, Curves]
     parts: list[Part]
     notes: list[str]
 
 
-def read_results(directory: Path, *, intact: bool = True) -> dict[str, Any]:
+def read_results(directory: Path, *, intact: bool = True) -> JsonObject:
     """Return ``results.json`` of a folder.
 
     Args:
@@ -122,11 +138,13 @@ def read_results(directory: Path, *, intact: bool = True) -> dict[str, Any]:
       'int4'
     """
     file = directory / "results.json"
+    # lexists: a broken link is damage, to be reported as such, and not a run that is unfinished.
     if not os.path.lexists(file):
         raise ConfigError(
             f"{directory} has no results.json to read; finish the run first (compress-jax run)"
         )
     results = read_record(file, RESULTS_FORM, AGAIN, ConfigError, intact=intact)
+    # The schema cannot say that one entry refers to another.
     names = [row["name"] for row in results["rows"]]
     if results["chosen"] not in names:
         raise ConfigError(
@@ -162,6 +180,7 @@ def read_run(directory: Path) -> Run:
       >>> cj.report.read_run(directory).after["kernel"].tolist()
       [[1.0, 1.0], [1.0, 1.0]]
     """
+    # Results and artifacts must be whole; logs and curves may be damaged, and are then noted.
     results = read_results(directory)
     notes: list[str] = []
     packed = _params(directory / "artifact.safetensors")
@@ -181,7 +200,7 @@ def read_run(directory: Path) -> Run:
     )
 
 
-def _params(file: Path) -> dict[str, Any]:
+def _params(file: Path) -> Variables:
     """Return the variables in an artifact of a run."""
     packed = load(file)[0]
     if not isinstance(packed, dict) or "params" not in packed:
@@ -189,7 +208,7 @@ def _params(file: Path) -> dict[str, Any]:
     return packed
 
 
-def _metadata(file: Path) -> dict[str, Any]:
+def _metadata(file: Path) -> JsonObject:
     """Return an artifact's metadata; an invalid list of skipped leaves is left out."""
     metadata = load(file)[1]
     if deviation(metadata.get("left_alone", {}), mapping([TEXT])):
@@ -197,7 +216,7 @@ def _metadata(file: Path) -> dict[str, Any]:
     return metadata
 
 
-def _record(directory: Path) -> dict[str, Any]:
+def _record(directory: Path) -> JsonObject:
     """Return ``run.json``, or nothing if the run was not made by the command line."""
     file = directory / "run.json"
     if not os.path.lexists(file):
@@ -206,12 +225,13 @@ def _record(directory: Path) -> dict[str, Any]:
     return read_record(file, RUN_FORM, advice, ConfigError)
 
 
-def _decisions(directory: Path, rows: list[dict[str, Any]], notes: list[str]) -> list[str]:
+def _decisions(directory: Path, rows: list[JsonObject], notes: list[str]) -> list[str]:
     """Return the lines of the log, or if it is missing, sentences made of the results."""
     text = _text(directory / "log.txt", notes, "the decisions are those of results.json")
     if text is not None:
         return text.splitlines()
     verdicts = {True: "accepted", False: "refused"}
+    # Teacher and student are references, with no verdict on them.
     judged = [row for row in rows if row["accepted"] is not None]
     return [f"{row['name']}: {verdicts[row['accepted']]}: {row['reason']}" for row in judged]
 
@@ -232,7 +252,8 @@ def _curves(directory: Path, names: list[str], notes: list[str]) -> dict[str, Cu
     """Return the metrics of each stage that was trained here; a restored teacher has none."""
     found: dict[str, Curves] = {}
     for name in names:
-        parent = directory if name in ("teacher", "student") else directory / "candidates"
+        own = name in ("teacher", "student", "student-longer")
+        parent = directory if own else directory / "candidates"
         file = parent / name / "metrics.jsonl"
         text = _text(file, notes, f"the curves of {name} are not drawn")
         if text is None:
@@ -250,13 +271,14 @@ def _series(text: str) -> tuple[Curves, int]:
     for line in text.splitlines():
         try:
             values = json.loads(line)
-        except (ValueError, RecursionError):
-            values = {}
+        except (ValueError, RecursionError):  # no JSON, or brackets nested too deep to parse
+            values = {}  # without a step, so the line counts as damaged
         if deviation(values, mapping(optional(NUMBER))) or deviation(values, {"step": COUNT}):
             bad += 1
             continue
         step = values.pop("step")
         for name, value in values.items():
+            # A metric may be null where a loss was not finite.
             if value is not None:
                 series.setdefault(name, []).append((step, value))
     return series, bad

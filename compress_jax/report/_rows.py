@@ -1,23 +1,31 @@
 """Tables of the results, of the leaves of an artifact, of skipped leaves, of metadata."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from compress_jax.core import coverage
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import JsonObject, PyTree
 from compress_jax.export import Part
 from compress_jax.report._tables import Table
+from compress_jax.tasks._metrics import number_text
+
+ACCURACY: JsonObject = {"name": "accuracy", "percent": True, "higher_is_better": True}
+"""The metric of results that name none: of a version that measured nothing else."""
 
 
-def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
+def results_table(
+    rows: Sequence[JsonObject], chosen: str, metric: JsonObject | None = None
+) -> Table:
     """Return the results of a run.
 
     Args:
       rows: of ``results.json``: teacher, student and candidates, each with ``name``, ``nbytes``,
         ``validation``, ``test``, ``bits``, ``accepted`` and ``reason``.
       chosen: the name of the row that became the artifact.
+      metric: of ``results.json``: ``name``, ``percent`` and ``higher_is_better``; None for
+        accuracy. Other metrics that the rows have are shown after it.
 
     Returns:
       One row a network.
@@ -27,11 +35,17 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
       >>> results_table([row | {"validation": 0.9, "test": 0.89}], "student").rows[0]
       ('student', '89.00 %', '90.00 %', '4,000', '1.0x', '-', '32.00', 'reference')
     """
+    metric = metric or ACCURACY
+    name = metric["name"]
+    measured = [row.get("metrics", {}).get("test", {}) for row in rows]
+    others = [each for each in dict.fromkeys(itertools.chain(*measured)) if each != name]
+    # A run without a teacher has no ratio to it, and shows "-".
     sizes = {row["name"]: row["nbytes"] for row in rows}
     head = (
         "network",
-        "test accuracy",
-        "validation accuracy",
+        f"test {name}",
+        f"validation {name}",
+        *(f"test {other}" for other in others),
         "bytes on disk",
         "ratio to student",
         "ratio to teacher",
@@ -41,8 +55,9 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
     cells = [
         (
             row["name"],
-            percent(row["test"]),
-            percent(row["validation"]),
+            value_text(row["test"], metric),
+            value_text(row["validation"], metric),
+            *(number_text(_other(row, other), False) for other in others),
             f"{row['nbytes']:,}",
             _ratio(sizes.get("student"), row["nbytes"]),
             _ratio(sizes.get("teacher"), row["nbytes"]),
@@ -55,7 +70,16 @@ def results_table(rows: Sequence[Mapping[str, Any]], chosen: str) -> Table:
     return Table("Results", head, tuple(cells), marked=marked)
 
 
-def verdict(row: Mapping[str, Any], chosen: str) -> str:
+def value_text(value: float | None, metric: JsonObject | None) -> str:
+    """Return a value of a run's metric as text, in percent if it is a share; ``-`` for None."""
+    return number_text(value, (metric or ACCURACY)["percent"])
+
+
+def _other(row: JsonObject, name: str) -> float | None:
+    return row.get("metrics", {}).get("test", {}).get(name)
+
+
+def verdict(row: JsonObject, chosen: str) -> str:
     """Return the verdict on a row: reference, chosen, accepted or refused."""
     if row["accepted"] is None:
         return "reference"
@@ -88,8 +112,11 @@ def leaves_table(
       header and metadata 84 84.0 %
       file 100 100.0 %
     """
-    reasons = {path: reason for reason, paths in left_alone.items() for path in paths}
+    reasons: dict[str, str] = {}
+    for reason, paths in left_alone.items():
+        reasons |= dict.fromkeys(paths, reason)
     table = coverage(None, packed)
+    # Leaves that are coded together share bytes: their parts are no whole numbers.
     file_bytes = round(sum(part.nbytes for part in parts))
     sizes: dict[str, int] = {}
     for row in table.rows:
@@ -107,6 +134,7 @@ def leaves_table(
         )
         for row in table.rows
     ]
+    # The rest, not a sum of its own: then the rows add up to the file in spite of rounding.
     overhead = file_bytes - sum(sizes.values())
     blank = ("", "", "", "")
     share = percent(overhead / file_bytes, 1)
@@ -141,7 +169,7 @@ def skipped_table(left_alone: Mapping[str, Sequence[str]]) -> Table:
     return Table("Skipped", ("why", "leaves", "paths"), tuple(rows))
 
 
-def metadata_table(title: str, metadata: Mapping[str, Any]) -> Table:
+def metadata_table(title: str, metadata: Mapping[str, object]) -> Table:
     """Return an artifact's metadata, or any such dict, one row a key.
 
     Args:

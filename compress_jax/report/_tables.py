@@ -67,6 +67,7 @@ class _Fitted(RichTable):
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Render as a table, as a table with folded columns, or as blocks."""
+        # The width at which no cell is folded.
         needed = Measurement.get(console, options.update(width=UNLIMITED), self).maximum
         if needed <= options.max_width:
             yield from super().__rich_console__(console, options)
@@ -76,6 +77,7 @@ class _Fitted(RichTable):
             yield from _blocks(self.source)
             return
         narrow = _filled(self.source, every_word=True)
+        # rich would share out the width by itself, and break words where it likes.
         for column, width in zip(narrow.columns, widths, strict=True):
             column.width = width
         yield from RichTable.__rich_console__(narrow, console, options.update(no_wrap=False))
@@ -126,6 +128,7 @@ def _filled(table: Table, *, every_word: bool) -> "_Fitted":
 
 def _folded(table: Table, width: int) -> list[int] | None:
     """Return the column widths at which no word breaks, or None if there are none."""
+    # Every column gets what its longest word needs, and columns of words what is left over.
     columns = list(zip(*([table.head, *table.rows]), strict=True))
     numbers = [table.numeric(i) for i in range(len(columns))]
     widths = [_least_width(column, number) for column, number in zip(columns, numbers, strict=True)]
@@ -184,6 +187,7 @@ def markdown_table(table: Table) -> str:
       | teacher | 1,000 |
       | **a\|b** | **90** |
     """
+    # GitHub's syntax: a colon at the side of the dashes aligns a column.
     head = [escaped(name) for name in table.head]
     rule = ["--:" if table.numeric(i) else ":--" for i in range(len(table.head))]
     strong = {table.marked, *range(len(table.rows) - table.totals, len(table.rows))}
@@ -243,6 +247,7 @@ def escaped(text: str, *, block: bool = False) -> str:
       \# no title 1&#8203;. no item
     """
     line = printable(text, lines=True).replace("\n", " ").replace("\t", " ")
+    # The ampersand first, as the others become entities that begin with one.
     line = line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     # Underscores within words are no markup.
     line = re.sub(r"([\\`*|~$\[\]!]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -56,6 +55,7 @@ def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> li
         return [] if all(limit >= 0 for limit in limits) else None
     program = _Program(values, weights, limits)
     best = program.solve(np.inf)
+    # The solver's tolerances are absolute, so each round is solved at the scale of the last total.
     while best is not None and (reached := program.total(best)) > 0:
         better = program.solve(reached)
         if better is None or program.total(better) >= reached:
@@ -76,6 +76,7 @@ class _Program:
         self.limits: list[float] = []
         for table, limit in zip(weights, limits, strict=True):
             least = [min(options) for options in table]
+            # Every choice uses the least of each item; only what is above it is chosen.
             self.weights.append(_above(table, least))
             self.limits.append(limit - sum(least))
 
@@ -83,7 +84,7 @@ class _Program:
         return float(self.values[self._columns(choice)].sum())
 
     def _columns(self, choice: Sequence[int]) -> np.ndarray:
-        return np.cumsum([0, *self.sizes[:-1]]) + np.asarray(choice)
+        return np.cumsum([0, *self.sizes[:-1]]) + np.asarray(choice)  # [items], places in the row
 
     def _meets(self, columns: np.ndarray) -> bool:
         pairs = zip(self.weights, self.limits, strict=True)
@@ -98,28 +99,32 @@ class _Program:
             return None
         allowed = self.values <= ceiling  # [options of all items]
         for row, limit in zip(self.weights, self.limits, strict=True):
+            # Compared in exact integers: an option that alone exceeds a limit is in no choice.
             allowed &= np.array([w <= limit for w in row])
         top = ceiling if np.isfinite(ceiling) else self.values[allowed].max(initial=0) or 1.0
         objective = SCALE * (np.where(allowed, self.values, 0) / top)
-        upper: Any = allowed.astype(float)
+        upper = allowed.astype(float)  # 0 drops an option
         constraints = self._constraints(allowed)
         while True:
             found = milp(
                 objective,
                 constraints=constraints,
                 integrality=1,
-                bounds=Bounds(0, upper),
+                bounds=Bounds(0, upper),  # pyright: ignore[reportArgumentType]
                 options=EXACTLY,
             )
+            # Tolerances widen the limits, so what the solver finds infeasible is.
             if found.status == INFEASIBLE:
                 return None
             if found.x is None:
                 raise CompressError(f"the integer program could not be solved: {found.message}")
+            # Of nearly whole x, the option of each item with the largest entry.
             choice = [int(part.argmax()) for part in np.split(found.x, np.cumsum(self.sizes)[:-1])]
             columns = self._columns(choice)
             if self._meets(columns):
                 return choice
-            taken = np.bincount(columns, minlength=len(self.item))
+            # It misses a limit by less than the tolerance: cut off this choice and no other.
+            taken = np.bincount(columns, minlength=len(self.item))  # [options of all items]
             constraints.append(LinearConstraint(taken, -np.inf, len(columns) - 1))
 
     def _constraints(self, allowed: np.ndarray) -> list[LinearConstraint]:
@@ -128,6 +133,7 @@ class _Program:
         one = csr_array((np.ones(len(self.item)), (self.item, columns)))  # [items, options]
         constraints = [LinearConstraint(one, 1, 1)]
         for row, limit in zip(self.weights, self.limits, strict=True):
+            # In units of the limit, as the solver's tolerances are absolute.
             unit = max(limit, 1)
             used = np.where(allowed, row, 0) / unit
             constraints.append(LinearConstraint(used, -np.inf, limit / unit))

@@ -75,4 +75,5 @@ def work_budget(limit: float | None, amounts: Amounts, fixed: int) -> Budget:
 def _rounded(limit: float | None) -> float:
     if limit is None:
         return math.inf
+    # Amounts are whole, so nothing is lost; the solver's limits are compared in exact integers.
     return math.floor(limit) if math.isfinite(limit) else limit

@@ -3,21 +3,27 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
 from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import CompressError, ConfigError, DataError, ShapeError
-from compress_jax.core.types import Array, Batch, DType, Params, PyTree, Shape
+from compress_jax.core.types import Array, Batch, JsonObject, Params, PyTree
 from compress_jax.data import Data
+from compress_jax.data._data import PARTS
 from compress_jax.distill import Teacher
-from compress_jax.search._experiment import Candidate, Experiment, Network, Training, Variables
+from compress_jax.search._candidate import Candidate, Rewrite, Subject
+from compress_jax.search._experiment import Experiment, shapes_of
+from compress_jax.search._method import bound_to
+from compress_jax.search._network import Network, Training, Variables
 from compress_jax.search._stage import Stage, prepare
+from compress_jax.tasks import PureModel, Task
+from compress_jax.tasks._measure import require_entries, trace_metrics
+from compress_jax.train._parallel import batch_axes, shardings_like, unmatched
 
 # Raised by functions that need the values of arrays, and so cannot be traced on shapes.
 NEEDS_VALUES = (
@@ -29,7 +35,7 @@ NEEDS_VALUES = (
 EXAMPLES = 2  # batch size of the traced calls
 
 
-def check(experiment: Experiment, metadata: dict[str, Any]) -> list[str]:
+def check(experiment: Experiment, metadata: JsonObject) -> list[str]:
     """Check that data, models, losses, optimizers and every candidate fit together.
 
     Models, losses, training steps, and each candidate's init, view, update and pack are traced; no
@@ -52,13 +58,13 @@ def check(experiment: Experiment, metadata: dict[str, Any]) -> list[str]:
     Example:
       >>> import optax
       >>> import compress_jax as cj
-      >>> split = {"image": np.ones((8, 4, 4, 1), np.float32), "label": np.zeros(8, np.int32)}
-      >>> names, statistics = ("a", "b", "c"), (np.zeros(1), np.ones(1))
-      >>> data = Data("ones", split, split, split, 3, "", names, *statistics, 1.0, {})
-      >>> training = Training(optax.sgd(0.1), steps=1, batch_size=4)
-      >>> student = Network(cj.models.LeNet300100(3), training)
-      >>> wrong = Candidate("int4", cj.at("**/kernels", cj.quantize.uniform(4)), training)
-      >>> check(Experiment("ones", data, student, (wrong,)), {})  # doctest: +ELLIPSIS
+      >>> arrays = {"image": np.ones((80, 4, 4, 1), np.float32), "label": np.arange(80) % 3}
+      >>> data = cj.data.Data.from_arrays(arrays)
+      >>> training = cj.search.Training(optax.sgd(0.1), steps=1, batch_size=8)
+      >>> student = cj.search.Network(cj.models.LeNet300100(3), training)
+      >>> int4 = cj.at("**/kernels", cj.quantize.uniform(4))
+      >>> wrong = cj.search.Candidate("int4", int4, training)
+      >>> check(cj.search.Experiment("ones", data, student, (wrong,)), {})  # doctest: +ELLIPSIS
       Traceback (most recent call last):
       compress_jax.core.errors.NoMatchError: candidate 'int4': pattern '**/kernels' matches ...
     """
@@ -68,7 +74,7 @@ def check(experiment: Experiment, metadata: dict[str, Any]) -> list[str]:
         raise ConfigError(
             f"metadata is stored in the artifacts as JSON, which cannot hold it: {error}"
         ) from error
-    check_data(experiment.data)
+    check_data(experiment.data, experiment.task)
     return _Checks(experiment).run()
 
 
@@ -78,11 +84,13 @@ class _Checks:
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.notes: list[str] = []
+        self.classes = classes_of(experiment)
         # Candidates are often trained alike: each kind of step is traced once.
-        self.traced_steps: set[Any] = set()
+        self.traced_steps: set[tuple[object, ...]] = set()
 
     def run(self) -> list[str]:
         experiment = self.experiment
+        # In the order of `compress`: teacher, student, candidates.
         teacher = None
         if isinstance(experiment.teacher, Network):
             variables = self._network("teacher", experiment.teacher, None)
@@ -102,58 +110,68 @@ class _Checks:
         """Trace a network's calls and training; return the shapes of its variables."""
         variables = None
         with self._named(name):
-            variables = self._variables(network)
-            self._outputs(network.model, variables)
+            variables = network.shapes(self.experiment.example)
+            self._outputs(network.pure, variables)
+            self._rules(name, network, variables["params"])
             if network.training is not None:
-                self._training(network.model, variables, network.training, teacher)
+                self._training(network.pure, variables, network.training, teacher)
         return variables
 
-    def _variables(self, network: Network) -> Variables:
-        if network.artifact is not None:
-            return _shapes(network.restore())
-        image = _struct((1, *self.experiment.data.train["image"].shape[1:]), jnp.float32)
-        return jax.eval_shape(network.model.init, jax.random.key(0), image)
+    def _rules(self, name: str, network: Network, params: Params) -> None:
+        """Check that a network's params can be divided by its rules; note those that are not."""
+        shardings_like(params, params, self.experiment.devices, network.rules)
+        whole = unmatched(params, network.rules)
+        if network.rules and whole:
+            few = ", ".join(whole[:3]) + (", ..." if len(whole) > 3 else "")
+            self.notes.append(
+                f"{name}: every device holds {len(whole)} of its params whole, as no rule matches "
+                f"them: {few}"
+            )
 
-    def _outputs(self, model: nn.Module, variables: Variables) -> None:
-        """Check that the model gives logits, at least one for each class."""
-        image = self.experiment.data.train["image"]
-        classes = self.experiment.data.classes
-        x = _struct((EXAMPLES, *image.shape[1:]), image.dtype)
-        out = jax.eval_shape(model.apply, variables, x)
-        shape = getattr(out, "shape", None)
-        if shape is None:
-            given = f"a {type(out).__name__}"
-        elif len(shape) != 2 or shape[0] != EXAMPLES or shape[1] < classes:
-            given = f"{out.dtype}{list(shape)}"
-        else:
-            return
-        raise ConfigError(
-            f"the model must give logits [{EXAMPLES}, {classes}] or more for {EXAMPLES} images "
-            f"{list(image.shape[1:])}, as the data have {classes} classes; it gives {given}"
-        )
+    def _outputs(self, model: PureModel, variables: Variables) -> None:
+        """Check that what the model gives is what the task's labels ask for."""
+        experiment = self.experiment
+        task = experiment.task
+        batch = jax.eval_shape(task.prepare, shapes_of(experiment.data.train, EXAMPLES))
+        out = jax.eval_shape(model.apply, variables, *task.inputs_of(batch))
+        labels = batch[task.labels] if task.labels else None
+        task.check_outputs(out, labels, self.classes)
+        trace_metrics(task, batch, out)
 
     def _training(
-        self, model: nn.Module, variables: Variables, training: Training, teacher: Teacher | None
+        self, model: PureModel, variables: Variables, training: Training, teacher: Teacher | None
     ) -> None:
         """Trace one training step without a compression, unless its like was traced already."""
         split = self.experiment.data.train
-        if training.batch_size > len(split["label"]):
+        number = len(next(iter(split.values())))
+        if training.batch_size > number:
             raise ConfigError(
-                f"batch_size is {training.batch_size}, but there are {len(split['label'])} "
-                "training examples"
+                f"batch_size is {training.batch_size}, but there are {number} training examples"
             )
-        kind = id(model), training.augment, training.batch_size, teacher is None
+        devices = _devices(self.experiment)
+        if training.batch_size % devices:
+            raise ConfigError(
+                f"batch_size is {training.batch_size}, which {devices} devices cannot share "
+                f"evenly; choose a multiple of {devices}, or give a mesh of fewer devices"
+            )
+        kind = (
+            id(model),
+            id(training.optimizer),
+            training.augment,
+            training.batch_size,
+            teacher is None,
+        )
         if kind in self.traced_steps:
             return
         self.traced_steps.add(kind)
         size = training.batch_size
-        batch = {name: _struct((size, *x.shape[1:]), x.dtype) for name, x in split.items()}
-        # Some losses hash the teacher, which needs arrays; those of `whole` are traced.
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), teacher)
-        stage = Stage("check", model, training, zeros)
+        batch = shapes_of(split, size)
+        stage = Stage("check", model, training)
 
         def whole(variables: Variables, batch: Batch, teacher: Teacher | None) -> PyTree:
-            step, state = prepare(self.experiment, stage, variables, batch)
+            own = stage._replace(teacher=teacher)
+            step, begin, aux = prepare(self.experiment, own, variables, batch)
+            state = begin(variables, aux)
             return state, step(state, batch, teacher=teacher)[0]
 
         before, after = jax.eval_shape(whole, variables, batch, teacher)
@@ -163,33 +181,61 @@ class _Checks:
         if variables is None:
             return None
         with self._named("teacher"):
-            freeze = functools.partial(self.experiment.freeze, network.model)
+            freeze = functools.partial(self.experiment.freeze, network.pure)
             return jax.eval_shape(freeze, variables)
 
     def _candidate(self, candidate: Candidate, student: Variables, teacher: Teacher | None) -> None:
-        """Trace a candidate's compression of the student's params, and its training."""
-        experiment = self.experiment
-        model = experiment.student.model
-        compression = candidate.bind(model, student, experiment.data.train["image"])
+        """Trace what a candidate does to the student's params, and its training.
+
+        What a rewrite gives is known only when it has run: what follows one is checked on the
+        network as it was before, where that can be.
+        """
+        model = self.experiment.student.pure
+        variables = student
+        rewritten = [item.name for item in candidate.items if isinstance(item, Rewrite)]
+        if rewritten:
+            self.notes.append(
+                f"candidate {candidate.name!r}: what follows {rewritten[0]} is checked on the "
+                "network before it"
+            )
+        for item in candidate.items:
+            if isinstance(item, Network):
+                found = self._network(f"candidate {candidate.name!r}", item, teacher)
+                if found is None:  # it needs values, as a note says, and so does what follows
+                    return
+                model = item.pure
+                variables = found
+            elif isinstance(item, Compression):
+                self._compression(candidate, Subject(model, variables), item)
+            elif isinstance(item, Training):
+                self._training(model, variables, item, teacher)
+
+    def _compression(self, candidate: Candidate, subject: Subject, item: Compression) -> None:
+        """Trace a compression's init, view, update and pack on the params of a network."""
+        compression = bound_to(self.experiment, subject, item)
         key = jax.random.key(0)
         step = jnp.zeros((), jnp.int32)
+        trainings = [each for each in candidate.items if isinstance(each, Training)]
 
         def life(params: Params) -> PyTree:
             state = compression.init(params)
             view = compression.view(params, state)
             new = compression.update(params, state, step=step, grads=params, key=key)
             trainable = {"params": params, "learned": state.learned}
-            optimizer = candidate.training.transformation()
+            # Each training's optimizer, over what it will be given.
             with jax.numpy_dtype_promotion("standard"):  # as in the training step
-                optimizer.update(trainable, optimizer.init(trainable), trainable)
-            compression.skipped(params)
+                for training in trainings:
+                    optimizer = training.transformation()
+                    optimizer.update(trainable, optimizer.init(trainable), trainable)
+            compression.skipped(params)  # the artifact's metadata says what was left alone
             return state, view, new
 
-        state, view, new = jax.eval_shape(life, student["params"])
-        _require_alike("view", student["params"], view)
+        params = subject.variables["params"]
+        state, view, new = jax.eval_shape(life, params)
+        # The model takes the view in place of the params, and the next step takes the new state.
+        _require_alike("view", params, view)
         _require_alike("update", state, new)
-        _trace_pack(compression, student["params"], state)
-        self._training(model, student, candidate.training, teacher)
+        _trace_pack(compression, params, state)
 
     @contextlib.contextmanager
     def _named(self, owner: str) -> Iterator[None]:
@@ -207,60 +253,71 @@ class _Checks:
             raise ConfigError(f"{owner}: {type(error).__name__}: {_first_line(error)}") from error
 
 
-def check_data(data: Data) -> None:
-    """Check that splits hold examples of one shape, finite, with labels that are classes.
+def check_data(data: Data, task: Task) -> None:
+    """Check that splits hold examples of one shape, finite, with labels that can be right.
 
     Raises:
       DataError: if not; it names the split.
     """
-    splits = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = {part: getattr(data, part) for part in PARTS}
     for name, split in splits.items():
-        for key in ("image", "label"):
-            if not isinstance(split, dict) or not hasattr(split.get(key), "shape"):
-                raise DataError(
-                    f"{name} must be a dict with arrays 'image' and 'label'; it has no array "
-                    f"{key!r}"
-                )
+        if not isinstance(split, dict) or not all(hasattr(x, "shape") for x in split.values()):
+            raise DataError(f"{name} must be a dict of arrays; data.Data.from_arrays makes it so")
+        with _of_split(name):
+            require_entries(task, split)
         sizes = {key: len(values) for key, values in split.items()}
-        if len(set(sizes.values())) != 1 or not sizes["label"]:
+        if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise DataError(f"the arrays of {name} must have one length, and not 0; got {sizes}")
-        _check_images(name, split["image"], data.train["image"])
-        _check_labels(name, split["label"], data.classes)
+        for key, values in split.items():
+            _check_entry(name, key, values, data.train[key], images=key in task.inputs)
+        if task.labels is not None:
+            with _of_split(name):
+                labels = task.prepare(split)[task.labels]
+                task.check_labels(labels, data.classes)
 
 
-def _check_images(name: str, images: Array, train: Array) -> None:
-    if not np.issubdtype(images.dtype, np.floating):
+@contextlib.contextmanager
+def _of_split(name: str) -> Iterator[None]:
+    """Raise what is wrong with a split's entries as a DataError that names it."""
+    try:
+        yield
+    except CompressError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+def _check_entry(split: str, key: str, values: Array, train: Array, *, images: bool) -> None:
+    """Check one entry of a split against that of train."""
+    if images and values.ndim == 4 and not np.issubdtype(values.dtype, np.floating):
         raise DataError(
-            f"{name} has images of {images.dtype}, and they must be floats; data.scale_to_unit "
+            f"{split} has images of {values.dtype}, and they must be floats; data.scale_to_unit "
             "makes them so"
         )
-    if images.shape[1:] != train.shape[1:]:
-        raise DataError(
-            f"{name} has images {list(images.shape[1:])}, and train has {list(train.shape[1:])}"
-        )
-    # A sum is not finite if any of its terms is not; it needs no mask as large as the images.
-    sums = np.asarray(images, np.float32).reshape(len(images), -1).sum(axis=1)  # [examples]
+    if values.shape[1:] != train.shape[1:] or values.dtype != train.dtype:
+        ours = f"{values.dtype}{list(values.shape[1:])}"
+        theirs = f"{train.dtype}{list(train.shape[1:])}"
+        raise DataError(f"{split} has {key!r} {ours}, and train has {theirs}")
+    if not np.issubdtype(values.dtype, np.floating):
+        return
+    # A sum is not finite if any of its terms is not; it needs no mask as large as the entry.
+    sums = np.asarray(values, np.float32).reshape(len(values), -1).sum(axis=1)  # [examples]
     bad = np.flatnonzero(~np.isfinite(sums))
     if len(bad):
         raise DataError(
-            f"{len(bad)} images of {name} are not finite, the first is {bad[0]}; data.clean drops "
-            "them"
+            f"{len(bad)} examples of {split} have a {key!r} that is not finite, the first is "
+            f"{bad[0]}; data.clean drops them"
         )
 
 
-def _check_labels(name: str, labels: Array, classes: int) -> None:
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise DataError(
-            f"{name} has labels {labels.dtype}{list(labels.shape)}; they must be integers, one an "
-            "example"
-        )
-    low = int(labels.min())
-    high = int(labels.max())
-    if low < 0 or high >= classes:
-        raise DataError(
-            f"{name} has labels {low} to {high}, but there are {classes} classes, so they must be "
-            f"0 to {classes - 1}"
-        )
+def classes_of(experiment: Experiment) -> int | None:
+    """Return the number of classes: the data's, else one more than the largest label."""
+    task = experiment.task
+    if experiment.data.classes is not None or task.labels is None or not task.logits:
+        return experiment.data.classes
+    splits = (getattr(experiment.data, part) for part in PARTS)
+    labels = [np.asarray(task.prepare(split)[task.labels]) for split in splits]
+    if not all(np.issubdtype(each.dtype, np.integer) for each in labels):
+        return None
+    return 1 + max(int(each.max()) for each in labels)
 
 
 def _trace_pack(compression: Compression, params: Params, state: CompressionState) -> None:
@@ -290,12 +347,9 @@ def _described_leaves(tree: PyTree) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
-def _struct(shape: Shape, dtype: DType) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _shapes(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: _struct(x.shape, x.dtype), tree)
+def _devices(experiment: Experiment) -> int:
+    """Return over how many devices a batch is spread."""
+    return math.prod(experiment.devices.shape[name] for name in batch_axes(experiment.devices))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,5 +1,8 @@
 """The ingredients of a stage of a run, by name: values, and the code of the user's functions.
 
+Every stage directory has a record of them, ``made_of.json``: all that decides how the stage ends. A
+directory whose record differs is refused.
+
 The walk starts at real objects (a compression, an optimizer, a model, a loss) and follows what they
 hold: closures, defaults, fields, globals that code mentions. Installed code counts by its name and
 its package's version; user code (a config, modules beside it) by what it does, so that comments and
@@ -20,7 +23,7 @@ import sysconfig
 import types
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +31,12 @@ import numpy as np
 from flax import linen as nn
 
 from compress_jax.core.describe import closure_of, code_content
+from compress_jax.core.errors import ConfigError
+from compress_jax.core.record import TEXT, Kind, mapping, read_record, sealed
+from compress_jax.core.table import printable
+from compress_jax.core.types import Array, Model
+from compress_jax.export import write_atomically
+from compress_jax.train._processes import is_first
 
 MOST = 100_000  # entries; an object with more is no setting
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
@@ -47,12 +56,15 @@ _CHANGES = {
     "discard",
     "clear",
 }
+# Attributes of a class of these types are its settings.
 _SETTINGS = (*_PLAIN, list, tuple, dict, set, np.ndarray)
 # Names by which code may reach any attribute of a module.
 _DYNAMIC = {"getattr", "vars", "globals", "eval", "exec", "__dict__", "import_module", "__import__"}
 
+_Container: TypeAlias = dict | list | tuple | set | frozenset
 
-def ingredients(**named: Any) -> dict[str, str]:
+
+def ingredients(**named: object) -> dict[str, str]:
     """Return the values and the code that some objects are made of.
 
     Args:
@@ -93,22 +105,24 @@ class _Walk:
                 versions[f"version of {name}"] = version
         return versions
 
-    def visit(self, path: str, value: Any) -> None:
+    def visit(self, path: str, value: object) -> None:
         if len(self.found) >= MOST:
             return
+        # By value: whether equal plain values are one object differs between processes.
         if isinstance(value, _PLAIN):
             self.found[path] = _short(repr(value))
         elif id(value) in self.visited:
+            # Also what ends a cycle.
             self.found[path] = f"as {self.visited[id(value)][0]}"
         else:
             self.visited[id(value)] = path, value
             self._visit(path, value)
 
-    def _each(self, pairs: Iterable[tuple[str, Any]]) -> None:
+    def _each(self, pairs: Iterable[tuple[str, object]]) -> None:
         for path, value in pairs:
             self.visit(path, value)
 
-    def _visit(self, path: str, value: Any) -> None:
+    def _visit(self, path: str, value: object) -> None:
         """Dispatch on the type of an object that is visited for the first time."""
         if isinstance(value, np.ndarray | np.generic | jax.Array):
             self._array(path, value)
@@ -123,8 +137,9 @@ class _Walk:
         else:
             self._object(path, value)
 
-    def _container(self, path: str, value: Any) -> None:
+    def _container(self, path: str, value: _Container) -> None:
         if isinstance(value, dict):
+            # Sorted, as equal dicts may differ in the order of insertion.
             keys = sorted(value, key=repr)
             pairs = [(f"{path}[{_short(repr(key), 60)}]", value[key]) for key in keys]
         elif isinstance(value, set | frozenset):
@@ -138,15 +153,16 @@ class _Walk:
             pairs = [(f"{path}({i})", each) for i, each in enumerate(value)]
         self._entries(path, value, pairs)
 
-    def _entries(self, path: str, value: Any, pairs: list[tuple[str, Any]]) -> None:
+    def _entries(self, path: str, value: object, pairs: list[tuple[str, object]]) -> None:
         if not pairs or type(value) not in (dict, list, tuple):
             self.found[path] = f"{type(value).__name__} of {len(pairs)}"
         self._each(pairs)
 
-    def _array(self, path: str, value: Any) -> None:
+    def _array(self, path: str, value: Array | np.generic) -> None:
         if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
         array = np.asarray(value)
+        # The bytes of an array of objects are addresses.
         if array.dtype == object:
             pairs = [(f"{path}[{i}]", each) for i, each in enumerate(array.ravel())]
             return self._entries(path, value, pairs)
@@ -175,6 +191,7 @@ class _Walk:
 
     def _class(self, path: str, value: type) -> None:
         self.found[path] = f"{self._named(value.__module__)}.{value.__qualname__}"
+        # An installed class is known by its name and its package's version.
         if _installed(sys.modules.get(value.__module__)):
             return
         self._each((f"{path}: base", base) for base in value.__bases__ if base is not object)
@@ -200,19 +217,22 @@ class _Walk:
             self.found[path] = f"{value.__qualname__}, code {digest[:16]}"
             defaults = {"defaults": value.__defaults__, "keyword defaults": value.__kwdefaults__}
             self._each((f"{path}: {name}", held) for name, held in defaults.items() if held)
+        # What a library's function closes over are options given by the user: bits, schedules.
         closure = _settings(closure_of(value), changed)
         self._each((f"{path}.{name}", each) for name, each in closure.items())
         if not library:
+            # `import a.b` inside a function binds no global, but names the module.
             names = _names(code)
             imported = {name: sys.modules[name] for name in names & set(sys.modules)}
             self._globals(path, names, {**imported, **_settings(value.__globals__, changed)})
 
-    def _globals(self, path: str, names: set[str], space: dict[str, Any]) -> None:
+    def _globals(self, path: str, names: set[str], space: dict[str, object]) -> None:
         """Visit the globals of user code; of user modules, the attributes it mentions."""
         for name in sorted(names & set(space)):
             value = space[name]
             self.visit(f"{path} > {name}", value)
             if isinstance(value, types.ModuleType) and not _installed(value):
+                # Code that may reach any attribute counts as if it reached all.
                 wanted = set(vars(value)) if names & _DYNAMIC else names
                 own = {key: each for key, each in vars(value).items() if not key.startswith("__")}
                 for key in sorted(wanted & set(own)):
@@ -223,7 +243,7 @@ class _Walk:
         return module if _installed(sys.modules.get(module)) else "own"
 
 
-def _fields(value: Any) -> list[tuple[str, Any]]:
+def _fields(value: object) -> list[tuple[str, object]]:
     """Return an object's fields by name, without a Linen module's parent and name."""
     if isinstance(value, np.random.Generator):
         return [("state", value.bit_generator.state)]
@@ -231,7 +251,7 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
         fields = [field.name for field in dataclasses.fields(value) if field.init]
         skip = ("parent", "name") if isinstance(value, nn.Module) else ()
         return [(name, getattr(value, name, None)) for name in fields if name not in skip]
-    by_name: dict[str, Any] = {}
+    by_name: dict[str, object] = {}
     for base in type(value).__mro__:
         slots = getattr(base, "__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
@@ -245,13 +265,13 @@ def _names(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _settings(variables: dict[str, Any], changed: dict[str, bool]) -> dict[str, Any]:
+def _settings(variables: dict[str, object], changed: dict[str, bool]) -> dict[str, object]:
     """Return the variables that are settings.
 
     Not among them: those a function assigns, and the lists, dicts and sets it changes.
     """
     mutable = (list, dict, set, bytearray, collections.deque, np.ndarray)
-    settings: dict[str, Any] = {}
+    settings: dict[str, object] = {}
     for name, value in variables.items():
         assigned = changed.get(name, False)
         mutated = name in changed and isinstance(value, mutable)
@@ -267,6 +287,7 @@ def _changed(code: types.CodeType) -> dict[str, bool]:
     """
     found: dict[str, bool] = {}
     assigned: list[str] = []
+    # x.append(...) loads x right before the attribute; x[key] = ... pushes value, x, key.
     steps = list(dis.get_instructions(code))
     for i, step in enumerate(steps):
         if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and step.argval in _CHANGES:
@@ -278,6 +299,7 @@ def _changed(code: types.CodeType) -> dict[str, bool]:
                 assigned.append(step.argval)
     found |= dict.fromkeys(assigned, True)
     for inner in code.co_consts:
+        # Functions inside change outer variables too, unless these are the function's own.
         if isinstance(inner, types.CodeType):
             of_inner = _changed(inner)
             found |= {name: of_inner[name] for name in of_inner if name not in code.co_cellvars}
@@ -330,3 +352,82 @@ def _short(text: str, max_length: int = 200) -> str:
     if len(text) <= max_length:
         return text
     return f"{text[:40]}... {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+# The record of a stage: what its directory was made of.
+
+MADE_OF = "made_of.json"
+_FORM = {
+    "version": Kind("1, the version that is read here", lambda value: value == 1),
+    "made_of": mapping(TEXT),
+}
+
+
+def require_same(directory: Path, made_of: dict[str, str]) -> None:
+    """Check that a stage's directory was made of the same; in a new directory, write the record.
+
+    Args:
+      directory: of the stage.
+      made_of: from `ingredients`.
+
+    Raises:
+      ConfigError: if it was made of something else; the message names what differs.
+    """
+    recorded = _read_made_of(directory)
+    checkpoints = directory / "checkpoints"
+    if recorded is not None:
+        _compare(directory, recorded, made_of, f"delete {directory} to train it again")
+    # A directory without checkpoints is new, or its run stopped before the first one.
+    elif checkpoints.is_dir() and any(checkpoints.iterdir()):
+        raise ConfigError(
+            f"{directory} has checkpoints, but no {MADE_OF} that says what they were made of; they "
+            "are of an earlier version or of another program. Choose another --workdir, or delete "
+            f"{directory} to train it again"
+        )
+    elif is_first():
+        write_atomically(directory / MADE_OF, sealed({"version": 1, "made_of": made_of}))
+
+
+def require_same_model(directory: Path, model: Model) -> None:
+    """Check that a stage trained the same model, if its directory has a record.
+
+    Raises:
+      ConfigError: if the model's fields or its code differ.
+    """
+    recorded = _read_made_of(directory)
+    if recorded is not None:
+        old = _of_model(recorded)
+        new = _of_model(ingredients(model=model))
+        _compare(directory, old, new, "its artifact is of the model as it was then")
+
+
+def _of_model(made_of: dict[str, str]) -> dict[str, str]:
+    return {name: text for name, text in made_of.items() if name.startswith("model")}
+
+
+def _read_made_of(directory: Path) -> dict[str, str] | None:
+    """Return the record of a stage, or None if its directory has none.
+
+    Raises:
+      ConfigError: if the record is damaged.
+    """
+    file = directory / MADE_OF
+    if not os.path.lexists(file):
+        return None
+    advice = f"delete {directory} to train it again"
+    return read_record(file, _FORM, advice, ConfigError)["made_of"]
+
+
+def _compare(directory: Path, old: dict[str, str], new: dict[str, str], advice: str) -> None:
+    """Raise a ConfigError with the first three entries that differ, if any do."""
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if not names:
+        return
+    missing = "not there"
+    changes = [
+        f"{name} was {old.get(name, missing)}, and now is {new.get(name, missing)}"
+        for name in names[:3]
+    ]
+    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
+    text = f"{directory} was made of something else: {'; '.join(changes)}{more}. "
+    raise ConfigError(printable(f"{text}Choose another --workdir, or {advice}"))

@@ -6,21 +6,22 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
-from flax import linen as nn
+from typing import NamedTuple
 
 from compress_jax.core.errors import CompressError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, PyTree
-from compress_jax.data import Data
+from compress_jax.core.types import JsonObject, Model, ModelFn, PyTree
 from compress_jax.export import load, save
-from compress_jax.search._experiment import Experiment, Requirement, Variables
-from compress_jax.train import accuracy, logits
+from compress_jax.search._experiment import Experiment, Requirement
+from compress_jax.search._network import Variables
+from compress_jax.tasks import Metric, PureModel, accuracy, measure
+from compress_jax.train._processes import once
+
+ACCURACY = accuracy()
+LONGEST = 200  # letters of a field of a model that is worth naming
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,12 @@ class Assessment:
       name: ``"teacher"``, ``"student"`` or the candidate's name.
       parameters: entries of its params, as a dense model.
       nbytes: its artifact's bytes on disk, header and all.
-      validation: accuracy on the validation split, 0 to 1.
-      test: accuracy on the test split, measured only for what is reported in the end; else None.
-      accurate: whether its validation accuracy met the requirement; None for teacher and student.
+      validation: the task's metric on the validation split, such as accuracy, 0 to 1.
+      test: the same on the test split, measured only for what is reported in the end; else None.
+      accurate: whether its metric met the requirement; None for teacher and student.
       accepted: whether it met the whole requirement; None for teacher and student.
       reason: why, as a sentence.
+      metrics: every metric of the task by split, ``{"validation": {"accuracy": 0.97}}``.
 
     Example:
       >>> import compress_jax as cj
@@ -51,13 +53,14 @@ class Assessment:
     accurate: bool | None = None
     accepted: bool | None = None
     reason: str = ""
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def bits(self) -> float:
         """Bits on disk for each parameter, everything in the file counted."""
         return 8 * self.nbytes / self.parameters
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the fields and `bits`, as JSON takes them."""
         return {**asdict(self), "bits": self.bits}
 
@@ -67,13 +70,13 @@ class Trained(NamedTuple):
 
     Attributes:
       name: of its row.
-      model: the Linen module.
+      model: the network as pure functions.
       variables: those that the forward pass of training used.
       packed: the same with packed leaves, as they are stored.
     """
 
     name: str
-    model: nn.Module
+    model: PureModel
     variables: Variables
     packed: PyTree
 
@@ -82,16 +85,16 @@ def assess(
     experiment: Experiment,
     trained: Trained,
     file: Path,
-    metadata: dict[str, Any],
+    metadata: JsonObject,
     *,
     coded: bool = False,
 ) -> Assessment:
     """Write a network to disk, read it back, and measure it on validation data.
 
-    What is read must give the same logits as what was trained, bit for bit.
+    What is read must give the same outputs as what was trained, bit for bit.
 
     Args:
-      experiment: for the data.
+      experiment: for data and task.
       trained: the network.
       file: the artifact to write.
       metadata: to store in it, as JSON takes it.
@@ -101,63 +104,76 @@ def assess(
       The row, not judged yet.
 
     Raises:
-      CompressError: if the file gives other logits.
+      CompressError: if the file gives other outputs.
     """
     data = experiment.data
-    apply: ModelFn = trained.model.apply
-    expected = logits(apply, trained.variables, data.validation)  # [examples, classes]
-    validation = float((expected.argmax(-1) == data.validation["label"]).mean())
+    task = experiment.task
+    apply = trained.model.apply
+    expected = measure(task, apply, trained.variables, data.validation)
+    validation = expected.values[task.metric.name]
     metadata = {
         "experiment": experiment.name,
         "name": trained.name,
-        "model": _constructor_call(trained.model),
+        "model": _constructor_call(trained.model.source),
         **metadata,
         "data": data.name,
         "data_sha256": data.fingerprint,
         "validation": validation,
     }
-    nbytes = save(file, trained.packed, metadata, coded=coded)
-    if not np.array_equal(logits(apply, unpack(load(file)[0]), data.validation), expected):
+    nbytes = once(lambda: save(file, trained.packed, metadata, coded=coded))
+    # Bit for bit: what is judged must be what ships, not what was trained.
+    again = measure(task, apply, unpack(load(file)[0]), data.validation)
+    if again.digest != expected.digest:
         raise CompressError(
-            f"{file} does not give the logits the trained model gives; please report this with "
+            f"{file} does not give the outputs the trained model gives; please report this with "
             "its config"
         )
     leaves = flatten(trained.variables["params"])[0].values()
-    return Assessment(trained.name, sum(leaf.size for leaf in leaves), nbytes, validation)
+    parameters = sum(leaf.size for leaf in leaves)
+    metrics = {"validation": expected.values}
+    return Assessment(trained.name, parameters, nbytes, validation, metrics=metrics)
 
 
-def _constructor_call(model: nn.Module) -> str:
-    """Return the call that makes a module, without defaults.
+def _constructor_call(model: Model) -> str:
+    """Return the call that makes a module, without defaults; of other models, a name.
 
     Addresses are left out, as they differ between processes.
     """
+    if isinstance(model, type) or not dataclasses.is_dataclass(model):
+        return getattr(model, "__qualname__", type(model).__qualname__)
     arguments = []
-    for field in dataclasses.fields(model):
-        if not field.init or field.name in ("parent", "name"):
+    for each in dataclasses.fields(model):
+        if not each.init or each.name in ("parent", "name"):
             continue
-        value = repr(getattr(model, field.name))
-        if value != repr(field.default):
-            arguments.append(f"{field.name}={value}")
+        value = repr(getattr(model, each.name))
+        # Compared as text, as the == of arrays gives no bool.
+        if value != repr(each.default) and len(value) <= LONGEST:
+            arguments.append(f"{each.name}={value}")
     text = re.sub(r" at 0x[0-9a-f]+", "", ", ".join(arguments))
     return f"{type(model).__name__}({text})"
 
 
-def accuracy_on_test(model: nn.Module, file: Path, data: Data) -> float:
-    """Return the accuracy of an artifact, read from disk, on the test split."""
-    apply: ModelFn = model.apply
-    return accuracy(apply, unpack(load(file)[0]), data.test)
+def metrics_on_test(experiment: Experiment, apply: ModelFn, file: Path) -> dict[str, float]:
+    """Return the metrics of an artifact, read from disk, on the test split."""
+    variables = unpack(load(file)[0])
+    return measure(experiment.task, apply, variables, experiment.data.test).values
 
 
 def judge(
-    row: Assessment, student_nbytes: int, reference: float, requirement: Requirement
+    row: Assessment,
+    student_nbytes: int,
+    reference: float,
+    requirement: Requirement,
+    metric: Metric = ACCURACY,
 ) -> Assessment:
     """Decide whether a compressed network meets the requirement, and say why.
 
     Args:
       row: what was measured of it.
       student_nbytes: bytes of the float32 student's artifact.
-      reference: validation accuracy of the reference, 0 to 1.
+      reference: the metric of the reference on validation data.
       requirement: the requirement.
+      metric: what is measured.
 
     Returns:
       The row with ``accurate``, ``accepted`` and ``reason``.
@@ -172,14 +188,14 @@ def judge(
       >>> cj.search.judge(row, 10_000, 0.98, wanted).reason
       'accuracy 98.00 % is at least 97.50 %; 25.0x smaller; 400 bytes'
     """
-    floor = reference - requirement.max_drop
     ratio = student_nbytes / row.nbytes
-    accurate = row.validation >= floor - 1e-9  # the floor is a difference of decimal fractions
+    # The limit is a difference of decimal fractions.
+    accurate = metric.loss(row.validation, reference) <= requirement.max_drop + 1e-9
     small = ratio >= requirement.min_ratio
     fits = row.nbytes <= requirement.max_bytes
-    percent = f"accuracy {100 * row.validation:.2f} %"
+    # A refusal names only what was missed, an acceptance all that was met.
     verdicts = (
-        (accurate, f"{percent} is {'at least' if accurate else 'below'} {100 * floor:.2f} %"),
+        (accurate, _compared(row.validation, reference, requirement, metric, accurate)),
         (small, f"{ratio:.1f}x smaller" + ("" if small else f", not {requirement.min_ratio:g}x")),
         (
             fits,
@@ -191,8 +207,21 @@ def judge(
     return replace(row, accurate=accurate, accepted=accepted, reason=reason)
 
 
+def _compared(
+    value: float, reference: float, requirement: Requirement, metric: Metric, accurate: bool
+) -> str:
+    """Return how a metric's value stands to the limit, in words."""
+    if metric.higher_is_better:
+        limit = reference - requirement.max_drop
+        stands = "at least" if accurate else "below"
+    else:
+        limit = reference + requirement.max_drop
+        stands = "at most" if accurate else "above"
+    return f"{metric.name} {metric.text(value)} is {stands} {metric.text(limit)}"
+
+
 def reference(rows: Sequence[Assessment], requirement: Requirement) -> Assessment:
-    """Return the network whose validation accuracy a candidate is compared with.
+    """Return the network whose metric on validation data a candidate is compared with.
 
     Args:
       rows: the teacher, if there is one, and the student in float32.
@@ -235,14 +264,16 @@ def finished(order: str, rows: Sequence[Assessment]) -> bool:
     if not rows or order == "all":
         return False
     accurate = bool(rows[-1].accurate)
+    # By accuracy alone: of two accurate candidates the stronger is the smaller.
     return accurate if order == "strong_first" else not accurate
 
 
-def choose(rows: Sequence[Assessment]) -> Assessment:
+def choose(rows: Sequence[Assessment], metric: Metric = ACCURACY) -> Assessment:
     """Return the smallest accepted candidate, else the most accurate one (the smaller at a tie).
 
     Args:
       rows: the candidates tried, at least one.
+      metric: what is measured.
 
     Returns:
       One of them.
@@ -257,4 +288,6 @@ def choose(rows: Sequence[Assessment]) -> Assessment:
     accepted = [row for row in rows if row.accepted]
     if accepted:
         return min(accepted, key=lambda row: row.nbytes)
-    return max(rows, key=lambda row: (row.validation, -row.nbytes))
+    # Nothing passed: the best there was, for which the run then says that it is not enough.
+    sign = 1 if metric.higher_is_better else -1
+    return max(rows, key=lambda row: (sign * row.validation, -row.nbytes))

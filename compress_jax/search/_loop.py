@@ -4,29 +4,36 @@ It is short, so that you can fork it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from compress_jax.core.compression import Compression
+from compress_jax.core.compression import Compression, identity
 from compress_jax.core.deprecated import renamed_arguments
+from compress_jax.core.packed import unpack
 from compress_jax.core.record import sealed
-from compress_jax.core.types import Params
+from compress_jax.core.types import JsonObject, Params
 from compress_jax.distill import Teacher
-from compress_jax.export import write_atomically
+from compress_jax.export import load, write_atomically
+from compress_jax.search._candidate import LONGER, Candidate
 from compress_jax.search._check import check
-from compress_jax.search._experiment import Candidate, Experiment, Network, Variables
+from compress_jax.search._experiment import Experiment
 from compress_jax.search._judge import (
     Assessment,
     Trained,
-    accuracy_on_test,
     assess,
     choose,
     finished,
     judge,
+    metrics_on_test,
     reference,
 )
-from compress_jax.search._stage import Stage, train, trained_variables
+from compress_jax.search._method import carry_out, rebuilt_model
+from compress_jax.search._network import Network, Training, Variables
+from compress_jax.search._stage import trained_variables
+from compress_jax.tasks import Metric, outputs
+from compress_jax.tasks._task import REFERENCE
+from compress_jax.train._processes import once
 
 TEACHER = "teacher.safetensors"
 STUDENT = "student.safetensors"
@@ -65,7 +72,7 @@ def compress(
     experiment: Experiment,
     workdir: str | Path,
     *,
-    metadata: dict[str, Any] | None = None,
+    metadata: JsonObject | None = None,
     log_fn: Callable[[str], None] = print,
 ) -> Result:
     """Find the smallest student that meets the requirement; write it as one file.
@@ -99,44 +106,78 @@ def compress(
       >>> digits = cj.data.load("digits", data_dir=folder)
       >>> training = cj.search.Training(optax.adam(3e-3), steps=10)
       >>> student = cj.search.Network(cj.models.LeNet300100(), training)
-      >>> small = cj.search.Candidate("int8", cj.quantize.uniform(8), training)
+      >>> int8 = cj.at("**/kernel", cj.quantize.uniform(8))
+      >>> small = cj.search.Candidate("int8", int8, training)
       >>> experiment = cj.search.Experiment("digits", digits, student, (small,))
       >>> result = cj.search.compress(experiment, folder / "run", log_fn=lambda line: None)
       >>> result.artifact.name, result.chosen.nbytes < result.rows[0].nbytes / 3
       ('artifact.safetensors', True)
     """
-    run = _Run(experiment, Path(workdir).absolute(), metadata or {})
-    for note in check(experiment, run.metadata):
+    metadata = metadata or {}
+    for note in (*experiment.data.notes, *check(experiment, metadata)):
         log_fn(note)
+    run = _Run(experiment, Path(workdir).absolute(), metadata, log_fn)
+    metric = experiment.task.metric
 
     # Data -> teacher, unless there is none or the student teaches itself.
     baselines: list[Assessment] = []
     teacher = None
     if isinstance(experiment.teacher, Network):
-        teacher, row = run.teacher(experiment.teacher)
+        run, teacher, row = run.teacher(experiment.teacher)
         baselines.append(row)
-        log_fn(f"teacher: {_measured(row)}")
+        log_fn(f"teacher: {_measured(row, metric)}")
 
     # -> student in float32.
-    student, row = run.student(teacher)
+    run, student, row = run.student(teacher)
     baselines.append(row)
-    log_fn(f"student in float32: {_measured(row)}")
+    log_fn(f"student in float32: {_measured(row, metric)}")
     if experiment.teacher == "student":
-        teacher = experiment.freeze(experiment.student.model, student)
+        teacher = experiment.freeze(experiment.student.pure, student)
 
-    # -> choose a compression -> train -> evaluate -> requirement met? No: choose the next.
+    # -> choose a method -> apply and train it -> evaluate -> requirement met? No: choose the next.
     target = reference(baselines, experiment.requirement).validation
     tried: list[Assessment] = []
     for candidate in experiment.candidates:
         row = run.candidate(candidate, student, teacher)
-        row = judge(row, baselines[-1].nbytes, target, experiment.requirement)
+        row = judge(row, baselines[-1].nbytes, target, experiment.requirement, metric)
         tried.append(row)
         log_fn(f"{candidate.name}: {'accepted' if row.accepted else 'refused'}: {row.reason}")
         if finished(experiment.order, tried):
             break
 
-    # -> output.
-    return run.conclude(baselines, tried)
+    # -> output, beside what the same training gives without compression.
+    chosen = choose(tried, metric)
+    if row := run.longer(chosen.name, student, teacher):
+        baselines.append(row)
+        log_fn(f"student in float32, trained on as {chosen.name}: {_measured(row, metric)}")
+    return run.conclude(baselines, tried, chosen)
+
+
+def with_labels(experiment: Experiment, network: Network, variables: Variables) -> Experiment:
+    """Where a task's labels are what the teacher says, ask it of every split."""
+    if experiment.task.labels is not None or REFERENCE in experiment.data.train:
+        return experiment
+    data = experiment.data
+    apply = network.pure.apply
+    # Once, ahead: every metric of every network then compares with the same outputs.
+    given = {"train": data.train, "validation": data.validation, "test": data.test}
+    splits = {
+        part: {**split, REFERENCE: outputs(experiment.task, apply, variables, split)}
+        for part, split in given.items()
+    }
+    return replace(experiment, data=replace(data, **splits))
+
+
+def labelled(experiment: Experiment, workdir: Path) -> Experiment:
+    """Return the experiment of a finished run, with the labels that its teacher gave."""
+    if experiment.task.labels is not None:
+        return experiment
+    network = experiment.student
+    file = STUDENT
+    if isinstance(experiment.teacher, Network):
+        network = experiment.teacher
+        file = TEACHER
+    return with_labels(experiment, network, unpack(load(workdir / file)[0]))
 
 
 class _Run(NamedTuple):
@@ -144,85 +185,135 @@ class _Run(NamedTuple):
 
     experiment: Experiment
     workdir: Path
-    metadata: dict[str, Any]
+    metadata: JsonObject
+    log_fn: Callable[[str], None]
 
-    def teacher(self, network: Network) -> tuple[Teacher, Assessment]:
+    def teacher(self, network: Network) -> "tuple[_Run, Teacher, Assessment]":
         """Train or restore the teacher, freeze it, and measure it in the dtype it is stored in."""
         directory = self.workdir / "teacher"
         variables = trained_variables(self.experiment, network, "teacher", directory, None)
-        teacher = self.experiment.freeze(network.model, variables)
+        teacher = self.experiment.freeze(network.pure, variables)
+        # Measured and stored in the dtype in which it teaches.
         stored = teacher.variables
-        trained = Trained("teacher", network.model, stored, stored)
-        return teacher, assess(self.experiment, trained, self.workdir / TEACHER, self.metadata)
+        run = self._labelled(network, stored)
+        trained = Trained("teacher", network.pure, stored, stored)
+        return run, teacher, run.assess(trained, TEACHER)
 
-    def student(self, teacher: Teacher | None) -> tuple[Variables, Assessment]:
+    def student(self, teacher: Teacher | None) -> "tuple[_Run, Variables, Assessment]":
         """Train or restore the student in float32, and measure it."""
         network = self.experiment.student
         if self.experiment.float32_student == "labels":
             teacher = None
         directory = self.workdir / "student"
         variables = trained_variables(self.experiment, network, "student", directory, teacher)
-        trained = Trained("student", network.model, variables, variables)
-        return variables, assess(self.experiment, trained, self.workdir / STUDENT, self.metadata)
+        # Without a teacher the student's own outputs in float32 are what is right.
+        run = self._labelled(network, variables) if teacher is None else self
+        trained = Trained("student", network.pure, variables, variables)
+        return run, variables, run.assess(trained, STUDENT)
+
+    def _labelled(self, network: Network, variables: Variables) -> "_Run":
+        return self._replace(experiment=with_labels(self.experiment, network, variables))
+
+    def assess(self, trained: Trained, file: str | Path, **metadata: object) -> Assessment:
+        """Write a network into the folder, and measure what was written."""
+        coded = self.experiment.coded and "records" in metadata  # only what is compressed
+        own = {**self.metadata, **{name: each for name, each in metadata.items() if each}}
+        row = assess(self.experiment, trained, self.workdir / file, own, coded=coded)
+        # The first process decides: others whose numbers differed by a bit would go another way.
+        return Assessment(**once(lambda: asdict(row)))
 
     def candidate(
         self, candidate: Candidate, student: Variables, teacher: Teacher | None
     ) -> Assessment:
-        """Train the student under one compression, pack it, and measure what was packed."""
-        experiment = self.experiment
-        model = experiment.student.model
-        compression = candidate.bind(model, student, experiment.data.train["image"])
-        name = f"candidate {candidate.name}"
-        stage = Stage(name, model, candidate.training, teacher, compression, start=student)
-        directory = self._candidate_directory(candidate.name)
-        state = train(experiment, stage, directory)
-        params = compression.pack(state.params, state.compression)
+        """Apply a candidate's method to the student, pack it, and measure what was packed."""
+        folder = self._candidate_directory(candidate.name)
+        subject = carry_out(self.experiment, candidate, student, teacher, folder)
+        for note in subject.notes:
+            self.log_fn(f"{candidate.name}: {note}")
+        # A method without a compression stores plain tensors; a solver brings a state of its own.
+        compression = subject.compression or identity()
+        params = subject.variables["params"]
+        state = compression.init(params) if subject.state is None else subject.state
+        rest = {name: each for name, each in subject.variables.items() if name != "params"}
         trained = Trained(
             candidate.name,
-            model,
-            variables=state.variables(compression),
-            packed={"params": params, **state.model_state},
+            subject.model,
+            variables={"params": compression.view(params, state), **rest},
+            packed={"params": compression.pack(params, state), **rest},
         )
-        metadata = {**self.metadata, "left_alone": _paths_by_reason(compression, state.params)}
-        file = directory / ARTIFACT
-        return assess(experiment, trained, file, metadata, coded=experiment.coded)
+        return self.assess(
+            trained,
+            folder / ARTIFACT,
+            left_alone=_paths_by_reason(compression, params),
+            records=list(subject.records),
+        )
 
-    def conclude(self, baselines: Sequence[Assessment], tried: Sequence[Assessment]) -> Result:
+    def longer(self, chosen: str, student: Variables, teacher: Teacher | None) -> Assessment | None:
+        """Train the float32 student on, as a candidate was trained, and measure it."""
+        candidate = next(each for each in self.experiment.candidates if each.name == chosen)
+        trainings = tuple(item for item in candidate.items if isinstance(item, Training))
+        # A candidate with a network of its own has no float32 student to compare with.
+        own = not any(isinstance(item, Network) for item in candidate.items)
+        if not (self.experiment.longer_student and own and candidate.steps):
+            return None
+        alone = replace(candidate, method=trainings, training=None)
+        folder = self.workdir / LONGER
+        subject = carry_out(self.experiment, alone, student, teacher, folder, name=LONGER)
+        trained = Trained(LONGER, subject.model, subject.variables, subject.variables)
+        return self.assess(trained, f"{LONGER}.safetensors")
+
+    def conclude(
+        self, baselines: Sequence[Assessment], tried: Sequence[Assessment], chosen: Assessment
+    ) -> Result:
         """Copy the chosen artifact, measure the final table on test data, and write both."""
-        chosen = choose(tried)
         artifact = self.workdir / ARTIFACT
         source = self._candidate_directory(chosen.name) / ARTIFACT
-        write_atomically(artifact, source.read_bytes())
-        tests = self._test_accuracies(chosen.name)
-        rows = tuple(replace(row, test=tests.get(row.name)) for row in [*baselines, *tried])
+        once(lambda: write_atomically(artifact, source.read_bytes()))
+        metric = self.experiment.task.metric
+        tests = self._tests(chosen.name, baselines)
+        rows = tuple(_with_test(row, tests, metric.name) for row in [*baselines, *tried])
         results = {
             "experiment": self.experiment.name,
+            "task": self.experiment.task.name,
+            "metric": {
+                "name": metric.name,
+                "percent": metric.percent,
+                "higher_is_better": metric.higher_is_better,
+            },
             "chosen": chosen.name,
             "met": bool(chosen.accepted),
             "rows": [row.as_dict() for row in rows],
         }
-        write_atomically(self.workdir / RESULTS, sealed(results))
+        once(lambda: write_atomically(self.workdir / RESULTS, sealed(results)))
         return Result(rows, next(row for row in rows if row.name == chosen.name), artifact)
 
-    def _test_accuracies(self, chosen: str) -> dict[str, float]:
-        """Return the test accuracies of the artifact, the student and the teacher, by name."""
-        data = self.experiment.data
-        student = self.experiment.student.model
-        tests = {
-            chosen: accuracy_on_test(student, self.workdir / ARTIFACT, data),
-            "student": accuracy_on_test(student, self.workdir / STUDENT, data),
-        }
-        teacher = self.experiment.teacher
-        if isinstance(teacher, Network):
-            tests["teacher"] = accuracy_on_test(teacher.model, self.workdir / TEACHER, data)
-        return tests
+    def _tests(self, chosen: str, baselines: Sequence[Assessment]) -> dict[str, dict[str, float]]:
+        """Return the metrics on test data of the artifact and what it is compared with."""
+        experiment = self.experiment
+        student = experiment.student.pure
+        model = rebuilt_model(experiment, self.workdir / ARTIFACT, chosen)
+        # Only the rows of the final table: decisions rest on validation data alone.
+        found = {chosen: metrics_on_test(experiment, model.apply, self.workdir / ARTIFACT)}
+        for row in baselines:
+            network = experiment.teacher if row.name == "teacher" else None
+            apply = network.pure.apply if isinstance(network, Network) else student.apply
+            file = self.workdir / f"{row.name}.safetensors"
+            found[row.name] = metrics_on_test(experiment, apply, file)
+        return found
 
     def _candidate_directory(self, name: str) -> Path:
         return self.workdir / "candidates" / name
 
 
-def _measured(row: Assessment) -> str:
-    return f"validation accuracy {100 * row.validation:.2f} %, {row.nbytes:,} bytes"
+def _with_test(row: Assessment, tests: dict[str, dict[str, float]], metric: str) -> Assessment:
+    if row.name not in tests:
+        return row
+    found = tests[row.name]
+    return replace(row, test=found[metric], metrics={**row.metrics, "test": found})
+
+
+def _measured(row: Assessment, metric: Metric) -> str:
+    return f"validation {metric.name} {metric.text(row.validation)}, {row.nbytes:,} bytes"
 
 
 def _paths_by_reason(compression: Compression, params: Params) -> dict[str, list[str]]:

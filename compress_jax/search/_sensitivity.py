@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from compress_jax.core.errors import ConfigError, DataError, NonFiniteError, Sha
 from compress_jax.core.packed import is_packed, nbytes, to_dense
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.table import aligned, units
-from compress_jax.core.types import ModelFn, Params, PyTree
+from compress_jax.core.types import Batch, Leaf, ModelFn, Params, PyTree
 from compress_jax.distill import kl
 from compress_jax.prune.importance import squared_gradients
 from compress_jax.search._budget import byte_budget, work_budget
@@ -28,10 +28,10 @@ from compress_jax.trace._cost import dtype_bits, stored
 from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
 
 T = TypeVar("T")
-Leaves = dict[str, Any]
-Variants = Mapping[str, Mapping[str, Any]]  # {path: {option: the leaf, packed or an array}}
+Leaves = dict[str, Leaf]
+Variants = Mapping[str, Mapping[str, Leaf]]  # {path: {option: the leaf, packed or an array}}
 Scores = dict[str, dict[str, float]]  # {path: {option: score}}
-Model = Callable[..., Any]  # (leaves by path, *inputs) -> outputs
+Model = Callable[..., PyTree]  # (leaves by path, *inputs) -> outputs
 Measure = Literal["fisher", "kl", "mse", "hutchinson"]
 
 
@@ -60,9 +60,9 @@ def squared_error(expected: jax.Array, got: jax.Array) -> jax.Array:
 def by_outputs(
     model: Model,
     leaves: Leaves,
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[tuple[PyTree, ...]],
     variants: Variants,
-    distance: Callable[..., jax.Array],
+    distance: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> Scores:
     """Score each variant of each leaf by how far the outputs move under it alone.
 
@@ -98,6 +98,7 @@ def by_outputs(
                 f"fn must return one array of outputs to compare, not a {type(expected).__name__}"
             )
         for path, option, variant in _each(variants):
+            # An option that leaves the leaf alone moves nothing: its distance is 0 without a run.
             if variant is not leaves[path]:
                 changed = {**leaves, path: to_dense(variant)}
                 totals[path][option] += float(moved(changed, expected, inputs))
@@ -105,7 +106,7 @@ def by_outputs(
 
 
 def by_fisher(
-    model: Model, leaves: Leaves, batches: Iterable[tuple[Any, ...]], variants: Variants
+    model: Model, leaves: Leaves, batches: Iterable[tuple[PyTree, ...]], variants: Variants
 ) -> Scores:
     r"""Score by the empirical Fisher, :math:`E[\sum_i (g_i \Delta w_i)^2]`.
 
@@ -132,6 +133,7 @@ def by_fisher(
     """
     loss = _scalar(model)
     chosen, rest = _divided(leaves, variants)
+    # {path: E[g^2]}, of the shape of the leaf: one backward pass serves all options.
     squares = squared_gradients(
         lambda chosen, rest, *inputs: loss({**rest, **chosen}, *inputs),
         chosen,
@@ -146,7 +148,7 @@ def by_fisher(
 def by_curvature(
     model: Model,
     leaves: Leaves,
-    batches: Iterable[tuple[Any, ...]],
+    batches: Iterable[tuple[PyTree, ...]],
     variants: Variants,
     key: jax.Array,
     probes: int,
@@ -183,19 +185,22 @@ def by_curvature(
     loss = _scalar(model)
 
     @jax.jit
-    def traces(chosen: Leaves, rest: Leaves, inputs: tuple[Any, ...], key: jax.Array) -> Leaves:
+    def traces(chosen: Leaves, rest: Leaves, inputs: tuple[PyTree, ...], key: jax.Array) -> Leaves:
+        # A Hessian-vector product is the derivative of the gradient along v.
         gradient = jax.grad(lambda chosen: loss({**rest, **chosen}, *inputs))
 
         def probe(key: jax.Array) -> Leaves:
-            keys = jax.random.split(key, len(chosen))
+            keys = jax.random.split(key, len(chosen))  # signs are independent between leaves
             signs = {
                 path: jax.random.rademacher(own, x.shape, x.dtype)
                 for own, (path, x) in zip(keys, chosen.items(), strict=True)
             }
             _, products = jax.jvp(gradient, (chosen,), (signs,))  # H v, without H
             signs = {path: x.astype(jnp.float32) for path, x in signs.items()}
+            # v_p . (H v)_p: off-diagonal blocks vanish in the mean, as signs are independent.
             return {p: jnp.vdot(signs[p], products[p].astype(jnp.float32)) for p in chosen}
 
+        # One probe after the other, so that memory does not grow with their number.
         return jax.tree.map(jnp.mean, jax.lax.map(probe, jax.random.split(key, probes)))
 
     chosen, rest = _divided(leaves, variants)
@@ -203,12 +208,14 @@ def by_curvature(
     count = 0
     for inputs in batches:
         count += 1
+        # Other probes for each batch, and Python floats (float64) for their sum.
         found = traces(chosen, rest, inputs, jax.random.fold_in(key, count))
         totals = {path: total + float(found[path]) for path, total in totals.items()}
     if not count:
         raise _no_batch()
     scores: Scores = {path: {} for path in variants}
     for path, option, variant in _each(variants):
+        # tr(H) / n * |dw|^2, as the mean over the leaf's n entries.
         mean_trace = max(totals[path], 0.0) / count
         scores[path][option] = mean_trace * float(_change(leaves[path], variant).mean())
     return scores
@@ -236,7 +243,9 @@ def unreached(scores: Scores, leaves: Leaves, variants: Variants) -> tuple[Score
     changes: Scores = {path: {} for path in variants}
     for path, option, variant in _each(variants):
         changes[path][option] = float(_change(leaves[path], variant).sum())
+    # A score of 0 is right for an option that changes nothing, and for no other.
     dead = [p for p in scores if not any(scores[p].values()) and any(changes[p].values())]
+    # Score per squared change, over what was reached.
     rates = []
     for path, option, score in _each(scores):
         if path not in dead and changes[path][option] > 0:
@@ -274,7 +283,8 @@ def _each(table: Mapping[str, Mapping[str, T]]) -> Iterator[tuple[str, str, T]]:
             yield path, option, entry
 
 
-def _change(x: Any, variant: Any) -> jax.Array:
+def _change(x: Leaf, variant: Leaf) -> jax.Array:
+    """Return the squared change of each entry, float32."""
     return jnp.square(to_dense(variant).astype(jnp.float32) - x.astype(jnp.float32))
 
 
@@ -376,7 +386,7 @@ class Sensitivities:
 def sensitivities(
     fn: ModelFn,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     options: Mapping[str, Compression],
     measure: Measure = "fisher",
     *,
@@ -450,7 +460,7 @@ def sensitivities(
             "there is no option to choose between; give {'int4': quantize.uniform(4), ...}"
         )
     inputs = (batch if isinstance(batch, tuple) else (batch,) for batch in batches)
-    first = next(inputs, None)
+    first = next(inputs, None)  # traced for sites, layouts and costs; measured with the others
     if first is None:
         raise _no_batch()
     leaves, rebuild = flatten(params)
@@ -465,6 +475,7 @@ def sensitivities(
     bitops, macs, rest = _work(by_site, leaves, variants)
     sizes = {path: {o: _nbytes(x) for o, x in own.items()} for path, own in variants.items()}
     bytes_left = sum(_nbytes(leaves[path]) for path in left)
+    # A budget that cannot be met is refused before anything slow is run.
     byte_budget(max_bytes, sizes, bytes_left).check()
     work_budget(max_bitops, bitops, rest).check()
 
@@ -513,6 +524,7 @@ def _candidates(
     if where is not None:
         found = match(where, leaves)
         return found, {path: "no pattern matches" for path in leaves if path not in found}
+    # Weights of products, tables of lookups; a site of several parameters uses all of them.
     used: set[str | None] = set(traced.found.lookups.values())
     for site in traced.sites.values():
         used.update((site.param, *site.also))
@@ -528,9 +540,9 @@ def _candidates(
 
 def _variants(
     leaves: Leaves, chosen: list[str], options: Mapping[str, Compression]
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+) -> tuple[dict[str, dict[str, Leaf]], dict[str, dict[str, str]]]:
     """Return each leaf under each option, packed, and why it cannot take some."""
-    variants: dict[str, dict[str, Any]] = {path: {} for path in chosen}
+    variants: dict[str, dict[str, Leaf]] = {path: {} for path in chosen}
     refused: dict[str, dict[str, str]] = {}
     for path in chosen:
         for name, option in options.items():
@@ -542,7 +554,7 @@ def _variants(
     return variants, refused
 
 
-def _variant(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
+def _variant(path: str, x: Leaf, option: Compression) -> tuple[Leaf, str | None]:
     """Return one leaf under one option, or why it cannot take it.
 
     An option that leaves the leaf alone returns the leaf itself.
@@ -550,11 +562,12 @@ def _variant(path: str, x: Any, option: Compression) -> tuple[Any, str | None]:
     part = {path: x}
     try:
         state = option.init(part)
+        # `identity` returns its argument; it is an option of its own: the leaf as it is.
         if option.view(part, state) is part:
             return x, None
         why = option.skipped(part).get(path)
         return (None, why) if why else (option.pack(part, state)[path], None)
-    except ShapeError as error:
+    except ShapeError as error:  # a group size that does not divide the leaf, say
         return None, str(error)
 
 
@@ -568,15 +581,18 @@ def _work(
     work = {path: dict.fromkeys(options, 0.0) for path, options in variants.items()}
     macs = dict.fromkeys(variants, 0.0)
     rest = 0.0
-    widths: dict[str, dict[str, Any]] = {path: {} for path in variants}
+    # Stored bits of an entry, None where the leaf stays in its own dtype.
+    widths: dict[str, dict[str, float | None]] = {path: {} for path in variants}
     for path, option, variant in _each(variants):
         widths[path][option] = stored({option: variant}, None, None)[option].bits
     for each in sites.values():
         paths = [path for path in (each.site.param, *each.site.also) if path is not None]
+        # A product may have several parameters: of a concatenation, or on both sides.
         held = sum(leaves[path].size for path in paths)
         rest += 0.0 if paths else each.bit_operations
         own = dtype_bits(each.site.lhs_dtype if each.site.operand == "lhs" else each.site.rhs_dtype)
         for path in paths:
+            # Bit-operations = MACs x bits of the weight x bits of the activation.
             share = each.macs * leaves[path].size / held
             if path not in variants:
                 rest += share * own * each.activation_bits
@@ -588,7 +604,7 @@ def _work(
     return whole, {path: round(x) for path, x in macs.items()}, round(rest)
 
 
-def _nbytes(variant: Any) -> int:
+def _nbytes(variant: Leaf) -> int:
     return nbytes(variant) if is_packed(variant) else jnp.asarray(variant).nbytes
 
 

@@ -1,31 +1,34 @@
 """One stage of a run: train a model under a compression, and resume only what was made of the same.
 
-Every stage directory has a record, ``made_of.json``: the values and the code that decide how the
-stage ends. A directory whose record differs is refused, never trained further.
+A directory that was made of something else (see `_ingredients`) is refused, never trained further.
 """
 
-import os
+import logging
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from jax.sharding import AxisType
+import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from compress_jax.core.compression import Compression, identity
-from compress_jax.core.errors import ConfigError
+from compress_jax.core.errors import CompressError
 from compress_jax.core.paths import flatten
-from compress_jax.core.record import TEXT, Kind, mapping, read_record, sealed
-from compress_jax.core.table import printable
-from compress_jax.core.types import Batch
+from compress_jax.core.types import Batch, JsonObject, PyTree
 from compress_jax.data import batches
-from compress_jax.distill import Teacher, on_logits
-from compress_jax.export import write_atomically
-from compress_jax.search._experiment import Experiment, Network, Training, Variables
-from compress_jax.search._ingredients import ingredients
+from compress_jax.distill import Teacher
+from compress_jax.search._experiment import Experiment
+from compress_jax.search._ingredients import ingredients, require_same
+from compress_jax.search._network import Network, Training, Variables
+from compress_jax.tasks import PureModel
+from compress_jax.tasks._task import REFERENCE
 from compress_jax.train import (
+    MeshStep,
     StatefulLoss,
     Step,
     TrainState,
@@ -34,9 +37,16 @@ from compress_jax.train import (
     fit,
     jit_step,
     make_step,
-    place,
-    supervised,
+    shardings,
 )
+from compress_jax.train._parallel import Rules, shardings_like
+from compress_jax.train._processes import gathered, spread
+
+_log = logging.getLogger(__name__)
+CHECKED = 2**30  # bytes of params up to which the gradients under rules are checked
+
+Aux: TypeAlias = tuple[PyTree, PyTree]
+"""Adapters of a loss and its memory."""
 
 
 class Stage(NamedTuple):
@@ -44,19 +54,25 @@ class Stage(NamedTuple):
 
     Attributes:
       name: ``"teacher"``, ``"student"`` or ``"candidate NAME"``; it is part of every random seed.
-      model: the Linen module.
+      model: the network as pure functions.
       training: optimizer, steps and batch size.
       teacher: the frozen teacher, or None to train on labels.
       compression: what the forward pass sees the params through.
       start: variables that an earlier stage trained, or None to initialize them.
+      records: what was done to the network before, see `Subject`.
+      rules: how its params are divided over the mesh, see `Network`.
+      teacher_rules: how the teacher's are.
     """
 
     name: str
-    model: nn.Module
+    model: PureModel
     training: Training
     teacher: Teacher | None = None
     compression: Compression = identity()
     start: Variables | None = None
+    records: tuple[JsonObject, ...] = ()
+    rules: Rules = ()
+    teacher_rules: Rules = ()
 
 
 def trained_variables(
@@ -77,7 +93,15 @@ def trained_variables(
     """
     if network.training is None:
         return network.restore()
-    stage = Stage(name, network.model, network.training, teacher)
+    stage = Stage(
+        name,
+        network.pure,
+        network.training,
+        teacher,
+        start=network.variables,
+        rules=network.rules,
+        teacher_rules=experiment.teacher_rules,
+    )
     return train(experiment, stage, directory).variables()
 
 
@@ -90,62 +114,163 @@ def train(experiment: Experiment, stage: Stage, directory: Path) -> TrainState:
       directory: where checkpoints, metrics and the record of the stage go.
 
     Returns:
-      The state after the last step.
+      The state after the last step, its params and compression on one device of each process.
 
     Raises:
       ConfigError: if the directory belongs to a stage that was made of something else.
     """
-    require_same(directory, made_of(experiment, stage))
-    if experiment.loss is None:
+    require_same(directory, made_of(experiment, stage))  # before anything is written there
+    if experiment.terms is None:
         stage = stage._replace(teacher=None)  # trained on labels alone
     training = stage.training
-    data = experiment.data.train
-    variables = stage.start or _initialized(experiment, stage)
+    # What the teacher said is for measuring; in training it is asked anew, of augmented inputs.
+    data = {name: x for name, x in experiment.data.train.items() if name != REFERENCE}
     first = {name: values[: training.batch_size] for name, values in data.items()}
-    step, state = prepare(experiment, stage, variables, first)
-    mesh = experiment.mesh
-    if mesh is None:
-        mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    begun = (directory / "checkpoints").is_dir()
+    if training.steps and (stage.rules or stage.teacher_rules) and not begun:
+        _require_same_gradients(experiment, stage, first)
+    divided = _divided(experiment, stage, first)
+    # crc32, as Python's hash of text differs between processes.
     order_seed = zlib.crc32(f"{experiment.seed}/{stage.name}".encode())
-    return fit(
-        jit_step(step, mesh, state),
-        place(state, mesh),
+    trained = fit(
+        divided.step,
+        divided.state,
         batches(data, training.batch_size, seed=order_seed),
         steps=training.steps,
         directory=directory,
         save_every=training.save_every,
         title=stage.name,
-        teacher=stage.teacher,
+        teacher=divided.teacher,
     )
+    # What comes after a training (packing, measuring) is done by each process for itself.
+    return trained._replace(
+        params=gathered(trained.params),
+        learned=gathered(trained.learned),
+        fixed=gathered(trained.fixed),
+        model_state=gathered(trained.model_state),
+    )
+
+
+class _Divided(NamedTuple):
+    """A stage before its first step, over the mesh."""
+
+    step: MeshStep
+    state: TrainState
+    teacher: Teacher | None
+
+
+def _divided(experiment: Experiment, stage: Stage, batch: Batch) -> _Divided:
+    """Return a stage's compiled step, its state and its teacher, each where its rules put it."""
+    mesh = experiment.devices
+    variables = _divided_variables(experiment, stage, mesh)
+    step, begin, aux = prepare(experiment, stage, variables, batch)
+    aux = spread(aux, shardings_like(aux, variables["params"], mesh, stage.rules))
+    where = shardings(jax.eval_shape(begin, variables, aux), mesh, stage.rules)
+    # Born where it lives: no device ever holds more than its part.
+    state = jax.jit(begin, out_shardings=where)(variables, aux)
+    teacher = stage.teacher
+    if teacher is None:
+        return _Divided(jit_step(step, mesh, state, rules=stage.rules), state, None)
+    params = teacher.variables["params"]
+    of_teacher = shardings_like(teacher, params, mesh, stage.teacher_rules)
+    compiled = jit_step(step, mesh, state, rules=stage.rules, teacher=of_teacher)
+    return _Divided(compiled, state, spread(teacher, of_teacher))
+
+
+def _require_same_gradients(experiment: Experiment, stage: Stage, batch: Batch) -> None:
+    """Check on one batch that the rules change no gradient beyond rounding.
+
+    Compilers divide matrix products in many ways, and a known fault of XLA's leaves out a sum where
+    one mesh axis divides both a batch and a kernel (openxla/xla issue 40034): nothing else tells.
+
+    Raises:
+      CompressError: if a gradient is another one; it names the leaf.
+    """
+    variables = stage.start or jax.eval_shape(
+        stage.model.init, jax.random.key(0), *experiment.example
+    )
+    leaves = jax.tree.leaves(variables["params"])
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    if size > CHECKED:
+        _log.warning(
+            "%s: its gradients under the rules are not compared with those without, as its "
+            "%.1f GB may not fit on one device",
+            stage.name,
+            size / 1e9,
+        )
+        return
+    # One step of plain descent at rate 1 moves each param by its gradient.
+    training = replace(stage.training, optimizer=optax.sgd(1.0), learned=None)
+    stage = stage._replace(training=training)
+    whole = _gradients(experiment, stage._replace(rules=(), teacher_rules=()), batch)
+    for path, gradient in _gradients(experiment, stage, batch).items():
+        largest = np.abs(whole[path]).max(initial=0.0)
+        error = np.abs(gradient - whole[path]).max(initial=0.0)
+        if not error <= 0.05 * largest + 1e-6:
+            raise CompressError(
+                f"{stage.name}: under its rules the gradient of {path} is another one (off by "
+                f"{error:.2g}, of at most {largest:.2g}): the compiler divides it wrongly. Divide "
+                f"{path} or the leaf after it along other axes, such as "
+                "PartitionSpec('tensor', 'fsdp')"
+            )
+
+
+def _gradients(experiment: Experiment, stage: Stage, batch: Batch) -> dict[str, np.ndarray]:
+    """Return by how much one step moves each param."""
+    divided = _divided(experiment, stage, batch)
+    # Copies, as the step may reuse the memory of its state.
+    before = {path: np.array(x) for path, x in flatten(gathered(divided.state.params))[0].items()}
+    state, _ = divided.step(divided.state, batch, teacher=divided.teacher)
+    after = flatten(gathered(state.params))[0]
+    return {path: np.asarray(after[path]) - x for path, x in before.items()}
 
 
 def prepare(
     experiment: Experiment, stage: Stage, variables: Variables, batch: Batch
-) -> tuple[Step, TrainState]:
-    """Return the training step and the state before it; pure, so it can be traced on shapes."""
+) -> tuple[Step, Callable[[Variables, Aux], TrainState], Aux]:
+    """Return a stage's training step, and what it begins with; it can be traced on shapes.
+
+    Args:
+      experiment: for loss, task and seed.
+      stage: what is trained.
+      variables: where it starts.
+      batch: one of the training data.
+
+    Returns:
+      ``(step, begin, aux)``: ``begin(variables, aux)`` is the state before the first step.
+    """
     loss = _loss(experiment, stage)
     loss_key = stage_key(experiment.seed, f"{stage.name}/loss")
     aux = loss.init(loss_key, variables, batch, stage.teacher)
     optimizer = stage.training.transformation()
     key = stage_key(experiment.seed, stage.name)
-    state = create(variables, stage.compression, optimizer, key, aux)
-    return make_step(loss, optimizer, stage.compression), state
+
+    def begin(variables: Variables, aux: Aux) -> TrainState:
+        return create(variables, stage.compression, optimizer, key, aux)
+
+    return make_step(loss, optimizer, stage.compression), begin, aux
 
 
 def _loss(experiment: Experiment, stage: Stage) -> StatefulLoss:
-    augment = stage.training.augment
-    if stage.teacher is None or experiment.loss is None:
-        return supervised(stage.model, augment=augment)
-    terms = experiment.loss
-    if not isinstance(terms, tuple):
-        terms = (on_logits(terms, labels=True),)
-    return distillation(stage.model, terms, augment=augment)
+    task = experiment.task
+    terms = experiment.terms
+    # What compares with a teacher is left out where the stage has none.
+    if stage.teacher is None or terms is None:
+        terms = (task.on_labels(1.0),)
+    return distillation(stage.model, terms, task=task, augment=stage.training.augment)
 
 
-def _initialized(experiment: Experiment, stage: Stage) -> Variables:
-    example = jnp.zeros((1, *experiment.data.train["image"].shape[1:]))
+def _divided_variables(experiment: Experiment, stage: Stage, mesh: Mesh) -> Variables:
+    """Return what a stage starts from, over the mesh: variables that are given, or new ones."""
+    if stage.start:
+        params = stage.start["params"]
+        return spread(stage.start, shardings_like(stage.start, params, mesh, stage.rules))
+    # Initializers need the shapes of the inputs alone.
+    example = [jnp.zeros(x.shape, x.dtype) for x in experiment.example]
     key = stage_key(experiment.seed, f"{stage.name}/init")
-    return jax.jit(stage.model.init)(key, example)
+    shapes = jax.eval_shape(stage.model.init, key, *example)
+    where = shardings_like(shapes, shapes["params"], mesh, stage.rules)
+    return jax.jit(stage.model.init, out_shardings=where)(key, *example)
 
 
 def stage_key(seed: int, name: str) -> jax.Array:
@@ -156,95 +281,22 @@ def stage_key(seed: int, name: str) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode()))
 
 
-MADE_OF = "made_of.json"
-_FORM = {
-    "version": Kind("1, the version that is read here", lambda value: value == 1),
-    "made_of": mapping(TEXT),
-}
-
-
 def made_of(experiment: Experiment, stage: Stage) -> dict[str, str]:
     """Return all that decides how a stage ends, by name; see `ingredients`."""
     # How often a checkpoint is written changes no number.
     settings = {name: value for name, value in vars(stage.training).items() if name != "save_every"}
-    parts: dict[str, Any] = {
+    parts: dict[str, object] = {
         "stage": stage.name,
         "seed": experiment.seed,
-        "model": stage.model,
+        "model": stage.model.source,
         "training": settings,
         "compression": stage.compression,
+        "task": experiment.task,
+        "records": list(stage.records),
     }
     if stage.teacher is not None:
         parts["loss"] = experiment.loss
         parts["teacher"] = flatten(stage.teacher.variables)[0]
+    # Weights count by value: a stage after a changed one is made of something else.
     parts["start"] = flatten(stage.start)[0] if stage.start else None
     return ingredients(**parts, data=experiment.data.train)
-
-
-def require_same(directory: Path, made_of: dict[str, str]) -> None:
-    """Check that a stage's directory was made of the same; in a new directory, write the record.
-
-    Args:
-      directory: of the stage.
-      made_of: from `ingredients`.
-
-    Raises:
-      ConfigError: if it was made of something else; the message names what differs.
-    """
-    recorded = _read_made_of(directory)
-    checkpoints = directory / "checkpoints"
-    if recorded is not None:
-        _compare(directory, recorded, made_of, f"delete {directory} to train it again")
-    elif checkpoints.is_dir() and any(checkpoints.iterdir()):
-        raise ConfigError(
-            f"{directory} has checkpoints, but no {MADE_OF} that says what they were made of; they "
-            "are of an earlier version or of another program. Choose another --workdir, or delete "
-            f"{directory} to train it again"
-        )
-    elif jax.process_index() == 0:
-        write_atomically(directory / MADE_OF, sealed({"version": 1, "made_of": made_of}))
-
-
-def require_same_model(directory: Path, model: nn.Module) -> None:
-    """Check that a stage trained the same model, if its directory has a record.
-
-    Raises:
-      ConfigError: if the model's fields or its code differ.
-    """
-    recorded = _read_made_of(directory)
-    if recorded is not None:
-        old = _of_model(recorded)
-        new = _of_model(ingredients(model=model))
-        _compare(directory, old, new, "its artifact is of the model as it was then")
-
-
-def _of_model(made_of: dict[str, str]) -> dict[str, str]:
-    return {name: text for name, text in made_of.items() if name.startswith("model")}
-
-
-def _read_made_of(directory: Path) -> dict[str, str] | None:
-    """Return the record of a stage, or None if its directory has none.
-
-    Raises:
-      ConfigError: if the record is damaged.
-    """
-    file = directory / MADE_OF
-    if not os.path.lexists(file):
-        return None
-    advice = f"delete {directory} to train it again"
-    return read_record(file, _FORM, advice, ConfigError)["made_of"]
-
-
-def _compare(directory: Path, old: dict[str, str], new: dict[str, str], advice: str) -> None:
-    """Raise a ConfigError with the first three entries that differ, if any do."""
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    if not names:
-        return
-    missing = "not there"
-    changes = [
-        f"{name} was {old.get(name, missing)}, and now is {new.get(name, missing)}"
-        for name in names[:3]
-    ]
-    more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
-    text = f"{directory} was made of something else: {'; '.join(changes)}{more}. "
-    raise ConfigError(printable(f"{text}Choose another --workdir, or {advice}"))

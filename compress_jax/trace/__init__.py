@@ -9,11 +9,12 @@ from compress_jax.trace._groups.groups import Group, Groups, Verification, group
 from compress_jax.trace._jaxpr.find_sites import bind, layouts, sites, unseen
 from compress_jax.trace._jaxpr.rewrite import rewrite
 from compress_jax.trace._jaxpr.site import Site
-from compress_jax.trace._resize.resize import Number, resize, resized_numbers
+from compress_jax.trace._resize.counts import Number
+from compress_jax.trace._resize.resize import resize, resized_numbers
 from compress_jax.trace._statistics.calibrate import calibrate, observe
 from compress_jax.trace._statistics.calibration import Calibration
-from compress_jax.trace._statistics.moments import gram
 from compress_jax.trace._statistics.reducer import Reducer
+from compress_jax.trace._statistics.statistics import gram
 
 __all__ = [
     "Calibration",

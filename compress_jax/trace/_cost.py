@@ -8,11 +8,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from compress_jax.core.bits import Bits
 from compress_jax.core.compression import Compression, CompressionState, bound
@@ -20,7 +19,7 @@ from compress_jax.core.errors import ConfigError, ShapeError, StateError
 from compress_jax.core.packed import Sparse, is_packed, to_dense
 from compress_jax.core.paths import flatten, match
 from compress_jax.core.table import aligned, units
-from compress_jax.core.types import ModelFn, Params, PyTree
+from compress_jax.core.types import Leaf, ModelFn, Params, PyTree, Shape
 from compress_jax.trace._jaxpr import primitives as p
 from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
 from compress_jax.trace._jaxpr.origin import DATA, PARAMETER, Origin
@@ -167,6 +166,7 @@ class Cost:
         """Return a table of the sites, the total, the other operations and the notes."""
         sites = [_row(name, each, self.macs) for name, each in self.by_site.items()]
         rows = [HEAD, *sites, self._total()]
+        # Without zeros density and effective bit-operations say nothing new: drop both columns.
         if all(each.density == 1 for each in self.by_site.values()):
             rows = [row[:DENSE] + row[DENSE + 2 :] for row in rows]
         work = (
@@ -190,17 +190,18 @@ class Cost:
         return "total", "", "", macs, share, params, "", bits, "", effective, out
 
 
+# The columns of the table; `_row` and `Cost._total` have the same order.
 HEAD = (
     "site",
-    "product",
+    "product",  # shapes: lhs * rhs > result
     "runs",
     "MACs",
-    "share",
+    "share",  # of all MACs
     "params",
-    "bits",
+    "bits",  # of lhs x of rhs
     "bit-ops",
     "density",
-    "effective",
+    "effective",  # bit-operations times density
     "bytes out",
 )
 DENSE = HEAD.index("density")
@@ -295,7 +296,9 @@ def cost(
       both widths. Baskin et al., UNIQ: Uniform Noise Injection for Non-Uniform Quantization of
       Neural Networks, 2018, add the accumulator's bits.
     """
+    # Packed leaves are traced as the dense arrays that the function sees.
     traced = trace(fn, shapes(params), *inputs)
+    # A state that is given was made for its own layouts; a new one takes those of the trace.
     if compression is not None and state is None:
         compression = bound(compression, layouts_of(traced))
     leaves = stored(params, compression, state)
@@ -319,10 +322,11 @@ def _by_site(
     for position, site in traced.sites.items():
         _, lhs, rhs, _ = traced.found.contractions[position]
         width = activations.get(site.name)
+        # A weight that is zero removes the product, on whichever side it is.
         lhs_bits, lhs_density = _operand(lhs, leaves, dtype_bits(site.lhs_dtype), width)
         rhs_bits, rhs_density = _operand(rhs, leaves, dtype_bits(site.rhs_dtype), width)
         paths = [path for path in (site.param, *site.also) if path is not None]
-        size = sum(leaves[path].size for path in paths)
+        size = sum(leaves[path].size for path in paths)  # whole leaves, where slices are used too
         costs[site.name] = SiteCost(site, size, lhs_bits, rhs_bits, lhs_density * rhs_density)
     return costs
 
@@ -335,8 +339,10 @@ def _operand(
         return activation or own, 1.0
     held = [leaves[path] for path in origin.paths if origin.level == PARAMETER]
     size = sum(each.size for each in held)
+    # A constant (a rotation, a window) is no leaf of params: it has the bits of its dtype.
     if not size:
         return own, 1.0
+    # Weighted by entries, where the operand joins leaves of several widths.
     bits = sum(each.size * (each.bits or own) for each in held) / size
     density = sum(each.nonzero for each in held) / size
     return bits, density
@@ -354,11 +360,12 @@ def _bits_by_site(bits: ActivationBits, names: Sequence[str]) -> dict[str, int]:
                 f"activation_bits: {width!r} for {pattern!r} is not a number of bits; give an "
                 "integer from 1"
             )
-        chosen = dict.fromkeys(match(pattern, names), width) | chosen
+        chosen = dict.fromkeys(match(pattern, names), width) | chosen  # the first match wins
     return chosen
 
 
 def _parameters(leaves: dict[str, "Stored"]) -> int:
+    # Linen variables hold collections such as batch_stats beside "params".
     inside = [leaf for path, leaf in leaves.items() if path.startswith("params/")]
     return sum(leaf.size for leaf in inside or leaves.values())
 
@@ -366,7 +373,7 @@ def _parameters(leaves: dict[str, "Stored"]) -> int:
 def _notes(traced: Traced, counted: "Operations") -> dict[str, str]:
     notes = {}
     for primitive, times in counted.uncounted.items():
-        contracts = primitive in traced.found.hidden.values()
+        contracts = primitive in traced.found.hidden.values()  # products inside, as in a kernel
         missing = "products and operations" if contracts else "operations"
         notes[primitive] = f"its {missing} are not counted (runs: {times})"
     if counted.products:
@@ -429,6 +436,7 @@ def stored(
                 "a state was given without the compression it belongs to; pass compression=... too"
             )
         return {path: _leaf(x, is_packed(x)) for path, x in flatten(params)[0].items()}
+    # `pack` needs values: shapes are refused here, where the leaf can be named.
     for path, x in flatten(params)[0].items():
         if isinstance(x, jax.ShapeDtypeStruct):
             raise ShapeError(
@@ -440,19 +448,21 @@ def stored(
     return {path: _leaf(x, True) for path, x in flatten(packed)[0].items()}
 
 
-def _leaf(x: Any, compressed: bool) -> Stored:
+def _leaf(x: Leaf, compressed: bool) -> Stored:
+    """Return how one leaf is stored, an array or a packed node."""
     size = math.prod(getattr(x, "shape", ()))
     codes = getattr(x, "codes", None)  # of any class of packed node
-    values = codes.values if isinstance(codes, Sparse) else codes
+    values = codes.values if isinstance(codes, Sparse) else codes  # quantized after pruning
     bits = values.bits if isinstance(values, Bits) else None
+    # Counted in the values that the function sees: a code may stand for zero too.
     nonzero = int(jnp.count_nonzero(to_dense(x))) if compressed else size
     return Stored(size, bits, nonzero)
 
 
-def shapes(params: Params) -> Any:
+def shapes(params: Params) -> Params:
     """Return params with the shape and dtype of each packed leaf in place of it."""
 
-    def dense(x: Any) -> Any:
+    def dense(x: Leaf) -> Leaf:
         return jax.ShapeDtypeStruct(x.shape, x.dtype) if is_packed(x) else x
 
     return jax.tree.map(dense, params, is_leaf=is_packed)
@@ -471,6 +481,7 @@ def dtype_bits(dtype: str) -> int:
       >>> dtype_bits("bfloat16"), dtype_bits("int4"), dtype_bits("bool")
       (16, 4, 8)
     """
+    # iinfo and finfo know the types narrower than a byte; NumPy's itemsize of an int4 is 1.
     kind = jnp.dtype(dtype)
     if jnp.issubdtype(kind, jnp.integer):
         return jnp.iinfo(kind).bits
@@ -493,8 +504,13 @@ TRANSCENDENTAL = frozenset(
     erfc exp expm1 lgamma log log1p pow rsqrt sin sinh sqrt tan tanh
     """.split()
 )
-# A transcendental function and so many operations, as in 1 / (1 + exp(-x)).
-MIXED = {"logistic": 3, "exp2": 1, "log2": 1, "cumlogsumexp": 1}
+# A transcendental function and so many operations beside it.
+MIXED = {
+    "logistic": 3,  # 1 / (1 + exp(-x)): negation, addition, division
+    "exp2": 1,  # exp(x log 2)
+    "log2": 1,  # log(x) / log 2
+    "cumlogsumexp": 1,
+}
 # One operation for each element of the result.
 COUNTED = p.CASTS | p.SUMS | p.SIGNS | p.COMPARISONS | p.ARITHMETIC | p.COLLECTIVES | p.CUMULATIVE
 PER_ELEMENT = (COUNTED | {"reduce_scatter"}) - FREE - MIXED.keys()
@@ -552,10 +568,12 @@ def operations(jaxpr: Jaxpr) -> Operations:
 def _walk(jaxpr: Jaxpr, times: int, total: Operations) -> None:
     for eqn in jaxpr.eqns:
         match nested(eqn):
+            # Shapes inside a shard_map are those of one shard, and every device runs it.
             case Call(body, shards):
                 _walk(body.jaxpr, times * (shards or 1), total)
             case Scan() as scan:
                 _walk(scan.body.jaxpr, times * scan.length, total)
+            # One iteration: how many there are is data.
             case While(condition, body):
                 total.loops += 1
                 _walk(condition.jaxpr, times, total)
@@ -570,6 +588,7 @@ def _walk(jaxpr: Jaxpr, times: int, total: Operations) -> None:
 
 def _count(eqn: JaxprEqn, times: int, total: Operations) -> None:
     name = eqn.primitive.name
+    # Without a sum each result is one multiplication, and the product is no site.
     if name == "dot_general" and p.kind(eqn) is None:
         total.products += times * _out(eqn)
     if name in FREE and name not in RULES:
@@ -603,7 +622,7 @@ def _reduced(eqn: JaxprEqn) -> int:
 
 
 def _window(eqn: JaxprEqn) -> int:
-    return _out(eqn) * (math.prod(eqn.params["window_dimensions"]) - 1)
+    return _out(eqn) * (math.prod(eqn.params["window_dimensions"]) - 1)  # w - 1 joins of w entries
 
 
 def _spread(eqn: JaxprEqn) -> int:
@@ -613,6 +632,7 @@ def _spread(eqn: JaxprEqn) -> int:
 
 def _power(eqn: JaxprEqn) -> int:
     """Count the products of repeated squaring, and a division if the exponent is negative."""
+    # x**13 = x**8 x**4 x: a squaring for each bit after the first, a product for each further 1.
     exponent = abs(eqn.params["y"])
     products = exponent.bit_length() + exponent.bit_count() - 2 if exponent else 0
     return _out(eqn) * (products + (eqn.params["y"] < 0))
@@ -621,7 +641,8 @@ def _power(eqn: JaxprEqn) -> int:
 def _reduced_precision(eqn: JaxprEqn) -> int:
     """Count one for each element, none where the dtype has no more digits than it is reduced to."""
     info = jnp.finfo(getattr(eqn.invars[0].aval, "dtype", jnp.float32))
-    exponent, mantissa = eqn.params["exponent_bits"], eqn.params["mantissa_bits"]
+    exponent = eqn.params["exponent_bits"]
+    mantissa = eqn.params["mantissa_bits"]
     return 0 if exponent >= info.nexp and mantissa >= info.nmant else _out(eqn)
 
 
@@ -633,6 +654,7 @@ def _convert(eqn: JaxprEqn) -> int:
 
 
 def _scattered(eqn: JaxprEqn) -> int:
+    """Count one for each update, which is the third operand."""
     return math.prod(_shape(eqn.invars[2]))
 
 
@@ -650,5 +672,5 @@ RULES: dict[str, Callable[[JaxprEqn], int]] = {
 }
 
 
-def _shape(var: Any) -> tuple[int, ...]:
+def _shape(var: Var | Literal) -> Shape:
     return getattr(var.aval, "shape", ())

@@ -21,28 +21,26 @@ in the order of ``site.contracting``.
 from compress_jax.core.deprecated import renamed
 from compress_jax.core.exact import Int64
 from compress_jax.trace._statistics.calibration import Gram
-from compress_jax.trace._statistics.moments import (
-    Moments,
-    Norm,
-    Outliers,
-    absmean,
-    gram,
-    moments,
-    norm,
-    outliers,
-)
-from compress_jax.trace._statistics.ranges import (
+from compress_jax.trace._statistics.reducer import Reducer, per_input
+from compress_jax.trace._statistics.statistics import (
     AbsMax,
     Histogram,
     MinMax,
+    Moments,
+    Norm,
+    Outliers,
     absmax,
+    absmean,
     edges,
+    gram,
     histogram,
     magnitudes,
     minmax,
+    moments,
+    norm,
+    outliers,
     percentile,
 )
-from compress_jax.trace._statistics.reducer import Reducer, per_input
 
 __all__ = [
     "AbsMax",

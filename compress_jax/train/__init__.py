@@ -10,7 +10,9 @@ from compress_jax.train._ledger import Ledger, ledger
 from compress_jax.train._loop import Feed, fit
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train._parallel import (
+    MeshStep,
     jit_step,
+    make_mesh,
     place,
     pmap_step,
     replicate,
@@ -29,6 +31,7 @@ __all__ = [
     "JsonLines",
     "Ledger",
     "Loss",
+    "MeshStep",
     "Metrics",
     "QuantizedModel",
     "Recorder",
@@ -47,6 +50,7 @@ __all__ = [
     "label_optimizer",
     "ledger",
     "logits",
+    "make_mesh",
     "make_step",
     "mutual_step",
     "place",

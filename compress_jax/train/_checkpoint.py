@@ -1,6 +1,7 @@
 """Checkpoints that are verified when they are read, so that a resumed run is the same run."""
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -9,26 +10,78 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import future
 
-from compress_jax.core.errors import CheckpointError
+from compress_jax.core.errors import CheckpointError, OtherProcessError
 from compress_jax.core.stamp import calls
-from compress_jax.core.types import DType, PyTree
+from compress_jax.core.types import Array, DType, JsonObject, Leaf, PyTree, Shape
+from compress_jax.train._processes import is_loss, settle
 
 _log = logging.getLogger(__name__)
+
+
+FEW = 2**16  # entries; the checksum of fewer is computed by NumPy, which has nothing to compile
+
+SEEDS = (0, 0x7F4A7C15)
+
+
+class _LeafRecord(TypedDict):
+    """What a checkpoint's record says of one leaf; earlier versions wrote sha256, for some."""
+
+    shape: list[int]
+    dtype: str
+    checksum: NotRequired[str]
+    sha256: NotRequired[str | None]
+
+
+class _RecordHandler(ocp.JsonCheckpointHandler):
+    """Writes the record in the background, so that no step waits for the checksums."""
+
+    async def async_save(self, directory: Path, args: "_SaveRecord") -> list[future.Future]:
+        """Begin to write the record into the directory."""
+        written = self._write(directory, args)
+        return [future.CommitFutureAwaitingContractedSignals(written, name="record")]
+
+    async def _write(self, directory: Path, args: "_SaveRecord") -> None:
+        if jax.process_index() > 0:
+            return
+        leaves = {
+            name: _entry(array, args.sums[name] if name in args.sums else _checksum(array))
+            for name, array in args.arrays.items()
+        }
+        meta = {**args.meta, "leaves": leaves, "sha256": _digest_of_record(leaves)}
+        (directory / "metadata").write_text(json.dumps(meta))
+
+
+@ocp.args.register_with_handler(_RecordHandler, for_save=True)
+@dataclasses.dataclass
+class _SaveRecord(ocp.args.CheckpointArgs):
+    """What the record is made of: arrays, and the checksums of those that processes share."""
+
+    meta: JsonObject
+    arrays: dict[str, jax.Array]
+    sums: dict[str, Array]
+
+
+@ocp.args.register_with_handler(_RecordHandler, for_restore=True)
+@dataclasses.dataclass
+class _RestoreRecord(ocp.args.CheckpointArgs):
+    """Asks for the record."""
 
 
 class Checkpoints:
     """A directory of checkpoints, of which the newest few are kept.
 
-    Each holds the tree's arrays and a JSON record of shape, dtype and SHA-256 of every leaf.
+    Each holds the tree's arrays and a JSON record of shape, dtype and checksum of every leaf.
     Writing is asynchronous and atomic; the arrays are copied first, so the next step may donate
-    them. A checkpoint whose content is not what was saved is never returned: `restore_latest` warns
+    them. What one mesh saved may be restored onto another, of other devices or processes. A
+    checkpoint whose content is not what was saved is never returned: `restore_latest` warns
     and takes the one before.
 
     Typed PRNG keys, bfloat16, empty dicts and arrays of size zero are kept exactly.
@@ -79,9 +132,13 @@ class Checkpoints:
         """Raise errors of writing as one sentence; they come late, from the background."""
         try:
             yield
-        except CheckpointError:
+        except (CheckpointError, OtherProcessError):
             raise
         except Exception as error:  # orbax wraps what the file system says in errors of many kinds
+            if is_loss(error):
+                raise OtherProcessError(
+                    "another process was lost; run the same command to continue"
+                ) from error
             raise CheckpointError(
                 f"cannot write checkpoints in {self.directory}: {_why(error)}; those saved before "
                 "are kept, so see that the "
@@ -109,30 +166,28 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot save step {step} in {self.directory}, which already holds step {latest}"
             )
+        # Copies: the next step may donate the tree's own arrays while these are being written.
         arrays = {name: jnp.array(_plain(leaf), copy=True) for name, leaf in _named(tree).items()}
-        record = {name: _describe(array) for name, array in arrays.items()}
+        # Processes must add up what they share in one order, so that is begun here.
+        shared = {n: _checksum(a) for n, a in arrays.items() if not a.is_fully_addressable}
+        settle(shared)
         stored = {
             name: array for name, array in arrays.items() if array.size
         }  # orbax refuses size zero
-        made_by = calls(tree)
-        meta = {
-            "step": step,
-            "leaves": record,
-            "sha256": _digest_of_record(record),
-            "made_by": made_by,
-        }
+        # int4 and int3 have states of the same shapes; only the calls tell them apart.
+        meta = {"step": step, "made_by": calls(tree)}
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(stored), meta=ocp.args.JsonSave(meta)
+            state=ocp.args.StandardSave(stored), meta=_SaveRecord(meta, arrays, shared)
         )
         with self._told():
             self._manager.save(step, args=arguments)
 
-    def restore_latest(self, target: Any) -> tuple[int, Any] | None:
+    def restore_latest(self, target: PyTree) -> tuple[int, PyTree] | None:
         """Return the newest undamaged checkpoint; the damaged ones after it are removed.
 
         Args:
-          target: a tree of arrays with the structure, shapes, dtypes and shardings wanted; its
-            values are not used.
+          target: a tree of arrays, or of `jax.ShapeDtypeStruct`, with the structure, shapes, dtypes
+            and shardings wanted; these may be other ones than those that were saved.
 
         Returns:
           ``(step, tree)``, or None if there is no checkpoint.
@@ -149,6 +204,7 @@ class Checkpoints:
                 damaged[step] = str(problem)
                 _log.warning("checkpoint %d in %s is damaged: %s", step, self.directory, problem)
                 continue
+            # `save` writes no step twice and none before the newest: damaged ones would block it.
             for bad in damaged:
                 self._manager.delete(bad)
             return step, tree
@@ -159,15 +215,17 @@ class Checkpoints:
             )
         return None
 
-    def _restore(self, step: int, target: Any) -> Any:
+    def _restore(self, step: int, target: PyTree) -> PyTree:
         named = _named(target)
         plain = {name: _plain(leaf) for name, leaf in named.items()}
         record, made_by = self._record(step)
+        # Another model is no damage, so it is told before the arrays are read.
         self._check_same_model(step, record, plain)
         self._check_same_compression(step, made_by, calls(target))
         stored = {name: array for name, array in plain.items() if array.size}
+        alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where no sharding is wanted
         wanted = {
-            n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding)
+            n: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding or alone)
             for n, a in stored.items()
         }
         try:
@@ -175,24 +233,34 @@ class Checkpoints:
             found = self._manager.restore(step, args=arguments)["state"] if wanted else {}
         except Exception as error:  # a damaged file can raise anything
             raise _DamagedError(f"its arrays cannot be read ({type(error).__name__})") from error
-        arrays = {**plain, **found}
-        wrong = [name for name, array in arrays.items() if _describe(array) != record[name]]
+        empty = {n: jnp.zeros(a.shape, a.dtype) for n, a in plain.items() if n not in stored}
+        arrays = {**empty, **found}
+        wrong = [name for name, array in arrays.items() if not _is_whole(array, record[name])]
         if wrong:
             raise _DamagedError(f"{', '.join(wrong)} differ from what was saved")
+        unknown = [name for name, array in arrays.items() if not _is_known(array, record[name])]
+        if unknown:
+            _log.warning(
+                "checkpoint %d in %s is of an earlier version, without checksums of %s",
+                step,
+                self.directory,
+                ", ".join(unknown),
+            )
         leaves = [_like(arrays[name], leaf) for name, leaf in named.items()]
         return jax.tree.unflatten(jax.tree.structure(target), leaves)
 
-    def _record(self, step: int) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    def _record(self, step: int) -> tuple[dict[str, _LeafRecord], list[str]]:
         try:
-            meta = self._manager.restore(
-                step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())
-            )["meta"]
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=_RestoreRecord()))[
+                "meta"
+            ]
             record = meta["leaves"]
             whole = meta["sha256"] == _digest_of_record(record)
         except Exception as error:  # a damaged file can raise anything
             raise _DamagedError(f"its record cannot be read ({type(error).__name__})") from error
         if not whole:
             raise _DamagedError("its record differs from what was saved")
+        # Checkpoints of earlier versions do not say what made them.
         return record, meta.get("made_by", [])
 
     def _check_same_compression(self, step: int, saved: list[str], wanted: list[str]) -> None:
@@ -211,9 +279,12 @@ class Checkpoints:
             )
 
     def _check_same_model(
-        self, step: int, record: dict[str, Any], plain: dict[str, jax.Array]
+        self,
+        step: int,
+        record: dict[str, _LeafRecord],
+        plain: dict[str, jax.Array | jax.ShapeDtypeStruct],
     ) -> None:
-        def brief(shape: Any, dtype: DType) -> str:
+        def brief(shape: Shape | list[int], dtype: DType) -> str:
             return f"{dtype}{list(shape)}"
 
         saved = {name: brief(entry["shape"], entry["dtype"]) for name, entry in record.items()}
@@ -235,7 +306,8 @@ class Checkpoints:
 @contextlib.contextmanager
 def _told_once() -> Iterator[None]:
     """Hide the errors of orbax's abandoned coroutines; the first error is raised already."""
-    before, problem = sys.unraisablehook, None
+    before = sys.unraisablehook
+    problem = None
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
@@ -257,6 +329,7 @@ def _why(error: BaseException) -> str:
     """Return the reason that the file system gave, wherever in a chain of errors it is."""
     lines = str(error).strip().splitlines() or ["no reason is given"]
     text = f"{type(error).__name__}: {lines[0]}"
+    # The error of the file system says most, and is wrapped several times.
     found: BaseException | None = error
     while found is not None:
         if (
@@ -271,31 +344,110 @@ def _why(error: BaseException) -> str:
     return text
 
 
-def _named(tree: PyTree) -> dict[str, Any]:
+def _named(tree: PyTree) -> dict[str, Leaf]:
     pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
-def _plain(leaf: PyTree) -> jax.Array:
-    """Return a leaf as an array of numbers: a typed key as its words."""
-    array = jnp.asarray(leaf)
-    return jax.random.key_data(array) if jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+def _plain(leaf: PyTree) -> jax.Array | jax.ShapeDtypeStruct:
+    """Return a leaf as an array of numbers, or the shape of one: a typed key as its words."""
+    array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
+    if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jax.random.key_data, array)
+    return jax.random.key_data(array)  # uint32 [..., words]
 
 
 def _like(array: jax.Array, leaf: PyTree) -> jax.Array:
     """Undo `_plain`, with the leaf of the target telling which key type it was."""
-    if not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.asarray(leaf).dtype
+    if not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return array
-    return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf))
+    return jax.random.wrap_key_data(array, impl=_key_impl(leaf))
 
 
-def _describe(array: jax.Array) -> dict[str, Any]:
-    """Return shape, dtype and content hash (None if other processes hold a part of the array)."""
-    content = None
-    if array.is_fully_addressable:
-        content = hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
-    return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": content}
+def _key_impl(leaf: PyTree) -> str:
+    found = []  # filled while it is traced: a shape alone cannot be asked
+    jax.eval_shape(lambda key: found.append(jax.random.key_impl(key)), leaf)
+    return found[0]
 
 
-def _digest_of_record(record: dict[str, Any]) -> str:
+def _entry(array: jax.Array, sums: Array) -> _LeafRecord:
+    first, second = np.asarray(sums).tolist()
+    checksum = f"{first:08x}{second:08x}"
+    return {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksum}
+
+
+def _is_known(array: jax.Array, entry: _LeafRecord) -> bool:
+    """Tell whether the record has something that this process can compare an array with.
+
+    Earlier versions hashed whole arrays, and so none of which other processes held a part.
+    """
+    return "checksum" in entry or bool(entry.get("sha256") and array.is_fully_addressable)
+
+
+def _is_whole(array: jax.Array, entry: _LeafRecord) -> bool:
+    """Tell whether an array is what was saved, as far as the record knows."""
+    if "checksum" in entry:
+        return _entry(array, _checksum(array)) == entry
+    if not _is_known(array, entry):
+        return True
+    content = np.ascontiguousarray(np.asarray(array)).tobytes()
+    return entry.get("sha256") == hashlib.sha256(content).hexdigest()
+
+
+def _checksum(array: jax.Array) -> Array:
+    """Return two sums of an array's bits, uint32 ``[2]``, the same in any sharding.
+
+    Each word is mixed with its place in the array, so that exchanged entries change the sums, and
+    the sums are modulo 2**32, so that their order does not matter: every device adds up its own.
+    """
+    if array.is_fully_addressable and array.size < FEW:
+        return _sums(np.asarray(array))
+    return _sums_on_devices(array)
+
+
+@jax.jit
+def _sums_on_devices(array: jax.Array) -> jax.Array:
+    if jnp.issubdtype(array.dtype, jnp.complexfloating):
+        array = jnp.stack([array.real, array.imag], axis=-1)
+    words = array.astype(_whole_bytes(array.dtype))
+    bits = jnp.dtype(f"uint{8 * min(words.dtype.itemsize, 4)}")
+    words = jax.lax.bitcast_convert_type(words, bits).astype(jnp.uint32)
+    place = jnp.zeros(words.shape, jnp.uint32)  # where each word is, in C order
+    for axis, size in enumerate(words.shape):
+        place = place * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+    return jnp.stack([_mixed(words, place, seed).sum(dtype=jnp.uint32) for seed in SEEDS])
+
+
+def _sums(array: np.ndarray) -> np.ndarray:
+    """Return what `_sums_on_devices` does, by NumPy."""
+    words = np.ravel(array.astype(_whole_bytes(array.dtype)))
+    words = words.view(f"uint{8 * min(words.dtype.itemsize, 4)}").astype(np.uint32)
+    place = np.arange(len(words), dtype=np.uint32)
+    return np.stack([_mixed(words, place, seed).sum(dtype=np.uint32) for seed in SEEDS])
+
+
+def _whole_bytes(dtype: DType) -> DType:
+    """Return a dtype of whole bytes that holds the values of another; mostly itself."""
+    if jnp.issubdtype(dtype, jnp.bool_):
+        return jnp.dtype(jnp.uint8)
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8:
+        return jnp.dtype(jnp.int8)
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 8:
+        return jnp.dtype(jnp.float32)
+    return jnp.dtype(dtype)
+
+
+def _mixed(words: Array, place: Array, seed: int) -> Array:
+    """Mix words with their places; another word at a place always gives another result."""
+    x = words ^ (place * np.uint32(0x9E3779B1) + np.uint32(seed))
+    x = (x ^ (x >> 16)) * np.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * np.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _digest_of_record(record: dict[str, _LeafRecord]) -> str:
+    # Sorted: a record that was read back need not have the order in which it was written.
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()

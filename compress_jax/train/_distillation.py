@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from itertools import chain
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError
@@ -15,10 +15,10 @@ from compress_jax.core.types import Batch, Model, Params, PyTree, Step, Variable
 from compress_jax.distill import (
     LossContext,
     Teacher,
+    Teachers,
     Term,
     TopK,
     Total,
-    capture,
     ensemble,
     fingerprint,
     on_labels,
@@ -27,14 +27,22 @@ from compress_jax.distill import (
 from compress_jax.distill._masks import fits, fitted, kept
 from compress_jax.distill._objective.terms import value_at
 from compress_jax.distill._objective.totals import total_of
-from compress_jax.train._objective import Objective, averaged, chosen, everything, total
-from compress_jax.train._quantized import QuantizedModel
-from compress_jax.train._step import Metrics, StatefulLoss
+from compress_jax.tasks import PureModel, Task, classification, pure
+from compress_jax.train._objective import (
+    Aux,
+    LossMetrics,
+    Objective,
+    averaged,
+    chosen,
+    everything,
+    total,
+)
+from compress_jax.train._step import StatefulLoss
 
 Augment: TypeAlias = Callable[[jax.Array, Batch], Batch]
 """``(key, batch) -> batch``, random and the same for student and teacher."""
 
-Resample: TypeAlias = Callable[[jax.Array, Batch, Callable[[Any], jax.Array]], Batch]
+Resample: TypeAlias = Callable[[jax.Array, Batch, Callable[[PyTree], jax.Array]], Batch]
 """``(key, batch, logits) -> batch``, with the student's logits function."""
 
 TEACHER = "teacher/"
@@ -42,13 +50,14 @@ TEACHER = "teacher/"
 
 
 def distillation(
-    model: nn.Module | QuantizedModel | Any,
+    model: Model,
     terms: Sequence[Term],
     *,
+    task: Task | None = None,
     augment: Augment | None = None,
     average: float | None = None,
     resample: Resample | None = None,
-    inputs: str = "image",
+    inputs: str | tuple[str, ...] = "image",
     labels: str = "label",
     mask: str = "mask",
 ) -> StatefulLoss:
@@ -63,9 +72,11 @@ def distillation(
     this batch, and ``teacher_id``, the first 24 bits of its hash (the whole hash is in the memory).
 
     Args:
-      model: the student: a Linen module called as ``model(x, train=...)``, one from `quantized`, or
-        the graphdef of an NNX module, see `compress_jax.distill.capture`.
+      model: the student: a Linen, NNX or Equinox module, one from `quantized`, a pair of pure
+        functions, or the graphdef of an NNX module; see `compress_jax.tasks.pure`.
       terms: `on_labels`, `on_logits`, `on_features`, `contrast`, `on_weights` or your own `Term`.
+      task: what a batch is, see `compress_jax.tasks.Task`; it names inputs, labels and mask. None
+        for one class an example, or a token.
       augment: ``(key, batch) -> batch``, in training only; `compress_jax.data.mixup` makes labels
         probabilities.
       average: the decay of a moving average of the student, which is then its own teacher:
@@ -73,8 +84,8 @@ def distillation(
         The step is given no teacher then.
       resample: ``(key, batch, logits) -> batch``, given the current student's logits function:
         `compress_jax.distill.on_policy`.
-      inputs: the batch entry that both models are given.
-      labels: the batch entry with labels.
+      inputs: without a task, the batch entry that both models are given, or a tuple of several.
+      labels: without a task, the batch entry with labels.
       mask: the batch entry with the mask over examples or tokens, if it is there; see
         `distill/_masks.py` for which shapes fit. Masked entries reach neither a value nor
         a gradient, in no term and no metric. A term may have its own mask
@@ -90,14 +101,13 @@ def distillation(
       asked for by name is missing.
 
     Raises:
-      ConfigError: if there is no term, two terms share a name, or the model is neither a Linen
-        module nor a graphdef.
+      ConfigError: if there is no term, two terms share a name, or the model is of no known kind.
 
     Example:
       >>> import compress_jax as cj
       >>> small, large = cj.models.LeNet300100(hidden=(4,)), cj.models.LeNet300100(hidden=(8,))
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
-      >>> forward = capture(large, ("dense_0",))
+      >>> forward = cj.distill.capture(large, ("dense_0",))
       >>> teacher = Teacher(forward, large.init(jax.random.key(0), batch["image"]))
       >>> terms = [on_labels(0.1), on_logits(cj.distill.kl, 0.9, temperature=4.0)]
       >>> layer, adapter = "dense_0", cj.distill.linear()
@@ -114,24 +124,22 @@ def distillation(
         raise ConfigError(
             f"an objective needs terms, each with a name of its own (name=...); got {names}"
         )
-    paths = tuple(dict.fromkeys(path for term in terms for path in term.student))
-    own = _Distillation(
-        _student(model, paths), tuple(terms), augment, average, resample, inputs, labels, mask
-    )
+    # Each feature is captured once, however many terms read it.
+    paths = tuple(dict.fromkeys(chain.from_iterable(term.student for term in terms)))
+    task = task or classification(inputs, labels)._replace(mask=mask)
+    own = _Distillation(pure(model, paths), tuple(terms), task, augment, average, resample)
     return StatefulLoss(own.init, averaged(own.totals), own.totals)
 
 
 class _Distillation(NamedTuple):
     """The arguments of `distillation`, and the functions of its loss."""
 
-    student: "Student"
+    student: PureModel
     terms: tuple[Term, ...]
+    task: Task
     augment: Augment | None
     average: float | None
     resample: Resample | None
-    inputs: str
-    labels: str
-    mask: str
 
     def context_of(
         self,
@@ -140,24 +148,28 @@ class _Distillation(NamedTuple):
         memory: PyTree,
         batch: Batch,
         key: jax.Array,
-        teacher: Any,
+        teacher: Teacher | Teachers | None,
         step: Step,
         train: bool = True,
     ) -> tuple[LossContext, PyTree]:
         """Run both models; return what the terms read and the new model state."""
+        inputs = self.task.inputs_of(batch)
         if train:
-            counts = chosen(batch, self.mask)
-            out = self.student.train(params, state, batch[self.inputs], key, counts)
+            # Ranges of activations must not move with padding.
+            counts = chosen(batch, self.task.mask)
+            out = self.student.train(params, state, inputs, key, counts)
         else:
-            out = (*self.student.evaluate(params, state, batch[self.inputs]), state)
+            out = (*self.student.evaluate(params, state, inputs), state)
         logits, features, state = out
         if self.average is not None:
             teacher = _average_teacher(self.student, memory["average"])
-        teacher_logits, teacher_features = _teacher_outputs(batch, teacher, self.inputs)
+        teacher_logits, teacher_features = _teacher_outputs(batch, teacher, inputs)
+        # Without labels of its own, a task's labels are what the teacher says.
+        labels = teacher_logits if self.task.labels is None else batch[self.task.labels]
         context = LossContext(
             student_logits=logits,
             teacher_logits=teacher_logits,
-            labels=batch[self.labels],
+            labels=labels,
             student=features,
             teacher=teacher_features,
             params=params,
@@ -176,35 +188,44 @@ class _Distillation(NamedTuple):
         memory: PyTree,
         batch: Batch,
         key: jax.Array,
-        teacher: Any,
+        teacher: Teacher | Teachers | None,
         step: Step,
         train: bool = True,
-    ) -> tuple[Objective, tuple[PyTree, PyTree, Metrics]]:
+    ) -> tuple[Objective, Aux]:
+        # Four keys in any case: a run with augmentation has the dropout of one without.
         augment_key, dropout_key, term_key, resample_key = jax.random.split(key, 4)
+        # Before both forwards, so that teacher and student are given the same inputs.
         if train and self.augment is not None:
             batch = self.augment(augment_key, batch)
+        batch = self.task.prepare(batch)
         if train and self.resample is not None:
+            # What the student samples is data: no gradient flows through how it was drawn.
             frozen = jax.lax.stop_gradient((params, state))
             batch = self.resample(
-                resample_key, batch, lambda x: self.student.evaluate(*frozen, x)[0]
+                resample_key, batch, lambda x: self.student.evaluate(*frozen, (x,))[0]
             )
         context, new_state = self.context_of(
             params, state, memory, batch, dropout_key, teacher, step, train
         )
         context = context._replace(key=term_key)
-        losses, new_memory = _term_losses(self.terms, context, parts, memory, self.mask)
+        losses, new_memory = _term_losses(self.terms, context, parts, memory, self.task.mask)
         objective = tuple((value_at(term.weight, step), losses[term.name]) for term in self.terms)
         if self.average is not None:
             new_memory["average"] = _next_average(
                 memory["average"], params, new_state, self.average
             )
+        # The teacher's hash, which `init` put there, is carried from step to step.
         if "teacher" in memory:
             new_memory["teacher"] = memory["teacher"]
-        metrics = {**losses, **_fidelity(context, memory, self.mask)}
+        metrics = {**losses, **_fidelity(context, memory, self.task)}
         return objective, (new_state, jax.lax.stop_gradient(new_memory), metrics)
 
     def init(
-        self, key: jax.Array, variables: Variables, batch: Batch, teacher: Any
+        self,
+        key: jax.Array,
+        variables: Variables,
+        batch: Batch,
+        teacher: Teacher | Teachers | None,
     ) -> tuple[PyTree, PyTree]:
         params = variables["params"]
         state = {name: each for name, each in variables.items() if name != "params"}
@@ -215,9 +236,13 @@ class _Distillation(NamedTuple):
             own_memory["teacher"] = fingerprint(teacher)
         batch_key, term_key = jax.random.split(key)
 
-        def context_shapes(params: Params, batch: Batch, teacher: Any) -> LossContext:
+        # Adapters need the shapes of features alone, so both models are traced and not run.
+        def context_shapes(
+            params: Params, batch: Batch, teacher: Teacher | Teachers | None
+        ) -> LossContext:
             if self.augment is not None:
                 batch = self.augment(batch_key, batch)
+            batch = self.task.prepare(batch)
             start = jnp.zeros((), jnp.int32)
             context, _ = self.context_of(
                 params, state, own_memory, batch, batch_key, teacher, start
@@ -225,8 +250,10 @@ class _Distillation(NamedTuple):
             return context._replace(key=None)  # a typed key is no output of eval_shape
 
         shapes = jax.eval_shape(context_shapes, params, batch, teacher)
-        parts, memory = {}, {}
+        parts: dict[str, PyTree] = {}
+        memory: dict[str, PyTree] = {}
         for i, term in enumerate(self.terms):
+            # A term without adapters or memory gets no entry: empty parts stay out of the state.
             adapter_params, kept_arrays = term.init(jax.random.fold_in(term_key, i), shapes)
             if jax.tree.leaves(adapter_params):
                 parts[term.name] = adapter_params
@@ -237,11 +264,11 @@ class _Distillation(NamedTuple):
 
 @renamed_arguments(smoothing="label_smoothing")
 def supervised(
-    model: nn.Module | QuantizedModel | Any,
+    model: Model,
     *,
     label_smoothing: float = 0.0,
     augment: Augment | None = None,
-    inputs: str = "image",
+    inputs: str | tuple[str, ...] = "image",
     labels: str = "label",
     mask: str = "mask",
 ) -> StatefulLoss:
@@ -277,12 +304,12 @@ def supervised(
 
 
 def distilled(
-    model: nn.Module | QuantizedModel | Any,
-    teacher_apply: Callable[[Any, Any], jax.Array],
+    model: Model,
+    teacher_apply: Callable[[Variables, PyTree], jax.Array],
     loss_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     *,
     augment: Augment | None = None,
-    inputs: str = "image",
+    inputs: str | tuple[str, ...] = "image",
     labels: str = "label",
     mask: str = "mask",
 ) -> StatefulLoss:
@@ -324,19 +351,24 @@ def distilled(
     terms = [on_logits(loss_fn, labels=True)]
     loss = distillation(model, terms, augment=augment, inputs=inputs, labels=labels, mask=mask)
 
-    def init(key: jax.Array, variables: Variables, batch: Batch, teacher: Any) -> Any:
+    def init(
+        key: jax.Array, variables: Variables, batch: Batch, teacher: Variables
+    ) -> tuple[PyTree, PyTree]:
         return loss.init(key, variables, batch, Teacher(teacher_apply, teacher))
 
-    inner = loss.totals or loss.loss
+    inner = loss.totals
+    assert inner is not None  # `distillation` has them
 
-    def totals(*args: Any, **options: Any) -> Any:
+    def totals(*args: PyTree, **options: bool) -> tuple[Objective, Aux]:
         *rest, teacher, step = args
         return inner(*rest, Teacher(teacher_apply, teacher), step, **options)
 
     return StatefulLoss(init, averaged(totals), totals)
 
 
-def _teacher_outputs(batch: Batch, teacher: Any, inputs: str) -> tuple[Any, dict[str, jax.Array]]:
+def _teacher_outputs(
+    batch: Batch, teacher: Teacher | Teachers | None, inputs: tuple[PyTree, ...]
+) -> tuple[PyTree, dict[str, jax.Array]]:
     """Return cached teacher logits and features, else those of a fresh forward pass."""
     if "teacher" in batch:
         features = {
@@ -345,14 +377,15 @@ def _teacher_outputs(batch: Batch, teacher: Any, inputs: str) -> tuple[Any, dict
             if name.startswith(TEACHER)
         }
         return batch["teacher"], features
-    return (None, {}) if teacher is None else teacher.forward(batch[inputs])
+    return (None, {}) if teacher is None else teacher.forward(*inputs)
 
 
 def _term_losses(
     terms: Sequence[Term], context: LossContext, parts: PyTree, memory: PyTree, mask: str
 ) -> tuple[dict[str, Total], dict[str, PyTree]]:
     """Return each term's total and new memory; each draws from a key of its own."""
-    totals, new_memory = {}, {}
+    totals: dict[str, Total] = {}
+    new_memory: dict[str, PyTree] = {}
     for i, term in enumerate(terms):
         own_key = jax.random.fold_in(context.key, i)
         own = _masked_context(context._replace(key=own_key), term, mask)
@@ -373,7 +406,7 @@ def _masked_context(context: LossContext, term: Term, mask: str) -> LossContext:
         own = chosen(context.batch, term.mask, f"the term {term.name!r}")
     if own is None:
         return context
-    leading = context.student_logits.shape[:-1]
+    leading = context.student_logits.shape[:-1]  # [batch], or [batch, *positions]
     # A term's own mask may be of feature positions; the logits then take the objective's mask.
     candidates = [each for each in (own, default) if each is not None]
     fitting = [each for each in candidates if fits(each, leading, examples=True)]
@@ -406,141 +439,70 @@ def _masked_feature(feature: jax.Array, mask: jax.Array) -> jax.Array:
 
 def _masked_outputs(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return logits or labels with zeros for masked entries."""
-    if x.shape[: counts.ndim] == counts.shape:
+    if x.shape[: counts.ndim] == counts.shape:  # [*leading], or [*leading, classes]
         return kept(x, counts)
     return jax.vmap(lambda x: kept(x, counts))(x)  # [teachers, *leading, classes]
 
 
 def _next_average(average: PyTree, params: Params, state: PyTree, decay: float) -> PyTree:
     """Return the moving average after this step; batch statistics are the current ones."""
+    # optax takes the weight of the new params: step_size * new + (1 - step_size) * old.
     moved = optax.incremental_update(jax.lax.stop_gradient(params), average["params"], 1 - decay)
     return {"params": moved, "state": state}
 
 
-def _fidelity(context: LossContext, memory: PyTree, mask: str) -> Metrics:
+def _fidelity(context: LossContext, memory: PyTree, task: Task) -> LossMetrics:
     """Return the accuracy of student and teacher on this batch, and their agreement."""
-    labels = context.labels
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        labels = labels.argmax(axis=-1)
-    predicted = context.student_logits.argmax(axis=-1)
-    hits = {"accuracy": predicted == labels}
-    if context.teacher_logits is not None:
-        best = _predictions(context.teacher_logits, context.student_logits.ndim)
-        hits |= {"teacher_accuracy": best == labels, "agreement": predicted == best}
-    counts = chosen(context.batch, mask)
-    if counts is not None:
-        counts = fitted(counts, predicted.shape, "the predictions", examples=True)
-    metrics: Metrics = {name: total(hit.astype(jnp.float32), counts) for name, hit in hits.items()}
+    hits = _hits(context) if task.logits else {}
+    counts = chosen(context.batch, task.mask)
+    metrics: dict[str, jax.Array | Total] = {}
+    for name, hit in hits.items():
+        own = None
+        if counts is not None:
+            own = fitted(counts, hit.shape, "the predictions", examples=True)
+        metrics[name] = total(hit.astype(jnp.float32), own)
     if "teacher" in memory:
         # 24 bits are exact in float32.
-        digits = memory["teacher"][:3].astype(jnp.float32)
+        digits = memory["teacher"][:3].astype(jnp.float32)  # [3], bytes of the hash
         metrics["teacher_id"] = digits[0] * 65536.0 + digits[1] * 256.0 + digits[2]
     return metrics
 
 
-def _predictions(teacher_logits: Any, ndim: int) -> jax.Array:
+def _hits(context: LossContext) -> dict[str, jax.Array]:
+    """Return where the largest logits of student, teacher and labels are the same."""
+    labels = context.labels
+    predicted = context.student_logits.argmax(axis=-1)  # [*leading]
+    best = None
+    if context.teacher_logits is not None:
+        best = _predictions(context.teacher_logits, context.student_logits.ndim)
+    # Labels may be what the teacher said, or probabilities from a mixup.
+    if labels is context.teacher_logits:
+        labels = best
+    elif not jnp.issubdtype(labels.dtype, jnp.integer):
+        labels = labels.argmax(axis=-1)
+    hits = {}
+    if labels is not None and labels.shape == predicted.shape:  # labels of frames are fewer
+        hits["accuracy"] = predicted == labels
+        if best is not None:
+            hits["teacher_accuracy"] = best == labels
+    if best is not None:
+        hits["agreement"] = predicted == best
+    return hits
+
+
+def _predictions(teacher_logits: jax.Array | TopK, ndim: int) -> jax.Array:
     """Return the classes predicted by one teacher, several, or a top-k cache."""
     if isinstance(teacher_logits, TopK):
-        return teacher_logits.ids[..., 0]
-    if teacher_logits.ndim > ndim:
+        return teacher_logits.ids[..., 0]  # the largest comes first
+    if teacher_logits.ndim > ndim:  # [teachers, *leading, classes]
         teacher_logits = ensemble(teacher_logits)
     return teacher_logits.argmax(axis=-1)
 
 
-class Student(NamedTuple):
-    """A Linen or NNX model as two pure functions.
-
-    Attributes:
-      train: ``(params, model_state, x, key, counts) -> (logits, features, model_state)``; counts is
-        the batch's mask or None.
-      evaluate: ``(params, model_state, x) -> (logits, features)``, in eval mode.
-    """
-
-    train: Callable[..., tuple[jax.Array, dict[str, jax.Array], PyTree]]
-    evaluate: Callable[[Params, PyTree, Any], tuple[jax.Array, dict[str, jax.Array]]]
-
-
-def _student(model: Model, patterns: tuple[str, ...]) -> Student:
-    """Return a model as pure functions that capture the features of some paths.
-
-    Raises:
-      ConfigError: if it is neither a Linen module nor a graphdef.
-    """
-    from flax import nnx
-
-    if isinstance(model, (nn.Module, QuantizedModel)):
-        return _linen(model, patterns)
-    if isinstance(model, nnx.GraphDef):
-        return _nnx(model, patterns)
-    raise ConfigError(
-        "the student is a Linen module or the graphdef of nnx.split(module, nnx.Param, ...), got "
-        f"{model!r}"
-    )
-
-
-def _linen(model: nn.Module | QuantizedModel, patterns: tuple[str, ...]) -> Student:
-    if patterns:
-        forward = capture(model, patterns)
-    else:
-
-        def forward(*args: Any, **options: Any) -> tuple[Any, dict[str, jax.Array]]:
-            return model.apply(*args, **options), {}
-
-    def train(
-        params: Params, model_state: PyTree, x: Any, key: jax.Array, counts: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array], PyTree]:
-        variables = {"params": params, **model_state}
-        options = {"mutable": list(model_state), "rngs": {"dropout": key}}
-        if counts is not None and isinstance(model, QuantizedModel):
-            options["counts"] = counts  # ranges must not move with padding
-        (logits, new), features = forward(variables, x, train=True, **options)
-        return jnp.asarray(logits), features, {**model_state, **new}
-
-    def evaluate(
-        params: Params, model_state: PyTree, x: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return forward({"params": params, **model_state}, x, train=False)
-
-    return Student(train, evaluate)
-
-
-def _nnx(graphdef: Any, patterns: tuple[str, ...]) -> Student:
-    from flax import nnx
-
-    def merge(params: Params, model_state: PyTree, training: bool) -> Any:
-        module = nnx.merge(graphdef, params, model_state.get("rest", nnx.State({})), copy=True)
-        if training:
-            module.train()
-        else:
-            module.eval()
-        return module
-
-    def forward(module: Any, x: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return capture(module, patterns)(x) if patterns else (module(x), {})
-
-    def train(
-        params: Params, model_state: PyTree, x: Any, key: jax.Array, counts: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array], PyTree]:
-        module = merge(params, model_state, training=True)
-        nnx.reseed(module, dropout=key)
-        logits, features = forward(module, x)
-        rest = nnx.split(module, nnx.Param, ...)[2]
-        # A capture adds nothing to the state: it must keep the structure that it came with.
-        structure = jax.tree.structure(model_state.get("rest", rest))
-        return logits, features, {"rest": jax.tree.unflatten(structure, jax.tree.leaves(rest))}
-
-    def evaluate(
-        params: Params, model_state: PyTree, x: Any
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        return forward(merge(params, model_state, training=False), x)
-
-    return Student(train, evaluate)
-
-
-def _average_teacher(student: Student, average: PyTree) -> Teacher:
+def _average_teacher(student: PureModel, average: PyTree) -> Teacher:
     """Return the student's moving average as a teacher."""
 
-    def apply(variables: Variables, x: Any) -> Any:
-        return student.evaluate(variables["params"], variables["state"], x)
+    def apply(variables: Variables, *inputs: PyTree) -> PyTree:
+        return student.evaluate(variables["params"], variables["state"], inputs)
 
     return Teacher(apply, average)

@@ -2,26 +2,28 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ArgumentError, DataError
-from compress_jax.core.types import Variables
+from compress_jax.core.types import Array, Batch, Variables
 from compress_jax.data._feed import eval_batches
 from compress_jax.distill import Total
 from compress_jax.distill._masks import fitted
 
-Apply = Callable[[Any, jax.Array], jax.Array]
+Apply: TypeAlias = Callable[[Variables, jax.Array], jax.Array]
+"""``(variables, x) -> logits`` in eval mode."""
+
 OWN = "of the split"  # the split's own mask; "mask" is that of the rows that pad the last batch
 
 
 def logits(
     apply_fn: Apply,
     variables: Variables,
-    split: Mapping[str, Any],
+    split: Mapping[str, Array],
     batch_size: int = 500,
     inputs: str = "image",
 ) -> np.ndarray:
@@ -56,7 +58,7 @@ def logits(
 def accuracy(
     apply_fn: Apply,
     variables: Variables,
-    split: Mapping[str, Any],
+    split: Mapping[str, Array],
     batch_size: int = 500,
     *,
     inputs: str = "image",
@@ -94,12 +96,15 @@ def accuracy(
         _correct(apply_fn, variables, batch[inputs], batch[labels], batch["mask"], batch.get(OWN))
         for batch in batches
     ]
-    correct, number = (sum(int(pair[i]) for pair in pairs) for i in (0, 1))
+    correct = sum(int(hits) for hits, _ in pairs)
+    number = sum(int(counts) for _, counts in pairs)
     return correct / max(number, 1)
 
 
 def averages(
-    measure: Callable[[Any, Any], Mapping[str, Total]], variables: Variables, batches: Iterable[Any]
+    measure: Callable[[Variables, Batch], Mapping[str, Total]],
+    variables: Variables,
+    batches: Iterable[Batch],
 ) -> dict[str, float]:
     """Return means over batches of any sizes and lengths: sums and counts are divided last.
 
@@ -128,6 +133,7 @@ def averages(
     run = jax.jit(measure)
     sums: dict[str, np.ndarray] = {}
     for batch in batches:
+        # [sum, count] in float64: float32 sums of many batches would lose single examples.
         for name, each in run(variables, batch).items():
             sums[name] = sums.get(name, np.zeros(2)) + np.array([each.sum, each.count], np.float64)
     if not sums:
@@ -136,15 +142,13 @@ def averages(
 
 
 def _batches(
-    split: Mapping[str, Any], names: tuple[str, ...], batch_size: int
-) -> Iterator[dict[str, Any]]:
+    split: Batch, names: tuple[str, ...], batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
     """Cut a split's arrays into masked batches of one size, all of them on each process."""
     sizes = {name: len(split[name]) for name in names}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ArgumentError(f"the arrays of a split must have one length, and not 0; got {sizes}")
-    return eval_batches(
-        {name: split[name] for name in names}, batch_size, process_index=0, process_count=1
-    )
+    return eval_batches({name: split[name] for name in names}, batch_size)
 
 
 # The function is a static argument, compared by value: `model.apply` is a new object at every
@@ -164,7 +168,7 @@ def _correct(
     own: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Return how many answers are right, of how many."""
-    hit = apply_fn(variables, x).argmax(axis=-1) == labels
+    hit = apply_fn(variables, x).argmax(axis=-1) == labels  # [batch], or [batch, sequence]
     counts = fitted(rows, hit.shape, "the labels") > 0
     if own is not None:
         counts &= fitted(own, hit.shape, "the labels", examples=True) > 0

@@ -1,22 +1,21 @@
 """Students as teachers: of the next generation, or of each other in mutual learning."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError
-from compress_jax.core.types import Batch
+from compress_jax.core.types import Batch, ModelFn
 from compress_jax.distill import Teacher, Teachers
 from compress_jax.train._state import TrainState
 from compress_jax.train._step import Metrics, Step
 
-Apply = Callable[..., Any]
 
-
-def as_teacher(state: TrainState, apply: Apply, compression: Compression | None = None) -> Teacher:
+def as_teacher(
+    state: TrainState, apply: ModelFn, compression: Compression | None = None
+) -> Teacher:
     """Return a trained student as the frozen teacher of the next stage of training.
 
     Born-again networks: ``teacher = as_teacher(train(teacher), model.apply)``, again and again, and
@@ -45,15 +44,16 @@ def as_teacher(state: TrainState, apply: Apply, compression: Compression | None 
       Furlanello et al., "Born-Again Neural Networks", ICML 2018, section 3. Mirzadeh et al.,
       "Improved Knowledge Distillation via Teacher Assistant", AAAI 2020, section 3.
     """
+    # Copies, as the next stage may donate the state's own arrays.
     variables = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), state.variables(compression))
     return Teacher(apply, variables)
 
 
 def mutual_step(
     steps: Sequence[Step],
-    applies: Sequence[Apply],
+    applies: Sequence[ModelFn],
     compressions: Sequence[Compression | None] | None = None,
-) -> Callable[[tuple[TrainState, ...], Any], tuple[tuple[TrainState, ...], tuple[Metrics, ...]]]:
+) -> Callable[[tuple[TrainState, ...], Batch], tuple[tuple[TrainState, ...], tuple[Metrics, ...]]]:
     """Return the step of students that teach each other: deep mutual learning.
 
     Each takes its own step with the others, as they were before it, as frozen teachers in eval
@@ -110,6 +110,7 @@ def mutual_step(
         all_metrics = []
         for i, (own_step, state) in enumerate(zip(steps, states, strict=True)):
             others = tuple(teachers[:i] + teachers[i + 1 :])
+            # One alone gives logits without an axis of teachers, which losses on one expect.
             teacher = others[0] if len(others) == 1 else Teachers(others)
             new_state, metrics = own_step(state, batch, teacher=teacher)
             new_states.append(new_state)

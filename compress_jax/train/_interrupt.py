@@ -15,6 +15,12 @@ class Interrupted(Exception):  # noqa: N818  it is no error: the run was asked t
       step: how many steps had been taken.
       exit_code: what the process should end with, ``128 + signum``: 130 for Ctrl-C, 143 for
         SIGTERM.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> stop = cj.train.Interrupted(signal.SIGTERM, step=7)
+      >>> str(stop), stop.exit_code
+      ('stopped by SIGTERM after step 7', 143)
     """
 
     def __init__(self, signum: int, step: int):
@@ -49,6 +55,7 @@ def watch_signals(*signals: int) -> Iterator[Callable[[], int | None]]:
     received: list[int] = []
     previous: dict[int, object] = {}
 
+    # A handler that was not set from Python is None, and cannot be given back.
     def restore() -> None:
         for signum, handler in previous.items():
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)  # pyright: ignore[reportArgumentType]
@@ -56,7 +63,7 @@ def watch_signals(*signals: int) -> Iterator[Callable[[], int | None]]:
 
     def remember(signum: int, frame: FrameType | None) -> None:
         received.append(signum)
-        restore()
+        restore()  # a second signal acts as usual, should the step never finish
 
     if threading.current_thread() is threading.main_thread():
         for signum in signals or (signal.SIGINT, signal.SIGTERM):

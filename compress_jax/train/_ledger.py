@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
 
 from compress_jax.core.compression import Compression, identity
-from compress_jax.core.types import Batch, Model, Variables
-from compress_jax.distill import Term, on_labels
+from compress_jax.core.types import Batch, Model, PyTree, Variables
+from compress_jax.distill import Teacher, Teachers, Term, on_labels
 from compress_jax.train._distillation import TEACHER, distillation
 from compress_jax.train._state import create
 from compress_jax.train._step import StatefulLoss, make_step
@@ -23,6 +23,12 @@ class Ledger(NamedTuple):
         ``"loss"`` (what the terms add), and the ``"whole"``.
       flops: likewise, as XLA counts them in the compiled programs.
       examples_per_second: throughput of the whole step.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> pieces = {"teacher": 3.0, "student": 5.0, "loss": 2.0, "whole": 10.0}
+      >>> cj.train.Ledger(pieces, pieces, examples_per_second=12.8).share("loss")
+      (0.2, 0.2)
     """
 
     seconds: dict[str, float]
@@ -48,7 +54,7 @@ def ledger(
     terms: Sequence[Term],
     variables: Variables,
     batch: Batch,
-    teacher: Any,
+    teacher: Teacher | Teachers,
     optimizer: optax.GradientTransformation,
     compression: Compression | None = None,
     *,
@@ -92,18 +98,20 @@ def ledger(
     """
     compression = compression or identity()
     key = jax.random.key(0)
+    # With the teacher's outputs in the batch, the step is timed without the teacher's forward.
     logits, features = jax.jit(teacher.forward)(batch[inputs])
     cached = {f"{TEACHER}{path}": feature for path, feature in features.items()}
     batch_with_teacher = {**batch, "teacher": logits, **cached}
     distilled = distillation(model, terms, inputs=inputs, labels=labels)
     supervised = distillation(model, [on_labels()], inputs=inputs, labels=labels)
 
-    def program(loss: StatefulLoss, batch: Batch) -> tuple[Any, tuple[Any, ...]]:
+    def program(loss: StatefulLoss, batch: Batch) -> tuple[jax.stages.Compiled, tuple[PyTree, ...]]:
         aux = loss.init(key, variables, batch, None)
         state = create(variables, compression, optimizer, key, aux)
         step = jax.jit(make_step(loss, optimizer, compression))
         return step.lower(state, batch).compile(), (state, batch)
 
+    # Compiled ahead: the time of a run holds no compilation, and XLA tells each program's FLOPs.
     programs = {
         "teacher": (
             jax.jit(lambda teacher, x: teacher.forward(x)).lower(teacher, batch[inputs]).compile(),
@@ -125,6 +133,7 @@ def _pieces(measured: dict[str, float]) -> dict[str, float]:
     teacher = measured["teacher"]
     student = measured["student"]
     distilled = measured["distilled"]
+    # A difference of two programs: XLA fuses the losses with the rest of the step.
     return {
         "teacher": teacher,
         "student": student,
@@ -133,12 +142,12 @@ def _pieces(measured: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _fastest(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def _fastest(runs: dict[str, Callable[[], PyTree]], repeats: int) -> dict[str, float]:
     """Return the fastest time of each, run in turn, so that a busy moment hits all of them."""
     best = dict.fromkeys(runs, float("inf"))
-    for _ in range(repeats + 1):
+    for _ in range(repeats + 1):  # the first run of each may still allocate memory
         for name, run in runs.items():
             start = time.perf_counter()
-            jax.block_until_ready(run())
+            jax.block_until_ready(run())  # JAX returns before the device is done
             best[name] = min(best[name], time.perf_counter() - start)
     return best

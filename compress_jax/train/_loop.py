@@ -8,19 +8,21 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import CheckpointError, NonFiniteError
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Batch, PyTree, Scalar
 from compress_jax.train._checkpoint import Checkpoints
 from compress_jax.train._interrupt import Interrupted, watch_signals
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
+from compress_jax.train._processes import Votes, is_first, settle
 from compress_jax.train._progress import Report, progress
 from compress_jax.train._state import TrainState
+from compress_jax.train._step import Metrics
 
 _log = logging.getLogger(__name__)
 
@@ -38,16 +40,16 @@ class Session(NamedTuple):
     recorders: list[Recorder]
     report: Report
     checkpoints: Checkpoints | None
-    ahead: deque[Any]
+    ahead: deque[Metrics]
 
-    def keep_pace(self, step: int, metrics: Any, max_ahead: int = 2) -> None:
+    def keep_pace(self, step: int, metrics: Metrics, max_ahead: int = 2) -> None:
         """Wait until the device is few steps behind: stopping must not wait for a long queue."""
         self.ahead.append(metrics)
         if len(self.ahead) > max_ahead:
             jax.block_until_ready(self.ahead.popleft())
         self.report(step, {})
 
-    def record(self, step: int, group: str, values: Mapping[str, Any]) -> None:
+    def record(self, step: int, group: str, values: Mapping[str, Scalar]) -> None:
         """Write and show metrics; under pmap each comes once a device, all equal."""
         numbers = {
             name: float(np.ravel(value)[0]) for name, value in jax.device_get(dict(values)).items()
@@ -56,6 +58,7 @@ class Session(NamedTuple):
             for recorder in self.recorders:
                 recorder.write(step, {f"{group}/{name}": value for name, value in numbers.items()})
         self.report(step, numbers)
+        # Written first, so that the file shows the step at which the run diverged.
         self._require_finite(
             step,
             [f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value)],
@@ -85,7 +88,7 @@ def open_recorders(
 ) -> Iterator[list[Recorder]]:
     """Open the metric files in a directory, if any; only the first process writes them."""
     recorders: list[Recorder] = []
-    if directory is not None and jax.process_index() == 0:
+    if directory is not None and is_first():
         _tell_damaged(Path(directory) / "metrics.jsonl")
         with _writable(directory):
             recorders.append(JsonLines(Path(directory) / "metrics.jsonl", start))
@@ -103,6 +106,7 @@ def _tell_damaged(file: Path) -> None:
     if not file.is_file():
         return
     lines = file.read_bytes().splitlines(keepends=True)
+    # The last line may lack its end: a kill does that, and it is no damage.
     bad = sum(line.endswith(b"\n") and not _is_record(line) for line in lines)
     if bad:
         _log.warning("%d lines of %s are damaged; they are dropped", bad, file)
@@ -143,15 +147,23 @@ def _all_finite(tree: PyTree) -> jax.Array:
 
 
 class Feed(Protocol):
-    """Batches by step: ``feed[step]`` is always the same batch, so that a run can be resumed."""
+    """Batches by step: ``feed[step]`` is always the same batch, so that a run can be resumed.
 
-    def __getitem__(self, step: int, /) -> Any:
+    Example:
+      >>> import compress_jax as cj
+      >>> split = {"x": np.arange(6.0), "label": np.arange(6)}
+      >>> feed: cj.train.Feed = cj.data.batches(split, 2, seed=0)
+      >>> feed[3]["x"].tolist() == feed[3]["x"].tolist()
+      True
+    """
+
+    def __getitem__(self, step: int, /) -> Batch:
         """Return the batch of a step, counted from 0."""
         ...
 
 
 def fit(
-    step: Callable[..., tuple[TrainState, Any]],
+    step: Callable[..., tuple[TrainState, Metrics]],
     state: TrainState,
     feed: Feed,
     *,
@@ -162,7 +174,7 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
     title: str = "training",
-    teacher: Any = None,
+    teacher: PyTree = None,
 ) -> TrainState:
     """Train until ``steps`` steps have been taken, in this process or in earlier ones.
 
@@ -189,7 +201,8 @@ def fit(
       The state after the last step.
 
     Raises:
-      Interrupted: after Ctrl-C or SIGTERM, once the current step is finished and saved.
+      Interrupted: after Ctrl-C or SIGTERM, once the current step is finished and saved; of several
+        processes all stop, at one step, whichever the signal came to.
       NonFiniteError: if the loss or the parameters are NaN or infinite; the last good checkpoint
         stays.
       CheckpointError: if the directory holds a checkpoint of another model, or of a longer run.
@@ -211,27 +224,40 @@ def fit(
         if directory is not None:
             checkpoints = stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
         start, state = _resume(state, checkpoints, steps)
+        # A finished run is returned as it is: opening its metric files would add to them.
         if start == steps:
             return state
         stop = stack.enter_context(watch_signals())
         recorders = stack.enter_context(open_recorders(directory, start))
-        report = stack.enter_context(progress(title, steps, start))
+        shown = (
+            progress(title, steps, start) if is_first() else contextlib.nullcontext(_say_nothing)
+        )
+        report = stack.enter_context(shown)
         session = Session(recorders, report, checkpoints, deque())
+        votes = Votes()
         for done in range(start + 1, steps + 1):
-            state, metrics = step(state, feed[done - 1], teacher=teacher)
+            state, metrics = settle(step(state, feed[done - 1], teacher=teacher))
             session.keep_pace(done, metrics)
-            last, signum = done == steps, stop()
+            last = done == steps
+            # Asked once a step: a signal after this is seen in the next one, or below. Several
+            # processes stop at one step, as each has a part of the state to save.
+            signum = votes.cast(stop() or 0)
             if last or done % log_every == 0:
                 session.record(done, "train", metrics)
             if evaluate is not None and (last or (eval_every and done % eval_every == 0)):
                 session.record(done, "eval", evaluate(state))
+            # After the metrics of its step: a run resumed from here does not write those again.
             if last or signum or done % save_every == 0:
                 session.save(done, state)
             if signum:
                 raise Interrupted(signum, done)
-        if signum := stop():  # it came while the last step was being saved
+        if signum := votes.last(stop() or 0):  # it came while the last step was being saved
             raise Interrupted(signum, steps)
     return state
+
+
+def _say_nothing(step: int, values: Mapping[str, Scalar]) -> None:
+    """Report nothing: the first process does."""
 
 
 def _resume(
@@ -239,6 +265,7 @@ def _resume(
 ) -> tuple[int, TrainState]:
     """Return where to begin: at the newest checkpoint if there is one, else at the state given."""
     found = checkpoints.restore_latest(state) if checkpoints else None
+    # Under pmap each device has a step of its own, all equal.
     start, state = found or (int(np.ravel(jax.device_get(state.step))[0]), state)
     if start > steps:
         where = checkpoints.directory if checkpoints else "the state given"

@@ -12,7 +12,19 @@ from tensorboardX import SummaryWriter
 
 
 class Recorder(Protocol):
-    """A destination of metrics."""
+    """A destination of metrics.
+
+    Example:
+      >>> class Screen:
+      ...     def write(self, step, values):
+      ...         print(step, dict(values))
+      ...     def close(self):
+      ...         pass
+      >>> import compress_jax as cj
+      >>> recorder: cj.train.Recorder = Screen()
+      >>> recorder.write(10, {"train/loss": 0.5})
+      10 {'train/loss': 0.5}
+    """
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of one step."""
@@ -50,11 +62,13 @@ class JsonLines:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_after(path, resume_step)
+        # Unbuffered: a line that was written is with the operating system, and survives a kill.
         self._file = path.open("ab", buffering=0)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line."""
         numbers = {name: float(value) for name, value in values.items()}
+        # JSON has no NaN and no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write((json.dumps({"step": step, **finite}) + "\n").encode())
 
@@ -82,6 +96,7 @@ class TensorBoard:
 
     def __init__(self, directory: str | os.PathLike[str], resume_step: int = 0):
         """Start a new event file."""
+        # TensorBoard hides the steps from this one on in files that are there already.
         purge = resume_step + 1 if resume_step else None
         self._writer = SummaryWriter(str(directory), purge_step=purge)
 

@@ -2,22 +2,30 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ArgumentError, ConfigError, ShapeError
-from compress_jax.core.types import Batch, PyTree
+from compress_jax.core.types import Batch, PyTree, Scalar, Step
 from compress_jax.distill import Total, masked_total
 
-Objective: TypeAlias = Sequence[tuple[Any, Total]]
+Objective: TypeAlias = Sequence[tuple[Scalar, Total]]
 """``sum_k weight_k * sum_k / count_k`` as pairs ``(weight_k, Total)``; counts have no gradient."""
+
+LossMetrics: TypeAlias = Mapping[str, jax.Array | Total]
+"""What a loss reports of a batch: numbers, and totals, of which a step reports the means."""
+
+Aux: TypeAlias = tuple[PyTree, PyTree, LossMetrics]
+"""What a loss returns beside its value: ``(model_state, memory, metrics)``."""
+
+T = TypeVar("T")
 
 MASK = "mask"
 
 
-def total(values: jax.Array, counts: Any) -> Total:
+def total(values: jax.Array, counts: jax.Array | None) -> Total:
     """Return the total of the values that count, or of all if counts is None.
 
     Example:
@@ -48,6 +56,7 @@ def value(objective: Objective, counts: Sequence[jax.Array] | None = None) -> ja
       4.0
     """
     own = [each.count for _, each in objective] if counts is None else counts
+    # A count may depend on params; its gradient would train what counts, not the loss.
     means = [
         Total(each.sum, jax.lax.stop_gradient(n)).mean
         for (_, each), n in zip(objective, own, strict=True)
@@ -59,7 +68,7 @@ def value(objective: Objective, counts: Sequence[jax.Array] | None = None) -> ja
     return sum(weighted, jnp.zeros((), jnp.float32))
 
 
-def means(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+def means(metrics: Mapping[str, T | Total]) -> dict[str, T | jax.Array]:
     """Return metrics with the mean of each that is a `Total`.
 
     Example:
@@ -69,17 +78,17 @@ def means(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
     return {name: each.mean if isinstance(each, Total) else each for name, each in metrics.items()}
 
 
-def averaged(totals: Callable[..., Any]) -> Callable[..., Any]:
+def averaged(totals: "General") -> Callable[..., tuple[jax.Array, Aux]]:
     """Return ``totals`` with a scalar in place of its `Objective`, and with means as metrics."""
 
-    def loss(*args: Any, **options: Any) -> Any:
-        objective, (*kept, metrics) = totals(*args, **options)
-        return value(objective), (*kept, means(metrics))
+    def loss(*args: PyTree, **options: bool) -> tuple[jax.Array, Aux]:
+        objective, (model_state, memory, metrics) = totals(*args, **options)
+        return value(objective), (model_state, memory, means(metrics))
 
     return loss
 
 
-def chosen(batch: Batch, name: str, who: str = "the loss") -> Any:
+def chosen(batch: Batch, name: str, who: str = "the loss") -> jax.Array | None:
     """Return a batch's mask, or None without one; a mask with a name of its own must be there.
 
     Example:
@@ -88,6 +97,7 @@ def chosen(batch: Batch, name: str, who: str = "the loss") -> Any:
     """
     if name in batch:
         return batch[name]
+    # Batches without a mask are usual; a mask that somebody has named must be there.
     if name != MASK or who != "the loss":
         raise ConfigError(
             f"{who} looks for what counts in the batch's entry {name!r}, and the batch has only "
@@ -115,8 +125,30 @@ def counted(loss: jax.Array | Total) -> Total:
     return loss if isinstance(loss, Total) else Divided(loss, jnp.ones((), jnp.result_type(loss)))
 
 
-General = Callable[..., tuple[Objective, tuple[Any, Any, dict[str, Any]]]]
+General: TypeAlias = Callable[..., tuple[Objective, Aux]]
 """As `StatefulLoss.totals`: it returns ``(objective, (model_state, memory, metrics))``."""
+
+
+class Shares(NamedTuple):
+    """One share of a number; the number is the sum over microbatches and devices."""
+
+    value: jax.Array
+
+
+Trained: TypeAlias = tuple[PyTree, PyTree]
+"""``(params, parts)``, or their gradients."""
+
+Carried: TypeAlias = tuple[PyTree, PyTree]
+"""``(model_state, memory)``."""
+
+PartialMetrics: TypeAlias = Mapping[str, jax.Array | Total | Shares]
+"""Metrics of one microbatch on one device."""
+
+_Run: TypeAlias = Callable[[Trained, Carried, Batch, jax.Array], tuple[Objective, Aux]]
+_Grad: TypeAlias = Callable[
+    [Carried, Batch, jax.Array, Sequence[jax.Array] | None],
+    tuple[Trained, tuple[PyTree, PyTree, PartialMetrics]],
+]
 
 
 class Gathered(NamedTuple):
@@ -129,7 +161,7 @@ class Gathered(NamedTuple):
       metrics: means over the batch, ``loss`` among them.
     """
 
-    grads: tuple[PyTree, PyTree]
+    grads: Trained
     model_state: PyTree
     memory: PyTree
     metrics: dict[str, jax.Array]
@@ -137,11 +169,11 @@ class Gathered(NamedTuple):
 
 def gather(
     general: General,
-    trained: tuple[PyTree, PyTree],
-    carried: tuple[PyTree, PyTree],
+    trained: Trained,
+    carried: Carried,
     batch: Batch,
     key: jax.Array,
-    rest: tuple[Any, Any],
+    rest: tuple[PyTree, Step],
     microbatches: int,
     axis_name: str | None,
 ) -> Gathered:
@@ -169,14 +201,20 @@ def gather(
     """
     several = microbatches > 1 or axis_name is not None
 
-    def run(trained: Any, carried: Any, microbatch: Any, key: jax.Array) -> Any:
+    def run(
+        trained: Trained, carried: Carried, microbatch: Batch, key: jax.Array
+    ) -> tuple[Objective, Aux]:
         objective, aux = general(*trained, *carried, microbatch, key, *rest)
         if several:
             _require_counts(objective, microbatch)
         return objective, aux
 
-    def grad(carried: Any, microbatch: Any, key: jax.Array, counts: Any) -> Any:
-        def share(trained: Any) -> Any:
+    def grad(
+        carried: Carried, microbatch: Batch, key: jax.Array, counts: Sequence[jax.Array] | None
+    ) -> tuple[Trained, tuple[PyTree, PyTree, PartialMetrics]]:
+        # The loss of this part of the batch, divided by the counts of all parts: gradients of the
+        # shares add up to that of the whole batch.
+        def share(trained: Trained) -> tuple[jax.Array, tuple[PyTree, PyTree, PartialMetrics]]:
             objective, (model_state, memory, metrics) = run(trained, carried, microbatch, key)
             own = counts
             if own is None:
@@ -203,17 +241,12 @@ def gather(
     )
 
 
-class Shares(NamedTuple):
-    """One share of a number; the number is the sum over microbatches and devices."""
-
-    value: jax.Array
-
-
-def mean(tree: PyTree, axis_name: str | None) -> Any:
+def mean(tree: PyTree, axis_name: str | None) -> PyTree:
     """Return a tree with its floating leaves averaged over a mapped axis, if there is one."""
     if axis_name is None:
         return tree
 
+    # Integers and keys (counters, hashes) are equal on all devices.
     def one(leaf: jax.Array) -> jax.Array:
         floating = jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.floating)
         return jax.lax.pmean(leaf, axis_name) if floating else leaf
@@ -222,29 +255,36 @@ def mean(tree: PyTree, axis_name: str | None) -> Any:
 
 
 def _over_microbatches(
-    run: Callable[..., Any],
-    grad: Callable[..., Any],
-    trained: PyTree,
-    carried: PyTree,
+    run: _Run,
+    grad: _Grad,
+    trained: Trained,
+    carried: Carried,
     batch: Batch,
     key: jax.Array,
     number: int,
     axis_name: str | None,
-) -> tuple[PyTree, PyTree, dict[str, Any]]:
+) -> tuple[Trained, Carried, PartialMetrics]:
     """Return gradients, model state and memory, and metrics summed over microbatches."""
-    cut = jax.tree.map(lambda leaf: _cut(leaf, number), batch)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(number))
+    cut = jax.tree.map(lambda leaf: _cut(leaf, number), batch)  # [microbatches, rows, ...]
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(number))  # [microbatches]
 
-    def count(carried: Any, microbatch: Any) -> Any:
+    # First pass: the counts of the whole step. Same keys and state as in the second, as masks may
+    # depend on them.
+    def count(
+        carried: Carried, microbatch: tuple[Batch, jax.Array]
+    ) -> tuple[Carried, list[jax.Array]]:
         objective, (model_state, memory, _) = run(trained, carried, *microbatch)
         return (model_state, memory), [each.count for _, each in objective]
 
-    _, counts = jax.lax.scan(count, carried, (cut, keys))
+    _, counts = jax.lax.scan(count, carried, (cut, keys))  # each [microbatches]
     counts = [each.sum() for each in counts]
     if axis_name is not None:
         counts = jax.lax.psum(counts, axis_name)
 
-    def add(carry: Any, microbatch: Any) -> Any:
+    # Second pass: add up the gradients of the shares.
+    def add(
+        carry: tuple[Trained, Carried], microbatch: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[Trained, Carried], PartialMetrics]:
         total, carried = carry
         grads, (model_state, memory, metrics) = grad(carried, *microbatch, counts)
         return (jax.tree.map(jnp.add, total, grads), (model_state, memory)), metrics
@@ -262,10 +302,11 @@ def _cut(leaf: jax.Array, number: int) -> jax.Array:
             f"a batch with an entry of shape {shape} cannot be cut evenly into {number} "
             "microbatches"
         )
-    return jnp.reshape(leaf, (shape[0] // number, number, *shape[1:])).swapaxes(0, 1)
+    rows = jnp.reshape(leaf, (shape[0] // number, number, *shape[1:]))
+    return rows.swapaxes(0, 1)  # [microbatches, rows, ...]
 
 
-def _added(metrics: Any) -> Any:
+def _added(metrics: PartialMetrics) -> PartialMetrics:
     """Return metrics over microbatches: sums are added, other numbers averaged."""
     return {
         name: jax.tree.map(lambda x: x.sum(axis=0), each)
@@ -280,8 +321,8 @@ def _over_devices(objective: Objective, axis_name: str | None) -> list[jax.Array
     return counts if axis_name is None else jax.lax.psum(counts, axis_name)
 
 
-def _finished(metrics: Any, axis_name: str | None) -> dict[str, jax.Array]:
-    def over(each: Any) -> Any:
+def _finished(metrics: PartialMetrics, axis_name: str | None) -> dict[str, jax.Array]:
+    def over(each: jax.Array | Total | Shares) -> jax.Array | Total | Shares:
         if axis_name is None:
             return each
         return (

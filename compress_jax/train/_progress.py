@@ -66,6 +66,7 @@ def _bar(title: str, steps: int, start: int, console: Console) -> Iterator[Repor
         task = bar.add_task(title, total=steps, completed=start, values="")
 
         def report(step: int, values: Mapping[str, float]) -> None:
+            # Steps without new metrics leave those shown before.
             fields = {"values": _text(values)} if values else {}
             bar.update(task, completed=step, **fields)  # pyright: ignore[reportArgumentType]
 
@@ -78,6 +79,7 @@ def _lines(title: str, steps: int, console: Console, seconds: float) -> Report:
     def report(step: int, values: Mapping[str, float]) -> None:
         nonlocal last
         now = time.monotonic()
+        # The last step is shown in any case, so that a log ends with the final numbers.
         if values and (step == steps or now - last >= seconds):
             console.print(
                 f"{title} {step}/{steps}: {_text(values)}", highlight=False, soft_wrap=True

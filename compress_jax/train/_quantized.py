@@ -2,17 +2,18 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import chain
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.core.scope import in_filter
+from flax.core.scope import CollectionFilter, in_filter
 from jax.core import Tracer
 
 from compress_jax.core.arguments import whole
 from compress_jax.core.errors import ConfigError, StateError
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Batch, PyTree
 from compress_jax.quantize._activations.activations import Ranges, activations
 from compress_jax.quantize._activations.quantizer import (
     ActivationQuantizer,
@@ -27,11 +28,15 @@ from compress_jax.quantize._activations.site_patterns import (
 from compress_jax.trace._jaxpr.site import Site
 from compress_jax.trace._statistics.calibrate import Masks
 
-COLLECTION = (
-    "quantization"  # of variables: {"steps": int32, "ranges": {site: ...}, "broken": {site: int32}}
-)
+# Of variables: {"steps": int32, "ranges": {site: ...}, "broken": {site: int32}}. Names of sites
+# have "|" in place of "/", which separates the parts of a path.
+COLLECTION = "quantization"
 LEARNED = "quantization"  # the same within params
-Variables = dict[str, Any]
+
+T = TypeVar("T")
+
+Variables = dict[str, PyTree]
+"""Collections of arrays by name, ``"params"`` among them."""
 
 
 def quantized(
@@ -77,10 +82,11 @@ def quantized(
       >>> int4 = cj.quantize.static(bits=4, range="ema")
       >>> model = cj.train.quantized(cj.models.LeNet300100(), int4, start=1)
       >>> batch = {"image": jnp.ones((2, 4)), "label": jnp.array([0, 1])}
-      >>> variables, optimizer = model.init(jax.random.key(0), batch["image"]), optax.sgd(0.1)
+      >>> variables = jax.jit(model.init)(jax.random.key(0), batch["image"])
+      >>> optimizer = optax.sgd(0.1)
       >>> state = cj.train.create(variables, cj.identity(), optimizer, jax.random.key(1))
       >>> step = cj.train.make_step(cj.train.supervised(model), optimizer, cj.identity())
-      >>> state, _ = step(state, batch)
+      >>> state, _ = jax.jit(step)(state, batch)
       >>> found = state.model_state["quantization"]
       >>> int(found["steps"]), float(next(iter(found["ranges"].values()))["input"]["high"])
       (1, 1.0)
@@ -111,6 +117,13 @@ class QuantizedModel:
       freeze: when ranges stop moving.
       freeze_batch_norm: when the model goes on in eval mode.
       example: a batch to calibrate with; not part of the model's identity.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> model = cj.train.quantized(cj.models.LeNet300100(hidden=(4,)), cj.quantize.dynamic())
+      >>> variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+      >>> sorted(variables), model.apply(variables, jnp.ones((2, 3))).shape
+      (['params', 'quantization'], (2, 10))
     """
 
     model: nn.Module
@@ -121,7 +134,9 @@ class QuantizedModel:
     freeze_batch_norm: int | None = None
     example: PyTree = field(default=None, compare=False, repr=False)
 
-    def init(self, rngs: Any, *inputs: PyTree, **options: Any) -> Variables:
+    def init(
+        self, rngs: jax.Array | dict[str, jax.Array], *inputs: PyTree, **options: Any
+    ) -> Variables:
         """Return the module's own variables and those of quantization.
 
         Args:
@@ -147,6 +162,7 @@ class QuantizedModel:
                 "inputs), or start from trained "
                 "variables with .calibrate(variables, batches)"
             )
+        # NaN stands for a range that the first training step will set.
         of = activations(self.model.apply, self.how, self.where)
         shapes = jax.eval_shape(
             lambda variables, *inputs: of.update(variables, None, *inputs)[1], variables, *inputs
@@ -156,7 +172,7 @@ class QuantizedModel:
         )
 
     def calibrate(
-        self, variables: Mapping[str, Any], batches: Iterable[Any], mask: Masks | None = None
+        self, variables: Mapping[str, PyTree], batches: Iterable[Batch], mask: Masks | None = None
     ) -> Variables:
         """Return variables with ranges from calibration batches: post-training quantization.
 
@@ -177,7 +193,7 @@ class QuantizedModel:
             plain, activations(self.model.apply, self.how, self.where).init(plain, batches, mask)
         )
 
-    def parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
+    def parts(self, variables: Mapping[str, PyTree]) -> tuple[Variables, Ranges]:
         """Return the module's own variables, and ranges for integer inference.
 
         Args:
@@ -195,7 +211,7 @@ class QuantizedModel:
             require_finite(name, operands)
         return plain, ranges
 
-    def broken(self, variables: Mapping[str, Any]) -> dict[str, int]:
+    def broken(self, variables: Mapping[str, PyTree]) -> dict[str, int]:
         """Return how often training had activations that were not finite, by site.
 
         Args:
@@ -207,14 +223,16 @@ class QuantizedModel:
         counts = variables[COLLECTION].get("broken", {})
         return {name.replace("|", "/"): int(n) for name, n in counts.items() if int(n)}
 
-    def _parts(self, variables: Mapping[str, Any]) -> tuple[Variables, Ranges]:
+    def _parts(self, variables: Mapping[str, PyTree]) -> tuple[Variables, Ranges]:
         if COLLECTION not in variables:
             raise StateError(
                 f"variables hold no {COLLECTION!r}, only {sorted(variables)}: take them from "
                 "`init`, or make them of "
                 "trained ones with `calibrate(variables, batches)`"
             )
-        learned, ranges = variables["params"].get(LEARNED, {}), variables[COLLECTION]["ranges"]
+        learned = variables["params"].get(LEARNED, {})
+        ranges = variables[COLLECTION]["ranges"]
+        # The state of an operand is divided among the two, by what is learned.
         found: Ranges = {}
         for tree in (ranges, learned):
             for key, operands in tree.items():
@@ -225,12 +243,12 @@ class QuantizedModel:
 
     def apply(
         self,
-        variables: Mapping[str, Any],
+        variables: Mapping[str, PyTree],
         *inputs: PyTree,
-        mutable: Any = False,
-        counts: Any = None,
+        mutable: CollectionFilter = False,
+        counts: jax.Array | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> PyTree:
         """Run the model on quantized activations; called as the module's own ``apply``.
 
         Args:
@@ -251,8 +269,10 @@ class QuantizedModel:
             is not finite.
         """
         plain, ranges = self._parts(variables)
-        steps, train = variables[COLLECTION]["steps"], bool(options.get("train", False))
+        steps = variables[COLLECTION]["steps"]
+        train = bool(options.get("train", False))
         moving = train and in_filter(mutable, COLLECTION)
+        # Past the start every range is known; outside jit a missing one can be an error.
         trained = not isinstance(steps, Tracer) and not train and int(steps) > self.start
         how = _delayed(
             self.how,
@@ -261,8 +281,8 @@ class QuantizedModel:
             frozen=None if self.freeze is None else steps >= self.freeze,
         )
 
-        def run(**options: Any) -> tuple[Any, Any, Any]:
-            def forward(variables: Variables, *inputs: PyTree) -> Any:
+        def run(**options: Any) -> tuple[PyTree, Ranges, dict[str, jax.Array]]:
+            def forward(variables: Variables, *inputs: PyTree) -> PyTree:
                 return self.model.apply(variables, *inputs, mutable=_without(mutable), **options)
 
             of = activations(forward, how, self.where)
@@ -271,6 +291,7 @@ class QuantizedModel:
             return of.watch(plain, ranges, *inputs, mask=counts)
 
         if train and self.freeze_batch_norm is not None:
+            # The step is traced, so both modes are compiled, and one is run.
             evaluating = {**options, "train": False}
             out, new, broken = jax.lax.cond(
                 steps >= self.freeze_batch_norm, lambda: run(**evaluating), lambda: run(**options)
@@ -281,12 +302,14 @@ class QuantizedModel:
             return out
         if not in_filter(mutable, COLLECTION):
             return out
-        counts = {name.replace("/", "|"): n for name, n in broken.items()}
-        counts = {
-            name: n + counts.get(name, 0)
-            for name, n in variables[COLLECTION].get("broken", counts).items()
+        # The collection keeps its structure: sites that are counted already, and no others.
+        new_broken = {name.replace("/", "|"): n for name, n in broken.items()}
+        numbers = {
+            name: n + new_broken.get(name, 0)
+            for name, n in variables[COLLECTION].get("broken", new_broken).items()
         }
-        kept = {"steps": steps + int(moving), "ranges": self._split(new)[0], "broken": counts}
+        # Learned ranges are params: the optimizer moves them, not this.
+        kept = {"steps": steps + int(moving), "ranges": self._split(new)[0], "broken": numbers}
         return out[0], {**out[1], COLLECTION: kept}
 
     def _joined(self, variables: Variables, ranges: Ranges) -> Variables:
@@ -301,13 +324,14 @@ class QuantizedModel:
         }
         return {**variables, "params": params, COLLECTION: own}
 
-    def _split(self, ranges: Ranges) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _split(self, ranges: Ranges) -> tuple[Ranges, Ranges]:
         """Return fixed and learned ranges, by site names without slashes."""
-        names = {
-            name for _, each in pattern_pairs(self.how) if each is not None for name in each.learned
-        }
-        fixed, learned = {}, {}
+        quantizers = [each for _, each in pattern_pairs(self.how) if each is not None]
+        names = set(chain.from_iterable(each.learned for each in quantizers))
+        fixed: Ranges = {}
+        learned: Ranges = {}
         for site, operands in ranges.items():
+            # Each operand's state is split by name; what is empty on one side is left out there.
             for kept, inside in ((fixed, False), (learned, True)):
                 own = {
                     key: {n: x for n, x in own.items() if (n in names) == inside}
@@ -317,11 +341,12 @@ class QuantizedModel:
         return _filled(fixed), _filled(learned)
 
 
-def _filled(tree: dict[str, Any]) -> dict[str, Any]:
+def _filled(tree: dict[str, T]) -> dict[str, T]:
+    """Return a dict without its empty entries."""
     return {key: value for key, value in tree.items() if value}
 
 
-def _plain(variables: Mapping[str, Any]) -> Variables:
+def _plain(variables: Mapping[str, PyTree]) -> Variables:
     """Return the module's own variables."""
     params = {name: each for name, each in variables["params"].items() if name != LEARNED}
     return {
@@ -330,15 +355,13 @@ def _plain(variables: Mapping[str, Any]) -> Variables:
     }
 
 
-def _without(mutable: Any) -> Any:
+def _without(mutable: CollectionFilter) -> CollectionFilter:
     """Return which of the module's own collections are mutable."""
     if isinstance(mutable, str):
         return [] if mutable == COLLECTION else mutable
-    return (
-        [name for name in mutable if name != COLLECTION]
-        if isinstance(mutable, Iterable)
-        else mutable
-    )
+    if isinstance(mutable, Iterable):
+        return [name for name in mutable if name != COLLECTION]
+    return mutable  # True, False or a DenyList
 
 
 def _delayed(
@@ -352,6 +375,7 @@ def _delayed(
 
     def delayed(each: ActivationQuantizer) -> ActivationQuantizer:
         def quantize_fn(site: Site, index: int, x: jax.Array, own: OperandState) -> jax.Array:
+            # NaN is a range that no batch has set yet.
             ready = jnp.stack([on, *(~jnp.isnan(value).any() for value in own.values())]).all()
             return jnp.where(ready, each.quantize_fn(site, index, x, own), x)
 

@@ -1,7 +1,7 @@
 """Everything a training run is, as one tree of arrays."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,14 @@ class TrainState(NamedTuple):
         them.
       memory: what else the loss keeps from step to step (banks, moving averages): never
         differentiated, never exported.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> int4, optimizer = cj.quantize.uniform(4), optax.sgd(0.1)
+      >>> variables = {"params": {"w": jnp.array([0.25, 7.0])}}
+      >>> state = cj.train.create(variables, int4, optimizer, jax.random.key(0))
+      >>> state.params["w"].tolist(), state.variables(int4)["params"]["w"].tolist()
+      ([0.25, 7.0], [0.0, 7.0])
     """
 
     step: jax.Array
@@ -42,7 +50,7 @@ class TrainState(NamedTuple):
     memory: PyTree = {}
 
     @property
-    def trainable(self) -> dict[str, Any]:
+    def trainable(self) -> dict[str, PyTree]:
         """The optimizer's params: ``{"params": ..., "learned": ...}``, and ``"parts"`` if any."""
         return _trainable(self.params, self.learned, self.parts)
 
@@ -51,7 +59,7 @@ class TrainState(NamedTuple):
         """The compression's state, both parts."""
         return CompressionState(self.learned, self.fixed)
 
-    def variables(self, compression: Compression | None = None) -> dict[str, Any]:
+    def variables(self, compression: Compression | None = None) -> dict[str, PyTree]:
         """Return what ``model.apply`` takes: the compression's view of the params, and state.
 
         Args:
@@ -66,13 +74,14 @@ class TrainState(NamedTuple):
         return {"params": params, **self.model_state}
 
 
-def _trainable(params: Params, learned: PyTree, parts: PyTree) -> dict[str, Any]:
+def _trainable(params: Params, learned: PyTree, parts: PyTree) -> dict[str, PyTree]:
+    # Only where there are any: the optimizer of a run without adapters need not know of them.
     return {"params": params, "learned": learned, **({"parts": parts} if parts else {})}
 
 
 @renamed_arguments(beside="aux")
 def create(
-    variables: Mapping[str, Any],
+    variables: Mapping[str, PyTree],
     compression: Compression,
     optimizer: optax.GradientTransformation,
     key: jax.Array,
@@ -119,7 +128,7 @@ def create(
     model_state = {name: each for name, each in variables.items() if name != "params"}
     learned, fixed = compression.init(params)
     opt_state = optimizer.init(_trainable(params, learned, aux[0]))
-    refuse_accumulation(opt_state)
+    refuse_accumulation(opt_state)  # here, before anything is compiled
     state = TrainState(
         jnp.zeros((), jnp.int32), params, learned, fixed, model_state, opt_state, key, *aux
     )
@@ -138,6 +147,7 @@ def refuse_accumulation(opt_state: PyTree) -> None:
     Example:
       >>> refuse_accumulation(optax.adam(0.1).init(jnp.ones(2)))
     """
+    # Optimizers nest in each other's states: `chain`, `partition`, `masked`.
     found = [
         each for each in jax.tree.leaves(opt_state, is_leaf=_accumulates) if _accumulates(each)
     ]
@@ -179,11 +189,15 @@ def label_optimizer(
       >>> float(updates["params"]["kernel"][0]), float(updates["learned"]["kernel"][0])
       (-0.10000000149011612, -0.009999999776482582)
     """
-    optimizers: dict[Any, optax.GradientTransformation] = {"params": params, "learned": learned}
+    optimizers: dict[Hashable, optax.GradientTransformation] = {
+        "params": params,
+        "learned": learned,
+    }
     if parts is not None:
         optimizers["parts"] = parts
 
-    def labels(trainable: dict[str, Any]) -> dict[str, str]:
+    # One label a subtree; "parts" without an optimizer of their own take that of the params.
+    def labels(trainable: dict[str, PyTree]) -> dict[str, str]:
         return {name: name if name in optimizers else "params" for name in trainable}
 
     return optax.partition(optimizers, labels)

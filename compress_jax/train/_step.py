@@ -1,20 +1,30 @@
 """One training step: a pure function, the same under jit, a mesh and pmap."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import optax
 
 from compress_jax.core.compression import Compression, CompressionState
 from compress_jax.core.errors import ArgumentError
-from compress_jax.core.types import Batch, Params, PyTree
+from compress_jax.core.types import Batch, Params, PyTree, Variables
+from compress_jax.core.types import Step as StepNumber
 from compress_jax.distill import Total
 from compress_jax.prune._restart import restart
-from compress_jax.train._objective import General, Objective, counted, gather
+from compress_jax.train._objective import (
+    Aux,
+    General,
+    LossMetrics,
+    Objective,
+    Trained,
+    counted,
+    gather,
+)
 from compress_jax.train._state import TrainState, refuse_accumulation
 
-Metrics = dict[str, Any]
+Metrics = dict[str, jax.Array]
+"""Scalars by name, means over the batch of a step: ``loss``, and what the loss reports."""
 
 
 class Loss(Protocol):
@@ -25,6 +35,14 @@ class Loss(Protocol):
     step was given, or None. The loss may return a `compress_jax.distill.Total` in place of the
     scalar, and metrics may be totals: sums and counts are then added up over devices and
     microbatches and divided last. A loss over a mask must return a total (see `make_step`).
+
+    Example:
+      >>> import compress_jax as cj, jax.numpy as jnp
+      >>> def squares(params, model_state, batch, key, teacher, train=True):
+      ...     return jnp.square(params["w"] - batch).mean(), (model_state, {"w": params["w"]})
+      >>> loss: cj.train.Loss = squares
+      >>> loss({"w": jnp.ones(())}, {}, jnp.array([3.0]), jax.random.key(0), None)[0].tolist()
+      4.0
     """
 
     def __call__(
@@ -33,9 +51,9 @@ class Loss(Protocol):
         model_state: PyTree,
         batch: Batch,
         key: jax.Array,
-        teacher: Any,
+        teacher: PyTree,
         train: bool = True,
-    ) -> tuple[jax.Array | Total, tuple[PyTree, Metrics]]:
+    ) -> tuple[jax.Array | Total, tuple[PyTree, LossMetrics]]:
         """Return the loss to minimise, the new model state and metrics."""
         ...
 
@@ -64,9 +82,9 @@ class StatefulLoss(NamedTuple):
       ((), ({}, {}))
     """
 
-    init: Callable[[jax.Array, Any, Any, Any], tuple[PyTree, PyTree]]
-    loss: Callable[..., tuple[jax.Array | Total, tuple[PyTree, PyTree, Metrics]]]
-    totals: Callable[..., tuple[Objective, tuple[PyTree, PyTree, Metrics]]] | None = None
+    init: Callable[[jax.Array, Variables, Batch, PyTree], tuple[PyTree, PyTree]]
+    loss: Callable[..., tuple[jax.Array | Total, Aux]]
+    totals: General | None = None
 
     def __call__(
         self,
@@ -74,10 +92,11 @@ class StatefulLoss(NamedTuple):
         model_state: PyTree,
         batch: Batch,
         key: jax.Array,
-        teacher: Any = None,
+        teacher: PyTree = None,
         train: bool = True,
-    ) -> tuple[jax.Array | Total, tuple[PyTree, Metrics]]:
+    ) -> tuple[jax.Array | Total, tuple[PyTree, LossMetrics]]:
         """Evaluate a loss without adapters and memory as a `Loss`, at step 0."""
+        # Losses without a parameter `train` can be called too.
         options = {} if train else {"train": False}
         value, (model_state, _, metrics) = self.loss(
             params, {}, model_state, {}, batch, key, teacher, 0, **options
@@ -86,10 +105,26 @@ class StatefulLoss(NamedTuple):
 
 
 class Step(Protocol):
-    """``step(state, batch, *, teacher=None, axis_name=None) -> (state, metrics)``."""
+    """``step(state, batch, *, teacher=None, axis_name=None) -> (state, metrics)``.
+
+    Example:
+      >>> import compress_jax as cj, jax.numpy as jnp
+      >>> def loss(params, model_state, batch, key, teacher, train=True):
+      ...     return params["w"] * batch, (model_state, {})
+      >>> step: cj.train.Step = cj.train.make_step(loss, optax.sgd(1.0), cj.identity())
+      >>> variables, key = {"params": {"w": jnp.ones(())}}, jax.random.key(0)
+      >>> state = cj.train.create(variables, cj.identity(), optax.sgd(1.0), key)
+      >>> float(step(state, jnp.float32(2.0))[0].params["w"])
+      -1.0
+    """
 
     def __call__(
-        self, state: TrainState, batch: Batch, *, teacher: Any = None, axis_name: str | None = None
+        self,
+        state: TrainState,
+        batch: Batch,
+        *,
+        teacher: PyTree = None,
+        axis_name: str | None = None,
     ) -> tuple[TrainState, Metrics]:
         """Return the state after one step on the batch, and the metrics before it."""
         ...
@@ -156,24 +191,26 @@ def make_step(
     general = _objective_of(stateful)
 
     def step(
-        state: TrainState, batch: Batch, *, teacher: Any = None, axis_name: str | None = None
+        state: TrainState, batch: Batch, *, teacher: PyTree = None, axis_name: str | None = None
     ) -> tuple[TrainState, Metrics]:
         refuse_accumulation(state.opt_state)
+        # The key of a step depends on its number alone: a resumed run draws what it would have.
         loss_key, update_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         if axis_name is not None:
             # Each device draws its own noise, but all must draw the same masks.
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
 
-        def view(trainable: dict[str, Any]) -> Any:
+        def view(trainable: dict[str, PyTree]) -> Trained:
             compression_state = CompressionState(trainable["learned"], state.fixed)
             viewed = compression.view(trainable["params"], compression_state)
             return viewed, trainable.get("parts", {})
 
+        # The gradient is taken in two pieces, as the update below wants dL/dw at the view.
         trained, pull_back = jax.vjp(view, state.trainable)
         carried = (state.model_state, state.memory)
         rest = (teacher, state.step)
         found = gather(general, trained, carried, batch, loss_key, rest, microbatches, axis_name)
-        (grads,) = pull_back(found.grads)
+        (grads,) = pull_back(found.grads)  # to params, learned arrays and parts
         # Optax mixes int32 counts and floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -185,6 +222,7 @@ def make_step(
             grads=found.grads[0],
             key=update_key,
         )
+        # Weights that this update grew start from zero, and so do their moments.
         params, opt_state = restart(trainable["params"], opt_state, state.fixed, compressed.fixed)
         new = state._replace(
             step=state.step + 1,
@@ -211,11 +249,11 @@ def _stateful(loss: Loss) -> StatefulLoss:
         memory: PyTree,
         batch: Batch,
         key: jax.Array,
-        teacher: Any,
-        step: int | jax.Array,
-    ) -> tuple[jax.Array | Total, tuple[PyTree, PyTree, Metrics]]:
+        teacher: PyTree,
+        step: StepNumber,
+    ) -> tuple[jax.Array | Total, Aux]:
         value, (model_state, metrics) = loss(params, model_state, batch, key, teacher)
-        return value, (model_state, memory, metrics)
+        return value, (model_state, memory, metrics)  # the memory stays as it is: empty
 
     return StatefulLoss(lambda key, variables, batch, teacher: ({}, {}), run)
 
@@ -225,7 +263,7 @@ def _objective_of(loss: StatefulLoss) -> General:
     if loss.totals is not None:
         return loss.totals
 
-    def general(*args: Any) -> tuple[Objective, tuple[PyTree, PyTree, Metrics]]:
+    def general(*args: PyTree) -> tuple[Objective, Aux]:
         value, aux = loss.loss(*args)
         return ((1.0, counted(value)),), aux
 

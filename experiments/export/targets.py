@@ -27,8 +27,7 @@ import optax
 import compress_jax as cj
 from compress_jax.core.errors import ExportError
 from compress_jax.export._extras import extra
-from compress_jax.export._verify.running import runner
-from compress_jax.export._verify.verify import interleaved
+from compress_jax.export._verify.verify import interleaved, runner
 from compress_jax.models import DSCNN, Bert, BertClassifier, LeNet5, LeNet300100, ResNet, ViT
 from compress_jax.quantize._activations.static import static
 

@@ -4,9 +4,9 @@ Every one is refused by name, or loads and is consistent.
 
     python experiments/faults/fuzz_artifact.py --mutations 10000
 
-Small files of every kind of packed node, plain and coded, are changed by `mutations` and sealed
-again; half of the coded ones get the CRC-32 of what they decode to as well. Each is loaded in a
-child process and counted as
+Small files of every kind of packed node, in every form that is read, are changed by `mutations`
+and sealed again; half of the coded ones get the CRC-32 of what they decode to as well. Each is
+loaded in a child process and counted as
 
     refused       an ArtifactError that names the file unnamed       an ArtifactError that does not
     raw           any other exception abort         the process ended hang          it took more
@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np  # noqa: E402
 from campaign import campaign  # noqa: E402 # pyright: ignore[reportMissingImports]
-from mutations import mutate, samples, with_content  # noqa: E402 # pyright: ignore[reportMissingImports]
+from mutations import mutate, samples, version, with_content  # noqa: E402 # pyright: ignore[reportMissingImports]
 from reading import assert_consistent, same  # noqa: E402 # pyright: ignore[reportMissingImports]
 
 import compress_jax as cj  # noqa: E402
@@ -78,10 +78,11 @@ def repaired(data: bytes, file: Path) -> bytes:
     """Return a coded file with the CRC-32 of what it decodes to, if it decodes."""
     file.write_bytes(data)
     try:
-        content, coded = opened(file, MAX_BYTES)
-        assert isinstance(coded, Coded)
-        total = _checksum(tensor for _, tensor in decoded(content["tree"], coded))
-        return with_content(data, lambda c: {**c, "index": {**c["index"], "crc32": total}})
+        found = opened(file, MAX_BYTES)
+        assert isinstance(found.parts, Coded)
+        total = _checksum(tensor for _, tensor in decoded(found.tree, found.parts))
+        index = "index" if version(data) == 2 else "coded"
+        return with_content(data, lambda c: {**c, index: {**c[index], "crc32": total}})
     except (ArtifactError, AssertionError):
         return data
 

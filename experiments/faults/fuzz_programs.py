@@ -46,7 +46,7 @@ import compress_jax as cj  # noqa: E402
 from compress_jax.core import ExportError  # noqa: E402
 from compress_jax.export import verify
 from compress_jax.export._artifact.seal import sealed, unsealed
-from compress_jax.export._verify import running
+from compress_jax.export._verify.verify import SUFFIXES, _confine, runner, scores
 
 X = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
 PARAMS = {
@@ -113,7 +113,7 @@ WAYS = (
 def child(original: Path, first: int, last: int) -> None:
     """Try some mutations as the child of `verify` does, and print a line of JSON for each."""
     data = original.read_bytes()
-    running._confine(2**32)
+    _confine(2**32)
     for number in range(first, last):
         changed, way = mutate(data, np.random.default_rng([29, number]))
         file = original.with_name(f"mutant{number}{original.suffix}")
@@ -130,7 +130,7 @@ def child(original: Path, first: int, last: int) -> None:
 
 def answers(file: Path) -> None:
     """Load a file and run it."""
-    running.scores(running.runner(file), [X])
+    scores(runner(file), [X])
 
 
 def outcome(file: Path, run: Callable[[], object]) -> tuple[str, str]:
@@ -154,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suffix", default=".stablehlo", choices=running.SUFFIXES)
+    parser.add_argument("--suffix", default=".stablehlo", choices=SUFFIXES)
     parser.add_argument("--mutations", type=int, default=600)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--child", nargs=3, help="the original, first and last")

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,12 @@ import zstandard
 import compress_jax as cj
 from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.packed import LowRank, Sparse
-from compress_jax.export._artifact.artifact import DTYPES
+from compress_jax.export._artifact import compact
+from compress_jax.export._artifact.artifact import with_names
+from compress_jax.export._artifact.compact import VOCABULARY
+from compress_jax.export._artifact.container import DIGEST, DTYPES, ROW, as_json, named, rowed
+from compress_jax.export._artifact.structure import encode
+from compress_jax.export._coding.streams import code, squeezed
 
 X = jax.random.normal(jax.random.key(0), (12, 10))
 SCARCE = jnp.where(X > 1.5, X, 0)
@@ -69,6 +75,8 @@ WORST += [
     [0],
 ]
 WORST += [[1, 0], [10**12, 0], [3, 10**12], [2] * 40, {"dict": []}, {"list": [True]}, {"Gaps": {}}]
+WORST += [["list", [2]], ["dict", [1, [2]]], ["Bits", {}], ["int4", 3], ["key:rbg", 2]]
+NODES = "Bits Gaps Sparse Quantized Tabled Clustered LowRank dict list tuple shape fill".split()
 
 
 def packed(compression: Any, x: jax.Array = X) -> Any:
@@ -100,7 +108,7 @@ def nodes() -> dict[str, Any]:
 
 
 def samples() -> dict[str, bytes]:
-    """Return small files by name, plain and coded: one for each node, and one of all nodes."""
+    """Return small files by name, of every form: one for each node, and one of all nodes."""
     trees = beside_arrays(nodes())
     trees["all"] = {
         **nodes(),
@@ -124,16 +132,57 @@ def beside_arrays(nodes: dict[str, Any]) -> dict[str, Any]:
     return {name: {"dense": {"kernel": node}, **plain} for name, node in nodes.items()}
 
 
+def as_named(file: Path, tree: Any, metadata: Any) -> None:
+    """Write version 1, as `save` does for large models."""
+    file.write_bytes(with_names(*encode(tree), metadata))
+
+
+def as_old_coded(file: Path, tree: Any, metadata: Any) -> None:
+    """Write version 2, as earlier versions of this package did."""
+    structure, tensors = encode(tree)
+    made = code(structure, tensors)
+    content = as_json({"tree": structure, "metadata": metadata, "index": made.index})
+    pieces = {"ans": made.ans, "content": squeezed(content.encode()), "rest": made.rest}
+    rows = {name: np.frombuffer(piece, np.uint8) for name, piece in pieces.items()}
+    file.write_bytes(named(rows, {"version": "2"}))
+
+
+def as_compact(file: Path, tree: Any, metadata: Any) -> None:
+    """Write version 3, its tensors as they are, as `save` does for small models."""
+    file.write_bytes(rowed(compact.written(*encode(tree), metadata)))
+
+
+def as_coded(file: Path, tree: Any, metadata: Any) -> None:
+    """Write version 3, coded."""
+    file.write_bytes(rowed(compact.written_coded(*encode(tree), metadata)))
+
+
+FORMS: dict[str, Callable[[Path, Any, Any], None]] = {
+    "named": as_named,
+    "old coded": as_old_coded,
+    "compact": as_compact,
+    "coded": as_coded,
+}
+
+
 def written(trees: dict[str, Any]) -> dict[str, bytes]:
-    """Return each tree as a plain and as a coded file."""
+    """Return each tree as a file of every form."""
     files = {}
+    metadata = {"model": "three", "n": [1, 2.5, None], "sha256": "0f" * 32}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "file"
         for name, tree in trees.items():
-            for coded in (False, True):
-                cj.save(file, tree, {"model": "three", "n": [1, 2.5, None]}, coded=coded)
-                files[f"{name}, {'coded' if coded else 'plain'}"] = file.read_bytes()
+            for form, write in FORMS.items():
+                write(file, tree, metadata)
+                files[f"{name}, {form}"] = file.read_bytes()
     return files
+
+
+def version(data: bytes) -> int:
+    """Return the version in a header that nothing has damaged."""
+    found = re.search(rb'"version":"([0-9])"', data)
+    assert found
+    return int(found[1])
 
 
 def parts(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -146,6 +195,9 @@ def sealed(header: dict[str, Any] | bytes, body: bytes) -> bytes:
     """Return a file whose digest is right."""
     if isinstance(header, dict):
         header = json.dumps(header, separators=(",", ":")).encode()
+    if b'"version":"3"' in header:
+        data = len(header).to_bytes(8, "little") + header + body[:-DIGEST]
+        return data + hashlib.sha256(data).digest()[:DIGEST]
     header = re.sub(rb'"sha256":"[0-9a-f]{64}"', b'"sha256":"%s"' % (b"0" * 64), header, count=1)
     header += b" " * (-len(header) % 8)
     data = len(header).to_bytes(8, "little") + header + body
@@ -154,7 +206,7 @@ def sealed(header: dict[str, Any] | bytes, body: bytes) -> bytes:
 
 def mutate(data: bytes, rng: np.random.Generator) -> tuple[bytes, str]:
     """Return a changed file, sealed, and what was done to it."""
-    ways = CODED if b'"version":"2"' in data[:4096] else PLAIN
+    ways = WAYS[version(data)]
     way = ways[rng.integers(len(ways))]
     return way(data, rng), way.__name__
 
@@ -190,8 +242,9 @@ def edit_tree(data: bytes, rng: np.random.Generator) -> bytes:
 
 def edit_index(data: bytes, rng: np.random.Generator) -> bytes:
     """Change values of the index of a coded file."""
+    index = "index" if version(data) == 2 else "coded"
     return with_content(
-        data, lambda content: {**content, "index": _edited(content["index"], rng, 1)}
+        data, lambda content: {**content, index: _edited(content.get(index, {"ans": 0}), rng, 1)}
     )
 
 
@@ -209,7 +262,7 @@ def resize(data: bytes, rng: np.random.Generator) -> bytes:
     if names:
         name = names[rng.integers(len(names))]
         dtype, shape, content = tensors[name]
-        how = rng.integers(5)
+        how = int(rng.integers(5))
         if how == 0:
             tensors[name] = dtype, [len(content) // SIZES[dtype]], content
         elif how == 1:
@@ -237,10 +290,27 @@ def set_values(data: bytes, rng: np.random.Generator) -> bytes:
     header, body = parts(data)
     names = [name for name in header if name != "__metadata__"]
     begin, end = header[names[rng.integers(len(names))]]["data_offsets"]
+    if version(data) == 3:  # some of the tensors in the row
+        first = len(body) - len(undescribed(row_of(data))[1]) - DIGEST
+        begin, end = sorted(int(at) for at in rng.integers(first, end - DIGEST + 1, 2))
     filled = [bytes([255]) * (end - begin), bytes(end - begin), rng.bytes(end - begin)][
         rng.integers(3)
     ]
     return sealed(header, body[:begin] + filled + body[end:])
+
+
+def edit_row(data: bytes, rng: np.random.Generator) -> bytes:
+    """Change the sizes before a description, or bytes of it or behind it."""
+    row = bytearray(row_of(data))
+    how = rng.integers(3)
+    if how < 2:
+        size = int.from_bytes(row[4 * how : 4 * how + 4], "little")
+        wrong = [0, 1, size - 1, size + 1, 2 * size, 2**24, 2**32 - 1][rng.integers(7)]
+        row[4 * how : 4 * how + 4] = wrong.to_bytes(4, "little")
+        return with_row(data, bytes(row))
+    end = 8 + int.from_bytes(row[:4], "little")
+    at = int(rng.integers(8, min(end + 40, len(row) + 1)))
+    return with_row(data, bytes(row[:at]) + rng.bytes(int(rng.integers(40))) + bytes(row[at:]))
 
 
 def bomb(data: bytes, rng: np.random.Generator) -> bytes:
@@ -249,24 +319,50 @@ def bomb(data: bytes, rng: np.random.Generator) -> bytes:
     Shapes of 1e12 entries agree with each other, or content unpacks to gigabytes.
     """
     size = int(10.0 ** rng.uniform(6, 13))
-    how = rng.integers(4)
-    if how == 0 and b'"version":"2"' in data[:4096]:
+    how = int(rng.integers(5))
+    kind = version(data)
+    if how == 0 and kind == 2:
         zeros = zstandard.ZstdCompressor(level=1).compress(bytes(min(size, 2**28)))
         return with_pieces(data, {["rest", "content", "ans"][rng.integers(3)]: zeros})
-    if how == 1:
-        deep: Any = True
-        for _ in range(int(10 ** rng.uniform(1, 2.9))):
-            deep = {"list": [deep]} if rng.random() < 0.5 else {"dict": [["a", deep]]}
-        return with_content(data, lambda content: {**content, "tree": deep})
-    if how == 2:
-        many = {"list": [True] * min(size // 10, 300_000)}
-        return with_content(data, lambda content: {**content, "tree": many})
-    scaled = {"bits": 1, "shape": [size], "data": True}
-    if b'"version":"2"' not in data[:4096]:
-        return with_content(data, lambda content: {**content, "tree": {"Bits": scaled}})
+    if how == 0 and kind == 3:
+        full = min(size, 2**26)
+        named = [full, 100, 2**24][rng.integers(3)]
+        return with_row(data, described([b" ", b"\0", b"["][rng.integers(3)] * full, named))
+    tree = _huge(size, how, kind, rng)
+    if tree is not None:
+        return with_content(data, lambda content: {**content, "tree": tree})
     table = bytes([0, 254 if rng.random() < 0.5 else 255]).hex()
+    if kind == 3:
+        bits = ["Bits", {"bits": 1, "shape": [size]}]
+        coded = {"ans": 0, "streams": [0], "tables": [table], "crc32": 0}
+        return with_content(data, lambda content: {**content, "tree": bits, "coded": coded})
+    scaled = {"Bits": {"bits": 1, "shape": [size], "data": True}}
+    if kind == 1:
+        return with_content(data, lambda content: {**content, "tree": scaled})
     index = {"tensors": [0], "tables": [table], "crc32": 0}
-    return with_content(data, lambda content: {**content, "tree": {"Bits": scaled}, "index": index})
+    return with_content(data, lambda content: {**content, "tree": scaled, "index": index})
+
+
+def _huge(size: int, how: int, kind: int, rng: np.random.Generator) -> Any:
+    """Return a tree that is deep, wide, or of long names."""
+    one: Any = [2] if kind == 3 else True
+    if how == 1:
+        for _ in range(int(10 ** rng.uniform(1, 2.9))):
+            if rng.random() < 0.5:
+                one = ["list", one] if kind == 3 else {"list": [one]}
+            else:
+                one = {"a": one} if kind == 3 else {"dict": [["a", one]]}
+        return one
+    count = min(size // 10, 300_000)
+    if how == 2:
+        each = [one, None, {}][rng.integers(3)] if kind == 3 else one
+        return ["list", *[each] * count] if kind == 3 else {"list": [one] * count}
+    if how == 3:
+        name = "k" * min(size, 10**6)
+        if kind == 3:
+            return {name: ["list", *[one] * count]}
+        return {"dict": [[name, {"list": [one] * count}]]}
+    return None
 
 
 def with_content(data: bytes, change: Callable[[Any], Any]) -> bytes:
@@ -275,18 +371,45 @@ def with_content(data: bytes, change: Callable[[Any], Any]) -> bytes:
     strings = header["__metadata__"]
     if strings["version"] == "1":
         content = change(json.loads(strings["content"]))
-        return sealed(
-            {
-                **header,
-                "__metadata__": {**strings, "content": json.dumps(content, separators=(",", ":"))},
-            },
-            body,
-        )
-    begin, end = header["content"]["data_offsets"]
-    content = change(json.loads(zstandard.decompress(body[begin:end])))
-    return with_pieces(
-        data, {"content": zstandard.compress(json.dumps(content, separators=(",", ":")).encode())}
-    )
+        text = json.dumps(content, separators=(",", ":"))
+        return sealed({**header, "__metadata__": {**strings, "content": text}}, body)
+    if strings["version"] == "2":
+        begin, end = header["content"]["data_offsets"]
+        content = change(json.loads(zstandard.decompress(body[begin:end])))
+        text = json.dumps(content, separators=(",", ":"))
+        return with_pieces(data, {"content": zstandard.compress(text.encode())})
+    text, rest = undescribed(row_of(data))
+    content = change(json.loads(text))
+    return with_row(data, described(json.dumps(content, separators=(",", ":")).encode()) + rest)
+
+
+def row_of(data: bytes) -> bytes:
+    """Return the row of bytes of a compact file."""
+    return parts(data)[1][:-DIGEST]
+
+
+def with_row(data: bytes, row: bytes) -> bytes:
+    """Return a compact file of another row."""
+    entry = {"dtype": "U8", "shape": [len(row) + DIGEST], "data_offsets": [0, len(row) + DIGEST]}
+    return sealed({**parts(data)[0], ROW: entry}, row + bytes(DIGEST))
+
+
+def undescribed(row: bytes) -> tuple[bytes, bytes]:
+    """Return the JSON of a row and the tensors behind it."""
+    end = 8 + int.from_bytes(row[:4], "little")
+    first, *others = zlib.decompressobj(-15, zdict=VOCABULARY).decompress(row[8:end]).split(b"\0")
+    for other in others:
+        first += row[end : end + 32].hex().encode() + other
+        end += 32
+    return first, row[end:]
+
+
+def described(text: bytes, size: int | None = None) -> bytes:
+    """Return the description of a row: JSON as it is, and the size that it claims to have."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, VOCABULARY)
+    data = coder.compress(text) + coder.flush()
+    size = len(text) if size is None else size
+    return len(data).to_bytes(4, "little") + size.to_bytes(4, "little") + data
 
 
 def with_pieces(data: bytes, pieces: dict[str, bytes]) -> bytes:
@@ -366,21 +489,7 @@ def _edit(container: Any, key: Any, rng: np.random.Generator) -> None:
     elif how == 5 and isinstance(container, list):
         container.insert(int(rng.integers(len(container) + 1)), copy.deepcopy(value))
     elif how == 5:
-        names = [
-            "Bits",
-            "Gaps",
-            "Sparse",
-            "Quantized",
-            "Tabled",
-            "Clustered",
-            "LowRank",
-            "dict",
-            "list",
-            "tuple",
-            "shape",
-            "fill",
-        ]
-        container[names[rng.integers(len(names))]] = container.pop(key)
+        container[NODES[rng.integers(len(NODES))]] = container.pop(key)
     elif how == 6 and isinstance(value, list):
         rng.shuffle(value)
     elif how == 6 and isinstance(value, int):
@@ -389,30 +498,10 @@ def _edit(container: Any, key: Any, rng: np.random.Generator) -> None:
         container[key] = {"list": [value]} if rng.random() < 0.5 else [value]
 
 
-PLAIN = (
-    flip_header,
-    flip_body,
-    cut,
-    edit_content,
-    edit_tree,
-    edit_tree,
-    edit_tree,
-    edit_header,
-    resize,
-    resize,
-    set_values,
-    bomb,
-)
-CODED = (
-    flip_header,
-    flip_body,
-    cut,
-    edit_content,
-    edit_tree,
-    edit_tree,
-    edit_index,
-    edit_index,
-    resize,
-    set_values,
-    bomb,
-)
+ANY = (flip_header, flip_body, cut, edit_content, edit_tree, edit_tree, set_values, bomb)
+# How files of a version may be damaged; what is there twice is done twice as often.
+WAYS = {
+    1: (*ANY, edit_tree, edit_header, resize, resize),
+    2: (*ANY, edit_index, edit_index, resize),
+    3: (*ANY, edit_tree, edit_index, edit_header, edit_row),
+}

@@ -38,7 +38,7 @@ from spelled import SPELLINGS
 import compress_jax as cj
 from compress_jax.core.errors import ExportError
 from compress_jax.export._verify.agreement import agree
-from compress_jax.export._verify.running import runner
+from compress_jax.export._verify.verify import runner
 
 PACKAGES = {
     "linen": "flax",

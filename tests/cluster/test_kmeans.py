@@ -49,6 +49,7 @@ def optimal_distortion(x, clusters):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("clusters", [4, 16])
+@pytest.mark.slow
 def test_lloyd_agrees_with_float64(clusters):
     x = np.random.default_rng(clusters).standard_normal(2000).astype(np.float32)
     ordered, count = _in_order(_values(jnp.asarray(x), True))
@@ -58,6 +59,7 @@ def test_lloyd_agrees_with_float64(clusters):
         np.testing.assert_allclose(ours, lloyd_float64(x, start, iterations), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_codebook_is_a_fixed_point_of_lloyd():
     x = np.random.default_rng(0).laplace(size=3000).astype(np.float32)
     _, state, _ = shared(x, 16, iterations=1000)
@@ -78,7 +80,7 @@ def samples(rng, n):
     ]
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("clusters", [4, 16])
 def test_distortion_is_near_the_optimum(clusters):
     for x in samples(np.random.default_rng(0), 1000):
@@ -87,8 +89,9 @@ def test_distortion_is_near_the_optimum(clusters):
         assert best * (1 - 1e-5) <= found <= best * (1.01 if clusters < 16 else 1.08)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("clusters", [4, 16, 300])
+@pytest.mark.slow
 def test_distortion_is_at_most_that_of_a_uniform_grid(clusters):
     for x in samples(np.random.default_rng(1), 4000):
         x = x.astype(np.float32)
@@ -97,6 +100,7 @@ def test_distortion_is_at_most_that_of_a_uniform_grid(clusters):
         assert distortion(x, shared(x, clusters)[2]) <= distortion(x, grid)
 
 
+@pytest.mark.slow
 def test_many_clusters_reach_the_panter_dite_limit():
     x = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
     limit = np.sqrt(3) * np.pi / 2 / 300**2  # of a unit normal
@@ -108,6 +112,7 @@ def test_many_clusters_reach_the_panter_dite_limit():
     st.sampled_from([4, 16]),
 )
 @settings(max_examples=60, deadline=None)
+@pytest.mark.slow
 def test_any_leaf(x, clusters):
     x = np.resize(
         x * np.float32(1e-3), 40
@@ -120,7 +125,7 @@ def test_any_leaf(x, clusters):
         np.testing.assert_array_equal(seen, x)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "x",
     [
@@ -135,6 +140,7 @@ def test_any_leaf(x, clusters):
     ids=["zeros", "constant", "one entry", "huge", "negative zero", "scalar", "neighbours"],
 )
 @pytest.mark.parametrize("clusters", [4, 300])
+@pytest.mark.slow
 def test_leaves_of_few_values_are_exact(x, clusters):
     x = np.asarray(x, np.float32)
     c, state, seen = shared(x, clusters)
@@ -144,6 +150,7 @@ def test_leaves_of_few_values_are_exact(x, clusters):
     assert jnp.isfinite(state.learned["w"]).all()
 
 
+@pytest.mark.slow
 def test_zeros_are_kept_apart_through_a_chain_and_training():
     prune = leafwise(
         lambda x, learned, mask: x * mask,
@@ -160,6 +167,7 @@ def test_zeros_are_kept_apart_through_a_chain_and_training():
     assert packed.nbytes <= 4 * 16 + 2000 // 8 + -(-int((seen != 0).sum()) * 4 // 8)
 
 
+@pytest.mark.slow
 def test_zeros_are_ordinary_values_on_request():
     x = np.array([0.0, 0.0, 0.2, 5.0, 5.2, 8.0, 9.0], np.float32)
     _, state, seen = shared(x, 4, keep_zeros=False)
@@ -167,6 +175,7 @@ def test_zeros_are_ordinary_values_on_request():
     np.testing.assert_allclose(seen, [0.2 / 3] * 3 + [5.1] * 2 + [8.0, 9.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_codebook_gradient_is_the_sum_over_its_members():
     x = jax.random.normal(jax.random.key(0), (30, 20)).at[::3].set(0)
     c, state, _ = shared(x, 4)
@@ -201,6 +210,7 @@ def test_sharding_does_not_change_a_bit(axis, clusters):
     assert seen.sharding.is_equivalent_to(split["w"].sharding, 2)
 
 
+@pytest.mark.slow
 def test_init_is_the_same_under_jit_and_deterministic_in_its_key():
     params = {"w": jax.random.normal(jax.random.key(0), (500,))}
     c = kmeans(16, key=jax.random.key(7))
@@ -212,6 +222,7 @@ def test_init_is_the_same_under_jit_and_deterministic_in_its_key():
     )
 
 
+@pytest.mark.slow
 def test_starts_in_the_middle_of_training():
     c = between(2, 4, kmeans(4))
     params = {"w": jax.random.normal(jax.random.key(0), (100,))}
@@ -228,6 +239,7 @@ def test_starts_in_the_middle_of_training():
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("clusters", [16, 300])
+@pytest.mark.slow
 def test_short_floats(dtype, clusters):
     x = jax.random.normal(jax.random.key(0), (64, 32)).astype(dtype).at[0].set(0)
     c = kmeans(clusters)
@@ -247,6 +259,7 @@ def test_refuses_what_it_cannot_do():
         kmeans(2).init({"dense": {"kernel": jnp.array([1.0, jnp.nan])}})
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_clusters():
     init = kmeans(1024).init
     compiled = (

@@ -254,6 +254,7 @@ def test_numpy_numbers_are_numbers():
         c.init(params)
 
 
+@pytest.mark.slow
 def test_gradients_that_do_not_fit_are_refused():
     params = {"w": jnp.ones((8, 4)), "v": jnp.ones((8, 4))}
     for c in (

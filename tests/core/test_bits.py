@@ -98,6 +98,7 @@ def test_filler_symbols_are_as_in_deep_compression():
     assert gaps.runs.unpack().tolist() == [3, 3, 1, 0]
 
 
+@pytest.mark.wide(3)
 @pytest.mark.parametrize(
     "ones", [[], [0], [63], [5, 6, 40], list(range(64)), list(range(0, 64, 9))]
 )

@@ -80,6 +80,7 @@ def test_identity_and_the_empty_chain_are_neutral():
         assert set(c.skipped(PARAMS)) == {"a/kernel", "a/bias", "n"}
 
 
+@pytest.mark.slow
 def test_chain_packs_the_smallest_form_that_is_exact():
     big = {"w": jnp.zeros((64, 64)).at[3, 4].set(2.6).at[9, 9].set(-3.0)}
     both = chain(positive, whole)
@@ -250,6 +251,7 @@ def test_before_between_starts_its_learned_arrays_get_no_gradient():
     assert slopes(c.update(params, state, step=1)) == [[3.0], [2.0]]
 
 
+@pytest.mark.slow
 def test_random_keys_may_live_in_the_state():
     noisy = leafwise(
         lambda x, _, key: x + jax.random.normal(key, x.shape),

@@ -16,6 +16,7 @@ PARAMS = {
 sparse = leafwise(lambda x, *_: x, pack=lambda x, *_: min(Sparse.pack(x, x != 0), x, key=nbytes))
 
 
+@pytest.mark.slow
 def test_rows_say_what_became_of_each_leaf():
     c = at(("dense/*", "n"), sparse)
     table = coverage(c, PARAMS)
@@ -32,6 +33,7 @@ def test_rows_say_what_became_of_each_leaf():
     assert table["dense/bias"].form == "Sparse" and table["dense/bias"].sparsity == 1.0
 
 
+@pytest.mark.slow
 def test_totals_are_those_of_the_packed_tree():
     table = coverage(sparse, PARAMS)
     assert (

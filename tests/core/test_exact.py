@@ -55,6 +55,7 @@ def wrapped(value: int) -> int:
 
 @settings(deadline=None)
 @given(words64, words64)
+@pytest.mark.slow
 def test_arithmetic_is_that_of_integers(a, b):
     assert as_int(uint64(a)) == a
     assert as_int(add(uint64(a), uint64(b))) == (a + b) % 2**64
@@ -140,6 +141,7 @@ def test_differences_become_the_nearest_float(terms, i, j):
 
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=8, max_size=8))
 @settings(deadline=None)
+@pytest.mark.slow
 def test_fixed_point_is_as_fine_as_its_unit(values):
     x = jnp.array(values, jnp.float32)
     e = scale_exponent(x, largest=128)

@@ -23,6 +23,7 @@ def numbered(shape):
 
 @settings(max_examples=25, deadline=None)
 @given(st.sampled_from(SHAPES), st.sampled_from(["tensor", "channel", 2, 5, 64]), st.data())
+@pytest.mark.slow
 def test_restore_undoes_arrange(shape, granularity, data):
     axes = data.draw(
         st.sets(st.integers(-len(shape), len(shape) - 1), min_size=1, max_size=2)

@@ -35,7 +35,7 @@ def hard(format: Float) -> np.ndarray:
     return np.concatenate([numbers, ties, *beside, spread]).astype(np.float32)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @each_format
 def test_rounding_is_that_of_ml_dtypes_bit_for_bit(name):
     format, x = FORMATS[name], hard(FORMATS[name])

@@ -98,6 +98,7 @@ def test_quantized_is_code_minus_zero_times_scale():
 @pytest.mark.parametrize(
     "layout", [Layout.of((5, 4), *how, pad=True) for how in [(2,), ("tensor",), (5, 0)]]
 )
+@pytest.mark.slow
 def test_quantized_layouts_give_each_code_its_own_scale(layout):
     codes, scale, node = quantized((5, 4), layout=layout)
     spread = layout.restore(jnp.broadcast_to(scale, layout.arrange(jnp.zeros((5, 4))).shape))
@@ -106,6 +107,7 @@ def test_quantized_layouts_give_each_code_its_own_scale(layout):
     )
 
 
+@pytest.mark.slow
 def test_quantized_stores_only_nonzero_codes_where_that_is_smaller():
     codes = jnp.full((32, 8), 4).at[3, 2].set(7)
     layout = Layout.of((32, 8), "tensor")
@@ -116,6 +118,7 @@ def test_quantized_stores_only_nonzero_codes_where_that_is_smaller():
     assert np.array_equal(node.unpack(), np.where(np.asarray(codes) == 7, 1.5, 0.0))
 
 
+@pytest.mark.slow
 def test_keep_zeroes_the_rest_and_never_brings_anything_back():
     _, _, node = quantized()
     first, second = RANDOM.random((6, 4)) < 0.6, RANDOM.random((6, 4)) < 0.6
@@ -126,6 +129,7 @@ def test_keep_zeroes_the_rest_and_never_brings_anything_back():
     assert not np.signbit(np.asarray(once.unpack())[~first]).any()
 
 
+@pytest.mark.slow
 def test_clustered_looks_up_its_codebook_and_keeps_a_code_for_zero():
     codes, book = jnp.array([[0, 1, 2, 3], [3, 2, 1, 0]]), jnp.array([0.5, -0.5, 2.0])
     node = Clustered.pack(codes, book, jnp.dtype(jnp.bfloat16))
@@ -142,6 +146,7 @@ def test_clustered_looks_up_its_codebook_and_keeps_a_code_for_zero():
     ]
 
 
+@pytest.mark.slow
 def test_clustered_needs_no_code_for_zero_where_there_is_none():
     node = Clustered.pack(jnp.array([0, 1] * 8), jnp.array([1.0, 2.0]), jnp.dtype(jnp.float32))
     assert isinstance(node.codes, Bits) and node.codes.bits == 1
@@ -151,6 +156,7 @@ def test_clustered_needs_no_code_for_zero_where_there_is_none():
     assert isinstance(full.codes, Sparse) and full.unpack().sum() == 2.0
 
 
+@pytest.mark.slow
 def test_low_rank_multiplies_its_factors_packed_or_not():
     left, right = dense((6, 2)), dense((2, 4))
     node = LowRank(left, right, (2, 3, 4))
@@ -182,6 +188,7 @@ def same(one, other):
         assert a.dtype == b.dtype and np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_unpack_is_the_same_under_jit_and_leaves_arrays_alone():
     packed = tree()
     plain = unpack(packed)
@@ -191,6 +198,7 @@ def test_unpack_is_the_same_under_jit_and_leaves_arrays_alone():
     assert plain["b"][1].shape == (6, 3)
 
 
+@pytest.mark.slow
 def test_nodes_are_pytrees_that_map_flatten_and_compare():
     packed = tree()
     leaves, treedef = jax.tree.flatten(packed)
@@ -202,6 +210,7 @@ def test_nodes_are_pytrees_that_map_flatten_and_compare():
     np.testing.assert_allclose(to_dense(doubled["a"]["q"]), 2 * to_dense(packed["a"]["q"]))
 
 
+@pytest.mark.slow
 def test_nbytes_counts_every_array_once():
     packed = tree()
     assert nbytes(packed) == sum(np.asarray(x).nbytes for x in jax.tree.leaves(packed))
@@ -209,6 +218,7 @@ def test_nbytes_counts_every_array_once():
     assert nbytes(packed["a"]["q"]) == packed["a"]["q"].nbytes < 24 * 4
 
 
+@pytest.mark.slow
 def test_orbax_restores_packed_params(tmp_path):
     packed = tree()
     with ocp.StandardCheckpointer() as checkpointer:
@@ -221,6 +231,7 @@ def test_orbax_restores_packed_params(tmp_path):
     same(unpack(back), unpack(packed))
 
 
+@pytest.mark.slow
 def test_nodes_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
         quantized()[2].scale = jnp.ones(1)

@@ -28,6 +28,7 @@ class NnxMlp(nnx.Module):
 NAMES = ["body/bias", "body/kernel", "head/bias", "head/kernel"]
 
 
+@pytest.mark.slow
 def test_linen_nnx_and_plain_dicts_have_the_same_names():
     linen = Mlp().init(jax.random.key(0), jnp.ones((1, 2)))["params"]
     _, state = nnx.split(NnxMlp(nnx.Rngs(0)), nnx.Param)
@@ -141,6 +142,7 @@ names = st.lists(st.text("ab", min_size=1, max_size=2), min_size=1, max_size=4).
 @example("a/**", "a")
 @example("a/**/b", "a/b")
 @example("*/b", "a/a/b")
+@pytest.mark.slow
 def test_globs_agree_with_an_independent_matcher(pattern, name):
     assume("***" not in pattern)
     assert matches(pattern, name) == glob(pattern, name)

@@ -1,6 +1,8 @@
 """Schedules arrive: whatever thins, delays or freezes the updates of a compression, its schedules
 start and end on time."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -99,6 +101,7 @@ def test_a_thinned_schedule_is_never_ahead_and_arrives(end, n, start, length):
     np.testing.assert_allclose(seen[stop - 1 :], at[stop], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_last_update_is_made_even_if_its_step_is_not_seen():
     c = cj.between(0, 10, magnitude(RAMP))
     state = c.init(PARAMS)
@@ -155,3 +158,14 @@ def test_a_state_begins_at_the_step_it_is_told():
     ):
         seen = c.view(PARAMS, c.init(PARAMS, step=5))["w"]
         assert abs(float((seen == 0).mean()) - 0.45) < 2e-3
+
+
+def test_a_schedule_may_be_a_dataclass_without_fields():
+    @dataclasses.dataclass(frozen=True)
+    class Half:
+        def __call__(self, step):
+            return step * 0.0 + 0.5
+
+    c = cj.prune.magnitude(Half())
+    params = {"kernel": jnp.arange(1.0, 9.0)}
+    assert (c.view(params, c.init(params))["kernel"] == 0).sum() == 4

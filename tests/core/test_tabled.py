@@ -29,7 +29,7 @@ def node(levels=E2M1, layout=None, scale_dtype=jnp.float32, tensor_scale=None, d
     )
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("scale_dtype", [jnp.float32, jnp.float8_e8m0fnu, jnp.float8_e4m3fn])
 def test_value_is_level_times_scale_in_any_scale_dtype(scale_dtype):
     codes, packed = node(scale_dtype=scale_dtype, tensor_scale=0.3)
@@ -60,6 +60,7 @@ def test_layouts_give_each_code_its_own_scale(layout):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("levels", [E2M1, SIGNS], ids=["with zero", "without"])
+@pytest.mark.slow
 def test_keep_zeroes_the_rest_and_never_brings_anything_back(levels):
     _, packed = node(levels)
     first, second = RANDOM.random((6, 4)) < 0.6, RANDOM.random((6, 4)) < 0.6
@@ -72,6 +73,7 @@ def test_keep_zeroes_the_rest_and_never_brings_anything_back(levels):
     assert not np.signbit(np.asarray(once.unpack())[~first]).any()
 
 
+@pytest.mark.slow
 def test_only_codes_of_levels_other_than_zero_are_stored_where_that_is_smaller():
     codes, layout = np.zeros((32, 8), int), Layout.of((32, 8), "tensor")
     codes[3, 2], codes[5, 5] = 7, 8  # the latter is minus zero in a float, which we decode as 0

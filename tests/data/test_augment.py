@@ -24,6 +24,7 @@ def _candidates(image, pad, fill):
             yield (dy, dx, True), window[:, ::-1]
 
 
+@pytest.mark.slow
 def test_every_result_is_one_shift_of_its_image_and_all_shifts_occur(images):
     fill = np.array([-1.0, 3.0], np.float32)
     out = np.asarray(random_crop_flip(jax.random.key(0), images, pad=1, fill=jnp.asarray(fill)))

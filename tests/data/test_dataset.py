@@ -65,6 +65,7 @@ def test_fingerprint_does_not_depend_on_byte_order_or_strides():
     assert fingerprint({"a": {"x": np.repeat(x, 2)[::2]}}) == fingerprint({"a": {"x": x}})
 
 
+@pytest.mark.slow
 def test_tensorflow_is_never_imported(digits_dir):
     code = (
         "import sys; from compress_jax.data import load, batches\n"

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from compress_jax.data import mixup
 
@@ -8,6 +9,7 @@ IMAGES = jnp.arange(512.0).reshape(64, 4, 2)
 BATCH = {"image": IMAGES, "label": jnp.arange(64), "index": jnp.arange(64)}
 
 
+@pytest.mark.slow
 def test_images_and_labels_are_mixed_by_the_same_shares():
     mixed = jax.jit(mixup(64))(jax.random.key(0), BATCH)
     np.testing.assert_allclose(mixed["label"].sum(1), 1, rtol=1e-6)
@@ -19,6 +21,7 @@ def test_images_and_labels_are_mixed_by_the_same_shares():
     assert first.std() > 0.15 and 0.4 < first.mean() < 0.65  # each its own share, uniform
 
 
+@pytest.mark.slow
 def test_a_small_alpha_leaves_examples_nearly_whole_and_the_key_decides():
     mixed = [
         mixup(64, alpha)(jax.random.key(seed), BATCH)["label"]

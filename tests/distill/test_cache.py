@@ -122,7 +122,7 @@ DAMAGE = {
 }
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("how", DAMAGE)
 def test_damage_is_told_and_written_again_never_given_out(tmp_path, how, caplog, monkeypatch):
     """Damage to any file is an error to the reader; write_cache repairs it and logs that."""
@@ -201,11 +201,16 @@ def test_numbers_out_of_range_are_refused_by_name(tmp_path, options):
         write(tmp_path, **options)
 
 
-def test_logits_that_are_not_finite_are_refused_by_example(tmp_path):
+@pytest.mark.parametrize("k", [1, CLASSES])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_refused_by_example(tmp_path, value, k):
+    def one_bad(x):  # only one of its logits, and whatever the augmentation
+        return (x @ KERNEL).at[:, 4].add(jnp.where(x[:, 0] == 99, value, 0))
+
     bad = {**SPLIT, "image": SPLIT["image"].copy()}
-    bad["image"][13, 2] = np.nan
+    bad["image"][13, 0] = 99
     with pytest.raises(NonFiniteError, match="example 13, view 0"):
-        d.write_cache(tmp_path, teacher, bad, **WHO, k=2, batch_size=4)
+        d.write_cache(tmp_path, one_bad, bad, **WHO, k=k, batch_size=4)
 
 
 def test_what_does_not_belong_is_refused(tmp_path):
@@ -233,6 +238,7 @@ def test_what_does_not_belong_is_refused(tmp_path):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 5e-3)])
+@pytest.mark.slow
 def test_training_from_the_cache_is_training_online(tmp_path, dtype, error):
     """Weights agree to rounding from a float32 cache, to half a percent from bfloat16."""
     cache = write(tmp_path, views=2, augment=VIEW, dtype=dtype, temperature=2.0)

@@ -56,6 +56,7 @@ def run(model, variables, *args, **kwargs):
     return jax.jit(lambda v: model.apply(v, *args, **kwargs))(variables)
 
 
+@pytest.mark.slow
 def test_linen_features_are_what_the_modules_return(net):
     model, variables = net
     out, features = jax.jit(capture(model, ("inner/*", "shared", "encode")))(variables, X)
@@ -82,6 +83,7 @@ def test_linen_features_are_what_the_modules_return(net):
     }
 
 
+@pytest.mark.slow
 def test_linen_outputs_that_are_no_arrays_and_sown_values_have_names(net):
     model, variables = net
     _, features = capture(model, ("cell", "pooled"))(variables, X)
@@ -122,6 +124,7 @@ def program(fn, *args):
     return lowered.as_text(), costs["flops"], costs["bytes accessed"]
 
 
+@pytest.mark.slow
 def test_captures_that_nobody_uses_cost_nothing():
     model = ResNet(depth=8, width=4)
     x = jnp.ones((2, 8, 8, 1))
@@ -184,6 +187,7 @@ class Body(linen.Module):
         return linen.Dense(4, name="dense")(x), None
 
 
+@pytest.mark.slow
 def test_linen_loops_and_remat():
     variables = Layers(True).init(jax.random.key(0), X)
     out, features = jax.jit(capture(Layers(True), ("layers/dense", "last")))(variables, X)

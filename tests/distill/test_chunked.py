@@ -59,12 +59,13 @@ def assert_close(found, expected, relative=1e-5):
         np.testing.assert_allclose(a, b, atol=relative * float(jnp.abs(b).max()))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @every_direction
 @pytest.mark.parametrize(
     "chunk, block", [(16, None), (103, None), (500, None), (10, 5), (1, 24), (103, 100)]
 )
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.slow
 def test_values_and_gradients_are_those_of_the_naive_form(direction, chunk, block, temperature):
     def loss(*arrays):
         return chunked_kl(*arrays, temperature, chunk, direction=direction, beta=0.3, block=block)
@@ -73,7 +74,7 @@ def test_values_and_gradients_are_those_of_the_naive_form(direction, chunk, bloc
     assert_close(differentiate(loss, *inputs()), differentiate(plain, *inputs()))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @every_direction
 def test_in_float64_they_are_equal_to_twelve_digits(direction):
     with jax.enable_x64(True):
@@ -83,9 +84,10 @@ def test_in_float64_they_are_equal_to_twelve_digits(direction):
         assert_close(differentiate(loss, *arrays), differentiate(plain, *arrays), 1e-12)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("block", [None, 7])
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.slow
 def test_hinton_shares_the_pass_with_the_labels(alpha, block):
     def loss(*arrays):
         return chunked_hinton(*arrays, LABELS, alpha, 4.0, 16, block=block)
@@ -103,6 +105,7 @@ def test_hinton_shares_the_pass_with_the_labels(alpha, block):
     st.sampled_from([1.0, 4.0]),
 )
 @settings(deadline=None, max_examples=25)
+@pytest.mark.slow
 def test_values_and_gradients_are_finite_at_huge_logits_of_any_order(
     direction, seed, scale, rising, temperature
 ):
@@ -128,6 +131,7 @@ def _finite(direction, temperature, *arrays):
 FINITE = jax.jit(_finite, static_argnums=(0, 1))
 
 
+@pytest.mark.slow
 def test_a_common_shift_of_the_logits_costs_no_precision():
     hidden, head, teacher_hidden, teacher_head = inputs()
     raised = (
@@ -144,6 +148,7 @@ def test_a_common_shift_of_the_logits_costs_no_precision():
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.slow
 def test_short_heads_give_float32_logits_and_short_gradients(dtype):
     short = inputs(dtype)
     found = differentiate(lambda *a: chunked_kl(*a, 2.0, 16, block=10), *short)
@@ -165,6 +170,7 @@ def test_a_student_in_float32_learns_from_a_teacher_in_bfloat16():
     assert_close(found, plain)
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("padding", [jnp.nan, jnp.inf])
 def test_masked_tokens_are_not_seen_and_the_rest_is_as_without_them(padding):
     hidden, head, teacher_hidden, teacher_head = inputs()
@@ -186,6 +192,7 @@ def test_masked_tokens_are_not_seen_and_the_rest_is_as_without_them(padding):
     )
 
 
+@pytest.mark.slow
 def test_all_masked_is_zero_and_so_is_its_gradient():
     nothing = jnp.zeros(TOKENS)
 
@@ -220,7 +227,9 @@ def test_neither_teacher_nor_temperature_gets_a_gradient():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("block", [None, 8])
+@pytest.mark.wide(1)
+@pytest.mark.parametrize("block", [8, None])
+@pytest.mark.slow
 def test_sharded_tokens_give_the_same(block):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     tokens, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
@@ -234,6 +243,7 @@ def test_sharded_tokens_give_the_same(block):
     assert_close(found, differentiate(loss, *inputs()))
 
 
+@pytest.mark.slow
 def test_under_shard_map_the_gradient_of_a_shared_head_is_summed():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     data, all_of_it = PartitionSpec("data"), PartitionSpec()

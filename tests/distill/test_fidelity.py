@@ -9,7 +9,7 @@ from compress_jax.distill import agreement, calibration, calibration_error, cka
 
 
 def normal(seed, shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def test_agreement_counts_equal_predictions():
@@ -27,6 +27,7 @@ def kornblith(x, y):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("shapes", [((20, 5), (20, 9)), ((6, 30), (6, 8)), ((12, 3, 2), (12, 4))])
+@pytest.mark.slow
 def test_cka_is_the_definition_by_features(shapes):
     x = normal(0, shapes[0])
     y = normal(1, shapes[1]).at[:, 0].add(x.reshape(len(x), -1)[:, 0] * 3)
@@ -43,6 +44,7 @@ def test_cka_ignores_rotation_scale_and_shift_but_not_stretching():
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("x", [jnp.zeros((4, 3)), jnp.full((4, 3), 7.3), jnp.full((4, 3), 1e30)])
+@pytest.mark.slow
 def test_cka_of_what_does_not_vary_is_zero_with_finite_gradient(x):
     value, gradient = jax.value_and_grad(cka)(x, normal(0, (4, 2)))
     assert abs(value) <= 1 and jnp.isfinite(gradient).all()
@@ -68,6 +70,7 @@ def guo(logits, labels, bins):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("bins", [1, 7, 15])
+@pytest.mark.slow
 def test_calibration_error_is_guos(bins):
     logits, labels = 2 * normal(0, (500, 5)), np.arange(500) % 5
     sums = calibration(logits, jnp.asarray(labels), bins)
@@ -91,6 +94,7 @@ def test_sums_of_batches_add_up_and_padding_does_not_count():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), padded, whole)
 
 
+@pytest.mark.slow
 def test_certainty_falls_into_the_last_bin_and_nothing_is_no_error():
     sums = calibration(jnp.array([[1e4, 0.0], [1e4, 0.0]]), jnp.array([0, 1]), bins=10)
     np.testing.assert_array_equal(sums.count, [0] * 9 + [2])

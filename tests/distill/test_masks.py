@@ -254,6 +254,7 @@ def test_a_loss_of_ones_own_cannot_forget_the_mask():
     )
 
 
+@pytest.mark.slow
 def test_a_term_may_have_a_mask_of_its_own_by_name():
     term = d.on_features(d.hint, "mid", "mid", mask="patches")
     found = lossy(term, patches=~TOKENS)
@@ -322,6 +323,7 @@ def test_standardised_logits_leave_masked_classes_out(value):
     np.testing.assert_allclose(d.kl(*by_hand, 2.0).sum(), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_padding_leaves_the_bank_of_contrast_alone():
     bank = d.Bank(jnp.eye(3), jnp.eye(3))
     new = jnp.array([[1.0, 1.0, 0.0], [jnp.nan] * 3])

@@ -41,7 +41,7 @@ S, T = (4, 6, 6, 5), (4, 6, 6, 8)
 
 
 def draw(seed, shape=S):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 PARTS = {
@@ -134,7 +134,7 @@ ANY = hnp.arrays(
 )
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", ["conv", "deconv", "projector", "translator"])
 @given(ANY)
 @settings(deadline=None, max_examples=20)
@@ -194,6 +194,7 @@ def test_deconv_spreads_each_position_over_its_window():
     )
 
 
+@pytest.mark.slow
 def test_norm_takes_mean_and_variance_over_channels():
     x = 3 + 5 * draw(1)
     y = norm().apply(norm().init(KEY, S, S), x)
@@ -220,6 +221,7 @@ def test_vid_learns_mean_and_variance():
     assert after < before
 
 
+@pytest.mark.slow
 def test_the_likeliest_variance_is_the_mean_square_of_what_is_not_explained():
     t = draw(2, (512, 2)) * jnp.array([[0.1, 2.0]])
     part = gaussian(hidden=8)
@@ -235,6 +237,7 @@ def test_the_likeliest_variance_is_the_mean_square_of_what_is_not_explained():
     np.testing.assert_allclose(variance, np.square(t).mean(0), rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_the_variance_starts_where_it_is_told_to_and_stays_positive():
     for first in (0.1, 1.0, 5.0):
         params = gaussian(variance=first).init(KEY, S, T)
@@ -248,6 +251,7 @@ def test_the_variance_starts_where_it_is_told_to_and_stays_positive():
     assert jnp.isfinite(gradient).all()
 
 
+@pytest.mark.slow
 def test_embeddings_are_directions():
     part = embedding(16)
     params = part.init(KEY, S, S)
@@ -255,6 +259,7 @@ def test_embeddings_are_directions():
     assert jnp.isfinite(jax.grad(lambda x: part.apply(params, x).sum())(jnp.zeros(S))).all()
 
 
+@pytest.mark.slow
 def test_factor_transfer_paraphrases_then_translates():
     t, s = draw(1, T), draw(2)
     teller = paraphraser(0.5)
@@ -300,6 +305,7 @@ def test_a_regressor_lowers_every_loss_that_needs_one(name):
 STAGES = [(4, 8, 8, 3), (4, 4, 4, 5), (4, 2, 2, 6)], [(4, 8, 8, 4), (4, 4, 4, 7), (4, 2, 2, 9)]
 
 
+@pytest.mark.slow
 def test_fusion_lets_earlier_stages_see_deeper_ones_and_not_the_reverse():
     features = [draw(i, shape) for i, shape in enumerate(STAGES[0])]
     params = start(fusion(), *STAGES)
@@ -312,6 +318,7 @@ def test_fusion_lets_earlier_stages_see_deeper_ones_and_not_the_reverse():
         assert [bool((g != 0).any()) for g in gradients] == [deeper >= stage for deeper in range(3)]
 
 
+@pytest.mark.slow
 def test_review_trains_the_fusion():
     features = [draw(i, shape) for i, shape in enumerate(STAGES[0])]
     teacher = [draw(10 + i, shape) for i, shape in enumerate(STAGES[1])]
@@ -322,10 +329,14 @@ def test_review_trains_the_fusion():
 
     before, after, _ = descend(loss, start(fusion(8), *STAGES), rate=0.05)
     assert after < 0.95 * before
+
+
+def test_fusion_to_other_grids_says_what_makes_them_fit():
     with pytest.raises(ShapeError, match="distill.resize_features on the teacher's"):
         fusion().init(KEY, STAGES[0], [(4, 4, 4, 4), *STAGES[1][1:]])
 
 
+@pytest.mark.slow
 def test_parts_have_an_optimizer_label_and_names_of_their_own():
     part = sequential(linear(8), norm(), activation(), linear())
     trainable = {"params": {"kernel": jnp.ones((5, 5))}, "parts": {"hint": part.init(KEY, S, T)}}

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import scipy.stats
 from flax import linen as nn
 
@@ -42,6 +43,7 @@ def test_the_likeliest_token_comes_without_noise_and_an_end_ends():
     assert mask.tolist() == [[True, True, False, False, False], [False, False, True, True, False]]
 
 
+@pytest.mark.slow
 def test_the_fraction_of_answers_that_are_the_students_own():
     n = 400
     batch = {
@@ -64,6 +66,7 @@ class Bigram(nn.Module):
         return nn.Embed(VOCABULARY, VOCABULARY)(tokens)
 
 
+@pytest.mark.slow
 def test_a_student_learns_its_teacher_on_its_own_samples_or_the_teachers():
     model, optimizer, teacher = (
         Bigram(),
@@ -92,6 +95,7 @@ def test_a_student_learns_its_teacher_on_its_own_samples_or_the_teachers():
     assert 0 < metrics["teacher_accuracy"] <= 1
 
 
+@pytest.mark.slow
 def test_padding_teaches_nothing():
     model = Bigram()
     loss = distillation(model, [d.on_logits(d.reverse_kl)], inputs="tokens")

@@ -59,6 +59,7 @@ def test_no_gradient_goes_through():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves((to_teacher, to_inputs)))
 
 
+@pytest.mark.slow
 def test_short_weights_drift_little_and_give_float32_logits():
     with jax.numpy_dtype_promotion(
         "standard"
@@ -107,6 +108,7 @@ def test_a_replicated_teacher_serves_sharded_batches():
     np.testing.assert_allclose(logits, teacher(INPUTS), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_student_learns_its_teachers_logits_in_the_training_step():
     student, optimizer = LeNet300100(classes=3, hidden=(16,)), optax.adam(0.01)
     teacher = teacher_of(Normed())
@@ -126,6 +128,7 @@ def test_a_student_learns_its_teachers_logits_in_the_training_step():
     jax.tree.map(np.testing.assert_array_equal, teacher, before)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_8_bit_weights_stays_packed_and_drifts_little(tmp_path):
     model, full = Normed(), teacher_of(Normed())
     int8 = cj.at("**/kernel", cj.quantize.uniform(8, granularity="channel"))
@@ -160,6 +163,7 @@ def test_the_hash_is_of_every_array_its_place_and_its_kind():
     )
 
 
+@pytest.mark.slow
 def test_a_teacher_sees_its_own_resolution_and_several_are_stacked():
     half = Teacher(
         lambda v, x: x.reshape(len(x), -1) * v["w"],

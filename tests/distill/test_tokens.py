@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from compress_jax.core import ShapeError
-from compress_jax.distill import Total, jsd, kl, masked_mean, masked_total, reverse_kl, token_total
+from compress_jax.distill import (
+    Total,
+    dist,
+    jsd,
+    kl,
+    masked_mean,
+    masked_total,
+    reverse_kl,
+    token_total,
+)
+from compress_jax.distill._losses.tokens import takes_mask
 
 SHAPE = (8, 6, 11)  # batch, sequence, vocabulary
 S, T = (2 * jax.random.normal(jax.random.key(i), SHAPE) for i in range(2))
@@ -22,6 +34,7 @@ def test_the_mean_is_over_the_tokens_that_count(loss):
     np.testing.assert_allclose(masked_mean(loss(S, T, 2.0), MASK), each.mean(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_microbatches_add_up_to_the_batch_in_value_and_gradient():
     def whole(s):
         return token_total(kl, s, T, MASK).mean
@@ -106,3 +119,9 @@ def test_a_total_is_a_tree_that_goes_through_scans():
         token_total(kl, S, T, MASK).mean,
         rtol=1e-6,
     )
+
+
+@pytest.mark.parametrize("mask", [np.ones(3), jnp.ones(3), [1, 0, 1]])
+def test_a_loss_that_has_its_mask_takes_no_other(mask):
+    assert not takes_mask(functools.partial(dist, mask=mask))
+    assert takes_mask(functools.partial(dist, mask=None)) and takes_mask(dist)

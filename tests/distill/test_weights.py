@@ -51,6 +51,7 @@ def test_all_leaves_that_do_not_match_are_listed():
         l2_sp(STUDENT, TEACHER, "conv/*")
 
 
+@pytest.mark.slow
 def test_packed_teachers_short_students_and_integers():
     compression = uniform(bits=4)
     packed = compression.pack(TEACHER, compression.init(TEACHER))

@@ -5,9 +5,8 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -22,6 +21,8 @@ from hypothesis import strategies as st
 import compress_jax as cj
 from compress_jax.core import ArtifactError
 from compress_jax.export import write_atomically
+from compress_jax.export._artifact.artifact import with_names
+from compress_jax.export._artifact.structure import encode
 
 MODEL = """
 import jax, jax.numpy as jnp
@@ -40,11 +41,22 @@ exec(MODEL, scope)
 PACKED, METADATA = scope["model"]()
 
 
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact that tests only read."""
+@pytest.fixture(scope="module", params=["named", "compact"])
+def file(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """An artifact that tests only read, as large models are written or as small ones are."""
     file = tmp_path_factory.mktemp("artifact") / "model.safetensors"
-    cj.save(file, PACKED, METADATA)
+    if request.param == "named":
+        file.write_bytes(with_names(*encode(PACKED), METADATA))
+    else:
+        cj.save(file, PACKED, METADATA)
+    return file
+
+
+@pytest.fixture(scope="module")
+def named(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact whose tensors have names."""
+    file = tmp_path_factory.mktemp("artifact") / "model.safetensors"
+    file.write_bytes(with_names(*encode(PACKED), METADATA))
     return file
 
 
@@ -52,6 +64,7 @@ def bits(tree) -> list:
     return [(x.dtype, x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
+@pytest.mark.slow
 def test_it_comes_back_from_disk_and_its_size_is_what_was_said(tmp_path):
     file = tmp_path / "new" / "folder" / "model.safetensors"
     assert cj.save(str(file), PACKED, METADATA) == file.stat().st_size
@@ -61,12 +74,16 @@ def test_it_comes_back_from_disk_and_its_size_is_what_was_said(tmp_path):
     assert os.listdir(file.parent) == [file.name]
 
 
+def test_a_file_of_either_form_is_read(file):
+    packed, metadata = cj.load(file)
+    assert metadata == METADATA and bits(packed) == bits(PACKED)
+
+
+@pytest.mark.slow
 def test_the_container_is_small(tmp_path):
     params, two_bits = {"w": jnp.ones((256, 256))}, cj.quantize.uniform(2)
-    assert (
-        cj.save(tmp_path / "f", two_bits.pack(params, two_bits.init(params)))
-        < 256 * 256 * 2 / 8 + 900
-    )
+    written = cj.save(tmp_path / "f", two_bits.pack(params, two_bits.init(params)))
+    assert written < 256 * 256 * 2 / 8 + 200
 
 
 def test_metadata_may_be_left_out(tmp_path):
@@ -74,23 +91,12 @@ def test_metadata_may_be_left_out(tmp_path):
     assert cj.load(tmp_path / "f") == ({}, {})
 
 
-def test_plain_safetensors_reads_it(file):
-    with safetensors.safe_open(file, "numpy") as opened:
+def test_plain_safetensors_reads_names(named):
+    with safetensors.safe_open(named, "numpy") as opened:
         assert {"format": "compress_jax", "version": "1"}.items() <= opened.metadata().items()
         assert json.loads(opened.metadata()["content"])["metadata"] == METADATA
         assert {"bias", "a.scale", "b.codebook", "half"} <= set(opened.keys())
         assert (opened.get_tensor("bias") == np.arange(6)).all()
-
-
-def test_the_same_model_gives_the_same_bytes_in_any_process(file):
-    program, out = f"{MODEL}\nimport sys\ncj.save(sys.argv[1], *model())", file.with_name("another")
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "12345",
-        "PYTHONPATH": str(Path(cj.__file__).parents[1]),
-    }
-    subprocess.run([sys.executable, "-c", program, out], env=environment, check=True)
-    assert out.read_bytes() == file.read_bytes()
 
 
 @given(st.data())
@@ -112,16 +118,16 @@ def test_any_flipped_byte_is_an_error(file, data):
         (",", ", "),
     ],
 )
-def test_a_header_that_reads_the_bytes_otherwise_is_an_error(old, new, file):
+def test_a_header_that_reads_the_bytes_otherwise_is_an_error(old, new, named):
     """What safetensors itself takes for good: the digest has to be of the header too."""
-    content = file.read_bytes()
+    content = named.read_bytes()
     size = 8 + int.from_bytes(content[:8], "little")
     header = content[8:size].decode().replace(old, new, 1).rstrip().encode()
     header += b" " * (-len(header) % 8)
     assert header != content[8:size]
     changed = len(header).to_bytes(8, "little") + header + content[size:]
     assert len(safetensors.numpy.load(changed)) == len(safetensors.numpy.load(content))
-    assert_refused(file, changed)
+    assert_refused(named, changed)
 
 
 @given(st.data())
@@ -144,6 +150,8 @@ HEADERS = [
     '{"__metadata__":{"format":"pt"}}',
     '{"__metadata__":{"format":"compress_jax"}}',
     '{"__metadata__":{"format":"compress_jax","version":1}}',
+    '{"__metadata__":{"format":"compress_jax","version":["3"]}}',
+    '{"__metadata__":{"format":"compress_jax","version":"3"}}',
     '{"__metadata__":{"format":"compress_jax","version":"²"}}',
     '{"__metadata__":{"format":"compress_jax","version":""}}',
     '{"__metadata__":{"format":"compress_jax","version":"1","sha256":null}}', "[" * 100_000,
@@ -177,7 +185,7 @@ def test_a_missing_file_and_a_directory_are_errors(tmp_path):
 
 def test_a_newer_version_says_to_upgrade(file):
     bad = file.with_name("newer")
-    bad.write_bytes(file.read_bytes().replace(b'"version":"1"', b'"version":"9"'))
+    bad.write_bytes(re.sub(b'"version":"[13]"', b'"version":"9"', file.read_bytes()))
     with pytest.raises(ArtifactError, match="version 9.*upgrade"):
         cj.load(bad)
 

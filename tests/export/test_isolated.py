@@ -14,8 +14,7 @@ import pytest
 from compress_jax.core import ExportError
 from compress_jax.export import to_stablehlo, verify
 from compress_jax.export._artifact.seal import DIGITS, MARK, sealed, unsealed
-from compress_jax.export._verify import running
-from compress_jax.export._verify.running import runner
+from compress_jax.export._verify.verify import _answer, runner
 
 X = np.ones((3, 4), np.float32)
 
@@ -66,6 +65,7 @@ def test_a_damaged_program_is_an_error_that_names_it(change, said, program, tmp_
         runner(file)
 
 
+@pytest.mark.slow
 def test_a_program_that_is_none_is_an_error_of_verify(tmp_path):
     pytest.importorskip("flatbuffers")
     file = tmp_path / "bad.stablehlo"
@@ -99,6 +99,7 @@ def test_a_program_that_never_ends_is_ended(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the limit is one of Linux")
+@pytest.mark.slow
 def test_a_program_that_wants_more_memory_than_allowed_is_an_error(tmp_path):
     pytest.importorskip("flatbuffers")
     file = tmp_path / "large.stablehlo"
@@ -120,7 +121,7 @@ def test_a_child_that_crashes_is_an_error_that_says_how(end, program, tmp_path):
     done = subprocess.run(["python", "-c", line], capture_output=True, check=False)
     said = end.name if isinstance(end, signal.Signals) else "failed"
     with pytest.raises(ExportError, match=f"{program}.*{said}"):
-        running._answer(program, tmp_path, done)
+        _answer(program, tmp_path, done)
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".tflite"])

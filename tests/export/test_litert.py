@@ -11,7 +11,7 @@ import pytest
 
 import compress_jax as cj
 from compress_jax.core import ExportError
-from compress_jax.export._litert.interpreter import interpreter, run
+from compress_jax.export._litert.interpreter import interpreter, run, tensors
 from compress_jax.export._litert.to_litert import to_litert
 from compress_jax.models import Bert, BertClassifier, LeNet300100, ResNet
 from compress_jax.quantize._activations.static import static
@@ -39,9 +39,18 @@ def test_float_is_the_function(mlp, tmp_path):
     assert done.nbytes == done.path.stat().st_size and {row.form for row in done.rows} == {
         "float32"
     }
-    np.testing.assert_allclose(
-        run(interpreter(done.path), [x]), fn(params, x), rtol=1e-4, atol=1e-5
-    )
+    wanted = fn(params, x)
+    np.testing.assert_allclose(run(interpreter(done.path), [x]), wanted, rtol=1e-4, atol=1e-5)
+    # Every tensor of a run can be read, those between the layers too.
+    layer = params["params"]["dense_0"]
+    hidden = jax.nn.relu(x.reshape(4, -1) @ layer["kernel"] + layer["bias"][None])
+    found = tensors(interpreter(done.path, preserve=True), [x])
+    for value in (wanted, hidden):
+        assert [
+            name
+            for name, each in found.items()
+            if each.shape == value.shape and np.allclose(each, value, 1e-4, 1e-5)
+        ]
 
 
 def test_static_int8_uses_our_grids(mlp, tmp_path):
@@ -157,3 +166,16 @@ def test_every_result_is_compared(tmp_path):
     fn = lambda p, x: {"a": x @ p["kernel"], "b": jnp.tanh(x @ p["kernel"])}  # noqa: E731
     x = np.asarray(jax.random.normal(jax.random.key(0), (4, 5)))
     assert to_litert(fn, {"kernel": jnp.eye(5, 3)}, x, tmp_path / "m.tflite").difference < 1e-4
+
+
+def test_twelve_inputs_keep_their_order(tmp_path):
+    """By name as text, x10 would come before x2."""
+    xs = tuple(np.full((2, 8), i, np.float32) for i in range(12))
+
+    def fn(params, *xs):
+        return sum((i + 1) * x for i, x in enumerate(xs)) @ params
+
+    weights = jnp.eye(8)
+    done = to_litert(fn, weights, xs, tmp_path / "m.tflite")
+    found = run(interpreter(done.path), xs)
+    np.testing.assert_allclose(found, fn(weights, *xs), rtol=1e-5)

@@ -17,7 +17,9 @@ from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Table
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled
 
-OLD = Path(__file__).parent / "old"  # written by the commit "Add ArgumentError, ..." of 2026-11-28
+# plain and coded are of the commit "Add ArgumentError, ..." of 2026-11-28, versions 1 and 2; the
+# compact ones, of version 3, of 2026-11-29.
+OLD = Path(__file__).parent / "old"
 METADATA = {"model": "old", "accuracy": 0.5, "none": None}
 
 
@@ -83,7 +85,8 @@ def tree() -> dict[str, Any]:
 
 
 @pytest.mark.wide(1)
-@pytest.mark.parametrize("name", ["plain", "coded"])
+@pytest.mark.parametrize("name", ["plain", "coded", "compact", "compact_coded"])
+@pytest.mark.slow
 def test_an_old_file_is_read_bit_for_bit_and_written_again(name, tmp_path):
     packed, metadata = cj.load(OLD / f"{name}.safetensors")
     assert metadata == METADATA and jax.tree.structure(packed) == jax.tree.structure(tree())

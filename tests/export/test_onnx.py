@@ -207,6 +207,11 @@ def test_packed_convolutions_are_small_in_the_file_and_exact(resnet, tmp_path):
             "float32 when loaded" in row.form or "MatMulNBits" in row.form for row in done.rows
         )
         sizes[bits] = done.nbytes
+        constants = onnx.load(done.path).graph.initializer
+        codes = [each for each in constants if each.name.endswith(":codes")]
+        assert codes
+        for each in codes:
+            assert len(each.raw_data) == -(-np.prod(each.dims) * bits // 8), each.name
     weights = sum(leaf.size for leaf in jax.tree.leaves(params["params"]) if leaf.ndim > 1)
     assert sizes[8] - sizes[4] > 0.4 * weights
 
@@ -274,3 +279,37 @@ def test_residual_sums_ask_for_batches(resnet, tmp_path):
     ranges = activations(fn, UINT8).init(params, [x])
     with pytest.raises(ExportError, match="residual sums"):
         to_onnx(fn, params, x, tmp_path / "m.onnx", how=UINT8, ranges=ranges)
+
+
+def test_weights_that_end_as_float_constants_are_listed(tmp_path):
+    """Every packed leaf has a row: integers in the file, or float32 and why."""
+    model = DSCNN(classes=4, width=8, blocks=1, depthwise="shifts")
+    x = images(0, 4, 20, 10, 1)
+    dense = variables(model, x)
+    c = cj.at("**/kernel", cj.quantize.uniform(4, granularity="channel"))
+    packed = {**dense, "params": c.pack(dense["params"], c.init(dense["params"]))}
+    exported = to_onnx(lambda v, x: model.apply(v, x), packed, x, tmp_path / "m.onnx")
+    assert [each.name for each in tmp_path.iterdir()] == ["m.onnx"]
+    rows = {row.name: row for row in exported.rows}
+    kernels = {f"params/{name}/kernel" for name in ("stem", "depthwise_0", "pointwise_0", "head")}
+    assert kernels <= set(rows)
+    row = rows["params/depthwise_0/kernel"]
+    assert row.form == "float32" and "constants of the file" in row.reason
+
+
+@pytest.mark.parametrize("batch", ["any", "example"])
+def test_a_fourier_transform_is_refused_with_what_to_use_in_its_place(batch, tmp_path):
+    def fn(p, x):
+        return jnp.abs(jnp.fft.rfft(x)) @ p["w"]
+
+    params, x = {"w": jnp.ones((9, 3))}, np.ones((2, 16), np.float32)
+    with pytest.raises(ExportError, match="Fourier transform.*power_spectrum"):
+        to_onnx(fn, params, x, tmp_path / "m.onnx", batch=batch)
+    with pytest.raises(ExportError, match="(?s)^(?!.*Fourier)"):  # another fault has no such advice
+        to_onnx(lambda p, x: x @ p["w"], params, x, tmp_path / "m.onnx", batch=batch)
+    assert not list(tmp_path.iterdir())
+
+
+def test_params_without_names_are_refused_with_how_to_give_them_one(tmp_path):
+    with pytest.raises(ExportError, match="in a dict"):
+        to_onnx(lambda p, x: x @ p, jnp.ones((16, 3)), np.ones((2, 16), "f"), tmp_path / "m.onnx")

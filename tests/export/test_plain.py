@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from compress_jax.export._onnx.plain import live, plain
+from compress_jax.export._onnx.convert import live, plain
 
 
 def same(fn, params, x, close=1e-5):
@@ -86,6 +86,17 @@ def test_every_window_is_a_maximum_from_the_bottom(start, reduce, padding):
     assert "reduce_window_max" in names and not {"reduce_window", "reduce_window_min"} & set(names)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int32"])
+def test_a_minimum_of_integers_is_a_maximum_too(dtype):
+    """The negative of an unsigned number is none, and int8 has no negative of its lowest."""
+    ends = jnp.iinfo(dtype)
+    low, high = int(ends.min), int(ends.max)
+    x = jnp.asarray([[low, high, 3, low, 0, 7, high, 1]], dtype)
+    start = np.asarray(high, dtype)
+    same(lambda _, x: lax.reduce_window(x, start, lax.min, (1, 3), (1, 2), "VALID"), 0.0, x)
+
+
+@pytest.mark.slow
 def test_loops_branches_and_calls_stay_what_they_are():
     @jax.custom_jvp
     def twice(x):

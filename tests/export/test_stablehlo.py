@@ -91,6 +91,7 @@ def test_every_form_runs_in_a_process_without_this_package(weights, tmp_path):
     strangers(tmp_path, [(weights, form) for form in FORMS])
 
 
+@pytest.mark.slow
 def test_the_rows_tell_how_each_parameter_is_stored(tmp_path):
     exported = to_stablehlo(
         fn, packed(FORMS["int8"][0], layers(8)), jnp.ones((1, 8)), tmp_path / "m.stablehlo"

@@ -81,6 +81,7 @@ TREES = st.recursive(
 
 @given(TREES)
 @settings(max_examples=30, deadline=None)
+@pytest.mark.slow
 def test_any_tree_comes_back(tree):
     described, tensors = structure.encode(tree)
     back = uncode(described, code(described, tensors))
@@ -135,7 +136,6 @@ def test_the_file_of_the_reference_tensor_is_its_entropy(tmp_path):
 
 
 @pytest.mark.wide(1)
-@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("model", "shape", "compression"),
     [
@@ -158,6 +158,7 @@ def test_the_file_of_the_reference_tensor_is_its_entropy(tmp_path):
     ],
     ids=["int4", "pruned and shared", "int8", "pruned int4"],
 )
+@pytest.mark.slow
 def test_a_whole_model_is_within_two_percent_of_its_entropy(model, shape, compression, tmp_path):
     """The entropy of each leaf's codes, the bytes of all else, the header counted as loss."""
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)))["params"]

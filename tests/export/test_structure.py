@@ -206,6 +206,7 @@ class Net(nnx.Module):
         self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_an_nnx_state_becomes_a_nested_dict():
     state = nnx.split(Net())[1]
     quantize = cj.at("**/kernel", cj.quantize.uniform(4))
@@ -288,6 +289,7 @@ def test_a_structure_that_names_what_is_not_there_is_an_error(structure, said):
         decode(structure, {})
 
 
+@pytest.mark.slow
 def test_default_static_fields_cost_nothing():
     structure, tensors = encode({"w": NODES_TO_SAVE["pruned, quantized"]})
     node = structure["dict"][0][1]["Quantized"]

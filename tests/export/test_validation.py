@@ -1,9 +1,11 @@
 """Files with right checksums are validated: every field of every node, every limit."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from compress_jax.core.levels import Float, Table
 from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled
 from compress_jax.export import Limits
 from compress_jax.export._artifact.checks import CHECKS, Spec, check, memory
+from compress_jax.export._artifact.container import rowed
 from compress_jax.export._artifact.fields import FIELDS
+from compress_jax.export._artifact.limits import LENGTHENED, PARSED
 from compress_jax.export._artifact.structure import NODES
 from tests.export.test_structure import NODES_TO_SAVE
 
@@ -290,10 +294,10 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "model.safetensors"
 
 
-@pytest.mark.parametrize("coded", [False, True])
+@pytest.mark.parametrize("form", ["named", "old coded"])
 @pytest.mark.parametrize("tree", TREES, ids=str)
-def test_a_structure_that_is_none_is_refused(tree, coded, file):
-    cj.save(file, {"x": jnp.ones(2)}, coded=coded)
+def test_a_structure_that_is_none_is_refused(tree, form, file):
+    mutations.FORMS[form](file, {"x": jnp.ones(2)}, {})
     file.write_bytes(
         mutations.with_content(file.read_bytes(), lambda content: {**content, "tree": tree})
     )
@@ -301,8 +305,138 @@ def test_a_structure_that_is_none_is_refused(tree, coded, file):
         cj.load(file)
 
 
-def test_a_tensor_that_is_missing_or_of_another_name_or_one_too_many_is_refused(file):
+SHORT = [  # what stands for {"x": [2]}, and what the error says
+    ("x", "an object or a list"),
+    (3, "an object or a list"),
+    ({"x": True}, "an object or a list"),
+    ({"x": ["float99", 2]}, "float99"),
+    ({"x": ["key:lucky", 2]}, "key:lucky"),
+    ({"x": ["object", 1]}, "no such dtype"),
+    ({"x": [-2]}, "shape"),
+    ({"x": [2.0]}, "shape"),
+    ({"x": [True]}, "shape"),
+    ({"x": [[2]]}, "shape"),
+    ({"x": [2, "int8"]}, "shape"),
+    ({"x": [10**15]}, "shape"),
+    ({"x": [1] * 33}, "shape"),
+    ({"x": [3]}, "8 bytes, and by its description they have 12"),
+    ({"x": [2], "y": [2]}, "8 bytes, and by its description they have 16"),
+    ({}, "8 bytes, and by its description they have 0"),
+    ({"x": [0]}, "8 bytes, and by its description they have 0"),
+    ({"__metadata__": [2]}, "two entries"),
+    ({"a": {"b": [1]}, "a/b": [1]}, "two entries"),
+    (["dict", ["x"]], "a pair"),
+    (["dict", 3], "a pair"),
+    (["dict", [None, [2]]], "a pair"),
+    (["dict", [[1], [2]]], "a pair"),
+    (["dict", ["x", [1]], [1, [1]]], "text and integers"),
+    (["dict", [1, [1]], [1, [1]]], "twice"),
+    (["Cake", {}], "Cake"),
+    (["Bits"], "an object of its fields"),
+    (["Bits", [2]], "an object of its fields"),
+    (["Bits", {"bits": 8, "shape": [8]}, 1], "an object of its fields"),
+    (["Bits", {"bits": 8, "shape": [8], "data": [2]}], "data left out"),
+    (["Bits", {"bits": 8}], "without its field 'shape'"),
+    (["Bits", {"bits": 80, "shape": [8]}], "bits"),
+    (["Bits", {"bits": 8, "shape": [8], "color": 1}], "has others"),
+    (["Quantized", {}], "without its field 'codes'"),
+    (["Quantized", {"layout": 3}], "layout"),
+    (["Quantized", {"layout": [[2**60]]}], "layout"),
+    (["Quantized", {"codes": ["Bits", {"bits": 8}], "layout": [[4]]}], "and by its description"),
+    (["Quantized", {"codes": [3], "layout": [[3]]}], "and by its description"),
+    (["Quantized", {"codes": 3, "layout": [[3]]}], "an object or a list"),
+    (["Gaps", {"runs": ["Bits", {"bits": 8}], "shape": [9]}], "without its field 'shape'"),
+    (["Sparse", {"values": [2]}], "without its field 'mask'"),
+]
+
+
+@pytest.mark.parametrize(("tree", "said"), SHORT, ids=[str(tree)[:60] for tree, _ in SHORT])
+def test_a_short_form_that_is_none_is_refused(tree, said, file):
+    describe(file, {"tree": tree}, bytes(8))
+    with pytest.raises(ArtifactError, match=f"^{file}: .*{said}"):
+        cj.load(file)
+
+
+@pytest.mark.parametrize(
+    "change", [{"more": 1}, {"metadata": []}, {"metadata": None}, {"coded": 3}]
+)
+def test_a_description_of_other_entries_is_refused(change, file):
     cj.save(file, {"x": jnp.ones(2)})
+    data = mutations.with_content(file.read_bytes(), lambda content: {**content, **change})
+    file.write_bytes(data)
+    with pytest.raises(ArtifactError, match=str(file)):
+        cj.load(file)
+
+
+TEXT = b'{"tree":[2],"metadata":{}}'
+
+
+def rows() -> dict[str, bytes]:
+    """Return rows of bytes, by what is wrong with them."""
+    good = mutations.described(TEXT)
+    body = bytes(8)
+    return {
+        "nothing": b"",
+        "half a size": good[:6],
+        "half a description": good[:12],
+        "no tensors": good,
+        "a byte too many": good + body + b"1",
+        "no deflate": b"\xff" * 30,
+        "a size of zero": good[:4] + bytes(4) + good[8:] + body,
+        "a size too small": mutations.described(TEXT, len(TEXT) - 1) + body,
+        "a size too large": mutations.described(TEXT, len(TEXT) + 1) + body,
+        "a size of 4 GB": mutations.described(TEXT, 2**32 - 1) + body,
+        "no end": mutations.described(TEXT)[:-1] + body,
+        "another end": (len(good) - 7).to_bytes(4, "little") + good[4:] + b"1" + body,
+        "digits that are not there": mutations.described(TEXT[:-1] + b',"a":"\0"}') + body,
+        "a digit for all": mutations.described(b"\0" * 1000) + body,
+        "no text": mutations.described(b"\xff\xfe") + body,
+        "no object": mutations.described(b"[2]") + body,
+        "half of JSON": mutations.described(TEXT[:9]) + body,
+        "a name twice": mutations.described(TEXT[:-1] + b',"tree":[2]}') + body,
+        "NaN": mutations.described(TEXT[:-2] + b'"a":NaN}}') + body,
+    }
+
+
+@pytest.mark.parametrize("name", rows())
+def test_a_row_that_is_none_is_refused(name, file):
+    file.write_bytes(rowed(mutations.described(TEXT) + bytes(8)))
+    assert cj.load(file)[0].tolist() == [0, 0]
+    file.write_bytes(rowed(rows()[name]))
+    with pytest.raises(ArtifactError, match=f"^{file}: "):
+        cj.load(file)
+
+
+ROWS = [
+    {"dtype": "I8"},
+    {"shape": [1, "size"]},
+    {"shape": []},
+    {"data_offsets": [0, 3]},
+    {"data_offsets": [1, "size"]},
+]
+
+
+@pytest.mark.parametrize("change", ROWS, ids=str)
+def test_a_compact_file_of_another_tensor_is_refused(change, file):
+    header, body = mutations.parts(rowed(mutations.described(TEXT) + bytes(8)))
+    text = json.dumps({**header, "model": {**header["model"], **change}}, separators=(",", ":"))
+    text = text.replace('"size"', str(len(body)))
+    file.write_bytes(mutations.sealed(text.encode(), body))
+    with pytest.raises(ArtifactError, match=f"^{file}: "):
+        cj.load(file)
+
+
+@pytest.mark.parametrize("name", ["", "models"])
+def test_a_compact_file_whose_tensor_has_another_name_is_refused(name, file):
+    header, body = mutations.parts(rowed(mutations.described(TEXT) + bytes(8)))
+    renamed = {"__metadata__": header["__metadata__"], name: header["model"]}
+    file.write_bytes(mutations.sealed(renamed, body))
+    with pytest.raises(ArtifactError, match="rows of bytes called model"):
+        cj.load(file)
+
+
+def test_a_tensor_that_is_missing_or_of_another_name_or_one_too_many_is_refused(file):
+    mutations.as_named(file, {"x": jnp.ones(2)}, {})
     for tree, said in (({"dict": [["b", True]]}, "entry 'b'"), ({"dict": []}, "1 tensors")):
         file.write_bytes(
             mutations.with_content(
@@ -314,7 +448,7 @@ def test_a_tensor_that_is_missing_or_of_another_name_or_one_too_many_is_refused(
 
 
 def test_a_name_twice_and_numbers_that_json_does_not_have_are_refused(file):
-    cj.save(file, {"x": jnp.ones(2)}, {"a": 12345})
+    mutations.as_named(file, {"x": jnp.ones(2)}, {"a": 12345})
     data = file.read_bytes()
     for new in ("NaN", "Infinity", "1e999", '1,\\"a\\":2'):
         header, body = mutations.parts(data)
@@ -347,11 +481,56 @@ INDEX = [
 
 @pytest.mark.parametrize("index", INDEX, ids=str)
 def test_an_index_that_does_not_fit_its_structure_is_refused(index, file):
-    cj.save(file, {"codes": Bits.pack(jnp.arange(40) % 16, 4), "x": jnp.ones(2)}, coded=True)
+    tree = {"codes": Bits.pack(jnp.arange(40) % 16, 4), "x": jnp.ones(2)}
+    mutations.as_old_coded(file, tree, {})
     file.write_bytes(
         mutations.with_content(file.read_bytes(), lambda content: {**content, "index": index})
     )
     with pytest.raises(ArtifactError, match=str(file)):
+        cj.load(file)
+
+
+CODED: list[Any] = [
+    [],
+    None,
+    {},
+    {"more": 1},
+    {"ans": -4},
+    {"ans": None},
+    {"ans": True},
+    {"ans": 10**9},
+    {"ans": 3},
+    {"ans": 8},
+    {"streams": []},
+    {"streams": [0, 0]},
+    {"streams": [1]},
+    {"streams": [-1]},
+    {"streams": [False]},
+    {"streams": ["0"]},
+    {"streams": [["float32", [2]]]},
+    {"streams": None},
+    {"tables": []},
+    {"tables": ["00ff"]},
+    {"tables": ["zz"]},
+    {"tables": ["ff" * 16]},
+    {"tables": ["00" * 16] * 2},
+    {"tables": None},
+    {"crc32": 0},
+    {"crc32": None},
+]
+
+
+@pytest.mark.parametrize("change", CODED, ids=str)
+def test_coded_tensors_that_do_not_fit_their_structure_are_refused(change, file):
+    skewed = jnp.asarray(np.random.default_rng(0).geometric(0.7, 4000) % 16)
+    cj.save(file, {"codes": Bits.pack(skewed, 4), "x": jnp.ones(2)}, coded=True)
+
+    def changed(content: Any) -> Any:
+        assert content["coded"]["streams"] == [0] and content["coded"]["ans"] > 8
+        return {**content, "coded": content["coded"] | change if change else change}
+
+    file.write_bytes(mutations.with_content(file.read_bytes(), changed))
+    with pytest.raises(ArtifactError, match=f"^{file}: "):
         cj.load(file)
 
 
@@ -376,7 +555,7 @@ ENTRIES = [
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=str)
 def test_a_container_that_does_not_fit_its_bytes_is_refused(entry, file):
-    cj.save(file, {"x": Bits.pack(jnp.arange(16) % 16, 4)})
+    mutations.as_named(file, {"x": Bits.pack(jnp.arange(16) % 16, 4)}, {})
     header, body = mutations.parts(file.read_bytes())
     file.write_bytes(mutations.sealed({**header, "x": entry}, body))
     with pytest.raises(ArtifactError, match=str(file)):
@@ -388,38 +567,57 @@ def test_bytes_that_stand_for_no_value_are_refused(file):
         ([jnp.array([True, False])], b"\x01\x00", b"\x07\x00"),
         ([jnp.arange(2).astype(jnp.int4)], b"\x00\x01", b"\x10\x01"),
     ):
-        cj.save(file, tree)
+        mutations.as_named(file, tree, {})
         header, body = mutations.parts(file.read_bytes())
         assert body == old
         file.write_bytes(mutations.sealed(header, new))
         with pytest.raises(ArtifactError, match="entry '0': some bytes stand for no"):
             cj.load(file)
+        cj.save(file, tree)
+        row = mutations.row_of(file.read_bytes())
+        assert row[-2:] == old
+        file.write_bytes(mutations.with_row(file.read_bytes(), row[:-2] + new))
+        with pytest.raises(ArtifactError, match="entry '0': some bytes stand for no"):
+            cj.load(file)
 
 
 def claim(file: Path, tree: Any, index: Any) -> None:
-    """Write a coded file of a structure and an index, with nothing behind them."""
-    cj.save(file, {}, coded=True)
+    """Write a coded file of version 2, of a structure and an index, with nothing behind them."""
+    mutations.as_old_coded(file, {}, {})
     data = mutations.with_content(
         file.read_bytes(), lambda content: {**content, "tree": tree, "index": index}
     )
     file.write_bytes(mutations.with_pieces(data, {"ans": b"", "rest": zstandard.compress(b"")}))
 
 
-@pytest.mark.parametrize("size", [10**9, 10**12, 2**47])
-@pytest.mark.parametrize("rare", ["ff", "fe"])
-def test_a_few_bytes_that_claim_many_symbols_cost_neither_memory_nor_time(size, rare, file):
-    claim(
-        file,
-        {"Bits": {"data": True, "bits": 1, "shape": [size]}},
-        {"tensors": [0], "tables": ["00" + rare], "crc32": 0},
-    )
-    assert file.stat().st_size < 600
+def describe(file: Path, content: Any, behind: bytes = b"") -> None:
+    """Write a compact file of a description."""
+    text = json.dumps({"metadata": {}, **content}, separators=(",", ":")).encode()
+    file.write_bytes(rowed(mutations.described(text) + behind))
+
+
+def refused_within(file: Path, size: int, said: str) -> None:
+    """Check that a file is refused before it has taken so many bytes."""
     tracemalloc.start()
-    with pytest.raises(ArtifactError, match="entry ''.*limit.*max_bytes"):
+    with pytest.raises(ArtifactError, match=said):
         cj.load(file)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 2**20
+    assert peak < size
+
+
+@pytest.mark.parametrize("size", [10**9, 10**12, 2**47])
+@pytest.mark.parametrize("rare", ["ff", "fe"])
+def test_a_few_bytes_that_claim_many_symbols_cost_neither_memory_nor_time(size, rare, file):
+    many = {"Bits": {"data": True, "bits": 1, "shape": [size]}}
+    claim(file, many, {"tensors": [0], "tables": ["00" + rare], "crc32": 0})
+    assert file.stat().st_size < 600
+    refused_within(file, 2**20, "entry ''.*limit.*max_bytes")
+    coded = {"ans": 0, "streams": [0], "tables": ["00" + rare], "crc32": 0}
+    rest = zstandard.compress(b"")
+    describe(file, {"tree": ["Bits", {"bits": 1, "shape": [size]}], "coded": coded}, rest)
+    assert file.stat().st_size < 300
+    refused_within(file, 2**20, "entry ''.*limit.*max_bytes")
 
 
 def test_a_few_bytes_that_unpack_to_gigabytes_are_refused_before_they_do(file):
@@ -428,12 +626,63 @@ def test_a_few_bytes_that_unpack_to_gigabytes_are_refused_before_they_do(file):
     data = mutations.with_pieces(file.read_bytes(), {"rest": zeros})
     for broken in (data, mutations.with_pieces(data, {"content": zeros})):
         file.write_bytes(broken)
-        tracemalloc.start()
-        with pytest.raises(ArtifactError, match="limit"):
-            cj.load(file)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 2**24
+        refused_within(file, 2**24, "limit")
+    coded = {"ans": 0, "streams": [], "tables": [], "crc32": 0}
+    describe(file, {"tree": ["uint8", 2**30], "coded": coded}, zeros)
+    refused_within(file, 2**24, "limit")
+
+
+@pytest.mark.wide(7)
+@pytest.mark.parametrize("byte", [b" ", b"\0", b"[", b"0"])
+@pytest.mark.parametrize("size", [0, 100, 2**21, 2**24 + 1, 2**27])
+def test_a_description_unpacks_to_no_more_than_it_says_and_may(byte, size, file):
+    file.write_bytes(rowed(mutations.described(byte * 2**27, size)))
+    refused_within(file, 2**23, "limit|unpack")
+
+
+PIECES = [b"{}", b"[]", b"null", b'["list"]', b'["Bits",{}]', b'["Quantized",{"layout":[[9]]}]']
+
+
+@pytest.mark.wide(3)
+@pytest.mark.parametrize("piece", PIECES, ids=bytes.decode)
+def test_a_structure_of_many_parts_stays_within_the_memory_it_may_take(piece, file):
+    text = b'{"metadata":{},"tree":["list",' + b",".join([piece] * 30_000) + b"]}"
+    file.write_bytes(rowed(mutations.described(text)))
+    tracemalloc.start()
+    with contextlib.suppress(ArtifactError):
+        cj.load(file)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (PARSED + LENGTHENED) * len(text)
+
+
+@pytest.mark.wide(1)
+@pytest.mark.parametrize("piece", [b"null", b"{}", b"[]"], ids=bytes.decode)
+@pytest.mark.slow
+def test_a_structure_of_too_many_parts_is_refused_in_time(piece, file):
+    text = b'{"metadata":{},"tree":["list",' + b",".join([piece] * 600_000) + b"]}"
+    file.write_bytes(rowed(mutations.described(text)))
+    assert file.stat().st_size < 5000
+    start = time.process_time()
+    with pytest.raises(ArtifactError, match="more than .*00,000"):
+        cj.load(file)
+    assert time.process_time() - start < 8
+
+
+@pytest.mark.parametrize("form", mutations.FORMS)
+def test_one_long_name_above_many_entries_costs_neither_memory_nor_time(form, file):
+    mutations.FORMS[form](file, {}, {})
+    short = form in ("compact", "coded")
+    for length, said in ((10**6, "4,096 characters"), (4000, "have over 16,777,216 characters")):
+        name = "k" * length
+        tree = {"dict": [[name, {"list": [True] * 90_000}]]}
+        tree = {name: ["list", *[[0]] * 90_000]} if short else tree
+        file.write_bytes(
+            mutations.with_content(
+                file.read_bytes(), lambda content, tree=tree: {**content, "tree": tree}
+            )
+        )
+        refused_within(file, 2**27, said)
 
 
 def test_limits_can_be_raised_and_lowered(file):
@@ -447,7 +696,7 @@ def test_limits_can_be_raised_and_lowered(file):
     deep: Any = jnp.ones(2)
     for _ in range(120):
         deep = [deep]
-    cj.save(file, [jnp.ones(2)])
+    mutations.as_named(file, [jnp.ones(2)], {})
     nested = json.loads('{"list":[' * 120 + "true" + "]}" * 120)
     changed = mutations.with_content(file.read_bytes(), lambda content: {**content, "tree": nested})
     header, body = mutations.parts(changed)
@@ -458,11 +707,23 @@ def test_limits_can_be_raised_and_lowered(file):
     assert jax.tree.structure(cj.load(file, limits=Limits(depth=120))[0]) == jax.tree.structure(
         deep
     )
-    cj.save(file, [jnp.ones(2)] * 11)
-    for limits, said in ((Limits(arrays=10), "arrays"), (Limits(header=500), "header")):
-        with pytest.raises(ArtifactError, match=said):
-            cj.load(file, limits=limits)
-    cj.load(file, limits=Limits(arrays=11))
+    short = json.loads('["list",' * 120 + "[2]" + "]" * 120)
+    describe(file, {"tree": short}, bytes(8))
+    with pytest.raises(ArtifactError, match="nested"):
+        cj.load(file)
+    assert jax.tree.structure(cj.load(file, limits=Limits(depth=120))[0]) == jax.tree.structure(
+        deep
+    )
+    for form in ("named", "compact"):
+        mutations.FORMS[form](file, [jnp.ones(2)] * 11, {})
+        for limits, said in ((Limits(arrays=10), "arrays"), (Limits(header=50), "limit is 50")):
+            with pytest.raises(ArtifactError, match=said):
+                cj.load(file, limits=limits)
+        cj.load(file, limits=Limits(arrays=11))
+    describe(file, {"tree": [2], "metadata": {"a": "b" * 500}}, bytes(8))
+    with pytest.raises(ArtifactError, match="its description has .* the limit is 500"):
+        cj.load(file, limits=Limits(header=500))
+    cj.load(file, limits=Limits(header=550))
 
 
 def test_what_could_not_be_loaded_is_not_saved(file):
@@ -480,6 +741,7 @@ def test_what_could_not_be_loaded_is_not_saved(file):
     assert not file.exists()
 
 
+@pytest.mark.slow
 def test_mutations_behind_a_right_checksum_are_refused_or_consistent(tmp_path):
     """A small part of experiments/faults/fuzz_artifact.py, which has the campaign of 10,000."""
     nested = dataclasses.replace(QUANTIZED, codes=left_out(mask=GAPS_OF_FOUR))

@@ -1,5 +1,6 @@
 """The gate: what it must let through and what it must stop, on StableHLO and on ONNX."""
 
+import importlib
 import json
 import math
 
@@ -10,8 +11,30 @@ import pytest
 
 from compress_jax.core import ExportError
 from compress_jax.export import to_stablehlo, verify
-from compress_jax.export._verify.running import runner
-from compress_jax.export._verify.verify import Timing, interleaved
+from compress_jax.export._verify.verify import (
+    Timing,
+    Verification,
+    interleaved,
+    measured,
+    runner,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_child_for_equal_calls():
+    """Run each file on each input once, in its child: tests that ask for the same share it."""
+    answers = {}
+
+    def shared(path, arrays, job, **limits):
+        key = str(path), json.dumps(job), *(x.tobytes() for x in arrays)
+        if key not in answers:
+            answers[key] = measured(path, arrays, job, **limits)
+        return answers[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("compress_jax.export._verify.verify")
+        patch.setattr(module, "measured", shared)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +50,11 @@ def linear(tmp_path_factory):
     return folder, (lambda x: fn(weights, x)), x, np.asarray(fn(weights, x)).argmax(-1)
 
 
+def timed(folder):
+    return {"baseline": folder / "m.stablehlo", "batch_sizes": (1, 8), "rounds": 3}
+
+
+@pytest.mark.slow
 def test_a_faithful_file_passes_and_its_numbers_are_those_of_numpy(linear):
     folder, reference, x, labels = linear
     done = verify(folder / "m.stablehlo", reference, x, labels, batch_sizes=())
@@ -39,9 +67,10 @@ def test_a_faithful_file_passes_and_its_numbers_are_those_of_numpy(linear):
     assert done.nbytes == (folder / "m.stablehlo").stat().st_size and done.difference < 1e-6
 
 
+@pytest.mark.slow
 def test_a_file_that_answers_otherwise_fails_and_says_why(linear):
     folder, reference, x, labels = linear
-    done = verify(folder / "wrong.stablehlo", reference, x, labels, batch_sizes=())
+    done = verify(folder / "wrong.stablehlo", reference, x, labels, **timed(folder))
     scores = np.asarray(reference(x))
     share = (scores.argmax(-1) == (-scores).argmax(-1)).mean()
     assert (
@@ -63,14 +92,7 @@ def test_without_labels_only_agreement_counts(linear):
 
 def test_times_are_taken_beside_the_baseline(linear):
     folder, reference, x, _ = linear
-    done = verify(
-        folder / "m.stablehlo",
-        reference,
-        x,
-        baseline=folder / "wrong.stablehlo",
-        batch_sizes=(1, 8),
-        rounds=3,
-    )
+    done = verify(folder / "wrong.stablehlo", reference, x, **timed(folder))
     assert [each.batch for each in done.timings] == [1, 8] and all(
         each.seconds > 0 for each in done.timings
     )
@@ -83,6 +105,12 @@ def test_times_are_taken_beside_the_baseline(linear):
 def test_a_slowdown_is_called_one():
     assert "2.00x faster" in str(Timing(1, 1, 0.1, 0.2, 2.0, 1.9, 2.1))
     assert "50 % slower (0.40 to 0.60)" in str(Timing(1, 1, 0.2, 0.1, 0.5, 0.4, 0.6))
+
+
+@pytest.mark.parametrize("nbytes, text", [(50, "2.00x smaller"), (200, "2.00x larger")])
+def test_a_file_that_is_larger_than_the_float_one_is_called_so(nbytes, text):
+    found = Verification("m.onnx", 10, 1.0, 0.0, math.nan, math.nan, nbytes, 100, (), ())
+    assert f"{nbytes} bytes, {text} than the float export's 100" in str(found)
 
 
 def test_files_take_turns():

@@ -29,6 +29,7 @@ def packed(compression):
     return c.pack(PARAMS, c.update(PARAMS, c.init(PARAMS), step=jnp.asarray(0)))
 
 
+@pytest.mark.slow
 def test_dense_weights_are_bit_for_bit_the_unpacked_ones(tmp_path):
     small = packed(cj.chain(cj.prune.magnitude(0.5), cj.cluster.kmeans(4)))
     size = to_safetensors(small, tmp_path / "f", metadata={"accuracy": 0.5, "model": "conv"})
@@ -49,7 +50,7 @@ def test_dense_weights_are_bit_for_bit_the_unpacked_ones(tmp_path):
     }
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "compression",
     [
@@ -63,6 +64,7 @@ def test_dense_weights_are_bit_for_bit_the_unpacked_ones(tmp_path):
     ],
     ids=["tensor", "channel", "groups", "pruned", "pruned groups"],
 )
+@pytest.mark.slow
 def test_integers_give_the_array_by_the_documented_formula(compression, tmp_path):
     small = packed(compression)
     to_safetensors(small, tmp_path / "f", weights="integers")
@@ -121,6 +123,7 @@ def test_statistics_and_tables_have_pytorchs_names(tmp_path):
     assert "tokens.weight" in pretrained.read(tmp_path / "f")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ExportError, match="'conv.weight'"):
         to_safetensors(

@@ -34,6 +34,7 @@ def by_the_formula():
     return new
 
 
+@pytest.mark.wide(4)
 @pytest.mark.parametrize("size", [1, 4, 7, 23])
 @pytest.mark.parametrize("tile", [8, 1024])
 def test_blocks_and_tiles_are_only_a_matter_of_speed(size, tile, monkeypatch):

@@ -39,7 +39,14 @@ REWRITES = {
 }
 
 
-@pytest.mark.parametrize("name", REWRITES)
+# Those that tests/quantize/test_solvers.py sees exact on real data.
+SOLVERS = {"gptq", "signround"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SOLVERS)) for name in REWRITES],
+)
 def test_every_rewrite_is_exact_under_its_compression(name):
     result = REWRITES[name]()
     assert isinstance(result, cj.layerwise.Rewritten)

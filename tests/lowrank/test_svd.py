@@ -25,7 +25,7 @@ def singular_values(x):
     return np.asarray(scipy.linalg.svdvals(np.asarray(x, np.float64).reshape(-1, x.shape[-1])))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("shape", [(40, 24), (24, 40), CONV])
 @pytest.mark.parametrize("rank", [1, 4, 12])
 def test_error_is_the_tail_of_the_singular_values(shape, rank):
@@ -61,6 +61,7 @@ def test_factors_are_balanced():
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("energy", [0.3, 0.9, 0.99, 0.999])
 @pytest.mark.parametrize("shape", [(64, 48), CONV])
+@pytest.mark.slow
 def test_energy_takes_the_least_rank_that_keeps_it(energy, shape):
     x = kernel(shape)
     squares = singular_values(x) ** 2
@@ -68,6 +69,7 @@ def test_energy_takes_the_least_rank_that_keeps_it(energy, shape):
     assert svd(energy=energy).init({"w": x}).learned["w"]["left"].shape[1] == expected
 
 
+@pytest.mark.slow
 def test_energy_of_zeros_and_of_everything():
     c = svd(energy=1.0)
     zeros, full = jnp.zeros((6, 8)), jax.random.normal(jax.random.key(0), (6, 8))
@@ -84,7 +86,7 @@ def test_energy_of_zeros_and_of_everything():
     assert jax.tree.structure(update) == jax.tree.structure(state)
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("c", [svd(6), svd(energy=0.95)], ids=["rank", "energy"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_packed_is_what_was_seen(c, dtype):
@@ -118,6 +120,7 @@ def test_leaves_that_would_not_shrink_are_left_alone():
     assert c.view(params, state)["square"] is params["square"]
 
 
+@pytest.mark.slow
 def test_gradients_flow_to_the_factors_and_not_to_the_params():
     x = kernel((20, 12))
     c = svd(3)

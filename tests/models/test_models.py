@@ -87,6 +87,7 @@ def test_paths_of_parameters_are_readable():
     ]
 
 
+@pytest.mark.slow
 def test_batch_norm_uses_the_batch_in_training_and_running_averages_after():
     model, x = ResNet(8, 4), jax.random.normal(jax.random.key(0), (8, 8, 8, 1))
     variables = jax.jit(model.init)(jax.random.key(1), x)
@@ -99,6 +100,7 @@ def test_batch_norm_uses_the_batch_in_training_and_running_averages_after():
     np.testing.assert_allclose(updated["batch_stats"]["stem_norm"]["mean"], mean, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_option_a_shortcut_subsamples_and_pads_with_zeros():
     model, x = ResNet(8, 4, projection=False), jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     variables = jax.jit(model.init)(jax.random.key(1), x)
@@ -133,7 +135,7 @@ def test_stem_stride_halves_every_later_resolution():
     assert shapes == {"block_0_0": (14, 14), "block_1_0": (7, 7), "block_2_0": (4, 4)}
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("height", "width", "window"), [(4, 6, 2), (5, 4, 2), (9, 6, 3), (3, 3, 2), (2, 2, 2)]
 )

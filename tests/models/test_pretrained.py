@@ -83,6 +83,7 @@ def shapes(model, x):
     return jax.eval_shape(model.init, jax.random.key(0), x)
 
 
+@pytest.mark.slow
 def test_bert_computes_what_the_reference_does():
     weights, model = hugging_face(), BertClassifier(Bert(**SIZES), classes=3)
     head = {
@@ -139,6 +140,7 @@ def test_everything_that_does_not_fit_is_listed_at_once():
         assert words in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_fresh_head_stays_as_it_was_initialised():
     weights, model = hugging_face(), BertClassifier(Bert(**SIZES), classes=3)
     variables = jax.jit(model.init)(jax.random.key(0), TOKENS)

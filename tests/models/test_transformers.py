@@ -158,6 +158,7 @@ def test_scanned_layers_are_the_unrolled_ones():
         )
 
 
+@pytest.mark.slow
 def test_gpt_does_not_see_the_future_and_sees_the_past():
     model = GPT(depth=2, **TINY)
     variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
@@ -167,6 +168,7 @@ def test_gpt_does_not_see_the_future_and_sees_the_past():
     assert (jnp.abs(before[0, 2:] - after[0, 2:]).max(-1) > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_bert_does_not_see_padding():
     model = Bert(depth=2, **TINY)
     variables = jax.jit(model.init)(jax.random.key(0), TOKENS)
@@ -177,6 +179,7 @@ def test_bert_does_not_see_padding():
     assert jnp.abs(seen[1, :2] - padded[1, :2]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_shifted_products_are_the_grouped_convolution():
     model, x = DSCNN(width=8, blocks=2), jax.random.normal(jax.random.key(0), (2, 9, 7, 1))
     variables = jax.jit(model.init)(jax.random.key(1), x)

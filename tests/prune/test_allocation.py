@@ -98,6 +98,7 @@ def test_erk_refuses_layouts_of_other_params():
             erk(params, 0.5, layouts=layouts)
 
 
+@pytest.mark.slow
 def test_erk_masks_have_that_total():
     params = {
         "a": jax.random.normal(jax.random.key(0), (10, 30)),
@@ -122,6 +123,7 @@ def lamp_scores(x):
     return scores
 
 
+@pytest.mark.slow
 def test_lamp_is_its_formula_and_never_empties_a_layer():
     params = {f"l{i}": 10.0**-i * jax.random.normal(jax.random.key(i), (6, 5)) for i in range(3)}
     flat = np.concatenate([lamp_scores(x) for x in params.values()])
@@ -167,6 +169,7 @@ IMAGE = jnp.ones((2, 3, 6, 6))
 @pytest.mark.parametrize(
     "rule", [lambda s: {"conv": s}, lambda s: {"conv": s, "head": s}, lambda s: erk(NETWORK, s)]
 )
+@pytest.mark.slow
 def test_a_budget_of_operations_is_just_met(rule):
     c = magnitude(for_flops(0.3, rule, network, NETWORK, IMAGE))
     after = cost(network, NETWORK, IMAGE, compression=c, state=c.init(NETWORK))

@@ -32,6 +32,7 @@ def test_a_python_number_is_the_decimal_it_prints_as(billionths, size):
 
 @settings(deadline=None)
 @given(st.integers(0, 2**24), sizes)
+@pytest.mark.slow
 def test_a_float32_array_is_exact_in_integers(t, size):
     assert as_int(amount(jnp.float32(t / 2**24), size)) == half_up(Fraction(t, 2**24), size)
 

@@ -65,6 +65,7 @@ def test_a_floor_needs_a_global_threshold():
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("shape", [(3, 3, 1, 16), (2, 7)])
+@pytest.mark.slow
 def test_n_m_that_prunes_nothing_is_said(shape):
     c, params = (
         cj.prune.magnitude(None, cj.prune.n_m(2, 4)),

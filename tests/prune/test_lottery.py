@@ -51,6 +51,7 @@ def same(a, b):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("weights", [True, False])
+@pytest.mark.slow
 def test_one_loop_goes_through_all_rounds(weights):
     optimizer = rewinding(optax.adam(schedule), EVERY, TO, weights=weights)
     states = trajectory(optimizer, TICKET, EVERY * (ROUNDS + 1))
@@ -74,6 +75,7 @@ def test_one_loop_goes_through_all_rounds(weights):
         )
 
 
+@pytest.mark.slow
 def test_the_wrapper_is_the_pure_transition():
     """One loop with a rewinding optimizer ends where train, prune, `rewind`, train end."""
     inner, c = optax.adam(schedule), cj.at("w", nested(magnitude(rounds(0.5))))

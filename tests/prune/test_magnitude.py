@@ -42,6 +42,7 @@ def test_exactly_as_many_are_pruned_as_asked(n, sparsity):
     assert magnitudes[~kept].max(initial=0) <= magnitudes[kept].min(initial=np.inf)
 
 
+@pytest.mark.slow
 def test_leaf_scope_gives_every_leaf_the_sparsity(params):
     state = magnitude(0.75).init(params)
     assert state.learned == {}
@@ -61,6 +62,7 @@ def test_global_scope_is_one_argsort_of_everything(params, sparsity):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.slow
 def test_view_is_the_masked_params_and_pack_ships_it(params, scope):
     c = magnitude(0.9, scope=scope)
     state = c.init(params)
@@ -82,6 +84,7 @@ def test_pruned_negative_weights_become_positive_zeros():
     assert not np.signbit(np.asarray(c.view(x, c.init(x))["w"])).any()
 
 
+@pytest.mark.slow
 def test_what_packing_would_enlarge_stays_dense(params):
     c = magnitude(0.0)
     packed = c.pack(params, c.init(params))
@@ -91,6 +94,7 @@ def test_what_packing_would_enlarge_stays_dense(params):
     )
 
 
+@pytest.mark.slow
 def test_gradient_is_masked(params):
     c = magnitude(0.6)
     state = c.init(params)
@@ -123,6 +127,7 @@ def test_a_schedule_is_followed_in_one_compilation(params, scope):
     np.testing.assert_allclose(counts, wanted, atol=0.5 + 1e-3 + (0 if scope == "global" else 1.5))
 
 
+@pytest.mark.slow
 def test_jit_and_eager_give_the_same_mask(params):
     for scope in SCOPES:
         c = magnitude(optax.linear_schedule(0.0, 1.0, 7), scope=scope)
@@ -170,6 +175,7 @@ SHARDINGS = [
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize(("scope", "axes", "spec"), SHARDINGS)
+@pytest.mark.slow
 def test_sharded_is_unsharded_bit_for_bit_without_gathering(scope, axes, spec):
     x = jnp.round(
         4 * jax.random.normal(jax.random.key(3), (8, 16, 24))
@@ -238,6 +244,7 @@ def test_unknown_scopes_are_refused():
         magnitude(0.5, scope="layer")
 
 
+@pytest.mark.slow
 def test_gradual_pruning_of_chosen_leaves_starts_and_stops(params):
     c = cj.at("**/kernel", cj.between(4, 8, magnitude(cubic(0.8, 0, 10), scope="global")))
     state, update, counts = c.init(params), jax.jit(c.update), {}

@@ -22,6 +22,7 @@ def test_an_old_name_is_the_new_one_and_warns(old):
     assert old not in dir(cj.prune) and old not in cj.prune.__all__
 
 
+@pytest.mark.slow
 def test_old_arguments_work_and_warn():
     key = jax.random.key(0)
     for call in (

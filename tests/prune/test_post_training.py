@@ -78,6 +78,7 @@ CASES = {"60 %": (0.6, None), "2:4": (None, n_m(2, 4)), "1:3": (None, n_m(1, 3))
     ("case", "quantizer"),
     [("60 %", None), ("2:4", None), ("1:3", None), ("60 %", INT4), ("2:4", INT4)],
 )
+@pytest.mark.slow
 def test_sparsegpt_is_the_papers_algorithm(case, quantizer):
     (share, groups), (params, x) = CASES[case], layer()
     x = x.at[:, 5].set(0)  # an input that is always zero
@@ -115,6 +116,7 @@ def test_exactly_as_many_weights_are_pruned_as_asked(share):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("groups", [None, n_m(2, 4), n_m(1, 3)])
+@pytest.mark.slow
 def test_wanda_is_a_sort_of_each_output(groups):
     params, x = layer(k=22, n=5)
     scores = np.abs(np.asarray(params["kernel"])) * np.linalg.norm(np.asarray(x), axis=0)[:, None]
@@ -129,7 +131,8 @@ def test_wanda_is_a_sort_of_each_output(groups):
 
 
 @pytest.mark.wide(1)
-@pytest.mark.parametrize("solve", [sparsegpt, wanda])
+@pytest.mark.parametrize("solve", [wanda, sparsegpt])
+@pytest.mark.slow
 def test_groups_of_a_convolution_run_along_its_channels(solve):
     rng, shape = np.random.default_rng(0), (3, 3, 6, 5)
     kernel, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (shape, (8, 6, 6, shape[2])))
@@ -150,7 +153,7 @@ def test_groups_of_a_convolution_run_along_its_channels(solve):
 
 
 @pytest.mark.wide(1)
-@pytest.mark.parametrize("solve", [sparsegpt, wanda])
+@pytest.mark.parametrize("solve", [wanda, sparsegpt])
 def test_groups_run_along_what_is_summed_and_the_note_says_so(solve):
     rng = np.random.default_rng(0)
     params = {"query": jnp.asarray(rng.normal(size=(8, 2, 3)), jnp.float32)}
@@ -248,6 +251,7 @@ def test_the_result_is_exact_and_its_masks_hold():
     assert exact(alone)
 
 
+@pytest.mark.slow
 def test_wanda_then_gptq_rounds_what_is_kept():
     params, x = layer()
     seen = calibrated(params, x)
@@ -258,6 +262,7 @@ def test_wanda_then_gptq_rounds_what_is_kept():
     ).all() and not rounded.skipped
 
 
+@pytest.mark.slow
 def test_a_share_for_each_leaf_and_leaves_that_only_the_quantizer_covers():
     rng = np.random.default_rng(1)
     params = {name: jnp.asarray(rng.normal(size=(16, 16)), jnp.float32) for name in "abc"}
@@ -269,6 +274,7 @@ def test_a_share_for_each_leaf_and_leaves_that_only_the_quantizer_covers():
     assert (solved.params["c"] == INT4.view(params, INT4.init(params))["c"]).all()
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said():
     params, x = layer()
     solver = partial(sparsegpt, block=16)

@@ -41,6 +41,7 @@ def largest(keys, count):
 
 @settings(max_examples=60, deadline=None)
 @given(WHOLE, WHOLE, hnp.arrays(bool, (5, 8)), st.integers(0, 8), st.integers(0, 8))
+@pytest.mark.slow
 def test_turnover_is_a_sort_of_the_kept_and_a_sort_of_the_others(x, growth, live, eighths, drop):
     count = 40 - 5 * eighths
     survive = min(count, 40 - math.floor((1 - (1 - eighths / 8) * (1 - drop / 8)) * 40 + 0.5))
@@ -109,6 +110,7 @@ def test_without_drop_training_is_static():
     np.testing.assert_array_equal(state.fixed["a/kernel"]["mask"], later.fixed["a/kernel"]["mask"])
 
 
+@pytest.mark.slow
 def test_a_rising_sparsity_is_reached_exactly_while_weights_come_back():
     c = rigl({"**/kernel": cubic(0.9, 0, 10)}, 20, KEY, every=1)
     state, update, back = c.init(PARAMS), jax.jit(c.update), 0
@@ -121,7 +123,7 @@ def test_a_rising_sparsity_is_reached_exactly_while_weights_come_back():
     assert pruned == 540 and back > 0
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [cj.prune.sparse_evolution, rigl])
 def test_sharded_masks_are_the_unsharded_ones(make):
     x = {"w": jax.random.normal(jax.random.key(3), (8, 16))}
@@ -173,6 +175,7 @@ def test_moments_restart_whatever_the_optimizer(name):
         reset_moments(state, params, {"c": flags})
 
 
+@pytest.mark.slow
 def test_restart_finds_growth_inside_combinators():
     params = {"a": {"kernel": jnp.ones((10, 10))}, "bias": jnp.ones(3)}
     inner = rigl(0.5, 100, KEY, every=1, drop=lambda step: 0.5)
@@ -246,6 +249,7 @@ def test_straight_through_trains_what_it_does_not_use():
     np.testing.assert_array_equal(slope(params["w"]), [1, 1, 7, -7])
 
 
+@pytest.mark.slow
 def test_top_kast_uses_one_set_and_trains_a_larger_one():
     params = {"w": jnp.arange(1.0, 11.0)}
     c = top_kast(0.8, 0.5)

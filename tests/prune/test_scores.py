@@ -194,6 +194,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 def test_synaptic_flow_is_conserved():
     """Theorem 1 of the paper: flow is conserved at hidden neurons, so layers have equal sums."""
     scores = synflow(network, LAYERS, jnp.zeros((1, 4)))
@@ -204,6 +205,7 @@ def test_synaptic_flow_is_conserved():
         np.testing.assert_allclose(score.sum(), total.sum(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_synflow_in_rounds_leaves_a_path_open_at_the_exact_total():
     scores = synflow(network, LAYERS, jnp.zeros((1, 4)), sparsity=0.97, rounds=8)
     masks = {

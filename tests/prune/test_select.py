@@ -42,6 +42,7 @@ def test_equals_stable_argsort_at_every_count(shape, dtype):
     st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(np.int8, s, elements=st.integers(-2, 2))),
     st.floats(0, 1),
 )
+@pytest.mark.slow
 def test_equals_stable_argsort_among_ties(values, share):
     assert_same([jnp.asarray(values, jnp.float32)], round(share * values.size))
 
@@ -96,6 +97,7 @@ def test_signed_zeros_tie():
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(SHAPES).flatmap(lambda s: hnp.arrays(bool, s)), st.integers(0, 70))
+@pytest.mark.slow
 def test_first_takes_the_first_true_ones(flags, k):
     expected = flags & (np.cumsum(flags).reshape(flags.shape) <= k)
     np.testing.assert_array_equal(jax.jit(first)(jnp.asarray(flags), uint64(k)), expected)

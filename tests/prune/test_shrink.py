@@ -132,6 +132,7 @@ def few():
     return shrink(mlp, PARAMS, X, ratio={"w0:1": 0.25})
 
 
+@pytest.mark.slow
 def test_local_takes_the_lowest_of_each_group(half):
     small = half
     first, second = (W0**2).sum(0) + (W1**2).sum(1), (W1**2).sum(0) + (W2**2).sum(1)
@@ -238,6 +239,7 @@ def test_each_call_is_one_step(half):
     assert jax.tree.map(jnp.shape, direct.params) == jax.tree.map(jnp.shape, twice.params)
 
 
+@pytest.mark.slow
 def test_a_module_made_with_the_new_width_is_the_same_model():
     """So is, in training mode, the function with the same channels, statistics included."""
     full = variables()
@@ -321,6 +323,7 @@ def test_optimizer_states_are_carried_over(name, half, few):
             jax.tree.map(np.testing.assert_array_equal, short, small.slice_state(updates))
 
 
+@pytest.mark.slow
 def test_states_of_params_alone_are_carried_too():
     full = variables()
     small = shrink(Net().apply, full, IMAGES, ratio=0.5)
@@ -329,6 +332,7 @@ def test_states_of_params_alone_are_carried_too():
     jax.tree.map(np.testing.assert_array_equal, small.slice_state(full), small.params)
 
 
+@pytest.mark.slow
 def test_what_is_left_is_a_model_like_any_other(tmp_path, half):
     """It trains, quantizes, is saved and exported."""
     small = half
@@ -390,6 +394,7 @@ def test_an_error_says_what_is_wrong():
         )
 
 
+@pytest.mark.slow
 def test_the_old_names_work_and_warn():
     with pytest.warns(DeprecationWarning, match="most= is now max_ratio="):
         small = shrink(mlp, PARAMS, X, ratio=0.9, scope="global", most=0.75)

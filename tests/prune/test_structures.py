@@ -67,7 +67,7 @@ def test_blocks_with_remainders_are_chosen_as_by_loops(reduce, values, sparsity)
     np.testing.assert_array_equal(mask_of(values, block((2, 3), reduce), sparsity), expected)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize(
     ("structure", "window"),
     [
@@ -125,7 +125,7 @@ def test_a_sparsity_beside_n_of_m_must_agree():
             magnitude(other, n_m(2, 4))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "structure", [block((2, 3)), channel(), head(0), n_m(2, 4, axis=0)], ids=str
 )
@@ -152,6 +152,7 @@ def test_sums_do_not_depend_on_the_order_and_are_close():
     np.testing.assert_allclose(total, x.astype(np.float64).sum(1), atol=5000 * 2.0**-27, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_blocks_of_huge_and_tiny_numbers_are_ordered():
     for unit in (1e-38, 1e-20, 1.0, 1e20, 1e37):
         values = np.array([[3, 3, 1, 1, 2, 2]]) * unit
@@ -161,6 +162,7 @@ def test_blocks_of_huge_and_tiny_numbers_are_ordered():
             ]
 
 
+@pytest.mark.slow
 def test_leaves_without_such_units_are_left_alone_and_say_why():
     params = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4), "scale": jnp.float32(1.0)}
     reasons = magnitude(None, n_m(2, 4)).skipped(params)
@@ -191,6 +193,7 @@ def test_a_map_gives_each_leaf_its_own_sparsity():
         magnitude({"a": 0.5}, scope="global")
 
 
+@pytest.mark.slow
 def test_global_units_are_compared_across_leaves():
     params = {"a": jnp.array([[1.0, 5.0]]), "b": jnp.array([[2.0, 3.0, 4.0], [2.0, 3.0, 4.0]])}
     masks = magnitude(0.4, channel(), scope="global").init(params).fixed

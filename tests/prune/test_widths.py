@@ -55,6 +55,7 @@ def attention(p, x):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("stored", [(4, 8), (32,)])
+@pytest.mark.slow
 def test_heads_and_their_features_are_one_width_however_it_is_stored(stored):
     rng = np.random.default_rng(0)
     p = {name: jnp.asarray(rng.normal(size=(6, *stored)), jnp.float32) for name in "qkv"}

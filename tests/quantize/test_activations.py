@@ -77,6 +77,7 @@ def close_but_for_ties(ours, x, low, high, bits, symmetric):
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.slow
 def test_values_are_those_of_float64(bits, symmetric):
     x = normal(4, 50, 6, scale=2, shift=0.3)
     (site,) = sites(dense, PARAMS, x)
@@ -95,7 +96,7 @@ def test_values_are_those_of_float64(bits, symmetric):
         close_but_for_ties(how.quantize_fn(site, 0, x, own), x, low, high, bits, symmetric)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @QUANTIZERS
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_what_is_seen_is_what_the_codes_stand_for_bit_for_bit(how, dtype):
@@ -201,6 +202,7 @@ def error(x, low, high, bits, symmetric):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("kind", ["normal", "relu", "laplace", "skewed", "outlier"])
+@pytest.mark.slow
 def test_mse_finds_the_least_error_there_is(kind, bits, symmetric):
     rng = np.random.default_rng(0)
     x = {
@@ -227,6 +229,7 @@ def test_mse_finds_the_least_error_there_is(kind, bits, symmetric):
     assert ours <= 1.02 * brute
 
 
+@pytest.mark.slow
 def test_mse_of_a_unit_normal_is_the_known_optimum():
     """The best steps of a unit normal (Max, 1960; `quantize.normal_clip`), from a histogram."""
     x = scipy.stats.norm.ppf((np.arange(200_000) + 0.5) / 200_000)
@@ -235,6 +238,7 @@ def test_mse_of_a_unit_normal_is_the_known_optimum():
         np.testing.assert_allclose(float(high) / (2 ** (bits - 1) - 1), step, rtol=0.03)
 
 
+@pytest.mark.slow
 def test_percentile_and_rms_are_those_of_numpy():
     x = np.random.default_rng(1).laplace(0.4, 2.0, 30_000)
     seen = seen_by(x, 4)(histogram(range_rules.BINS))
@@ -350,6 +354,7 @@ def test_eight_bits_change_every_model_a_little(entry):
 
 @pytest.mark.wide(1)
 @QUANTIZERS
+@pytest.mark.slow
 def test_layers_in_a_scan_have_a_range_each(how):
     def fn(w, x):
         return jax.lax.scan(lambda x, w: (jax.nn.relu(x @ w) - 0.1, None), x, w["layers"])[0]
@@ -406,6 +411,7 @@ def attention(w, x):
 HEADS = {name: normal(6, 6, seed=seed) for seed, name in enumerate("qkv")}
 
 
+@pytest.mark.slow
 def test_products_of_activations_are_quantized_only_when_named():
     x = normal(7, 6)
     names = [site.name for site in sites(attention, HEADS, x)]
@@ -435,6 +441,7 @@ def test_products_of_activations_are_quantized_only_when_named():
     }
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("granularity", ["tensor", "token"])
 def test_an_image_of_a_convolution_and_both_kernels(granularity):
     def fn(w, x):
@@ -568,7 +575,7 @@ def test_dynamic_needs_no_calibration():
     assert how.update(PARAMS, {}, x)[1] == {"kernel": {"input": {}}}
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     "how",
     [
@@ -601,6 +608,7 @@ def test_a_batch_that_is_not_finite_moves_no_range_and_is_counted(how):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+@pytest.mark.slow
 def test_a_range_that_is_not_finite_is_refused_where_it_is_used(bad):
     params, x, how = {"kernel": jnp.eye(6)}, jnp.ones((4, 6)), static(symmetric=False)
     ranges = {"kernel": {"input": {"low": jnp.float32(0), "high": jnp.float32(bad)}}}

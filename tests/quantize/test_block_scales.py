@@ -118,7 +118,7 @@ def test_an_error_of_choice_is_never_above_that_of_a_rule():
         ).all()
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "c", [mxfp8(), mxfp8("e5m2", "ceil"), mxfp4(), mxfp4("mse"), nvfp4(), nvfp4("mse")]
 )

@@ -71,6 +71,7 @@ def test_view_is_idempotent_bit_for_bit_and_never_minus_zero(seed, name, granula
     st.sampled_from([E2M1, E4M3, NF4, TERNARY, BINARY]),
     st.sampled_from(GRANULARITIES),
 )
+@pytest.mark.slow
 def test_every_weight_goes_to_the_nearest_level(seed, levels, granularity):
     w = weights(seed)
     view, fixed = viewed(codebook(levels, granularity), w)
@@ -86,6 +87,7 @@ def test_every_weight_goes_to_the_nearest_level(seed, levels, granularity):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+@pytest.mark.slow
 def test_fp8_of_a_tensor_is_the_cast_of_ml_dtypes_times_the_scale(kind):
     w, dtype = (
         weights(1, (64, 8)),
@@ -100,6 +102,7 @@ def test_fp8_of_a_tensor_is_the_cast_of_ml_dtypes_times_the_scale(kind):
     np.testing.assert_array_equal(codes, np.where(cast == 0, 0, cast.view(np.uint8)))
 
 
+@pytest.mark.wide(9)
 @pytest.mark.parametrize("levels", [TERNARY, E2M1, NF4], ids=["ternary", "e2m1", "nf4"])
 @pytest.mark.parametrize("n", [16, 200])
 @pytest.mark.parametrize("name", ["normal", "standard_cauchy", "uniform"])
@@ -159,7 +162,7 @@ def test_what_is_packed_is_what_was_trained_compiled_or_not(name):
                 np.testing.assert_array_equal(bits_of(got[dtype]), bits_of(want[dtype]))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "nbytes"),
     [("fp8", 2048 + 4), ("fp4", 1024 + 4), ("fp6", 1536 + 4), ("binary", 256 + 32),
@@ -176,6 +179,7 @@ def test_stored_sizes_are_the_true_ones(name, nbytes):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
+@pytest.mark.slow
 def test_gradient_is_that_of_the_identity_even_where_weights_saturate(name):
     w, c = weights(shape=(32, 4)), {**FORMATS, **BLOCKS}[name](pad=True)
     state = c.init({"w": 0.3 * w})
@@ -184,7 +188,7 @@ def test_gradient_is_that_of_the_identity_even_where_weights_saturate(name):
     np.testing.assert_array_equal(grad, cotangent)
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", ["fp8", "nf4", "mxfp4", "nvfp4"])
 def test_sharded_on_any_axis_is_as_unsharded_bit_for_bit(axis, name):
@@ -197,7 +201,7 @@ def test_sharded_on_any_axis_is_as_unsharded_bit_for_bit(axis, name):
     np.testing.assert_array_equal(bits_of(there_view), bits_of(here_view))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FORMATS, *BLOCKS])
 def test_degenerate_leaves(name):
     c = {**FORMATS, **BLOCKS}[name](pad=True)
@@ -219,7 +223,7 @@ def test_degenerate_leaves(name):
     assert float(jnp.abs(view["tiny"]).max()) < 1e-36
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in [*FORMATS, *BLOCKS] if name != "binary"])
 def test_pruned_chains_nest(name):
     w = weights(4, (64, 32))
@@ -233,6 +237,7 @@ def test_pruned_chains_nest(name):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("name", ["nf4", "mxfp8", "nvfp4", "ternary"])
+@pytest.mark.slow
 def test_an_artifact_holds_them_exactly_and_at_their_size(name, tmp_path):
     w, c = weights(5, (64, 32)), cj.chain(cj.prune.magnitude(0.5), {**FORMATS, **BLOCKS}[name]())
     packed = c.pack({"w": w}, c.init({"w": w}))

@@ -61,6 +61,7 @@ def by_the_paper(w, x, scale, zero, top, damping=0.01, act_order=False):
     ],
 )
 @pytest.mark.parametrize("k", [32, 200])
+@pytest.mark.slow
 def test_it_is_the_papers_algorithm(options, act_order, k):
     if k % 8:
         k += -k % 8
@@ -83,7 +84,7 @@ def test_it_is_the_papers_algorithm(options, act_order, k):
     np.testing.assert_allclose(error(ours), error(expected), rtol=0.02)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("block", [1, 7, 16, 128])
 def test_the_block_size_is_only_a_matter_of_speed(block):
     params, x = layer()
@@ -106,7 +107,7 @@ def test_large_layers_are_solved_in_halves(monkeypatch):
 CHAIN = cj.chain(cj.prune.magnitude(0.5), uniform(bits=4, granularity="channel"))
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "c",
     [uniform(bits=2, granularity="channel"), uniform(bits=4, granularity=8, scale="mse"), CHAIN],

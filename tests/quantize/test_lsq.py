@@ -31,6 +31,7 @@ def by_the_paper(x, s, qn, qp):
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shape", [(40,), (6, 8), (3, 3, 4, 8)])
+@pytest.mark.slow
 def test_values_and_gradients_of_weights_are_the_papers(bits, shape):
     w, upstream = normal(*shape), normal(*shape, seed=1)
     c = lsq(bits)
@@ -83,6 +84,7 @@ def test_each_channel_or_group_has_its_own_step_and_gradient(granularity):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("raw", [-0.3, 0.3, 0.0, 1e-30])
+@pytest.mark.slow
 def test_a_step_of_any_sign_ships_what_is_seen(raw):
     params = {"w": normal(6, 8)}
     c = lsq(3)
@@ -111,6 +113,7 @@ def test_a_positive_step_has_a_derivative_everywhere():
     ]
 
 
+@pytest.mark.slow
 def test_start_and_narrow():
     params = {"w": normal(50, 4)}
     best = uniform(bits=3, granularity="channel", scale="mse")
@@ -134,6 +137,7 @@ def test_start_and_narrow():
             lsq(**wrong)
 
 
+@pytest.mark.slow
 def test_training_the_step_finds_the_least_error():
     """On the reconstruction error alone, gradient descent on s ends near the best step there is."""
     w = normal(2000)
@@ -190,9 +194,10 @@ def gradients(how, x, **changes):
     )
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.slow
 def test_gradients_of_a_step_of_activations_are_the_papers(bits, signed):
     x = normal(20, 5, 6) if signed else jax.nn.relu(normal(20, 5, 6))
     own, grads, dx, upstream, seen = gradients(lsq_inputs(bits), x)
@@ -212,8 +217,9 @@ def test_gradients_of_a_step_of_activations_are_the_papers(bits, signed):
     np.testing.assert_allclose(float(grads["scale"]), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.slow
 def test_gradients_of_an_offset_are_those_of_lsq_plus(bits):
     x = jax.nn.gelu(2 * normal(20, 5, 6)) - 0.05
     s, offset = 4.0 / 2**bits, -3 * 4.0 / 2**bits
@@ -235,6 +241,7 @@ def test_gradients_of_an_offset_are_those_of_lsq_plus(bits):
     )
 
 
+@pytest.mark.slow
 def test_an_offset_is_used_on_the_grid_so_that_zero_is_exact():
     x = jax.nn.silu(normal(50, 6))
     how = lsq_inputs(4, offset=True)

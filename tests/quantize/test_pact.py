@@ -28,6 +28,7 @@ def given(**own):
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("alpha", [0.7, 1.9])
+@pytest.mark.slow
 def test_values_and_gradients_are_the_papers(bits, alpha):
     x = normal(30, 6)
     clipping = activations(fn, pact(bits))
@@ -76,7 +77,7 @@ def test_where_it_starts():
     assert float(paper["alpha"]) == 10 and float(paper["zero_point"]) == 0
 
 
-@pytest.mark.wide(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["loss", "optimizer"])
 def test_decay_pulls_alpha_down_until_clipping_costs_more(way):
     """Figure 3 in small: the loss alone keeps alpha at 10, decay brings it down to the values."""

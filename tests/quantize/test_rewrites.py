@@ -14,7 +14,9 @@ from compress_jax.quantize._rewrites.equalize import equalize
 from compress_jax.quantize._rewrites.rotate import rotate, rotation
 from compress_jax.trace import calibrate, gram
 from compress_jax.trace.reducers import absmax, moments
+from tests.trace.test_scaling import product_of_sums, twice
 from tests.trace.zoo import ZOO
+from tests.trace.zoo_entry import randomise
 
 ENTRIES = {entry.name: entry for entry in ZOO}
 slow = pytest.mark.slow
@@ -76,6 +78,24 @@ def test_equalised_ranges_are_equal_and_quantize_better():
         for p in (params, result.params)
     ]
     assert errors[1] < 0.7 * errors[0] and set(result.changed) == {"a", "c"} and not result.skipped
+
+
+@pytest.mark.parametrize(
+    ("fn", "shapes"),
+    [
+        pytest.param(twice, {"in": (4, 2, 3), "w": (2, 3, 2, 3), "out": (2, 3, 5)}, id="twice"),
+        pytest.param(product_of_sums, {"a": (4, 3), "b": (4, 3)}, id="product of sums"),
+    ],
+)
+def test_kernels_of_several_axes_are_scaled_as_a_whole_or_listed(fn, shapes):
+    """One that is used twice in a row has its rows and its columns scaled."""
+    p = randomise({name: np.empty(shape) for name, shape in shapes.items()})
+    x = randomise({"x": np.empty((3, 4) if "in" in p else (1, 1))})["x"]
+    seen = calibrate(fn, absmax("channel"), p, [x])
+    for result in (equalize(fn, p, x), smooth(fn, p, seen, x)):
+        np.testing.assert_allclose(fn(result.params, x), fn(p, x), rtol=1e-4, atol=1e-5)
+        kernels = {site.param for site in seen.sites.values()} - {None}
+        assert kernels <= set(result.changed) | set(result.skipped)
 
 
 def test_what_has_no_partner_is_listed():
@@ -154,6 +174,7 @@ def test_rotated_transformers_are_the_same_function_with_fewer_outliers(name):
     same(run, variables, result.params, inputs)
 
 
+@pytest.mark.slow
 def test_a_rotation_spreads_an_outlier_channel():
     rng = np.random.default_rng(1)
     p = {"in": rng.normal(size=(5, 16)), "norm": np.ones(16), "out": rng.normal(size=(16, 4))}
@@ -185,6 +206,7 @@ def test_rotations_are_orthogonal_and_spread(size, ones):
         np.testing.assert_allclose(np.abs(q), 8**-0.5, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_corrected_biases_restore_the_means_of_outputs():
     params, x = relu_params()
     kernels, c = ("a", "c"), uniform(2)

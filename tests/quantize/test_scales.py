@@ -49,7 +49,7 @@ def test_minmax_of_positive_weights_starts_at_zero():
     assert (float(scale[0]), int(zero[0])) == (1.0, 0)
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("percent", [50.0, 90.0, 99.0, 100.0])
 def test_percentile_is_that_of_numpy_even_where_a_group_is_padded(percent):
     rule = partial(percentile, percent=percent)

@@ -55,6 +55,7 @@ def test_of_equal_shares_the_larger_is_taken_and_many_histograms_are_searched_at
     assert kl_clip_ratio(counts, jnp.zeros(3, jnp.int32), 2).tolist() == [1.0, 0.5, 1.0]
 
 
+@pytest.mark.wide(2)
 @pytest.mark.parametrize("grid", [Grid(8), Grid(4), Grid(4, symmetric=False)], ids=str)
 def test_entropy_is_the_kl_clip_ratio_range_of_a_histogram(grid):
     w = np.append(np.random.default_rng(0).normal(size=60_000), [30, -20]).astype(np.float32)
@@ -74,6 +75,7 @@ def test_entropy_is_the_kl_clip_ratio_range_of_a_histogram(grid):
     assert shares[nearest] < 0.5
 
 
+@pytest.mark.slow
 def test_entropy_of_channels_is_that_of_each_and_padding_does_not_count():
     w = jnp.asarray(np.random.default_rng(1).laplace(size=(400, 3)), jnp.float32)
     rule = partial(entropy, bins=128, stride=1)

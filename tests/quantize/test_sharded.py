@@ -50,7 +50,7 @@ def spread(params):
     return jax.tree.map(lambda x: on(x, None, "model"), params)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", INPUTS)
 def test_ranges_of_sharded_batches(name):
     quantized = activations(model, INPUTS[name])
@@ -72,6 +72,7 @@ def test_ranges_of_sharded_batches(name):
 @pytest.mark.parametrize(
     "weights", [uniform(4, granularity="channel"), lsq(4, "channel")], ids=["uniform", "lsq"]
 )
+@pytest.mark.slow
 def test_quantization_aware_steps(weights, how):
     c, quantized = cj.at("**/kernel", weights), activations(model, INPUTS[how])
     optimizer = optax.sgd(0.01)

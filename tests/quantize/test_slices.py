@@ -73,7 +73,7 @@ def test_every_spelling_of_a_slice_is_solved(spelling):
     assert not solved.skipped and not solved.notes
 
 
-@pytest.mark.wide(6)
+@pytest.mark.wide(3)
 @solvers
 def test_slices_come_out_as_each_would_alone(solve):
     fn = lambda p, x: fed_apart({"0": p["w"][0], "1": p["w"][1]}, x)  # noqa: E731

@@ -60,7 +60,14 @@ def errors(params, new, seen):
     }
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+# Their own tests and tests/layerwise/test_result.py run the others by default.
+QUICK = {"gptq", "signround"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SOLVERS],
+)
 @pytest.mark.parametrize(
     "c", [C3, pytest.param(CHAIN, marks=pytest.mark.slow)], ids=["3 bits", "pruned"]
 )

@@ -31,7 +31,7 @@ def view(c, w=W) -> jax.Array:
     return c.view({"w": jnp.asarray(w)}, c.init({"w": jnp.asarray(w)}))["w"]
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @each
 def test_twn_is_the_paper_s_threshold_and_scale_and_padding_does_not_count(granularity):
     got = view(ternary(granularity, pad=True))

@@ -36,6 +36,7 @@ def viewed(c: cj.Compression, w: jax.Array) -> tuple[jax.Array, dict]:
     return c.view({"w": w}, state)["w"], state.fixed["w"]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 9), bits_, st.booleans(), st.sampled_from(GRANULARITIES), cheap_scales)
 def test_view_is_idempotent_bit_for_bit(seed, bits, symmetric, granularity, scale):
@@ -47,6 +48,7 @@ def test_view_is_idempotent_bit_for_bit(seed, bits, symmetric, granularity, scal
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 9), bits_, st.booleans(), st.sampled_from(GRANULARITIES), cheap_scales)
+@pytest.mark.slow
 def test_every_weight_goes_to_the_nearest_level(seed, bits, symmetric, granularity, scale):
     c, w = uniform(bits, symmetric, granularity, scale), weights(seed)
     view, fixed = viewed(c, w)
@@ -66,7 +68,7 @@ def test_every_weight_goes_to_the_nearest_level(seed, bits, symmetric, granulari
     )
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
 )
@@ -107,7 +109,7 @@ def test_what_is_packed_is_what_was_trained_compiled_or_not(bits, symmetric):
                 np.testing.assert_array_equal(bits_of(got[name]), bits_of(want[name]))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_scale_rule_packs_what_it_shows(scale):
     c, w = uniform(3, True, "channel", scale), weights(2)
@@ -153,12 +155,13 @@ def test_update_follows_the_weights_and_compiles_once():
     np.testing.assert_allclose(view, 3 * viewed(c, w)[0], rtol=1e-5)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize(
     ("symmetric", "scale"), [(True, "absmax"), (False, "minmax"), (True, "mse")]
 )
+@pytest.mark.slow
 def test_sharded_on_any_axis_is_as_unsharded(axis, granularity, symmetric, scale):
     c, w = uniform(4, symmetric, granularity, scale), weights(3, (32, 16))
     spec = PartitionSpec(*("d" if a == axis else None for a in range(2)))
@@ -174,10 +177,11 @@ def test_sharded_on_any_axis_is_as_unsharded(axis, granularity, symmetric, scale
         np.testing.assert_array_equal(bits_of(there_view), bits_of(here_view))
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize(
     ("symmetric", "scale"), [(True, s) for s in SCALES] + [(False, "minmax"), (False, "rms")]
 )
+@pytest.mark.slow
 def test_degenerate_leaves(symmetric, scale):
     c = uniform(4, symmetric, "channel", scale)
     params = {
@@ -252,6 +256,7 @@ def test_channels_may_be_any_axes():
     np.testing.assert_allclose(fixed["scale"][:, 0], np.abs(w).max(1) / 127, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_pruned_weights_stay_zero_and_only_the_others_are_stored():
     w = jnp.where(
         jax.random.uniform(jax.random.key(0), (64, 32)) < 0.05, weights(shape=(64, 32)), 0.0
@@ -282,6 +287,7 @@ def test_a_narrow_grid_has_the_negative_of_every_level(scale):
         np.testing.assert_array_equal(bits_of(cj.unpack(packed)["w"]), bits_of(view))
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_negative_get_unsigned_integers():
     w = jnp.abs(weights(7))
     c = uniform(8, symmetric=False)

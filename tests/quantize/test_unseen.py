@@ -42,6 +42,7 @@ STACKED = cj.at("w", uniform(bits=3, granularity="channel", axis=(0, -1)))
 
 @pytest.mark.wide(1)
 @rounders
+@pytest.mark.slow
 def test_an_expert_that_was_never_reached_is_rounded_to_nearest_and_so_are_dead_inputs(solve):
     solved = solve(W, SEEN, STACKED)
     nearest = solved.compression.view(W, solved.state)["w"]
@@ -190,6 +191,7 @@ def test_held_out_data_decide_between_the_solution_and_rounding_to_nearest(solve
     np.testing.assert_array_equal(judged.params["w"], nearest["w"])
 
 
+@pytest.mark.slow
 def test_each_layer_of_a_stack_is_judged_by_itself():
     """Layer 0 is calibrated well, layer 1 by two rows: only layer 1 keeps rounding to nearest."""
     p, x = {"w": normal(16, 2, 16, 8)}, normal(17, 2, 512, 16)
@@ -209,6 +211,7 @@ def test_held_out_data_that_never_reach_an_expert_leave_its_solution():
     assert (solved.params["w"][0] == gptq(W, SEEN, STACKED).params["w"][0]).all()
 
 
+@pytest.mark.slow
 def test_sparsegpt_and_wanda_are_judged_by_held_out_data():
     p, x = {"w": normal(18, 16, 8)}, normal(19, 512, 16)
     fn = lambda p, x: x @ p["w"]  # noqa: E731
@@ -223,6 +226,7 @@ def test_sparsegpt_and_wanda_are_judged_by_held_out_data():
     assert error(p, sparsegpt(p, few, 0.5).params, x) > error(p, smallest, x)
 
 
+@pytest.mark.slow
 def test_awq_does_not_let_an_unreached_expert_decide():
     p = {"scale": jnp.ones(8), **W}
     fn = lambda p, x: experts(p, x * p["scale"][None, None])  # noqa: E731
@@ -242,6 +246,7 @@ def test_awq_does_not_let_an_unreached_expert_decide():
     assert float(after) <= float(before[0]) * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_a_channel_that_calibration_never_saw_is_not_clipped_to_nothing():
     p = {"w": jnp.eye(4)}
     fn = lambda p, x: x @ p["w"]  # noqa: E731

@@ -122,6 +122,7 @@ class Links(HTMLParser):
         )
 
 
+@pytest.mark.slow
 def test_page_needs_nothing_else(folder: Path):
     page = report.write(folder).read_text()
     links = Links()
@@ -133,6 +134,7 @@ def test_page_needs_nothing_else(folder: Path):
     assert not {"script", "link", "iframe"} & set(links.tags)
 
 
+@pytest.mark.slow
 def test_pages_escape_what_people_wrote(folder: Path):
     page = report.write(folder).read_text()
     text = (folder / "report.md").read_text()
@@ -167,6 +169,7 @@ def test_markdown_rows_are_those_of_the_results(folder: Path):
     )
 
 
+@pytest.mark.slow
 def test_decisions_and_what_was_left_alone_are_told(folder: Path):
     report.write(folder)
     text = (folder / "report.md").read_text()
@@ -176,11 +179,13 @@ def test_decisions_and_what_was_left_alone_are_told(folder: Path):
         assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_same_folder_gives_the_same_bytes(folder: Path):
     first = report.write(folder).read_bytes()
     assert report.write(folder).read_bytes() == first
 
 
+@pytest.mark.slow
 def test_a_run_of_the_library_needs_no_command_line(folder: Path):
     for name in ("run.json", "log.txt"):
         (folder / name).unlink()

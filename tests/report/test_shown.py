@@ -134,6 +134,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_odd_names_go_through_every_page_and_picture(
     folder: Path, capfd: pytest.CaptureFixture[str]
 ):

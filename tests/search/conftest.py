@@ -77,5 +77,6 @@ def experiment(blobs, model, mesh, training, quantized) -> Callable[..., Experim
         "student": Network(model, training(30)),
         "candidates": (quantized(8),),
         "mesh": mesh(1),
+        "longer_student": False,
     }
     return lambda **changes: Experiment("blobs", **{**usual, **changes})

@@ -88,6 +88,7 @@ def test_a_larger_budget_is_never_worse(table, budget, more):
 
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.integers(0, 130))
+@pytest.mark.slow
 def test_the_refusal_names_what_can_be_reached(table, max_bitops):
     least = table.left_nbytes + sum(min(sizes.values()) for sizes in table.nbytes.values())
     with pytest.raises(

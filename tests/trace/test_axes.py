@@ -6,6 +6,7 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -58,6 +59,7 @@ def trees(draw, axes, known, size, depth=3):
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), size=st.sampled_from([1, 2, 4, 6, 12, 16, 24, 30]))
+@pytest.mark.slow
 def test_unified_axes_have_the_same_coordinates_and_stay_so(data, size):
     axes, known = Axes(), []
     chain = [data.draw(trees(axes, known, size)) for _ in range(4)]
@@ -74,6 +76,7 @@ def test_unified_axes_have_the_same_coordinates_and_stay_so(data, size):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), size=st.sampled_from([4, 6, 12, 24]))
+@pytest.mark.slow
 def test_the_kth_occurrences_of_all_coordinates_correspond(data, size):
     """Moving k-th occurrence to k-th occurrence is the permutation of the tree, leaf by leaf."""
     axes = Axes()
@@ -275,6 +278,7 @@ def _stack(draw, shapes):
 
 @settings(max_examples=150, deadline=None)
 @given(programs())
+@pytest.mark.slow
 def test_data_that_is_moved_keeps_its_coordinates(program):
     """Labels that run through the program in NumPy tell where each entry was: same coordinates."""
     shape, steps = program

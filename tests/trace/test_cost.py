@@ -203,6 +203,7 @@ def test_errors_say_what_to_do():
             cost(model, PARAMS, X, activation_bits=bits)
 
 
+@pytest.mark.slow
 def test_the_table_has_a_row_for_each_site_and_the_total():
     prune = kernels(cj.prune.magnitude(0.75))
     dense, sparse = (str(cost(model, PARAMS, X, compression=c)).splitlines() for c in (None, prune))

@@ -54,6 +54,7 @@ def test_without_a_compression_bits_are_those_of_the_dtypes():
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("granularity", ["tensor", "channel", 8])
+@pytest.mark.slow
 def test_quantized_weights_have_the_bits_of_their_codes(bits, granularity):
     """Scales do not count, even if a sparse form would be the smallest (2 and 3 bits)."""
     quantize = kernels(cj.quantize.uniform(bits, granularity=granularity))
@@ -97,6 +98,7 @@ def test_factors_of_low_rank_are_multiplied_out():
     assert total.bit_operations == total.effective_bit_operations == (UP + DOWN) * 32 * 32
 
 
+@pytest.mark.slow
 def test_a_state_is_used_and_packed_params_need_no_compression():
     sparsity = lambda step: jnp.where(step > 0, 0.5, 0.0)  # noqa: E731
     prune = kernels(cj.prune.magnitude(sparsity))
@@ -119,6 +121,7 @@ def test_rules_give_sites_different_bits():
     assert some.bit_operations == UP * 8 * 32 + DOWN * 3 * 4
 
 
+@pytest.mark.slow
 def test_parameters_side_by_side_have_their_mean():
     params = {"a": PARAMS["up"]["kernel"], "b": PARAMS["up"]["kernel"][:, :8]}
     mixed = cj.rules([("a", cj.quantize.uniform(4)), ("b", cj.quantize.uniform(7))])

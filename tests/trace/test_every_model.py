@@ -74,7 +74,7 @@ def test_every_contracted_parameter_is_found(entry):
     assert left <= set(entry.uncontracted)
 
 
-@pytest.mark.wide(37)
+@pytest.mark.wide(20)
 @on_one_device
 def test_stored_axes_are_those_of_the_operand(entry):
     """The stored axes that are summed over have the sizes of the operand's contracting axes."""
@@ -122,6 +122,7 @@ def seen_by_hand(fn, variables, inputs, monkeypatch):
 
 @pytest.mark.wide(1)
 @on_one_device
+@pytest.mark.slow
 def test_observed_is_what_a_run_by_hand_sees(entry, monkeypatch):
     fn, variables, inputs = entry.make()
     out, statistics = jax.jit(observe(fn, largest))(variables, *inputs)

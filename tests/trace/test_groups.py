@@ -214,6 +214,7 @@ def test_fused_kernels_indexed_after_a_reshape():
     assert found["qkv:1#2"].coordinates[("qkv", 1)].tolist() == [0, 1, 2, 3] * 6
 
 
+@pytest.mark.slow
 def test_flattened_feature_map_keeps_and_permutes_by_coordinates():
     def fn(p, x):
         y = jax.lax.conv_general_dilated(

@@ -132,6 +132,7 @@ def test_a_bias_beside_a_stack_is_a_stack():
     assert letters(fn, {"k": ones(4, 3, 3), "b": ones(4, 3)}, ones(2, 3)) == {"k": "sio", "b": "si"}
 
 
+@pytest.mark.slow
 def test_other_people_s_layers():
     x = ones(2, 6)
     attention = nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=8)
@@ -161,6 +162,7 @@ def test_other_people_s_layers():
     assert found["kernel"] == "sio" and found["bias"] == "si"
 
 
+@pytest.mark.slow
 def test_binding_gives_each_output_of_a_transposed_kernel_its_own_scale():
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(64, 16)) * np.exp(2 * rng.normal(size=(64, 1))), jnp.float32)

@@ -21,6 +21,7 @@ MODELS = [
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("entry", MODELS, ids=[entry.name for entry in MODELS])
+@pytest.mark.slow
 def test_gram_and_matrices_give_the_energy_of_every_output(entry):
     r"""sum |X W|^2 = tr(W^T X^T X W) over a parameter's sites; left: from the contractions."""
     fn, variables, inputs = entry.make()

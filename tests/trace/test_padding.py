@@ -69,8 +69,9 @@ def close(found, expected):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4, err_msg=name)
 
 
-@pytest.mark.wide(2)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("name", REDUCERS)
+@pytest.mark.slow
 def test_statistics_of_a_padded_batch_are_those_of_its_sequences_alone(name):
     found = calibrate(model, REDUCERS[name], P, [PADDED], WHERE, mask=lambda x: TOKENS)
     close(found, alone(REDUCERS[name]))
@@ -87,6 +88,7 @@ def returns(made):
 
 @pytest.mark.wide(1)
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf, 1e30])
+@pytest.mark.slow
 def test_what_does_not_count_may_hold_anything(value):
     fn = lambda p, x: jnp.tanh(x @ p["up"])  # noqa: E731
     dirty = jnp.where(TOKENS[..., None], X, value)
@@ -95,6 +97,7 @@ def test_what_does_not_count_may_hold_anything(value):
         close(found, calibrate(fn, reduce, P, [X[TOKENS]]))
 
 
+@pytest.mark.slow
 def test_masks_come_by_name_by_function_or_one_a_batch():
     fn = lambda p, batch: batch["x"] @ p["up"]  # noqa: E731
     batches = [{"x": X, "mask": TOKENS.astype(np.int32)}, {"x": X[:2, :4], "mask": TOKENS[:2, :4]}]
@@ -112,6 +115,21 @@ def test_masks_come_by_name_by_function_or_one_a_batch():
         calibrate(fn, reducers.gram(), P, batches[:1], mask=[TOKENS[:, :2]])
 
 
+def test_an_error_of_the_batches_themselves_is_theirs():
+    def broken():
+        yield X
+        raise ValueError("the file is broken")
+
+    fn = lambda p, x: x @ p["up"]  # noqa: E731
+    for mask in ([TOKENS] * 2, lambda batch: TOKENS, None):
+        with pytest.raises(ValueError, match="the file is broken"):
+            calibrate(fn, reducers.absmax(), P, broken(), mask=mask)
+    for masks in ([TOKENS], [TOKENS] * 3):
+        with pytest.raises(DataError, match="a mask for each batch"):
+            calibrate(fn, reducers.absmax(), P, [X] * 2, mask=masks)
+
+
+@pytest.mark.slow
 def test_batches_of_several_lengths_leave_out_what_holds_the_length():
     found = calibrate(model, reducers.gram(), P, [X, X[:, :3]])
     assert set(WHERE) <= set(found) and found.left_out and not set(found.left_out) & set(found)
@@ -129,6 +147,7 @@ class Recurrent(nn.Module):
         return nn.RNN(nn.SimpleCell(5), name="rnn")(x)
 
 
+@pytest.mark.slow
 def test_a_recurrent_layer_counts_its_turns():
     module = Recurrent()
     variables = module.init(jax.random.key(0), X)
@@ -188,7 +207,9 @@ def test_a_reducer_without_masks_refuses_them():
         calibrate(lambda p, x: x @ p["up"], own, P, [X], mask=[TOKENS])
 
 
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("solve", [cj.prune.wanda, cj.prune.sparsegpt])
+@pytest.mark.slow
 def test_solvers_solve_for_what_counts(solve):
     padded = calibrate(model, reducers.gram(), P, [PADDED], "up", mask=[TOKENS])
     one, other = (

@@ -321,6 +321,7 @@ def test_variance_survives_a_large_mean():
     np.testing.assert_allclose(seen.mean, x.astype(np.float64).mean(0), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_nan_is_not_hidden():
     x = normal(6, 3)
     x[2, 1] = np.nan
@@ -585,6 +586,7 @@ samples = st.lists(values, min_size=6, max_size=6).map(lambda xs: np.float32(xs)
 
 @settings(max_examples=60, deadline=None)
 @given(samples)
+@pytest.mark.slow
 def test_histogram_counts_what_numpy_counts(x):
     seen, largest = counted(x, 16), np.abs(x.astype(np.float64)).max()
     top = 2.0 ** int(seen.exponent)
@@ -600,6 +602,7 @@ def test_histogram_counts_what_numpy_counts(x):
 
 @settings(max_examples=60, deadline=None)
 @given(samples, samples, samples)
+@pytest.mark.slow
 def test_histograms_merge_exactly_at_any_range(a, b, c):
     merge = lambda *parts: MERGE(*({"input": part} for part in parts))["input"]  # noqa: E731
     one, two, three = (counted(x, 16) for x in (a, b, c))
@@ -637,6 +640,7 @@ def test_percentile_is_within_a_bin_of_that_rank(x, percent):
     assert float(percentile(magnitudes(seen), 100)) == np.abs(x).max()
 
 
+@pytest.mark.slow
 def test_percentile_of_normal_values_and_of_stacked_histograms():
     xs = [normal(4000, 1, seed=i) * 3.0**i for i in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(counted, xs))
@@ -647,6 +651,7 @@ def test_percentile_of_normal_values_and_of_stacked_histograms():
     np.testing.assert_array_equal(edges(stacked)[1], edges(counted(xs[1])))
 
 
+@pytest.mark.slow
 def test_the_last_entries_of_very_many_are_resolved():
     """A few of 2**33 entries lie far out: counted from the other end, float32 would miss them."""
     upper, lower = np.zeros(16, np.uint32), np.zeros(16, np.uint32)

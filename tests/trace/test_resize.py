@@ -158,6 +158,7 @@ def test_all_kept_is_the_function_itself():
     )
 
 
+@pytest.mark.slow
 def test_a_residual_network_of_half_the_width_is_the_same():
     """The module with other arguments: convolutions, norms in training, updated statistics."""
     x = jax.random.normal(jax.random.key(0), (4, 8, 8, 2))
@@ -175,6 +176,7 @@ def test_a_residual_network_of_half_the_width_is_the_same():
     assert_close(smaller(short, x), jax.jit(learn(2))(short, x), 1e-5)
 
 
+@pytest.mark.slow
 def test_a_transformer_of_half_the_width_is_the_same():
     """Layer norms over a shorter axis, half of the heads, half of the hidden features."""
     fn, variables, inputs, found = made("vit/linen")
@@ -247,6 +249,66 @@ def test_shapes_that_are_written_down_follow():
     )
 
 
+def padded(config, width):
+    """Return two layers with padding between them and their width written down."""
+
+    def fn(p, x):
+        h = (x @ p["a"]).reshape(5, width)
+        return jax.lax.pad(h, 0.5, config) @ p["b"]
+
+    return fn
+
+
+@pytest.mark.wide(7)
+@pytest.mark.parametrize("inner", [0, 1])
+@pytest.mark.parametrize("high", [-1, 0, 2])
+@pytest.mark.parametrize("low", [-1, 0, 2])
+def test_padding_of_any_sign_is_that_of_the_function_at_its_own_width(low, high, inner):
+    """Along the axis that is shortened, or else that axis is frozen, and along another."""
+    x = randomise({"x": np.empty((5, 3))})["x"]
+    around, stays = (low, high, inner), (0, 0, 0)
+    for config, out in (
+        ((around, stays), 4),
+        ((stays, around), 4 + 3 * inner + low + high),
+        ((around, (1, 0, 0)), 5),
+    ):
+        p = randomise({"a": np.empty((3, 4)), "b": np.empty((out, 2))})
+        found = groups(padded(config, 4), p, x)
+        whole = config[1] == stays or (min(low, high) >= 0 and not inner) or config[1] == (1, 0, 0)
+        assert ("a:1" in [group.name for group in found]) == whole
+        if whole:
+            short = found.keep(p, {"a:1": [0, 2]})
+            got = resize(padded(config, 4), p, found, {"a:1": [0, 2]})(short, x)
+            np.testing.assert_allclose(got, padded(config, 2)(short, x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("take", [
+    lambda h: h[1::2], lambda h: h[::3], lambda h: jnp.repeat(h, 2, 1)[:, ::2],
+    lambda h: jnp.repeat(h, 2, 1)[:, 1::2],
+])  # fmt: skip
+def test_slices_of_any_stride_are_those_of_the_function_at_its_own_width(take):
+    """So that its own code decides on the numbers: a fourth of a sum is no mean here."""
+
+    def fn(p, x):
+        h = take(x @ p["a"])
+        return (h.sum(1, keepdims=True) * 0.25 + h) @ p["b"]
+
+    p = randomise({"a": np.empty((3, 4)), "b": np.empty((4, 2))})
+    x = randomise({"x": np.empty((5, 3))})["x"]
+    found, kept = groups(fn, p, x), {"a:1": [0, 2]}
+    short = found.keep(p, kept)
+    got = resize(fn, p, found, kept)(short, x)
+    np.testing.assert_allclose(got, fn(short, x), rtol=1e-5)
+
+
+def test_an_empty_batch_is_tiled():
+    fn = lambda p, x: jnp.tile(x @ p["a"], (2, 1)) @ p["b"]  # noqa: E731
+    p, x = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}, jnp.ones((0, 3))
+    found, kept = groups(fn, p, x), {"a:1": [0, 2]}
+    assert resize(fn, p, found, kept)(found.keep(p, kept), x).shape == (0, 2)
+
+
+@pytest.mark.slow
 def test_other_inputs_dtypes_and_transformations():
     fn, variables, (x,), found = made("mlp/linen")
     kept = half(found)
@@ -276,6 +338,7 @@ def test_an_error_says_what_is_wrong():
         resize(fn, variables, found, {first: [0, 1]})({**variables, "more": jnp.ones(3)}, *inputs)
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once():
     traces = []
 

@@ -75,12 +75,13 @@ def energy(scale):
     )
 
 
-@pytest.mark.wide(3)
+@pytest.mark.wide(1)
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 8, 11])
 @pytest.mark.parametrize(
     "count",
     [lambda n: n, lambda n: n - 1, lambda n: 1 / n, lambda n: 1 / (n - 1), lambda n: n**-0.5],
 )
+@pytest.mark.slow
 def test_a_scale_that_looks_like_a_count_stays(width, count):
     """If a function reads its width from its parameters, resizing equals zeroing channels."""
     n = max(2, width)
@@ -113,6 +114,7 @@ class Attention(nn.Module):
         return nn.Dense(2)(nn.MultiHeadDotProductAttention(2, qkv_features=8)(x))
 
 
+@pytest.mark.slow
 def test_a_scale_beside_a_product_stays_is_listed_and_can_be_overruled():
     x = jnp.ones((1, 3, 4))
     v = Attention().init(jax.random.key(0), x)
@@ -146,6 +148,7 @@ def test_what_is_said_is_what_is_done():
     )
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_same_code_and_so_is_a_second_step():
     fn = network(MEANS["unbiased"])
     found = groups(fn, P, X)

@@ -225,6 +225,7 @@ def test_custom_derivative_rules_stay_the_authors(fn, factor):
     assert of_scale == 0  # the author's rule knows no scale
 
 
+@pytest.mark.slow
 def test_what_a_rule_captures_is_differentiated():
     def total(scale, p, x):
         def fn(p, x):
@@ -244,6 +245,7 @@ def test_what_a_rule_captures_is_differentiated():
         )
 
 
+@pytest.mark.slow
 def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
     """Every layer of a scan, or device of a shard_map, has its own scale: a loop by hand."""
     scales = jnp.array([0.5, 1.0, 2.0])
@@ -287,6 +289,7 @@ def test_what_is_given_is_sliced_by_the_loops_and_differentiated():
     np.testing.assert_allclose(scaled, (x * each[:, None]) @ PARAMS["w"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_whole_contraction_can_be_replaced():
     def integers(site, lhs, rhs):
         codes = [jnp.round(x * 8).astype(jnp.int8) for x in (lhs, rhs)]
@@ -369,6 +372,7 @@ def test_rewrites_compose_and_are_seen_by_sites():
     ]
 
 
+@pytest.mark.slow
 def test_sharded_arguments_and_shard_map():
     x = jax.device_put(normal(8, 6), NamedSharding(MESH, P("data")))
     fn = FUNCTIONS["matmul"]

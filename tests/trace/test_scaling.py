@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from compress_jax.core.paths import flatten
 from compress_jax.trace._symmetry.scaling import null_space, scalings
 from tests.trace.zoo import ZOO
+from tests.trace.zoo_entry import randomise
 
 QUICK = ("llama/nnx", "resnet/nnx", "plain/nested_scan")
 slow = pytest.mark.slow
@@ -106,6 +107,76 @@ def test_what_fixes_a_scale_is_named(act, reason):
         jnp.ones((1, 2)),
     )
     assert not found and reason in why["a", 1]
+
+
+TWICE = {
+    name: np.empty(shape)
+    for name, shape in {"in": (4, 2, 3), "w": (2, 3, 2, 3), "out": (2, 3, 5)}.items()
+}
+
+
+def twice(p, x):
+    y = jax.nn.relu(jnp.einsum("bi,ihf->bhf", x, p["in"]))
+    for _ in range(2):
+        y = jax.nn.relu(jnp.einsum("bhf,hfkg->bkg", y, p["w"]))
+    return jnp.einsum("bhf,hfo->bo", y, p["out"])
+
+
+def product_of_sums(p, x):
+    """Cancel factors of h, and factors of f against those of g, but not a factor of each (h, f)."""
+    made = jnp.einsum("hf,hg->fg", jax.nn.relu(p["a"]), p["b"])
+    return made * made.T * x
+
+
+def test_solutions_are_joined_only_where_every_value_has_an_axis_of_each():
+    p, x = randomise({"a": np.empty((2, 3)), "b": np.empty((2, 3))}), jnp.ones((1, 1))
+    found, _ = scalings(product_of_sums, p, x)
+    assert members(found) == [{("a", 0): 1, ("b", 0): -1}, {("a", 1): 1, ("b", 1): -1}]
+    expected = product_of_sums(p, x)
+    np.testing.assert_allclose(product_of_sums(scaled(p, found), x), expected, rtol=1e-4, atol=1e-5)
+
+
+KERNELS = {  # of activations [b, h, f]
+    "bhf,hfkg->bkg": (2, 3, 2, 3),
+    "bhf,hfg->bhg": (2, 3, 3),
+    "bhf,hk->bkf": (2, 2),
+    "bhf,fg->bhg": (3, 3),
+    "bhf,hf->bhf": (2, 3),
+}
+
+
+@st.composite
+def repeated(draw):
+    """Draw a network of heads and features that may use a kernel several times, stored anyhow."""
+    steps = draw(st.lists(st.sampled_from(list(KERNELS)), min_size=1, max_size=4))
+    order = {step: draw(st.permutations(range(len(KERNELS[step])))) for step in KERNELS}
+    shapes = {"in": (4, 2, 3), "out": (2, 3, 5)}
+    for step in steps:
+        shapes[step] = tuple(KERNELS[step][i] for i in order[step])
+
+    def fn(p, x):
+        y = jax.nn.relu(jnp.einsum("bi,ihf->bhf", x, p["in"]))
+        for step in steps:
+            y = jax.nn.relu(jnp.einsum(step, y, p[step].transpose(np.argsort(order[step]))))
+        return jnp.einsum("bhf,hfo->bo", y, p["out"])
+
+    return fn, {name: np.empty(shape) for name, shape in shapes.items()}
+
+
+@settings(max_examples=8, deadline=None)
+@given(repeated(), st.integers(0, 99))
+@example((twice, TWICE), 0)
+@pytest.mark.slow
+def test_a_kernel_may_be_used_several_times(network, seed):
+    fn, shapes = network
+    p, x = randomise(shapes, seed), randomise({"x": np.empty((2, 4))}, seed + 1)["x"]
+    found, _ = scalings(fn, p, x)
+    for scaling in found:
+        # One part for each path and axes: none is left out, none is multiplied twice.
+        assert len({(part.path, part.axes) for part in scaling.parts}) == len(scaling.parts)
+        new = fn(scaled(p, [scaling], seed), x)
+        expected = fn(p, x)
+        np.testing.assert_allclose(new, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
 
 
 numbers = st.integers(-3, 3)

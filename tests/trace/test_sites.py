@@ -185,6 +185,7 @@ def test_parameters_meet():
     assert [site.name for site in rotated] == ["w", "w#2"]
 
 
+@pytest.mark.slow
 def test_every_view_of_the_library_is_seen_through():
     params = {"dense": {"kernel": normal(8, 4)}}
     views = [
@@ -203,6 +204,7 @@ def test_every_view_of_the_library_is_seen_through():
         ]
 
 
+@pytest.mark.slow
 def test_a_view_that_does_not_read_the_weights_says_so():
     params, shared = {"dense": {"kernel": normal(8, 4)}}, cj.cluster.kmeans(4)
     state = shared.init(params)

@@ -137,7 +137,7 @@ def test_an_independent_count_agrees(name):
     assert found == Counter(equations=ENTRIES[name].answer().equations, macs=ENTRIES[name].macs)
 
 
-@pytest.mark.wide(9)
+@pytest.mark.wide(6)
 @pytest.mark.parametrize("model", BOTH)
 def test_linen_and_nnx_agree(model):
     """The same variables by name give the same outputs (recurrent cells have other names)."""

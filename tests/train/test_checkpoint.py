@@ -1,5 +1,6 @@
 """What is restored is what was saved, or nothing is."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 import compress_jax as cj
 from compress_jax.core import CheckpointError, identity
 from compress_jax.train import Checkpoints, create
+from compress_jax.train import _checkpoint as checkpoint
 
 
 def tree(seed=0):
@@ -59,6 +61,7 @@ def restore(directory, target=None):
         ), checkpoints.steps()
 
 
+@pytest.mark.slow
 def test_every_kind_of_leaf_comes_back_exactly(tmp_path):
     write(tmp_path, 3, 7)
     (step, found), steps = restore(tmp_path)
@@ -225,3 +228,67 @@ def test_the_state_of_another_compression_is_refused_with_the_difference(tmp_pat
         with pytest.raises(CheckpointError, match=r"(?s)another compression.*0\.5.*0\.75"):
             checkpoints.restore_latest({"params": params, "state": more.init(params)})
         assert checkpoints.restore_latest({"params": params, "state": pruned.init(params)})[0] == 1
+
+
+DTYPES = [
+    "float32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "uint32",
+    "bool",
+    "int4",
+    "float8_e4m3fn",
+    "complex64",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checksum_is_the_same_on_any_mesh_and_tells_any_change(dtype):
+    words = np.random.default_rng(0).integers(0, 2, (16, 24))
+    array = jnp.asarray(words).astype(dtype)
+    wanted = checkpoint._sums(np.asarray(array)).tolist()
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    for spec in (P(), P("a", "b"), P(None, "a")):
+        placed = jax.device_put(array, NamedSharding(mesh, spec))
+        assert checkpoint._sums_on_devices(placed).tolist() == wanted
+    exchanged = array.at[3].set(array[4]).at[4].set(array[3])
+    flipped = array.at[5, 7].set((1 - words[5, 7]).astype(array.dtype))
+    for changed in (exchanged, flipped, array.T):
+        found = checkpoint._sums(np.asarray(changed)).tolist()
+        assert found[0] != wanted[0] and found[1] != wanted[1]
+
+
+def test_abstract_targets_are_filled(tmp_path):
+    write(tmp_path, 3)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree(99))
+    (_, found), _ = restore(tmp_path, shapes)
+    assert_same(found, tree(3))
+
+
+@pytest.mark.slow
+def test_checkpoints_of_earlier_versions_are_verified(tmp_path, monkeypatch):
+    def before(array, sums):
+        content = hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": content}
+
+    monkeypatch.setattr(checkpoint, "_entry", before)
+    write(tmp_path, 3)
+    monkeypatch.undo()
+    assert_same(restore(tmp_path)[0][1], tree(3))
+    monkeypatch.setattr(checkpoint, "_entry", lambda *_: {**before(*_), "sha256": "0" * 64})
+    write(tmp_path / "bad", 3)
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="damaged"):
+        restore(tmp_path / "bad")
+
+
+def test_what_earlier_versions_could_not_hash_is_restored_and_told(tmp_path, monkeypatch, caplog):
+    def before(array, sums):
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": None}
+
+    monkeypatch.setattr(checkpoint, "_entry", before)
+    write(tmp_path, 3)
+    monkeypatch.undo()
+    assert_same(restore(tmp_path)[0][1], tree(3))
+    assert "without checksums of" in caplog.text and "bfloat16" in caplog.text

@@ -105,12 +105,14 @@ def assert_like_uninterrupted(state, directory, uninterrupted):
     assert (directory / "metrics.jsonl").read_text() == uninterrupted[1]
 
 
+@pytest.mark.slow
 def test_without_a_directory_the_result_is_the_same_and_it_compiles_once(uninterrupted):
     traces = []
     assert_same(run(None, traces=traces), uninterrupted[0])
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_a_shorter_run_continued_is_the_longer_run(uninterrupted, tmp_path):
     feed = Feed()
     run(tmp_path, steps=4)

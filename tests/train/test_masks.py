@@ -84,6 +84,7 @@ def test_microbatches_and_devices_take_the_step_of_the_whole_batch(name):
             np.testing.assert_allclose(found[key], metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
 
 
+@pytest.mark.slow
 def test_metrics_are_of_what_counts():
     _, metrics = run("distillation", steps=1)
     logits, counts = MODEL.apply(VARIABLES, X), np.asarray(MASK)
@@ -124,6 +125,7 @@ def test_padding_decides_nothing(name):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_a_loss_that_divides_too_early_is_refused():
     def mean(params, model_state, batch, key, teacher, train=True):
         each = d.cross_entropy(MODEL.apply({"params": params}, batch["tokens"]), batch["label"])
@@ -171,6 +173,7 @@ def test_optimizers_that_accumulate_by_themselves_are_refused(inner, wrap):
         create(VARIABLES, cj.identity(), optimizer, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_cut_or_found_is_named():
     with pytest.raises(ShapeError, match="3 microbatches"):
         run("supervised", microbatches=3)
@@ -183,6 +186,7 @@ def test_what_cannot_be_cut_or_found_is_named():
         )
 
 
+@pytest.mark.slow
 def test_moving_ranges_see_what_counts():
     model = quantized(MODEL, static(8, range="ema"))
     variables = model.init(jax.random.key(1), X)
@@ -203,6 +207,7 @@ def test_moving_ranges_see_what_counts():
     )
 
 
+@pytest.mark.slow
 def test_accuracy_of_tokens_counts_what_counts():
     split = {"tokens": np.asarray(X), "label": np.asarray(X), "mask": np.asarray(MASK)}
     hits = (MODEL.apply(VARIABLES, X).argmax(-1) == X)[np.asarray(MASK)]

@@ -134,6 +134,7 @@ def test_whatever_shadows_a_parameter_lives_where_it_does():
     )
 
 
+@pytest.mark.slow
 def test_augmentation_is_the_same_for_any_sharding_of_the_batch():
     model, feed = LeNet300100(hidden=(8,)), batches(2, 4)
 
@@ -148,6 +149,7 @@ def test_augmentation_is_the_same_for_any_sharding_of_the_batch():
     )
 
 
+@pytest.mark.slow
 def test_under_pmap_devices_draw_their_own_noise_but_the_same_masks():
     def loss(params, model_state, batch, key, teacher, train=True):
         return params["w"].sum(), (model_state, {"noise": jax.random.uniform(key)})
@@ -171,6 +173,7 @@ def test_under_pmap_devices_draw_their_own_noise_but_the_same_masks():
     )  # a mean of eight draws
 
 
+@pytest.mark.slow
 def test_the_state_is_donated_and_neither_its_original_nor_the_teacher_are():
     model, feed = LeNet300100(hidden=(8,)), batches(2, 4)
     optimizer, new = setup(model, 4)
@@ -210,6 +213,7 @@ def test_both_compile_once():
         )  # else a second compilation
 
 
+@pytest.mark.slow
 def test_what_cannot_be_divided_is_named():
     _, new = setup(LeNet300100(hidden=(12, 8)), 4)
     with pytest.raises(

@@ -53,6 +53,7 @@ def same(a, b):
     )
 
 
+@pytest.mark.slow
 def test_it_starts_when_it_should_and_ranges_and_norms_freeze():
     how = static(bits=3, range="ema", momentum=0.5)
     plain = run(Net(), 4)
@@ -95,6 +96,7 @@ def test_what_is_learned_is_trained_and_ships_in_integers():
     )
 
 
+@pytest.mark.slow
 def test_calibrating_a_trained_model_is_quantization_after_training():
     variables = Net().init(jax.random.key(0), X)
     model = quantized(Net(), static(symmetric=False))
@@ -112,6 +114,7 @@ def test_errors_say_what_to_do():
         quantized(Net(), static()).apply(Net().init(jax.random.key(0), X), X)
 
 
+@pytest.mark.slow
 def test_steps_that_overflow_leave_ranges_alone_and_are_reported():
     model = quantized(Net(norm=False), static(symmetric=False))
     variables, x = model.init(jax.random.key(0), X), X

@@ -7,13 +7,13 @@ with finite gradients at any finite features.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import ShapeError
-from compress_jax.core.types import Params
+from compress_jax.core.types import Params, PyTree
 from compress_jax.distill._losses.shapes import bounded, per_channel
 
 Shape = Sequence[int]
@@ -34,8 +34,8 @@ class Adapter(NamedTuple):
       (2, 8, 8, 16)
     """
 
-    init: Callable[[jax.Array, Any, Any], Any]
-    apply: Callable[[Any, Any], Any]
+    init: Callable[[jax.Array, PyTree, PyTree], Params]
+    apply: Callable[[Params, PyTree], PyTree]
 
 
 def require_fit(
@@ -47,7 +47,7 @@ def require_fit(
       >>> require_fit(activation(), {}, (8, 4, 4, 2), (8, 4, 4, 2))
     """
     given = _shape_after(adapter, params, student_shape)
-    if given[1:] != tuple(teacher_shape[1:]):
+    if given[1:] != tuple(teacher_shape[1:]):  # any batch
         raise ShapeError(
             f"this adapter maps features {tuple(student_shape)} to {given}, the teacher's are "
             f"{tuple(teacher_shape)}: take conv(stride=...) for fewer positions, "
@@ -77,7 +77,7 @@ def activation(function: Callable[[jax.Array], jax.Array] = jax.nn.relu) -> Adap
 
 
 def norm(epsilon: float = 1e-5) -> Adapter:
-    """Return a layer norm: it normalises the channels at each position.
+    """Return a layer norm: it normalizes the channels at each position.
 
     ``scale * (x - mean(x)) / sqrt(var(x) + epsilon) + bias``, mean and variance over channels, in
     float32. Where the published adapters have batch norm, ours have this: it needs no batch and
@@ -95,12 +95,12 @@ def norm(epsilon: float = 1e-5) -> Adapter:
       [[1.0, 1.0]]
     """
 
-    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Params:
         width = student_shape[-1]
         return {"scale": jnp.ones(width, jnp.float32), "bias": jnp.zeros(width, jnp.float32)}
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
-        x = bounded(x, 4)
+        x = bounded(x, 4)  # so that the variance is finite
         x = (x - x.mean(-1, keepdims=True)) * jax.lax.rsqrt(x.var(-1, keepdims=True) + epsilon)
         return per_channel(params["scale"], x.ndim) * x + per_channel(params["bias"], x.ndim)
 
@@ -124,10 +124,11 @@ def sequential(*adapters: Adapter) -> Adapter:
       (['0', '1'], (2, 16))
     """
 
-    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Params:
         params = {}
         shape = student_shape
         keys = jax.random.split(key, len(adapters))
+        # Each adapter is made for the shape that the one before it returns.
         for i, (adapter, own_key) in enumerate(zip(adapters, keys, strict=True)):
             params[str(i)] = adapter.init(own_key, shape, teacher_shape)
             shape = _shape_after(adapter, params[str(i)], shape)
@@ -216,23 +217,25 @@ def deconv(
 def _convolution(
     width: int | None, bias: bool, window: int, stride: int, transposed: bool
 ) -> Adapter:
-    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Params:
+        # A window of one position is a matrix product, whatever the number of axes.
         axes = 0 if window == stride == 1 else len(student_shape) - 2
         out = teacher_shape[-1] if width is None else width
-        shape = (window,) * axes + (student_shape[-1], out)
+        shape = (window,) * axes + (student_shape[-1], out)  # [*window, in, out]
         params = {"kernel": jax.nn.initializers.he_normal()(key, shape, jnp.float32)}
         if bias:
             params["bias"] = jnp.zeros(out, jnp.float32)
+        # With a width of its own it may be followed by others: `sequential` checks the last shape.
         if width is None:
             require_fit(Adapter(init, apply), params, student_shape, teacher_shape)
         return params
 
     def apply(params: Params, x: jax.Array) -> jax.Array:
         kernel = params["kernel"]
-        x = bounded(x, 4)
+        x = bounded(x, 4)  # so that the sum of products is finite, and its square in a loss
         axes = kernel.ndim - 2
         if axes == 0:
-            y = x @ kernel
+            y = x @ kernel  # [batch, *positions, out]
         else:
             convolve = jax.lax.conv_transpose if transposed else jax.lax.conv_general_dilated
             strides = (stride,) * axes

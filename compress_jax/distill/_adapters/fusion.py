@@ -1,7 +1,6 @@
 """Resizing and pooling of features, and the adapter of ReviewKD that is built on them."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ def resize_features(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
 
     Along an axis from n to m positions, position i is the mean of the old ones from
     ``floor(i n / m)`` up to, not including, ``ceil((i + 1) n / m)``. Where m divides n this is
-    average pooling, where n divides m it repeats (nearest neighbour).
+    average pooling, where n divides m it repeats (nearest neighbor).
 
     Args:
       features: ``[batch, *positions, channels]``, any floating dtype.
@@ -42,9 +41,11 @@ def resize_features(features: jax.Array, size: tuple[int, ...]) -> jax.Array:
             f"features {features.shape} have {features.ndim - 2} axes of positions, "
             f"resize_features was given {size}"
         )
+    # One axis at a time, as the mean of a box is the mean of the means along its axes.
     for axis, new in enumerate(size, start=1):
         if features.shape[axis] != new:
             means = jnp.asarray(_means(features.shape[axis], new), features.dtype)
+            # tensordot puts the new positions after the channels.
             mixed = jnp.tensordot(features, means, axes=[[axis], [0]], precision="highest")
             features = jnp.moveaxis(mixed, -1, axis)
     return features
@@ -73,7 +74,7 @@ def pool(features: jax.Array, *, mask: Mask | None = None) -> jax.Array:
     if mask is None:
         return features.mean(positions)
     counts = of_features(mask, features)
-    number = jnp.maximum((counts > 0).sum(positions), 1).astype(features.dtype)
+    number = jnp.maximum((counts > 0).sum(positions), 1).astype(features.dtype)  # [batch]
     return kept(features, counts).sum(positions) / number[:, None]
 
 
@@ -82,7 +83,7 @@ def _means(old: int, new: int) -> np.ndarray:
     i = np.arange(new)
     start = i * old // new
     stop = -((i + 1) * old // -new)  # rounded up
-    at = np.arange(old)[:, None]
+    at = np.arange(old)[:, None]  # [old, 1] against [new]
     return ((at >= start) & (at < stop)) / (stop - start)
 
 
@@ -117,7 +118,9 @@ def fusion(width: int | None = None) -> Adapter:
       (ABF).
     """
 
-    def init(key: jax.Array, student_shape: Sequence[Shape], teacher_shape: Sequence[Shape]) -> Any:
+    def init(
+        key: jax.Array, student_shape: Sequence[Shape], teacher_shape: Sequence[Shape]
+    ) -> Params:
         positions = [tuple(shape[1:-1]) for shape in student_shape]
         if positions != [tuple(shape[1:-1]) for shape in teacher_shape]:
             raise ShapeError(
@@ -132,10 +135,11 @@ def fusion(width: int | None = None) -> Adapter:
     return Adapter(init, _apply)
 
 
-def _stage(key: jax.Array, student_shape: Shape, teacher_shape: Shape, middle: int) -> Any:
+def _stage(key: jax.Array, student_shape: Shape, teacher_shape: Shape, middle: int) -> Params:
     """Return the params of one stage."""
     first, second, third = jax.random.split(key, 3)
     fused = (*student_shape[:-1], middle)
+    # Attention reads x and y side by side, and returns a weight for each.
     pair = (*student_shape[:-1], 2 * middle)
     return {
         "in": _into(middle).init(first, student_shape, fused),
@@ -150,9 +154,11 @@ def _into(middle: int) -> Adapter:
 
 def _apply(params: Params, features: Sequence[jax.Array]) -> list[jax.Array]:
     """Return what comes out of each stage."""
-    out, deeper = [], None
+    out = []
+    deeper = None
     for i in reversed(range(len(features))):
         own = params[str(i)]
+        # `apply` reads the number of channels from the params: the width given here is not used.
         x = _into(1).apply(own["in"], features[i])
         if deeper is not None:
             x = _fused(own["attention"], x, resize_features(deeper, x.shape[1:-1]))
@@ -161,6 +167,7 @@ def _apply(params: Params, features: Sequence[jax.Array]) -> list[jax.Array]:
     return out
 
 
-def _fused(attention: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    weights = jax.nn.sigmoid(linear().apply(attention, jnp.concatenate([x, y], axis=-1)))
+def _fused(attention: Params, x: jax.Array, y: jax.Array) -> jax.Array:
+    both = jnp.concatenate([x, y], axis=-1)  # [batch, *positions, 2 * channels]
+    weights = jax.nn.sigmoid(linear().apply(attention, both))  # [batch, *positions, 2]
     return weights[..., :1] * x + weights[..., 1:] * y

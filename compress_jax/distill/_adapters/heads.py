@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ def _scaled(build: Callable[[int], Adapter]) -> Adapter:
 
     Its ``apply`` must not depend on that number, which only ``init`` knows.
     """
+    # The teacher's channels are known when `init` is called; `apply` reads sizes from the params.
     return Adapter(
         lambda key, student, teacher: build(teacher[-1]).init(key, student, teacher), build(1).apply
     )
@@ -65,7 +65,8 @@ def gaussian(hidden: int | None = None, variance: float = 5.0, epsilon: float = 
         linear(bias=False),
     )
 
-    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Params:
+        # The inverse of softplus: softplus(log(expm1(v))) = v.
         raw = jnp.full(teacher_shape[-1], math.log(math.expm1(variance - epsilon)), jnp.float32)
         return {"mean": mean.init(key, student_shape, teacher_shape), "raw_variance": raw}
 
@@ -98,7 +99,8 @@ def embedding(dim: int = 128) -> Adapter:
     """
     project = linear(dim)
 
-    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Params:
+        # [batch, all the rest]
         own = (student_shape[0], math.prod(student_shape[1:]))
         return project.init(key, own, own)
 
@@ -204,7 +206,8 @@ def paraphraser(rate: float = 0.5) -> Adapter:
     encode = translator()
     decode = sequential(conv(), norm(), _leaky, conv(), norm(), _leaky, conv())
 
-    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Any:
+    def init(key: jax.Array, student_shape: Shape, teacher_shape: Shape) -> Params:
+        # [batch, *positions, channels of the factor]
         code = (*teacher_shape[:-1], max(int(rate * teacher_shape[-1]), 1))
         first, second = jax.random.split(key)
         return {

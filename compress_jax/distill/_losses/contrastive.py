@@ -19,6 +19,12 @@ class Bank(NamedTuple):
     Attributes:
       student: float32 ``[examples, dim]``, of norm about 1.
       teacher: float32 ``[examples, dim]``.
+
+    Example:
+      >>> bank = Bank(student=jnp.eye(4), teacher=jnp.eye(4))
+      >>> right = crd(jnp.eye(4)[:1], jnp.eye(4)[:1], bank, jnp.array([0]), jnp.array([[1, 2]]))
+      >>> right.shape
+      (1,)
     """
 
     student: jax.Array

@@ -16,13 +16,13 @@ from compress_jax.distill._losses.shapes import (
     unit,
 )
 from compress_jax.distill._masks import Mask, kept
-from compress_jax.distill._teachers.fidelity import centred, cka
+from compress_jax.distill._teachers.fidelity import centered, cka
 
 
 def pkt(
     student: jax.Array, teacher: jax.Array, epsilon: float = 1e-7, *, mask: Mask | None = None
 ) -> jax.Array:
-    """Return probabilistic knowledge transfer: the divergence of neighbour probabilities.
+    """Return probabilistic knowledge transfer: the divergence of neighbor probabilities.
 
     ``mean_j p_t[i, j] * log(p_t[i, j] / p_s[i, j])``, ``p[i, j]`` being
     ``(1 + cos(x_i, x_j)) / 2``, each row divided by its sum; ``epsilon`` is added to both in the
@@ -51,13 +51,15 @@ def pkt(
     """
     same_batch(student, teacher)
     counts = counting(mask, student)
-    s, t = (_neighbours(each, counts) for each in pair(student, teacher, mask))
+    s, t = (_neighbors(each, counts) for each in pair(student, teacher, mask))  # [batch, batch]
     return mean_over_examples(t * (jnp.log(t + epsilon) - jnp.log(s + epsilon)), counts)
 
 
-def _neighbours(x: jax.Array, counts: jax.Array) -> jax.Array:
+def _neighbors(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[batch, batch]`` whose rows are probabilities, those of what counts."""
+    # Cosines from -1 to 1 become 0 to 1; rounding could make them negative.
     kernel = kept(jnp.maximum((1 + gram(unit(flat(x)))) / 2, 0.0), both(counts))
+    # Rows that do not count are zeros, and stay so: 0 / 0 would be NaN.
     return kernel / jnp.where(counts, kernel.sum(axis=1), 1.0)[:, None]
 
 
@@ -105,15 +107,17 @@ def cc(
 
 def _kernel(x: jax.Array, gamma: float, order: int) -> jax.Array:
     """Return ``[batch, batch]``, the Gaussian kernel's Taylor series."""
-    cosine = gram(unit(flat(x)))
+    # Of directions |x - y|**2 = 2 - 2 x . y, so the kernel is exp(-2 gamma) * exp(2 gamma * x . y);
+    # the second factor is expanded in powers of the cosine.
+    cosine = gram(unit(flat(x)))  # [batch, batch]
     weights = [
         math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)
     ]
-    return jnp.polyval(jnp.array(weights[::-1], cosine.dtype), cosine)
+    return jnp.polyval(jnp.array(weights[::-1], cosine.dtype), cosine)  # highest power first
 
 
 def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return one minus the centred kernel alignment of student and teacher.
+    """Return one minus the centered kernel alignment of student and teacher.
 
     ``1 - CKA(s, t)``, see `cka`: 0 where the student's features are the teacher's, rotated and
     scaled. One number for the whole batch, as alignment is no sum over examples.
@@ -142,13 +146,14 @@ def cka_loss(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None
     """
     same_batch(student, teacher)
     counts = counting(mask, student)
-    s, t = (_centred(each, counts) for each in pair(student, teacher, mask))
+    s, t = (_centered(each, counts) for each in pair(student, teacher, mask))
     return 1 - cka(s, t, mask=counts)
 
 
-def _centred(x: jax.Array, counts: jax.Array) -> jax.Array:
+def _centered(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[batch, features]`` of mean zero and one scale; 0 if they only vary by rounding."""
-    x = centred(rescaled(flat(x)), counts)
+    x = centered(rescaled(flat(x)), counts)
+    # Features were scaled to at most 1: such small ones are rounding, and may have any correlation.
     return jnp.where(jnp.abs(x).max() > 1e-6, x, 0.0)
 
 
@@ -188,5 +193,5 @@ def ickd(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) ->
 
 def _channel_correlations(features: jax.Array) -> jax.Array:
     """Return ``[batch, channels, channels]`` with rows of norm 1."""
-    x = rescaled(rows(features), (1, 2))
+    x = rescaled(rows(features), (1, 2))  # [batch, positions, channels], one scale an example
     return unit(jnp.einsum("bpi,bpj->bij", x, x, precision="highest"))

@@ -38,7 +38,7 @@ def dist(
 
     Returns:
       ``[...]``. A row or column that is constant, to a relative 1e-4 of its length, has no
-      correlation to speak of: it counts as one of 0 and its gradient is bounded.
+      meaningful correlation: it counts as 0 and its gradient is bounded.
 
     Raises:
       ShapeError: if the shapes of the logits differ.
@@ -64,9 +64,10 @@ def dist(
     counts = counts.ravel()
     # Columns run over all leading axes together: [examples, classes].
     student, teacher = (kept(jnp.exp(log).reshape(-1, log.shape[-1]), counts) for log in logs)
-    there = jnp.broadcast_to(counts[:, None], student.shape)
+    there = jnp.broadcast_to(counts[:, None], student.shape)  # [examples, classes]
+    # Over the classes of each example (inter-class), and over the examples of each class.
     rows = 1 - _correlation(student, teacher, axis=1, counts=there)
-    columns = 1 - _correlation(student, teacher, axis=0, counts=there).mean()
+    columns = 1 - _correlation(student, teacher, axis=0, counts=there).mean()  # one number
     beta, gamma = (jnp.asarray(weight, rows.dtype) for weight in (beta, gamma))
     return kept(squared(temperature, beta * rows + gamma * columns), counts).reshape(leading)
 
@@ -84,6 +85,7 @@ def _floor(x: jax.Array, axis: int) -> jax.Array:
     It is relative to the length of ``x``, as the columns of rare classes are small.
     """
     largest = x.max(axis, keepdims=True)
+    # Squares of the probabilities themselves would underflow in the columns of rare classes.
     scaled = x / jnp.maximum(largest, 1e-30)
     length = largest * jnp.sqrt(jnp.square(scaled).sum(axis, keepdims=True))
     return jax.lax.stop_gradient(jnp.maximum(1e-4 * length, 1e-30))

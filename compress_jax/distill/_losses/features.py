@@ -146,6 +146,7 @@ def review(
     loss = mean_of_each(jnp.square(student - teacher), mask)
     weight = 1.0
     total_weight = 1.0
+    # Each coarser grid has half the weight of the one before it.
     for level in [each for each in levels if each < min(student.shape[1:-1], default=0)]:
         weight /= 2
         s, counts = _coarse(student, mask, (level,) * axes)
@@ -162,6 +163,7 @@ def _coarse(
     if mask is None or not has_positions(mask):
         return resize_features(features, size), mask
     counts = (of_features(mask, features) > 0).astype(features.dtype)[..., None]
+    # The mean of the positions that count: the mean of kept features over the mean of the counts.
     share = resize_features(counts, size)  # [batch, *size, 1], the share of positions that count
     means = resize_features(kept(features, counts[..., 0]), size)
     return means / jnp.where(share > 0, share, 1.0), share[..., 0]
@@ -206,6 +208,7 @@ def mgd(
     References:
       Yang et al., "Masked Generative Distillation", ECCV 2022, equations 1 to 4.
     """
+    # One draw for all channels of a position: [batch, *positions, 1].
     shown = jax.random.bernoulli(key, 1 - ratio, (*student.shape[:-1], 1))
     student = student if mask is None else kept(student, of_features(mask, student))
     return hint(generate(jnp.where(shown, bounded(student, 2), 0.0)), teacher, mask=mask)
@@ -248,6 +251,7 @@ def attention(
     positions = student.shape[:-1]
     student, teacher = pair(student, teacher, mask)
     square = jnp.square(_attention(student, p) - _attention(teacher, p))
+    # Back to [batch, *positions, 1], the axes that the mask has.
     return mean_of_each(square.reshape(*positions, 1), mask)
 
 
@@ -259,7 +263,7 @@ def _attention(features: jax.Array, p: float) -> jax.Array:
 def ft(
     student: jax.Array, teacher: jax.Array, p: float = 1, *, mask: Mask | None = None
 ) -> jax.Array:
-    """Return the mean distance of normalised factors: factor transfer.
+    """Return the mean distance of normalized factors: factor transfer.
 
     ``mean(abs(s / norm(s) - t / norm(t))**p)`` with norms over all of an example's factor. The
     teacher's factor comes from the adapter `paraphraser`, trained before on its features alone, the
@@ -330,8 +334,9 @@ def fsp(
     for own, other in zip(student, teacher, strict=True):
         same_batch(own, other)
         same_channels(own, other)
+    # Each is a pair (student's features, teacher's features).
     begin, end = (pair(own, other, mask) for own, other in zip(student, teacher, strict=True))
-    difference = _flow(begin[0], end[0], mask) - _flow(begin[1], end[1], mask)
+    difference = _flow(begin[0], end[0], mask) - _flow(begin[1], end[1], mask)  # [batch, i, j]
     return jnp.square(flat(difference)).mean(axis=1)
 
 
@@ -344,7 +349,8 @@ def _flow(first: jax.Array, second: jax.Array, mask: Mask | None) -> jax.Array:
         )
     counts = jnp.ones(first.shape[:-1]) if mask is None else of_features(mask, first) > 0
     number = jnp.maximum(counts.reshape(first.shape[0], -1).sum(axis=1), 1).astype(first.dtype)
-    first, second = rows(bounded(first, 4)), rows(bounded(second, 4))
+    first = rows(bounded(first, 4))  # [batch, positions, channels]
+    second = rows(bounded(second, 4))
     return jnp.einsum("bpi,bpj->bij", first, second, precision="highest") / number[:, None, None]
 
 
@@ -375,6 +381,7 @@ def nst(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> 
       section 4 (polynomial kernel, d = 2, c = 0).
     """
     same_positions(student, teacher)
+    # [batch, positions, channels], each channel of norm 1 over the positions.
     s, t = (unit(rows(each), axis=1) for each in pair(student, teacher, mask))
     return _kernel(s, s) + _kernel(t, t) - 2 * _kernel(s, t)
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -112,13 +112,14 @@ def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float =
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     if label_smoothing == 0.0:
         return loss
+    # The cross entropy is linear in q: that of the label, and that of the uniform distribution.
     return (1 - label_smoothing) * loss - label_smoothing * jax.nn.log_softmax(logits).mean(axis=-1)
 
 
 def hard_label(
     student_logits: jax.Array, teacher_logits: jax.Array, label_smoothing: float = 0.0
 ) -> jax.Array:
-    """Return the cross entropy of the teacher's prediction, in float32: the teacher as a labeller.
+    """Return the cross entropy of the teacher's prediction, in float32: the teacher as a labeler.
 
     ``-sum_c q[c] * log softmax(s)[c]`` with
     ``q = (1 - label_smoothing) * onehot(argmax t) + label_smoothing / C``.
@@ -175,12 +176,15 @@ def hinton(
     References:
       Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
+    # The value of an array may be known only when the step runs: numbers alone are checked.
     if isinstance(alpha, (int, float)) and not 0 <= alpha <= 1:
         raise ArgumentError(f"alpha is the share of the labels and must be 0 to 1, got {alpha}")
     if isinstance(temperature, (int, float)) and temperature <= 0:
         raise ArgumentError(f"temperature must be positive, got {temperature}")
 
-    def objective(student_logits: jax.Array, teacher_logits: jax.Array, labels: Any) -> jax.Array:
+    def objective(
+        student_logits: jax.Array, teacher_logits: jax.Array, labels: jax.Array
+    ) -> jax.Array:
         hard = cross_entropy(student_logits, labels, label_smoothing)
         share = jnp.asarray(alpha, hard.dtype)
         return share * hard + (1 - share) * kl(student_logits, teacher_logits, temperature)
@@ -226,7 +230,7 @@ def jsd(
     temperature: Scalar = 1.0,
     beta: float = 0.5,
 ) -> jax.Array:
-    """Return the generalised Jensen-Shannon divergence, in float32.
+    """Return the generalized Jensen-Shannon divergence, in float32.
 
     ``T**2 * (beta * KL(p_t || m) + (1 - beta) * KL(p_s || m))`` with
     ``m = beta * p_t + (1 - beta) * p_s``. Divided by ``beta`` it tends to `kl` as beta goes to 0,
@@ -257,6 +261,7 @@ def jsd(
     """
     if not 0 <= beta <= 1:
         raise ArgumentError(f"beta must be 0 (forward) to 1 (reverse), got {beta}")
+    # There the formula is 0 for any student; `kl` and `reverse_kl` are its limits, rescaled.
     if beta in (0, 1):
         return (kl, reverse_kl)[int(beta)](student_logits, teacher_logits, temperature)
     log_student, log_teacher = log_distributions(student_logits, teacher_logits, temperature)
@@ -345,6 +350,7 @@ def dkd(
     student, teacher = pair(student_logits, teacher_logits, temperature)
     target = jax.nn.one_hot(labels, student.shape[-1], dtype=bool)
     far = -4 * largest(student.dtype, temperature, student.shape[-1])  # probability 0, yet finite
+    # hit and miss are [...], the label against all other classes; others is [..., classes].
     student_hit, student_miss, student_others = _decouple(student, target, far)
     teacher_hit, teacher_miss, teacher_others = _decouple(teacher, target, far)
     tckd = _kl_term(teacher_hit, student_hit) + _kl_term(teacher_miss, student_miss)
@@ -359,6 +365,7 @@ def _decouple(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return ``log p[y]``, ``log(1 - p[y])`` and ``log r`` over all classes, about ``far`` at y."""
     others = jnp.where(target, far, logits)
+    # The log-odds log(p[y] / (1 - p[y])): p[y] is their sigmoid, log sigmoid(x) = -softplus(-x).
     odds = jnp.where(target, logits, 0).sum(axis=-1) - jax.nn.logsumexp(others, axis=-1)
     return -jax.nn.softplus(-odds), -jax.nn.softplus(odds), jax.nn.log_softmax(others)
 

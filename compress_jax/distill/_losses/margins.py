@@ -90,6 +90,7 @@ def ofd(
     target = jnp.maximum(teacher, per_channel(frozen(margin), teacher.ndim))
     student = bounded(student, 2)
     target = bounded(target, 2)
+    # Elsewhere both are off, and the student by more than the target asks for.
     wanted = (student > target) | (target > 0)
     return mean_of_positions(jnp.square(jnp.where(wanted, student - target, 0.0)), mask)
 
@@ -124,6 +125,8 @@ def ofd_margin(scale: jax.Array, bias: jax.Array) -> jax.Array:
     # From z = 8 on, z and the ratio cancel; the asymptotic series of their difference does not.
     tail = jnp.maximum(z, 8.0)
     series = -(1 - 2 / tail**2 + 10 / tail**4 - 74 / tail**6) / tail
+    # From z = -30 down all outputs are negative and their mean is the bias.
     near = jnp.clip(z, -30.0, 8.0)
+    # phi(z) / Phi(-z) by logarithms: Phi(-8) is 6e-16, and 1 - Phi(8) would be 0 in float32.
     ratio = jnp.exp(jax.scipy.stats.norm.logpdf(near) - jax.scipy.stats.norm.logcdf(-near))
     return jnp.where(z < -30.0, bias, deviation * jnp.where(z > 8.0, series, near - ratio))

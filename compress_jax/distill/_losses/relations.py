@@ -17,7 +17,7 @@ from compress_jax.distill._teachers.teacher import at_least_float32
 
 
 def rkd_distance(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return the Huber loss between normalised pairwise distances: relational distillation.
+    """Return the Huber loss between normalized pairwise distances: relational distillation.
 
     ``mean_j huber(d_s[i, j] / mean(d_s) - d_t[i, j] / mean(d_t))`` with Euclidean distances d,
     means over distances that are not zero, and ``huber(x) = x**2 / 2`` up to 1, ``abs(x) - 1/2``
@@ -46,13 +46,14 @@ def rkd_distance(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = 
     """
     same_batch(student, teacher)
     counts = counting(mask, student)
-    s, t = (_distances(each, counts) for each in pair(student, teacher, mask))
+    s, t = (_distances(each, counts) for each in pair(student, teacher, mask))  # [batch, batch]
     return mean_over_examples(optax.losses.huber_loss(s, t), counts)
 
 
 def _distances(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[batch, batch]`` distances, of mean 1 where they are not zero."""
     distances = length(_differences(x, counts))
+    # Zeros are an example's distances to itself, to masked ones and to its equals.
     mean = distances.sum() / jnp.maximum((distances > 0).sum(), 1).astype(distances.dtype)
     return distances / jnp.where(mean > 0, mean, 1.0)
 
@@ -64,7 +65,7 @@ def _differences(x: jax.Array, counts: jax.Array) -> jax.Array:
     the scale comes after, and before it only a power of two, against overflow.
     """
     x = flat(at_least_float32(x)) / 4
-    return rescaled(kept(x[:, None] - x[None], both(counts)))
+    return rescaled(kept(x[:, None] - x[None], both(counts)))  # [batch, batch, features]
 
 
 def rkd_angle(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = None) -> jax.Array:
@@ -104,7 +105,7 @@ def rkd_angle(student: jax.Array, teacher: jax.Array, *, mask: Mask | None = Non
 
 def _cosines(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[i, j, k]``, the cosine of the angle at i between j and k."""
-    directions = unit(_differences(x, counts))
+    directions = unit(_differences(x, counts))  # [j, i, features]: from i to j
     return jnp.einsum("jid,kid->ijk", directions, directions, precision="highest")
 
 
@@ -219,6 +220,7 @@ def mean_over_examples(shares: jax.Array, counts: jax.Array) -> jax.Array:
     members = both(counts)
     if shares.ndim == 3:
         members = members[:, :, None] & counts[None, None]
+    # Partners of one example that count: n for pairs, n**2 for triplets.
     number = jnp.maximum(counts.sum(), 1).astype(shares.dtype) ** (shares.ndim - 1)
     return kept(shares, members).sum(axis=tuple(range(1, shares.ndim))) / number
 

@@ -1,7 +1,6 @@
 """Generated sequences: the student learns the teacher's, or is corrected on its own."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +65,9 @@ def generate(
             drawn = z.argmax(-1)
         else:
             drawn = jax.random.categorical(jax.random.fold_in(key, at), z / temperature)
-        drawn = drawn.astype(tokens.dtype)
+        drawn = drawn.astype(tokens.dtype)  # [batch]
         own = (at + 1 >= lengths) & ~ended  # [batch], whether token at + 1 is generated
+        # Otherwise the prompt goes on, or the sequence has ended and is filled with `end`.
         after = tokens[:, at + 1]
         if end is not None:
             after = jnp.where(ended, jnp.asarray(end, tokens.dtype), after)
@@ -78,6 +78,7 @@ def generate(
 
     start = (tokens, jnp.zeros(len(tokens), bool))
     (tokens, _), own = jax.lax.scan(one, start, jnp.arange(width - 1))
+    # The scan stacked own as [width - 1, batch]; no logits predict a token beyond the last.
     return tokens, jnp.concatenate([own.T, jnp.zeros((len(tokens), 1), bool)], axis=1)
 
 
@@ -106,7 +107,7 @@ def on_policy(
     length: str = "length",
     labels: str = "label",
     mask: str = "mask",
-) -> Callable[[jax.Array, Any, Logits], Any]:
+) -> Callable[[jax.Array, Batch, Logits], Batch]:
     """Return a function that replaces some answers of a batch by samples from the student.
 
     With probability ``fraction`` an example becomes its prompt continued by the current student,
@@ -137,7 +138,7 @@ def on_policy(
       Mistakes", ICLR 2024, algorithm 1 (there the choice is of whole batches).
     """
 
-    def resample(key: jax.Array, batch: Batch, logits: Logits) -> Any:
+    def resample(key: jax.Array, batch: Batch, logits: Logits) -> Batch:
         first, second = jax.random.split(key)
         drawn, own = generate(
             logits, batch[tokens], batch[length], first, temperature=temperature, end=end

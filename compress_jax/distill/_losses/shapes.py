@@ -1,7 +1,6 @@
 """Checks of feature shapes, layouts, and norms that are finite at any finite features."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ POSITIONS = (
 )
 
 
-def same_shape(student: Any, teacher: Any) -> None:
+def same_shape(student: jax.Array, teacher: jax.Array) -> None:
     """Raise a ShapeError unless features have one shape, batch included.
 
     Example:
@@ -31,7 +30,7 @@ def same_shape(student: Any, teacher: Any) -> None:
     same_channels(student, teacher)
 
 
-def same_channels(student: Any, teacher: Any) -> None:
+def same_channels(student: jax.Array, teacher: jax.Array) -> None:
     """Raise a ShapeError unless features agree in the last axis, the channels.
 
     Example:
@@ -42,7 +41,7 @@ def same_channels(student: Any, teacher: Any) -> None:
         raise ShapeError(f"{_both(student, teacher)} differ in channels: {CHANNELS}")
 
 
-def same_positions(student: Any, teacher: Any) -> None:
+def same_positions(student: jax.Array, teacher: jax.Array) -> None:
     """Raise a ShapeError unless features agree in all but the last axis, the channels.
 
     Example:
@@ -56,7 +55,7 @@ def same_positions(student: Any, teacher: Any) -> None:
         )
 
 
-def same_batch(student: Any, teacher: Any) -> None:
+def same_batch(student: jax.Array, teacher: jax.Array) -> None:
     """Raise a ShapeError unless features are ``[batch, ..., channels]`` of one batch.
 
     Example:
@@ -75,11 +74,11 @@ def same_batch(student: Any, teacher: Any) -> None:
         )
 
 
-def _both(student: Any, teacher: Any) -> str:
+def _both(student: jax.Array, teacher: jax.Array) -> str:
     return f"the student's features {tuple(student.shape)} and the teacher's {tuple(teacher.shape)}"
 
 
-def frozen(teacher: Any) -> jax.Array:
+def frozen(teacher: jax.Array) -> jax.Array:
     """Return the teacher's features in float32, cut off from gradients.
 
     Example:
@@ -168,6 +167,7 @@ def bounded(x: jax.Array, power: int) -> jax.Array:
       True
     """
     x = at_least_float32(x)
+    # Differences are up to twice the bound; 1e6 leaves room for weights and other factors.
     bound = (float(jnp.finfo(x.dtype).max) / 1e6 / max(x.size, 1)) ** (1 / power) / 2
     return _clip(x, -bound, bound)
 
@@ -193,6 +193,7 @@ def rescaled(x: jax.Array, axis: Axes = None) -> jax.Array:
     x = at_least_float32(x) / 16
     size = jax.lax.stop_gradient(jnp.abs(x).max(axis=axis, keepdims=True))
     nonzero = size > SMALLEST / 16
+    # The inner where keeps 0 / 0, and its NaN gradient, out of the branch that is not taken.
     return jnp.where(nonzero, x / jnp.where(nonzero, size, 1.0), 0.0)
 
 
@@ -213,6 +214,7 @@ def length(x: jax.Array, axis: Axes = -1, keepdims: bool = False) -> jax.Array:
     """
     size = jax.lax.stop_gradient(jnp.abs(x).max(axis=axis, keepdims=True))
     square = jnp.square(rescaled(x, axis)).sum(axis=axis, keepdims=True)
+    # The root's gradient at 0 is infinite, and times 0 it would be NaN: hence the inner where.
     norm = size * jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1.0)), 0.0)
     return norm if keepdims else norm.squeeze(axis)
 
@@ -232,5 +234,5 @@ def unit(x: jax.Array, axis: Axes = -1) -> jax.Array:
       [[1.0, 0.0], [0.0, 0.0]]
     """
     x = rescaled(x, axis)
-    square = jnp.square(x).sum(axis=axis, keepdims=True)
+    square = jnp.square(x).sum(axis=axis, keepdims=True)  # 0, or 1 to the number of entries
     return x * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0))

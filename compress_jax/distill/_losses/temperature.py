@@ -34,7 +34,9 @@ def bounded(logits: jax.Array, temperature: Scalar = 1.0, classes: int | None = 
 
 def largest(dtype: jnp.dtype, temperature: Scalar, classes: int) -> jax.Array:
     """Return the bound of `bounded`: the largest absolute value of a softened logit."""
+    # T**2 multiplies the loss; below T = 1 it makes the loss smaller, so that no room is needed.
     temperature = jnp.maximum(jnp.asarray(temperature, dtype), 1)
+    # 32: a difference of two logits is up to 2 bounds, and losses are sums of a few of them.
     return jnp.finfo(dtype).max / 32 / classes / temperature**2
 
 

@@ -4,13 +4,15 @@ import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from compress_jax.distill._masks import fitted, kept
+from compress_jax.distill._masks import Mask, fitted, kept
 from compress_jax.distill._teachers.teacher import at_least_float32
+
+Result = TypeVar("Result")
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +45,7 @@ class Total:
     @property
     def mean(self) -> jax.Array:
         """The mean; of nothing at all it is 0, and so is its gradient."""
+        # Without the where the gradient of 0 / 0 is NaN.
         return self.sum / jnp.where(self.count > 0, self.count, 1)
 
 
@@ -70,15 +73,16 @@ def masked_total(loss: jax.Array, mask: jax.Array) -> Total:
     weight = fitted(mask, loss.shape, "the losses")
     loss = at_least_float32(loss)
     weight = weight.astype(loss.dtype)
+    # kept, as a loss of NaN times a weight of 0 is NaN.
     return Total((kept(loss, weight) * weight).sum(), weight.sum())
 
 
 def masked_mean(loss: jax.Array, mask: jax.Array) -> jax.Array:
     """Return the mean of the losses that count, 0 if none does.
 
-    ``sum_i mask[i] * loss[i] / sum_i mask[i]``: right for a batch that is all there, under ``jit``
-    on any sharding. Where it is in parts (microbatches, ``shard_map``), add up each part's
-    `masked_total` instead.
+    ``sum_i mask[i] * loss[i] / sum_i mask[i]``: right for a whole batch, under ``jit`` on any
+    sharding. Where a batch is split (microbatches, ``shard_map``), add up the `masked_total` of
+    each part instead.
 
     Args:
       loss: ``[...]``, a floating dtype.
@@ -135,7 +139,7 @@ def token_total(
       Kim and Rush, "Sequence-Level Knowledge Distillation", EMNLP 2016, section 3.1 (word-level
       distillation).
     """
-    counts = fitted(mask, student_logits.shape[:-1], "the tokens")
+    counts = fitted(mask, student_logits.shape[:-1], "the tokens")  # [batch, sequence]
     student = kept(student_logits, counts)
     teacher = kept(teacher_logits, counts)
     if takes_mask(loss):
@@ -143,7 +147,7 @@ def token_total(
     return masked_total(loss(student, teacher, **options), counts)
 
 
-def takes_mask(loss: Callable[..., Any]) -> bool:
+def takes_mask(loss: Callable[..., object]) -> bool:
     """Return whether a function has an unbound parameter ``mask``, as coupling losses do.
 
     Example:
@@ -155,10 +159,12 @@ def takes_mask(loss: Callable[..., Any]) -> bool:
         found = inspect.signature(loss).parameters.get("mask")
     except (TypeError, ValueError):  # a builtin
         return False
-    return found is not None and found.default in (None, inspect.Parameter.empty)
+    # A partial that binds a mask has that mask as default: it is not to be given another.
+    # By identity: a mask compares entry by entry.
+    return found is not None and (found.default is None or found.default is found.empty)
 
 
-def masked_like(loss: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., Any]:
+def masked_like(loss: Callable[..., object], made: Callable[..., Result]) -> Callable[..., Result]:
     """Return ``made``, a loss built on another one, with a parameter ``mask`` only if that has one.
 
     Example:
@@ -172,8 +178,8 @@ def masked_like(loss: Callable[..., Any], made: Callable[..., Any]) -> Callable[
         return made
 
     @functools.wraps(made)
-    def masked(*args: Any, mask: Any = None, **options: Any) -> Any:
+    def masked(*args: Any, mask: Mask | None = None, **options: Any) -> Result:
         return made(*args, mask=mask, **options)
 
-    del masked.__wrapped__
+    del masked.__wrapped__  # `inspect.signature` would follow it, and find no mask
     return masked

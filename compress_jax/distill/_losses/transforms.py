@@ -1,4 +1,4 @@
-"""Transforms of logits for any loss: standardised, virtual, and those of teacher ensembles."""
+"""Transforms of logits for any loss: standardized, virtual, and those of teacher ensembles."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,7 +25,7 @@ def unit(
 
     Args:
       x: floats.
-      axis: the axis that is normalised.
+      axis: the axis that is normalized.
       floor: > 0, a number or an array that broadcasts against ``x``. Gradients are at most
         ``1 / floor``.
       counts: booleans of the shape of ``x``, which entries are there; the others are 0, and nothing
@@ -36,13 +36,15 @@ def unit(
     """
     counts = jnp.ones(x.shape, bool) if counts is None else counts
     lowest = jnp.finfo(x.dtype).min
+    # The mean does not depend on what is subtracted first, so the maximum needs no gradient.
     highest = jax.lax.stop_gradient(jnp.where(counts, x, lowest).max(axis, keepdims=True))
-    centred = jnp.where(counts, x, highest) - highest
+    centered = jnp.where(counts, x, highest) - highest
     number = jnp.maximum(counts.sum(axis, keepdims=True), 1).astype(x.dtype)
-    centred = jnp.where(counts, centred - centred.sum(axis, keepdims=True) / number, 0)
-    size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(centred).max(axis, keepdims=True), floor))
-    scaled = centred / size
+    centered = jnp.where(counts, centered - centered.sum(axis, keepdims=True) / number, 0)
+    size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(centered).max(axis, keepdims=True), floor))
+    scaled = centered / size
     square = jnp.square(scaled).sum(axis, keepdims=True)
+    # max(||x - mean||, floor), both divided by size.
     return scaled * jax.lax.rsqrt(jnp.maximum(square, jnp.square(floor / size)))
 
 
@@ -92,6 +94,7 @@ def standardize(logits: jax.Array, floor: float = 1e-3, *, mask: Mask | None = N
     if mask is not None:
         there &= jnp.broadcast_to(jnp.asarray(mask).astype(bool), logits.shape)
     classes = jnp.maximum(there.sum(axis=-1, keepdims=True), 1)
+    # std = ||z - mean|| / sqrt(classes), so a unit vector times the root has deviation 1.
     root = jnp.sqrt(classes.astype(at_least_float32(logits).dtype))
     standardized = root * unit(bounded(kept(logits, there)), -1, floor * root, there)
     return jnp.where(there, standardized, NEVER)
@@ -102,7 +105,7 @@ def virtual_teacher(labels: jax.Array, classes: int, probability: float = 0.9) -
 
     ``log p`` with ``p[label] = probability`` and ``p[c] = (1 - probability) / (classes - 1)``
     elsewhere. With the student's logits and T = 20 or more in `kl` this is teacher-free
-    distillation by regularisation; the other teacher-free form, self-training, is `kl` with an
+    distillation by regularization; the other teacher-free form, self-training, is `kl` with an
     earlier copy of the student as its `Teacher`.
 
     Args:
@@ -163,8 +166,10 @@ def ensemble(
     References:
       Hinton, Vinyals and Dean, "Distilling the Knowledge in a Neural Network", 2015, section 5.
     """
+    # [teachers, ..., classes]
     stacked = jnp.stack([jax.lax.stop_gradient(each) for each in teacher_logits])
     shares = _shares(weights, len(stacked))
+    # Teachers of weight 0 are left out: log 0 is -inf, and their logits may be anything.
     kept = jnp.asarray([index for index, share in enumerate(shares) if share > 0])
     log_p = jax.nn.log_softmax(bounded(stacked[kept], temperature))
     log_share = jnp.log(jnp.asarray([share for share in shares if share > 0], log_p.dtype))

@@ -5,7 +5,7 @@ An objective is a list of terms, given to `train.distillation`. Each term reads 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.errors import ConfigError, NoMatchError
 from compress_jax.core.paths import Patterns
-from compress_jax.core.types import Batch, Params, PyTree, Step
+from compress_jax.core.types import Array, Batch, Params, PyTree, Step, Variables
 from compress_jax.distill._adapters.adapter import Adapter
 from compress_jax.distill._adapters.heads import embedding
 from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
 from compress_jax.distill._losses.logits import cross_entropy
 from compress_jax.distill._losses.temperature import bounded
 from compress_jax.distill._losses.tokens import Total, takes_mask
-from compress_jax.distill._masks import has_positions, of_examples
+from compress_jax.distill._masks import Mask, has_positions, of_examples
 from compress_jax.distill._objective.totals import (
     evaluate,
     of_features,
@@ -30,7 +30,7 @@ from compress_jax.distill._objective.totals import (
 )
 from compress_jax.distill._objective.weights import l2_sp
 
-Schedule: TypeAlias = float | jax.Array | Callable[[Any], Any]
+Schedule: TypeAlias = float | jax.Array | Callable[[Step], jax.typing.ArrayLike]
 """A number, or an optax schedule: its value at a step."""
 
 Paths: TypeAlias = str | Sequence[str]
@@ -64,17 +64,17 @@ class LossContext(NamedTuple):
       ((2,), True)
     """
 
-    student_logits: Any
-    teacher_logits: Any
-    labels: Any
-    student: Mapping[str, Any]
-    teacher: Mapping[str, Any]
+    student_logits: jax.Array
+    teacher_logits: PyTree
+    labels: jax.Array
+    student: Mapping[str, jax.Array]
+    teacher: Mapping[str, jax.Array]
     params: Params
-    teacher_variables: Any
+    teacher_variables: Variables
     batch: Batch
-    key: Any
-    step: Any
-    mask: Any = None
+    key: jax.Array
+    step: Step
+    mask: Mask | None = None
 
 
 def _no_state(key: jax.Array, context: LossContext) -> tuple[PyTree, PyTree]:
@@ -165,6 +165,7 @@ def on_labels(
         if jnp.issubdtype(context.labels.dtype, jnp.integer):
             losses = cross_entropy(context.student_logits, context.labels, label_smoothing)
         else:
+            # A mixup has made probabilities of the labels, [..., classes].
             log_probs = jax.nn.log_softmax(bounded(context.student_logits))
             losses = -(context.labels * log_probs).sum(axis=-1)
         return of_logits(name, losses, context.student_logits, context.mask, False), memory
@@ -219,6 +220,7 @@ def on_logits(
         if labels:
             args = (*args, context.labels)
         what = f"the term {term_name!r}"
+        # All axes but the classes index examples or tokens.
         losses = evaluate(what, loss, args, context.mask, logits.ndim - 1, **options)
         return of_logits(term_name, losses, logits, context.mask, takes_mask(loss)), memory
 
@@ -264,8 +266,8 @@ def on_features(
 
     Returns:
       A `Term`. Its ``init`` and its ``loss`` raise a NoMatchError if no feature of that path was
-      captured, and a ShapeError if the mask fits neither the features' ``[batch, *positions]`` nor,
-      in features without positions, their batch.
+      captured. Its ``loss`` raises a ShapeError if the mask fits neither the features'
+      ``[batch, *positions]`` nor, in features without positions, their batch.
 
     Example:
       >>> import compress_jax as cj
@@ -288,6 +290,7 @@ def on_features(
         return own, target
 
     def init(key: jax.Array, context: LossContext) -> tuple[PyTree, PyTree]:
+        # Shapes of what the adapter will be given: after the transforms, with the batch.
         features = jax.eval_shape(both, _only_features(context))
         student_shape, teacher_shape = jax.tree.map(lambda x: x.shape, features)
         if adapter is None:
@@ -300,6 +303,7 @@ def on_features(
         own, target = both(context)
         if adapter is not None:
             own = adapter.apply(adapter_params, own)
+        # An adapter may return more than features: the loss gets it after the teacher's.
         extra = ()
         if isinstance(own, tuple):
             own, *extra = own
@@ -338,7 +342,7 @@ def on_weights(weight: Schedule = 0.01, *, pattern: Patterns = "**", name: str =
     return Term(name, loss, weight, whole=True)
 
 
-def _name(loss: Callable[..., Any]) -> str:
+def _name(loss: Callable[..., object]) -> str:
     """Return the name of a function, also of one inside ``functools.partial``."""
     function = getattr(loss, "func", loss)
     return getattr(loss, "__name__", getattr(function, "__name__", "loss"))
@@ -350,7 +354,8 @@ def _tuple(paths: Paths) -> tuple[str, ...]:
 
 def _only_features(context: LossContext) -> LossContext:
     """Return a context with nothing but features, whose shapes decide those of the adapter."""
-    return LossContext(None, None, None, context.student, context.teacher, *[None] * 5)
+    names = set(LossContext._fields) - {"student", "teacher"}
+    return context._replace(**dict.fromkeys(names))
 
 
 def _transformed(
@@ -359,7 +364,7 @@ def _transformed(
     transform: Transform | None,
     whose: str,
     term: str,
-    mask: Any,
+    mask: Mask | None,
 ) -> PyTree:
     """Return the feature of one path, or a list for several, masked and transformed."""
     missing = [path for path in _tuple(paths) if path not in features]
@@ -380,7 +385,7 @@ def _transformed(
 def contrast(
     student: str,
     teacher: str,
-    labels: Any,
+    labels: Array,
     weight: Schedule = 0.8,
     *,
     dim: int = 128,
@@ -430,11 +435,12 @@ def contrast(
         student_key, teacher_key, bank_key = jax.random.split(key, 3)
         student_shape = context.student[student].shape
         teacher_shape = context.teacher[teacher].shape
+        # Each embedding maps its own model's features, so it is given their shape twice.
         adapter_params = {
             "student": embed.init(student_key, student_shape, student_shape),
             "teacher": embed.init(teacher_key, teacher_shape, teacher_shape),
         }
-        bank = crd_bank(bank_key, len(labels), dim)
+        bank = crd_bank(bank_key, len(labels), dim)  # [examples, dim] of either model
         return adapter_params, {"bank": bank, "labels": jnp.asarray(labels)}
 
     def loss(
@@ -451,9 +457,11 @@ def contrast(
         target = jax.lax.stop_gradient(context.teacher[teacher])
         target = embed.apply(adapter_params["teacher"], target)  # [batch, dim]
         bank = Bank(*memory["bank"])
-        drawn = crd_negatives(context.key, at, memory["labels"], negatives)
+        drawn = crd_negatives(context.key, at, memory["labels"], negatives)  # [batch, negatives]
+        # The bank is by example, so that a mask of tokens becomes one of examples.
         counts = None if context.mask is None else of_examples(context.mask, len(own))
         losses = crd(own, target, bank, at, drawn, temperature, mask=counts)
+        # After the loss, whose bank must not yet hold this batch.
         bank = crd_update(bank, own, target, at, momentum, mask=counts)
         return total_of(name, losses, counts, True), {**memory, "bank": bank}
 

@@ -2,17 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ArgumentError, ShapeError
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import DType, PyTree, Scalar, Shape
 from compress_jax.distill import _masks
 from compress_jax.distill._losses.tokens import Total, masked_total, takes_mask
-from compress_jax.distill._masks import fitted, has_positions, kept, of_examples
+from compress_jax.distill._masks import Mask, fitted, has_positions, kept, of_examples
 
 ADVICE = (
     "let the loss take mask=..., as those of compress_jax.distill do, or return a number for each "
@@ -20,7 +19,9 @@ ADVICE = (
 )
 
 
-def total_of(name: str, loss: jax.Array | Total, mask: Any, masked: bool) -> jax.Array | Total:
+def total_of(
+    name: str, loss: jax.Array | Total, mask: Mask | None, masked: bool
+) -> jax.Array | Total:
     """Return the total of a loss over the mask; without a mask, the loss itself.
 
     Args:
@@ -42,6 +43,7 @@ def total_of(name: str, loss: jax.Array | Total, mask: Any, masked: bool) -> jax
     """
     if mask is None or isinstance(loss, Total):
         return loss
+    # A mean over the examples that count: times their number it is a sum, as totals are added.
     if loss.ndim == 0 and masked:
         number = (of_examples(mask, jnp.shape(mask)[0]) > 0).sum().astype(loss.dtype)
         return Total(jnp.where(number > 0, loss, 0) * number, number)
@@ -61,7 +63,7 @@ def total_of(name: str, loss: jax.Array | Total, mask: Any, masked: bool) -> jax
 
 
 def of_logits(
-    name: str, loss: Any, logits: jax.Array, mask: Any, masked: bool
+    name: str, loss: jax.Array | Total, logits: jax.Array, mask: Mask | None, masked: bool
 ) -> jax.Array | Total:
     """Return the total of a loss on logits over a mask of tokens or examples; see `total_of`.
 
@@ -72,6 +74,7 @@ def of_logits(
     """
     if mask is None or isinstance(loss, Total) or loss.ndim == 0:
         return total_of(name, loss, mask, masked)
+    # A loss that has applied a mask of tokens may return one number for each example.
     if masked and loss.ndim == 1:
         return total_of(name, loss, of_examples(mask, len(loss)), masked)
     fits = fitted(mask, logits.shape[:-1], f"the logits of term {name!r}", examples=True)
@@ -79,7 +82,7 @@ def of_logits(
 
 
 def of_features(
-    name: str, loss: Any, features: jax.Array, mask: Any, masked: bool
+    name: str, loss: jax.Array | Total, features: jax.Array, mask: Mask | None, masked: bool
 ) -> jax.Array | Total:
     """Return the total of a loss on features over a mask; see `total_of`.
 
@@ -98,7 +101,7 @@ def of_features(
 
 
 def transformed(
-    feature: jax.Array, transform: Callable[..., Any] | None, what: str, mask: Any
+    feature: jax.Array, transform: Callable[..., jax.Array] | None, what: str, mask: Mask | None
 ) -> jax.Array:
     """Return a feature with masked entries zero, transformed.
 
@@ -126,6 +129,7 @@ def transformed(
     if takes_mask(transform):
         return transform(feature, mask=mask)
     made = transform(feature)
+    # A mask of examples fits whatever is made of them; one of positions needs the same positions.
     if mask is None or not has_positions(mask) or feature.ndim <= 2:
         return made
     if made.shape[:-1] != feature.shape[:-1]:
@@ -139,12 +143,12 @@ def transformed(
 
 def evaluate(
     what: str,
-    loss: Callable[..., Any],
-    given: tuple[Any, ...],
-    mask: Any,
+    loss: Callable[..., jax.Array],
+    given: tuple[PyTree, ...],
+    mask: Mask | None,
     units: int,
-    **options: Any,
-) -> Any:
+    **options: Scalar,
+) -> jax.Array:
     """Return ``loss(*given, **options)``, with the mask if the loss takes one.
 
     Args:
@@ -165,6 +169,7 @@ def evaluate(
         return loss(*given, **options)
     if takes_mask(loss):
         return loss(*given, mask=mask, **options)
+    # The loss is not told which entries count, so that none may depend on another.
     try:
         coupled = couples(loss, given, units, **options)
     except Exception as error:
@@ -179,7 +184,9 @@ def evaluate(
     return loss(*given, **options)
 
 
-def couples(loss: Callable[..., Any], given: tuple[Any, ...], units: int, **options: Any) -> bool:
+def couples(
+    loss: Callable[..., jax.Array], given: tuple[PyTree, ...], units: int, **options: Scalar
+) -> bool:
     """Return whether the loss of one entry depends on the others.
 
     It evaluates the loss on two random batches that share one entry.
@@ -200,14 +207,15 @@ def couples(loss: Callable[..., Any], given: tuple[Any, ...], units: int, **opti
       (False, True)
     """
     leaves, tree = jax.tree.flatten(given)
+    # The answer depends on shapes, not on values: it is found once for all steps.
     shapes = tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves)
     return _couples(loss, shapes, tree, units, tuple(options))
 
 
 @functools.lru_cache(128)
 def _couples(
-    loss: Callable[..., Any],
-    shapes: tuple[Any, ...],
+    loss: Callable[..., jax.Array],
+    shapes: tuple[tuple[Shape, DType], ...],
     tree: PyTree,
     units: int,
     options: tuple[str, ...],
@@ -217,20 +225,23 @@ def _couples(
 
     @jax.jit
     def tried(seed: jax.Array) -> jax.Array:
-        keys = [
-            [jax.random.fold_in(key, i) for key in (jax.random.key(0), seed)]
-            for i in range(len(leaves))
-        ]
-        made = [_drawn(leaf, leading, *each) for leaf, each in zip(leaves, keys, strict=True)]
+        made = []
+        for i, leaf in enumerate(leaves):
+            # The common key is the same in both batches.
+            common = jax.random.fold_in(jax.random.key(0), i)
+            own = jax.random.fold_in(seed, i)
+            made.append(_drawn(leaf, leading, common, own))
         return loss(*jax.tree.unflatten(tree, made), **dict.fromkeys(options, 1.0))
 
+    # Called while a training step is traced, and the answer is needed now.
     with jax.ensure_compile_time_eval():
         one, other = (np.asarray(tried(jax.random.key(seed))) for seed in (1, 2))
+    # Both batches share the first entry: if its loss differs, the others were read.
     first = (0,) * min(units, one.ndim)
     return not np.allclose(one[first], other[first], rtol=1e-4, atol=1e-6)
 
 
-def _drawn(x: Any, leading: tuple[int, ...], common: jax.Array, own: jax.Array) -> jax.Array:
+def _drawn(x: jax.ShapeDtypeStruct, leading: Shape, common: jax.Array, own: jax.Array) -> jax.Array:
     """Return an array of three entries along each leading axis, the first shared by all batches.
 
     The first entry is drawn from the key ``common``, the others from ``own``. Logits of several
@@ -242,6 +253,8 @@ def _drawn(x: Any, leading: tuple[int, ...], common: jax.Array, own: jax.Array) 
         shape = x.shape if at is None else (*x.shape[:at], *(3,) * units, *x.shape[at + units :])
         return jnp.ones(shape, x.dtype) if at is None else jnp.zeros(shape, x.dtype)
     shape = (*x.shape[:at], *(3,) * units, *x.shape[at + units :])
+    # True at entry 0 of each leading axis, for all teachers and channels.
     shared = jnp.zeros(shape, bool).at[(*(slice(None),) * at, *(0,) * units)].set(True)
     first, others = (jax.random.normal(key, shape, jnp.float32) for key in (common, own))
+    # Larger values, so that the others would show in a maximum as well as in a mean.
     return jnp.where(shared, first, 3 * others).astype(x.dtype)

@@ -1,17 +1,15 @@
 """Distillation of weights, for students of the teacher's own shapes."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core import ShapeError, unpack
 from compress_jax.core.paths import Patterns, flatten, match
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Params, PyTree
 from compress_jax.distill._teachers.teacher import at_least_float32
 
 
-def l2_sp(student_params: Any, teacher_params: Any, pattern: Patterns = "**") -> jax.Array:
+def l2_sp(student_params: Params, teacher_params: Params, pattern: Patterns = "**") -> jax.Array:
     """Return half the squared distance of the student's weights from the teacher's, in float32.
 
     ``sum over leaves of 1/2 * ||theta_s - theta_t||**2``: weight decay towards the teacher instead
@@ -43,6 +41,7 @@ def l2_sp(student_params: Any, teacher_params: Any, pattern: Patterns = "**") ->
     """
     student, teacher = (_floating(tree) for tree in (student_params, teacher_params))
     paths = match(pattern, [*student, *(path for path in teacher if path not in student)])
+    # All differences are listed at once; leaves of one tree only are among them.
     unmatched = [_difference(path, student, teacher) for path in paths]
     if any(unmatched):
         listing = "\n  ".join(line for line in unmatched if line)
@@ -55,6 +54,7 @@ def l2_sp(student_params: Any, teacher_params: Any, pattern: Patterns = "**") ->
 
 def _floating(tree: PyTree) -> dict[str, jax.Array]:
     leaves, _ = flatten(unpack(tree))
+    # Integers, such as a step counter, have no distance that training could shrink.
     return {
         path: leaf
         for path, leaf in leaves.items()

@@ -18,10 +18,10 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,12 @@ from compress_jax.core.errors import (
     StateError,
 )
 from compress_jax.core.record import POSITIVE, TEXT, Kind, read_record, sealed
-from compress_jax.core.types import Batch, Key, Shape
+from compress_jax.core.types import Array, Batch, JsonObject, Key, PyTree, Shape
 from compress_jax.distill._teachers.teacher import Teacher
 from compress_jax.distill._teachers.top_k import TopK, top_k
 
-Augment: TypeAlias = Callable[[Any, Any], Any]
-Metadata: TypeAlias = dict[str, Any]
+Augment: TypeAlias = Callable[[Key, Batch], Batch]  # of a batch, as a training step applies it
+AugmentOne: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # (key, image) -> image
 
 STORED = {"bfloat16": np.uint16, "float32": np.uint32}
 VERSION = 2
@@ -51,8 +51,8 @@ _log = logging.getLogger(__name__)
 
 def write_cache(
     directory: str | os.PathLike[str],
-    teacher: Callable[[Any], jax.Array],
-    split: Mapping[str, Any],
+    teacher: Callable[[PyTree], jax.Array],
+    split: Mapping[str, Array],
     *,
     teacher_sha256: str,
     data_sha256: str,
@@ -128,13 +128,16 @@ def write_cache(
         "processes": processes,
         "block": block_rows(k, dtype),
     }
-    rows = np.arange(process, examples, processes)
+    rows = np.arange(process, examples, processes)  # this process's examples
 
     @jax.jit
-    def run(teacher: Any, batch: Batch) -> TopK:
+    def run(teacher: Callable[[PyTree], jax.Array], batch: Batch) -> tuple[TopK, jax.Array]:
         if augment is not None:
             batch = augment(None, batch)
-        return top_k(teacher(batch[inputs]), k, temperature)
+        logits = teacher(batch[inputs])
+        # Of the logits themselves: `top_k` takes infinities for large numbers, and any NaN for a
+        # number where k is all classes.
+        return top_k(logits, k, temperature), jnp.isfinite(logits).all(axis=-1)
 
     # A pytree, so that the teacher's arrays are arguments of the program and not its constants.
     if not isinstance(teacher, Teacher):
@@ -143,11 +146,11 @@ def write_cache(
     def top_of(at: np.ndarray, view: int) -> TopK:
         padded = rows[np.resize(at, batch_size)]  # one shape, one program
         batch = {inputs: split[inputs][padded], "index": padded, "view": np.full(batch_size, view)}
-        top = jax.tree.map(lambda x: x[: len(at)], jax.device_get(run(teacher, batch)))
-        bad = ~np.isfinite(top.tail)
-        if bad.any():
+        # Without the rows that fill up the batch.
+        top, good = jax.tree.map(lambda x: x[: len(at)], jax.device_get(run(teacher, batch)))
+        if not good.all():
             raise NonFiniteError(
-                f"the teacher's logits of example {rows[at[bad][0]]}, view {view} are not finite"
+                f"the teacher's logits of example {rows[at[~good][0]]}, view {view} are not finite"
             )
         return top
 
@@ -155,11 +158,12 @@ def write_cache(
     with _exclusive(directory, process, processes):
         shard = Shard.for_writing(directory, _claim(directory, metadata), process)
         for view in range(views):
-            missing = shard.missing(view)
+            missing = shard.missing(view)  # all rows of a new cache, the rest of a stopped one
             for start in range(0, len(missing), batch_size):
                 at = missing[start : start + batch_size]
                 later = missing[start + batch_size :]
                 top = top_of(at, view)
+                # NumPy's format has no bfloat16: the bits are stored as integers.
                 log_probs = top.log_probs.astype(jnp.dtype(dtype)).view(STORED[dtype])
                 following = int(later[0]) if len(later) else None
                 shard.write(at, view, (top.ids, log_probs, top.tail), following)
@@ -182,10 +186,10 @@ class Cache:
       ([[0], [2]], 1)
     """
 
-    metadata: Metadata
+    metadata: JsonObject
     shards: "list[Shard]"
 
-    def __call__(self, index: Any, view: Any) -> TopK:
+    def __call__(self, index: Array | Sequence[int], view: Array | Sequence[int]) -> TopK:
         """Return the teacher's top k for some examples, each in one view.
 
         Args:
@@ -208,6 +212,7 @@ class Cache:
         log_probs = np.empty(shape, STORED[self.metadata["dtype"]])
         tail = np.empty(len(index), np.float32)
         for process, shard in enumerate(self.shards):
+            # Process p owns the examples p, p + P, p + 2 P ... as its rows 0, 1, 2 ...
             mine = index % len(self.shards) == process
             rows = index[mine] // len(self.shards)
             shard.require(rows, view[mine])
@@ -254,6 +259,13 @@ def open_cache(
     return Cache(metadata, [Shard.for_reading(directory, metadata, p) for p in processes])
 
 
+class Batches(Protocol):
+    """Batches by step: `compress_jax.data`'s feeds, or a list."""
+
+    def __getitem__(self, step: int, /) -> Batch:
+        """Return the batch of a step, counted from 0."""
+
+
 @dataclass(frozen=True, eq=False)
 class CachedFeed:
     """A feed whose batches also have ``"view"`` and ``"teacher"``, a `TopK` from a cache.
@@ -273,11 +285,11 @@ class CachedFeed:
       [[0], [1]]
     """
 
-    feed: Any
+    feed: Batches
     cache: Cache
     steps_per_epoch: int
 
-    def __getitem__(self, step: int) -> dict[str, Any]:
+    def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step."""
         batch = self.feed[step]
         current = step // self.steps_per_epoch % self.cache.metadata["views"]
@@ -286,7 +298,12 @@ class CachedFeed:
 
 
 def by_example(
-    augment: Augment, seed: int, *, index: str = "index", view: str = "view", inputs: str = "image"
+    augment: AugmentOne,
+    seed: int,
+    *,
+    index: str = "index",
+    view: str = "view",
+    inputs: str = "image",
 ) -> Augment:
     """Return an augmentation that depends on the example's number and the view's number only.
 
@@ -314,6 +331,7 @@ def by_example(
     """
 
     def one(index: jax.Array, view: jax.Array, x: jax.Array) -> jax.Array:
+        # No key of the step: it would differ between the run that writes and the one that trains.
         key = jax.random.fold_in(jax.random.key(seed), index)
         return augment(jax.random.fold_in(key, view), x)
 
@@ -363,7 +381,7 @@ def block_rows(k: int, dtype: str) -> int:
     return max(1, min(1024, 2**20 // row_bytes))
 
 
-def _read_metadata(directory: Path) -> Metadata | None:
+def _read_metadata(directory: Path) -> JsonObject | None:
     """Return the contents of ``cache.json``, or None without one; refuse damage, other versions."""
     file = directory / "cache.json"
     if not os.path.lexists(file):
@@ -371,7 +389,7 @@ def _read_metadata(directory: Path) -> Metadata | None:
     return read_record(file, _FORM, "remove the directory and write the cache again", DataError)
 
 
-def _claim(directory: Path, metadata: Metadata) -> Metadata:
+def _claim(directory: Path, metadata: JsonObject) -> JsonObject:
     """Write ``cache.json``, or check the one that is there; return it with its digest."""
     metadata = {"version": VERSION, **metadata}
     with _disk_errors(directory), (directory / ".lock").open("w") as lock:
@@ -381,6 +399,7 @@ def _claim(directory: Path, metadata: Metadata) -> Metadata:
         if found is None:
             new = directory / ".cache.json.new"
             new.write_bytes(sealed(metadata))
+            # Renamed when complete, so that a reader never finds half a file.
             new.replace(directory / "cache.json")
             found = _read_metadata(directory) or {}
     differing = [name for name, now in metadata.items() if found.get(name) != now]
@@ -442,7 +461,7 @@ class Shard:
     """
 
     directory: Path
-    metadata: Metadata
+    metadata: JsonObject
     process: int
     arrays: tuple[np.memmap, np.memmap, np.memmap]
     digests: np.memmap
@@ -453,7 +472,7 @@ class Shard:
         object.__setattr__(self, "verified", np.zeros(self.digests.shape[:2], bool))
 
     @classmethod
-    def for_reading(cls, directory: Path, metadata: Metadata, process: int) -> "Shard":
+    def for_reading(cls, directory: Path, metadata: JsonObject, process: int) -> "Shard":
         """Open the files of a process; a missing or damaged one is refused."""
         ids, log_probs, tail, digests = (
             _open_map(*file) for file in _files(directory, metadata, process)
@@ -461,7 +480,7 @@ class Shard:
         return cls(directory, metadata, process, (ids, log_probs, tail), digests)
 
     @classmethod
-    def for_writing(cls, directory: Path, metadata: Metadata, process: int) -> "Shard":
+    def for_writing(cls, directory: Path, metadata: JsonObject, process: int) -> "Shard":
         """Open the files of a process; make missing ones, repair the size of damaged ones."""
         with _disk_errors(directory):
             ids, log_probs, tail, digests = (
@@ -501,7 +520,7 @@ class Shard:
         return np.flatnonzero(wrong[: len(self.arrays[0])])
 
     def write(
-        self, rows: np.ndarray, view: int, values: tuple[Any, Any, Any], following: int | None
+        self, rows: np.ndarray, view: int, values: tuple[Array, Array, Array], following: int | None
     ) -> None:
         """Store the values of rows, and the digests of blocks that are complete.
 
@@ -515,6 +534,7 @@ class Shard:
         for array, own in zip(self.arrays, values, strict=True):
             array[rows, view] = own
         blocks = np.unique(rows // self.metadata["block"])
+        # A digest is of a whole block, which the next batch may still be filling.
         if following is not None:
             blocks = blocks[blocks != following // self.metadata["block"]]
         if len(blocks):
@@ -535,7 +555,7 @@ class Shard:
             return "right"
         while True:
             stored = self.digests[block, view].tobytes()
-            if stored == bytes(DIGEST_BYTES):
+            if stored == bytes(DIGEST_BYTES):  # zeros, as the file was made
                 return "missing"
             if stored == self._digest(block, view):
                 self.verified[block, view] = True
@@ -548,6 +568,7 @@ class Shard:
         """Return the digest of the cache's identity, the block's place and its numbers."""
         start = block * self.metadata["block"]
         rows = slice(start, start + self.metadata["block"])
+        # The identity and the place too, so that a block cannot stand in for another one.
         place = f"{self.metadata['sha256']} {self.process} {block} {view}"
         digest = hashlib.sha256(place.encode())
         for array in self.arrays:
@@ -559,11 +580,11 @@ class Shard:
 
 
 def _files(
-    directory: Path, metadata: Metadata, process: int
+    directory: Path, metadata: JsonObject, process: int
 ) -> list[tuple[Path, np.dtype, tuple[int, ...]]]:
     """Return path, dtype and shape of each file of a process."""
     rows = len(range(process, metadata["examples"], metadata["processes"]))
-    blocks = -(-rows // metadata["block"])
+    blocks = -(-rows // metadata["block"])  # rounded up
     views = metadata["views"]
     k = metadata["k"]
     contents = {
@@ -606,6 +627,7 @@ def _open_map(path: Path, dtype: np.dtype, shape: Shape) -> np.memmap:
     """Map a file for reading."""
     header = _header(dtype, shape)
     if not os.path.lexists(path):
+        # From the name ids-00001-of-00004: the first and the last number.
         process, processes = path.stem.rsplit("-", 3)[-3::2]
         raise DataError(
             f"{path} is missing: process {int(process)} of {int(processes)} has not written its "

@@ -1,7 +1,7 @@
 """Features of Linen and NNX modules by path, without changes to the modules."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import jax
 
@@ -11,8 +11,11 @@ from compress_jax.core.types import Model, PyTree, Variables
 
 CALL = "__call__"
 
+Captured: TypeAlias = Callable[..., tuple[PyTree, dict[str, jax.Array]]]
+"""A function that returns a model's output, and the captured features by name."""
 
-def capture(model: Model, patterns: str | tuple[str, ...]) -> Callable[..., Any]:
+
+def capture(model: Model, patterns: str | tuple[str, ...]) -> Captured:
     """Return a function that runs a model and also returns the outputs of chosen submodules.
 
     A feature is named by its module, ``"block_0/conv_1"``; the output of a method other than
@@ -59,19 +62,26 @@ def capture(model: Model, patterns: str | tuple[str, ...]) -> Callable[..., Any]
     return _nnx(model, patterns)
 
 
-def _linen(model: Model, patterns: tuple[str, ...]) -> Callable[..., Any]:
+def _linen(model: Model, patterns: tuple[str, ...]) -> Captured:
+    from flax import linen
     from flax.core.scope import union_filters
     from flax.traverse_util import flatten_dict
 
-    def run(variables: Variables, *args: Any, mutable: Any = False, **kwargs: Any) -> Any:
+    def run(
+        variables: Variables,
+        *args: PyTree,
+        mutable: bool | str | Collection[str] = False,
+        **kwargs: Any,
+    ) -> tuple[PyTree, dict[str, jax.Array]]:
         called = []
 
-        def chosen(module: Any, method: str) -> bool:
+        def chosen(module: linen.Module, method: str) -> bool:
             if not method.isidentifier():  # Flax's own wrapper around a lifted module
                 return False
             called.append(_path((*module.path, method)))
             return matches(patterns, called[-1])
 
+        # Intermediates are collected beside what the caller wants mutable, and taken out again.
         both = union_filters(mutable, "intermediates")
         out, state = model.apply(
             variables, *args, mutable=both, capture_intermediates=chosen, **kwargs
@@ -83,12 +93,13 @@ def _linen(model: Model, patterns: tuple[str, ...]) -> Callable[..., Any]:
     return run
 
 
-def _nnx(model: Model, patterns: tuple[str, ...]) -> Callable[..., Any]:
+def _nnx(model: Model, patterns: tuple[str, ...]) -> Captured:
     from flax import nnx
 
     run_all = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: PyTree, **kwargs: Any) -> tuple[PyTree, dict[str, jax.Array]]:
+        # The module: the model itself, the owner of a bound method, or a function's first argument.
         first = model if isinstance(model, nnx.Module) else next(iter(args), None)
         owner = getattr(model, "__self__", first)
         if not isinstance(owner, nnx.Module):
@@ -103,7 +114,7 @@ def _nnx(model: Model, patterns: tuple[str, ...]) -> Callable[..., Any]:
     return run
 
 
-def _path(keys: Iterable[Any]) -> str:
+def _path(keys: Iterable[object]) -> str:
     """Return the name of a method's output: module and method, without ``__call__``.
 
     The whole model's output is "".
@@ -112,11 +123,12 @@ def _path(keys: Iterable[Any]) -> str:
 
 
 def _features(
-    patterns: tuple[str, ...], stored: Mapping[Any, Any], called: Iterable[str] = ()
+    patterns: tuple[str, ...], stored: Mapping[Any, PyTree], called: Iterable[str] = ()
 ) -> dict[str, jax.Array]:
     """Return the arrays that any pattern matches, of ``{keys: tuple of outputs, one a call}``."""
     outputs = {_path(keys): value for keys, value in stored.items()}
     paths = dict.fromkeys(path for path in (*called, *outputs) if path)
+    # `match` refuses what matches no module at all; this finds what ran but left no output.
     lost = [pattern for pattern in patterns if not set(match(pattern, paths)) & set(outputs)]
     if lost:
         add = "give its nn.scan or nn.vmap variable_axes={'intermediates': 0, ...}"
@@ -124,21 +136,20 @@ def _features(
             f"{lost} match only what ran in a lifted transformation that keeps no intermediates: "
             f"{add}"
         )
-    chosen = {path: value for path, value in outputs.items() if path and matches(patterns, path)}
-    calls = [
-        (path, value if isinstance(value, tuple) else (value,)) for path, value in chosen.items()
-    ]
-    return {
-        leaf: x
-        for path, values in calls
-        for i, out in enumerate(values)
-        for leaf, x in _leaves(f"{path}:{i}", out)
-    }
+    features: dict[str, jax.Array] = {}
+    for path, value in outputs.items():
+        if not path or not matches(patterns, path):
+            continue
+        # A tuple has one output for each call; what is sown in another way is one value.
+        for i, out in enumerate(value if isinstance(value, tuple) else (value,)):
+            features.update(_leaves(f"{path}:{i}", out))
+    return features
 
 
 def _leaves(path: str, out: PyTree) -> list[tuple[str, jax.Array]]:
     """Return the arrays of one output by name."""
     pairs = jax.tree_util.tree_flatten_with_path(out)[0]
+    # The first call has no number, and an output that is an array no keys.
     return [
         ("/".join([path.removesuffix(":0"), *([name(keys)] if keys else [])]), leaf)
         for keys, leaf in pairs

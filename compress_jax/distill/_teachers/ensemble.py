@@ -4,19 +4,20 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from compress_jax.core.errors import ShapeError, StateError
 from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import PyTree, Variables
+from compress_jax.core.types import Array, PyTree, Variables
 from compress_jax.distill._losses.logits import kl
 from compress_jax.distill._losses.tokens import masked_mean
-from compress_jax.distill._masks import fitted, kept
+from compress_jax.distill._masks import Mask, fitted, kept
 from compress_jax.distill._teachers.fidelity import agreement
 from compress_jax.distill._teachers.teacher import Teacher
 
@@ -47,19 +48,20 @@ class Teachers:
         """The variables of each member."""
         return tuple(member.variables for member in self.members)
 
-    def __call__(self, inputs: PyTree) -> jax.Array:
+    def __call__(self, *inputs: PyTree) -> jax.Array:
         """Return the logits, float32 ``[teachers, ..., classes]``."""
-        return self.forward(inputs)[0]
+        return self.forward(*inputs)[0]
 
-    def forward(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def forward(self, *inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the stacked logits, and features by member and path, such as ``"0/conv_1"``."""
-        outputs = [member.forward(inputs) for member in self.members]
+        outputs = [member.forward(*inputs) for member in self.members]
         shapes = [logits.shape for logits, _ in outputs]
         if len(set(shapes)) > 1:
             raise ShapeError(
                 "teachers of one student must have its classes, and give logits of one shape; "
                 f"got {shapes}"
             )
+        # Members may have features of the same path: the member's number goes before it.
         features = {}
         for i, (_, own) in enumerate(outputs):
             features |= {f"{i}/{path}": feature for path, feature in own.items()}
@@ -72,7 +74,7 @@ class Teachers:
         return self.forward(inputs)
 
 
-def fingerprint(teacher: Any) -> jax.Array:
+def fingerprint(teacher: PyTree) -> jax.Array:
     """Return the SHA-256 of a teacher's arrays: their paths, dtypes, shapes and contents.
 
     Two teachers with the same hash give the same logits under the same ``apply``. Packed arrays are
@@ -82,7 +84,8 @@ def fingerprint(teacher: Any) -> jax.Array:
       teacher: a `Teacher`, `Teachers` or a tree of variables; concrete arrays.
 
     Returns:
-      uint8 ``[32]``, an array so that a checkpoint can hold it. `hexadecimal` formats it.
+      uint8 ``[32]``, an array so that a checkpoint can hold it; zeros where arrays are only traced.
+      `hexadecimal` formats it.
 
     Example:
       >>> hexadecimal(fingerprint({"kernel": jnp.arange(3.0)}))[:12]
@@ -90,6 +93,10 @@ def fingerprint(teacher: Any) -> jax.Array:
     """
     digest = hashlib.sha256()
     leaves, _ = flatten(unpack(getattr(teacher, "variables", teacher)))
+    # Traced on shapes, as a plan is, there is nothing to hash.
+    if any(isinstance(leaf, Tracer | jax.ShapeDtypeStruct) for leaf in leaves.values()):
+        return jnp.zeros(32, jnp.uint8)
+    # Sorted, so that the hash does not depend on the order in which a tree lists its leaves.
     for path, leaf in sorted(leaves.items()):
         array = np.asarray(leaf)
         digest.update(f"{path} {array.dtype.name} {array.shape}\n".encode())
@@ -97,7 +104,7 @@ def fingerprint(teacher: Any) -> jax.Array:
     return jnp.asarray(np.frombuffer(digest.digest(), np.uint8))
 
 
-def hexadecimal(fingerprint: Any) -> str:
+def hexadecimal(fingerprint: Array) -> str:
     """Return a hash as 64 hexadecimal digits.
 
     Args:
@@ -113,7 +120,7 @@ def hexadecimal(fingerprint: Any) -> str:
     return bytes(np.asarray(fingerprint, np.uint8)).hex()
 
 
-def require_same(memory: Mapping[str, Any], teacher: Any) -> None:
+def require_same(memory: Mapping[str, PyTree], teacher: PyTree) -> None:
     """Raise unless a resumed run is given the teacher that it started with.
 
     Args:
@@ -142,6 +149,14 @@ class Drift(NamedTuple):
       largest: the largest difference of logits.
       kl: mean divergence of the predictions, in nats.
       agreement: share of equal predictions.
+
+    Example:
+      >>> def linear(variables, x):
+      ...     return x @ variables["params"]["kernel"]
+      >>> full = Teacher(linear, {"params": {"kernel": jnp.eye(3)}})
+      >>> change = drift(full, full, jnp.eye(3))
+      >>> change.largest.tolist(), change.kl.tolist(), change.agreement.tolist()
+      (0.0, 0.0, 1.0)
     """
 
     largest: jax.Array
@@ -149,7 +164,7 @@ class Drift(NamedTuple):
     agreement: jax.Array
 
 
-def drift(teacher: Teacher, reference: Teacher, inputs: PyTree, mask: Any = None) -> Drift:
+def drift(teacher: Teacher, reference: Teacher, inputs: PyTree, mask: Mask | None = None) -> Drift:
     """Return how far a teacher in a smaller dtype, or with packed weights, is from the original.
 
     Args:
@@ -174,6 +189,7 @@ def drift(teacher: Teacher, reference: Teacher, inputs: PyTree, mask: Any = None
     counts = jnp.ones(leading)
     if mask is not None:
         counts = fitted(mask, leading, "the logits", examples=True)
+    # Logits of padding may be NaN, and neither maximum nor mean may see them.
     own = kept(own, counts)
     other = kept(other, counts)
     return Drift(

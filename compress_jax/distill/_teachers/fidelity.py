@@ -42,9 +42,9 @@ def agreement(student_logits: jax.Array, teacher_logits: jax.Array) -> jax.Array
 
 
 def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
-    """Return the linear centred kernel alignment of two representations, in float32.
+    """Return the linear centered kernel alignment of two representations, in float32.
 
-    ``||Y' X||**2 / (||X' X|| * ||Y' Y||)``, Frobenius norms, with X and Y centred over the
+    ``||Y' X||**2 / (||X' X|| * ||Y' Y||)``, Frobenius norms, with X and Y centered over the
     examples. It does not change when either is rotated or scaled, so that the widths of student and
     teacher may differ. Computed from the Gram matrices ``X X'`` and ``Y Y'``, of a size that does
     not depend on the widths.
@@ -77,25 +77,29 @@ def cka(x: jax.Array, y: jax.Array, *, mask: Mask | None = None) -> jax.Array:
             f"{y.shape[0]} of them"
         )
     counts = jnp.ones(x.shape[0], bool) if mask is None else of_examples(mask, x.shape[0]) > 0
-    gram_x, gram_y = _gram(x, counts), _gram(y, counts)
+    gram_x = _gram(x, counts)
+    gram_y = _gram(y, counts)
+    # ||Y' X||**2 = sum(X X' * Y Y'), likewise the two norms below.
     return (gram_x * gram_y).sum() / jnp.maximum(_length(gram_x) * _length(gram_y), 1e-12)
 
 
-def centred(x: jax.Array, counts: jax.Array) -> jax.Array:
+def centered(x: jax.Array, counts: jax.Array) -> jax.Array:
     """Return ``[examples, features]`` minus the mean over examples that count, 0 for the others.
 
     Example:
-      >>> centred(jnp.array([[1.0], [3.0], [jnp.nan]]), jnp.array([True, True, False])).tolist()
+      >>> centered(jnp.array([[1.0], [3.0], [jnp.nan]]), jnp.array([True, True, False])).tolist()
       [[-1.0], [1.0], [0.0]]
     """
     x = kept(x, counts)
     mean = x.sum(axis=0, keepdims=True) / jnp.maximum(counts.sum(), 1).astype(x.dtype)
+    # Masked rows were zeros and are minus the mean now: zeros again.
     return kept(x - mean, counts)
 
 
 def _gram(x: jax.Array, counts: jax.Array) -> jax.Array:
-    """Return the centred Gram matrix ``[examples, examples]``, after scaling to at most 1."""
-    x = centred(at_least_float32(x).reshape(x.shape[0], -1), counts)
+    """Return the centered Gram matrix ``[examples, examples]``, after scaling to at most 1."""
+    x = centered(at_least_float32(x).reshape(x.shape[0], -1), counts)
+    # The alignment does not depend on scale, and squares of large features would overflow.
     largest = jax.lax.stop_gradient(jnp.abs(x).max())
     x = x / jnp.where(largest > 0, largest, 1)
     return jnp.matmul(x, x.T, precision="highest")
@@ -114,6 +118,13 @@ class CalibrationBins(NamedTuple):
       count: float32 ``[bins]``, how many examples fell into a bin.
       confidence: float32 ``[bins]``, the sum of their confidences.
       correct: float32 ``[bins]``, how many of them were right.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> one = cj.distill.calibration(jnp.array([[0.0, 99.0]]), jnp.array([1]), bins=2)
+      >>> sums = jax.tree.map(jnp.add, one, one)
+      >>> sums.count.tolist(), sums.correct.tolist()
+      ([0.0, 2.0], [0.0, 2.0])
     """
 
     count: jax.Array
@@ -148,6 +159,7 @@ def calibration(logits: jax.Array, labels: jax.Array, bins: int = 15) -> Calibra
     logits = bounded(logits).reshape(-1, logits.shape[-1])  # [examples, classes]
     labels = labels.ravel()
     confidence = jnp.exp(jax.nn.log_softmax(logits).max(axis=-1)).astype(jnp.float32)
+    # Bin i is (i / bins, (i + 1) / bins], so its upper edge belongs to it.
     at = jnp.clip(jnp.ceil(confidence * bins).astype(jnp.int32) - 1, 0, bins - 1)
     counts = labels >= 0
     right = logits.argmax(axis=-1) == labels

@@ -3,16 +3,15 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.packed import unpack
-from compress_jax.core.types import DType, PyTree, Variables
+from compress_jax.core.types import DType, ModelFn, PyTree, Variables
 
 
-def cast(variables: Variables, dtype: DType) -> Any:
+def cast(variables: Variables, dtype: DType) -> Variables:
     """Return a tree with its floating-point arrays in another dtype; others stay as they are.
 
     Args:
@@ -28,7 +27,7 @@ def cast(variables: Variables, dtype: DType) -> Any:
       ('bfloat16', 'int32')
     """
 
-    def one(x: Any) -> Any:
+    def one(x: jax.Array) -> jax.Array:
         return x.astype(dtype) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
 
     return jax.tree.map(one, variables)
@@ -54,13 +53,13 @@ class Teacher:
     placed with. Two teachers of the same ``apply`` share one compiled step.
 
     Attributes:
-      apply: ``(variables, inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules
+      apply: ``(variables, *inputs) -> logits`` in eval mode: Linen's ``model.apply`` for modules
         whose ``train`` is False by default; or ``-> (logits, features by path)``, as `capture`
         returns it. Define it once; a new lambda for each call would compile the step anew.
       variables: what ``apply`` takes first, such as ``{"params": ..., "batch_stats": ...}``. Leaves
         may be packed: 8-bit weights stay so in memory, and what ``load`` reads of a file is a
         teacher as it is.
-      view: ``inputs -> inputs``, applied to the student's inputs first, such as a resize to the
+      view: ``(*inputs) -> inputs``, applied to the student's inputs first, such as a resize to the
         teacher's resolution; None for the inputs as they are.
 
     Example:
@@ -71,20 +70,24 @@ class Teacher:
       [[1.0, 2.0]]
     """
 
-    apply: Callable[..., Any] = field(metadata={"static": True})
+    # Static fields are compared when a step is called: equal functions share one compiled program.
+    apply: ModelFn = field(metadata={"static": True})
     variables: Variables
-    view: Callable[[Any], Any] | None = field(default=None, metadata={"static": True})
+    view: Callable[[PyTree], PyTree] | None = field(default=None, metadata={"static": True})
 
-    def __call__(self, inputs: PyTree) -> jax.Array:
+    def __call__(self, *inputs: PyTree) -> jax.Array:
         """Return the logits of some inputs, float32 ``[..., classes]``."""
-        return self.forward(inputs)[0]
+        return self.forward(*inputs)[0]
 
-    def forward(self, inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def forward(self, *inputs: PyTree) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Return the logits, float32 ``[..., classes]``, and the captured features by path."""
         if self.view is not None:
-            inputs = self.view(inputs)
+            seen = self.view(*inputs)
+            inputs = seen if isinstance(seen, tuple) else (seen,)
+        # Cut off twice: at the variables, so that no activations are kept for a backward pass, and
+        # at the outputs, as the inputs may carry gradients.
         variables = unpack(jax.lax.stop_gradient(self.variables))
-        out = jax.lax.stop_gradient(self.apply(variables, inputs))
+        out = jax.lax.stop_gradient(self.apply(variables, *inputs))
         logits, features = out if isinstance(out, tuple) else (out, {})
         return at_least_float32(logits), features
 

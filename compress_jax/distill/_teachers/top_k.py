@@ -61,7 +61,8 @@ def top_k(teacher_logits: jax.Array, k: int, temperature: float = 1.0) -> TopK:
             f"k must be 1 to {teacher_logits.shape[-1]}, the number of classes; got {k}"
         )
     log_p = jax.nn.log_softmax(bounded(jax.lax.stop_gradient(teacher_logits), temperature))
-    log_probs, ids = jax.lax.top_k(log_p, k)
+    log_probs, ids = jax.lax.top_k(log_p, k)  # [..., k]
+    # Summed over the others: 1 minus the sum of the k would lose a small tail to rounding.
     tail = jnp.put_along_axis(jnp.exp(log_p), ids, 0, axis=-1, inplace=False).sum(axis=-1)
     return TopK(ids.astype(jnp.int32), log_probs, tail, temperature)
 
@@ -73,7 +74,7 @@ def top_k_kl(student_logits: jax.Array, top: TopK) -> jax.Array:
     the student's tail being the probability of all its other classes: `kl` of the two distributions
     over k + 1 buckets. With ``k = classes`` it is `kl`, and it is never more. Its gradient reaches
     every class: those of the tail share one pull,
-    ``dL/ds[c] = T * p_s[c] * (1 - tail_t / tail_s)``, which renormalising over the k would lose.
+    ``dL/ds[c] = T * p_s[c] * (1 - tail_t / tail_s)``, which renormalizing over the k would lose.
 
     Args:
       student_logits: ``[..., classes]``, any floating dtype, any finite values.
@@ -127,10 +128,13 @@ def buckets(student_logits: jax.Array, top: TopK) -> tuple[jax.Array, jax.Array]
             f"{shapes}"
         )
     log_q = jax.nn.log_softmax(bounded(student_logits, top.temperature))
+    # Below every log-probability, so that the k classes add 0 to the tail; finite, for gradients.
     far = -4 * largest(log_q.dtype, top.temperature, log_q.shape[-1])
     others = jnp.put_along_axis(log_q, top.ids, far, axis=-1, inplace=False)
     log_tail_q = jax.nn.logsumexp(others, axis=-1, keepdims=True)
+    # [..., k + 1]
     student = jnp.concatenate([jnp.take_along_axis(log_q, top.ids, axis=-1), log_tail_q], axis=-1)
+    # A cache may store bfloat16.
     log_probs, tail = (
         jax.lax.stop_gradient(at_least_float32(x)).astype(log_q.dtype)
         for x in (top.log_probs, top.tail)

@@ -1,218 +1,67 @@
 """The artifact: one safetensors file that holds a packed model and its metadata.
 
-A safetensors container with its header's keys sorted, whose ``__metadata__`` has the strings
-``format`` = ``"compress_jax"``, ``version``, and ``sha256`` = hex digest of the whole file as it is
-with 64 zeros in place of the digest. Its content is JSON with ``tree`` (see `structure`) and
-``metadata`` (free-form: model, data, config, accuracy). Nothing in the file is ever executed.
+The strings of the container's ``__metadata__`` are ``format`` = ``"compress_jax"`` and ``version``.
+Nothing in the file is ever executed. All versions are read; `save` writes 1 and 3.
 
-Version 1, plain: the content is one more string, ``content``, and the tensors of the tree are those
-of the container. Codes of 1 to 16 bits are packed without gaps, least significant bit first, into
-uint8 tensors.
+Version 1, named: the tensors of the tree are those of the container, so that any reader of
+safetensors finds them. Codes of 1 to 16 bits are packed without gaps, least significant bit first,
+into uint8 tensors. There are two more strings. ``content`` is JSON with ``tree`` (see `structure`)
+and ``metadata`` (free-form: model, data, config, accuracy). ``sha256`` is the hex digest of the
+whole file as it is with 64 zeros in place of the digest. Keys are sorted.
 
-Version 2, coded: the container has three uint8 tensors. ``content`` is the JSON, compressed by
-zstandard, with the entry ``index`` besides; ``ans`` and ``rest`` hold the tensors of the tree as
-`streams` says: their symbols at their entropy.
+Version 2, coded, no longer written: the strings are those of version 1, but for ``content``, and
+there are three uint8 tensors. ``content`` is the JSON, compressed by zstandard, with the entry
+``index`` besides; ``ans`` and ``rest`` hold the tensors of the tree as `streams` says: their
+symbols at their entropy.
+
+Version 3, compact: one uint8 tensor, ``model``, has a compressed description and the bytes of all
+tensors (see `compact`), plain or coded, and, as its last 16 bytes, the first half of the SHA-256 of
+all bytes before them. A plain file is compact if its names, JSON and digest would take more than
+2 % of it and 200 bytes: a name costs a small tensor more than its numbers do.
 """
 
 import contextlib
 import errno
 import functools
-import hashlib
-import json
-import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from compress_jax.core.errors import ArgumentError, ArtifactError
-from compress_jax.core.types import PyTree
+from compress_jax.core.errors import ArtifactError
+from compress_jax.core.types import JsonObject, PyTree
+from compress_jax.export._artifact import compact
 from compress_jax.export._artifact.checks import Spec
-from compress_jax.export._artifact.fields import extents, refuse
-from compress_jax.export._artifact.limits import Budget, Limits
-from compress_jax.export._artifact.structure import Tensors, encode
-from compress_jax.export._artifact.validation import checked, few, grammar, shallow, survey
-from compress_jax.export._coding.streams import (
-    Coded,
-    code,
-    expanded,
-    specified,
-    squeezed,
-    uncode,
-    unsqueezed,
+from compress_jax.export._artifact.compact import Opened
+from compress_jax.export._artifact.container import (
+    DIGEST,
+    ROW,
+    as_json,
+    content_of,
+    header_of,
+    named,
+    rowed,
+    tensors_of,
+    version_of,
 )
+from compress_jax.export._artifact.limits import Budget, Limits
+from compress_jax.export._artifact.structure import Structure, Tensors, encode
+from compress_jax.export._artifact.validation import checked, few, grammar, shallow, survey
+from compress_jax.export._coding.streams import Coded, expanded, specified, uncode, unsqueezed
 
 LIMITS = Limits()
-FORMAT = "compress_jax"
-PLAIN = 1
-VERSION = 2
-BLANK = "0" * 64  # in place of the digest while the digest is computed
-DTYPES = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "U16": "uint16",
-    "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-}
-
-
-def header_of(data: bytes) -> tuple[dict[str, Any], int]:
-    """Return the JSON header of a container, and where its tensors begin.
-
-    Args:
-      data: the file.
-
-    Returns:
-      ``({name: ...}, offset)``.
-
-    Raises:
-      ArtifactError: if the file is no such container.
-
-    Example:
-      >>> import safetensors.numpy
-      >>> header_of(safetensors.numpy.save({"x": np.zeros(2, np.uint8)}))[0]
-      {'x': {'dtype': 'U8', 'shape': [2], 'data_offsets': [0, 2]}}
-    """
-    end = 8 + int.from_bytes(data[:8], "little")
-    if not 8 < end <= len(data):
-        raise ArtifactError(
-            f"its {len(data)} bytes are no safetensors file: a header would end at {end}"
-        )
-    header = parsed(data[8:end], "the header")
-    if not isinstance(header, dict):
-        raise ArtifactError("its header is not an object of JSON")
-    return header, end
-
-
-def parsed(text: bytes | str, what: str) -> Any:
-    """Return parsed JSON; refuse what `save` never writes.
-
-    Refused are duplicate names, NaN, and infinite numbers.
-
-    Args:
-      text: JSON in UTF-8.
-      what: which, for the error.
-
-    Returns:
-      Its value.
-
-    Raises:
-      ArtifactError: if it is no JSON, or such.
-
-    Example:
-      >>> parsed('{"a": [1, 2.5]}', "the content")
-      {'a': [1, 2.5]}
-    """
-    try:
-        text = text if isinstance(text, str) else text.decode()
-        return json.loads(
-            text, object_pairs_hook=_once, parse_float=_finite, parse_constant=_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{what} is no JSON that can be read: {error}") from error
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ArgumentError("a name is there twice")
-    return found
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ArgumentError(f"{text} is larger than any float")
-    return value
-
-
-def _constant(text: str) -> float:
-    raise ArgumentError(f"{text} is no number of JSON")
-
-
-def tensors_of(
-    data: bytes, header: dict[str, Any], start: int, check_count: Callable[[int], None]
-) -> dict[str, np.ndarray]:
-    """Return the tensors of a container; they share its memory.
-
-    Args:
-      data: the file.
-      header: of `header_of`.
-      start: where its tensors begin.
-      check_count: called with the number of tensors before any is made.
-
-    Returns:
-      ``{name: array}``.
-
-    Raises:
-      ArtifactError: if an entry says anything that is not so.
-    """
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    check_count(len(entries))
-    tensors: dict[str, np.ndarray] = {}
-    spans = []
-    for name, entry in entries.items():
-        dtype, shape, (begin, end) = _entry(name, entry)
-        size = math.prod(shape) * dtype.itemsize
-        if end - begin != size or not 0 <= begin <= end <= len(data) - start:
-            raise refuse(
-                name,
-                f"{dtype} of shape {list(shape)} has {size:,} bytes, and the file has {begin:,} "
-                f"to {end:,} for it",
-            )
-        spans.append((begin, end))
-        flat = np.zeros(0, dtype)  # np.frombuffer refuses to read nothing
-        if size:
-            flat = np.frombuffer(data, dtype, math.prod(shape), start + begin)
-        tensors[name] = flat.reshape(shape)
-    _require_tiling(spans, start, len(data))
-    return tensors
-
-
-def _require_tiling(spans: list[tuple[int, int]], start: int, size: int) -> None:
-    """Check that tensors follow one another without a gap, up to the end of the file."""
-    at = 0
-    for begin, end in sorted(spans):
-        if begin != at:
-            raise ArtifactError(f"its tensors overlap or leave a gap at byte {start + at:,}")
-        at = end
-    if start + at != size:
-        raise ArtifactError(f"{size - start - at:,} bytes at its end belong to no tensor")
-
-
-def _entry(name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], tuple[int, int]]:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise refuse(
-            name, "a tensor has a dtype, a shape and data_offsets, nothing less and nothing more"
-        )
-    dtype = entry["dtype"]
-    offsets = entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise refuse(name, f"the dtype {dtype!r} is none that compress_jax writes")
-    if not isinstance(offsets, list) or [type(n) for n in offsets] != [int, int]:
-        raise refuse(name, "data_offsets are two whole numbers")
-    try:
-        shape = extents(entry["shape"])
-    except ValueError as error:
-        raise refuse(name, f"the shape is wrong: {error}") from error
-    return np.dtype(DTYPES[dtype]), shape, (offsets[0], offsets[1])
+NAMED = 1  # version of a file whose tensors any safetensors reader finds
+CODED = 2  # of an older coded one
+SHARE = 0.02  # of a file that its header may take, and
+FREE = 200  # bytes of it besides; else the file is compact
 
 
 def save(
     path: str | os.PathLike[str],
     packed: PyTree,
-    metadata: dict[str, Any] | None = None,
+    metadata: JsonObject | None = None,
     *,
     coded: bool = False,
 ) -> int:
@@ -225,7 +74,8 @@ def save(
       packed: params as `Compression.pack` returns them (plain arrays are fine too).
       metadata: anything JSON can hold: names of model and data, config, accuracy.
       coded: whether to store codes, masks and indices at their entropy, and everything else
-        compressed, rather than as tensors that any safetensors reader finds.
+        compressed, where that saves bytes. Otherwise the tensors of a large file have names, by
+        which any safetensors reader finds them; `to_safetensors` writes such files at any size.
 
     Returns:
       Bytes written.
@@ -242,16 +92,17 @@ def save(
       (True, ({'kernel': Array([0., 1., 2.], dtype=float32)}, {'model': 'tiny'}))
     """
     tree, tensors = encode(packed)
+    # What `load` would refuse is refused before anything is written.
     shallow(metadata or {}, Limits())
     checked(tree, tensors, keep=False)
-    data = (_coded if coded else _plain)(tree, tensors, metadata or {})
+    data = (smallest if coded else plain)(tree, tensors, metadata or {})
     write_atomically(Path(path), data)
     return len(data)
 
 
 def load(
     path: str | os.PathLike[str], *, max_bytes: int | None = None, limits: Limits = LIMITS
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[PyTree, JsonObject]:
     """Read a file that `save` wrote.
 
     A file is validated before it is used: its checksum, then every number of its header and its
@@ -282,15 +133,13 @@ def load(
       >>> packed[0].tolist(), metadata
       ([1.0, 1.0], {})
     """
-    content, parts = opened(Path(path), max_bytes, limits)
+    found = opened(Path(path), max_bytes, limits)
     with of_file(path):
-        tensors = uncode(content["tree"], parts) if isinstance(parts, Coded) else parts
-        return checked(content["tree"], tensors, depth=limits.depth), content["metadata"]
+        tensors = uncode(found.tree, found.parts) if isinstance(found.parts, Coded) else found.parts
+        return checked(found.tree, tensors, depth=limits.depth), found.metadata
 
 
-def opened(
-    path: Path, max_bytes: int | None = None, limits: Limits = LIMITS
-) -> tuple[dict[str, Any], Tensors | Coded]:
+def opened(path: Path, max_bytes: int | None = None, limits: Limits = LIMITS) -> Opened:
     """Read a file and verify all of it that can be verified before its tensors are decoded.
 
     Args:
@@ -299,7 +148,7 @@ def opened(
       limits: as of `load`.
 
     Returns:
-      Its content as JSON, and its tensors as they are stored.
+      Its content, and its tensors as they are stored.
 
     Raises:
       ArtifactError: as `load`.
@@ -307,40 +156,43 @@ def opened(
     try:
         size = path.stat().st_size
         with of_file(path):
-            budget = Budget(size, max_bytes)
+            budget = Budget(size, max_bytes)  # before the file is in memory
         data = path.read_bytes()
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    # JSON takes up to 40 times its length in Python objects, so its length is checked first. It is
+    # what the file's first 8 bytes say, but no more than there is.
     with of_file(path):
         budget.parse(min(int.from_bytes(data[:8], "little"), len(data)), limits, "its header")
         header, start = header_of(data)
-        version = _version(data, header)
+        version = version_of(data, header)
         tensors = tensors_of(data, header, start, functools.partial(few, limits=limits))
-        if version == PLAIN:
-            return _opened_plain(header["__metadata__"]["content"], tensors, budget, limits)
-        return _opened_coded(tensors, budget, limits)
+        if version == NAMED:
+            return _opened_named(header["__metadata__"]["content"], tensors, budget, limits)
+        if version == CODED:
+            return _opened_coded(tensors, budget, limits)
+        return compact.opened(_row(tensors, [ROW])[ROW][:-DIGEST], budget, limits)
 
 
-def _opened_plain(
-    text: str, tensors: Tensors, budget: Budget, limits: Limits
-) -> tuple[dict[str, Any], Tensors]:
+def _opened_named(text: str, tensors: Tensors, budget: Budget, limits: Limits) -> Opened:
     budget.parse(len(text), limits, "its content")
-    content = _content(text, {"tree", "metadata"}, limits)
+    content = content_of(text, limits)
     specs = {name: Spec(x.shape, x.dtype) for name, x in tensors.items()}
     survey(content["tree"], specs, budget, limits)
-    return content, tensors
+    return Opened(content["tree"], content["metadata"], tensors)
 
 
-def _opened_coded(tensors: Tensors, budget: Budget, limits: Limits) -> tuple[dict[str, Any], Coded]:
-    pieces = _pieces(tensors)
+def _opened_coded(tensors: Tensors, budget: Budget, limits: Limits) -> Opened:
+    pieces = {name: bytes(x) for name, x in _row(tensors, ["ans", "content", "rest"]).items()}
     # The size that the JSON unpacks to is checked before it is unpacked.
     budget.parse(expanded(pieces["content"], "its content"), limits, "its content")
     text = unsqueezed(pieces["content"], "its content")
-    content = _content(text, {"tree", "metadata", "index"}, limits)
+    content = content_of(text, limits, {"index"})
+    # The index is read along the places of the tree, so the tree must be one before that.
     grammar(content["tree"], limits)
     coded = Coded(content["index"], pieces["ans"], pieces["rest"])
     survey(content["tree"], specified(content["tree"], coded), budget, limits)
-    return content, coded
+    return Opened(content["tree"], content["metadata"], coded)
 
 
 @contextlib.contextmanager
@@ -349,110 +201,55 @@ def of_file(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except ArtifactError as error:
-        raise ArtifactError(f"{os.fspath(path)}: {error}") from error.__cause__
+        # What a malicious file has in the place of a name may be megabytes long.
+        said = str(error)
+        said = said if len(said) < 1000 else f"{said[:1000]}..."
+        # The original cause, so that a traceback does not show the message twice.
+        raise ArtifactError(f"{os.fspath(path)}: {said}") from error.__cause__
 
 
-def _version(data: bytes, header: dict[str, Any]) -> int:
-    """Check the strings and the digest of a container, and return its version."""
-    strings = header.get("__metadata__", {})
-    if not isinstance(strings, dict) or strings.get("format") != FORMAT:
-        raise ArtifactError(
-            "it is a safetensors file, but not one that compress_jax wrote; load it with "
-            "safetensors"
-        )
-    number = strings.get("version")
-    if isinstance(number, str) and number.isdecimal() and int(number) > VERSION:
-        raise ArtifactError(
-            f"it has format version {number}, and this version of compress_jax reads up to "
-            f"{VERSION}; upgrade compress_jax"
-        )
-    known = {"format", "version", "sha256"} | ({"content"} if number == str(PLAIN) else set())
-    if (
-        number not in (str(PLAIN), str(VERSION))
-        or strings.keys() != known
-        or set(map(type, strings.values())) != {str}
-    ):
-        raise ArtifactError(
-            f"it is damaged: its header must have the strings {', '.join(sorted(known))}, and a "
-            "known version"
-        )
-    digest = strings["sha256"]
-    if hashlib.sha256(_reseal(data, digest, BLANK)).hexdigest() != digest:
-        raise ArtifactError(
-            "it is truncated or damaged: its checksum does not match. Copy or write it again"
-        )
-    return int(number)
-
-
-def _content(text: str | bytes, wanted: set[str], limits: Limits) -> dict[str, Any]:
-    """Return the JSON content of a file, with the required entries and the metadata."""
-    content = parsed(text, "its content")
-    if not isinstance(content, dict) or content.keys() != wanted:
-        raise ArtifactError(f"its content must have {', '.join(sorted(wanted))}, and nothing else")
-    shallow(content["metadata"], limits)
-    return content
-
-
-def _pieces(tensors: Tensors) -> dict[str, bytes]:
-    """Return the three byte strings of a coded file."""
+def _row(tensors: Tensors, names: list[str]) -> dict[str, memoryview]:
+    """Return the rows of bytes that a file must consist of."""
     plain = all(x.dtype == np.uint8 and x.ndim == 1 for x in tensors.values())
-    if tensors.keys() != {"ans", "content", "rest"} or not plain:
-        raise ArtifactError("a coded file has three rows of bytes, ans, content and rest")
-    return {name: x.tobytes() for name, x in tensors.items()}
+    if tensors.keys() != set(names) or not plain:
+        raise ArtifactError(f"a file of its version has rows of bytes called {', '.join(names)}")
+    return {name: x.data for name, x in tensors.items()}
 
 
-def _plain(tree: PyTree, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
-    return _container(
-        tensors, {"version": str(PLAIN), "content": _json({"tree": tree, "metadata": metadata})}
-    )
+def plain(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
+    """Return a file whose tensors have names, or a compact one where the names cost too much.
 
+    Args:
+      tree: of `structure.encode`.
+      tensors: of it.
+      metadata: anything JSON can hold.
 
-def _coded(tree: PyTree, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
-    parts = code(tree, tensors)
-    content = _json({"tree": tree, "metadata": metadata, "index": parts.index})
-    pieces = {"ans": parts.ans, "content": squeezed(content.encode()), "rest": parts.rest}
-    return _container(
-        {name: np.frombuffer(piece, np.uint8) for name, piece in pieces.items()},
-        {"version": str(VERSION)},
-    )
+    Returns:
+      The whole file.
 
-
-def _json(content: dict[str, Any]) -> str:
-    try:
-        return json.dumps(content, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ArtifactError(
-            f"the metadata, or a key of the tree, cannot be written as JSON: {error}"
-        ) from error
-
-
-def _container(tensors: Tensors, strings: dict[str, str]) -> bytes:
-    """Return the whole file."""
-    try:
-        data = _ordered(
-            safetensors.numpy.save(tensors, {"format": FORMAT, **strings, "sha256": BLANK})
-        )
-    except ValueError as error:  # a name that is no text
-        raise ArtifactError(f"a key of the tree cannot be the name of a tensor: {error}") from error
-    return _reseal(data, BLANK, hashlib.sha256(data).hexdigest())
-
-
-def _ordered(data: bytes) -> bytes:
-    """Sort the header; safetensors writes its metadata in another order in every process."""
-    size = int.from_bytes(data[:8], "little")
-    header = json.dumps(
-        json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":"), ensure_ascii=False
-    ).encode()
-    header += b" " * (-len(header) % 8)  # the tensors stay aligned
-    return len(header).to_bytes(8, "little") + header + data[8 + size :]
-
-
-def _reseal(data: bytes, old: str, new: str) -> bytes:
-    """Replace the digest in the header.
-
-    It comes first, and a quote in any other string of the header has a backslash before it.
+    Raises:
+      ArtifactError: if the metadata or a name cannot be written.
     """
-    return data.replace(f'"sha256":"{old}"'.encode(), f'"sha256":"{new}"'.encode(), 1)
+    data = with_names(tree, tensors, metadata)
+    header = 8 + int.from_bytes(data[:8], "little")
+    if header <= SHARE * len(data) + FREE:
+        return data
+    return rowed(compact.written(tree, tensors, metadata))
+
+
+def smallest(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
+    """Return a coded file, or a compact one if that is no larger; see `plain`."""
+    row = compact.written_coded(tree, tensors, metadata)
+    # The tables of a few hundred symbols are larger than what they save.
+    if len(row) > sum(x.nbytes for x in tensors.values()):
+        row = min(compact.written(tree, tensors, metadata), row, key=len)
+    return rowed(row)
+
+
+def with_names(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
+    """Return a file of version 1; see `plain`."""
+    content = as_json({"tree": tree, "metadata": metadata})
+    return named(tensors, {"version": str(NAMED), "content": content})
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -472,6 +269,8 @@ def write_atomically(path: Path, data: bytes) -> None:
       b'{}'
     """
     temporary = None
+    # In the same directory, for a rename across file systems is a copy and not atomic. The content
+    # is on the disk before the name points to it, so that a power failure leaves either file whole.
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(
@@ -481,13 +280,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o644)  # temporary files are made for their owner alone
         temporary.replace(path)
     except OSError as error:
         why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
         kept = "; the file that was there is unchanged" if path.exists() else ""
         raise ArtifactError(f"cannot write {path} ({len(data):,} bytes): {why}{kept}") from error
     finally:
+        # After the rename there is nothing left to remove.
         if temporary is not None:
             with contextlib.suppress(FileNotFoundError):
                 temporary.unlink()

@@ -8,7 +8,7 @@ import numpy as np
 
 from compress_jax.export._artifact.artifact import LIMITS, of_file, opened
 from compress_jax.export._artifact.limits import Limits
-from compress_jax.export._artifact.structure import leaves, places
+from compress_jax.export._artifact.structure import Structure, leaves, places
 from compress_jax.export._coding.bitstream import unpacked
 from compress_jax.export._coding.entropy import NEVER, probabilities
 from compress_jax.export._coding.streams import Coded, decoded, expanded
@@ -24,6 +24,12 @@ class Part(NamedTuple):
         the file.
       nbytes: in the file; of a coded file, a share of what is coded together, so not a whole
         number.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> part = cj.export.Part("dense/kernel", "codes", nbytes=2048)
+      >>> part.path, part.cause, part.nbytes
+      ('dense/kernel', 'codes', 2048)
     """
 
     path: str
@@ -61,31 +67,33 @@ def breakdown(
       (Part(path='dense/kernel', cause='array', nbytes=16), True)
     """
     path = Path(path)
-    content, parts = opened(path, max_bytes, limits)
-    tree = content["tree"]
+    found = opened(path, max_bytes, limits)
     size = path.stat().st_size
     sizes: dict[str, float] = {}
-    if isinstance(parts, Coded):
+    if isinstance(found.parts, Coded):
         with of_file(path):
-            sizes = _coded_sizes(tree, parts)
+            sizes = _coded_sizes(found.tree, found.parts)
     else:
-        sizes |= {name: x.nbytes for name, x in parts.items()}
+        sizes |= {name: x.nbytes for name, x in found.parts.items()}
     rows = []
-    for place, structure in leaves(tree):
+    for place, structure in leaves(found.tree):
         for name, _ in places(structure, place):
+            # A tensor's name is its leaf's, with the fields that lead to it behind: w.codes.mask.
             cause = name.removeprefix(place).rpartition(".")[2] or "array"
             rows.append(Part(place, cause, sizes[name]))
     return [*rows, Part("", "header and metadata", size - sum(row.nbytes for row in rows))]
 
 
-def _coded_sizes(tree: object, parts: Coded) -> dict[str, float]:
+def _coded_sizes(tree: Structure, parts: Coded) -> dict[str, float]:
     """Return the bytes of each tensor of a coded file."""
     raw = max(expanded(parts.rest, "its tensors"), 1)
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in parts.index["tables"]]
     sizes: dict[str, float] = {}
     tensors = zip(decoded(tree, parts), places(tree), parts.index["tensors"], strict=True)
     for (name, tensor), (_, symbols), entry in tensors:
-        if isinstance(entry, int) and symbols:
+        if not tensor.size:  # its table, if it has one, has no symbol
+            sizes[name] = 0
+        elif isinstance(entry, int) and symbols:
             # The information of the symbols under their table: sum_s -n_s log2(p_s) bits.
             bits, _ = symbols
             counts = np.bincount(unpacked(tensor, *symbols), minlength=2**bits)
@@ -93,5 +101,6 @@ def _coded_sizes(tree: object, parts: Coded) -> dict[str, float]:
             information = -np.log2(probabilities(tables[entry])[used])
             sizes[name] = float(information @ counts[used]) / 8
         else:
+            # zstandard sees all other tensors as one text: each has its share of the result.
             sizes[name] = tensor.nbytes * len(parts.rest) / raw
     return sizes

@@ -19,7 +19,9 @@ from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Table
 from compress_jax.core.packed import Clustered, LowRank, Packed, Quantized, Sparse, Tabled
 from compress_jax.core.sparse import width
+from compress_jax.core.types import Array, PyTree
 from compress_jax.export._artifact.fields import refuse
+from compress_jax.export._artifact.structure import Node
 from compress_jax.export._coding.bitstream import pieces
 
 SCALES = ("float32", "float8_e8m0fnu", "float8_e4m3fn")
@@ -38,7 +40,7 @@ class Spec(NamedTuple):
     dtype: np.dtype
 
 
-def check(node: Any, where: str) -> None:
+def check(node: PyTree, where: str) -> None:
     """Check that a packed node is consistent in itself.
 
     Args:
@@ -57,7 +59,7 @@ def check(node: Any, where: str) -> None:
     CHECKS[type(node)](node, where)
 
 
-def memory(node: Any) -> int:
+def memory(node: PyTree) -> int:
     """Return the bytes that a node takes at most while it is decoded and unpacked.
 
     Its arrays count twice, and every entry of it and of the nodes inside it four bytes, padded
@@ -73,10 +75,13 @@ def memory(node: Any) -> int:
       >>> memory(Bits(Spec((4,), np.dtype("uint8")), 8, (4,)))
       24
     """
+    # Twice: as it is decoded, and on the device.
     if type(node) not in CHECKS:
         return 0 if node is None else 2 * _nbytes(node)
     entries = math.prod(node.shape)
     layout = getattr(node, "layout", None)
+    # Scales are [..., groups, 1, channels], and each group is padded to its full size, which a
+    # damaged file may set far above the size of the array.
     if layout is not None and layout.group_size:
         entries = max(entries, math.prod(layout.scale_shape) * layout.group_size)
     size = max(4, getattr(node, "dtype", np.dtype(np.uint8)).itemsize)
@@ -98,6 +103,7 @@ def intact(array: np.ndarray, where: str) -> None:
     if array.dtype == bool:
         valid = array.view(np.uint8) <= 1
     elif array.dtype.name in NARROW:
+        # What a narrow dtype cannot hold comes back as other bytes.
         again = array.astype(np.float32).astype(array.dtype)
         valid = again.view(np.uint8) == array.view(np.uint8)
     else:
@@ -115,21 +121,22 @@ def _need(fine: bool, where: str, problem: str) -> None:
         raise refuse(where, problem)
 
 
-def _children(node: Any) -> list[str]:
+def _children(node: Node) -> list[str]:
     return [field.name for field in dataclasses.fields(node) if not field.metadata.get("static")]
 
 
-def _nbytes(array: Any) -> int:
+def _nbytes(array: Array | Spec) -> int:
     return math.prod(array.shape) * array.dtype.itemsize
 
 
 def _array(
-    x: Any, where: str, dtypes: Collection[str] = (), shape: tuple[int, ...] | None = None
+    x: PyTree, where: str, dtypes: Collection[str] = (), shape: tuple[int, ...] | None = None
 ) -> None:
     """Check that a field is an array, of one of some dtypes, of a shape."""
     is_array = isinstance(x, (Spec, np.ndarray))
     _need(is_array, where, f"an array must stand here, not a {type(x).__name__}")
     name = x.dtype.name
+    # JAX would cut 64 bits to 32, and the node would unpack to other numbers than it was saved for.
     known = jax.dtypes.canonicalize_dtype(x.dtype) == x.dtype
     advice = "inside a packed node needs jax.config.update('jax_enable_x64', True)"
     _need(known, where, f"{name} {advice}")
@@ -143,14 +150,15 @@ def _array(
         intact(x, where)
 
 
-def _kind(x: Any, where: str, *kinds: type) -> None:
+def _kind(x: object, where: str, *kinds: type) -> None:
     names = " or ".join(kind.__name__ for kind in kinds)
     _need(isinstance(x, kinds), where, f"a {names} must stand here, not a {type(x).__name__}")
 
 
 def _bits(node: Bits, where: str) -> None:
-    used = math.prod(node.shape) * node.bits
+    used = math.prod(node.shape) * node.bits  # bits, of which the last byte may have fewer than 8
     _array(node.data, where, ("uint8",), (-(-used // 8),))
+    # The same codes have one form only.
     if isinstance(node.data, np.ndarray) and used % 8:
         _need(not node.data[-1] >> used % 8, where, "bits after the last code are not zero")
 
@@ -174,8 +182,10 @@ def _sparse(node: Sparse, where: str) -> None:
         bits = node.mask.bits
         _need(bits == 1, f"{where}.mask", f"a mask has 1 bit an entry, not {bits}")
     _need(math.prod(node.shape) < COUNTED, where, "a mask must have fewer than 2**31 entries")
+    # Values are codes, whose fill is a code, or floats, whose fill they must be able to hold.
     if isinstance(node.values, Bits):
         _bits(node.values, f"{where}.values")
+        # 2**16 is the fill beside a codebook of 2**16 entries: the code after its last.
         is_code = isinstance(node.fill, int) and 0 <= node.fill <= 2**16
         _need(is_code, where, f"the fill of codes cannot be {node.fill}")
     else:
@@ -183,7 +193,7 @@ def _sparse(node: Sparse, where: str) -> None:
         dtype = node.values.dtype
         problem = f"{dtype.name} does not hold the fill {node.fill}"
         _need(_holds(dtype, node.fill), where, problem)
-    shape = node.values.shape
+    shape = node.values.shape  # [kept]
     problem = f"values must be in one row, and have shape {list(shape)}"
     _need(len(shape) == 1, f"{where}.values", problem)
     ones = _ones(node.mask)
@@ -200,6 +210,7 @@ def _quantized(node: Quantized, where: str) -> None:
     scales = node.layout.scale_shape
     problem = f"it has shape {list(shape)}, and scales have {list(scales)}"
     _need(_broadcasts(shape, scales), f"{where}.zero_point", problem)
+    # A zero point is a code itself.
     if isinstance(node.zero_point, np.ndarray):
         top = int(node.zero_point.max(initial=0))
         _need(top < 2**bits, f"{where}.zero_point", f"{top} is no code of {bits} bits")
@@ -215,6 +226,7 @@ def _tabled(node: Tabled, where: str) -> None:
         _array(node.tensor_scale, f"{where}.tensor_scale", ("float32",), layers)
     problem = f"codes have {bits} bits, and the levels need {node.levels.bits}"
     _need(bits == node.levels.bits, where, problem)
+    # A table may have fewer entries than its bits have codes; a float format has a value for each.
     if isinstance(node.levels, Table):
         _below(node.codes, len(node.levels.values), f"{where}.codes")
     _dtype(node.dtype, where)
@@ -235,6 +247,7 @@ def _low_rank(node: LowRank, where: str) -> None:
     layers = _layers(node.stack, node.shape, where)
     left = _factor(node.left, layers, f"{where}.left")  # [rows, rank]
     right = _factor(node.right, layers, f"{where}.right")  # [rank, columns]
+    # The columns are some axes of the shape, the rows all others but those of the layers.
     factors = f"factors of {list(left)} and {list(right)}"
     shape = list(node.shape)
     _need(left[1] == right[0], where, f"{factors} have no product")
@@ -258,8 +271,8 @@ def _layers(stack: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple
     return tuple(shape[a] for a in stack)
 
 
-def _factor(x: Any, layers: tuple[int, ...], where: str) -> tuple[int, int]:
-    if isinstance(x, Packed):
+def _factor(x: PyTree, layers: tuple[int, ...], where: str) -> tuple[int, int]:
+    if isinstance(x, Packed):  # a factor may be quantized in turn
         check(x, where)
     else:
         _array(x, where)
@@ -269,11 +282,11 @@ def _factor(x: Any, layers: tuple[int, ...], where: str) -> tuple[int, int]:
     fits = len(shape) == len(layers) + 2 and shape[: len(layers)] == layers
     axes = f"two axes behind its layers {list(layers)}"
     _need(fits, where, f"a factor has {axes}, and this has shape {list(shape)}")
-    rows, columns = shape[-2:]
+    rows, columns = shape[-2:]  # of [*layers, rows, columns]
     return rows, columns
 
 
-def _codes(node: Any, where: str, fill: bool = False) -> int:
+def _codes(node: Bits | Sparse, where: str, fill: bool = False) -> int:
     """Check the codes of another node, all of them or those a mask keeps; return their bits."""
     _kind(node, where, Bits, Sparse)
     if isinstance(node, Sparse):
@@ -301,13 +314,13 @@ def _below(codes: Bits | Sparse, end: int, where: str) -> None:
         _need(codes.fill < end, where, f"the fill is {codes.fill}, and {valid}")
     bits = codes.values if isinstance(codes, Sparse) else codes
     assert isinstance(bits, Bits)
-    if 2**bits.bits > end:
+    if 2**bits.bits > end:  # else no code of so few bits can be too large
         top = max((int(symbols.max(initial=0)) for symbols in _symbols(bits)), default=0)
         _need(top < end, where, f"one of the codes is {top}, and {valid}")
 
 
 def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    if not shape:
+    if not shape:  # a scalar
         return True
     if len(shape) != len(wanted):
         return False
@@ -315,6 +328,7 @@ def _broadcasts(shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
 
 
 def _holds(dtype: np.dtype, fill: float) -> bool:
+    # jnp's classes: NumPy's own do not count bfloat16 and fp8 among the floats.
     if jnp.issubdtype(dtype, jnp.integer):
         return isinstance(fill, int) and jnp.iinfo(dtype).min <= fill <= jnp.iinfo(dtype).max
     return not jnp.issubdtype(dtype, jnp.floating) or abs(fill) <= float(jnp.finfo(dtype).max)
@@ -334,6 +348,7 @@ def _ones(mask: Bits | Gaps) -> int | None:
         return None
     if isinstance(mask, Bits):
         return sum(int(symbols.sum()) for symbols in _symbols(bits))
+    # Each symbol but the longest run ends in a one, see `Gaps`.
     return sum(int((symbols < 2**bits.bits - 1).sum()) for symbols in _symbols(bits))
 
 

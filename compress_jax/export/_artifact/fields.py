@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,7 +31,7 @@ def refuse(where: str, problem: str) -> ArtifactError:
     return ArtifactError(f"entry {where!r}: {problem}")
 
 
-def static(field: str, value: Any, where: str) -> Any:
+def static(field: str, value: object, where: str) -> object:
     """Return the value of a static field.
 
     Args:
@@ -49,13 +49,14 @@ def static(field: str, value: Any, where: str) -> Any:
       >>> static("layout", [[4, 2], [1], None], "kernel").scale_shape
       (1, 2)
     """
+    # All that a wrong value can raise; ArgumentError is a ValueError.
     try:
         return FIELDS[field](value)
     except (ValueError, TypeError, OverflowError) as error:
         raise refuse(where, f"the field {field!r} is {_short(value)}: {error}") from error
 
 
-def extents(value: Any) -> tuple[int, ...]:
+def extents(value: object) -> tuple[int, ...]:
     """Return a shape; ValueError if it is none.
 
     Example:
@@ -65,12 +66,13 @@ def extents(value: Any) -> tuple[int, ...]:
     shape = _sequence(value)
     if len(shape) > RANK:
         raise ArgumentError(f"a shape has at most {RANK} axes")
+    # Zeros are left out of the product: NumPy refuses (0, 2**62, 4) although it holds nothing.
     if not all(_whole(n) and n >= 0 for n in shape) or math.prod(n for n in shape if n) > LARGEST:
         raise ArgumentError("a shape is a list of whole numbers from 0 on, below 2**63 in all")
     return shape
 
 
-def dtype_named(name: Any) -> np.dtype:
+def dtype_named(name: object) -> np.dtype:
     """Return the dtype of a name; ValueError unless it is the proper name of a dtype of numbers.
 
     Example:
@@ -83,45 +85,48 @@ def dtype_named(name: Any) -> np.dtype:
         found = jnp.dtype(name)
     except TypeError as error:
         raise ArgumentError("there is no such dtype") from error
+    # NumPy takes other names too ("single", "double"); a file has one for each dtype.
     if found.name != name:
         raise ArgumentError(f"the dtype is called {found.name!r}")
     return found
 
 
-def _whole(value: Any) -> bool:
+def _whole(value: object) -> TypeGuard[int]:
+    # JSON's true would otherwise be the integer 1.
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _sequence(value: Any) -> tuple[Any, ...]:
+def _sequence(value: object) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
         raise ArgumentError("it must be a list")
     return tuple(value)
 
 
-def _bits(value: Any) -> int:
+def _bits(value: object) -> int:
     if not _whole(value) or not 1 <= value <= 16:
         raise ArgumentError("it must be a whole number from 1 to 16")
     return value
 
 
-def _number(value: Any) -> float:
+def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ArgumentError("it must be a finite number")
     return value
 
 
-def _floating(value: Any) -> np.dtype:
+def _floating(value: object) -> np.dtype:
     found = dtype_named(value)
     if not jnp.issubdtype(found, jnp.floating):
         raise ArgumentError("what is unpacked must be floating point")
     return found
 
 
-def _layout(value: Any) -> Layout:
+def _layout(value: object) -> Layout:
     """Return a layout whose axes exist and have one purpose each.
 
     Fields with defaults may be missing at the end.
     """
+    # Files that are older than stacks of layers have three fields.
     given = _sequence(value)
     missing = len(Layout._fields) - len(given)
     if not 0 <= missing <= len(Layout._field_defaults):
@@ -132,12 +137,13 @@ def _layout(value: Any) -> Layout:
     if group_size is not None and not (_whole(group_size) and 1 <= group_size <= LARGEST):
         raise ArgumentError("group_size must be null or a whole number from 1 on")
     axes = {name: _axes(name, each, len(shape)) for name, each in found.items()}
+    # An axis is of channels or of stacked layers, never both, and is named once.
     if len(set(sum(axes.values(), ()))) < sum(map(len, axes.values())):
         raise ArgumentError(f"an axis is named twice in {axes}")
     return Layout(shape=shape, group_size=group_size, **axes)
 
 
-def _places(value: Any) -> tuple[int, ...]:
+def _places(value: object) -> tuple[int, ...]:
     """Return axes of a shape that is checked with them."""
     axes = _sequence(value)
     if not all(_whole(a) and -RANK <= a < RANK for a in axes):
@@ -145,14 +151,15 @@ def _places(value: Any) -> tuple[int, ...]:
     return axes
 
 
-def _axes(name: str, value: Any, rank: int) -> tuple[int, ...]:
+def _axes(name: str, value: object, rank: int) -> tuple[int, ...]:
     axes = _sequence(value)
     if not all(_whole(a) and 0 <= a < rank for a in axes):
         raise ArgumentError(f"{name} must be axes of the shape, 0 to {rank - 1}")
     return axes
 
 
-def _levels(value: Any) -> Levels:
+def _levels(value: object) -> Levels:
+    # A table is one list of numbers, a float format two or three numbers.
     given = _sequence(value)
     if len(given) == 1:
         return Table(_ascending(_sequence(given[0])))
@@ -169,7 +176,8 @@ def _levels(value: Any) -> Levels:
     return found
 
 
-def _ascending(given: Sequence[Any]) -> tuple[float, ...]:
+def _ascending(given: Sequence[object]) -> tuple[float, ...]:
+    # Codes are looked up in float32, so a number that float32 rounds would be another one there.
     values = tuple(map(_number, given))
     with np.errstate(over="ignore"):
         rounded = np.array(values, np.float64).astype(np.float32)
@@ -179,12 +187,12 @@ def _ascending(given: Sequence[Any]) -> tuple[float, ...]:
     return values
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) < 60 else f"{text[:57]}..."
 
 
-FIELDS: dict[str, Callable[[Any], Any]] = {
+FIELDS: dict[str, Callable[[object], object]] = {
     "bits": _bits,
     "shape": extents,
     "fill": _number,

@@ -7,13 +7,14 @@ from compress_jax.core.errors import ArtifactError
 FLOOR = 2**29  # bytes of memory that any file may take
 FACTOR = 1024  # a larger file may take this many times its size
 PARSED = 40  # bytes of Python objects that one byte of JSON becomes at most
+LENGTHENED = 120  # and that one byte of a short structure becomes besides
 
 
 class Limits(NamedTuple):
     """What `load` refuses to go beyond; give larger ones for a file that you trust.
 
     Attributes:
-      header: bytes of JSON: the safetensors header of a plain file, the content of a coded one.
+      header: bytes of JSON: the safetensors header, and the description of a compact file.
       arrays: how many arrays the tree has, those inside packed nodes counted too.
       depth: how deeply containers and nodes may be nested.
 

@@ -32,10 +32,12 @@ def unsealed(data: bytes) -> bytes:
     Raises:
       ExportError: if the digest is that of other bytes.
     """
+    # The seal ends the file: the mark, then 64 hexadecimal digits.
     start = len(data) - len(MARK) - DIGITS
     if start < 0 or data[start : start + len(MARK)] != MARK:
         return data
-    program, digest = data[:start], data[-DIGITS:]
+    program = data[:start]
+    digest = data[-DIGITS:]
     if hashlib.sha256(program).hexdigest().encode() != digest:
         raise ExportError("it is damaged: its checksum does not match. Copy or export it again")
     return program

@@ -1,20 +1,28 @@
 """Validate a tree after its checksum and before its use: the structure and its arrays."""
 
 from itertools import chain
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ArtifactError
+from compress_jax.core.types import PyTree
 from compress_jax.export._artifact.checks import Spec, check, intact, memory
 from compress_jax.export._artifact.fields import KEY, KEY_WORDS, NATIVE, dtype_named, refuse
 from compress_jax.export._artifact.limits import Budget, Limits
-from compress_jax.export._artifact.structure import Tensors, build, is_key, on_device, typed
+from compress_jax.export._artifact.structure import (
+    Stored,
+    Structure,
+    Tensors,
+    build,
+    is_key,
+    on_device,
+    typed,
+)
 
 
-def grammar(structure: Any, limits: Limits) -> int:
+def grammar(structure: Structure, limits: Limits) -> int:
     """Check that a structure has containers, nodes of known kinds, and fields in range.
 
     Args:
@@ -33,12 +41,18 @@ def grammar(structure: Any, limits: Limits) -> int:
       2
     """
     names: set[str] = set()
+    characters = 0
 
-    def array(name: str, dtype: str | Literal[True]) -> None:
+    # Nodes are made with None for each array: what counts here are names and static fields.
+    def array(name: str, dtype: Stored) -> None:
         if name in names or name == "__metadata__":
             raise refuse(name, "two entries have this name")
+        nonlocal characters
         names.add(name)
-        few(len(names), limits)
+        characters += len(name)
+        few(len(names), limits)  # before the next one, so that a huge structure ends early
+        if characters > limits.header:  # as many as a file could name in its header
+            raise ArtifactError(f"the names of its arrays have over {limits.header:,} characters")
         if dtype is not True:
             _foreign(name, dtype)
 
@@ -46,7 +60,7 @@ def grammar(structure: Any, limits: Limits) -> int:
     return len(names)
 
 
-def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limits) -> None:
+def survey(structure: Structure, specs: dict[str, Spec], budget: Budget, limits: Limits) -> None:
     """Check a structure against the shapes and dtypes of its tensors; count its memory.
 
     Args:
@@ -58,10 +72,12 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
     Raises:
       ArtifactError: if they do not agree; says which entry and what is wrong.
     """
+    # All names of a structure differ, so equal numbers and no missing name are the same names.
     if (count := grammar(structure, limits)) != len(specs):
         raise ArtifactError(f"it has {len(specs)} tensors, and its structure {count}")
 
-    def array(name: str, dtype: str | Literal[True]) -> Spec:
+    # Each tensor becomes its shape and dtype; nothing is allocated.
+    def array(name: str, dtype: Stored) -> Spec:
         spec = specs.get(name)
         if spec is None:
             raise refuse(name, "the file's structure names this tensor, and it is not in the file")
@@ -69,7 +85,7 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
             return spec
         found = f"{spec.dtype} {list(spec.shape)}"
         if dtype.startswith(KEY):
-            words = KEY_WORDS[dtype.removeprefix(KEY)]
+            words = KEY_WORDS[dtype.removeprefix(KEY)]  # [..., words]
             if spec.dtype != np.uint32 or spec.shape[-1:] != (words,):
                 raise refuse(name, f"{dtype} is stored as rows of {words} uint32, not {found}")
             return spec
@@ -79,7 +95,8 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
             raise refuse(name, f"{dtype} is stored as rows of {size} bytes, not {found}")
         return Spec(spec.shape[:-1], wanted)
 
-    def leaf(found: Any, path: str) -> None:
+    # Whole nodes: their fields must agree, and all that unpacking them takes is counted.
+    def leaf(found: PyTree, path: str) -> None:
         if not isinstance(found, Spec):
             check(found, path)
         budget.take(memory(found), f"entry {path!r}")
@@ -88,13 +105,13 @@ def survey(structure: Any, specs: dict[str, Spec], budget: Budget, limits: Limit
 
 
 def checked(
-    structure: Any,
+    structure: Structure,
     tensors: Tensors,
     path: str = "",
     *,
     keep: bool = True,
     depth: int = Limits().depth,
-) -> Any:
+) -> PyTree:
     """Return the tree of a structure and its tensors once all that they hold agrees.
 
     Args:
@@ -111,7 +128,8 @@ def checked(
       ArtifactError: if masks, codes and values do not agree; says which entry and what is wrong.
     """
 
-    def leaf(found: Any, path: str) -> Any:
+    # Values are compared in NumPy; only what has passed goes to the device.
+    def leaf(found: PyTree, path: str) -> PyTree:
         if isinstance(found, np.ndarray):
             intact(found, path)
             return on_device(found) if keep else None
@@ -132,12 +150,12 @@ def few(count: int, limits: Limits) -> None:
         )
 
 
-def shallow(metadata: Any, limits: Limits) -> None:
+def shallow(metadata: object, limits: Limits) -> None:
     """Raise ArtifactError unless metadata is a dict no deeper than the limit allows."""
     if not isinstance(metadata, dict):
         raise ArtifactError(f"the metadata must be a dict, not a {type(metadata).__name__}")
     # Level by level: recursion would meet Python's own limit first.
-    level: list[Any] = [metadata]
+    level: list[PyTree] = [metadata]
     for _ in range(limits.depth):
         values = chain.from_iterable(x.values() if isinstance(x, dict) else x for x in level)
         level = [value for value in values if isinstance(value, (dict, list, tuple))]

@@ -30,7 +30,7 @@ def unpacked(data: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 
 def pieces(data: np.ndarray, bits: int, count: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the same a piece at a time, each with the place of its first symbol.
+    """Yield the symbols of `Bits` data in pieces, each with the index of its first symbol.
 
     Args:
       data: as of `unpacked`.

@@ -1,7 +1,8 @@
 """Entropy coding of small integers: probability tables and one ANS stream for all."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import NamedTuple
 
 import constriction
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from compress_jax.core.errors import ArtifactError
 from compress_jax.export._coding.bitstream import PIECE
 
-CODERS: Any = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
+CODERS: ModuleType = constriction.stream  # pyright: ignore[reportAttributeAccessIssue]
 NEVER = 255  # a table's entry for a symbol that does not occur
 # Tables hold information in sixteenths of a bit, which costs at most 2e-4 bits a symbol.
 STEPS = 16
@@ -44,6 +45,7 @@ def quantized(counts: np.ndarray) -> np.ndarray:
       >>> quantized(np.array([4, 2, 0, 2])).tolist()
       [16, 32, 255, 32]
     """
+    # The information of what never occurs is infinite: clipped here, replaced at the end.
     with np.errstate(divide="ignore"):
         information = -STEPS * np.log2(counts / max(counts.sum(), 1))
     steps = np.clip(np.round(information), 0, NEVER - 1)
@@ -59,6 +61,8 @@ def probabilities(table: np.ndarray) -> np.ndarray:
       >>> probabilities(np.array([16, 32, 255, 32], np.uint8)).tolist()
       [0.5, 0.25, 0.0, 0.25]
     """
+    # 2**(-t / 16) is one of sixteen constants times a power of two, which ldexp multiplies exactly:
+    # encoder and decoder must have the very same numbers.
     weights = np.ldexp(ROOTS[table % STEPS], -(table.astype(np.int32) // STEPS))
     weights = np.where(table == NEVER, 0.0, weights)
     return weights / weights.sum()
@@ -82,6 +86,7 @@ def encode(streams: Sequence[Stream]) -> np.ndarray:
     """
     coder = CODERS.stack.AnsCoder()
     for stream in reversed(streams):
+        # A stream of one symbol alone needs no words.
         if stream.symbols.size and (stream.table != NEVER).sum() > 1:
             coder.encode_reverse(*_packed(stream))
     return coder.get_compressed()
@@ -157,7 +162,7 @@ class Decoder:
 
 def _packed(stream: Stream) -> tuple[np.ndarray, object]:
     """Return the symbols counted among those that occur, and the coder's model of them."""
-    used = np.flatnonzero(stream.table != NEVER)
+    used = np.flatnonzero(stream.table != NEVER)  # [symbols that occur]
     rank = np.zeros(stream.table.size, np.int32)
     rank[used] = np.arange(used.size, dtype=np.int32)
     return rank[stream.symbols], _model(stream.table[used])

@@ -11,15 +11,17 @@ two digits a symbol.
 import math
 import zlib
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import combinations
+from typing import NamedTuple
 
 import numpy as np
 import zstandard
 
 from compress_jax.core.errors import ArtifactError
+from compress_jax.core.types import JsonObject
 from compress_jax.export._artifact.checks import Spec
 from compress_jax.export._artifact.fields import NATIVE, extents, refuse
-from compress_jax.export._artifact.structure import Tensors, places
+from compress_jax.export._artifact.structure import Structure, Tensors, places
 from compress_jax.export._coding.bitstream import repacked, unpacked
 from compress_jax.export._coding.entropy import (
     NEVER,
@@ -57,23 +59,23 @@ def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
     members = [[i] for i in range(len(counts))]
     histograms = [np.asarray(each, np.int64) for each in counts]
     costs = [cost(each) for each in histograms]
-    savings = {
-        (i, j): _saved(histograms, costs, i, j)
-        for j in range(len(counts))
-        for i in range(j)
-        if kinds[i] == kinds[j]
-    }
+    pairs = [(i, j) for i, j in combinations(range(len(counts)), 2) if kinds[i] == kinds[j]]
+    savings = {(i, j): _saved(histograms, costs, i, j) for i, j in pairs}
     while savings and max(savings.values()) > 0:
+        # Ties are broken by the pair itself, so that the same tensors give the same bytes.
         i, j = max(savings, key=lambda pair: (savings[pair], pair))
         members[i] += members[j]
         members[j] = []
         histograms[i] = histograms[i] + histograms[j]
         costs[i] = cost(histograms[i])
+        # Group j is gone, and only what group i could save with others has changed.
         savings = {pair: value for pair, value in savings.items() if j not in pair}
         savings |= {pair: _saved(histograms, costs, *pair) for pair in savings if i in pair}
     # Groups are numbered by their first stream; members[i] begins with the smallest of its own.
     groups = sorted(own for own in map(sorted, members) if own)
-    number = {stream: which for which, own in enumerate(groups) for stream in own}
+    number: dict[int, int] = {}
+    for which, own in enumerate(groups):
+        number |= dict.fromkeys(own, which)
     return [number[i] for i in range(len(counts))]
 
 
@@ -86,6 +88,7 @@ def cost(histogram: np.ndarray) -> float:
     """
     table = quantized(histogram)
     used = table != NEVER
+    # The information of all symbols under the table: sum_s -n_s log2(p_s) bits.
     bits = -np.log2(probabilities(table[used])) @ histogram[used] if used.any() else 0.0
     return float(bits / 8 + HEAD + table.size)
 
@@ -103,12 +106,12 @@ class Coded(NamedTuple):
       rest: compressed bytes of all else.
     """
 
-    index: dict[str, Any]
+    index: JsonObject
     ans: bytes
     rest: bytes
 
 
-def code(structure: Any, tensors: Tensors) -> Coded:
+def code(structure: Structure, tensors: Tensors) -> Coded:
     """Return the tensors of a tree, coded.
 
     Args:
@@ -139,13 +142,15 @@ def code(structure: Any, tensors: Tensors) -> Coded:
     names = [n for n in symbols if cost(counts[n]) <= len(squeezed(tensors[n].tobytes()))]
     shared = share([counts[name] for name in names], [widths[name] for name in names])
     groups = dict(zip(names, shared, strict=True))
+    # One table for each group, of the symbols of all its streams together.
     tables = []
     for group in range(len(set(shared))):
         own = [counts[name] for name in names if groups[name] == group]
         tables.append(quantized(np.sum(own, axis=0)))
     words = encode([Stream(symbols[name], tables[groups[name]]) for name in names])
 
-    entries: list[Any] = []
+    # What the decoder needs to know of each tensor: a table, nothing, or dtype and shape.
+    entries: list[object] = []
     for name, held in found.items():
         described = None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
         entries.append(groups.get(name, described))
@@ -158,7 +163,7 @@ def code(structure: Any, tensors: Tensors) -> Coded:
     return Coded(index, words.astype("<u4").tobytes(), squeezed(rest))
 
 
-def uncode(structure: Any, coded: Coded) -> Tensors:
+def uncode(structure: Structure, coded: Coded) -> Tensors:
     """Undo `code`.
 
     Args:
@@ -187,7 +192,7 @@ def check(total: int, coded: Coded) -> None:
         )
 
 
-def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
+def specified(structure: Structure, coded: Coded) -> dict[str, Spec]:
     """Check the whole index, and return shape and dtype of every tensor.
 
     Nothing is decoded before that.
@@ -207,11 +212,12 @@ def specified(structure: Any, coded: Coded) -> dict[str, Spec]:
     found = list(places(structure))
     if len(entries) != len(found):
         raise ArtifactError(f"its index has {len(entries)} tensors, and its structure {len(found)}")
+    # Coded tensors name a table; all others lie in `rest`, one behind the other.
     used: set[int] = set()
     size = 0
     specs: dict[str, Spec] = {}
     for (name, held), entry in zip(found, entries, strict=True):
-        specs[name] = spec = _spec(name, held, entry)
+        specs[name] = spec = spec_of(name, held, entry)
         if isinstance(entry, int):
             used.add(entry)
             _fits(name, held, entry, tables)
@@ -246,7 +252,15 @@ def _index(coded: Coded) -> list[bytes]:
         raise ArtifactError(f"a table of its index is not hexadecimal: {error}") from error
 
 
-def _spec(name: str, held: tuple[int, int] | None, entry: Any) -> Spec:
+def spec_of(name: str, held: tuple[int, int] | None, entry: object) -> Spec:
+    """Return dtype and shape of a tensor as its entry in the index says; refuse an odd one.
+
+    Args:
+      name: of the tensor, for the error.
+      held: ``(bits, symbols)`` of packed symbols; None for other tensors.
+      entry: of the index: a table's number, None, or ``[dtype, shape]``.
+    """
+    # type, not isinstance: true is an integer to Python.
     if held is not None and (entry is None or type(entry) is int):
         return Spec((-(-held[0] * held[1] // 8),), np.dtype(np.uint8))
     if held is not None or not isinstance(entry, list) or len(entry) != 2:
@@ -278,11 +292,12 @@ def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[byte
             f"codes of {held[0]} bits have {2 ** held[0]} symbols, and their table has "
             f"{len(table)}",
         )
+    # The decoder would have no symbol to repeat.
     if held[1] and set(table) == {NEVER}:
         raise refuse(name, f"by its table no symbol ever occurs, and there are {held[1]:,}")
 
 
-def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
+def decoded(structure: Structure, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors in the order of the tree; only one is decoded at a time."""
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in coded.index["tables"]]
     decoder = Decoder(np.frombuffer(coded.ans, "<u4").astype(np.uint32))
@@ -294,9 +309,12 @@ def decoded(structure: Any, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
             packed = [repacked(piece, held[0]) for piece in decoder.pieces(tables[entry], held[1])]
             yield name, np.concatenate(packed) if packed else np.zeros(0, np.uint8)
             continue
-        dtype, shape = ("uint8", [-(-held[0] * held[1] // 8)]) if held else entry
+        # The entry is null for packed symbols that zstandard stores in fewer bytes than the coder.
+        described = ["uint8", [-(-held[0] * held[1] // 8)]] if held else entry
+        dtype, shape = described
         size = math.prod(shape) * np.dtype(dtype).itemsize
         planes = np.frombuffer(rest, np.uint8, size, start) if size else np.zeros(0, np.uint8)
+        # Bytes of equal significance lie side by side: [itemsize, entries].
         octets = planes.reshape(np.dtype(dtype).itemsize, -1).T  # [entries, itemsize]
         yield name, np.ascontiguousarray(octets).view(dtype).reshape(shape)
         start += size

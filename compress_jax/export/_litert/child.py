@@ -3,21 +3,36 @@
 Converter and runtime are native code: a crash of theirs ends this process alone.
 
 ``python -m compress_jax.export._litert.child FOLDER`` reads ``job.json``, ``module.mlir`` and
-``arrays.npz`` there, and writes ``model.tflite``, ``answer.json`` and the model's results for the
-example, ``results.npz``.
+``arrays.npz`` there, and ``changed.mlir`` where something is quantized: the same function with
+other values for the weights that are. It writes ``model.tflite``, ``answer.json`` and the model's
+results for the example, ``results.npz``.
 """
 
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from compress_jax.core.errors import ExportError
-from compress_jax.core.types import Model
+from compress_jax.core.types import JsonObject, Model
 from compress_jax.export._extras import extra
+from compress_jax.export._litert.flatbuffer import (
+    Operator,
+    Subgraph,
+    Tensor,
+    after,
+    constants,
+    in_floats,
+    name_of,
+    operators,
+    others,
+    read,
+    stored,
+    takers,
+)
 from compress_jax.export._litert.interpreter import interpreter, results, tensors
 from compress_jax.export._scales import floor
 
@@ -50,25 +65,29 @@ WEIGHTS = (
 )
 
 
+Ranges = dict[str, dict[str, np.ndarray]]
+"""``{tensor: {"min": array, "max": array}}``, as LiteRT's quantizer measures them."""
+
+
 class Product(NamedTuple):
     """An operator with constant weights and bias.
 
     Attributes:
       model: the flatbuffer's object tree.
-      input: its tensors.
-      weights: likewise.
-      bias: likewise.
-      axis: of output channels.
+      input: the activations.
+      weights: the constant that multiplies them.
+      bias: the constant that is added.
+      axis: of output channels, in the weights.
     """
 
     model: Model
-    input: Any
-    weights: Any
-    bias: Any
+    input: Tensor
+    weights: Tensor
+    bias: Tensor
     axis: int
 
 
-def products(data: bytes) -> tuple[Any, list[Product]]:
+def products(data: bytes) -> tuple[Model, list[Product]]:
     """Return a flatbuffer's object tree and its operators with weights and a bias.
 
     Args:
@@ -77,42 +96,23 @@ def products(data: bytes) -> tuple[Any, list[Product]]:
     Returns:
       ``(tree, operators)``.
     """
-    model, found = _operators(data)
+    model, found = read(data)
     return model, list(_products(model, found))
 
 
-def _operators(data: bytes) -> tuple[Any, list[tuple[str, Any, Any]]]:
-    """Return a flatbuffer's object tree, and ``(name, operator, its graph)`` of each operator."""
-    schema = extra("ai_edge_litert.schema_py_generated", "litert")
-    constants = vars(schema.BuiltinOperator).items()
-    names = {number: name for name, number in constants if isinstance(number, int)}
-    model = schema.ModelT.InitFromPackedBuf(data, 0)
-    found = []
-    for graph in model.subgraphs:
-        for each in graph.operators:
-            code = model.operatorCodes[each.opcodeIndex]
-            name = names[max(code.builtinCode, code.deprecatedBuiltinCode)]
-            found.append((name, each, graph))
-    return model, found
-
-
-def _products(model: Model, found: Sequence[tuple[str, Any, Any]]) -> Iterator[Product]:
+def _products(model: Model, found: Sequence[tuple[str, Operator, Subgraph]]) -> Iterator[Product]:
     for name, each, graph in found:
         where = PLACES.get(name)
         if where is None or len(each.inputs) <= where[2] or each.inputs[where[2]] < 0:
             continue
         data, weights, bias = (graph.tensors[each.inputs[i]] for i in where[:3])
-        if _stored(model, weights) is not None and _stored(model, bias) is not None:
+        if stored(model, weights) is not None and stored(model, bias) is not None:
             yield Product(model, data, weights, bias, where[3])
 
 
-def _stored(model: Model, tensor: Any) -> Any:
-    data = model.buffers[tensor.buffer].data
-    return None if data is None or not len(data) else data
-
-
-def _values(model: Model, tensor: Any) -> np.ndarray:
+def _values(model: Model, tensor: Tensor) -> np.ndarray:
     """Return a constant in floats."""
+    # float64: a bias of int32 codes has more digits than float32 holds.
     schema = extra("ai_edge_litert.schema_py_generated", "litert").TensorType
     kinds = {
         schema.FLOAT32: np.float32,
@@ -120,11 +120,13 @@ def _values(model: Model, tensor: Any) -> np.ndarray:
         schema.INT32: np.int32,
         schema.INT64: np.int64,
     }
-    raw = np.frombuffer(bytes(_stored(model, tensor)), kinds[tensor.type])
+    data = stored(model, tensor)
+    assert data is not None
+    raw = np.frombuffer(bytes(data), kinds[tensor.type])
     return raw.reshape(tensor.shape).astype(np.float64) * _steps(tensor)
 
 
-def _steps(tensor: Any) -> Any:
+def _steps(tensor: Tensor) -> np.ndarray | float:
     """Return the scale of a constant, which broadcasts against it; 1 for floats."""
     grid = tensor.quantization
     if grid is None or grid.scale is None or not len(grid.scale):
@@ -135,7 +137,7 @@ def _steps(tensor: Any) -> Any:
     return np.asarray(grid.scale, np.float64).reshape(shape)
 
 
-def widened(data: bytes, ranges: Mapping[str, Any]) -> tuple[bytes, int]:
+def widened(data: bytes, ranges: Ranges) -> tuple[bytes, int]:
     """Raise each channel's scale until its bias is a whole number of int32 steps.
 
     Args:
@@ -148,7 +150,8 @@ def widened(data: bytes, ranges: Mapping[str, Any]) -> tuple[bytes, int]:
     model, found = products(data)
     count = 0
     for each in found:
-        ends = ranges.get(_name(each.input))
+        ends = ranges.get(name_of(each.input))
+        # Weights of another type than their bias are no floats.
         if ends is None or each.weights.type != each.bias.type:
             continue
         weights = _values(model, each.weights).astype(np.float32)
@@ -163,18 +166,16 @@ def widened(data: bytes, ranges: Mapping[str, Any]) -> tuple[bytes, int]:
     return bytes(builder.Output()), count
 
 
-def _name(tensor: Any) -> str:
-    return tensor.name.decode() if isinstance(tensor.name, bytes) else tensor.name
-
-
-def _step(ends: Mapping[str, Any]) -> float:
+def _step(ends: Mapping[str, np.ndarray]) -> float:
+    # The scale that the quantizer gives a tensor of this range: 255 steps, zero a level.
     low, high = (float(np.ravel(ends[key])[0]) for key in ("min", "max"))
     return (max(high, 0.0) - min(low, 0.0)) / 255 or 1.0
 
 
 def _widen(weights: np.ndarray, bias: np.ndarray, axis: int, step: float) -> int:
     """Raise the largest weight of channels in place; return the number of changed channels."""
-    rows = np.moveaxis(weights, axis, 0)
+    rows = np.moveaxis(weights, axis, 0)  # views, [channels, ...]
+    # The quantizer's scale of a channel is its largest weight over 127.
     least = 127 * SHARE * floor(bias.ravel(), step)  # [channels]
     changed = 0
     for row, value in zip(rows, least, strict=True):
@@ -202,12 +203,13 @@ def require_rounded(plain: bytes, quantized: bytes) -> None:
     for a, b in zip(ours, theirs, strict=True):
         for mine, other in ((a.weights, b.weights), (a.bias, b.bias)):
             wanted = _values(first, mine)
+            # Half a step, and a little for the quantizer's float32.
             steps = _steps(other)
             off = np.abs(_values(second, other) - wanted)
             largest = np.abs(wanted).max()
             if (off > 0.51 * steps + 1e-5 * np.abs(wanted)).any():
                 raise ExportError(
-                    f"LiteRT's quantizer wrote {_name(mine)!r} wrong: {off.max():.3g} off, of "
+                    f"LiteRT's quantizer wrote {name_of(mine)!r} wrong: {off.max():.3g} off, of "
                     f"{largest:.3g}"
                 )
 
@@ -222,21 +224,12 @@ def main(folder: Path) -> None:
     arrays = dict(np.load(folder / "arrays.npz"))
     names = job["inputs"]
     data = convert((folder / "module.mlir").read_text(), names, job["outputs"])
-    answer: dict[str, Any] = {"matched": {}, "missing": [], "widened": 0}
+    answer: JsonObject = {"matched": {}, "missing": [], "widened": 0, "floats": []}
     if job["recipe"]:
-        plain = data
-        quantizer = _quantizer(data, job["recipe"])
-        ranges = None
-        if quantizer.need_calibration:
-            numbers = range(job["batches"])
-            batches = [{name: arrays[f"{name}:{i}"] for name in names} for i in numbers]
-            ranges = quantizer.calibrate({SIGNATURE: batches})
-            answer |= put_ranges(data, ranges, job, arrays)
-            plain, answer["widened"] = widened(data, ranges)
-            quantizer = _quantizer(plain, job["recipe"])
-        data = bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
-        if ranges is not None:
-            require_rounded(plain, data)
+        changed = convert((folder / "changed.mlir").read_text(), names, job["outputs"])
+        data, found = quantized(data, constants(data, changed), job, arrays)
+        answer |= found
+    # Written before it is run: if the runtime crashes, the parent sees that the converter did not.
     (folder / "model.tflite").write_bytes(data)
     (folder / "answer.json").write_text(json.dumps(answer))
     example = {name: arrays[f"{name}:example"] for name in job["inputs"]}
@@ -244,37 +237,60 @@ def main(folder: Path) -> None:
     np.savez(folder / "results.npz", **dict(zip(job["outputs"], found, strict=True)))  # pyright: ignore[reportArgumentType]
 
 
-def _quantizer(data: bytes, name: str) -> Any:
+def quantized(
+    data: bytes, weights: set[str], job: JsonObject, arrays: Mapping[str, np.ndarray]
+) -> tuple[bytes, JsonObject]:
+    """Quantize a flatbuffer.
+
+    Args:
+      data: the float flatbuffer.
+      weights: the constants that are made of quantized parameters.
+      job: as in `main`.
+      arrays: likewise.
+
+    Returns:
+      ``(flatbuffer, answer)``.
+    """
+    answer: JsonObject = {}
+    static = job["recipe"].startswith("static")
+    left = others(data, after(data, weights) if static else takers(data, weights))
+    quantizer = _quantizer(data, job["recipe"], left)
+    ranges = None
+    plain = data
+    # Static recipes: measured ranges, then ours where a tensor is a site's activation, then weights
+    # whose scales leave room for their bias.
+    if quantizer.need_calibration:
+        names = job["inputs"]
+        numbers = range(job["batches"])
+        batches = [{name: arrays[f"{name}:{i}"] for name in names} for i in numbers]
+        ranges = quantizer.calibrate({SIGNATURE: batches})
+        answer |= put_ranges(data, ranges, job, arrays)
+        plain, answer["widened"] = widened(data, ranges)
+        quantizer = _quantizer(plain, job["recipe"], left)
+    made = bytes(quantizer.quantize(ranges, enable_progress_report=False).quantized_model)
+    if ranges is not None:
+        require_rounded(plain, made)
+    return made, answer | {"floats": in_floats(made, weights)}
+
+
+def _quantizer(data: bytes, name: str, left: str) -> Model:
     """Return the quantizer of a float flatbuffer, with the operators that stay in floats."""
     recipe = getattr(extra("ai_edge_quantizer.recipe", "litert"), name)()
     quantizer = extra("ai_edge_quantizer.quantizer", "litert").Quantizer(data, recipe)
+    # A batched product with a constant is of weights, one of two activations is not.
     found = operators(data)
     multiplied = {*WEIGHTS, "ALL_SUPPORTED"}
     if found.get("BATCH_MATMUL"):
         multiplied.add("BATCH_MATMUL")
-    for kind in extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName:
+    kinds = extra("ai_edge_quantizer.qtyping", "litert").TFLOperationName
+    for kind in kinds:
+        # A normalization of activations shows as an RSQRT.
         if kind.name in FLOAT or ("RSQRT" in found and kind.name not in multiplied):
             quantizer.update_quantization_recipe(".*", kind, algorithm_key="no_quantize")
+    if left:  # the last rule that fits an operator is the one that counts
+        every = kinds.ALL_SUPPORTED
+        quantizer.update_quantization_recipe(left, every, algorithm_key="no_quantize")
     return quantizer
-
-
-def operators(data: bytes) -> dict[str, bool]:
-    """Return the operators of a flatbuffer, and whether one of a kind has a constant input.
-
-    Args:
-      data: its bytes.
-
-    Returns:
-      Such as ``{"FULLY_CONNECTED": True, "BATCH_MATMUL": False}``; that one multiplies two
-      activations.
-    """
-    model, found = _operators(data)
-    constant: dict[str, bool] = {}
-    for name, each, graph in found:
-        buffers = [model.buffers[graph.tensors[i].buffer] for i in each.inputs if i >= 0]
-        has_constant = any(b.data is not None or b.size for b in buffers)
-        constant[name] = constant.get(name, False) or has_constant
-    return constant
 
 
 def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
@@ -307,8 +323,8 @@ def convert(text: str, inputs: list[str], outputs: list[str]) -> bytes:
 
 
 def put_ranges(
-    data: bytes, ranges: dict[str, Any], job: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> dict[str, Any]:
+    data: bytes, ranges: Ranges, job: JsonObject, arrays: Mapping[str, np.ndarray]
+) -> JsonObject:
     """Replace the ranges that the quantizer measured by those of the sites' activations.
 
     LiteRT has JAX's layout of images, so the tensor of an activation equals it entry by entry on
@@ -328,6 +344,7 @@ def put_ranges(
     matched: dict[str, list[str]] = {}
     for site, (low, high) in job["sites"].items():
         ours = arrays[f"site:{site}"]
+        # Only a tensor that is equal everywhere is the same activation.
         atol = 1e-3 * (np.abs(ours).max() or 1)
         for name, theirs in found.items():
             if name not in ranges or theirs.size != ours.size:

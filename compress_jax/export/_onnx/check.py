@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import chain
 
 from compress_jax.core.errors import ExportError
 from compress_jax.core.types import Model
@@ -40,13 +41,15 @@ def unfused(model: Model, wanted: Iterable[str]) -> dict[str, str]:
     """
     wanted = list(wanted)
     graph = optimized(model, "EXTENDED").graph
+    # One integer kernel a site: each stands for its product and the quantizing nodes around it.
     counts = Counter(each.op_type for each in graph.node)
     there = sum(counts[kind] for kind in KERNELS)
     if there >= len(wanted):
         return {}
     # A weight that the runtime still dequantizes belongs to a site that it computes in floats.
     dequantized = [each for each in graph.node if each.op_type == "DequantizeLinear"]
-    left = {name.removesuffix(":int") for each in dequantized for name in each.input}
+    taken = chain.from_iterable(each.input for each in dequantized)
+    left = {name.removesuffix(":int") for name in taken}
     names = [name for name in wanted if name in left]
     if not names:
         raise ExportError(

@@ -1,9 +1,9 @@
 """ONNX Runtime: run, optimize and evaluate a model."""
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -12,7 +12,25 @@ from compress_jax.core.types import Model
 from compress_jax.export._extras import extra
 
 
-def session(model: Model, level: str = "ALL", threads: int = 0, save: str = "") -> Any:
+class Named(Protocol):
+    """A tensor, an input, a result or an attribute of a model."""
+
+    name: str
+
+
+class Session(Protocol):
+    """An ``InferenceSession`` of ONNX Runtime."""
+
+    def get_inputs(self) -> Sequence[Named]:
+        """Return the inputs that the model takes."""
+        ...
+
+    def run(self, names: Sequence[str] | None, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Return some results by name, or all, for inputs by name."""
+        ...
+
+
+def session(model: Model, level: str = "ALL", threads: int = 0, save: str = "") -> Session:
     """Return a session of a model.
 
     Args:
@@ -29,9 +47,10 @@ def session(model: Model, level: str = "ALL", threads: int = 0, save: str = "") 
     """
     runtime = extra("onnxruntime", "onnx")
     options = runtime.SessionOptions()
-    options.log_severity_level = 4
+    options.log_severity_level = 4  # fatal errors only
     options.intra_op_num_threads = threads
     levels = runtime.GraphOptimizationLevel
+    # The runtime's names are ORT_DISABLE_ALL, ORT_ENABLE_BASIC and so on.
     name = level if level.startswith("DISABLE") else f"ENABLE_{level}"
     options.graph_optimization_level = getattr(levels, f"ORT_{name}")
     if save:
@@ -43,11 +62,12 @@ def session(model: Model, level: str = "ALL", threads: int = 0, save: str = "") 
         raise ExportError(f"ONNX Runtime refuses the exported model: {error}") from error
 
 
-def optimized(model: Model, level: str) -> Any:
+def optimized(model: Model, level: str) -> Model:
     """Return the graph that the runtime optimizes a model to.
 
     At ``"BASIC"`` it has standard operators only.
     """
+    # The runtime hands its optimized graph out only as a file.
     with tempfile.TemporaryDirectory() as folder:
         file = str(Path(folder) / "optimized.onnx")
         session(model, level, save=file)
@@ -75,7 +95,9 @@ def run(model: Model, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     return _run(made, None, feed)
 
 
-def _run(made: Any, names: Sequence[str] | None, feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+def _run(
+    made: Session, names: Sequence[str] | None, feed: dict[str, np.ndarray]
+) -> list[np.ndarray]:
     try:
         return made.run(names, feed)
     except Exception as error:  # the runtime's own exceptions have no common base
@@ -86,6 +108,8 @@ def evaluate(
     model: Model, names: Sequence[str], inputs: Sequence[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """Return the values of any tensors of a model for some inputs."""
+    # An inner tensor is read as one more result of a copy; without optimization, which would fuse
+    # it away.
     onnx = extra("onnx", "onnx")
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
@@ -93,6 +117,7 @@ def evaluate(
     copy.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in there)
     made = session(copy, "DISABLE_ALL")
     feed = {each.name: x for each, x in zip(made.get_inputs(), inputs, strict=True)}
+    # An input of the model is no result that the runtime returns.
     wanted = [name for name in names if name not in feed]
     found = dict(zip(wanted, _run(made, wanted, feed), strict=True)) if wanted else {}
     return {name: found[name] if name in found else feed[name] for name in names}

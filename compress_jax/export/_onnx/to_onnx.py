@@ -3,22 +3,27 @@
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
 
-from compress_jax.core.types import Model, ModelFn, Params, PyTree
+from compress_jax.core.errors import ExportError
+from compress_jax.core.packed import is_packed
+from compress_jax.core.paths import flatten
+from compress_jax.core.types import Batch, Model, ModelFn, Params, PyTree
 from compress_jax.export._artifact.artifact import write_atomically
-from compress_jax.export._exported import Exported, Row, as_inputs
+from compress_jax.export._exported import Exported, Row, advised, as_inputs
 from compress_jax.export._extras import extra
 from compress_jax.export._onnx import check
 from compress_jax.export._onnx import graph as g
+from compress_jax.export._onnx.convert import Asked, plan
 from compress_jax.export._onnx.places import Placed
-from compress_jax.export._onnx.plan import Asked, plan
 from compress_jax.export._onnx.runtime import run
 from compress_jax.export._onnx.weights import Weight, compact
 from compress_jax.export._verify.agreement import agree
+from compress_jax.quantize._activations.activations import Ranges
+from compress_jax.quantize._activations.site_patterns import QuantizerRules
 
 EXACT = 1e-3  # relative difference from JAX that is allowed without rounded activations
 ROUNDED = 0.02  # and with them
@@ -55,6 +60,7 @@ def multiply(model: Model, placed: Placed, accuracy_level: int) -> str:
     codes = codes + shift
     steps = scale[::block].T  # [n, blocks]
     zeros = (zero + shift)[::block].T  # [n, blocks]
+    # The last block is filled up; the runtime takes the first K codes.
     missing = -len(codes) % block
     padded = np.pad(codes.T, ((0, 0), (0, missing)), constant_values=middle)
     blocks = padded.reshape(len(steps), -1, block)  # [n, blocks, block]
@@ -78,31 +84,27 @@ def multiply(model: Model, placed: Placed, accuracy_level: int) -> str:
 
 def _block(scale: np.ndarray, zero: np.ndarray) -> int:
     """Return the largest block along axis 0 with one scale and zero point; 0 if none is."""
-    sizes = [WHOLE, *(size for size in reversed(BLOCKS) if size != WHOLE)]
-    whole = (scale == scale[:1]).all() and (zero == zero[:1]).all()
-    for size in sizes if whole else reversed(BLOCKS):
+    # A scale that is the same in all rows fits blocks of any size; short rows fill a smaller one.
+    if (scale == scale[:1]).all() and (zero == zero[:1]).all():
+        return next((size for size in BLOCKS if len(scale) <= size < WHOLE), WHOLE)
+    for size in reversed(BLOCKS):
         if all((x == np.repeat(x[::size], size, 0)[: len(x)]).all() for x in (scale, zero)):
             return size
     return 0
 
 
 def _bytes(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Pack unsigned codes along the last axis, the first of two 4-bit codes in the low half."""
-    codes = codes.astype(np.uint8)
-    if bits == 8:
-        return codes
-    codes = np.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, codes.shape[-1] % 2)])
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+    return codes.astype(np.uint8) if bits == 8 else g.halves(codes)
 
 
-def _exchange(model: Model, old: Any, new: Any) -> None:
+def _exchange(model: Model, old: g.Node, new: g.Node) -> None:
     """Replace one node by another; the bias of a Gemm is added behind it."""
     end = old.output[0]
     new_nodes = [new]
     if old.op_type == "Gemm" and len(old.input) > 2:
         new.output[0] = f"{end}:product"
         new_nodes.append(g.node("Add", [new.output[0], old.input[2]], end))
-    nodes: list[Any] = []
+    nodes: list[g.Node] = []
     for each in model.graph.node:
         nodes.extend(new_nodes if each.output[0] == end else [each])
     g.replace_nodes(model.graph, nodes)
@@ -127,15 +129,17 @@ def unfold(model: Model, name: str, weight: Weight) -> str:
     zero = compact(weight.zero)
     scale = compact(weight.scale)
     kinds = extra("onnx", "onnx").TensorProto
-    kind, bits = (kinds.INT4, 4) if weight.bits <= 4 else (kinds.INT8, 8)
+    bits = 4 if weight.bits <= 4 else 8
+    # Both sides in bits: scales and zeros are float32, as the dense weight would be.
     if 32 * (scale.size + zero.size) + bits * weight.codes.size > 32 * weight.codes.size:
         return ""
     middle = 2 ** (weight.bits - 1)
     graph = model.graph
     graph.initializer.remove(next(each for each in graph.initializer if each.name == name))
-    nodes: list[Any] = []
+    # Signed codes; the last node makes the tensor under the constant's old name.
+    nodes: list[g.Node] = []
     last = f"{name}:codes"
-    g.add(graph, last, weight.codes - middle, kind)
+    g.add(graph, last, weight.codes - middle, kinds.INT4 if bits == 4 else kinds.INT8)
     steps = [("Cast", [], {"to": kinds.FLOAT}), ("Mul", [g.add(graph, f"{name}:scale", scale)], {})]
     if (zero != middle).any():
         shift = g.add(graph, f"{name}:zero", (zero - middle).astype(np.float32))
@@ -160,9 +164,9 @@ def to_onnx(
     example: PyTree,
     path: str | PathLike[str],
     *,
-    how: Any = None,
-    ranges: Mapping[str, Any] | None = None,
-    batches: Iterable[Any] = (),
+    how: QuantizerRules | None = None,
+    ranges: Ranges | None = None,
+    batches: Iterable[Batch] = (),
     where: str | tuple[str, ...] | None = None,
     batch: Literal["any", "example"] = "any",
     weights: Literal["int8", "uint8"] = "int8",
@@ -211,9 +215,9 @@ def to_onnx(
       every site is computed.
 
     Raises:
-      ExportError: if the packages are not installed, the function cannot be converted, no site can
-        be computed in integers although ``how`` is given, or results are not those of JAX. No file
-        is written then.
+      ExportError: if the packages are not installed, params have no names, the function cannot be
+        converted, no site can be computed in integers although ``how`` is given, or results are not
+        those of JAX. No file is written then.
 
     Example:
       >>> import jax.numpy as jnp
@@ -225,12 +229,19 @@ def to_onnx(
       ONNX Runtime, "Quantize ONNX models" (the QDQ format),
       https://onnxruntime.ai/docs/performance/model-optimizations.
     """
+    if "" in flatten(params)[0]:
+        raise ExportError(
+            "params are an array by itself, and constants of an ONNX file have names: give them in "
+            "a dict, as in to_onnx(lambda p, x: fn(p['w'], x), {'w': params}, ...)"
+        )
     inputs = as_inputs(example)
     calibration = [as_inputs(each) for each in batches]
     asked = Asked(how, ranges, calibration, where, batch == "any", weights == "uint8")
-    planned = plan(fn, params, inputs, asked)
+    with advised(fn, params, inputs):
+        planned = plan(fn, params, inputs, asked)
     model = planned.model
     simulated = planned.simulated
+    # How each site is computed: in integers, or in floats and why.
     rows: dict[str, Row] = {}
     form = "uint8 x uint8" if weights == "uint8" else "uint8 x int8"
     for site in simulated.sites:
@@ -239,7 +250,13 @@ def to_onnx(
         rows[name] = Row(name, form) if name in simulated.grids else Row(name, "float32", reason)
     floats = {name: each for name, each in planned.places.items() if name not in simulated.grids}
     rows |= _weights_only(model, planned.weights, floats, rows, accuracy_level)
+    seen = {*rows, *(site.param for site in simulated.sites)}
+    for name, leaf in flatten(params)[0].items():
+        if is_packed(leaf) and name not in seen:
+            reason = "no product takes it whole; its parts are constants of the file"
+            rows[name] = Row(name, "float32", reason)
     check.valid(model)
+    # The gate: what was made runs and agrees before a file is written.
     rounds = bool(simulated.grids) or any("MatMulNBits" in row.form for row in rows.values())
     default = ROUNDED if rounds else EXACT
     difference = agree(
@@ -268,6 +285,7 @@ def _weights_only(
     for name, each in places.items():
         if form := multiply(model, each, accuracy_level):
             done[name] = Row(name, form, _reason(rows[name]))
+    # What no product could take packed is unfolded when the runtime loads the file.
     gone = unused(weights, model)
     for name, weight in weights.items():
         if name in gone or weight.codes is None:

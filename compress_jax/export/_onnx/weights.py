@@ -1,8 +1,7 @@
 """Parameters of a graph: moved, folded with batch norm, split into integers and scales."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +10,9 @@ from compress_jax.core.packed import Quantized, to_dense
 from compress_jax.core.sparse import Sparse, width
 from compress_jax.core.types import Model, PyTree
 from compress_jax.export._onnx import graph as g
+
+Change = Callable[[np.ndarray], np.ndarray]
+"""A transposition or a reshape: entries move, and none changes."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Weight:
         values = np.asarray(to_dense(leaf))
         if not isinstance(leaf, Quantized):
             return cls(path, values)
+        # One scale and zero point for each entry, so that they move with the entries.
         spread = leaf.layout.spread
         zero_point = leaf.zero_point.astype(jnp.int32)
         zero = np.asarray(spread(jnp.broadcast_to(zero_point, leaf.layout.scale_shape)))
@@ -49,7 +52,7 @@ class Weight:
             codes = np.where(np.asarray(leaf.codes.mask.unpack()) != 0, codes, zero)
         return cls(path, values, width(leaf.codes), codes, zero, np.asarray(spread(leaf.scale)))
 
-    def move(self, change: Any) -> "Weight":
+    def move(self, change: Change) -> "Weight":
         """Return the weight with its entries moved by a transposition or a reshape."""
         parts = {name: getattr(self, name) for name in ("values", "codes", "zero", "scale")}
         moved = {name: change(x) for name, x in parts.items() if x is not None}
@@ -78,6 +81,7 @@ class Weight:
         """Return one scale for each index of an axis; None if one index has several."""
         if self.scale is None:
             return None
+        # [channels, entries of a channel]
         rows = np.moveaxis(self.scale, axis, 0).reshape(self.scale.shape[axis], -1)
         return rows[:, 0] if (rows == rows[:, :1]).all() else None
 
@@ -116,6 +120,7 @@ def settle(model: Model, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     graph = model.graph
     found = dict(weights)
     constants = g.initializers(graph)
+    # A node that only moves a parameter's entries is run here, and its result is the constant.
     others = []
     for each in graph.node:
         change = _move(each, constants) if each.input and each.input[0] in found else None
@@ -128,11 +133,11 @@ def settle(model: Model, weights: Mapping[str, Weight]) -> dict[str, Weight]:
     return _named(model, found)
 
 
-def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
+def _move(each: g.Node, constants: Mapping[str, np.ndarray]) -> Change | None:
     """Return a node as a function of its first input if it only moves entries, else None."""
     op = each.op_type
     rest = [constants[name] for name in each.input[1:] if name in constants]
-    if op == "Transpose":
+    if op == "Transpose":  # without an order it reverses the axes, as NumPy does
         order = g.attribute(each, "perm", None)
         return lambda x: np.transpose(x, order)
     if op == "Identity":
@@ -140,6 +145,7 @@ def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
     if op not in ("Reshape", "Squeeze", "Unsqueeze") or len(rest) < len(each.input) - 1:
         return None
     if op == "Reshape":
+        # ONNX takes 0 for the input's own size there, NumPy for an empty axis.
         shape = [int(n) for n in rest[0]]
         return None if 0 in shape else lambda x: x.reshape(shape)
     axes = tuple(int(a) for a in rest[0]) if rest else None
@@ -149,7 +155,7 @@ def _move(each: Any, constants: Mapping[str, np.ndarray]) -> Any:
 
 
 def _fold_batch_norm(
-    graph: Any, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]
+    graph: g.Graph, weights: dict[str, Weight], constants: Mapping[str, np.ndarray]
 ) -> None:
     """Fold the scale of a batch norm into the convolution before it; codes stay."""
     made = g.producers(graph)
@@ -159,6 +165,7 @@ def _fold_batch_norm(
         numbers = [constants.get(name) for name in norm.input[1:5]]
         if conv is None or conv.op_type != "Conv" or any(x is None for x in numbers):
             continue
+        # Another node would take the scaled kernel, or the result before the norm.
         kernel = conv.input[1]
         shared = len(taken[norm.input[0]]) > 1 or len(taken[kernel]) > 1
         first = constants.get(conv.input[2]) if len(conv.input) > 2 else np.float32(0)
@@ -168,7 +175,7 @@ def _fold_batch_norm(
         gain, bias, mean, variance = (np.asarray(x, np.float64) for x in numbers)
         factor = gain / np.sqrt(variance + g.attribute(norm, "epsilon", 1e-5))  # [channels]
         weight = weights[kernel]
-        ones = (1,) * (weight.values.ndim - 1)
+        ones = (1,) * (weight.values.ndim - 1)  # kernels are [out, in, *window]
         weights[kernel] = weight.scaled(factor.astype(np.float32).reshape(-1, *ones))
         shift = (bias + (first - mean) * factor).astype(np.float32)
         folded = g.add(graph, f"{weight.path}:bias", shift)
@@ -188,7 +195,9 @@ def _named(model: Model, weights: Mapping[str, Weight]) -> dict[str, Weight]:
             continue
         if name in there:  # the batch norm may have scaled it
             graph.initializer.remove(there[name])
-        new, number = weight.path, 1
+        # A parameter that nodes take in several forms has a number behind its path for each.
+        new = weight.path
+        number = 1
         while new in result or (new in weights and new != name and new in taken):
             number += 1
             new = f"{weight.path}#{number}"

@@ -1,18 +1,19 @@
 """Agreement of another runtime with JAX: of every result, and of every channel of it."""
 
-from typing import Any
-
 import jax
 import numpy as np
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.types import Array, PyTree
 
 CHANNEL = 2.0  # a single channel may differ this much more than a whole result
 NOISE = 3.0  # times the simulation's own rounding error that rounding may explain
 MOST = 0.1  # share of a result's size that rounding may explain at most
 
 
-def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = None) -> float:
+def agree(
+    ours: PyTree, theirs: PyTree, tolerance: float, what: str, floats: PyTree = None
+) -> float:
     r"""Compare results with those of JAX.
 
     The root mean square difference of every result, relative to that result's size, may be
@@ -54,26 +55,31 @@ def agree(ours: Any, theirs: Any, tolerance: float, what: str, floats: Any = Non
     return largest
 
 
-def _agree(ours: Any, theirs: Any, plain: Any, tolerance: float, what: str) -> float:
-    ours, theirs, plain = (np.asarray(x) for x in (ours, theirs, plain))
-    if ours.shape != theirs.shape:
-        raise ExportError(f"{what}: the result has shape {theirs.shape} instead of {ours.shape}")
-    ours, theirs, plain = (x.astype(np.float64) for x in (ours, theirs, plain))
+def _agree(ours: Array, theirs: Array, plain: Array, tolerance: float, what: str) -> float:
+    if np.shape(ours) != np.shape(theirs):
+        raise ExportError(
+            f"{what}: the result has shape {np.shape(theirs)} instead of {np.shape(ours)}"
+        )
+    # float64, so that squares of float32 and bfloat16 neither overflow nor lose digits.
+    ours, theirs, plain = (np.asarray(x).astype(np.float64) for x in (ours, theirs, plain))
+    # NaN and inf must stand in the same places; then they are left out.
     finite = np.isfinite(ours)
     same = (ours == theirs) | (np.isnan(ours) & np.isnan(theirs))
     if not (same | (finite & np.isfinite(theirs))).all():
         raise ExportError(f"{what}: one result holds NaN or inf where the other does not")
     ours, theirs, plain = (np.where(finite, x, 0) for x in (ours, theirs, plain))
-    size = _rms(ours) or 1.0
+    size = float(_rms(ours)) or 1.0
     off = theirs - ours
     rounding = plain - ours
+    # Two independent errors, so their squares add up.
     allowed = np.hypot(tolerance * size, min(NOISE * _rms(rounding), MOST * size))
     difference = float(_rms(off) / size)
-    if not _rms(off) <= allowed:
+    if not _rms(off) <= allowed:  # also where it is NaN
         raise ExportError(
             f"{what}: results differ by {difference:.2g} of their size, and {allowed / size:.2g} "
             "is allowed"
         )
+    # A single wrong channel hardly shows in the whole.
     for axis in range(1, ours.ndim):
         _channels(off, rounding, axis, size, tolerance, what)
     return difference
@@ -85,6 +91,7 @@ def _channels(
     """Compare the difference at each index of an axis with what its own rounding explains."""
     others = tuple(a for a in range(off.ndim) if a != axis)
     found = _rms(off, others)  # [size of the axis]
+    # A channel's own rounding, or the average one where its own happens to be small.
     noise = np.maximum(_rms(rounding, others), _rms(rounding))
     allowed = CHANNEL * np.hypot(tolerance * size, np.minimum(NOISE * noise, MOST * size))
     if (found > allowed).any():
@@ -95,5 +102,5 @@ def _channels(
         )
 
 
-def _rms(x: np.ndarray, axes: tuple[int, ...] | None = None) -> Any:
-    return np.sqrt(np.mean(x**2, axis=axes)) if x.size else 0.0
+def _rms(x: np.ndarray, axes: tuple[int, ...] | None = None) -> np.ndarray:
+    return np.sqrt(np.mean(x**2, axis=axes)) if x.size else np.zeros(())

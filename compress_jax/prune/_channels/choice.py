@@ -7,7 +7,7 @@ or the product of several (heads and their features).
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,7 @@ def ratios(ratio: Ratio, names: list[str]) -> dict[str, float]:
                 f"ratio {share} for {pattern!r}: the share of channels to remove lies between 0 "
                 "and 1"
             )
+        # A glob that matches nothing is a mistake, unless the model has no groups at all.
         if names:
             match(pattern, names)
     found = {}
@@ -86,6 +87,7 @@ def pools(groups: list[Group], share: dict[str, float], scope: str) -> list[list
     found: dict[Hashable, list[Group]] = {}
     for group in groups:
         members = sorted((path.rpartition("/")[2], axis) for path, axis in group.members)
+        # Groups of equal ratios and kinds compete.
         kind = {"local": group.name, "global": None, "isomorphic": tuple(members)}[scope]
         found.setdefault((share[group.name], kind), []).append(group)
     return list(found.values())
@@ -129,6 +131,7 @@ def choose(
         cap = min(amount_exact(max_ratio, group.size), group.size - 1)
         candidates += [(score[i], place, -i, group.name) for i in ranked[:cap]]
         order[group.name] = ranked
+    # Ties are broken by the order of the groups, then from the last channel on.
     count = amount_exact(ratio, sum(group.size for group in pool))
     removed = Counter(name for *_, name in sorted(candidates)[:count])
     kept = {}
@@ -189,6 +192,7 @@ def widths(found: Groups, sites: Sequence[Site], leaves: Leaves) -> tuple[Width,
     members = {member for group in found for member in group.members}
     made: dict[tuple[str, Axes], Width] = {}
     for site in sites:
+        # Products of activations have no kernel; where axes are unknown, so are widths.
         if site.param is None or site.param_axes is None or site.batch_axes is None:
             continue
         path = site.param
@@ -196,6 +200,7 @@ def widths(found: Groups, sites: Sequence[Site], leaves: Leaves) -> tuple[Width,
         summed = site.param_axes
         if site.kind == "conv":  # the window is summed over, but is no width
             summed = [axis for axis in summed if (path, axis) in members]
+        # What is neither summed over nor a batch or stack axis indexes outputs.
         other = (*site.param_axes, *site.batch_axes, *site.stack_axes)
         outputs = [axis for axis in range(len(shape)) if axis not in other]
         for axes in (summed, outputs):
@@ -263,7 +268,11 @@ def one_of_each(
     """
     names = [group.name for group in taking]
     neighbors: dict[str, set[str]] = {name: set() for name in names}
-    for pair in {pair for width in every for pair in width.products}:
+    pairs: set[frozenset[str]] = set()
+    for width in every:
+        pairs |= width.products
+    # Two groups exclude each other only if the same glob, or the same number, sets both ratios.
+    for pair in pairs:
         a, b = sorted(pair)
         if a in neighbors and b in neighbors and _glob_of(ratio, a) == _glob_of(ratio, b):
             neighbors[a].add(b)
@@ -279,6 +288,7 @@ def one_of_each(
         )
         return abs(lost / group.size - wanted)
 
+    # By neighbors first: a group that multiplies with several others stands for all of them.
     def rank(group: Group) -> tuple[int, float, int]:
         return -len(neighbors[group.name]), distance(group), names.index(group.name)
 
@@ -306,7 +316,7 @@ def multiples_of(taking: Sequence[Group], every: Iterable[Width], round_to: int)
     multiples = {}
     for name in names:
         own = [width for width in every if name in width.times]
-        pairs = [pair for width in own for pair in width.products]
+        pairs = set(chain.from_iterable(width.products for width in own))
         # A factor that the rest of a width has counts only if no other group shortens that rest.
         shared = 1
         if own and not any(name in pair and pair <= names for pair in pairs):

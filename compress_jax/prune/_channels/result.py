@@ -4,14 +4,14 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ShapeError
 from compress_jax.core.paths import flatten, owner
-from compress_jax.core.types import Leaves, ModelFn, Params, PyTree, Shape
+from compress_jax.core.types import Leaf, Leaves, ModelFn, Params, PyTree, Shape
 from compress_jax.prune._channels.choice import widths
 from compress_jax.trace import Cost, Groups, Number, cost, groups, resize, resized_numbers
 
@@ -81,6 +81,7 @@ class Removal(NamedTuple):
         for row in self.rows:
             line = f"{row.group:<{width}}  {row.size:>5}  {row.kept:>5}  {row.reason}"
             lines.append(line.rstrip())
+        # One line a reason: most axes are frozen for the same few.
         by_reason: dict[str, list[str]] = {}
         for (path, axis), reason in self.frozen.items():
             by_reason.setdefault(reason, []).append(f"{path}:{axis}")
@@ -201,6 +202,7 @@ def narrowed(
 ) -> Shrunk:
     """Return `narrow` for groups that are already found, with the reasons why some stay whole."""
     indices = {name: np.unique(np.asarray(channels, int)) for name, channels in kept.items()}
+    # A group that keeps all its channels needs no new width.
     shorter = {
         name: left
         for name, left in indices.items()
@@ -243,6 +245,7 @@ def cuts(
 ) -> dict[str, Cut]:
     """Return the cut of each parameter, also of those that stay whole."""
     found = {path: Cut(np.shape(leaf), {}) for path, leaf in leaves.items()}
+    # By (path, axis) which indices stay, bool [size of the axis].
     masks: dict[tuple[str, int], np.ndarray] = {}
     for name, channels in kept.items():
         group = groups[name]
@@ -283,6 +286,7 @@ def sliced(tree: PyTree, cuts: Mapping[str, Cut]) -> PyTree:
 def _parameter_of(path: str, names: Mapping[str, Cut]) -> tuple[str, list[str]] | None:
     """Return the parameter that a path, or the longest part of it, ends in, and the keys after."""
     keys = path.split("/")
+    # Keys may follow the parameter's path ("kernel/1"): ever shorter beginnings are tried.
     for end in range(len(keys), 0, -1):
         own = owner("/".join(keys[:end]), names)
         if own is not None:
@@ -304,7 +308,8 @@ def _check_not_flattened(path: str, leaf: PyTree, cuts: Mapping[str, Cut]) -> No
         )
 
 
-def _sliced_leaf(path: str, leaf: PyTree, cut: Cut, rest: Sequence[str]) -> Any:
+def _sliced_leaf(path: str, leaf: PyTree, cut: Cut, rest: Sequence[str]) -> Leaf:
+    # Placeholders of size 1 (adafactor's for what it does not factor) have nothing to slice.
     if not cut.indices or not hasattr(leaf, "shape") or all(size == 1 for size in leaf.shape):
         return leaf
     options = _axes_by_name(path, leaf.shape, cut.shape, rest)
@@ -335,6 +340,7 @@ def _axes_by_name(path: str, shape: Shape, full: Shape, rest: Sequence[str]) -> 
     keys = path.split("/")
     for key, place in FACTORED.items():
         if key in keys and len(full) > 1:
+            # The axis that the mean was taken over is gone.
             mean_over = _two_largest(full)[place]
             axes = tuple(i for i in range(len(full)) if i != mean_over)
             return [axes] if shape == tuple(full[axis] for axis in axes) else []
@@ -359,6 +365,7 @@ def _axes_by_shape(shape: Shape, full: Shape) -> list[Shape]:
 
     An axis that was added is -1; one that is present may have size 1.
     """
+    # Axes in front hold several values of one parameter: a history, an ensemble.
     more = len(shape) - len(full)
     if more > 0:
         return [(*[-1] * more, *range(len(full)))] if shape[more:] == full else []
@@ -369,7 +376,7 @@ def _axes_by_shape(shape: Shape, full: Shape) -> list[Shape]:
     return found
 
 
-def _swapped(leaves: Leaves, names: Mapping[str, Cut]) -> dict[str, Any]:
+def _swapped(leaves: Leaves, names: Mapping[str, Cut]) -> dict[str, Leaf]:
     """Swap factored moments where the longest axis is now the second longest.
 
     Each is a mean over one of the two, so each becomes the other.
@@ -391,6 +398,7 @@ def _swapped(leaves: Leaves, names: Mapping[str, Cut]) -> dict[str, Any]:
                 f"shape {short} it would be one over axis {new[1]}; leave it out and start it anew "
                 "for the smaller parameters"
             )
+        # The same two axes in the other order of size: the two moments change places.
         if old != new:
             other = "/".join("v_col" if key == "v_row" else key for key in keys)
             made[path] = leaves[other]

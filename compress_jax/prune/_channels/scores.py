@@ -1,14 +1,14 @@
 """The score of each channel of a group: a criterion on its parameters, reduced and normalized."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ArgumentError, ConfigError, NonFiniteError, ShapeError
-from compress_jax.core.types import Leaves, Shape
+from compress_jax.core.types import Leaf, Leaves, Shape
 from compress_jax.trace import Group, Groups
 
 
@@ -35,7 +35,7 @@ class Member(NamedTuple):
     axis: int
     rows: jax.Array
     shape: Shape
-    cut: Callable[[Any], jax.Array]
+    cut: Callable[[Leaf], jax.Array]
     contracted: bool
 
 
@@ -93,10 +93,12 @@ def channel_scores(
         for member in members(group, leaves, contracted):
             score = importance(member)
             if score is not None:
+                # float64 on the host: neither sums nor squares of scores overflow.
                 scores.append(_finite(np.asarray(score, np.float64), member))
         if scores:
             total = REDUCTIONS[reduction](np.stack(scores))  # [members, size] -> [size]
             norm = NORMALIZATIONS[normalize](total)
+            # Scores that are all 0 have norm 0, and stay 0.
             found[group.name] = total / norm if norm else total
     return found
 
@@ -127,24 +129,25 @@ def members(group: Group, leaves: Leaves, contracted: set[str]) -> list[Member]:
     return found
 
 
-def _cutter(group: Group, path: str, axis: int, shape: Shape) -> Callable[[Any], jax.Array]:
+def _cutter(group: Group, path: str, axis: int, shape: Shape) -> Callable[[Leaf], jax.Array]:
     """Return the function that slices an array of a parameter's shape into ``[size, n]``."""
     channel = group.coordinates[path, axis]  # the channel at each index, -1 for none
     inside = np.flatnonzero(channel >= 0)
     order = inside[np.argsort(channel[inside], kind="stable")]
 
-    def cut(x: Any) -> jax.Array:
+    def cut(x: Leaf) -> jax.Array:
         if np.shape(x) != shape:
             raise ShapeError(
                 f"{path!r} has shape {shape}, what it is scored with has {np.shape(x)}"
             )
         rows = jnp.take(jnp.asarray(x, jnp.float32), order, axis=axis)  # sorted by channel
+        # Each channel has equally many indices: [size * indices, ...] -> [size, n].
         return jnp.moveaxis(rows, axis, 0).reshape(group.size, -1)
 
     return cut
 
 
-def _check(name: str, given: str, known: dict[str, Any]) -> None:
+def _check(name: str, given: str, known: Collection[str]) -> None:
     if given not in known:
         raise ConfigError(
             f"{name}={given!r} is not known; use one of {', '.join(map(repr, known))}"

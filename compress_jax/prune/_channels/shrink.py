@@ -1,7 +1,6 @@
 """`shrink` removes whole channels, so that the model is smaller and faster on any hardware."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
@@ -122,10 +121,13 @@ def shrink(
     found = groups(fn, params, *inputs)
     names = [group.name for group in found]
     share = ratios(1.0 if ratio is None else ratio, names)
+    # `match` raises where a glob matches no group, so it is asked only if there are groups.
     excluded = set(match(exclude, names)) if exclude and names else set()
     leaves = flatten(params)[0]
     products = sites(fn, params, *inputs)
-    kernels = {path for site in products for path in (site.param, *site.also) if path is not None}
+    # Factors of products: what is only added or scaled has no score by magnitude.
+    kernels = {site.param for site in products if site.param is not None}
+    kernels.update(*(site.also for site in products))
     criterion = importance or magnitude()
     scores = channel_scores(found, leaves, kernels, criterion, reduction, normalize)
     every = widths(found, products, leaves)
@@ -148,6 +150,7 @@ def shrink(
         """Return the channels that stay when all shares are multiplied by a factor."""
         chosen = {}
         for pool in pools(taking, share, scope):
+            # All groups of a pool have the same ratio.
             lost = min(factor * share[pool[0].name], 1.0)
             chosen |= choose(pool, scores, lost, multiples, max_ratio)
         return chosen
@@ -155,6 +158,7 @@ def shrink(
     if macs is None:
         chosen = kept(1.0)
     else:
+        # At the factor 1 / max(share) the largest proportion has become 1.
         chosen = _bisect(fn, params, inputs, found, kept, macs, 1 / max(share.values()))
     if ratio != 0 and all(len(chosen[group.name]) == group.size for group in taking):
         sizes = ", ".join(f"{group.name} has {group.size}" for group in taking)
@@ -199,7 +203,7 @@ def _reasons(
 def _bisect(
     fn: ModelFn,
     params: Params,
-    inputs: tuple[Any, ...],
+    inputs: tuple[PyTree, ...],
     found: Groups,
     kept: Callable[[float], Kept],
     macs: float,
@@ -217,6 +221,7 @@ def _bisect(
             known[sizes] = cost(resize(fn, params, found, chosen), shorter, *inputs).macs
         return known[sizes]
 
+    # The upper end meets the target throughout.
     low = 0.0
     high = highest
     if left(kept(high)) > target:

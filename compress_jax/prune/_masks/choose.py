@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,18 +60,21 @@ def keep_masks(
     structure = target.structure
     if axes is None:
         axes = {path: Axes.convention(x.shape) for path, x in scores.items()}
+    # Groups are small and compare their own entries: no threshold is searched.
     if isinstance(structure, NofM):
         masks = {}
         for path, x in scores.items():
             along = structure.axes(axes[path])
             masks[path] = largest_of_each(key(x), structure.n, structure.m, along)
         return masks
+    # Entries become units, the units of lowest score are pruned, and flags go back to entries.
     units = {path: _units(x, structure, axes[path], signed) for path, x in scores.items()}
     pruned = {}
     if target.scope == "leaf":
         for path, each in units.items():
             pruned[path] = _lowest_by_layer(each, axes[path], target.share(path, step), key)
     elif units:
+        # One sparsity for all leaves, so that of any of them.
         share = target.share(next(iter(units)), step)
         lowest = _lowest_of_all(list(units.values()), share, target.floor, key)
         pruned = dict(zip(units, lowest, strict=True))
@@ -81,6 +83,7 @@ def keep_masks(
 
 def _lowest_by_layer(units: jax.Array, axes: Axes, share: Scalar, key: Key) -> jax.Array:
     """Return a mask of the units of lowest score in each layer."""
+    # The count of one layer: a stack is pruned as its layers would be.
     count = amount(share, units.size // max(axes.layers, 1))
 
     def lowest(layer: jax.Array) -> jax.Array:
@@ -101,6 +104,7 @@ def _lowest_of_all(
     candidates = [
         smallest([leaf], uint64(limit), key)[0] for leaf, limit in zip(units, most, strict=True)
     ]
+    # Where the floors leave too few, the sparsity is not reached.
     limit = uint64(sum(most))
     return smallest(units, choose(less(limit, count), limit, count), key, candidates)
 
@@ -109,6 +113,7 @@ def _units(x: jax.Array, structure: Structure | None, axes: Axes, signed: bool) 
     """Return the scores of units; scores of single entries keep their dtype."""
     if structure is None or isinstance(structure, NofM):
         return x
+    # Of magnitudes, as entries of opposite signs would cancel.
     return unit_scores(x if signed else abs(x), structure.window(axes), structure.reduce)
 
 
@@ -179,11 +184,14 @@ def skip_nonfinite(
     """
     if not gradients:
         return new
+    # One flag for all leaves: state of different steps must not be mixed.
     finite = jnp.stack([jnp.isfinite(grad).all() for grad in gradients.values()]).all()
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
 
 
-def update_if(is_due: Any, new: Callable[[], Masks], old: Callable[[], Masks]) -> Masks:
+def update_if(
+    is_due: jax.Array | bool, new: Callable[[], Masks], old: Callable[[], Masks]
+) -> Masks:
     """Return ``new()`` if an update is due, else ``old()``.
 
     A concrete condition is a Python branch, so that errors can be raised in it.

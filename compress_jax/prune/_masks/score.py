@@ -17,7 +17,7 @@ from compress_jax.core.finite import saturate, where_finite
 from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, due
-from compress_jax.core.types import Params, PyTree, Step
+from compress_jax.core.types import Key, Leaf, Params, PyTree, Step
 from compress_jax.prune._masks.choose import (
     Masks,
     checked_gradients,
@@ -52,9 +52,9 @@ class ScoreInputs(NamedTuple):
     x: jax.Array
     step: Step = 0
     grad: Any = None
-    carried: Any = None
+    carried: PyTree = None
     key: Any = None
-    layer: Any = None
+    layer: jax.Array | None = None
 
 
 class Score(NamedTuple):
@@ -77,8 +77,8 @@ class Score(NamedTuple):
     """
 
     measure: Callable[[ScoreInputs], jax.Array]
-    begin: Callable[[ScoreInputs], Any] | None = None
-    follow: Callable[[ScoreInputs], Any] | None = None
+    begin: Callable[[ScoreInputs], PyTree] | None = None
+    follow: Callable[[ScoreInputs], PyTree] | None = None
     signed: bool = False
     needs_grads: bool = False
 
@@ -178,7 +178,7 @@ def normalized(score: Score) -> Score:
     return _check_score(score)._replace(measure=measure)
 
 
-def _check_score(score: Any) -> Score:
+def _check_score(score: object) -> Score:
     """Return the argument if it is a `Score`: a bare function would fail far from here."""
     if not isinstance(score, Score):
         refused("score", score, "a prune.Score: wrap a function of ScoreInputs, prune.Score(fn)")
@@ -214,7 +214,8 @@ class _ByScore(NamedTuple):
         if self.score.begin is not None:
             for path, each in inputs.items():
                 inputs[path] = each._replace(carried=self.score.begin(each))
-        if self.score.needs_grads:  # and `init` has none
+        # `init` has no gradients, so nothing is pruned before the first update.
+        if self.score.needs_grads:
             everything = {path: jnp.ones_like(each.x, bool) for path, each in inputs.items()}
             return self.state(inputs, everything)
         return self.state(inputs, self.masks(params, inputs, step))
@@ -227,7 +228,7 @@ class _ByScore(NamedTuple):
         step: Step,
         grads: PyTree = None,
         stats: PyTree = None,
-        key: Any = None,
+        key: Key = None,
     ) -> CompressionState:
         leaves = self.leaves.of(params)
         gradients = checked_gradients(leaves, params, grads, self.score.needs_grads)
@@ -241,11 +242,12 @@ class _ByScore(NamedTuple):
                 each = each._replace(carried=self.score.follow(each))
             inputs[path] = each
         old = {path: mask_of(fixed) for path, fixed in before.fixed.items()}
-        is_due: Any = True
+        is_due: jax.Array | bool = True
         at = step
         if self.every > 1:
             is_due, at = due(self.every, self.target.schedules, step)
         masks = update_if(is_due, lambda: self.masks(params, inputs, at, old), lambda: old)
+        # Gradients that the score does not use may be infinite without harm.
         needed = gradients if self.score.needs_grads else {}
         return skip_nonfinite(needed, self.state(inputs, masks), before)
 
@@ -257,7 +259,9 @@ class _ByScore(NamedTuple):
         old: Masks | None = None,
     ) -> Masks:
         axes = self.leaves.axes(params)
-        scores = {path: measure(self.score, each, axes[path]) for path, each in inputs.items()}
+        scores = {
+            path: measure(self.score.measure, each, axes[path]) for path, each in inputs.items()
+        }
         masks = keep_masks(scores, self.target, step, signed=self.score.signed, axes=axes)
         if old is None or not scores:
             return masks
@@ -274,8 +278,8 @@ class _ByScore(NamedTuple):
         return CompressionState({}, fixed)
 
 
-def measure(score: Any, inputs: ScoreInputs, axes: Axes) -> jax.Array:
-    """Return the scores of a leaf by a `Score` or a `Growth`.
+def measure(fn: Callable[[ScoreInputs], jax.Array], inputs: ScoreInputs, axes: Axes) -> jax.Array:
+    """Return the scores of a leaf by the ``measure`` of a `Score` or a `Growth`.
 
     The shape is checked, because the mask of scores of another shape would broadcast.
 
@@ -283,7 +287,7 @@ def measure(score: Any, inputs: ScoreInputs, axes: Axes) -> jax.Array:
       ShapeError: unless there is one score for each entry.
       NonFiniteError: outside ``jit``, if one is NaN.
     """
-    found = _measure_by_layer(score, inputs, axes) if axes.stack else score.measure(inputs)
+    found = _measure_by_layer(fn, inputs, axes) if axes.stack else fn(inputs)
     if found.shape != inputs.x.shape:
         raise ShapeError(
             f"leaf {inputs.path!r} of shape {inputs.x.shape} was given scores of shape "
@@ -300,15 +304,18 @@ def measure(score: Any, inputs: ScoreInputs, axes: Axes) -> jax.Array:
     return found
 
 
-def _measure_by_layer(score: Any, inputs: ScoreInputs, axes: Axes) -> jax.Array:
+def _measure_by_layer(
+    fn: Callable[[ScoreInputs], jax.Array], inputs: ScoreInputs, axes: Axes
+) -> jax.Array:
     """Return the scores of a stack, each layer scored by itself."""
 
-    def measure_layer(x: jax.Array, grad: Any, carried: Any, layer: Any) -> jax.Array:
-        return score.measure(inputs._replace(x=x, grad=grad, carried=carried, layer=layer))
+    def measure_layer(x: jax.Array, grad: PyTree, carried: PyTree, layer: jax.Array) -> jax.Array:
+        return fn(inputs._replace(x=x, grad=grad, carried=carried, layer=layer))
 
     stack = tuple(axes.shape[axis] for axis in axes.stack)
     # The index of each layer, in the shape of the stack axes.
     layers = jnp.arange(axes.layers, dtype=jnp.int32).reshape(stack)
+    # Gradients and state lie as the leaf does; None, where there are none, has no axes.
     kinds = ("leaf", "leaf", "leaf", "state")
     by_layer = over_layers(measure_layer, axes, kinds, "leaf")
     return by_layer(inputs.x, inputs.grad, inputs.carried, layers)
@@ -316,6 +323,7 @@ def _measure_by_layer(score: Any, inputs: ScoreInputs, axes: Axes) -> jax.Array:
 
 def apply_mask(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Return ``x`` where the mask is true, else zero: the pointwise view of a pruned array."""
+    # A product with the mask would leave -0.0, and NaN of an infinity.
     return jnp.where(mask, x, jnp.zeros((), x.dtype))
 
 
@@ -348,12 +356,14 @@ def mask_compression(leaves: "Leaves") -> Compression:
     def view(params: Params, state: CompressionState) -> Params:
         found, rebuild = flatten(params)
         for path, (x, mask) in masked_leaves(params, state).items():
+            # A mask must not hide that a pruned weight has become NaN.
             found[path] = where_finite(x, apply_mask(x, mask))
         return rebuild(found)
 
     def pack(params: Params, state: CompressionState) -> Params:
         found, rebuild = flatten(params)
         for path, (x, mask) in masked_leaves(params, state).items():
+            # The masked array is what stands for the leaf where sparse storage is no smaller.
             found[path] = pack_masked(apply_mask(x, mask), mask)
         return rebuild(found)
 
@@ -361,7 +371,8 @@ def mask_compression(leaves: "Leaves") -> Compression:
         found = masked_leaves(params, state)
         return {path: Pointwise(apply_mask, (mask,)) for path, (_, mask) in found.items()}
 
-    def unset(*_: Any, **__: Any) -> CompressionState:
+    # A method replaces both before its Compression is used.
+    def unset(*_: object, **__: object) -> CompressionState:
         raise NotImplementedError
 
     return Compression(unset, view, unset, pack, leaves.skipped, pointwise, axes=leaves.axes)
@@ -375,10 +386,10 @@ class Leaves(NamedTuple):
       known: the axes by path, if the method is bound to a function.
     """
 
-    why_not: Callable[[str, Any, Axes], str | None]
+    why_not: Callable[[str, Leaf, Axes], str | None]
     known: Mapping[str, Axes] | None = None
 
-    def reason(self, path: str, x: Any) -> str | None:
+    def reason(self, path: str, x: Leaf) -> str | None:
         """Return why a leaf is not pruned, or None."""
         return why_not_float(path, x) or self.why_not(path, x, known_axes(self.known, path, x))
 
@@ -403,7 +414,7 @@ class Leaves(NamedTuple):
         return {path: x for path, x in leaves.items() if self.reason(path, x) is None}
 
 
-def fixed_of(state: CompressionState, path: str) -> Any:
+def fixed_of(state: CompressionState, path: str) -> PyTree:
     """Return a leaf's fixed state.
 
     Raises:

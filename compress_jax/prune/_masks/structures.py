@@ -7,6 +7,7 @@ convert between entries and units.
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 import jax
@@ -48,8 +49,10 @@ class NofM:
         """
         if self.axis is not None:
             return self.axis
+        # Without a trace: the inputs of Flax kernels [in, out] and [height, width, in, out].
         if layout.source == "convention":
             return (-2,)
+        # The window stays apart: hardware sums over input channels at one place of it.
         return tuple(a for a in layout.contracted if a not in layout.window) or layout.contracted
 
     def why_not(self, layout: Layout) -> str | None:
@@ -89,6 +92,7 @@ class Block:
 
         It is clipped to the shape of the array.
         """
+        # Blocks run along the last axes of a layer; a unit has size 1 along those before them.
         missing = len(layout.layer.shape) - len(self.shape)
         sizes = iter((1,) * missing + self.shape)
         return tuple(
@@ -137,6 +141,7 @@ class Channel:
         window = list(shape)  # a unit spans all other axes
         for axis in axes:
             window[axis] = shape[axis] // self.parts if self.parts else 1
+        # No unit spans layers.
         for axis in layout.stack:
             window[axis] = 1
         return tuple(window)
@@ -355,11 +360,12 @@ def unit_scores(scores: jax.Array, window: Window, reduce: str) -> jax.Array:
     if reduce == "max":
         return _tiled(x, window, -jnp.inf).max(within)  # padding never wins
     if reduce == "l2":
-        # sqrt(sum((x / 2**e)**2)) * 2**e
+        # sqrt(sum((x / 2**e)**2)) * 2**e: the power of two changes no bit of the mantissa.
         exponent = scale_exponent(x)
         scaled = x * power_of_two(-exponent)  # its squares neither overflow nor vanish
         squares = exact_sum(_tiled(scaled * scaled, window), within)
         return jnp.sqrt(squares) * power_of_two(exponent)
+    # [units along 0, units along 1, ...]
     total = exact_sum(_tiled(x, window), within)
     if reduce == "sum":
         return total
@@ -381,9 +387,13 @@ def spread_to_entries(flags: jax.Array, window: Window, shape: tuple[int, ...]) 
       >>> spread_to_entries(jnp.array([[True, False]]), (2, 2), (2, 3)).tolist()
       [[True, True, False], [True, True, False]]
     """
-    split = [k for n in flags.shape for k in (n, 1)]
-    tiled = [k for n, w in zip(flags.shape, window, strict=True) for k in (n, w)]
-    joined = [n * w for n, w in zip(flags.shape, window, strict=True)]
+    split: list[int] = []
+    tiled: list[int] = []
+    joined: list[int] = []
+    for n, w in zip(flags.shape, window, strict=True):
+        split += [n, 1]
+        tiled += [n, w]
+        joined.append(n * w)
     # [n, m] -> [n, 1, m, 1] -> [n, w, m, v] -> [n * w, m * v], then the ends are cut.
     full = jnp.broadcast_to(flags.reshape(split), tiled).reshape(joined)
     return full[tuple(slice(n) for n in shape)]
@@ -395,7 +405,7 @@ def _tiled(x: jax.Array, window: Window, fill: float = 0.0) -> jax.Array:
     ends = [(0, k * w - n) for k, w, n in zip(counts, window, x.shape, strict=True)]
     if any(end for _, end in ends):
         x = jnp.pad(x, ends, constant_values=fill)
-    return x.reshape([k for pair in zip(counts, window, strict=True) for k in pair])
+    return x.reshape(list(chain.from_iterable(zip(counts, window, strict=True))))
 
 
 def _reciprocals(shape: tuple[int, ...], window: Window) -> np.ndarray:
@@ -403,5 +413,5 @@ def _reciprocals(shape: tuple[int, ...], window: Window) -> np.ndarray:
     counts = np.ones((), np.float64)
     for n, w in zip(shape, window, strict=True):
         lengths = np.minimum(w, n - w * np.arange(-(-n // w)))  # the last may be shorter
-        counts = counts[..., None] * lengths
+        counts = counts[..., None] * lengths  # one axis more
     return (1 / counts).astype(np.float32)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import optax
 
@@ -11,7 +11,7 @@ from compress_jax.core.arguments import number, one_of, patterns, refused
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.paths import flatten, match, matches
-from compress_jax.core.types import Params, Scalar, Schedule, Step
+from compress_jax.core.types import Leaf, Params, Scalar, Schedule, Step
 from compress_jax.prune._masks.structures import NofM, Structure
 
 Sparsity: TypeAlias = float | optax.Schedule | Mapping[str, float | optax.Schedule]
@@ -64,6 +64,7 @@ class Target:
           0.5
         """
         _check(sparsity, structure, scope, floor)
+        # The structure fixes the share, so there is no rule to choose.
         if isinstance(structure, NofM):
             share = Constant(_implied(sparsity, structure))
             return cls((("**", share),), structure, scope)
@@ -71,7 +72,7 @@ class Target:
         rules = tuple((str(patterns("a glob", glob)), _schedule(share)) for glob, share in pairs)
         return cls(rules, structure, scope, floor)
 
-    def why_not(self, path: str, x: Any, axes: Axes | None = None) -> str | None:
+    def why_not(self, path: str, x: Leaf, axes: Axes | None = None) -> str | None:
         """Return why a leaf is not pruned, or None."""
         if not any(matches(glob, path) for glob, _ in self.rules):
             return "no sparsity is given for it"
@@ -81,6 +82,7 @@ class Target:
 
     def check(self, paths: Iterable[str]) -> None:
         """Raise NoMatchError if a glob matches none of the paths."""
+        # "**" is what a single number means: it may match no leaf of an empty tree.
         paths = list(paths)
         globs = [glob for glob, _ in self.rules]
         if globs != ["**"]:
@@ -134,10 +136,10 @@ class Constant:
         return self.share
 
 
-def _schedule(sparsity: Any) -> Schedule:
+def _schedule(sparsity: float | optax.Schedule | None) -> Schedule:
+    # The values of a schedule are not known here; `amount` clips them to [0, 1].
     if callable(sparsity):
-        schedule: Any = sparsity
-        return schedule
+        return cast(Schedule, sparsity)
     if isinstance(sparsity, (int, float)) and not 0 <= sparsity <= 1:
         raise ArgumentError(
             f"sparsity is the share of weights to prune, between 0 and 1, got {sparsity}"
@@ -146,10 +148,11 @@ def _schedule(sparsity: Any) -> Schedule:
     return Constant(number(what, sparsity, 0, 1))
 
 
-def _implied(sparsity: Any, structure: NofM) -> float:
+def _implied(sparsity: Sparsity | None, structure: NofM) -> float:
     """Return the sparsity of an n:m structure; raise ArgumentError if another one is given."""
     if sparsity is None:
         return structure.sparsity
+    # Groups keep n of m at every step, so a schedule or a map would have no effect.
     if callable(sparsity) or isinstance(sparsity, Mapping) or sparsity != structure.sparsity:
         raise ArgumentError(
             f"{structure.n}:{structure.m} sets the sparsity to {structure.sparsity:g}, so "

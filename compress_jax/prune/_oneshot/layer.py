@@ -50,6 +50,7 @@ class Leaf(NamedTuple):
 
     def rows(self, block: int = 1) -> tuple[np.ndarray, str]:
         """Return the order of inputs in which groups are consecutive, and a note on it or ""."""
+        # No group may cross a block, so a block holds at least one.
         least = self.groups.m if self.groups else 1
         return input_order(self.problem.form, self.groups, max(block, least))
 
@@ -122,10 +123,13 @@ def pruned_leaf(
     mask = jnp.ones(x.shape, bool)
     notes: list[str] = []
     judged = method.judged or bool(others)
+    # Several problems only where a leaf is used in parts, each with inputs of its own.
     for problem in problems:
+        # The solution does not depend on the scale of the inputs; powers of two keep sums in range.
         part = _part(leaf, replace(problem, gram=_problem.unit(problem.filled)))
         solution = method.solve(part)
         by_magnitude = part.masks(jnp.ones(problem.gram.shape[:2]), part.rows()[0], method.within)
+        # Without inputs nothing is known of a matrix, and it is pruned by magnitude.
         unreached = problem.dead.all(1)  # [batch]
         failed = unreached if solution.failed is None else unreached | solution.failed
         judge = _problem.judge(problem, others, filled=True)
@@ -179,6 +183,7 @@ def _better_matrices(
     Returns ``(better weights, their mask, which solutions won, which equal the other)``.
     """
     plain = jnp.where(by_magnitude, x, jnp.zeros((), x.dtype)).astype(jnp.float32)
+    # Both candidates are rounded by the same quantizer: what is compared is what would ship.
     plain = round_fn(plain, *operands).astype(x.dtype)
     w, new, old, mask, old_mask = (
         form.matrices(each) for each in (x, solved[0], plain, solved[1], by_magnitude)
@@ -187,7 +192,7 @@ def _better_matrices(
     old_error = column_errors((old - w).astype(jnp.float32), judge).sum(1)
     same = (new == old).all((1, 2)) & (mask == old_mask).all((1, 2))
     won = ~failed & ((error < old_error) | (not judged))
-    choose = won[:, None, None]
+    choose = won[:, None, None]  # whole matrices: a mask fits only its own weights
     weights = form.stored(jnp.where(choose, new, old))
     return weights, form.stored(jnp.where(choose, mask, old_mask)), won, same
 
@@ -203,6 +208,7 @@ def _mask_unused(leaf: Leaf, mask: jax.Array, boxes: Sequence[Box]) -> jax.Array
         keys = jnp.where(used, of_used, magnitude_bits(x))
         axes = leaf.groups.axes(Axes.convention(x.shape))
         return jnp.where(used, mask, largest_of_each(keys, leaf.groups.n, leaf.groups.m, axes))
+    # The leaf's count, less what its problems have pruned, is taken from the unused entries.
     free = int((~used).sum())
     pruned_before = int((~mask & used).sum())
     count = min(max(amount_exact(leaf.share, x.size) - pruned_before, 0), free)
@@ -248,6 +254,7 @@ def input_order(form: MatrixForm, structure: NofM | None, block: int) -> tuple[n
         if not set(axes) <= set(summed):
             note = f"groups run along axes {summed}, which its site sums over, not along {axes}"
             axes = summed
+        # [other summed axes..., axes of the groups...]; each line is cut into groups.
         places = [summed.index(axis) for axis in axes]
         grid = np.moveaxis(rows.reshape(sizes), places, range(-len(axes), 0))
         lines = grid.reshape(-1, math.prod(form.shape[axis] for axis in axes))

@@ -78,6 +78,7 @@ def prune(
         for path, x in leaves.items()
         if (why := _why_not(path, x, wanted, target, tasks, reasons))
     }
+    # The sites tell the axes of each kernel, by which a quantizer finds its channels.
     rounding = bound(quantizer or identity(), layouts_of_sites(calibration.sites.values(), leaves))
     state = rounding.init(params)
     pointwise = _pointwise(rounding, params, state)
@@ -85,10 +86,12 @@ def prune(
     masks: dict[str, jax.Array] = {}
     notes: dict[str, str] = {}
     for path, x in leaves.items():
+        # A calibrated leaf that is not pruned is rounded by the same solver, with nothing to prune.
         only_rounded = path in skipped
         if only_rounded and not (path in pointwise and path in tasks):
             continue
         check_finite(path, x)
+        # n:m groups fix the share; schedules count by their value at step 0.
         fraction = 0.0 if only_rounded or structure else float(target.share(path, 0))
         groups = None if only_rounded else structure
         leaf = Leaf(x, tasks[path][0], fraction, groups, pointwise.get(path, UNCHANGED))
@@ -105,6 +108,7 @@ def prune(
 
 def _holding(masks: dict[str, jax.Array], target: Target, skipped: dict[str, str]) -> Compression:
     """Return the compression that holds masks, whatever `update` is called with."""
+    # Masks come from the solver: `init` returns them, and no `update` may choose others.
     state = CompressionState({}, masks)
     held = mask_compression(Leaves(lambda path, x, axes: skipped.get(path)))
     held = held._replace(init=lambda params: state, update=lambda params, state, **_: state)
@@ -127,6 +131,7 @@ def _viewed(
         return Rewritten(held.view(new, own), own, changed, skipped, notes, held)
     both = chain(held, quantizer)
     state = seal(both.call, None, new, joined([own, state]))
+    # Leaves that were solved lie on the grid already; the view rounds the others to nearest.
     rounded = both.view(new, state)
     _check_zeros(flatten(rounded)[0], masks)
     return Rewritten(rounded, state, changed, skipped, notes, both)
@@ -145,6 +150,7 @@ def _why_not(
         return reason
     if path not in wanted:
         return "`pattern` does not match it"
+    # Which n:m groups fit is for the site to say, not for the convention: see `input_order`.
     if target.structure is None and (reason := target.why_not(path, x)):
         return reason
     return None if path in tasks else reasons.get(path, "no calibrated site uses it")
@@ -167,6 +173,7 @@ def _pointwise(
 
 def _check_zeros(leaves: Mapping[str, jax.Array], masks: Mapping[str, jax.Array]) -> None:
     """Refuse a grid without zero."""
+    # Seen after rounding: a binary grid, for one, has no level at 0.
     for path, mask in masks.items():
         if bool(jnp.any(jnp.where(mask, 0, leaves[path]) != 0)):
             raise ConfigError(

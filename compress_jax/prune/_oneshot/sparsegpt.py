@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from compress_jax.core.compression import Compression
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.exact import Int64
 from compress_jax.core.paths import Patterns
-from compress_jax.core.types import Params, Scalar
+from compress_jax.core.types import Params, PyTree, Scalar
 from compress_jax.layerwise._error_feedback import (
     Block,
     by_blocks,
@@ -92,9 +92,9 @@ def sparsegpt(
 
     Example:
       >>> import compress_jax as cj
-      >>> keys = jax.random.split(jax.random.key(0), 3)
-      >>> x = jax.random.normal(keys[0], (256, 64)) @ jax.random.normal(keys[1], (64, 64))
-      >>> params = {"kernel": jax.random.normal(keys[2], (64, 32))}
+      >>> rng = np.random.default_rng(0)
+      >>> x = jnp.asarray(rng.normal(size=(256, 64)) @ rng.normal(size=(64, 64)), jnp.float32)
+      >>> params = {"kernel": jnp.asarray(rng.normal(size=(64, 32)), jnp.float32)}
       >>> fn = lambda p, x: x @ p["kernel"]
       >>> seen = cj.trace.calibrate(fn, cj.trace.gram(), params, [x])
       >>> solved = cj.prune.sparsegpt(params, seen, 0.5)
@@ -124,6 +124,7 @@ def _solve_leaf(leaf: Leaf, damping: float, block: int) -> Solution:
         gram = leaf.problem.gram
         return _solve(leaf.x, leaf.rounding.operands, gram, damping, rows, counts, plan)
 
+    # A matrix that cannot be solved keeps its weights; the caller prunes it by magnitude.
     w = form.matrices(leaf.x.astype(jnp.float32))  # [batch, k, n]
     unsolved = (w, jnp.ones(w.shape, bool))
     (solved, masks), failed, raised = raise_damping(attempt, unsolved, damping)
@@ -171,7 +172,7 @@ def _solve(
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """Solve all matrices of a leaf; return ``((weights, masks), factored)``."""
 
-    def solve(matrix: tuple[jax.Array, list[jax.Array], jax.Array]) -> Any:
+    def solve(matrix: tuple[jax.Array, list[jax.Array], jax.Array]) -> PyTree:
         return _matrix(*matrix, damping, rows, counts, plan)
 
     w = plan.form.matrices(x.astype(jnp.float32))  # [batch, k, n]
@@ -215,11 +216,13 @@ def _prune_unit(unit: Block, counts: jax.Array, plan: Plan) -> tuple[jax.Array, 
     # The rows before any of them is pruned are w + A^-T p, p being what earlier rows left pending.
     moved = jax.lax.linalg.triangular_solve(unit.factor.T, unit.pending, left_side=True, lower=True)
     score = jnp.abs((unit.w + moved) * jnp.diagonal(unit.factor)[:, None])  # |w_ij| / U_ii
+    # The mask is that of the compensated weights of this block, over all outputs together.
     if plan.groups is None:
         number = Int64(jnp.uint32(0), counts[unit.start // plan.block])
         keys = [(score, jnp.broadcast_to(real[:, None], score.shape))]
         mask = ~smallest_by(_key, keys, number)[0]
     else:
+        # Padding has key 0, below every weight, so it is never kept in place of one.
         bits = jnp.where(real[:, None], magnitude_bits(score) + 1, 0)
         mask = largest_of_each(bits, *plan.groups, (0,))
 

@@ -73,5 +73,6 @@ def _solve(leaf: Leaf) -> Solution:
     """Mask one leaf."""
     rows, note = leaf.rows()
     norms = jnp.sqrt(jnp.diagonal(leaf.problem.gram, axis1=1, axis2=2))  # ||x_i||, [batch, k]
+    # The weights of an output compete among themselves: each output loses the same fraction.
     mask = leaf.masks(norms, rows, "output")
     return Solution(jnp.where(mask, leaf.x, jnp.zeros((), leaf.x.dtype)), mask, note)

@@ -1,7 +1,7 @@
 """Quantized activations throughout a model: at its sites, without touching the model."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from compress_jax.quantize._activations.site_patterns import (
     pattern_pairs,
 )
 from compress_jax.trace import calibrate, sites
-from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind
+from compress_jax.trace._jaxpr.evaluate import Hooks, Statistics, Values, bind
 from compress_jax.trace._jaxpr.rewrite import hooked
 from compress_jax.trace._jaxpr.site import Position, Site
 from compress_jax.trace._statistics.calibrate import Masks, masks_of
@@ -120,6 +120,7 @@ class _Quantized(NamedTuple):
     ) -> Ranges:
         batches = list(batches)
         needed = any(each.reducer for _, each in pattern_pairs(self.how) if each)
+        # Dynamic quantizers alone keep no ranges; static ones without batches raise in `calibrate`.
         if not batches and not needed:
             return {}
         statistics = calibrate(self.fn, _reducer(self.how, self.where), params, batches, mask=mask)
@@ -136,7 +137,10 @@ class _Quantized(NamedTuple):
         inputs: tuple[PyTree, ...],
         moving: bool,
         mask: Array | None = None,
-    ) -> tuple[PyTree, Ranges]:
+    ) -> tuple[PyTree, Statistics]:
+        """Run the function; if ranges move, also return the new ones by site, with `NON_FINITE`."""
+
+        # The sites are known once the function is traced on these inputs.
         def hooks(found: dict[Position, Site]) -> Hooks:
             quantizers = match_sites(found.values(), self.how, self.where)
             _require_ranges(quantizers, ranges, moving)
@@ -144,12 +148,16 @@ class _Quantized(NamedTuple):
                 position: site for position, site in found.items() if site.name in quantizers
             }
 
-            def contract(site: Site, *operation: Any) -> Values:
-                return _quantized_contraction(quantizers[site.name], moving, site, *operation)
+            def contract(
+                site: Site, eqn: JaxprEqn, operands: list[jax.Array], given: dict[str, PyTree]
+            ) -> Values:
+                quantizer = quantizers[site.name]
+                return _quantized_contraction(quantizer, moving, site, eqn, operands, given)
 
             return Hooks(quantized, contract)
 
         given = _SiteInputs({name: {"ranges": each} for name, each in (ranges or {}).items()})
+        # Only for sites with a quantizer: `masks_of` refuses sites where it cannot follow a mask.
         if mask is not None:
             found = sites(self.fn, params, *inputs)
             names = [
@@ -171,8 +179,7 @@ class _Quantized(NamedTuple):
         moved: Ranges = {}
         skipped: dict[str, jax.Array] = {}
         for name, operands in results.items():
-            counts: Any = operands.pop(NON_FINITE)
-            skipped[name] = counts.sum()
+            skipped[name] = operands.pop(NON_FINITE).sum()  # over iterations of loops
             # A batch without any statistics of a site (a branch not taken) leaves its ranges.
             old = (ranges or {}).get(name) or operands
             moved[name] = jax.tree.map(_new_unless_nan, old, operands)
@@ -189,13 +196,13 @@ class _Quantized(NamedTuple):
         return {site.name: str(match_site(site, self.how, self.where)) for site in found}
 
 
-class _SiteInputs(dict[str, Any]):
+class _SiteInputs(dict[str, dict[str, PyTree]]):
     """Ranges and masks by site; an empty dict for every site that has neither."""
 
     def __contains__(self, name: object) -> bool:
         return True
 
-    def __missing__(self, name: str) -> dict[str, Any]:
+    def __missing__(self, name: str) -> dict[str, PyTree]:
         return {}
 
 
@@ -203,7 +210,7 @@ def _require_ranges(
     quantizers: dict[str, ActivationQuantizer], ranges: Ranges | None, moving: bool
 ) -> None:
     """Raise if a site that needs ranges has none, or has some that are not finite."""
-    if ranges is None and moving:
+    if ranges is None and moving:  # this batch sets them all
         return
     known = ranges or {}
     for name, each in quantizers.items():
@@ -222,6 +229,7 @@ def _reducer(how: QuantizerRules, where: SitePatterns) -> Reducer:
     """
     quantizers = [each for _, each in pattern_pairs(how) if each is not None]
 
+    # `merge` and `finish` do not get the site, so the key tells whose statistics they have.
     def reducer_of(number: str) -> Reducer:
         reducer = quantizers[int(number)].reducer
         assert reducer is not None
@@ -258,6 +266,7 @@ def _calibrated_ranges(
     for key, state in result.items():
         if all(isinstance(x, Tracer) or jnp.isfinite(x).all() for x in state.values()):
             continue
+        # Statistics without an entry are NaN as well: the count tells the two cases apart.
         ran = jnp.asarray(getattr(finished[key], "count", 1)).all()
         why = (
             "they are not finite"
@@ -277,8 +286,8 @@ def _quantized_contraction(
     moving: bool,
     site: Site,
     eqn: JaxprEqn,
-    operands: list[Any],
-    given: dict[str, Any],
+    operands: list[jax.Array],
+    given: dict[str, PyTree],
 ) -> Values:
     """Run a contraction on quantized activations; if ranges move, return the new ones too."""
     states = given.get("ranges", {})
@@ -288,11 +297,12 @@ def _quantized_contraction(
         lhs, rhs = map(jax.lax.stop_gradient, operands[:2])
         observed = quantizer.reducer(site, lhs, rhs, given.get("masks"))
         statistics = quantizer.reducer.finish(observed)
-    new: dict[str, Any] = {}
+    new: dict[str, OperandState] = {}
     args = list(operands)
     skipped = jnp.zeros((), jnp.int32)
     for key, index in site.inputs.items():
         new[key] = states.get(key, {})
+        # Ranges move first, so that the output is that of the new ones.
         if statistics is not None:
             fresh = quantizer.ranges(site, statistics[key])
             new[key], finite = _merge_finite(quantizer, new[key], fresh)
@@ -316,6 +326,7 @@ def _merge_finite(
     both = quantizer.merge(old, fresh)
     merged = {}
     for name in old:
+        # Three cases: the old is unknown, the new is, or neither.
         moved = _new_unless_nan(old[name], both[name])
         merged[name] = jnp.where(jnp.isnan(old[name]), fresh[name], moved)
     return merged, finite

@@ -58,7 +58,9 @@ def dynamic(
 
     def scale_fn(site: Site, index: int, x: jax.Array, state: OperandState) -> Scale:
         x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        # A tensor gets scalars; rows keep their axes at size 1, to broadcast against the operand.
         axes = row_axes(site, index) if granularity == "token" else None
+        # The initial 0 keeps zero in the range, and makes that of an empty operand finite.
         low = jnp.min(x, axis=axes, keepdims=axes is not None, initial=0)
         high = jnp.max(x, axis=axes, keepdims=axes is not None, initial=0)
         return stable_scale_from_range(low, high, grid)
@@ -86,6 +88,7 @@ def row_axes(site: Site, index: int) -> tuple[int, ...]:
       >>> row_axes(Site("a", "dot", None, None, *shapes, *float32, ((2,), (0,))), 0)
       (2,)
     """
+    # A pixel is in several windows, so all windows of an example share one scale.
     if site.kind == "conv" and index == 0:
         batch = site.params["dimension_numbers"].lhs_spec[0]
         return tuple(axis for axis in range(len(site.lhs_shape)) if axis != batch)

@@ -138,6 +138,7 @@ def stable_scale_from_range(low: jax.Array, high: jax.Array, grid: Grid) -> Scal
       (Array(0.02, dtype=float32), Array(0, dtype=uint8))
     """
     known = jnp.isfinite(low) & jnp.isfinite(high)
+    # A range always contains 0, so that zero is a level.
     low = jnp.where(known, jnp.minimum(low, 0), jnp.nan)
     high = jnp.where(known, jnp.maximum(high, 0), jnp.nan)
     if grid.symmetric:
@@ -152,6 +153,7 @@ def nearest_level(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Ar
     Unlike `Grid.round` it clips infinity.
     """
     decoded = grid.decode(grid.encode(x, scale, zero_point), scale, zero_point)
+    # Codes are integers and cannot hold NaN.
     return jnp.where(jnp.isnan(x), x, saturate(decoded, x.dtype))
 
 
@@ -185,7 +187,7 @@ def _(
     grid: Grid, clipped: bool, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     x, scale, zero_point = primals
-    dx = tangents[0]
+    dx = tangents[0]  # scale and zero point count as constants
     rounded = round_to_grid(grid, clipped, x, scale, zero_point)
     if not clipped:
         return rounded, dx
@@ -213,7 +215,7 @@ def require_finite(
     """
     for key, state in operands.items():
         for end, value in state.items():
-            if isinstance(value, Tracer):
+            if isinstance(value, Tracer):  # not known while tracing; the result is NaN instead
                 continue
             found = np.asarray(value, np.float64)
             if not (np.isfinite(found) | (np.isnan(found) & unknown)).all():

@@ -76,7 +76,7 @@ def spread(per_channel: bool = False) -> Reducer:
 
     def measure(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Spread:
         table = channels(site, index, x, mask)
-        values = table.values
+        values = table.values  # float32; masked entries are 0
         axes = table.rows if per_channel else tuple(range(values.ndim))
         flat = table.flat if per_channel else lambda x: x
         share = _mean_weight(values, table.mask, axes)
@@ -198,6 +198,7 @@ def entropy(histogram: Histogram, grid: Grid, stride: int = 8) -> Ends:
     """
     groups = grid.qmax + 1 if grid.symmetric else grid.top + 1
     bins = max(2048, 16 * groups)
+    # On a symmetric grid only magnitudes matter: a histogram from 0, with half as many groups.
     if grid.symmetric:
         histogram = magnitudes(histogram)
         low = 0 * histogram.high
@@ -207,6 +208,7 @@ def entropy(histogram: Histogram, grid: Grid, stride: int = 8) -> Ends:
         high = jnp.maximum(histogram.high, 0)
     counts = _without_zeros(histogram.counts.to_float(), histogram.counts.low.shape[-1] // 2)
     counts = _rebin(edges(histogram), counts, low, high, bins)  # [..., bins]
+    # The bin edge nearest to 0: both ends shrink towards it by the same factor.
     zero = jnp.round(bins * -low / jnp.where(high > low, high - low, 1)).astype(jnp.int32)
     ratio = kl_clip_ratio(counts, zero, groups, stride)
     low = _nan_if_unknown(histogram, ratio * low)
@@ -228,6 +230,7 @@ def _rebin(
 ) -> jax.Array:
     """Spread counts over even bins from low to high: int32 ``[..., bins]``, sum at most 2**30."""
     counts = counts * jnp.minimum(1, 2.0**30 / jnp.maximum(counts.sum(-1, keepdims=True), 1))
+    # The cumulative counts at the old edges, read off linearly at the new ones.
     before = jnp.pad(jnp.cumsum(counts, -1), [(0, 0)] * (counts.ndim - 1) + [(1, 0)])
     steps = jnp.arange(bins + 1, dtype=jnp.float32).reshape(*(1,) * low.ndim, -1) / bins
     wanted = low[..., None] + steps * (high - low)[..., None]  # [..., bins + 1] edges
@@ -265,7 +268,10 @@ def _least_squares(histogram: Histogram, grid: Grid) -> Ends:
     low = jnp.minimum(histogram.low, 0)
     high = jnp.maximum(histogram.high, 0)
     if grid.symmetric:
-        low, high = jnp.minimum(low, -high), jnp.maximum(high, -low)
+        lower = jnp.minimum(low, -high)
+        high = jnp.maximum(high, -low)
+        low = lower
+    # In units of the largest magnitude, so that no cube over- or underflows.
     bound = jnp.maximum(jnp.maximum(high, -low), 2.0**-100)
     counts = histogram.counts.to_float()
     density = counts / jnp.maximum(counts.sum(), 1)  # [bins]
@@ -274,7 +280,8 @@ def _least_squares(histogram: Histogram, grid: Grid) -> Ends:
     def error(low: jax.Array, high: jax.Array) -> jax.Array:
         scale, zero_point = stable_scale_from_range(low, high, grid)
         levels = grid.levels(places, scale, zero_point)
-        residual = places * (1 / scale) - levels
+        residual = places * (1 / scale) - levels  # t - n at the bins' edges
+        # The density is constant in a bin, so its error is a difference of the antiderivative.
         return scale**3 * (density * jnp.diff(levels / 12 + residual**3 / 3)).sum()
 
     def search(start: Ends, factors: np.ndarray) -> Ends:
@@ -282,11 +289,13 @@ def _least_squares(histogram: Histogram, grid: Grid) -> Ends:
             low = start[0] * jnp.asarray(factors)[i, 0]
             high = start[1] * jnp.asarray(factors)[i, 1]
             now = error(low, high)
+            # Of equally good ranges the first stays.
             return jax.tree.map(partial(jnp.where, now < best[0]), (now, (low, high)), best)
 
         return jax.lax.fori_loop(0, len(factors), body, (error(*start), start))[1]
 
     unit = low * (1 / bound), high * (1 / bound)
+    # The coarse search starts from the extremes, the fine one from what it found.
     for factors in _factors(grid.symmetric):
         unit = search(unit, factors)
     return unit[0] * bound, unit[1] * bound

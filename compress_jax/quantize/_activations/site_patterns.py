@@ -56,6 +56,7 @@ def match_site(
       dynamic(bits=4, symmetric=True, granularity='tensor')
     """
     dtypes = (site.lhs_dtype, site.rhs_dtype)
+    # Integer activations are exact as they are.
     if not all(jnp.issubdtype(dtypes[index], jnp.floating) for index in site.inputs.values()):
         return "its activations are not floating-point numbers"
     if where is not None and not matches(where, site.name):
@@ -63,6 +64,7 @@ def match_site(
     for glob, quantizer in pattern_pairs(how):
         if not matches(glob, site.name):
             continue
+        # The first glob that matches decides.
         if quantizer is None:
             return f"pattern {glob!r} leaves it as it is"
         if site.operand is None and where is None and glob == "**":
@@ -88,6 +90,7 @@ def match_sites(
       NoMatchError: if a glob matches no site; the message lists the sites.
     """
     by_name = {site.name: site for site in sites}
+    # A misspelled glob must not leave a site in floats silently; "**" may match nothing.
     globs = [glob for glob, _ in pattern_pairs(how) if glob != "**"]
     if where is not None:
         globs += [where] if isinstance(where, str) else where

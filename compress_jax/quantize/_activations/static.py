@@ -81,6 +81,7 @@ def static(
     def scale_fn(site: Site, index: int, x: jax.Array, state: OperandState) -> Scale:
         low = jax.lax.stop_gradient(state["low"])
         high = jax.lax.stop_gradient(state["high"])
+        # [*batch, k] -> the operand's rank, so that each contracted channel has its own scale.
         if granularity == "channel":
             low, high = _widen_unused(low, high)
             low = broadcast_channels(site, index, x, low)
@@ -95,6 +96,7 @@ def static(
         return {"low": low, "high": high}
 
     def merge(old: OperandState, new: OperandState) -> OperandState:
+        # Extremes of all batches only widen; every other range is a moving average.
         if range == "minmax":
             low = jnp.minimum(old["low"], new["low"])
             return {"low": low, "high": jnp.maximum(old["high"], new["high"])}
@@ -128,6 +130,7 @@ def _range_rule(
             f"percent must be above 0, at most 100, and for 'percentile' only; got {percent} for "
             f"{kind!r}"
         )
+    # The cheapest statistics that a rule can do with: extremes, moments, or a histogram.
     if kind in ("minmax", "ema"):
         reducer = minmax(momentum if kind == "ema" else None, granularity)  # pyright: ignore[reportArgumentType]
         return reducer, range_rules.extremes
@@ -177,6 +180,6 @@ def broadcast_channels(site: Site, index: int, x: jax.Array, channels: jax.Array
             "for it"
         )
     axes = site.batch[index] + site.contracting[index]
-    table = channels.reshape([x.shape[axis] for axis in axes])
+    table = channels.reshape([x.shape[axis] for axis in axes])  # [*batch, *contracted]
     table = table.transpose(np.argsort(axes))  # into the order of the operand's axes
     return table.reshape([size if axis in axes else 1 for axis, size in enumerate(x.shape)])

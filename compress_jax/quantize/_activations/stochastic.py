@@ -94,6 +94,7 @@ def quantized_backward(
     def run(params: Params, *inputs: PyTree) -> PyTree:
         keys = {}
         for site in sites(fn, params, *inputs):
+            # By name: adding a layer leaves the random numbers of all others as they are.
             site_key = jax.random.fold_in(key, zlib.crc32(site.name.encode()))
             # Inside loops every iteration has a key of its own.
             keys[site.name] = jax.random.split(site_key, site.loops) if site.loops else site_key
@@ -141,6 +142,7 @@ def _integer_contraction(
     lhs_key, rhs_key = jax.random.split(key)
     lhs_codes, lhs_scale = _stochastic_codes(grid, lhs, lhs_key)
     rhs_codes, rhs_scale = _stochastic_codes(grid, rhs, rhs_key)
+    # One scale for each operand, so that both can be taken out of the sum.
     total = site.contract(lhs_codes, rhs_codes, jnp.int32).astype(jnp.float32)
     return (total * (lhs_scale * rhs_scale)).astype(site.out_dtype)
 

@@ -1,23 +1,52 @@
-"""Integer inference: run a traced function on packed params, its contractions in int8."""
+"""Integer inference: run a traced function on packed params, its contractions in int8.
 
+`plan_sites` decides how each contraction is computed, in integers or in floats and why.
+`contractions` lists these plans as a table, and `integer` carries them out.
+"""
+
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.errors import NoMatchError, ShapeError, StateError
-from compress_jax.core.packed import is_packed, to_dense
+from compress_jax.core.packed import Quantized, is_packed, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.table import aligned, units
-from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.quantize._activations.quantizer import OperandState, require_finite
-from compress_jax.quantize._activations.site_patterns import QuantizerRules, SitePatterns
-from compress_jax.quantize._integer.integer_dot import Coded, encode, product
-from compress_jax.quantize._integer.plan import Captured, SitePlan, plan_sites
+from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
+from compress_jax.quantize._activations.quantizer import (
+    ActivationQuantizer,
+    OperandState,
+    require_finite,
+)
+from compress_jax.quantize._activations.site_patterns import (
+    QuantizerRules,
+    SitePatterns,
+    match_site,
+    match_sites,
+)
+from compress_jax.quantize._integer.integer_dot import (
+    Coded,
+    encode,
+    fits,
+    operand_axes,
+    product,
+)
+from compress_jax.quantize._integer.packed_operand import (
+    Captured,
+    Lost,
+    PackedOperand,
+    Route,
+    Stored,
+    Value,
+    routes,
+)
 from compress_jax.trace import rewrite
-from compress_jax.trace._jaxpr.find_sites import trace
+from compress_jax.trace._jaxpr.find_sites import Traced, trace
 from compress_jax.trace._jaxpr.site import Site
 
 
@@ -51,6 +80,13 @@ class Contractions:
 
     Attributes:
       rows: one for each contraction, in program order.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> fn, params = lambda p, x: x @ p["kernel"], {"kernel": jnp.ones((3, 2))}
+      >>> table = cj.quantize.contractions(fn, params, jnp.ones((4, 3)))
+      >>> table.integer, table["kernel"].reason
+      (0.0, 'its parameter is not quantized')
     """
 
     rows: tuple[Contraction, ...]
@@ -88,6 +124,193 @@ class Contractions:
             units(sum(row.macs for row in self.rows)),
         )
         return aligned([head, *body, total], left=6)
+
+
+NOT_QUANTIZED = "its activations are not quantized"
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """How one site is computed.
+
+    Attributes:
+      site: the site.
+      quantizer: its activations' quantizer, or None.
+      operand: its packed parameter, or None.
+      weight: the parameter's format in words.
+      activation: the activations' format.
+      packed: whether the parameter is packed.
+      reason: why it is not computed in integers; empty if it is.
+    """
+
+    site: Site
+    quantizer: ActivationQuantizer | None
+    operand: PackedOperand | None
+    weight: str
+    activation: str
+    packed: bool
+    reason: str
+
+    @property
+    def compute(self) -> str:
+        """What is multiplied and added, in words."""
+        if not self.reason:
+            names = [each.split()[0] for each in (self.activation, self.weight or self.activation)]
+            if self.site.operand == "lhs":
+                names.reverse()
+            return " x ".join(names) + " -> int32"
+        parts = [self.site.out_dtype]
+        if self.packed:
+            parts.append("weights unpacked")
+        if self.quantizer is not None:
+            parts.append("activations rounded")
+        return ", ".join(parts)
+
+
+def plan_sites(
+    traced: Traced, leaves: Leaves, how: QuantizerRules | None, where: SitePatterns
+) -> tuple[dict[str, Stored], dict[str, SitePlan]]:
+    """Plan how every site is computed.
+
+    Args:
+      traced: the function's trace.
+      leaves: arrays and packed nodes by path.
+      how: the quantizers of activations, or None.
+      where: which sites' activations are quantized.
+
+    Returns:
+      How each quantized parameter is stored, by path, and the plan of each site by name, in program
+      order.
+
+    Raises:
+      NoMatchError: if a glob matches no site.
+    """
+    found = routes(traced)
+    # How many first axes of each parameter loops slice, at the site with the most. Bytes join codes
+    # along a later axis where there is one, so that an iteration unpacks its own slice only.
+    stacked: dict[str, int] = {}
+    for value in itertools.chain.from_iterable(found.values()):
+        if isinstance(value, Route):
+            stacked[value.path] = max(value.stacked, stacked.get(value.path, 0))
+    stored = {
+        path: Stored.of(leaf, stacked.get(path, 0))
+        for path, leaf in leaves.items()
+        if isinstance(leaf, Quantized)
+    }
+    if how is not None:
+        match_sites(traced.sites.values(), how, where)  # a glob that matches nothing is an error
+    plans = {
+        site.name: _plan_site(site, found[position], leaves, stored, how, where)
+        for position, site in traced.sites.items()
+    }
+    return stored, plans
+
+
+def _plan_site(
+    site: Site,
+    operands: Sequence[Value],
+    leaves: Leaves,
+    stored: Mapping[str, Stored],
+    how: QuantizerRules | None,
+    where: SitePatterns,
+) -> SitePlan:
+    answer = NOT_QUANTIZED if how is None else match_site(site, how, where)
+    operand, weight, reason = _weight(site, operands, leaves, stored)
+    # What keeps the parameter out comes first: a quantizer could not change it.
+    if isinstance(answer, str):
+        quantizer = None
+        reason = reason or answer
+    else:
+        quantizer = answer
+        reason = reason or _not_exact(site, quantizer, operand)
+    packed = is_packed(leaves.get(site.param or ""))
+    activation = _activation(site, quantizer)
+    return SitePlan(site, quantizer, operand, weight, activation, packed, reason)
+
+
+def _weight(
+    site: Site, operands: Sequence[Value], leaves: Leaves, stored: Mapping[str, Stored]
+) -> tuple[PackedOperand | None, str, str]:
+    """Return a site's packed parameter, its format, and why its codes cannot be used."""
+    # A dot of two activations (attention scores) can be computed on the codes of both.
+    if site.param is None:
+        return None, "", "" if site.kind == "dot" else "both operands are activations"
+    leaf = leaves[site.param]
+    value = operands[site.operand == "rhs"]
+    if not is_packed(leaf):
+        return None, str(leaf.dtype), "its parameter is not quantized"
+    if site.param not in stored:
+        name = type(leaf).__name__
+        return None, name, f"its parameter is packed as {name}, not as integers with a scale"
+    parameter = stored[site.param]
+    if isinstance(value, Lost):
+        return None, parameter.format, value.reason
+    if not isinstance(value, Route):
+        return None, parameter.format, "no parameter feeds it"
+    axes = operand_axes(site, int(site.operand == "rhs"))
+    operand = PackedOperand.of(parameter, value, axes)
+    # One scale for each summed entry: every product would be scaled by itself, in floats.
+    if operand.groups == axes.products > 1:
+        reason = "the parameter's scale varies along the axes that are summed over"
+        return None, parameter.format, reason
+    return operand, parameter.format, ""
+
+
+def _not_exact(site: Site, quantizer: ActivationQuantizer, operand: PackedOperand | None) -> str:
+    """Say why a site's products cannot be summed exactly in int32; "" if they can."""
+    # Contractions that `integer_dot` does not compute.
+    if site.kind == "ragged_dot":
+        return "a ragged product: the sizes of its groups are data"
+    if site.kind == "conv" and site.params["batch_group_count"] > 1:
+        return "a convolution with groups of examples"
+    if site.kind == "conv" and operand is not None and operand.groups > 1:
+        return "scales of groups along what a convolution sums over"
+    # A scale can be taken out of the sum only where all summed entries share it.
+    sharing = [_sharing(site, index, quantizer) for index in site.inputs.values()]
+    if "channel" in sharing:
+        return "the activations' scale varies along the axes that are summed over"
+    # The largest magnitude of code - zero_point; the zero point of a range is one of the codes.
+    largest = 2 ** (quantizer.grid.bits - 1) if quantizer.grid.symmetric else quantizer.grid.top
+    other = largest  # of the second operand, if both are activations
+    products = operand_axes(site, 1).products
+    if operand is not None:
+        # code - zero_point reaches from -2^bits to 2^bits where the zero point may be anything.
+        other = operand.stored.middle * (1 if operand.stored.symmetric else 2)
+        products = products // operand.groups  # int32 holds the sum of one group at a time
+    if fits(products, (largest, other)):
+        return ""
+    return f"sums of {products} products may not fit in int32"
+
+
+def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
+    """Return which entries of an activation share a scale: tensor, token or channel."""
+
+    def place(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        key = next(key for key, each in site.inputs.items() if each == index)
+        reducer = quantizer.reducer
+        own = {}
+        # Only shapes matter, so the operands themselves stand for calibration data.
+        if reducer is not None:
+            own = quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
+        return quantizer.scale_fn(site, index, (lhs, rhs)[index], own)[0]
+
+    lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
+    rhs = jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)
+    shape = jax.eval_shape(place, lhs, rhs).shape
+    if math.prod(shape) == 1:
+        return "tensor"
+    summed = operand_axes(site, index).summed
+    return "channel" if any(shape[axis] > 1 for axis in summed) else "token"
+
+
+def _activation(site: Site, quantizer: ActivationQuantizer | None) -> str:
+    """Return the format of a site's activations in words."""
+    if quantizer is None:
+        return (site.lhs_dtype, site.rhs_dtype)[next(iter(site.inputs.values()))]
+    kind = quantizer.call.partition("(")[0]
+    sharing = _sharing(site, next(iter(site.inputs.values())), quantizer)
+    asymmetric = "" if quantizer.grid.symmetric else " asymmetric"
+    return f"int{quantizer.grid.bits} {sharing} {kind}{asymmetric}"
 
 
 def contractions(
@@ -129,7 +352,7 @@ def contractions(
     return tabulated(plan_sites(traced, leaves, how, where)[1])
 
 
-def shape_of(x: Any) -> Any:
+def shape_of(x: PyTree) -> PyTree:
     """Return a leaf as a shape, a packed one as that of its array; other objects unchanged."""
     if is_packed(x):
         return jax.eval_shape(lambda: x.unpack())
@@ -158,9 +381,19 @@ class Integer(NamedTuple):
       apply: ``(params, *inputs) -> out``, compiled once for each shape of inputs.
       table: every contraction with its operands' formats, or why it stayed in floats. ``print``
         shows it.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> c, params = cj.quantize.uniform(bits=4), {"kernel": jnp.eye(2)}
+      >>> packed = c.pack(params, c.init(params))
+      >>> quantized = cj.quantize.integer(lambda p, x: x @ p["kernel"], packed, jnp.ones((1, 2)))
+      >>> sorted(quantized.params["weights"]["kernel"])  # two codes a byte, and their scale
+      ['bits4', 'scale']
+      >>> quantized.table["kernel"].reason
+      'its activations are not quantized'
     """
 
-    params: dict[str, Any]
+    params: dict[str, PyTree]
     apply: ModelFn
     table: Contractions
 
@@ -170,7 +403,7 @@ def integer(
     packed: PyTree,
     *inputs: PyTree,
     how: QuantizerRules | None = None,
-    ranges: Mapping[str, Any] | None = None,
+    ranges: Mapping[str, dict[str, OperandState]] | None = None,
     where: SitePatterns = None,
 ) -> Integer:
     r"""Turn a function of packed params into integer inference.
@@ -220,18 +453,21 @@ def integer(
       2.
     """
     leaves, rebuild = flatten(packed)
+    # `apply` gets a dict of arrays in the place of each quantized leaf; this structure stops there.
     treedef = jax.tree.structure(packed, is_leaf=is_packed)
     traced = trace(fn, rebuild({path: shape_of(x) for path, x in leaves.items()}), *inputs)
     stored, plans = plan_sites(traced, leaves, how, where)
     weights = {path: stored[path].arrays(x) if path in stored else x for path, x in leaves.items()}
     ranges = ranges or {}
     _require(plans, ranges)
+    # Ranges of sites without a quantizer would be dead arguments of `apply`.
     used = [name for name, plan in plans.items() if plan.quantizer and name in ranges]
     kept = {name: ranges[name] for name in used}
 
     @jax.jit
-    def apply(params: dict[str, Any], *inputs: PyTree) -> Any:
+    def apply(params: dict[str, PyTree], *inputs: PyTree) -> PyTree:
         arrays = dict(zip(leaves, treedef.flatten_up_to(params["weights"]), strict=True))
+        # Sites in integers do not read these arrays, and XLA removes what nothing reads.
         dense = {
             path: stored[path].dense(x) if path in stored else to_dense(x)
             for path, x in arrays.items()
@@ -242,7 +478,7 @@ def integer(
     return Integer({"weights": rebuild(weights), "ranges": kept}, apply, tabulated(plans))
 
 
-def _require(plans: Mapping[str, SitePlan], ranges: Mapping[str, Any]) -> None:
+def _require(plans: Mapping[str, SitePlan], ranges: Mapping[str, dict[str, OperandState]]) -> None:
     """Refuse ranges that are missing or not finite."""
     for name, plan in plans.items():
         if plan.quantizer is None:
@@ -255,7 +491,7 @@ def _require(plans: Mapping[str, SitePlan], ranges: Mapping[str, Any]) -> None:
         require_finite(name, ranges.get(name, {}))
 
 
-def _given(plan: SitePlan, ranges: Mapping[str, dict[str, OperandState]]) -> dict[str, Any]:
+def _given(plan: SitePlan, ranges: Mapping[str, dict[str, OperandState]]) -> dict[str, PyTree]:
     """Return the data that a site gets: its ranges, and the current iteration of each loop."""
     loops = plan.site.loops
     # A site in loops gets slices of arrays with leading axes ``loops``: of the first loop's index,
@@ -280,26 +516,29 @@ def _coded(
     return plan.operand.coded(captured, iterations)
 
 
-def _rule(plans: Mapping[str, SitePlan], arrays: Mapping[str, Any]) -> Callable[..., Any]:
+def _rule(plans: Mapping[str, SitePlan], arrays: Leaves) -> Callable[..., PyTree]:
     """Return the rule that computes every site by its plan."""
+    # Indexed outside the loops: their bodies only pick the scales of an iteration.
     captured = {
         name: plan.operand.captured(arrays[plan.operand.route.path])
         for name, plan in plans.items()
         if plan.operand
     }
 
-    def rule(site: Site, lhs: jax.Array, rhs: jax.Array, given: dict[str, Any]) -> Any:
+    def rule(site: Site, lhs: jax.Array, rhs: jax.Array, given: dict[str, PyTree]) -> PyTree:
         plan = plans[site.name]
         operands = [lhs, rhs]
         own = {index: given["own"].get(key, {}) for key, index in site.inputs.items()}
         loops = plan.operand.route.loops if plan.operand else ()
         iterations = [given["iterations"][loop] for loop in loops]
         _check_shape(plan, site)
+        # In integers: the codes replace the operands, and the result is the contraction's.
         if not plan.reason:
             parameter = captured.get(site.name)
             left = _coded(plan, 0, lhs, own, parameter, iterations)
             right = _coded(plan, 1, rhs, own, parameter, iterations)
             return product(site, left, right).astype(site.out_dtype)
+        # In floats, on the rounded operands that the integers stand for.
         if plan.operand is not None and iterations:  # unpacked in the loop, one layer at a time
             operands[site.operand == "rhs"] = plan.operand.dense(captured[site.name], iterations)
         if plan.quantizer is not None:

@@ -56,6 +56,7 @@ class OperandAxes:
 
     def facing(self, rows: jax.Array) -> jax.Array:
         """Return values of rows in the shape that broadcasts against the result."""
+        # `out` increases, so the reshape only inserts axes of length 1.
         shape = np.ones(self.rank, int)
         shape[list(self.out)] = rows.shape
         return rows.reshape(shape)
@@ -91,11 +92,14 @@ def operand_axes(site: Site, index: int) -> OperandAxes:
     """
     shape = (site.lhs_shape, site.rhs_shape)[index]
     rank = len(site.out_shape)
+    # Of an image only the examples count as rows, as every pixel is in several windows.
     if site.kind == "conv":
         numbers = site.params["dimension_numbers"]
         spec = (numbers.lhs_spec, numbers.rhs_spec)[index]
         summed = tuple(sorted(spec[1:]))
+        # lhs_spec starts with the examples, rhs_spec with the outputs, and out_spec with both.
         return OperandAxes(shape, spec[:1], summed, (numbers.out_spec[index],), rank)
+    # A dot's result has the batch axes first, then the free axes of lhs, then those of rhs.
     summed = site.contracting[index]
     batch = site.batch[index]
     free = tuple(axis for axis in range(len(shape)) if axis not in (*summed, *batch))
@@ -151,9 +155,11 @@ def encode(
     axes = operand_axes(site, index)
     scale, zero_point = quantizer.scale_fn(site, index, x, own)
     middle = 2 ** (grid.bits - 1)
+    # Codes of the grid start at 0, signed ones at -middle: codes and zero points shift alike.
     codes = (grid.encode(x, scale, zero_point) - middle).astype(jnp.int8)
+    # An int8 code cannot hold NaN, so the row's scale does.
     unknown = axes.rows(jnp.isnan(x).any(axes.summed, keepdims=True))
-    scale = jnp.where(unknown, jnp.nan, axes.rows(scale))[..., None]
+    scale = jnp.where(unknown, jnp.nan, axes.rows(scale))[..., None]  # [*kept, 1 group]
     if grid.symmetric:
         return Coded(codes, scale)
     return Coded(codes, scale, axes.rows(zero_point.astype(jnp.int32) - middle)[..., None])
@@ -206,6 +212,7 @@ def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
     Returns:
       int32, of the result's shape.
     """
+    # The precision was chosen for floats; sums in int32 are exact without one.
     site = replace(site, params={**site.params, "precision": None})
     left = operand_axes(site, 0)
     right = operand_axes(site, 1)
@@ -216,6 +223,7 @@ def accumulate(site: Site, lhs: Coded, rhs: Coded) -> jax.Array:
         total = total - right.facing(rhs.zero[..., 0]) * _of_ones(site, right, lhs.codes, 1)
     if lhs.zero is not None and rhs.zero is not None:
         both = left.facing(lhs.zero[..., 0]) * right.facing(rhs.zero[..., 0])
+        # Ones with ones count the products of each result: fewer at a padded border.
         total = total + both * _of_ones(site, right, _ones(site, left, 0), 1)
     return total
 
@@ -232,8 +240,9 @@ def _of_ones(site: Site, axes: OperandAxes, other: jax.Array, index: int) -> jax
     """Contract an operand with ones in the place of the other."""
     ones = _ones(site, axes, index)
     operands = (other, ones) if index else (ones, other)
+    # The ones are one row long: their sums are the same for all rows, and broadcast against them.
     sums = site.contract(*operands, preferred_element_type=jnp.int32)
-    if index and site.groups > 1:
+    if index and site.groups > 1:  # the ones have one output for each feature group
         return jnp.repeat(sums, axes.shape[axes.kept[0]] // site.groups, axis=axes.out[0])
     return sums
 
@@ -251,6 +260,7 @@ def _by_groups(
         total: jax.Array, group: tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
     ) -> tuple[jax.Array, None]:
         (left, left_scale, left_zero), (right, right_scale, right_zero) = group
+        # As `accumulate`, but the sums with ones are sums along k: [batch, m] and [batch, n].
         sums = jnp.einsum("bmk,bnk->bmn", left, right, preferred_element_type=jnp.int32)
         sums -= left_zero[:, :, None] * right.sum(-1, dtype=jnp.int32)[:, None, :]
         sums -= right_zero[:, None, :] * left.sum(-1, dtype=jnp.int32)[:, :, None]
@@ -272,8 +282,11 @@ def _cut(
     lead = math.prod(sizes[:batch]), math.prod(sizes[batch:])
 
     def spread(x: jax.Array) -> jax.Array:
+        # [*kept or 1, groups or 1] -> [groups, batch, rows]
         return jnp.moveaxis(jnp.broadcast_to(x, (*sizes, groups)).reshape(*lead, groups), -1, 0)
 
+    # A group is a run of summed entries: [*kept, products] -> [batch, rows, groups, size], then
+    # the groups first, where `scan` takes them.
     codes = jnp.moveaxis(axes.matrix(operand.codes).reshape(*lead, groups, -1), 2, 0)
     zero = operand.zero
     if zero is None:

@@ -128,7 +128,8 @@ def _(
     zero_point = zero_point_from_offset(grid, scale, offset)
     v, low, high = _steps_and_ends(grid, x, scale, zero_point)
     inside = (v > low) & (v < high)
-    # Beyond the ends the value is the offset plus 0 or `top` steps (eq. 4 to 6).
+    # Beyond the ends the value is the offset plus 0 or `top` steps (eq. 4 to 6). Within them it is
+    # s round((x - b) / s) + b, where the derivatives in b cancel.
     slope = jnp.where(v <= low, 0, jnp.where(v >= high, grid.top, jnp.round(v) - v))
     rest = gain * slope * ds + gain * jnp.where(inside, 0, db)
     out = nearest_level(grid, x, scale, zero_point)
@@ -173,6 +174,7 @@ def _(
     x, bound, zero_point = primals
     dx, da, _ = tangents
     scale = scale_from_bound(grid, bound, zero_point)
+    # The paper's x >= alpha and x >= 0, in steps: v >= high, and for z = 0 v >= low.
     v, low, high = _steps_and_ends(grid, x, scale, zero_point)
     # The lower end of the range is low / high times the bound, and moves with it.
     slope = jnp.where(v >= high, 1, jnp.where(v < low, low / high, 0))
@@ -214,4 +216,5 @@ def _steps_and_ends(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return ``x`` in steps from zero, and the lowest and highest level."""
     zero = zero_point.astype(jnp.float32)
+    # The same product as in `Grid.levels`, so that value and derivative agree on what is clipped.
     return x.astype(jnp.float32) * (1 / scale), int(grid.narrow) - zero, grid.top - zero

@@ -94,15 +94,17 @@ def lsq(
 
     def init(x: jax.Array, key: jax.Array | None, axes: Axes) -> LeafState:
         layout = layout_of(axes)
-        arranged = layout.arrange(x.astype(jnp.float32))
+        arranged = layout.arrange(x.astype(jnp.float32))  # groups: [groups, size, channels]
         if start is not None:
             return {"scale": start(arranged, layout, grid)[0]}, None
+        # 2 mean|w| / sqrt(Q_P); padding adds 0 to the sum and is not counted.
         total = jnp.abs(arranged).sum(layout.reduced, keepdims=True)
         mean = total * (1 / group_counts(layout)).astype(np.float32)
         return {"scale": safe_scale(mean * np.float32(2 / grid.qmax**0.5))}, None
 
     def view(x: jax.Array, learned: OperandState, fixed: None, axes: Axes) -> jax.Array:
         layout = layout_of(axes)
+        # g = 1 / sqrt(N Q_P), section 2.2, N of each group.
         gain = jnp.asarray((1 / np.sqrt(group_counts(layout) * grid.qmax)).astype(np.float32))
         scale = positive(learned["scale"])
         return layout.restore(lsq_round(grid, layout.arrange(x), scale, grid.middle, gain))
@@ -169,6 +171,7 @@ def lsq_inputs(bits: int = 4, offset: bool = False) -> ActivationQuantizer:
       Esser et al., "Learned Step Size Quantization", 2020, arXiv:1902.08153, section 2.
       Bhalgat et al., "LSQ+", 2020, arXiv:2004.09576, section 3.
     """
+    # Asymmetric even for signed activations: the zero point chooses the grid, once calibrated.
     grid = activation_grid(bits, False)
     offset = flag("offset", offset)
     call = f"lsq_inputs(bits={bits}, offset={offset})"
@@ -182,6 +185,7 @@ def _lsq_inputs(grid: Grid, call: str) -> ActivationQuantizer:
 
     def quantize_fn(site: Site, index: int, x: jax.Array, state: OperandState) -> jax.Array:
         scale, zero_point = scale_fn(site, index, x, state)
+        # Q_P is the highest level: 2^bits - 1 on the unsigned grid, 2^(bits - 1) - 1 on the signed.
         gain = _gain(x, grid.top - zero_point.astype(jnp.float32))
         return lsq_round(grid, x, scale, zero_point, gain)
 
@@ -209,6 +213,7 @@ def _lsq_plus_inputs(grid: Grid, call: str) -> ActivationQuantizer:
     def ranges(site: Site, statistics: Histogram) -> OperandState:
         low, high = range_rules.mse(statistics, grid)
         scale, zero_point = stable_scale_from_range(low, high, grid)
+        # b = -z s: the range's zero point as an offset that can be trained.
         return {"scale": scale, "offset": -scale * zero_point.astype(jnp.float32)}
 
     reducer = histogram(range_rules.BINS)

@@ -75,6 +75,7 @@ def pact(bits: int = 4, alpha: float | None = None) -> ActivationQuantizer:
 
     def ranges(site: Site, statistics: MinMax) -> OperandState:
         low, high = range_rules.extremes(statistics, grid)
+        # Where calibration has only zeros the bound starts at 1, by `safe_scale`.
         first = safe_scale(jnp.maximum(-low, high)) if alpha is None else jnp.full_like(high, alpha)
         return {
             "alpha": jnp.where(jnp.isfinite(high - low), first, jnp.nan),
@@ -106,5 +107,6 @@ def pact_decay(tree: PyTree, strength: float) -> jax.Array:
       0.5
     """
     leaves = flatten(tree)[0].items()
+    # By name, in any tree: ranges alone, or beside the params in a train state.
     squares = [jnp.square(x).sum() for path, x in leaves if path.split("/")[-1] == "alpha"]
     return jnp.float32(0.5 * strength) * jnp.stack([jnp.zeros(()), *squares]).sum()

@@ -1,1 +1,1 @@
-"""A private room."""
+"""Rewrites: params changed once, so that the same function quantizes better."""

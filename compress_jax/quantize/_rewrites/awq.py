@@ -90,6 +90,7 @@ def awq(
     for path, own in tasks.items():
         _problem.check_finite(path, own)
     found, why = folds(fn, params, inputs, calibration.sites)
+    # One factor scales all kernels with the same inputs, so all of them must be rounded here.
     found = [fold for fold in found if all(part.path in tasks for part in fold.consumers)]
     notes = {path: _not_scaled(path, why) for path in tasks}
     changed: dict[str, tuple[str, ...]] = dict.fromkeys(tasks, ())
@@ -102,6 +103,7 @@ def awq(
         note = "no scaling was better" if r is None else f"scaled with r = {r:g}, into {producers}"
         notes |= dict.fromkeys(paths, note)
         changed |= dict.fromkeys(paths, () if r is None else fold.producers)
+        # Larger rows have smaller inputs: `clip` needs the Gram matrices of these.
         tasks |= {
             part.path: _shrunk(tasks[part.path], fold, part, leaves, factors)
             for part in fold.consumers
@@ -129,10 +131,12 @@ def _search(
 ) -> list[tuple[float | None, jax.Array]]:
     """Return ``(r, factors)`` of each fold with the least output error; r is None for factors 1."""
     ones = [jnp.ones((*fold.scaling.stack, fold.scaling.size)) for fold in found]
+    # No scaling comes first: argmin takes the first of equal errors.
     candidates: list[tuple[float | None, list[jax.Array]]] = [(None, ones)]
     for i in range(points):
         r = i / points
         candidates.append((r, [_factors(fold, leaves, tasks, r) for fold in found]))
+    # One pass for each r scales all folds at once; each fold is judged by its own kernels.
     errors = [_errors(rebuild, compression, found, leaves, tasks, each) for _, each in candidates]
     best = []
     for i in range(len(found)):
@@ -150,9 +154,10 @@ def _factors(fold: Fold, leaves: Leaves, tasks: Tasks, r: float) -> jax.Array:
         squares, sizes = _squares_and_sizes(leaves[part.path].astype(jnp.float32), tasks[part.path])
         inputs.append(fold.scaling.mean(part, squares))
         weights.append(fold.scaling.mean(part, sizes))
-    x = jnp.stack(inputs).mean(0)
-    w = jnp.stack(weights).mean(0)
+    x = jnp.stack(inputs).mean(0)  # mean squares, [*stack, size]
+    w = jnp.stack(weights).mean(0)  # [*stack, size]
     s = jnp.sqrt(x) ** r / (w ** (1 - r) + EPSILON)
+    # Channels that are always zero would decide the normalization; they keep the factor 1.
     live = (x > 0) & (s > 0)
     largest = jnp.where(live, s, 0).max(-1, keepdims=True)
     smallest = jnp.where(live, s, jnp.inf).min(-1, keepdims=True)
@@ -189,8 +194,10 @@ def _errors(
 
     The rounded kernels are divided by their factors, so that the original inputs apply.
     """
-    parts = [part for fold in found for part in fold.scaling.parts]
-    grown = {part.path: jnp.ones_like(leaves[part.path]) for part in parts}
+    # Ones that are scaled like the leaves: what each entry has been multiplied by, in all folds.
+    grown: dict[str, jax.Array] = {}
+    for fold in found:
+        grown |= {part.path: jnp.ones_like(leaves[part.path]) for part in fold.scaling.parts}
     scaled = dict(leaves)
     for fold, own in zip(found, factors, strict=True):
         scaled |= fold.scaling.apply(scaled, own)
@@ -215,5 +222,6 @@ def _shrunk(
     shrunk = []
     for task in tasks:
         rows = task.form.matrices(task.box.take(grown))[..., 0]  # [batch, k]
+        # G_ij / (f_i f_j): the second moments of the inputs x_i / f_i.
         shrunk.append(replace(task, gram=task.gram / (rows[:, :, None] * rows[:, None, :])))
     return tuple(shrunk)

@@ -1,5 +1,6 @@
 """Batch-norm folding: a norm's scale moves into the kernel before it, its shift into its bias."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,9 +59,11 @@ def affine_maps(found: Walk, site: Site) -> list[AffineMap]:
     """
     if site.position not in found.values or site.position not in found.kernels:
         return []
+    # Follow the site's output as long as it has one use, which scales or shifts it by parameters.
     maps: list[AffineMap] = []
     steps: list[Position] = []
     here = site.position
+    # By the position of a value: the step that computes the next value from it.
     following = {parent: key for key, (_, parent) in found.values.items() if parent is not None}
     while (following.get(here) is not None) and len(found.goes.get(here, ())) == 1:
         (use,) = found.goes[here]
@@ -89,6 +92,7 @@ class _Frame:
     """
 
     def __init__(self, each: AffineMap) -> None:
+        # Outermost first; the kernel has an axis for each, which the loop slices.
         self.loops = sorted(loop for _, loop in each.kernel.sliced)
         self.channels = self.parts(each.kernel.sliced, each.made.dims)
 
@@ -101,10 +105,12 @@ class _Frame:
 
     def spread(self, x: np.ndarray, parts: Sequence[Axes]) -> np.ndarray:
         """Return a stored array in the frame."""
-        flat = [axis for part in parts for axis in part]
+        flat = list(itertools.chain.from_iterable(parts))
+        # ``~axis``, a negative number, stands for an axis that is reversed.
         if any(axis < 0 for axis in flat) or len(set(flat)) < len(flat):
             raise Refused("the parameters of its norm are reversed or repeated")
         rest = [axis for axis in range(x.ndim) if axis not in flat]
+        # All other axes must be of size 1: the frame has one entry for each channel.
         if any(x.shape[axis] != 1 for axis in rest):
             raise Refused(
                 "the parameters of its norm do not have one entry for each of its outputs"
@@ -119,13 +125,15 @@ class _Frame:
     def stored(self, y: np.ndarray, shape: Sequence[int], parts: Sequence[Axes]) -> np.ndarray:
         """Return an array of the frame in its stored axes, of length 1 along those not in it."""
         sizes = self.sizes(shape, parts)
+        # Values of fewer axes vary along the last ones of the frame, as NumPy broadcasts.
         y = y.reshape((1,) * (len(sizes) - y.ndim) + y.shape)
         if any(n not in (1, size) for n, size in zip(y.shape, sizes, strict=True)):
             raise Refused(
                 "its norm differs along an axis that is none of its outputs', or of no parameter "
                 "of the norm"
             )
-        flat = [axis for part in parts for axis in part]
+        # Split the axes of the frame that hold several stored ones, and put all in stored order.
+        flat = list(itertools.chain.from_iterable(parts))
         full = (
             np.broadcast_to(y, sizes)
             .reshape([shape[axis] for axis in flat])
@@ -160,6 +168,7 @@ def folded_map(
     shift = each.made.shift
     if len(scale.terms) != 1:
         raise Refused("the scale after it is a sum")
+    # float64, so that a folded parameter is rounded once, when it is cast to its own dtype.
     paths = sorted((scale.paths | shift.paths | {kernel.path}) & leaves.keys())
     old = {path: _float64(leaves[path]) for path in paths}
 
@@ -172,13 +181,16 @@ def folded_map(
         return evaluate(p, entries)
 
     with np.errstate(all="ignore"):
+        # What the map does now; then neutral parameters, and the one that keeps the shift.
         before = value(scale, old)
         wanted = value(shift, old)
         new, terms = _neutral(scale, shift, old)
         carrier = _carrier(frame, terms, each, old)
         if carrier is not None:
             new |= _carried(frame, carrier, shift, wanted, new, value)
+        # The scale left is 1, or what parameters without a neutral value leave of it.
         after = value(scale, new)
+        # A carrier that channels share, or whose factor is 0, cannot give every shift.
         tolerance = 1e-6 * (np.abs(wanted).max(initial=0) + 1e-30)
         if not np.allclose(value(shift, new), wanted, rtol=1e-6, atol=tolerance):
             raise Refused("no parameter of its norm could take up the shift")
@@ -200,6 +212,7 @@ def _neutral(
 ) -> tuple[dict[str, np.ndarray], list[Term]]:
     """Return parameters that make the scale 1 and terms of the shift 0, and these terms."""
     new = dict(old)
+    # Factors of the scale become 1: a gain 1, a variance 1 - eps. Each parameter only once.
     in_scale: set[str] = set()
     for atom, _ in scale.terms[0][0]:
         neutral = atom.inverse(1.0)
@@ -208,6 +221,7 @@ def _neutral(
             in_scale.add(atom.path)
     if not in_scale:
         raise Refused("no parameter of the scale after it could make it 1")
+    # Then terms of the shift become 0, each by a parameter that no other term has.
     terms = [term for term in shift.terms if _own(term, shift, in_scale) is not None]
     for term in terms:
         atom = _own(term, shift, in_scale)
@@ -220,12 +234,16 @@ def _neutral(
 
 def _own(term: Term, shift: Polynomial, in_scale: set[str]) -> Atom | None:
     """Return the parameter that only this term of the shift depends on, linearly."""
+    paths = [_paths_of(factors) for factors, _ in shift.terms]
     for atom, p in term[0]:
-        paths = [{each.path for each, _ in factors} for factors, _ in shift.terms]
         alone = sum(atom.path in own for own in paths) == 1 and atom.path not in in_scale
         if p == 1 and alone and not atom.path.startswith("\0"):  # \0 marks captured constants
             return atom
     return None
+
+
+def _paths_of(factors: Factors) -> set[str]:
+    return {atom.path for atom, _ in factors}
 
 
 def _carrier(
@@ -239,6 +257,7 @@ def _carrier(
     found = [
         (term, atom) for term in terms if (atom := _own(term, each.made.shift, scale)) is not None
     ]
+    # A parameter with an entry for each channel can take up any shift; a shared one may not.
     full = frame.sizes(old[each.kernel.path].shape, frame.channels)
     wide = [
         (term, atom)
@@ -278,9 +297,14 @@ def _in_order(
     factors = scale.terms[0][0]
     spread = [atom.path for atom, power in factors if power < 0]
     gains = [atom.path for atom, power in factors if power >= 0]
-    means = [atom.path for own, k in terms for atom, _ in own if k < 0]
     biases = [carrier[1].path] if carrier is not None else []
-    rest = [atom.path for own, _ in terms for atom, _ in own]
+    means: list[str] = []
+    rest: list[str] = []
+    for own, k in terms:
+        paths = [atom.path for atom, _ in own]
+        rest += paths
+        if k < 0:  # a mean is subtracted, a bias added
+            means += paths
     first = [path for path in means if path not in (*spread, *gains, *biases)]
     first = first or [path for path in means if path in biases]
     return tuple(
@@ -332,6 +356,7 @@ def fold_batch_norm(fn: ModelFn, params: Params, *inputs: PyTree) -> Rewritten:
     found = walk(traced)
     changed: dict[str, tuple[str, ...]] = {}
     skipped: dict[str, str] = {}
+    # Each fold starts from the leaves as the folds before it left them.
     for site in traced.sites.values():
         if site.param is None or site.param in changed:
             continue
@@ -348,6 +373,7 @@ def _best(found: Walk, site: Site, leaves: Leaves) -> tuple[dict[str, jax.Array]
     maps = [each for each in affine_maps(found, site) if each.made.scale.paths & leaves.keys()]
     if (why := _kernel_elsewhere(found, site)) or not maps:
         raise Refused(why or _no_norm(found, site))
+    # A shorter map is folded where the last steps cannot be, such as a scale used elsewhere too.
     reasons = []
     for each in maps[::-1]:
         try:

@@ -18,8 +18,8 @@ from compress_jax.trace._jaxpr.interpret import Where, interpret
 from compress_jax.trace._jaxpr.primitives import CASTS
 from compress_jax.trace._jaxpr.site import Position, Site
 from compress_jax.trace._statistics.calibration import Calibration, require
-from compress_jax.trace._statistics.moments import Moments
 from compress_jax.trace._statistics.reducer import expand_count
+from compress_jax.trace._statistics.statistics import Moments
 
 MOVES = CASTS | {"broadcast_in_dim", "expand_dims", "reshape", "squeeze", "transpose"}
 
@@ -52,9 +52,11 @@ class _Biases:
         return a == b
 
     def unstack(self, a: Origin, loop: int) -> Origin:
+        # A loop gives each layer its slice of the stacked biases.
         return a if a.param is not None else NOTHING
 
     def stack(self, a: Origin, length: int) -> Origin:
+        # What is added to the outputs of all iterations together is no layer's bias.
         return NOTHING
 
     def reshard(self, a: Origin, aval: Aval) -> Origin:
@@ -66,6 +68,7 @@ class _Biases:
         name = eqn.primitive.name
         if name in MOVES:
             return [args[0]]
+        # A bias is the first parameter added to a site's output, on either side of the sum.
         if name in ("add", "add_any"):
             for one, other in (args, args[::-1]):
                 if one.site is not None and other.param is not None:
@@ -157,6 +160,7 @@ def correct_bias(
         if bias is None:
             skipped |= dict.fromkeys(kernels, "no parameter is added to its outputs")
             continue
+        # A bias can remove one mean only; a second site that shares it is left.
         if bias in changed:
             reason = f"its bias {bias!r} already takes up the error of {changed[bias][0]!r}"
             skipped |= dict.fromkeys(kernels, reason)
@@ -166,6 +170,7 @@ def correct_bias(
         if shift is None:
             skipped |= dict.fromkeys(kernels, why)
             continue
+        # The sum is rounded once, to the bias's own dtype.
         leaves[bias] = (leaves[bias].astype(jnp.float32) + shift).astype(leaves[bias].dtype)
         changed[bias] = (kernels[0],)
         if why:
@@ -181,7 +186,7 @@ def _shift(
         return None, reason
     if len(site.pieces) != 1:
         return None, "several parameters are joined in its product, and share one bias"
-    never = moments.count == 0
+    never = moments.count == 0  # [*loops]
     if bool(never.all()):
         return None, "calibration never reached it"
     known = jnp.where(expand_count(never, moments.mean), 0.0, moments.mean)
@@ -195,6 +200,7 @@ def _shift(
             "batches"
         )
     matrices = form.matrices(box.take(error.astype(jnp.float32)))  # [batch, k, n]
+    # (W - W')^T E[x], summed in the kernel's own axes: its outputs keep their order and shape.
     shift = form.stored(matrices * means[..., None]).sum(summed_axes(form))
     if [n for n in shift.shape if n != 1] != [n for n in shape if n != 1]:
         return None, f"its bias has shape {shape}, its outputs {shift.shape}"

@@ -59,6 +59,8 @@ def equalize(
         if jnp.issubdtype(x.dtype, jnp.floating):
             check_finite(path, x)
     kernels = {site.param for site in sites(fn, params, *inputs) if site.param is not None}
+    # A norm's scale between two kernels could balance either one by itself: it is held, and only
+    # what passes from kernel to kernel is found.
     first, _ = scalings(fn, params, *inputs)
     found, why = scalings(fn, params, *inputs, hold=_links(first, kernels))
     pairs = [(scaling, *_sides(scaling, kernels)) for scaling in found]
@@ -66,6 +68,7 @@ def equalize(
     for _ in range(rounds):
         largest = 0.0
         for scaling, one, other in pairs:
+            # In turn, as a kernel is in the pair before it and in the one after.
             factors = _factors(scaling, one, other, leaves)
             largest = max(largest, float(jnp.abs(jnp.log(factors)).max()))
             leaves |= scaling.apply(leaves, factors)

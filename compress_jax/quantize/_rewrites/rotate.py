@@ -68,9 +68,11 @@ def rotate(
         if (reason := _why_not(each, leaves)) is not None:
             skipped[name] = reason
             continue
+        # Norms commute with Q only once they have no scales.
         leaves |= _without_gains(each, leaves)
         matrix = rotation(each.group.size, jax.random.fold_in(key, i), each.keeps_ones)
         q = jnp.asarray(matrix, jnp.float32)
+        # The scales of norms stay: by now each has equal entries.
         still = {*each.unrotated, *(gain.path for gain in each.gains)}
         members = [member for member in each.group.members if member[0] not in still]
         for path, axis in members:
@@ -103,13 +105,14 @@ def rotation(size: int, key: jax.Array, keeps_ones: bool = False) -> np.ndarray:
     odd, triangle = np.linalg.qr(np.asarray(normal, np.float64))
     odd = odd * np.where(np.diag(triangle) < 0, -1.0, 1.0)  # uniform over orthogonal matrices
     signs = np.asarray(jax.random.rademacher(jax.random.fold_in(key, 1), (size,)), np.float64)
-    return np.kron(hadamard(power) / np.sqrt(power), odd) * signs
+    return np.kron(hadamard(power) / np.sqrt(power), odd) * signs  # D scales the columns
 
 
 def _rotation_about_ones(size: int, key: jax.Array) -> np.ndarray:
     """Return a rotation of the other coordinates, seen in a mirror that maps ones to the first."""
     if size == 1:
         return np.eye(1)
+    # Householder: a reflection whose normal is the difference of the two unit vectors.
     normal = np.ones(size) / np.sqrt(size)
     normal[0] -= 1
     mirror = np.eye(size) - 2 * np.outer(normal, normal) / (normal @ normal)
@@ -125,7 +128,8 @@ def _rotated(
     place = group.coordinates[member]
     inside = np.flatnonzero(place >= 0)
     index = inside[np.argsort(place[inside], kind="stable")].reshape(group.size, -1)  # [n, runs]
-    rows = jnp.moveaxis(x.astype(jnp.float32), axis, 0)
+    rows = jnp.moveaxis(x.astype(jnp.float32), axis, 0)  # [axis, *others]
+    # [n, n] x [n, runs, *others], at full precision: rotations cancel only up to its rounding.
     new = jnp.tensordot(q, rows[index], axes=1, precision=jax.lax.Precision.HIGHEST)
     return jnp.moveaxis(rows.at[index].set(new), 0, axis).astype(x.dtype)
 
@@ -166,6 +170,7 @@ def _without_gains(each: Rotation, leaves: Leaves) -> dict[str, jax.Array]:
             done.add(path)
             axes = [axis for member, axis in each.group.members if member == path]
             x = (new[path] if path in new else leaves[path]).astype(jnp.float32)
+            # W^T (g n + b) = (g W)^T (n + b / g): kernels take the scale, biases lose it.
             for axis in axes:
                 own = _placed(scale, len(gain.stack), x.ndim, axis)
                 x = x / own if use.role == "shift" else x * own

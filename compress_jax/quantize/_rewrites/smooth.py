@@ -1,7 +1,7 @@
 """SmoothQuant: move the range of activations into the weights, where it is easier to quantize."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,7 @@ def smooth(
     found, skipped = folds(fn, params, inputs, calibration.sites)
     ranges, unplaced, notes = _ranges(calibration, leaves)
     changed: dict[str, tuple[str, ...]] = {}
+    # In turn: a kernel may be a consumer in one fold and a producer in another.
     for fold in found:
         paths = [part.path for part in fold.consumers]
         if missing := [path for path in paths if path not in ranges]:
@@ -143,10 +144,13 @@ def folds(
     chosen: list[Fold] = []
     taken: set[str] = set()
     for scaling in found:
+        # Parts along axes that a product sums over read the channels; all others produce them.
         consumers = tuple(
             part for part in scaling.parts if set(part.axes) <= summed.get(part.path, set())
         )
         paths = {part.path for part in consumers}
+        # One power, so that one factor a row serves all consumers; and a part beside them, which
+        # takes up the inverse.
         one_power = len({part.power for part in consumers}) == 1
         if one_power and not paths & taken and len(consumers) < len(scaling.parts):
             chosen.append(Fold(scaling, consumers))
@@ -160,6 +164,7 @@ def _reason(path: str, axes: set[int], why: Mapping[tuple[str, int], str]) -> st
     if not axes:
         return "a reshape mixes the axes that are summed over with others"
     reasons = list(dict.fromkeys(why[path, axis] for axis in sorted(axes) if (path, axis) in why))
+    # A convolution's window can never be scaled; why its channels cannot says more.
     reasons = [each for each in reasons if "window" not in each] or reasons
     text = ", ".join(reasons) or "another kernel takes it up"
     return f"nothing before it can make up for a scale: {text}"
@@ -177,22 +182,23 @@ def _balance(fold: Fold, leaves: Leaves, ranges: Leaves, alpha: float) -> jax.Ar
         activations = jnp.broadcast_to(ranges[part.path], kernel.shape)
         inputs.append(fold.scaling.largest(part, activations))
         weights.append(fold.scaling.largest(part, jnp.abs(kernel)))
-    x = jnp.stack(inputs).max(0)
-    w = jnp.stack(weights).max(0)
+    # One factor for all kernels with these inputs, so their largest weight counts.
+    x = jnp.stack(inputs).max(0)  # [*stack, size]
+    w = jnp.stack(weights).max(0)  # [*stack, size]
     factors = x**alpha / jnp.maximum(w, FLOOR) ** (1 - alpha)  # equation 4
     return jnp.where((x == 0) | (w == 0), 1.0, jnp.maximum(factors, FLOOR))
 
 
 def _ranges(
     calibration: Calibration, leaves: Leaves
-) -> tuple[dict[str, Any], dict[str, str], dict[str, str]]:
+) -> tuple[dict[str, jax.Array], dict[str, str], dict[str, str]]:
     """Return the largest magnitude that each kernel's entries are multiplied by.
 
     Returns:
       ``(ranges, unplaced, notes)`` by path: arrays that broadcast against the kernel; why some
       kernels have none; how many channels were always zero, which are not scaled.
     """
-    ranges: dict[str, Any] = {}
+    ranges: dict[str, jax.Array] = {}
     unplaced: dict[str, str] = {}
     zeros: dict[str, int] = {}
     for site, largest in fed_sites(calibration, leaves):
@@ -210,6 +216,7 @@ def _ranges(
             if isinstance(answer, str):
                 unplaced[piece.path] = answer
                 continue
+            # A kernel that is used twice has the larger range of both uses.
             path = piece.path
             placed = parameter_shaped(*answer)
             ranges[path] = jnp.maximum(ranges[path], placed) if path in ranges else placed

@@ -98,7 +98,9 @@ def _hqq(
         return jnp.maximum(size - slope, 0) * jnp.sign(residual)
 
     def step(i: int, at: _Iterate) -> _Iterate:
-        s, z = at.scale, at.zero
+        s = at.scale
+        z = at.zero
+        # E by eq. 4, then the zero point and the scale that fit w - E best.
         q = levels(s, z)
         target = (w - outliers((w - s * q) / unit, i) * unit) * inside  # w - E
         if not grid.symmetric:

@@ -50,6 +50,7 @@ def fit(
     """
     total = partial(jnp.sum, axis=axis, keepdims=True)
     residual = w - scale * levels
+    # The scale moves by slope / weight, and the error falls by slope^2 / weight.
     slope = total(residual * levels)
     weight = jnp.maximum(total(levels**2), jnp.finfo(jnp.float32).tiny)
     return scale + slope / weight, total(residual**2) - slope**2 / weight
@@ -107,6 +108,7 @@ def mse(
 
     def attempt(scale: jax.Array, zero_point: jax.Array, low: jax.Array, high: jax.Array) -> _Best:
         levels = grid.levels(unit, scale, zero_point)
+        # Only for squares is the best scale of given levels known in closed form.
         if norm == 2:
             scale, error = fit(unit, levels, scale, layout.reduced)
         else:
@@ -121,6 +123,7 @@ def mse(
 
         return jax.lax.fori_loop(0, len(factors), trial, best)
 
+    # Levels for the best scale, then the best scale for these levels.
     def alternate(_: jax.Array, best: _Best) -> _Best:
         return best.better_of(attempt(best.scale, best.zero_point, best.low, best.high))
 
@@ -130,6 +133,7 @@ def mse(
     start = attempt(*scale_from_range(low, high, grid), low, high)
     best = search(search(start, coarse), fine)
     best = jax.lax.fori_loop(0, 8, alternate, best)
+    # Back in units of w; a subnormal scale would be flushed to 0.
     scale = jnp.maximum(best.scale * bound, jnp.finfo(jnp.float32).tiny)
     return scale, grid.middle if grid.symmetric else best.zero_point
 

@@ -70,7 +70,7 @@ def pnorm(
             f"need p, points, patience > 0 and 0 < maxshrink <= 1, got {p}, {points}, {patience}, "
             f"{maxshrink}"
         )
-    low, high = group_minmax(w, layout)
+    low, high = group_minmax(w, layout)  # of shape `layout.scale_shape`
     bound = jnp.maximum(jnp.maximum(-low, high), jnp.finfo(jnp.float32).tiny)
 
     def error(share: jax.Array) -> jax.Array:
@@ -83,6 +83,7 @@ def pnorm(
         least, best, waited = carry
         share = 1 - i.astype(jnp.float32) * np.float32(1 / points)
         now = error(share)
+        # A group that has waited for too long stops, though the loop goes on for the others.
         gains = (now < least) & (waited < patience)
         least = jnp.where(gains, now, least)
         best = jnp.where(gains, share, best)
@@ -144,9 +145,10 @@ def entropy(
         low = jnp.zeros_like(low)
     low = jnp.minimum(low, 0)
     high = jnp.maximum(high, 0)
+    # Bins per unit of w; a group of zeros has all its entries, which do not count, in bin 0.
     density = bins / jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)
     zero = jnp.round(-low * density).astype(jnp.int32)
-    positions = flatten_groups((w - low) * density, layout)
+    positions = flatten_groups((w - low) * density, layout)  # [..., entries], in bins
     counts = _histogram(flatten_groups(w, layout), positions, bins)  # [..., bins]
     ratio = kl_clip_ratio(counts, zero.reshape(counts.shape[:-1]), groups, stride)
     ratio = ratio.reshape(layout.scale_shape)
@@ -207,6 +209,7 @@ def kl_clip_ratio(counts: jax.Array, zero: jax.Array, groups: int, stride: int =
       Migacz, "8-bit Inference with TensorRT", 2017, slides 25 to 38.
     """
     bins = counts.shape[-1]
+    # With prefix sums a trial costs as much as there are groups, not bins.
     sums = _prefix_sums(counts)
     zero = zero[..., None]
     below = zero.astype(jnp.float32)
@@ -243,6 +246,7 @@ def _divergence(sums: _PrefixSums, start: jax.Array, stop: jax.Array, groups: in
     filled = _between(sums.filled, edges[..., :-1], edges[..., 1:])
     filled = filled.at[..., :1].add(((first == 0) & (clipped_below > 0)).astype(jnp.int32))
     filled = filled.at[..., -1:].add(((last == 0) & (clipped_above > 0)).astype(jnp.int32))
+    # `inner` is Q's: without the clipped entries; `outer` is P's: with them.
     outer = inner.at[..., :1].add(clipped_below).at[..., -1:].add(clipped_above)
 
     # sum p log p, from n log n of the counts: the two end bins have the clipped entries as well.

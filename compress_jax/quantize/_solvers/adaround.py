@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +142,8 @@ def _solve(
     operands = [form.matrices(each) for each in operands]
     nearest = quantize_fn(w, *operands)
     low, high = neighboring_levels(w, quantize_fn, operands)
-    gap = high - low
+    gap = high - low  # 0 where w is a level or lies beyond the last: nothing to decide
+    # The inner `where` keeps 0 / 0 out.
     fraction = jnp.where(gap > 0, (w - low) / jnp.where(gap > 0, gap, 1), 0.0)
     unit = column_errors(nearest - w, gram).mean(1) / form.k  # e, [batch]
     unit = jnp.where(unit > 0, unit, 1.0)
@@ -151,6 +151,7 @@ def _solve(
     def loss(v: jax.Array, power: jax.Array, active: jax.Array) -> jax.Array:
         h = soft(v)
         distance = jnp.abs(2 * h - 1)
+        # A power below 1 has an infinite derivative at 0.
         undecided = 1 - jnp.where(distance > 0, distance, 1e-6) ** power
         error = (column_errors(low + h * gap - w, gram).sum(1) / unit).sum()
         return error + regularization * active * jnp.where(gap > 0, undecided, 0.0).sum()
@@ -158,8 +159,11 @@ def _solve(
     optimizer = optax.adam(learning_rate)
     start = steps * warmup
 
-    def descend(step: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def descend(
+        step: jax.Array, carry: tuple[jax.Array, optax.OptState]
+    ) -> tuple[jax.Array, optax.OptState]:
         v, optimizer_state = carry
+        # After the warmup the second term is on, and its exponent falls linearly.
         remaining = 1 - jnp.maximum(step - start, 0) / max(steps - start, 1)
         power = beta[1] + (beta[0] - beta[1]) * remaining
         active = (step >= start).astype(jnp.float32)
@@ -167,7 +171,7 @@ def _solve(
         updates, optimizer_state = optimizer.update(gradient, optimizer_state)
         return jnp.asarray(optax.apply_updates(v, updates)), optimizer_state
 
-    v = inverse_soft(fraction)
+    v = inverse_soft(fraction)  # h(V) starts where w is between its levels: without error
     v, _ = jax.lax.fori_loop(0, steps, descend, (v, optimizer.init(v)))
     learned = jnp.where(soft(v) >= 0.5, high, low)
     return form.stored(better_columns(w, gram, nearest, learned)).astype(x.dtype)

@@ -77,7 +77,9 @@ def clip(
 
 def unreached(path: str, tasks: Sequence[Problem]) -> str:
     """Say what calibration does not know of a leaf whose ranges are searched; empty if nothing."""
-    notes = [note for task in tasks for note in _problem.notes(task, path, INSTEAD)]
+    notes: list[str] = []
+    for task in tasks:
+        notes += _problem.notes(task, path, INSTEAD)
     return "; ".join([*notes, *_problem.asides(tasks, INSTEAD)])
 
 
@@ -107,6 +109,7 @@ def clipped_state(
     pointwise = compression.pointwise(params, start)
     ends = {path: _ends(pointwise[path], leaves[path]) for path in tasks}
 
+    # Clipped weights only serve to derive the scales; the errors are those of the weights as given.
     def state_of(by: Mapping[str, Ratios]) -> CompressionState:
         cut = {path: _cut(leaves[path], ends[path], ratio) for path, ratio in by.items()}
         return compression.init(rebuild({**leaves, **cut}))
@@ -116,12 +119,14 @@ def clipped_state(
         deltas = {path: (viewed[path] - leaves[path]).astype(jnp.float32) for path in by}
         return {path: output_errors(delta, tasks[path]) for path, delta in deltas.items()}
 
+    # One ratio for all at a time: each column of each leaf has an error of its own.
     tried = [errors(dict.fromkeys(tasks, ratio)) for ratio in ratios]
     columns = {path: _best_by_column(path, leaves, tasks[path], tried, ratios) for path in tasks}
     whole = {path: _best_of_leaf(path, leaves, tried, ratios) for path in tasks}
     by_column = errors(columns)
     by_leaf = errors(whole)
     best: dict[str, Ratios] = {}
+    # Columns that share a scale cannot choose alone: the two choices are compared as they round.
     for path in tasks:
         better = _total(by_column[path]) <= _total(by_leaf[path])
         best[path] = columns[path] if better else whole[path]
@@ -130,6 +135,7 @@ def clipped_state(
 
 def _ends(pointwise: Pointwise, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the first and last level of every entry."""
+    # Any grid or format saturates: what is far beyond it is rounded to its last level.
     far = jnp.full(x.shape, BEYOND, jnp.float32)
     return pointwise.fn(-far, *pointwise.operands), pointwise.fn(far, *pointwise.operands)
 
@@ -151,7 +157,7 @@ def _best_by_column(
     chosen = jnp.full(leaves[path].shape, ratios[unclipped], jnp.float32)
     for i, task in enumerate(tasks):
         table = jnp.stack([errors[path][i] for errors in tried])  # [ratios, batch, n]
-        best = jnp.where(task.dead.all(1)[:, None], unclipped, table.argmin(0))
+        best = jnp.where(task.dead.all(1)[:, None], unclipped, table.argmin(0))  # [batch, n]
         columns = jnp.asarray(ratios, jnp.float32)[best][:, None]  # [batch, 1, n]
         entries = jnp.broadcast_to(columns, (*task.gram.shape[:2], columns.shape[-1]))
         chosen = task.box.put(chosen, task.form.stored(entries))
@@ -165,7 +171,7 @@ def _best_of_leaf(
     ratios: tuple[float, ...],
 ) -> jax.Array:
     """Return the one ratio that is best for all of a leaf, for every entry."""
-    parts = len(tried[0][path])
+    parts = len(tried[0][path])  # the problems of the leaf
     totals = sum(jnp.stack([errors[path][i] for errors in tried]).sum((1, 2)) for i in range(parts))
     return jnp.full(leaves[path].shape, ratios[int(jnp.argmin(totals))], jnp.float32)
 

@@ -108,9 +108,9 @@ def _solve_leaf(
     form = problem.form
 
     def attempt(damping: float) -> tuple[jax.Array, jax.Array]:
-        see = pointwise.fn
-        gram = problem.gram
-        return _solve(x, pointwise.operands, gram, damping, form, see, block, act_order)
+        return _solve(
+            x, pointwise.operands, problem.gram, damping, form, pointwise.fn, block, act_order
+        )
 
     unsolved = form.matrices(x.astype(jnp.float32))  # [batch, k, n]
     solved, failed, notes = raise_damping(attempt, unsolved, damping)
@@ -159,12 +159,13 @@ def _matrix(
         return by_rows(rows, quantize_row), None
 
     k = len(w)
-    size = min(block, k)
+    size = min(block, k)  # a block of more rows than there are would only be padding
     if not act_order:
         factor, factored = damped_factor(gram, damping, k)
         return by_blocks(Block(w, factor, operands), quantize_block, size)[0], factored
-    order = jnp.argsort(-jnp.diagonal(gram), stable=True)
+    # Inputs of large second moment first: their errors have the most others left to absorb them.
+    order = jnp.argsort(-jnp.diagonal(gram), stable=True)  # [k]
     factor, factored = damped_factor(gram, damping, k, order)
     rows = Block(w[order], factor, [each[order] for each in operands])
     quantized, _ = by_blocks(rows, quantize_block, size)
-    return jnp.zeros_like(quantized).at[order].set(quantized), factored
+    return jnp.zeros_like(quantized).at[order].set(quantized), factored  # back in w's order

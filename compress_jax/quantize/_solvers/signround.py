@@ -106,8 +106,10 @@ def _solve(
 
     def descend(step: Step, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         v, best, lowest = carry
+        # At v = 0, the first step, this is rounding to nearest.
         rounded = quantize_fn(w + v * gap, *operands)
         delta = rounded - w
+        # Half the gradient of the error; it also gives the error itself.
         gradient = jnp.einsum("bkl,bln->bkn", gram, delta, precision=HIGHEST)
         error = (gradient * delta).sum(1)  # [batch, n]
         best = jnp.where((error < lowest)[:, None], rounded, best)
@@ -116,5 +118,6 @@ def _solve(
 
     lowest = jnp.full((w.shape[0], w.shape[2]), jnp.inf)  # [batch, n]
     start = (jnp.zeros_like(w), quantize_fn(w, *operands), lowest)
+    # One iteration more than steps, as an iteration judges what the one before has made.
     _, best, _ = jax.lax.fori_loop(0, steps + 1, descend, start)
     return form.stored(best).astype(x.dtype)

@@ -80,6 +80,7 @@ def mean_magnitude(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
       ``{"scale": float32}``.
     """
     bound = safe_scale(group_absmax(w, layout))
+    # Divided by the largest magnitude, so that the sum cannot overflow; padding adds 0 to it.
     total = (jnp.abs(w) * (1 / bound)).sum(layout.reduced, keepdims=True)
     mean = total * (1 / group_counts(layout)).astype(np.float32) * bound
     # Not `safe_scale`, which is 1 for a group of zeros: here a zero becomes the scale itself.

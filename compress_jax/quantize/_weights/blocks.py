@@ -217,8 +217,10 @@ def best_power(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     """
     top = group_absmax(w, layout)
     size = layout.group_size or w.size
+    # Blocks are brought near 1 by exact powers of two: no square under- or overflows.
     unit = 1 / jnp.minimum(_power_below(top), 2.0**126)
     largest = _ceil(top * unit, levels)
+    # rms >= absmax / sqrt(size), so log2(size) / 2 octaves down and one more for the half.
     octaves = 2 + int(np.ceil(np.log2(size) / 2))
     halvings = jnp.asarray(0.5 ** np.arange(octaves), jnp.float32)
     scale = _cheapest(w * unit, lambda i: largest * halvings[i], octaves, layout, levels)
@@ -263,6 +265,7 @@ def best_two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     """
     tensor, codes = _block_codes(w, layout, levels)
 
+    # Neighboring codes are neighboring e4m3 numbers; 0 and 127 (NaN) are no scales.
     def trial(i: jax.Array) -> jax.Array:
         return E4M3.decode(jnp.clip(codes + 8 - i, 1, 126))  # eight codes to the octave
 
@@ -272,6 +275,7 @@ def best_two_level(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
 def _block_codes(w: jax.Array, layout: Layout, levels: Levels) -> tuple[jax.Array, jax.Array]:
     """Return the scale of the tensor, and the e4m3 code of the scale of every block."""
     tensor = safe_scale(jnp.abs(w).max() * np.float32(1 / (E4M3.largest * levels.largest)))
+    # The tensor's scale maps the largest block's scale, absmax / largest level, to 448.
     codes = E4M3.encode(group_absmax(w, layout) * np.float32(1 / levels.largest) * (1 / tensor))
     return tensor, jnp.maximum(codes, 1)  # no block has the scale 0
 
@@ -301,6 +305,7 @@ def _power_below(x: jax.Array) -> jax.Array:
 
 
 def _floor(absmax: jax.Array, levels: Levels) -> jax.Array:
+    # The exponent of the largest level: 2 in e2m1 (6), 8 in e4m3 (448).
     exponent = int(np.floor(np.log2(levels.largest)))
     power = _clip_power(_power_below(absmax) * np.float32(2.0**-exponent), levels)
     return jnp.where(absmax == 0, 1.0, power)
@@ -308,6 +313,7 @@ def _floor(absmax: jax.Array, levels: Levels) -> jax.Array:
 
 def _ceil(absmax: jax.Array, levels: Levels) -> jax.Array:
     power = _floor(absmax, levels)
+    # Twice the specification's power never clips: 2 s 2^e_max = 2^(floor(log2(absmax)) + 1).
     clips = absmax > power * np.float32(levels.largest)
     return _clip_power(jnp.where(clips, 2 * power, power), levels)
 

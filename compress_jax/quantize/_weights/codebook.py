@@ -109,6 +109,7 @@ def from_levels(
 
     def pack(x: jax.Array, _: None, fixed: Fixed, axes: Axes) -> Tabled:
         layout = layout_of(axes)
+        # The weights are divided as in the view, so that codes and levels agree.
         step = _scale_and_step(fixed, layout)[1]
         codes = layout.restore(levels.encode(_divided(layout.arrange(x), step)))
         scale = fixed["scale"].astype(scale_dtype)
@@ -208,6 +209,7 @@ def _checked_levels(levels: Levels) -> Levels:
             "levels must be a Float, as float_format returns, or a Table of ascending numbers, "
             f"got {levels!r}"
         )
+    # Packed levels are float32: two numbers that become one there would be one level.
     values = np.array(levels.values, np.float32)
     if values.size < 2 or not np.isfinite(values).all() or not (np.diff(values) > 0).all():
         raise ArgumentError(

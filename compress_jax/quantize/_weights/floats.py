@@ -17,6 +17,7 @@ E5M2 = Float(5, 2, reserved=4)
 E2M1 = Float(2, 1)
 """float4_e2m1fn: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. OCP MX v1.0, table 5."""
 
+# The constants of appendix E: zero is among them, with 7 levels below it and 8 above.
 NF4 = Table(
     (
         -1.0,
@@ -197,6 +198,7 @@ def float_format(exponent_bits: int, mantissa_bits: int, *, reserved: int = 0) -
             f"a float takes 1 to 7 exponent and 0 to 8 mantissa bits, got {exponent_bits} and "
             f"{mantissa_bits}"
         )
+    # All codes without the sign; the last `reserved` of them are not numbers.
     magnitudes = 2 ** (exponent_bits + mantissa_bits)
     if reserved not in range(magnitudes - 1):
         raise ArgumentError(

@@ -123,7 +123,8 @@ def best_ternary(w: jax.Array, layout: Layout, levels: Levels) -> Fixed:
     magnitudes = flatten_groups(jnp.abs(w) * (1 / bound), layout)  # [..., entries]
     descending = jnp.sort(magnitudes, axis=-1, descending=True)
     k = np.arange(1, descending.shape[-1] + 1, dtype=np.float32)
-    k = k.reshape((1,) * (descending.ndim - 1) + (-1,))
+    k = k.reshape((1,) * (descending.ndim - 1) + (-1,))  # [1, ..., entries]
+    # Padding is 0 and comes last: it lowers the mean, so that no k that includes it is best.
     means = jnp.cumsum(descending, axis=-1) / k
     best = jnp.argmax(means**2 * k, axis=-1, keepdims=True)
     scale = jnp.take_along_axis(means, best, axis=-1).reshape(layout.scale_shape)

@@ -105,6 +105,7 @@ def uniform(
         layout = layout_of(axes)
         scale = fixed["scale"]
         zero = fixed["zero_point"]
+        # Codes are kept in the shape of the leaf, not as the layout arranges it.
         codes = layout.restore(grid.encode(layout.arrange(x), scale, layout.expand(zero)))
         if grid.symmetric:
             zero = grid.middle  # one scalar; the state of a stack holds it once a layer
@@ -137,6 +138,7 @@ def _rounded(
     layout: Layout, grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array
 ) -> jax.Array:
     """Return an array on its grid, with the derivative of the identity."""
+    # By way of the codes, as pack and unpack compute it: what trains is what ships.
     codes = grid.encode(layout.arrange(x), scale, zero_point)
     return saturate(layout.restore(grid.decode(codes, scale, zero_point)), x.dtype)
 
@@ -153,12 +155,14 @@ def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) 
 
 
 def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
+    # True is the integer 1 in Python; as a number of bits it is refused below.
     if bits is not True and isinstance(bits, int) and bits == 1:
         raise ArgumentError(
             "bits=1 leaves no level above zero on a grid that contains zero; use 2 to 8, or "
             "quantize.binary()"
         )
-    bits, symmetric = whole("bits", bits, 2, 8), flag("symmetric", symmetric)
+    bits = whole("bits", bits, 2, 8)
+    symmetric = flag("symmetric", symmetric)
     if not isinstance(narrow, bool) or (narrow and not symmetric):
         raise ArgumentError(
             f"narrow must be True or False, and True only for a symmetric grid, got {narrow!r}"

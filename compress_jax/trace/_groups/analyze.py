@@ -8,20 +8,17 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Aval, ModelFn, PyTree, Variables
+from compress_jax.core.types import Aval, Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups import axes as moves
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Results, alike, product, shape, unify
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.find_sites import Traced, trace
-from compress_jax.trace._jaxpr.interpret import Where, interpret
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret
 from compress_jax.trace._jaxpr.site import Position, Shape
 
 Rule = Callable[[Axes, JaxprEqn, list[Dims]], Results]
@@ -114,6 +111,7 @@ def _slide(
     axes: Axes, axis: Axis, size: int, stride: int, padding: Sequence[int], length: int
 ) -> Axis:
     """Return the axis of the given length that a sliding window makes of another axis."""
+    # A window of 1 in steps of 1 leaves every index where it is.
     if (size, stride, tuple(padding), length) == (1, 1, (0, 0), axis.size):
         return axis
     axes.freeze(axis, "spatial window")
@@ -137,12 +135,15 @@ def _ragged(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     rows = numbers.lhs_ragged_dimensions
     groups = numbers.rhs_group_dimensions
     (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    # Variants that sum over the ragged axis, or have it as a batch axis, have no rule.
     if len(rows) != 1 or rows[0] in (*left, *left_batch):
         return None
+    # The rows of lhs, the matrices of rhs, and the group sizes, which are the third operand.
     for axis in (*(args[0][i] for i in rows), *(args[1][j] for j in groups), *args[2]):
         axes.freeze(axis, "ragged group")
     for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
         unify(axes, args[0][i], args[1][j])
+    # As in a plain product, but the axis of the matrices is gone: each row meets one of them.
     lhs = [axis for i, axis in enumerate(args[0]) if i not in (*left, *left_batch)]
     rhs = [axis for j, axis in enumerate(args[1]) if j not in (*right, *right_batch, *groups)]
     return [(*(args[0][i] for i in left_batch), *lhs, *rhs)]
@@ -154,7 +155,7 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     numbers = p["dimension_numbers"]
     image, kernel = args
     if p["batch_group_count"] != 1:
-        return None
+        return None  # JAX makes these for the gradients of grouped convolutions
     batch, channel, *space = numbers.lhs_spec
     out, into, *window = numbers.rhs_spec
     if p["feature_group_count"] == 1:
@@ -164,6 +165,7 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
         groups = axes.leaf(p["feature_group_count"])
         unify(axes, image[channel], product([groups, kernel[into]]))
         unify(axes, kernel[out], product([groups, axes.leaf(kernel[out].size // groups.size)]))
+    # out_spec lists the result's axes as (batch, channel, *space).
     results = dict(zip(numbers.out_spec, (image[batch], kernel[out]), strict=False))
     lengths = [shape(eqn)[i] for i in numbers.out_spec[2:]]
     for n, (i, j, target, length) in enumerate(
@@ -175,6 +177,7 @@ def _convolution(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     return [tuple(results[i] for i in range(len(results)))]
 
 
+# A later row overrides its class: iota is a creation, dynamic_update_slice an update.
 RULES: dict[str, Rule] = {
     **dict.fromkeys(primitives.ELEMENTWISE, _elementwise),
     **dict.fromkeys(primitives.COLLECTIVES, _each),
@@ -212,6 +215,7 @@ RULES: dict[str, Rule] = {
 
 def summed(eqn: JaxprEqn) -> list[tuple[int, int]]:
     """Return the axes that an equation sums or reduces over, as ``(operand, axis)``."""
+    # The rules unify the contracted axes of both operands, so those of the second are enough.
     if primitives.kind(eqn) is not None:
         return [(1, axis) for axis in primitives.axes(eqn)[0][1]]
     if eqn.primitive.name in primitives.REDUCTIONS:
@@ -244,20 +248,18 @@ class Walk:
         for axis in dims:
             self.axes.freeze(axis, reason)
 
-    def constant(self, aval: Aval, value: object) -> Dims:
-        """Return the axes of a literal or a captured array; frozen along which it varies."""
-        if not getattr(aval, "shape", ()):
-            return ()
-        if not isinstance(value, (np.ndarray, jax.Array)) or jnp.issubdtype(
-            value.dtype, jax.dtypes.extended
-        ):
+    def constant(self, aval: Aval, value: ConstantValue) -> Dims:
+        """Return the axes of a literal or a captured array; frozen along which it may vary."""
+        entries = value.entries
+        if entries is None:
             return self.fresh(aval, "constant")
-        value = np.asarray(value)
-        varies = [bool((value != value.take([0], axis)).any()) for axis in range(value.ndim)]
-        return tuple(
-            self.axes.leaf(n, "constant" if vary else None)
-            for n, vary in zip(value.shape, varies, strict=True)
-        )
+        dims: list[Axis] = []
+        for axis, size in enumerate(entries.shape):
+            slices = np.moveaxis(entries, axis, 0)
+            # Where all slices along an axis are equal (a mask of ones), it may be permuted.
+            varies = bool((slices != slices[:1]).any())
+            dims.append(self.axes.leaf(size, "constant" if varies else None))
+        return tuple(dims)
 
     def join(self, a: Dims, b: Dims) -> Dims:
         """Unify the axes of two values that one variable may hold."""
@@ -293,12 +295,14 @@ class Walk:
         """Return the axes of an equation's results; without a rule, freeze all it touches."""
         name = eqn.primitive.name
         position = where.position
+        # Sound by default: what has no rule, or is a variant that its rule does not know, freezes.
         results = RULES[name](self.axes, eqn, args) if name in RULES else None
         if results is None or not _fit(eqn, results):
             self.unknown[position] = name
             for dims in args:
                 self.freeze(dims, f"unknown op {name}")
             results = [self.fresh(var.aval, f"unknown op {name}") for var in eqn.outvars]
+        # The body of a loop is walked once, as `same` is True: each position has one entry.
         self.values[position] = args, list(results)
         self.summed[position] = [args[operand][axis] for operand, axis in summed(eqn)]
         return results
@@ -310,7 +314,11 @@ def _fit(eqn: JaxprEqn, results: Sequence[Dims]) -> bool:
     They may not, where JAX has a variant of the primitive that the rule does not know.
     """
     shapes = [getattr(var.aval, "shape", ()) for var in eqn.outvars]
-    return [tuple(axis.size for axis in dims) for dims in results] == shapes
+    return list(map(_sizes, results)) == shapes
+
+
+def _sizes(dims: Dims) -> Shape:
+    return tuple(axis.size for axis in dims)
 
 
 @dataclass(frozen=True)
@@ -349,6 +357,7 @@ def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
     traced = trace(fn, variables, *inputs)
     walk = Walk()
     params = {path: walk.fresh(leaf) for path, leaf in traced.params.items()}
+    # Parameters begin free; the axes of inputs are the caller's, so no permutation may reach them.
     rest = traced.jaxpr.jaxpr.invars[len(params) :]
     data = [walk.fresh(var.aval, "input") for var in rest]
     results = interpret(walk, traced.jaxpr, [*params.values(), *data])
@@ -367,7 +376,7 @@ def analyze(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Analysis:
     return Analysis(traced, walk, params, state)
 
 
-def returned(outputs: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
+def returned(outputs: Leaves, params: Leaves) -> dict[str, str]:
     """Return which outputs are updated parameters.
 
     Their paths end in the path of a parameter, whose shape and dtype they have.
@@ -386,6 +395,7 @@ def returned(outputs: dict[str, Any], params: dict[str, Any]) -> dict[str, str]:
     """
     found = {}
     for path, leaf in outputs.items():
+        # The longest end of the path that is the path of a parameter.
         keys = path.split("/")
         ends = ["/".join(keys[start:]) for start in range(len(keys))]
         param = next((end for end in ends if end and end in params), None)

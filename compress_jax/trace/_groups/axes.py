@@ -138,6 +138,7 @@ class Axes:
 
     def bind(self, leaf: Leaf, axis: Axis) -> None:
         """Record that a leaf, not bound so far, stands for another axis."""
+        # What the leaf stands for from now on cannot be permuted either.
         if leaf.label in self.reasons:
             self.freeze(axis, self.reasons[leaf.label])
         self.bound[leaf.label] = axis
@@ -176,6 +177,8 @@ class Axes:
         axis = self.find(axis)
         if isinstance(axis, Sum):
             return list(itertools.chain.from_iterable(map(self.terms, axis.parts)))
+        # Only the first factor is expanded: in a x b a range of a is a range of the axis, one of b
+        # is not.
         first, *rest = self.factors(axis)
         if not rest or len(rows := self.terms(first)) == 1:
             return [product([first, *rest])]
@@ -234,6 +237,7 @@ class Axes:
         start = 0
         for part in axis.parts:
             for leaf, own in self.coordinates(part).items():
+                # [axis.size], -1 outside the terms that hold the leaf.
                 place = found.setdefault(leaf, np.full(axis.size, -1))
                 place[start : start + part.size] = own
             start += part.size
@@ -245,7 +249,7 @@ class Axes:
         for part in axis.parts:
             faster = axis.size // (slower * part.size)
             for leaf, own in self.coordinates(part).items():
-                found[leaf] = np.tile(np.repeat(own, faster), slower)
+                found[leaf] = np.tile(np.repeat(own, faster), slower)  # [part.size] to [axis.size]
             slower *= part.size
         return found
 
@@ -317,6 +321,7 @@ def _align(axes: Axes, a: Axis, b: Axis) -> bool:
     """Unify term by term or factor by factor; return False where these do not fit."""
     left = axes.terms(a)
     right = axes.terms(b)
+    # Neither is a sum: both are products.
     if len(left) == len(right) == 1:
         return _align_factors(axes, axes.factors(a), axes.factors(b))
     return _align_terms(axes, left, right)
@@ -332,6 +337,7 @@ def _align_terms(axes: Axes, left: Sequence[Axis], right: Sequence[Axis]) -> boo
     while short and long:
         shorter = _first(axes, short)
         longer = _first(axes, long)
+        # Each list goes with its own first term: a rest that is split off returns to that list.
         if shorter.size > longer.size:
             shorter, longer = longer, shorter
             short, long = long, short
@@ -365,11 +371,13 @@ def _align_first(
     if size == whole.size and len(run) == 1:
         unify(axes, whole, run[0])
         return True
+    # The term could be split at none of the boundaries in the run.
     return False
 
 
 def _cut(axes: Axes, term: Axis, at: int) -> tuple[Axis, Axis] | None:
     """Split a term in two, a leaf anywhere, a product between rows; None where it is impossible."""
+    # At a boundary between rows, where the first factor itself can be split.
     if isinstance(term, Product):
         first, *rest = axes.factors(term)
         if at * first.size % term.size:
@@ -434,6 +442,7 @@ def alike(axes: Axes, values: Iterable[Dims]) -> Dims:
     Scalars and axes of size 1 are broadcast.
     """
     results: list[Axis] = []
+    # Scalars have no axes to unify; all other operands of an equation have the same rank.
     for aligned in zip(*(dims for dims in values if dims), strict=True):
         first, *others = [axis for axis in aligned if axis.size != 1] or [UNIT]
         for other in others:
@@ -475,6 +484,7 @@ def reshape(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 def _runs(old: Sequence[int], new: Sequence[int]) -> Iterable[tuple[list[int], list[int]]]:
     """Yield runs of old and of new axes of equal size, without axes of size 1."""
+    # Extend the run with the smaller product until both products are equal.
     left = deque(i for i, size in enumerate(old) if size != 1)
     right = deque(i for i, size in enumerate(new) if size != 1)
     while left:
@@ -541,12 +551,13 @@ def concatenate(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 def split(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Split an axis into consecutive pieces."""
     i = eqn.params["axis"]
-    cut = pieces(axes, args[0][i], eqn.params["sizes"])
+    cut = pieces(axes, args[0][i], eqn.params["sizes"])  # one axis for each result
     return [(*args[0][:i], piece, *args[0][i + 1 :]) for piece in cut]
 
 
 def unstack(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Return the slices along an axis, each a result of its own."""
+    # Each index becomes a value of its own: split into units, the axis has no permutation left.
     i = eqn.params["axis"]
     pieces(axes, args[0][i], [1] * args[0][i].size)
     return [(*args[0][:i], *args[0][i + 1 :]) for _ in eqn.outvars]
@@ -593,6 +604,7 @@ def pad(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Put an axis between two axes of padding, whose indices all hold the same value."""
     results = []
     for axis, (low, high, interior) in zip(args[0], eqn.params["padding_config"], strict=True):
+        # Elsewhere the axis is no longer one whole range of the result.
         if interior or low < 0 or high < 0:
             axes.freeze(axis, "dilated or cropped")
             size = axis.size + max(axis.size - 1, 0) * interior + low + high
@@ -610,6 +622,7 @@ def dynamic_slice(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
 
 def dynamic_update_slice(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Replace a range whose start is data: an axis passes only whole."""
+    # args: the value, its replacement, then one start for each axis.
     for axis, new in zip(args[0], args[1], strict=True):
         if axis.size == new.size:
             unify(axes, axis, new)
@@ -623,7 +636,7 @@ def gather(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     """Look up by index: indexed axes are frozen, those taken whole pass through."""
     numbers = eqn.params["dimension_numbers"]
     sizes = eqn.params["slice_sizes"]
-    table, indices = args[:2]
+    table, indices = args[:2]  # the last axis of the indices holds one number for each indexed axis
     for i in numbers.collapsed_slice_dims:
         axes.freeze(table[i], "looked up by index")
     batching = zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
@@ -649,6 +662,7 @@ def scatter(axes: Axes, eqn: JaxprEqn, args: list[Dims]) -> Results:
     )
     for i, j in batching:
         unify(axes, table[i], indices[j])
+    # The updates interleave the table's window axes and the batch axes of the indices.
     gone = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     whole = iter([table[i] for i in range(len(table)) if i not in gone])
     rest = iter(indices[:-1])

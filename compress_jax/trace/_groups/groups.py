@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,12 @@ import numpy as np
 
 from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import ModelFn, PyTree, Variables
+from compress_jax.core.types import Array, Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze, returned
 from compress_jax.trace._groups.axes import Leaf, Member
 from compress_jax.trace._jaxpr.site import Position
 
 Coordinates = dict[Leaf, np.ndarray]  # of the indices of one parameter axis, by leaf
-Leaves = dict[str, Any]  # arrays by path
 INDEXED = "single indices are picked out"
 
 
@@ -42,6 +41,7 @@ class Group:
         feature map), its k-th occurrence corresponds to the k-th occurrence of every other.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import compress_jax as cj
       >>> params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
       >>> group = cj.trace.groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 3)))[0]
@@ -70,7 +70,8 @@ class Group:
           >>> flat.mask(member, [1]).tolist()
           [False, True, False, True]
         """
-        place = self.coordinates[member]
+        place = self.coordinates[member]  # [length of the axis]
+        # Indices without a coordinate belong to other groups, or to none: they stay.
         return (place < 0) | np.isin(place, np.asarray(list(kept), int))
 
     def order(self, member: Member, permutation: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -89,8 +90,9 @@ class Group:
           >>> flat.order(member, [1, 0]).tolist()
           [1, 0, 3, 2]
         """
-        place = self.coordinates[member]
+        place = self.coordinates[member]  # [length of the axis]
         inside = np.flatnonzero(place >= 0)
+        # A stable sort keeps the occurrences of a coordinate in their order along the axis.
         by_coordinate = inside[np.argsort(place[inside], kind="stable")]
         occurrences = by_coordinate.reshape(self.size, -1)  # [coordinate, occurrence]
         # The k-th occurrence of a coordinate goes to the k-th occurrence of the other.
@@ -111,6 +113,7 @@ class Groups:
       unknown: how often each primitive without a rule occurs; all it touches is frozen.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import compress_jax as cj
       >>> params = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}
       >>> print(cj.trace.groups(lambda p, x: (x @ p["w"]) @ p["v"], params, jnp.ones((1, 3))))
@@ -132,7 +135,13 @@ class Groups:
         """Iterate over the groups."""
         return iter(self.items)
 
-    def __getitem__(self, which: Any) -> Any:
+    @overload
+    def __getitem__(self, which: int | str) -> Group: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> tuple[Group, ...]: ...
+
+    def __getitem__(self, which: int | str | slice) -> Group | tuple[Group, ...]:
         """Return a group by its index or its name, or several by a slice."""
         if not isinstance(which, str):
             return self.items[which]
@@ -170,6 +179,7 @@ class Groups:
         for name, coordinates in kept.items():
             group = self[name]
             _check(group, coordinates)
+            # Several groups may lie in one axis: an index stays if each of them keeps it.
             for member in group.members:
                 masks[member] = masks.get(member, True) & group.mask(member, coordinates)
         for (path, axis), mask in masks.items():
@@ -201,7 +211,7 @@ class Groups:
           >>> {path: w.tolist() for path, w in found.permute(params, "w:1", [1, 0]).items()}
           {'v': [[4.0], [3.0]], 'w': [[2.0, 1.0]]}
         """
-        found: Group = group if isinstance(group, Group) else self[group]
+        found = group if isinstance(group, Group) else self[group]
         if sorted(np.asarray(permutation).tolist()) != list(range(found.size)):
             raise ShapeError(
                 f"{found.name!r} needs a permutation of range({found.size}), not "
@@ -216,7 +226,7 @@ class Groups:
 
 
 def permuted(
-    leaves: Mapping[str, Any],
+    leaves: Leaves,
     group: Group,
     permutation: Sequence[int] | np.ndarray,
     members: Iterable[Member],
@@ -329,6 +339,7 @@ def groups(fn: ModelFn, variables: Variables, *inputs: PyTree) -> Groups:
       Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023 (the idea of a dependency
       graph; here of axes).
     """
+    # A group is a leaf of the axis algebra that is free to be permuted, with all axes it lies in.
     analysis = analyze(fn, variables, *inputs)
     free = _free(analysis)
     places = _places(analysis)
@@ -372,6 +383,8 @@ def _frozen_members(
         reasons = [
             analysis.walk.axes.reason(leaf) or "unused" for leaf in along if leaf not in free
         ]
+        # [length of the axis]: whether an index lies in a free leaf. An index that was picked out
+        # is a term of size 1, which has no leaf.
         covered = np.any([place >= 0 for leaf, place in along.items() if leaf in free], axis=0)
         if reasons or not covered.all():
             yield member, ", ".join(dict.fromkeys(reasons or [INDEXED]))
@@ -387,6 +400,7 @@ def _named(
     A group is named after the first axis that produces it. Groups produced along one axis follow
     each other in the order in which they lie in it.
     """
+    # Axes that no contraction produces (a learned query) come after those that one does.
     order = {member: rank for rank, member in enumerate(_producers(analysis))}
     last = len(order)
     producer = {
@@ -410,12 +424,15 @@ def _producers(analysis: Analysis) -> list[Member]:
     """Return the parameter axes that are outputs of a contraction or a lookup, in program order."""
     traced = analysis.traced
     produced: dict[Position, list[Member]] = {}
+    # A lookup produces the features of its table, whose axis 0 is indexed.
     for position, table in traced.found.lookups.items():
         produced[position] = [(table, axis) for axis in range(1, len(analysis.params[table]))]
     for position, site in traced.sites.items():
         if site.param is not None:
+            # What is neither summed over nor stacked for a loop is an output.
             gone = (*(site.param_axes or ()), *site.stack_axes)
             outputs = [axis for axis in range(len(analysis.params[site.param])) if axis not in gone]
+            # Where the summed axes are unknown, the last axis is the likeliest output.
             if not site.param_axes:
                 outputs.reverse()
             produced[position] = [(site.param, axis) for axis in outputs]
@@ -425,6 +442,7 @@ def _producers(analysis: Analysis) -> list[Member]:
 
 def _place(position: Position) -> tuple[tuple[int, int | str], ...]:
     """Return a key that sorts positions in program order."""
+    # A position mixes integers and words, which Python does not order among themselves.
     return tuple((0, step) if isinstance(step, int) else (1, step) for step in position)
 
 
@@ -459,6 +477,7 @@ class Verification:
       checks: one for each group.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import compress_jax as cj
       >>> params = {"w": jnp.array([[1.0, 2.0]]), "v": jnp.array([[3.0], [4.0]])}
       >>> report = cj.trace.verify_groups(
@@ -543,6 +562,7 @@ def verify_groups(
                 "arrays"
             )
     compiled = jax.jit(lambda leaves, inputs: flatten(fn(rebuild(leaves), *inputs))[0])
+    # NumPy draws the permutations, as they are needed on the host.
     key = jax.random.key(0) if key is None else key
     rng = np.random.default_rng(np.asarray(jax.random.key_data(key)))
     expected = compiled(leaves, inputs)
@@ -561,6 +581,7 @@ def verify_groups(
 def _verified(group: Group, change: Callable[[Iterable[Member]], float], tolerance: float) -> Check:
     """Permute a group, whole and with each member left out."""
     error = change(group.members)
+    # A member whose omission changes nothing was not really tested (a bias of zeros).
     undetected = []
     for member in group.members:
         others = [other for other in group.members if other != member]
@@ -596,7 +617,7 @@ def _change(got: Leaves, expected: Leaves) -> float:
     return float(np.max([0.0, *changes]))  # unlike `max`, keeps a NaN
 
 
-def _numbers(x: Any) -> np.ndarray:
+def _numbers(x: Array) -> np.ndarray:
     """Return an output in double precision; of random keys, their data."""
     if jnp.issubdtype(x.dtype, jax.dtypes.extended):
         x = jax.random.key_data(x)
@@ -605,6 +626,7 @@ def _numbers(x: Any) -> np.ndarray:
 
 def _difference(got: np.ndarray, expected: np.ndarray) -> float:
     same = got == expected  # infinities too, whose difference would be NaN
+    # Only finite entries give a scale. Zeros give none: their change is taken as it is.
     scale = np.abs(expected[np.isfinite(expected)]).max(initial=0) or 1
     difference = np.where(same, 0, got) - np.where(same, 0, expected)
     return float(np.abs(difference).max(initial=0) / scale)

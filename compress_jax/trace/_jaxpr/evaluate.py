@@ -9,15 +9,14 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 from jax.sharding import PartitionSpec, Sharding
 
-from compress_jax.core.types import PyTree
+from compress_jax.core.types import Array, PyTree
 from compress_jax.trace._jaxpr.primitives import (
     Branches,
     Call,
@@ -27,12 +26,16 @@ from compress_jax.trace._jaxpr.primitives import (
     nested,
     opened,
 )
-from compress_jax.trace._jaxpr.site import Position, Site
+from compress_jax.trace._jaxpr.site import EqnParams, Position, Site
 
 Statistics = dict[str, PyTree]
 Values = tuple[list[jax.Array], Statistics]
 """``(results, statistics by site)``."""
 Body = Callable[..., Values]
+Captured = list[jax.Array]
+"""The arrays that a body closes over, made arguments of it."""
+Pullback = Callable[[list[jax.Array]], tuple[jax.Array, ...]]
+"""From cotangents of the results to cotangents of the operands."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,17 @@ class Hooks:
     """
 
     sites: Mapping[Position, Site]
-    apply: Callable[[Site, JaxprEqn, list[jax.Array], Any], Values]
+    apply: Callable[[Site, JaxprEqn, list[jax.Array], PyTree], Values]
     merge: Callable[[PyTree, PyTree], PyTree] = lambda old, new: new
     around: frozenset[Position] = field(init=False)
 
     def __post_init__(self) -> None:
         """Gather the positions that lead to chosen sites."""
-        around = {position[:end] for position in self.sites for end in range(1, len(position))}
-        object.__setattr__(self, "around", frozenset(around))
+        # The site (3, "body", 1) is inside the equation (3,) and its body (3, "body").
+        around: set[Position] = set()
+        for position in self.sites:
+            around.update(position[:end] for end in range(1, len(position)))
+        object.__setattr__(self, "around", frozenset(around))  # the dataclass is frozen
 
 
 def evaluate(
@@ -82,11 +88,11 @@ def evaluate(
     Returns:
       ``(results, statistics by site)``.
     """
-    env: dict[Any, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env: dict[Var, jax.Array] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
     env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
     statistics: Statistics = {}
 
-    def read(atom: Any) -> Any:
+    def read(atom: Var | Literal) -> jax.Array:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -116,16 +122,18 @@ def _equation(
     if position not in hooks.around:
         return bind(eqn, args), {}
 
-    # A site inside: rebuild the equation around it.
+    # A site inside: rebuild the equation around it. Only what is given for sites inside goes along:
+    # a scan takes slices of all that it is handed.
     inside = {place: tree for place, tree in given.items() if place[: len(position)] == position}
 
-    def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Callable[..., Values]:
+    # `scan` and `shard_map` pass a slice or a shard as `given`; the other calls pass it on whole.
+    def body(jaxpr: ClosedJaxpr, where: int | str = "body") -> Body:
         return lambda *operands, given=inside: evaluate(
             jaxpr, operands, hooks, given, (*position, where)
         )
 
     match nested(eqn):
-        case Call(jaxpr, shards) if shards is None:
+        case Call(jaxpr, None):
             return call(eqn, args, body(jaxpr))
         case Call(jaxpr):
             return shard_map(eqn.params, args, body(jaxpr), inside)
@@ -141,7 +149,9 @@ def _equation(
             raise AssertionError(f"{eqn.primitive.name} has sites inside, but cannot be rebuilt")
 
 
-def custom_jvp(original: Callable[..., Any], args: Sequence[jax.Array], body: Body) -> Values:
+def custom_jvp(
+    original: Callable[..., Sequence[jax.Array]], args: Sequence[jax.Array], body: Body
+) -> Values:
     """Run another body under the tangent rule of the original.
 
     Args:
@@ -156,32 +166,36 @@ def custom_jvp(original: Callable[..., Any], args: Sequence[jax.Array], body: Bo
     run, consts = _closed(body, args)
 
     @jax.custom_jvp
-    def function(consts: Any, args: Any) -> Values:
+    def function(consts: Captured, args: Sequence[jax.Array]) -> Values:
         return run(consts, args)
 
     @function.defjvp
     def _(primals: PyTree, tangents: PyTree) -> tuple[Values, Values]:
         results = function(*primals)
-        # The author's rule, applied to the author's function.
+        # The author's rule, applied to the author's function. It has no place for the tangents of
+        # the captured arrays, tangents[0], and gives none to the statistics.
         _, tangent = jax.jvp(original, primals[1], tangents[1])
         return results, (list(tangent), jax.tree.map(_no_tangent, results[1]))
 
     return function(consts, tuple(args))
 
 
-def custom_vjp(original: Callable[..., Any], args: Sequence[jax.Array], body: Body) -> Values:
+def custom_vjp(
+    original: Callable[..., Sequence[jax.Array]], args: Sequence[jax.Array], body: Body
+) -> Values:
     """Run another body under the cotangent rule of the original; arguments as for `custom_jvp`."""
     run, consts = _closed(body, args)
 
     @jax.custom_vjp
-    def function(consts: Any, args: Any) -> Values:
+    def function(consts: Captured, args: Sequence[jax.Array]) -> Values:
         return run(consts, args)
 
-    def forward(consts: Any, args: Any) -> Any:
+    # The residual is the pullback of the author's function, which holds the author's residuals.
+    def forward(consts: Captured, args: Sequence[jax.Array]) -> tuple[Values, Pullback]:
         return run(consts, args), jax.vjp(original, *args)[1]
 
-    def backward(pullback: Any, cotangents: Values) -> Any:
-        return None, pullback(cotangents[0])
+    def backward(pullback: Pullback, cotangents: Values) -> tuple[None, tuple[jax.Array, ...]]:
+        return None, pullback(cotangents[0])  # None: the captured arrays get a gradient of zero
 
     function.defvjp(forward, backward)
     return function(consts, tuple(args))
@@ -189,7 +203,7 @@ def custom_vjp(original: Callable[..., Any], args: Sequence[jax.Array], body: Bo
 
 def _closed(
     body: Callable[..., Values], args: Sequence[jax.Array]
-) -> tuple[Callable[[Any, Any], Values], list[jax.Array]]:
+) -> tuple[Callable[[Captured, Sequence[jax.Array]], Values], Captured]:
     """Make what a body captures an argument of it; return the function and what it captures.
 
     Functions with custom rules must not close over values of other traces.
@@ -198,16 +212,16 @@ def _closed(
     flat = jaxpr_as_fun(opened(made))
     tree = jax.tree.structure(shape)
 
-    def run(consts: Any, args: Any) -> Values:
+    def run(consts: Captured, args: Sequence[jax.Array]) -> Values:
         return jax.tree.unflatten(tree, flat(*consts, *args))
 
     return run, list(made.consts)
 
 
-def _no_tangent(x: jax.Array) -> Any:
+def _no_tangent(x: jax.Array) -> Array:
     if jnp.issubdtype(x.dtype, jnp.inexact):
         return jnp.zeros_like(x)
-    return np.zeros(x.shape, jax.dtypes.float0)
+    return np.zeros(x.shape, jax.dtypes.float0)  # JAX's dtype for tangents of integers
 
 
 def bind(eqn: JaxprEqn, args: Sequence[jax.Array]) -> list[jax.Array]:
@@ -237,15 +251,17 @@ def call(eqn: JaxprEqn, args: Sequence[jax.Array], body: Body) -> Values:
     return body(*args)
 
 
-def _jit(params: dict[str, Any], body: Body) -> Body:
-    def named(*args: Any) -> Values:
+def _jit(params: EqnParams, body: Body) -> Body:
+    def named(*args: jax.Array) -> Values:
         return body(*args)
 
     named.__name__ = params["name"]
+    # Where no sharding was asked for the equation holds a marker; `jax.jit` takes None for it.
     inputs = [each if isinstance(each, Sharding) else None for each in params["in_shardings"]]
     outputs = [each if isinstance(each, Sharding) else None for each in params["out_shardings"]]
-    shardings: dict[str, Any] = {}
+    shardings: dict[str, PyTree] = {}
     if any(each is not None for each in (*inputs, *outputs)):
+        # (results, statistics): the compiler chooses the sharding of the statistics.
         shardings = {"in_shardings": tuple(inputs), "out_shardings": (outputs, None)}
     return jax.jit(named, keep_unused=params["keep_unused"], inline=params["inline"], **shardings)
 
@@ -254,25 +270,26 @@ def _remat(eqn: JaxprEqn, args: Sequence[jax.Array], body: Body) -> Values:
     """Bind the primitive: no public function sets both ``differentiated`` and ``prevent_cse``."""
     made, shape = jax.make_jaxpr(body, return_shape=True)(*args)
     params = {**eqn.params, "jaxpr": opened(made).jaxpr}
+    # One flag for each operand, or one for all; the captured arrays come first.
     if isinstance(params["prevent_cse"], tuple):
         params["prevent_cse"] = (True,) * len(made.consts) + params["prevent_cse"]
     results = eqn.primitive.bind(*made.consts, *args, **params)
     return jax.tree.unflatten(jax.tree.structure(shape), results)
 
 
-def shard_map(
-    params: dict[str, Any], args: Sequence[jax.Array], body: Body, given: PyTree
-) -> Values:
+def shard_map(params: EqnParams, args: Sequence[jax.Array], body: Body, given: PyTree) -> Values:
     """Rebuild a shard_map; the first axis of what is given, and of statistics, is the device."""
     axes = manual_axes(params)
 
-    def shard(given: PyTree, *args: Any) -> Values:
+    # A device has [1, ...] of what is given as [devices, ...], and returns statistics likewise.
+    def shard(given: PyTree, *args: jax.Array) -> Values:
         results, statistics = body(*args, given=jax.tree.map(lambda x: jnp.squeeze(x, 0), given))
         return results, jax.tree.map(lambda x: jnp.expand_dims(x, 0), statistics)
 
     return jax.shard_map(
         shard,
         mesh=params["mesh"],
+        # All manual axes cut the first axis of what is given; the operands keep their own specs.
         in_specs=(PartitionSpec(axes), *params["in_specs"]),
         out_specs=(list(params["out_specs"]), PartitionSpec(axes)),
         axis_names=set(axes),
@@ -286,9 +303,10 @@ def scan(eqn: JaxprEqn, args: Sequence[jax.Array], loop: Scan, body: Body, given
     carry = list(args[loop.consts :][: loop.carry])
     xs = list(args[loop.consts + loop.carry :])
 
+    # What is given is one more xs and the statistics one more ys, stacked to [length, ...].
     def iteration(
-        carry: list[jax.Array], slices: tuple[list[jax.Array], Any]
-    ) -> tuple[list[jax.Array], Any]:
+        carry: list[jax.Array], slices: tuple[list[jax.Array], PyTree]
+    ) -> tuple[list[jax.Array], Values]:
         own, given = slices
         results, statistics = body(*consts, *carry, *own, given=given)
         return results[: loop.carry], (results[loop.carry :], statistics)
@@ -319,25 +337,27 @@ def while_loop(
     consts = args[loop.condition_consts : split]
     carry = list(args[split:])
 
-    def check(carry: list[jax.Array]) -> tuple[Any, Statistics]:
+    def check(carry: list[jax.Array]) -> tuple[jax.Array, Statistics]:
         (more,), statistics = condition(*head, *carry)
         return more, statistics
 
-    def check_in_body(carry: list[jax.Array]) -> tuple[Any, Statistics]:
+    def check_in_body(carry: list[jax.Array]) -> tuple[jax.Array | None, Statistics]:
         return check(carry) if sites_in_condition else (None, {})
 
     def iteration(state: PyTree) -> PyTree:
         carry, _, old = state
         carry, new = body(*consts, *carry)
-        more, last = check_in_body(carry)
+        more, last = check_in_body(carry)  # decides on the next iteration
         merged = {site: merge(old[site], value) for site, value in {**new, **last}.items()}
         return carry, more, merged
 
     # The state of the loop: (carry, whether the condition holds, statistics by site).
-    def proceed(state: PyTree) -> Any:
+    def proceed(state: PyTree) -> jax.Array:
         carry, more, _ = state
         return more if sites_in_condition else check(carry)[0]
 
+    # The condition runs before the first iteration, its sites with it. The state has a fixed
+    # structure: sites of the body begin as unobserved.
     more, first = check_in_body(carry)
     shapes = jax.eval_shape(lambda carry: body(*consts, *carry)[1], carry)
     start = {**unobserved(shapes), **first}
@@ -348,12 +368,13 @@ def while_loop(
 def branches(eqn: JaxprEqn, args: Sequence[jax.Array], bodies: Sequence[Body]) -> Values:
     """Rebuild a cond; sites of the branches that were not taken are unobserved."""
     index, *operands = args
-    every: dict[str, Any] = {}
+    # All branches must return the same structure: each has the statistics of the sites of all.
+    every: Statistics = {}
     for body in bodies:
         every |= jax.eval_shape(lambda *a, body=body: body(*a)[1], *operands)
 
     def complete(body: Body) -> Body:
-        def branch(*operands: Any) -> Values:
+        def branch(*operands: jax.Array) -> Values:
             results, statistics = body(*operands)
             return results, {**unobserved(every), **statistics}
 
@@ -366,34 +387,35 @@ def branches(eqn: JaxprEqn, args: Sequence[jax.Array], bodies: Sequence[Body]) -
 
 def _choose(
     eqn: JaxprEqn,
-    index: Any,
+    index: jax.Array,
     bodies: Sequence[ClosedJaxpr],
     operands: Sequence[jax.Array],
     tree: PyTree,
 ) -> Values:
     """Bind the primitive: lax.switch would clamp an index that is already clamped."""
-    captured = [const for body in bodies for const in body.consts]
+    captured = list(itertools.chain.from_iterable(body.consts for body in bodies))
 
     def with_all_captured(body: ClosedJaxpr, start: int) -> ClosedJaxpr:
         """Return a branch that takes what any of them captures, and uses its own part."""
         run = jaxpr_as_fun(opened(body))
         end = start + len(body.consts)
 
-        def branch(*args: Any) -> Any:
+        def branch(*args: jax.Array) -> list[jax.Array]:
             return run(*args[start:end], *args[len(captured) :])
 
         return jax.make_jaxpr(branch)(*captured, *operands)
 
+    # Branch i uses captured[starts[i] : starts[i + 1]].
     starts = itertools.accumulate((len(body.consts) for body in bodies), initial=0)
     params = {**eqn.params, "branches": tuple(map(with_all_captured, bodies, starts))}
     results = eqn.primitive.bind(index, *captured, *operands, **params)
     return jax.tree.unflatten(tree, results)
 
 
-def unobserved(shapes: PyTree) -> Any:
+def unobserved(shapes: PyTree) -> PyTree:
     """Return statistics of a site that did not run: NaN where they are floating, else 0."""
 
-    def nothing(x: Any) -> jax.Array:
+    def nothing(x: jax.ShapeDtypeStruct) -> jax.Array:
         return jnp.full(x.shape, jnp.nan if jnp.issubdtype(x.dtype, jnp.inexact) else 0, x.dtype)
 
     return jax.tree.map(nothing, shapes)

@@ -4,11 +4,11 @@
 contractions their names.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr, JaxprEqn
@@ -19,7 +19,7 @@ from compress_jax.core.errors import ArgumentError, CompressError, ShapeError
 from compress_jax.core.paths import Patterns, flatten, match
 from compress_jax.core.types import Aval, Leaves, ModelFn, Params, PyTree
 from compress_jax.trace._jaxpr import primitives
-from compress_jax.trace._jaxpr.interpret import Where, interpret, uniform_operands
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret, uniform_operands
 from compress_jax.trace._jaxpr.origin import (
     CONSTANT,
     DATA,
@@ -108,9 +108,13 @@ def unseen(fn: ModelFn, params: Params, *inputs: PyTree) -> dict[str, str]:
     """
     traced = trace(fn, params, *inputs)
     found = traced.found
-    contracted = {path for site in traced.sites.values() for path in (site.param, *site.also)}
+    contracted: set[str | None] = set()
+    for site in traced.sites.values():
+        contracted.update((site.param, *site.also))
+    # A table may have other uses too; the lookup says most.
     reasons = {path: f"{how}; no contraction uses it" for path, how in found.otherwise.items()}
     reasons |= dict.fromkeys(found.lookups.values(), LOOKED_UP)
+    # Vectors (biases, scales of norms) are no kernels: they need no reason.
     unused = {
         path: reasons.get(path, "no contraction uses it")
         for path, x in flatten(params)[0].items()
@@ -205,7 +209,7 @@ class Traced:
     """
 
     jaxpr: ClosedJaxpr
-    params: dict[str, Any]
+    params: Leaves
     labels: Sequence[str]
     out: PyTree
 
@@ -248,13 +252,13 @@ def trace(fn: ModelFn, params: Params, *inputs: PyTree) -> Traced:
         arrays.
     """
     leaves = flatten(params)[0]
-    labels = flatten({"inputs": list(inputs)})[0]
+    labels = flatten({"inputs": list(inputs)})[0]  # "inputs/0/tokens"
     for path, leaf in {**leaves, **labels}.items():
         _require_array(path, leaf)
     try:
         jaxpr, out = jax.make_jaxpr(fn, return_shape=True)(params, *inputs)
     except CompressError:
-        raise
+        raise  # some are a ValueError too
     except (TypeError, ValueError) as error:
         shapes = ", ".join(f"{path} {jax.typeof(leaf)}" for path, leaf in labels.items())
         raise ShapeError(
@@ -270,9 +274,10 @@ def trace(fn: ModelFn, params: Params, *inputs: PyTree) -> Traced:
     return Traced(jaxpr, leaves, list(labels), out)
 
 
-def _require_array(path: str, leaf: Any) -> None:
+def _require_array(path: str, leaf: object) -> None:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return
+    # JAX traces Python's numbers as arrays of rank 0.
     if not isinstance(leaf, (bool, int, float, complex)):
         raise ShapeError(
             f"{path!r} is a {type(leaf).__name__}, not an array: bind what is not an array "
@@ -315,7 +320,7 @@ class Found:
     stacked: dict[str, set[int]] = field(default_factory=dict)
     sums: frozenset[Position] = frozenset()
 
-    def constant(self, aval: Aval, value: object) -> Origin:
+    def constant(self, aval: Aval, value: ConstantValue) -> Origin:
         """Return the origin of a literal or a captured array."""
         return Origin()
 
@@ -331,6 +336,7 @@ class Found:
         """Return the origin of one slice along the first axis; note the loop that slices it."""
         if a.dims is None:
             return a
+        # A reshape may have joined several stored axes in the first axis: the loop runs along all.
         sliced = (*a.sliced, *((axis, loop) for axis in a.dims[0]))
         if a.level == PARAMETER and len(a.paths) == 1:
             self.stacked.setdefault(a.paths[0], set()).update(a.dims[0])
@@ -355,11 +361,13 @@ class Found:
         if primitives.contracts_inside(eqn):
             self.hidden[where.position] = eqn.primitive.name
         result = transfer(eqn, args)
+        # Rows that data choose are an embedding; any other slice is still the parameter.
         if eqn.primitive.name == "gather" and args[0].paths:
             if result.level == DATA:
                 self.lookups[where.position] = args[0].paths[0]
             elif args[0].level == PARAMETER:
                 self.otherwise.setdefault(args[0].paths[0], CONSTANT_ROWS)
+        # A product that `kind` does not count sums over no axis (einsum("bd,dn->bdn")).
         if eqn.primitive.name == "dot_general":
             scales = [arg.paths[0] for arg in args if arg.level == PARAMETER and arg.paths]
             self.otherwise |= dict.fromkeys(scales, NO_SUM)
@@ -374,6 +382,7 @@ def _product(args: list[Origin], position: Position) -> Origin:
     level = max(arg.level for arg in args)
     if level == DATA:
         return Origin(DATA, maker=position)
+    # Of two parameters (a low-rank product A @ B) the result is a view of neither.
     views = [arg for arg in args if arg.level == PARAMETER]
     return Origin(level, views[0].paths if len(views) == 1 else ())
 
@@ -389,6 +398,7 @@ def find(closed: ClosedJaxpr, params: Leaves, inputs: Sequence[str]) -> Found:
     Returns:
       The domain after the run.
     """
+    # `equation` looks up the positions of contractions only, so those of other equations may stay.
     found = Found(sums=frozenset(uniform_operands(closed)))
     origins = [parameter(path, x.shape) for path, x in params.items()]
     interpret(found, closed, [*origins, *map(data, inputs)])
@@ -399,6 +409,7 @@ def name(found: Found) -> dict[Position, Site]:
     """Return the sites of a jaxpr by position, in program order, with unique names."""
     names: dict[Position, str] = {}
     counts: Counter[str] = Counter()
+    # In program order: what an operand was made by has its name before the operand is used.
     for position, contraction in found.contractions.items():
         base = _base_name(contraction, names)
         counts[base] += 1
@@ -430,7 +441,7 @@ def _paths(contraction: Contraction) -> tuple[str, ...]:
     _, lhs, rhs, _ = contraction
     order = (lhs, rhs) if _operand(contraction) == "lhs" else (rhs, lhs)
     views = [origin for origin in order if origin.level == PARAMETER]
-    return tuple(dict.fromkeys(path for origin in views for path in origin.paths))
+    return tuple(dict.fromkeys(itertools.chain.from_iterable(view.paths for view in views)))
 
 
 def _operand(contraction: Contraction) -> str | None:
@@ -440,6 +451,7 @@ def _operand(contraction: Contraction) -> str | None:
         return "rhs" if rhs.paths else None
     if not rhs.paths:
         return "lhs"
+    # Both are parameters, as where learned queries are fed to a kernel.
     left = _likeness(lhs, eqn.invars[0].aval)
     right = _likeness(rhs, eqn.invars[1].aval)
     return "lhs" if left > right else "rhs"
@@ -454,15 +466,18 @@ def _likeness(origin: Origin, aval: Aval) -> tuple[bool, bool, int]:
     """
     if origin.dims is None:
         return False, False, 0
+    # Compared from left to right. A repeated axis holds no stored axis: its entry is empty.
     long = [axes for axes, size in zip(origin.dims, aval.shape, strict=True) if size > 1]
     return len(origin.paths) == 1, all(long), sum(map(bool, long))
 
 
 def _label(origin: Origin, names: dict[Position, str]) -> str:
+    """Return a name for an operand that is no view of a parameter."""
     if origin.level == CONSTANT:
         return "constant"
     if origin.level == PARAMETER:
         return "parameters"
+    # The carry of a loop may come from a contraction further down, which has no name yet.
     return origin.label or names.get(origin.maker, "carry")
 
 
@@ -470,6 +485,8 @@ def _pair(a: str, b: str) -> str:
     """Join two names: what they share in front once, then the rest by ``@``."""
     first = _short(a).split("/")
     second = _short(b).split("/")
+    # block/query/kernel and block/key/kernel make block/query@key. The last part of each is kept,
+    # also where the two are equal.
     shared = 0
     while shared < min(len(first), len(second)) - 1 and first[shared] == second[shared]:
         shared += 1
@@ -480,14 +497,15 @@ def _pair(a: str, b: str) -> str:
 def _short(label: str) -> str:
     """Return a name without the leaf name of a layer's parameter."""
     head, _, leaf = label.rpartition("/")
+    # A second use is called kernel#2. A path of one part has nothing else to be called by.
     return head if head and leaf.partition("#")[0] in LEAF_NAMES else label
 
 
 def _site(name: str, contraction: Contraction, uses: dict[str, list[str]]) -> Site:
     eqn, lhs, rhs, where = contraction
-    left: Any = eqn.invars[0].aval
-    right: Any = eqn.invars[1].aval
-    out: Any = eqn.outvars[0].aval
+    left: Aval = eqn.invars[0].aval
+    right: Aval = eqn.invars[1].aval
+    out: Aval = eqn.outvars[0].aval
     contracting, batch = primitives.axes(eqn)
     site = Site(
         name=name,
@@ -510,6 +528,7 @@ def _site(name: str, contraction: Contraction, uses: dict[str, list[str]]) -> Si
     paths = _paths(contraction)
     if not paths:
         return site
+    # What the trace knows of the parameter: which of its stored axes lie in the operand's axes.
     side = 0 if site.operand == "lhs" else 1
     origin = (lhs, rhs)[side]
     return replace(
@@ -528,6 +547,8 @@ def _stored_axes(origin: Origin, own: AxisIndices) -> AxisIndices | None:
     """Return the stored axes that lie in some axes of a value; None if one lies in others too."""
     if origin.dims is None or len(origin.paths) != 1:
         return None
-    inside = tuple(dict.fromkeys(axis for i in own for axis in origin.dims[i]))
-    others = {axis for i, axes in enumerate(origin.dims) if i not in own for axis in axes}
+    inside = tuple(dict.fromkeys(itertools.chain.from_iterable(origin.dims[i] for i in own)))
+    rest = (axes for i, axes in enumerate(origin.dims) if i not in own)
+    others = set(itertools.chain.from_iterable(rest))
+    # A reshape that mixes axes puts a stored axis in several: it is not summed over as a whole.
     return None if others & set(inside) else inside

@@ -9,10 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from compress_jax.core.types import Aval
 from compress_jax.trace._jaxpr.primitives import (
@@ -57,6 +58,61 @@ class Where:
         return Where((*self.position, body), loops, self.conditional or conditional)
 
 
+@dataclass(frozen=True)
+class ConstantValue:
+    """A literal, or an array that a function closes over, whose numbers may not be known.
+
+    Attributes:
+      value: what the jaxpr holds.
+
+    Example:
+      >>> ConstantValue(jnp.ones(2)).entries.tolist()
+      [1.0, 1.0]
+      >>> jax.jit(lambda x: x * ConstantValue(x).known)(3)
+      Array(0, dtype=int32, weak_type=True)
+    """
+
+    value: Any = field(repr=False)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a value here and now.
+
+        There is none for a tracer, as the analysis may run while a caller's ``jit`` traces; nor for
+        an array of which other processes hold a part.
+        """
+        if isinstance(self.value, Tracer):
+            return False
+        if isinstance(self.value, jax.Array):
+            return self.value.is_fully_addressable or self.value.is_fully_replicated
+        return isinstance(self.value, (np.ndarray, np.generic, bool, int, float, complex))
+
+    @property
+    def entries(self) -> np.ndarray | None:
+        """Its numbers or truth values; None if they are not known, or it is a typed key."""
+        if not self.known or jnp.issubdtype(jnp.result_type(self.value), jax.dtypes.extended):
+            return None
+        return np.asarray(self.value)
+
+    @property
+    def real(self) -> np.ndarray | None:
+        """Its numbers; None if they are not known, or complex, or truth values."""
+        entries = self.entries
+        if entries is None:
+            return None
+        dtype = entries.dtype
+        is_real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
+        return entries if is_real else None
+
+    @property
+    def zero(self) -> bool:
+        """Whether its numbers are known to be zero."""
+        entries = self.entries
+        if entries is None or not jnp.issubdtype(entries.dtype, jnp.number):
+            return False
+        return not entries.any()
+
+
 class Domain(Protocol[V]):
     """Abstract values, and the transfer functions of equations on them.
 
@@ -65,14 +121,15 @@ class Domain(Protocol[V]):
     point. So `join` must be monotone, and `equation` may be called more than once for one place.
     """
 
-    def constant(self, aval: Aval, value: object) -> V:
+    def constant(self, aval: Aval, value: ConstantValue) -> V:
         """Return the abstract value of a literal or a captured array."""
         ...
 
     def equation(self, eqn: JaxprEqn, args: list[V], where: Where) -> Sequence[V]:
         """Return the abstract results of an equation.
 
-        It is asked of no equation that passes its operands on, or has jaxprs inside that are known.
+        The interpreter handles `PASS_THROUGH` and all that `nested` knows by itself; only the other
+        equations come here.
         """
         ...
 
@@ -117,13 +174,15 @@ def interpret(
       An abstract value for each of its outputs.
     """
     where = where or Where()
-    env: dict[Any, V] = {}
+    env: dict[Var, V] = {}
 
-    def read(atom: Any) -> V:
-        return domain.constant(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
+    def read(atom: Var | Literal) -> V:
+        if isinstance(atom, Literal):
+            return domain.constant(atom.aval, ConstantValue(atom.val))
+        return env[atom]
 
     constants = zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
-    env |= {var: domain.constant(var.aval, value) for var, value in constants}
+    env |= {var: domain.constant(var.aval, ConstantValue(value)) for var, value in constants}
     env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
         results = _equation(domain, eqn, [read(atom) for atom in eqn.invars], where.at(index))
@@ -160,6 +219,7 @@ def _call(domain: Domain[V], eqn: JaxprEqn, call: Call, args: list[V], where: Wh
 def _scan(domain: Domain[V], scan: Scan, args: list[V], where: Where) -> list[V]:
     consts, carry, xs = _cut(args, scan.consts, scan.carry)
     inside = where.inside("body", loop=scan.length)
+    # An abstract slice is that of any iteration, so it is taken once.
     slices = [domain.unstack(x, len(where.loops)) for x in xs]
 
     # (consts, carry, slices of xs) -> (carry, slices of ys)
@@ -188,6 +248,7 @@ def _while(domain: Domain[V], loop: While, args: list[V], where: Where) -> list[
 def _branches(domain: Domain[V], branches: Branches, args: list[V], where: Where) -> list[V]:
     index, *operands = args
     _decide(domain, [index])
+    # The index is data: run every branch, and join what each of them returns.
     results = [
         interpret(domain, body, operands, where.inside(i, conditional=True))
         for i, body in enumerate(branches.bodies)
@@ -216,9 +277,11 @@ def _fixed_point(
 
     The carry is joined with its start: the loop may run no iteration.
     """
+    # A join only gives up knowledge, and there is a finite amount of it: the loop ends.
     while True:
         results = iteration(carry)
         joined = [domain.join(a, b) for a, b in zip(carry, results[: len(carry)], strict=True)]
+        # The carry holds for every iteration, so the further results (ys) of this round do too.
         if all(map(domain.same, joined, carry)):
             return [*joined, *results[len(carry) :]]
         carry = joined
@@ -261,13 +324,17 @@ def uniform_operands(jaxpr: ClosedJaxpr) -> UniformOperands:
 
 
 def uniform_value(value: object) -> Number:
-    """Return the one number that a constant's entries are, if they are real and equal."""
-    dtype = getattr(value, "dtype", np.asarray(0.0).dtype)
-    real = jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-    if isinstance(value, Tracer) or not real:
+    """Return the one number that a constant's entries are, if they are known, real and equal.
+
+    Example:
+      >>> uniform_value(np.full(3, 2)), uniform_value(2j)
+      (2.0, None)
+    """
+    entries = ConstantValue(value).real
+    if entries is None or not entries.size:
         return None
-    entries = np.asarray(value).reshape(-1)
-    return float(entries[0]) if entries.size and (entries == entries[0]).all() else None
+    first = entries.reshape(-1)[0]
+    return float(first) if (entries == first).all() else None
 
 
 @dataclass
@@ -276,9 +343,10 @@ class _Constants:
 
     operands: UniformOperands = field(default_factory=dict)
 
-    def constant(self, aval: Aval, value: object) -> Number:
-        return uniform_value(value)
+    def constant(self, aval: Aval, value: ConstantValue) -> Number:
+        return uniform_value(value.value)
 
+    # NaN equals not even itself, so a carry of NaN is joined to None, and the loop ends there.
     def join(self, a: Number, b: Number) -> Number:
         return a if a == b else None
 
@@ -309,6 +377,7 @@ def _folded(eqn: JaxprEqn, args: Sequence[Number]) -> Number:
     if not known or len(known) < len(args):
         return None
     name = eqn.primitive.name
+    # One number throughout stays that number, wherever its entries go.
     if name in MOVES or name in CASTS:
         return known[0]
     if name == "integer_pow":
@@ -318,12 +387,14 @@ def _folded(eqn: JaxprEqn, args: Sequence[Number]) -> Number:
 
 
 def _safely(rule: Callable[..., float], args: Sequence[float]) -> float:
+    # Python raises (1 / 0, the root of -1, an overflow) where an array would hold inf or NaN.
     try:
         return rule(*args)
     except (ArithmeticError, ValueError):
         return math.nan
 
 
+# On Python's floats: in double precision, whatever the dtype of the equation.
 RULES: dict[str, Callable[..., float]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,

@@ -5,6 +5,7 @@ stored axes lie in which of its axes. `pieces`: which entries of which parameter
 operands of every contraction.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
 from compress_jax.core.types import Aval, Leaves
 from compress_jax.trace._jaxpr import primitives
 from compress_jax.trace._jaxpr.evaluate import bind
-from compress_jax.trace._jaxpr.interpret import Where, interpret
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret
 from compress_jax.trace._jaxpr.primitives import INDEX_REDUCTIONS, RANDOM, REDUCTIONS
-from compress_jax.trace._jaxpr.site import AxisIndices, Position, Shape
+from compress_jax.trace._jaxpr.site import AxisIndices, EqnParams, Position, Shape
 from compress_jax.trace._jaxpr.strided import Piece, runs
 
 CONSTANT = 0
@@ -76,7 +77,9 @@ def join(origins: Sequence[Origin]) -> Origin:
         return Origin(level)
     if len(views) == 1:
         return views[0]
-    return Origin(level, tuple(dict.fromkeys(path for view in views for path in view.paths)))
+    # Of several views (a mean of weights, a concatenation) the paths are known, the axes are not.
+    paths = itertools.chain.from_iterable(view.paths for view in views)
+    return Origin(level, tuple(dict.fromkeys(paths)))
 
 
 def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
@@ -92,6 +95,7 @@ def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
     shapes = [_shape(var) for var in eqn.invars]
     out = _shape(eqn.outvars[0]) if eqn.outvars else ()
     name = eqn.primitive.name
+    # Random numbers count as constants, whatever the key: a weight with noise is that weight.
     if name in RANDOM:
         return Origin()
     if name == "gather" and args[0].level == PARAMETER:
@@ -106,7 +110,7 @@ def transfer(eqn: JaxprEqn, args: Sequence[Origin]) -> Origin:
     return _combine(args, shapes, out)
 
 
-def _shape(var: Any) -> Shape:
+def _shape(var: Var | Literal) -> Shape:
     return getattr(var.aval, "shape", ())
 
 
@@ -118,10 +122,14 @@ def _combine(args: Sequence[Origin], shapes: list[Shape], out: Shape) -> Origin:
     """
     if max((arg.level for arg in args), default=CONSTANT) == DATA:
         return join(args)
+    # A mask made of the weight fills the result as the weight does; a scale [1, out] does not.
     shaped = zip(args, shapes, strict=False)
     filling = [arg for arg, shape in shaped if arg.paths and shape == out and _fills(arg, shape)]
     # A view whose axes are known replaces one of the same parameter whose axes are not.
-    known = {path for arg in filling if arg.dims is not None for path in arg.paths}
+    known: set[str] = set()
+    for arg in filling:
+        if arg.dims is not None:
+            known.update(arg.paths)
     views = [arg for arg in filling if arg.dims is not None or not known.issuperset(arg.paths)]
     if views:
         return join(views)
@@ -133,9 +141,6 @@ def _fills(origin: Origin, shape: Shape) -> bool:
     if origin.dims is None:
         return True
     return all(axes or size == 1 for axes, size in zip(origin.dims, shape, strict=True))
-
-
-EqnParams = dict[str, Any]
 
 
 def _dims(origin: Origin) -> Dims:
@@ -164,6 +169,7 @@ def _expand_dims(params: EqnParams, origin: Origin, shape: Shape, out: Shape) ->
 def _broadcast(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Origin:
     dims: list[AxisIndices] = [()] * len(out)
     for axis, target in enumerate(params["broadcast_dimensions"]):
+        # An axis of size 1 that becomes longer repeats one entry: no stored axis runs along it.
         if shape[axis] == out[target]:
             dims[target] = _dims(origin)[axis]
     return replace(origin, dims=tuple(dims))
@@ -173,7 +179,7 @@ def _reshape(params: EqnParams, origin: Origin, shape: Shape, out: Shape) -> Ori
     """Every axis of a run may hold every stored axis of it."""
     dims: list[AxisIndices] = [()] * len(out)
     for run, target in runs(shape, out):
-        axes = tuple(dict.fromkeys(axis for i in run for axis in _dims(origin)[i]))
+        axes = tuple(dict.fromkeys(itertools.chain.from_iterable(_dims(origin)[i] for i in run)))
         for i in target:
             dims[i] = axes
     return replace(origin, dims=tuple(dims))
@@ -216,14 +222,17 @@ def _gather(eqn: JaxprEqn, args: Sequence[Origin], shapes: list[Shape], out: Sha
     """One slice of stacked layers is still the parameter; rows that data choose are data."""
     table = args[0]
     numbers = eqn.params["dimension_numbers"]
+    # The result has the offset axes, which are those of a slice, and one more for each axis of the
+    # indices if there are several: [batch, tokens] look up rows as [batch, tokens, features].
     several = len(out) > len(numbers.offset_dims)
+    # Slices of rank 2 or more are not rows but whole kernels, as of experts: still the parameter.
     if several and args[1].level == DATA and len(numbers.offset_dims) < 2:
         return data("/".join(table.paths[:1]) or "parameters")  # an embedding
     if table.dims is None:
         return table
     # Axes along which one index is taken; each offset axis of the result is a whole axis.
     gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    picked = tuple(axis for i in gone for axis in table.dims[i])
+    picked = tuple(itertools.chain.from_iterable(table.dims[i] for i in gone))
     dims: list[AxisIndices] = [picked] * len(out)
     left = [i for i in range(len(shapes[0])) if i not in gone]
     for target, axis in zip(numbers.offset_dims, left, strict=True):
@@ -245,7 +254,8 @@ class Unknown:
 
     Attributes:
       reason: why; empty if there is no parameter in it.
-      data: whether it depends on inputs too.
+      data: whether it depends on inputs too. Without a parameter and data it is a constant that is
+        not known, as a caller's ``jit`` traces it.
     """
 
     reason: str = ""
@@ -254,7 +264,11 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Constant:
-    """A value that depends on no parameter and no input; computed only where an index needs it."""
+    """A known value, which depends on no parameter and no input.
+
+    Attributes:
+      make: computes it; called only where an index needs the value.
+    """
 
     make: Callable[[], Any] = field(repr=False)
 
@@ -292,9 +306,9 @@ class PieceDomain:
 
     found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
 
-    def constant(self, aval: Aval, value: object) -> Value:
+    def constant(self, aval: Aval, value: ConstantValue) -> Value:
         """Return the value of a literal or a captured array."""
-        return Constant(lambda: value)
+        return Constant(lambda: value.value) if value.known else Unknown(data=False)
 
     def join(self, a: Value, b: Value) -> Value:
         """Join two abstract values."""
@@ -323,34 +337,50 @@ class PieceDomain:
     def equation(self, eqn: JaxprEqn, args: list[Value], where: Where) -> Sequence[Value]:
         """Return the results of an equation; note the operands of a contraction."""
         name = eqn.primitive.name
+        # A product's result holds sums, in which no entry of a parameter can be found again.
         if primitives.kind(eqn) is not None:
             self.found[where.position] = (args[0], args[1])
             return [_unknown(args, f"it is changed on its way ({name})")]
         count = len(eqn.outvars)
         # Constants stay unevaluated until an index needs their value.
-        if args and all(isinstance(arg, Constant) for arg in args) and not eqn.effects:
-            return [Constant(_computed(eqn, args, i)) for i in range(count)]
+        constants = [arg for arg in args if isinstance(arg, Constant)]
+        if args and len(constants) == len(args) and not eqn.effects:
+            return [Constant(_computed(eqn, constants, i)) for i in range(count)]
         if not any(isinstance(arg, Strided) for arg in args):
             return [_unknown(args)] * count
         if name in PIECE_JOINS:
             return [_joined(eqn, args)]
+        # A move of pieces: exact if every index is known. Padding must only be constant.
         operand = args[0]
+        rest = args[1:]
         if isinstance(operand, Strided):
             if name == "split":
                 return _parts(eqn, operand.pieces)
-            if name in PIECE_RULES and all(isinstance(arg, Constant) for arg in args[1:]):
+            exact = all(map(_is_constant, rest)) if name == "pad" else len(constants) == len(rest)
+            if name in PIECE_RULES and exact:
                 shape = _shape(eqn.invars[0])
                 out = _shape(eqn.outvars[0])
                 move = PIECE_RULES[name]
-                return [_strided(move(each, eqn, args, shape, out) for each in operand.pieces)]
+                moved = [move(each, eqn, constants, shape, out) for each in operand.pieces]
+                return [_strided(moved)]
             if name in primitives.INDEXED:
                 reason = "a slice of it is used, and data or the iteration of a loop decide which"
                 return [_unknown(args, reason)] * count
+            if name == "pad":
+                return [_unknown(args, "it is padded with data or a parameter")] * count
         return [_combined(eqn, args)] * count
 
 
-def _computed(eqn: JaxprEqn, args: Sequence[Any], result: int) -> Callable[[], Any]:
-    def make() -> Any:
+def _is_constant(arg: Value) -> bool:
+    """Tell whether a value depends on no parameter and no input, whether it is known or not."""
+    if isinstance(arg, Unknown):
+        return not arg.reason and not arg.data
+    return isinstance(arg, Constant)
+
+
+def _computed(eqn: JaxprEqn, args: Sequence[Constant], result: int) -> Callable[[], jax.Array]:
+    def make() -> jax.Array:
+        # The analysis may run while a caller's jit traces; the index is needed as a number now.
         with jax.ensure_compile_time_eval():
             return bind(eqn, [arg.make() for arg in args])[result]
 
@@ -380,15 +410,16 @@ PIECE_JOINS = frozenset(("concatenate", "stack"))
 
 def _joined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     """Put values side by side along an axis, a new one for ``stack``."""
-    if any(isinstance(arg, Unknown) for arg in args):
+    if not all(isinstance(arg, Strided) or _is_constant(arg) for arg in args):
         return _unknown(args, "it is joined with data")
     stacked = eqn.primitive.name == "stack"
     axis = eqn.params["axis" if stacked else "dimension"]
-    place = 0
+    place = 0  # where the next operand begins along the axis
     found = []
     for arg, var in zip(args, eqn.invars, strict=True):
         shape = _shape(var)
         for piece in arg.pieces if isinstance(arg, Strided) else ():
+            # `stack` gives every operand the new axis, of size 1, before it joins them.
             if stacked:
                 out = (*shape[:axis], 1, *shape[axis:])
                 old = tuple(i for i in range(len(out)) if i != axis)
@@ -399,10 +430,13 @@ def _joined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
 
 
 def _parts(eqn: JaxprEqn, given: tuple[Piece, ...]) -> list[Value]:
+    """Return the pieces in each result of a ``split``."""
     ends = np.cumsum([0, *eqn.params["sizes"]]).tolist()
     axis = eqn.params["axis"]
-    spans = zip(ends[:-1], ends[1:], strict=True)
-    return [_strided([piece.cut(axis, low, high) for piece in given]) for low, high in spans]
+    parts = []
+    for low, high in itertools.pairwise(ends):
+        parts.append(_strided(piece.cut(axis, low, high) for piece in given))
+    return parts
 
 
 def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
@@ -410,23 +444,32 @@ def _combined(eqn: JaxprEqn, args: Sequence[Value]) -> Value:
     name = eqn.primitive.name
     if any(isinstance(arg, Unknown) and arg.data for arg in args):
         return _unknown(args, f"data change it on its way ({name})")
-    strided = [arg for arg in args if isinstance(arg, Strided)]
+    every = list(_all_pieces(args))
     filling = _filling(eqn, args)
+    # Exactly one operand may fill the result; the others (a scale, a zero point) are broadcast.
     if len(filling) != 1:
-        paths = {piece.path for arg in strided for piece in arg.pieces}
+        paths = {piece.path for piece in every}
         how = "several parameters are combined" if len(paths) > 1 else "it is changed on its way"
         return _unknown(args, f"{how} ({name})")
     # A cast to another floating dtype keeps every entry's value, up to rounding: no change.
     if name == "convert_element_type" and jnp.issubdtype(eqn.params["new_dtype"], jnp.floating):
         return args[0]
-    earlier = [step for arg in strided for piece in arg.pieces for step in piece.changed]
+    # The result carries the changes of all operands, also of those that are only broadcast.
+    earlier = itertools.chain.from_iterable(piece.changed for piece in every)
     changed = tuple(dict.fromkeys([*earlier, name]))
     return Strided(tuple(replace(piece, changed=changed) for piece in filling[0]))
+
+
+def _all_pieces(args: Sequence[Value]) -> Iterable[Piece]:
+    for arg in args:
+        if isinstance(arg, Strided):
+            yield from arg.pieces
 
 
 def _filling(eqn: JaxprEqn, args: Sequence[Value]) -> list[tuple[Piece, ...]]:
     """Return the pieces, without their changes, of each operand that fills the result."""
     outs = {_shape(var) for var in eqn.outvars}
+    # A set in order: in w * (w > 0) both operands are the same pieces, apart from their changes.
     filling: dict[tuple[Piece, ...], None] = {}
     for arg, var in zip(args, eqn.invars, strict=True):
         if not isinstance(arg, Strided) or {_shape(var)} != outs:
@@ -437,62 +480,73 @@ def _filling(eqn: JaxprEqn, args: Sequence[Value]) -> list[tuple[Piece, ...]]:
 
 
 def _repeated(piece: Piece) -> bool:
-    return any(stride == 0 for digits in piece.axes for _, stride in digits)
+    """Tell whether a piece is broadcast: it has a stride of 0 along an axis."""
+    return any(stride == 0 for _, stride in itertools.chain.from_iterable(piece.axes))
 
 
-# Rules for moves of pieces: (piece, equation, operands, shape of the operand, shape of the result)
-# to the piece in the result; None if nothing of it is left, or why what is left is no piece.
 Moved = Piece | str | None
+"""The piece in the result; None if nothing of it is left, or why what is left is no piece."""
+Constants = Sequence[Constant]
+
+# Rules for moves of pieces: (piece, equation, its further operands, which are indices or the value
+# to pad with, shape of the first operand, shape of the result) to what `Moved` says.
 
 
-def _transpose_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _transpose_piece(
+    piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape
+) -> Moved:
     return piece.transposed(eqn.params["permutation"])
 
 
-def _squeeze_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _squeeze_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     return piece.squeezed(eqn.params["dimensions"])
 
 
-def _expand_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _expand_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     old = tuple(i for i in range(len(out)) if i not in eqn.params["dimensions"])
     return piece.broadcast(out, shape, old)
 
 
-def _broadcast_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _broadcast_piece(
+    piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape
+) -> Moved:
     return piece.broadcast(out, shape, eqn.params["broadcast_dimensions"])
 
 
-def _reshape_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _reshape_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     return piece.reshaped(shape, out)
 
 
-def _reverse_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _reverse_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     return piece.reversed(eqn.params["dimensions"], shape)
 
 
-def _slice_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _slice_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     starts = eqn.params["start_indices"]
     steps = eqn.params["strides"] or (1,) * len(starts)
     return _box(piece, starts, eqn.params["limit_indices"], steps)
 
 
-def _dynamic_slice_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
-    indices = [int(arg.make()) for arg in args[1:]]
+def _dynamic_slice_piece(
+    piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape
+) -> Moved:
+    indices = [int(index.make()) for index in rest]
     # XLA moves a slice that would reach beyond the operand back inside.
     starts = [min(max(i, 0), n - m) for i, n, m in zip(indices, shape, out, strict=True)]
     ends = [start + n for start, n in zip(starts, out, strict=True)]
     return _box(piece, starts, ends, (1,) * len(starts))
 
 
-def _gather_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _gather_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     """One index along some axes, everything along the others: how ``take`` makes a slice."""
     numbers = eqn.params["dimension_numbers"]
     sizes = eqn.params["slice_sizes"]
-    index = np.asarray(args[1].make())
+    index = np.asarray(rest[0].make())  # [k]: a coordinate for each axis in start_index_map
     gone = tuple(numbers.collapsed_slice_dims)
     partial = any(sizes[i] != n for i, n in enumerate(shape) if i not in gone)
     if index.ndim != 1 or numbers.operand_batching_dims or partial:
         return "several indices are picked by one lookup"
+    # The box that the slice cuts out: one index along the collapsed axes, all along the others.
     places = dict(zip(numbers.start_index_map, index.tolist(), strict=True))
     starts = [0] * len(shape)
     ends = list(shape)
@@ -505,9 +559,9 @@ def _gather_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Sha
     return left.squeezed(gone) if isinstance(left, Piece) else left
 
 
-def _pad_piece(piece: Piece, eqn: JaxprEqn, args: Any, shape: Shape, out: Shape) -> Moved:
+def _pad_piece(piece: Piece, eqn: JaxprEqn, rest: Constants, shape: Shape, out: Shape) -> Moved:
     for axis, (low, high, inner) in enumerate(eqn.params["padding_config"]):
-        if inner and shape[axis] > 1:
+        if inner and shape[axis] > 1:  # with one entry there is no inside
             return "it is padded inside"
         left = piece.cut(axis, max(-low, 0), shape[axis] - max(-high, 0))  # negative padding crops
         if not isinstance(left, Piece):
@@ -528,7 +582,7 @@ def _box(
     return piece
 
 
-PIECE_RULES: Mapping[str, Callable[[Piece, JaxprEqn, Any, Shape, Shape], Moved]] = {
+PIECE_RULES: Mapping[str, Callable[[Piece, JaxprEqn, Constants, Shape, Shape], Moved]] = {
     "transpose": _transpose_piece,
     "squeeze": _squeeze_piece,
     "expand_dims": _expand_piece,

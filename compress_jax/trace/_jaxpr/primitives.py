@@ -12,11 +12,10 @@ the equations that contract.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 
-from compress_jax.trace._jaxpr.site import AxisIndices
+from compress_jax.trace._jaxpr.site import AxisIndices, EqnParams
 
 
 def _names(text: str) -> frozenset[str]:
@@ -258,7 +257,7 @@ def bodies(inner: Nested | None) -> dict[int | str, ClosedJaxpr]:
     return {}
 
 
-def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
+def _scan_sizes(params: EqnParams) -> tuple[int, int]:
     """Return how many operands of a scan are constants, and how many are carried."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -266,11 +265,11 @@ def _scan_sizes(params: dict[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def _shards(params: dict[str, Any]) -> int:
+def _shards(params: EqnParams) -> int:
     return math.prod(params["mesh"].shape[axis] for axis in manual_axes(params))
 
 
-def manual_axes(params: dict[str, Any]) -> tuple[str, ...]:
+def manual_axes(params: EqnParams) -> tuple[str, ...]:
     """Return the mesh axes a shard_map equation makes manual, in the order of the mesh."""
     manual = params.get("newly_manual_axes", params.get("manual_axes", frozenset()))
     return tuple(axis for axis in params["mesh"].axis_names if axis in manual)

@@ -1,7 +1,6 @@
 """Change the operands of contractions, or replace contractions, inside any function."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ from jax.extend.core import ClosedJaxpr, JaxprEqn, jaxpr_as_fun
 
 from compress_jax.core.errors import NoMatchError, ShapeError
 from compress_jax.core.paths import Patterns
-from compress_jax.core.types import ModelFn, Params, PyTree
-from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind, evaluate
+from compress_jax.core.types import Array, ModelFn, Params, PyTree, Shape
+from compress_jax.trace._jaxpr.evaluate import Hooks, Statistics, Values, bind, evaluate
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.site import Position, Site
 
@@ -22,8 +21,8 @@ def hooked(
     fn: ModelFn,
     hooks: Callable[[dict[Position, Site]], Hooks],
     where: Patterns | None,
-    given: Mapping[str, Any] | None = None,
-) -> Callable[..., tuple[Any, dict[str, Any]]]:
+    given: Mapping[str, PyTree] | None = None,
+) -> Callable[..., tuple[PyTree, Statistics]]:
     """Return ``(params, *inputs) -> (out, statistics)``: ``fn`` with hooks at the chosen sites.
 
     Args:
@@ -36,14 +35,15 @@ def hooked(
       The function. Inside ``jit`` or another transformation it is part of the trace; outside, it is
       traced once for each shape of arguments, like a function under ``jit``.
     """
-    cache: dict[ClosedJaxpr, tuple[ClosedJaxpr, Any]] = {}
+    # A jaxpr is a key by identity: JAX returns the same one for the same `fn` and shapes.
+    cache: dict[ClosedJaxpr, tuple[ClosedJaxpr, PyTree]] = {}
 
-    def run(params: Params, *inputs: PyTree) -> tuple[Any, dict[str, Any]]:
+    def run(params: Params, *inputs: PyTree) -> tuple[PyTree, Statistics]:
         traced = trace(fn, params, *inputs)
         flat = jax.tree.leaves((params, inputs))
         tree = jax.tree.structure(traced.out)
 
-        def with_hooks(*flat: Any) -> tuple[Any, dict[str, Any]]:
+        def with_hooks(*flat: jax.Array) -> tuple[PyTree, Statistics]:
             chosen = traced.choose(where)
             own = _by_position(chosen, given)
             results, statistics = evaluate(traced.jaxpr, flat, hooks(chosen), own)
@@ -54,7 +54,7 @@ def hooked(
             return with_hooks(*flat)
         cached = cache.get(traced.jaxpr)
         made, shape = cached or jax.make_jaxpr(with_hooks, return_shape=True)(*flat)
-        # A captured tracer belongs to a trace that ends: such a jaxpr must not be kept.
+        # A tracer that a hook captured belongs to a trace that ends: its jaxpr must not be kept.
         if not any(isinstance(x, Tracer) for x in made.consts):
             if len(cache) >= CACHED:
                 cache.clear()
@@ -84,7 +84,7 @@ def _by_position(
     return {position: given[site.name] for position, site in chosen.items()}
 
 
-Rule = Callable[..., Any]
+Rule = Callable[..., Array | tuple[Array, Array]]
 """``(site, lhs, rhs) -> (lhs, rhs)``, or ``-> result``; see `rewrite`."""
 
 
@@ -92,8 +92,8 @@ def rewrite(
     fn: ModelFn,
     rule: Rule,
     where: Patterns | None = None,
-    given: Mapping[str, Any] | None = None,
-) -> Callable[..., Any]:
+    given: Mapping[str, PyTree] | None = None,
+) -> ModelFn:
     """Return ``fn`` with the contractions' operands, or whole contractions, replaced.
 
     Everything else is evaluated as it stands: gradients, vmap, jit, sharding, random numbers and
@@ -130,7 +130,7 @@ def rewrite(
       [[2.0, 3.0]]
     """
 
-    def apply(site: Site, eqn: JaxprEqn, operands: list[Any], own: Any) -> Values:
+    def apply(site: Site, eqn: JaxprEqn, operands: list[jax.Array], own: PyTree) -> Values:
         answer = rule(site, *operands[:2]) if given is None else rule(site, *operands[:2], own)
         if not isinstance(answer, tuple):
             result = jnp.asarray(answer)
@@ -142,13 +142,13 @@ def rewrite(
             )
         lhs = _checked(site, "lhs", answer[0], site.lhs_shape, site.lhs_dtype)
         rhs = _checked(site, "rhs", answer[1], site.rhs_shape, site.rhs_dtype)
-        return bind(eqn, [lhs, rhs, *operands[2:]]), {}
+        return bind(eqn, [lhs, rhs, *operands[2:]]), {}  # a ragged product's group sizes stay
 
     run = hooked(fn, lambda sites: Hooks(sites, apply), where, given)
     return lambda params, *inputs: run(params, *inputs)[0]
 
 
-def _checked(site: Site, what: str, x: Any, shape: tuple[int, ...], dtype: str) -> Any:
+def _checked(site: Site, what: str, x: Array, shape: Shape, dtype: str) -> jax.Array:
     if x.shape == shape and str(x.dtype) == dtype:
         return jax.lax.convert_element_type(x, x.dtype)  # drops the weak type of Python's numbers
     raise ShapeError(

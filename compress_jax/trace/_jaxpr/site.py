@@ -13,11 +13,14 @@ import jax
 
 from compress_jax.core.axes import Axes
 from compress_jax.core.errors import ShapeError
-from compress_jax.core.types import Leaves
+from compress_jax.core.types import DType, Leaves
 from compress_jax.trace._jaxpr.strided import Piece, Shape
 
 AxisIndices = tuple[int, ...]
 Position = tuple[int | str, ...]
+"""Index of an equation, then the body inside it, then the index there: ``(3, "body", 1)``."""
+EqnParams = dict[str, Any]
+"""The parameters of an equation by name, such as ``dimension_numbers``."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Site:
     uses: tuple[str, ...] = ()
     loops: tuple[int, ...] = ()
     conditional: bool = False
-    params: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    params: EqnParams = field(default_factory=dict, repr=False, compare=False)
     position: Position = field(default=(), repr=False, compare=False)
     pieces: tuple[Piece, ...] = field(default=(), repr=False, compare=False)
     lost: str = field(default="", repr=False, compare=False)
@@ -135,6 +138,7 @@ class Site:
         out = [self.out_shape[axis] for axis in numbers.out_spec]  # [batch, out, *space]
         steps = (self.params["lhs_dilation"], self.params["window_strides"])
         along = zip(image[2:], kernel[2:], out[2:], *steps, strict=True)
+        # A result sums over the input channels of its own group, which kernel[1] counts.
         return out[0] * out[1] * kernel[1] * math.prod(_window_macs(*axis) for axis in along)
 
     @property
@@ -148,7 +152,7 @@ class Site:
         return {"input": 1 if self.operand == "lhs" else 0}
 
     def contract(
-        self, lhs: jax.Array, rhs: jax.Array, preferred_element_type: Any = None
+        self, lhs: jax.Array, rhs: jax.Array, preferred_element_type: DType | None = None
     ) -> jax.Array:
         """Run the same contraction on other operands, of any dtype.
 
@@ -180,8 +184,10 @@ class Site:
 
 def _window_macs(image: int, window: int, out: int, dilation: int, stride: int) -> int:
     """Return the products of a pixel and an element of the window along one axis."""
+    # A convolution: each result reads one window.
     if dilation == 1 and (stride > 1 or out <= image):
         return out * window
+    # A transposed convolution: each pixel is multiplied by the window, and a stride drops results.
     if window <= out:
         return image * window // stride
     return image * out  # the gradient for a kernel, which is as large as the kernel
@@ -224,6 +230,7 @@ def layouts_of_sites(
     for site in sites:
         for path, roles in _uses(site, leaves):
             uses.setdefault(path, []).append((site.macs, roles))
+        # Noted in case no other site knows; a known use outweighs it below.
         if site.param is not None and site.param not in uses:
             mixed = "a reshape mixes the axes that are summed over with others"
             unknown[site.param] = site.lost or mixed
@@ -240,8 +247,10 @@ def _uses(site: Site, params: Leaves) -> list[tuple[str, Roles]]:
     """Return the parameters that a site multiplies by, each with the roles of its axes there."""
     if site.param is None:
         return []
+    # Pieces are exact, and of every parameter in a joined operand.
     if site.pieces:
         return [(piece.path, _roles_of_piece(site, piece)) for piece in site.pieces]
+    # Without them the axes are known of a single parameter that no reshape has mixed.
     if site.param_axes is None or site.batch_axes is None or site.also:
         return []
     known = dict.fromkeys(site.param_axes, INPUT)
@@ -255,8 +264,9 @@ def _roles_of_piece(site: Site, piece: Piece) -> Roles:
     roles: Roles = {}
     for role, digits in zip(_operand_roles(site), piece.axes, strict=True):
         for size, stride in digits:
-            if size > 1 and stride:
+            if size > 1 and stride:  # a stride of 0 repeats entries along no stored axis
                 roles.setdefault(_stored_axis(piece, stride), set()).add(role)
+    # Each iteration of a loop uses a slice of its own: the axis stacks layers.
     for iteration in piece.iterations:
         if iteration.size > 1 and iteration.stride:
             roles.setdefault(_stored_axis(piece, iteration.stride), set()).add(STACK)
@@ -270,8 +280,10 @@ def _operand_roles(site: Site) -> list[str]:
     """Return the role of each axis of the operand that is the parameter."""
     side = int(site.operand == "rhs")
     roles = dict.fromkeys(site.contracting[side], INPUT) | dict.fromkeys(site.batch[side], STACK)
+    # The window is contracted too, but has a role of its own.
     if site.kind == "conv" and side == 1:
         roles |= dict.fromkeys(site.params["dimension_numbers"].rhs_spec[2:], WINDOW)
+    # A ragged product has one matrix for each group of rows, such as one for each expert.
     if site.kind == "ragged_dot" and side == 1:
         numbers = site.params.get("ragged_dot_dimension_numbers")
         groups = (0,) if numbers is None else tuple(numbers.rhs_group_dimensions)
@@ -282,6 +294,7 @@ def _operand_roles(site: Site) -> list[str]:
 
 def _stored_axis(piece: Piece, stride: int) -> int:
     """Return the stored axis along which neighbours are so far apart."""
+    # Row-major: the strides of the stored axes fall from the first axis to the last.
     for axis in range(len(piece.shape)):
         if piece.shape[axis] > 1 and abs(stride) >= math.prod(piece.shape[axis + 1 :]):
             return axis
@@ -309,8 +322,13 @@ def _axes(shape: Shape, uses: list[tuple[int, Roles]], stacked: set[int], unknow
     chosen = max(products, key=lambda letters: products[letters])
     others = sorted(products.keys() - {chosen})
     note = f"its uses disagree: {chosen} here, {', '.join(others)} elsewhere" if others else ""
-    places = {role: tuple(a for a, letter in enumerate(chosen) if letter == role) for role in "swo"}
-    return Axes(shape, places["o"], places["s"], places["w"], "trace", note)
+    outputs = _indices(chosen, OUTPUT)
+    return Axes(shape, outputs, _indices(chosen, STACK), _indices(chosen, WINDOW), "trace", note)
+
+
+def _indices(letters: str, role: str) -> AxisIndices:
+    """Return the axes whose letter is that of a role."""
+    return tuple(axis for axis, letter in enumerate(letters) if letter == role)
 
 
 def _unused(shape: Shape, stacked: set[int], unknown: str) -> Axes:
@@ -318,6 +336,7 @@ def _unused(shape: Shape, stacked: set[int], unknown: str) -> Axes:
     axes = Axes.convention(shape)
     if not stacked:
         return axes._replace(note=unknown and f"outputs taken to be last: {unknown}")
+    # Each layer alone as the convention has it: outputs last, and a vector (a bias) has none.
     left = [axis for axis in range(len(shape)) if axis not in stacked]
     outputs = tuple(left[-1:]) if len(left) > 1 else ()
     return axes._replace(stack=tuple(sorted(stacked)), outputs=outputs, source="trace")
@@ -328,12 +347,14 @@ def _letters(shape: Shape, roles: Roles) -> str:
 
     An axis that a loop takes in chunks is no stack; an axis of size 1 is an output if no other is.
     """
-    letters = []
+    letters = []  # "1" for an axis of size 1, to which no use gives a role
     for axis in range(len(shape)):
         own = roles.get(axis, set())
         plain = own - {STACK} or own  # a stack only if it is nothing else
+        # Part of an axis that a reshape has split may be summed over and the rest kept: an input.
         known = [role for role in (INPUT, WINDOW, OUTPUT, STACK) if role in plain]
         letters.append(known[0] if known else "1")
+    # A kernel [in, 1] has its one output on the axis of size 1.
     if OUTPUT not in letters and "1" in letters:
         last = len(letters) - 1 - letters[::-1].index("1")
         letters[last] = OUTPUT

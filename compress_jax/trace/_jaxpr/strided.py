@@ -8,8 +8,10 @@ exactly, and nothing is ever computed.
 other.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +69,7 @@ class Piece:
     @classmethod
     def whole(cls, path: str, shape: Shape) -> "Piece":
         """Return a parameter as it is stored."""
-        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+        strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]  # row-major
         sized = zip(shape, strides, strict=True)
         axes = tuple(((n, stride),) if n != 1 else () for n, stride in sized)
         return cls(path, tuple(shape), 0, axes, (0,) * len(shape))
@@ -99,6 +101,7 @@ class Piece:
         Returns:
           The piece.
         """
+        # Repeated along every axis, except where the value has the axis at its full size already.
         axes: list[Digits] = [((n, 0),) if n != 1 else () for n in shape]
         starts = [0] * len(shape)
         for axis, place in enumerate(places):
@@ -127,6 +130,7 @@ class Piece:
         """
         begin = self.starts[axis]
         size = self.sizes[axis]
+        # Beside other parameters the first step inside the box may fall on any of its entries.
         if step > 1 and (low, high) != (0, 1) and (begin > low or begin + size < high):
             return "a slice in steps of a part of a joined value"
         first = max(low, begin)
@@ -138,6 +142,7 @@ class Piece:
         if answer is None:
             return "a slice across what a reshape has joined"
         added, digits = answer
+        # Entry `low` of the value is the first of the slice.
         starts = list(self.starts)
         starts[axis] = first - low
         axes = list(self.axes)
@@ -176,6 +181,7 @@ class Piece:
         """Return the piece in one iteration of a loop, which uses one index of the first axis."""
         if len(self.axes[0]) > 1:
             return "a loop runs along axes that a reshape has joined"
+        # Each iteration has one index of the first axis. Without a digit the box has just one.
         size, stride = self.axes[0][0] if self.axes[0] else (1, 0)
         iteration = Iteration(loop, size, stride, self.starts[0])
         return replace(
@@ -213,6 +219,7 @@ def runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
     old = [i for i, n in enumerate(before) if n != 1]
     new = [i for i, n in enumerate(after) if n != 1]
     found: list[tuple[list[int], list[int]]] = []
+    # Take axes from whichever side has the smaller product, until both products are equal.
     while old and new:
         run = [old.pop(0)]
         target = [new.pop(0)]
@@ -230,12 +237,16 @@ def runs(before: Shape, after: Shape) -> list[tuple[list[int], list[int]]]:
 
 
 def _slice_digits(digits: Digits, start: int, size: int, step: int) -> tuple[int, Digits] | None:
-    """Return a slice of an axis as what is added to the offset, and digits; None if it has none."""
+    """Return what a slice of an axis adds to the offset, and the digits that are left.
+
+    None if it takes from several indices of an outer digit, and not all entries of each.
+    """
     if (start, size) == (0, extent(digits)):
         return 0, digits
     if len(digits) == 1:
         stride = digits[0][1]
         return start * stride, ((size, stride * step),) if size > 1 else ()
+    # Of several digits the outer one changes every `inner` indices.
     rest = digits[1:]
     inner = extent(rest)
     if step == 1 and start % inner == 0 and size % inner == 0:  # whole indices of the outer digit
@@ -255,16 +266,17 @@ def _regrouped(
     A box that does not fill the value can be regrouped only if it is partial along the first axis
     of the run.
     """
+    # It must fill the other axes of the run to be an interval of the merged axis.
     if any(piece.sizes[i] != before[i] for i in run[1:]):
         return None
-    # Along the merged axis the box is an interval; the new first axis must not cut into it.
+    # The new first axis must not cut into that interval.
     width = math.prod(before[i] for i in run[1:])
     rest = math.prod(after[1:])
     start = piece.starts[run[0]] * width
     size = piece.sizes[run[0]] * width
     if start % rest or size % rest:
         return None
-    digits = tuple(digit for i in run for digit in piece.axes[i])
+    digits = tuple(itertools.chain.from_iterable(piece.axes[i] for i in run))
     dealt = _split(digits, [size // rest, *after[1:]])
     if dealt is None:
         return None
@@ -280,11 +292,13 @@ def _split(digits: Digits, sizes: list[int]) -> list[Digits] | None:
         own: list[Digit] = []
         while (filled := extent(tuple(own))) < n:
             size, stride = left.pop(0)
-            need = n // filled
+            need = n // filled  # what the axis still lacks
+            # The digit must divide what is lacking, or be a multiple of it.
             if n % filled or (size % need if size > need else need % size):
                 return None
             if size > need:
-                # The outer part belongs to this axis, the inner part to the next.
+                # The outer part belongs to this axis, the inner part to the next: (6, 1) dealt to
+                # axes of 2 and 3 becomes (2, 3) and (3, 1).
                 inner = size // need
                 left.insert(0, (inner, stride))
                 size = need
@@ -329,13 +343,13 @@ class Box:
         """Cut the box out of an array of the parameter's shape."""
         if self.whole:
             return x
-        return jnp.flip(x.reshape(self.fine)[self.slices], self.flips)
+        return jnp.flip(x.reshape(self.fine)[self.slices], self.flips)  # [*sizes]
 
     def put(self, x: jax.Array, new: jax.Array) -> jax.Array:
         """Return an array of the parameter's shape with the entries of the box replaced."""
         if self.whole:
             return new
-        fine = x.reshape(self.fine)
+        fine = x.reshape(self.fine)  # [*fine]
         return fine.at[self.slices].set(jnp.flip(new, self.flips)).reshape(self.shape)
 
     def index(self, places: dict[int, int]) -> str:
@@ -354,6 +368,7 @@ class Box:
                 words.append(":")
             else:
                 words.append(str(low) if low == high else f"{low}:{high + 1}")
+        # NumPy's short form: w[3] for w[3, :, :].
         while words and self._implied(len(words) - 1, words[-1]):
             words.pop()
         return f"[{', '.join(words)}]" if words else ""
@@ -362,6 +377,7 @@ class Box:
         """Return the first and the last index of the box along a stored axis."""
         inside = [i for i, own in enumerate(self.stored_axes) if own == axis]
         low = high = 0
+        # Mixed radix: a step along a fine axis is as many indices as the finer ones after it hold.
         for i in inside:
             unit = math.prod(self.fine[j] for j in inside if j > i)
             first = self.starts[i] + places.get(i, 0)
@@ -377,7 +393,7 @@ class Box:
 
 @dataclass
 class _FineAxis:
-    """A fine axis in the making.
+    """One fine axis of a `Box`, with what becomes of it in the matrices.
 
     Attributes:
       stored_axis: the axis of the parameter.
@@ -401,6 +417,22 @@ class _FineAxis:
     def full(self) -> bool:
         """Whether all of it is used, in its own order."""
         return self.role != "" and self.size == self.length and not self.flip
+
+
+class _RoleDigit(NamedTuple):
+    """A digit of a piece, with the place of its axis in the matrices.
+
+    Attributes:
+      size: number of entries.
+      stride: from one to the next, in entries of the flattened parameter.
+      role: as in `_FineAxis`.
+      rank: likewise.
+    """
+
+    size: int
+    stride: int
+    role: str
+    rank: int
 
 
 def placed(
@@ -455,14 +487,18 @@ def _ranked(axes: list[_FineAxis], role: str) -> list[int]:
 
 def _fine_axes(piece: Piece, roles: dict[str, list[Digit]]) -> list[_FineAxis] | None:
     """Write the stored axes of a piece's parameter out, by the digits of each role."""
-    digits = [(n, s, role, rank) for role in roles for rank, (n, s) in enumerate(roles[role])]
+    digits: list[_RoleDigit] = []
+    for role, listed in roles.items():
+        digits += [_RoleDigit(n, stride, role, rank) for rank, (n, stride) in enumerate(listed)]
     # A digit that runs backwards begins at its end: move to the smallest entry of the box.
-    first = piece.offset + sum((n - 1) * s for n, s, *_ in digits if s < 0)
+    first = piece.offset + sum((d.size - 1) * d.stride for d in digits if d.stride < 0)
     axes: list[_FineAxis] = []
     for axis, size in enumerate(piece.shape):
+        # The digits that run along this stored axis, with strides in indices of it.
         unit = math.prod(piece.shape[axis + 1 :])
-        inside = [digit for digit in digits if unit <= abs(digit[1]) < unit * size]
-        own = [(n, s // unit, role, rank) for n, s, role, rank in inside]
+        inside = [d for d in digits if unit <= abs(d.stride) < unit * size]
+        own = [d._replace(stride=d.stride // unit) for d in inside]
+        # The index of the box's first entry along this axis is first // unit % size.
         found = _written_out(axis, size, first // unit % max(size, 1), own)
         if found is None:
             return None
@@ -471,12 +507,13 @@ def _fine_axes(piece: Piece, roles: dict[str, list[Digit]]) -> list[_FineAxis] |
 
 
 def _written_out(
-    axis: int, size: int, start: int, digits: list[tuple[int, int, str, int]]
+    axis: int, size: int, start: int, digits: list[_RoleDigit]
 ) -> list[_FineAxis] | None:
     """Write one stored axis out: a fine axis for each digit, and one where no digit runs along."""
     found: list[_FineAxis] = []
-    outer = size
-    for n, stride, role, rank in sorted(digits, key=lambda digit: -abs(digit[1])):
+    outer = size  # what is left to cut
+    # The digit with the longest steps is the outermost factor of the stored axis.
+    for n, stride, role, rank in sorted(digits, key=lambda digit: -abs(digit.stride)):
         # Cut `outer` into [outer / step, step]: the digit runs along the first.
         step = abs(stride)
         if outer % step or start // step + n > outer // step:
@@ -484,6 +521,7 @@ def _written_out(
         found.append(_FineAxis(axis, outer // step, start // step, n, stride < 0, role, rank))
         outer = step
         start %= step
+    # No digit runs along the rest: one index of it is used.
     if outer > 1 or not digits:
         found.append(_FineAxis(axis, outer, start, 1))
     return found

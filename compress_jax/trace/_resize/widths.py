@@ -8,17 +8,16 @@ the old one.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal
+from jax.extend.core import ClosedJaxpr, JaxprEqn, Literal, Var
 
-from compress_jax.core.types import ModelFn, Variables
+from compress_jax.core.types import ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, Walk
 from compress_jax.trace._groups.axes import Axes, Axis, Dims, Leaf, Sum, interleaved
 from compress_jax.trace._groups.groups import Group
-from compress_jax.trace._jaxpr.interpret import uniform_operands, uniform_value
+from compress_jax.trace._jaxpr.interpret import ConstantValue, uniform_operands, uniform_value
 from compress_jax.trace._jaxpr.primitives import PASS_THROUGH, bodies, nested
 from compress_jax.trace._jaxpr.site import Position, Shape
 
@@ -49,6 +48,7 @@ class KeptCoordinates:
         axis = self.axes.find(axis)
         if isinstance(axis, Leaf):
             return self.indices.get(axis, np.arange(axis.size))
+        # Terms end to end: each begins where those before it ended, at their old sizes.
         if isinstance(axis, Sum):
             starts = np.cumsum([0, *(part.size for part in axis.parts[:-1])])
             terms = zip(starts, axis.parts, strict=True)
@@ -56,7 +56,8 @@ class KeptCoordinates:
         # Row-major: index = (index of the slower factors) * size + (index of this factor).
         found = np.zeros(1, int)
         for part in axis.parts:
-            found = (found[:, None] * part.size + self.of(part)[None, :]).reshape(-1)
+            found = found[:, None] * part.size + self.of(part)[None, :]  # [slower, this factor]
+            found = found.reshape(-1)
         return found
 
     def size(self, axis: Axis) -> int:
@@ -66,6 +67,10 @@ class KeptCoordinates:
             return len(self.indices[axis]) if axis in self.indices else axis.size
         sizes = [self.size(part) for part in axis.parts]
         return sum(sizes) if isinstance(axis, Sum) else math.prod(sizes)
+
+    def all_of(self, axis: Axis) -> bool:
+        """Return whether all indices of an axis remain, as of any that is frozen."""
+        return self.size(axis) == axis.size
 
     def shape(self, dims: Dims) -> Shape:
         """Return the shape of a value at the new sizes of its axes."""
@@ -90,13 +95,14 @@ def leaves_of(analysis: Analysis, group: Group) -> tuple[Leaf, ...]:
         along = analysis.walk.axes.coordinates(analysis.params[path][axis])
         expected = group.coordinates[path, axis]
         same = [leaf for leaf, place in along.items() if np.array_equal(place, expected)]
+        # One member that cannot be shortened would no longer fit the others.
         if not same:
             return ()
         found += same
     return tuple(dict.fromkeys(found))
 
 
-def sliced(x: Any, shape: Shape) -> Any:
+def sliced(x: jax.Array, shape: Shape) -> jax.Array:
     """Return the first entries along every axis.
 
     Of a constant any entries would do: they are equal along every axis that can be shortened.
@@ -104,9 +110,11 @@ def sliced(x: Any, shape: Shape) -> Any:
     return x if np.shape(x) == shape else x[tuple(map(slice, shape))]
 
 
-# The parameters of equations (shapes, limits, sizes of slices, group counts) at the new sizes.
+# The parameters of equations (shapes, limits, sizes of slices, group counts) at the new sizes. What
+# a rule says of an axis must be what is there already if the axis is not shortened: most variants
+# of primitives (negative padding, say) freeze the axis, and rules know only the others.
 
-Changes = dict[str, Any]
+Changes = dict[str, object]
 # (kept, equation, axes of operands, axes of results) -> changed parameters
 Rule = Callable[[KeptCoordinates, JaxprEqn, list[Dims], list[Dims]], Changes]
 
@@ -149,6 +157,7 @@ def _last_axes(
     kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
 ) -> Changes:
     """Random numbers for each key of an array of keys."""
+    # [*keys, *shape]: only the last axes are a parameter of the equation.
     count = len(eqn.params["shape"])
     return {"shape": kept.shape(results[0])[len(results[0]) - count :]} if count else {}
 
@@ -179,14 +188,19 @@ def _limits(
     """Return the new start and limit; a strided slice's rows remain or go as a whole."""
 
     def before(index: int) -> int:
+        # How many of the first `index` indices remain; of none, none.
         return index and int((kept.of(axis) < index).sum())
 
+    if kept.all_of(axis):
+        return start, limit
     if stride == 1:
         return before(start), before(limit)
     # The slice takes index `start - first` of each row; rows keep their length, the stride.
-    first, _ = interleaved(start, limit, stride)
+    first, count = interleaved(start, limit, stride)
     new = before(first) + start - first
-    return new, new + (kept.size(piece) - 1) * stride + 1
+    # The limit stays as far behind the last index taken as it was, within the axis.
+    behind = limit - (start + (count - 1) * stride)
+    return new, min(new + (kept.size(piece) - 1) * stride + behind, kept.size(axis))
 
 
 def _split(
@@ -214,7 +228,8 @@ def _pad(
         operands[0], eqn.params["padding_config"], results[0], strict=True
     ):
         low, high, interior = padding
-        if not interior and (low > 0 or high > 0):
+        # Shortened, the result is [low, axis, high]: what is cropped or dilated is frozen.
+        if not kept.all_of(out):
             left = kept.of(out)
             high = int((left >= low + axis.size).sum())
             low = int((left < low).sum())
@@ -225,8 +240,10 @@ def _pad(
 def _tile(
     kept: KeptCoordinates, eqn: JaxprEqn, operands: list[Dims], results: list[Dims]
 ) -> Changes:
-    pairs = zip(operands[0], results[0], strict=True)
-    return {"reps": tuple(kept.size(out) // kept.size(axis) for axis, out in pairs)}
+    reps = []
+    for axis, out, times in zip(operands[0], results[0], eqn.params["reps"], strict=True):
+        reps.append(times if kept.all_of(out) else kept.size(out) // kept.size(axis))
+    return {"reps": tuple(reps)}
 
 
 def _convolution(
@@ -234,8 +251,8 @@ def _convolution(
 ) -> Changes:
     """The number of groups is the image's channels over the kernel's."""
     numbers = eqn.params["dimension_numbers"]
-    image = operands[0][numbers.lhs_spec[1]]
-    kernel = operands[1][numbers.rhs_spec[1]]
+    image = operands[0][numbers.lhs_spec[1]]  # input channels
+    kernel = operands[1][numbers.rhs_spec[1]]  # input channels of one group
     return {"feature_group_count": kept.size(image) // kept.size(kernel)}
 
 
@@ -259,6 +276,7 @@ RULES: dict[str, Rule] = {
 
 # The function's own code at the new width, compared with the old one.
 
+# Parameters of other types, such as functions, are made anew by every trace: they are not compared.
 PLAIN = (bool, int, float, str, tuple, np.dtype, type(None))
 
 
@@ -267,7 +285,7 @@ def own_width(
     analysis: Analysis,
     kept: KeptCoordinates,
     variables: Variables,
-    inputs: Sequence[Any],
+    inputs: Sequence[PyTree],
 ) -> ClosedJaxpr | None:
     """Return the jaxpr of a function's own code for the shorter variables, if it does the same.
 
@@ -284,6 +302,7 @@ def own_width(
       The jaxpr; None if the function fails, or if an equation is another, has other shapes or takes
       other arrays.
     """
+    # What an earlier `resize` returned runs a plan; the user's own code is its attribute `whole`.
     try:
         made = jax.make_jaxpr(getattr(fn, "whole", fn))(variables, *inputs)
     except Exception:  # whatever a model with its widths written down raises
@@ -308,6 +327,9 @@ def differences(old: ClosedJaxpr, new: ClosedJaxpr) -> dict[Position, dict[int, 
     return found
 
 
+Constants = Mapping[Var, jax.Array]  # captured arrays by the variable that holds them
+
+
 @dataclass
 class _Comparison:
     """Compares two jaxprs equation by equation.
@@ -320,7 +342,7 @@ class _Comparison:
 
     walk: Walk
     kept: KeptCoordinates
-    pairs: dict[Any, Any] = field(default_factory=dict)
+    pairs: dict[Var, Var] = field(default_factory=dict)
 
     def alike(self, old: ClosedJaxpr, new: ClosedJaxpr, position: Position = ()) -> bool:
         """Return whether the second jaxpr is the first one at another width."""
@@ -338,7 +360,7 @@ class _Comparison:
         return self._all_atoms(*outputs, constants)
 
     def _equations(
-        self, old: JaxprEqn, new: JaxprEqn, position: Position, constants: Mapping[Any, Any]
+        self, old: JaxprEqn, new: JaxprEqn, position: Position, constants: Constants
     ) -> bool:
         if old.primitive is not new.primitive or len(old.outvars) != len(new.outvars):
             return False
@@ -355,6 +377,7 @@ class _Comparison:
         others = bodies(other)
         if ours.keys() != others.keys():
             return False
+        # An axis that a loop runs along is frozen, so that the same loop runs as often.
         if getattr(form, "length", 0) != getattr(other, "length", 0):
             return False
         return all(self.alike(body, others[step], (*position, step)) for step, body in ours.items())
@@ -372,21 +395,26 @@ class _Comparison:
         )
 
     def _all_atoms(
-        self, old: Sequence[Any], new: Sequence[Any], constants: Mapping[Any, Any]
+        self,
+        old: Sequence[Var | Literal],
+        new: Sequence[Var | Literal],
+        constants: Constants,
     ) -> bool:
         if len(old) != len(new):
             return False
         return all(self._atoms(a, b, constants) for a, b in zip(old, new, strict=True))
 
-    def _atoms(self, old: Any, new: Any, constants: Mapping[Any, Any]) -> bool:
+    def _atoms(self, old: Var | Literal, new: Var | Literal, constants: Constants) -> bool:
         """Return whether two operands are the same value, two numbers, or the same array."""
         a = _constant(old, constants)
         b = _constant(new, constants)
         if a is None or b is None:
-            return a is b is None and self.pairs.get(old) is new
+            # A value that is computed: the same if it corresponds to the other.
+            return a is b is None and isinstance(old, Var) and self.pairs.get(old) is new
         # Two numbers may differ: `differences` lists them, and `resize` decides.
         if uniform_value(a) is not None and uniform_value(b) is not None:
             return True
+        # A captured array may be made in the new width: it must be the first entries of the old.
         before = np.shape(a)
         after = np.shape(b)
         if len(before) != len(after) or any(x < y for x, y in zip(before, after, strict=True)):
@@ -394,16 +422,25 @@ class _Comparison:
         return _equal(sliced(a, after), b)
 
 
-def _constant(atom: Any, constants: Mapping[Any, Any]) -> Any:
+def _constant(atom: Var | Literal, constants: Constants) -> jax.Array | None:
     return atom.val if isinstance(atom, Literal) else constants.get(atom)
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if jax.numpy.issubdtype(getattr(a, "dtype", np.float32), jax.dtypes.extended):
-        return bool((jax.random.key_data(a) == jax.random.key_data(b)).all())
-    x = np.asarray(a)
-    y = np.asarray(b)
-    if x.shape != y.shape:
+def _equal(a: jax.Array, b: jax.Array) -> bool:
+    """Return whether two captured arrays are known to be equal."""
+    if a is b:
+        return True
+    x = _entries(a)
+    y = _entries(b)
+    if x is None or y is None or x.shape != y.shape:
         return False
     both_nan = (x != x) & (y != y)
     return bool(((x == y) | both_nan).all())
+
+
+def _entries(x: jax.Array) -> np.ndarray | None:
+    value = ConstantValue(x)
+    # NumPy cannot compare typed keys of random numbers.
+    if value.known and jax.numpy.issubdtype(jax.numpy.result_type(x), jax.dtypes.extended):
+        return np.asarray(jax.random.key_data(x))
+    return value.entries

@@ -4,40 +4,45 @@ A mask of padding is a mask of inputs. `MaskDomain` follows its axes through the
 that `masks_of` can give every site the mask of its operands.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import JaxprEqn
+from jax.typing import ArrayLike
 
 from compress_jax.core.errors import DataError, ShapeError
 from compress_jax.core.paths import Patterns
-from compress_jax.core.types import Aval, Batch, ModelFn, Params, PyTree
+from compress_jax.core.types import Array, Aval, Batch, ModelFn, Params, PyTree
 from compress_jax.trace._groups.analyze import Walk
-from compress_jax.trace._groups.axes import Axis, Dims
-from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind
+from compress_jax.trace._groups.axes import Axis, Dims, Leaf
+from compress_jax.trace._jaxpr.evaluate import Hooks, Statistics, Values, bind
 from compress_jax.trace._jaxpr.find_sites import Traced, trace
-from compress_jax.trace._jaxpr.interpret import Where, interpret
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret
 from compress_jax.trace._jaxpr.primitives import INDEX_REDUCTIONS, REDUCTIONS
 from compress_jax.trace._jaxpr.rewrite import hooked
 from compress_jax.trace._jaxpr.site import Position, Shape, Site
 from compress_jax.trace._statistics.calibration import Calibration
 from compress_jax.trace._statistics.reducer import Reducer
 
-Observing: TypeAlias = Callable[..., tuple[Any, dict[str, Any]]]
+Observing: TypeAlias = Callable[..., tuple[PyTree, Statistics]]
 """``(params, *inputs) -> (out, {site name: statistics})``."""
 
-Masks: TypeAlias = str | Callable[[Any], Any] | Iterable[Any]
+Masks: TypeAlias = str | Callable[[Batch], Array] | Iterable[Array]
 """The name of a batch's entry, a function of a batch, or a mask for each batch."""
+
+OperandMasks: TypeAlias = dict[int, jax.Array]
+"""Which entries of a site's operands count, by index of the operand."""
 
 
 def calibrate(
     fn: ModelFn,
     reduce: Reducer,
     params: Params,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     where: Patterns | None = None,
     *,
     mask: Masks | None = None,
@@ -92,13 +97,13 @@ def calibrate(
     observed = observe(fn, reduce, where)
 
     @jax.jit
-    def measure(params: Params, inputs: tuple[Any, ...], mask: Any) -> dict[str, Any]:
+    def measure(params: Params, inputs: tuple[PyTree, ...], mask: jax.Array | None) -> Statistics:
         if mask is None:
             return observed(params, *inputs)[1]
         return observe_masked(fn, reduce, where, mask)(params, *inputs)[1]
 
     @jax.jit
-    def merge(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    def merge(total: Statistics, new: Statistics) -> Statistics:
         return {site: reduce.merge(total[site], new[site]) for site in total}
 
     total = None
@@ -112,6 +117,7 @@ def calibrate(
             total = new
             sites = {site.name: site for site in trace(fn, params, *inputs).choose(where).values()}
             continue
+        # Attention scores have the length in their shape: batches of other lengths do not merge.
         for name in [name for name in total if _shapes(total[name]) != _shapes(new[name])]:
             left_out[name] = _refuse_or_explain(name, total.pop(name), new[name], where)
         total = merge(total, {name: new[name] for name in total})
@@ -123,8 +129,8 @@ def calibrate(
 
 
 def _with_masks(
-    batches: Iterable[Any], mask: Masks | None
-) -> Iterator[tuple[Any, jax.Array | None]]:
+    batches: Iterable[Batch], mask: Masks | None
+) -> Iterator[tuple[Batch, jax.Array | None]]:
     """Yield each batch with its mask as booleans."""
     if mask is None:
         for batch in batches:
@@ -135,16 +141,20 @@ def _with_masks(
             own = _entry(batch, mask) if isinstance(mask, str) else mask(batch)
             yield batch, jnp.asarray(own)
         return
-    try:
-        for batch, own in zip(batches, mask, strict=True):
-            yield batch, jnp.asarray(own)
-    except ValueError as error:
-        raise DataError(
-            "there must be a mask for each batch: give as many, or a function of a batch"
-        ) from error
+    # No try: what the caller's iterators raise is theirs.
+    for batch, own in itertools.zip_longest(batches, mask, fillvalue=_Missing()):
+        if isinstance(batch, _Missing) or isinstance(own, _Missing):
+            raise DataError(
+                "there must be a mask for each batch: give as many, or a function of a batch"
+            )
+        yield batch, jnp.asarray(own)
 
 
-def _entry(batch: Batch, name: str) -> Any:
+class _Missing:
+    """Stands for the batch or the mask that there is none of."""
+
+
+def _entry(batch: Batch, name: str) -> Array:
     inputs = batch if isinstance(batch, tuple) else (batch,)
     found = [each for each in inputs if isinstance(each, Mapping) and name in each]
     if not found:
@@ -155,11 +165,11 @@ def _entry(batch: Batch, name: str) -> Any:
     return found[0][name]
 
 
-def _shapes(tree: PyTree) -> list[Any]:
+def _shapes(tree: PyTree) -> list[Shape]:
     return [leaf.shape for leaf in jax.tree.leaves(tree)]
 
 
-def _refuse_or_explain(name: str, old: Any, new: Any, where: Patterns | None) -> str:
+def _refuse_or_explain(name: str, old: PyTree, new: PyTree, where: Patterns | None) -> str:
     """Return why statistics that differ in shape are left out; raise if they were asked for."""
     one, other = next((a, b) for a, b in zip(_shapes(old), _shapes(new), strict=True) if a != b)
     why = (
@@ -175,7 +185,7 @@ def _refuse_or_explain(name: str, old: Any, new: Any, where: Patterns | None) ->
 
 def observe(
     fn: ModelFn,
-    reduce: Callable[[Site, Any, Any], Any],
+    reduce: Callable[[Site, jax.Array, jax.Array], PyTree],
     where: Patterns | None = None,
 ) -> Observing:
     """Return ``(params, *inputs) -> (out, {site name: statistics})``.
@@ -212,36 +222,40 @@ def observe(
 
 def _observing(
     fn: ModelFn,
-    reduce: Callable[..., Any],
+    reduce: Callable[..., PyTree],
     where: Patterns | None,
-    masks: dict[str, Any] | None,
+    masks: dict[str, OperandMasks] | None,
 ) -> Observing:
     def apply(
-        site: Site, eqn: JaxprEqn, operands: list[Any], own: dict[int, jax.Array] | None
+        site: Site, eqn: JaxprEqn, operands: list[jax.Array], own: OperandMasks | None
     ) -> Values:
-        lhs, rhs = (jax.lax.stop_gradient(x) for x in operands[:2])
+        # The third operand of a ragged product, its group sizes, is not observed.
+        lhs = jax.lax.stop_gradient(operands[0])
+        rhs = jax.lax.stop_gradient(operands[1])
         statistics = reduce(site, lhs, rhs, own) if own else reduce(site, lhs, rhs)
         return bind(eqn, operands), {site.name: jax.tree.map(_strong, statistics)}
 
     def hooks(sites: dict[Position, Site]) -> Hooks:
+        # A plain function has no merge: in a while loop the last iteration's statistics remain.
         return Hooks(sites, apply, getattr(reduce, "merge", lambda old, new: new))
 
     return hooked(fn, hooks, where, masks)
 
 
-def _masks(padding: "Padding", site: Site, mask: jax.Array) -> dict[int, jax.Array]:
+def _masks(padding: "Padding", site: Site, mask: jax.Array) -> OperandMasks:
     """Return the masks of the activations, with the loops around the site as leading axes."""
     loops = len(site.loops)
     masks = {}
     for index in site.inputs.values():
         place = padding.operand(site, index)
         if place is not None:
-            own = place(mask)
+            own = place(mask)  # [*loops or 1, *axes of the operand or 1]
+            # Whole along the loops, each of which takes its own slice.
             masks[index] = jnp.broadcast_to(own, (*site.loops, *own.shape[loops:]))
     return masks
 
 
-def _strong(x: Any) -> jax.Array:
+def _strong(x: ArrayLike) -> jax.Array:
     """Drop the weak type of Python's numbers: results of branches and iterations must agree."""
     return jax.lax.convert_element_type(x, jnp.result_type(x))
 
@@ -262,7 +276,7 @@ def observe_masked(
       cannot be followed to it.
     """
 
-    def run(params: Params, *inputs: PyTree) -> tuple[Any, dict[str, Any]]:
+    def run(params: Params, *inputs: PyTree) -> tuple[PyTree, Statistics]:
         names = [site.name for site in trace(fn, params, *inputs).choose(where).values()]
         masks = masks_of(fn, names, mask, params, *inputs)
         return _observing(fn, reduce, where, masks)(params, *inputs)
@@ -271,8 +285,8 @@ def observe_masked(
 
 
 def masks_of(
-    fn: ModelFn, names: Iterable[str], mask: Any, params: Params, *inputs: PyTree
-) -> dict[str, Any]:
+    fn: ModelFn, names: Iterable[str], mask: Array, params: Params, *inputs: PyTree
+) -> dict[str, OperandMasks]:
     """Return the masks of the activations of some sites, where they depend on masked inputs.
 
     Args:
@@ -291,6 +305,7 @@ def masks_of(
     """
     mask = jnp.asarray(mask)
     mask = mask if mask.dtype == bool else mask != jnp.zeros((), mask.dtype)
+    # An input of fewer axes than the mask (a label for each example) has the mask's first ones.
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(inputs)]
     masked = [len(shape) > 0 and shape[: mask.ndim] == mask.shape[: len(shape)] for shape in shapes]
     if mask.ndim == 0 or not any(masked):
@@ -352,7 +367,7 @@ class MaskDomain:
     walk: Walk = field(default_factory=Walk)
     operands: dict[Position, list[Followed]] = field(default_factory=dict)
 
-    def constant(self, aval: Aval, value: object) -> Followed:
+    def constant(self, aval: Aval, value: ConstantValue) -> Followed:
         """Return the value of a literal or a captured array."""
         return Followed(self.walk.constant(aval, value), None)
 
@@ -367,9 +382,11 @@ class MaskDomain:
     def unstack(self, a: Followed, loop: int) -> Followed:
         """Return one slice along the first axis."""
         lost = a.lost
+        # The loop runs along an axis of the mask: the slice lacks it, and the loop has it instead.
         if lost is not None and self.holds(a.dims[0]):
             find = self.walk.axes.find
             which = [i for i, axis in enumerate(self.mask) if find(axis) == find(a.dims[0])]
+            # A part of an axis, or one of two that are the same, cannot be put back.
             own = LostAxis(SCANNED, loop, which[0]) if len(which) == 1 else LostAxis(SCANNED)
             lost |= {own}
         return Followed(self.walk.unstack(a.dims, loop), lost)
@@ -379,6 +396,7 @@ class MaskDomain:
         dims = self.walk.stack(a.dims, length)
         scanned = [each for each in a.lost or () if each.axis is not None]
         scanned = [each for each in scanned if self.mask[each.axis or 0].size == length]
+        # With two candidates it is not known which one this loop ran along.
         if a.lost is None or len(scanned) != 1 or scanned[0].axis is None:
             return Followed(dims, a.lost)
         return Followed((self.mask[scanned[0].axis], *dims[1:]), a.lost - {scanned[0]})
@@ -405,20 +423,23 @@ class MaskDomain:
     def _lost_by(self, eqn: JaxprEqn, args: list[Followed], results: Sequence[Dims]) -> str | None:
         """Return how an equation loses an axis of the mask, if it does."""
         name = eqn.primitive.name
+        # The axes are still there, but their entries are those of other positions.
         if name in REORDERED:
             along = eqn.params[REORDERED[name]]
             along = (along,) if isinstance(along, int) else along
-            operands = [arg.dims for arg in args if arg.dims]
-            if any(self.holds(dims[i]) for dims in operands for i in along):
-                return f"{name} reorders it"
+            for dims in (arg.dims for arg in args if arg.dims):
+                if any(self.holds(dims[i]) for i in along):
+                    return f"{name} reorders it"
         if name == "slice" and self._skips(eqn, args[0].dims):
             return "slice leaves out some of it"
         if name in SUMMED or (name in PICKED and _all_or_one(eqn, args[0].dims)):
             return None
         # An axis is lost if no leaf of it is in a result.
         leaves = self.walk.axes.leaves
-        left = {leaf for dims in results for axis in dims for leaf in leaves(axis)}
-        masked = [axis for arg in args if arg.lost is not None for axis in arg.dims]
+        left: set[Leaf] = set()
+        for axis in itertools.chain.from_iterable(results):
+            left.update(leaves(axis))
+        masked = itertools.chain.from_iterable(arg.dims for arg in args if arg.lost is not None)
         gone = [axis for axis in masked if self.holds(axis) and not set(leaves(axis)) & left]
         return f"{name} mixes or reorders it" if gone else None
 
@@ -462,6 +483,7 @@ class Padding:
         """Follow the axes."""
         self.domain = MaskDomain()
         walk = self.domain.walk
+        # Masked inputs have the mask's own axes in front; what unifies with them is followed.
         self.domain.mask = tuple(walk.axes.leaf(size) for size in shape)
         params = [Followed(walk.fresh(leaf), None) for leaf in traced.params.values()]
         inputs = []
@@ -499,7 +521,8 @@ class Padding:
         if unknown:
             raise self._refusal(site, ", ".join(unknown))
         labels = self._labels()
-        found = {label for axis in (*loops, *axes) for _, label in axis if label is not None}
+        factors = itertools.chain(*loops, *axes)
+        found = {label for _, label in factors if label is not None}
         if any(label[0] == 0 and label not in found for label in labels):
             raise self._refusal(site, "no axis of it is that of the examples")
         if site.kind == "conv" and index == 0:
@@ -570,17 +593,24 @@ def _placed(mask: jax.Array, axes: list[Factors], labels: list[Label]) -> jax.Ar
     Returns:
       Booleans, an axis for each of the operand's, 1 where the mask does not depend on it.
     """
-    flat = [(axis, size, label) for axis, factors in enumerate(axes) for size, label in factors]
-    places = {label: [i for i, (*_, own) in enumerate(flat) if own == label] for label in labels}
+    # All factors of all axes in a row, and the places among them of each part of the mask.
+    flat: list[tuple[int, int, Label | None]] = []
+    for axis, factors in enumerate(axes):
+        flat += [(axis, size, label) for size, label in factors]
+    places: dict[Label, list[int]] = {label: [] for label in labels}
+    for i, (*_, label) in enumerate(flat):
+        if label is not None:
+            places[label].append(i)
     gone = tuple(i for i, label in enumerate(labels) if not places[label])
     left = [label for label in labels if places[label]]
     # What has no axis here counts if any of its entries does.
     mask = mask.any(axis=gone)
+    # Once with each part at its first place, once at its second, ...: all of them must count.
     uses = max((len(places[label]) for label in left), default=1)
     result = None
     for use in range(uses):
         at = [places[label][min(use, len(places[label]) - 1)] for label in left]
-        order = sorted(range(len(at)), key=lambda i: at[i])
+        order = sorted(range(len(at)), key=lambda i: at[i])  # parts as the operand has them
         one = _spread(mask.transpose(order), flat, sorted(at), len(axes))
         result = one if result is None else result & one
     assert result is not None

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from compress_jax.core.errors import NoMatchError, StateError
+from compress_jax.core.types import PyTree
 from compress_jax.trace._jaxpr.site import Site
 
 
@@ -16,6 +17,15 @@ class Gram(NamedTuple):
     Attributes:
       gram: float32 ``[*batch, k, k]``, not divided by ``count``.
       count: rows in each sum, int32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> fn = lambda params, x: x @ params["kernel"]
+      >>> observed = cj.trace.observe(fn, cj.trace.gram())
+      >>> _, found = observed({"kernel": jnp.ones((2, 3))}, jnp.array([[1.0, 2.0], [0.0, 1.0]]))
+      >>> [x.tolist() for x in found["kernel"]["input"]]
+      [[[1.0, 2.0], [2.0, 5.0]], 2]
     """
 
     gram: jax.Array
@@ -23,7 +33,7 @@ class Gram(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Calibration(Mapping[str, Any]):
+class Calibration(Mapping[str, PyTree]):
     """Finished statistics by the names of sites; a mapping.
 
     Attributes:
@@ -42,12 +52,13 @@ class Calibration(Mapping[str, Any]):
       (['kernel'], 2.0, 'dot')
     """
 
-    statistics: dict[str, Any]
+    statistics: dict[str, PyTree]
     sites: dict[str, Site]
     left_out: dict[str, str] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> PyTree:
         """Return the statistics of a site."""
+        # The site exists: say why it has no statistics.
         if name in self.left_out:
             raise NoMatchError(f"site {name!r} has no statistics: {self.left_out[name]}")
         if name not in self.statistics:
@@ -66,7 +77,7 @@ class Calibration(Mapping[str, Any]):
         return len(self.statistics)
 
 
-def require(calibration: Any, kind: type, reducer: str) -> None:
+def require(calibration: object, kind: type, reducer: str) -> None:
     """Raise unless the statistics are of the kind that a solver reads.
 
     Args:
@@ -91,9 +102,11 @@ def require(calibration: Any, kind: type, reducer: str) -> None:
             f"calibration is a {type(calibration).__name__}, not the statistics of sites; {how}"
         )
     for name, site in calibration.sites.items():
+        # Solvers read the sites of parameters only; attention scores may hold anything.
         if site.param is None:
             continue
         statistics = calibration[name]
+        # Reducers that measure each input return {"input": statistics} beside a parameter.
         if isinstance(statistics, Mapping):
             statistics = statistics.get("input")
         if not isinstance(statistics, kind):

@@ -7,7 +7,7 @@ out as a `Table`, one row for each vector that is contracted.
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,18 @@ from compress_jax.core.types import PyTree
 from compress_jax.trace._jaxpr.site import Site
 
 INT32_MAX = 2**31 - 1
+
+
+class Counted(Protocol):
+    """Statistics of rows: a NamedTuple of arrays, among them their number."""
+
+    @property
+    def count(self) -> jax.Array:
+        """How many rows there were: int32, a scalar, or one for each iteration of the loops."""
+        ...
+
+
+S = TypeVar("S", bound=Counted)
 
 
 class Reducer(NamedTuple):
@@ -43,14 +55,14 @@ class Reducer(NamedTuple):
       2.0
     """
 
-    reduce: Callable[[Site, jax.Array, jax.Array], Any]
-    merge: Callable[[Any, Any], Any]
-    finish: Callable[[Any], Any] = lambda statistics: statistics
-    masked: Callable[[Site, jax.Array, jax.Array, dict[int, jax.Array]], Any] | None = None
+    reduce: Callable[[Site, jax.Array, jax.Array], PyTree]
+    merge: Callable[[PyTree, PyTree], PyTree]
+    finish: Callable[[PyTree], PyTree] = lambda statistics: statistics
+    masked: Callable[[Site, jax.Array, jax.Array, dict[int, jax.Array]], PyTree] | None = None
 
     def __call__(
         self, site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array] | None = None
-    ) -> Any:
+    ) -> PyTree:
         """Return ``reduce(site, lhs, rhs)``, or with masks the statistics of what counts."""
         if not masks:
             return self.reduce(site, lhs, rhs)
@@ -63,7 +75,7 @@ class Reducer(NamedTuple):
         return self.masked(site, lhs, rhs, masks)
 
 
-def nan_if_empty(statistics: PyTree) -> Any:
+def nan_if_empty(statistics: S) -> S:
     """Return statistics with NaN for every floating entry where ``count`` is 0.
 
     Args:
@@ -82,9 +94,9 @@ def nan_if_empty(statistics: PyTree) -> Any:
 
 
 def per_input(
-    measure: Callable[..., Any],
-    combine: Callable[[Any, Any], Any],
-    result: Callable[[Any], Any] = nan_if_empty,
+    measure: Callable[..., S],
+    combine: Callable[[S, S], S],
+    result: Callable[[S], PyTree] = nan_if_empty,
 ) -> Reducer:
     """Return the reducer that measures each activation of a site by itself.
 
@@ -123,28 +135,28 @@ def per_input(
     """
     takes_mask = len(inspect.signature(measure).parameters) > 3
 
-    def measured(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Any:
-        def run(x: jax.Array, mask: jax.Array | None = None) -> Any:
+    def measured(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> S:
+        def run(x: jax.Array, mask: jax.Array | None = None) -> S:
             return measure(site, index, x, mask) if takes_mask else measure(site, index, x)
 
         return _unsharded(run, x, mask)
 
     def masked(
         site: Site, lhs: jax.Array, rhs: jax.Array, masks: dict[int, jax.Array]
-    ) -> dict[str, Any]:
+    ) -> dict[str, S]:
         operands = (jnp.asarray(lhs), jnp.asarray(rhs))
         return {
             key: measured(site, index, operands[index], masks.get(index))
             for key, index in site.inputs.items()
         }
 
-    def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, Any]:
+    def reduce(site: Site, lhs: jax.Array, rhs: jax.Array) -> dict[str, S]:
         return masked(site, lhs, rhs, {})
 
-    def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    def merge(old: dict[str, S], new: dict[str, S]) -> dict[str, S]:
         return {key: _skipping_empty(combine, old[key], new[key]) for key in old}
 
-    def finish(statistics: dict[str, Any]) -> dict[str, Any]:
+    def finish(statistics: dict[str, S]) -> dict[str, PyTree]:
         return {key: result(each) for key, each in statistics.items()}
 
     return Reducer(reduce, merge, finish, masked if takes_mask else None)
@@ -157,24 +169,26 @@ def add_counts(old: jax.Array, new: jax.Array) -> jax.Array:
       >>> int(add_counts(jnp.int32(2**31 - 3), jnp.int32(9))) == 2**31 - 1
       True
     """
+    # The sum itself would wrap around, so it is not compared.
     return jnp.where(old > INT32_MAX - new, INT32_MAX, old + new)
 
 
 def expand_count(count: jax.Array, x: jax.Array) -> jax.Array:
     """Return a count, one for each iteration of the loops, so that it broadcasts against ``x``."""
-    return count.reshape(*count.shape, *(1,) * (x.ndim - count.ndim))
+    return count.reshape(*count.shape, *(1,) * (x.ndim - count.ndim))  # [*loops, 1, ..., 1]
 
 
-def _skipping_empty(combine: Callable[[Any, Any], Any], old: Any, new: Any) -> Any:
+def _skipping_empty(combine: Callable[[S, S], S], old: S, new: S) -> S:
     def choose(both: jax.Array, old_leaf: jax.Array, new_leaf: jax.Array) -> jax.Array:
-        # The other one's statistics where one of the two is empty.
+        # The other one's statistics where one of the two is empty: those of a branch that was not
+        # taken are NaN, which no sum forgets.
         some = jnp.where(expand_count(old.count, both) == 0, new_leaf, both)
         return jnp.where(expand_count(new.count, both) == 0, old_leaf, some)
 
     return jax.tree.map(choose, combine(old, new), old, new)
 
 
-def _unsharded(measure: Callable[..., Any], x: jax.Array, mask: jax.Array | None) -> Any:
+def _unsharded(measure: Callable[..., PyTree], x: jax.Array, mask: jax.Array | None) -> PyTree:
     """Measure under automatic shardings, with a replicated result.
 
     Where shardings are explicit, sums over a sharded axis would be ambiguous.
@@ -226,6 +240,7 @@ class Table(NamedTuple):
         if self.mask is None:
             return jnp.int32(min(rows, INT32_MAX))
         columns = tuple(range(self.values.ndim - self.columns, self.values.ndim))
+        # A row counts if any entry of it does: [*batch, *rows, *columns] -> [*batch].
         count = self.mask.any(axis=columns).sum(self.rows, dtype=jnp.int32)
         # A mask of size 1 along an axis stands for as many rows as the values have there.
         sizes = [(self.values.shape[axis], self.mask.shape[axis]) for axis in self.rows]
@@ -233,7 +248,11 @@ class Table(NamedTuple):
         return jnp.where(count > INT32_MAX // max(repeated, 1), INT32_MAX, count * repeated)
 
     def reduced(
-        self, reduction: Callable[..., jax.Array], values: jax.Array, start: float, axes: Any = None
+        self,
+        reduction: Callable[..., jax.Array],
+        values: jax.Array,
+        start: float,
+        axes: tuple[int, ...] | None = None,
     ) -> jax.Array:
         """Return ``reduction(values, axes, initial=start)`` over what counts.
 
@@ -252,7 +271,7 @@ class Table(NamedTuple):
     def flat(self, x: jax.Array, repeats: int = 1) -> jax.Array:
         """Merge the column axes of ``[*batch, *columns (repeats times)]``, rows being reduced."""
         width = math.prod(self.values.shape[self.values.ndim - self.columns :])
-        return x.reshape(*x.shape[: self.batch], *(width,) * repeats)
+        return x.reshape(*x.shape[: self.batch], *(width,) * repeats)  # [*batch, k (, k)]
 
 
 def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None) -> Table:
@@ -280,7 +299,9 @@ def channels(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None
       >>> channels(site, 0, x).rows
       (0, 1)
     """
-    batch, columns = site.batch[index], site.contracting[index]
+    batch = site.batch[index]
+    columns = site.contracting[index]
+    # A convolution contracts the kernel's window as well, group by group.
     if site.kind == "conv" and index == 1:
         return _kernel(site, x)
     # [*batch, *rows, *columns]
@@ -320,6 +341,7 @@ def windows(site: Site, index: int, x: jax.Array, mask: jax.Array | None = None)
     lhs, rhs, *_ = site.params["dimension_numbers"]
     rows = None
     if mask is not None:
+        # NaN in padding that a counted window reaches into would spoil the window.
         x = jnp.where(mask | jnp.isfinite(x), x, jnp.zeros((), x.dtype))
         rows = _window_mask(mask.transpose(lhs), examples, features)
     x = _slide(site, x.transpose(lhs))  # [example, channel, *(position, offset)]
@@ -342,8 +364,9 @@ def _window_mask(mask: jax.Array, examples: int, features: int) -> jax.Array:
     Returns:
       Booleans ``[groups, examples, *positions]``.
     """
-    mask = mask.any(axis=1)
+    mask = mask.any(axis=1)  # [example, *space]
     each = max(mask.shape[0] // examples, 1)
+    # [groups of examples, groups of features (1), example, *space]
     mask = mask.reshape(mask.shape[0] // each, 1, each, *mask.shape[1:])
     return jnp.repeat(mask, features, axis=1).reshape(-1, each, *mask.shape[3:])
 
@@ -356,6 +379,7 @@ def _slide(site: Site, x: jax.Array) -> jax.Array:
     p = site.params
     padded = zip(p["padding"], p["lhs_dilation"], strict=True)
     holes = [(low, high, dilation - 1) for (low, high), dilation in padded]
+    # A dilated input has holes of zeros between its entries; negative padding crops.
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (0, 0, 0), *holes])
     window = [site.rhs_shape[axis] for axis in p["dimension_numbers"].rhs_spec[2:]]
     along = zip(window, p["window_strides"], p["rhs_dilation"], strict=True)
@@ -373,7 +397,7 @@ def _kernel(site: Site, x: jax.Array) -> Table:
     """Return a convolution's second operand as a table: a row for each output channel."""
     groups = math.prod(_groups(site))
     out = site.params["dimension_numbers"].rhs_spec[0]
-    x = x.transpose(out, *site.contracting[1])
+    x = x.transpose(out, *site.contracting[1])  # [out, *input channels and window]
     return _grouped(x.reshape(groups, x.shape[0] // groups, *x.shape[1:]), x.ndim - 1)
 
 
@@ -387,6 +411,7 @@ def _grouped(x: jax.Array, columns: int, rows: jax.Array | None = None) -> Table
 
 def _table(values: jax.Array, batch: int, columns: int, mask: jax.Array | None) -> Table:
     values = values.astype(jnp.float32)
+    # Selected, not multiplied: 0 * NaN is NaN.
     if mask is not None:
         values = jnp.where(mask, values, 0.0)
     return Table(values, batch, columns, mask)

@@ -8,17 +8,15 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.types import Aval
 from compress_jax.trace._jaxpr import origin
 from compress_jax.trace._jaxpr.find_sites import Traced
-from compress_jax.trace._jaxpr.interpret import Where, interpret
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret
 from compress_jax.trace._jaxpr.origin import PARAMETER, Origin
 from compress_jax.trace._jaxpr.primitives import CASTS, PASS_THROUGH
 from compress_jax.trace._jaxpr.site import Position, Shape, Site
@@ -52,8 +50,8 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
     Returns:
       The same for the result; None if the equation is no move, or splits a stored axis.
     """
-    before: Any = eqn.invars[0].aval
-    after: Any = eqn.outvars[0].aval
+    before: Aval = eqn.invars[0].aval
+    after: Aval = eqn.outvars[0].aval
     name = eqn.primitive.name
     if name == "rev":
         reversed_dims = list(dims)
@@ -62,8 +60,12 @@ def arranged(eqn: JaxprEqn, dims: Dims, stored: Shape) -> Dims | None:
         return tuple(reversed_dims)
     if name not in MOVES:
         return None
+    # The same rule that follows parameters to sites; here the "parameter" is the stored array.
     start = Origin(PARAMETER, (), dims)
-    moved: Any = origin.MOVE_RULES[name](eqn.params, start, before.shape, after.shape).dims
+    moved = origin.MOVE_RULES[name](eqn.params, start, before.shape, after.shape).dims
+    if moved is None:
+        return None
+    # A stored axis that a reshape splits is longer than the axis of the result that it lies in.
     for axes, n in zip(moved, after.shape, strict=True):
         if axes and math.prod(_size(stored, axis) for axis in axes) != n:
             return None
@@ -82,11 +84,12 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
       For each axis of the result the stored axes, ``()`` for axes of the other operand or a window;
       None for contractions that are not followed.
     """
-    result: Any = eqn.outvars[0].aval
-    operands: list[Any] = [var.aval for var in eqn.invars[:2]]
+    result: Aval = eqn.outvars[0].aval
+    operands: list[Aval] = [var.aval for var in eqn.invars[:2]]
     out: list[tuple[int, ...]] = [()] * len(result.shape)
     if eqn.primitive.name == "conv_general_dilated":
         numbers = eqn.params["dimension_numbers"]
+        # Only a kernel as the second operand has an axis of output channels.
         if side != 1 or eqn.params["batch_group_count"] != 1:
             return None
         out[numbers.out_spec[1]] = dims[numbers.rhs_spec[0]]
@@ -104,11 +107,12 @@ def output_axes(eqn: JaxprEqn, side: int, dims: Dims) -> Dims | None:
             out[start + i] = dims[axis]
     else:
         return None
+    # An axis is written ~axis where it is reversed: its scales would have to be reversed as well.
     reversed_axes = any(axis < 0 for axis in itertools.chain.from_iterable(out))
     return None if reversed_axes else tuple(out)
 
 
-def _size(stored: Any, axis: int) -> int:
+def _size(stored: Shape, axis: int) -> int:
     return stored[axis if axis >= 0 else ~axis]
 
 
@@ -167,8 +171,12 @@ class Use:
     step: bool = False
 
 
-OTHER = object()
-"""A value of which nothing is known, such as data."""
+class Other:
+    """A value of which nothing is known, such as data; `OTHER` is the only one."""
+
+
+OTHER = Other()
+Value = Known | Mapped | Other
 
 
 @dataclass
@@ -193,45 +201,44 @@ class Walk:
     arrays: dict[str, np.ndarray] = field(default_factory=dict)
     fixed: set[str] = field(default_factory=set)
 
-    def constant(self, aval: Aval, value: Any) -> Any:
+    def constant(self, aval: Aval, value: ConstantValue) -> Value:
         """Return a number, or a captured array of them."""
-        if isinstance(value, Tracer) or not jnp.issubdtype(
-            getattr(aval, "dtype", np.dtype(object)), jnp.number
-        ):
+        entries = None if math.prod(getattr(aval, "shape", ())) > LARGEST else value.real
+        if entries is None:
             return Known(None, frozenset())
-        if jnp.issubdtype(aval.dtype, jnp.complexfloating) or np.size(value) > LARGEST:
-            return Known(None, frozenset())
-        array = np.asarray(value).astype(np.float64)
+        array = entries.astype(np.float64)  # the dtype that folding computes in
         if array.size and (array == array.reshape(-1)[0]).all():
             first = float(array.reshape(-1)[0])
             return Known(poly.number(first), frozenset(), first)
+        # The same array captured twice has the same name, so that factors of it cancel.
         name = f"\0{hash((array.shape, array.tobytes()))}"
         self.arrays[name] = array
         return Known(poly.parameter(name, array.ndim), frozenset())
 
-    def join(self, a: Any, b: Any) -> Any:
+    def join(self, a: Value, b: Value) -> Value:
         """Return the value if both are equal; else nothing is known of it."""
         return a if a == b else self.lost([a, b], Use((), "a branch or a loop"))
 
-    def same(self, a: Any, b: Any) -> bool:
+    def same(self, a: Value, b: Value) -> bool:
         """Return whether two values are equal."""
         return a == b
 
-    def unstack(self, a: Any, loop: int) -> Any:
+    def unstack(self, a: Value, loop: int) -> Value:
         """Return one layer of a parameter that is stacked for a loop."""
         if not isinstance(a, Known):
             return self.lost([a], Use((), "a loop"))
+        # Every iteration has a layer of its own; its atoms remember the loop.
         return replace(a, poly=a.poly and a.poly.moved(lambda atom: sliced(atom, loop)))
 
-    def stack(self, a: Any, length: int) -> Any:
+    def stack(self, a: Value, length: int) -> Value:
         """Return that nothing is known of the slices that a loop stacks."""
         return self.lost([a], Use((), "a loop"))
 
-    def reshard(self, a: Any, aval: Aval) -> Any:
+    def reshard(self, a: Value, aval: Aval) -> Value:
         """Return that nothing is known of devices' shards."""
         return self.lost([a], Use((), "shard_map"))
 
-    def lost(self, args: Sequence[Any], use: Use) -> Any:
+    def lost(self, args: Sequence[Value], use: Use) -> Value:
         """Note a use of values; of its result nothing is known."""
         for arg in args:
             if isinstance(arg, Mapped):
@@ -240,63 +247,67 @@ class Walk:
                 self._used(arg.paths, use)
         return OTHER
 
-    def decides(self, args: Sequence[Any]) -> None:
+    def decides(self, args: Sequence[Value]) -> None:
         """Note values that choose a branch or end a loop."""
         self.lost(args, Use((), "a choice of branches"))
 
-    def equation(self, eqn: JaxprEqn, args: list[Any], where: Where) -> Sequence[Any]:
+    def equation(self, eqn: JaxprEqn, args: list[Value], where: Where) -> Sequence[Value]:
         """Return the results of an equation, and note how it uses mapped values and parameters."""
         position = where.position
         name = eqn.primitive.name
         self.values.pop(position, None)  # from an earlier iteration, in which more was known
         if position in self.traced.sites:
             return [self._site(eqn, args, self.traced.sites[position])]
-        if all(isinstance(arg, Known) for arg in args):
-            return self._known(eqn, args)
+        known = [arg for arg in args if isinstance(arg, Known)]
+        if len(known) == len(args):
+            return self._known(eqn, known)
         made = self._mapped(eqn, args, position)
         if made is None:
             self.lost(args, Use(position, name))
             return [OTHER] * len(eqn.outvars)
         self.values[position] = (made, next(arg.key for arg in args if isinstance(arg, Mapped)))
+        # A step of a scale and shift may be folded away; any other use of its operands may not.
         for arg in args:
             self.lost([arg], Use(position, name, step=True))
         return [made]
 
-    def _site(self, eqn: JaxprEqn, args: list[Any], site: Site) -> Any:
+    def _site(self, eqn: JaxprEqn, args: list[Value], site: Site) -> Value:
         side = 0 if site.operand == "lhs" else 1
         use = Use(site.position, f"site {site.name!r}")
         self.lost(args, use)
         kernel = args[side]
         data = args[1 - side]
-        is_kernel = site.param is not None and isinstance(kernel, Known)
+        # The kernel may be scaled only where it enters as it is stored, and multiplies data.
         atom = None
-        if is_kernel and not isinstance(data, Known):
+        if site.param is not None and isinstance(kernel, Known) and not isinstance(data, Known):
             atom = itself(kernel.poly, site.param)
         dims = None if atom is None else output_axes(eqn, side, atom.dims)
         if atom is None or dims is None:
             self.kernels.pop(site.position, None)
             return OTHER
         self.kernels[site.position] = atom
-        made = Mapped(site.position, site.position, poly.number(1), poly.number(0), dims)
+        made = Mapped(site.position, site.position, poly.number(1), poly.number(0), dims)  # y 1 + 0
         self.values[site.position] = (made, None)
         return made
 
     def _known(self, eqn: JaxprEqn, args: list[Known]) -> Sequence[Known]:
         paths = frozenset().union(*(arg.paths for arg in args))
-        polys = [arg.poly for arg in args]
+        polys = [arg.poly for arg in args if arg.poly is not None]
         out = eqn.outvars
         found = None
-        if len(out) == 1 and polys and None not in polys:
+        if len(out) == 1 and polys and len(polys) == len(args):
             found = self._computed(eqn, eqn.primitive.name, polys)
         if found is not None:
             return [Known(found, paths, poly.as_number(found))]
+        # What no polynomial expresses (of a step counter, say) is computed from the present values,
+        # which then must stay.
         value = uniform_result(eqn, [arg.value for arg in args])
         if value is not None:
             self.fixed |= paths
             return [Known(poly.number(value), paths, value)]
         return [Known(None, paths)] * len(out)
 
-    def _computed(self, eqn: JaxprEqn, name: str, polys: list[Any]) -> Polynomial | None:
+    def _computed(self, eqn: JaxprEqn, name: str, polys: list[Polynomial]) -> Polynomial | None:
         if not _is_float(eqn.outvars[0].aval):  # integers divide with a remainder
             return None
         if name in UNARY:
@@ -309,7 +320,8 @@ class Walk:
             return poly.stepped(polys[0], "exp")
         if name in BINARY:
             aval: Aval = eqn.outvars[0].aval
-            one, other = (lifted(p, len(aval.shape)) for p in polys)
+            one = lifted(polys[0], len(aval.shape))
+            other = lifted(polys[1], len(aval.shape))
             if one is None or other is None:
                 return None
             return combined(name, one, other)
@@ -327,10 +339,11 @@ class Walk:
     def _shape(self, path: str) -> Shape:
         return (self.arrays[path] if path in self.arrays else self.traced.params[path]).shape
 
-    def _mapped(self, eqn: JaxprEqn, args: list[Any], position: Position) -> Mapped | None:
+    def _mapped(self, eqn: JaxprEqn, args: list[Value], position: Position) -> Mapped | None:
         mapped = [arg for arg in args if isinstance(arg, Mapped)]
         name = eqn.primitive.name
         aval: Aval = eqn.outvars[0].aval
+        # Of two mapped values (a residual sum) the result is no scale and shift of either.
         if len(mapped) != 1 or len(eqn.outvars) != 1 or not _is_float(aval):
             return None
         old = replace(mapped[0], key=position)
@@ -339,6 +352,7 @@ class Walk:
         known = next((arg for arg in args if isinstance(arg, Known)), None)
         if len(args) != 2 or known is None or known.poly is None:
             return None
+        # A site's output that is a scalar, broadcast.
         if len(old.dims) != len(aval.shape):
             return None
         other = lifted(known.poly, len(aval.shape))
@@ -353,10 +367,13 @@ class Walk:
         if name in SAME:
             return old
         if name == "neg":
-            scale, shift = (poly.multiply(each, poly.number(-1)) for each in (old.scale, old.shift))
+            scale = poly.multiply(old.scale, poly.number(-1))
+            shift = poly.multiply(old.shift, poly.number(-1))
             dims = old.dims
         else:
-            scale, shift = (self._moved(eqn, each) for each in (old.scale, old.shift))
+            # Scale and shift lie in the axes of the value, and are moved as it is.
+            scale = self._moved(eqn, old.scale)
+            shift = self._moved(eqn, old.shift)
             dims = arranged(eqn, old.dims, self._shape(self.kernels[old.site].path))
         if scale is None or shift is None or dims is None:
             return None

@@ -7,21 +7,20 @@ solutions of all demands the function does not change, for every s > 0. `RULES` 
 primitives do to forms; `ScalingWalk` is the domain for the interpreter.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import JaxprEqn
 
 from compress_jax.core.types import Aval
 from compress_jax.trace._groups.analyze import Analysis
 from compress_jax.trace._groups.axes import Axes, Dims, Leaf
 from compress_jax.trace._jaxpr import primitives
-from compress_jax.trace._jaxpr.interpret import Where
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where
 
 
 class Unknown(NamedTuple):
@@ -81,7 +80,7 @@ def plus(a: Form, b: Form, times: int | Fraction = 1) -> Form:
 
 
 def _leaves(fields: Sequence[Field]) -> set[Leaf]:
-    return {leaf for own in fields for leaf in own}
+    return set(itertools.chain.from_iterable(fields))
 
 
 # These primitives drop whole leaves; leaves that they would split are frozen.
@@ -106,6 +105,7 @@ class Demands:
 
     def fix(self, value: Scaled, why: str, axes: Sequence[int] | None = None) -> None:
         """Demand that a value does not scale, along some axes or all."""
+        # Zero stays zero under every factor.
         if value.zero:
             return
         for own in value.fields if axes is None else [value.fields[i] for i in axes]:
@@ -128,12 +128,15 @@ class Demands:
         """
         leaves = self.axes.leaves
         fields: tuple[Field, ...] = tuple({} for _ in dims)
+        # The result's axes that each leaf lies in, in order.
         places: dict[Leaf, list[int]] = {}
         for i, axis in enumerate(dims):
             for leaf in leaves(axis):
                 places.setdefault(leaf, []).append(i)
         for leaf in _leaves(value.fields):
             forms = value.along(leaf)
+            # As often as before: the first occurrence goes to the first place, and so on. A slice
+            # may drop a free leaf whole, of which nothing is then demanded.
             if len(forms) == len(places.get(leaf, ())):
                 for i, form in zip(places[leaf], forms, strict=True):
                     fields[i][leaf] = form
@@ -171,7 +174,7 @@ def _sum(times: int) -> Rule:
         del demands, eqn
         fields = tuple(_combined(a, b, times) for a, b in zip(*_widened(args), strict=True))
         # 0 * y and 0 / y are zero.
-        zero = args[0].zero or (times == 1 and args[1].zero)
+        zero = args[0].zero or (times == 1 and args[1].zero)  # y / 0 is not
         return Scaled(dims, fields, zero, why=_why(args))
 
     return rule
@@ -198,6 +201,7 @@ def _equal(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> S
     if eqn.primitive.name == "select_n":
         demands.fix(args[0], "its entries decide a choice")
         args = args[1:]
+    # relu is max(x, 0): a zero scales with whatever it is compared with or added to.
     live = [arg for arg in args if not arg.zero]
     if not live:
         return demands.unscaled(dims, zero=True)
@@ -216,7 +220,7 @@ def _passed(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> 
     """The result scales like its operand, except a cast to integers."""
     if eqn.primitive.name == "convert_element_type":
         if not jnp.issubdtype(eqn.params["new_dtype"], jnp.inexact):
-            return None
+            return None  # rounded: the operand must not scale
     return Scaled(dims, args[0].fields, args[0].zero, why=args[0].why)
 
 
@@ -235,6 +239,7 @@ def _transposed(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
 
 def _broadcast(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     to = dict(zip(eqn.params["broadcast_dimensions"], args[0].fields, strict=True))
+    # Along a new axis all entries are equal, and scale alike.
     fields = tuple(to.get(i, {}) for i in range(len(dims)))
     return Scaled(dims, fields, args[0].zero, why=args[0].why)
 
@@ -262,6 +267,7 @@ def _padded(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> 
 
 def _window(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     """A value must not scale along axes that a window changes."""
+    # Where nothing slides or pads, `analyze` has passed on the axis itself.
     pairs = zip(args[0].dims, dims, strict=True)
     wide = [i for i, (old, new) in enumerate(pairs) if old is not new]
     demands.fix(args[0], "a window runs along it", wide)
@@ -278,6 +284,7 @@ def _concatenated(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dim
         own = [arg.fields[i] for arg in live]
         joined: Field = {}
         for leaf in _leaves(own):
+            # Along the joined axis operands have leaves of their own; only shared ones must agree.
             present = [each for each in own if i != along or leaf in each]
             forms = [each.get(leaf, {}) for each in present]
             demands.equal(forms, "it is put beside what does not scale with it")
@@ -289,6 +296,7 @@ def _concatenated(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dim
 
 def _stacked(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims) -> Scaled:
     along = eqn.params["axis"]
+    # The new axis numbers the operands; nothing scales along it.
     same = _equal(demands, eqn, args, (*dims[:along], *dims[along + 1 :]))
     return Scaled(dims, (*same.fields[:along], {}, *same.fields[along:]), same.zero, why=same.why)
 
@@ -304,6 +312,7 @@ def _contracted(demands: Demands, eqn: JaxprEqn, args: list[Scaled], dims: Dims)
     (lhs, rhs), (lhs_batch, rhs_batch) = primitives.axes(eqn)
     for i, j in zip(lhs, rhs, strict=True):
         _against(demands, left, i, right, j)
+    # [*batch, *others of left, *others of right]
     fields = []
     for i, j in zip(lhs_batch, rhs_batch, strict=True):
         fields.append(_combined(left.fields[i], right.fields[j]))
@@ -330,7 +339,7 @@ def _convolved(
         fields[numbers.out_spec[1]] = kernel.fields[out]
         return Scaled(dims, tuple(fields), image.zero or kernel.zero)
     if p["feature_group_count"] != image.dims[channel].size:
-        return None
+        return None  # groups of several channels, which are summed over, are not followed
     # Depthwise: each input channel has outputs of its own, which it scales as the kernel does.
     demands.fix(kernel, "it has one entry", [into])
     fields[numbers.out_spec[1]] = _combined(image.fields[channel], kernel.fields[out])
@@ -380,6 +389,7 @@ class ScalingWalk:
       carried: forms of values that loops and branches carry or stack; factors that differ between
         iterations must not appear in them.
       stacks: by parameter, the number of its leading axes that loops run along.
+      live: every value that may scale: parameters, operands and results of equations.
       used: parameters that an equation takes.
       whole: parameters that an equation takes with all their axes, not a loop's slices of them.
     """
@@ -389,6 +399,7 @@ class ScalingWalk:
     hold: frozenset[str] = frozenset()
     carried: list[Form] = field(default_factory=list)
     stacks: dict[str, int] = field(default_factory=dict)
+    live: list[Scaled] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     whole: set[str] = field(default_factory=set)
 
@@ -398,12 +409,14 @@ class ScalingWalk:
         fields: list[Field] = []
         for i, axis in enumerate(dims):
             fields.append({leaf: {Unknown(path, i, leaf): Fraction(1)} for leaf in leaves(axis)})
-        return Scaled(dims, tuple(fields), param=path)
+        value = Scaled(dims, tuple(fields), param=path)
+        self._live([value])
+        return value
 
-    def constant(self, aval: Aval, value: object) -> Scaled:
+    def constant(self, aval: Aval, value: ConstantValue) -> Scaled:
         """Return a literal or a captured array."""
         dims = tuple(Leaf(n, -1) for n in getattr(aval, "shape", ()))
-        return self.demands.unscaled(dims, "a constant", _is_zero(aval, value))
+        return self.demands.unscaled(dims, "a constant", value.zero)
 
     def join(self, a: Scaled, b: Scaled) -> Scaled:
         """Demand that two values that one variable may hold scale alike."""
@@ -421,6 +434,7 @@ class ScalingWalk:
     def unstack(self, a: Scaled, loop: int) -> Scaled:
         """Return an iteration's slice."""
         if a.param is not None:
+            # How many leading axes of the stored parameter loops run along, this one included.
             depth = len(self.analysis.params[a.param]) - len(a.dims) + 1
             self.stacks[a.param] = max(self.stacks.get(a.param, 0), depth)
         else:
@@ -431,6 +445,7 @@ class ScalingWalk:
     def stack(self, a: Scaled, length: int) -> Scaled:
         """Return stacked slices; a loop may return those that it was given, as nnx.scan does."""
         param = a.param
+        # Computed in the loop: factors that differ between iterations must not be in it.
         if param is None or len(a.dims) >= len(self.analysis.params[param]):
             param = None
             self._carry(a)
@@ -447,10 +462,17 @@ class ScalingWalk:
     def equation(self, eqn: JaxprEqn, args: list[Scaled], where: Where) -> Sequence[Scaled]:
         """Return how the results of an equation scale."""
         operands, results = self.analysis.walk.values[where.position]
+        # Data, constants and stacks have axes of their own here; the analysis knows what they are.
         pairs = zip(args, operands, strict=True)
         args = [replace(arg, dims=dims) for arg, dims in pairs]
         self._use(args)
+        made = self._results(eqn, args, results)
+        self._live([*args, *made])
+        return made
+
+    def _results(self, eqn: JaxprEqn, args: list[Scaled], results: list[Dims]) -> list[Scaled]:
         name = eqn.primitive.name
+        # The only moves with several results, each with axes of its own.
         if name in ("split", "unstack"):
             return [self.demands.moved(args[0], dims, name) for dims in results]
         out = RULES[name](self.demands, eqn, args, results[0]) if name in RULES else None
@@ -462,6 +484,10 @@ class ScalingWalk:
         for arg in args:
             self.demands.fix(arg, why)
         return [self.demands.unscaled(dims, why) for dims in results]
+
+    def _live(self, values: Sequence[Scaled]) -> None:
+        """Note values that may scale; zeros are zero whatever they are multiplied by."""
+        self.live += [each for each in values if not each.zero and any(each.fields)]
 
     def _carry(self, value: Scaled) -> None:
         """Note the forms of a value that a loop or a branch carries."""
@@ -475,11 +501,3 @@ class ScalingWalk:
                 self.used.add(arg.param)
                 if len(arg.dims) == len(self.analysis.params[arg.param]):
                     self.whole.add(arg.param)
-
-
-def _is_zero(aval: Aval, value: object) -> bool:
-    if jnp.issubdtype(aval.dtype, jax.dtypes.extended):
-        return False
-    if not jnp.issubdtype(aval.dtype, jnp.number):
-        return False
-    return not np.any(np.asarray(value))

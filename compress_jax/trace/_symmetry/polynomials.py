@@ -4,16 +4,18 @@ All spellings of one scale and shift (a folded norm, a norm by division, by rsqr
 `Polynomial`. The functions at the end say what primitives do to polynomials.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.extend.core import JaxprEqn
+
+from compress_jax.core.types import Aval
+from compress_jax.trace._jaxpr.interpret import ConstantValue
 
 Dims = tuple[tuple[int, ...], ...]
 Step = tuple[str, float]
@@ -45,10 +47,12 @@ class Atom:
             x = APPLY[kind](x, number)
         return x
 
-    def inverse(self, y: Any) -> np.ndarray | None:
+    def inverse(self, y: np.ndarray | float) -> np.ndarray | None:
         """Return the parameter's entries for which the function is y; None if there are none."""
         y = np.asarray(y, np.float64)
+        # The last step is undone first.
         for kind, number in self.steps[::-1]:
+            # exp and powers are inverted for positive numbers only, max from its floor on.
             if kind in ("pow", "exp") and not (y > 0).all():
                 return None
             if kind == "max" and not (y >= number).all():
@@ -57,14 +61,15 @@ class Atom:
         return y
 
 
-APPLY: dict[str, Callable[[Any, float], Any]] = {
+Operation = Callable[[np.ndarray, float], np.ndarray]
+APPLY: dict[str, Operation] = {
     "add": lambda x, k: x + k,
     "mul": lambda x, k: x * k,
     "pow": lambda x, k: np.power(x, k),
-    "max": np.maximum,
+    "max": lambda x, k: np.maximum(x, k),
     "exp": lambda x, _: np.exp(x),
 }
-INVERT: dict[str, Callable[[Any, float], Any]] = {
+INVERT: dict[str, Operation] = {
     "add": lambda y, k: y - k,
     "mul": lambda y, k: y / k,
     "pow": lambda y, k: np.power(y, 1 / k),
@@ -95,7 +100,10 @@ class Polynomial:
     @property
     def atoms(self) -> tuple[Atom, ...]:
         """The atoms of all terms, once each."""
-        return tuple(dict.fromkeys(atom for factors, _ in self.terms for atom, _ in factors))
+        found: dict[Atom, None] = {}
+        for factors, _ in self.terms:
+            found |= dict.fromkeys(atom for atom, _ in factors)
+        return tuple(found)
 
     @property
     def paths(self) -> frozenset[str]:
@@ -110,7 +118,11 @@ class Polynomial:
             if moved is None:
                 return None
             new[atom] = moved
-        return _sum((tuple((new[atom], p) for atom, p in factors), k) for factors, k in self.terms)
+        terms: list[tuple[Factors, float]] = []
+        for factors, k in self.terms:
+            terms.append((tuple((new[atom], p) for atom, p in factors), k))
+        # Atoms that the move has made equal come together.
+        return _sum(terms)
 
 
 def number(x: float) -> Polynomial:
@@ -120,7 +132,8 @@ def number(x: float) -> Polynomial:
 
 def parameter(path: str, rank: int) -> Polynomial:
     """Return a parameter as it is stored."""
-    return Polynomial(((((Atom(path, (), tuple((axis,) for axis in range(rank))), 1.0),), 1.0),))
+    atom = Atom(path, (), tuple((axis,) for axis in range(rank)))
+    return _single(atom)
 
 
 def add(a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial | None:
@@ -130,11 +143,13 @@ def add(a: Polynomial, b: Polynomial, sign: float = 1.0) -> Polynomial | None:
 
 def multiply(a: Polynomial, b: Polynomial) -> Polynomial | None:
     """Return the product, or None if it is too long."""
+    # (v + eps) as one atom: its powers cancel, where powers of a sum would not.
     a = _joined(a)
     b = _joined(b)
     if len(a.terms) * len(b.terms) > MOST:
         return None
-    return _limited(_sum([(_product(f, g), k * m) for f, k in a.terms for g, m in b.terms]))
+    pairs = itertools.product(a.terms, b.terms)
+    return _limited(_sum([(_product(f, g), k * m) for (f, k), (g, m) in pairs]))
 
 
 def power(a: Polynomial, exponent: float) -> Polynomial | None:
@@ -144,7 +159,7 @@ def power(a: Polynomial, exponent: float) -> Polynomial | None:
         return None
     ((factors, k),) = a.terms
     if k < 0 and exponent != int(exponent):
-        return None
+        return None  # no real root
     powers = tuple((atom, p * exponent) for atom, p in factors)
     return _sum([(_product((), powers), float(k) ** exponent)])
 
@@ -178,6 +193,7 @@ def evaluate(a: Polynomial, of: Callable[[Atom], np.ndarray]) -> np.ndarray:
 
 
 def _single(atom: Atom) -> Polynomial:
+    # One term: the atom to the power 1, times 1.
     return Polynomial(((((atom, 1.0),), 1.0),))
 
 
@@ -207,6 +223,7 @@ def _product(f: Factors, g: Factors) -> Factors:
     powers: dict[Atom, float] = {}
     for atom, p in (*f, *g):
         powers[atom] = powers.get(atom, 0.0) + p
+    # In one order, whichever way they were multiplied: equal products are equal tuples.
     return tuple(sorted(((atom, p) for atom, p in powers.items() if p), key=repr))
 
 
@@ -246,6 +263,7 @@ def combined(name: str, a: Polynomial, b: Polynomial) -> Polynomial | None:
     if name == "pow":
         exponent = as_number(b)
         return None if exponent is None else power(a, exponent)
+    # max with a number on either side, as guards against zero are written.
     for one, other in ((a, b), (b, a)):
         if (floor := as_number(other)) is not None:
             return stepped(one, "max", floor) if one.terms else None
@@ -268,10 +286,11 @@ def scaled_and_shifted(
         return scale, add(shift, other)
     if name == "sub" and first:
         return scale, add(shift, other, -1.0)
-    if name == "sub":
+    if name == "sub":  # other - (y a + b)
         return multiply(scale, number(-1)), add(other, shift, -1.0)
     if name == "mul" or (name == "div" and first):
         factor = other if name == "mul" else power(other, -1.0)
+        # A factor without terms is 0, after which nothing of the site is left.
         if factor is not None and factor.terms:
             return multiply(scale, factor), multiply(shift, factor)
     return None, None
@@ -283,7 +302,7 @@ def lifted(p: Polynomial, rank: int) -> Polynomial | None:
     def lift(atom: Atom) -> Atom | None:
         if len(atom.dims) == rank:
             return atom
-        return replace(atom, dims=((),) * rank) if not atom.dims else None
+        return replace(atom, dims=((),) * rank) if not atom.dims else None  # [] -> [1, ..., 1]
 
     return p.moved(lift)
 
@@ -297,16 +316,16 @@ def sliced(atom: Atom, loop: int) -> Atom | None:
     """Return a loop's slice along the first axis; None if several stored axes lie in it."""
     if not atom.dims or len(atom.dims[0]) > 1:
         return None
-    own = tuple((axis, loop) for axis in atom.dims[0])
+    own = tuple((axis, loop) for axis in atom.dims[0])  # none where the value is broadcast
     return replace(atom, dims=atom.dims[1:], sliced=(*atom.sliced, *own))
 
 
-def scalar(x: Any) -> float | None:
+def scalar(x: object) -> float | None:
     """Return the number in an array of one entry, if it is known."""
-    known = isinstance(x, (np.ndarray, jax.Array)) and not isinstance(x, Tracer) and x.size == 1
-    if not known or not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+    entries = ConstantValue(x).entries if math.prod(getattr(x, "shape", ())) == 1 else None
+    if entries is None or jnp.iscomplexobj(entries):
         return None
-    return None if jnp.issubdtype(x.dtype, jnp.complexfloating) else float(x.reshape(()))
+    return float(entries.reshape(()))
 
 
 def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | None:
@@ -319,14 +338,18 @@ def uniform_result(eqn: JaxprEqn, values: Sequence[float | None]) -> float | Non
     Returns:
       The number; None if it is not known or the entries differ.
     """
-    avals: list[Any] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
+    avals: list[Aval] = [var.aval for var in (*eqn.invars, *eqn.outvars)]
     simple = all(
         hasattr(a, "shape") and math.prod(a.shape) <= MANY and a.dtype.kind in "fiub" for a in avals
     )
-    if not values or None in values or len(eqn.outvars) != 1 or not simple or eqn.effects:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return None
+    if len(eqn.outvars) != 1 or not simple or eqn.effects:
+        return None
+    # The primitive itself is run on small arrays, even inside a trace: it needs no second rule.
     with jax.ensure_compile_time_eval():
-        pairs: Any = zip(avals[: len(values)], values, strict=True)
+        pairs = zip(avals[: len(known)], known, strict=True)
         operands = [jnp.full(aval.shape, value, aval.dtype) for aval, value in pairs]
         made = eqn.primitive.bind(*operands, **eqn.params)
         result = np.asarray(made).astype(np.float64).reshape(-1)

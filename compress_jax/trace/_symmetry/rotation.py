@@ -8,8 +8,6 @@ rotates along the axis, the square of such a vector entry by entry, or broken: n
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import JaxprEqn
 
@@ -19,7 +17,7 @@ from compress_jax.trace._groups.analyze import Analysis, analyze
 from compress_jax.trace._groups.axes import Axis, Leaf
 from compress_jax.trace._groups.groups import Group, groups
 from compress_jax.trace._jaxpr import primitives
-from compress_jax.trace._jaxpr.interpret import Where, interpret
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret
 from compress_jax.trace._jaxpr.primitives import CASTS, MOVES, RANDOM
 
 ZERO = "zero"
@@ -135,6 +133,7 @@ def joined(a: Kind, b: Kind, ones: bool) -> Kind:
       >>> joined(Kind(INVARIANT), Kind(VECTOR), ones=False).form
       'broken'
     """
+    # Zero is any vector, and any number.
     if a == b or b.form == ZERO:
         return a
     if a.form == ZERO:
@@ -182,6 +181,7 @@ def _mixture(kinds: Sequence[Kind], given: RuleInputs, what: str) -> RuleResult:
         kind = joined(kind, other, given.ones)
     if kind.form == BROKEN:
         return broken(what)
+    # Beside zeros, as padding is added, a parameter still is that parameter.
     live = [each for each in kinds if each.form != ZERO]
     return RuleResult(kind, () if len(live) == 1 else other_uses(live, given.position))
 
@@ -226,6 +226,7 @@ def _mul(given: RuleInputs) -> RuleResult:
     a, b = given.args
     if ZERO in (a.form, b.form):
         return RuleResult(Kind(ZERO))
+    # A factor that is equal along the axis, such as a norm's 1 / rms: Q (x r) = (Q x) r.
     if INVARIANT in (a.form, b.form):
         return RuleResult(b if a.form == INVARIANT else a)
     if a.form == b.form == VECTOR:
@@ -235,10 +236,13 @@ def _mul(given: RuleInputs) -> RuleResult:
 
 def _product(a: Kind, b: Kind, given: RuleInputs) -> RuleResult:
     """Return a vector times a scale, or the square of a vector, which a sum may follow."""
+    # A second scale, or two rotated axes in one value, would need rules of their own.
     if a.gain or b.gain or max(map(len, given.along)) > 1:
         return broken("it is multiplied entry by entry")
+    # x * x, which only its sum over the axis takes back: (Q x) . (Q x) = x . x.
     if (a.param is None) == (b.param is None):
         return RuleResult(Kind(SQUARE), other_uses([a, b], given.position))
+    # A norm's scale times x: no gain if its entries are equal, as that commutes with Q.
     scale = a.param or b.param
     assert scale is not None
     use = Use("gain", scale, None, given.position)
@@ -261,6 +265,7 @@ def _div(given: RuleInputs) -> RuleResult:
 
 def _reduce_sum(given: RuleInputs) -> RuleResult:
     kind = given.args[0]
+    # The sum of x is 1 . x, which stays only if Q 1 = 1; a sum of squares always stays.
     if (
         kind.form == VECTOR
         and given.along[0] & set(given.eqn.params["axes"])
@@ -273,6 +278,7 @@ def _reduce_sum(given: RuleInputs) -> RuleResult:
 def _contraction(given: RuleInputs) -> RuleResult:
     left, right = given.args[:2]
     (lhs, rhs), (lhs_batch, rhs_batch) = primitives.axes(given.eqn)
+    # A batch axis multiplies entry by entry, and so does an axis that one operand only sums over.
     if (given.along[0] & set(lhs_batch)) | (given.along[1] & set(rhs_batch)):
         return broken("it is multiplied entry by entry")
     summed = bool(given.along[0] & set(lhs))
@@ -290,15 +296,18 @@ def _inner(left: Kind, right: Kind, given: RuleInputs) -> RuleResult:
     invariant where the rotated axis is gone.
     """
     forms = {left.form, right.form}
+    # (x * x) @ ones, and x @ ones where Q 1 = 1.
     norm = forms == {SQUARE, INVARIANT}
     mean = forms == {VECTOR, INVARIANT} and given.ones and not (left.gain or right.gain)
     if norm or mean:
         return RuleResult(Kind(VECTOR), other_uses([left, right], given.position))
     if forms != {VECTOR}:
         return broken("it is multiplied by what does not rotate with it, and summed up")
+    # A kernel that reads x: (Q W)^T Q x = W^T x. It can take up the gain of x.
     for data, kernel in ((left, right), (right, left)):
         if data.param is None and kernel.param is not None and kernel.gain is None:
             return RuleResult(Kind(VECTOR), (Use("read", kernel.param, data.gain, given.position),))
+    # Of two activations (attention scores) neither can take up a gain.
     if left.gain or right.gain:
         return broken("what a scale was applied to is multiplied by activations")
     return RuleResult(Kind(VECTOR), other_uses([left, right], given.position))
@@ -367,6 +376,7 @@ def rotations(
       ``({name of the group: Rotation}, {name of the group: why it cannot be rotated})``.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> sizes = {"up": (3, 4), "down": (4, 2), "side": (2, 5), "out": (5, 1)}
       >>> params = {name: jnp.ones(shape) for name, shape in sizes.items()}
       >>> def fn(p, x):
@@ -382,6 +392,7 @@ def rotations(
         if where is not None and not matches(where, group.name):
             refused[group.name] = "no pattern matches"
             continue
+        # Any rotation if it may be; else one with Q 1 = 1, under which means stay too.
         walk = _walk(analysis, leaves, group, ones=False)
         if walk.reason is not None:
             walk = _walk(analysis, leaves, group, ones=True)
@@ -395,6 +406,7 @@ def rotations(
 def _walk(analysis: Analysis, leaves: Leaves, group: Group, ones: bool) -> "_Walk":
     walk = _Walk(analysis, leaves, group, _leaf(analysis, group), ones)
     paths = {path for path, _ in group.members}
+    # Members rotate; data and all other parameters do not.
     args = [
         Kind(VECTOR, Param(path)) if path in paths else Kind(INVARIANT) for path in analysis.params
     ]
@@ -427,7 +439,7 @@ class _Walk:
       ones: see `RuleInputs`.
       uses: how parameters entered so far, in order.
       reason: why the group cannot be rotated, if that is known.
-      equal: whether parameters are uniform along the rotated axis, by path.
+      equal: whether parameters are known to be uniform along the rotated axis, by path.
     """
 
     analysis: Analysis
@@ -449,19 +461,17 @@ class _Walk:
     def uniform(self, path: str) -> bool:
         if path not in self.equal:
             axes = tuple(axis for other, axis in self.group.members if other == path)
-            x = self.leaves[path]
-            self.equal[path] = bool((x.max(axes) == x.min(axes)).all())
+            x = ConstantValue(self.leaves[path]).entries  # None while a caller's jit traces
+            # In each layer of a stack by itself.
+            self.equal[path] = x is not None and bool((x.max(axes) == x.min(axes)).all())
         return self.equal[path]
 
-    def constant(self, aval: Aval, value: object) -> Kind:
-        if jnp.issubdtype(aval.dtype, jax.dtypes.extended) or not jnp.issubdtype(
-            aval.dtype, jnp.number
-        ):
-            return Kind(INVARIANT)
-        return Kind(INVARIANT if np.asarray(value).any() else ZERO)
+    def constant(self, aval: Aval, value: ConstantValue) -> Kind:
+        return Kind(ZERO if value.zero else INVARIANT)
 
     def join(self, a: Kind, b: Kind) -> Kind:
         kind = joined(a, b, self.ones)
+        # Where one of the two was broken before, its own reason is better.
         if kind.form == BROKEN and BROKEN not in (a.form, b.form):
             reason = "a loop or a branch joins it with what does not rotate with it"
             self.reason = self.reason or reason
@@ -475,6 +485,7 @@ class _Walk:
     def unstack(self, a: Kind, loop: int) -> Kind:
         if a.param is None:
             return a
+        # Of a moved stack it is not known which stored axis comes first.
         if not a.param.whole:
             self._note(other_uses([a], ()))
             return Kind(a.form, gain=a.gain)
@@ -495,6 +506,7 @@ class _Walk:
         forms = {kind.form for kind in args}
         name = eqn.primitive.name
         operands, results = self.analysis.walk.values[where.position]
+        # The reason was noted where it broke.
         if BROKEN in forms:
             return [Kind(BROKEN)] * len(eqn.outvars)
         if not forms & {VECTOR, SQUARE}:

@@ -9,14 +9,14 @@ from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import gcd, lcm
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Leaves, ModelFn, PyTree, Variables
+from compress_jax.core.types import Array, Leaves, ModelFn, PyTree, Variables
 from compress_jax.trace._groups.analyze import Analysis, analyze
 from compress_jax.trace._groups.axes import Dims, Leaf, Member
 from compress_jax.trace._jaxpr.interpret import interpret
@@ -72,6 +72,7 @@ class Scaling:
           Powers of the factors, with axes of size 1 along which they do not vary.
         """
         place = part.coordinates
+        # [*stack, *scaled axes]; an index without a factor is multiplied by 1.
         own = jnp.where(place < 0, 1.0, factors[..., np.maximum(place, 0)] ** float(part.power))
         shape = [1] * ndim
         shape[: len(self.stack)] = self.stack
@@ -79,7 +80,7 @@ class Scaling:
             shape[axis] = n
         return own.reshape(shape)
 
-    def apply(self, leaves: Leaves, factors: jax.Array) -> dict[str, Any]:
+    def apply(self, leaves: Leaves, factors: jax.Array) -> dict[str, jax.Array]:
         """Return the parameters of this scaling, multiplied by their powers of the factors.
 
         Args:
@@ -89,6 +90,7 @@ class Scaling:
         Returns:
           ``{path: array}`` of these parameters only, computed in float32, in their old dtypes.
         """
+        # Rounded to the old dtype once, after all parts of a parameter.
         new = {part.path: leaves[part.path].astype(jnp.float32) for part in self.parts}
         for part in self.parts:
             new[part.path] = new[part.path] * self.spread(part, new[part.path].ndim, factors)
@@ -119,6 +121,7 @@ class Scaling:
         """Return ``[*stack, scaled index, other entries]`` and the factor of each such index."""
         n = len(self.stack)
         axes = part.axes
+        # [*stack, *scaled axes, *others]
         rows = jnp.moveaxis(x.astype(jnp.float32), axes, range(n, n + len(axes)))
         place = part.coordinates.reshape(-1)
         rows = rows.reshape(*self.stack, len(place), -1)
@@ -162,6 +165,7 @@ def scalings(
     results = interpret(domain, analysis.traced.jaxpr, [*args, *data])
     starts = dict(zip(analysis.params, args, strict=True))
     for path, value in zip(flatten(analysis.traced.out)[0], results, strict=True):
+        # An updated parameter (batch statistics) must scale as the parameter does.
         if path in analysis.state:
             domain.join(starts[analysis.state[path]], value)
         else:
@@ -174,7 +178,7 @@ def _data(domain: ScalingWalk, shape: Shape) -> Scaled:
     return domain.demands.unscaled(dims, "it is the function's input")
 
 
-def _start(domain: ScalingWalk, path: str, leaf: Any) -> Scaled:
+def _start(domain: ScalingWalk, path: str, leaf: Array | jax.ShapeDtypeStruct) -> Scaled:
     dims = domain.analysis.params[path]
     if path in domain.hold or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return domain.demands.unscaled(dims, "a parameter that is held")
@@ -186,22 +190,49 @@ def _solved(
 ) -> tuple[tuple[Scaling, ...], dict[Member, str]]:
     fixed = domain.demands.fixed
     basis = null_space(_in_order(domain, analysis), [demand.form for demand in fixed])
-    # Solutions with the same paths and powers, as one for heads and one for the features of a head,
-    # are joined to one scaling of all their axes.
-    joined: dict[Any, list[Vector]] = {}
-    for i, vector in enumerate(basis):
-        powers = frozenset((name.path, power) for name, power in vector.items())
-        joined.setdefault(powers if len(powers) == len(vector) else i, []).append(vector)
+    # As one for heads and one for the features of a head.
+    joined: list[list[Vector]] = []
+    for vector in basis:
+        group = next((each for each in joined if _together(domain, [*each, vector])), None)
+        if group is None:
+            joined.append([vector])
+        else:
+            group.append(vector)
     scaled: set[Member] = set()
     for vector in basis:
         scaled |= {(name.path, name.axis) for name in vector}
+    # The first demand on an axis that no solution scales is its reason.
     why: dict[Member, str] = {}
     for demand in fixed:
         for name in demand.form:
             if (name.path, name.axis) not in scaled:
                 why.setdefault((name.path, name.axis), demand.why)
-    found = tuple(_scaling(domain, analysis, vectors) for vectors in joined.values())
+    found = tuple(_scaling(domain, analysis, vectors) for vectors in joined)
     return found, dict(sorted(why.items()))
+
+
+def _together(domain: ScalingWalk, vectors: Sequence[Vector]) -> bool:
+    """Tell whether solutions can be one scaling, with a factor for every tuple of coordinates.
+
+    They can if every value that one of them scales has one axis for each of them, all with the same
+    exponent: its entries are then multiplied by that power of the factor at its coordinates. A sum
+    over heads of products ``[head, feature] x [head, other feature]`` cancels factors of heads, and
+    factors of features on each side, but not a factor for every head and feature.
+    """
+    if len({frozenset((name.path, k) for name, k in vector.items()) for vector in vectors}) > 1:
+        return False
+    for value in domain.live:
+        exponents = [_exponents(value, vector) for vector in vectors]
+        if len(exponents[0]) > 1 or any(each != exponents[0] for each in exponents):
+            return False
+    return True
+
+
+def _exponents(value: Scaled, vector: Vector) -> list[Fraction]:
+    """Return the exponents of a value along its axes at a solution, zeros left out."""
+    leaf = next(iter(vector)).leaf  # the same for all names of a solution
+    exponents = [_exponent(form, vector) for form in value.along(leaf)]
+    return [exponent for exponent in exponents if exponent]
 
 
 def _in_order(domain: ScalingWalk, analysis: Analysis) -> list[Unknown]:
@@ -216,7 +247,7 @@ def _in_order(domain: ScalingWalk, analysis: Analysis) -> list[Unknown]:
 
 
 def _scaling(domain: ScalingWalk, analysis: Analysis, vectors: list[Vector]) -> Scaling:
-    """Return the scaling of one solution, or of several that share their parameters."""
+    """Return the scaling of one solution, or of several that go together."""
     sizes = [next(iter(vector)).leaf.size for vector in vectors]
     power: Vector = {}
     for vector in vectors:
@@ -226,7 +257,9 @@ def _scaling(domain: ScalingWalk, analysis: Analysis, vectors: list[Vector]) -> 
         parts = [_part(analysis, [(name, sizes[0])], power[name]) for name in vectors[0]]
     else:
         # Every vector has one unknown for each path: the part has the product of their leaves.
-        by_path = [{name.path: name for name in vector} for vector in vectors]
+        by_path: list[dict[str, Unknown]] = []
+        for vector in vectors:
+            by_path.append({name.path: name for name in vector})
         for path in by_path[0]:
             names = [each[path] for each in by_path]
             parts.append(_part(analysis, list(zip(names, sizes, strict=True)), power[names[0]]))
@@ -241,7 +274,7 @@ def _part(analysis: Analysis, names: list[tuple[Unknown, int]], power: int) -> P
     inside = np.ones_like(total, bool)
     for name, size in names:
         along = analysis.walk.axes.coordinates(dims[name.axis])[name.leaf]
-        along = along.reshape([-1 if axis == name.axis else 1 for axis in axes])
+        along = along.reshape([-1 if axis == name.axis else 1 for axis in axes])  # [1, n, 1]
         total = total * size + along
         inside = inside & (along >= 0)
     return Part(names[0][0].path, axes, power, np.where(inside, total, -1))
@@ -304,6 +337,7 @@ def null_space(
       Kschischang and Sorokine, "On the Trellis Structure of Block Codes", 1995, section IV
       (minimal-span form).
     """
+    # As a set: a loop's body is followed several times, and repeats its equations.
     rows = {frozenset(equation.items()) for equation in equations if equation}
     place = {name: i for i, name in enumerate(names)}
     found: list[dict[Name, int]] = []

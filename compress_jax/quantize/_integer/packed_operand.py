@@ -1,36 +1,38 @@
-"""Plan how each contraction is computed: in integers, or in floats and why.
+"""A quantized parameter, from the bytes that store it to the contraction that uses its codes.
 
 From the bottom up: codes of fewer than 8 bits packed in bytes (`pack`, `unpack`), a quantized
-parameter as integer inference stores it (`Stored`), that parameter as an operand of a contraction
-(`PackedOperand`), and the plan of every site (`plan_sites`).
+parameter as integer inference stores it (`Stored`), the moves between a stored parameter and a
+contraction (`routes`), and the parameter as an operand there (`PackedOperand`).
+
+A parameter that is only transposed, reshaped, sliced, cast or passed to the iterations of a loop
+has the same entries at the contraction as in storage. So its integer codes can be moved likewise,
+without computing the float values in between.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import JaxprEqn
 
+from compress_jax.core.finite import saturate
 from compress_jax.core.layout import Layout
-from compress_jax.core.packed import Quantized, is_packed
+from compress_jax.core.packed import Quantized
 from compress_jax.core.sparse import Sparse
 from compress_jax.core.sparse import width as bit_width
-from compress_jax.core.types import DType, Leaves
-from compress_jax.quantize._activations.quantizer import ActivationQuantizer
-from compress_jax.quantize._activations.site_patterns import (
-    QuantizerRules,
-    SitePatterns,
-    match_site,
-    match_sites,
-)
-from compress_jax.quantize._integer.integer_dot import Coded, OperandAxes, fits, operand_axes
-from compress_jax.quantize._integer.provenance import Lost, Route, Value, routes
+from compress_jax.core.types import Aval, DType
+from compress_jax.quantize._integer.integer_dot import Coded, OperandAxes
+from compress_jax.trace._jaxpr import primitives
+from compress_jax.trace._jaxpr.evaluate import bind
 from compress_jax.trace._jaxpr.find_sites import Traced
-from compress_jax.trace._jaxpr.site import Site
+from compress_jax.trace._jaxpr.interpret import ConstantValue, Where, interpret
+from compress_jax.trace._jaxpr.origin import Constant
+from compress_jax.trace._jaxpr.primitives import CASTS, INDEXED, MOVES
+from compress_jax.trace._jaxpr.site import Position
 
 # Codes in bytes: packed along one axis, so that the array keeps its rank and its sharding.
 
@@ -72,7 +74,7 @@ def pack(codes: jax.Array, bits: int, axis: int) -> Fields:
       ({'bits2': (1, 2), 'bits1': (1, 2)}, [[1, 2], [3, 4], [5, 6]])
     """
     fields: Fields = {}
-    rest = jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)
+    rest = jnp.moveaxis(codes, axis, -1).astype(jnp.uint8)  # [..., n]
     for width in reversed(widths(bits)):  # the lowest bits first
         share = rest & np.uint8(2**width - 1)
         rest = rest >> np.uint8(width)
@@ -84,7 +86,7 @@ def _joined(share: jax.Array, width: int) -> jax.Array:
     """Join neighbours along the last axis in one byte."""
     count = 8 // width
     padded = jnp.pad(share, [(0, 0)] * (share.ndim - 1) + [(0, -share.shape[-1] % count)])
-    groups = padded.reshape(*share.shape[:-1], -1, count)
+    groups = padded.reshape(*share.shape[:-1], -1, count)  # [..., bytes, codes of a byte]
     return sum(
         (groups[..., i] << np.uint8(i * width) for i in range(1, count)), start=groups[..., 0]
     )
@@ -106,10 +108,12 @@ def unpack(fields: Fields, bits: int, axis: int, size: int) -> jax.Array:
     for width in widths(bits):
         field = fields[f"bits{width}"]
         at = axis % field.ndim
+        # Every byte is shifted by 0, width, ... 8 - width, along a new axis behind its own.
         places = np.arange(0, 8, width, dtype=np.uint8).reshape(-1, *(1,) * (field.ndim - at - 1))
         apart = (
             jnp.expand_dims(field, at + 1) >> jnp.expand_dims(places, tuple(range(at + 1)))
         ) & np.uint8(2**width - 1)
+        # [..., bytes, codes of a byte, ...] -> [..., codes, ...], without those that fill the last
         share = apart.reshape(*field.shape[:at], -1, *field.shape[at + 1 :])
         share = jax.lax.slice_in_dim(share, 0, size, axis=at)
         codes = share if codes is None else (codes << np.uint8(width)) | share
@@ -134,6 +138,7 @@ def best_axis(shape: tuple[int, ...], bits: int, first: int = 0) -> int:
     """
 
     def cost(axis: int) -> tuple[int, int]:
+        # All bytes if the codes are packed along the axis, one rounded-up run for each bit field.
         count = sum(math.ceil(shape[axis] * width / 8) for width in widths(bits))
         return count * math.prod(shape) // max(shape[axis], 1), -shape[axis]
 
@@ -201,7 +206,7 @@ class Stored:
 
     def arrays(self, node: Quantized) -> Arrays:
         """Return the arrays of a packed node."""
-        codes = node.codes.unpack().astype(jnp.int32)
+        codes = node.codes.unpack().astype(jnp.int32)  # of `shape`, in [0, 2**bits)
         if isinstance(node.codes, Sparse):
             # Entries that are not stored are zero: their code is the zero point, not 0.
             kept = self.layout.arrange(node.codes.mask.unpack()) != 0
@@ -242,11 +247,14 @@ class Stored:
 
     def dense(self, arrays: Arrays) -> jax.Array:
         """Return the parameter itself, bit for bit what the packed node unpacks to."""
+        # The operations of `Quantized.unpack` in its order: integers, one product, then the dtype.
         levels = self.layout.arrange(self.codes(arrays).astype(jnp.int32))
         zero = self.zero(arrays)
         if zero is not None:
             levels = levels - zero
-        return self.layout.restore(levels.astype(jnp.float32) * arrays["scale"]).astype(self.dtype)
+        return saturate(
+            self.layout.restore(levels.astype(jnp.float32) * arrays["scale"]), self.dtype
+        )
 
 
 def _pick(x: jax.Array, picked: Sequence[jax.Array]) -> jax.Array:
@@ -254,6 +262,238 @@ def _pick(x: jax.Array, picked: Sequence[jax.Array]) -> jax.Array:
     for index in picked:
         x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
     return x
+
+
+# The moves between storage and the contractions that use a parameter.
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A value whose entries are not those of a stored parameter.
+
+    Attributes:
+      reason: what changed the parameter that it depends on; empty if it depends on none.
+    """
+
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Move:
+    """An equation that only moves entries.
+
+    Attributes:
+      eqn: the equation.
+      result: which of its results is used.
+      indices: its other operands.
+    """
+
+    eqn: JaxprEqn
+    result: int = 0
+    indices: tuple[Constant, ...] = ()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Move an array of any dtype."""
+        return bind(self.eqn, [x, *(each.make() for each in self.indices)])[self.result]
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A cast to another floating-point dtype or to fewer digits, which codes need not follow."""
+
+    eqn: JaxprEqn
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Cast an array of any shape."""
+        params = self.eqn.params
+        if "new_dtype" in params:  # convert_element_type
+            return x.astype(params["new_dtype"])
+        return jax.lax.reduce_precision(x, **params)
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """The slice of a stack that an iteration of a loop uses: one index of the first axis.
+
+    Attributes:
+      loop: which loop, counted from the outermost.
+    """
+
+    loop: int
+
+
+Step = Move | Cast | Iteration
+
+
+@dataclass(frozen=True)
+class Route:
+    """A parameter and the steps from storage to its use.
+
+    Attributes:
+      path: the parameter's.
+      steps: in order.
+    """
+
+    path: str
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def loops(self) -> tuple[int, ...]:
+        """The loops whose iterations pick a slice, in the order of the steps."""
+        return tuple(step.loop for step in self.steps if isinstance(step, Iteration))
+
+    @property
+    def stacked(self) -> int:
+        """How many first steps pick slices, and so can be taken before anything is unpacked."""
+        return next(
+            (i for i, step in enumerate(self.steps) if not isinstance(step, Iteration)),
+            len(self.steps),
+        )
+
+    def take(self, x: jax.Array, iterations: Sequence[jax.Array] = (), done: int = 0) -> jax.Array:
+        """Move a stored array of any dtype to the operand, in one iteration.
+
+        Args:
+          x: array of the stored shape, or of the shape after the first ``done`` steps.
+          iterations: the current iteration of each loop in the remaining steps.
+          done: how many steps to skip.
+
+        Returns:
+          Array of the operand's shape.
+        """
+        left = iter(iterations)
+        for step in self.steps[done:]:  # casts are skipped: codes are no floats
+            if isinstance(step, Iteration):
+                x = jax.lax.dynamic_index_in_dim(x, next(left), keepdims=False)
+            elif isinstance(step, Move):
+                x = step(x)
+        return x
+
+    def every(self, x: jax.Array) -> jax.Array:
+        """Move a stored array in all iterations at once: those of `loops` are the first axes."""
+        return _every(self.steps, x)
+
+    def cast(self, x: jax.Array) -> jax.Array:
+        """Cast an array as the parameter is cast on its route."""
+        for step in self.steps:
+            if isinstance(step, Cast):
+                x = step(x)
+        return x
+
+
+def _every(steps: Sequence[Step], x: jax.Array) -> jax.Array:
+    for i, step in enumerate(steps):
+        # vmap runs the other steps on all slices, and puts the loop's axis first.
+        if isinstance(step, Iteration):
+            return jax.vmap(lambda piece, rest=steps[i + 1 :]: _every(rest, piece))(x)
+        x = step(x) if isinstance(step, Move) else x
+    return x
+
+
+Value = Constant | Lost | Route
+
+
+@dataclass
+class Routes:
+    """The interpreter's domain of routes; ``found`` has each contraction's operands by position."""
+
+    found: dict[Position, tuple[Value, Value]] = field(default_factory=dict)
+
+    def constant(self, aval: Aval, value: ConstantValue) -> Value:
+        """Return the value, if it is known."""
+        return Constant(lambda: value.value) if value.known else Lost()
+
+    def join(self, a: Value, b: Value) -> Value:
+        """Return what may be either value."""
+        return a if a == b else _lost([a, b], "it is not the same in every iteration or branch")
+
+    def same(self, a: Value, b: Value) -> bool:
+        """Tell whether two values are the same."""
+        return a == b
+
+    def unstack(self, a: Value, loop: int) -> Value:
+        """Return the slice of an iteration."""
+        return Route(a.path, (*a.steps, Iteration(loop))) if isinstance(a, Route) else _lost([a])
+
+    def stack(self, a: Value, length: int) -> Value:
+        """Return slices put together."""
+        return _lost([a], "a loop returns it")
+
+    def reshard(self, a: Value, aval: Aval) -> Value:
+        """Return a device's piece."""
+        return _lost([a], "each device of a shard_map has a piece of the parameter")
+
+    def equation(self, eqn: JaxprEqn, args: list[Value], where: Where) -> Sequence[Value]:
+        """Return the results of an equation; note the operands of a contraction."""
+        if primitives.kind(eqn) is not None:  # a contraction: where routes end
+            self.found[where.position] = (args[0], args[1])
+            return [_lost(args, "a contraction changes the parameter on its way")]
+        name = eqn.primitive.name
+        outs = range(len(eqn.outvars))
+        # Constants stay unevaluated until a route needs one as an index.
+        if args and all(isinstance(arg, Constant) for arg in args) and not eqn.effects:
+            return [Constant(_evaluated(eqn, args, i)) for i in outs]
+        first = args[0] if args else None
+        indices = tuple(arg for arg in args[1:] if isinstance(arg, Constant))
+        # A route goes on through moves whose indices are known, and through casts between floats.
+        if isinstance(first, Route) and len(indices) == len(args) - 1:
+            if name in MOVES or name in INDEXED:
+                return [Route(first.path, (*first.steps, Move(eqn, i, indices))) for i in outs]
+            dtype = getattr(eqn.outvars[0].aval, "dtype", bool)
+            if name in CASTS and jnp.issubdtype(dtype, jnp.floating):
+                return [Route(first.path, (*first.steps, Cast(eqn)))]
+        return [_lost(args, _changed(name, args))] * len(eqn.outvars)
+
+
+def _evaluated(eqn: JaxprEqn, args: Sequence[Value], result: int) -> Callable[[], jax.Array]:
+    constants = [arg for arg in args if isinstance(arg, Constant)]
+
+    def make() -> jax.Array:
+        # A route may be followed inside jit; its indices are computed while tracing.
+        with jax.ensure_compile_time_eval():
+            return bind(eqn, [constant.make() for constant in constants])[result]
+
+    return make
+
+
+def _changed(name: str, args: Sequence[Value]) -> str:
+    if len({arg.path for arg in args if isinstance(arg, Route)}) > 1:
+        return f"several parameters are joined ({name})"
+    if name in INDEXED:
+        return "a slice of the parameter is used, and data decide which"
+    return f"the parameter is changed on its way ({name})"
+
+
+def _lost(args: Sequence[Value], reason: str = "") -> Lost:
+    """Return a lost value with the earliest reason, if it depends on a parameter."""
+    earlier = next((arg.reason for arg in args if isinstance(arg, Lost) and arg.reason), "")
+    return Lost(earlier or (reason if any(isinstance(arg, Route) for arg in args) else ""))
+
+
+def routes(traced: Traced) -> Mapping[Position, tuple[Value, Value]]:
+    """Return the operands of every contraction of a trace: routes of parameters where they are.
+
+    Args:
+      traced: the trace.
+
+    Returns:
+      ``{position of a site: (lhs, rhs)}``.
+
+    Example:
+      >>> from compress_jax.trace._jaxpr.find_sites import trace
+      >>> fn = lambda p, x: jnp.tanh(x @ p["a"].T) @ (2 * p["b"])
+      >>> shape = jax.ShapeDtypeStruct((3, 3), jnp.float32)
+      >>> found = routes(trace(fn, {"a": shape, "b": shape}, shape))
+      >>> (_, a), (_, b) = found.values()
+      >>> a.take(jnp.eye(3, 3, 1)).tolist()
+      [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+      >>> b.reason
+      'the parameter is changed on its way (mul)'
+    """
+    domain = Routes()
+    inputs = [Lost()] * (len(traced.jaxpr.jaxpr.invars) - len(traced.params))
+    interpret(domain, traced.jaxpr, [*(Route(path) for path in traced.params), *inputs])
+    return domain.found
 
 
 # A quantized parameter as an operand: its codes by the route it takes, its scales by rows.
@@ -312,6 +552,8 @@ class PackedOperand:
         kept = [axes.shape[axis] for axis in axes.kept]
         # [*iterations, *kept, products]
         table = every.transpose(order).reshape(*every.shape[:iterations], *kept, -1)
+        # Groups are the longest even cut of the summed entries such that no group has two scales,
+        # in any row of any iteration.
         changed = (table[..., 1:] != table[..., :-1]).any(tuple(range(table.ndim - 1)))
         starts = np.flatnonzero(changed) + 1  # where another scale begins
         size = math.gcd(table.shape[-1], *starts.tolist())
@@ -333,7 +575,7 @@ class PackedOperand:
         """Return the data of all iterations: the arrays, and the scales by iteration and row."""
         zero = self.stored.zero(arrays)
         if zero is not None:
-            shared = zero.size == 1
+            shared = zero.size == 1  # one zero point for all scales
             zero = zero.reshape((1,) * self.scales.ndim) if shared else zero.ravel()[self.scales]
         return Captured(arrays, arrays["scale"].ravel()[self.scales], zero)
 
@@ -347,6 +589,7 @@ class PackedOperand:
         Returns:
           The codes in the operand's shape, scales and zeros by rows and groups.
         """
+        # Slices are taken while packed as far as possible, then the codes move as the entries do.
         done = self._picked
         codes = self.stored.codes(captured.arrays, iterations[:done])
         scale = _pick_iteration(captured.scale, iterations)
@@ -362,13 +605,13 @@ class PackedOperand:
         if coded.zero is not None:
             levels = levels - self._spread(coded.zero)
         values = levels.astype(jnp.float32) * self._spread(coded.scale)
-        return self.route.cast(values.astype(self.stored.dtype))
+        return self.route.cast(saturate(values, self.stored.dtype))
 
     def _spread(self, rows: jax.Array) -> jax.Array:
         """Return values of rows and groups in the shape that broadcasts against the operand."""
         groups = rows.shape[-1]
         if groups > 1:
-            rows = jnp.repeat(rows, self.axes.products // groups, axis=-1)
+            rows = jnp.repeat(rows, self.axes.products // groups, axis=-1)  # [*kept, products]
         return self.axes.operand(rows)
 
 
@@ -387,179 +630,3 @@ def _pick_iteration(x: jax.Array, iterations: Sequence[jax.Array]) -> jax.Array:
         shared = x.shape[0] == 1
         x = x[0] if shared else jax.lax.dynamic_index_in_dim(x, iteration, keepdims=False)
     return x
-
-
-NOT_QUANTIZED = "its activations are not quantized"
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """How one site is computed.
-
-    Attributes:
-      site: the site.
-      quantizer: its activations' quantizer, or None.
-      operand: its packed parameter, or None.
-      weight: the parameter's format in words.
-      activation: the activations' format.
-      packed: whether the parameter is packed.
-      reason: why it is not computed in integers; empty if it is.
-    """
-
-    site: Site
-    quantizer: ActivationQuantizer | None
-    operand: PackedOperand | None
-    weight: str
-    activation: str
-    packed: bool
-    reason: str
-
-    @property
-    def compute(self) -> str:
-        """What is multiplied and added, in words."""
-        if not self.reason:
-            names = [each.split()[0] for each in (self.activation, self.weight or self.activation)]
-            return (
-                " x ".join(reversed(names) if self.site.operand == "lhs" else names) + " -> int32"
-            )
-        parts = ["weights unpacked"] * self.packed + ["activations rounded"] * (
-            self.quantizer is not None
-        )
-        return ", ".join([self.site.out_dtype, *parts])
-
-
-def plan_sites(
-    traced: Traced, leaves: Leaves, how: QuantizerRules | None, where: SitePatterns
-) -> tuple[dict[str, Stored], dict[str, SitePlan]]:
-    """Plan how every site is computed.
-
-    Args:
-      traced: the function's trace.
-      leaves: arrays and packed nodes by path.
-      how: the quantizers of activations, or None.
-      where: which sites' activations are quantized.
-
-    Returns:
-      How each quantized parameter is stored, by path, and the plan of each site by name, in program
-      order.
-
-    Raises:
-      NoMatchError: if a glob matches no site.
-    """
-    found = routes(traced)
-    stacked: dict[str, int] = {}  # how many first axes of each parameter loops slice
-    for value in itertools.chain.from_iterable(found.values()):
-        if isinstance(value, Route):
-            stacked[value.path] = max(value.stacked, stacked.get(value.path, 0))
-    stored = {
-        path: Stored.of(leaf, stacked.get(path, 0))
-        for path, leaf in leaves.items()
-        if isinstance(leaf, Quantized)
-    }
-    if how is not None:
-        match_sites(traced.sites.values(), how, where)  # a glob that matches nothing is an error
-    plans = {
-        site.name: _plan_site(site, found[position], leaves, stored, how, where)
-        for position, site in traced.sites.items()
-    }
-    return stored, plans
-
-
-def _plan_site(
-    site: Site,
-    operands: Sequence[Value],
-    leaves: Leaves,
-    stored: Mapping[str, Stored],
-    how: QuantizerRules | None,
-    where: SitePatterns,
-) -> SitePlan:
-    answer = NOT_QUANTIZED if how is None else match_site(site, how, where)
-    operand, weight, reason = _weight(site, operands, leaves, stored)
-    if isinstance(answer, str):
-        quantizer = None
-        reason = reason or answer
-    else:
-        quantizer = answer
-        reason = reason or _not_exact(site, quantizer, operand)
-    packed = is_packed(leaves.get(site.param or ""))
-    activation = _activation(site, quantizer)
-    return SitePlan(site, quantizer, operand, weight, activation, packed, reason)
-
-
-def _weight(
-    site: Site, operands: Sequence[Value], leaves: Leaves, stored: Mapping[str, Stored]
-) -> tuple[PackedOperand | None, str, str]:
-    """Return a site's packed parameter, its format, and why its codes cannot be used."""
-    if site.param is None:
-        return None, "", "" if site.kind == "dot" else "both operands are activations"
-    leaf = leaves[site.param]
-    value = operands[site.operand == "rhs"]
-    if not is_packed(leaf):
-        return None, str(leaf.dtype), "its parameter is not quantized"
-    if site.param not in stored:
-        name = type(leaf).__name__
-        return None, name, f"its parameter is packed as {name}, not as integers with a scale"
-    parameter = stored[site.param]
-    if isinstance(value, Lost):
-        return None, parameter.format, value.reason
-    if not isinstance(value, Route):
-        return None, parameter.format, "no parameter feeds it"
-    axes = operand_axes(site, int(site.operand == "rhs"))
-    operand = PackedOperand.of(parameter, value, axes)
-    if operand.groups == axes.products > 1:
-        reason = "the parameter's scale varies along the axes that are summed over"
-        return None, parameter.format, reason
-    return operand, parameter.format, ""
-
-
-def _not_exact(site: Site, quantizer: ActivationQuantizer, operand: PackedOperand | None) -> str:
-    """Say why a site's products cannot be summed exactly in int32; "" if they can."""
-    if site.kind == "ragged_dot":
-        return "a ragged product: the sizes of its groups are data"
-    if site.kind == "conv" and site.params["batch_group_count"] > 1:
-        return "a convolution with groups of examples"
-    if site.kind == "conv" and operand is not None and operand.groups > 1:
-        return "scales of groups along what a convolution sums over"
-    sharing = [_sharing(site, index, quantizer) for index in site.inputs.values()]
-    if "channel" in sharing:
-        return "the activations' scale varies along the axes that are summed over"
-    largest = 2 ** (quantizer.grid.bits - 1) if quantizer.grid.symmetric else quantizer.grid.top
-    other = largest
-    products = operand_axes(site, 1).products
-    if operand is not None:
-        # code - zero_point reaches from -2^bits to 2^bits where the zero point may be anything.
-        other = operand.stored.middle * (1 if operand.stored.symmetric else 2)
-        products = products // operand.groups
-    if fits(products, (largest, other)):
-        return ""
-    return f"sums of {products} products may not fit in int32"
-
-
-def _sharing(site: Site, index: int, quantizer: ActivationQuantizer) -> str:
-    """Return which entries of an activation share a scale: tensor, token or channel."""
-
-    def place(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        key = next(key for key, each in site.inputs.items() if each == index)
-        reducer = quantizer.reducer
-        own = {}
-        if reducer is not None:
-            own = quantizer.ranges(site, reducer.finish(reducer(site, lhs, rhs))[key])
-        return quantizer.scale_fn(site, index, (lhs, rhs)[index], own)[0]
-
-    lhs = jax.ShapeDtypeStruct(site.lhs_shape, site.lhs_dtype)
-    rhs = jax.ShapeDtypeStruct(site.rhs_shape, site.rhs_dtype)
-    shape = jax.eval_shape(place, lhs, rhs).shape
-    if math.prod(shape) == 1:
-        return "tensor"
-    summed = operand_axes(site, index).summed
-    return "channel" if any(shape[axis] > 1 for axis in summed) else "token"
-
-
-def _activation(site: Site, quantizer: ActivationQuantizer | None) -> str:
-    """Return the format of a site's activations in words."""
-    if quantizer is None:
-        return (site.lhs_dtype, site.rhs_dtype)[next(iter(site.inputs.values()))]
-    kind = quantizer.call.partition("(")[0]
-    sharing = _sharing(site, next(iter(site.inputs.values())), quantizer)
-    asymmetric = "" if quantizer.grid.symmetric else " asymmetric"
-    return f"int{quantizer.grid.bits} {sharing} {kind}{asymmetric}"
