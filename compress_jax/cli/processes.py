@@ -145,7 +145,7 @@ def launch(words: Sequence[str], processes: int) -> int:
         lines = said.read().decode(errors="replace").splitlines()
     if failed is None:
         return children[0].returncode
-    # The first to end is to blame, unless it missed another; process 0 has said what all find wrong.
+    # The first to end is to blame, unless it missed another. What all find wrong, process 0 said.
     if codes[failed] == LOST:
         others = [number for number, code in enumerate(codes) if code not in (None, 0, LOST)]
         failed = others[0] if others else failed
