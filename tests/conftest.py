@@ -9,6 +9,7 @@ import threading
 import zlib
 from collections import defaultdict
 from importlib.metadata import version
+from typing import Any
 
 # Most of the time of small tests goes to compiling: LLVM's optimizations and fused emitters would
 # triple it. Set XLA_FLAGS to the first of these alone to test what users run; .ci/run does so for
@@ -30,6 +31,7 @@ if threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 MOST = 3_000_000_000  # bytes a process may hold before it forgets what it compiled
@@ -57,6 +59,33 @@ class Strict:
         users = isinstance(item, pytest.DoctestItem)
         jax.config.update("jax_numpy_dtype_promotion", "standard" if users else "strict")
         jax.config.update("jax_numpy_rank_promotion", "allow" if users else "raise")
+
+
+class OwnNumbers:
+    """Every test draws from its module's generators what it would alone, whatever ran before it."""
+
+    def __init__(self) -> None:
+        self.states: dict[str, dict[str, Any]] = {}
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        module = getattr(item, "module", None)
+        made = (
+            {
+                name: each
+                for name, each in vars(module).items()
+                if isinstance(each, np.random.Generator)
+            }
+            if module is not None
+            else {}
+        )
+        if not made:
+            return
+        start = self.states.setdefault(
+            module.__name__, {name: each.bit_generator.state for name, each in made.items()}
+        )
+        for name, each in made.items():
+            each.bit_generator.state = start[name]
 
 
 @pytest.hookimpl(tryfirst=True)  # before those that are marked are deselected
@@ -101,6 +130,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Strict())
+    config.pluginmanager.register(OwnNumbers())
     if sys.dont_write_bytecode:
         # Where no bytecode may lie beside the sources, every process that a test starts would
         # compile all it imports, two of its three seconds. Those of a run share a folder.

@@ -1,4 +1,4 @@
-"""The twelve laws every Compression keeps (see `compress_jax.core.compression`), over one table of
+"""The fifteen laws every Compression keeps (see `compress_jax.core.compression`), over one table of
 all there are.
 
 A new method gets a row in CONTRACT and nothing else; without one,
@@ -37,9 +37,11 @@ from compress_jax.core import (
     identity,
 )
 from compress_jax.core.axes import Axes
+from compress_jax.core.compression import leaf_views
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten
 from compress_jax.prune._masks.score import mask_of
+from compress_jax.trace._jaxpr.view_inside import view_inside
 
 KERNEL = "body/kernel"
 
@@ -803,6 +805,46 @@ def test_14_what_is_finite_is_seen_finite_and_ships_so(name):
         seen = c.view(EXTREME, state)
         assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((seen, state.learned)))
         assert bits(cj.unpack(c.pack(EXTREME, state))) == bits(seen)
+
+
+# Their view of one leaf needs others, or their state is of another form than the leaf.
+TAKEN_WHOLE = {name for name in CONTRACT if "energy" in name} | {"identity"}
+
+
+def through_layers(params, x):
+    """A loop over the layers of a stack, as a model has it: rematerialized."""
+
+    @jax.checkpoint
+    def layer(x, w):  # [2, 16] and [16, 8]
+        return jnp.tanh(x @ w) @ w.T, None
+
+    return jnp.square(jax.lax.scan(layer, x, params["body"]["kernel"])[0]).sum()
+
+
+@pytest.mark.wide(12)
+@ROWS
+def test_15_a_view_taken_in_a_loop_is_the_view(name):
+    row, params = CONTRACT[name], in_body(stack() / 8)
+    if name == "rules":
+        pytest.skip("its first rule is for another leaf")
+    axes = Axes((4, 16, 8), outputs=(2,), stack=(0,), source="trace")
+    c = row.compression if row.compression.bind is None else row.compression.bind({KERNEL: axes})
+    state, _ = after_an_update(c, row.traceable_init)(params)
+    assert bool(leaf_views(c, params, state)) == (name not in TAKEN_WHOLE)
+    x = normal(7, (2, 16))
+
+    def before(params, learned):
+        return through_layers(c.view(params, state._replace(learned=learned)), x)
+
+    def inside(params, learned):
+        views = leaf_views(c, params, state._replace(learned=learned))
+        return view_inside(through_layers, views)(params, x)
+
+    wanted, found = (
+        jax.jit(jax.value_and_grad(fn, (0, 1)))(params, state.learned) for fn in (before, inside)
+    )
+    if name not in TAKEN_WHOLE:
+        chex.assert_trees_all_close(found, wanted, rtol=2e-5, atol=1e-6)
 
 
 def test_every_public_method_has_a_row():

@@ -10,11 +10,14 @@ import numpy as np
 from compress_jax.core import arguments
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import (
+    ByLeaf,
     Compression,
     CompressionState,
+    LeafView,
     Pointwise,
     bound,
     joined,
+    leaf_views,
     parts_of,
     stamped,
 )
@@ -62,7 +65,7 @@ class _Chain(NamedTuple):
         update = Scheduled(self.update, schedules_of(*self.compressions), self.at_once)
         made = Compression(
             self.init,
-            self.view,
+            ByLeaf(self.view, self.leaf_views),
             update,
             self.pack,
             self.skipped,
@@ -137,6 +140,19 @@ class _Chain(NamedTuple):
                 joint[path] = _in_sequence(steps)
         return joint
 
+    def leaf_views(self, params: Params, state: CompressionState) -> dict[str, LeafView]:
+        found = [
+            (leaf_views(c, params, own), c.skipped(params))
+            for c, own in zip(self.compressions, self.states(state), strict=True)
+        ]
+        joint = {}
+        for path in flatten(params)[0]:
+            steps = [own[path] for own, _ in found if path in own]
+            # A part that sees the leaf with others makes the whole do so.
+            if steps and all(path in own or path in left for own, left in found):
+                joint[path] = _views_in_sequence(steps)
+        return joint
+
     def axes(self, params: Params) -> dict[str, Axes]:
         found: dict[str, Axes] = {}
         for c in reversed(self.compressions):  # the first one that knows a leaf decides
@@ -148,6 +164,18 @@ def _in_sequence(steps: Sequence[Pointwise]) -> Pointwise:
     """Return one entry-by-entry view after the other as one."""
     fn = _InSequence(tuple((step.fn, len(step.operands)) for step in steps))
     return Pointwise(fn, tuple(operand for step in steps for operand in step.operands))
+
+
+def _views_in_sequence(steps: Sequence[LeafView]) -> LeafView:
+    """Return views of one leaf, each of what the one before sees, as one."""
+
+    def fn(x: jax.Array, layers: Sequence[PyTree], shared: Sequence[PyTree]) -> jax.Array:
+        for step, *own in zip(steps, layers, shared, strict=True):
+            x = step.fn(x, *own)
+        return x
+
+    layers, shared = [step.layers for step in steps], [step.shared for step in steps]
+    return LeafView(fn, layers, shared, min(step.stacked for step in steps))
 
 
 @dataclass(frozen=True)

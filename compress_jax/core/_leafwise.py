@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from compress_jax.core.axes import Axes, known_axes, over_layers
-from compress_jax.core.compression import Compression, CompressionState, Pointwise, stamped
+from compress_jax.core.compression import (
+    ByLeaf,
+    Compression,
+    CompressionState,
+    LeafView,
+    Pointwise,
+    stamped,
+)
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import where_finite
@@ -156,7 +163,7 @@ class _Lifted(NamedTuple):
     def compression(self) -> Compression:
         made = Compression(
             self.init,
-            self.view,
+            ByLeaf(self.view, self.leaf_views),
             self.update,
             self.pack,
             self.skipped,
@@ -219,10 +226,30 @@ class _Lifted(NamedTuple):
         return rebuild({**leaves, **new})
 
     def view_leaf(self, path: str, x: jax.Array, state: CompressionState) -> jax.Array:
-        axes = self.axes_of(path, x)
+        return self.view_slice(path, self.axes_of(path, x), x, self.own(state, path))
+
+    def view_slice(self, path: str, axes: Axes, x: jax.Array, own: LeafState) -> jax.Array:
+        """Return the view of a leaf, or of a slice along the first axes of its stack."""
+        axes = axes.without(len(axes.shape) - x.ndim)
         view = self.fn.per_layer(self.fn.view, axes, ("leaf", "state", "state"), "leaf")
         # A code in place of NaN would hide that training has diverged.
-        return where_finite(x, _named(path, view, x, *self.own(state, path)))
+        return where_finite(x, _named(path, view, x, *own))
+
+    def leaf_views(self, params: Params, state: CompressionState) -> dict[str, LeafView]:
+        found = {}
+        for path, x in self.compressed(params).items():
+            axes = self.axes_of(path, x)
+
+            def fn(
+                x: jax.Array, own: LeafState, _: None, path: str = path, axes: Axes = axes
+            ) -> jax.Array:
+                return self.view_slice(path, axes, x, own)
+
+            # A stack on other axes than the first is seen whole.
+            leading = axes.stack == tuple(range(len(axes.stack)))
+            stacked = len(axes.stack) if leading else 0
+            found[path] = LeafView(fn, self.own(state, path), stacked=stacked)
+        return found
 
     def pack(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)

@@ -70,16 +70,32 @@ class Axes(NamedTuple):
     @property
     def layer(self) -> "Axes":
         """The axes of one layer, the stack taken away."""
-        left = [a for a in range(len(self.shape)) if a not in self.stack]
-        # Without the stack the axes are numbered anew.
+        return self.without(len(self.stack))
+
+    def without(self, count: int) -> "Axes":
+        """Return the axes of a slice along the first axes of the stack.
+
+        Args:
+          count: how many axes of the stack are taken away.
+
+        Returns:
+          The axes that are left, numbered anew.
+
+        Example:
+          >>> Axes((2, 3, 4), outputs=(2,), stack=(0,)).without(1).outputs
+          (1,)
+        """
+        left = [a for a in range(len(self.shape)) if a not in self.stack[:count]]
         place = {a: i for i, a in enumerate(left)}
 
         def moved(axes: tuple[int, ...]) -> tuple[int, ...]:
             return tuple(place[a] for a in axes)
 
-        shape = tuple(self.shape[a] for a in left)
         return self._replace(
-            shape=shape, outputs=moved(self.outputs), stack=(), window=moved(self.window)
+            shape=tuple(self.shape[a] for a in left),
+            outputs=moved(self.outputs),
+            stack=moved(self.stack[count:]),
+            window=moved(self.window),
         )
 
     def with_outputs(self, axis: int | Sequence[int]) -> "Axes":

@@ -11,11 +11,14 @@ from compress_jax.core import arguments
 from compress_jax.core.arguments import whole
 from compress_jax.core.axes import Axes
 from compress_jax.core.compression import (
+    ByLeaf,
     Compression,
     CompressionState,
+    LeafView,
     Pointwise,
     bound,
     joined,
+    leaf_views,
     parts_of,
     stamped,
 )
@@ -65,7 +68,7 @@ class _Rules(NamedTuple):
         update = Scheduled(self.update, schedules_of(*(c for _, c in self.pairs)), self.at_once)
         made = Compression(
             self.init,
-            self.view,
+            ByLeaf(self.view, self.leaf_views),
             update,
             self.pack,
             self.skipped,
@@ -149,6 +152,13 @@ class _Rules(NamedTuple):
         found: dict[str, Pointwise] = {}
         for (c, part), own in zip(parts, parts_of(state, len(parts)), strict=True):
             found.update(c.pointwise(part, own))
+        return found
+
+    def leaf_views(self, params: Params, state: CompressionState) -> dict[str, LeafView]:
+        parts, _, _ = self.split(params)
+        found: dict[str, LeafView] = {}
+        for (c, part), own in zip(parts, parts_of(state, len(parts)), strict=True):
+            found.update(leaf_views(c, part, own))
         return found
 
     def axes(self, params: Params) -> dict[str, Axes]:
@@ -285,7 +295,7 @@ class _Between(NamedTuple):
         update = Scheduled(self.update, self.schedules, self.at_once)
         made = Compression(
             self.init,
-            self.view,
+            ByLeaf(self.view, self.leaf_views),
             update,
             self.pack,
             self.of.skipped,
@@ -366,6 +376,21 @@ class _Between(NamedTuple):
     def pointwise(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
         own = _inner(state)
         return self.of.pointwise(params, own) if bool(state.fixed["active"]) else {}
+
+    def leaf_views(self, params: Params, state: CompressionState) -> dict[str, LeafView]:
+        found = leaf_views(self.of, params, _inner(state))
+        active = state.fixed["active"]
+        return {path: _while_active(view, active) for path, view in found.items()}
+
+
+def _while_active(view: LeafView, active: jax.Array) -> LeafView:
+    """Return the view of a leaf that is the leaf itself where `active` is false."""
+
+    def fn(x: jax.Array, layers: PyTree, shared: tuple[jax.Array, PyTree]) -> jax.Array:
+        active, own = shared
+        return jnp.where(active, view.fn(x, layers, own), x)
+
+    return view._replace(fn=fn, shared=(active, view.shared))
 
 
 def _inner(state: CompressionState) -> CompressionState:

@@ -53,6 +53,79 @@ class Pointwise(NamedTuple):
     operands: tuple[jax.Array, ...]
 
 
+ViewFn = Callable[[jax.Array, PyTree, PyTree], jax.Array]
+"""``(x, layers, shared) -> x``; see `LeafView`."""
+
+
+class LeafView(NamedTuple):
+    """The view of one leaf by itself, and of each slice along its stack axes.
+
+    Attributes:
+      fn: ``(x, layers, shared) -> x`` for the whole leaf, or for a slice of it along its first axes
+        with the same slice of every array of ``layers``.
+      layers: a tree of arrays that have the stack axes in front.
+      shared: a tree of arrays that every slice needs whole.
+      stacked: how many of the leaf's first axes may be sliced away.
+    """
+
+    fn: ViewFn
+    layers: PyTree
+    shared: PyTree = None
+    stacked: int = 0
+
+
+LeafViews = Callable[[Params, CompressionState], dict[str, LeafView]]
+"""``(params, state) -> {path: LeafView}``; it uses the shapes of params, not their values."""
+
+
+@dataclass(frozen=True)
+class ByLeaf:
+    """The `view` of a compression that sees each leaf by itself, as most do.
+
+    A model that runs its layers in a loop can then take the view of a layer inside it, and the
+    whole stack is never seen at once.
+
+    Attributes:
+      view: as in `Compression`.
+      leaves: the views of the leaves that change.
+    """
+
+    view: Callable[[Params, CompressionState], Params]
+    leaves: LeafViews
+
+    def __call__(self, params: Params, state: CompressionState) -> Params:
+        """View."""
+        return self.view(params, state)
+
+
+def leaf_views(
+    compression: "Compression", params: Params, state: CompressionState
+) -> dict[str, LeafView]:
+    """Return the views of single leaves that make up the view of a compression.
+
+    A view that was replaced after the compression was made has none: it is taken as it is.
+
+    Args:
+      compression: any.
+      params: a tree of arrays or shapes.
+      state: of the compression.
+
+    Returns:
+      The views by path; leaves without one are seen only together with others, or not changed.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> import jax.numpy as jnp
+      >>> half = cj.leafwise(lambda x, learned, fixed: x / 2)
+      >>> params = {"w": jnp.array([2.0, 4.0])}
+      >>> found = leaf_views(half, params, half.init(params))
+      >>> found["w"].fn(params["w"], found["w"].layers, found["w"].shared).tolist()
+      [1.0, 2.0]
+    """
+    view = compression.view
+    return view.leaves(params, state) if isinstance(view, ByLeaf) else {}
+
+
 @dataclass(frozen=True)
 class Scheduled:
     """The `update` of a compression, with the schedules it follows.
@@ -188,6 +261,9 @@ def stamped(
         sealed_update.__qualname__ = "update"  # what a TypeError of the call names
         return sealed_update
 
+    def leaves(params: Params, state: CompressionState) -> dict[str, LeafView]:
+        return leaf_views(compression, params, unseal(call, axes, params, state))
+
     update: Callable[..., CompressionState] = compression.update
     if isinstance(update, Scheduled):
         update = Scheduled(
@@ -203,7 +279,12 @@ def stamped(
         return compression.pointwise(params, unseal(call, axes, params, state))
 
     return compression._replace(
-        init=init, view=view, update=update, pack=pack, pointwise=pointwise, call=call
+        init=init,
+        view=ByLeaf(view, leaves) if isinstance(compression.view, ByLeaf) else view,
+        update=update,
+        pack=pack,
+        pointwise=pointwise,
+        call=call,
     )
 
 
@@ -253,7 +334,7 @@ def bound(compression: Compression, known: Mapping[str, Axes]) -> Compression:
 def _code(fn: object) -> object:
     """Return the code of a function, by which a replaced function is recognized."""
     # Functions are made anew with each compression; their code is not.
-    fn = fn.update if isinstance(fn, Scheduled) else fn
+    fn = fn.update if isinstance(fn, Scheduled) else fn.view if isinstance(fn, ByLeaf) else fn
     return getattr(getattr(fn, "__func__", fn), "__code__", fn)
 
 

@@ -106,6 +106,9 @@ class Float(NamedTuple):
         return integer.astype(jnp.int32), exponent
 
 
+UNROLLED = 16  # levels up to which each comparison is an operation of its own
+
+
 class Table(NamedTuple):
     """Any ascending levels; the code of a level is its place.
 
@@ -140,9 +143,17 @@ class Table(NamedTuple):
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Return the code of the nearest level as int32; ties go to the larger level."""
-        return jnp.searchsorted(
-            self.thresholds, x.astype(jnp.float32), side="right", method="compare_all"
-        ).astype(jnp.int32)
+        x = x.astype(jnp.float32)
+        if len(self.values) > UNROLLED:
+            found = jnp.searchsorted(self.thresholds, x, side="right", method="compare_all")
+            return found.astype(jnp.int32)
+        # A sum of comparisons runs entry by entry; `compare_all` holds [levels, *x.shape].
+        codes = jnp.zeros(x.shape, jnp.int32)
+        for threshold in self.thresholds:
+            codes += (~(x < threshold)).astype(
+                jnp.int32
+            )  # NaN has the last code, as searchsorted has it
+        return codes
 
     def round(self, x: jax.Array) -> jax.Array:
         """Return the nearest level in float32, ``decode(encode(x))``."""

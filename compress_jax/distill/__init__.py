@@ -62,6 +62,7 @@ from compress_jax.distill._objective.terms import (
     on_features,
     on_labels,
     on_logits,
+    on_vocabulary,
     on_weights,
 )
 from compress_jax.distill._objective.weights import l2_sp
@@ -164,6 +165,7 @@ __all__ = [
     "on_features",
     "on_labels",
     "on_logits",
+    "on_vocabulary",
     "on_policy",
     "on_weights",
     "open_cache",

@@ -6,7 +6,7 @@ a streaming softmax of each token; the backward pass computes the slices again.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Literal, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +78,10 @@ def chunked_kl(
       (FusedLinearCrossEntropy). Milakov and Gimelshein, "Online normalizer calculation for
       softmax", 2018, algorithm 3.
     """
-    plan = _plan(direction, beta, chunk, block)
+    plan = checked_plan(direction, beta, chunk, block)
     student = Head(student_hidden, student_head)
     teacher = Head(teacher_hidden, teacher_head)
-    soft, _ = _token_losses(plan, student, teacher, None, temperature, mask)
-    return soft
+    return _token_losses(plan, student, teacher, None, temperature, mask).soft
 
 
 def chunked_hinton(
@@ -141,12 +140,29 @@ def chunked_hinton(
         raise ShapeError(
             f"labels {labels.shape} must have one entry of each token {student_hidden.shape[:-1]}"
         )
-    plan = _plan(direction, beta, chunk, block)
+    plan = checked_plan(direction, beta, chunk, block)
     student = Head(student_hidden, student_head)
     teacher = Head(teacher_hidden, teacher_head)
-    soft, hard = _token_losses(plan, student, teacher, labels, temperature, mask)
-    alpha = jnp.asarray(alpha, soft.dtype)
-    return alpha * hard + (1 - alpha) * soft
+    return _token_losses(plan, student, teacher, labels, temperature, mask).mixed(alpha)
+
+
+def vocabulary_losses(
+    student: "Head",
+    teacher: "Head",
+    labels: jax.Array | None,
+    temperature: Scalar,
+    mask: jax.Array | None,
+    chunk: int,
+    direction: Direction,
+    beta: float,
+    block: int | None,
+) -> "Losses":
+    """Return the losses of each token and what student and teacher predict, in one pass.
+
+    The arguments are those of `chunked_kl` and `chunked_hinton`; labels may be None.
+    """
+    plan = checked_plan(direction, beta, chunk, block)._replace(predicts=True)
+    return _token_losses(plan, student, teacher, labels, temperature, mask)
 
 
 class Plan(NamedTuple):
@@ -155,9 +171,10 @@ class Plan(NamedTuple):
     beta: float
     chunk: int
     block: int | None
+    predicts: bool = False
 
 
-def _plan(direction: Direction, beta: float, chunk: int, block: int | None) -> Plan:
+def checked_plan(direction: Direction, beta: float, chunk: int, block: int | None) -> Plan:
     betas = {"forward": 0.0, "reverse": 1.0, "jsd": beta}
     if direction not in betas:
         raise ArgumentError(f"direction must be one of {', '.join(betas)}; got {direction!r}")
@@ -244,6 +261,28 @@ class StreamingKL(NamedTuple):
     def divergence(self) -> jax.Array:
         """Return ``KL(p || q)`` of each row, once every slice was added."""
         return self.sum / self.p.sum - self.p.normalizer().log_sum + self.q.normalizer().log_sum
+
+
+class Largest(NamedTuple):
+    """The largest logit so far of each row, and its class; the first of several."""
+
+    value: jax.Array  # [rows]
+    index: jax.Array  # int32 [rows]
+
+    @classmethod
+    def start(cls, like: jax.Array) -> "Largest":
+        """Return the state before the first slice."""
+        return cls(jnp.full_like(like, -jnp.inf), jnp.zeros_like(like, jnp.int32))
+
+    def add(self, logits: jax.Array, start: "Start") -> "Largest":
+        """Return the state after a slice ``[rows, width]`` of logits."""
+        value = logits.max(axis=-1)
+        index = jnp.argmax(logits, axis=-1).astype(jnp.int32) + jnp.asarray(start, jnp.int32)
+        larger = value > self.value
+        return Largest(jnp.where(larger, value, self.value), jnp.where(larger, index, self.index))
+
+
+_Streams: TypeAlias = tuple[StreamingKL, StreamingSoftmax, jax.Array, tuple[Largest, ...]]
 
 
 # Slices of a head, by columns of the vocabulary and by blocks of tokens.
@@ -352,8 +391,27 @@ class Sums(NamedTuple):
     hard: Normalizer | None
 
 
-Losses: TypeAlias = tuple[jax.Array, jax.Array | None]
-"""Divergence and cross entropy of each token; the latter is None without labels."""
+class Losses(NamedTuple):
+    """Losses and predictions of tokens.
+
+    Attributes:
+      soft: ``T**2`` times the divergence.
+      hard: the cross entropy; None without labels.
+      student: the class of the student's largest logit, int32; None if nobody asked.
+      teacher: likewise.
+    """
+
+    soft: jax.Array
+    hard: jax.Array | None
+    student: jax.Array | None = None
+    teacher: jax.Array | None = None
+
+    def mixed(self, alpha: Scalar) -> jax.Array:
+        """Return ``alpha * hard + (1 - alpha) * soft``."""
+        assert self.hard is not None
+        alpha = jnp.asarray(alpha, self.soft.dtype)
+        return alpha * self.hard + (1 - alpha) * self.soft
+
 
 Residuals: TypeAlias = tuple[Head, Head, jax.Array | None, jax.Array, Sums]
 """The arguments of the losses (student, teacher, labels, temperature) and their sums."""
@@ -366,8 +424,8 @@ def _token_losses(
     labels: jax.Array | None,
     temperature: Scalar,
     mask: jax.Array | None,
-) -> tuple[jax.Array, Any]:
-    """Return divergence and cross entropy of tokens on any leading axes, 0 where masked."""
+) -> Losses:
+    """Return losses and predictions of tokens on any leading axes, 0 where masked."""
     _check_shapes(student, teacher)
     tokens = student.hidden.shape[:-1]
     counts = jnp.ones(tokens, bool)
@@ -386,7 +444,9 @@ def _token_losses(
     flat_labels = None if labels is None else labels.ravel()
     losses = _fused(plan, student, teacher, flat_labels, temperature)
     # Hidden states of zeros have a cross entropy too, log(vocabulary), so it is masked again.
-    return jax.tree.map(lambda loss: jnp.where(counts, loss.reshape(tokens), 0), losses)
+    return jax.tree.map(
+        lambda x: jnp.where(counts, x.reshape(tokens), jnp.zeros((), x.dtype)), losses
+    )
 
 
 def _check_shapes(student: Head, teacher: Head) -> None:
@@ -421,7 +481,7 @@ def _fused(
       temperature: temperature of the divergence, a scalar array.
 
     Returns:
-      ``(divergence, cross entropy)``, each ``[tokens]``; the latter is None without labels.
+      The losses, each ``[tokens]``.
     """
     return _forward(plan, student, teacher, labels, temperature)[0]
 
@@ -448,10 +508,8 @@ def _block_losses(
     like = _wide_matmul(student.hidden[:, :1], student.kernel[:1, 0])  # [tokens]
     reverse = plan.beta == 1
 
-    def add(
-        carry: tuple[StreamingKL, StreamingSoftmax, jax.Array], start: Start, width: int
-    ) -> tuple[StreamingKL, StreamingSoftmax, jax.Array]:
-        kl, hard, label_logit = carry
+    def add(carry: _Streams, start: Start, width: int) -> _Streams:
+        kl, hard, label_logit, predictions = carry
         s = student.logits(start, width, temperature)  # [tokens, width]
         t = teacher.logits(start, width, temperature)
         kl = kl.add(s, t) if reverse else kl.add(t, s)
@@ -462,11 +520,16 @@ def _block_losses(
             hit = _is_label(labels, start, width)
             # One slice holds the token's label; all others add 0.
             label_logit = label_logit + jnp.where(hit, plain, 0).sum(axis=-1)
-        return kl, hard, label_logit
+        both = zip(predictions, (s, t), strict=False)  # none are followed if nobody asked
+        predictions = tuple(best.add(logits, start) for best, logits in both)
+        return kl, hard, label_logit, predictions
 
+    predictions = (Largest.start(like),) * 2 if plan.predicts else ()
     first = (StreamingKL.start(like), StreamingSoftmax.start(like), jnp.zeros_like(like))
     columns = student.kernel.shape[1]
-    kl, hard, label_logit = _scan_columns(add, first, columns, plan.chunk)
+    kl, hard, label_logit, predictions = _scan_columns(
+        add, (*first, predictions), columns, plan.chunk
+    )
     # In `StreamingKL(p, q)` the teacher is p, but for the reverse divergence it is q.
     student_softmax, teacher_softmax = (kl.p, kl.q) if reverse else (kl.q, kl.p)
     sums = Sums(
@@ -482,7 +545,8 @@ def _block_losses(
     cross_entropy = None
     if sums.hard is not None:
         cross_entropy = sums.hard.log_sum + (sums.hard.top - label_logit)
-    return (squared(temperature, divergence), cross_entropy), sums
+    classes = (best.index for best in predictions)
+    return Losses(squared(temperature, divergence), cross_entropy, *classes), sums
 
 
 def _jsd(
@@ -520,7 +584,8 @@ def _backward(
     plan: Plan, residuals: Residuals, cotangents: Losses
 ) -> tuple[Head, None, None, None]:
     student, teacher, labels, temperature, sums = residuals
-    tokens = (student.hidden, teacher.hidden, labels, sums, cotangents)
+    # Predictions have no gradient.
+    tokens = (student.hidden, teacher.hidden, labels, sums, (cotangents.soft, cotangents.hard))
     blocks = _split_tokens(tokens, plan.block)
 
     # Slices outside, blocks inside: the gradient of a slice of the kernel is summed over all blocks
@@ -547,7 +612,7 @@ def _backward(
         )
         return hidden_grad + block_grads, kernel_grad
 
-    zeros = (jnp.zeros_like(blocks[0], cotangents[0].dtype), jnp.zeros_like(student.kernel))
+    zeros = (jnp.zeros_like(blocks[0], cotangents.soft.dtype), jnp.zeros_like(student.kernel))
     hidden_grad, kernel_grad = _scan_columns(columns, zeros, student.kernel.shape[1], plan.chunk)
     hidden_grad = _join_tokens(hidden_grad, len(student.hidden))
     return Head(hidden_grad.astype(student.hidden.dtype), kernel_grad), None, None, None

@@ -9,7 +9,15 @@ import numpy as np
 from compress_jax.core._straight_through import straight_through as with_identity_gradient
 from compress_jax.core.arguments import compression as checked
 from compress_jax.core.axes import Axes
-from compress_jax.core.compression import Compression, CompressionState, bound, stamped
+from compress_jax.core.compression import (
+    ByLeaf,
+    Compression,
+    CompressionState,
+    LeafView,
+    bound,
+    leaf_views,
+    stamped,
+)
 from compress_jax.core.describe import call_of, describe
 from compress_jax.core.errors import ArgumentError
 from compress_jax.core.finite import where_finite
@@ -89,7 +97,8 @@ class _TopKast(NamedTuple):
         schedules = schedules_of(self.forward, self.backward)
         update = Scheduled(self.update, schedules, awoken.update)
         made = mask_compression(self.leaves)
-        made = made._replace(init=self.init, update=update, view=self.view, bind=self.bind)
+        view = ByLeaf(self.view, self.leaf_views)
+        made = made._replace(init=self.init, update=update, view=view, bind=self.bind)
         call = call_of("top_kast", forward=self.forward, backward=self.backward)
         return stamped(made, call, self.known)
 
@@ -118,9 +127,14 @@ class _TopKast(NamedTuple):
     def view(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
         for path, x in self.leaves.of(params).items():
-            masks = fixed_of(state, path)
-            leaves[path] = _view(x, masks["mask"], masks["backward"])
+            leaves[path] = _view(x, fixed_of(state, path))
         return rebuild(leaves)
+
+    def leaf_views(self, params: Params, state: CompressionState) -> dict[str, LeafView]:
+        return {
+            path: LeafView(_view, fixed_of(state, path), stacked=x.ndim)
+            for path, x in self.leaves.of(params).items()
+        }
 
 
 def _joined(a: CompressionState, b: CompressionState) -> CompressionState:
@@ -128,9 +142,10 @@ def _joined(a: CompressionState, b: CompressionState) -> CompressionState:
     return CompressionState({}, fixed)
 
 
-def _view(x: jax.Array, mask: jax.Array, backward: jax.Array) -> jax.Array:
+def _view(x: jax.Array, masks: Mapping[str, jax.Array], _: None = None) -> jax.Array:
     # The value has the mask A; the gradient passes through the mask B.
-    return where_finite(x, _value_of(apply_mask(x, backward), apply_mask(x, mask)))
+    value = apply_mask(x, masks["mask"])
+    return where_finite(x, _value_of(apply_mask(x, masks["backward"]), value))
 
 
 def straight_through(compression: Compression) -> Compression:
@@ -175,8 +190,18 @@ def straight_through(compression: Compression) -> Compression:
                 leaves[path] = _value_of(x, pruned[path])
         return rebuild(leaves)
 
+    def passing(view: LeafView) -> LeafView:
+        def fn(x: jax.Array, layers: PyTree, shared: PyTree) -> jax.Array:
+            return _value_of(x, view.fn(x, layers, shared))
+
+        return view._replace(fn=fn)
+
+    def leaves(params: Params, state: CompressionState) -> dict[str, LeafView]:
+        own = leaf_views(compression, params, state)
+        return {path: passing(view) for path, view in own.items()}
+
     return compression._replace(
-        view=view,
+        view=ByLeaf(view, leaves) if isinstance(compression.view, ByLeaf) else view,
         # Saved states hold this text and are refused under another one, so the name is the old one.
         call=f"ste({describe(compression)})",
         bind=lambda known: straight_through(bound(compression, known)),

@@ -24,10 +24,13 @@ from compress_jax.distill import (
     on_labels,
     on_logits,
 )
-from compress_jax.distill._masks import fits, fitted, kept
-from compress_jax.distill._objective.terms import value_at
+from compress_jax.distill._chunked import Head
+from compress_jax.distill._masks import Mask, fits, fitted, kept
+from compress_jax.distill._objective.terms import Predicted, value_at
 from compress_jax.distill._objective.totals import total_of
 from compress_jax.tasks import PureModel, Task, classification, pure
+from compress_jax.tasks._model import Features, Inputs
+from compress_jax.trace._jaxpr.last_product import with_last_product
 from compress_jax.train._objective import (
     Aux,
     LossMetrics,
@@ -154,16 +157,22 @@ class _Distillation(NamedTuple):
     ) -> tuple[LossContext, PyTree]:
         """Run both models; return what the terms read and the new model state."""
         inputs = self.task.inputs_of(batch)
-        if train:
-            # Ranges of activations must not move with padding.
-            counts = chosen(batch, self.task.mask)
-            out = self.student.train(params, state, inputs, key, counts)
-        else:
-            out = (*self.student.evaluate(params, state, inputs), state)
-        logits, features, state = out
+        heads = any(term.heads for term in self.terms)
+        # Ranges of activations must not move with padding.
+        counts = chosen(batch, self.task.mask)
+
+        def run(
+            params: Params, state: PyTree, inputs: Inputs, key: jax.Array, counts: Mask | None
+        ) -> tuple[PyTree, Features, PyTree]:
+            if train:
+                return self.student.train(params, state, inputs, key, counts)
+            return (*self.student.evaluate(params, state, inputs), state)
+
+        args = (params, state, inputs, key, counts)
+        (logits, features, state), own_head = _with_head(run, "the student", heads)(*args)
         if self.average is not None:
             teacher = _average_teacher(self.student, memory["average"])
-        teacher_logits, teacher_features = _teacher_outputs(batch, teacher, inputs)
+        (teacher_logits, teacher_features), head = _teacher_outputs(batch, teacher, inputs, heads)
         # Without labels of its own, a task's labels are what the teacher says.
         labels = teacher_logits if self.task.labels is None else batch[self.task.labels]
         context = LossContext(
@@ -177,6 +186,8 @@ class _Distillation(NamedTuple):
             batch=batch,
             key=key,
             step=step,
+            student_head=own_head,
+            teacher_head=head,
         )
         return context, state
 
@@ -208,7 +219,7 @@ class _Distillation(NamedTuple):
             params, state, memory, batch, dropout_key, teacher, step, train
         )
         context = context._replace(key=term_key)
-        losses, new_memory = _term_losses(self.terms, context, parts, memory, self.task.mask)
+        losses, new_memory, said = _term_losses(self.terms, context, parts, memory, self.task.mask)
         objective = tuple((value_at(term.weight, step), losses[term.name]) for term in self.terms)
         if self.average is not None:
             new_memory["average"] = _next_average(
@@ -217,7 +228,7 @@ class _Distillation(NamedTuple):
         # The teacher's hash, which `init` put there, is carried from step to step.
         if "teacher" in memory:
             new_memory["teacher"] = memory["teacher"]
-        metrics = {**losses, **_fidelity(context, memory, self.task)}
+        metrics = {**losses, **_fidelity(context, memory, self.task, said)}
         return objective, (new_state, jax.lax.stop_gradient(new_memory), metrics)
 
     def init(
@@ -366,8 +377,38 @@ def distilled(
     return StatefulLoss(init, averaged(totals), totals)
 
 
+def _with_head(
+    fn: Callable[..., PyTree], who: str, heads: bool
+) -> Callable[..., tuple[PyTree, Head | None]]:
+    """Return a function's results with its head's operands, or None if no term asks for them."""
+    if not heads:
+        return lambda *args: (fn(*args), None)
+
+    def run(*args: PyTree) -> tuple[PyTree, Head]:
+        out, product = with_last_product(fn, who)(*args)
+        return out, Head(*product)
+
+    return run
+
+
 def _teacher_outputs(
-    batch: Batch, teacher: Teacher | Teachers | None, inputs: tuple[PyTree, ...]
+    batch: Batch, teacher: Teacher | Teachers | None, inputs: Inputs, heads: bool
+) -> tuple[tuple[PyTree, dict[str, jax.Array]], Head | None]:
+    """Return the teacher's logits and features, and its head if a term asks for it."""
+    if not heads:
+        return _cached_or_fresh(batch, teacher, inputs), None
+    if "teacher" in batch or not isinstance(teacher, Teacher):
+        raise ConfigError(
+            "a loss over the vocabulary is computed from the teacher's hidden states: give the "
+            "step one Teacher, and batches without cached logits (for those there is "
+            "on_logits(top_k_kl))"
+        )
+    run = _with_head(lambda teacher, *inputs: teacher.forward(*inputs), "the teacher", True)
+    return run(teacher, *inputs)
+
+
+def _cached_or_fresh(
+    batch: Batch, teacher: Teacher | Teachers | None, inputs: Inputs
 ) -> tuple[PyTree, dict[str, jax.Array]]:
     """Return cached teacher logits and features, else those of a fresh forward pass."""
     if "teacher" in batch:
@@ -382,18 +423,25 @@ def _teacher_outputs(
 
 def _term_losses(
     terms: Sequence[Term], context: LossContext, parts: PyTree, memory: PyTree, mask: str
-) -> tuple[dict[str, Total], dict[str, PyTree]]:
-    """Return each term's total and new memory; each draws from a key of its own."""
+) -> tuple[dict[str, Total], dict[str, PyTree], Predicted | None]:
+    """Return each term's total and new memory, and the predictions that one of them knows.
+
+    Each draws from a key of its own.
+    """
     totals: dict[str, Total] = {}
+    said: Predicted | None = None
     new_memory: dict[str, PyTree] = {}
     for i, term in enumerate(terms):
         own_key = jax.random.fold_in(context.key, i)
         own = _masked_context(context._replace(key=own_key), term, mask)
         loss, new = term.loss(own, parts.get(term.name, {}), memory.get(term.name, {}))
+        if isinstance(loss, Predicted):
+            said = loss
+            loss = loss.loss
         totals[term.name] = everything(total_of(term.name, loss, own.mask, masked=False))
         if jax.tree.leaves(new):
             new_memory[term.name] = new
-    return totals, new_memory
+    return totals, new_memory, said
 
 
 def _masked_context(context: LossContext, term: Term, mask: str) -> LossContext:
@@ -451,9 +499,11 @@ def _next_average(average: PyTree, params: Params, state: PyTree, decay: float) 
     return {"params": moved, "state": state}
 
 
-def _fidelity(context: LossContext, memory: PyTree, task: Task) -> LossMetrics:
+def _fidelity(
+    context: LossContext, memory: PyTree, task: Task, said: Predicted | None
+) -> LossMetrics:
     """Return the accuracy of student and teacher on this batch, and their agreement."""
-    hits = _hits(context) if task.logits else {}
+    hits = _hits(context, said) if task.logits else {}
     counts = chosen(context.batch, task.mask)
     metrics: dict[str, jax.Array | Total] = {}
     for name, hit in hits.items():
@@ -468,12 +518,15 @@ def _fidelity(context: LossContext, memory: PyTree, task: Task) -> LossMetrics:
     return metrics
 
 
-def _hits(context: LossContext) -> dict[str, jax.Array]:
+def _hits(context: LossContext, said: Predicted | None) -> dict[str, jax.Array]:
     """Return where the largest logits of student, teacher and labels are the same."""
     labels = context.labels
-    predicted = context.student_logits.argmax(axis=-1)  # [*leading]
     best = None
-    if context.teacher_logits is not None:
+    if said is not None:  # a term that made no whole logits
+        predicted, best = said.student, said.teacher
+    else:
+        predicted = context.student_logits.argmax(axis=-1)  # [*leading]
+    if said is None and context.teacher_logits is not None:
         best = _predictions(context.teacher_logits, context.student_logits.ndim)
     # Labels may be what the teacher said, or probabilities from a mixup.
     if labels is context.teacher_logits:

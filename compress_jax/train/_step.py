@@ -12,8 +12,10 @@ from compress_jax.core.types import Batch, Params, PyTree, Variables
 from compress_jax.core.types import Step as StepNumber
 from compress_jax.distill import Total
 from compress_jax.prune._restart import restart
+from compress_jax.train._gradients import through_view
 from compress_jax.train._objective import (
     Aux,
+    Gathered,
     General,
     LossMetrics,
     Objective,
@@ -200,17 +202,14 @@ def make_step(
             # Each device draws its own noise, but all must draw the same masks.
             loss_key = jax.random.fold_in(loss_key, jax.lax.axis_index(axis_name))
 
-        def view(trainable: dict[str, PyTree]) -> Trained:
-            compression_state = CompressionState(trainable["learned"], state.fixed)
-            viewed = compression.view(trainable["params"], compression_state)
-            return viewed, trainable.get("parts", {})
-
-        # The gradient is taken in two pieces, as the update below wants dL/dw at the view.
-        trained, pull_back = jax.vjp(view, state.trainable)
         carried = (state.model_state, state.memory)
         rest = (teacher, state.step)
-        found = gather(general, trained, carried, batch, loss_key, rest, microbatches, axis_name)
-        (grads,) = pull_back(found.grads)  # to params, learned arrays and parts
+
+        def run(general: General, trained: Trained) -> Gathered:
+            return gather(general, trained, carried, batch, loss_key, rest, microbatches, axis_name)
+
+        inputs = (*carried, batch, loss_key, *rest)
+        grads, at_view, found = through_view(general, compression, state, run, inputs, update_key)
         # Optax mixes int32 counts and floats, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
@@ -219,7 +218,7 @@ def make_step(
             trainable["params"],
             CompressionState(trainable["learned"], state.fixed),
             step=state.step,
-            grads=found.grads[0],
+            grads=at_view,
             key=update_key,
         )
         # Weights that this update grew start from zero, and so do their moments.

@@ -1,7 +1,8 @@
 """Objective terms: a loss, its weight at each step, and the adapters and memory it needs.
 
 An objective is a list of terms, given to `train.distillation`. Each term reads one `LossContext`:
-`on_labels`, `on_logits`, `on_features`, `on_weights` and `contrast` build the usual ones.
+`on_labels`, `on_logits`, `on_vocabulary`, `on_features`, `on_weights` and `contrast` build the
+usual ones.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,11 +17,12 @@ from compress_jax.core.paths import Patterns
 from compress_jax.core.types import Array, Batch, Params, PyTree, Step, Variables
 from compress_jax.distill._adapters.adapter import Adapter
 from compress_jax.distill._adapters.heads import embedding
+from compress_jax.distill._chunked import Direction, Head, checked_plan, vocabulary_losses
 from compress_jax.distill._losses.contrastive import Bank, crd, crd_bank, crd_negatives, crd_update
 from compress_jax.distill._losses.logits import cross_entropy
 from compress_jax.distill._losses.temperature import bounded
 from compress_jax.distill._losses.tokens import Total, takes_mask
-from compress_jax.distill._masks import Mask, has_positions, of_examples
+from compress_jax.distill._masks import Mask, fitted, has_positions, of_examples
 from compress_jax.distill._objective.totals import (
     evaluate,
     of_features,
@@ -55,6 +57,9 @@ class LossContext(NamedTuple):
       mask: the term's mask over examples or tokens, see `masks`; None where the batch has none.
         Logits, labels and features are already zero where it is 0, so that NaN in padding reaches
         no loss.
+      student_head: hidden states and kernel whose product the student's logits are, for a term that
+        asks for them (`Term.heads`); else None.
+      teacher_head: likewise, of the teacher.
 
     Example:
       >>> logits = jnp.zeros((2, 3))
@@ -75,6 +80,8 @@ class LossContext(NamedTuple):
     key: jax.Array
     step: Step
     mask: Mask | None = None
+    student_head: Head | None = None
+    teacher_head: Head | None = None
 
 
 def _no_state(key: jax.Array, context: LossContext) -> tuple[PyTree, PyTree]:
@@ -101,6 +108,8 @@ class Term(NamedTuple):
       mask: the batch entry that holds this term's mask; None for that of the objective.
       whole: True for a loss of the model's weights (`on_weights`): it returns a scalar, and no mask
         applies.
+      heads: True for a loss that is computed from hidden states and heads (`on_vocabulary`). The
+        loss may then be a `Predicted`.
 
     Example:
       >>> def entropy(context, adapter_params, memory):
@@ -111,13 +120,28 @@ class Term(NamedTuple):
     """
 
     name: str
-    loss: Callable[[LossContext, PyTree, PyTree], tuple[jax.Array | Total, PyTree]]
+    loss: "Callable[[LossContext, PyTree, PyTree], tuple[jax.Array | Total | Predicted, PyTree]]"
     weight: Schedule = 1.0
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     init: Callable[[jax.Array, LossContext], tuple[PyTree, PyTree]] = _no_state
     mask: str | None = None
     whole: bool = False
+    heads: bool = False
+
+
+class Predicted(NamedTuple):
+    """A loss, with what student and teacher predict: nobody else has to look for it.
+
+    Attributes:
+      loss: as a `Term` returns it.
+      student: int32 ``[...]``, the class of the student's largest logit.
+      teacher: likewise.
+    """
+
+    loss: jax.Array | Total
+    student: jax.Array
+    teacher: jax.Array
 
 
 def value_at(schedule: Schedule, step: Step) -> jax.Array:
@@ -225,6 +249,89 @@ def on_logits(
         return of_logits(term_name, losses, logits, context.mask, takes_mask(loss)), memory
 
     return Term(term_name, term_loss, weight, mask=mask)
+
+
+def on_vocabulary(
+    weight: Schedule = 1.0,
+    *,
+    temperature: Schedule = 1.0,
+    alpha: Schedule | None = None,
+    direction: Direction = "forward",
+    beta: float = 0.5,
+    chunk: int = 4096,
+    block: int | None = None,
+    name: str = "vocabulary",
+    mask: str | None = None,
+) -> Term:
+    r"""Return the divergence from a teacher over a large vocabulary, without whole logits.
+
+    :math:`T^2 \mathrm{KL}(p_t \| p_s)` of each token, or
+    :math:`\alpha \mathrm{CE} + (1 - \alpha) T^2 \mathrm{KL}` with labels, by `chunked_kl` from
+    the hidden states and heads of both models, which are found in their traces: the last product of
+    each. No array of ``[tokens, vocabulary]`` is made, neither for the loss nor for the accuracy of
+    student and teacher and their agreement; where another term reads the logits, they are.
+
+    Args:
+      weight: a number or an optax schedule.
+      temperature: T > 0; a number or an optax schedule.
+      alpha: the weight of the labels, 0 to 1; a number or an optax schedule. None for a loss
+        without labels.
+      direction: "forward", "reverse" or "jsd", see `chunked_kl`.
+      beta: the beta of `jsd`, for "jsd" only.
+      chunk: columns of the vocabulary per slice.
+      block: tokens per block; None takes all at once.
+      name: name of the term.
+      mask: the batch entry with the mask, see `Term`.
+
+    Returns:
+      A `Term`, for one teacher whose vocabulary is the student's. Its loss raises an ArgumentError
+      if the logits of a model are more than a product (a bias, a cap), or come from a cache.
+
+    Raises:
+      ArgumentError: if ``chunk``, ``block``, ``direction`` or ``beta`` is out of range.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> model = cj.models.GPT(vocabulary=8, width=4, depth=1, heads=1, positions=3)
+      >>> tokens = jnp.array([[1, 2, 3]])
+      >>> variables = model.init(jax.random.key(0), tokens)
+      >>> loss = cj.train.distillation(model, [on_vocabulary(chunk=4)], inputs="tokens")
+      >>> batch = {"tokens": tokens, "label": tokens}
+      >>> key, teacher = jax.random.key(1), cj.distill.Teacher(model.apply, variables)
+      >>> value, _ = loss(variables["params"], {}, batch, key, teacher)
+      >>> abs(float(value)) < 1e-6
+      True
+
+    References:
+      As of `chunked_kl` and `chunked_hinton`.
+    """
+    checked_plan(direction, beta, chunk, block)
+
+    def loss(
+        context: LossContext, adapter_params: PyTree, memory: PyTree
+    ) -> tuple[Predicted, PyTree]:
+        assert context.student_head is not None and context.teacher_head is not None
+        counts = context.mask
+        if counts is not None:
+            shape = context.student_logits.shape[:-1]
+            counts = fitted(counts, shape, f"the logits of term {name!r}", examples=True)
+        found = vocabulary_losses(
+            context.student_head,
+            context.teacher_head,
+            None if alpha is None else context.labels,
+            value_at(temperature, context.step),
+            counts,
+            chunk,
+            direction,
+            beta,
+            block,
+        )
+        assert found.student is not None and found.teacher is not None
+        losses = found.soft if alpha is None else found.mixed(value_at(alpha, context.step))
+        total = total_of(name, losses, counts, True)
+        return Predicted(total, found.student, found.teacher), memory
+
+    return Term(name, loss, weight, mask=mask, heads=True)
 
 
 @renamed_arguments(part="adapter", of_student="student_transform", of_teacher="teacher_transform")

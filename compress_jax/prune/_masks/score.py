@@ -10,7 +10,14 @@ from jax.core import Tracer
 from compress_jax.core._leafwise import check_finite, fold_path, why_not_float
 from compress_jax.core.arguments import refused, whole
 from compress_jax.core.axes import Axes, known_axes, over_layers
-from compress_jax.core.compression import Compression, CompressionState, Pointwise, stamped
+from compress_jax.core.compression import (
+    ByLeaf,
+    Compression,
+    CompressionState,
+    LeafView,
+    Pointwise,
+    stamped,
+)
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import ArgumentError, NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import saturate, where_finite
@@ -356,9 +363,12 @@ def mask_compression(leaves: "Leaves") -> Compression:
     def view(params: Params, state: CompressionState) -> Params:
         found, rebuild = flatten(params)
         for path, (x, mask) in masked_leaves(params, state).items():
-            # A mask must not hide that a pruned weight has become NaN.
-            found[path] = where_finite(x, apply_mask(x, mask))
+            found[path] = _seen(x, mask)
         return rebuild(found)
+
+    def leaf_views(params: Params, state: CompressionState) -> dict[str, LeafView]:
+        found = masked_leaves(params, state)
+        return {path: LeafView(_seen, mask, stacked=x.ndim) for path, (x, mask) in found.items()}
 
     def pack(params: Params, state: CompressionState) -> Params:
         found, rebuild = flatten(params)
@@ -375,7 +385,14 @@ def mask_compression(leaves: "Leaves") -> Compression:
     def unset(*_: object, **__: object) -> CompressionState:
         raise NotImplementedError
 
-    return Compression(unset, view, unset, pack, leaves.skipped, pointwise, axes=leaves.axes)
+    by_leaf = ByLeaf(view, leaf_views)
+    return Compression(unset, by_leaf, unset, pack, leaves.skipped, pointwise, axes=leaves.axes)
+
+
+def _seen(x: jax.Array, mask: jax.Array, _: None = None) -> jax.Array:
+    """Return the view of a pruned leaf, whole or a slice."""
+    # A mask must not hide that a pruned weight has become NaN.
+    return where_finite(x, apply_mask(x, mask))
 
 
 class Leaves(NamedTuple):

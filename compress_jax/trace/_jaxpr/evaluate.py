@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ from jax.sharding import PartitionSpec, Sharding
 
 from compress_jax.core.types import Array, PyTree
 from compress_jax.trace._jaxpr.primitives import (
+    JITS,
+    REMATS,
     Branches,
     Call,
     Scan,
@@ -88,11 +91,36 @@ def evaluate(
     Returns:
       ``(results, statistics by site)``.
     """
-    env: dict[Var, jax.Array] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
-    env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
     statistics: Statistics = {}
 
-    def read(atom: Var | Literal) -> jax.Array:
+    def run(index: int, eqn: JaxprEqn, operands: list[jax.Array]) -> list[jax.Array]:
+        results, own = _equation(eqn, operands, hooks, given, (*position, index))
+        statistics.update(own)
+        return results
+
+    return replay(jaxpr, args, run), statistics
+
+
+T = TypeVar("T")
+
+
+def replay(
+    jaxpr: ClosedJaxpr, args: Sequence[T], run: Callable[[int, JaxprEqn, list[T]], Sequence[T]]
+) -> list[T]:
+    """Run a jaxpr, each equation by a function.
+
+    Args:
+      jaxpr: the computation.
+      args: a value for each of its inputs.
+      run: ``(index, eqn, operands) -> results``.
+
+    Returns:
+      Its results.
+    """
+    env: dict[Var, Any] = dict(zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True))
+    env |= dict(zip(jaxpr.jaxpr.invars, args, strict=True))
+
+    def read(atom: Var | Literal) -> Any:
         return atom.val if isinstance(atom, Literal) else env[atom]
 
     for index, eqn in enumerate(jaxpr.jaxpr.eqns):
@@ -101,11 +129,9 @@ def evaluate(
             stack.enter_context(eqn.ctx.manager)
             if scope := str(eqn.source_info.name_stack):
                 stack.enter_context(jax.named_scope(scope))
-            operands = [read(atom) for atom in eqn.invars]
-            results, own = _equation(eqn, operands, hooks, given, (*position, index))
+            results = run(index, eqn, [read(atom) for atom in eqn.invars])
         env |= dict(zip(eqn.outvars, results, strict=True))
-        statistics |= own
-    return [read(atom) for atom in jaxpr.jaxpr.outvars], statistics
+    return [read(atom) for atom in jaxpr.jaxpr.outvars]
 
 
 def _equation(
@@ -230,9 +256,7 @@ def bind(eqn: JaxprEqn, args: Sequence[jax.Array]) -> list[jax.Array]:
     return list(results) if eqn.primitive.multiple_results else [results]
 
 
-# Calls that are more than their body.
-JITS = ("jit", "pjit")
-REMATS = ("remat", "remat2", "checkpoint")
+# Calls that are more than their body, beside `JITS` and `REMATS`.
 CUSTOM_JVPS = ("custom_jvp_call",)
 CUSTOM_VJPS = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 

@@ -97,6 +97,10 @@ CALLS: Mapping[str, str] = {
     "custom_vjp_call_jaxpr": "fun_jaxpr",
     "shard_map": "jaxpr",
 }
+JITS = ("jit", "pjit")
+REMATS = ("remat", "remat2", "checkpoint")
+# Calls that are nothing but their body (a `jit` that asks for no shardings).
+PLAIN_CALLS = (*JITS, "closed_call", "core_closed_call")
 CONTROL = frozenset(CALLS) | _names("cond scan while")
 
 # Without a rule: every analysis gives up on what they touch. They are listed so that a primitive
