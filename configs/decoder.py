@@ -37,6 +37,7 @@ def config(
     batch_size: int = 64,
     steps: int = 10_000,
     sparsity: float = 0.5,
+    block: int = 16_384,
     fsdp: int = 1,
     seed: int = 0,
 ) -> Experiment:
@@ -54,6 +55,7 @@ def config(
       batch_size: rows a step, over all devices.
       steps: training steps under the compression.
       sparsity: share of zeros in the layers' kernels at the end.
+      block: tokens whose logits exist at a time, over all devices.
       fsdp: parts that params and their moments are divided into; batches are divided over all.
       seed: seed for all randomness.
     """
@@ -82,7 +84,8 @@ def config(
         student=Network(decoder(width, depth), untrained, rules=RULES),
         candidates=(Candidate("half-int4", cj.at("layers/**/kernel", small), training),),
         requirement=Requirement(max_drop=0.5, min_ratio=4),
-        loss=task.distillation(alpha=0.9, temperature=1.0),
+        # No array of [tokens, vocabulary] is made; blocks are of the tokens of all devices.
+        loss=(cj.distill.on_vocabulary(alpha=0.9, chunk=vocabulary, block=block),),
         mesh=cj.train.make_mesh(fsdp=fsdp),
         longer_student=False,
         seed=seed,

@@ -6,6 +6,7 @@ the model was trained and evaluated with.
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -72,13 +73,9 @@ class Quantized:
 
     def unpack(self) -> jax.Array:
         """Return the dense array, computed in float32 and cast to `dtype`."""
-        # The difference of integers is exact: only its product with the scale is rounded.
-        zero = self.layout.expand(self.zero_point.astype(jnp.int32))
-        levels = self.layout.arrange(self.codes.unpack().astype(jnp.int32)) - zero
-        # A code left out is unpacked as 0, which stands for -zero_point.
-        if isinstance(self.codes, Sparse):
-            levels = levels * self.layout.arrange(self.codes.mask.unpack().astype(jnp.int32))
-        return saturate(self.layout.restore(levels.astype(jnp.float32) * self.scale), self.dtype)
+        mask = self.codes.mask.unpack() if isinstance(self.codes, Sparse) else None
+        codes = self.codes.unpack()
+        return _dequantized(codes, mask, self.scale, self.zero_point, self.layout, self.dtype)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -89,6 +86,25 @@ class Quantized:
     def nbytes(self) -> int:
         """Bytes of codes, scales and zero points."""
         return nbytes(self)
+
+
+# Compiled once for all leaves of a shape; how many codes are stored is no part of it.
+@partial(jax.jit, static_argnames=("layout", "dtype"))
+def _dequantized(
+    codes: jax.Array,
+    mask: jax.Array | None,
+    scale: jax.Array,
+    zero_point: jax.Array,
+    layout: Layout,
+    dtype: jnp.dtype,
+) -> jax.Array:
+    # The difference of integers is exact: only its product with the scale is rounded.
+    zero = layout.expand(zero_point.astype(jnp.int32))
+    levels = layout.arrange(codes.astype(jnp.int32)) - zero
+    # A code left out is unpacked as 0, which stands for -zero_point.
+    if mask is not None:
+        levels = levels * layout.arrange(mask.astype(jnp.int32))
+    return saturate(layout.restore(levels.astype(jnp.float32) * scale), dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -5,8 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from compress_jax.core.bits import Bits, Gaps
+from compress_jax.core.bits import Bits, Gaps, is_host
 from compress_jax.core.types import PyTree
 
 static: dict[str, Any] = {"metadata": {"static": True}}
@@ -47,8 +48,10 @@ class Sparse:
         Returns:
           The node, its mask in the smaller of the two forms.
         """
-        mask = mask.astype(bool)
-        values = dense[mask] if bits is None else Bits.pack(dense[mask], bits)
+        # NumPy, as `jit` would compile anew for every number of entries that are kept.
+        mask = np.asarray(mask).astype(bool)
+        kept = np.asarray(dense)[mask]
+        values = jax.device_put(kept) if bits is None else Bits.pack(kept, bits)
         # A bit for each entry, or the gaps between kept ones, which are smaller where few are kept.
         width = Gaps.best_width(mask)
         forms = (Bits.pack(mask, 1), Gaps.pack(mask, width))
@@ -56,14 +59,25 @@ class Sparse:
 
     def unpack(self) -> jax.Array:
         """Return the dense array."""
-        mask = self.mask.unpack().ravel().astype(bool)  # [n]
+        if is_host(*jax.tree.leaves(self)):
+            return jax.device_put(self.on_host())
         values = self.values.unpack() if isinstance(self.values, Bits) else self.values
+        mask = self.mask.unpack().ravel().astype(bool)  # [n]
         # int32 for codes: the fill may be one more than their width can hold.
         values = values.astype(self.dtype)
         padded = jnp.append(values, jnp.asarray(self.fill, values.dtype))  # [kept + 1]
         # A kept entry takes the value of its rank among the kept ones, any other the fill.
         rank = jnp.where(mask, jnp.cumsum(mask) - 1, values.size)
         return padded[rank].reshape(self.shape)
+
+    def on_host(self) -> np.ndarray:
+        """Return the dense array as one of NumPy's: `jit` would compile anew for each count."""
+        values = self.values
+        values = values.on_host() if isinstance(values, Bits) else np.asarray(values)
+        mask = self.mask.on_host().ravel().astype(bool)  # [n]
+        padded = np.append(values.astype(self.dtype), np.asarray(self.fill, self.dtype))
+        rank = np.where(mask, np.cumsum(mask) - 1, values.size)
+        return padded[np.minimum(rank, values.size)].reshape(self.shape)
 
     @property
     def shape(self) -> tuple[int, ...]:

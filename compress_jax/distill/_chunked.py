@@ -160,6 +160,12 @@ def vocabulary_losses(
     """Return the losses of each token and what student and teacher predict, in one pass.
 
     The arguments are those of `chunked_kl` and `chunked_hinton`; labels may be None.
+
+    Example:
+      >>> student = Head(jnp.ones((1, 2)), jnp.eye(2, 6))
+      >>> found = vocabulary_losses(student, student, None, 1.0, None, 4, "forward", 0.5, None)
+      >>> found.soft.tolist(), found.student.tolist()
+      ([0.0], [0])
     """
     plan = checked_plan(direction, beta, chunk, block)._replace(predicts=True)
     return _token_losses(plan, student, teacher, labels, temperature, mask)
@@ -175,6 +181,12 @@ class Plan(NamedTuple):
 
 
 def checked_plan(direction: Direction, beta: float, chunk: int, block: int | None) -> Plan:
+    """Return the plan of some options; raise ArgumentError if one is out of range.
+
+    Example:
+      >>> checked_plan("reverse", 0.5, 4096, None).beta
+      1.0
+    """
     betas = {"forward": 0.0, "reverse": 1.0, "jsd": beta}
     if direction not in betas:
         raise ArgumentError(f"direction must be one of {', '.join(betas)}; got {direction!r}")

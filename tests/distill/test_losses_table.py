@@ -19,7 +19,8 @@ NO_LOSSES = set(
     "linear masked_mean "
     "masked_total next_tokens norm ofd_margin on_features on_labels on_logits on_policy "
     "on_weights open_cache paraphraser "
-    "pool projector require_same resize_features sequential token_total top_k translator "
+    "pool on_vocabulary projector require_same resize_features sequential token_total "
+    "top_k translator "
     "write_cache".split()
 )
 

@@ -105,8 +105,7 @@ def uniform(
         layout = layout_of(axes)
         scale = fixed["scale"]
         zero = fixed["zero_point"]
-        # Codes are kept in the shape of the leaf, not as the layout arranges it.
-        codes = layout.restore(grid.encode(layout.arrange(x), scale, layout.expand(zero)))
+        codes = _codes(layout, grid, x, scale, zero)
         if grid.symmetric:
             zero = grid.middle  # one scalar; the state of a stack holds it once a layer
         return Quantized.pack(codes, grid.bits, scale, zero, layout=layout, dtype=x.dtype)
@@ -148,6 +147,15 @@ def _(
     layout: Layout, grid: Grid, primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     return _rounded(layout, grid, *primals), tangents[0]
+
+
+# Compiled once for all leaves of a shape.
+@partial(jax.jit, static_argnums=(0, 1))
+def _codes(
+    layout: Layout, grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array
+) -> jax.Array:
+    # Codes are kept in the shape of the leaf, not as the layout arranges it.
+    return layout.restore(grid.encode(layout.arrange(x), scale, layout.expand(zero_point)))
 
 
 def _on_grid(grid: Grid, x: jax.Array, scale: jax.Array, zero_point: jax.Array) -> jax.Array:

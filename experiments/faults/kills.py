@@ -1,0 +1,154 @@
+"""Kill a run at random moments, go on, and compare what it ends with, bit for bit.
+
+python experiments/faults/kills.py                       # 30 kills, about 15 minutes on 2 cores
+
+Campaigns of one and of two processes: the same command is started again and again in one folder and
+killed (SIGKILL or SIGTERM, the launcher or one of its processes, at a random moment); after some
+kills it is left to end. Its artifact must be that of a run which nobody stopped, and no command may
+end with a traceback.
+"""
+
+import argparse
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+CONFIG = '''
+"""Pruned and quantized below a teacher."""
+import jax, numpy as np, optax
+import compress_jax as cj
+
+RULES = (("dense_*/kernel", jax.sharding.PartitionSpec("fsdp")),)
+
+def split(seed, n):
+    rng = np.random.default_rng(seed)
+    label = rng.integers(0, 3, n).astype(np.int32)
+    image = rng.normal(0, 0.8, (n, 4, 4, 1)).astype(np.float32)
+    image[np.arange(n), label, label, 0] += 3
+    return {"image": image, "label": label}
+
+def config(steps: int = 400) -> cj.search.Experiment:
+    """Compress."""
+    data = cj.data.Data.from_arrays(split(0, 256), split(1, 60), split(2, 70))
+    training = cj.search.Training(optax.adam(0.01), steps, batch_size=32, save_every=20)
+    small = cj.at("**/kernel", cj.chain(cj.prune.magnitude(0.5), cj.quantize.lsq(4)))
+    return cj.search.Experiment(
+        "kills", data, cj.search.Network(cj.models.LeNet300100(3, (32, 16)), training, rules=RULES),
+        (cj.search.Candidate("small", small, training),),
+        cj.search.Requirement(max_drop=0.9),
+        mesh=cj.train.make_mesh(fsdp=min(2, jax.device_count())),
+        teacher=cj.search.Network(cj.models.LeNet300100(3, (64, 32)), training),
+        loss=cj.tasks.classification().distillation(alpha=0.5, temperature=2.0),
+    )
+'''
+SHAPES = {"1 process": ("--devices", "1"), "2 processes": ("--processes", "2", "--devices", "2")}
+SIGNALS = (signal.SIGKILL, signal.SIGTERM)
+
+
+def start(config: Path, folder: Path, flags: tuple[str, ...]) -> subprocess.Popen[str]:
+    """Start the command in a folder."""
+    command = [sys.executable, "-m", "compress_jax.cli", "run", str(config), *flags]
+    return subprocess.Popen(
+        [*command, "--workdir", str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def processes(parent: int) -> list[int]:
+    """Return a process and those that it has started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return [parent, *map(int, children.read_text().split())] if children.exists() else [parent]
+
+
+def killed(process: subprocess.Popen[str], after: float, rng: random.Random) -> tuple[str, str]:
+    """Kill one of a command's processes after some seconds; return what was done and printed."""
+    end = time.monotonic() + after
+    while time.monotonic() < end and process.poll() is None:
+        time.sleep(0.05)
+    done = "it had ended"
+    if process.poll() is None:
+        own = processes(process.pid)
+        place = rng.randrange(len(own))
+        sent = rng.choice(SIGNALS)
+        os.kill(own[place], sent)
+        done = f"{sent.name} to {'the command' if place == 0 else f'process {place - 1}'}"
+    out, _ = process.communicate(timeout=300)
+    return done, out
+
+
+def digest(folder: Path) -> str:
+    """Return the digest of a run's artifact."""
+    return hashlib.sha256((folder / "artifact.safetensors").read_bytes()).hexdigest()[:12]
+
+
+def campaign(
+    name: str, config: Path, root: Path, kills: int, rng: random.Random, straight: str, full: float
+) -> tuple[int, int, int]:
+    """Kill one run several times; return kills that met it, bad ends, and whether it differs."""
+    folder = Path(tempfile.mkdtemp(dir=root))
+    met = bad = 0
+    for number in range(kills):
+        process = start(config, folder, SHAPES[name])
+        done, out = killed(process, rng.uniform(0.2, 0.9) * full, rng)
+        met += done != "it had ended"
+        traced = "Traceback" in out
+        # What is killed outright says nothing; everything else ends in an exit code of its own.
+        expected = process.returncode in (0, 1, 3, 143, -signal.SIGKILL)
+        bad += traced or not expected
+        print(f"{name}, kill {number}: {done}, exit code {process.returncode}", flush=True)
+        if traced or not expected:
+            print(out[-2000:])
+    process = start(config, folder, SHAPES[name])
+    out, _ = process.communicate(timeout=600)
+    same = process.returncode == 0 and digest(folder) == straight
+    print(f"{name}: ended with {process.returncode}, {'the same' if same else 'OTHER'} bits")
+    if not same:
+        print(out[-2000:])
+    return met, bad, int(not same)
+
+
+def main() -> int:
+    """Run all campaigns and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--kills", type=int, default=5, help="of each campaign")
+    parser.add_argument("--campaigns", type=int, default=3, help="of each number of processes")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng = random.Random(args.seed)
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        config = Path(scratch) / "kills.py"
+        config.write_text(CONFIG)
+        for name, flags in SHAPES.items():
+            begun = time.monotonic()
+            whole = Path(scratch) / f"straight {name}"
+            process = start(config, whole, flags)
+            out, _ = process.communicate(timeout=600)
+            assert process.returncode == 0, out
+            full = time.monotonic() - begun
+            straight = digest(whole)
+            found = [
+                campaign(name, config, Path(scratch), args.kills, rng, straight, full)
+                for _ in range(args.campaigns)
+            ]
+            rows.append((name, *(sum(column) for column in zip(*found, strict=True)), len(found)))
+    print(
+        "\n| run | kills that met it | bad ends | campaigns | other bits |\n|---|--:|--:|--:|--:|"
+    )
+    for name, met, bad, other, campaigns in rows:
+        print(f"| {name} | {met} | {bad} | {campaigns} | {other} |")
+    return int(any(bad or other for _, _, bad, other, _ in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
