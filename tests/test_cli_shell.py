@@ -71,7 +71,7 @@ class Full:
 
 
 def test_a_full_disk_while_training_is_one_sentence():
-    session = Session([Full()], lambda step, values: None, None, None)
+    session = Session([Full()], [], lambda step, values: None, None, None)
     with pytest.raises(CheckpointError, match="the disk is full; what was saved before is kept"):
         session.record(1, "train", {"loss": 1.0})
 

@@ -133,6 +133,9 @@ def run(
       compress-jax run CONFIG --processes 64 --process 3
         --coordinator HOST:PORT
 
+    --profile 5 records five steps of each training with JAX's profiler, for TensorBoard and
+    Perfetto, in profile/ beside its metrics.
+
     A run that was stopped in any way continues where it was when the same command is given again,
     with any number of processes and devices.
     Exit code 3 means that no candidate met the requirement; the artifact is then the best there
@@ -351,10 +354,16 @@ def _over_processes(words: list[str]) -> int:
     if flags.coordinator or flags.distributed:
         join(flags)
     elif flags.processes:
-        return launch(rest, flags.processes)
+        profile = [] if flags.profile is None else ["--profile", str(flags.profile)]
+        return launch([*rest, *profile], flags.processes)
     if flags.devices:
         require_devices(flags.devices)
-    return _call([command, *rest])
+    if flags.profile is None:
+        return _call([command, *rest])
+    from compress_jax.train import profiling
+
+    with profiling(flags.profile):
+        return _call([command, *rest])
 
 
 def _call(words: list[str]) -> int:

@@ -18,7 +18,7 @@ from typing import IO
 from compress_jax.cli.console import shown, stderr
 from compress_jax.core.errors import ConfigError
 
-FLAGS = ("processes", "devices", "distributed", "coordinator", "process")
+FLAGS = ("processes", "devices", "distributed", "coordinator", "process", "profile")
 PARENT = "COMPRESS_JAX_LAUNCHER"  # where the processes that `launch` starts find its number
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 LOST = 75  # exit code of a process that misses another
@@ -26,7 +26,7 @@ GRACE = 10  # seconds that the others get to end by themselves when one has fail
 
 
 def split_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Separate the flags on processes from the words of a command.
+    """Separate the flags on processes and their profile from the words of a command.
 
     Args:
       words: the arguments after ``run``.
@@ -45,8 +45,9 @@ def split_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator", metavar="HOST:PORT")
     parser.add_argument("--process", type=int)
+    parser.add_argument("--profile", type=int)
     flags, rest = parser.parse_known_args(list(words))
-    for name in ("processes", "devices"):
+    for name in ("processes", "devices", "profile"):
         number = getattr(flags, name)
         if number is not None and number < 1:
             raise ConfigError(f"--{name} must be a whole number from 1; got {number}")

@@ -21,6 +21,7 @@ from compress_jax.train._parallel import (
 )
 from compress_jax.train._progress import progress
 from compress_jax.train._quantized import QuantizedModel, quantized
+from compress_jax.train._speed import profiling
 from compress_jax.train._state import TrainState, create, label_optimizer
 from compress_jax.train._step import Loss, Metrics, StatefulLoss, Step, make_step
 
@@ -55,6 +56,7 @@ __all__ = [
     "mutual_step",
     "place",
     "pmap_step",
+    "profiling",
     "progress",
     "quantized",
     "replicate",

@@ -21,6 +21,7 @@ from compress_jax.train._interrupt import Interrupted, watch_signals
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
 from compress_jax.train._processes import Votes, is_first, settle
 from compress_jax.train._progress import Report, progress
+from compress_jax.train._speed import Profile, Speed
 from compress_jax.train._state import TrainState
 from compress_jax.train._step import Metrics
 
@@ -32,12 +33,14 @@ class Session(NamedTuple):
 
     Attributes:
       recorders: what metrics are written to.
+      speed_recorders: what the speed is written to: another file, as it is never the same twice.
       report: shows progress.
       checkpoints: where states are saved; None saves none.
       ahead: metrics of the steps that the device may not have finished.
     """
 
     recorders: list[Recorder]
+    speed_recorders: list[Recorder]
     report: Report
     checkpoints: Checkpoints | None
     ahead: deque[Metrics]
@@ -64,6 +67,12 @@ class Session(NamedTuple):
             [f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value)],
         )
 
+    def record_speed(self, step: int, values: Mapping[str, float]) -> None:
+        """Write how fast the steps since the last time were."""
+        with _writable(None):
+            for recorder in self.speed_recorders:
+                recorder.write(step, {f"speed/{name}": value for name, value in values.items()})
+
     def save(self, step: int, state: TrainState) -> None:
         """Save a state if it is finite: another must not replace a good checkpoint."""
         if self.checkpoints is None:
@@ -85,19 +94,21 @@ class Session(NamedTuple):
 @contextlib.contextmanager
 def open_recorders(
     directory: str | os.PathLike[str] | None, start: int
-) -> Iterator[list[Recorder]]:
-    """Open the metric files in a directory, if any; only the first process writes them."""
-    recorders: list[Recorder] = []
+) -> Iterator[tuple[list[Recorder], list[Recorder]]]:
+    """Open the files of metrics and speed in a directory, if any; the first process writes them."""
+    metrics: list[Recorder] = []
+    speed: list[Recorder] = []
     if directory is not None and is_first():
         _tell_damaged(Path(directory) / "metrics.jsonl")
         with _writable(directory):
-            recorders.append(JsonLines(Path(directory) / "metrics.jsonl", start))
-            recorders.append(TensorBoard(Path(directory) / "tensorboard", start))
+            board = TensorBoard(Path(directory) / "tensorboard", start)
+            metrics += [JsonLines(Path(directory) / "metrics.jsonl", start), board]
+            speed += [JsonLines(Path(directory) / "speed.jsonl", start), board]
     try:
-        yield recorders
+        yield metrics, speed
     finally:
         with _writable(directory):
-            for recorder in recorders:
+            for recorder in {id(each): each for each in (*metrics, *speed)}.values():
                 recorder.close()
 
 
@@ -178,9 +189,10 @@ def fit(
 ) -> TrainState:
     """Train until ``steps`` steps have been taken, in this process or in earlier ones.
 
-    The directory gets ``checkpoints/``, ``metrics.jsonl`` and ``tensorboard/``. If it holds a
-    checkpoint the run continues from it, bit for bit, and at once returns it if it is the last. The
-    host runs at most two steps ahead of the device.
+    The directory gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``speed.jsonl``:
+    steps and examples a second, and the share of the time that the run waits for data (see also
+    `profiling`). If it holds a checkpoint the run continues from it, bit for bit, and at once
+    returns it if it is the last. The host runs at most two steps ahead of the device.
 
     Args:
       step: compiled, ``(state, batch, teacher=...) -> (state, metrics)``:
@@ -228,15 +240,23 @@ def fit(
         if start == steps:
             return state
         stop = stack.enter_context(watch_signals())
-        recorders = stack.enter_context(open_recorders(directory, start))
+        recorders, speed_recorders = stack.enter_context(open_recorders(directory, start))
         shown = (
             progress(title, steps, start) if is_first() else contextlib.nullcontext(_say_nothing)
         )
         report = stack.enter_context(shown)
-        session = Session(recorders, report, checkpoints, deque())
+        session = Session(recorders, speed_recorders, report, checkpoints, deque())
         votes = Votes()
+        profile = Profile(Path(directory) if directory is not None else None)
+        stack.callback(profile.close)
+        speed = Speed()
         for done in range(start + 1, steps + 1):
-            state, metrics = settle(step(state, feed[done - 1], teacher=teacher))
+            with speed.waiting():
+                batch = feed[done - 1]
+            speed.count(batch)
+            profile.before()
+            state, metrics = settle(step(state, batch, teacher=teacher))
+            profile.after(metrics)
             session.keep_pace(done, metrics)
             last = done == steps
             # Asked once a step: a signal after this is seen in the next one, or below. Several
@@ -244,11 +264,14 @@ def fit(
             signum = votes.cast(stop() or 0)
             if last or done % log_every == 0:
                 session.record(done, "train", metrics)
+                session.record_speed(done, speed.report())
             if evaluate is not None and (last or (eval_every and done % eval_every == 0)):
                 session.record(done, "eval", evaluate(state))
+                speed.restart()
             # After the metrics of its step: a run resumed from here does not write those again.
             if last or signum or done % save_every == 0:
                 session.save(done, state)
+                speed.restart()
             if signum:
                 raise Interrupted(signum, done)
         if signum := votes.last(stop() or 0):  # it came while the last step was being saved
