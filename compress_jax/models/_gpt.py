@@ -83,9 +83,12 @@ class GPT(nn.Module):
         # Causal: query i attends to keys 0 to i. Broadcast over batch and heads.
         x = self._layers(x, jnp.tril(jnp.ones((1, 1, length, length), bool)))
         x = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(x)
-        # Logits in bfloat16 would cost accuracy of the gradient, see `head`.
-        dtype = jnp.promote_types(x.dtype, jnp.float32)
-        return x.astype(dtype) @ table.embedding.astype(dtype).T
+        # Logits in bfloat16 would cost accuracy of the gradient, see `head`. A table that is stored
+        # in bfloat16 stays so: its products with bfloat16 are exact in float32.
+        dtype = jnp.promote_types(x.dtype, table.embedding.dtype)
+        wide = jnp.promote_types(dtype, jnp.float32)
+        kernel = table.embedding.astype(dtype).T
+        return jnp.matmul(x.astype(dtype), kernel, preferred_element_type=wide)
 
     def _layers(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         # Within a scan XLA cannot merge the recomputation with the first pass: it needs no barrier.

@@ -8,7 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import compress_jax as cj
 from compress_jax.core.bits import Bits, Gaps, bits_for
+from compress_jax.core.sparse import Sparse
 
 
 def little_endian(values: list[int], bits: int) -> bytes:
@@ -118,3 +120,53 @@ def bits_in(gaps: Gaps) -> int:
 def test_gaps_unpack_under_jit_in_any_shape():
     mask = jax.random.bernoulli(jax.random.key(0), 0.2, (3, 4, 5))
     assert (jax.jit(Gaps.unpack)(Gaps.pack(mask, 3)) == mask.astype(jnp.uint8)).all()
+
+
+@pytest.mark.parametrize("bits", [1, 3, 4, 7, 8, 9, 12, 16])
+def test_on_the_host_and_traced_the_bits_are_the_same(bits, monkeypatch):
+    monkeypatch.setattr("compress_jax.core.bits.BLOCK", 64)  # several blocks, the last not full
+    values = np.random.default_rng(bits).integers(0, 2**bits, (11, 17)).astype(np.uint16)
+    host = Bits.pack(values, bits)
+    traced = jax.jit(lambda x: Bits.pack(x, bits).data)(values)
+    assert host.data.tolist() == traced.tolist()
+    unpacked = jax.jit(lambda node: node.unpack())(host)
+    assert unpacked.dtype == host.unpack().dtype and unpacked.shape == (11, 17)
+    np.testing.assert_array_equal(host.unpack(), values)
+    np.testing.assert_array_equal(unpacked, values)
+
+
+def test_sparse_nodes_unpack_on_the_host_as_they_do_traced():
+    dense = jax.random.normal(jax.random.key(0), (13, 9))
+    for share in (0.05, 0.5):
+        mask = jax.random.bernoulli(jax.random.key(1), share, dense.shape)  # gaps, then bits
+        for node in (
+            Sparse.pack(dense, mask),
+            Sparse.pack((dense > 0).astype(jnp.int32), mask, fill=2, bits=1),
+        ):
+            traced = jax.jit(lambda node: node.unpack())(node)
+            assert traced.dtype == node.unpack().dtype
+            np.testing.assert_array_equal(node.unpack(), traced)
+
+
+def test_packing_compiles_once_for_a_shape_however_many_entries_are_left(caplog):
+    """How many weights a leaf keeps depends on its values: it must be no part of a program."""
+    method = cj.chain(cj.prune.magnitude(0.5, scope="global"), cj.quantize.uniform(4))
+    keys = jax.random.split(jax.random.key(0), 9)
+
+    def params(keys):
+        scales = 1.0 + np.arange(len(keys), dtype=np.float32)  # under one threshold, each keeps another share
+        return {f"{i}": jax.random.normal(key, (24, 16)) * scales[i] for i, key in enumerate(keys)}
+
+    with jax.log_compiles():
+        for own in (params(keys[:1]), params(keys)):
+            state = method.init(own)
+            caplog.clear()
+            packed = method.pack(own, state)
+            cj.unpack(packed)
+            if len(own) == 1:
+                assert any(r.getMessage().startswith("Compiling") for r in caplog.records)
+    kept = {int((np.asarray(x) != 0).sum()) for x in cj.unpack(packed).values()}
+    assert len(kept) > 5
+    # The one leaf compiled all there is; eight more with other counts compile nothing.
+    messages = [record.getMessage() for record in caplog.records]
+    assert not [each for each in messages if each.startswith("Compiling")]
