@@ -5,7 +5,14 @@ from compress_jax.core._coverage import Coverage, Row, coverage
 from compress_jax.core._leafwise import leafwise
 from compress_jax.core._straight_through import straight_through
 from compress_jax.core.combine import at, between, every, rules
-from compress_jax.core.compression import Compression, CompressionState, identity
+from compress_jax.core.compression import (
+    ByLeaf,
+    Compression,
+    CompressionState,
+    LeafView,
+    identity,
+    leaf_views,
+)
 from compress_jax.core.errors import (
     ArgumentError,
     ArtifactError,
@@ -27,6 +34,7 @@ from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabl
 __all__ = [
     "ArgumentError",
     "ArtifactError",
+    "ByLeaf",
     "CheckpointError",
     "Clustered",
     "CompressError",
@@ -36,6 +44,7 @@ __all__ = [
     "Coverage",
     "DataError",
     "ExportError",
+    "LeafView",
     "LowRank",
     "NoMatchError",
     "NonFiniteError",
@@ -54,6 +63,7 @@ __all__ = [
     "coverage",
     "every",
     "identity",
+    "leaf_views",
     "leafwise",
     "nbytes",
     "rules",

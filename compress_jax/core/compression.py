@@ -66,6 +66,13 @@ class LeafView(NamedTuple):
       layers: a tree of arrays that have the stack axes in front.
       shared: a tree of arrays that every slice needs whole.
       stacked: how many of the leaf's first axes may be sliced away.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> import jax.numpy as jnp
+      >>> half = cj.core.LeafView(lambda x, layers, shared: x * layers, jnp.full(3, 0.5), stacked=1)
+      >>> half.fn(jnp.float32(4.0), half.layers[0], half.shared).tolist()
+      2.0
     """
 
     fn: ViewFn
@@ -88,6 +95,11 @@ class ByLeaf:
     Attributes:
       view: as in `Compression`.
       leaves: the views of the leaves that change.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> isinstance(cj.prune.magnitude(0.5).view, cj.core.ByLeaf)
+      True
     """
 
     view: Callable[[Params, CompressionState], Params]
@@ -118,7 +130,7 @@ def leaf_views(
       >>> import jax.numpy as jnp
       >>> half = cj.leafwise(lambda x, learned, fixed: x / 2)
       >>> params = {"w": jnp.array([2.0, 4.0])}
-      >>> found = leaf_views(half, params, half.init(params))
+      >>> found = cj.core.leaf_views(half, params, half.init(params))
       >>> found["w"].fn(params["w"], found["w"].layers, found["w"].shared).tolist()
       [1.0, 2.0]
     """

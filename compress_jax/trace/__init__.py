@@ -7,8 +7,10 @@ from compress_jax.trace import reducers
 from compress_jax.trace._cost import Cost, SiteCost, cost
 from compress_jax.trace._groups.groups import Group, Groups, Verification, groups, verify_groups
 from compress_jax.trace._jaxpr.find_sites import bind, layouts, sites, unseen
+from compress_jax.trace._jaxpr.last_product import Product, with_last_product
 from compress_jax.trace._jaxpr.rewrite import rewrite
 from compress_jax.trace._jaxpr.site import Site
+from compress_jax.trace._jaxpr.view_inside import used_inside, view_inside
 from compress_jax.trace._resize.counts import Number
 from compress_jax.trace._resize.resize import resize, resized_numbers
 from compress_jax.trace._statistics.calibrate import calibrate, observe
@@ -22,6 +24,7 @@ __all__ = [
     "Group",
     "Groups",
     "Number",
+    "Product",
     "Reducer",
     "Site",
     "SiteCost",
@@ -39,7 +42,10 @@ __all__ = [
     "rewrite",
     "sites",
     "unseen",
+    "used_inside",
     "verify_groups",
+    "view_inside",
+    "with_last_product",
 ]
 
 

@@ -154,7 +154,9 @@ def test_packing_compiles_once_for_a_shape_however_many_entries_are_left(caplog)
     keys = jax.random.split(jax.random.key(0), 9)
 
     def params(keys):
-        scales = 1.0 + np.arange(len(keys), dtype=np.float32)  # under one threshold, each keeps another share
+        scales = 1.0 + np.arange(
+            len(keys), dtype=np.float32
+        )  # under one threshold, each keeps another share
         return {f"{i}": jax.random.normal(key, (24, 16)) * scales[i] for i, key in enumerate(keys)}
 
     with jax.log_compiles():

@@ -28,6 +28,12 @@ class Product(NamedTuple):
     Attributes:
       hidden: ``[..., width]``.
       kernel: ``[width, outputs]``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
+      >>> cj.trace.Product(jnp.ones((2, 5, 3)), jnp.ones((3, 9))).kernel.shape
+      (3, 9)
     """
 
     hidden: jax.Array
@@ -45,13 +51,18 @@ def with_last_product(fn: ModelFn, who: str = "the model") -> Callable[..., tupl
       who: what messages call it.
 
     Returns:
-      ``(params, *inputs) -> (out, product)``. It raises an ArgumentError if the first result is
-      made in another way (a bias, a cap of the logits), and says by what.
+      ``(params, *inputs) -> (out, product)``.
+
+    Raises:
+      ArgumentError: when called, if the first result is made in another way (a bias, a cap of the
+        logits); it says by what.
 
     Example:
+      >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> fn = lambda params, x: jnp.tanh(x @ params["up"]) @ params["head"]
       >>> params = {"up": jnp.ones((4, 3)), "head": jnp.ones((3, 9))}
-      >>> out, product = with_last_product(fn)(params, jnp.ones((2, 5, 4)))
+      >>> out, product = cj.trace.with_last_product(fn)(params, jnp.ones((2, 5, 4)))
       >>> out.shape, product.hidden.shape, product.kernel.shape
       ((2, 5, 9), (2, 5, 3), (3, 9))
     """

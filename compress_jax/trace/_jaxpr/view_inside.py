@@ -38,11 +38,12 @@ def used_inside(fn: ModelFn, params: Params, *inputs: PyTree) -> list[str]:
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import compress_jax as cj
       >>> params = {"layers": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 2))}
       >>> def fn(params, x):
       ...     x, _ = jax.lax.scan(lambda x, w: (x @ w, None), x, params["layers"])
       ...     return x @ params["head"]
-      >>> used_inside(fn, params, jnp.ones((1, 4)))
+      >>> cj.trace.used_inside(fn, params, jnp.ones((1, 4)))
       ['layers']
     """
     traced = trace(fn, params, *inputs)
@@ -81,7 +82,7 @@ def view_inside(fn: ModelFn, views: Mapping[str, LeafView], *, at_view: bool = F
 
     Args:
       fn: a pure function of params and inputs.
-      views: the views of leaves by path.
+      views: the views of leaves by path, such as `cj.core.leaf_views` returns.
       at_view: whether the gradient at such a leaf p is that at its view w, ``dL/dw``, with none to
         the arrays of the view; else it is ``dL/dp``, through the view.
 
@@ -90,14 +91,16 @@ def view_inside(fn: ModelFn, views: Mapping[str, LeafView], *, at_view: bool = F
 
     Example:
       >>> import jax.numpy as jnp
-      >>> half = LeafView(lambda x, layers, shared: x * layers, jnp.full(3, 0.5), stacked=1)
+      >>> import compress_jax as cj
+      >>> half = cj.core.LeafView(lambda x, layers, shared: x * layers, jnp.full(3, 0.5), stacked=1)
       >>> loop = lambda params, x: jax.lax.scan(lambda x, w: (x * w, None), x, params["w"])[0]
       >>> params = {"w": jnp.array([2.0, 4.0, 6.0])}
-      >>> view_inside(loop, {"w": half})(params, jnp.float32(1.0)).tolist()
+      >>> seen = cj.trace.view_inside(loop, {"w": half})
+      >>> seen(params, jnp.float32(1.0)).tolist()
       6.0
-      >>> grad = lambda **how: jax.grad(view_inside(loop, {"w": half}, **how))(params, 1.0)
-      >>> grad()["w"].tolist(), grad(at_view=True)["w"].tolist()
-      ([3.0, 1.5, 1.0], [6.0, 3.0, 2.0])
+      >>> at_view = cj.trace.view_inside(loop, {"w": half}, at_view=True)
+      >>> [jax.grad(fn)(params, 1.0)["w"].tolist() for fn in (seen, at_view)]
+      [[3.0, 1.5, 1.0], [6.0, 3.0, 2.0]]
     """
 
     def run(params: Params, *inputs: PyTree) -> PyTree:
