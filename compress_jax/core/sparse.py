@@ -49,12 +49,12 @@ class Sparse:
           The node, its mask in the smaller of the two forms.
         """
         # NumPy, as `jit` would compile anew for every number of entries that are kept.
-        mask = np.asarray(mask).astype(bool)
-        kept = np.asarray(dense)[mask]
+        chosen = np.asarray(mask).astype(bool)
+        kept = np.asarray(dense)[chosen]
         values = jax.device_put(kept) if bits is None else Bits.pack(kept, bits)
         # A bit for each entry, or the gaps between kept ones, which are smaller where few are kept.
-        width = Gaps.best_width(mask)
-        forms = (Bits.pack(mask, 1), Gaps.pack(mask, width))
+        width = Gaps.best_width(chosen)
+        forms = (Bits.pack(chosen, 1), Gaps.pack(chosen, width))
         return cls(values, min(forms, key=lambda form: form.nbytes), fill)
 
     def unpack(self) -> jax.Array:

@@ -1,5 +1,6 @@
 """One training step: a pure function, the same under jit, a mesh and pmap."""
 
+import contextlib
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -8,7 +9,7 @@ import optax
 from jax.extend.core import Var
 
 from compress_jax.core.compression import Compression, CompressionState, leaf_views
-from compress_jax.core.errors import ArgumentError
+from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Batch, Key, Params, PyTree, Variables
 from compress_jax.core.types import Step as StepNumber
@@ -288,8 +289,10 @@ def _through_view(
     views = leaf_views(compression, state.params, state.compression)
     late: list[str] = []
     if views:  # else nothing is traced for it
-        used = used_inside(general, state.params, state.parts, *inputs)
-        late = [path for path in used if path in views]
+        # A loss that cannot be traced says why below, in its own words.
+        with contextlib.suppress(ShapeError):
+            used = used_inside(general, state.params, state.parts, *inputs)
+            late = [path for path in used if path in views]
     if late and not _uses_gradients(compression, state, key):
         return _inside(general, compression, state, run, late)
     return _at_view(general, compression, state, run, late)

@@ -66,7 +66,9 @@ def temporaries(model: GPT, compression: cj.Compression, shapes: dict) -> tuple[
     batch = {"tokens": tokens, "label": tokens}
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.compression))
-    return compiled.memory_analysis().temp_size_in_bytes, held
+    memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not say what a program needs"
+    return memory.temp_size_in_bytes, held
 
 
 def main() -> None:

@@ -260,7 +260,8 @@ def trace(fn: ModelFn, params: Params, *inputs: PyTree) -> Traced:
     except CompressError:
         raise  # some are a ValueError too
     except (TypeError, ValueError) as error:
-        shapes = ", ".join(f"{path} {jax.typeof(leaf)}" for path, leaf in labels.items())
+        shown = [f"{path} {jax.typeof(leaf)}" for path, leaf in labels.items()]
+        shapes = ", ".join([*shown[:8], *(["..."] if len(shown) > 8 else [])])
         raise ShapeError(
             f"the function cannot be traced on these params with {shapes or 'no inputs'}: {error}"
         ) from error

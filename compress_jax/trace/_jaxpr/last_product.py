@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Jaxpr, JaxprEqn, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 from compress_jax.core.errors import ArgumentError
-from compress_jax.core.types import ModelFn, Params, PyTree
+from compress_jax.core.types import ModelFn, Params, PyTree, Shape
 from compress_jax.trace._jaxpr.evaluate import Hooks, Values, bind, evaluate
 from compress_jax.trace._jaxpr.find_sites import trace
 from compress_jax.trace._jaxpr.primitives import (
@@ -69,8 +69,8 @@ def with_last_product(fn: ModelFn, who: str = "the model") -> Callable[..., tupl
 
     def run(params: Params, *inputs: PyTree) -> tuple[PyTree, Product]:
         traced = trace(fn, params, *inputs)
-        out = traced.jaxpr.jaxpr.outvars[0]
-        found = _producer(traced.jaxpr.jaxpr, out)
+        out = tuple(traced.jaxpr.out_avals[0].shape)
+        found = _producer(traced.jaxpr.jaxpr, traced.jaxpr.jaxpr.outvars[0])
         site = traced.sites.get(found) if isinstance(found, tuple) else None
         why = found if isinstance(found, str) else "no product of the trace makes them"
         if site is not None:
@@ -92,7 +92,7 @@ def with_last_product(fn: ModelFn, who: str = "the model") -> Callable[..., tupl
     return run
 
 
-def _producer(jaxpr: Jaxpr, var: Any, position: Position = ()) -> Position | str:
+def _producer(jaxpr: Jaxpr, var: Var | Literal, position: Position = ()) -> Position | str:
     """Return where the product stands that a variable holds, or why it holds none."""
     producers = {v: (i, eqn) for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
     while isinstance(var, Var) and var in producers:
@@ -105,33 +105,33 @@ def _producer(jaxpr: Jaxpr, var: Any, position: Position = ()) -> Position | str
         if isinstance(inner, Call) and name in PLAIN_CALLS:
             body = inner.body.jaxpr
             return _producer(body, body.outvars[index], (*position, i, "body"))
-        keeps_rows = name == "reshape" and eqn.outvars[0].aval.shape[-1:] == _last(eqn)
+        keeps_rows = name == "reshape" and _last(eqn.outvars[0]) == _last(eqn.invars[0])
         if name not in PASS_THROUGH and name not in CASTS and not keeps_rows:
             return f"after it comes {name!r}"
         var = eqn.invars[min(index, len(eqn.invars) - 1)]
     return "they are an input or a constant"
 
 
-def _last(eqn: JaxprEqn) -> tuple[int, ...]:
-    return eqn.invars[0].aval.shape[-1:]
+def _last(atom: Any) -> Shape:
+    return tuple(atom.aval.shape[-1:])
 
 
-def _why_not(site: Site, out: Any) -> str:
+def _why_not(site: Site, out: Shape) -> str:
     """Return why a product is no ``[..., width] @ [width, outputs]``; empty if it is one."""
     if any(site.batch):
         return "it is a product for each of several groups"
     if len(site.contracting[0]) != 1:
         return "it sums over several axes"
-    if len(site.rhs_shape) != 2 or site.out_shape[-1:] != out.aval.shape[-1:]:
+    if len(site.rhs_shape) != 2 or site.out_shape[-1:] != out[-1:]:
         return f"its right operand has shape {site.rhs_shape}"
     if site.loops or site.conditional:
         return "it stands in a loop or a branch"
     return ""
 
 
-def _as_head(site: Site, out: Any, lhs: jax.Array, rhs: jax.Array) -> Product:
+def _as_head(site: Site, out: Shape, lhs: jax.Array, rhs: jax.Array) -> Product:
     """Return the operands with the width last in one and first in the other."""
     (left,), (right,) = site.contracting
     hidden = jnp.moveaxis(lhs, left, -1)
     kernel = rhs if right == 0 else rhs.T
-    return Product(hidden.reshape(*out.aval.shape[:-1], hidden.shape[-1]), kernel)
+    return Product(hidden.reshape(*out[:-1], hidden.shape[-1]), kernel)

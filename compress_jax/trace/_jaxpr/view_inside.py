@@ -172,8 +172,9 @@ def _run(jaxpr: ClosedJaxpr, args: Sequence[_Value]) -> list[jax.Array]:
         return views[id(value)]
 
     def run(index: int, eqn: JaxprEqn, args: list[_Value]) -> Sequence[_Value]:
-        if not any(isinstance(arg, _Late) for arg in args):
-            return bind(eqn, args)
+        late, plain = _split(args)
+        if not late:
+            return bind(eqn, plain)
         match nested(eqn):
             case Call(body) if eqn.primitive.name in REMATS or _is_plain(eqn):
                 return _call(eqn, body, args)
@@ -181,8 +182,7 @@ def _run(jaxpr: ClosedJaxpr, args: Sequence[_Value]) -> list[jax.Array]:
                 first = loop.consts + loop.carry
                 return _scan(eqn, loop, [*map(seen, args[:first]), *args[first:]])
         if eqn.primitive.name == FOLLOWED:
-            (late,) = args
-            return [replace(late, casts=(*late.casts, eqn))]
+            return [replace(late[0], casts=(*late[0].casts, eqn))]
         return bind(eqn, [seen(arg) for arg in args])
 
     return [seen(result) for result in replay(jaxpr, args, run)]
