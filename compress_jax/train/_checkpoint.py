@@ -51,10 +51,7 @@ class _RecordHandler(ocp.JsonCheckpointHandler):
     async def _write(self, directory: Path, args: "_SaveRecord") -> None:
         if jax.process_index() > 0:
             return
-        leaves = {
-            name: _entry(array, args.sums[name] if name in args.sums else _checksum(array))
-            for name, array in args.arrays.items()
-        }
+        leaves = {name: _entry(x, args.sums[name]) for name, x in args.shapes.items()}
         meta = {**args.meta, "leaves": leaves, "sha256": _digest_of_record(leaves)}
         (directory / "metadata").write_text(json.dumps(meta))
 
@@ -62,10 +59,10 @@ class _RecordHandler(ocp.JsonCheckpointHandler):
 @ocp.args.register_with_handler(_RecordHandler, for_save=True)
 @dataclasses.dataclass
 class _SaveRecord(ocp.args.CheckpointArgs):
-    """What the record is made of: arrays, and the checksums of those that processes share."""
+    """What the record is made of: shapes, and checksums that may still be computed."""
 
     meta: JsonObject
-    arrays: dict[str, jax.Array]
+    shapes: dict[str, jax.ShapeDtypeStruct]
     sums: dict[str, Array]
 
 
@@ -79,10 +76,9 @@ class Checkpoints:
     """A directory of checkpoints, of which the newest few are kept.
 
     Each holds the tree's arrays and a JSON record of shape, dtype and checksum of every leaf.
-    Writing is asynchronous and atomic; the arrays are copied first, so the next step may donate
-    them. What one mesh saved may be restored onto another, of other devices or processes. A
-    checkpoint whose content is not what was saved is never returned: `restore_latest` warns
-    and takes the one before.
+    Writing is asynchronous and atomic, and the next step may donate the arrays. What one mesh saved
+    may be restored onto another, of other devices or processes. A checkpoint whose content is not
+    what was saved is never returned: `restore_latest` warns and takes the one before.
 
     Typed PRNG keys, bfloat16, empty dicts and arrays of size zero are kept exactly.
 
@@ -157,7 +153,7 @@ class Checkpoints:
           tree: arrays, typed PRNG keys among them.
 
         Raises:
-          CheckpointError: if a later step is saved already.
+          CheckpointError: if a later step is saved already, or a leaf has no values.
         """
         latest = max(self.steps(), default=-1)
         if step in self.steps():
@@ -166,18 +162,19 @@ class Checkpoints:
             raise CheckpointError(
                 f"cannot save step {step} in {self.directory}, which already holds step {latest}"
             )
-        # Copies: the next step may donate the tree's own arrays while these are being written.
-        arrays = {name: jnp.array(_plain(leaf), copy=True) for name, leaf in _named(tree).items()}
-        # Processes must add up what they share in one order, so that is begun here.
-        shared = {n: _checksum(a) for n, a in arrays.items() if not a.is_fully_addressable}
-        settle(shared)
+        arrays = {name: _concrete(name, leaf) for name, leaf in _named(tree).items()}
+        # Begun here and not waited for: the next step may donate the arrays, and processes must add
+        # up what they share in one order. Orbax has them on the host before it returns.
+        sums = {name: _checksum(array) for name, array in arrays.items()}
+        settle(sums)
         stored = {
             name: array for name, array in arrays.items() if array.size
         }  # orbax refuses size zero
         # int4 and int3 have states of the same shapes; only the calls tell them apart.
         meta = {"step": step, "made_by": calls(tree)}
+        shapes = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in arrays.items()}
         arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(stored), meta=_SaveRecord(meta, arrays, shared)
+            state=ocp.args.StandardSave(stored), meta=_SaveRecord(meta, shapes, sums)
         )
         with self._told():
             self._manager.save(step, args=arguments)
@@ -349,6 +346,14 @@ def _named(tree: PyTree) -> dict[str, Leaf]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in pairs}
 
 
+def _concrete(name: str, leaf: PyTree) -> jax.Array:
+    """Return a leaf to save as an array of numbers."""
+    array = _plain(leaf)
+    if isinstance(array, jax.ShapeDtypeStruct):
+        raise CheckpointError(f"{name} is a shape without values; only arrays can be saved")
+    return array
+
+
 def _plain(leaf: PyTree) -> jax.Array | jax.ShapeDtypeStruct:
     """Return a leaf as an array of numbers, or the shape of one: a typed key as its words."""
     array = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else jnp.asarray(leaf)
@@ -373,7 +378,7 @@ def _key_impl(leaf: PyTree) -> str:
     return found[0]
 
 
-def _entry(array: jax.Array, sums: Array) -> _LeafRecord:
+def _entry(array: jax.Array | jax.ShapeDtypeStruct, sums: Array) -> _LeafRecord:
     first, second = np.asarray(sums).tolist()
     checksum = f"{first:08x}{second:08x}"
     return {"shape": list(array.shape), "dtype": str(array.dtype), "checksum": checksum}

@@ -268,15 +268,19 @@ def test_abstract_targets_are_filled(tmp_path):
 
 @pytest.mark.slow
 def test_checkpoints_of_earlier_versions_are_verified(tmp_path, monkeypatch):
-    def before(array, sums):
-        content = hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
-        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": content}
+    def content(array):
+        return hashlib.sha256(np.ascontiguousarray(np.asarray(array)).tobytes()).hexdigest()
 
+    def before(array, sums):
+        return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sums}
+
+    monkeypatch.setattr(checkpoint, "_checksum", content)
     monkeypatch.setattr(checkpoint, "_entry", before)
     write(tmp_path, 3)
     monkeypatch.undo()
     assert_same(restore(tmp_path)[0][1], tree(3))
-    monkeypatch.setattr(checkpoint, "_entry", lambda *_: {**before(*_), "sha256": "0" * 64})
+    monkeypatch.setattr(checkpoint, "_checksum", lambda array: "0" * 64)
+    monkeypatch.setattr(checkpoint, "_entry", before)
     write(tmp_path / "bad", 3)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="damaged"):
@@ -292,3 +296,28 @@ def test_what_earlier_versions_could_not_hash_is_restored_and_told(tmp_path, mon
     monkeypatch.undo()
     assert_same(restore(tmp_path)[0][1], tree(3))
     assert "without checksums of" in caplog.text and "bfloat16" in caplog.text
+
+
+def test_a_tree_of_shapes_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        shapes = jax.eval_shape(lambda: {"w": jnp.ones(3)})
+        with pytest.raises(CheckpointError, match="w is a shape without values"):
+            checkpoints.save(1, shapes)
+
+
+def test_the_next_step_may_donate_what_is_being_saved(tmp_path):
+    step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
+    tree = {f"w{i}": jnp.full((256, 256), float(i)) for i in range(8)}
+    with Checkpoints(tmp_path, keep=6) as checkpoints:
+        for number in range(6):
+            checkpoints.save(number, tree)
+            for _ in range(3):
+                tree = step(tree)
+    like = jax.eval_shape(lambda: {f"w{i}": jnp.ones((256, 256)) for i in range(8)})
+    for number in reversed(range(6)):
+        with Checkpoints(tmp_path, keep=6) as checkpoints:
+            found, restored = checkpoints.restore_latest(like)
+            checkpoints._manager.delete(number)
+        assert found == number
+        for i in range(8):
+            np.testing.assert_array_equal(restored[f"w{i}"], np.float32(i + 3 * number))
