@@ -150,9 +150,8 @@ class Table(NamedTuple):
         # A sum of comparisons runs entry by entry; `compare_all` holds [levels, *x.shape].
         codes = jnp.zeros(x.shape, jnp.int32)
         for threshold in self.thresholds:
-            codes += (~(x < threshold)).astype(
-                jnp.int32
-            )  # NaN has the last code, as searchsorted has it
+            # Not `x >= threshold`: NaN has the last code, as `searchsorted` has it.
+            codes += (~(x < threshold)).astype(jnp.int32)
         return codes
 
     def round(self, x: jax.Array) -> jax.Array:
