@@ -1,8 +1,8 @@
 """Compressions in sequence."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -26,6 +26,8 @@ from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nb
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 from compress_jax.core.types import Leaf, Params, PyTree, Step
+
+T = TypeVar("T")
 
 
 def chain(*compressions: Compression) -> Compression:
@@ -132,32 +134,34 @@ class _Chain(NamedTuple):
         for c, own in zip(self.compressions, self.states(state), strict=True):
             found.append((c.pointwise(params, own), c.skipped(params)))
             params = c.view(params, own)
-        joint = {}
-        for path in flatten(params)[0]:
-            steps = [own[path] for own, _ in found if path in own]
-            # A part that changes the leaf and is not pointwise makes the whole not pointwise.
-            if steps and all(path in own or path in left for own, left in found):
-                joint[path] = _in_sequence(steps)
-        return joint
+        return {path: _in_sequence(steps) for path, steps in _of_all(params, found)}
 
     def leaf_views(self, params: Params, state: CompressionState) -> dict[str, LeafView]:
         found = [
             (leaf_views(c, params, own), c.skipped(params))
             for c, own in zip(self.compressions, self.states(state), strict=True)
         ]
-        joint = {}
-        for path in flatten(params)[0]:
-            steps = [own[path] for own, _ in found if path in own]
-            # A part that sees the leaf with others makes the whole do so.
-            if steps and all(path in own or path in left for own, left in found):
-                joint[path] = _views_in_sequence(steps)
-        return joint
+        return {path: _views_in_sequence(steps) for path, steps in _of_all(params, found)}
 
     def axes(self, params: Params) -> dict[str, Axes]:
         found: dict[str, Axes] = {}
         for c in reversed(self.compressions):  # the first one that knows a leaf decides
             found |= c.axes(params)
         return found
+
+
+def _of_all(
+    params: Params, found: Sequence[tuple[Mapping[str, T], Mapping[str, str]]]
+) -> Iterator[tuple[str, list[T]]]:
+    """Yield the leaves for which every part has something, or leaves them alone.
+
+    ``found`` holds what each part has by path, and why it skips leaves. A part that changes a leaf
+    and has nothing for it takes the leaf from the whole.
+    """
+    for path in flatten(params)[0]:
+        steps = [own[path] for own, _ in found if path in own]
+        if steps and all(path in own or path in left for own, left in found):
+            yield path, steps
 
 
 def _in_sequence(steps: Sequence[Pointwise]) -> Pointwise:
