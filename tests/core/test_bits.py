@@ -148,6 +148,14 @@ def test_sparse_nodes_unpack_on_the_host_as_they_do_traced():
             np.testing.assert_array_equal(node.unpack(), traced)
 
 
+def test_a_program_holds_its_packed_constants_packed():
+    node = Bits.pack(np.arange(4096) % 8, 3)
+    sparse = Sparse.pack(jnp.ones(4096), jnp.arange(4096) % 64 == 0)
+    for packed in (node, sparse):
+        jaxpr = jax.make_jaxpr(lambda packed=packed: packed.unpack())()
+        assert sum(x.nbytes for x in jaxpr.consts) <= packed.nbytes + 16
+
+
 def test_packing_compiles_once_for_a_shape_however_many_entries_are_left(caplog):
     """How many weights a leaf keeps depends on its values: it must be no part of a program."""
     method = cj.chain(cj.prune.magnitude(0.5, scope="global"), cj.quantize.uniform(4))
