@@ -51,7 +51,7 @@ class _RecordHandler(ocp.JsonCheckpointHandler):
     async def _write(self, directory: Path, args: "_SaveRecord") -> None:
         if jax.process_index() > 0:
             return
-        leaves = {name: _entry(x, args.sums[name]) for name, x in args.shapes.items()}
+        leaves = {name: _entry(x, _ended(args.sums[name])) for name, x in args.shapes.items()}
         meta = {**args.meta, "leaves": leaves, "sha256": _digest_of_record(leaves)}
         (directory / "metadata").write_text(json.dumps(meta))
 
@@ -59,7 +59,7 @@ class _RecordHandler(ocp.JsonCheckpointHandler):
 @ocp.args.register_with_handler(_RecordHandler, for_save=True)
 @dataclasses.dataclass
 class _SaveRecord(ocp.args.CheckpointArgs):
-    """What the record is made of: shapes, and checksums that may still be computed."""
+    """What the record is made of: shapes, and of each leaf what `_begun` returns."""
 
     meta: JsonObject
     shapes: dict[str, jax.ShapeDtypeStruct]
@@ -163,9 +163,8 @@ class Checkpoints:
                 f"cannot save step {step} in {self.directory}, which already holds step {latest}"
             )
         arrays = {name: _concrete(name, leaf) for name, leaf in _named(tree).items()}
-        # Begun here and not waited for: the next step may donate the arrays, and processes must add
-        # up what they share in one order. Orbax has them on the host before it returns.
-        sums = {name: _checksum(array) for name, array in arrays.items()}
+        # The next step may donate the arrays. Orbax has them on the host before it returns.
+        sums = {name: _begun(array) for name, array in arrays.items()}
         settle(sums)
         stored = {
             name: array for name, array in arrays.items() if array.size
@@ -411,6 +410,24 @@ def _checksum(array: jax.Array) -> Array:
     if array.is_fully_addressable and array.size < FEW:
         return _sums(np.asarray(array))
     return _sums_on_devices(array)
+
+
+def _begun(array: jax.Array) -> Array:
+    """Return the checksum of an array, not waited for, or the array to compute it of later.
+
+    CPUs compute before a call returns. There a view, which keeps the memory from being donated, is
+    summed up in the background. What processes share they must add up in one order, so now.
+    """
+    alone = len(array.devices()) == 1 and array.is_fully_addressable
+    if array.size >= FEW and alone and jax.default_backend() == "cpu":
+        return np.asarray(array)
+    return _checksum(array)
+
+
+def _ended(begun: Array) -> Array:
+    """Return the checksum that `_begun` began."""
+    later = isinstance(begun, np.ndarray) and begun.size >= FEW
+    return _sums_on_devices(jnp.asarray(begun)) if later else begun
 
 
 @jax.jit
