@@ -1,6 +1,6 @@
 """Kill a run at random moments, go on, and compare what it ends with, bit for bit.
 
-python experiments/faults/kills.py                       # 30 kills, about 15 minutes on 2 cores
+python experiments/faults/kills.py                       # 30 kills, about 25 minutes on 2 cores
 
 Campaigns of one and of two processes: the same command is started again and again in one folder and
 killed (SIGKILL or SIGTERM, the launcher or one of its processes, at a random moment); after some
