@@ -43,8 +43,8 @@ class Product(NamedTuple):
 def with_last_product(fn: ModelFn, who: str = "the model") -> Callable[..., tuple[PyTree, Product]]:
     """Return a function's results, and the operands of the product that makes the first of them.
 
-    The first result is ``hidden @ kernel``, cast or reshaped at most. Where it is not used, the
-    compiler does not compute it.
+    The first result is ``hidden @ kernel``, cast, transposed or reshaped at most. Where it is not
+    used, the compiler does not compute it.
 
     Args:
       fn: a pure function of params and inputs.
@@ -70,15 +70,14 @@ def with_last_product(fn: ModelFn, who: str = "the model") -> Callable[..., tupl
     def run(params: Params, *inputs: PyTree) -> tuple[PyTree, Product]:
         traced = trace(fn, params, *inputs)
         out = tuple(traced.jaxpr.out_avals[0].shape)
-        found = _producer(traced.jaxpr.jaxpr, traced.jaxpr.jaxpr.outvars[0])
-        site = traced.sites.get(found) if isinstance(found, tuple) else None
-        why = found if isinstance(found, str) else "no product of the trace makes them"
-        if site is not None:
-            why = _why_not(site, out)
+        var = traced.jaxpr.jaxpr.outvars[0]
+        found = _producer(traced.jaxpr.jaxpr, var, tuple(range(len(out))))
+        site, order = (None, ()) if isinstance(found, str) else (traced.sites[found[0]], found[1])
+        why = found if isinstance(found, str) else _why_not(traced.sites[found[0]], found[1])
         if site is None or why:
             raise ArgumentError(
                 f"the logits of {who} are no plain product of hidden states and a kernel: {why}; "
-                "without one they cannot be computed in slices"
+                "without one they cannot be computed in slices; compare whole logits (on_logits)"
             )
 
         def note(site: Site, eqn: JaxprEqn, operands: list[jax.Array], _: PyTree) -> Values:
@@ -87,51 +86,78 @@ def with_last_product(fn: ModelFn, who: str = "the model") -> Callable[..., tupl
         flat = jax.tree.leaves((params, inputs))
         results, noted = evaluate(traced.jaxpr, flat, Hooks({site.position: site}, note), {})
         tree = jax.tree.structure(traced.out)
-        return jax.tree.unflatten(tree, results), _as_head(site, out, *noted[site.name])
+        return jax.tree.unflatten(tree, results), _as_head(site, order, out, *noted[site.name])
 
     return run
 
 
-def _producer(jaxpr: Jaxpr, var: Var | Literal, position: Position = ()) -> Position | str:
+Order = tuple[int, ...]
+"""For each axis of the logits, the axis of the product's result that it is."""
+
+
+def _producer(
+    jaxpr: Jaxpr, var: Var | Literal, order: Order, position: Position = ()
+) -> tuple[Position, Order] | str:
     """Return where the product stands that a variable holds, or why it holds none."""
     producers = {v: (i, eqn) for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
     while isinstance(var, Var) and var in producers:
         i, eqn = producers[var]
         name = eqn.primitive.name
         if kind(eqn) == "dot":
-            return (*position, i)
+            return (*position, i), order
         index = eqn.outvars.index(var)
         inner = nested(eqn)
         if isinstance(inner, Call) and name in PLAIN_CALLS:
             body = inner.body.jaxpr
-            return _producer(body, body.outvars[index], (*position, i, "body"))
-        keeps_rows = name == "reshape" and _last(eqn.outvars[0]) == _last(eqn.invars[0])
-        if name not in PASS_THROUGH and name not in CASTS and not keeps_rows:
+            return _producer(body, body.outvars[index], order, (*position, i, "body"))
+        if name == "transpose":  # a kernel that is stored [outputs, width] may come first
+            order = tuple(eqn.params["permutation"][axis] for axis in order)
+        elif name == "reshape" and _keeps_rows(eqn) and order == tuple(sorted(order)):
+            order = tuple(range(len(eqn.invars[0].aval.shape)))  # pyright: ignore
+        elif name not in PASS_THROUGH and name not in CASTS:
             return f"after it comes {name!r}"
         var = eqn.invars[min(index, len(eqn.invars) - 1)]
     return "they are an input or a constant"
+
+
+def _keeps_rows(eqn: JaxprEqn) -> bool:
+    return _last(eqn.outvars[0]) == _last(eqn.invars[0])
 
 
 def _last(atom: Any) -> Shape:
     return tuple(atom.aval.shape[-1:])
 
 
-def _why_not(site: Site, out: Shape) -> str:
+def _why_not(site: Site, order: Order) -> str:
     """Return why a product is no ``[..., width] @ [width, outputs]``; empty if it is one."""
     if any(site.batch):
         return "it is a product for each of several groups"
     if len(site.contracting[0]) != 1:
         return "it sums over several axes"
-    if len(site.rhs_shape) != 2 or site.out_shape[-1:] != out[-1:]:
-        return f"its right operand has shape {site.rhs_shape}"
+    if len(_kernel_shape(site, order)) != 2:
+        return f"its operands have shapes {site.lhs_shape} and {site.rhs_shape}"
     if site.loops or site.conditional:
         return "it stands in a loop or a branch"
     return ""
 
 
-def _as_head(site: Site, out: Shape, lhs: jax.Array, rhs: jax.Array) -> Product:
+def _kernel_side(site: Site, order: Order) -> int:
+    """Return which operand has the outputs: the left one if its free axes come to stand last."""
+    return int(order[-1] >= len(site.lhs_shape) - 1)
+
+
+def _kernel_shape(site: Site, order: Order) -> Shape:
+    return (site.lhs_shape, site.rhs_shape)[_kernel_side(site, order)]
+
+
+def _as_head(site: Site, order: Order, out: Shape, lhs: jax.Array, rhs: jax.Array) -> Product:
     """Return the operands with the width last in one and first in the other."""
-    (left,), (right,) = site.contracting
-    hidden = jnp.moveaxis(lhs, left, -1)
-    kernel = rhs if right == 0 else rhs.T
+    side = _kernel_side(site, order)
+    kernel, hidden = (rhs, lhs) if side else (lhs, rhs)
+    (width,), (other,) = site.contracting[side], site.contracting[1 - side]
+    # The result's axes are those of lhs that are left, then those of rhs.
+    first = 0 if side else 1
+    hidden = jnp.moveaxis(hidden, other, -1)
+    hidden = hidden.transpose([*(axis - first for axis in order[:-1]), hidden.ndim - 1])
+    kernel = kernel if width == 0 else kernel.T
     return Product(hidden.reshape(*out[:-1], hidden.shape[-1]), kernel)
