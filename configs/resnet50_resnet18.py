@@ -3,10 +3,11 @@
     compress-jax run configs/resnet50_resnet18.py --images FOLDER --teacher resnet50.safetensors
 
 FOLDER has a folder for each class, two or more, or train/ and test/ with such folders; ``--tfds
-NAME`` takes a data set of TFDS in its place (color images of one size). All images are held in
-memory as float32: 600 kB each at 224 pixels. The teacher starts from torchvision's weights, if
-their safetensors file is given, and is fine-tuned on your classes, so that it really teaches;
-student and teacher see the same images, and their logits are of the same classes.
+imagenet2012`` takes a data set of TFDS in its place. Images stay on disk, and each process decodes
+those of its own devices; they are normalized as torchvision's networks want them, and training sees
+crops of all sizes, flipped. The teacher starts from torchvision's weights, if their safetensors
+file is given, and is fine-tuned on your classes, so that it really teaches; student and teacher see
+the same images, and their logits are of the same classes.
 
 A run needs a GPU or TPU; a CPU needs hours. On a CPU only data, teacher and student were run, with
 90 images of 32 pixels and two steps each; that run was stopped before its candidates had ended.
@@ -18,6 +19,7 @@ import optax
 
 import compress_jax as cj
 from compress_jax.core.errors import ConfigError
+from compress_jax.data import Data
 from compress_jax.models import ImageNetResNet, pretrained
 from compress_jax.search import Candidate, Experiment, Network, Requirement, Training
 
@@ -41,7 +43,7 @@ def config(
 
     Args:
       images: folder of images by class.
-      tfds: name of a data set of TFDS, where there is no folder; its images are of one size.
+      tfds: name of a data set of TFDS, where there is no folder.
       teacher: safetensors file with torchvision's weights of ResNet-50; empty to train it from
         scratch.
       size: height and width that the folder's images are resized and cropped to.
@@ -57,19 +59,15 @@ def config(
     """
     if bool(images) == bool(tfds):
         raise ConfigError("give the images: --images FOLDER, or --tfds NAME")
-    data = cj.data.load(tfds) if tfds else cj.data.from_folder(images, size=size)
-    side = data.train["image"].shape[1]
+    data = photos(images, tfds, size)
     classes = data.classes or len(data.names)
     large = ImageNetResNet(blocks=(3, 4, 6, 3), bottleneck=True, classes=classes)
     top = (cj.tasks.accuracy(top=5),) if classes > 5 else ()
     task = cj.tasks.classification(metrics=(cj.tasks.accuracy(), *top))
 
-    def augment(key: jax.Array, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {**batch, "image": cj.data.random_crop_flip(key, batch["image"], pad=side // 16)}
-
     def training(steps: int, peak: float) -> Training:
         schedule = optax.cosine_onecycle_schedule(steps, peak)
-        return Training(optax.adamw(schedule, weight_decay=1e-4), steps, batch_size, augment)
+        return Training(optax.adamw(schedule, weight_decay=1e-4), steps, batch_size)
 
     weights = None
     if teacher:
@@ -98,3 +96,8 @@ def config(
         task=task,
         seed=seed,
     )
+
+
+def photos(images: str, tfds: str, size: int) -> Data:
+    """Return color images, normalized as the published teacher wants them."""
+    return cj.data.images_on_disk(images or tfds, size=size, fraction=0.02)

@@ -92,6 +92,8 @@ class OwnNumbers:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     cases = defaultdict(list)
     for item in items:
+        if " at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid}: an address differs between processes")
         if marker := item.get_closest_marker("wide"):
             cases[item.path, item.originalname, marker.args[0]].append(item)
         if jax.device_count() < 8 and "shard" in item.nodeid:

@@ -78,9 +78,14 @@ def test_imports_point_one_way(path):
         )
 
 
+# It says how a config's functions travel to grain's workers, and reads nothing.
+REGISTERS = {"config.py": {"cloudpickle"}}
+
+
 @every_file
 def test_nothing_private_unsafe_or_foreign_is_imported(path):
-    bad = sorted(name for name in imports(path) if FORBIDDEN.match(name))
+    allowed = REGISTERS.get(path.name, set())
+    bad = sorted(name for name in imports(path) if FORBIDDEN.match(name) and name not in allowed)
     assert not bad, f"{path} imports {bad}"
     assert "jax._src" not in path.read_text()
 
@@ -167,6 +172,7 @@ def test_tab_completion_shows_what_may_be_called(name):
         "compress_jax.trace": {"reducers"},
         "compress_jax.prune": {"importance"},
         "compress_jax.models": {"pretrained"},
+        "compress_jax.train": {"evaluate"},
     }
     assert set(modules) <= set(rooms.get(name, ()))
 

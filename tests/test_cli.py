@@ -8,10 +8,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from compress_jax.cli import main
-from compress_jax.cli.parse import parse_config
+from compress_jax.cli._machine import commit
+from compress_jax.cli._main import COMMANDS
+from compress_jax.cli.parse import parse, parse_config
 from compress_jax.cli.workdir import default_workdir, locked
 
 # Two Gaussian blobs a class; deterministic, needs no data set, and is learnt in a few steps.
@@ -95,6 +98,63 @@ def test_run_leaves_what_is_needed_to_repeat_it(finished: Path, config: Path):
     }
     assert (finished / "config.py").read_bytes() == config.read_bytes()
     assert "int4: accepted" in (finished / "log.txt").read_text()
+
+
+def test_run_records_its_machine_and_its_time(finished: Path):
+    about = json.loads((finished / "run.json").read_text())
+    assert about["hardware"]["devices"].endswith("x cpu")
+    # The config of this test lies in no repository.
+    assert "config" not in about["git"]
+    line = json.loads((finished / "sessions.jsonl").read_text().splitlines()[0])
+    assert line["ended"] == "finished" and line["seconds"] > 0
+    assert line["devices"] == about["hardware"]["devices"]
+    page = (finished / "report.html").read_text()
+    assert line["started"] in page and about["hardware"]["processor"] in page
+
+
+def test_commit_of_a_file_says_what_changed(tmp_path: Path):
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    file = tmp_path / "config.py"
+    file.write_text("one = 1\n")
+    git("init")
+    assert commit(file) is None, "a repository that does not have the file says nothing of it"
+    git("add", "config.py")
+    git("commit", "-m", "first")
+    assert commit(file) == git("rev-parse", "HEAD")
+    file.write_text("one = 2\n")
+    assert commit(file) == f"{git('rev-parse', 'HEAD')}, with changes that are in no commit"
+
+
+def test_report_measures_answers_and_activations(finished: Path):
+    results = json.loads((finished / "results.json").read_text())
+    assert main(["report", str(finished), "--measure"]) == 0
+    found = json.loads((finished / "report" / "measured.json").read_text())
+    tests = {row["name"]: row["test"] for row in results["rows"]}
+    right = found["right"]
+    # The test split has 70 examples; right are those that the accuracies say.
+    assert found["examples"] == sum(right.values()) == sum(map(sum, found["confusion"])) == 70
+    artifact = right["both"] + right["only the artifact"]
+    assert artifact == round(70 * tests[results["chosen"]])
+    assert right["both"] + right["only the student"] == round(70 * tests["student"])
+    assert list(found["activations"]) == ["dense_0/kernel", "dense_1/kernel", "head/kernel"]
+    for site in found["activations"].values():
+        assert all(sum(own["shares"]) == pytest.approx(1, abs=1e-4) for own in site.values())
+    # What enters the first layer is the image of the first 64 training examples.
+    names: dict = {}
+    exec(CONFIG, names)
+    image = names["split"](0, 128)["image"][:64]
+    first = found["activations"]["dense_0/kernel"]["artifact"]
+    assert first["low"] == pytest.approx(image.min()) and first["high"] == pytest.approx(
+        image.max()
+    )
+    shares = np.histogram(image, np.linspace(image.min(), image.max(), 62))[0] / image.size
+    assert np.abs(shares - first["shares"]).max() < 0.01
+    page = (finished / "report.html").read_text()
+    assert "who is right" in page and "--measure" not in page
 
 
 def test_the_same_command_again_ends_with_the_same_files(
@@ -224,6 +284,9 @@ def test_inspect_of_a_bad_file_is_one_line(
         ["eval"],
         ["inspect", "a", "b"],
         ["report", "--loud"],
+        ["compare"],
+        ["compare", "--by"],
+        ["sweep"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]):
@@ -294,7 +357,9 @@ def test_help_of_a_config_teaches_its_arguments(config: Path, capsys: pytest.Cap
         assert text in shown
 
 
-@pytest.mark.parametrize("command", ["run", "eval", "export", "inspect", "report"])
+@pytest.mark.parametrize(
+    "command", ["run", "eval", "export", "inspect", "report", "plan", "sweep", "compare"]
+)
 def test_help_of_a_command_has_an_example(command: str, capsys: pytest.CaptureFixture[str]):
     assert main([command, "--help"]) == 0
     assert f"\n  compress-jax {command} " in capsys.readouterr().out
@@ -319,6 +384,14 @@ def test_arguments_of_all_usual_types_come_from_flags():
     flags = "--size 3 4 --fast --rate 0.5 --name b --workdir w".split()
     expected = {"size": (3, 4), "fast": True, "rate": 0.5, "name": "b"}
     assert parse_config(config, flags, "test") == (expected, Path("w"))
+
+
+def test_plan_and_sweep_are_given_the_flags_of_their_config(config: Path):
+    words = [str(config), "--bits", "3"]
+    planned = parse("plan", COMMANDS["plan"], [*words, "--chip", "v4"]).keywords
+    assert planned["chip"] == "v4" and planned["chosen"]["bits"] == 3
+    swept = parse("sweep", COMMANDS["sweep"], [*words, "4", "--jobs", "2"]).keywords
+    assert swept["jobs"] == 2 and swept["flags"] == ["--bits", "3", "4"]
 
 
 def test_a_second_process_is_kept_out(

@@ -37,9 +37,24 @@ def shifted(key, batch):
     noise = jax.random.normal(key, batch["image"].shape) * 0.01
     return {**batch, "image": batch["image"] + noise}
 
-def config(steps: int = 60) -> cj.search.Experiment:
+class Rows:
+    """Examples one by one, as files have them."""
+
+    def __init__(self, arrays):
+        self.arrays = arrays
+
+    def __len__(self):
+        return len(self.arrays["label"])
+
+    def __getitem__(self, number):
+        return {name: each[number] for name, each in self.arrays.items()}
+
+def config(steps: int = 60, on_disk: bool = False) -> cj.search.Experiment:
     """Compress."""
-    data = cj.data.Data.from_arrays(split(0, 128), split(1, 60), split(2, 70))
+    splits = [split(0, 128), split(1, 60), split(2, 70)]
+    data = cj.data.Data.from_arrays(*splits)
+    if on_disk:  # each example is read by the process that needs it
+        data = cj.data.from_records(*map(Rows, splits), classes=3)
     training = cj.search.Training(optax.sgd(0.05), steps, batch_size=32, save_every=5,
                                   augment=shifted)
     small = cj.at("**/kernel", cj.chain(cj.prune.magnitude(0.5),
@@ -93,7 +108,8 @@ def assert_same(one, other):
 def test_two_processes_that_are_stopped_and_killed_and_one_that_goes_on_give_one_result(config):
     straight, shared = config.parent / "straight", config.parent / "shared"
     assert finished(started(config, straight, "--devices", "1"))[0] == 0
-    two = ("--processes", "2", "--devices", "4")
+    # Here each process reads the rows of its own devices; above all data are in memory.
+    two = ("--processes", "2", "--devices", "4", "--on-disk")
 
     # A signal that one process gets stops all, after one step.
     process = started(config, shared, *two)
@@ -112,7 +128,7 @@ def test_two_processes_that_are_stopped_and_killed_and_one_that_goes_on_give_one
     os.kill(_last_child(process, shared / "candidates/small"), signal.SIGTERM)
     code, out, _ = finished(process)
     assert code == 143 and out.count("student in float32") == 1  # one process prints
-    code, _, err = finished(started(config, shared, "--devices", "8"))
+    code, _, err = finished(started(config, shared, "--devices", "8", "--on-disk"))
     assert code == 0, err
     assert_same(straight, shared)
 
@@ -143,6 +159,10 @@ def test_flags_on_processes_are_checked_before_anything_starts(config):
         split_flags(["digits.py", "--processes", "2", "--process", "1"])
     with pytest.raises(ConfigError, match="--devices must be a whole number from 1"):
         split_flags(["digits.py", "--devices", "0"])
+    with pytest.raises(ConfigError, match="--peak-tflops must be a number above 0"):
+        split_flags(["digits.py", "--peak-tflops", "-1"])
+    flags, rest = split_flags(["digits.py", "--peak-tflops", "0.5", "--bits", "3"])
+    assert flags.peak_tflops == 0.5 and rest == ["digits.py", "--bits", "3"]
 
 
 def test_a_cluster_that_says_nothing_is_one_sentence(config, capsys):

@@ -33,6 +33,7 @@ from compress_jax.core import (
     Quantized,
     Sparse,
     StateError,
+    Sum,
     Tabled,
     identity,
 )
@@ -85,6 +86,13 @@ def uniform(sharded: float = 0.0, keeps_shardings: bool = True, **options) -> Ro
     )
 
 
+def gguf(kind: str) -> Row:
+    # The leaves here are smaller than a block.
+    return on_kernels(
+        Row((quantize.gguf,), quantize.gguf(kind, pad=True), Quantized, one, keeps_shardings=False)
+    )
+
+
 def tabled(
     of: Callable[..., Compression],
     *args,
@@ -119,6 +127,10 @@ def pruned(of: Callable[..., Compression], *args, **options) -> Row:
     )
 
 
+def one_bit(compression: Compression) -> Row:
+    return pruned(prune.bit_masks, compression)
+
+
 def magnitude(*args, **options) -> Row:
     return Row((prune.magnitude,), prune.magnitude(*args, **options), Sparse, mask)
 
@@ -127,6 +139,14 @@ def svd(**options) -> Row:
     return Row(
         (lowrank.svd,), lowrank.svd(**options), LowRank, none, sharded=1e-6, keeps_shardings=False
     )
+
+
+def adapter(*before: Compression, form: type, rank: int) -> Row:
+    """An adapter that starts from what the base loses: one that starts from zero shows nothing."""
+    lost = lowrank.adapter(rank, alpha=3.0, base=signs, init="error")
+    c = cj.chain(lost, *before) if before else lost
+    row = Row((lowrank.adapter,), c, form, none, idempotent=False)
+    return on_kernels(row._replace(sharded=1e-6, keeps_shardings=False))
 
 
 def on_kernels(row: Row) -> Row:
@@ -155,6 +175,9 @@ CONTRACT = {
         uniform(bits=8, narrow=True, granularity="channel", scale="pnorm", sharded=1e-6)
     ),
     "int4 entropy": on_kernels(uniform(bits=4, scale="entropy", sharded=1e-6)),
+    "gguf Q8_0": gguf("Q8_0"),
+    "gguf Q4_0": gguf("Q4_0"),
+    "gguf Q4_1": gguf("Q4_1"),
     "fp8 e4m3": tabled(quantize.fp8),
     "fp8 e5m2 channel": on_kernels(tabled(quantize.fp8, "e5m2", "channel")),
     "fp4 groups": on_kernels(tabled(quantize.fp4, 4, groups=True)),
@@ -209,6 +232,15 @@ CONTRACT = {
     "top kast": pruned(prune.top_kast, 0.75, falling)._replace(
         slope=lambda s: s.fixed["0"][KERNEL]["backward"]
     ),
+    "one bit": Row((prune.bit_masks,), prune.bit_masks(prune.magnitude(0.75)), Sparse, mask),
+    "one bit 2:4": one_bit(prune.magnitude(None, prune.n_m(2, 4))),
+    "one bit rigl": one_bit(prune.rigl(falling, 4, jax.random.key(7), every=1)),
+    "one bit then quantize": Row(
+        (prune.bit_masks, cj.chain),
+        prune.bit_masks(cj.chain(half, cj.every(2, int4))),
+        Quantized,
+        lambda s: mask_of(s.fixed["0"][KERNEL]),
+    ),
     "lsq": Row((quantize.lsq,), quantize.lsq(4), Quantized, on_steps(4), sharded=1e-6),
     "lsq channel": on_kernels(
         Row(
@@ -221,6 +253,8 @@ CONTRACT = {
     "share": on_kernels(Row((cluster.kmeans,), four, Clustered, none)),
     "rank 2": svd(rank=2),
     "energy": svd(energy=0.5)._replace(traceable_init=False),
+    "adapter": adapter(form=Sum, rank=2),
+    "adapter then quantize": adapter(int4, form=Quantized, rank=3),
     "prune then quantize": Row(
         (cj.chain,), cj.chain(half, int4), Quantized, lambda s: s.fixed["0"][KERNEL]
     ),
@@ -266,6 +300,7 @@ SLOW = {
         "int8 narrow pnorm",
         "int4 entropy",
         "fp8 e5m2 channel",
+        "gguf Q4_0",
     ),
     *(
         "fp4 mse",
@@ -306,7 +341,7 @@ SLOW = {
         "rules",
     ),
     *("lsq channel", "prune blocks", "among what is left", "kernels only", "int4 channel"),
-    *("int2 mse", "prune then share"),
+    *("int2 mse", "prune then share", "one bit 2:4", "one bit then quantize"),
 }
 assert SLOW < CONTRACT.keys()
 ROWS = pytest.mark.parametrize(
@@ -612,7 +647,7 @@ def test_10_where_the_view_goes_entry_by_entry_it_says_how(name):
 # Whose leaves or layers answer for each other, or draw random numbers of their own, on purpose.
 TOGETHER = {
     *("prune all", "prune channels of all", "fisher", "relative to the leaf", "lamp"),
-    *("prune at random", "set", "rigl", "own growth"),
+    *("prune at random", "set", "rigl", "own growth", "one bit rigl"),
 }
 
 

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from compress_jax.cli._language import (
+    DEFAULT_CONTEXT,
+    Asked,
+    Export,
+    evaluate_language,
+    export_language,
+    is_language_model,
+)
 from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import shown, stdout
-from compress_jax.core.errors import ArtifactError, ExportError
+from compress_jax.core.errors import ArtifactError, ConfigError, ExportError
 from compress_jax.core.types import JsonObject, ModelFn, PyTree, Variables
 
 if TYPE_CHECKING:
@@ -21,40 +29,80 @@ if TYPE_CHECKING:
     from compress_jax.tasks import PureModel, Task
 
 Target = Literal["onnx", "litert", "stablehlo"]
+Published = Literal["gguf", "hugging-face"]
 SUFFIX = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}
 FIXED = 64  # examples a call of a program that must know how many
+VERIFIED = 1000  # examples of a test split on disk that exports are verified on
 GATE = 4  # exit code of an export that fails its checks
 
 
 def evaluate(
-    workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")],
+    path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")],
+    text: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE")] = (),
+    compressed: Annotated[Path | None, tyro.conf.arg(metavar="ARTIFACT")] = None,
+    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
+    chat: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT")] = (),
+    tokens: int = 64,
+    context: int = DEFAULT_CONTEXT,
+    stride: int | None = None,
 ) -> int:
-    """Measure the artifact of a run again, and compare it with the run's results.
+    """Measure the artifact of a run again, or a language model.
 
-    Builds the data and the student from the config and the arguments kept in WORKDIR, reads
-    artifact.safetensors and prints its accuracies and bytes beside those of results.json. For
-    example
+    Of a run's folder WORKDIR: builds the data and the student from the config and the arguments
+    kept there, reads artifact.safetensors and prints its accuracies and bytes beside those of
+    results.json.
 
       compress-jax eval runs/digits
 
     This executes WORKDIR/config.py, as Python code: use it on folders that you trust. Exit codes: 0
     the same, 1 they differ or an error.
 
+    Of a language model, a GGUF file or a folder of Hugging Face's: prints perplexity on text files;
+    with the artifact of a compressed one how far that is from it, and what both write:
+
+      compress-jax eval model.gguf --text book.txt --compressed small.safetensors
+        --prompt "Once upon a time"
+
     Args:
-      workdir: the folder of a finished run.
+      path: the folder of a finished run, or a language model.
+      text: files that a language model is measured on.
+      compressed: its params as compress_jax stores them.
+      prompt: beginnings that it continues.
+      chat: questions that it answers, by its chat template.
+      tokens: to write after each.
+      context: tokens that it sees at once.
+      stride: by how many tokens windows move on; the context by default.
 
     Returns:
       The exit code.
     """
-    from compress_jax.report import Table, rich_table
+    if is_language_model(path):
+        asked = Asked(text, compressed, prompt, chat, tokens, context, stride)
+        return evaluate_language(path, asked)
+    if text or prompt or chat or compressed is not None:
+        raise ConfigError(
+            f"{path} is no language model: give a GGUF file, or a folder with config.json and "
+            "safetensors"
+        )
+    return _evaluate_run(path)
 
-    experiment, model, packed, results = rebuilt(workdir)
+
+def _evaluate_run(workdir: Path) -> int:
+    """Measure the artifact of a run again, and compare it with the run's results."""
+    from compress_jax.report import Table, rich_table
+    from compress_jax.search._divided import from_file, rules_of
+
+    experiment, model, _, results = rebuilt(workdir)
     written = next(row for row in results["rows"] if row["name"] == results["chosen"])
     metric = experiment.task.metric
+    # As the run measured it: over the mesh, if that divides it.
+    file = workdir / "artifact.safetensors"
+    chosen = next(each for each in experiment.candidates if each.name == results["chosen"])
+    variables = from_file(experiment, file, rules_of(experiment, chosen))
     measured = {
-        "test": _measured(experiment, model, packed, experiment.data.test),
-        "validation": _measured(experiment, model, packed, experiment.data.validation),
-        "nbytes": (workdir / "artifact.safetensors").stat().st_size,
+        "test": _measured(experiment, model, variables, experiment.data.test),
+        "validation": _measured(experiment, model, variables, experiment.data.validation),
+        "nbytes": file.stat().st_size,
     }
     names = {
         "test": f"test {metric.name}",
@@ -78,13 +126,15 @@ def evaluate(
 
 
 def _measured(
-    experiment: "Experiment", model: "PureModel", packed: PyTree, split: "Mapping[str, np.ndarray]"
+    experiment: "Experiment",
+    model: "PureModel",
+    variables: Variables,
+    split: "Mapping[str, np.ndarray]",
 ) -> float:
-    from compress_jax.core import unpack
-    from compress_jax.tasks import measure
+    from compress_jax.search._divided import measured
 
-    task = experiment.task
-    return measure(task, model.apply, unpack(packed), split).values[task.metric.name]
+    found = measured(experiment, model.apply, variables, split)
+    return found.values[experiment.task.metric.name]
 
 
 def rebuilt(workdir: Path) -> "tuple[Experiment, PureModel, PyTree, JsonObject]":
@@ -108,8 +158,9 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, PureModel, PyTree, JsonObject]"
     from compress_jax.cli.workdir import kept_config, read_run
     from compress_jax.export import load
     from compress_jax.report import read_results
+    from compress_jax.search._automatic import read_proposals
     from compress_jax.search._ingredients import require_same_model
-    from compress_jax.search._loop import labelled
+    from compress_jax.search._loop import labelled, with_proposals
     from compress_jax.search._method import rebuilt_model
 
     # The flags are parsed again, as arguments that are no JSON were stored as text.
@@ -121,7 +172,7 @@ def rebuilt(workdir: Path) -> "tuple[Experiment, PureModel, PyTree, JsonObject]"
     packed = load(file)[0]
     function = load_config(config)
     arguments, _ = parse_config(function, flags, f"compress-jax run {config}")
-    experiment = build(function, arguments)
+    experiment = with_proposals(build(function, arguments), read_proposals(results))
     model = rebuilt_model(experiment, file, results["chosen"])
     # A model that a rewrite made has no source; the artifact is then compared by shapes alone.
     if model.source is not None:
@@ -147,7 +198,10 @@ def _require_fit(file: Path, experiment: "Experiment", model: "PureModel", packe
 
 def export(
     workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")],
-    to: tuple[Target, ...] = ("onnx",),
+    to: tuple[Target | Published, ...] = ("onnx",),
+    compressed: Annotated[Path | None, tyro.conf.arg(metavar="ARTIFACT")] = None,
+    out: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None,
+    otherwise: Literal["F32", "F16"] | None = None,
     activations: Literal["float", "int8"] = "float",
     calibrate: int = 512,
     batch: int = 64,
@@ -166,6 +220,10 @@ def export(
       compress-jax export runs/digits --to onnx stablehlo
       compress-jax export runs/digits --to onnx litert --activations int8
 
+    A language model, as eval takes it, is written with its tokenizer as llama.cpp or vLLM read it:
+
+      compress-jax export model.gguf --compressed small.safetensors --to gguf --out small.gguf
+
     ONNX needs pip install 'compress_jax[onnx]', LiteRT pip install 'compress_jax[litert]'. With
     --activations int8 whole layers run in integers, calibrated on training data; the weights'
     scales must then be per tensor or channel.
@@ -175,8 +233,12 @@ def export(
     accuracy that is lost.
 
     Args:
-      workdir: the folder of a finished run.
-      to: the runtimes.
+      workdir: the folder of a finished run, or a language model.
+      to: the runtimes; of a language model "gguf" or "hugging-face".
+      compressed: a language model's params as compress_jax stores them.
+      out: the file of a language model, or the folder of Hugging Face.
+      otherwise: GGUF's type of packed leaves that are on no grid of GGUF; without it they are
+        refused.
       activations: "int8" for integer inference (ONNX, LiteRT); "float" to compress the weights
         alone.
       calibrate: training examples that ranges of activations are measured on.
@@ -189,8 +251,14 @@ def export(
       The exit code.
     """
     from compress_jax.core import unpack
-    from compress_jax.export import verify, write_atomically
+    from compress_jax.data._disk.stored import some
+    from compress_jax.export import verify
 
+    if is_language_model(workdir):
+        if activations != "float":
+            raise ConfigError(f"{workdir} is a language model: --activations is for runs")
+        return export_language(workdir, Export(to, out, compressed, otherwise))
+    targets = _targets(workdir, to, (compressed, out, otherwise))
     experiment, model, packed, _ = rebuilt(workdir)
     task = experiment.task
     data = experiment.data
@@ -204,7 +272,10 @@ def export(
     console = stdout()
     records: JsonObject = {}
     passed = True
-    for target in dict.fromkeys(to):
+    test = some(data.test, VERIFIED)
+    if test is not data.test:
+        console.print(f"the test split stays on disk: {VERIFIED:,} of its examples are used")
+    for target in targets:
         options = _options(target, activations, task, data.train, calibrate, batch)
         files = [folder / f"{name}{SUFFIX[target]}" for name in ("model", "float")]
         exported, sizes = _write_files(
@@ -214,9 +285,9 @@ def export(
         verification = verify(
             exported.path,
             exported.simulation or functools.partial(fn, dense),
-            _inputs(task, data.test),
+            _inputs(task, test),
             task=task,
-            split=data.test,
+            split=test,
             baseline=files[1],
             batch_sizes=sizes,
             rounds=rounds,
@@ -227,11 +298,31 @@ def export(
         sites = [row._asdict() for row in exported.rows]
         records[target] = {**verification.record(), "sites": sites}
         _print_export(target, exported, verification)
+    return _report_exports(folder, records, passed)
+
+
+def _targets(
+    workdir: Path, to: Sequence[Target | Published], others: Sequence[object]
+) -> list[Target]:
+    """Return the runtimes that a run is exported to, each once; refuse what is for others."""
+    targets: list[Target] = [x for x in dict.fromkeys(to) if x not in ("gguf", "hugging-face")]
+    if len(targets) < len(set(to)) or any(x is not None for x in others):
+        raise ConfigError(
+            f"{workdir} is no language model, and --to gguf, --to hugging-face, --compressed, "
+            "--out and --otherwise are for those"
+        )
+    return targets
+
+
+def _report_exports(folder: Path, records: JsonObject, passed: bool) -> int:
+    """Write the measurements of exports, and return the exit code."""
+    from compress_jax.export import write_atomically
+
     write_atomically(folder / "export.json", f"{json.dumps(records, indent=1)}\n".encode())
     if passed:
-        console.print("every file passes")
+        stdout().print("every file passes")
         return 0
-    console.print("[bold red]a file fails[/]: see above; no claim should rest on it")
+    stdout().print("[bold red]a file fails[/]: see above; no claim should rest on it")
     return GATE
 
 
@@ -362,18 +453,28 @@ def inspect(file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="F
     return 0
 
 
-def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")]) -> int:
-    """Write report.html and report.md of a run: tables, pictures and decisions.
+def report(
+    workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="WORKDIR")],
+    measure: bool = False,
+) -> int:
+    """Write report.html and report.md of a run: tables, charts and decisions.
 
     report.html is one file that needs nothing else; report.md has its pictures in WORKDIR/report/.
     For example
 
       compress-jax report runs/digits
+      compress-jax report runs/digits --measure
 
-    compress-jax run does this at its end; nothing is trained or measured here.
+    compress-jax run does the first at its end; nothing is trained or measured. The second runs
+    teacher and artifact on test data and shows where their answers differ, and their activations;
+    it executes WORKDIR/config.py, as Python code: use it on folders that you trust.
+
+    Charts with hover and zoom need pip install 'compress_jax[report]'; without it the page has
+    still pictures.
 
     Args:
       workdir: the folder of a finished run.
+      measure: run the networks again, for their answers and activations.
 
     Returns:
       The exit code.
@@ -381,6 +482,10 @@ def report(workdir: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar=
     from compress_jax.report import write
 
     console = stdout()
+    if measure:
+        from compress_jax.cli._measured import measure_run
+
+        measure_run(workdir)
     page = write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
     console.print(shown(f"{page}\n{page.with_suffix('.md')}"))
     return 0

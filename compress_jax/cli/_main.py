@@ -1,5 +1,6 @@
 """The entry of the command line: ``run``, and the signals, errors and exit codes of all."""
 
+import argparse
 import contextlib
 import dataclasses
 import math
@@ -18,11 +19,23 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from compress_jax.cli._commands import evaluate, export, inspect, report
+from compress_jax.cli._compare import compare
+from compress_jax.cli._language import print_comparison
 from compress_jax.cli._plan import plan
+from compress_jax.cli._sweep import sweep
 from compress_jax.cli.config import build, load_config
 from compress_jax.cli.console import fitted, shown, stderr, stdout
 from compress_jax.cli.parse import parse, summary
-from compress_jax.cli.processes import LOST, emulate, join, launch, require_devices, split_flags
+from compress_jax.cli.processes import (
+    LOST,
+    emulate,
+    end_with_parent,
+    flag_words,
+    join,
+    launch,
+    require_devices,
+    split_flags,
+)
 from compress_jax.core.errors import CompressError, OtherProcessError
 from compress_jax.core.table import printable
 from compress_jax.core.types import JsonObject
@@ -108,7 +121,7 @@ CLOSED = 141  # exit code if the pipe that the command prints into was closed
 
 def run(
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")],
-    workdir: Path | None = None,
+    workdir: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     *,
     chosen: Annotated[JsonObject | None, tyro.conf.Suppress] = None,
     flags: Annotated[list[str] | None, tyro.conf.Suppress] = None,
@@ -134,7 +147,13 @@ def run(
         --coordinator HOST:PORT
 
     --profile 5 records five steps of each training with JAX's profiler, for TensorBoard and
-    Perfetto, in profile/ beside its metrics.
+    Perfetto, in profile/ beside its metrics. --peak-tflops 459 says what one device can do, where
+    it is none that is known: utilization is a share of it. --share DIR keeps finished stages in
+    DIR, and takes from there those made of exactly the same, so that runs with one teacher train it
+    once.
+
+    --reuse runs again in a folder with other arguments or another version of the config: what they
+    do not change is not trained again, and what they change is put aside, never mixed in.
 
     A run that was stopped in any way continues where it was when the same command is given again,
     with any number of processes and devices.
@@ -150,7 +169,9 @@ def run(
     Returns:
       The exit code.
     """
+    from compress_jax.cli._machine import code_and_machine
     from compress_jax.cli.workdir import default_workdir, describe, remember
+    from compress_jax.search._reuse import is_reusing
     from compress_jax.train._processes import in_order, once
 
     function = load_config(config)
@@ -164,7 +185,8 @@ def run(
         # Remembered only when the config has built: one with an error can be corrected.
         experiment = in_order(lambda: build(function, arguments))
         kept = described | {"requirement": _as_json(experiment.requirement)}
-        once(lambda: remember(workdir, source, kept))
+        kept |= once(lambda: code_and_machine(config))
+        once(lambda: remember(workdir, source, kept, is_reusing()))
         metadata = {name: described[name] for name in ("config", "arguments")}
         return _compress(experiment, workdir, metadata)
 
@@ -174,30 +196,37 @@ def _enter(
 ) -> None:
     """Keep a run's folder for this process, unless it holds another run."""
     from compress_jax.cli.workdir import check_same, locked
+    from compress_jax.search._reuse import is_reusing
 
-    check_same(workdir, source, described)  # before anything is written there
+    reuse = is_reusing()
+    check_same(workdir, source, described, reuse)  # before anything is written there
     stack.enter_context(locked(workdir))
     # Again, as another process may have begun a run there before the lock was held.
-    check_same(workdir, source, described)
+    check_same(workdir, source, described, reuse)
 
 
 def _compress(experiment: "Experiment", workdir: Path, metadata: JsonObject) -> int:
     """Run the loop, print its results and write the report."""
     from compress_jax import search
+    from compress_jax.cli._machine import Session
     from compress_jax.cli.workdir import logging_to
     from compress_jax.train import Interrupted
     from compress_jax.train._processes import is_first
 
     console = stdout()
     logging = logging_to(workdir, lambda line: console.print(shown(line)))
+    session = Session(workdir)
     # The first process alone writes and prints.
     with logging if is_first() else contextlib.nullcontext(_say_nothing) as log_fn:
         try:
             result = search.compress(experiment, workdir, metadata=metadata, log_fn=log_fn)
         except Interrupted as stop:  # in the middle of training, whose state is saved by now
+            if is_first():
+                session.end("stopped")
             raise Stopped(stop.signum, str(stop)) from stop
     if not is_first():
         return 0
+    session.end("finished")
     _show(workdir, result)
     return 0 if result.met else UNMET
 
@@ -214,6 +243,9 @@ def _show(workdir: Path, result: "Result") -> None:
     results = report.read_results(workdir)
     table = report.results_table(results["rows"], results["chosen"], results.get("metric"))
     console.print(report.rich_table(table))
+    if result.comparison is not None:
+        sizes = {row.name: row.nbytes for row in result.rows}
+        print_comparison(result.comparison, sizes, "Side by side")
     page = report.write(workdir, log_fn=lambda note: console.print(f"note: {shown(note)}"))
     console.print(f"artifact: {shown(workdir / result.artifact.name)}")
     console.print(f"report:   {shown(page)}")
@@ -228,9 +260,15 @@ def _defaults(function: Callable[..., object]) -> dict[str, object]:
 
 
 def _as_json(requirement: "Requirement") -> JsonObject:
-    """Return the requirement's fields; JSON has no infinity, so no limit on the bytes is null."""
-    fields = dataclasses.asdict(requirement)
-    return {name: None if value == math.inf else value for name, value in fields.items()}
+    """Return what is required; JSON has no infinity, so no limit on the bytes is null."""
+    always = ("max_drop", "min_ratio", "max_bytes", "reference")
+    found: JsonObject = {}
+    for each in dataclasses.fields(requirement):
+        value = getattr(requirement, each.name)
+        plain = value in (each.default, {})
+        if each.name in always or not plain:
+            found[each.name] = None if value == math.inf else value
+    return found
 
 
 def _quiet() -> None:
@@ -251,6 +289,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "inspect": inspect,
     "report": report,
     "plan": plan,
+    "sweep": sweep,
+    "compare": compare,
 }
 
 HELP = """\
@@ -265,12 +305,13 @@ A first run, of about two minutes:
   compress-jax run configs/digits.py
   compress-jax inspect runs/digits/artifact.safetensors
 
-compress-jax COMMAND --help explains a command, and compress-jax run CONFIG --help the arguments of
-a config.
+compress-jax COMMAND --help explains a command, compress-jax run CONFIG --help the arguments of a \
+config. compress-jax --version prints the versions of what a run depends on.
 
 Exit codes:
   0    done
-  1    an error, printed as one line (--debug shows the trace); of eval, also: the numbers differ
+  1    an error, printed as one line (--debug shows the trace); of eval, also: the numbers differ;
+       of sweep: a run failed
   2    wrong usage
   3    no candidate met the requirement; the artifact is the best there was
   4    an exported file fails its checks
@@ -296,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       usage: compress-jax inspect ...
       0
     """
+    _open_what_is_closed()
     try:
         code = _main(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()  # here, where a closed pipe is caught
@@ -304,6 +346,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CLOSED
     return code
+
+
+def _open_what_is_closed() -> None:
+    """Let output that the shell has closed (``>&-``) go nowhere; Python has None for it then."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
 
 
 def _main(words: list[str]) -> int:
@@ -348,22 +397,44 @@ def _over_processes(words: list[str]) -> int:
         return 2
     if {"-h", "--help"} & set(rest):
         return _call([command, *rest])
+    end_with_parent()
     # All this before the config is read, as it may ask for devices.
     if flags.devices:
         emulate(flags.devices)
     if flags.coordinator or flags.distributed:
         join(flags)
     elif flags.processes:
-        profile = [] if flags.profile is None else ["--profile", str(flags.profile)]
-        return launch([*rest, *profile], flags.processes)
+        words = flag_words(flags, "profile", "peak_tflops", "share", "reuse")
+        return launch([*rest, *words], flags.processes)
     if flags.devices:
         require_devices(flags.devices)
-    if flags.profile is None:
+    with contextlib.ExitStack() as stack:
+        _enter_options(stack, flags)
         return _call([command, *rest])
-    from compress_jax.train import profiling
 
-    with profiling(flags.profile):
-        return _call([command, *rest])
+
+def _enter_options(stack: contextlib.ExitStack, flags: argparse.Namespace) -> None:
+    """Enter what the flags of a run ask for, until the stack is closed."""
+
+    def tell(line: str) -> None:
+        stdout().print(shown(line))
+
+    if flags.profile is not None:
+        from compress_jax.train import profiling
+
+        stack.enter_context(profiling(flags.profile))
+    if flags.peak_tflops is not None:
+        from compress_jax.train import peak_flops
+
+        stack.enter_context(peak_flops(1e12 * flags.peak_tflops))
+    if flags.share is not None:
+        from compress_jax.search import sharing
+
+        stack.enter_context(sharing(flags.share, tell))
+    if flags.reuse:
+        from compress_jax.search import reusing
+
+        stack.enter_context(reusing(tell))
 
 
 def _call(words: list[str]) -> int:
@@ -405,7 +476,7 @@ def _is_loss(error: BaseException) -> bool:
 
 def _stopped(command: str, stopped: Stopped) -> int:
     """Print in one line that a signal stopped the command, and return the exit code."""
-    advice = "; run the same command to continue" if command == "run" else ""
+    advice = "; run the same command to continue" if command in ("run", "sweep") else ""
     stderr().print(f"{shown(stopped)}{advice}")
     return stopped.exit_code
 
@@ -414,6 +485,11 @@ def _no_command(words: list[str]) -> int:
     commands = "\n".join(f"  {name:<9}{summary(function)}" for name, function in COMMANDS.items())
     if words and words[0] in ("-h", "--help"):
         print(fitted(HELP.format(commands=commands)), end="")
+        return 0
+    if words and words[0] == "--version":
+        from compress_jax.cli._version import versions
+
+        print("\n".join(versions()))
         return 0
     wrong = f"there is no command {words[0]!r}" if words else "which command?"
     text = f"compress-jax: {wrong}\n\n{commands}\n\nsee compress-jax --help"

@@ -33,9 +33,10 @@ def plan(
         --mesh data=8,fsdp=8 --chip v5p
 
     Nothing is trained and no array is made: the step of every network is compiled from shapes, for
-    so many emulated devices. Prints bytes a device by term, temporaries, operations, collectives,
-    and an estimate of a step's time from the peaks of a chip, in which nothing overlaps. Without
-    --devices it plans for those that are here.
+    so many emulated devices. Prints bytes a device by term, temporaries, operations and their
+    shares (teacher, student forward and backward, loss), collectives, and an estimate of a step's
+    time from the peaks of a chip, in which nothing overlaps. Without --devices it plans for those
+    that are here.
 
     Args:
       config: a Python file with a function 'config'; it comes before its flags.
@@ -86,6 +87,7 @@ def _table(plan: "Plan", chip: "Chip", name: str) -> "Table":
         ("temporaries", f"{units(plan.temporaries)}B"),
         ("in all", f"{units(plan.total)}B, {plan.total / chip.memory:.1%} of a {name}"),
         ("operations", units(plan.flops)),
+        *((f"operations: {name}", f"{plan.parts.share(name):.1%}") for name in plan.parts.parts),
         *(
             (kind, f"{number} of {units(plan.collectives[kind])}B in all")
             for kind, number in plan.numbers.items()

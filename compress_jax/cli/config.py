@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import cloudpickle
+
 from compress_jax.core.errors import CompressError, ConfigError
 
 if TYPE_CHECKING:  # imports the whole library, which showing a help text should not wait for
@@ -86,6 +88,8 @@ def _import(path: Path) -> ModuleType:
     module = ModuleType(f"_compress_jax_config_{zlib.crc32(str(path.absolute()).encode()):08x}")
     module.__file__ = str(path)
     sys.modules[module.__name__] = module  # dataclasses and type hints of the file look it up
+    # Other processes cannot import it: what they are given of it travels as code.
+    cloudpickle.register_pickle_by_value(module)
     with _explained(path):
         exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     return module

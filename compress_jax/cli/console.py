@@ -2,6 +2,7 @@
 
 import shutil
 import textwrap
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,14 +12,30 @@ from compress_jax.core.table import printable
 UNLIMITED = 10_000  # columns, where nobody looks at a screen
 
 
+class _Console(Console):
+    """A console that wraps text at spaces on a terminal, which would break words; no long word."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print as rich does."""
+        if self.is_terminal:
+            objects = tuple(
+                fitted(each, self.width) if isinstance(each, str) else each for each in objects
+            )
+        super().print(*objects, **options)
+
+    def on_broken_pipe(self) -> NoReturn:
+        """Leave a closed pipe to `main`, which has an exit code for it; rich would end with 1."""
+        raise
+
+
 def stdout() -> Console:
-    """Return the console for results; lines are never wrapped, and numbers are not coloured."""
-    return _wide(Console(highlight=False, soft_wrap=True))
+    """Return the console for results; files and pipes get whole lines, and numbers no color."""
+    return _wide(_Console(highlight=False, soft_wrap=True))
 
 
 def stderr() -> Console:
     """Return the console for what went wrong."""
-    return _wide(Console(highlight=False, soft_wrap=True, stderr=True))
+    return _wide(_Console(highlight=False, soft_wrap=True, stderr=True))
 
 
 def shown(text: object) -> str:

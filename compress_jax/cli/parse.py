@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -17,6 +18,9 @@ from compress_jax.core.errors import ConfigError
 from compress_jax.core.types import JsonObject
 
 T = TypeVar("T")
+OWN_FLAGS = {"plan": ("--mesh", "--chip"), "sweep": ("--jobs", "--workdir")}
+"""Flags of commands that take a config's flags too."""
+LISTED = re.compile(r"\s|[*-] ")  # how a line of a list or a command begins
 
 Workdir = Annotated[
     str | None,
@@ -49,25 +53,35 @@ def parse(name: str, command: Callable[..., int], words: Sequence[str]) -> Calla
         flags = list(words[1:])
         chosen, workdir = parse_config(load_config(config), flags, f"compress-jax run {config}")
         return functools.partial(command, config, workdir, chosen=chosen, flags=flags)
-    if name == "plan" and words and not words[0].startswith("-"):
-        own, flags = _of_plan(words[1:])
-        config = Path(words[0])
-        chosen, _ = parse_config(load_config(config), flags, f"compress-jax plan {config}")
-        command = functools.wraps(command)(functools.partial(command, chosen=chosen))
+    known: JsonObject = {}
+    if name in OWN_FLAGS and words and not words[0].startswith("-") and not _asks_help(words):
+        own, flags = _own_flags(words[1:], OWN_FLAGS[name])
+        # A sweep reads the config's flags itself, as each may have several values.
+        known["flags"] = flags
+        if name == "plan":
+            config = Path(words[0])
+            chosen, _ = parse_config(load_config(config), flags, f"compress-jax plan {config}")
+            known = {"chosen": chosen}
         words = [words[0], *own]
-    return _cli(_deferred(command), f"compress-jax {name}", help_text(command), words)
+    call = _cli(_deferred(command), f"compress-jax {name}", help_text(command), words)
+    # Here, as the parser gives the parameters that it does not show their defaults.
+    return functools.partial(call, **known)
 
 
-def _of_plan(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Separate the flags of ``plan`` from those of its config."""
+def _own_flags(words: Sequence[str], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separate flags of a command, each with one value, from those of its config."""
     own: list[str] = []
     rest = list(words)
-    for flag in ("--mesh", "--chip"):
+    for flag in names:
         if flag in rest[:-1]:
             place = rest.index(flag)
             own += rest[place : place + 2]
             del rest[place : place + 2]
     return own, rest
+
+
+def _asks_help(words: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(words))
 
 
 def parse_config(
@@ -147,14 +161,26 @@ def _cli(function: Callable[..., T], prog: str, description: str, words: Sequenc
 
     tyro breaks words where a paragraph is wider than the terminal.
     """
-    if not {"-h", "--help"} & set(words):
+    if not _asks_help(words):
         return tyro.cli(function, prog=prog, description=description, args=words)
     text = io.StringIO()
     try:
         with contextlib.redirect_stdout(text):
-            return tyro.cli(function, prog=prog, description=description, args=words)
+            return tyro.cli(function, prog=prog, description=_joined(description), args=words)
     finally:  # tyro ends by SystemExit after it has printed the help
-        print(fitted(text.getvalue()), end="")
+        print(re.sub(r"\n{3,}", "\n\n", fitted(text.getvalue())), end="")
+
+
+def _joined(text: str) -> str:
+    """Join the lines of each paragraph, but not those of lists and commands.
+
+    tyro keeps some line ends, which are not where the terminal's are.
+    """
+    paragraphs = [part.split("\n") for part in text.split("\n\n")]
+    return "\n\n".join(
+        "\n".join(lines) if any(LISTED.match(line) for line in lines) else " ".join(lines)
+        for lines in paragraphs
+    )
 
 
 def _description(config: Callable[..., object]) -> str:

@@ -18,15 +18,18 @@ from typing import IO
 from compress_jax.cli.console import shown, stderr
 from compress_jax.core.errors import ConfigError
 
-FLAGS = ("processes", "devices", "distributed", "coordinator", "process", "profile")
-PARENT = "COMPRESS_JAX_LAUNCHER"  # where the processes that `launch` starts find its number
+FLAGS = (
+    "processes", "devices", "distributed", "coordinator", "process", "profile", "peak_tflops",
+    "share", "reuse",
+)  # fmt: skip
+PARENT = "COMPRESS_JAX_LAUNCHER"  # where processes find the number of the one that started them
 HEARTBEAT = 30  # seconds without a sign of life after which a process counts as lost
 LOST = 75  # exit code of a process that misses another
 GRACE = 10  # seconds that the others get to end by themselves when one has failed
 
 
 def split_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Separate the flags on processes and their profile from the words of a command.
+    """Separate the flags on processes, measuring and shared stages from the words of a command.
 
     Args:
       words: the arguments after ``run``.
@@ -46,11 +49,16 @@ def split_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--coordinator", metavar="HOST:PORT")
     parser.add_argument("--process", type=int)
     parser.add_argument("--profile", type=int)
+    parser.add_argument("--peak-tflops", type=float)
+    parser.add_argument("--share", metavar="DIR")
+    parser.add_argument("--reuse", action="store_true")
     flags, rest = parser.parse_known_args(list(words))
     for name in ("processes", "devices", "profile"):
         number = getattr(flags, name)
         if number is not None and number < 1:
             raise ConfigError(f"--{name} must be a whole number from 1; got {number}")
+    if flags.peak_tflops is not None and not 0 < flags.peak_tflops < math.inf:
+        raise ConfigError(f"--peak-tflops must be a number above 0; got {flags.peak_tflops}")
     if flags.coordinator and (flags.processes is None or flags.process is None):
         raise ConfigError(
             "--coordinator HOST:PORT needs --processes N and --process I, this one's number, "
@@ -59,6 +67,29 @@ def split_flags(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     if flags.process is not None and not flags.coordinator:
         raise ConfigError("--process needs --coordinator HOST:PORT, the address of process 0")
     return flags, rest
+
+
+def flag_words(flags: argparse.Namespace, *names: str) -> list[str]:
+    """Return some flags with a value as words again.
+
+    Args:
+      flags: from `split_flags`.
+      *names: which.
+
+    Returns:
+      The words.
+
+    Example:
+      >>> flag_words(split_flags(["--profile", "5", "--devices", "2"])[0], "profile", "share")
+      ['--profile', '5']
+    """
+    words = []
+    for name in names:
+        value = getattr(flags, name)
+        if value:
+            words.append(f"--{name.replace('_', '-')}")
+            words += [] if value is True else [str(value)]
+    return words
 
 
 def emulate(devices: int) -> None:
@@ -98,8 +129,6 @@ def join(flags: argparse.Namespace) -> None:
     # Gloo mixes up what CPUs send each other where two processes run programs in another order; see
     # `train._processes.settle`. This keeps the order of the calls for what does not train too.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if parent := os.environ.get(PARENT):
-        _end_with(int(parent))
     try:
         jax.distributed.initialize(
             flags.coordinator,
@@ -134,7 +163,7 @@ def launch(words: Sequence[str], processes: int) -> int:
     with tempfile.TemporaryFile() as said:
         children = [_start(words, number, processes, port, said) for number in range(processes)]
         try:
-            with _handed_on(children):
+            with handed_on(children):
                 failed = _first_failure(children)
                 if failed is not None:
                     _wait_for_others(children)
@@ -183,10 +212,16 @@ def _start(
 
 
 @contextlib.contextmanager
-def _handed_on(children: "Sequence[subprocess.Popen[bytes]]") -> Iterator[None]:
-    """Send SIGINT and SIGTERM on to processes inside the ``with`` block."""
+def handed_on(children: "Sequence[subprocess.Popen[bytes]]") -> Iterator[list[int]]:
+    """Send SIGINT and SIGTERM on to processes inside the ``with`` block.
+
+    Yields:
+      The signals that came, in order.
+    """
+    received: list[int] = []
 
     def hand_on(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
         for child in children:
             if child.poll() is None:
                 child.send_signal(signum)
@@ -195,7 +230,7 @@ def _handed_on(children: "Sequence[subprocess.Popen[bytes]]") -> Iterator[None]:
         signum: signal.signal(signum, hand_on) for signum in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        yield
+        yield received
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
@@ -221,11 +256,15 @@ def _wait_for_others(children: "Sequence[subprocess.Popen[bytes]]") -> None:
         time.sleep(0.05)
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that started it is gone."""
+def end_with_parent() -> None:
+    """End this process when the one that started it is gone, if that was `launch` or a sweep."""
+    parent = os.environ.get(PARENT)
+    # Not its child, but a child of its child: whoever started this one will see to it.
+    if parent is None or parent != str(os.getppid()):
+        return
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == int(parent):
             time.sleep(1)
         os._exit(1)
 

@@ -24,6 +24,7 @@ CONFIG = "config.py"
 RUN = "run.json"
 LOG = "log.txt"
 LOCK = ".lock"
+LONGEST = 200  # letters of a folder's name; file systems allow 255 bytes
 PACKAGES = ("compress_jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -48,8 +49,18 @@ def default_workdir(
     parts = [config.stem]
     for name, value in arguments.items():
         if name not in defaults or value != defaults[name]:
-            parts.append(f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}")
-    return Path("runs") / "-".join(parts)[:200]  # file systems allow names of 255 bytes
+            parts.append(in_a_name(name, value))
+    return Path("runs") / "-".join(parts)[:LONGEST]
+
+
+def in_a_name(name: str, value: object) -> str:
+    """Return an argument as a part of a folder's name.
+
+    Example:
+      >>> in_a_name("path", "/data/x y")
+      'path=_data_x_y'
+    """
+    return f"{name}={re.sub(r'[^A-Za-z0-9._+-]+', '_', str(value))}"
 
 
 def describe(
@@ -61,7 +72,9 @@ def describe(
     """
     # What JSON has no form for, such as a Path, is stored as text.
     known = _finite(json.loads(json.dumps(arguments, default=str)))
-    versions = {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()}
+    versions = {name: package_version(name) for name in PACKAGES} | {
+        "python": platform.python_version()
+    }
     digest = hashlib.sha256(source).hexdigest()
     return {
         "version": RUN_VERSION,
@@ -73,13 +86,14 @@ def describe(
     }
 
 
-def check_same(workdir: Path, source: bytes, described: JsonObject) -> None:
+def check_same(workdir: Path, source: bytes, described: JsonObject, reuse: bool = False) -> None:
     """Check that a folder is new or empty, or holds a run of the same config and arguments.
 
     Args:
       workdir: the folder.
       source: of the config file.
       described: from `describe`.
+      reuse: whether it may hold a run of other arguments or of another version of the config.
 
     Raises:
       ConfigError: if it holds another run, saying what differs, or files that are no run's.
@@ -89,7 +103,7 @@ def check_same(workdir: Path, source: bytes, described: JsonObject) -> None:
     old = read_run(workdir)
     new = described
     # Nothing was made by the run before: it is replaced.
-    if not _begun(workdir):
+    if reuse or not _begun(workdir):
         return
     # Arguments first: they say more than a digest does.
     for name in {**old["arguments"], **new["arguments"]}:
@@ -108,9 +122,9 @@ def check_same(workdir: Path, source: bytes, described: JsonObject) -> None:
         )
 
 
-def remember(workdir: Path, source: bytes, described: JsonObject) -> None:
+def remember(workdir: Path, source: bytes, described: JsonObject, reuse: bool = False) -> None:
     """Write ``run.json`` and the config's source, unless the folder has begun with them."""
-    if not _begun(workdir) or not (workdir / RUN).exists():
+    if reuse or not _begun(workdir) or not (workdir / RUN).exists():
         write_atomically(workdir / RUN, sealed(described))
     if not (workdir / CONFIG).is_file() or (workdir / CONFIG).read_bytes() != source:
         write_atomically(workdir / CONFIG, source)
@@ -277,7 +291,8 @@ def locked(workdir: Path) -> Iterator[None]:
         yield
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Return the version of an installed package, or ``"not installed"``."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from the source tree
@@ -285,4 +300,7 @@ def _version(package: str) -> str:
 
 
 def _advice(workdir: Path) -> str:
-    return f"choose another --workdir, or delete {workdir} to begin anew"
+    return (
+        f"choose another --workdir, or delete {workdir} to begin anew (run --reuse keeps what the "
+        "change does not touch)"
+    )

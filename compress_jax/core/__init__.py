@@ -29,7 +29,16 @@ from compress_jax.core.errors import (
     WeightsError,
 )
 from compress_jax.core.optax_adapter import as_optax
-from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled, nbytes, unpack
+from compress_jax.core.packed import (
+    Clustered,
+    LowRank,
+    Quantized,
+    Sparse,
+    Sum,
+    Tabled,
+    nbytes,
+    unpack,
+)
 
 __all__ = [
     "ArgumentError",
@@ -54,6 +63,7 @@ __all__ = [
     "ShapeError",
     "Sparse",
     "StateError",
+    "Sum",
     "Tabled",
     "WeightsError",
     "as_optax",

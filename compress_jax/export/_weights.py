@@ -12,11 +12,11 @@ import numpy as np
 import safetensors.numpy
 
 from compress_jax.core.errors import ArtifactError, ExportError
+from compress_jax.core.files import write_atomically
 from compress_jax.core.packed import Quantized, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.sparse import Sparse
 from compress_jax.core.types import PyTree, Variables
-from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._artifact.structure import is_key
 
 # PyTorch's names for Flax's leaves; all others (a bias) keep theirs.

@@ -1,13 +1,14 @@
-"""One layer at a time: its least-squares problem, the solvers' shared loops, and their result.
+"""Layers solved by calibration data: a block after the other, and what the solvers share.
 
-`Rewritten` is what every rewrite of `quantize` and `prune` returns; `output_error` is the error
-that the solvers lower.
+`solve` goes through a network block by block. `Rewritten` is what every rewrite of `quantize` and
+`prune` returns; `output_error` is the error that the solvers lower.
 """
 
-from compress_jax.layerwise._result import Rewritten
+from compress_jax.layerwise._blocks import solve
+from compress_jax.layerwise._result import Measured, Rewritten
 from compress_jax.layerwise._solve import output_error
 
-__all__ = ["Rewritten", "output_error"]
+__all__ = ["Measured", "Rewritten", "output_error", "solve"]
 
 
 def __dir__() -> list[str]:

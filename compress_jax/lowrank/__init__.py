@@ -1,8 +1,9 @@
-"""Low rank: a kernel as the product of two thin factors, which are trained."""
+"""Low rank: a kernel as the product of two thin factors, or with one beside it; both trained."""
 
+from compress_jax.lowrank._adapter import adapter
 from compress_jax.lowrank._svd import svd
 
-__all__ = ["svd"]
+__all__ = ["adapter", "svd"]
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,6 @@ With a given rank, `svd` is leafwise. With a share of the energy it is a Compres
 (`_ByEnergy`), as the shapes of the factors then depend on the values of the weights.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,8 +28,7 @@ from compress_jax.core.describe import call_of
 from compress_jax.core.finite import where_finite
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Params, PyTree
-
-Factors = dict[str, jax.Array]
+from compress_jax.lowrank._factors import Factors, matrix, product, sides, too_thin
 
 
 def svd(rank: int | None = None, *, energy: float | None = None) -> Compression:
@@ -93,10 +91,10 @@ def _truncated(rank: int) -> Compression:
         raise ArgumentError(f"rank must be at least 1, got {rank}")
 
     def why_not(path: str, x: jax.Array, axes: Axes) -> str | None:
-        return _too_thin(axes.layer) or _no_gain(x, axes.layer, rank)
+        return too_thin(axes.layer) or _no_gain(x, axes.layer, rank)
 
     def init(x: jax.Array, key: None, axes: Axes) -> tuple[Factors, None]:
-        return _factors(_matrix(x, axes), rank), None
+        return _factors(matrix(x, axes), rank), None
 
     call = call_of("svd", rank=rank)
     return leafwise(_view, init=init, pack=_pack, why_not=why_not, layout=True, call=call)
@@ -143,7 +141,7 @@ class _ByEnergy(NamedTuple):
     def axes(self, params: Params) -> dict[str, Axes]:
         floats = {path: x for path, x in flatten(params)[0].items() if not why_not_float(path, x)}
         found = {path: known_axes(self.known, path, x) for path, x in floats.items()}
-        return {path: axes for path, axes in found.items() if not _too_thin(axes.layer)}
+        return {path: axes for path, axes in found.items() if not too_thin(axes.layer)}
 
     def ranks(self, params: Params) -> dict[str, tuple[int, ...]]:
         """Return the least rank of every layer of every matrix, found by one decomposition each."""
@@ -194,7 +192,7 @@ class _ByEnergy(NamedTuple):
         reasons: dict[str, str | None] = {}
         for path, x in leaves.items():
             not_float = why_not_float(path, x)
-            reasons[path] = not_float or _too_thin(known_axes(self.known, path, x).layer)
+            reasons[path] = not_float or too_thin(known_axes(self.known, path, x).layer)
         for path, ranks in self.ranks(params).items():
             reasons[path] = _no_gain(leaves[path], axes[path].layer, max(ranks))
         return {path: why for path, why in reasons.items() if why}
@@ -209,7 +207,7 @@ def _padded_factors(x: jax.Array, axes: Axes, ranks: Sequence[int]) -> Factors:
     largest = max(ranks)
 
     def factors(x: jax.Array, rank: jax.Array) -> Factors:
-        both = _factors(_matrix(x, axes.layer), largest)
+        both = _factors(matrix(x, axes.layer), largest)
         in_rank = jnp.arange(largest) < rank  # [largest]
         return {
             "left": jnp.where(in_rank[None, :], both["left"], 0),  # [m, largest]
@@ -225,26 +223,12 @@ def _view(x: jax.Array, factors: Factors, fixed: PyTree, axes: Axes) -> jax.Arra
 
 
 def _pack(x: jax.Array, factors: Factors, fixed: PyTree, axes: Axes) -> LowRank:
-    # The usual outputs are written as -1, which takes no room in a file.
-    columns = (-1,) if axes.outputs == (x.ndim - 1,) else axes.outputs
-    return LowRank(factors["left"], factors["right"], tuple(x.shape), x.dtype, columns, axes.stack)
+    return product(factors, axes, x.dtype)
 
 
-def _matrix(x: jax.Array, axes: Axes) -> jax.Array:
-    """Return one layer as a float32 matrix ``[m, n]``: contracted axes against outputs."""
-    order = (*axes.contracted, *axes.outputs)
-    if order != tuple(range(x.ndim)):
-        x = jnp.transpose(x, order)
-    return x.reshape(-1, _columns(axes)).astype(jnp.float32)
-
-
-def _columns(axes: Axes) -> int:
-    return math.prod(axes.shape[a] for a in axes.outputs)
-
-
-def _factors(matrix: jax.Array, rank: int) -> Factors:
+def _factors(w: jax.Array, rank: int) -> Factors:
     """Return the factors ``U sqrt(s)`` and ``sqrt(s) V^T`` of the best approximation of a rank."""
-    u, s, v = jnp.linalg.svd(matrix, full_matrices=False)  # [m, k], [k], [k, n]
+    u, s, v = jnp.linalg.svd(w, full_matrices=False)  # [m, k], [k], [k, n]
     root = jnp.sqrt(s[:rank])
     return {"left": u[:, :rank] * root[None, :], "right": root[:, None] * v[:rank]}
 
@@ -258,7 +242,7 @@ def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
         )
 
     def rank(x: jax.Array) -> jax.Array:
-        s = jnp.linalg.svd(_matrix(x, axes.layer), compute_uv=False)
+        s = jnp.linalg.svd(matrix(x, axes.layer), compute_uv=False)
         # Relative to the largest singular value: squares neither overflow nor underflow.
         squares = (s / jnp.maximum(s[0], jnp.finfo(jnp.float32).tiny)) ** 2
         # Entry r is the energy lost at rank r, summed from the smallest: exactly 0 at energy 1.
@@ -269,21 +253,11 @@ def _ranks_for(x: jax.Array, axes: Axes, energy: float) -> tuple[int, ...]:
     return tuple(int(r) for r in ranks.ravel())
 
 
-def _too_thin(axes: Axes) -> str | None:
-    if len(axes.shape) < 2:
-        return f"it has {len(axes.shape)} axes and a factorization needs 2"
-    if not axes.outputs or not axes.contracted:
-        return "all its axes are inputs, or all are outputs"
-    return None
-
-
 def _no_gain(x: jax.Array, axes: Axes, rank: int) -> str | None:
     """Return why a layer has no factors, or None if they are smaller than the layer."""
-    size = math.prod(axes.shape)
-    columns = _columns(axes)
-    rows = size // max(columns, 1)
+    rows, columns = sides(axes)
     factors = 4 * rank * (rows + columns)  # float32
-    dense = size * x.dtype.itemsize
+    dense = rows * columns * x.dtype.itemsize
     if factors < dense:
         return None
     return (

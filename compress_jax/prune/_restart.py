@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from compress_jax.core.errors import NoMatchError
 from compress_jax.core.paths import flatten, owner
 from compress_jax.core.types import Params, PyTree
+from compress_jax.prune._masks.bit_mask import unpacked
 
 Flags = Mapping[str, jax.Array]
 """bool arrays by path."""
@@ -81,7 +82,7 @@ def newly_active(before: PyTree, after: PyTree) -> dict[str, jax.Array]:
         if isinstance(new, Mapping) and {"mask", "grown"} <= new.keys():
             # A state that `every` or `between` left as it was still says "grown"; then its mask was
             # true before.
-            found[name] = new["grown"] & ~before[name]["mask"]
+            found[name] = unpacked(new["grown"]) & ~unpacked(before[name]["mask"])
         elif isinstance(new, Mapping):
             found.update(newly_active(before[name], new))
     return found

@@ -261,15 +261,19 @@ def _mean(
 def activation(calibration: Calibration, weighted: bool = False) -> Importance:
     r"""Score a channel by its activations at the kernels that read it, the mean of :math:`x^2`.
 
+    Channels that no kernel reads, as queries meet keys alone, are scored at the kernels that make
+    them: :math:`\sum_i w_{ij}^2 E[x_i^2]`, the mean square of what comes out if inputs are
+    uncorrelated.
+
     Args:
       calibration: from `compress_jax.trace.calibrate` with ``reducers.moments()``.
       weighted: multiply by the weights that read the channel,
         :math:`\sum_j w_{ij}^2 E[x_i^2]`: Wanda's score over a channel.
 
     Returns:
-      The criterion. A member has no score if no product sums over its axis, if it is a depthwise
-      kernel, or if no calibration batch reached it. If only a part of it was reached (some
-      experts), the rest gets the average.
+      The criterion. A member has no score if another one is read, and no product sums over its
+      axis; if it is a depthwise kernel; or if no calibration batch reached it. If only a part of
+      it was reached (some experts), the rest gets the average.
 
     Raises:
       NoMatchError: when it scores, if the calibration is of another reducer.
@@ -307,7 +311,9 @@ def activation(calibration: Calibration, weighted: bool = False) -> Importance:
             return None
         # [size, n]: the mean square of the input that each entry of the channel multiplies.
         mean = member.cut(_filled_mean(jnp.stack(readings)))
-        return jnp.sum(mean * member.rows**2, 1) if weighted else mean.mean(1)
+        if weighted or not member.is_read:
+            return jnp.sum(mean * member.rows**2, 1)
+        return mean.mean(1)
 
     return score
 
@@ -328,7 +334,8 @@ def _squares(calibration: Calibration, site: Site) -> jax.Array:
 def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array | None:
     """Return the mean squares in the shape of the parameter that reads them, or None.
 
-    Entries that read none are NaN. None if no product sums over the member's axis.
+    Entries that read none are NaN. None if no product sums over the member's axis, though one does
+    over another member's.
     """
     values: jax.Array | None = None
     for piece in site.pieces if why_not(site) is None else ():
@@ -338,7 +345,8 @@ def _over_parameter(site: Site, squares: jax.Array, member: Member) -> jax.Array
         if isinstance(answer, str):
             continue
         box, form, own = answer  # own: [batch, k]
-        if member.axis not in {box.stored_axes[axis] for axis in summed_axes(form)}:
+        is_summed = member.axis in {box.stored_axes[axis] for axis in summed_axes(form)}
+        if is_summed != member.is_read:
             continue
         n = math.prod(form.shape) // own.size
         # Each of the n outputs reads the same inputs: [batch, k] -> [batch, k, n] -> as stored.

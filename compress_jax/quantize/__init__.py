@@ -1,8 +1,9 @@
 """Quantization: weights and activations on few levels.
 
-Formats of weights: `uniform` rounds to evenly spaced levels; `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`,
-`nvfp4`, `ternary` and `binary` to others, and `codebook` to any table or small float. Scale rules
-(`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq` trains them.
+Formats of weights: `uniform` rounds to evenly spaced levels, `gguf` to those of llama.cpp's blocks;
+`fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary` and `binary` to others, and `codebook` to
+any table or small float. Scale rules (`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq`
+trains them.
 
 Once, after training: `gptq`, `adaround` and `signround` choose the rounding that changes a layer's
 outputs least, `clip` and `awq` choose clipping ranges and scales. `smooth`, `equalize`, `rotate`
@@ -18,11 +19,15 @@ README.md in this folder has a table of which method when.
 
 from compress_jax.core.deprecated import renamed
 from compress_jax.core.levels import Float, Table
+from compress_jax.layerwise._clip import clip
+from compress_jax.layerwise._gptq import gptq
 from compress_jax.layerwise._result import Rewritten as Rewritten
 from compress_jax.layerwise._solve import output_error
 from compress_jax.quantize._activations.activations import Activations, activations
 from compress_jax.quantize._activations.dynamic import dynamic
+from compress_jax.quantize._activations.kv_grid import KVGrid
 from compress_jax.quantize._activations.quantizer import ActivationQuantizer
+from compress_jax.quantize._activations.round_kv import round_kv
 from compress_jax.quantize._activations.static import static
 from compress_jax.quantize._activations.stochastic import quantized_backward, stochastic_round
 from compress_jax.quantize._integer.integer import Contractions, Integer, contractions, integer
@@ -33,6 +38,7 @@ from compress_jax.quantize._rewrites.batch_norm import fold_batch_norm
 from compress_jax.quantize._rewrites.bias import correct_bias
 from compress_jax.quantize._rewrites.equalize import equalize
 from compress_jax.quantize._rewrites.rotate import rotate
+from compress_jax.quantize._rewrites.rotate_inputs import rotate_inputs
 from compress_jax.quantize._rewrites.smooth import smooth
 from compress_jax.quantize._scales.grid import Grid
 from compress_jax.quantize._scales.hqq import hqq
@@ -47,13 +53,12 @@ from compress_jax.quantize._scales.rules import (
 )
 from compress_jax.quantize._scales.search import entropy, pnorm
 from compress_jax.quantize._solvers.adaround import adaround
-from compress_jax.quantize._solvers.clip import clip
-from compress_jax.quantize._solvers.gptq import gptq
 from compress_jax.quantize._solvers.signround import signround
 from compress_jax.quantize._weights.binary import binary
 from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
 from compress_jax.quantize._weights.codebook import codebook
 from compress_jax.quantize._weights.floats import float_format, fp4, fp8, nf4
+from compress_jax.quantize._weights.gguf import gguf
 from compress_jax.quantize._weights.ternary import ternary
 from compress_jax.quantize._weights.uniform import uniform
 
@@ -64,6 +69,7 @@ __all__ = [
     "Float",
     "Grid",
     "Integer",
+    "KVGrid",
     "Table",
     "absmax",
     "activations",
@@ -82,6 +88,7 @@ __all__ = [
     "fold_batch_norm",
     "fp4",
     "fp8",
+    "gguf",
     "gptq",
     "hqq",
     "integer",
@@ -102,6 +109,8 @@ __all__ = [
     "quantized_backward",
     "rms",
     "rotate",
+    "rotate_inputs",
+    "round_kv",
     "scale_from_range",
     "signround",
     "smooth",

@@ -1,232 +1,135 @@
 """A run's folder to ``report.html``, ``report.md`` and the pictures in ``report/``."""
 
 import base64
-import html
+import hashlib
+import urllib.parse
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
 
 from compress_jax.core.deprecated import renamed_arguments
 from compress_jax.core.table import printable
-from compress_jax.core.types import JsonObject
 from compress_jax.export import write_atomically
-from compress_jax.report._plots import pictures
+from compress_jax.report._charts import Chart
+from compress_jax.report._markdown import text
+from compress_jax.report._plots import CAPTIONS, pictures
 from compress_jax.report._read import Run, read_run
-from compress_jax.report._rows import (
-    causes_table,
-    leaves_table,
-    metadata_table,
-    results_table,
-    skipped_table,
-    value_text,
-)
-from compress_jax.report._tables import Table, escaped, html_table, markdown_table
-
-CAPTIONS = {
-    "tradeoff": "The metric on validation data against bytes on disk. The shaded corner is where "
-    "the requirement is met; hollow marks are of test data, measured once, in the end.",
-    "weights": "Weights of each layer: the float32 student in grey, the artifact in color. Exact "
-    "zeros are not drawn; their share is in the corner.",
-    "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of "
-    "exact zeros.",
-    "curves": "Training, by stage.",
-}
+from compress_jax.report._sections import Section, headline, sections
+from compress_jax.report._tables import Table
+from compress_jax.report._templates import rendered, source
+from compress_jax.report._vega import MISSING, library
+from compress_jax.report._written import csv_table, latex_table
 
 
-class Section(NamedTuple):
-    """One part of a report.
+class Part(NamedTuple):
+    """A section as the template takes it.
 
     Attributes:
-      title: its heading.
-      lines: sentences or list items.
-      tables: shown after them.
-      picture: name of the picture shown last, or None.
+      anchor: its id, and what the contents link to.
+      section: its title, lines and caption.
+      tables: with the files that they can be had as.
+      charts: interactive; empty where there is no library.
+      image: a still picture as a data URI, or None.
+      alt: what the picture shows.
     """
 
-    title: str
-    lines: list[str] = []
-    tables: list[Table] = []
-    picture: str | None = None
+    anchor: str
+    section: Section
+    tables: "list[Shown]"
+    charts: list[Chart]
+    image: str | None
+    alt: str
 
 
-def headline(run: Run) -> str:
-    """Return the result in a sentence.
+class Shown(NamedTuple):
+    """A table, and the same as data URIs of CSV and LaTeX; ``name`` is that of their files."""
 
-    Args:
-      run: the run.
-
-    Returns:
-      What the artifact is, how small and how accurate, and whether that is enough.
-    """
-    # Sizes are compared with the student's, as the teacher is another network, if there is one.
-    rows = {row["name"]: row for row in run.results["rows"]}
-    row = rows[run.results["chosen"]]
-    student = rows["student"]
-    ratio = student["nbytes"] / row["nbytes"]
-    metric = run.results.get("metric")
-    others = f"student {value_text(student['test'], metric)}"
-    if "teacher" in rows:
-        others += f", teacher {value_text(rows['teacher']['test'], metric)}"
-    name = "" if metric is None else metric["name"]
-    met = "It does not meet the requirement; nothing better was found."
-    if run.results["met"]:
-        met = "It meets the requirement."
-    return (
-        f"{row['name']}: {row['nbytes']:,} bytes, {ratio:.1f}x smaller than the student in "
-        f"float32, at {name} {value_text(row['test'], metric)} on test data ({others}). {met}"
-    )
-
-
-def sections(run: Run, pictures: list[str]) -> list[Section]:
-    """Return the parts of a report.
-
-    Args:
-      run: the run.
-      pictures: the names of those that were drawn.
-
-    Returns:
-      The sections, in order.
-    """
-    left_alone = run.metadata.get("left_alone", {})
-    chosen = run.results["chosen"]
-    results = results_table(run.results["rows"], chosen, run.results.get("metric"))
-    leaves = leaves_table(run.packed, left_alone, run.parts)
-    skipped = Section("Skipped", ["Nothing."])
-    if left_alone:
-        skipped = Section("Skipped", [], [skipped_table(left_alone)])
-    arguments = metadata_table("Arguments", run.record.get("arguments", {}))
-    origin = (arguments, metadata_table("Versions", _versions(run)))
-    # In the order of a reader's questions: what came out, why, where the bytes are, how.
-    parts = [
-        Section("Results", [], [results], "tradeoff"),
-        Section("Decisions", run.decisions),
-        Section("Files that could not be read", run.notes),
-        Section("Layers", [], [leaves, causes_table(run.parts)], "layers"),
-        skipped,
-        Section("Weights before and after", [], [], "weights"),
-        Section("Training", [], [], "curves"),
-        Section("Arguments and versions", [_command(run)], [t for t in origin if t.rows]),
-    ]
-    # A picture may be missing (a run without metrics), and a section may have nothing to show.
-    drawn = [p._replace(picture=p.picture if p.picture in pictures else None) for p in parts]
-    return [part for part in drawn if part.lines or part.tables or part.picture]
-
-
-def _command(run: Run) -> str:
-    # Only the command line writes run.json.
-    if not run.record:
-        return "Made by compress_jax.search.compress."
-    return f"compress-jax run {' '.join([run.record['config'], *run.record['flags']])}"
-
-
-def _versions(run: Run) -> JsonObject:
-    keys = ("data", "data_sha256", "model")
-    data = {key: run.metadata[key] for key in keys if key in run.metadata}
-    return {**run.record.get("versions", {}), **data}
-
-
-STYLE = """
-body { font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif;
-  color: #1c2430; background: #f5f6f8; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 28px; margin: 0 0 8px; }
-h2 { font-size: 18px; margin: 0 0 12px; }
-h3 { font-size: 14px; margin: 20px 0 6px; color: #5b6675; font-weight: 600; }
-.headline { font-size: 17px; margin: 0 0 24px; padding: 14px 18px; background: #fff;
-  border-left: 5px solid #1f9d61; border-radius: 4px; }
-.headline.unmet { border-color: #d9622b; }
-section { background: #fff; border: 1px solid #e3e6eb; border-radius: 8px;
-  padding: 20px 22px; margin: 0 0 20px; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13.5px; }
-th { text-align: left; color: #5b6675; font-weight: 600; border-bottom: 2px solid #d5dae1;
-  white-space: nowrap; }
-th, td { padding: 5px 14px 5px 0; vertical-align: top; }
-td { border-bottom: 1px solid #edf0f3; overflow-wrap: anywhere; }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-tr.marked td { background: #e9f7ef; font-weight: 600; }
-tr.total td { font-weight: 600; }
-ul { margin: 0; padding-left: 20px; }
-figure { margin: 16px 0 0; }
-img { max-width: 100%; height: auto; display: block; }
-figcaption { color: #5b6675; font-size: 13px; margin-top: 6px; }
-"""
+    table: Table
+    name: str
+    csv: str
+    latex: str
 
 
 def page(run: Run, pictures: Mapping[str, bytes]) -> str:
-    """Return ``report.html``: one file with style and pictures inside, and no links.
+    """Return ``report.html``: one file with style, script and charts inside, and no links.
 
     Args:
       run: the run.
-      pictures: PNG files by name.
+      pictures: PNG files by name, shown where the library of charts is not installed.
 
     Returns:
-      HTML.
+      HTML. Its policy allows the scripts of this package alone, by their digests.
     """
-    # Names come from configs and files: nothing in them may act as HTML.
-    title = _escaped(run.results["experiment"])
-    unmet = "" if run.results["met"] else " unmet"
-    body = "\n".join(_section(part, pictures) for part in sections(run, list(pictures)))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
-        '<meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><style>{STYLE}</style></head>\n'
-        f'<body><main><h1>{title}</h1>\n<p class="headline{unmet}">{_escaped(headline(run))}</p>\n'
-        f"{body}\n</main></body></html>\n"
+    drawing = library()
+    found = sections(run, list(pictures))
+    parts = [_part(part, i, run, pictures, drawing is not None) for i, part in enumerate(found)]
+    charts = {chart.name: _data(chart) for part in parts for chart in part.charts}
+    scripts = [each for each in (drawing if charts else None, source("page.js")) if each]
+    return rendered(
+        "report.html",
+        title=run.results["experiment"],
+        headline=headline(run),
+        met=run.results["met"],
+        notice=None if drawing else MISSING,
+        parts=parts,
+        charts=_shown(charts),
+        style=Markup(source("style.css")),
+        scripts=[Markup(_closed(each)) for each in scripts],
+        policy=" ".join(_digest(_closed(each)) for each in scripts),
     )
 
 
-def _section(part: Section, pictures: Mapping[str, bytes]) -> str:
-    items = "".join(f"<li>{_escaped(line)}</li>" for line in part.lines)
-    blocks = [f"<h2>{html.escape(part.title)}</h2>", f"<ul>{items}</ul>" if items else ""]
-    # A single table needs no title beside that of its section.
-    blocks.extend(_titled(table, several=len(part.tables) > 1) for table in part.tables)
-    if part.picture:
-        blocks.append(_figure(part.picture, pictures[part.picture]))
-    return f"<section>{''.join(blocks)}</section>"
+def _part(
+    part: Section, number: int, run: Run, pictures: Mapping[str, bytes], interactive: bool
+) -> Part:
+    charts = part.charts(run) if interactive and part.charts else []
+    png = pictures.get(part.picture or "") if not charts else None
+    tables = [_downloads(table, f"{number}-{i}") for i, table in enumerate(part.tables)]
+    image = None if png is None else _uri("image/png", png)
+    alt = CAPTIONS.get(part.picture or "", "")
+    return Part(f"part-{number}", part, tables, charts, image, alt)
 
 
-def _titled(table: Table, *, several: bool) -> str:
-    return (f"<h3>{html.escape(table.title)}</h3>" if several else "") + html_table(table)
+def _downloads(table: Table, number: str) -> Shown:
+    letters = "".join(each if each.isalnum() else "-" for each in table.title.lower())
+    name = f"{number}-{letters}" if letters else number
+    latex = _quoted("application/x-tex", latex_table(table))
+    return Shown(table, name, _quoted("text/csv", csv_table(table)), latex)
 
 
-def _figure(name: str, png: bytes) -> str:
+def _data(chart: Chart) -> dict[str, Any]:
+    about = {"description": chart.description, "zoom": chart.zoom, "labels": chart.labels}
+    return {"spec": chart.spec, **about}
+
+
+def _shown(value: Any) -> Any:
+    """Return JSON in which every text is printable."""
+    if isinstance(value, dict):
+        return {key: _shown(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_shown(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
+
+
+def _uri(kind: str, data: bytes) -> str:
     # Inside the page, so that one file can be mailed and opened anywhere.
-    data = base64.b64encode(png).decode()
-    image = f'<img alt="{name}" src="data:image/png;base64,{data}">'
-    return f"<figure>{image}<figcaption>{html.escape(CAPTIONS[name])}</figcaption></figure>"
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))
+def _quoted(kind: str, text: str) -> str:
+    return f"data:{kind};charset=utf-8,{urllib.parse.quote(text)}"
 
 
-def text(run: Run, pictures: list[str]) -> str:
-    """Return ``report.md``; its pictures are files beside it.
-
-    Args:
-      run: the run.
-      pictures: the names of those in ``report/``.
-
-    Returns:
-      Markdown.
-    """
-    parts = [
-        f"# {escaped(run.results['experiment'])}",
-        escaped(headline(run), block=True),
-        *(_markdown_section(part) for part in sections(run, pictures)),
-    ]
-    return "\n\n".join(parts) + "\n"
+def _closed(script: str) -> str:
+    """Return a script without what would end its element early."""
+    return script.replace("</script", r"<\/script").replace("<!--", r"<\!--")
 
 
-def _markdown_section(part: Section) -> str:
-    blocks = [f"## {part.title}"]
-    if part.lines:
-        blocks.append("\n".join(f"* {escaped(line, block=True)}" for line in part.lines))
-    blocks.extend(markdown_table(table) for table in part.tables)
-    if part.picture:
-        blocks.append(f"![{part.title}](report/{part.picture}.png)\n\n{CAPTIONS[part.picture]}")
-    return "\n\n".join(blocks)
+def _digest(script: str) -> str:
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return f"'sha256-{digest}'"
 
 
 @renamed_arguments(say="log_fn")

@@ -19,8 +19,19 @@ from matplotlib.transforms import Bbox
 from compress_jax.core import coverage
 from compress_jax.core.table import printable
 from compress_jax.core.types import JsonObject
+from compress_jax.report._asked import Limits, limits
 from compress_jax.report._read import Run
 from compress_jax.report._rows import ACCURACY, value_text
+
+CAPTIONS = {
+    "tradeoff": "The metric on validation data against bytes on disk. The shaded corner is where "
+    "the requirement is met; hollow marks are of test data, measured once, in the end.",
+    "weights": "Weights of each layer: the float32 student in grey, the artifact in color. Exact "
+    "zeros are not drawn; their share is in the corner.",
+    "layers": "Stored bits for each entry (scales, masks and codebooks included) and share of "
+    "exact zeros.",
+    "curves": "Training, by stage.",
+}
 
 # Figures are made without pyplot, which would keep them in a global state and may open windows.
 
@@ -190,12 +201,12 @@ def tradeoff(run: Run) -> Figure:
     metric = run.results.get("metric") or ACCURACY
     axes = clean(figure.subplots(), "", "bytes on disk", metric["name"])
     rows = run.results["rows"]
-    requirement = run.record.get("requirement")
+    allowed = limits(run)
     # The corner reaches to the limits of the axes, so these come first; labels are placed last.
     labels = [_point(axes, row, run.results["chosen"]) for row in rows]
     _limits(axes, rows)
-    if requirement:
-        _corner(axes, rows, requirement, metric)
+    if allowed:
+        _corner(axes, allowed, metric)
     if metric["percent"]:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     spread(figure, labels)
@@ -274,18 +285,11 @@ def _limits(axes: Axes, rows: list[JsonObject]) -> None:
     axes.margins(y=0.15)
 
 
-def _corner(
-    axes: Axes, rows: list[JsonObject], requirement: JsonObject, metric: JsonObject
-) -> None:
+def _corner(axes: Axes, allowed: Limits, metric: JsonObject) -> None:
     """Shade the region that is accurate and small enough, and write the limits on its edges."""
-    student = next(row for row in rows if row["name"] == "student")
-    reference = student if requirement["reference"] == "student" else rows[0]
     higher = metric["higher_is_better"]
-    drop = requirement["max_drop"] or 0.0
-    limit = reference["validation"] - drop if higher else reference["validation"] + drop
-    # Without a ratio the artifact must be no larger than the student.
-    by_ratio = student["nbytes"] / (requirement["min_ratio"] or 1.0)
-    most = min(by_ratio, requirement["max_bytes"] or math.inf)
+    limit = allowed.metric
+    most = allowed.nbytes
     # The region must be visible even where no network reached it.
     low, high = axes.get_ylim()
     margin = 0.05 * (high - low)

@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress_jax.core import unpack
@@ -24,6 +24,7 @@ from compress_jax.core.record import (
 from compress_jax.core.table import printable
 from compress_jax.core.types import Array, JsonObject, PyTree, Variables
 from compress_jax.export import Part, breakdown, load
+from compress_jax.report._extra import Extra, read_extra
 
 Curves = dict[str, list[tuple[int, float]]]  # (step, value) by metric
 RUN_VERSION = 2  # version 1 had no digest of the config
@@ -37,6 +38,8 @@ RUN_FORM = {
     "arguments": mapping(ANYTHING),
     "flags": [TEXT],
     "versions": mapping(TEXT),
+    "git": optional(mapping(TEXT)),
+    "hardware": optional(mapping(TEXT)),
     "requirement": optional(
         {
             "max_drop": optional(NUMBER),
@@ -49,6 +52,16 @@ RUN_FORM = {
         }
     ),
 }
+COSTS = {
+    "macs": "MACs",
+    "bitops": "bit-operations",
+    "latency_ms": "latency, ms",
+    "memory": "memory of a call, bytes",
+}
+"""What a row may hold beside its bytes, and the name that a reader sees; smaller is better."""
+LIMITED = COSTS | {"parameters": "parameters that are not 0"}
+"""What a requirement may limit."""
+
 ROW_FORM = {
     # It becomes part of a path: no name may lead out of the run's folder.
     "name": Kind(
@@ -62,6 +75,8 @@ ROW_FORM = {
     "accepted": optional(FLAG),
     "reason": TEXT,
     "metrics": optional(mapping(mapping(NUMBER))),
+    "costs": optional(mapping(NUMBER)),
+    **dict.fromkeys(COSTS, optional(NUMBER)),
 }
 RESULTS_FORM = {
     "experiment": TEXT,
@@ -70,6 +85,14 @@ RESULTS_FORM = {
     "chosen": TEXT,
     "met": FLAG,
     "rows": [ROW_FORM],
+    "comparison": optional(
+        {
+            "measures": [TEXT],
+            "values": mapping([TEXT]),
+            "prompts": [TEXT],
+            "answers": mapping([TEXT]),
+        }
+    ),
 }
 AGAIN = "compress-jax run with the same config and arguments writes it again"
 
@@ -91,6 +114,7 @@ class Run:
       curves: metrics by stage: ``{stage: {"train/loss": [(step, value), ...]}}``.
       parts: what the bytes of the artifact are for.
       notes: sentences on files that are damaged, and so are not shown.
+      extra: exports, sensitivities, predictions and times, where the folder has them.
 
     Example:
       >>> import compress_jax as cj
@@ -112,6 +136,7 @@ class Run:
     curves: dict[str, Curves]
     parts: list[Part]
     notes: list[str]
+    extra: Extra = field(default_factory=Extra)
 
 
 def read_results(directory: Path, *, intact: bool = True) -> JsonObject:
@@ -182,6 +207,8 @@ def read_run(directory: Path) -> Run:
     """
     # Results and artifacts must be whole; logs and curves may be damaged, and are then noted.
     results = read_results(directory)
+    rows = [{**row, **(row.get("costs") or {})} for row in results["rows"]]
+    results = {**results, "rows": rows}
     notes: list[str] = []
     packed = _params(directory / "artifact.safetensors")
     before = _params(directory / "student.safetensors")
@@ -196,6 +223,7 @@ def read_run(directory: Path) -> Run:
         after=flatten(unpack(packed["params"]))[0],
         curves=_curves(directory, [row["name"] for row in results["rows"]], notes),
         parts=breakdown(directory / "artifact.safetensors"),
+        extra=read_extra(directory, notes),
         notes=notes,
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from compress_jax.core import coverage
 from compress_jax.core.types import JsonObject, PyTree
 from compress_jax.export import Part
+from compress_jax.report._read import COSTS
 from compress_jax.report._tables import Table
 from compress_jax.tasks._metrics import number_text
 
@@ -25,7 +26,8 @@ def results_table(
         ``validation``, ``test``, ``bits``, ``accepted`` and ``reason``.
       chosen: the name of the row that became the artifact.
       metric: of ``results.json``: ``name``, ``percent`` and ``higher_is_better``; None for
-        accuracy. Other metrics that the rows have are shown after it.
+        accuracy. Other metrics that the rows have are shown after it, and costs such as ``macs``
+        after the bytes.
 
     Returns:
       One row a network.
@@ -39,6 +41,7 @@ def results_table(
     name = metric["name"]
     measured = [row.get("metrics", {}).get("test", {}) for row in rows]
     others = [each for each in dict.fromkeys(itertools.chain(*measured)) if each != name]
+    costs = [key for key in COSTS if any(row.get(key) is not None for row in rows)]
     # A run without a teacher has no ratio to it, and shows "-".
     sizes = {row["name"]: row["nbytes"] for row in rows}
     head = (
@@ -50,6 +53,7 @@ def results_table(
         "ratio to student",
         "ratio to teacher",
         "bits per weight",
+        *(COSTS[key] for key in costs),
         "verdict",
     )
     cells = [
@@ -62,6 +66,7 @@ def results_table(
             _ratio(sizes.get("student"), row["nbytes"]),
             _ratio(sizes.get("teacher"), row["nbytes"]),
             f"{row['bits']:.2f}",
+            *(_cost(row.get(key)) for key in costs),
             verdict(row, chosen),
         )
         for row in rows
@@ -73,6 +78,13 @@ def results_table(
 def value_text(value: float | None, metric: JsonObject | None) -> str:
     """Return a value of a run's metric as text, in percent if it is a share; ``-`` for None."""
     return number_text(value, (metric or ACCURACY)["percent"])
+
+
+def _cost(value: float | None) -> str:
+    """Return MACs and the like in full, seconds with four digits."""
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _other(row: JsonObject, name: str) -> float | None:

@@ -1,6 +1,5 @@
 """A table of text cells, printed as plain text, for the terminal, as Markdown or as HTML."""
 
-import html
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from compress_jax.core.table import aligned, printable
+from compress_jax.report._templates import rendered
 
 UNLIMITED = 1_000_000  # columns
 LONGEST = 24  # letters; a longer word, such as a path, may be folded
-NUMBER = re.compile(r"[\d.,]+( ?[%x])?|-")
+NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]\d+)?( ± [\d.,]+(e[-+]\d+)?)?( ?[%x])?|-")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,12 @@ class Table:
         """Return whether a column holds numbers, which are aligned right."""
         cells = [row[column] for row in self.rows if row[column]]
         return bool(cells) and all(NUMBER.fullmatch(cell) for cell in cells)
+
+    def kind(self, column: int) -> str:
+        """Return how a column is set: ``n`` for numbers, ``s`` for short words, or nothing."""
+        if self.numeric(column):
+            return "n"
+        return "s" if all(len(row[column]) <= LONGEST for row in self.rows) else ""
 
     def __str__(self) -> str:
         """Return the table as aligned text, without its title."""
@@ -208,24 +214,10 @@ def html_table(table: Table) -> str:
       A ``<table>``; its rows have the classes ``marked`` and ``total``, its cells of numbers ``n``.
 
     Example:
-      >>> "<td>a&lt;b</td>" in html_table(Table("", ("network",), (("a<b",),)))
+      >>> ">a&lt;b</td>" in html_table(Table("", ("network",), (("a<b",),)))
       True
     """
-    kinds = [' class="n"' if table.numeric(i) else "" for i in range(len(table.head))]
-    head = _html_cells("th", table.head, kinds)
-    lines = []
-    for i, row in enumerate(table.rows):
-        kind = ' class="total"' if i >= len(table.rows) - table.totals else ""
-        if i == table.marked:
-            kind = ' class="marked"'
-        lines.append(f"<tr{kind}>{_html_cells('td', row, kinds)}</tr>")
-    body = f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="wide"><table>{body}</table></div>'
-
-
-def _html_cells(tag: str, cells: Sequence[str], kinds: Sequence[str]) -> str:
-    pairs = zip(cells, kinds, strict=True)
-    return "".join(f"<{tag}{kind}>{html.escape(printable(cell))}</{tag}>" for cell, kind in pairs)
+    return rendered("table.html", table=table, caption=table.title)
 
 
 def escaped(text: str, *, block: bool = False) -> str:

@@ -132,6 +132,7 @@ class Rewrite(NamedTuple):
       run: ``(subject, task, split) -> subject``; the split is the training data.
       rebuild: ``(model, record, example) -> model``, the model that a record of `Subject` belongs
         to, where it is another than before; example has the shapes of the inputs.
+      compression: what it solves for, so that it can be checked ahead; None for nothing.
 
     Example:
       >>> import compress_jax as cj
@@ -144,6 +145,7 @@ class Rewrite(NamedTuple):
     rebuild: Callable[[PureModel, JsonObject, tuple[PyTree, ...]], PureModel] = (
         lambda model, record, example: model
     )
+    compression: Compression | None = None
 
 
 Method: TypeAlias = Compression | Rewrite | Network | Training

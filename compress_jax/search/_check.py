@@ -15,14 +15,18 @@ from compress_jax.core.errors import CompressError, ConfigError, DataError, Shap
 from compress_jax.core.types import Array, Batch, JsonObject, Params, PyTree
 from compress_jax.data import Data
 from compress_jax.data._data import PARTS
+from compress_jax.data._disk.stored import columns_of, some
 from compress_jax.distill import Teacher
+from compress_jax.search._amounts import amounts
 from compress_jax.search._candidate import Candidate, Rewrite, Subject
 from compress_jax.search._experiment import Experiment, shapes_of
 from compress_jax.search._method import bound_to
-from compress_jax.search._network import Network, Training, Variables
+from compress_jax.search._network import Network, Training, Variables, require
+from compress_jax.search._space import Search
 from compress_jax.search._stage import Stage, prepare
 from compress_jax.tasks import PureModel, Task
 from compress_jax.tasks._measure import require_entries, trace_metrics
+from compress_jax.trace import cost
 from compress_jax.train._parallel import batch_axes, shardings_like, unmatched
 
 # Raised by functions that need the values of arrays, and so cannot be traced on shapes.
@@ -104,6 +108,9 @@ class _Checks:
         for candidate in experiment.candidates:
             with self._named(f"candidate {candidate.name!r}"):
                 self._candidate(candidate, student, teacher)
+        if experiment.search is not None:
+            with self._named("Search"):
+                self._search(experiment.search, student, teacher)
         return self.notes
 
     def _network(self, name: str, network: Network, teacher: Teacher | None) -> Variables | None:
@@ -207,8 +214,64 @@ class _Checks:
                 variables = found
             elif isinstance(item, Compression):
                 self._compression(candidate, Subject(model, variables), item)
+            elif isinstance(item, Rewrite) and item.compression is not None:
+                self._compression(candidate, Subject(model, variables), item.compression)
             elif isinstance(item, Training):
                 self._training(model, variables, item, teacher)
+
+    def _search(self, search: Search, student: Variables, teacher: Teacher | None) -> None:
+        """Check a search's trainings and starts, and that its options can be small enough."""
+        model = self.experiment.student.pure
+        training = search.recovery(search.steps)
+        if training is not None:
+            fits = isinstance(training, Training)
+            require(fits, "training", "a function steps -> Training", training)
+            self._training(model, student, training, teacher)
+        for name, method in search.starts.items():
+            self._candidate(Candidate(name, method), student, teacher)
+        self._baselines(search, student, teacher)
+        if not search.starts:  # which have sizes of their own
+            self._reachable(search)
+
+    def _baselines(self, search: Search, student: Variables, teacher: Teacher | None) -> None:
+        """Check the methods of baselines, for a result that takes what the student takes."""
+        total = cost(self.experiment.student.pure.apply, student, *self.experiment.example)
+        leaves = jax.tree.leaves(student["params"])
+        taken: dict[str, float] = {
+            "nbytes": sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves),
+            "macs": total.macs,
+            "bitops": round(total.bit_operations),
+            "parameters": sum(math.prod(x.shape) for x in leaves),
+        }
+        for name, baseline in search.baselines.items():
+            if callable(baseline):
+                self._candidate(Candidate(name, search.beside(name, taken)), student, teacher)
+
+    def _reachable(self, search: Search) -> None:
+        """Refuse limits that no choice of options meets, whatever the weights will be."""
+        experiment = self.experiment
+        model = experiment.student.pure
+        wanted = experiment.requirement
+        if not any(map(math.isfinite, (wanted.max_bytes, wanted.max_bitops, wanted.max_macs))):
+            return  # every option would be packed for nothing
+        example = [jnp.zeros(x.shape, x.dtype) for x in experiment.example]
+        # Any weights will do: what an option takes depends on their shapes.
+        drawn = experiment.student.variables or jax.jit(model.init)(jax.random.key(0), *example)
+        rest = {name: each for name, each in drawn.items() if name != "params"}
+
+        def fn(params: Params, *inputs: PyTree) -> PyTree:
+            return model.apply({"params": params, **rest}, *inputs)
+
+        found = amounts(fn, drawn["params"], tuple(example), search.options, search.where)
+        # Coded files take fewer bytes than their leaves.
+        found.check(None if experiment.coded else wanted.max_bytes, wanted.max_bitops)
+        macs = cost(fn, drawn["params"], *example).macs
+        if macs > wanted.max_macs:
+            raise ConfigError(
+                f"max_macs={wanted.max_macs:,} cannot be met: the student has {macs:,} "
+                "multiply-accumulates, which no option changes; add starts with fewer channels: "
+                "starts={'half': (search.shrink(ratio=0.5), training)}"
+            )
 
     def _compression(self, candidate: Candidate, subject: Subject, item: Compression) -> None:
         """Trace a compression's init, view, update and pack on the params of a network."""
@@ -268,11 +331,13 @@ def check_data(data: Data, task: Task) -> None:
         sizes = {key: len(values) for key, values in split.items()}
         if len(set(sizes.values())) != 1 or 0 in sizes.values():
             raise DataError(f"the arrays of {name} must have one length, and not 0; got {sizes}")
-        for key, values in split.items():
+        # Of what stays on disk some examples are checked here, and all when they are read.
+        seen = some(split)
+        for key, values in seen.items():
             _check_entry(name, key, values, data.train[key], images=key in task.inputs)
         if task.labels is not None:
             with _of_split(name):
-                labels = task.prepare(split)[task.labels]
+                labels = task.prepare(dict(seen))[task.labels]
                 task.check_labels(labels, data.classes)
 
 
@@ -313,7 +378,12 @@ def classes_of(experiment: Experiment) -> int | None:
     task = experiment.task
     if experiment.data.classes is not None or task.labels is None or not task.logits:
         return experiment.data.classes
-    splits = (getattr(experiment.data, part) for part in PARTS)
+    splits = [getattr(experiment.data, part) for part in PARTS]
+    if any(map(columns_of, splits)):
+        raise ConfigError(
+            "the data stay on disk, so nobody counts their classes: say it, "
+            "data.from_records(..., classes=10)"
+        )
     labels = [np.asarray(task.prepare(split)[task.labels]) for split in splits]
     if not all(np.issubdtype(each.dtype, np.integer) for each in labels):
         return None

@@ -1,7 +1,6 @@
 """What a config returns: data, teacher, student, candidates, and the requirement."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -17,48 +16,16 @@ from compress_jax.core.types import Array, DType, Model, PyTree
 from compress_jax.data import Data
 from compress_jax.distill import Teacher, Term, on_logits
 from compress_jax.search._candidate import Candidate
-from compress_jax.search._network import Network, Variables, fields_of, is_number, require
+from compress_jax.search._comparison import Comparison
+from compress_jax.search._network import Network, Variables, fields_of, require
+from compress_jax.search._requirement import Requirement
+from compress_jax.search._space import Search
 from compress_jax.tasks import Task, classification, pure
 from compress_jax.train import distillation
 from compress_jax.train._parallel import Rules, automatic, make_mesh
 
+Compare = Callable[[Mapping[str, Variables]], Comparison]
 PerExampleLoss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-@dataclass(frozen=True)
-class Requirement:
-    """What the compressed student must satisfy, on validation data and on disk.
-
-    Attributes:
-      max_drop: by how much the task's metric may be worse than the reference's: a fraction below 1
-        for shares such as accuracy (0.01 is one point), else in the metric's own unit.
-      min_ratio: smallest ratio of the float32 student's bytes on disk to the artifact's.
-      max_bytes: largest artifact, in bytes on disk.
-      reference: ``"teacher"``, or ``"student"`` for the student in float32. Without a teacher it is
-        always the student.
-
-    Example:
-      >>> import compress_jax as cj
-      >>> cj.search.Requirement(max_drop=0.005, min_ratio=20).max_bytes
-      inf
-    """
-
-    max_drop: float = 0.01
-    min_ratio: float = 1.0
-    max_bytes: float = math.inf
-    reference: Literal["teacher", "student"] = "teacher"
-
-    def __post_init__(self) -> None:
-        """Check types and ranges."""
-        with fields_of("Requirement"):
-            fits = is_number(self.max_drop) and 0 <= self.max_drop < math.inf
-            require(fits, "max_drop", "a number, at least 0", self.max_drop)
-            fits = is_number(self.min_ratio) and 0 < self.min_ratio < math.inf
-            require(fits, "min_ratio", "a number above 0, such as 8", self.min_ratio)
-            fits = is_number(self.max_bytes) and self.max_bytes > 0
-            wanted = "a number of bytes above 0, or math.inf for no limit"
-            require(fits, "max_bytes", wanted, self.max_bytes)
-            one_of("reference", self.reference, ("teacher", "student"))
 
 
 @dataclass(frozen=True)
@@ -69,8 +36,10 @@ class Experiment:
       name: shown in logs and stored in the artifact.
       data: the splits.
       student: the network to compress.
-      candidates: ways to compress it, from mild to strong (or the reverse, see ``order``).
+      candidates: ways to compress it, from mild to strong (or the reverse, see ``order``); may be
+        empty if there is a ``search``.
       requirement: what must be met.
+      search: a space to search by itself, after the candidates.
       teacher: a frozen network to learn from; ``"student"`` for the student itself in float32,
         frozen, which only the candidates then learn from; None to learn from labels alone.
       teacher_dtype: dtype in which the trained teacher's params are stored and its accuracy is
@@ -90,6 +59,9 @@ class Experiment:
       seed: seed for all randomness: initialization, data order and augmentation.
       mesh: devices to train on, with an axis ``"data"``: see `train.make_mesh`; by default all
         there are, each with whole networks. `Network.rules` say what is divided over other axes.
+      comparison: what people are shown in the end, beside the numbers: ``{name: variables} ->
+        Comparison``, given the float32 student's and the artifact's, such as what both write after
+        some prompts; see `compare_language`.
       longer_student: whether the float32 student is also trained on as the chosen candidate was,
         without its compression, and measured: what compression costs is then not mixed with what
         longer training gives.
@@ -110,7 +82,7 @@ class Experiment:
     name: str
     data: Data
     student: Network
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[Candidate, ...] = ()
     requirement: Requirement = field(default_factory=Requirement)
     teacher: Network | Literal["student"] | None = None
     teacher_dtype: DType = jnp.float32
@@ -122,6 +94,8 @@ class Experiment:
     mesh: Mesh | None = None
     task: Task = field(default_factory=classification)
     longer_student: bool = True
+    search: Search | None = None
+    comparison: Compare | None = None
 
     def __post_init__(self) -> None:
         """Check each field; `check` finds out whether they fit together."""
@@ -130,9 +104,10 @@ class Experiment:
             self._check_options()
         # Candidates are directories and rows of a table, by name.
         names = [candidate.name for candidate in self.candidates]
-        if not names or len(set(names)) != len(names):
+        if not (names or self.search) or len(set(names)) != len(names):
             raise ConfigError(
-                f"an experiment needs at least one candidate, with names that differ; got {names}"
+                "an experiment needs a search=Search(...), or at least one candidate, with names "
+                f"that differ; got {names}"
             )
         self._check_loss()
         self._check_task()
@@ -152,6 +127,11 @@ class Experiment:
         require(fits, "candidates", wanted, self.candidates)
         fits = isinstance(self.requirement, Requirement)
         require(fits, "requirement", "a Requirement", self.requirement)
+        fits = self.search is None or isinstance(self.search, Search)
+        require(fits, "search", "a Search, or None", self.search)
+        fits = self.comparison is None or callable(self.comparison)
+        wanted = "a function {name: variables} -> Comparison, or None"
+        require(fits, "comparison", wanted, self.comparison)
         fits = self.teacher is None or isinstance(self.teacher, Network)
         fits = fits or self.teacher == "student"
         require(fits, "teacher", "a Network, 'student' or None", self.teacher)
@@ -188,7 +168,8 @@ class Experiment:
         distillation(self.student.pure, self.loss)  # refuses two terms of one name
 
     def _check_task(self) -> None:
-        """Check the requirement against the task's metric, and that there is something to learn."""
+        """Check the requirement against the task, and that there is something to learn."""
+        self.requirement.require_metrics(tuple(each.name for each in self.task.metrics))
         metric = self.task.metric
         drop = self.requirement.max_drop
         # A drop of 1 was most likely meant in percent.

@@ -35,6 +35,7 @@ from compress_jax.core.errors import ConfigError
 from compress_jax.core.record import TEXT, Kind, mapping, read_record, sealed
 from compress_jax.core.table import printable
 from compress_jax.core.types import Array, Model
+from compress_jax.data import Column
 from compress_jax.export import write_atomically
 from compress_jax.train._processes import is_first
 
@@ -126,6 +127,8 @@ class _Walk:
         """Dispatch on the type of an object that is visited for the first time."""
         if isinstance(value, np.ndarray | np.generic | jax.Array):
             self._array(path, value)
+        elif isinstance(value, Column):
+            self._column(path, value)
         elif isinstance(value, type):
             self._class(path, value)
         elif isinstance(value, types.FunctionType):
@@ -169,6 +172,12 @@ class _Walk:
         digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
         short = f" {array.item()!r}" if array.size == 1 else ""
         self.found[path] = f"{array.dtype}{list(array.shape)}{short} {digest[:16]}"
+
+    def _column(self, path: str, value: Column) -> None:
+        """Visit an entry that stays on disk: some of its examples, and what makes them."""
+        self.found[path] = f"{value.dtype}{list(value.shape)} {value.records.fingerprint[:16]}"
+        self.visit(f"{path}: example", value.records.example)
+        self.visit(f"{path}: augment", value.records.augment)
 
     def _object(self, path: str, value: Any) -> None:
         """Visit anything else: what it wraps, its fields, or its name."""

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -11,16 +12,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 from compress_jax.core.errors import CompressError
-from compress_jax.core.packed import unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import JsonObject, Model, ModelFn, PyTree
-from compress_jax.export import load, save
-from compress_jax.search._experiment import Experiment, Requirement
+from compress_jax.export import save
+from compress_jax.search._costs import costs
+from compress_jax.search._divided import divided, from_file, measured
+from compress_jax.search._experiment import Experiment
 from compress_jax.search._network import Variables
-from compress_jax.tasks import Metric, PureModel, accuracy, measure
+from compress_jax.search._requirement import LIMITS, Requirement
+from compress_jax.tasks import Metric, PureModel, accuracy
+from compress_jax.train._parallel import Rules
 from compress_jax.train._processes import once
 
 ACCURACY = accuracy()
+COSTS = {name.removeprefix("max_"): unit for name, unit in LIMITS.items() if name != "max_bytes"}
 LONGEST = 200  # letters of a field of a model that is worth naming
 
 
@@ -37,6 +42,9 @@ class Assessment:
       accurate: whether its metric met the requirement; None for teacher and student.
       accepted: whether it met the whole requirement; None for teacher and student.
       reason: why, as a sentence.
+      drop: by how much its metric is worse than the reference's; None for teacher and student.
+      fits: whether it met all that is not a metric: bytes, work, time.
+      costs: multiply-accumulates, bit-operations and more of one example, see `Requirement`.
       metrics: every metric of the task by split, ``{"validation": {"accuracy": 0.97}}``.
 
     Example:
@@ -54,6 +62,9 @@ class Assessment:
     accepted: bool | None = None
     reason: str = ""
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    drop: float | None = None
+    fits: bool | None = None
+    costs: dict[str, float] = field(default_factory=dict)
 
     @property
     def bits(self) -> float:
@@ -73,12 +84,14 @@ class Trained(NamedTuple):
       model: the network as pure functions.
       variables: those that the forward pass of training used.
       packed: the same with packed leaves, as they are stored.
+      rules: how its params are divided over the experiment's mesh to be measured.
     """
 
     name: str
     model: PureModel
     variables: Variables
     packed: PyTree
+    rules: Rules = ()
 
 
 def assess(
@@ -107,10 +120,10 @@ def assess(
       CompressError: if the file gives other outputs.
     """
     data = experiment.data
-    task = experiment.task
     apply = trained.model.apply
-    expected = measure(task, apply, trained.variables, data.validation)
-    validation = expected.values[task.metric.name]
+    variables = divided(experiment, trained.variables, trained.rules)
+    expected = measured(experiment, apply, variables, data.validation)
+    validation = expected.values[experiment.task.metric.name]
     metadata = {
         "experiment": experiment.name,
         "name": trained.name,
@@ -122,7 +135,8 @@ def assess(
     }
     nbytes = once(lambda: save(file, trained.packed, metadata, coded=coded))
     # Bit for bit: what is judged must be what ships, not what was trained.
-    again = measure(task, apply, unpack(load(file)[0]), data.validation)
+    variables = from_file(experiment, file, trained.rules)
+    again = measured(experiment, apply, variables, data.validation)
     if again.digest != expected.digest:
         raise CompressError(
             f"{file} does not give the outputs the trained model gives; please report this with "
@@ -130,8 +144,14 @@ def assess(
         )
     leaves = flatten(trained.variables["params"])[0].values()
     parameters = sum(leaf.size for leaf in leaves)
-    metrics = {"validation": expected.values}
-    return Assessment(trained.name, parameters, nbytes, validation, metrics=metrics)
+    return Assessment(
+        trained.name,
+        parameters,
+        nbytes,
+        validation,
+        metrics={"validation": expected.values},
+        costs=costs(experiment, trained.model, trained.packed, file.parent),
+    )
 
 
 def _constructor_call(model: Model) -> str:
@@ -153,10 +173,12 @@ def _constructor_call(model: Model) -> str:
     return f"{type(model).__name__}({text})"
 
 
-def metrics_on_test(experiment: Experiment, apply: ModelFn, file: Path) -> dict[str, float]:
+def metrics_on_test(
+    experiment: Experiment, apply: ModelFn, file: Path, rules: Rules = ()
+) -> dict[str, float]:
     """Return the metrics of an artifact, read from disk, on the test split."""
-    variables = unpack(load(file)[0])
-    return measure(experiment.task, apply, variables, experiment.data.test).values
+    variables = from_file(experiment, file, rules)
+    return measured(experiment, apply, variables, experiment.data.test).values
 
 
 def judge(
@@ -165,6 +187,7 @@ def judge(
     reference: float,
     requirement: Requirement,
     metric: Metric = ACCURACY,
+    further: Sequence[tuple[Metric, float]] = (),
 ) -> Assessment:
     """Decide whether a compressed network meets the requirement, and say why.
 
@@ -174,9 +197,10 @@ def judge(
       reference: the metric of the reference on validation data.
       requirement: the requirement.
       metric: what is measured.
+      further: other metrics of the task, each with the reference's value.
 
     Returns:
-      The row with ``accurate``, ``accepted`` and ``reason``.
+      The row with ``accurate``, ``fits``, ``accepted`` and ``reason``.
 
     Example:
       >>> import compress_jax as cj
@@ -188,36 +212,62 @@ def judge(
       >>> cj.search.judge(row, 10_000, 0.98, wanted).reason
       'accuracy 98.00 % is at least 97.50 %; 25.0x smaller; 400 bytes'
     """
-    ratio = student_nbytes / row.nbytes
+    values = row.metrics.get("validation", {})
+    drops = [(metric, row.validation, reference, requirement.max_drop)]
+    for each, expected in further:
+        if each.name in requirement.max_drops:
+            drops.append((each, values[each.name], expected, requirement.max_drops[each.name]))
+    measured = [_compared(*each) for each in drops]
+    limited = _limits(row, student_nbytes, requirement)
+    accurate = all(met for met, _ in measured)
+    fits = all(met for met, _ in limited)
+    # A refusal names only what was missed, an acceptance all that was met.
+    accepted = accurate and fits
+    reason = "; ".join(text for met, text in (*measured, *limited) if met == accepted)
+    drop = metric.loss(row.validation, reference)
+    return replace(row, accurate=accurate, accepted=accepted, reason=reason, drop=drop, fits=fits)
+
+
+def _compared(metric: Metric, value: float, reference: float, drop: float) -> tuple[bool, str]:
+    """Tell whether a metric is good enough, and how it stands to the limit, in words."""
     # The limit is a difference of decimal fractions.
-    accurate = metric.loss(row.validation, reference) <= requirement.max_drop + 1e-9
+    good = metric.loss(value, reference) <= drop + 1e-9
+    if metric.higher_is_better:
+        limit = reference - drop
+        stands = "at least" if good else "below"
+    else:
+        limit = reference + drop
+        stands = "at most" if good else "above"
+    return good, f"{metric.name} {metric.text(value)} is {stands} {metric.text(limit)}"
+
+
+def _limits(
+    row: Assessment, student_nbytes: int, requirement: Requirement
+) -> list[tuple[bool, str]]:
+    """Tell of each limit that is not a metric whether it is kept, in words."""
+    ratio = student_nbytes / row.nbytes
     small = ratio >= requirement.min_ratio
     fits = row.nbytes <= requirement.max_bytes
-    # A refusal names only what was missed, an acceptance all that was met.
-    verdicts = (
-        (accurate, _compared(row.validation, reference, requirement, metric, accurate)),
+    found = [
         (small, f"{ratio:.1f}x smaller" + ("" if small else f", not {requirement.min_ratio:g}x")),
         (
             fits,
             f"{row.nbytes:,} bytes" + ("" if fits else f", more than {requirement.max_bytes:,}"),
         ),
-    )
-    accepted = accurate and small and fits
-    reason = "; ".join(text for met, text in verdicts if met == accepted)
-    return replace(row, accurate=accurate, accepted=accepted, reason=reason)
-
-
-def _compared(
-    value: float, reference: float, requirement: Requirement, metric: Metric, accurate: bool
-) -> str:
-    """Return how a metric's value stands to the limit, in words."""
-    if metric.higher_is_better:
-        limit = reference - requirement.max_drop
-        stands = "at least" if accurate else "below"
-    else:
-        limit = reference + requirement.max_drop
-        stands = "at most" if accurate else "above"
-    return f"{metric.name} {metric.text(value)} is {stands} {metric.text(limit)}"
+    ]
+    for name, unit in COSTS.items():
+        limit = getattr(requirement, f"max_{name}")
+        if math.isfinite(limit):
+            value = row.costs[name]
+            met = value <= limit
+            text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            found.append((met, f"{text} {unit}" + ("" if met else f", more than {limit:,}")))
+    if requirement.min_throughput:
+        rate = 1e3 * requirement.batch / row.costs["latency_ms"]
+        met = rate >= requirement.min_throughput
+        text = f"{rate:,.4g} examples a second"
+        found.append((met, text + ("" if met else f", fewer than {requirement.min_throughput:,}")))
+    return found
 
 
 def reference(rows: Sequence[Assessment], requirement: Requirement) -> Assessment:

@@ -10,14 +10,18 @@ from typing import NamedTuple
 
 from compress_jax.core.compression import Compression, identity
 from compress_jax.core.deprecated import renamed_arguments
-from compress_jax.core.packed import unpack
+from compress_jax.core.errors import ConfigError
 from compress_jax.core.record import sealed
 from compress_jax.core.types import JsonObject, Params
 from compress_jax.distill import Teacher
-from compress_jax.export import load, write_atomically
-from compress_jax.search._candidate import LONGER, Candidate
+from compress_jax.export import write_atomically
+from compress_jax.search._automatic import Automatic
+from compress_jax.search._candidate import LONGER, Candidate, Subject
 from compress_jax.search._check import check
+from compress_jax.search._comparison import Comparison
+from compress_jax.search._divided import asked, beside, divided, from_file, rules_of
 from compress_jax.search._experiment import Experiment
+from compress_jax.search._ingredients import ingredients
 from compress_jax.search._judge import (
     Assessment,
     Trained,
@@ -30,8 +34,10 @@ from compress_jax.search._judge import (
 )
 from compress_jax.search._method import carry_out, rebuilt_model
 from compress_jax.search._network import Network, Training, Variables
+from compress_jax.search._row import read_row, write_row
+from compress_jax.search._space import WHOLE, Proposal
 from compress_jax.search._stage import trained_variables
-from compress_jax.tasks import Metric, outputs
+from compress_jax.tasks import Metric
 from compress_jax.tasks._task import REFERENCE
 from compress_jax.train._processes import once
 
@@ -49,6 +55,7 @@ class Result:
       rows: teacher, student, and every candidate tried, in order.
       chosen: the row of the artifact that was written.
       artifact: the file.
+      comparison: what student and artifact answer, if the experiment asks for it.
 
     Example:
       >>> import compress_jax as cj
@@ -60,6 +67,7 @@ class Result:
     rows: tuple[Assessment, ...]
     chosen: Assessment
     artifact: Path
+    comparison: Comparison | None = None
 
     @property
     def met(self) -> bool:
@@ -135,15 +143,15 @@ def compress(
         teacher = experiment.freeze(experiment.student.pure, student)
 
     # -> choose a method -> apply and train it -> evaluate -> requirement met? No: choose the next.
-    target = reference(baselines, experiment.requirement).validation
+    run = run._replace(baselines=tuple(baselines))
     tried: list[Assessment] = []
     for candidate in experiment.candidates:
-        row = run.candidate(candidate, student, teacher)
-        row = judge(row, baselines[-1].nbytes, target, experiment.requirement, metric)
-        tried.append(row)
-        log_fn(f"{candidate.name}: {'accepted' if row.accepted else 'refused'}: {row.reason}")
+        tried.append(run.judged(candidate, student, teacher))
         if finished(experiment.order, tried):
             break
+    if experiment.search is not None:
+        run, found = run.searched(student, teacher)
+        tried += found
 
     # -> output, beside what the same training gives without compression.
     chosen = choose(tried, metric)
@@ -153,16 +161,26 @@ def compress(
     return run.conclude(baselines, tried, chosen)
 
 
+def with_proposals(experiment: Experiment, proposals: Sequence[Proposal]) -> Experiment:
+    """Return an experiment whose candidates are also what its search proposed."""
+    search = experiment.search
+    if search is None or not proposals:
+        return experiment
+    found = tuple(each.candidate(search) for each in proposals)
+    return replace(experiment, candidates=(*experiment.candidates, *found))
+
+
 def with_labels(experiment: Experiment, network: Network, variables: Variables) -> Experiment:
     """Where a task's labels are what the teacher says, ask it of every split."""
     if experiment.task.labels is not None or REFERENCE in experiment.data.train:
         return experiment
     data = experiment.data
     apply = network.pure.apply
+    variables = divided(experiment, variables, network.rules)
     # Once, ahead: every metric of every network then compares with the same outputs.
     given = {"train": data.train, "validation": data.validation, "test": data.test}
     splits = {
-        part: {**split, REFERENCE: outputs(experiment.task, apply, variables, split)}
+        part: {**split, REFERENCE: asked(experiment, apply, variables, split)}
         for part, split in given.items()
     }
     return replace(experiment, data=replace(data, **splits))
@@ -177,7 +195,7 @@ def labelled(experiment: Experiment, workdir: Path) -> Experiment:
     if isinstance(experiment.teacher, Network):
         network = experiment.teacher
         file = TEACHER
-    return with_labels(experiment, network, unpack(load(workdir / file)[0]))
+    return with_labels(experiment, network, from_file(experiment, workdir / file, network.rules))
 
 
 class _Run(NamedTuple):
@@ -187,6 +205,8 @@ class _Run(NamedTuple):
     workdir: Path
     metadata: JsonObject
     log_fn: Callable[[str], None]
+    baselines: tuple[Assessment, ...] = ()
+    proposals: tuple[Proposal, ...] = ()
 
     def teacher(self, network: Network) -> "tuple[_Run, Teacher, Assessment]":
         """Train or restore the teacher, freeze it, and measure it in the dtype it is stored in."""
@@ -196,7 +216,7 @@ class _Run(NamedTuple):
         # Measured and stored in the dtype in which it teaches.
         stored = teacher.variables
         run = self._labelled(network, stored)
-        trained = Trained("teacher", network.pure, stored, stored)
+        trained = Trained("teacher", network.pure, stored, stored, network.rules)
         return run, teacher, run.assess(trained, TEACHER)
 
     def student(self, teacher: Teacher | None) -> "tuple[_Run, Variables, Assessment]":
@@ -208,7 +228,7 @@ class _Run(NamedTuple):
         variables = trained_variables(self.experiment, network, "student", directory, teacher)
         # Without a teacher the student's own outputs in float32 are what is right.
         run = self._labelled(network, variables) if teacher is None else self
-        trained = Trained("student", network.pure, variables, variables)
+        trained = Trained("student", network.pure, variables, variables, network.rules)
         return run, variables, run.assess(trained, STUDENT)
 
     def _labelled(self, network: Network, variables: Variables) -> "_Run":
@@ -222,25 +242,119 @@ class _Run(NamedTuple):
         # The first process decides: others whose numbers differed by a bit would go another way.
         return Assessment(**once(lambda: asdict(row)))
 
-    def candidate(
+    def _known(self, subject: Subject, teacher: Teacher | None) -> dict[str, str]:
+        """Return what decides the rows of a start's proposals, besides the proposals."""
+        experiment = self.experiment
+        required = experiment.requirement
+        return ingredients(
+            subject=subject.variables,
+            model=subject.model.source,
+            teacher=teacher.variables if teacher is not None else None,
+            task=experiment.task,
+            loss=experiment.loss,
+            data=[experiment.data.fingerprint, experiment.data.train],
+            settings=[experiment.seed, experiment.coded, required.timed, required.remembered],
+            calls=[required.runtime, required.batch],
+        )
+
+    def judged(
         self, candidate: Candidate, student: Variables, teacher: Teacher | None
+    ) -> Assessment:
+        """Carry out a candidate, measure it, and decide whether it meets the requirement."""
+        return self._judged(self.candidate(candidate, student, teacher))
+
+    def _judged(self, row: Assessment) -> Assessment:
+        requirement = self.experiment.requirement
+        best = reference(self.baselines, requirement)
+        values = best.metrics["validation"]
+        further = [(each, values[each.name]) for each in self.experiment.task.metrics[1:]]
+        metric = self.experiment.task.metric
+        size = self.baselines[-1].nbytes
+        row = judge(row, size, best.validation, requirement, metric, further)
+        self.log_fn(f"{row.name}: {'accepted' if row.accepted else 'refused'}: {row.reason}")
+        return row
+
+    def searched(
+        self, student: Variables, teacher: Teacher | None
+    ) -> "tuple[_Run, list[Assessment]]":
+        """Search the experiment's space; the run then knows what was proposed as candidates."""
+        search = self.experiment.search
+        assert search is not None
+        subjects = {WHOLE: Subject(self.experiment.student.pure, student)}
+        for name, method in search.starts.items():
+            start = Candidate(name, method)
+            folder = self.workdir / "starts" / name
+            subjects[name] = carry_out(
+                self.experiment, start, student, teacher, folder, name=f"start {name}"
+            )
+
+        before = {name: self._known(subject, teacher) for name, subject in subjects.items()}
+        known: list[str] = []
+
+        def assess(proposal: Proposal, begin: Subject) -> Assessment:
+            candidate = proposal.candidate(search)
+            done = proposal.done(search)
+            folder = self._candidate_directory(candidate.name)
+            made_of = before[proposal.network] | ingredients(items=candidate.items[done:])
+            # The first process decides, as the others would wait for it.
+            kept = once(lambda: read_row(folder, made_of))
+            if kept is not None:
+                known.append(candidate.name)
+                return self._judged(Assessment(**kept))
+            row = self.candidate(candidate, student, teacher, begin, done)
+            once(lambda: write_row(folder, made_of, row))
+            return self._judged(row)
+
+        automatic = Automatic(
+            self.experiment,
+            self.workdir / "search",
+            subjects,
+            assess,
+            lambda name: self._candidate_directory(name) / ARTIFACT,
+            self.log_fn,
+        )
+        tried = automatic.run()
+        trained = sum(bool(each.steps) for each in tried)
+        self.log_fn(
+            f"search: {len(tried)} proposals were measured, {trained} of them trained; "
+            f"{len(known)} were known from before"
+        )
+        run = self._replace(
+            experiment=with_proposals(self.experiment, tried), proposals=tuple(tried)
+        )
+        return run, [automatic.rows[each.name] for each in tried]
+
+    def candidate(
+        self,
+        candidate: Candidate,
+        student: Variables,
+        teacher: Teacher | None,
+        begin: Subject | None = None,
+        done: int = 0,
     ) -> Assessment:
         """Apply a candidate's method to the student, pack it, and measure what was packed."""
         folder = self._candidate_directory(candidate.name)
-        subject = carry_out(self.experiment, candidate, student, teacher, folder)
+        subject = carry_out(
+            self.experiment, candidate, student, teacher, folder, begin=begin, done=done
+        )
         for note in subject.notes:
             self.log_fn(f"{candidate.name}: {note}")
         # A method without a compression stores plain tensors; a solver brings a state of its own.
         compression = subject.compression or identity()
         params = subject.variables["params"]
-        state = compression.init(params) if subject.state is None else subject.state
         rest = {name: each for name, each in subject.variables.items() if name != "params"}
-        trained = Trained(
-            candidate.name,
-            subject.model,
-            variables={"params": compression.view(params, state), **rest},
-            packed={"params": compression.pack(params, state), **rest},
-        )
+        rules = rules_of(self.experiment, candidate)
+        with beside(self.experiment, subject.variables, rules):
+            state = compression.init(params) if subject.state is None else subject.state
+            viewed = {"params": compression.view(params, state), **rest}
+            trained = Trained(
+                candidate.name,
+                subject.model,
+                variables=divided(self.experiment, viewed, rules),
+                packed={"params": compression.pack(params, state), **rest},
+                rules=rules,
+            )
+        del viewed  # what is divided is not held whole any more
         return self.assess(
             trained,
             folder / ARTIFACT,
@@ -259,7 +373,8 @@ class _Run(NamedTuple):
         alone = replace(candidate, method=trainings, training=None)
         folder = self.workdir / LONGER
         subject = carry_out(self.experiment, alone, student, teacher, folder, name=LONGER)
-        trained = Trained(LONGER, subject.model, subject.variables, subject.variables)
+        rules = self.experiment.student.rules
+        trained = Trained(LONGER, subject.model, subject.variables, subject.variables, rules)
         return self.assess(trained, f"{LONGER}.safetensors")
 
     def conclude(
@@ -284,21 +399,49 @@ class _Run(NamedTuple):
             "met": bool(chosen.accepted),
             "rows": [row.as_dict() for row in rows],
         }
+        if self.proposals:
+            results["proposals"] = [each.record() for each in self.proposals]
+        comparison = self._comparison(chosen.name)
+        if comparison is not None:
+            results["comparison"] = comparison.record()
         once(lambda: write_atomically(self.workdir / RESULTS, sealed(results)))
-        return Result(rows, next(row for row in rows if row.name == chosen.name), artifact)
+        return Result(rows, next(r for r in rows if r.name == chosen.name), artifact, comparison)
+
+    def _comparison(self, chosen: str) -> Comparison | None:
+        """Return what the float32 student and the artifact answer."""
+        experiment = self.experiment
+        if experiment.comparison is None:
+            return None
+        self.log_fn(f"comparing the student in float32 with {chosen}")
+        own = next(each for each in experiment.candidates if each.name == chosen)
+        found = experiment.comparison(
+            {
+                "student": from_file(experiment, self.workdir / STUDENT, experiment.student.rules),
+                chosen: from_file(experiment, self.workdir / ARTIFACT, rules_of(experiment, own)),
+            }
+        )
+        if not isinstance(found, Comparison):
+            raise ConfigError(
+                "Experiment: comparison must return a Comparison, and gave a "
+                f"{type(found).__name__}"
+            )
+        return found.checked()
 
     def _tests(self, chosen: str, baselines: Sequence[Assessment]) -> dict[str, dict[str, float]]:
         """Return the metrics on test data of the artifact and what it is compared with."""
         experiment = self.experiment
-        student = experiment.student.pure
-        model = rebuilt_model(experiment, self.workdir / ARTIFACT, chosen)
+        artifact = self.workdir / ARTIFACT
+        model = rebuilt_model(experiment, artifact, chosen)
+        own = next(each for each in experiment.candidates if each.name == chosen)
+        rules = rules_of(experiment, own)
         # Only the rows of the final table: decisions rest on validation data alone.
-        found = {chosen: metrics_on_test(experiment, model.apply, self.workdir / ARTIFACT)}
+        found = {chosen: metrics_on_test(experiment, model.apply, artifact, rules)}
         for row in baselines:
             network = experiment.teacher if row.name == "teacher" else None
-            apply = network.pure.apply if isinstance(network, Network) else student.apply
+            network = network if isinstance(network, Network) else experiment.student
             file = self.workdir / f"{row.name}.safetensors"
-            found[row.name] = metrics_on_test(experiment, apply, file)
+            apply = network.pure.apply
+            found[row.name] = metrics_on_test(experiment, apply, file, network.rules)
         return found
 
     def _candidate_directory(self, name: str) -> Path:

@@ -11,6 +11,7 @@ from compress_jax.core.types import JsonObject, Params, PyTree
 from compress_jax.distill import Teacher
 from compress_jax.export import load
 from compress_jax.search._candidate import Candidate, Method, Rewrite, Subject
+from compress_jax.search._divided import beside, rules_of
 from compress_jax.search._experiment import Experiment
 from compress_jax.search._network import Network, Training, Variables
 from compress_jax.search._stage import Stage, train, trained_variables
@@ -27,6 +28,8 @@ def carry_out(
     folder: Path,
     *,
     name: str | None = None,
+    begin: Subject | None = None,
+    done: int = 0,
 ) -> Subject:
     """Apply a candidate's items to the trained student, one after the other.
 
@@ -38,17 +41,19 @@ def carry_out(
       folder: where checkpoints and metrics go: those of the last training into it, those of earlier
         ones into subfolders.
       name: of the stages, and so of their random seeds; by default the candidate's.
+      begin: what some of the first items made before; None to begin with the student.
+      done: how many items these were.
 
     Returns:
       The network at the end, not packed yet.
     """
     title = name or f"candidate {candidate.name}"
-    subject = Subject(experiment.student.pure, student)
-    trainings = sum(isinstance(item, Training) for item in candidate.items)
-    rules = experiment.student.rules
-    for number, item in enumerate(candidate.items):
+    subject = begin or Subject(experiment.student.pure, student)
+    items = list(enumerate(candidate.items))[done:]
+    trainings = sum(isinstance(item, Training) for _, item in items)
+    rules = rules_of(experiment, candidate)
+    for number, item in items:
         if isinstance(item, Network):
-            rules = item.rules
             stage = f"{title}/network"
             own = trained_variables(experiment, item, stage, folder / "network", teacher)
             subject = Subject(item.pure, own, records=({"network": stage},))
@@ -61,7 +66,7 @@ def carry_out(
             place = folder / f"training-{number}" if trainings else folder
             subject = _trained(experiment, subject, item, f"{title}{suffix}", teacher, place, rules)
         else:
-            subject = _seen_through(experiment, subject, item)  # a Compression
+            subject = _seen_through(experiment, subject, item, rules)  # a Compression
     return subject
 
 
@@ -74,7 +79,7 @@ def _trained(
     folder: Path,
     rules: Rules,
 ) -> Subject:
-    """Train what there is, under its compression; the state begins anew where there is none."""
+    """Train what there is, under its compression, from the state that a solver made if one did."""
     if not training.steps and subject.state is not None:
         return subject  # a solver's state is not to be replaced by that of `init`
     compression = subject.compression or identity()
@@ -90,6 +95,7 @@ def _trained(
         teacher,
         compression,
         subject.variables,
+        subject.state if subject.before is not None else None,
         subject.records,
         rules=kept,
         teacher_rules=experiment.teacher_rules,
@@ -101,18 +107,20 @@ def _trained(
     return subject._replace(variables=variables, state=own, before=None)
 
 
-def _seen_through(experiment: Experiment, subject: Subject, item: Compression) -> Subject:
+def _seen_through(
+    experiment: Experiment, subject: Subject, item: Compression, rules: Rules
+) -> Subject:
     """Add a compression to those that the weights are seen through, bound to their layouts."""
     bound = bound_to(experiment, subject, item)
     if subject.compression is None:
         return subject._replace(compression=bound, state=None)
     params = subject.variables["params"]
-    before = subject.compression.init(params) if subject.state is None else subject.state
-    # The new state is made of what the old compression shows: scales of pruned weights, say.
-    viewed = subject.compression.view(params, before)
-    return subject._replace(
-        compression=chain(subject.compression, bound), state=joined([before, bound.init(viewed)])
-    )
+    with beside(experiment, subject.variables, rules):
+        before = subject.compression.init(params) if subject.state is None else subject.state
+        # The new state is made of what the old compression shows: scales of pruned weights, say.
+        viewed = subject.compression.view(params, before)
+        state = joined([before, bound.init(viewed)])
+    return subject._replace(compression=chain(subject.compression, bound), state=state)
 
 
 def bound_to(experiment: Experiment, subject: Subject, compression: Compression) -> Compression:

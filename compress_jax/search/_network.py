@@ -12,13 +12,13 @@ import jax
 import optax
 from jax.sharding import PartitionSpec
 
-from compress_jax.core.arguments import whole
+from compress_jax.core.arguments import number, whole
 from compress_jax.core.errors import ArgumentError, ArtifactError, ConfigError
 from compress_jax.core.packed import unpack
 from compress_jax.core.types import Batch, Model, PyTree
 from compress_jax.export import load
 from compress_jax.tasks import PureModel, pure
-from compress_jax.train import label_optimizer
+from compress_jax.train import averaged, label_optimizer
 from compress_jax.train._parallel import Rules
 
 Variables = dict[str, PyTree]
@@ -37,6 +37,15 @@ class Training:
       learned: optimizer of what the compression learns (centroids, factors); by default the same as
         of the weights.
       save_every: steps between checkpoints.
+      best_every: steps between measurements on validation data, of which the one with the task's
+        best metric is the result; the same data then choose the state and judge it. None for the
+        state after the last step.
+      microbatches: into how many parts a batch is cut, one after the other, to need less memory;
+        the gradient is that of the whole batch, see `train.make_step`. Augmentation and batch norms
+        work on each part by itself.
+      average: decay of a moving average of the weights, see `train.averaged`, such as 0.999: then
+        the average is what the stage ends with, what is judged, packed and written. None for the
+        weights after the last step.
 
     Example:
       >>> import compress_jax as cj
@@ -51,6 +60,9 @@ class Training:
     augment: Callable[[jax.Array, Batch], Batch] | None = None
     learned: optax.GradientTransformation | None = None
     save_every: int = 500
+    best_every: int | None = None
+    microbatches: int = 1
+    average: float | None = None
 
     def __post_init__(self) -> None:
         """Check types and ranges."""
@@ -62,12 +74,21 @@ class Training:
             whole("steps", self.steps, 0)
             whole("batch_size", self.batch_size, 1)
             whole("save_every", self.save_every, 1)
+            if self.best_every is not None:
+                whole("best_every", self.best_every, 1)
+            parts = whole("microbatches", self.microbatches, 1)
+            fits = self.batch_size % parts == 0
+            wanted = f"a divisor of batch_size={self.batch_size}"
+            require(fits, "microbatches", wanted, self.microbatches)
             fits = self.augment is None or callable(self.augment)
             require(fits, "augment", "a function (key, batch) -> batch, or None", self.augment)
+            if self.average is not None:
+                number("average", self.average, 0, 1, below=True)
 
     def transformation(self) -> optax.GradientTransformation:
         """Return the optimizer of ``{"params": ..., "learned": ...}``."""
-        return label_optimizer(self.optimizer, self.learned or self.optimizer)
+        optimizer = label_optimizer(self.optimizer, self.learned or self.optimizer)
+        return optimizer if self.average is None else averaged(optimizer, self.average)
 
 
 @dataclass(frozen=True)

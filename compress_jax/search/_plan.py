@@ -22,42 +22,17 @@ from compress_jax.search._experiment import Experiment, shapes_of
 from compress_jax.search._method import bound_to
 from compress_jax.search._network import Network, Training, Variables
 from compress_jax.search._stage import Stage, prepare
-from compress_jax.trace import cost
-from compress_jax.train import MeshStep, Step, TrainState, jit_step, shardings
+from compress_jax.train import (
+    MeshStep,
+    Step,
+    StepFlops,
+    TrainState,
+    jit_step,
+    shardings,
+    step_flops,
+)
+from compress_jax.train._chips import Chip
 from compress_jax.train._parallel import fitting, shardings_like
-
-
-class Chip(NamedTuple):
-    """What a device can do, as its maker says.
-
-    Attributes:
-      flops: operations a second of dense bfloat16 products.
-      memory: bytes.
-      bandwidth: bytes a second from and to its memory.
-      links: bytes a second to other devices, all links together, in one direction.
-
-    Example:
-      >>> CHIPS["v5p"].memory
-      95000000000
-    """
-
-    flops: float
-    memory: int
-    bandwidth: float
-    links: float
-
-
-# Read on 2026-11-29: v5e and v5p on Google Cloud's pages, the others in tables by third parties.
-# Links of GPUs are those within one machine; between machines the network is slower.
-CHIPS = {
-    "v4": Chip(275e12, 32 * 10**9, 1.2e12, 0.3e12),
-    "v5e": Chip(197e12, 16 * 10**9, 0.82e12, 0.2e12),
-    "v5p": Chip(459e12, 95 * 10**9, 2.77e12, 0.6e12),
-    "v6e": Chip(918e12, 32 * 10**9, 1.64e12, 0.4e12),
-    "a100": Chip(312e12, 80 * 10**9, 2.04e12, 0.3e12),
-    "h100": Chip(989e12, 80 * 10**9, 3.35e12, 0.45e12),
-    "h200": Chip(989e12, 141 * 10**9, 4.8e12, 0.45e12),
-}
 
 
 class Plan(NamedTuple):
@@ -70,10 +45,12 @@ class Plan(NamedTuple):
       flops: operations of a step, of products of arrays.
       collectives: bytes that a step's collectives give each device, by kind.
       numbers: how many collectives there are, by kind.
+      parts: FLOPs of the whole step by part, over all devices, and those of the models.
 
     Example:
+      >>> import compress_jax as cj
       >>> plan = Plan("student", {"params": 4_000}, 1_000, 2e9, {"all-reduce": 4_000}, {})
-      >>> plan.total, plan.seconds(CHIPS["h100"]) > 2e9 / 989e12
+      >>> plan.total, plan.seconds(cj.search.CHIPS["h100"]) > 2e9 / 989e12
       (5000, True)
     """
 
@@ -83,6 +60,7 @@ class Plan(NamedTuple):
     flops: float
     collectives: dict[str, int]
     numbers: dict[str, int]
+    parts: StepFlops = StepFlops({}, 0.0)
 
     @property
     def total(self) -> int:
@@ -200,18 +178,16 @@ def _planned(experiment: Experiment, stage: Stage, variables: Variables) -> Plan
     collectives, numbers = _collectives(done.as_text() or "")
     memory = done.memory_analysis()
 
-    def traced(state: TrainState, batch: PyTree, teacher: Teacher | None) -> PyTree:
-        return made[0](state, batch, teacher=teacher)[1]
-
     # Of the trace, as the compiler's own count takes the body of a loop once.
-    macs = cost(traced, state, batch, stage.teacher).macs
+    flops = step_flops(compiled, state, batch, teacher=stage.teacher)
     return Plan(
         stage.name,
         _arguments(state, where, compiled, batch, stage.teacher, of_teacher),
         int(memory.temp_size_in_bytes) if memory else 0,
-        2 * macs / mesh.size,
+        flops.total / mesh.size,
         collectives,
         numbers,
+        flops,
     )
 
 
@@ -246,6 +222,7 @@ def _bytes(tree: PyTree, where: PyTree) -> int:
 
 
 KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+COMMENT = re.compile(r"/\*.*?\*/")  # "/*index=5*/", in tuples of many arrays
 # "%x = (f32[8,4]{1,0}, f32[4]{0}) all-reduce(...)": the results, and what computes them.
 COLLECTIVE = re.compile(rf"= (\(?[^=]*?\)?) ({KINDS})(?:-start)?\(")
 ARRAY = re.compile(r"([a-z]+)(\d*)\[([\d,]*)\]")
@@ -259,7 +236,7 @@ def _collectives(text: str) -> tuple[dict[str, int], dict[str, int]]:
     """Return the bytes and the number of a compiled program's collectives, by kind."""
     sizes: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    pieces = COMPUTATION.split(text)
+    pieces = COMPUTATION.split(COMMENT.sub("", text))
     bodies = dict(zip(pieces[1::2], pieces[2::2], strict=True))
     times = _times(bodies)
     for name, body in bodies.items():

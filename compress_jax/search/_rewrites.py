@@ -1,8 +1,8 @@
 """Rewrites of a trained network as parts of a candidate: solvers, folds, smaller widths."""
 
-import functools
+import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,12 +18,16 @@ from compress_jax.prune import shrink as shrink_function
 from compress_jax.quantize import ActivationQuantizer, activations
 from compress_jax.search._candidate import Rewrite, Subject
 from compress_jax.search._network import Variables
+from compress_jax.search._smaller import smaller_model
 from compress_jax.tasks import PureModel, Task
+from compress_jax.tasks._measure import examples_at_once
 from compress_jax.tasks._model import Features, Inputs
 from compress_jax.trace import Groups, Reducer, calibrate, gram, groups, reducers, resize
+from compress_jax.train._progress import progress
 
 UNCOMPRESSED = Rewritten._field_defaults["compression"]
-BATCH = 64  # examples of a calibration batch
+BATCH = 64  # examples of a calibration batch, at most
+PARTS = 8  # batches, at least, where some are held out
 WHOLE = ("fold_batch_norm",)  # rewrites of batch statistics too: they take all variables
 # What a rewrite's calibration holds, where it is not the Gram matrix.
 STATISTICS: dict[str, Callable[[], Reducer]] = {
@@ -47,8 +51,8 @@ def rewrite(
 
     Args:
       function: `quantize.gptq`, `quantize.awq`, `quantize.smooth`, `quantize.fold_batch_norm`,
-        `quantize.correct_bias`, `prune.sparsegpt`, `prune.wanda` and the like, or your own with
-        such a signature, which returns a `layerwise.Rewritten`.
+        `quantize.correct_bias`, `prune.sparsegpt`, `prune.wanda`, `layerwise.solve` and the like,
+        or your own with such a signature, which returns a `layerwise.Rewritten`.
       compression: what it solves for, if it takes one; the params are packed by it in the end.
       examples: training examples to calibrate on.
       reducer: the statistic; by default the one that the function's documentation names.
@@ -78,6 +82,8 @@ def rewrite(
     unknown = [each for each in options if each not in parameters]
     if unknown:
         raise ArgumentError(f"{name} takes no {unknown[0]}=; it takes {', '.join(parameters)}")
+    if options.get("donate"):
+        raise ArgumentError("donate=True gives up params that other candidates need: leave it out")
     whole("examples", examples, 1)
     statistic = reducer or STATISTICS.get(name, gram)()
 
@@ -87,7 +93,7 @@ def rewrite(
         fn, params = _function(subject, is_whole)
         given: dict[str, Any] = dict(options)
         if "calibration" in parameters:
-            batches = calibration_batches(task, split, examples)
+            batches = calibration_batches(subject, task, split, examples)
             given["calibration"] = calibrate(fn, statistic, params, batches)
         if compression is not None:
             given |= _target(name, subject, compression, "state" in parameters)
@@ -96,13 +102,20 @@ def rewrite(
             params, given["compressed"] = _before_and_after(name, subject)
         elif subject.compression is not None:
             raise ConfigError(f"{name} must come before what compresses: put it first")
-        if next(iter(parameters)) == "fn":
-            found = function(fn, params, *next(calibration_batches(task, split, 1)), **given)
+        if "batches" in parameters:
+            given["batches"] = list(calibration_batches(subject, task, split, examples, PARTS))
+            with _shown(name) as report:
+                # What a user gives is not replaced.
+                shown = {"report": report} if "report" in parameters else {}
+                found = function(fn, params, **(shown | given))
+        elif next(iter(parameters)) == "fn":
+            example = next(calibration_batches(subject, task, split, 1))
+            found = function(fn, params, *example, **given)
         else:
             found = function(params, **given)
         return _rewritten(subject, name, found, is_whole)
 
-    return Rewrite(name, run)
+    return Rewrite(name, run, compression=compression)
 
 
 def _target(
@@ -128,11 +141,18 @@ def _before_and_after(name: str, subject: Subject) -> tuple[Params, Params]:
     return params if subject.before is None else subject.before, _viewed(subject)
 
 
-def calibration_batches(task: Task, split: Batch, examples: int) -> Iterator[Inputs]:
+def calibration_batches(
+    subject: Subject, task: Task, split: Batch, examples: int, parts: int = 1
+) -> Iterator[Inputs]:
     """Yield inputs of the model, from the first examples of a split, which are in random order."""
     examples = min(examples, len(next(iter(split.values()))))
-    for start in range(0, examples, BATCH):
-        rows = {name: x[start : min(start + BATCH, examples)] for name, x in split.items()}
+    most = min(
+        BATCH,
+        -(-examples // parts),
+        examples_at_once(task, subject.model.apply, subject.variables, split),
+    )
+    for start in range(0, examples, most):
+        rows = {name: x[start : min(start + most, examples)] for name, x in split.items()}
         yield task.inputs_of(task.prepare(rows))
 
 
@@ -160,7 +180,7 @@ def _rewritten(subject: Subject, name: str, found: Rewritten, is_whole: bool) ->
     record: JsonObject = {"rewrite": name, "changed": len(found.changed)}
     if found.skipped:
         record["skipped"] = dict(found.skipped)
-    notes = tuple(f"{name}: {path}: {note}" for path, note in found.notes.items())
+    notes = tuple(f"{name}: {said}" for said in _alike(found.notes))
     new = subject._replace(
         variables=variables, records=(*subject.records, record), notes=(*subject.notes, *notes)
     )
@@ -169,7 +189,33 @@ def _rewritten(subject: Subject, name: str, found: Rewritten, is_whole: bool) ->
         return new
     # The first of several solvers had the original params; corrections compare with those.
     before = subject.variables["params"] if subject.before is None else subject.before
-    return new._replace(compression=found.compression, state=found.state, before=before)
+    # In training that follows, what the solver chose stays: scales made anew of solved weights are
+    # of another grid. What its compression learns is trained.
+    held = found.compression._replace(update=lambda params, state, **_: state)
+    return new._replace(compression=held, state=found.state, before=before)
+
+
+@contextlib.contextmanager
+def _shown(name: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Show how many blocks a solver has done; their number is known when the first is."""
+    with contextlib.ExitStack() as stack:
+        bars: list[Callable[[int, dict[str, float]], None]] = []
+
+        def report(block: str, number: int, count: int) -> None:
+            if not bars:
+                bars.append(stack.enter_context(progress(name, count)))
+            bars[0](number, {})
+
+        yield report
+
+
+def _alike(notes: Mapping[str, str]) -> Iterator[str]:
+    """Yield notes on leaves, one line for all leaves that have the same."""
+    paths: dict[str, list[str]] = {}
+    for path, note in notes.items():
+        paths.setdefault(note, []).append(path)
+    for note, own in paths.items():
+        yield f"{own[0]}: {note}" if len(own) == 1 else f"{len(own)} leaves: {note}"
 
 
 def shrink(*, examples: int = 0, **options: Any) -> Rewrite:
@@ -182,7 +228,7 @@ def shrink(*, examples: int = 0, **options: Any) -> Rewrite:
         of the weights alone.
       options: of `prune.shrink`: ``ratio``, ``macs``, ``importance``, ``exclude`` and so on. With
         ``examples`` the importance is a function of their statistics, such as
-        `prune.importance.activation`.
+        `prune.importance.activation`; without one these examples choose the criterion.
 
     Returns:
       A `Rewrite`.
@@ -202,15 +248,18 @@ def shrink(*, examples: int = 0, **options: Any) -> Rewrite:
         raise ArgumentError(f"shrink takes no {unknown[0]}=; it takes {', '.join(known)}")
 
     def run(subject: Subject, task: Task, split: Batch) -> Subject:
-        inputs = next(calibration_batches(task, split, 1))
+        inputs = next(calibration_batches(subject, task, split, 1))
         own = dict(options)
         if examples:
             fn = subject.model.apply
             params = subject.variables
-            batches = calibration_batches(task, split, examples)
-            own["importance"] = options["importance"](
-                calibrate(fn, reducers.moments(), params, batches)
-            )
+            # Without a criterion the best one is chosen, on batches that are held out.
+            batches = calibration_batches(subject, task, split, examples, PARTS)
+            if "importance" in options:
+                moments = calibrate(fn, reducers.moments(), params, batches)
+                own["importance"] = options["importance"](moments)
+            else:
+                own["batches"] = batches
         small = shrink_function(subject.model.apply, subject.variables, *inputs, **own)
         # Only groups that lose channels go into the record, which is stored as JSON.
         kept = {name: np.asarray(left).tolist() for name, left in small.kept.items()}
@@ -248,21 +297,12 @@ def narrowed(
       inputs: an example of them, or shapes.
 
     Returns:
-      The model in eval mode and in training mode; it has no ``init`` of its own.
+      The model in eval mode and in training mode; its ``init`` cuts what that at full width draws.
     """
     found = groups(model.apply, variables, *inputs)
-    small_apply = resize(model.apply, variables, found, kept)
 
-    def training(variables: Variables, key: jax.Array, *inputs: PyTree) -> PyTree:
-        state = {name: each for name, each in variables.items() if name != "params"}
-        out, _, new = model.train(variables["params"], state, inputs, key, None)
-        return out, new
-
-    # Only when it is trained: a network whose training mode has other groups can be measured.
-    @functools.cache
-    def small_training() -> ModelFn:
-        key = jax.random.key(0)
-        own = groups(training, variables, key, *inputs)
+    def of_training(training: ModelFn) -> ModelFn:
+        own = groups(training, variables, jax.random.key(0), *inputs)
         missing = [name for name in kept if name not in {group.name for group in own}]
         if missing:
             raise ArgumentError(
@@ -271,20 +311,10 @@ def narrowed(
             )
         return resize(training, variables, own, kept)
 
-    def train(
-        params: Params, state: PyTree, inputs: Inputs, key: jax.Array, counts: jax.Array | None
-    ) -> tuple[PyTree, Features, PyTree]:
-        out, new = small_training()({"params": params, **state}, key, *inputs)
-        return out, {}, new
+    def init(key: jax.Array, *inputs: PyTree) -> Variables:
+        return found.keep(model.init(key, *inputs), kept)
 
-    def evaluate(params: Params, state: PyTree, inputs: Inputs) -> tuple[PyTree, Features]:
-        return small_apply({"params": params, **state}, *inputs), {}
-
-    return PureModel(_no_init, small_apply, train, evaluate, None)
-
-
-def _no_init(key: jax.Array, *inputs: PyTree) -> Variables:
-    raise ArgumentError("a narrowed network has the weights that it was narrowed from, and no init")
+    return smaller_model(model, init, resize(model.apply, variables, found, kept), of_training)
 
 
 def quantize_activations(how: ActivationQuantizer, *, examples: int = 512) -> Rewrite:
@@ -309,7 +339,7 @@ def quantize_activations(how: ActivationQuantizer, *, examples: int = 512) -> Re
 
     def run(subject: Subject, task: Task, split: Batch) -> Subject:
         # On the params themselves, not on what a compression shows of them.
-        batches = list(calibration_batches(task, split, examples))
+        batches = list(calibration_batches(subject, task, split, examples))
         model = _on_quantized(subject.model, how)
         quantized = activations(subject.model.apply, how)
         ranges = quantized.init(subject.variables, batches)
@@ -354,4 +384,7 @@ def _on_quantized(model: PureModel, how: ActivationQuantizer) -> PureModel:
     def evaluate(params: Params, state: PyTree, inputs: Inputs) -> tuple[PyTree, Features]:
         return apply({"params": params, **state}, *inputs), {}
 
-    return PureModel(_no_init, apply, train, evaluate, None)
+    def init(key: jax.Array, *inputs: PyTree) -> Variables:
+        raise ArgumentError("quantized activations have calibrated ranges, and no init")
+
+    return PureModel(init, apply, train, evaluate, None)

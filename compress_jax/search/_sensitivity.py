@@ -14,22 +14,19 @@ from typing import Literal, TypeVar
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.compression import Compression, bound
+from compress_jax.core.compression import Compression
 from compress_jax.core.errors import ConfigError, DataError, NonFiniteError, ShapeError
-from compress_jax.core.packed import is_packed, nbytes, to_dense
-from compress_jax.core.paths import Patterns, flatten, match
+from compress_jax.core.packed import to_dense
+from compress_jax.core.paths import Patterns, flatten
 from compress_jax.core.table import aligned, units
 from compress_jax.core.types import Batch, Leaf, ModelFn, Params, PyTree
 from compress_jax.distill import kl
 from compress_jax.prune.importance import squared_gradients
-from compress_jax.search._budget import byte_budget, work_budget
-from compress_jax.trace import SiteCost, cost
-from compress_jax.trace._cost import dtype_bits, stored
-from compress_jax.trace._jaxpr.find_sites import Traced, layouts_of, trace
+from compress_jax.search._amounts import Leaves, Variants, amounts
 
 T = TypeVar("T")
-Leaves = dict[str, Leaf]
-Variants = Mapping[str, Mapping[str, Leaf]]  # {path: {option: the leaf, packed or an array}}
+
+
 Scores = dict[str, dict[str, float]]  # {path: {option: score}}
 Model = Callable[..., PyTree]  # (leaves by path, *inputs) -> outputs
 Measure = Literal["fisher", "kl", "mse", "hutchinson"]
@@ -464,20 +461,10 @@ def sensitivities(
     if first is None:
         raise _no_batch()
     leaves, rebuild = flatten(params)
-    traced = trace(fn, params, *first)
-    known = layouts_of(traced)
-    options = {name: bound(option, known) for name, option in options.items()}
-    chosen, left = _candidates(traced, leaves, where)
-    variants, refused = _variants(leaves, chosen, options)
-    left |= {path: "no option can take it" for path in chosen if not variants[path]}
-    variants = {path: variants[path] for path in chosen if variants[path]}
-    by_site = cost(fn, params, *first, activation_bits=activation_bits).by_site
-    bitops, macs, rest = _work(by_site, leaves, variants)
-    sizes = {path: {o: _nbytes(x) for o, x in own.items()} for path, own in variants.items()}
-    bytes_left = sum(_nbytes(leaves[path]) for path in left)
+    found = amounts(fn, params, first, options, where, activation_bits)
+    variants = found.variants
     # A budget that cannot be met is refused before anything slow is run.
-    byte_budget(max_bytes, sizes, bytes_left).check()
-    work_budget(max_bitops, bitops, rest).check()
+    found.check(max_bytes, max_bitops)
 
     def model(leaves: Leaves, *x: PyTree) -> PyTree:
         return fn(rebuild(leaves), *x)
@@ -488,13 +475,13 @@ def sensitivities(
     return Sensitivities(
         measure,
         scores,
-        nbytes=sizes,
-        bitops=bitops,
-        macs=macs,
-        refused=refused,
-        left={path: left[path] for path in leaves if path in left},
-        left_nbytes=bytes_left,
-        left_bitops=rest,
+        nbytes=found.nbytes,
+        bitops=found.bitops,
+        macs=found.macs,
+        refused=found.refused,
+        left={path: found.left[path] for path in leaves if path in found.left},
+        left_nbytes=found.left_nbytes,
+        left_bitops=found.left_bitops,
         notes=dict.fromkeys(dead, note),
     )
 
@@ -515,97 +502,6 @@ def _scorer(measure: str, key: jax.Array | None, probes: int) -> Callable[..., S
     if measure not in scorers:
         raise ConfigError(f"measure must be 'fisher', 'kl', 'mse' or 'hutchinson', got {measure!r}")
     return scorers[measure]
-
-
-def _candidates(
-    traced: Traced, leaves: Leaves, where: Patterns | None
-) -> tuple[list[str], dict[str, str]]:
-    """Return the leaves that take an option, and why the others are skipped."""
-    if where is not None:
-        found = match(where, leaves)
-        return found, {path: "no pattern matches" for path in leaves if path not in found}
-    # Weights of products, tables of lookups; a site of several parameters uses all of them.
-    used: set[str | None] = set(traced.found.lookups.values())
-    for site in traced.sites.values():
-        used.update((site.param, *site.also))
-    why = {}
-    for path in leaves:
-        if path not in used:
-            why[path] = "no product and no lookup uses it"
-            if path in traced.found.otherwise:
-                how = traced.found.otherwise[path]
-                why[path] = f"{how}; name it in where to decide about it"
-    return [path for path in leaves if path in used], why
-
-
-def _variants(
-    leaves: Leaves, chosen: list[str], options: Mapping[str, Compression]
-) -> tuple[dict[str, dict[str, Leaf]], dict[str, dict[str, str]]]:
-    """Return each leaf under each option, packed, and why it cannot take some."""
-    variants: dict[str, dict[str, Leaf]] = {path: {} for path in chosen}
-    refused: dict[str, dict[str, str]] = {}
-    for path in chosen:
-        for name, option in options.items():
-            variant, why = _variant(path, leaves[path], option)
-            if why is None:
-                variants[path][name] = variant
-            else:
-                refused.setdefault(path, {})[name] = why
-    return variants, refused
-
-
-def _variant(path: str, x: Leaf, option: Compression) -> tuple[Leaf, str | None]:
-    """Return one leaf under one option, or why it cannot take it.
-
-    An option that leaves the leaf alone returns the leaf itself.
-    """
-    part = {path: x}
-    try:
-        state = option.init(part)
-        # `identity` returns its argument; it is an option of its own: the leaf as it is.
-        if option.view(part, state) is part:
-            return x, None
-        why = option.skipped(part).get(path)
-        return (None, why) if why else (option.pack(part, state)[path], None)
-    except ShapeError as error:  # a group size that does not divide the leaf, say
-        return None, str(error)
-
-
-def _work(
-    sites: Mapping[str, SiteCost], leaves: Leaves, variants: Variants
-) -> tuple[dict[str, dict[str, int]], dict[str, int], int]:
-    """Return bit-operations by leaf and option, MACs by leaf, and what no option changes.
-
-    The work of a product of several parameters is divided among them by size.
-    """
-    work = {path: dict.fromkeys(options, 0.0) for path, options in variants.items()}
-    macs = dict.fromkeys(variants, 0.0)
-    rest = 0.0
-    # Stored bits of an entry, None where the leaf stays in its own dtype.
-    widths: dict[str, dict[str, float | None]] = {path: {} for path in variants}
-    for path, option, variant in _each(variants):
-        widths[path][option] = stored({option: variant}, None, None)[option].bits
-    for each in sites.values():
-        paths = [path for path in (each.site.param, *each.site.also) if path is not None]
-        # A product may have several parameters: of a concatenation, or on both sides.
-        held = sum(leaves[path].size for path in paths)
-        rest += 0.0 if paths else each.bit_operations
-        own = dtype_bits(each.site.lhs_dtype if each.site.operand == "lhs" else each.site.rhs_dtype)
-        for path in paths:
-            # Bit-operations = MACs x bits of the weight x bits of the activation.
-            share = each.macs * leaves[path].size / held
-            if path not in variants:
-                rest += share * own * each.activation_bits
-                continue
-            macs[path] += share
-            for option, bits in widths[path].items():
-                work[path][option] += share * (bits or own) * each.activation_bits
-    whole = {path: {o: round(x) for o, x in amounts.items()} for path, amounts in work.items()}
-    return whole, {path: round(x) for path, x in macs.items()}, round(rest)
-
-
-def _nbytes(variant: Leaf) -> int:
-    return nbytes(variant) if is_packed(variant) else jnp.asarray(variant).nbytes
 
 
 def _finite(scores: Scores) -> Scores:

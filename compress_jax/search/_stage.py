@@ -4,6 +4,7 @@ A directory that was made of something else (see `_ingredients`) is refused, nev
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,22 +17,29 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from compress_jax.core.compression import Compression, identity
+from compress_jax.core.compression import Compression, CompressionState, identity
 from compress_jax.core.errors import CompressError
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Batch, JsonObject, PyTree
 from compress_jax.data import batches
+from compress_jax.data._disk.stored import columns_of
 from compress_jax.distill import Teacher
+from compress_jax.search._divided import measured
 from compress_jax.search._experiment import Experiment
-from compress_jax.search._ingredients import ingredients, require_same
+from compress_jax.search._ingredients import ingredients
 from compress_jax.search._network import Network, Training, Variables
+from compress_jax.search._reuse import begin_stage
+from compress_jax.search._shared import shared_stage
 from compress_jax.tasks import PureModel
 from compress_jax.tasks._task import REFERENCE
 from compress_jax.train import (
+    Best,
+    Checkpoints,
     MeshStep,
     StatefulLoss,
     Step,
     TrainState,
+    average_of,
     create,
     distillation,
     fit,
@@ -40,9 +48,12 @@ from compress_jax.train import (
     shardings,
 )
 from compress_jax.train._parallel import Rules, shardings_like
-from compress_jax.train._processes import gathered, spread
+from compress_jax.train._processes import gathered, hosted, spread
 
 _log = logging.getLogger(__name__)
+NETWORK = ("params", "learned", "fixed", "model_state")  # fields of a state
+# Options that records of earlier versions lack, as they were then.
+LATER = {"best_every": None, "microbatches": 1, "average": None}
 CHECKED = 2**30  # bytes of params up to which the gradients under rules are checked
 
 Aux: TypeAlias = tuple[PyTree, PyTree]
@@ -59,6 +70,7 @@ class Stage(NamedTuple):
       teacher: the frozen teacher, or None to train on labels.
       compression: what the forward pass sees the params through.
       start: variables that an earlier stage trained, or None to initialize them.
+      state: of the compression, where a solver made one; None to make one of the params.
       records: what was done to the network before, see `Subject`.
       rules: how its params are divided over the mesh, see `Network`.
       teacher_rules: how the teacher's are.
@@ -70,6 +82,7 @@ class Stage(NamedTuple):
     teacher: Teacher | None = None
     compression: Compression = identity()
     start: Variables | None = None
+    state: CompressionState | None = None
     records: tuple[JsonObject, ...] = ()
     rules: Rules = ()
     teacher_rules: Rules = ()
@@ -114,12 +127,21 @@ def train(experiment: Experiment, stage: Stage, directory: Path) -> TrainState:
       directory: where checkpoints, metrics and the record of the stage go.
 
     Returns:
-      The state after the last step, its params and compression on one device of each process.
+      The state after the last step; with `Training.best_every` the network is that of the best
+      one, and the weights are their average if the training keeps one. Params and compression are
+      on one device of each process or, where the rules divide them, in host memory.
 
     Raises:
       ConfigError: if the directory belongs to a stage that was made of something else.
     """
-    require_same(directory, made_of(experiment, stage))  # before anything is written there
+    record = made_of(experiment, stage)
+    begin_stage(directory, record)  # before anything is written there
+    with shared_stage(directory, record, stage.name):
+        return _trained(experiment, stage, directory)
+
+
+def _trained(experiment: Experiment, stage: Stage, directory: Path) -> TrainState:
+    """Train a stage from where its checkpoints are, to its end."""
     if experiment.terms is None:
         stage = stage._replace(teacher=None)  # trained on labels alone
     training = stage.training
@@ -127,28 +149,119 @@ def train(experiment: Experiment, stage: Stage, directory: Path) -> TrainState:
     data = {name: x for name, x in experiment.data.train.items() if name != REFERENCE}
     first = {name: values[: training.batch_size] for name, values in data.items()}
     begun = (directory / "checkpoints").is_dir()
-    if training.steps and (stage.rules or stage.teacher_rules) and not begun:
+    divides = _divides(experiment.devices, (*stage.rules, *stage.teacher_rules))
+    if training.steps and divides and not begun:
         _require_same_gradients(experiment, stage, first)
-    divided = _divided(experiment, stage, first)
+    placed = _divided(experiment, stage, first)
     # crc32, as Python's hash of text differs between processes.
     order_seed = zlib.crc32(f"{experiment.seed}/{stage.name}".encode())
+    best = _best(experiment, stage)
     trained = fit(
-        divided.step,
-        divided.state,
-        batches(data, training.batch_size, seed=order_seed),
+        placed.step,
+        placed.state,
+        batches(
+            data,
+            training.batch_size,
+            seed=order_seed,
+            rows=placed.step.rows(training.batch_size),
+            check=_label_check(experiment),
+        ),
         steps=training.steps,
         directory=directory,
         save_every=training.save_every,
+        evaluate=_evaluation(experiment, stage) if best else None,
+        eval_every=training.best_every,
+        best=best,
         title=stage.name,
-        teacher=divided.teacher,
+        teacher=placed.teacher,
+        tokens=_tokens_of(experiment, first),
     )
-    # What comes after a training (packing, measuring) is done by each process for itself.
-    return trained._replace(
-        params=gathered(trained.params),
-        learned=gathered(trained.learned),
-        fixed=gathered(trained.fixed),
-        model_state=gathered(trained.model_state),
-    )
+    if best:
+        trained = _restored_best(trained, directory, best)
+    return _gathered(_averaged(trained, training))
+
+
+def _averaged(state: TrainState, training: Training) -> TrainState:
+    """Return a state with the average of its weights, if its training keeps one."""
+    return state if training.average is None else average_of(state)
+
+
+def _gathered(state: TrainState) -> TrainState:
+    """Return a state whose network is on one device of each process, or in host memory.
+
+    What comes after a training (packing, rewriting) is done by each process for itself. What was
+    divided may not fit on one device.
+    """
+    own = {name: getattr(state, name) for name in NETWORK}
+    return state._replace(**(gathered(own) if _is_whole(state) else hosted(own)))
+
+
+def _is_whole(state: TrainState) -> bool:
+    """Tell whether every device holds the network whole."""
+    own = [getattr(state, name) for name in NETWORK]
+    return all(leaf.is_fully_replicated for leaf in jax.tree.leaves(own))
+
+
+def _best(experiment: Experiment, stage: Stage) -> Best | None:
+    """Return the metric that decides which state a stage ends with; None for the last one."""
+    if stage.training.best_every is None or not stage.training.steps:
+        return None
+    metric = experiment.task.metric
+    return Best(metric.name, metric.higher_is_better)
+
+
+def _evaluation(experiment: Experiment, stage: Stage) -> Callable[[TrainState], dict[str, float]]:
+    """Return what measures a state on validation data, through the stage's compression."""
+    view = jax.jit(lambda state: state.variables(stage.compression))
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        state = _averaged(state, stage.training)
+        # What the rules divide is measured over the mesh.
+        variables = view(_gathered(state) if _is_whole(state) else state)
+        split = experiment.data.validation
+        return measured(experiment, stage.model.apply, variables, split).values
+
+    return evaluate
+
+
+def _restored_best(state: TrainState, directory: Path, best: Best) -> TrainState:
+    """Return a state with the step and the network of the best checkpoint."""
+    names = (*NETWORK, "opt_state")  # the optimizer keeps the average of the weights
+    only = ("step", *(f"{name}/**" for name in names if jax.tree.leaves(getattr(state, name))))
+    with Checkpoints(directory / "checkpoints", best=best) as checkpoints:
+        step, restored = checkpoints.restore_best(state, only=only)
+    _log.info("%s: step %d of %d is the best", directory, step, int(state.step))
+    return restored
+
+
+def _label_check(experiment: Experiment) -> Callable[[Batch], None] | None:
+    """Return a check of a batch's labels; those in memory were all checked before."""
+    task = experiment.task
+    stored = columns_of(experiment.data.train)
+    if task.labels is None or not stored:
+        return None
+
+    def check(batch: Batch) -> None:
+        labels = task.prepare(batch)[task.labels]
+        task.check_labels(labels, experiment.data.classes)
+
+    return check
+
+
+def _tokens_of(experiment: Experiment, batch: Batch) -> Callable[[Batch], int] | None:
+    """Return what counts the tokens of a batch, where the model is given integers [batch, n]."""
+    task = experiment.task
+    shapes = jax.eval_shape(lambda batch: task.inputs_of(task.prepare(batch)), batch)
+    inputs = [each for each in shapes if hasattr(each, "dtype")]
+    tokens = [x for x in inputs if len(x.shape) == 2 and jnp.issubdtype(x.dtype, jnp.integer)]
+    number = math.prod(tokens[0].shape) if tokens else 0
+    return (lambda _: number) if tokens else None
+
+
+def _divides(mesh: Mesh, rules: Rules) -> bool:
+    """Return whether rules divide anything: whether they name an axis of several devices."""
+    named = jax.tree.leaves([tuple(spec) for _, spec in rules])
+    return any(mesh.shape.get(name, 1) > 1 for name in named)
 
 
 class _Divided(NamedTuple):
@@ -165,9 +278,10 @@ def _divided(experiment: Experiment, stage: Stage, batch: Batch) -> _Divided:
     variables = _divided_variables(experiment, stage, mesh)
     step, begin, aux = prepare(experiment, stage, variables, batch)
     aux = spread(aux, shardings_like(aux, variables["params"], mesh, stage.rules))
-    where = shardings(jax.eval_shape(begin, variables, aux), mesh, stage.rules)
+    made = spread(stage.state, shardings_like(stage.state, variables["params"], mesh, stage.rules))
+    where = shardings(jax.eval_shape(begin, variables, aux, made), mesh, stage.rules)
     # Born where it lives: no device ever holds more than its part.
-    state = jax.jit(begin, out_shardings=where)(variables, aux)
+    state = jax.jit(begin, out_shardings=where)(variables, aux, made)
     teacher = stage.teacher
     if teacher is None:
         return _Divided(jit_step(step, mesh, state, rules=stage.rules), state, None)
@@ -200,16 +314,17 @@ def _require_same_gradients(experiment: Experiment, stage: Stage, batch: Batch) 
         )
         return
     # One step of plain descent at rate 1 moves each param by its gradient.
-    training = replace(stage.training, optimizer=optax.sgd(1.0), learned=None)
+    training = replace(stage.training, optimizer=optax.sgd(1.0), learned=None, average=None)
     stage = stage._replace(training=training)
     whole = _gradients(experiment, stage._replace(rules=(), teacher_rules=()), batch)
     for path, gradient in _gradients(experiment, stage, batch).items():
-        largest = np.abs(whole[path]).max(initial=0.0)
-        error = np.abs(gradient - whole[path]).max(initial=0.0)
-        if not error <= 0.05 * largest + 1e-6:
+        # Norms: single entries differ by a tenth between two ways to round to bfloat16.
+        size = np.linalg.norm(whole[path])
+        error = np.linalg.norm(gradient - whole[path])
+        if not error <= 0.05 * size + 1e-6:
             raise CompressError(
                 f"{stage.name}: under its rules the gradient of {path} is another one (off by "
-                f"{error:.2g}, of at most {largest:.2g}): the compiler divides it wrongly. Divide "
+                f"{error:.2g}, of {size:.2g}): the compiler divides it wrongly. Divide "
                 f"{path} or the leaf after it along other axes, such as "
                 "PartitionSpec('tensor', 'fsdp')"
             )
@@ -227,7 +342,7 @@ def _gradients(experiment: Experiment, stage: Stage, batch: Batch) -> dict[str, 
 
 def prepare(
     experiment: Experiment, stage: Stage, variables: Variables, batch: Batch
-) -> tuple[Step, Callable[[Variables, Aux], TrainState], Aux]:
+) -> tuple[Step, Callable[..., TrainState], Aux]:
     """Return a stage's training step, and what it begins with; it can be traced on shapes.
 
     Args:
@@ -237,7 +352,8 @@ def prepare(
       batch: one of the training data.
 
     Returns:
-      ``(step, begin, aux)``: ``begin(variables, aux)`` is the state before the first step.
+      ``(step, begin, aux)``: ``begin(variables, aux, compression's state or None)`` is the state
+      before the first step.
     """
     loss = _loss(experiment, stage)
     loss_key = stage_key(experiment.seed, f"{stage.name}/loss")
@@ -245,10 +361,14 @@ def prepare(
     optimizer = stage.training.transformation()
     key = stage_key(experiment.seed, stage.name)
 
-    def begin(variables: Variables, aux: Aux) -> TrainState:
-        return create(variables, stage.compression, optimizer, key, aux)
+    def begin(variables: Variables, aux: Aux, made: CompressionState | None = None) -> TrainState:
+        compression = stage.compression
+        if made is not None:
+            compression = compression._replace(init=lambda params: made)
+        return create(variables, compression, optimizer, key, aux)
 
-    return make_step(loss, optimizer, stage.compression), begin, aux
+    parts = stage.training.microbatches
+    return make_step(loss, optimizer, stage.compression, microbatches=parts), begin, aux
 
 
 def _loss(experiment: Experiment, stage: Stage) -> StatefulLoss:
@@ -284,7 +404,12 @@ def stage_key(seed: int, name: str) -> jax.Array:
 def made_of(experiment: Experiment, stage: Stage) -> dict[str, str]:
     """Return all that decides how a stage ends, by name; see `ingredients`."""
     # How often a checkpoint is written changes no number.
-    settings = {name: value for name, value in vars(stage.training).items() if name != "save_every"}
+    settings = {
+        name: value
+        for name, value in vars(stage.training).items()
+        if name != "save_every" and (name not in LATER or value != LATER[name])
+    }
+    by_validation = stage.training.best_every is not None
     parts: dict[str, object] = {
         "stage": stage.name,
         "seed": experiment.seed,
@@ -297,6 +422,10 @@ def made_of(experiment: Experiment, stage: Stage) -> dict[str, str]:
     if stage.teacher is not None:
         parts["loss"] = experiment.loss
         parts["teacher"] = flatten(stage.teacher.variables)[0]
+    if by_validation:
+        parts["validation"] = experiment.data.validation
     # Weights count by value: a stage after a changed one is made of something else.
     parts["start"] = flatten(stage.start)[0] if stage.start else None
+    if stage.state is not None:
+        parts["state"] = jax.tree.leaves(stage.state)
     return ingredients(**parts, data=experiment.data.train)

@@ -3,21 +3,25 @@
 import functools
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from compress_jax.core.errors import ArgumentError, ShapeError
 from compress_jax.core.types import Array, Batch, ModelFn, PyTree, Variables
-from compress_jax.data import eval_batches
+from compress_jax.data import Column, eval_batches
 from compress_jax.distill._masks import fitted
 from compress_jax.tasks._task import Task
 
 OWN = "of the split"  # the split's own mask; "mask" is that of the rows that pad the last batch
 ENTRIES = 2**26  # of the outputs of one batch, at most: 256 MB
 BATCH = 500
+
+
+T = TypeVar("T")
 
 
 class Measured(NamedTuple):
@@ -44,6 +48,7 @@ def measure(
     split: Mapping[str, Array],
     *,
     batch_size: int | None = None,
+    sharding: NamedSharding | None = None,
 ) -> Measured:
     """Return the metrics of a model on a split.
 
@@ -54,6 +59,8 @@ def measure(
       variables: of apply.
       split: arrays by name, all of the same leading length.
       batch_size: examples at once; by default 500, fewer where outputs are large.
+      sharding: where batches live, their rows divided over devices, if the variables are over a
+        mesh; ``batch_size`` is rounded up to a multiple of its devices.
 
     Returns:
       The values and a digest of all outputs.
@@ -70,11 +77,11 @@ def measure(
       0.6667
     """
     require_entries(task, split)
-    size = batch_size or _batch_size(task, apply, variables, split)
+    size = batch_size or examples_at_once(task, apply, variables, split)
     sums: list[Array | float] = [0.0] * len(task.metrics)
     digest = 0
-    for i, batch in enumerate(_batches(task, split, size)):
-        out, labels, counts, found, bits = _run(task, apply, variables, batch)
+    for i, batch in enumerate(_batches(split, size, sharding)):
+        out, labels, counts, found, bits = _run(task, apply, sharding, variables, batch)
         # An odd factor a batch: batches that trade places change the sum.
         digest = (digest + (2 * i + 1) * int(bits)) % 2**32
         for k, metric in enumerate(task.metrics):
@@ -93,6 +100,7 @@ def outputs(
     split: Mapping[str, Array],
     *,
     batch_size: int = BATCH,
+    sharding: NamedSharding | None = None,
 ) -> np.ndarray:
     """Return a model's outputs on a whole split.
 
@@ -102,6 +110,7 @@ def outputs(
       variables: of apply.
       split: arrays by name.
       batch_size: examples at once.
+      sharding: see `measure`.
 
     Returns:
       float32 ``[n, ...]``.
@@ -113,10 +122,10 @@ def outputs(
       (5, 3)
     """
     rows = []
-    for batch in _batches(task, split, batch_size):
+    for batch in _batches(split, batch_size, sharding):
         own = {name: each for name, each in batch.items() if name != "mask"}
-        out = _outputs(task, apply, variables, own)
-        rows.append(np.asarray(out)[batch["mask"]])
+        out, mask = _outputs(task, apply, sharding, variables, own, batch["mask"])
+        rows.append(np.asarray(out)[np.asarray(mask)])
     return np.concatenate(rows)
 
 
@@ -139,7 +148,7 @@ def scored(task: Task, out: Array, split: Mapping[str, Array]) -> dict[str, floa
     """
     sums: list[Array | float] = [0.0] * len(task.metrics)
     rows = {**split, "given": np.asarray(out, np.float32)}
-    for batch in _batches(task, rows, BATCH):
+    for batch in _batches(rows, BATCH):
         own = _own(task, batch)
         given = jnp.asarray(own["given"])
         counts = _counts(task, own, given, batch["mask"])
@@ -173,20 +182,39 @@ def require_entries(task: Task, split: Mapping[str, Array]) -> None:
         )
 
 
-def _batches(task: Task, split: Mapping[str, Array], size: int) -> Iterator[Batch]:
+def _batches(
+    split: Mapping[str, Array], size: int, sharding: NamedSharding | None = None
+) -> Iterator[Batch]:
     """Cut a split into batches of one size; ``mask`` is false for rows that fill up the last."""
     sizes = {name: len(each) for name, each in split.items()}
     if len(set(sizes.values())) != 1 or 0 in sizes.values():
         raise ArgumentError(f"the arrays of a split must have one length, and not 0; got {sizes}")
     # The rows of padding take the name "mask", which may be that of an entry, or an input.
-    renamed = {OWN if name == "mask" else name: np.asarray(each) for name, each in split.items()}
-    return eval_batches(renamed, size)
+    held = {name: x if isinstance(x, Column) else np.asarray(x) for name, x in split.items()}
+    renamed: dict[str, Any] = {OWN if name == "mask" else name: x for name, x in held.items()}
+    if sharding is None:
+        return eval_batches(renamed, size)
+    devices = sharding.num_devices
+    return (
+        _spread(batch, sharding) for batch in eval_batches(renamed, -(-size // devices) * devices)
+    )
 
 
-def _batch_size(
+def _spread(batch: Batch, sharding: NamedSharding) -> Batch:
+    """Return a batch over the devices of all processes, each of which holds the whole."""
+    return {
+        name: jax.make_array_from_callback(x.shape, sharding, lambda index, x=x: x[index])
+        for name, x in batch.items()
+    }
+
+
+def examples_at_once(
     task: Task, apply: ModelFn, variables: Variables, split: Mapping[str, Array]
 ) -> int:
-    # Logits of a large vocabulary for 500 sequences would not fit into memory.
+    """Return how many examples a call of a model may take, at most 500.
+
+    Logits of a large vocabulary for 500 sequences would not fit into memory.
+    """
     one = {name: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype) for name, x in split.items()}
     out = jax.eval_shape(lambda v, b: apply(v, *task.inputs_of(task.prepare(b))), variables, one)
     entries = max((math.prod(x.shape) for x in jax.tree.leaves(out)), default=1)
@@ -213,8 +241,14 @@ class _Outcome(NamedTuple):
 
 # Functions are static arguments, compared by value: `apply` is a new object at every mention of a
 # method, and jit would compile each anew.
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(task: Task, apply: ModelFn, variables: Variables, batch: Batch) -> _Outcome:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    task: Task,
+    apply: ModelFn,
+    sharding: NamedSharding | None,
+    variables: Variables,
+    batch: Batch,
+) -> _Outcome:
     """Return the sums of each metric and the bits of the outputs."""
     own = _own(task, batch)
     out = _first(apply(variables, *task.inputs_of(own))).astype(jnp.float32)
@@ -224,12 +258,28 @@ def _run(task: Task, apply: ModelFn, variables: Variables, batch: Batch) -> _Out
     hosted = any(metric.on_host for metric in task.metrics)
     # Outputs leave the device only where a metric is computed on the host.
     kept = (out, labels, counts) if hosted else (0, 0, 0)
-    return _Outcome(*kept, found, _digest(out, batch["mask"]))
+    return _everywhere(_Outcome(*kept, found, _digest(out, batch["mask"])), sharding)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _outputs(task: Task, apply: ModelFn, variables: Variables, batch: Batch) -> jax.Array:
-    return _first(apply(variables, *task.inputs_of(_own(task, batch)))).astype(jnp.float32)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _outputs(
+    task: Task,
+    apply: ModelFn,
+    sharding: NamedSharding | None,
+    variables: Variables,
+    batch: Batch,
+    mask: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    out = _first(apply(variables, *task.inputs_of(_own(task, batch)))).astype(jnp.float32)
+    return _everywhere((out, mask), sharding)
+
+
+def _everywhere(results: T, sharding: NamedSharding | None) -> T:
+    """Return results that each process can read whole."""
+    if sharding is None:
+        return results
+    whole = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.lax.with_sharding_constraint(results, whole)
 
 
 def _first(out: PyTree) -> jax.Array:

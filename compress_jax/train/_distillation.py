@@ -169,10 +169,13 @@ class _Distillation(NamedTuple):
             return (*self.student.evaluate(params, state, inputs), state)
 
         args = (params, state, inputs, key, counts)
-        (logits, features, state), own_head = _with_head(run, "the student", heads)(*args)
+        with jax.named_scope("student"):
+            (logits, features, state), own_head = _with_head(run, "the student", heads)(*args)
         if self.average is not None:
             teacher = _average_teacher(self.student, memory["average"])
-        (teacher_logits, teacher_features), head = _teacher_outputs(batch, teacher, inputs, heads)
+        with jax.named_scope("teacher"):
+            outputs, head = _teacher_outputs(batch, teacher, inputs, heads)
+        teacher_logits, teacher_features = outputs
         # Without labels of its own, a task's labels are what the teacher says.
         labels = teacher_logits if self.task.labels is None else batch[self.task.labels]
         context = LossContext(
@@ -212,14 +215,19 @@ class _Distillation(NamedTuple):
         if train and self.resample is not None:
             # What the student samples is data: no gradient flows through how it was drawn.
             frozen = jax.lax.stop_gradient((params, state))
-            batch = self.resample(
-                resample_key, batch, lambda x: self.student.evaluate(*frozen, (x,))[0]
-            )
+            with jax.named_scope("resample"):
+                batch = self.resample(
+                    resample_key, batch, lambda x: self.student.evaluate(*frozen, (x,))[0]
+                )
         context, new_state = self.context_of(
             params, state, memory, batch, dropout_key, teacher, step, train
         )
         context = context._replace(key=term_key)
-        losses, new_memory, said = _term_losses(self.terms, context, parts, memory, self.task.mask)
+        with jax.named_scope("loss"):
+            losses, new_memory, said = _term_losses(
+                self.terms, context, parts, memory, self.task.mask
+            )
+            fidelity = _fidelity(context, memory, self.task, said)
         objective = tuple((value_at(term.weight, step), losses[term.name]) for term in self.terms)
         if self.average is not None:
             new_memory["average"] = _next_average(
@@ -228,7 +236,7 @@ class _Distillation(NamedTuple):
         # The teacher's hash, which `init` put there, is carried from step to step.
         if "teacher" in memory:
             new_memory["teacher"] = memory["teacher"]
-        metrics = {**losses, **_fidelity(context, memory, self.task, said)}
+        metrics = {**losses, **fidelity}
         return objective, (new_state, jax.lax.stop_gradient(new_memory), metrics)
 
     def init(

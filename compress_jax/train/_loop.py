@@ -14,14 +14,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from compress_jax.core.errors import CheckpointError, NonFiniteError
+from compress_jax.core.errors import ArgumentError, CheckpointError, NonFiniteError
 from compress_jax.core.types import Batch, PyTree, Scalar
+from compress_jax.train._best import Best
 from compress_jax.train._checkpoint import Checkpoints
 from compress_jax.train._interrupt import Interrupted, watch_signals
 from compress_jax.train._metrics import JsonLines, Recorder, TensorBoard
-from compress_jax.train._processes import Votes, is_first, settle
-from compress_jax.train._progress import Report, progress
-from compress_jax.train._speed import Profile, Speed
+from compress_jax.train._processes import Votes, is_first, once, settle
+from compress_jax.train._progress import Report, progress, say
+from compress_jax.train._speed import Profile, Speed, work_of
 from compress_jax.train._state import TrainState
 from compress_jax.train._step import Metrics
 
@@ -54,9 +55,7 @@ class Session(NamedTuple):
 
     def record(self, step: int, group: str, values: Mapping[str, Scalar]) -> None:
         """Write and show metrics; under pmap each comes once a device, all equal."""
-        numbers = {
-            name: float(np.ravel(value)[0]) for name, value in jax.device_get(dict(values)).items()
-        }
+        numbers = _numbers(values)
         with _writable(None):
             for recorder in self.recorders:
                 recorder.write(step, {f"{group}/{name}": value for name, value in numbers.items()})
@@ -67,19 +66,34 @@ class Session(NamedTuple):
             [f"{name} is {value}" for name, value in numbers.items() if not np.isfinite(value)],
         )
 
+    def record_evaluation(self, step: int, values: Mapping[str, Scalar]) -> dict[str, float]:
+        """Record metrics and return them, as the first process has them: all decide by the same."""
+        own = _numbers(values)  # fetched before the processes speak to each other
+        numbers = once(lambda: own)
+        self.record(step, "eval", numbers)
+        return numbers
+
+    def is_best(self, metrics: Mapping[str, float] | None) -> bool:
+        """Tell whether a state with these metrics is the best so far, if the best is kept."""
+        return bool(
+            metrics is not None and self.checkpoints and self.checkpoints.is_better(metrics)
+        )
+
     def record_speed(self, step: int, values: Mapping[str, float]) -> None:
         """Write how fast the steps since the last time were."""
         with _writable(None):
             for recorder in self.speed_recorders:
                 recorder.write(step, {f"speed/{name}": value for name, value in values.items()})
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(
+        self, step: int, state: TrainState, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Save a state if it is finite: another must not replace a good checkpoint."""
         if self.checkpoints is None:
             return
         if not _all_finite(state.trainable):
             self._require_finite(step, ["a parameter is nan or infinite"])
-        self.checkpoints.save(step, state)
+        self.checkpoints.save(step, state, metrics)
 
     def _require_finite(self, step: int, bad: list[str]) -> None:
         if bad:
@@ -89,6 +103,11 @@ class Session(NamedTuple):
             raise NonFiniteError(
                 f"training diverged: {', '.join(bad)} at step {step}{good}; {advice}"
             )
+
+
+def _numbers(values: Mapping[str, Scalar]) -> dict[str, float]:
+    arrays = jax.device_get(dict(values))
+    return {name: float(np.ravel(value)[0]) for name, value in arrays.items()}
 
 
 @contextlib.contextmanager
@@ -184,15 +203,19 @@ def fit(
     save_every: int = 500,
     evaluate: Callable[[TrainState], Mapping[str, float]] | None = None,
     eval_every: int | None = None,
+    best: Best | None = None,
     title: str = "training",
     teacher: PyTree = None,
+    tokens: Callable[[Batch], int] | None = None,
 ) -> TrainState:
     """Train until ``steps`` steps have been taken, in this process or in earlier ones.
 
     The directory gets ``checkpoints/``, ``metrics.jsonl``, ``tensorboard/`` and ``speed.jsonl``:
-    steps and examples a second, and the share of the time that the run waits for data (see also
-    `profiling`). If it holds a checkpoint the run continues from it, bit for bit, and at once
-    returns it if it is the last. The host runs at most two steps ahead of the device.
+    steps, examples and tokens a second, the share of the time that the run waits for data (see also
+    `profiling`), the FLOPs a second that the models need (see `StepFlops`), and their share of the
+    devices' peak where that is known (see `peak_flops`). If it holds a checkpoint the run continues
+    from it, bit for bit, and at once returns it if it is the last. The host runs at most two steps
+    ahead of the device.
 
     Args:
       step: compiled, ``(state, batch, teacher=...) -> (state, metrics)``:
@@ -206,8 +229,13 @@ def fit(
       save_every: a checkpoint is written at multiples of this, and at the end.
       evaluate: ``(state) -> {name: value}``, run at multiples of eval_every and at the end.
       eval_every: None evaluates at the end only.
+      best: keeps the checkpoint of the evaluation whose metric is best, such as
+        ``Best("accuracy", higher_is_better=True)``, beside the last ones; of equal ones the
+        earliest. `Checkpoints.restore_best` restores it; what is returned here is the last state.
       title: shown with the progress.
       teacher: given to the step; never donated.
+      tokens: ``batch -> number`` of its tokens, those of padding included; None if batches are not
+        of tokens.
 
     Returns:
       The state after the last step.
@@ -218,6 +246,7 @@ def fit(
       NonFiniteError: if the loss or the parameters are NaN or infinite; the last good checkpoint
         stays.
       CheckpointError: if the directory holds a checkpoint of another model, or of a longer run.
+      ArgumentError: if ``evaluate`` does not return the metric of ``best``, or is not called.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -231,29 +260,24 @@ def fit(
       >>> int(state.step), float(state.params["w"])
       (3, 1.0)
     """
+    _require_evaluations(best, directory, evaluate, eval_every)
     with contextlib.ExitStack() as stack:
-        checkpoints = None
-        if directory is not None:
-            checkpoints = stack.enter_context(Checkpoints(Path(directory) / "checkpoints"))
+        checkpoints = stack.enter_context(_checkpoints(directory, best))
         start, state = _resume(state, checkpoints, steps)
         # A finished run is returned as it is: opening its metric files would add to them.
         if start == steps:
             return state
         stop = stack.enter_context(watch_signals())
-        recorders, speed_recorders = stack.enter_context(open_recorders(directory, start))
-        shown = (
-            progress(title, steps, start) if is_first() else contextlib.nullcontext(_say_nothing)
-        )
-        report = stack.enter_context(shown)
-        session = Session(recorders, speed_recorders, report, checkpoints, deque())
+        recorders = stack.enter_context(open_recorders(directory, start))
+        report = stack.enter_context(_shown(title, steps, start))
+        session = Session(*recorders, report, checkpoints, deque())
         votes = Votes()
-        profile = Profile(Path(directory) if directory is not None else None)
-        stack.callback(profile.close)
-        speed = Speed()
+        profile = stack.enter_context(contextlib.closing(Profile(directory)))
+        speed = Speed(tokens)
         for done in range(start + 1, steps + 1):
-            with speed.waiting():
-                batch = feed[done - 1]
-            speed.count(batch)
+            batch = speed.next(feed, done - 1)
+            if done == start + 1:
+                speed.work = work_of(step, state, batch, teacher)
             profile.before()
             state, metrics = settle(step(state, batch, teacher=teacher))
             profile.after(metrics)
@@ -265,18 +289,50 @@ def fit(
             if last or done % log_every == 0:
                 session.record(done, "train", metrics)
                 session.record_speed(done, speed.report())
+            found = None
             if evaluate is not None and (last or (eval_every and done % eval_every == 0)):
-                session.record(done, "eval", evaluate(state))
+                found = session.record_evaluation(done, evaluate(state))
                 speed.restart()
             # After the metrics of its step: a run resumed from here does not write those again.
-            if last or signum or done % save_every == 0:
-                session.save(done, state)
+            if session.is_best(found) or last or signum or done % save_every == 0:
+                session.save(done, state, found)
                 speed.restart()
             if signum:
                 raise Interrupted(signum, done)
         if signum := votes.last(stop() or 0):  # it came while the last step was being saved
             raise Interrupted(signum, steps)
+    if is_first():
+        say(title, speed.text())
     return state
+
+
+def _require_evaluations(
+    best: Best | None,
+    directory: str | os.PathLike[str] | None,
+    evaluate: Callable[[TrainState], Mapping[str, float]] | None,
+    eval_every: int | None,
+) -> None:
+    """Refuse to keep the best of what is not evaluated more than once, or not kept."""
+    given = {"directory": directory, "evaluate": evaluate, "eval_every": eval_every}
+    missing = [name for name, value in given.items() if value is None]
+    if best is not None and missing:
+        raise ArgumentError(
+            f"best keeps the best of several evaluated states, so fit needs {', '.join(missing)}"
+        )
+
+
+def _checkpoints(
+    directory: str | os.PathLike[str] | None, best: Best | None
+) -> contextlib.AbstractContextManager[Checkpoints | None]:
+    """Return the checkpoints in a directory; None without one."""
+    if directory is None:
+        return contextlib.nullcontext()
+    return Checkpoints(Path(directory) / "checkpoints", best=best)
+
+
+def _shown(title: str, steps: int, start: int) -> contextlib.AbstractContextManager[Report]:
+    """Return the progress, which the first process shows."""
+    return progress(title, steps, start) if is_first() else contextlib.nullcontext(_say_nothing)
 
 
 def _say_nothing(step: int, values: Mapping[str, Scalar]) -> None:

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from compress_jax.core.errors import ArgumentError, NoMatchError, ShapeError
 from compress_jax.core.paths import flatten, match
 from compress_jax.core.types import Array, Batch, Leaf, Params, PyTree, Shape
+from compress_jax.data._feed import Part
 from compress_jax.train._processes import spread
 from compress_jax.train._state import TrainState
 from compress_jax.train._step import Metrics, Step
@@ -339,10 +341,23 @@ class MeshStep(NamedTuple):
         self._check(batch)
         return self.compiled.lower(state, batch, teacher)
 
+    def rows(self, batch_size: int) -> np.ndarray:
+        """Return which rows of a batch the devices of this process hold, int64 ``[rows]``."""
+        where = self.batch.addressable_devices_indices_map((batch_size,))
+        parts = [np.arange(batch_size)[index[0]] for index in where.values() if index is not None]
+        return np.unique(np.concatenate(parts))
+
+    def trace(
+        self, state: TrainState, batch: Batch, *, teacher: PyTree = None
+    ) -> jax.stages.Traced:
+        """Return the step for arguments of these shapes, traced and not lowered yet."""
+        self._check(batch)
+        return self.compiled.trace(state, batch, teacher)
+
     def _check(self, batch: Batch) -> None:
         # Here, so that a batch that cannot be divided is a ShapeError that names the entry.
         for name, leaf in flatten(batch)[0].items():
-            shape = jnp.shape(leaf)
+            shape = leaf.shape if isinstance(leaf, Part) else jnp.shape(leaf)
             _check_divides(f"batch entry {name!r}", shape, self.batch.spec, self.mesh)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from compress_jax.core.errors import OtherProcessError
 from compress_jax.core.types import JsonObject, PyTree
+from compress_jax.data._feed import Part
 
 T = TypeVar("T")
 LAG = 2  # steps after which a vote is read: the device has finished those, so nobody waits
@@ -176,7 +177,7 @@ def spread(tree: PyTree, shardings: PyTree) -> PyTree:
     """Return arrays that every process holds whole as arrays over the devices of all.
 
     Args:
-      tree: arrays with the same values in every process.
+      tree: arrays with the same values in every process, or the `Part` of each.
       shardings: a sharding for all of them, or a tree of shardings.
 
     Returns:
@@ -195,7 +196,9 @@ def spread(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(_spread, tree, shardings)
 
 
-def _spread(leaf: jax.Array | np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+def _spread(leaf: jax.Array | np.ndarray | Part, sharding: jax.sharding.Sharding) -> jax.Array:
+    if isinstance(leaf, Part):
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return jax.device_put(leaf, sharding)  # it is over all devices already
     if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -222,9 +225,29 @@ def gathered(tree: PyTree) -> PyTree:
     """
 
     def local(leaf: jax.Array) -> jax.Array:
-        if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
-            return jnp.asarray(multihost_utils.process_allgather(leaf, tiled=True))
         # By way of the host, so that it is bound to no device: a mesh may take it again.
-        return leaf if len(leaf.devices()) == 1 else jnp.asarray(np.asarray(leaf))
+        return leaf if len(leaf.devices()) == 1 else jnp.asarray(_in_host_memory(leaf))
 
     return jax.tree.map(local, tree)
+
+
+def hosted(tree: PyTree) -> PyTree:
+    """Return arrays in host memory, each whole, in every process.
+
+    Args:
+      tree: arrays, over any devices.
+
+    Returns:
+      The tree of NumPy arrays, gathered one after the other: no device holds all of them.
+
+    Example:
+      >>> type(hosted({"w": jnp.ones(2)})["w"]) is np.ndarray
+      True
+    """
+    return jax.tree.map(_in_host_memory, tree)
+
+
+def _in_host_memory(leaf: jax.Array) -> np.ndarray:
+    if not leaf.is_fully_addressable and not leaf.is_fully_replicated:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)

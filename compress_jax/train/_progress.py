@@ -89,6 +89,24 @@ def _lines(title: str, steps: int, console: Console, seconds: float) -> Report:
     return report
 
 
+def say(title: str, text: str, *, console: Console | None = None) -> None:
+    """Print a line on standard error, after the progress.
+
+    Args:
+      title: what was done.
+      text: how it went.
+      console: where to print it; standard error by default.
+
+    Example:
+      >>> import sys
+      >>> say("training", "12 steps a second", console=Console(file=sys.stdout))
+      training: 12 steps a second
+    """
+    console = console or Console(stderr=True)
+    line = f"{escape(printable(title))}: {escape(text)}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
 FIRST = ("loss", "accuracy")
 ROOM = 36  # columns for metrics: a line with its title and steps fits into 80
 

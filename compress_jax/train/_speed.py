@@ -2,16 +2,23 @@
 
 import contextlib
 import contextvars
+import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from compress_jax.core.arguments import whole
+from compress_jax.core.table import units
 from compress_jax.core.types import Batch, PyTree
+from compress_jax.train._chips import peak_of
+from compress_jax.train._flops import step_flops
 
+_log = logging.getLogger(__name__)
 WARM = 3  # steps of a process before it is profiled: the first compile
 _profiled: contextvars.ContextVar[int] = contextvars.ContextVar("profiled", default=0)
 
@@ -53,10 +60,10 @@ class Profile:
       (None, None, None)
     """
 
-    def __init__(self, directory: Path | None):
+    def __init__(self, directory: str | os.PathLike[str] | None):
         """Find out whether there is anything to do."""
         self._steps = _profiled.get() if directory is not None else 0
-        self._directory = directory
+        self._directory = None if directory is None else Path(directory)
         self._seen = 0
         self._running = False
 
@@ -80,48 +87,145 @@ class Profile:
             self._running = False
 
 
-class Speed:
-    """The speed of a training, between two reports.
+class Work(NamedTuple):
+    """What one step has to do.
+
+    Attributes:
+      flops: those that the models need, see `StepFlops`; None if unknown.
+      peak: operations a second of all devices; None if unknown.
+    """
+
+    flops: float | None = None
+    peak: float | None = None
+
+
+def work_of(step: Callable[..., Any], state: PyTree, batch: Batch, teacher: PyTree) -> Work:
+    """Return the work of a step from its trace, which the step's own compilation uses again.
+
+    Args:
+      step: see `fit`; of one that ``jax.jit`` did not make (from `pmap_step`) nothing is known.
+      state: its state.
+      batch: its batch.
+      teacher: its teacher.
+
+    Returns:
+      The work; where the step cannot be traced, a warning says so.
 
     Example:
-      >>> speed = Speed()
+      >>> work_of(lambda state, batch, teacher: (state, {}), None, {}, None)
+      Work(flops=None, peak=None)
+    """
+    if not hasattr(step, "trace"):
+        return Work()
+    # The training must go on, whatever a trace holds that is not known here.
+    try:
+        found = step_flops(step, state, batch, teacher=teacher)
+    except Exception as error:
+        why = str(error).strip().split("\n")[0]
+        _log.warning("the FLOPs of a step are unknown (%s: %s)", type(error).__name__, why)
+        return Work()
+    if found.uncounted:
+        names = ", ".join(found.uncounted)
+        _log.warning("the FLOPs of a step lack those of %s, so utilization is too low", names)
+    return Work(found.model, peak_of(state))
+
+
+class Speed:
+    """The speed of a training, between two reports, and in all.
+
+    Args:
+      tokens: ``batch -> number``; None if batches are not of tokens.
+
+    Example:
+      >>> speed = Speed(tokens=lambda batch: batch["x"].size)
       >>> with speed.waiting():
       ...     batch = {"x": np.ones((8, 2))}
       >>> speed.count(batch)
       >>> sorted(speed.report())
-      ['examples_per_second', 'steps_per_second', 'waiting']
+      ['examples_per_second', 'steps_per_second', 'tokens_per_second', 'waiting']
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: Callable[[Batch], int] | None = None) -> None:
         """Begin now."""
+        self.work = Work()
+        self._tokens = tokens
+        self._reports = 0
+        self._total = _nothing()
         self.restart()
 
     def restart(self) -> None:
         """Begin anew: what has run since was no training."""
         self._began = time.perf_counter()
-        self._waited = 0.0
-        self._steps = 0
-        self._examples = 0
+        self._counted = _nothing()
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time of the ``with`` block as time in which data were not there."""
         began = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        self._counted["waiting"] += time.perf_counter() - began
+
+    def next(self, feed: Any, step: int) -> Batch:
+        """Return the batch of a step; it counts, and so does the time until it is there."""
+        with self.waiting():
+            batch = feed[step]
+        self.count(batch)
+        return batch
 
     def count(self, batch: Batch) -> None:
-        """Count a step and its examples: the rows of the batch."""
-        self._steps += 1
-        self._examples += next((len(x) for x in jax.tree.leaves(batch) if np.ndim(x)), 0)
+        """Count a step and its examples, the rows of the batch, and its tokens."""
+        self._counted["steps"] += 1
+        rows = next((len(x) for x in jax.tree.leaves(batch) if np.ndim(x)), 0)
+        self._counted["examples"] += rows
+        if self._tokens is not None:
+            self._counted["tokens"] += self._tokens(batch)
 
     def report(self) -> dict[str, float]:
-        """Return steps and examples a second and the share of time without data, and begin anew."""
-        seconds = time.perf_counter() - self._began
-        found = {
-            "steps_per_second": self._steps / seconds,
-            "examples_per_second": self._examples / seconds,
-            "waiting": self._waited / seconds,
-        }
+        """Return what was done a second and the share of time without data, and begin anew."""
+        self._counted["seconds"] = time.perf_counter() - self._began
+        # The first report has the compilation; the total leaves it out, if there are others.
+        before = self._total if self._reports > 1 else _nothing()
+        self._total = {name: before[name] + number for name, number in self._counted.items()}
+        self._reports += 1
+        found = self._rates(self._counted)
         self.restart()
         return found
+
+    def text(self) -> str:
+        """Return the speed of the whole training, as a line."""
+        rates = self._rates(self._total)
+        done = [
+            f"{_short(rates[f'{name}_per_second'])} {name}"
+            for name in ("steps", "examples", "tokens")
+            if f"{name}_per_second" in rates
+        ]
+        parts = [f"{', '.join(done)} a second"]
+        if "model_flops_per_second" in rates:
+            parts.append(f"{_short(rates['model_flops_per_second'])}FLOP/s of the models")
+        if "utilization" in rates:
+            parts.append(f"{rates['utilization']:.1%} of the devices' peak")
+        parts.append(f"{rates['waiting']:.0%} of the time waiting for data")
+        return ", ".join(parts)
+
+    def _rates(self, counted: dict[str, float]) -> dict[str, float]:
+        seconds = counted["seconds"]
+        found = {
+            "steps_per_second": counted["steps"] / seconds,
+            "examples_per_second": counted["examples"] / seconds,
+            "waiting": counted["waiting"] / seconds,
+        }
+        if self._tokens is not None:
+            found["tokens_per_second"] = counted["tokens"] / seconds
+        if self.work.flops is not None:
+            found["model_flops_per_second"] = self.work.flops * found["steps_per_second"]
+            if self.work.peak is not None:
+                found["utilization"] = found["model_flops_per_second"] / self.work.peak
+        return found
+
+
+def _nothing() -> dict[str, float]:
+    return dict.fromkeys(("steps", "examples", "tokens", "waiting", "seconds"), 0.0)
+
+
+def _short(number: float) -> str:
+    return units(float(f"{number:.3g}"))

@@ -212,33 +212,44 @@ def make_step(
             return gather(general, trained, carried, batch, loss_key, rest, microbatches, axis_name)
 
         inputs = (*carried, batch, loss_key, *rest)
-        grads, at_view, found = _through_view(general, compression, state, run, inputs, update_key)
-        # Optax mixes int32 counts and floats, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.trainable)
+        found = _through_view(general, compression, state, run, inputs, update_key)
+        return _updated(state, found, optimizer, compression, update_key), found.found.metrics
+
+    return step
+
+
+def _updated(
+    state: TrainState,
+    gradients: "_Gradients",
+    optimizer: optax.GradientTransformation,
+    compression: Compression,
+    key: Key,
+) -> TrainState:
+    """Return the state after the optimizer's update and the compression's."""
+    # Optax mixes int32 counts and floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"), jax.named_scope("optimizer"):
+        updates, opt_state = optimizer.update(gradients.trainable, state.opt_state, state.trainable)
         trainable: PyTree = optax.apply_updates(state.trainable, updates)
+    with jax.named_scope("compression_update"):
         compressed = compression.update(
             trainable["params"],
             CompressionState(trainable["learned"], state.fixed),
             step=state.step,
-            grads=at_view,
-            key=update_key,
+            grads=gradients.at_view,
+            key=key,
         )
         # Weights that this update grew start from zero, and so do their moments.
         params, opt_state = restart(trainable["params"], opt_state, state.fixed, compressed.fixed)
-        new = state._replace(
-            step=state.step + 1,
-            params=params,
-            learned=compressed.learned,
-            fixed=compressed.fixed,
-            model_state=found.model_state,
-            opt_state=opt_state,
-            parts=trainable.get("parts", {}),
-            memory=found.memory,
-        )
-        return new, found.metrics
-
-    return step
+    return state._replace(
+        step=state.step + 1,
+        params=params,
+        learned=compressed.learned,
+        fixed=compressed.fixed,
+        model_state=gradients.found.model_state,
+        opt_state=opt_state,
+        parts=trainable.get("parts", {}),
+        memory=gradients.found.memory,
+    )
 
 
 # The gradient through the compression's view, which is taken where it costs least.
@@ -323,7 +334,7 @@ def _inside(
         own = CompressionState(learned, state.fixed)
         views = leaf_views(compression, params, own)
         seen = view_inside(general, {path: views[path] for path in late})
-        return seen(_stored(compression.view(params, own), params, late), parts, *inputs)
+        return seen(_stored(_viewed(compression, params, own), params, late), parts, *inputs)
 
     found = run(loss, (state.params, (state.learned, state.parts)))
     params, (learned, parts) = found.grads
@@ -338,7 +349,7 @@ def _at_view(
 
     def view(trainable: dict[str, PyTree]) -> Trained:
         own = CompressionState(trainable["learned"], state.fixed)
-        return compression.view(trainable["params"], own), trainable.get("parts", {})
+        return _viewed(compression, trainable["params"], own), trainable.get("parts", {})
 
     (viewed, parts), pull_back = jax.vjp(view, state.trainable)
     if late:
@@ -348,6 +359,12 @@ def _at_view(
     found = run(general, (viewed, parts))
     (grads,) = pull_back(found.grads)
     return _Gradients(grads, found.grads[0], found)
+
+
+def _viewed(compression: Compression, params: Params, own: CompressionState) -> Params:
+    """Return the view of params, under its name in profiles."""
+    with jax.named_scope("view"):
+        return compression.view(params, own)
 
 
 def _stored(viewed: Params, params: Params, late: Collection[str]) -> Params:

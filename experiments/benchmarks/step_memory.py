@@ -35,6 +35,12 @@ CASES: dict[str, cj.Compression] = {
     "16 centers": cluster.kmeans(16),
     "rank 64": lowrank.svd(64),
     "RigL": prune.rigl(0.5, steps=1000, key=jax.random.key(0)),
+    "half pruned, one bit": prune.bit_masks(prune.magnitude(0.5)),
+    "half pruned, int4, one bit": prune.bit_masks(
+        cj.chain(prune.magnitude(0.5), quantize.uniform(4, granularity="channel"))
+    ),
+    "half pruned every 100, one bit": cj.every(100, prune.bit_masks(prune.magnitude(0.5))),
+    "RigL, one bit": prune.bit_masks(prune.rigl(0.5, steps=1000, key=jax.random.key(0))),
 }
 
 

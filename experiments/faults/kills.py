@@ -1,15 +1,16 @@
 """Kill a run at random moments, go on, and compare what it ends with, bit for bit.
 
-python experiments/faults/kills.py                       # 30 kills, about 25 minutes on 2 cores
+python experiments/faults/kills.py                       # 45 kills, about 40 minutes on 2 cores
 
-Campaigns of one and of two processes: the same command is started again and again in one folder and
-killed (SIGKILL or SIGTERM, the launcher or one of its processes, at a random moment); after some
-kills it is left to end. Its artifact must be that of a run which nobody stopped, and no command may
-end with a traceback.
+Campaigns of one and of two processes, and of a search: the same command is started again and again
+in one folder and killed (SIGKILL or SIGTERM, the launcher or one of its processes, at a random
+moment); after some kills it is left to end. Its artifact must be that of a run which nobody
+stopped, and no command may end with a traceback.
 """
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import signal
@@ -34,21 +35,31 @@ def split(seed, n):
     image[np.arange(n), label, label, 0] += 3
     return {"image": image, "label": label}
 
-def config(steps: int = 1500) -> cj.search.Experiment:
-    """Compress."""
+def training(steps):
+    return cj.search.Training(optax.adam(0.01), steps, batch_size=32, save_every=20)
+
+def config(steps: int = 1500, searched: bool = False) -> cj.search.Experiment:
+    """Compress, or search."""
     data = cj.data.Data.from_arrays(split(0, 256), split(1, 60), split(2, 70))
-    training = cj.search.Training(optax.adam(0.01), steps, batch_size=32, save_every=20)
     small = cj.at("**/kernel", cj.chain(cj.prune.magnitude(0.5), cj.quantize.lsq(4)))
+    bits = {f"int{n}": cj.quantize.uniform(n, granularity="channel") for n in (2, 4, 8)}
+    alone = {"bits alone": ("int2", "int4", "int8")}
     return cj.search.Experiment(
-        "kills", data, cj.search.Network(cj.models.LeNet300100(3, (32, 16)), training, rules=RULES),
-        (cj.search.Candidate("small", small, training),),
-        cj.search.Requirement(max_drop=0.9),
+        "kills", data,
+        cj.search.Network(cj.models.LeNet300100(3, (32, 16)), training(steps), rules=RULES),
+        () if searched else (cj.search.Candidate("small", small, training(steps)),),
+        cj.search.Requirement(max_drop=0.02 if searched else 0.9),
+        search=cj.search.Search(bits, training, steps // 5, baselines=alone) if searched else None,
         mesh=cj.train.make_mesh(fsdp=min(2, jax.device_count())),
-        teacher=cj.search.Network(cj.models.LeNet300100(3, (64, 32)), training),
+        teacher=cj.search.Network(cj.models.LeNet300100(3, (64, 32)), training(steps)),
         loss=cj.tasks.classification().distillation(alpha=0.5, temperature=2.0),
     )
 '''
-SHAPES = {"1 process": ("--devices", "1"), "2 processes": ("--processes", "2", "--devices", "2")}
+SHAPES = {
+    "1 process": ("--devices", "1"),
+    "2 processes": ("--processes", "2", "--devices", "2"),
+    "a search": ("--devices", "1", "--searched"),
+}
 ENDED = "it had ended"
 SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
@@ -82,13 +93,15 @@ def killed(process: subprocess.Popen[str], after: float, rng: random.Random) -> 
         sent = rng.choice(SIGNALS)
         os.kill(own[place], sent)
         done = f"{sent.name} to {'the command' if place == 0 else f'process {place - 1}'}"
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=3600)
     return done, out
 
 
 def digest(folder: Path) -> str:
-    """Return the digest of a run's artifact."""
-    return hashlib.sha256((folder / "artifact.safetensors").read_bytes()).hexdigest()[:12]
+    """Return the digest of a run's artifact and of all its rows."""
+    rows = json.dumps(json.loads((folder / "results.json").read_text())["rows"])
+    artifact = (folder / "artifact.safetensors").read_bytes()
+    return hashlib.sha256(artifact + rows.encode()).hexdigest()[:12]
 
 
 class Count(NamedTuple):
@@ -125,7 +138,7 @@ def campaign(
         if not fits:
             print(out[-2000:])
     process = start(config, folder, SHAPES[name])
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=3600)
     same = process.returncode == 0 and digest(folder) == straight
     print(f"{name}: ended with {process.returncode}, {'the same' if same else 'OTHER'} bits")
     if not same:
@@ -138,7 +151,7 @@ def campaigns(name: str, config: Path, root: Path, kills: int, rng: random.Rando
     begun = time.monotonic()
     whole = Path(tempfile.mkdtemp(dir=root))
     process = start(config, whole, SHAPES[name])
-    out, _ = process.communicate(timeout=600)
+    out, _ = process.communicate(timeout=3600)
     assert process.returncode == 0, out
     full = time.monotonic() - begun
     total = Count()
@@ -155,14 +168,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=15, help="of each number of processes")
+    parser.add_argument("--kills", type=int, default=15, help="of each kind of run")
+    parser.add_argument("--steps", type=int, default=1500, help="of each training")
+    parser.add_argument("--only", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
         config = Path(scratch) / "kills.py"
-        config.write_text(CONFIG)
-        found = {name: campaigns(name, config, Path(scratch), args.kills, rng) for name in SHAPES}
+        config.write_text(CONFIG.replace("steps: int = 1500", f"steps: int = {args.steps}"))
+        found = {
+            name: campaigns(name, config, Path(scratch), args.kills, rng) for name in args.only
+        }
     print("\n| run | kills | bad ends | runs | runs with other bits |\n|---|--:|--:|--:|--:|")
     for name, count in found.items():
         print(f"| {name} | {' | '.join(map(str, count))} |")

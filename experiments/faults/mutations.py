@@ -21,7 +21,7 @@ import zstandard
 
 import compress_jax as cj
 from compress_jax.core.bits import Bits, Gaps
-from compress_jax.core.packed import LowRank, Sparse
+from compress_jax.core.packed import LowRank, Sparse, Sum
 from compress_jax.export._artifact import compact
 from compress_jax.export._artifact.artifact import with_names
 from compress_jax.export._artifact.compact import VOCABULARY
@@ -76,7 +76,7 @@ WORST += [
 ]
 WORST += [[1, 0], [10**12, 0], [3, 10**12], [2] * 40, {"dict": []}, {"list": [True]}, {"Gaps": {}}]
 WORST += [["list", [2]], ["dict", [1, [2]]], ["Bits", {}], ["int4", 3], ["key:rbg", 2]]
-NODES = "Bits Gaps Sparse Quantized Tabled Clustered LowRank dict list tuple shape fill".split()
+NODES = "Bits Gaps Sparse Quantized Tabled Clustered LowRank Sum dict list tuple shape fill".split()
 
 
 def packed(compression: Any, x: jax.Array = X) -> Any:
@@ -104,6 +104,7 @@ def nodes() -> dict[str, Any]:
         "clustered, pruned": packed(cj.chain(prune.magnitude(0.8), cluster.kmeans(4))),
         "low rank": packed(cj.lowrank.svd(2)),
         "low rank, packed": LowRank(*factors, (2, 6, 10), jnp.dtype(jnp.bfloat16)),
+        "sum": Sum(packed(quantize.uniform(4)), packed(cj.lowrank.svd(2))),
     }
 
 

@@ -12,9 +12,18 @@ import numpy as np
 from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Table
-from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled, is_packed
+from compress_jax.core.packed import (
+    Clustered,
+    LowRank,
+    Quantized,
+    Sparse,
+    Sum,
+    Tabled,
+    is_packed,
+    to_dense,
+)
 
-KINDS = (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)
+KINDS = (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank, Sum)
 
 
 def assert_consistent(tree: Any) -> None:
@@ -140,6 +149,15 @@ def _low_rank(node: LowRank) -> np.ndarray:
         return (left @ right).astype(np.float32).reshape(node.shape)
 
 
+def _sum(node: Sum) -> np.ndarray:
+    terms = node.base, node.delta
+    assert_consistent(terms)
+    with np.errstate(all="ignore"):
+        # Each as it is unpacked: its own dtype rounds it before it is added.
+        base, delta = (np.asarray(to_dense(x)).astype(np.float32) for x in terms)
+        return base + delta
+
+
 def _spread(layout: Layout, scale: Any) -> np.ndarray:
     """Return a scale for every entry, by index arithmetic."""
     scale = np.asarray(scale)
@@ -170,6 +188,7 @@ READINGS = {
     Tabled: _tabled,
     Clustered: _clustered,
     LowRank: _low_rank,
+    Sum: _sum,
 }
 
 

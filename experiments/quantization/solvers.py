@@ -28,6 +28,8 @@ from sklearn.datasets import load_digits
 
 import compress_jax as cj
 from compress_jax.core.paths import flatten
+from compress_jax.layerwise._clip import clip
+from compress_jax.layerwise._gptq import gptq
 from compress_jax.layerwise._problem import Problem, problems
 from compress_jax.models import LeNet300100, ViT
 from compress_jax.quantize import output_error, uniform
@@ -37,8 +39,6 @@ from compress_jax.quantize._rewrites.equalize import equalize
 from compress_jax.quantize._rewrites.smooth import smooth
 from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._solvers.adaround import adaround
-from compress_jax.quantize._solvers.clip import clip
-from compress_jax.quantize._solvers.gptq import gptq
 from compress_jax.quantize._solvers.signround import signround
 from compress_jax.trace import calibrate, gram
 from compress_jax.trace.reducers import absmax, moments

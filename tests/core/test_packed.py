@@ -16,6 +16,7 @@ from compress_jax.core.packed import (
     LowRank,
     Quantized,
     Sparse,
+    Sum,
     is_packed,
     nbytes,
     to_dense,
@@ -169,6 +170,23 @@ def test_low_rank_multiplies_its_factors_packed_or_not():
         np.asarray(nested.unpack(), np.float64), expected, rtol=1e-2, atol=1e-2
     )
     assert nested.nbytes == q.nbytes + nested.right.nbytes and nested.unpack().dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_sum_is_rounded_alike_inside_a_program_and_outside(rank, dtype):
+    """A product fused with the sum would be rounded once, and the same node be two arrays."""
+    _, _, q = quantized((6, 8))
+    left, right = dense((6, rank)), dense((rank, 8))
+    node = Sum(q, LowRank(left, right, (6, 8)), jnp.dtype(dtype))
+    product = np.asarray(left, np.float64) @ np.asarray(right, np.float64)
+    expected = np.asarray(q.unpack(), np.float64) + product
+    found = node.unpack()
+    rtol = 1e-5 if dtype == jnp.float32 else 1e-2
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rtol, atol=1e-5)
+    inside = jax.jit(Sum.unpack)(node)
+    assert found.dtype == dtype and np.asarray(found).tobytes() == np.asarray(inside).tobytes()
+    assert node.nbytes == q.nbytes + left.nbytes + right.nbytes and node.shape == (6, 8)
 
 
 def tree():

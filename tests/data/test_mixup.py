@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from compress_jax.core.errors import ArgumentError
 from compress_jax.data import mixup
 
 IMAGES = jnp.arange(512.0).reshape(64, 4, 2)
@@ -29,3 +30,11 @@ def test_a_small_alpha_leaves_examples_nearly_whole_and_the_key_decides():
     ]
     assert (mixed[0].max(1) > 0.99).mean() > 0.9 > (mixed[1].max(1) > 0.99).mean()
     assert (mixed[1] != mixed[2]).any() and (mixed[1] == mixed[3]).all()
+
+
+def test_the_next_example_is_the_partner_where_it_is_asked_for():
+    mixed = mixup(64, partner="next")(jax.random.key(0), BATCH)["label"]
+    assert all(set(np.flatnonzero(row)) <= {i, (i + 1) % 64} for i, row in enumerate(mixed))
+    np.testing.assert_allclose(mixed.sum(1), 1, rtol=1e-6)
+    with pytest.raises(ArgumentError, match="partner"):
+        mixup(64, partner="previous")

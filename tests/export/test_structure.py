@@ -15,7 +15,7 @@ import compress_jax as cj
 from compress_jax.core import ArtifactError
 from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
-from compress_jax.core.packed import LowRank, Quantized, Sparse, is_packed
+from compress_jax.core.packed import LowRank, Quantized, Sparse, Sum, is_packed
 from compress_jax.export._artifact.structure import NODES, decode, encode
 
 X = jax.random.normal(jax.random.key(0), (12, 10))
@@ -63,6 +63,8 @@ NODES_TO_SAVE = {
     "pruned, clustered": packed(cj.chain(cj.prune.magnitude(0.8), cj.cluster.kmeans(4))),
     "low rank": packed(cj.lowrank.svd(2)),
     "low rank, factors packed": factored(),
+    "sum": Sum(packed(cj.quantize.uniform(4)), packed(cj.lowrank.svd(2))),
+    "sum with an array, bfloat16": Sum(X.reshape(2, 6, 10), factored(), jnp.dtype(jnp.bfloat16)),
 }  # fmt: skip
 
 
@@ -121,6 +123,8 @@ def test_the_nodes_above_are_of_every_kind_and_nesting():
         "LowRank/Quantized/Bits",
         "LowRank/Clustered/Bits",
         "Sparse/Gaps/Bits",
+        "Sum/Quantized/Bits",
+        "Sum/LowRank/Quantized/Bits",
     } <= found
 
 

@@ -21,7 +21,7 @@ from compress_jax.core import ArtifactError
 from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Float, Table
-from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Tabled
+from compress_jax.core.packed import Clustered, LowRank, Quantized, Sparse, Sum, Tabled
 from compress_jax.export import Limits
 from compress_jax.export._artifact.checks import CHECKS, Spec, check, memory
 from compress_jax.export._artifact.container import rowed
@@ -59,7 +59,8 @@ SPARSE = Sparse(np.array([5, 6], F32), Bits(u8(0b0110), 1, (2, 2)))
 GAPS = Gaps(Bits(u8(0b00_01), 2, (2,)), (3,))  # one zero, a one, no zero, a one
 GAPS_OF_FOUR = Gaps(Bits(u8(0b00_01), 2, (2,)), (2, 2))
 LOW = LowRank(np.ones((6, 2), F32), np.ones((2, 4), F32), (2, 3, 4))
-RIGHT = [CODES, QUANTIZED, TABLED, CLUSTERED, SPARSE, GAPS, LOW]
+SUM = Sum(QUANTIZED, SPARSE)
+RIGHT = [CODES, QUANTIZED, TABLED, CLUSTERED, SPARSE, GAPS, LOW, SUM]
 
 
 def left_out(**fields: Any) -> Sparse:
@@ -142,6 +143,12 @@ WRONG = [  # a node that is right, fields that make it wrong, and what the error
     (LOW, {"columns": (0,)}, "do not make"),
     (LOW, {"stack": (0,)}, "two axes behind its layers"),
     (LOW, {"dtype": np.dtype(np.float64)}, "x64"),
+    (SUM, {"delta": LOW}, r"terms of \[2, 2\] and \[2, 3, 4\]"),
+    (SUM, {"base": np.ones((2, 2), np.int32)}, "floating"),
+    (SUM, {"base": CODES}, "an array must stand here, not a Bits"),
+    (SUM, {"base": dataclasses.replace(SPARSE, fill=1e300)}, "does not hold"),
+    (SUM, {"delta": Sparse(Bits(u8(1), 4, (2,)), SPARSE.mask)}, "floating point, not int32"),
+    (SUM, {"dtype": np.dtype(np.float64)}, "x64"),
 ]
 
 

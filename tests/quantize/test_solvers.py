@@ -10,14 +10,14 @@ from sklearn.datasets import load_digits
 
 import compress_jax as cj
 from compress_jax.core import NonFiniteError, StateError
+from compress_jax.layerwise._clip import clip
+from compress_jax.layerwise._gptq import gptq
 from compress_jax.layerwise._problem import problems
 from compress_jax.layerwise._solve import neighboring_levels
 from compress_jax.quantize import output_error, uniform
 from compress_jax.quantize._rewrites.awq import awq
 from compress_jax.quantize._scales.hqq import hqq
 from compress_jax.quantize._solvers.adaround import adaround
-from compress_jax.quantize._solvers.clip import clip
-from compress_jax.quantize._solvers.gptq import gptq
 from compress_jax.quantize._solvers.signround import signround
 from compress_jax.trace import calibrate, gram, reducers
 

@@ -127,11 +127,11 @@ def test_page_needs_nothing_else(folder: Path):
     page = report.write(folder).read_text()
     links = Links()
     links.feed(page)
-    assert len(links.targets) == 4 and all(
-        target.startswith("data:image/png;base64,") for target in links.targets
-    )
+    assert len(links.targets) > 4
+    assert all(target.startswith(("data:", "#")) for target in links.targets)
+    page = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert "http" not in page.replace("http-equiv", "") and "url(" not in page
-    assert not {"script", "link", "iframe"} & set(links.tags)
+    assert not {"link", "iframe"} & set(links.tags)
 
 
 @pytest.mark.slow

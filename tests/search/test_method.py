@@ -190,3 +190,34 @@ def test_an_order_that_cannot_work_is_refused(method, said, data, tmp_path):
     at = tuple(cj.at("**/kernel", each) if each is INT4 else each for each in method)
     with pytest.raises(ConfigError, match=said):
         compress(experiment(data, "linen", [Candidate("x", at)]), tmp_path, log_fn=silent)
+
+
+def test_training_begins_at_the_scales_that_a_solver_chose(data, tmp_path):
+    """Without a step of any size, what was solved is what is stored."""
+    int3 = cj.at("**/kernel", cj.quantize.uniform(3))
+    clipped = rewrite(cj.quantize.clip, int3)
+    still = Training(optax.sgd(0.0), 3, batch_size=48)
+    candidates = (
+        Candidate("clipped", clipped),
+        Candidate("clipped, still", clipped, still),
+        Candidate("rounded", int3),
+    )
+    compress(experiment(data, "linen", candidates), tmp_path, log_fn=silent)
+    stored = {
+        name: jax.tree.leaves(cj.load(tmp_path / "candidates" / name / "artifact.safetensors")[0])
+        for name in ("clipped", "clipped, still", "rounded")
+    }
+    pairs = zip(stored["clipped"], stored["clipped, still"], strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+    # The test would not tell if clipping changed nothing.
+    others = zip(stored["clipped"], stored["rounded"], strict=True)
+    assert not all(np.array_equal(a, b) for a, b in others)
+
+
+def test_what_a_solver_cannot_solve_for_is_said_before_anything_is_trained(data, tmp_path):
+    odd = cj.at("**/kernel", cj.quantize.uniform(4, granularity=5))
+    for solver in (cj.quantize.gptq, cj.layerwise.solve):
+        bad = Candidate("bad", rewrite(solver, odd))
+        with pytest.raises(CompressError, match="candidate 'bad': .*5"):
+            compress(experiment(data, "linen", [bad]), tmp_path, log_fn=silent)
+    assert not any(tmp_path.iterdir())

@@ -117,12 +117,15 @@ def test_values_and_gradients_are_those_of_a_view_before(name):
 
     wanted = jax.jit(jax.value_and_grad(before, (0, 1)))(params, state.learned)
     found = jax.jit(jax.value_and_grad(late, (0, 1)))(params, state.learned)
-    assert float(found[0]) == float(wanted[0])
-    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    # To rounding, of bfloat16 in one case: which sums a compiler joins depends on the processor.
+    close = (
+        {"rtol": 2**-6, "atol": 2**-7} if name == "a cast before" else {"rtol": 1e-5, "atol": 1e-6}
+    )
+    chex.assert_trees_all_close(found, wanted, **close)
 
     at_view = jax.jit(jax.grad(lambda p: view_inside(fn, views, at_view=True)(p, x).sum()))(params)
     dense = jax.jit(jax.grad(lambda w: fn(w, x).sum()))(c.view(params, state))
-    chex.assert_trees_all_close(at_view, dense, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(at_view, dense, **close)
     # Where a weight is pruned, its gradient is zero at the weight and need not be at the view.
     mask = flatten(c.view(params, state))[0]
     pruned = np.concatenate([np.asarray(m == 0).ravel() for m in mask.values()])

@@ -17,8 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 import compress_jax as cj
 from compress_jax.core import CheckpointError, identity
-from compress_jax.train import Checkpoints, create
-from compress_jax.train import _checkpoint as checkpoint
+from compress_jax.train import Checkpoints, _checkpoint_record, _checksums, create
 
 
 def tree(seed=0):
@@ -247,15 +246,15 @@ DTYPES = [
 def test_a_checksum_is_the_same_on_any_mesh_and_tells_any_change(dtype):
     words = np.random.default_rng(0).integers(0, 2, (16, 24))
     array = jnp.asarray(words).astype(dtype)
-    wanted = checkpoint._sums(np.asarray(array)).tolist()
+    wanted = _checksums._sums(np.asarray(array)).tolist()
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     for spec in (P(), P("a", "b"), P(None, "a")):
         placed = jax.device_put(array, NamedSharding(mesh, spec))
-        assert checkpoint._sums_on_devices(placed).tolist() == wanted
+        assert _checksums._sums_on_devices(placed).tolist() == wanted
     exchanged = array.at[3].set(array[4]).at[4].set(array[3])
     flipped = array.at[5, 7].set((1 - words[5, 7]).astype(array.dtype))
     for changed in (exchanged, flipped, array.T):
-        found = checkpoint._sums(np.asarray(changed)).tolist()
+        found = _checksums._sums(np.asarray(changed)).tolist()
         assert found[0] != wanted[0] and found[1] != wanted[1]
 
 
@@ -274,13 +273,13 @@ def test_checkpoints_of_earlier_versions_are_verified(tmp_path, monkeypatch):
     def before(array, sums):
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": sums}
 
-    monkeypatch.setattr(checkpoint, "_checksum", content)
-    monkeypatch.setattr(checkpoint, "_entry", before)
+    monkeypatch.setattr(_checksums, "checksum", content)
+    monkeypatch.setattr(_checkpoint_record, "entry", before)
     write(tmp_path, 3)
     monkeypatch.undo()
     assert_same(restore(tmp_path)[0][1], tree(3))
-    monkeypatch.setattr(checkpoint, "_checksum", lambda array: "0" * 64)
-    monkeypatch.setattr(checkpoint, "_entry", before)
+    monkeypatch.setattr(_checksums, "checksum", lambda array: "0" * 64)
+    monkeypatch.setattr(_checkpoint_record, "entry", before)
     write(tmp_path / "bad", 3)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="damaged"):
@@ -291,7 +290,7 @@ def test_what_earlier_versions_could_not_hash_is_restored_and_told(tmp_path, mon
     def before(array, sums):
         return {"shape": list(array.shape), "dtype": str(array.dtype), "sha256": None}
 
-    monkeypatch.setattr(checkpoint, "_entry", before)
+    monkeypatch.setattr(_checkpoint_record, "entry", before)
     write(tmp_path, 3)
     monkeypatch.undo()
     assert_same(restore(tmp_path)[0][1], tree(3))

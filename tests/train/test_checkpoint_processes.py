@@ -23,7 +23,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 number, processes, port, folder, what = sys.argv[1:]
 jax.distributed.initialize(f"localhost:{port}", int(processes), int(number))
-from compress_jax.train import Checkpoints
+from compress_jax.train import Best, Checkpoints
 
 mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
 
@@ -35,9 +35,20 @@ def tree(seed):
     values = np.random.default_rng(seed).normal(size=(512, 256)).astype(np.float32)
     return {"split": placed(values, P("data")), "whole": placed(values[0], P())}
 
-with Checkpoints(folder) as checkpoints:
+with Checkpoints(folder, keep=1, best=Best("accuracy", True)) as checkpoints:
     if what == "save":
-        checkpoints.save(3, tree(0))
+        checkpoints.save(3, tree(0), {"accuracy": 0.5})
+    elif what == "save worse":
+        # Reopened: each process knows from the record that step 3 is better, and only then saves.
+        for step, accuracy in ((4, 0.25), (5, 0.5)):
+            assert not checkpoints.is_better({"accuracy": accuracy})
+            checkpoints.save(step, tree(step), {"accuracy": accuracy})
+        assert checkpoints.is_better({"accuracy": 0.75})
+        step, found = checkpoints.restore_best({"split": tree(1)["split"]}, only="split")
+        wanted = tree(0)["split"]
+        for ours, theirs in zip(found["split"].addressable_shards, wanted.addressable_shards):
+            np.testing.assert_array_equal(ours.data, theirs.data)
+        print("best", step, checkpoints.steps())
     else:
         step, found = checkpoints.restore_latest(tree(1))
         for name, wanted in tree(0).items():
@@ -86,6 +97,7 @@ def test_any_number_of_processes_restores_what_others_saved(tmp_path):
     np.testing.assert_array_equal(found["split"], values)
     np.testing.assert_array_equal(found["whole"], values[0])
     with Checkpoints(tmp_path / "one") as checkpoints:
-        checkpoints.save(3, found)
+        checkpoints.save(3, found, {"accuracy": 0.5})
     assert run(2, tmp_path / "one", "restore") == [["restored 3"]] * 2
     assert run(2, tmp_path / "two", "restore") == [["restored 3"]] * 2
+    assert run(2, tmp_path / "two", "save worse") == [["best 3 [3, 5]"]] * 2

@@ -146,3 +146,7 @@ def test_a_plan_counts_what_each_device_holds_when_sharded():
     assert "teacher" not in plans["teacher"].arguments
     assert plans["candidate small"].arguments["compression"] >= kernels // 4  # masks, scales
     assert plans["student"].numbers["all-reduce"] > 0 and plans["student"].flops > 0
+    # Teacher and student are the same network: a quarter of the models' FLOPs each forward pass.
+    parts = plans["student"].parts
+    assert parts.parts["teacher"] == parts.parts["student forward"] == parts.model / 4
+    assert plans["student"].flops == parts.total / 8

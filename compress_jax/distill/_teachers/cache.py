@@ -12,16 +12,12 @@ No number is returned before the digest of its block was verified.
 """
 
 import contextlib
-import errno
 import fcntl
-import hashlib
-import io
-import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -35,18 +31,15 @@ from compress_jax.core.errors import (
     StateError,
 )
 from compress_jax.core.record import POSITIVE, TEXT, Kind, read_record, sealed
-from compress_jax.core.types import Array, Batch, JsonObject, Key, PyTree, Shape
+from compress_jax.core.types import Array, Batch, JsonObject, Key, PyTree
+from compress_jax.distill._teachers.shard import STORED, Shard, disk_errors
 from compress_jax.distill._teachers.teacher import Teacher
 from compress_jax.distill._teachers.top_k import TopK, top_k
 
 Augment: TypeAlias = Callable[[Key, Batch], Batch]  # of a batch, as a training step applies it
 AugmentOne: TypeAlias = Callable[[jax.Array, jax.Array], jax.Array]  # (key, image) -> image
 
-STORED = {"bfloat16": np.uint16, "float32": np.uint32}
 VERSION = 2
-DIGEST_BYTES = hashlib.sha256().digest_size
-
-_log = logging.getLogger(__name__)
 
 
 def write_cache(
@@ -130,6 +123,29 @@ def write_cache(
     }
     rows = np.arange(process, examples, processes)  # this process's examples
 
+    ask = _asking(teacher, split, inputs, augment, k, temperature, batch_size)
+
+    def top_of(at: np.ndarray, view: int) -> TopK:
+        return ask(rows[at], view)
+
+    directory = Path(directory)
+    with _exclusive(directory, process, processes):
+        shard = Shard.for_writing(directory, _claim(directory, metadata), process)
+        for view in range(views):
+            _write_view(shard, view, batch_size, dtype, top_of)
+
+
+def _asking(
+    teacher: Callable[[PyTree], jax.Array],
+    split: Mapping[str, Array],
+    inputs: str,
+    augment: Augment | None,
+    k: int,
+    temperature: float,
+    batch_size: int,
+) -> Callable[[np.ndarray, int], TopK]:
+    """Return ``(examples, view) -> the teacher's top k``, for at most a batch of examples."""
+
     @jax.jit
     def run(teacher: Callable[[PyTree], jax.Array], batch: Batch) -> tuple[TopK, jax.Array]:
         if augment is not None:
@@ -143,30 +159,38 @@ def write_cache(
     if not isinstance(teacher, Teacher):
         teacher = jax.tree_util.Partial(teacher)
 
-    def top_of(at: np.ndarray, view: int) -> TopK:
-        padded = rows[np.resize(at, batch_size)]  # one shape, one program
+    def ask(examples: np.ndarray, view: int) -> TopK:
+        padded = np.resize(examples, batch_size)  # one shape, one program
         batch = {inputs: split[inputs][padded], "index": padded, "view": np.full(batch_size, view)}
         # Without the rows that fill up the batch.
-        top, good = jax.tree.map(lambda x: x[: len(at)], jax.device_get(run(teacher, batch)))
+        found = jax.device_get(run(teacher, batch))
+        top, good = jax.tree.map(lambda x: x[: len(examples)], found)
         if not good.all():
             raise NonFiniteError(
-                f"the teacher's logits of example {rows[at[~good][0]]}, view {view} are not finite"
+                f"the teacher's logits of example {examples[~good][0]}, view {view} are not finite"
             )
         return top
 
-    directory = Path(directory)
-    with _exclusive(directory, process, processes):
-        shard = Shard.for_writing(directory, _claim(directory, metadata), process)
-        for view in range(views):
-            missing = shard.missing(view)  # all rows of a new cache, the rest of a stopped one
-            for start in range(0, len(missing), batch_size):
-                at = missing[start : start + batch_size]
-                later = missing[start + batch_size :]
-                top = top_of(at, view)
-                # NumPy's format has no bfloat16: the bits are stored as integers.
-                log_probs = top.log_probs.astype(jnp.dtype(dtype)).view(STORED[dtype])
-                following = int(later[0]) if len(later) else None
-                shard.write(at, view, (top.ids, log_probs, top.tail), following)
+    return ask
+
+
+def _write_view(
+    shard: Shard,
+    view: int,
+    batch_size: int,
+    dtype: str,
+    top_of: Callable[[np.ndarray, int], TopK],
+) -> None:
+    """Write the blocks of a view that are not there yet."""
+    missing = shard.missing(view)  # all rows of a new cache, the rest of a stopped one
+    for start in range(0, len(missing), batch_size):
+        at = missing[start : start + batch_size]
+        later = missing[start + batch_size :]
+        top = top_of(at, view)
+        # NumPy's format has no bfloat16: the bits are stored as integers.
+        log_probs = top.log_probs.astype(jnp.dtype(dtype)).view(STORED[dtype])
+        following = int(later[0]) if len(later) else None
+        shard.write(at, view, (top.ids, log_probs, top.tail), following)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +211,7 @@ class Cache:
     """
 
     metadata: JsonObject
-    shards: "list[Shard]"
+    shards: list[Shard]
 
     def __call__(self, index: Array | Sequence[int], view: Array | Sequence[int]) -> TopK:
         """Return the teacher's top k for some examples, each in one view.
@@ -392,7 +416,7 @@ def _read_metadata(directory: Path) -> JsonObject | None:
 def _claim(directory: Path, metadata: JsonObject) -> JsonObject:
     """Write ``cache.json``, or check the one that is there; return it with its digest."""
     metadata = {"version": VERSION, **metadata}
-    with _disk_errors(directory), (directory / ".lock").open("w") as lock:
+    with disk_errors(directory), (directory / ".lock").open("w") as lock:
         # All processes of a job pass here, one after the other; none holds the lock for long.
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = _read_metadata(directory)
@@ -416,7 +440,7 @@ def _claim(directory: Path, metadata: JsonObject) -> JsonObject:
 @contextlib.contextmanager
 def _exclusive(directory: Path, process: int, processes: int) -> Iterator[None]:
     """Lock one part for writing; the system releases the lock of a process that is killed."""
-    with _disk_errors(directory):
+    with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         file = (directory / f".lock-{process:05d}-of-{processes:05d}").open("w")
     with file:
@@ -428,241 +452,3 @@ def _exclusive(directory: Path, process: int, processes: int) -> Iterator[None]:
                 f"{directory}; wait for it, or give each process its own process_index"
             ) from error
         yield
-
-
-@contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
-    """Raise a DataError of one sentence where the disk is full or not writable."""
-    try:
-        yield
-    except OSError as error:
-        why = error.strerror or str(error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            why = "the disk is full"
-        raise DataError(
-            f"cannot write the cache in {directory}: {why}; what was written stays, go on later"
-        ) from error
-
-
-# The part of one process.
-
-
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """The rows that one process wrote.
-
-    Attributes:
-      directory: directory of the cache.
-      metadata: the contents of ``cache.json``.
-      process: index of the process that owns this part.
-      arrays: ``ids``, ``log_probs`` and ``tail``, memory-mapped.
-      digests: uint8 ``[blocks, views, 32]``, memory-mapped.
-      verified: which blocks were read and found right, ``[blocks, views]``.
-    """
-
-    directory: Path
-    metadata: JsonObject
-    process: int
-    arrays: tuple[np.memmap, np.memmap, np.memmap]
-    digests: np.memmap
-    verified: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Mark every block as not verified."""
-        object.__setattr__(self, "verified", np.zeros(self.digests.shape[:2], bool))
-
-    @classmethod
-    def for_reading(cls, directory: Path, metadata: JsonObject, process: int) -> "Shard":
-        """Open the files of a process; a missing or damaged one is refused."""
-        ids, log_probs, tail, digests = (
-            _open_map(*file) for file in _files(directory, metadata, process)
-        )
-        return cls(directory, metadata, process, (ids, log_probs, tail), digests)
-
-    @classmethod
-    def for_writing(cls, directory: Path, metadata: JsonObject, process: int) -> "Shard":
-        """Open the files of a process; make missing ones, repair the size of damaged ones."""
-        with _disk_errors(directory):
-            ids, log_probs, tail, digests = (
-                _create_map(*file) for file in _files(directory, metadata, process)
-            )
-        return cls(directory, metadata, process, (ids, log_probs, tail), digests)
-
-    def require(self, rows: np.ndarray, views: np.ndarray) -> None:
-        """Raise unless rows were written and are undamaged; verify their blocks at first use."""
-        blocks = rows // self.metadata["block"]
-        for block, view in sorted(set(zip(blocks.tolist(), views.tolist(), strict=True))):
-            state = self._state(block, view)
-            if state == "right":
-                continue
-            row = rows[(blocks == block) & (views == view)][0]
-            example = int(row) * self.metadata["processes"] + self.process
-            if state == "missing":
-                raise DataError(
-                    f"the cache lacks example {example}, view {view}: go on with write_cache"
-                )
-            raise DataError(
-                f"the cache in {self.directory} is damaged at example {example}, view {view}: "
-                "what is stored differs from what was written; write_cache writes it again"
-            )
-
-    def missing(self, view: int) -> np.ndarray:
-        """Return the rows of a view that are missing or damaged; warn of damaged blocks."""
-        states = [self._state(block, view) for block in range(len(self.digests))]
-        damaged = states.count("damaged")
-        if damaged:
-            _log.warning(
-                "%d of %d blocks of view %d of process %d in %s differ from what was written; "
-                "they are written again",
-                damaged, len(states), view, self.process, self.directory,
-            )  # fmt: skip
-        wrong = np.repeat([state != "right" for state in states], self.metadata["block"])
-        return np.flatnonzero(wrong[: len(self.arrays[0])])
-
-    def write(
-        self, rows: np.ndarray, view: int, values: tuple[Array, Array, Array], following: int | None
-    ) -> None:
-        """Store the values of rows, and the digests of blocks that are complete.
-
-        Args:
-          rows: row numbers, ascending.
-          view: the view.
-          values: ids, log-probabilities and tails of these rows.
-          following: the row that will be written next, whose block is not complete; None after the
-            last.
-        """
-        for array, own in zip(self.arrays, values, strict=True):
-            array[rows, view] = own
-        blocks = np.unique(rows // self.metadata["block"])
-        # A digest is of a whole block, which the next batch may still be filling.
-        if following is not None:
-            blocks = blocks[blocks != following // self.metadata["block"]]
-        if len(blocks):
-            # Numbers reach the disk before the digests that vouch for them.
-            self._flush(*self.arrays)
-            for block in blocks:
-                self.digests[block, view] = np.frombuffer(self._digest(block, view), np.uint8)
-            self._flush(self.digests)
-
-    def _flush(self, *arrays: np.memmap) -> None:
-        with _disk_errors(self.directory):
-            for array in arrays:
-                array.flush()
-
-    def _state(self, block: int, view: int) -> Literal["right", "missing", "damaged"]:
-        """Compare a block with its digest."""
-        if self.verified[block, view]:
-            return "right"
-        while True:
-            stored = self.digests[block, view].tobytes()
-            if stored == bytes(DIGEST_BYTES):  # zeros, as the file was made
-                return "missing"
-            if stored == self._digest(block, view):
-                self.verified[block, view] = True
-                return "right"
-            # A writer may have changed the block meanwhile: only an unchanged digest is a verdict.
-            if stored == self.digests[block, view].tobytes():
-                return "damaged"
-
-    def _digest(self, block: int, view: int) -> bytes:
-        """Return the digest of the cache's identity, the block's place and its numbers."""
-        start = block * self.metadata["block"]
-        rows = slice(start, start + self.metadata["block"])
-        # The identity and the place too, so that a block cannot stand in for another one.
-        place = f"{self.metadata['sha256']} {self.process} {block} {view}"
-        digest = hashlib.sha256(place.encode())
-        for array in self.arrays:
-            digest.update(np.ascontiguousarray(array[rows, view]).data)
-        return digest.digest()
-
-
-# Files of numbers.
-
-
-def _files(
-    directory: Path, metadata: JsonObject, process: int
-) -> list[tuple[Path, np.dtype, tuple[int, ...]]]:
-    """Return path, dtype and shape of each file of a process."""
-    rows = len(range(process, metadata["examples"], metadata["processes"]))
-    blocks = -(-rows // metadata["block"])  # rounded up
-    views = metadata["views"]
-    k = metadata["k"]
-    contents = {
-        "ids": ("<i4", (rows, views, k)),
-        "log_probs": (STORED[metadata["dtype"]], (rows, views, k)),
-        "tail": ("<f4", (rows, views)),
-        "digests": ("u1", (blocks, views, DIGEST_BYTES)),
-    }
-    end = f"{process:05d}-of-{metadata['processes']:05d}.npy"
-    return [
-        (directory / f"{name}-{end}", np.dtype(dtype), shape)
-        for name, (dtype, shape) in contents.items()
-    ]
-
-
-def _header(dtype: np.dtype, shape: Shape) -> bytes:
-    """Return the first bytes of a file in NumPy's format."""
-    file = io.BytesIO()
-    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, fields)
-    return file.getvalue()
-
-
-def _file_bytes(header: bytes, dtype: np.dtype, shape: Shape) -> int:
-    return len(header) + int(np.prod(shape)) * dtype.itemsize
-
-
-def _damage(path: Path, header: bytes, size: int) -> str | None:
-    """Return what is wrong with the kind, the size or the first bytes of a file, or None."""
-    if not path.is_file():
-        return "it is not a file"
-    if path.stat().st_size != size:
-        return f"it has {path.stat().st_size:,} bytes, not {size:,}"
-    with path.open("rb") as file:
-        start = file.read(len(header))
-    return None if start == header else "its header is another"
-
-
-def _open_map(path: Path, dtype: np.dtype, shape: Shape) -> np.memmap:
-    """Map a file for reading."""
-    header = _header(dtype, shape)
-    if not os.path.lexists(path):
-        # From the name ids-00001-of-00004: the first and the last number.
-        process, processes = path.stem.rsplit("-", 3)[-3::2]
-        raise DataError(
-            f"{path} is missing: process {int(process)} of {int(processes)} has not written its "
-            "part"
-        )
-    try:
-        wrong = _damage(path, header, _file_bytes(header, dtype, shape))
-        if wrong is None:
-            return _map(path, dtype, shape, "r", len(header))
-    except OSError as error:
-        wrong = f"it cannot be read ({error.strerror})"
-    raise DataError(f"{path} is damaged: {wrong}; write_cache writes again what is lost")
-
-
-def _create_map(path: Path, dtype: np.dtype, shape: Shape) -> np.memmap:
-    """Map a file for writing, with the right size and header; digests show what was lost."""
-    header = _header(dtype, shape)
-    size = _file_bytes(header, dtype, shape)
-    wrong = _damage(path, header, size) if os.path.lexists(path) else None
-    if wrong is not None:
-        if not path.is_file():
-            raise DataError(
-                f"{path} is damaged: {wrong}; remove it, and write_cache writes it again"
-            )
-        _log.warning("%s is damaged: %s; what is lost is written again", path, wrong)
-    with path.open("r+b" if path.exists() else "w+b") as file:
-        file.truncate(size)
-        # Find a full disk now: a page of the map that cannot be stored kills the process.
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, max(size, 1))
-        file.write(header)
-    return _map(path, dtype, shape, "r+", len(header))
-
-
-def _map(path: Path, dtype: np.dtype, shape: Shape, mode: Literal["r", "r+"], offset: int) -> Any:
-    if 0 in shape:  # a process without examples; NumPy refuses an empty map
-        return np.zeros(shape, dtype)
-    return np.memmap(path, dtype, mode, offset, shape)

@@ -21,16 +21,15 @@ all bytes before them. A plain file is compact if its names, JSON and digest wou
 """
 
 import contextlib
-import errno
 import functools
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from compress_jax.core.errors import ArtifactError
+from compress_jax.core.files import write_atomically
 from compress_jax.core.types import JsonObject, PyTree
 from compress_jax.export._artifact import compact
 from compress_jax.export._artifact.checks import Spec
@@ -86,6 +85,7 @@ def save(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import tempfile
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
       >>> written = save(file, {"kernel": jnp.arange(3.0)}, {"model": "tiny"})
       >>> written == file.stat().st_size, load(file)
@@ -127,6 +127,7 @@ def load(
 
     Example:
       >>> import jax.numpy as jnp
+      >>> import tempfile
       >>> file = Path(tempfile.mkdtemp()) / "model.safetensors"
       >>> _ = save(file, [jnp.ones(2)])
       >>> packed, metadata = load(file)
@@ -250,44 +251,3 @@ def with_names(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes
     """Return a file of version 1; see `plain`."""
     content = as_json({"tree": tree, "metadata": metadata})
     return named(tensors, {"version": str(NAMED), "content": content})
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file atomically: write a temporary file, sync it to disk, then rename it.
-
-    Args:
-      path: the file; its directory is made.
-      data: its content.
-
-    Raises:
-      ArtifactError: if the disk is full or not writable; what was there before is unchanged.
-
-    Example:
-      >>> file = Path(tempfile.mkdtemp()) / "results.json"
-      >>> write_atomically(file, b"{}")
-      >>> file.read_bytes()
-      b'{}'
-    """
-    temporary = None
-    # In the same directory, for a rename across file systems is a copy and not atomic. The content
-    # is on the disk before the name points to it, so that a power failure leaves either file whole.
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # temporary files are made for their owner alone
-        temporary.replace(path)
-    except OSError as error:
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
-        kept = "; the file that was there is unchanged" if path.exists() else ""
-        raise ArtifactError(f"cannot write {path} ({len(data):,} bytes): {why}{kept}") from error
-    finally:
-        # After the rename there is nothing left to remove.
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()

@@ -17,7 +17,7 @@ import numpy as np
 from compress_jax.core.bits import Bits, Gaps
 from compress_jax.core.layout import Layout
 from compress_jax.core.levels import Table
-from compress_jax.core.packed import Clustered, LowRank, Packed, Quantized, Sparse, Tabled
+from compress_jax.core.packed import Clustered, LowRank, Packed, Quantized, Sparse, Sum, Tabled
 from compress_jax.core.sparse import width
 from compress_jax.core.types import Array, PyTree
 from compress_jax.export._artifact.fields import refuse
@@ -263,6 +263,24 @@ def _low_rank(node: LowRank, where: str) -> None:
     _dtype(node.dtype, where)
 
 
+def _sum(node: Sum, where: str) -> None:
+    for name in ("base", "delta"):
+        _floats(getattr(node, name), f"{where}.{name}")
+    base, delta = tuple(node.base.shape), tuple(node.delta.shape)
+    _need(base == delta, where, f"terms of {list(base)} and {list(delta)} have no sum")
+    _dtype(node.dtype, where)
+
+
+def _floats(x: PyTree, where: str) -> None:
+    """Check an array of floats, or a packed node that stands for one."""
+    if isinstance(x, Packed):
+        check(x, where)
+    else:
+        _array(x, where)
+    fine = jnp.issubdtype(x.dtype, jnp.floating)
+    _need(fine, where, f"a term or factor is floating point, not {x.dtype.name}")
+
+
 def _layers(stack: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple[int, ...]:
     """Return the sizes of the axes that hold layers."""
     ascending = all(0 <= a < len(shape) for a in stack) and list(stack) == sorted(set(stack))
@@ -272,12 +290,7 @@ def _layers(stack: tuple[int, ...], shape: tuple[int, ...], where: str) -> tuple
 
 
 def _factor(x: PyTree, layers: tuple[int, ...], where: str) -> tuple[int, int]:
-    if isinstance(x, Packed):  # a factor may be quantized in turn
-        check(x, where)
-    else:
-        _array(x, where)
-        floating = jnp.issubdtype(x.dtype, jnp.floating)
-        _need(floating, where, f"a factor is floating point, not {x.dtype.name}")
+    _floats(x, where)
     shape = x.shape
     fits = len(shape) == len(layers) + 2 and shape[: len(layers)] == layers
     axes = f"two axes behind its layers {list(layers)}"
@@ -360,4 +373,5 @@ CHECKS: dict[type, Callable[[Any, str], None]] = {
     Tabled: _tabled,
     Clustered: _clustered,
     LowRank: _low_rank,
+    Sum: _sum,
 }

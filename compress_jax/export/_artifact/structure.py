@@ -2,7 +2,7 @@
 
 The structure is written node by node. ``{"dict": [[key, node], ...]}``, ``{"list": [...]}``,
 ``{"tuple": [...]}`` and ``null`` (None) are containers. ``{"Quantized": {field: ...}}`` (or Sparse,
-Tabled, Clustered, LowRank, Bits, Gaps) is a packed node; its static fields are plain JSON, and
+Tabled, Clustered, LowRank, Sum, Bits, Gaps) is a packed node; its static fields are plain JSON, and
 those that have their default value are left out. ``true`` is a tensor; where safetensors has no
 such dtype, the dtype's name is there instead, and the tensor holds each entry's bytes as a last
 axis. ``"key:threefry2x32"`` is a typed random key of that implementation, and its tensor the key's
@@ -24,7 +24,16 @@ import numpy as np
 
 from compress_jax.core.bits import Bits
 from compress_jax.core.errors import ArtifactError
-from compress_jax.core.packed import Clustered, Gaps, LowRank, Packed, Quantized, Sparse, Tabled
+from compress_jax.core.packed import (
+    Clustered,
+    Gaps,
+    LowRank,
+    Packed,
+    Quantized,
+    Sparse,
+    Sum,
+    Tabled,
+)
 from compress_jax.core.types import Array, JsonObject, PyTree
 from compress_jax.export._artifact.fields import KEY, NATIVE, refuse, static
 
@@ -32,7 +41,7 @@ Node: TypeAlias = Bits | Gaps | Packed
 """A packed node, or the packed integers inside one."""
 
 NODES: dict[str, type[Node]] = {
-    node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank)
+    node.__name__: node for node in (Bits, Gaps, Sparse, Quantized, Tabled, Clustered, LowRank, Sum)
 }
 
 Tensors = dict[str, np.ndarray]

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.files import write_atomically
 from compress_jax.core.packed import Quantized, is_packed, unpack
 from compress_jax.core.paths import flatten
 from compress_jax.core.sparse import width
 from compress_jax.core.types import Batch, JsonObject, ModelFn, Params, PyTree
-from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._exported import Exported, Row, advised, as_inputs
 from compress_jax.export._extras import extra
 from compress_jax.export._simulate import Simulation, simulation

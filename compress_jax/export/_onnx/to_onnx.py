@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from compress_jax.core.errors import ExportError
+from compress_jax.core.files import write_atomically
 from compress_jax.core.packed import is_packed
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Batch, Model, ModelFn, Params, PyTree
-from compress_jax.export._artifact.artifact import write_atomically
 from compress_jax.export._exported import Exported, Row, advised, as_inputs
 from compress_jax.export._extras import extra
 from compress_jax.export._onnx import check

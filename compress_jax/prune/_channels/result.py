@@ -13,6 +13,7 @@ from compress_jax.core.errors import ShapeError
 from compress_jax.core.paths import flatten, owner
 from compress_jax.core.types import Leaf, Leaves, ModelFn, Params, PyTree, Shape
 from compress_jax.prune._channels.choice import widths
+from compress_jax.prune._channels.judge import Judged
 from compress_jax.trace import Cost, Groups, Number, cost, groups, resize, resized_numbers
 
 
@@ -56,6 +57,7 @@ class Removal(NamedTuple):
         several groups.
       numbers: constants of the function that count, or seem to count, a shortened axis: their old
         and new values, and why.
+      judged: the criteria that data chose from, with their distances; empty if none did.
 
     Example:
       >>> import jax.numpy as jnp
@@ -73,6 +75,7 @@ class Removal(NamedTuple):
     after: Cost
     widths: tuple[tuple[str, int, int], ...] = ()
     numbers: tuple[Number, ...] = ()
+    judged: tuple[Judged, ...] = ()
 
     def __str__(self) -> str:
         """Return the table."""
@@ -89,6 +92,7 @@ class Removal(NamedTuple):
             lines.append(f"frozen ({reason}): {', '.join(axes)}")
         lines += [f"width {name}: {old} -> {new}" for name, old, new in self.widths if new < old]
         lines += [f"number {number}" for number in self.numbers]
+        lines += map(str, self.judged)
         for name in ("macs", "params"):
             old = getattr(self.before, name)
             new = getattr(self.after, name)

@@ -1,6 +1,6 @@
 """The score of each channel of a group: a criterion on its parameters, reduced and normalized."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from compress_jax.core.errors import ArgumentError, ConfigError, NonFiniteError, ShapeError
 from compress_jax.core.types import Leaf, Leaves, Shape
-from compress_jax.trace import Group, Groups
+from compress_jax.trace import Group
 
 
 class Member(NamedTuple):
@@ -22,6 +22,8 @@ class Member(NamedTuple):
       shape: the shape of the parameter.
       cut: slices another array of the parameter's shape likewise (its gradient).
       contracted: whether it is a factor of a product: a kernel, not a bias, a scale or a statistic.
+      is_read: whether any kernel of the group sums over the channels. None does where activations
+        meet each other alone: the features of queries and keys.
 
     Example:
       >>> import jax.numpy as jnp
@@ -37,6 +39,7 @@ class Member(NamedTuple):
     shape: Shape
     cut: Callable[[Leaf], jax.Array]
     contracted: bool
+    is_read: bool = True
 
 
 Importance = Callable[[Member], jax.Array | None]
@@ -58,12 +61,13 @@ NORMALIZATIONS: dict[str, Callable[[np.ndarray], float]] = {
 
 
 def channel_scores(
-    groups: Groups,
+    groups: Iterable[Group],
     leaves: Leaves,
     contracted: set[str],
     importance: Importance,
     reduction: str = "mean",
     normalize: str = "mean",
+    summed: Collection[tuple[str, int]] | None = None,
 ) -> dict[str, np.ndarray]:
     r"""Score the channels of each group.
 
@@ -77,6 +81,7 @@ def channel_scores(
       importance: the criterion.
       reduction: ``"mean"``, ``"sum"`` or ``"max"``.
       normalize: ``"mean"``, ``"sum"``, ``"max"``, ``"l2"`` or ``"none"``.
+      summed: the axes ``(path, axis)`` of kernels that products sum over; None if not known.
 
     Returns:
       By name of the group a float64 array ``[size]``; groups without a score are missing.
@@ -90,7 +95,7 @@ def channel_scores(
     found = {}
     for group in groups:
         scores = []
-        for member in members(group, leaves, contracted):
+        for member in members(group, leaves, contracted, summed):
             score = importance(member)
             if score is not None:
                 # float64 on the host: neither sums nor squares of scores overflow.
@@ -103,13 +108,19 @@ def channel_scores(
     return found
 
 
-def members(group: Group, leaves: Leaves, contracted: set[str]) -> list[Member]:
+def members(
+    group: Group,
+    leaves: Leaves,
+    contracted: set[str],
+    summed: Collection[tuple[str, int]] | None = None,
+) -> list[Member]:
     """Return the floating-point members of a group.
 
     Args:
       group: of channels.
       leaves: arrays by path.
       contracted: paths of parameters that are factors of products.
+      summed: as of `channel_scores`.
 
     Returns:
       One member for each parameter and axis of the group.
@@ -120,12 +131,13 @@ def members(group: Group, leaves: Leaves, contracted: set[str]) -> list[Member]:
       [[1.0, 3.0], [2.0, 4.0]]
     """
     found = []
+    is_read = summed is None or any(member in summed for member in group.members)
     for path, axis in group.members:
         x = leaves[path]
         if jnp.issubdtype(x.dtype, jnp.floating):
             shape = np.shape(x)
             cut = _cutter(group, path, axis, shape)
-            found.append(Member(path, axis, cut(x), shape, cut, path in contracted))
+            found.append(Member(path, axis, cut(x), shape, cut, path in contracted, is_read))
     return found
 
 

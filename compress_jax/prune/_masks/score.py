@@ -25,6 +25,7 @@ from compress_jax.core.packed import Sparse, nbytes
 from compress_jax.core.paths import flatten
 from compress_jax.core.schedules import Scheduled, due
 from compress_jax.core.types import Key, Leaf, Params, PyTree, Step
+from compress_jax.prune._masks.bit_mask import unpacked
 from compress_jax.prune._masks.choose import (
     Masks,
     checked_gradients,
@@ -340,8 +341,8 @@ def pack_masked(pruned: jax.Array, mask: jax.Array) -> Sparse | jax.Array:
 
 
 def mask_of(fixed: PyTree) -> jax.Array:
-    """Return the mask in the fixed state of one pruned leaf."""
-    return fixed["mask"] if isinstance(fixed, Mapping) else fixed
+    """Return the mask in the fixed state of one pruned leaf, bool."""
+    return unpacked(fixed["mask"] if isinstance(fixed, Mapping) else fixed)
 
 
 def mask_compression(leaves: "Leaves") -> Compression:

@@ -101,7 +101,11 @@ class Target:
 
     def share(self, path: str, step: Step) -> Scalar:
         """Return the share to prune of a leaf at a step."""
-        return next(schedule for glob, schedule in self.rules if matches(glob, path))(step)
+        return self.schedule(path)(step)
+
+    def schedule(self, path: str) -> Schedule:
+        """Return the schedule of a leaf's share; equal constants are equal."""
+        return next(schedule for glob, schedule in self.rules if matches(glob, path))
 
 
 def _check(

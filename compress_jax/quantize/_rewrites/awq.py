@@ -11,10 +11,10 @@ from compress_jax.core.deprecated import positional_arguments
 from compress_jax.core.paths import flatten
 from compress_jax.core.types import Leaves, ModelFn, Params, PyTree
 from compress_jax.layerwise import _problem
+from compress_jax.layerwise._clip import clipped_state, output_errors, unreached
 from compress_jax.layerwise._problem import Problem, problems
 from compress_jax.layerwise._result import Rewritten
 from compress_jax.quantize._rewrites.smooth import Fold, folds
-from compress_jax.quantize._solvers.clip import clipped_state, output_errors, unreached
 from compress_jax.trace._jaxpr.site import layouts_of_sites
 from compress_jax.trace._statistics.calibration import Calibration
 from compress_jax.trace._symmetry.scaling import Part

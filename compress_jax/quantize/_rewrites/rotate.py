@@ -70,8 +70,7 @@ def rotate(
             continue
         # Norms commute with Q only once they have no scales.
         leaves |= _without_gains(each, leaves)
-        matrix = rotation(each.group.size, jax.random.fold_in(key, i), each.keeps_ones)
-        q = jnp.asarray(matrix, jnp.float32)
+        q = rotation(each.group.size, jax.random.fold_in(key, i), each.keeps_ones)
         # The scales of norms stay: by now each has equal entries.
         still = {*each.unrotated, *(gain.path for gain in each.gains)}
         members = [member for member in each.group.members if member[0] not in still]
@@ -122,15 +121,17 @@ def _rotation_about_ones(size: int, key: jax.Array) -> np.ndarray:
 
 
 def _rotated(
-    x: jax.Array, axis: int, group: Group, member: tuple[str, int], q: jax.Array
+    x: jax.Array, axis: int, group: Group, member: tuple[str, int], q: np.ndarray
 ) -> jax.Array:
     """Multiply one axis by a rotation, along every run of the group's coordinates in it."""
     place = group.coordinates[member]
     inside = np.flatnonzero(place >= 0)
     index = inside[np.argsort(place[inside], kind="stable")].reshape(group.size, -1)  # [n, runs]
-    rows = jnp.moveaxis(x.astype(jnp.float32), axis, 0)  # [axis, *others]
+    rows = jnp.moveaxis(_wide(x), axis, 0)  # [axis, *others]
     # [n, n] x [n, runs, *others], at full precision: rotations cancel only up to its rounding.
-    new = jnp.tensordot(q, rows[index], axes=1, precision=jax.lax.Precision.HIGHEST)
+    new = jnp.tensordot(
+        jnp.asarray(q, rows.dtype), rows[index], axes=1, precision=jax.lax.Precision.HIGHEST
+    )
     return jnp.moveaxis(rows.at[index].set(new), 0, axis).astype(x.dtype)
 
 
@@ -161,7 +162,7 @@ def _without_gains(each: Rotation, leaves: Leaves) -> dict[str, jax.Array]:
     """Move scales of norms into the kernels that read them, and out of biases added to them."""
     new: dict[str, jax.Array] = {}
     for gain in each.gains:
-        scale = leaves[gain.path].astype(jnp.float32)
+        scale = _wide(leaves[gain.path])
         done: set[str] = set()
         for use in each.uses:
             path = use.param.path
@@ -169,10 +170,10 @@ def _without_gains(each: Rotation, leaves: Leaves) -> dict[str, jax.Array]:
                 continue
             done.add(path)
             axes = [axis for member, axis in each.group.members if member == path]
-            x = (new[path] if path in new else leaves[path]).astype(jnp.float32)
+            x = _wide(new[path] if path in new else leaves[path])
             # W^T (g n + b) = (g W)^T (n + b / g): kernels take the scale, biases lose it.
             for axis in axes:
-                own = _placed(scale, len(gain.stack), x.ndim, axis)
+                own = _placed(scale, len(gain.stack), x.ndim, axis).astype(x.dtype)
                 x = x / own if use.role == "shift" else x * own
             new[path] = x.astype(leaves[path].dtype)
         new[gain.path] = jnp.ones_like(leaves[gain.path])
@@ -185,3 +186,8 @@ def _placed(scale: jax.Array, stacked: int, ndim: int, axis: int) -> jax.Array:
     shape[:stacked] = scale.shape[:stacked]
     shape[axis] = scale.shape[-1]
     return scale.reshape(shape)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    """Return an array in float32, or as it is if it is wider."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

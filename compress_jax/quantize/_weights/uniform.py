@@ -83,7 +83,7 @@ def uniform(
       Through Stochastic Neurons", 2013.
     """
     grid = _checked_grid(bits, symmetric, narrow)
-    rule = _scale_rule(scale, symmetric)
+    rule = scale_rule(scale, symmetric)
     granularity, axis, pad = sharing(granularity, axis, pad)
     Layout.of((), granularity, pad=True)  # refuses a wrong granularity before there is any leaf
 
@@ -178,8 +178,19 @@ def _checked_grid(bits: int, symmetric: bool, narrow: bool) -> Grid:
     return Grid(bits, symmetric, narrow)
 
 
-def _scale_rule(scale: str | rules.Rule | None, symmetric: bool) -> rules.Rule:
-    """Return the scale rule of a name; a rule that is a function already stays as it is."""
+def scale_rule(scale: str | rules.Rule | None, symmetric: bool) -> rules.Rule:
+    """Return the scale rule of a name; a rule that is a function already stays as it is.
+
+    Args:
+      scale: a name, a function, or None for the default.
+      symmetric: whether the zero point is fixed.
+
+    Returns:
+      The rule.
+
+    Raises:
+      ArgumentError: if there is no such rule; the message lists them.
+    """
     if callable(scale):
         return scale
     named = {

@@ -138,7 +138,8 @@ class _Late:
 
     def seen(self) -> jax.Array:
         """Return the view."""
-        x = self.view.fn(self.x, self.view.layers, self.view.shared)
+        with jax.named_scope("view"):
+            x = self.view.fn(self.x, self.view.layers, self.view.shared)
         for eqn in self.casts:
             (x,) = bind(eqn, [x])
         return x

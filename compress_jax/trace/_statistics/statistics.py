@@ -6,6 +6,7 @@ unbounded data that merges exactly, with the `percentile` of it. Sums over rows:
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -452,7 +453,7 @@ def _bin_exponent(histogram: Histogram) -> jax.Array:
 # Sums over rows.
 
 
-def gram() -> Reducer:
+def gram(normalize: bool = False) -> Reducer:
     r"""Keep :math:`X^\top X` of the rows that the weights multiply, and the number of rows.
 
     With weights W of shape ``[k, n]`` the squared error of the outputs is
@@ -471,6 +472,12 @@ def gram() -> Reducer:
     A convolution's windows of one batch are laid out in memory: its input, as often as they
     overlap. Sums are in float32 at the highest precision of the device, whatever the dtype of the
     data.
+
+    Args:
+      normalize: divide each row by its root mean square first, so that every row weighs alike. In
+        language models a few tokens, the first of a text above all, have activations a hundred
+        times those of others: solvers then fit those tokens alone, and may be worse than rounding
+        to nearest.
 
     Returns:
       A reducer with statistics and result `Gram`: the sum and not the mean, so that it can be
@@ -494,11 +501,16 @@ def gram() -> Reducer:
     def combine(old: Gram, new: Gram) -> Gram:
         return Gram(old.gram + new.gram, add_counts(old.count, new.count))
 
-    return per_input(_gram, combine)
+    return per_input(partial(_gram, normalize), combine)
 
 
-def _gram(site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gram:
+def _gram(normalize: bool, site: Site, index: int, x: jax.Array, mask: jax.Array | None) -> Gram:
     table = windows(site, index, x, mask)
+    if normalize:
+        columns = tuple(range(table.values.ndim - table.columns, table.values.ndim))
+        square = jnp.square(table.values).mean(columns, keepdims=True)
+        scale = jnp.where(square > 0, jax.lax.rsqrt(square), 0.0)  # rows of zeros stay so
+        table = table._replace(values=table.values * scale)
     batch = tuple(range(table.batch))
     # X^T X, batch axes running along: [*batch, *columns, *columns]
     sums = jax.lax.dot_general(

@@ -1,16 +1,18 @@
 """Clip weights before their scales are derived, as far as it lowers the layers' output errors."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from compress_jax.core.compression import Compression, CompressionState, Pointwise, bound
 from compress_jax.core.paths import flatten
-from compress_jax.core.types import Leaves, Params
+from compress_jax.core.types import Leaves, Params, Shape
 from compress_jax.layerwise import _problem
-from compress_jax.layerwise._problem import Problem, column_errors, problems
+from compress_jax.layerwise._problem import MatrixForm, Problem, column_errors, problems
 from compress_jax.layerwise._result import Rewritten
+from compress_jax.layerwise._solve import QuantizeFn
 from compress_jax.trace._jaxpr.site import layouts_of_sites
 from compress_jax.trace._statistics.calibration import Calibration
 
@@ -135,11 +137,19 @@ def clipped_state(
 
 def _ends(pointwise: Pointwise, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the first and last level of every entry."""
+    return _saturated(pointwise.operands, pointwise.fn, x.shape)
+
+
+@partial(jax.jit, static_argnames=("quantize_fn", "shape"))
+def _saturated(
+    operands: Sequence[jax.Array], quantize_fn: QuantizeFn, shape: Shape
+) -> tuple[jax.Array, jax.Array]:
     # Any grid or format saturates: what is far beyond it is rounded to its last level.
-    far = jnp.full(x.shape, BEYOND, jnp.float32)
-    return pointwise.fn(-far, *pointwise.operands), pointwise.fn(far, *pointwise.operands)
+    far = jnp.full(shape, BEYOND, jnp.float32)
+    return quantize_fn(-far, *operands), quantize_fn(far, *operands)
 
 
+@jax.jit
 def _cut(x: jax.Array, ends: tuple[jax.Array, jax.Array], ratio: Ratios) -> jax.Array:
     low, high = ends
     return jnp.clip(x, (low * ratio).astype(x.dtype), (high * ratio).astype(x.dtype))
@@ -185,4 +195,9 @@ def output_errors(delta: jax.Array, tasks: Sequence[Problem]) -> list[jax.Array]
 
     Inputs that were always zero count as average ones.
     """
-    return [column_errors(task.form.matrices(task.box.take(delta)), task.filled) for task in tasks]
+    return [_columns(task.box.take(delta), task.filled, task.form) for task in tasks]
+
+
+@partial(jax.jit, static_argnames="form")
+def _columns(delta: jax.Array, gram: jax.Array, form: MatrixForm) -> jax.Array:
+    return column_errors(form.matrices(delta), gram)

@@ -1,0 +1,1 @@
+"""Decoders of published families: their shape, their layers, their files, and what they write."""

@@ -1,0 +1,200 @@
+"""A space of ways to get smaller, and one point of it: which leaf takes which option."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from compress_jax.core.arguments import whole
+from compress_jax.core.compression import Compression
+from compress_jax.core.paths import Patterns
+from compress_jax.core.types import JsonObject
+from compress_jax.search._allocate import Allocation
+from compress_jax.search._candidate import ITEMS, Candidate, Method
+from compress_jax.search._network import Training, fields_of, require
+from compress_jax.search._sensitivity import Measure
+
+WHOLE = "whole"
+"""The start that does nothing to the student."""
+
+Baseline: TypeAlias = tuple[str, ...] | Callable[[dict[str, float]], Method | tuple[Method, ...]]
+"""Names of options, or a function of what the result takes that returns methods."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the automated loop may do to the student, in place of candidates written by hand.
+
+    Every leaf takes one of ``options``; an integer program shares a budget out among them, with
+    what each option costs and how much the outputs move under it, both measured once. Proposals
+    are measured, which corrects the sum of single scores; the promising ones are trained with
+    growing numbers of steps; the smallest that meets the requirement is the result.
+
+    Attributes:
+      options: what a leaf may become, by name: a Compression of one strength, such as
+        ``quantize.uniform(4)``, ``chain(prune.magnitude(0.5), quantize.uniform(4))``,
+        ``prune.magnitude(1.0, structure=prune.n_m(2, 4))``, ``lowrank.svd(8)``, ``identity()``.
+      training: ``steps -> Training`` that recovers a proposal; None for calibration alone.
+      steps: of a training in full; first all promising proposals get a quarter of it.
+      starts: networks that the options are applied to, by name: methods such as
+        ``(search.shrink(ratio=0.5), training)`` for fewer channels. The student as it is, called
+        ``"whole"``, is always one.
+      baselines: what is shown beside the result, by name: the options that the same search of the
+        student may use at the result's number of bytes, or a function that returns other methods,
+        trained as long: ``lambda result: search.shrink(ratio=...)`` for width alone, or a smaller
+        `Network`; it is given ``nbytes``, ``macs``, ``bitops`` and ``parameters`` of the result.
+        Each option for all leaves alike is always one.
+      where: a glob, or several, over the leaves that take an option; by default all weights of
+        products and lookups.
+      proposals: budgets that are tried for each start.
+      trained: proposals that are trained in full at first, at most, without the baselines.
+      refinements: how often a size between the smallest that passed and the largest below it that
+        failed is tried then, each trained in full.
+      examples: of the training data, which sensitivities are measured on.
+      measure: see `sensitivities`: ``"kl"`` or ``"mse"``; None takes the one that fits the task.
+
+    Example:
+      >>> import optax
+      >>> import compress_jax as cj
+      >>> options = {f"int{bits}": cj.quantize.uniform(bits) for bits in (2, 4, 8)}
+      >>> search = cj.search.Search(options, lambda n: cj.search.Training(optax.adam(1e-3), n), 200)
+      >>> search.trained
+      4
+    """
+
+    options: Mapping[str, Compression]
+    training: Callable[[int], Training] | None = None
+    steps: int = 0
+    starts: Mapping[str, tuple[Method, ...]] = field(default_factory=dict)
+    baselines: Mapping[str, Baseline] = field(default_factory=dict)
+    where: Patterns | None = None
+    proposals: int = 6
+    trained: int = 4
+    refinements: int = 2
+    examples: int = 512
+    measure: Measure | None = None
+
+    def __post_init__(self) -> None:
+        """Check types, ranges and names."""
+        with fields_of("Search"):
+            fits = isinstance(self.options, Mapping) and bool(self.options)
+            require(fits, "options", "a dict of compressions by name", self.options)
+            for name, option in self.options.items():
+                fits = isinstance(option, Compression)
+                require(fits, f"options[{name!r}]", "a Compression", option)
+            fits = self.training is None or callable(self.training)
+            require(fits, "training", "a function steps -> Training, or None", self.training)
+            whole("steps", self.steps, 1 if self.training else 0)
+            for name in ("proposals", "trained", "examples"):
+                whole(name, getattr(self, name), 1)
+            whole("refinements", self.refinements, 0)
+            self._check_starts()
+            self._check_baselines()
+
+    def _check_baselines(self) -> None:
+        for name, baseline in self.baselines.items():
+            fits = name not in (WHOLE, *self.starts)
+            require(fits, "baselines", f"names other than {WHOLE!r} and those of starts", name)
+            if callable(baseline):
+                continue
+            fits = bool(baseline) and set(baseline) <= set(self.options)
+            wanted = f"a function or a tuple of options: {', '.join(self.options)}"
+            require(fits, f"baselines[{name!r}]", wanted, baseline)
+
+    def _check_starts(self) -> None:
+        for name, method in self.starts.items():
+            fits = isinstance(method, tuple) and all(isinstance(each, ITEMS) for each in method)
+            require(fits, f"starts[{name!r}]", "a tuple of methods", method)
+            fits = not any(isinstance(each, Compression) for each in method)
+            require(fits, f"starts[{name!r}]", "no Compression: those are options", method)
+            require(name != WHOLE, "starts", f"names other than {WHOLE!r}", name)
+
+    def start(self, name: str) -> tuple[Method, ...]:
+        """Return the methods of a start."""
+        return () if name == WHOLE else self.starts[name]
+
+    def beside(self, name: str, result: dict[str, float]) -> tuple[Method, ...]:
+        """Return the methods of a baseline that is a function.
+
+        Args:
+          name: of the baseline.
+          result: what the result takes: ``nbytes``, ``macs``, ``bitops``, ``parameters``.
+
+        Returns:
+          What is done to the student.
+
+        Raises:
+          ConfigError: if the function returns anything else.
+        """
+        function = self.baselines[name]
+        assert callable(function)
+        found = function(result)
+        methods = (found,) if isinstance(found, ITEMS) else found
+        fits = isinstance(methods, tuple) and all(isinstance(each, ITEMS) for each in methods)
+        with fields_of("Search"):
+            require(fits, f"baselines[{name!r}](...)", "a method, or a tuple of methods", found)
+        return methods
+
+    def recovery(self, steps: int) -> Training | None:
+        """Return the training of so many steps; None for none."""
+        return self.training(steps) if self.training is not None and steps else None
+
+
+class Proposal(NamedTuple):
+    """One point of the space.
+
+    Attributes:
+      start: the name of the network it begins with; that of a baseline that is a function.
+      options: ``{path: option}``.
+      steps: of its training.
+      beside: what the baseline's function was given; None of all others.
+
+    Example:
+      >>> Proposal("whole", {"a": "int4", "b": "int4"}, 100).name
+      'int4-100'
+      >>> Proposal("half", {"a": "int2", "b": "int4"}, 0).name
+      'half-mixed-69074e-0'
+    """
+
+    start: str
+    options: dict[str, str]
+    steps: int
+    beside: dict[str, float] | None = None
+
+    @property
+    def name(self) -> str:
+        """A name that tells equal proposals, of any search, by what they are."""
+        if self.beside is not None:
+            return f"{self.start.replace(' ', '-')}-{self.beside['nbytes']}-bytes-{self.steps}"
+        used = set(self.options.values())
+        text = json.dumps([self.start, self.options], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:6]
+        what = used.pop() if len(used) == 1 else f"mixed-{key}"
+        return f"{'' if self.start == WHOLE else self.start + '-'}{what}-{self.steps}"
+
+    def trained(self, steps: int) -> "Proposal":
+        """Return it with so many steps of training."""
+        return self._replace(steps=steps)
+
+    @property
+    def network(self) -> str:
+        """The name of the start whose network its methods work on."""
+        return self.start if self.beside is None else WHOLE
+
+    def done(self, search: Search) -> int:
+        """Return how many of its methods were done for its start."""
+        return 0 if self.beside is not None else len(search.start(self.start))
+
+    def candidate(self, search: Search) -> Candidate:
+        """Return what carries it out."""
+        if self.beside is not None:
+            methods = search.beside(self.start, self.beside)
+            return Candidate(self.name, methods, search.recovery(self.steps))
+        compression = Allocation(self.options, 0.0, 0, 0, {}).compression(search.options)
+        method = (*search.start(self.start), compression)
+        return Candidate(self.name, method, search.recovery(self.steps))
+
+    def record(self) -> JsonObject:
+        """Return it as JSON takes it."""
+        return self._asdict()
