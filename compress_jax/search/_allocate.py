@@ -3,10 +3,11 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
 from compress_jax.core.combine import rules
 from compress_jax.core.compression import Compression
@@ -21,7 +22,25 @@ SCALE = 1e3  # of the objective; the solver stops when it is within 1e-6 of the 
 Table = Sequence[Sequence[float]]  # for each item, one number for each of its options
 
 
-def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> list[int] | None:
+class Link(NamedTuple):
+    """Two items whose chosen options must have equal labels.
+
+    Attributes:
+      items: their numbers.
+      labels: for each of the two, a number for each of its options.
+
+    Example:
+      >>> Link((0, 1), ([0, 1], [0, 0, 1])).items
+      (0, 1)
+    """
+
+    items: tuple[int, int]
+    labels: tuple[Sequence[int], Sequence[int]]
+
+
+def assign(
+    values: Table, weights: Sequence[Table], limits: Sequence[int], links: Sequence[Link] = ()
+) -> list[int] | None:
     r"""Choose one option of each item: the least total value within the limits.
 
     .. math:: \min_x \sum_{io} v_{io} x_{io} \quad \text{with} \quad \sum_o x_{io} = 1, \;
@@ -36,9 +55,10 @@ def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> li
       values: of each item's options.
       weights: for each limit, integers of each item's options.
       limits: one for each of ``weights``.
+      links: between pairs of items.
 
     Returns:
-      For each item which option, or None if no choice meets the limits.
+      For each item which option, or None if no choice meets the limits and the links.
 
     Raises:
       CompressError: if the solver gives up.
@@ -53,7 +73,7 @@ def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> li
     """
     if not values:
         return [] if all(limit >= 0 for limit in limits) else None
-    program = _Program(values, weights, limits)
+    program = _Program(values, weights, limits, links)
     best = program.solve(np.inf)
     # The solver's tolerances are absolute, so each round is solved at the scale of the last total.
     while best is not None and (reached := program.total(best)) > 0:
@@ -67,7 +87,14 @@ def assign(values: Table, weights: Sequence[Table], limits: Sequence[int]) -> li
 class _Program:
     """The options of all items in one row; values and weights above the least of each item."""
 
-    def __init__(self, values: Table, weights: Sequence[Table], limits: Sequence[int]) -> None:
+    def __init__(
+        self,
+        values: Table,
+        weights: Sequence[Table],
+        limits: Sequence[int],
+        links: Sequence[Link],
+    ) -> None:
+        self.links = links
         self.sizes = [len(options) for options in values]
         self.item = np.repeat(np.arange(len(values)), self.sizes)
         self.values = np.concatenate([np.asarray(each, float) - min(each) for each in values])
@@ -132,12 +159,24 @@ class _Program:
         columns = np.arange(len(self.item))
         one = csr_array((np.ones(len(self.item)), (self.item, columns)))  # [items, options]
         constraints = [LinearConstraint(one, 1, 1)]
+        if self.links:
+            rows = vstack([self._rows(link) for link in self.links], format="csr")
+            constraints.append(LinearConstraint(rows, 0, 0))
         for row, limit in zip(self.weights, self.limits, strict=True):
             # In units of the limit, as the solver's tolerances are absolute.
             unit = max(limit, 1)
             used = np.where(allowed, row, 0) / unit
             constraints.append(LinearConstraint(used, -np.inf, limit / unit))
         return constraints
+
+    def _rows(self, link: Link) -> csr_array:
+        """Return a row for each label: the options of one item that have it, less the other's."""
+        begins = np.cumsum([0, *self.sizes[:-1]])
+        rows = np.concatenate([np.asarray(labels) for labels in link.labels])
+        columns = [begins[i] + np.arange(self.sizes[i]) for i in link.items]
+        signs = np.repeat([1.0, -1.0], [len(labels) for labels in link.labels])
+        shape = (int(rows.max()) + 1, len(self.item))
+        return csr_array((signs, (rows, np.concatenate(columns))), shape=shape)
 
 
 def _above(table: Table, least: Sequence[float]) -> list[float]:
@@ -231,7 +270,7 @@ class Allocation(Mapping[str, str]):
             )
         patterns: dict[str, tuple[str, ...]] = dict.fromkeys(used, ())
         for path, name in self.options.items():
-            patterns[name] += (_literal(path),)
+            patterns[name] += (literal(path),)
         return rules([(patterns[name], options[name]) for name in used])
 
 
@@ -314,6 +353,11 @@ def _conflict(names: dict[str, list[str]], first: Budget, second: Budget) -> Con
     return first.refusal(least, f" together with {second.name}={second.limit}")
 
 
-def _literal(path: str) -> str:
-    """Return the glob that matches a name and nothing else."""
+def literal(path: str) -> str:
+    """Return the glob that matches a name and nothing else.
+
+    Example:
+      >>> literal("a*")
+      'a[*]'
+    """
     return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in path)

@@ -2,43 +2,27 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
 from compress_jax.core.errors import ConfigError
 from compress_jax.core.packed import unpack
-from compress_jax.core.record import ANYTHING, TEXT, Kind, mapping, read_record, sealed
-from compress_jax.core.types import Array, JsonObject, Params, PyTree
-from compress_jax.export import load, write_atomically
+from compress_jax.core.types import JsonObject
+from compress_jax.export import load
 from compress_jax.search._allocate import Allocation
-from compress_jax.search._candidate import Subject
+from compress_jax.search._candidate import Method, Subject
+from compress_jax.search._cuts import Shares, alike, jointly, name_of, recovered, smallest
 from compress_jax.search._experiment import Experiment
-from compress_jax.search._ingredients import ingredients
 from compress_jax.search._judge import Assessment
+from compress_jax.search._measuring import Measuring
 from compress_jax.search._proposals import Overhead, budgets, corrected, restricted, shared_out
-from compress_jax.search._rewrites import calibration_batches
-from compress_jax.search._sensitivity import (
-    Measure,
-    Sensitivities,
-    divergence,
-    sensitivities,
-    squared_error,
-)
-from compress_jax.search._space import WHOLE, Proposal, Search
-from compress_jax.tasks import PureModel
+from compress_jax.search._sensitivity import Sensitivities
+from compress_jax.search._space import FIRST, WHOLE, Proposal, Search
 from compress_jax.train._processes import once
 
-FIRST = 4  # a first training has this part of the steps of a full one
+FOUND = 3  # networks that the integer program chooses are begun with, at most
 CLOSING = 0.5  # the share of a first training's loss that the full one is hoped to leave
-TABLE = {
-    "version": Kind("1, the version that is read here", lambda value: value == 1),
-    "made_of": mapping(TEXT),
-    **{each.name: ANYTHING for each in fields(Sensitivities)},
-}
 
 
 @dataclass
@@ -47,36 +31,41 @@ class Automatic:
 
     Attributes:
       experiment: with its `Search`.
-      folder: for tables of sensitivities.
+      measuring: of options and cuts, once.
       subjects: the networks that options are applied to, by the name of their start.
+      begin: ``(name, methods) -> subject``: makes another.
       assess: ``(proposal, subject) -> row``: carries out, writes, reads back, measures, judges.
       log_fn: called with one line for each decision.
       tables: scores and bytes by start.
+      cuts: what was removed of widths and depth, by start, of those that the search found.
       rows: what was measured, by proposal's name.
       tried: the proposals, in order.
       packed: ``name -> file`` of a proposal.
     """
 
     experiment: Experiment
-    folder: Path
+    measuring: Measuring
     subjects: dict[str, Subject]
+    begin: Callable[[str, tuple[Method, ...]], Subject]
     assess: Callable[[Proposal, Subject], Assessment]
     packed: Callable[[str], Path]
     log_fn: Callable[[str], None]
     tables: dict[str, Sensitivities] = field(default_factory=dict)
+    cuts: dict[str, Shares] = field(default_factory=dict)
     rows: dict[str, Assessment] = field(default_factory=dict)
     tried: list[Proposal] = field(default_factory=list)
 
     @property
     def search(self) -> Search:
         """The space."""
-        assert self.experiment.search is not None
-        return self.experiment.search
+        return self.measuring.search
 
     def run(self) -> list[Proposal]:
         """Search, and return all that was measured."""
         for start, subject in self.subjects.items():
-            self.tables[start] = self._table(start, subject)
+            self.tables[start] = self.measuring.table(start, subject)
+        if self.search.narrows:
+            self._narrowed()
         rounded = self._rounded()
         if not self.tried:
             raise ConfigError(
@@ -93,55 +82,39 @@ class Automatic:
             self._tightened(full)
         return self.tried
 
-    # Sensitivities, once.
+    # Widths and depth, found by the same integer program.
 
-    def _table(self, start: str, subject: Subject) -> Sensitivities:
-        """Return the scores of a start's leaves; the first process measures or reads them."""
-        return Sensitivities.from_json(once(lambda: self._found(start, subject).to_json()))
+    def _narrowed(self) -> None:
+        """Begin with networks whose widths and depth the program chooses beside the options."""
+        cuts = self.measuring.cuts(self.subjects[WHOLE])
+        for shares in alike(cuts):
+            after = self.subjects[self._begun(shares)]
+            moved = partial(self.measuring.distance, self.subjects[WHOLE], after)
+            cuts = recovered(cuts, shares, once(moved))
+        table, limit = self.tables[WHOLE], self.experiment.requirement
+        found: list[Shares] = []
+        for budget in budgets(smallest(table, cuts), self.search.proposals, limit.max_bytes):
+            joint = jointly(table, cuts, budget, limit.max_bitops)
+            if joint is not None and joint[0] and joint[0] not in found:
+                found.append(joint[0])
+        # Of many, evenly from the smallest to the largest.
+        count = min(FOUND, len(found))
+        for i in range(count):
+            self._begun(found[i * (len(found) - 1) // max(count - 1, 1)])
 
-    def _found(self, start: str, subject: Subject) -> Sensitivities:
-        """Return the table on disk if it was made of the same; else measure one and keep it."""
-        search = self.search
-        kind = search.measure or ("kl" if self.experiment.task.logits else "mse")
-        made_of = ingredients(
-            options=dict(search.options),
-            variables=subject.variables,
-            model=subject.model.source,
-            data=self.experiment.data.train,
-            how=[kind, search.where, search.examples, self.experiment.seed],
-        )
-        own = "" if start == WHOLE else f"-{start}"
-        file = self.folder / f"sensitivities{own}.json"
-        if file.is_file():
-            record = read_record(file, TABLE, f"delete {file} to measure anew", ConfigError)
-            if record["made_of"] == made_of:
-                names = [each.name for each in fields(Sensitivities)]
-                return Sensitivities(**{name: record[name] for name in names})
-        self.log_fn(f"{start}: measuring {len(search.options)} options of every leaf, once")
-        table = self._measured_table(subject, kind)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, sealed({"version": 1, "made_of": made_of, **asdict(table)}))
-        return table
+    def _begun(self, shares: Shares) -> str:
+        """Make a start of a cut, and return its name."""
+        name = name_of(shares)
+        if name not in self.subjects:
+            what = ", ".join(f"{ratio:.0%} of {unit}" for unit, ratio in shares.items())
+            self.log_fn(f"start {name}: without {what}")
+            self.cuts[name] = shares
+            self.subjects[name] = self.begin(name, self.search.begun(shares))
+            self.tables[name] = self.measuring.table(name, self.subjects[name])
+        return name
 
-    def _measured_table(self, subject: Subject, kind: Measure) -> Sensitivities:
-        fn = _function(subject)
-        experiment = self.experiment
-        if kind in ("fisher", "hutchinson"):
-            raise ConfigError(
-                f"Search: measure={kind!r} needs a loss; the search compares outputs: 'kl', 'mse'"
-            )
-        batches = calibration_batches(
-            subject, experiment.task, experiment.data.train, self.search.examples
-        )
-        return sensitivities(
-            fn,
-            subject.variables["params"],
-            batches,
-            self.search.options,
-            kind,
-            where=self.search.where,
-            max_bitops=_or_none(experiment.requirement.max_bitops),
-        )
+    def _proposal(self, start: str, options: dict[str, str], steps: int) -> Proposal:
+        return Proposal(start, options, steps, cut=self.cuts.get(start))
 
     # Proposals, by calibration alone.
 
@@ -151,7 +124,9 @@ class Automatic:
         found: list[Proposal] = []
         for start, table in self.tables.items():
             first = self._proposed(start, table, limit)
-            found += [*self._alike(start), *first]
+            if start not in self.cuts:
+                found += self._alike(start)
+            found += first
             scores = [(each.options, once(partial(self._score, each))) for each in first]
             better = corrected(table, scores)
             self.tables[start] = better
@@ -163,7 +138,7 @@ class Automatic:
         for budget in budgets(table, self.search.proposals, self._overhead().leaves(limit)):
             choice = shared_out(table, budget, self.experiment.requirement.max_bitops)
             if choice is not None:
-                found.append(self._measure(Proposal(start, choice.options, 0)))
+                found.append(self._measure(self._proposal(start, choice.options, 0)))
         return found
 
     def _alike(self, start: str) -> list[Proposal]:
@@ -173,7 +148,7 @@ class Automatic:
         for name in self.search.options:
             if all(name in own for own in table.scores.values()):
                 options = dict.fromkeys(table.scores, name)
-                found.append(self._measure(Proposal(start, options, 0)))
+                found.append(self._measure(self._proposal(start, options, 0)))
         return found
 
     def _measure(self, proposal: Proposal) -> Proposal:
@@ -186,18 +161,9 @@ class Automatic:
 
     def _score(self, proposal: Proposal) -> float:
         """Return how far the outputs move under a whole proposal, as sensitivities measure it."""
-        subject = self.subjects[proposal.start]
+        subject = self.subjects[proposal.network]
         variables = unpack(load(self.packed(proposal.name))[0])
-        distance = divergence if self.tables[proposal.start].measure == "kl" else squared_error
-        task = self.experiment.task
-        examples = self.search.examples
-        batches = calibration_batches(subject, task, self.experiment.data.train, examples)
-        model = subject.model
-        each = [
-            float(distance(_run(model, subject.variables, x), _run(model, variables, x)))
-            for x in batches
-        ]
-        return sum(each) / len(each)
+        return self.measuring.distance(subject, subject._replace(variables=variables))
 
     def _overhead(self) -> Overhead:
         pairs = []
@@ -261,7 +227,7 @@ class Automatic:
         limit = self.experiment.requirement.max_bitops
         room = self._overhead().leaves(math.sqrt(size * below))
         choice = shared_out(self.tables[best.network], room, limit)
-        return None if choice is None else Proposal(best.network, choice.options, full)
+        return None if choice is None else self._proposal(best.network, choice.options, full)
 
     def _smallest(self, full: int) -> Proposal | None:
         """Return the smallest that was trained in full and met the requirement."""
@@ -333,33 +299,12 @@ class Automatic:
         return bool(self.rows[proposal.name].fits)
 
 
-def _function(subject: Subject) -> Callable[..., PyTree]:
-    """Return a network in eval mode as a function of its params."""
-    rest = {name: each for name, each in subject.variables.items() if name != "params"}
-
-    def fn(params: Params, *inputs: PyTree) -> PyTree:
-        return subject.model.apply({"params": params, **rest}, *inputs)
-
-    return fn
-
-
-def _run_model(model: PureModel, variables: PyTree, inputs: tuple[PyTree, ...]) -> Array:
-    return jnp.asarray(model.apply(variables, *inputs))
-
-
-_run = jax.jit(_run_model, static_argnums=0)
-
-
 def _nbytes(table: Sensitivities, options: dict[str, str]) -> int:
     return table.left_nbytes + sum(table.nbytes[path][o] for path, o in options.items())
 
 
 def _is_alike(proposal: Proposal) -> bool:
     return len(set(proposal.options.values())) == 1
-
-
-def _or_none(limit: float) -> float | None:
-    return limit if math.isfinite(limit) else None
 
 
 def read_proposals(results: JsonObject) -> list[Proposal]:
@@ -373,6 +318,6 @@ def read_proposals(results: JsonObject) -> list[Proposal]:
 
     Example:
       >>> read_proposals({"proposals": [{"start": "whole", "options": {"a": "b"}, "steps": 0}]})
-      [Proposal(start='whole', options={'a': 'b'}, steps=0, beside=None)]
+      [Proposal(start='whole', options={'a': 'b'}, steps=0, beside=None, cut=None)]
     """
     return [Proposal(**each) for each in results.get("proposals", ())]

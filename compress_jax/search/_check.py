@@ -230,7 +230,7 @@ class _Checks:
         for name, method in search.starts.items():
             self._candidate(Candidate(name, method), student, teacher)
         self._baselines(search, student, teacher)
-        if not search.starts:  # which have sizes of their own
+        if not (search.starts or search.narrows):  # which have sizes of their own
             self._reachable(search)
 
     def _baselines(self, search: Search, student: Variables, teacher: Teacher | None) -> None:

@@ -16,7 +16,7 @@ from compress_jax.core.types import JsonObject, Params
 from compress_jax.distill import Teacher
 from compress_jax.export import write_atomically
 from compress_jax.search._automatic import Automatic
-from compress_jax.search._candidate import LONGER, Candidate, Subject
+from compress_jax.search._candidate import LONGER, Candidate, Method, Subject
 from compress_jax.search._check import check
 from compress_jax.search._comparison import Comparison
 from compress_jax.search._divided import asked, beside, divided, from_file, rules_of
@@ -32,6 +32,7 @@ from compress_jax.search._judge import (
     metrics_on_test,
     reference,
 )
+from compress_jax.search._measuring import Measuring
 from compress_jax.search._method import carry_out, rebuilt_model
 from compress_jax.search._network import Network, Training, Variables
 from compress_jax.search._row import read_row, write_row
@@ -281,19 +282,28 @@ class _Run(NamedTuple):
         search = self.experiment.search
         assert search is not None
         subjects = {WHOLE: Subject(self.experiment.student.pure, student)}
-        for name, method in search.starts.items():
-            start = Candidate(name, method)
-            folder = self.workdir / "starts" / name
-            subjects[name] = carry_out(
-                self.experiment, start, student, teacher, folder, name=f"start {name}"
-            )
+        before = {WHOLE: self._known(subjects[WHOLE], teacher)}
 
-        before = {name: self._known(subject, teacher) for name, subject in subjects.items()}
+        def begin(name: str, method: tuple[Method, ...]) -> Subject:
+            folder = self.workdir / "starts" / name
+            own = carry_out(
+                self.experiment,
+                Candidate(name, method),
+                student,
+                teacher,
+                folder,
+                name=f"start {name}",
+            )
+            before[name] = self._known(own, teacher)
+            return own
+
+        for name, method in search.starts.items():
+            subjects[name] = begin(name, method)
         known: list[str] = []
 
         def assess(proposal: Proposal, begin: Subject) -> Assessment:
             candidate = proposal.candidate(search)
-            done = proposal.done(search)
+            done = len(proposal.begin(search))
             folder = self._candidate_directory(candidate.name)
             made_of = before[proposal.network] | ingredients(items=candidate.items[done:])
             # The first process decides, as the others would wait for it.
@@ -307,8 +317,9 @@ class _Run(NamedTuple):
 
         automatic = Automatic(
             self.experiment,
-            self.workdir / "search",
+            Measuring(self.experiment, self.workdir / "search", self.log_fn),
             subjects,
+            begin,
             assess,
             lambda name: self._candidate_directory(name) / ARTIFACT,
             self.log_fn,

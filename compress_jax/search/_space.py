@@ -10,11 +10,15 @@ from compress_jax.core.arguments import whole
 from compress_jax.core.compression import Compression
 from compress_jax.core.paths import Patterns
 from compress_jax.core.types import JsonObject
-from compress_jax.search._allocate import Allocation
+from compress_jax.search._allocate import Allocation, literal
 from compress_jax.search._candidate import ITEMS, Candidate, Method
+from compress_jax.search._cuts import DEPTH, Shares
+from compress_jax.search._drop_blocks import drop_blocks
 from compress_jax.search._network import Training, fields_of, require
+from compress_jax.search._rewrites import shrink
 from compress_jax.search._sensitivity import Measure
 
+FIRST = 4  # a first training has this part of the steps of a full one
 WHOLE = "whole"
 """The start that does nothing to the student."""
 
@@ -37,6 +41,11 @@ class Search:
         ``prune.magnitude(1.0, structure=prune.n_m(2, 4))``, ``lowrank.svd(8)``, ``identity()``.
       training: ``steps -> Training`` that recovers a proposal; None for calibration alone.
       steps: of a training in full; first all promising proposals get a quarter of it.
+      width_ratios: shares of channels that any width of the student may lose, such as
+        ``(0.25, 0.5)``. Each is measured alone, and joins the integer program beside the options;
+        what it chooses is shrunk, trained for a quarter of ``steps``, and searched as ``starts``
+        are. Each share of all widths alike is always tried.
+      depth_ratios: shares of the student's blocks of layers, likewise.
       starts: networks that the options are applied to, by name: methods such as
         ``(search.shrink(ratio=0.5), training)`` for fewer channels. The student as it is, called
         ``"whole"``, is always one.
@@ -66,6 +75,8 @@ class Search:
     options: Mapping[str, Compression]
     training: Callable[[int], Training] | None = None
     steps: int = 0
+    width_ratios: tuple[float, ...] = ()
+    depth_ratios: tuple[float, ...] = ()
     starts: Mapping[str, tuple[Method, ...]] = field(default_factory=dict)
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     where: Patterns | None = None
@@ -89,6 +100,10 @@ class Search:
             for name in ("proposals", "trained", "examples"):
                 whole(name, getattr(self, name), 1)
             whole("refinements", self.refinements, 0)
+            for name in ("width_ratios", "depth_ratios"):
+                for ratio in getattr(self, name):
+                    fits = isinstance(ratio, float) and 0 < ratio < 1
+                    require(fits, name, "shares above 0 and below 1", ratio)
             self._check_starts()
             self._check_baselines()
 
@@ -108,11 +123,35 @@ class Search:
             require(fits, f"starts[{name!r}]", "a tuple of methods", method)
             fits = not any(isinstance(each, Compression) for each in method)
             require(fits, f"starts[{name!r}]", "no Compression: those are options", method)
-            require(name != WHOLE, "starts", f"names other than {WHOLE!r}", name)
+            fits = name != WHOLE and not name.startswith("cut-")
+            require(fits, "starts", f"names other than {WHOLE!r}, without 'cut-'", name)
 
-    def start(self, name: str) -> tuple[Method, ...]:
-        """Return the methods of a start."""
-        return () if name == WHOLE else self.starts[name]
+    @property
+    def narrows(self) -> bool:
+        """Whether the integer program chooses widths or depth."""
+        return bool(self.width_ratios or self.depth_ratios)
+
+    def cut(self, shares: Shares) -> tuple[Method, ...]:
+        """Return the methods that remove shares of widths and of depth, without training.
+
+        Args:
+          shares: by unit, see `_cuts`.
+
+        Returns:
+          What is done to the student.
+        """
+        widths = {literal(unit): x for unit, x in shares.items() if unit != DEPTH}
+        found: list[Method] = []
+        if widths:
+            found.append(shrink(ratio=widths, examples=self.examples))
+        if DEPTH in shares:
+            found.append(drop_blocks(ratio=shares[DEPTH], examples=self.examples))
+        return tuple(found)
+
+    def begun(self, shares: Shares) -> tuple[Method, ...]:
+        """Return likewise, with the training after which options are measured."""
+        training = self.recovery(max(self.steps // FIRST, 1))
+        return (*self.cut(shares), *((training,) if training else ()))
 
     def beside(self, name: str, result: dict[str, float]) -> tuple[Method, ...]:
         """Return the methods of a baseline that is a function.
@@ -149,6 +188,7 @@ class Proposal(NamedTuple):
       options: ``{path: option}``.
       steps: of its training.
       beside: what the baseline's function was given; None of all others.
+      cut: what was removed of widths and depth, if the search found the start itself.
 
     Example:
       >>> Proposal("whole", {"a": "int4", "b": "int4"}, 100).name
@@ -161,6 +201,7 @@ class Proposal(NamedTuple):
     options: dict[str, str]
     steps: int
     beside: dict[str, float] | None = None
+    cut: Shares | None = None
 
     @property
     def name(self) -> str:
@@ -182,9 +223,11 @@ class Proposal(NamedTuple):
         """The name of the start whose network its methods work on."""
         return self.start if self.beside is None else WHOLE
 
-    def done(self, search: Search) -> int:
-        """Return how many of its methods were done for its start."""
-        return 0 if self.beside is not None else len(search.start(self.start))
+    def begin(self, search: Search) -> tuple[Method, ...]:
+        """Return the methods of its start."""
+        if self.cut is not None:
+            return search.begun(self.cut)
+        return () if self.network == WHOLE else search.starts[self.start]
 
     def candidate(self, search: Search) -> Candidate:
         """Return what carries it out."""
@@ -192,7 +235,7 @@ class Proposal(NamedTuple):
             methods = search.beside(self.start, self.beside)
             return Candidate(self.name, methods, search.recovery(self.steps))
         compression = Allocation(self.options, 0.0, 0, 0, {}).compression(search.options)
-        method = (*search.start(self.start), compression)
+        method = (*self.begin(search), compression)
         return Candidate(self.name, method, search.recovery(self.steps))
 
     def record(self) -> JsonObject:

@@ -4,8 +4,10 @@ compress-jax run experiments/automatic/brown.py
 """
 
 import dataclasses
+import math
 from pathlib import Path
 
+import jax
 import optax
 
 import compress_jax as cj
@@ -15,14 +17,21 @@ from compress_jax.search import Experiment, Network, Requirement, Search, Traini
 
 brown = load_config(Path("configs/brown.py"))
 
+WIDTH = 32
+
 
 def config(
-    max_drop: float = 0.01, student_steps: int = 1500, steps: int = 500, seed: int = 0
+    max_drop: float = 0.01,
+    max_latency_ms: float = math.inf,
+    student_steps: int = 1500,
+    steps: int = 500,
+    seed: int = 0,
 ) -> Experiment:
     """Search the smallest tagger that loses so much at most of the float32 student's accuracy.
 
     Args:
       max_drop: validation accuracy that may be lost; 0.01 is one point.
+      max_latency_ms: milliseconds of one text in XLA; any number has them measured.
       student_steps: training steps of the float32 student.
       steps: of a proposal's training in full.
       seed: seed for all randomness.
@@ -33,12 +42,22 @@ def config(
         schedule = optax.cosine_onecycle_schedule(steps, peak, pct_start=0.2)
         return Training(optax.adamw(schedule, weight_decay=1e-3), steps, 16)
 
-    def narrower(result: dict[str, float]) -> Network:
+    def as_large(result: dict[str, float]) -> Network:
         # The table of 8,192 rows is nearly all there is.
-        width = max(int(result["nbytes"] / 4 / 8400), 1)
+        return of_width(int(result["nbytes"] / 4 / 8400))
+
+    def as_fast(result: dict[str, float]) -> Network:
+        # Products of width by width are nearly all the work.
+        return of_width(round(WIDTH * math.sqrt(result["macs"] / whole)))
+
+    def of_width(width: int) -> Network:
+        width = max(width, 1)
         tagger = Tagger(8192, len(experiment.data.names), width, 1, 1)
         return Network(tagger, training(student_steps, 6e-3))
 
+    model, example = experiment.student.pure, experiment.example
+    drawn = jax.eval_shape(model.init, jax.random.key(0), *example)
+    whole = cj.trace.cost(model.apply, drawn, *example).macs
     options: dict[str, cj.Compression] = {}
     for bits in (2, 3, 4, 8):
         grid = cj.quantize.uniform(bits, granularity="channel", scale="mse")
@@ -51,10 +70,12 @@ def config(
         options,
         training,
         steps,
+        width_ratios=(0.25, 0.5),
         baselines={
             "bits alone": bits_alone,
             "pruning alone": tuple(name for name in options if name.endswith("int8")),
-            "distillation alone": narrower,
+            "distillation alone": as_large,
+            "distillation alone, as fast": as_fast,
         },
     )
     return dataclasses.replace(
@@ -63,5 +84,7 @@ def config(
         teacher="student",
         candidates=(),
         search=search,
-        requirement=Requirement(max_drop=max_drop, reference="student"),
+        requirement=Requirement(
+            max_drop=max_drop, reference="student", max_latency_ms=max_latency_ms
+        ),
     )

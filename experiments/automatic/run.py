@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("name", help="brown, keywords, or a data set of images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--max-drop", type=float, default=0.01)
-    parser.add_argument("--max-latency-ms", type=float, help="not of brown")
+    parser.add_argument("--max-latency-ms", type=float)
     parser.add_argument("--runs", type=Path, default=RUNS)
     chosen = parser.parse_args()
     for seed in chosen.seeds:
