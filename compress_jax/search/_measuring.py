@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from compress_jax.core.errors import ConfigError
+from compress_jax.core.errors import ArgumentError, ConfigError
 from compress_jax.core.record import ANYTHING, TEXT, Kind, mapping, read_record, sealed
 from compress_jax.core.types import Array, JsonObject, Params, PyTree
 from compress_jax.export import write_atomically
@@ -95,7 +95,8 @@ class Measuring:
         """Return what one cut does; None, with a line that says why, if it cannot be made."""
         try:
             small = self._without(subject, {unit: ratio})
-        except ConfigError as error:  # nothing can be removed
+            self._trainable(small)
+        except (ArgumentError, ConfigError) as error:  # nothing can be removed, or trained then
             self.log_fn(f"{unit} keeps its {ratio:.0%}: {error}")
             return None
         left, score = left_of(subject, small), self.distance(subject, small)
@@ -111,6 +112,20 @@ class Measuring:
             assert isinstance(method, Rewrite)
             subject = method.run(subject, self.experiment.task, self.experiment.data.train)
         return subject
+
+    def _trainable(self, small: Subject) -> None:
+        """Trace a smaller network's training mode, where it will be trained.
+
+        Raises:
+          ArgumentError: if that cannot be made smaller.
+        """
+        if self.search.training is None:
+            return
+        split, variables = self.experiment.data.train, small.variables
+        inputs = next(calibration_batches(small, self.experiment.task, split, 1))
+        rest = {name: each for name, each in variables.items() if name != "params"}
+        key = jax.random.key(0)
+        jax.eval_shape(small.model.train, variables["params"], rest, inputs, key, None)
 
     def distance(self, before: Subject, after: Subject) -> float:
         """Return how far a network's outputs are from another's."""

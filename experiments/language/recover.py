@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from texts import brown_tokens, keep, row
+from tuned import tuned
 
 import compress_jax as cj
 from compress_jax.core.types import ModelFn, Params
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--init", choices=["zero", "error"], default="zero", help="of an adapter")
     parser.add_argument("--rate", type=float, help="learning rate; by default one for each way")
     parser.add_argument("--length", type=int, default=256, help="tokens of a step")
+    parser.add_argument("--tuned", type=int, default=0, help="steps of float32 training first")
     parser.add_argument("--tokens", type=int, default=4096, help="of test documents")
     parser.add_argument("--seed", type=int, default=0)
     chosen = parser.parse_args()
@@ -50,6 +52,8 @@ def main() -> None:
 
     def fn(params: Params, tokens: jax.Array) -> jax.Array:
         return jnp.asarray(model.apply({"params": params}, tokens))
+
+    params = tuned(fn, params, tokens["train"], chosen.tuned)
 
     def measured(params: Params) -> float:
         found = cj.train.evaluate.perplexity(fn, params, test[: chosen.tokens], context=512)
@@ -185,6 +189,7 @@ def _kept(chosen: argparse.Namespace, **found: Any) -> None:
         "rate": chosen.rate or RATES[found["trained"]],
         "length": chosen.length,
         "test_tokens": chosen.tokens,
+        "tuned": chosen.tuned,
         "seed": chosen.seed,
     }
     keep("recover.jsonl", record)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from texts import brown_tokens, keep, row
+from tuned import tuned
 
 import compress_jax as cj
 from compress_jax.core.types import Params
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--length", type=int, default=512, help="tokens of a calibration row")
     parser.add_argument("--rows", type=int, default=16, help="calibration rows")
+    parser.add_argument("--tuned", type=int, default=0, help="steps of float32 training first")
     parser.add_argument("--tokens", type=int, default=4096, help="of test documents")
     chosen = parser.parse_args()
     model, params, tokenizer = cj.models.load(cj.models.smollm2_file())
@@ -61,6 +63,8 @@ def main() -> None:
 
     def fn(params: Params, tokens: jax.Array) -> jax.Array:
         return jnp.asarray(model.apply({"params": params}, tokens))
+
+    params = tuned(fn, params, tokens["train"], chosen.tuned)
 
     def measured(params: Params) -> float:
         return cj.train.evaluate.perplexity(fn, params, test, context=chosen.length).perplexity
@@ -165,6 +169,7 @@ def _kept(
         "float32": float32,
         "calibration_tokens": chosen.rows * chosen.length,
         "test_tokens": chosen.tokens,
+        "tuned": chosen.tuned,
         "seconds": round(seconds, 1),
         "left_at_nearest": sum("nearest" in note for note in solved.notes.values()),
     }

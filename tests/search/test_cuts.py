@@ -1,5 +1,6 @@
 """Widths and depth in the integer program: against enumeration, and in a search."""
 
+import dataclasses
 import itertools
 import math
 
@@ -207,6 +208,24 @@ def test_a_width_too_small_to_cut_is_said(tmp_path):
     search = Search(BITS, training, 8, (0.02,), proposals=2, examples=32, trained=1)
     _, lines = run(experiment(search, max_drop=0.9), tmp_path)
     assert any(line.startswith("params/first/kernel:1 keeps its 2%: ") for line in lines)
+
+
+class Reversed(nn.Module):
+    """In training its hidden units take other places, so that its width cannot be cut there."""
+
+    @nn.compact
+    def __call__(self, x, train: bool = False):
+        x = nn.relu(nn.Dense(16, name="hidden")(x))
+        return nn.Dense(4, name="head")(x.at[:, 3].set(0.0) if train else x)
+
+
+def test_what_cannot_be_trained_smaller_stays_whole(tmp_path):
+    search = Search({"int8": BITS["int8"]}, training, 8, (0.5,), proposals=1, examples=32)
+    searched = experiment(search, max_drop=0.9)
+    searched = dataclasses.replace(searched, student=Network(Reversed(), training(20)))
+    result, lines = run(searched, tmp_path)
+    assert result.met and "cut-" not in result.chosen.name
+    assert any("hidden/kernel:1 keeps its 50%: in training mode" in line for line in lines)
 
 
 @pytest.mark.parametrize("given", [(0.0,), (1.0,), (1,), ("half",)])
