@@ -19,13 +19,16 @@ from compress_jax.data._disk.stored import columns_of, some
 from compress_jax.distill import Teacher
 from compress_jax.search._amounts import amounts
 from compress_jax.search._candidate import Candidate, Rewrite, Subject
+from compress_jax.search._cuts import DEPTH
 from compress_jax.search._experiment import Experiment, shapes_of
 from compress_jax.search._method import bound_to
 from compress_jax.search._network import Network, Training, Variables, require
+from compress_jax.search._rewrites import groups_of
 from compress_jax.search._space import Search
 from compress_jax.search._stage import Stage, prepare
 from compress_jax.tasks import PureModel, Task
 from compress_jax.tasks._measure import require_entries, trace_metrics
+from compress_jax.tasks._model import Inputs
 from compress_jax.trace import cost
 from compress_jax.train._parallel import batch_axes, shardings_like, unmatched
 
@@ -230,7 +233,7 @@ class _Checks:
         for name, method in search.starts.items():
             self._candidate(Candidate(name, method), student, teacher)
         self._baselines(search, student, teacher)
-        if not (search.starts or search.narrows):  # which have sizes of their own
+        if not search.starts:  # which have sizes of their own
             self._reachable(search)
 
     def _baselines(self, search: Search, student: Variables, teacher: Teacher | None) -> None:
@@ -257,6 +260,8 @@ class _Checks:
         example = [jnp.zeros(x.shape, x.dtype) for x in experiment.example]
         # Any weights will do: what an option takes depends on their shapes.
         drawn = experiment.student.variables or jax.jit(model.init)(jax.random.key(0), *example)
+        least = self._narrowest(search, Subject(model, drawn), tuple(example))
+        model, drawn = least.model, least.variables
         rest = {name: each for name, each in drawn.items() if name != "params"}
 
         def fn(params: Params, *inputs: PyTree) -> PyTree:
@@ -268,10 +273,27 @@ class _Checks:
         macs = cost(fn, drawn["params"], *example).macs
         if macs > wanted.max_macs:
             raise ConfigError(
-                f"max_macs={wanted.max_macs:,} cannot be met: the student has {macs:,} "
-                "multiply-accumulates, which no option changes; add starts with fewer channels: "
-                "starts={'half': (search.shrink(ratio=0.5), training)}"
+                f"max_macs={wanted.max_macs:,} cannot be met: the least is {macs:,} "
+                "multiply-accumulates, which no option of a leaf changes; add larger width_ratios, "
+                "or starts with fewer channels: starts={'half': (search.shrink(ratio=0.5), "
+                "training)}"
             )
+
+    def _narrowest(self, search: Search, subject: Subject, example: Inputs) -> Subject:
+        """Return a network without the largest shares that a search may remove, all at once."""
+        shares: dict[str, float] = {}
+        if search.width_ratios:
+            names = [each.name for each in groups_of(subject, example)]
+            shares = dict.fromkeys(names, max(search.width_ratios))
+        if search.depth_ratios:
+            shares[DEPTH] = max(search.depth_ratios)
+        for method in search.cut(shares, examples=0):  # only sizes matter
+            assert isinstance(method, Rewrite)
+            try:
+                subject = method.run(subject, self.experiment.task, self.experiment.data.train)
+            except ConfigError as error:  # nothing can be removed
+                self.notes.append(f"width_ratios, depth_ratios: {error}")
+        return subject
 
     def _compression(self, candidate: Candidate, subject: Subject, item: Compression) -> None:
         """Trace a compression's init, view, update and pack on the params of a network."""

@@ -15,6 +15,7 @@ from compress_jax.search._candidate import ITEMS, Candidate, Method
 from compress_jax.search._cuts import DEPTH, Shares
 from compress_jax.search._drop_blocks import drop_blocks
 from compress_jax.search._network import Training, fields_of, require
+from compress_jax.search._rewrites import PARTS as BATCHES
 from compress_jax.search._rewrites import shrink
 from compress_jax.search._sensitivity import Measure
 
@@ -131,21 +132,24 @@ class Search:
         """Whether the integer program chooses widths or depth."""
         return bool(self.width_ratios or self.depth_ratios)
 
-    def cut(self, shares: Shares) -> tuple[Method, ...]:
+    def cut(self, shares: Shares, examples: int | None = None) -> tuple[Method, ...]:
         """Return the methods that remove shares of widths and of depth, without training.
 
         Args:
           shares: by unit, see `_cuts`.
+          examples: that channels are chosen by; by default as many as sensitivities are measured
+            on, 0 for the weights alone.
 
         Returns:
           What is done to the student.
         """
+        examples = self.examples if examples is None else examples
         widths = {literal(unit): x for unit, x in shares.items() if unit != DEPTH}
         found: list[Method] = []
         if widths:
-            found.append(shrink(ratio=widths, examples=self.examples))
+            found.append(shrink(ratio=widths, examples=examples))
         if DEPTH in shares:
-            found.append(drop_blocks(ratio=shares[DEPTH], examples=self.examples))
+            found.append(drop_blocks(ratio=shares[DEPTH], examples=max(examples, BATCHES)))
         return tuple(found)
 
     def begun(self, shares: Shares) -> tuple[Method, ...]:

@@ -143,7 +143,7 @@ def run(searched, folder):
 
 
 SEARCH = Search(
-    BITS, training, 40, (0.5,), (0.5,), proposals=2, examples=64, trained=2, refinements=0
+    BITS, training, 40, (0.5,), (0.5,), proposals=3, examples=64, trained=2, refinements=1
 )
 
 
@@ -155,6 +155,7 @@ def found(tmp_path_factory):
     return searched, folder, *run(searched, folder)
 
 
+@pytest.mark.slow
 def test_a_linear_answer_needs_neither_width_nor_depth(found):
     _, folder, result, lines = found
     assert result.met and result.chosen.name.startswith("cut-")
@@ -167,6 +168,7 @@ def test_a_linear_answer_needs_neither_width_nor_depth(found):
     assert any("without 50% of depth" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_the_smaller_file_is_the_smaller_network(found):
     searched, folder, result, _ = found
     packed = cj.load(folder / "candidates" / result.chosen.name / "artifact.safetensors")[0]
@@ -186,6 +188,7 @@ def test_the_smaller_file_is_the_smaller_network(found):
     assert (said == split_["y"]).mean() == pytest.approx(result.chosen.test)
 
 
+@pytest.mark.slow
 def test_nothing_is_measured_twice(found, monkeypatch):
     searched, folder, first, _ = found
     from compress_jax.search import _loop
@@ -204,6 +207,7 @@ def test_nothing_is_measured_twice(found, monkeypatch):
     assert again.rows == first.rows and not any("measuring" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_a_width_too_small_to_cut_is_said(tmp_path):
     search = Search(BITS, training, 8, (0.02,), proposals=2, examples=32, trained=1)
     _, lines = run(experiment(search, max_drop=0.9), tmp_path)
@@ -226,6 +230,19 @@ def test_what_cannot_be_trained_smaller_stays_whole(tmp_path):
     result, lines = run(searched, tmp_path)
     assert result.met and "cut-" not in result.chosen.name
     assert any("hidden/kernel:1 keeps its 50%: in training mode" in line for line in lines)
+
+
+def test_limits_that_no_cut_and_no_option_meet_are_refused_before_training(tmp_path):
+    search = Search(BITS, training, 8, (0.5,), (0.5,))
+    with pytest.raises(ConfigError, match="the least that the options reach is") as refused:
+        run(experiment(search, max_bytes=400), tmp_path)
+    assert not (tmp_path / "student").exists()
+    least = int(str(refused.value).split("reach is ")[1].split()[0])
+    # Below what the whole network can reach: half of each width and one block of two.
+    with pytest.raises(ConfigError, match="the least that the options reach is") as alone:
+        run(experiment(Search(BITS, training, 8), max_bytes=400), tmp_path / "alone")
+    whole = int(str(alone.value).split("reach is ")[1].split()[0])
+    assert 400 < least < 0.4 * whole
 
 
 @pytest.mark.parametrize("given", [(0.0,), (1.0,), (1,), ("half",)])
