@@ -2,7 +2,8 @@
 
 Formats of weights: `uniform` rounds to evenly spaced levels, `gguf` to those of llama.cpp's blocks;
 `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary` and `binary` to others, and `codebook` to
-any table or small float. Scale rules (`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq`
+any table or small float. `rate_distortion` chooses codes for their error and their bits in a coded
+file. Scale rules (`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq`
 trains them.
 
 Once, after training: `gptq`, `adaround` and `signround` choose the rounding that changes a layer's
@@ -59,6 +60,7 @@ from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
 from compress_jax.quantize._weights.codebook import codebook
 from compress_jax.quantize._weights.floats import float_format, fp4, fp8, nf4
 from compress_jax.quantize._weights.gguf import gguf
+from compress_jax.quantize._weights.rate_distortion import rate_distortion, step_for_error
 from compress_jax.quantize._weights.ternary import ternary
 from compress_jax.quantize._weights.uniform import uniform
 
@@ -107,6 +109,7 @@ __all__ = [
     "percentile",
     "pnorm",
     "quantized_backward",
+    "rate_distortion",
     "rms",
     "rotate",
     "rotate_inputs",
@@ -115,6 +118,7 @@ __all__ = [
     "signround",
     "smooth",
     "static",
+    "step_for_error",
     "stochastic_round",
     "ternary",
     "uniform",
