@@ -2,14 +2,13 @@
 
 Formats of weights: `uniform` rounds to evenly spaced levels, `gguf` to those of llama.cpp's blocks;
 `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary` and `binary` to others, and `codebook` to
-any table or small float. `rate_distortion` chooses codes for their error and their bits in a coded
-file. Scale rules (`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq`
-trains them.
+any table or small float. Scale rules (`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq`
+trains them. `rate_distortion` chooses codes for their error and for their bits in a coded file.
 
 Once, after training: `gptq`, `adaround` and `signround` choose the rounding that changes a layer's
-outputs least, `clip` and `awq` choose clipping ranges and scales. `smooth`, `equalize`, `rotate`
-and `fold_batch_norm` rewrite params without changing the function, and `correct_bias` removes the
-mean of the error.
+outputs least, `trellis` that of fewest bits at an error, `clip` and `awq` choose clipping ranges
+and scales. `smooth`, `equalize`, `rotate` and `fold_batch_norm` rewrite params without changing the
+function, and `correct_bias` removes the mean of the error.
 
 Activations: `activations` applies `dynamic`, `static`, `lsq_inputs` or `pact` at the contractions
 of a model. `integer` runs packed params on integer codes, and `contractions` lists every
@@ -55,6 +54,7 @@ from compress_jax.quantize._scales.rules import (
 from compress_jax.quantize._scales.search import entropy, pnorm
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.signround import signround
+from compress_jax.quantize._solvers.trellis import trellis
 from compress_jax.quantize._weights.binary import binary
 from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
 from compress_jax.quantize._weights.codebook import codebook
@@ -121,6 +121,7 @@ __all__ = [
     "step_for_error",
     "stochastic_round",
     "ternary",
+    "trellis",
     "uniform",
 ]
 

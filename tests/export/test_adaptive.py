@@ -1,6 +1,7 @@
 """Adaptive coding: a reader written from its page, every tensor back, and no file that hurts."""
 
 import hashlib
+import itertools
 import json
 import math
 import sys
@@ -43,6 +44,19 @@ def ragged(seed: int, shape: tuple[int, ...], bits: int, center: int) -> np.ndar
     return np.clip(center + levels, 0, 2**bits - 1).astype(int).ravel()
 
 
+def on_paths(symbols, bits, shape, transposed) -> np.ndarray:
+    """Move symbols to levels that their columns' paths allow."""
+    middle = 2 ** (bits - 1)
+    levels = (symbols - middle).reshape(-1, shape[-1])
+    levels = (levels.T if transposed else levels).copy()
+    states = np.zeros(levels.shape[1], int)
+    for row in levels:
+        grid = states // 2
+        row -= np.sign(row) * ((row + grid) % 2) * (row != 0)  # towards zero
+        states = adaptive.NEXT[states, (np.abs(row) + grid * (row != 0)) // 2 % 2]
+    return (levels.T if transposed else levels).ravel() + middle
+
+
 @st.composite
 def tensors(draw) -> Tensor:
     bits = draw(st.integers(1, 8))
@@ -51,6 +65,11 @@ def tensors(draw) -> Tensor:
     symbols = ragged(draw(st.integers(0, 2**32 - 1)), shape, bits, center)
     transposed = draw(st.booleans()) and math.prod(shape[:-1]) > 1
     mean = draw(st.integers(0, adaptive.CLASSES - 1))
+    if draw(st.booleans()):
+        found = Settings(2 ** (bits - 1), transposed, mean, paths=True)
+        if adaptive.allowed(found, bits, shape):
+            symbols = on_paths(symbols, bits, shape, transposed)
+            return Tensor(symbols, bits, shape, found)
     return Tensor(symbols, bits, shape, Settings(center, transposed, mean))
 
 
@@ -82,19 +101,20 @@ def test_rows_wider_than_the_limit_are_cut(monkeypatch):
     np.testing.assert_array_equal(Decoder(words).symbols(4, (7, 130), own), symbols)
 
 
-def read(words, bits, rows, columns, center, mean):
+def read(words, bits, rows, columns, center, mean, paths=False):
     """Read one tensor as the page of the format says, one symbol after the other."""
     quarters, middles = (4096, 4871, 5793, 6889), (4467, 5312, 6317, 7512)
     edges = [q * 2**o >> 6 for o in range(14) for q in quarters]
     means = [64, *(m * 2**o >> 6 for o in range(14) for m in middles)]
     top = 2**bits - 1 - center
-    counts = []
-    for m in means:
+    longest = max(center, top)
+    counts = {}
+    for grid, (which, m) in itertools.product((0, 1), enumerate(means)):
         t, own = 2**36 * 4096 // (4096 + m), []
-        for _ in range(max(center, top) + 1):
+        for _ in range((longest + 1) // 2 + 1 if paths else longest + 1):
             own.append((t >> 20) + 4)
             t = t * m // (4096 + m)
-        counts.append(own)
+        counts[grid, which] = own
     signs = [16 * 4096] * 2
     decoder = QUEUE.RangeDecoder(words)
 
@@ -102,7 +122,7 @@ def read(words, bits, rows, columns, center, mean):
         share = np.array(weights, float) / sum(weights)
         return int(decoder.decode(MODELS.Categorical(share, perfect=False)))
 
-    s, r = [16 * means[mean]] * columns, [16 * 4096] * columns
+    s, r, states = [16 * means[mean]] * columns, [16 * 4096] * columns, [0] * columns
     out = np.zeros((rows, columns), int)
     length = max(32, -(-rows * columns // 4096))
     assert length < 2 * columns
@@ -110,25 +130,29 @@ def read(words, bits, rows, columns, center, mean):
         a = b = 8 * means[mean]
         f = 4096
         c = [s[j] * 4096 // r[j] for j in range(columns)]
+        index = {}
         for first in range(0, columns, length):
             piece = range(first, min(first + length, columns))
-            kind = {j: sum(edge <= c[j] * f // 4096 for edge in edges) for j in piece}
-            order = sorted(piece, key=lambda j: (kind[j], j))  # noqa: B023
-            size = {j: one(counts[kind[j]]) for j in order}
+            grid = {j: states[j] // 2 if paths else 0 for j in piece}
+            kind = {j: (grid[j], sum(e <= c[j] * f // 4096 for e in edges)) for j in piece}
+            own = {j: one(counts[kind[j]]) for j in sorted(piece, key=lambda j: (kind[j], j))}  # noqa: B023
+            index |= own
+            size = {j: 2 * k - grid[j] * (k > 0) if paths else k for j, k in own.items()}
             both = [j for j in piece if 0 < size[j] <= min(center, top)]
             below = {j: size[j] > top for j in piece} | {j: bool(one(signs)) for j in both}
             for j in piece:
                 out[i, j] = center - size[j] if below[j] else center + size[j]
                 for offset, weight in ((0, 4096), (1, 1024), (-1, 1024)):
-                    if 0 <= kind[j] + offset < len(counts):
-                        counts[kind[j] + offset][size[j]] += weight
+                    if (near := (grid[j], kind[j][1] + offset)) in counts:
+                        counts[near][own[j]] += weight
             for j in both:
                 signs[below[j]] += 4096
-            a += 4096 * sum(size.values())
+            a += 4096 * sum(own.values())
             b += sum(c[j] for j in piece)
             f = min(max(a * 4096 // b, 64), 2**18)
         for j in range(columns):
-            s[j] += 4096 * abs(int(out[i, j]) - center)
+            states[j] = ((0, 2), (2, 0), (1, 3), (3, 1))[states[j]][index[j] % 2]
+            s[j] += 4096 * index[j]
             r[j] += f
             if r[j] > 2**22:
                 s[j], r[j] = s[j] // 2, r[j] // 2
@@ -142,12 +166,18 @@ def test_a_reader_written_from_the_page_reads_it(bits, center):
     own = Settings(center, False, 23)
     words = encode([Tensor(symbols, bits, shape, own)])
     np.testing.assert_array_equal(read(words, bits, *shape, center, 23).ravel(), symbols)
+    if center == 2 ** (bits - 1):
+        symbols = on_paths(symbols, bits, shape, False)
+        words = encode([Tensor(symbols, bits, shape, own._replace(paths=True))])
+        back = read(words, bits, *shape, center, 23, paths=True)
+        np.testing.assert_array_equal(back.ravel(), symbols)
 
 
 def test_the_words_never_change():
     """Were this test to change, old files would be lost."""
     symbols = np.arange(6000) ** 2 % 7919 % 16 * (np.arange(6000) % 60 % 7 == 0)
     words = encode([Tensor(symbols, 4, (100, 60), Settings(3, t, 20)) for t in (False, True)])
+    assert len(words) < 6000 * 4 / 32
     digest = hashlib.sha256(words.astype("<u4").tobytes()).hexdigest()
     assert digest == "7e68cd8be8f0e78dfea33292b6c98ca9cd858d6e31918e67382c9a24e784a430"
 
@@ -197,6 +227,9 @@ WRONG = [
     {"streams": [[16, 0, 99]]},
     {"streams": [[64, 0, 20]]},
     {"streams": [[-1, 0, 20]]},
+    {"streams": [[16, 4, 20]]},
+    {"streams": [[16, -1, 20]]},
+    {"streams": [[15, 2, 20]]},
     {"streams": [[16, 2, 20]]},
     {"streams": [[16, True, 20]]},
     {"streams": [[16, 0]]},
@@ -228,6 +261,8 @@ def test_settings_and_sizes_that_are_not_so_are_refused(change, tmp_path):
 def test_a_row_has_no_columns_to_transpose(tmp_path):
     assert not adaptive.allowed(Settings(1, True, 0), 1, (7,))
     assert not adaptive.allowed(Settings(1, False, 0), 9, (7, 7))
+    assert not adaptive.allowed(Settings(8, False, 0, paths=True), 4, (7,))
+    assert not adaptive.allowed(Settings(8, False, 0, paths=True), 4, (10**6, 1))
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 300))

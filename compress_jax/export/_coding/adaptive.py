@@ -7,8 +7,8 @@ has been against its columns. Entries of equal expectation, to a quarter of an o
 and each class counts its magnitudes.
 
 The format: all numbers are integers, in units of 1/4096 where they stand for others; ``//`` rounds
-down. A file has ``[center, transposed, mean]`` for a tensor: with ``transposed`` 1 the columns are
-read as rows; M = MEANS[mean].
+down. A file has ``[center, order, mean]`` for a tensor: if ``order`` is odd the columns are read as
+rows, if it is 2 or 3 the symbols lie on a path; M = MEANS[mean].
 
 Columns
     begin with s = 16 M and r = 16 * 4096. A column is expected to have c = s * 4096 // r.
@@ -33,6 +33,12 @@ Counts
     a geometric law that weighs as 16 symbols. Both signs begin with 16 * 4096. Magnitudes go up to
     the farther end of the range.
 
+Paths
+    are those of `quantize.trellis`, one down each column: q = 2 k - g sign(k) with the grid
+    g = state // 2 of the column, whose state is 0 at first and NEXT[state][k % 2] in the next row.
+    Then all above is of |k|, not of |q| (but for which signs are known), each class is two, one for
+    each grid, and a piece is never more than a row. ``center`` is ``2**(bits - 1)``.
+
 Probabilities are the counts over their sum, in float64, and the coder is the range coder of
 constriction (``Categorical(probabilities, perfect=False)``), one queue of 32-bit words for all
 tensors in the order of the tree. A quotient of two integers is the same on every machine, bit for
@@ -40,6 +46,7 @@ bit, and so is all before it.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -47,7 +54,7 @@ from typing import Any, NamedTuple, Protocol
 import constriction
 import numpy as np
 
-from compress_jax.core.errors import ArtifactError
+from compress_jax.core.errors import ArgumentError, ArtifactError
 
 QUEUE: Any = constriction.stream.queue  # pyright: ignore[reportAttributeAccessIssue]
 MODELS: Any = constriction.stream.model  # pyright: ignore[reportAttributeAccessIssue]
@@ -75,6 +82,8 @@ ROW_PRIOR = 8  # symbols, of a row
 MEMORY = 2**10 * ONE  # rows after which a column's sums are halved
 BESIDE = ONE // 4  # what a symbol counts for the classes beside its own
 RATIO = 2**6  # between a row and its columns, at most and at least
+NEXT = np.array(((0, 2), (2, 0), (1, 3), (3, 1)))  # of a path: state, parity -> next state
+ROWS = 2**14  # of a tensor of paths, at most
 
 
 class Settings(NamedTuple):
@@ -84,11 +93,18 @@ class Settings(NamedTuple):
       center: the symbol of magnitude 0.
       transposed: whether its columns are read as rows.
       mean: the class of the mean magnitude.
+      paths: whether its columns, as they are read, are paths of a trellis.
     """
 
     center: int
     transposed: bool
     mean: int
+    paths: bool = False
+
+    @property
+    def entry(self) -> list[int]:
+        """What stands in a file."""
+        return [self.center, self.transposed + 2 * self.paths, self.mean]
 
 
 class Tensor(NamedTuple):
@@ -132,28 +148,33 @@ def choose(symbols: np.ndarray, bits: int, shape: tuple[int, ...]) -> tuple[Sett
     found = []
     for center in sorted({int(counts.argmax()), 2 ** (bits - 1), 0}):
         mean = int(counts @ np.abs(levels - center)) * ONE // max(symbols.size, 1)
-        for transposed in (False, True):
-            settings = Settings(center, transposed, int(np.searchsorted(EDGES, mean, "right")))
-            if allowed(settings, bits, shape) and allowed(settings, bits, first):
-                found.append((cost(Tensor(sample, bits, first, settings)), settings))
+        for transposed, paths in itertools.product((False, True), repeat=2):
+            kind = int(np.searchsorted(EDGES, mean // (2 if paths else 1), "right"))
+            each = Tensor(sample, bits, first, Settings(center, transposed, kind, paths))
+            fits = allowed(each.settings, bits, shape) and allowed(each.settings, bits, first)
+            if fits and (known := _split(each)):
+                found.append((_bytes(each, *known), each.settings))
     least, settings = min(found)
     if sample.size < symbols.size:
-        least = cost(Tensor(symbols, bits, shape, settings))
+        whole = Tensor(symbols, bits, shape, settings)
+        if settings.paths and not _split(whole):  # only the first rows happen to be paths
+            settings = settings._replace(paths=False)
+        least = cost(whole._replace(settings=settings))
     return settings, least
 
 
 def settings_of(entry: object) -> Settings | None:
-    """Return settings as a file has them, ``[center, 0 or 1, mean]``; None if they are none.
+    """Return settings as a file has them, ``[center, order, mean]``; None if they are none.
 
     Example:
-      >>> settings_of([8, 1, 20]), settings_of([8, True, 20])
-      (Settings(center=8, transposed=True, mean=20), None)
+      >>> settings_of([8, 3, 20]), settings_of([8, True, 20])
+      (Settings(center=8, transposed=True, mean=20, paths=True), None)
     """
     # type, not isinstance: true is an integer to Python.
     if not isinstance(entry, list) or [type(x) for x in entry] != [int] * 3:
         return None
-    center, transposed, mean = entry
-    return Settings(center, bool(transposed), mean) if transposed in (0, 1) else None
+    center, order, mean = entry
+    return Settings(center, order % 2 == 1, mean, order >= 2) if 0 <= order < 4 else None
 
 
 def dense(symbols: int, nbytes: float) -> bool:
@@ -176,12 +197,24 @@ def allowed(settings: Settings, bits: int, shape: tuple[int, ...]) -> bool:
     if not (1 <= bits <= WIDTH and 0 <= settings.center < 2**bits and 0 <= settings.mean < CLASSES):
         return False
     rows, columns = _matrix(shape)
-    return not settings.transposed or (1 < rows <= WIDEST and columns <= WIDEST)
+    if settings.transposed:
+        if rows == 1 or rows > WIDEST or columns > WIDEST:
+            return False
+        rows, columns = columns, rows
+    if not settings.paths:
+        return True
+    # A row at a time: many of them would take long.
+    middle = bits > 1 and settings.center == 2 ** (bits - 1)
+    return middle and 1 < rows <= ROWS and columns <= WIDEST
 
 
 def cost(tensor: Tensor) -> float:
     """Return the bytes of a tensor."""
-    estimate = _Estimate(*_split(tensor))
+    return _bytes(tensor, *_known(tensor))
+
+
+def _bytes(tensor: Tensor, sizes: np.ndarray, below: np.ndarray) -> float:
+    estimate = _Estimate(sizes, below)
     _walk(tensor.bits, tensor.shape, tensor.settings, estimate)
     return estimate.bits / 8
 
@@ -199,7 +232,7 @@ def encode(tensors: Sequence[Tensor]) -> np.ndarray:
     """
     encoder = QUEUE.RangeEncoder()
     for each in tensors:
-        _walk(each.bits, each.shape, each.settings, _Writer(*_split(each), encoder))
+        _walk(each.bits, each.shape, each.settings, _Writer(*_known(each), encoder))
     return encoder.get_compressed()
 
 
@@ -255,26 +288,50 @@ def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return math.prod(shape[:-1]), columns
 
 
-def _split(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Return magnitudes, and which symbols lie below the center, in the order of coding."""
-    symbols = tensor.symbols.astype(np.int64)
-    if tensor.settings.transposed:
-        symbols = symbols.reshape(_matrix(tensor.shape)).T.ravel()
-    levels = symbols - tensor.settings.center
-    return np.abs(levels), levels < 0
+def _known(tensor: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is coded of a tensor: magnitudes, and which symbols lie below the center."""
+    known = _split(tensor)
+    if known is None:
+        raise ArgumentError("the symbols lie on no paths of a trellis")
+    return known
+
+
+def _split(tensor: Tensor) -> tuple[np.ndarray, np.ndarray] | None:
+    """Return the same, None if the symbols are to be paths and are none."""
+    levels = tensor.symbols.astype(np.int64) - tensor.settings.center
+    levels = levels.reshape(_matrix(tensor.shape))
+    levels = levels.T if tensor.settings.transposed else levels
+    sizes = np.abs(levels)
+    if tensor.settings.paths:
+        sizes = _indices(sizes)
+    return None if sizes is None else (sizes.ravel(), (levels < 0).ravel())
+
+
+def _indices(sizes: np.ndarray) -> np.ndarray | None:
+    """Return the |k| of paths from their |q|, ``[rows, columns]``; None if they are no paths."""
+    found = np.zeros_like(sizes)
+    states = np.zeros(sizes.shape[1], np.int64)
+    for i, row in enumerate(sizes):
+        grid = (states >> 1) * (row > 0)
+        if ((row + grid) & 1).any():
+            return None
+        found[i] = (row + grid) >> 1
+        states = NEXT[states, found[i] & 1]
+    return found
 
 
 class _Counts:
     """The counts of a tensor.
 
     Attributes:
-      tables: int64 ``[classes + 2, magnitudes]``; the first and the last are never read.
+      tables: int64 ``[grids * (classes + 2), magnitudes]``; of each grid the first and the last are
+        never read.
       totals: their sums.
       signs: int64 ``[2]``, of symbols above and below the center.
     """
 
-    def __init__(self, longest: int) -> None:
-        self.tables = _priors(longest).copy()
+    def __init__(self, longest: int, grids: int) -> None:
+        self.tables = np.tile(_priors(longest), (grids, 1))
         self.totals = self.tables.sum(1)
         self.signs = np.full(2, PRIOR * ONE)
 
@@ -320,27 +377,48 @@ def _walk(bits: int, shape: tuple[int, ...], settings: Settings, visitor: _Visit
     if settings.transposed:
         rows, columns = columns, rows
     n, columns = rows * columns, max(1, min(columns, WIDEST))
-    top = 2**bits - 1 - settings.center
-    counts = _Counts(max(settings.center, top))
-    least = min(settings.center, top)
-
-    def code(start: int, classes: np.ndarray) -> np.ndarray:
-        magnitudes = visitor.magnitudes(start, classes, counts)
-        # Beyond the nearer end of the range, the sign is known.
-        both = np.flatnonzero((magnitudes > 0) & (magnitudes <= least))
-        below = visitor.signs(start, magnitudes, both, counts)
-        negative = int(below[both].sum())
-        counts.signs += ONE * np.array([both.size - negative, negative])
-        counts.add(classes, magnitudes)
-        return magnitudes
-
     size = max(LEAST, -(-n // PIECES))
+    code = _Coding(bits, columns, settings, visitor)
     expected = _Columns(columns, MEANS[settings.mean])
-    for start, height, width in _bands(n, columns, max(1, size // columns)):
+    most = 1 if settings.paths else max(1, size // columns)
+    for start, height, width in _bands(n, columns, most):
         if height == 1:
             expected.row(start, width, size, code)
         else:
             expected.band(start, height, code)
+
+
+class _Coding:
+    """Codes piece after piece: magnitudes, signs, then what they count for the pieces to come."""
+
+    def __init__(self, bits: int, columns: int, settings: Settings, visitor: _Visitor) -> None:
+        top = 2**bits - 1 - settings.center
+        longest = max(settings.center, top)
+        # The index of a path is half a level, rounded up.
+        longest = (longest + 1) // 2 if settings.paths else longest
+        self.least = min(settings.center, top)
+        self.counts = _Counts(longest, grids=2 if settings.paths else 1)
+        self.visitor = visitor
+        self.paths = settings.paths
+        self.states = np.zeros(columns, np.int64)
+
+    def __call__(self, start: int, classes: np.ndarray) -> np.ndarray:
+        """Code the entries from one on, given their classes, and return their magnitudes."""
+        first = start % self.states.size
+        own = self.states[first : first + classes.size] if self.paths else np.zeros(1, np.int64)
+        grid = own >> 1
+        classes = classes + grid * (CLASSES + 2)
+        found = self.visitor.magnitudes(start, classes, self.counts)
+        sizes = 2 * found - grid * (found > 0) if self.paths else found
+        # Beyond the nearer end of the range, the sign is known.
+        both = np.flatnonzero((sizes > 0) & (sizes <= self.least))
+        below = self.visitor.signs(start, sizes, both, self.counts)
+        negative = int(below[both].sum())
+        self.counts.signs += ONE * np.array([both.size - negative, negative])
+        self.counts.add(classes, found)
+        if self.paths:
+            self.states[first : first + classes.size] = NEXT[own, found & 1]
+        return found
 
 
 def _bands(n: int, columns: int, height: int) -> Iterator[tuple[int, int, int]]:

@@ -4,8 +4,8 @@
 32-bit words (see `entropy`), ``adaptive`` those of all that are coded by what their neighbors are
 (see `adaptive`), ``rest`` the bytes of all other tensors, one after the other, the bytes of equal
 significance of each side by side, compressed as a whole. All follow the order of the tree.
-``index`` has an entry for each tensor: the number of its table; ``[center, transposed, mean]`` if
-it is coded adaptively; ``null`` if it is packed symbols that zstandard makes smaller; else its
+``index`` has an entry for each tensor: the number of its table; ``[center, order, mean]`` if it
+is coded adaptively; ``null`` if it is packed symbols that zstandard makes smaller; else its
 dtype and shape. ``tables`` are hexadecimal, two digits a symbol. A tensor is coded in whichever way
 takes the fewest bytes.
 """
@@ -163,7 +163,7 @@ def code(structure: Structure, tensors: Tensors, *, adaptively: bool = True) -> 
     entries: list[object] = []
     for name, held in found.items():
         if name in settings:
-            entries.append(list(map(int, settings[name])))
+            entries.append(settings[name].entry)
         else:
             described = None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
             entries.append(groups.get(name, described))
@@ -388,7 +388,7 @@ def _adaptable(
         raise refuse(
             name,
             f"codes of {held[0]} bits and shape {list(shape)} cannot be coded with the settings "
-            f"{list(settings)}",
+            f"{settings.entry}",
         )
     return held[1]
 
