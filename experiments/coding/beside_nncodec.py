@@ -141,7 +141,7 @@ def theirs(network: Network, parameter: int, trellis: bool) -> Point:
                 verbose=False,
             )
             middle = time.perf_counter()
-            back = nnc.decompress(stream)
+            back: Any = nnc.decompress(stream)
             end = time.perf_counter()
         back = {path: x.T if turned else x for path, x in back.items()}
         found.append(network.point(len(stream), back, middle - start, end - middle))

@@ -40,7 +40,7 @@ BEST = 19  # level of zstandard that takes a second for a megabyte
 FAST = 9  # level for what is larger than LARGE bytes
 LARGE = 2**22
 SETTINGS = 12  # bytes of the settings of an adaptively coded tensor
-GAIN = 0.005  # what adaptive coding must save: it takes ten times as long
+GAIN = 0.005  # what adaptive coding must save, as it is slower
 
 
 def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
