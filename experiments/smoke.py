@@ -39,6 +39,7 @@ RUNS = (
     "benchmarks/quantization_error.py --size 64",
     "benchmarks/save_time.py",
     "benchmarks/step_overhead.py --depth 8 --batch 2 --rounds 1",
+    "coding/beside_nncodec.py --errors .2 --parameters -19 -14 --steps 300",
     "distillation/compressed.py --examples 256 --epochs 1 --teacher-epochs 1 --seeds 1"
     " --work {work} --data {data}/fashion_mnist",
     "distillation/losses.py",
@@ -62,6 +63,7 @@ RUNS = (
 PACKAGES = {
     "benchmarks/gptq_time.py": "torch",
     "benchmarks/quantization_error.py": "qwix",
+    "coding/beside_nncodec.py": "nncodec",
     "faults/spellings.py": "jax2onnx",
     "pruning/beside_jaxpruner.py": "jaxpruner",
     "quantization/accuracy.py": "qwix",

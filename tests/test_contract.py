@@ -86,6 +86,10 @@ def uniform(sharded: float = 0.0, keeps_shardings: bool = True, **options) -> Ro
     )
 
 
+def rate_distortion(**options) -> Row:
+    return Row((quantize.rate_distortion,), quantize.rate_distortion(**options), Quantized, one)
+
+
 def gguf(kind: str) -> Row:
     # The leaves here are smaller than a block.
     return on_kernels(
@@ -175,6 +179,8 @@ CONTRACT = {
         uniform(bits=8, narrow=True, granularity="channel", scale="pnorm", sharded=1e-6)
     ),
     "int4 entropy": on_kernels(uniform(bits=4, scale="entropy", sharded=1e-6)),
+    "rate and distortion": rate_distortion(),
+    "rate and distortion, one step": rate_distortion(lam=0.2, step=0.4, relative=False, bits=5),
     "gguf Q8_0": gguf("Q8_0"),
     "gguf Q4_0": gguf("Q4_0"),
     "gguf Q4_1": gguf("Q4_1"),
@@ -299,6 +305,7 @@ SLOW = {
         "int4 percentile",
         "int8 narrow pnorm",
         "int4 entropy",
+        "rate and distortion, one step",
         "fp8 e5m2 channel",
         "gguf Q4_0",
     ),

@@ -3,12 +3,12 @@
 Formats of weights: `uniform` rounds to evenly spaced levels, `gguf` to those of llama.cpp's blocks;
 `fp8`, `fp4`, `nf4`, `mxfp8`, `mxfp4`, `nvfp4`, `ternary` and `binary` to others, and `codebook` to
 any table or small float. Scale rules (`absmax`, `mse`, `hqq`, ...) choose their scales; `lsq`
-trains them.
+trains them. `rate_distortion` chooses codes for their error and for their bits in a coded file.
 
 Once, after training: `gptq`, `adaround` and `signround` choose the rounding that changes a layer's
-outputs least, `clip` and `awq` choose clipping ranges and scales. `smooth`, `equalize`, `rotate`
-and `fold_batch_norm` rewrite params without changing the function, and `correct_bias` removes the
-mean of the error.
+outputs least, `trellis` that of fewest bits at an error, `clip` and `awq` choose clipping ranges
+and scales. `smooth`, `equalize`, `rotate` and `fold_batch_norm` rewrite params without changing the
+function, and `correct_bias` removes the mean of the error.
 
 Activations: `activations` applies `dynamic`, `static`, `lsq_inputs` or `pact` at the contractions
 of a model. `integer` runs packed params on integer codes, and `contractions` lists every
@@ -54,11 +54,13 @@ from compress_jax.quantize._scales.rules import (
 from compress_jax.quantize._scales.search import entropy, pnorm
 from compress_jax.quantize._solvers.adaround import adaround
 from compress_jax.quantize._solvers.signround import signround
+from compress_jax.quantize._solvers.trellis import trellis
 from compress_jax.quantize._weights.binary import binary
 from compress_jax.quantize._weights.blocks import mxfp4, mxfp8, nvfp4
 from compress_jax.quantize._weights.codebook import codebook
 from compress_jax.quantize._weights.floats import float_format, fp4, fp8, nf4
 from compress_jax.quantize._weights.gguf import gguf
+from compress_jax.quantize._weights.rate_distortion import rate_distortion, step_for_error
 from compress_jax.quantize._weights.ternary import ternary
 from compress_jax.quantize._weights.uniform import uniform
 
@@ -107,6 +109,7 @@ __all__ = [
     "percentile",
     "pnorm",
     "quantized_backward",
+    "rate_distortion",
     "rms",
     "rotate",
     "rotate_inputs",
@@ -115,8 +118,10 @@ __all__ = [
     "signround",
     "smooth",
     "static",
+    "step_for_error",
     "stochastic_round",
     "ternary",
+    "trellis",
     "uniform",
 ]
 

@@ -141,7 +141,7 @@ def as_named(file: Path, tree: Any, metadata: Any) -> None:
 def as_old_coded(file: Path, tree: Any, metadata: Any) -> None:
     """Write version 2, as earlier versions of this package did."""
     structure, tensors = encode(tree)
-    made = code(structure, tensors)
+    made = code(structure, tensors, adaptively=False)
     content = as_json({"tree": structure, "metadata": metadata, "index": made.index})
     pieces = {"ans": made.ans, "content": squeezed(content.encode()), "rest": made.rest}
     rows = {name: np.frombuffer(piece, np.uint8) for name, piece in pieces.items()}
@@ -155,7 +155,7 @@ def as_compact(file: Path, tree: Any, metadata: Any) -> None:
 
 def as_coded(file: Path, tree: Any, metadata: Any) -> None:
     """Write version 3, coded."""
-    file.write_bytes(rowed(compact.written_coded(*encode(tree), metadata)))
+    file.write_bytes(rowed(compact.written_coded(*encode(tree), metadata).data))
 
 
 FORMS: dict[str, Callable[[Path, Any, Any], None]] = {

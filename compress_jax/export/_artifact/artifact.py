@@ -1,7 +1,7 @@
 """The artifact: one safetensors file that holds a packed model and its metadata.
 
 The strings of the container's ``__metadata__`` are ``format`` = ``"compress_jax"`` and ``version``.
-Nothing in the file is ever executed. All versions are read; `save` writes 1 and 3.
+Nothing in the file is ever executed. All versions are read; `save` writes 1, 3 and 4.
 
 Version 1, named: the tensors of the tree are those of the container, so that any reader of
 safetensors finds them. Codes of 1 to 16 bits are packed without gaps, least significant bit first,
@@ -18,6 +18,9 @@ Version 3, compact: one uint8 tensor, ``model``, has a compressed description an
 tensors (see `compact`), plain or coded, and, as its last 16 bytes, the first half of the SHA-256 of
 all bytes before them. A plain file is compact if its names, JSON and digest would take more than
 2 % of it and 200 bytes: a name costs a small tensor more than its numbers do.
+
+Version 4 is version 3 with tensors that are coded adaptively (see `adaptive`); a file without such
+tensors is of version 3.
 """
 
 import contextlib
@@ -35,6 +38,8 @@ from compress_jax.export._artifact import compact
 from compress_jax.export._artifact.checks import Spec
 from compress_jax.export._artifact.compact import Opened
 from compress_jax.export._artifact.container import (
+    ADAPTIVE,
+    COMPACT,
     DIGEST,
     ROW,
     as_json,
@@ -240,11 +245,12 @@ def plain(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
 
 def smallest(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
     """Return a coded file, or a compact one if that is no larger; see `plain`."""
-    row = compact.written_coded(tree, tensors, metadata)
+    row, adaptive = compact.written_coded(tree, tensors, metadata)
+    data = rowed(row, ADAPTIVE if adaptive else COMPACT)
     # The tables of a few hundred symbols are larger than what they save.
     if len(row) > sum(x.nbytes for x in tensors.values()):
-        row = min(compact.written(tree, tensors, metadata), row, key=len)
-    return rowed(row)
+        data = min(rowed(compact.written(tree, tensors, metadata)), data, key=len)
+    return data
 
 
 def with_names(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:

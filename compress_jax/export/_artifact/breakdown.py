@@ -8,7 +8,8 @@ import numpy as np
 
 from compress_jax.export._artifact.artifact import LIMITS, of_file, opened
 from compress_jax.export._artifact.limits import Limits
-from compress_jax.export._artifact.structure import Structure, leaves, places
+from compress_jax.export._artifact.structure import Structure, leaves, places, shapes
+from compress_jax.export._coding import adaptive
 from compress_jax.export._coding.bitstream import unpacked
 from compress_jax.export._coding.entropy import NEVER, probabilities
 from compress_jax.export._coding.streams import Coded, decoded, expanded
@@ -42,7 +43,7 @@ def breakdown(
 ) -> list[Part]:
     """Return what every byte of an artifact is for; the sum is the size of the file.
 
-    In a coded file a stream of symbols counts as the information it has under its table, and what
+    In a coded file a stream of symbols counts as the information it has under its model, and what
     zstandard compressed together is shared out in proportion.
 
     Args:
@@ -89,6 +90,7 @@ def _coded_sizes(tree: Structure, parts: Coded) -> dict[str, float]:
     raw = max(expanded(parts.rest, "its tensors"), 1)
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in parts.index["tables"]]
     sizes: dict[str, float] = {}
+    extents = shapes(tree)
     tensors = zip(decoded(tree, parts), places(tree), parts.index["tensors"], strict=True)
     for (name, tensor), (_, symbols), entry in tensors:
         if not tensor.size:  # its table, if it has one, has no symbol
@@ -100,6 +102,9 @@ def _coded_sizes(tree: Structure, parts: Coded) -> dict[str, float]:
             used = tables[entry] != NEVER
             information = -np.log2(probabilities(tables[entry])[used])
             sizes[name] = float(information @ counts[used]) / 8
+        elif symbols and (settings := adaptive.settings_of(entry)):
+            own = unpacked(tensor, *symbols)
+            sizes[name] = adaptive.cost(adaptive.Tensor(own, symbols[0], extents[name], settings))
         else:
             # zstandard sees all other tensors as one text: each has its share of the result.
             sizes[name] = tensor.nbytes * len(parts.rest) / raw

@@ -7,12 +7,13 @@ the description       JSON in raw deflate, with `VOCABULARY` as preset dictionar
                       NUL stands for 64 hexadecimal digits between quotes
 32 bytes for each     the numbers of these digits
 all else              the tensors, one behind the other, in the order of the structure; or, if the
-                      description has ``coded``, ``ans`` and ``rest`` of `streams`
+                      description has ``coded``, ``ans``, ``adaptive`` and ``rest`` of `streams`
 ====================  ==============================================================================
 
 The JSON has ``tree``, a structure in its short form, and ``metadata``. That of a coded row has
-``coded`` too: ``ans`` is the size of that part, ``streams`` has the table of each coded tensor or
-null, ``tables`` and ``crc32`` are those of `streams`.
+``coded`` too: ``ans`` is the size of that part, ``adaptive`` that of its part, left out if there is
+none, ``streams`` has the table or the settings of each coded tensor or null, ``tables`` and
+``crc32`` are those of `streams`.
 
 The same model gives the same bytes wherever deflate is zlib's. Another coder (zlib-ng) may write a
 description of other bytes, and each reads what the other wrote.
@@ -106,7 +107,19 @@ def written(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
     return _described({"tree": short, "metadata": metadata}) + body
 
 
-def written_coded(tree: Structure, tensors: Tensors, metadata: JsonObject) -> bytes:
+class Row(NamedTuple):
+    """A coded row.
+
+    Attributes:
+      data: its bytes.
+      adaptive: whether some tensor is coded adaptively, which a reader of version 3 cannot read.
+    """
+
+    data: bytes
+    adaptive: bool
+
+
+def written_coded(tree: Structure, tensors: Tensors, metadata: JsonObject) -> Row:
     """Return a tree as a row of bytes, its symbols at their entropy.
 
     Args:
@@ -130,8 +143,10 @@ def written_coded(tree: Structure, tensors: Tensors, metadata: JsonObject) -> by
         "tables": parts.index["tables"],
         "crc32": parts.index["crc32"],
     }
+    if parts.adaptive:
+        coded["adaptive"] = len(parts.adaptive)
     description = _described({"tree": short, "metadata": metadata, "coded": coded})
-    return description + parts.ans + parts.rest
+    return Row(description + parts.ans + parts.adaptive + parts.rest, bool(parts.adaptive))
 
 
 class Opened(NamedTuple):
@@ -260,18 +275,21 @@ def _sliced(specs: dict[str, Spec], body: memoryview) -> Iterator[tuple[str, np.
 
 def _coded(coded: object, entries: Sequence[Entry], body: memoryview) -> Coded:
     """Return the parts of a coded row, its index as `streams` has it."""
-    if not isinstance(coded, dict) or coded.keys() != {"ans", "streams", "tables", "crc32"}:
+    needed = {"ans", "streams", "tables", "crc32"}
+    if not isinstance(coded, dict) or coded.keys() - {"adaptive"} != needed:
         raise ArtifactError("its coded tensors must have ans, streams, tables and crc32")
     streams = coded["streams"]
     if not isinstance(streams, list) or len(streams) != entries.count(None):
         raise ArtifactError(f"{entries.count(None)} of its tensors are symbols, and not so streams")
-    size = coded["ans"]
-    if type(size) is not int or not 0 <= size <= len(body):
+    sizes = [coded["ans"], coded.get("adaptive", 0)]
+    whole = all(type(size) is int and size >= 0 for size in sizes)
+    if not whole or sum(sizes) > len(body):
         raise ArtifactError("its coded symbols have no size, or a larger one than the file")
-    rest = iter(streams)
-    tensors = [next(rest) if entry is None else entry for entry in entries]
+    of_symbols = iter(streams)
+    tensors = [next(of_symbols) if entry is None else entry for entry in entries]
     index = {"tensors": tensors, "tables": coded["tables"], "crc32": coded["crc32"]}
-    return Coded(index, bytes(body[:size]), bytes(body[size:]))
+    end, rest = sizes[0], sum(sizes)
+    return Coded(index, bytes(body[:end]), bytes(body[rest:]), bytes(body[end:rest]))
 
 
 # The short form of a structure.

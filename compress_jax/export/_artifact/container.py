@@ -20,15 +20,18 @@ from compress_jax.export._artifact.structure import Tensors
 from compress_jax.export._artifact.validation import shallow
 
 FORMAT = "compress_jax"
-VERSION = 3  # the newest that this package reads
+COMPACT = 3  # version of a file of one row
+ADAPTIVE = 4  # and of one with adaptively coded tensors
+VERSION = ADAPTIVE  # the newest that this package reads
 BLANK = "0" * 64  # in place of the digest while the digest is computed
 DIGEST = 16  # bytes of the SHA-256 behind a row: damage by chance is not found at one of 2**128
-ROW = "model"  # the only tensor of a file of version 3
+ROW = "model"  # the only tensor of a file of version 3 or 4
 # The strings that a header must have, by version.
 STRINGS = {
     "1": {"format", "version", "sha256", "content"},
     "2": {"format", "version", "sha256"},
     "3": {"format", "version"},
+    "4": {"format", "version"},
 }
 # Safetensors' names of NumPy's dtypes; all others are stored as uint8, see `structure`.
 DTYPES = {
@@ -227,13 +230,14 @@ def named(tensors: Tensors, strings: dict[str, str]) -> bytes:
     return _reseal(data, BLANK, hashlib.sha256(data).hexdigest())
 
 
-def rowed(row: bytes) -> bytes:
+def rowed(row: bytes, version: int = COMPACT) -> bytes:
     """Return a file of one tensor, `ROW`: some bytes, and the digest of all before it behind them.
 
     The header has no padding, as nothing in the row needs to be aligned.
 
     Args:
       row: the bytes.
+      version: 3, or 4 if it has adaptively coded tensors.
 
     Returns:
       The whole file.
@@ -244,7 +248,7 @@ def rowed(row: bytes) -> bytes:
     """
     size = len(row) + DIGEST
     header = {
-        "__metadata__": {"format": FORMAT, "version": str(VERSION)},
+        "__metadata__": {"format": FORMAT, "version": str(version)},
         ROW: {"dtype": "U8", "shape": [size], "data_offsets": [0, size]},
     }
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -352,24 +352,43 @@ def places(structure: Structure, path: str = "") -> Iterator[tuple[str, tuple[in
       >>> list(places(tree))
       [('k', (3, 8)), ('b', None)]
     """
+    for name, node in _tensors(structure, path):
+        yield name, (node["bits"], math.prod(node["shape"])) if node else None
+
+
+def shapes(structure: Structure) -> dict[str, tuple[int, ...]]:
+    """Return the shape of the symbols of every tensor that holds packed ones.
+
+    Example:
+      >>> tree, _ = encode({"k": Bits.pack(jnp.zeros((2, 4), int), 3), "b": jnp.zeros(2)})
+      >>> shapes(tree)
+      {'k': (2, 4)}
+    """
+    return {name: tuple(node["shape"]) for name, node in _tensors(structure, "") if node}
+
+
+def _tensors(structure: Structure, path: str) -> Iterator[tuple[str, JsonObject | None]]:
+    """Yield the name of every tensor of a structure, and the fields of the Bits it is the data of.
+
+    The order is that of the structure, which coded files store their symbols in.
+    """
     if structure is True or isinstance(structure, str):
         yield path, None
     elif structure is not None:
-        # The order is that of the structure, which coded files store their symbols in.
         ((kind, content),) = structure.items()
         if kind == "dict":
             for key, value in content:
-                yield from places(value, below(path, key))
+                yield from _tensors(value, below(path, key))
         elif kind in ("list", "tuple"):
             for i, value in enumerate(content):
-                yield from places(value, below(path, i))
+                yield from _tensors(value, below(path, i))
         elif kind == "Bits":
-            yield path, (content["bits"], math.prod(content["shape"]))
+            yield path, content
         elif kind in NODES:  # its static fields have no places
             where = tensor_fields(NODES[kind], path)
             for field, value in content.items():
                 if field in where:
-                    yield from places(value, where[field])
+                    yield from _tensors(value, where[field])
 
 
 def leaves(structure: Structure, path: str = "") -> Iterator[tuple[str, Structure]]:

@@ -1,11 +1,13 @@
 """The tensors of an artifact, entropy coded or compressed by zstandard.
 
-``ans`` holds the symbols of all coded tensors in one stream of little-endian 32-bit words (see
-`entropy`), ``rest`` the bytes of all other tensors, one after the other, the bytes of equal
-significance of each side by side, compressed as a whole. Both follow the order of the tree.
-``index`` has an entry for each tensor: the number of its table if it is coded; ``null`` if it is
-packed symbols that zstandard makes smaller; else its dtype and shape. ``tables`` are hexadecimal,
-two digits a symbol.
+``ans`` holds the symbols of all tensors that are coded by a table in one stream of little-endian
+32-bit words (see `entropy`), ``adaptive`` those of all that are coded by what their neighbors are
+(see `adaptive`), ``rest`` the bytes of all other tensors, one after the other, the bytes of equal
+significance of each side by side, compressed as a whole. All follow the order of the tree.
+``index`` has an entry for each tensor: the number of its table; ``[center, order, mean]`` if it
+is coded adaptively; ``null`` if it is packed symbols that zstandard makes smaller; else its
+dtype and shape. ``tables`` are hexadecimal, two digits a symbol. A tensor is coded in whichever way
+takes the fewest bytes.
 """
 
 import math
@@ -21,7 +23,8 @@ from compress_jax.core.errors import ArtifactError
 from compress_jax.core.types import JsonObject
 from compress_jax.export._artifact.checks import Spec
 from compress_jax.export._artifact.fields import NATIVE, extents, refuse
-from compress_jax.export._artifact.structure import Structure, Tensors, places
+from compress_jax.export._artifact.structure import Structure, Tensors, places, shapes
+from compress_jax.export._coding import adaptive
 from compress_jax.export._coding.bitstream import repacked, unpacked
 from compress_jax.export._coding.entropy import (
     NEVER,
@@ -36,6 +39,8 @@ HEAD = 4  # bytes of a table besides its entries
 BEST = 19  # level of zstandard that takes a second for a megabyte
 FAST = 9  # level for what is larger than LARGE bytes
 LARGE = 2**22
+SETTINGS = 12  # bytes of the settings of an adaptively coded tensor
+GAIN = 0.005  # what adaptive coding must save, as it is slower
 
 
 def share(counts: Sequence[np.ndarray], kinds: Sequence[Hashable]) -> list[int]:
@@ -104,19 +109,22 @@ class Coded(NamedTuple):
       index: ``{"tensors": [...], "tables": [...], "crc32": of the tensors' bytes}``.
       ans: bytes of all entropy-coded symbols.
       rest: compressed bytes of all else.
+      adaptive: bytes of all adaptively coded symbols.
     """
 
     index: JsonObject
     ans: bytes
     rest: bytes
+    adaptive: bytes = b""
 
 
-def code(structure: Structure, tensors: Tensors) -> Coded:
+def code(structure: Structure, tensors: Tensors, *, adaptively: bool = True) -> Coded:
     """Return the tensors of a tree, coded.
 
     Args:
       structure: of `structure.encode`; it tells which tensors hold symbols, and their order.
       tensors: by name.
+      adaptively: whether tensors may be coded adaptively, which files of version 2 have not.
 
     Returns:
       Index and bytes.
@@ -128,39 +136,106 @@ def code(structure: Structure, tensors: Tensors) -> Coded:
       >>> zeros = jnp.zeros(10_000, int).at[::100].set(3)
       >>> tree, tensors = structured({"codes": Bits.pack(zeros, 2), "bias": jnp.ones(3)})
       >>> coded = code(tree, tensors)
-      >>> sum(x.nbytes for x in tensors.values()), len(coded.ans) < 150
+      >>> sum(x.nbytes for x in tensors.values()), len(coded.ans) + len(coded.adaptive) < 150
       (2512, True)
       >>> (uncode(tree, coded)["codes"] == tensors["codes"]).all()
       np.True_
     """
     found = dict(places(structure))
-    widths = {name: held[0] for name, held in found.items() if held}
-    symbols = {name: unpacked(tensors[name], *held) for name, held in found.items() if held}
-    counts = {n: np.bincount(each, minlength=2 ** widths[n]) for n, each in symbols.items()}
-
+    extents = shapes(structure)
+    streams = [
+        _Symbols(name, held[0], extents[name], unpacked(tensors[name], *held))
+        for name, held in found.items()
+        if held
+    ]
+    zipped = {x.name: len(squeezed(tensors[x.name].tobytes())) for x in streams}
     # Symbols are coded where that takes no more bytes than zstandard does.
-    names = [n for n in symbols if cost(counts[n]) <= len(squeezed(tensors[n].tobytes()))]
-    shared = share([counts[name] for name in names], [widths[name] for name in names])
-    groups = dict(zip(names, shared, strict=True))
-    # One table for each group, of the symbols of all its streams together.
-    tables = []
-    for group in range(len(set(shared))):
-        own = [counts[name] for name in names if groups[name] == group]
-        tables.append(quantized(np.sum(own, axis=0)))
-    words = encode([Stream(symbols[name], tables[groups[name]]) for name in names])
+    tabled = [x for x in streams if cost(x.counts) <= zipped[x.name]]
+    groups, tables = _tables(tabled)
+    settings: dict[str, adaptive.Settings] = {}
+    if adaptively:
+        settings = _adapted(streams, zipped | _shared_costs(tabled, groups, tables))
+        groups, tables = _tables([x for x in tabled if x.name not in settings])
 
-    # What the decoder needs to know of each tensor: a table, nothing, or dtype and shape.
+    words = encode([Stream(x.symbols, tables[groups[x.name]]) for x in streams if x.name in groups])
+    own = [x.tensor(settings[x.name]) for x in streams if x.name in settings]
+    # What the decoder needs to know of each tensor: how it is coded, nothing, or dtype and shape.
     entries: list[object] = []
     for name, held in found.items():
-        described = None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
-        entries.append(groups.get(name, described))
-    rest = b"".join(_planes(tensors[name]) for name in found if name not in groups)
+        if name in settings:
+            entries.append(settings[name].entry)
+        else:
+            described = None if held else [tensors[name].dtype.name, list(tensors[name].shape)]
+            entries.append(groups.get(name, described))
+    rest = b"".join(_planes(tensors[n]) for n in found if n not in groups and n not in settings)
     index = {
         "tensors": entries,
         "tables": [table.tobytes().hex() for table in tables],
         "crc32": _checksum(tensors[name] for name in found),
     }
-    return Coded(index, words.astype("<u4").tobytes(), squeezed(rest))
+    return Coded(index, _octets(words), squeezed(rest), _octets(adaptive.encode(own)))
+
+
+class _Symbols(NamedTuple):
+    """The symbols of one tensor."""
+
+    name: str
+    bits: int
+    shape: tuple[int, ...]
+    symbols: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        return np.bincount(self.symbols, minlength=2**self.bits)
+
+    def tensor(self, settings: adaptive.Settings) -> adaptive.Tensor:
+        return adaptive.Tensor(self.symbols, self.bits, self.shape, settings)
+
+
+def _tables(streams: Sequence[_Symbols]) -> tuple[dict[str, int], list[np.ndarray]]:
+    """Return the group of each stream by name, and the table of each group."""
+    counts = [x.counts for x in streams]
+    shared = share(counts, [x.bits for x in streams])
+    groups = {x.name: group for x, group in zip(streams, shared, strict=True)}
+    tables = []
+    for group in range(len(set(shared))):
+        own = [each for each, number in zip(counts, shared, strict=True) if number == group]
+        tables.append(quantized(np.sum(own, axis=0)))
+    return groups, tables
+
+
+def _shared_costs(
+    streams: Sequence[_Symbols], groups: dict[str, int], tables: list[np.ndarray]
+) -> dict[str, float]:
+    """Return the bytes of each stream under its group's table, and of its share of that."""
+    sizes = np.bincount(list(groups.values()), minlength=len(tables))
+    found = {}
+    for x in streams:
+        table = tables[groups[x.name]]
+        used = table != NEVER
+        bits = -np.log2(probabilities(table[used])) @ x.counts[used] if used.any() else 0.0
+        found[x.name] = float(bits) / 8 + (HEAD + table.size) / sizes[groups[x.name]]
+    return found
+
+
+def _adapted(
+    streams: Sequence[_Symbols], otherwise: dict[str, float]
+) -> dict[str, adaptive.Settings]:
+    """Return the settings of the streams that take fewer bytes if coded adaptively."""
+    found = {}
+    for x in streams:
+        if x.bits > adaptive.WIDTH or x.symbols.size == 0:
+            continue
+        settings, size = adaptive.choose(x.symbols, x.bits, x.shape)
+        # Half of what a reader accepts, as the bytes are estimated.
+        dense = 2 * x.symbols.size <= adaptive.DENSITY * size
+        if dense and size + SETTINGS < (1 - GAIN) * otherwise[x.name]:
+            found[x.name] = settings
+    return found
+
+
+def _octets(words: np.ndarray) -> bytes:
+    return words.astype("<u4").tobytes()
 
 
 def uncode(structure: Structure, coded: Coded) -> Tensors:
@@ -212,17 +287,25 @@ def specified(structure: Structure, coded: Coded) -> dict[str, Spec]:
     found = list(places(structure))
     if len(entries) != len(found):
         raise ArtifactError(f"its index has {len(entries)} tensors, and its structure {len(found)}")
-    # Coded tensors name a table; all others lie in `rest`, one behind the other.
+    # Coded tensors name a table or have settings; all others lie in `rest`, one behind the other.
     used: set[int] = set()
     size = 0
+    adapted = 0
     specs: dict[str, Spec] = {}
+    extents = shapes(structure)
     for (name, held), entry in zip(found, entries, strict=True):
         specs[name] = spec = spec_of(name, held, entry)
         if isinstance(entry, int):
             used.add(entry)
             _fits(name, held, entry, tables)
+        elif held and (settings := adaptive.settings_of(entry)):
+            adapted += _adaptable(name, held, settings, extents[name])
         else:
             size += math.prod(spec.shape) * spec.dtype.itemsize
+    if not adaptive.dense(adapted, len(coded.adaptive)):
+        raise ArtifactError(
+            f"its {len(coded.adaptive):,} bytes of adaptively coded symbols cannot be {adapted:,}"
+        )
     if used != set(range(len(tables))):
         raise ArtifactError(
             f"its index has {len(tables)} tables, and the tensors name {sorted(used)}"
@@ -242,10 +325,9 @@ def _index(coded: Coded) -> list[bytes]:
     lists = isinstance(index["tensors"], list) and isinstance(index["tables"], list)
     if not lists or type(index["crc32"]) is not int:
         raise ArtifactError("its index must have a list of tensors, a list of tables and a number")
-    if len(coded.ans) % 4:
-        raise ArtifactError(
-            f"its coded symbols are {len(coded.ans)} bytes, which are no words of 4"
-        )
+    for words in (coded.ans, coded.adaptive):
+        if len(words) % 4:
+            raise ArtifactError(f"its coded symbols are {len(words)} bytes, no words of 4")
     try:
         return [bytes.fromhex(table) for table in index["tables"]]
     except (TypeError, ValueError) as error:
@@ -258,16 +340,17 @@ def spec_of(name: str, held: tuple[int, int] | None, entry: object) -> Spec:
     Args:
       name: of the tensor, for the error.
       held: ``(bits, symbols)`` of packed symbols; None for other tensors.
-      entry: of the index: a table's number, None, or ``[dtype, shape]``.
+      entry: of the index: a table's number, settings, None, or ``[dtype, shape]``.
     """
     # type, not isinstance: true is an integer to Python.
-    if held is not None and (entry is None or type(entry) is int):
+    coded = type(entry) is int or adaptive.settings_of(entry) is not None
+    if held is not None and (entry is None or coded):
         return Spec((-(-held[0] * held[1] // 8),), np.dtype(np.uint8))
     if held is not None or not isinstance(entry, list) or len(entry) != 2:
         raise refuse(
             name,
-            "the index must have a table or null for packed symbols, and a dtype and a shape for "
-            "all else",
+            "the index must have a table, settings or null for packed symbols, and a dtype and a "
+            "shape for all else",
         )
     dtype, shape = entry
     if not isinstance(dtype, str) or dtype not in NATIVE:
@@ -297,10 +380,25 @@ def _fits(name: str, held: tuple[int, int] | None, entry: int, tables: list[byte
         raise refuse(name, f"by its table no symbol ever occurs, and there are {held[1]:,}")
 
 
+def _adaptable(
+    name: str, held: tuple[int, int], settings: adaptive.Settings, shape: tuple[int, ...]
+) -> int:
+    """Return how many symbols are coded adaptively, once their settings are found right."""
+    if not adaptive.allowed(settings, held[0], shape):
+        raise refuse(
+            name,
+            f"codes of {held[0]} bits and shape {list(shape)} cannot be coded with the settings "
+            f"{settings.entry}",
+        )
+    return held[1]
+
+
 def decoded(structure: Structure, coded: Coded) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the tensors in the order of the tree; only one is decoded at a time."""
     tables = [np.frombuffer(bytes.fromhex(table), np.uint8) for table in coded.index["tables"]]
     decoder = Decoder(np.frombuffer(coded.ans, "<u4").astype(np.uint32))
+    adapted = adaptive.Decoder(np.frombuffer(coded.adaptive, "<u4").astype(np.uint32))
+    extents = shapes(structure)
     rest = unsqueezed(coded.rest, "its tensors")
     start = 0
     for (name, held), entry in zip(places(structure), coded.index["tensors"], strict=True):
@@ -308,6 +406,9 @@ def decoded(structure: Structure, coded: Coded) -> Iterator[tuple[str, np.ndarra
             assert held is not None
             packed = [repacked(piece, held[0]) for piece in decoder.pieces(tables[entry], held[1])]
             yield name, np.concatenate(packed) if packed else np.zeros(0, np.uint8)
+            continue
+        if held and (settings := adaptive.settings_of(entry)):
+            yield name, repacked(adapted.symbols(held[0], extents[name], settings), held[0])
             continue
         # The entry is null for packed symbols that zstandard stores in fewer bytes than the coder.
         described = ["uint8", [-(-held[0] * held[1] // 8)]] if held else entry
@@ -319,6 +420,7 @@ def decoded(structure: Structure, coded: Coded) -> Iterator[tuple[str, np.ndarra
         yield name, np.ascontiguousarray(octets).view(dtype).reshape(shape)
         start += size
     decoder.close()
+    adapted.close()
 
 
 def squeezed(data: bytes) -> bytes:
