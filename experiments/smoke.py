@@ -75,6 +75,7 @@ FOLDERS = {  # that have to be in the folder of DATA
 }
 NOT_RUN = {
     "automatic/run.py": "no small setting: a whole search a seed",
+    "automatic/timed.py": "needs finished runs of automatic/run.py",
     "benchmarks/data_on_disk.py": "no small setting: writes 2 GB",
     "benchmarks/header_size.py": "no small setting: 5 minutes",
     "benchmarks/step_memory.py": "no small setting: compiles for 3 minutes at any depth",

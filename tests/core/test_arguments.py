@@ -85,8 +85,11 @@ def table():
                 "granularity",
                 [each for each in WHOLE if each[0] != "a string"] + [("unknown", "row")],
             )
-        add(name, make, "pad", FLAGS)
-        add(name, make, "axis", [*PLACES, ("floats", (0, 1.0)), ("none", ())])
+        if "pad" in arguments:
+            add(name, make, "pad", FLAGS)
+            add(name, make, "axis", [*PLACES, ("floats", (0, 1.0)), ("none", ())])
+        if "relative" in arguments:
+            add(name, make, "relative", FLAGS)
         if "scale" in arguments:
             unknown = [each for each in NAMES if name != "binary" or each[0] != "a number"]
             add(name, make, "scale", unknown)

@@ -146,7 +146,7 @@ def test_a_finished_search_is_read_and_measured_again(found):
     [
         ({"max_bytes": 100}, "max_bytes=100 cannot be met: the least that the options reach is"),
         ({"max_bitops": 1000}, "max_bitops=1000 cannot be met"),
-        ({"max_macs": 10}, "max_macs=10 cannot be met: the student has 1,088"),
+        ({"max_macs": 10}, "max_macs=10 cannot be met: the least is 1,088"),
         ({"max_drops": {"f1": 0.1}}, "max_drops names 'f1', and the task measures accuracy"),
         ({"max_latency_ms": 0}, "max_latency_ms must be a number of milliseconds above 0"),
     ],
