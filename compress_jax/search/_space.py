@@ -42,11 +42,6 @@ class Search:
         ``prune.magnitude(1.0, structure=prune.n_m(2, 4))``, ``lowrank.svd(8)``, ``identity()``.
       training: ``steps -> Training`` that recovers a proposal; None for calibration alone.
       steps: of a training in full; first all promising proposals get a quarter of it.
-      width_ratios: shares of channels that any width of the student may lose, such as
-        ``(0.25, 0.5)``. Each is measured alone, and joins the integer program beside the options;
-        what it chooses is shrunk, trained for a quarter of ``steps``, and searched as ``starts``
-        are. Each share of all widths alike is always tried.
-      depth_ratios: shares of the student's blocks of layers, likewise.
       starts: networks that the options are applied to, by name: methods such as
         ``(search.shrink(ratio=0.5), training)`` for fewer channels. The student as it is, called
         ``"whole"``, is always one.
@@ -63,6 +58,11 @@ class Search:
         failed is tried then, each trained in full.
       examples: of the training data, which sensitivities are measured on.
       measure: see `sensitivities`: ``"kl"`` or ``"mse"``; None takes the one that fits the task.
+      width_ratios: shares of channels that any width of the student may lose, such as
+        ``(0.25, 0.5)``. Each is measured alone, and joins the integer program beside the options;
+        what it chooses is shrunk, trained for a quarter of ``steps``, and searched as ``starts``
+        are. Each share of all widths alike is always tried.
+      depth_ratios: shares of the student's blocks of layers, likewise.
 
     Example:
       >>> import optax
@@ -76,8 +76,6 @@ class Search:
     options: Mapping[str, Compression]
     training: Callable[[int], Training] | None = None
     steps: int = 0
-    width_ratios: tuple[float, ...] = ()
-    depth_ratios: tuple[float, ...] = ()
     starts: Mapping[str, tuple[Method, ...]] = field(default_factory=dict)
     baselines: Mapping[str, Baseline] = field(default_factory=dict)
     where: Patterns | None = None
@@ -86,6 +84,8 @@ class Search:
     refinements: int = 2
     examples: int = 512
     measure: Measure | None = None
+    width_ratios: tuple[float, ...] = ()
+    depth_ratios: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         """Check types, ranges and names."""

@@ -1,7 +1,7 @@
 """Bits a weight of the whole file beside ISO/IEC 15938-17 (nncodec), at equal error of the weights.
 
     pip install -e '.[bench]'
-    python experiments/coding/beside_nncodec.py            # 3 minutes of processor time
+    python experiments/coding/beside_nncodec.py            # several minutes
 
 LeNet-300-100 is trained on the 8x8 digits of scikit-learn. Ours: `quantize.rate_distortion` with
 the one step that `step_for_error` finds, and `quantize.trellis`, on all leaves, biases too, saved

@@ -143,7 +143,15 @@ def run(searched, folder):
 
 
 SEARCH = Search(
-    BITS, training, 40, (0.5,), (0.5,), proposals=3, examples=64, trained=2, refinements=1
+    BITS,
+    training,
+    40,
+    width_ratios=(0.5,),
+    depth_ratios=(0.5,),
+    proposals=3,
+    examples=64,
+    trained=2,
+    refinements=1,
 )
 
 
@@ -209,7 +217,7 @@ def test_nothing_is_measured_twice(found, monkeypatch):
 
 @pytest.mark.slow
 def test_a_width_too_small_to_cut_is_said(tmp_path):
-    search = Search(BITS, training, 8, (0.02,), proposals=2, examples=32, trained=1)
+    search = Search(BITS, training, 8, width_ratios=(0.02,), proposals=2, examples=32, trained=1)
     _, lines = run(experiment(search, max_drop=0.9), tmp_path)
     assert any(line.startswith("params/first/kernel:1 keeps its 2%: ") for line in lines)
 
@@ -224,7 +232,9 @@ class Reversed(nn.Module):
 
 
 def test_what_cannot_be_trained_smaller_stays_whole(tmp_path):
-    search = Search({"int8": BITS["int8"]}, training, 8, (0.5,), proposals=1, examples=32)
+    search = Search(
+        {"int8": BITS["int8"]}, training, 8, width_ratios=(0.5,), proposals=1, examples=32
+    )
     searched = experiment(search, max_drop=0.9)
     searched = dataclasses.replace(searched, student=Network(Reversed(), training(20)))
     result, lines = run(searched, tmp_path)
@@ -233,7 +243,7 @@ def test_what_cannot_be_trained_smaller_stays_whole(tmp_path):
 
 
 def test_limits_that_no_cut_and_no_option_meet_are_refused_before_training(tmp_path):
-    search = Search(BITS, training, 8, (0.5,), (0.5,))
+    search = Search(BITS, training, 8, width_ratios=(0.5,), depth_ratios=(0.5,))
     with pytest.raises(ConfigError, match="the least that the options reach is") as refused:
         run(experiment(search, max_bytes=400), tmp_path)
     assert not (tmp_path / "student").exists()
