@@ -43,7 +43,9 @@ def main() -> None:
 def timed(name: str, folder: Path, seed: int) -> None:
     """Time the networks of a run, one after the other and again, and print their rows."""
     results = json.loads((folder / "results.json").read_text())
-    given = {"seed": seed} if name in CONFIGS else {"seed": seed, "data": name}
+    given: dict[str, object] = {"seed": seed}
+    if name not in CONFIGS:
+        given["data"] = name
     config = CONFIGS.get(name, ["configs/automatic.py"])[0]
     experiment = build(load_config(Path(config)), given)
     experiment = with_proposals(experiment, read_proposals(results))
