@@ -1,6 +1,6 @@
 """Say what you need: the smallest file that loses so many points at most, searched for by itself.
 
-    compress-jax run configs/automatic.py              # digits, 4 minutes on 2 cores
+    compress-jax run configs/automatic.py              # digits, 3 minutes on 2 cores
     compress-jax run configs/automatic.py --data fashion_mnist --max-bytes 40000
     compress-jax run configs/automatic.py --data fashion_mnist --max-bytes 30000 --reuse
 

@@ -70,7 +70,6 @@ def config(
         options,
         training,
         steps,
-        width_ratios=(0.25, 0.5),
         baselines={
             "bits alone": bits_alone,
             "pruning alone": tuple(name for name in options if name.endswith("int8")),
