@@ -33,6 +33,7 @@ Published = Literal["gguf", "hugging-face"]
 SUFFIX = {"onnx": ".onnx", "litert": ".tflite", "stablehlo": ".stablehlo"}
 FIXED = 64  # examples a call of a program that must know how many
 VERIFIED = 1000  # examples of a test split on disk that exports are verified on
+ON_DISK = f"the test split stays on disk: {VERIFIED:,} of its examples are used"
 GATE = 4  # exit code of an export that fails its checks
 
 
@@ -274,7 +275,7 @@ def export(
     passed = True
     test = some(data.test, VERIFIED)
     if test is not data.test:
-        console.print(f"the test split stays on disk: {VERIFIED:,} of its examples are used")
+        console.print(ON_DISK)
     for target in targets:
         options = _options(target, activations, task, data.train, calibrate, batch)
         files = [folder / f"{name}{SUFFIX[target]}" for name in ("model", "float")]

@@ -97,14 +97,17 @@ class Measuring:
             small = self._without(subject, {unit: ratio})
             self._trainable(small)
         except (ArgumentError, ConfigError) as error:  # nothing can be removed, or trained then
-            self.log_fn(f"{unit} keeps its {ratio:.0%}: {error}")
+            self._said(unit, ratio, str(error))
             return None
         left, score = left_of(subject, small), self.distance(subject, small)
         if left and math.isfinite(score):
             return Cut(unit, ratio, score, left)
-        why = f"the outputs would move by {score}" if left else "there is too little of it"
-        self.log_fn(f"{unit} keeps its {ratio:.0%}: {why}")
+        too_few = "no block can be skipped" if unit == DEPTH else "it has too few channels"
+        self._said(unit, ratio, f"the outputs would move by {score}" if left else too_few)
         return None
+
+    def _said(self, unit: str, ratio: float, why: str) -> None:
+        self.log_fn(f"{unit}: {ratio:.0%} of it cannot be removed: {why}")
 
     def _without(self, subject: Subject, shares: Shares) -> Subject:
         """Return a network without shares of widths and depth, untrained."""

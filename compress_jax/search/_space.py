@@ -102,9 +102,11 @@ class Search:
                 whole(name, getattr(self, name), 1)
             whole("refinements", self.refinements, 0)
             for name in ("width_ratios", "depth_ratios"):
-                for ratio in getattr(self, name):
-                    fits = isinstance(ratio, float) and 0 < ratio < 1
-                    require(fits, name, "shares above 0 and below 1", ratio)
+                own = getattr(self, name)
+                fits = isinstance(own, tuple) and all(
+                    isinstance(ratio, float) and 0 < ratio < 1 for ratio in own
+                )
+                require(fits, name, "a tuple of shares above 0 and below 1", own)
             self._check_starts()
             self._check_baselines()
 

@@ -43,8 +43,8 @@ AWQ = "awq"
 SOLVERS = (*TOGETHER, AWQ, BLOCKS, COMPENSATED)
 
 
-def main() -> None:
-    """Measure, and print the table."""
+def arguments() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -55,7 +55,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="calibration rows")
     parser.add_argument("--tuned", type=int, default=0, help="steps of float32 training first")
     parser.add_argument("--tokens", type=int, default=4096, help="of test documents")
-    chosen = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    chosen = arguments()
     model, params, tokenizer = cj.models.load(cj.models.smollm2_file())
     assert tokenizer is not None
     tokens = brown_tokens(tokenizer)

@@ -219,7 +219,9 @@ def test_nothing_is_measured_twice(found, monkeypatch):
 def test_a_width_too_small_to_cut_is_said(tmp_path):
     search = Search(BITS, training, 8, width_ratios=(0.02,), proposals=2, examples=32, trained=1)
     _, lines = run(experiment(search, max_drop=0.9), tmp_path)
-    assert any(line.startswith("params/first/kernel:1 keeps its 2%: ") for line in lines)
+    assert any(
+        line.startswith("params/first/kernel:1: 2% of it cannot be removed: ") for line in lines
+    )
 
 
 class Reversed(nn.Module):
@@ -239,7 +241,9 @@ def test_what_cannot_be_trained_smaller_stays_whole(tmp_path):
     searched = dataclasses.replace(searched, student=Network(Reversed(), training(20)))
     result, lines = run(searched, tmp_path)
     assert result.met and "cut-" not in result.chosen.name
-    assert any("hidden/kernel:1 keeps its 50%: in training mode" in line for line in lines)
+    assert any(
+        "hidden/kernel:1: 50% of it cannot be removed: in training mode" in line for line in lines
+    )
 
 
 def test_limits_that_no_cut_and_no_option_meet_are_refused_before_training(tmp_path):
@@ -255,7 +259,7 @@ def test_limits_that_no_cut_and_no_option_meet_are_refused_before_training(tmp_p
     assert 400 < least < 0.4 * whole
 
 
-@pytest.mark.parametrize("given", [(0.0,), (1.0,), (1,), ("half",)])
+@pytest.mark.parametrize("given", [(0.0,), (1.0,), (1,), ("half",), 0.5, None])
 def test_shares_are_checked(given):
     with pytest.raises(ConfigError, match="width_ratios"):
         Search(BITS, width_ratios=given)
